@@ -1,0 +1,37 @@
+"""Errors a user can meet. Each names the thing, the value it had, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparseLLMError(Exception):
+    """Base of every error this library raises on purpose; the command line prints it as one line, exit code 2."""
+
+
+class RecipeError(SparseLLMError):
+    """A setting is unknown, of the wrong type, or outside its range."""
+
+
+class ModelError(SparseLLMError):
+    """A model cannot be found, read, or seen as a chain of blocks."""
+
+
+class DataError(SparseLLMError):
+    """A text source cannot be found, or is too short for what was asked of it."""
+
+
+class StorageError(SparseLLMError):
+    """A checkpoint cannot be read or written."""
+
+
+class NumericalError(SparseLLMError):
+    """A statistic or a weight is not finite, or a factorisation failed at every damping tried."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as ``did you mean 'wanda'?``, or the list of known names when none is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

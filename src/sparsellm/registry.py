@@ -1,0 +1,100 @@
+"""Named things a user can choose: one decorated function each, options read from its signature."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from sparsellm.errors import RecipeError, nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword-only parameter of a registered function."""
+
+    name: str
+    type: Any
+    default: Any
+    description: str
+
+    @property
+    def type_name(self) -> str:
+        if typing.get_origin(self.type) in (typing.Literal, typing.Union, types.UnionType):
+            return str(self.type).replace("typing.", "")
+        return getattr(self.type, "__name__", str(self.type))
+
+
+@dataclass(frozen=True)
+class Entry(Generic[F]):
+    """A registered function with the name users type, its paper, and its options."""
+
+    name: str
+    function: F
+    paper: str
+    summary: str
+    options: dict[str, Option]
+
+    def check(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Options as given, each coerced to its declared type.
+
+        Raises:
+            RecipeError: an option is unknown (the nearest known name is offered) or of the wrong type.
+        """
+        checked = {}
+        for key, value in values.items():
+            if key not in self.options:
+                raise RecipeError(f"{self.name} has no option {key!r}; {nearest(key, self.options)}")
+            option = self.options[key]
+            try:
+                checked[key] = TypeAdapter(option.type).validate_python(value)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise RecipeError(f"option {key} of {self.name} is {value!r}: {reason}") from None
+        return checked
+
+
+class Registry(Generic[F]):
+    """Maps names to entries. A module registers itself by being imported from its package's ``__init__``."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry[F]] = {}
+
+    def register(self, name: str, *, paper: str) -> Callable[[F], F]:
+        """Decorator. Options are the function's keyword-only parameters, ``Annotated[type, "description"]``."""
+
+        def add(function: F) -> F:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            hints = typing.get_type_hints(function, include_extras=True)
+            options = {}
+            for parameter in inspect.signature(function).parameters.values():
+                if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+                    continue
+                hint = hints[parameter.name]
+                type_, description = typing.get_args(hint)[:2] if hasattr(hint, "__metadata__") else (hint, "")
+                options[parameter.name] = Option(parameter.name, type_, parameter.default, description)
+            summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
+            self._entries[name] = Entry(name, function, paper, summary, options)
+            return function
+
+        return add
+
+    def __getitem__(self, name: str) -> Entry[F]:
+        if name not in self._entries:
+            raise RecipeError(f"unknown {self.kind} {name!r}; {nearest(name, self._entries)}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[Entry[F]]:
+        return iter(self._entries.values())
