@@ -1,0 +1,1 @@
+"""Being here, beside ``__init__.py``, it puts the repository root on ``sys.path``: ``from tests.models import ...``."""
