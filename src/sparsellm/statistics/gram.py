@@ -1,0 +1,299 @@
+"""Second moments of activations, accumulated in chunks: all that a solver needs to know of the calibration tokens.
+
+``G = XᵀX / N`` for inputs ``X (tokens, features)`` and ``C = TᵀX / N`` with targets ``T (tokens, out)``. Memory depends
+on the features only, never on the number of tokens. Sums are additive: accumulators of several processes merge into one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from sparsellm.errors import NumericalError
+
+PANEL = 512  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
+CHUNK_ELEMENTS = 1 << 23  # converted to fp32 at a time: 32 MiB
+FACTORS_KEPT_BYTES = 1 << 30  # factorisations remembered by one Gram; the oldest is dropped beyond this
+DAMPING_TRIES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Made by factorising ``G + λI``; the relative damping that made it possible, and what to tell the user."""
+
+    matrix: Tensor
+    damping: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Immutable ``G = XᵀX / N``, fp32 ``(features, features)``, over ``tokens`` tokens.
+
+    Factorisations are remembered by damping, so that linears that share an input (q, k, v) share one. Damping is
+    relative: ``λ`` is that fraction of the mean diagonal of the live inputs. A dead input, one that was zero in every
+    token, is cut loose: its diagonal counts as one, so it takes no part, and a weight on it costs nothing.
+    """
+
+    matrix: Tensor
+    tokens: int
+    _factors: OrderedDict[tuple[str, float], Factor] = field(default_factory=OrderedDict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
+            raise ValueError(f"a Gram matrix is square, this has shape {tuple(self.matrix.shape)}")
+        require_finite(self.matrix, f"Gram matrix of {self.features} inputs")
+
+    @property
+    def features(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @cached_property
+    def diagonal(self) -> Tensor:
+        """Mean square of each input, ``(features,)``."""
+        return self.matrix.diagonal().clone()
+
+    @cached_property
+    def dead(self) -> Tensor:
+        """Bool ``(features,)``: inputs that were zero in every token."""
+        return self.diagonal <= 0
+
+    @cached_property
+    def mean_diagonal(self) -> float:
+        """Mean square over the live inputs: the unit of damping; 1 where every input is dead."""
+        live = self.diagonal[~self.dead]
+        return float(live.mean()) if len(live) else 1.0
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """Root mean square of each input, ``(features,)``; 1 for dead inputs."""
+        return self.diagonal.sqrt().masked_fill(self.dead, 1.0)
+
+    @cached_property
+    def normalised(self) -> Gram:
+        """The Gram matrix of the inputs divided by ``scale``: unit diagonal, so that weights compare."""
+        return Gram(self.matrix / self.scale / self.scale[:, None], self.tokens)
+
+    def energy(self, weight: Tensor) -> float:
+        """``‖W G^½‖²_F``: the mean over tokens of ``‖W x‖²``, for ``weight`` (out, features)."""
+        return float(torch.sum((weight @ self.matrix) * weight, dtype=torch.float64).clamp(min=0))
+
+    def cholesky(self, damping: float) -> Factor:
+        """Lower triangular ``L`` with ``L Lᵀ = G + λI``.
+
+        Where the factorisation fails, damping is raised tenfold, at most eight times, and a note says so.
+
+        Raises:
+            NumericalError: it failed at every damping tried.
+        """
+        return self._remember("cholesky", damping, self._factorise)
+
+    def inverse(self, damping: float) -> Factor:
+        """``(G + λI)⁻¹``, symmetric; damping as in ``cholesky``."""
+        return self._remember("inverse", damping, self._invert)
+
+    def inverse_cholesky(self, damping: float) -> Factor:
+        """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``, as the optimal brain surgeon needs it.
+
+        With the order of inputs reversed, ``G + λI = R Rᵀ`` for an upper triangular ``R``, so ``U = R⁻¹``: one
+        factorisation and a triangular inverse, more accurate than to factorise an explicit inverse. Damping as in
+        ``cholesky``.
+        """
+        return self._remember("inverse_cholesky", damping, self._factorise_inverse)
+
+    def _remember(self, kind: str, damping: float, make: Callable[[float], Factor]) -> Factor:
+        key = (kind, damping)
+        if key not in self._factors:
+            size = self.matrix.numel() * self.matrix.element_size()
+            while self._factors and (len(self._factors) + 1) * size > FACTORS_KEPT_BYTES:
+                self._factors.popitem(last=False)
+            self._factors[key] = make(damping)
+        return self._factors[key]
+
+    def _factorise(self, damping: float, flipped: bool = False) -> Factor:
+        asked = damping
+        for _ in range(DAMPING_TRIES):
+            matrix = self.matrix.clone()
+            matrix.diagonal().add_(damping * self.mean_diagonal)
+            matrix.diagonal()[self.dead] = 1.0
+            diagonal = matrix.diagonal().clone()
+            lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1) if flipped else matrix)
+            # A pivot that lost every digit to cancellation is a failure, even where rounding left its sign positive.
+            pivots = lower.diagonal().square() / (diagonal.flip(0) if flipped else diagonal)
+            if not failed and bool((pivots > 4 * torch.finfo(matrix.dtype).eps).all()):
+                notes = (f"damping raised from {asked:g} to {damping:g}: {self._name} could not be factorised",)
+                return Factor(lower, damping, notes if damping != asked else ())
+            damping = damping * 10 if damping > 0 else 1e-6
+        raise NumericalError(
+            f"{self._name} could not be factorised with any damping from {asked:g} to {damping / 10:g}; "
+            "use more calibration tokens, or look for inputs of enormous size"
+        )
+
+    def _invert(self, damping: float) -> Factor:
+        factor = self.cholesky(damping)
+        return Factor(torch.cholesky_inverse(factor.matrix), factor.damping, factor.notes)
+
+    def _factorise_inverse(self, damping: float) -> Factor:
+        factor = self._factorise(damping, flipped=True)
+        identity = torch.eye(self.features, dtype=self.matrix.dtype, device=self.device)
+        upper = torch.linalg.solve_triangular(factor.matrix.flip(0, 1), identity, upper=True)
+        return Factor(upper, factor.damping, factor.notes)
+
+    @property
+    def _name(self) -> str:
+        return f"the Gram matrix of {self.features} inputs over {self.tokens} tokens"
+
+
+class GramAccumulator:
+    """Sums ``XᵀX`` over chunks of tokens in one fp32 matrix ``(features, features)``.
+
+    Only panels of rows from their own diagonal on are computed, and mirrored once at the end: little more than half
+    the products.
+    """
+
+    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
+        self.features = features
+        self.tokens = 0
+        self.total = torch.zeros(features, features, dtype=torch.float32, device=device)  # below the panels: not filled
+
+    def update(self, x: Tensor, token_weights: Tensor | None = None) -> None:
+        """Add tokens.
+
+        Args:
+            x: ``(..., features)``, any floating dtype.
+            token_weights: ``(...)``, not negative; a token of weight w counts as ``w x xᵀ``. N stays the token count.
+        """
+        for (rows,) in _chunks((x,), token_weights, self.total.device):
+            for start in range(0, self.features, PANEL):
+                panel = self.total[start : start + PANEL, start:]
+                panel.addmm_(rows[:, start : start + PANEL].T, rows[:, start:])
+            self.tokens += len(rows)
+
+    def merge(self, other: GramAccumulator) -> None:
+        """Add the tokens another accumulator saw."""
+        self.total += other.total.to(self.total.device)
+        self.tokens += other.tokens
+
+    def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Add up the accumulators of all processes, in every one of them."""
+        self.tokens = _reduce(self.total, self.tokens, group)
+
+    def finish(self) -> Gram:
+        """The mean over the tokens so far. The accumulator is left as it is and may go on.
+
+        Raises:
+            NumericalError: no token was seen, or a sum is NaN or infinite.
+        """
+        matrix = self.total / require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
+        for start in range(0, self.features, PANEL):
+            stop = min(start + PANEL, self.features)
+            block = matrix[start:stop, start:stop]
+            block.copy_(block.triu() + block.triu(1).T)  # a product's two halves may differ in the last bit
+            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+        return Gram(matrix, self.tokens)
+
+
+class CrossAccumulator:
+    """Sums ``TᵀX`` over chunks of tokens in one fp32 matrix ``(out, features)``."""
+
+    def __init__(self, out: int, features: int, device: torch.device | str | None = None) -> None:
+        self.tokens = 0
+        self.total = torch.zeros(out, features, dtype=torch.float32, device=device)
+
+    def update(self, target: Tensor, x: Tensor, token_weights: Tensor | None = None) -> None:
+        """Add tokens: ``target`` (..., out), ``x`` (..., features), ``token_weights`` (...) as for a Gram."""
+        for target_rows, rows in _chunks((target, x), token_weights, self.total.device):
+            self.total.addmm_(target_rows.T, rows)
+            self.tokens += len(rows)
+
+    def merge(self, other: CrossAccumulator) -> None:
+        """Add the tokens another accumulator saw."""
+        self.total += other.total.to(self.total.device)
+        self.tokens += other.tokens
+
+    def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Add up the accumulators of all processes, in every one of them."""
+        self.tokens = _reduce(self.total, self.tokens, group)
+
+    def finish(self) -> Tensor:
+        """``C = TᵀX / N`` (out, features), fp32.
+
+        Raises:
+            NumericalError: no token was seen, or a sum is NaN or infinite.
+        """
+        name = f"cross moment of shape {tuple(self.total.shape)}"
+        matrix = self.total / require_tokens(self.tokens, name)
+        require_finite(matrix, name)
+        return matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Weights of a damped least-squares problem (out, features), and what to tell the user."""
+
+    weight: Tensor
+    notes: tuple[str, ...] = ()
+
+
+def least_squares(gram: Gram, cross: Tensor, damping: float = 0.01, prior: Tensor | None = None) -> Fit:
+    """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``.
+
+    A prior ``W₀``, such as the dense weight, is what directions that the tokens hardly excite shrink to, and what weights
+    on dead inputs are; without one it is zero.
+
+    Args:
+        gram: of the inputs X.
+        cross: ``C = TᵀX / N`` (out, features), over the same tokens with the same token weights.
+        damping: relative to the mean diagonal of the Gram matrix.
+        prior: ``W₀`` (out, features).
+
+    Raises:
+        NumericalError: no damping made ``G + λI`` positive definite.
+    """
+    factor = gram.cholesky(damping)
+    residual = cross if prior is None else cross - prior @ gram.matrix  # (out, features)
+    change = torch.cholesky_solve(residual.T, factor.matrix).T.masked_fill(gram.dead, 0.0)
+    return Fit(change.contiguous() if prior is None else prior + change, factor.notes)
+
+
+def require_finite(matrix: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(matrix).all()):
+        bad = int((~torch.isfinite(matrix)).sum())
+        raise NumericalError(f"{name}: {bad} of {matrix.numel()} values are NaN or infinite; look for such activations")
+
+
+def require_tokens(tokens: int, name: str) -> int:
+    if tokens == 0:
+        raise NumericalError(f"{name}: no token was seen")
+    return tokens
+
+
+def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """The same tokens of each tensor ``(..., features)``, as fp32 ``(tokens, features)``, scaled by √weight."""
+    flat = [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    tokens = len(flat[0])
+    if any(len(rows) != tokens for rows in flat) or (weights is not None and weights.numel() != tokens):
+        of_weights = "" if weights is None else f", {weights.numel()} token weights"
+        raise ValueError(f"tensors of {[len(rows) for rows in flat]} tokens{of_weights}")
+    root = None if weights is None else weights.detach().reshape(-1, 1).to(device, torch.float32).sqrt()
+    step = max(256, CHUNK_ELEMENTS // max(tensor.shape[-1] for tensor in tensors))
+    for start in range(0, tokens, step):
+        parts = tuple(rows[start : start + step].to(device, torch.float32) for rows in flat)
+        yield parts if root is None else tuple(part * root[start : start + step] for part in parts)
+
+
+def _reduce(total: Tensor, tokens: int, group: torch.distributed.ProcessGroup | None) -> int:
+    count = torch.tensor(tokens, device=total.device)
+    torch.distributed.all_reduce(total, group=group)
+    torch.distributed.all_reduce(count, group=group)
+    return int(count)
