@@ -1,0 +1,5 @@
+"""What a model is worth: perplexity, and the divergence of one model's predictions from another's."""
+
+from sparsellm.evaluation.perplexity import Perplexity, kl_divergence, nll_from_logits, perplexity
+
+__all__ = ["Perplexity", "kl_divergence", "nll_from_logits", "perplexity"]
