@@ -1,0 +1,93 @@
+"""The corpora that have a name: those of the papers, by the papers' own protocol, and one that needs no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from sparsellm.calibration.files import read_rows, text_rows
+from sparsellm.calibration.hub import hub_column
+from sparsellm.calibration.sources import SOURCES, Split, Text
+
+# Share of pydoc's characters that is held out: about 20,000 tokens, where calibration needs the rest.
+_HELD_OUT = 0.2
+
+# SparseGPT's evaluation on C4 reads this many documents and at most this many windows.
+_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
+
+
+@SOURCES.register("pydoc", paper="https://docs.python.org/3/library/pydoc.html")
+def read_pydoc(argument: str, split: Split) -> Text:
+    """The English documentation inside every Python: no download, about 100,000 tokens, a fifth of them held out.
+
+    It is technical prose of one kind, so it calibrates worse than a broad corpus, and its text changes with the version
+    of Python: numbers compare only within one version. Topics quote each other, so a paragraph counts once, where it
+    comes first in order of topic: no paragraph is in both parts.
+    """
+    parts: dict[Split, list[str]] = {"calibration": [], "evaluation": []}
+    held_out = total = 0  # characters
+    seen: set[str] = set()
+    for name in sorted(topics):
+        document = "\n\n".join(_new_paragraphs(topics[name], seen))
+        total += len(document)
+        fits = held_out + len(document) <= _HELD_OUT * total
+        held_out += len(document) if fits else 0
+        if document:
+            parts["evaluation" if fits else "calibration"].append(document)
+    return Text(parts[split])
+
+
+def _new_paragraphs(document: str, seen: set[str]) -> list[str]:
+    """The paragraphs that are not in ``seen``, without the rules under headings; adds them to ``seen``."""
+    new = []
+    for paragraph in document.split("\n\n"):
+        text = "\n".join(line for line in paragraph.split("\n") if not _is_rule(line)).strip("\n")
+        if text.strip() and text not in seen:
+            seen.add(text)
+            new.append(text)
+    return new
+
+
+def _is_rule(line: str) -> bool:
+    """Whether a line only underlines a heading: three or more of one character among ``= * - ~ ^``."""
+    stripped = line.strip()
+    return len(stripped) >= 3 and stripped[0] in "=*-~^" and len(set(stripped)) == 1
+
+
+@SOURCES.register("wikitext2", paper="Merity et al. 2016, https://arxiv.org/abs/1609.07843")
+def read_wikitext2(argument: str, split: Split) -> Text:
+    """WikiText-2 raw, train or test, rows joined with a blank line; wikitext2:PATH reads a raw file instead of the Hub.
+
+    The Hub's rows keep the line's own end unless the line is blank, and those ends are part of the string that the
+    papers tokenise. ``wikitext2:PATH`` does the same to the lines of ``wiki.test.raw``, so both give one string: the
+    test split has 287,644 tokens of GPT-2's vocabulary.
+    """
+    if argument:
+        lines = read_rows(Path(argument).expanduser(), text_rows)
+        if not lines[-1]:  # the end of the last line begins no further row
+            lines.pop()
+        return Text([f"{line}\n" if line.strip() else "" for line in lines])
+    part = "train" if split == "calibration" else "test"
+    return Text(hub_column("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=part))
+
+
+@SOURCES.register("ptb", paper="Marcus et al. 1993, https://aclanthology.org/J93-2004; joined as in SparseGPT")
+def read_ptb(argument: str, split: Split) -> Text:
+    """Penn Treebank, train or test, sentences joined with a space."""
+    part = "train" if split == "calibration" else "test"
+    # The main branch of this data set is a script; the Hub's own conversion of it holds only data.
+    sentences = hub_column(
+        "ptb", "ptb-text-only/ptb_text_only", split=part, revision="refs/convert/parquet", column="sentence"
+    )
+    return Text(sentences, joiner=" ")
+
+
+@SOURCES.register("c4", paper="Raffel et al. 2019, https://arxiv.org/abs/1910.10683; drawn as in SparseGPT")
+def read_c4(argument: str, split: Split) -> Text:
+    """C4 (English): windows inside random documents of the first train shard; evaluation on the validation shard."""
+    part, shard = ("train", "00000-of-01024") if split == "calibration" else ("validation", "00000-of-00008")
+    data_files = {part: f"en/c4-{part}.{shard}.json.gz"}
+    documents = hub_column("c4", "allenai/c4", data_files=data_files, split=part)
+    if split == "calibration":
+        return Text(documents, joiner=" ", per_document=True)
+    return Text(documents[:_C4_DOCUMENTS], joiner=" ", most_windows=_C4_WINDOWS)

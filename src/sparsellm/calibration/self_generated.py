@@ -1,0 +1,105 @@
+"""Calibration text that the dense model writes itself, so that pruning needs no data at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsellm.errors import NumericalError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Windows written side by side: enough to fill the matrix products, few enough for the cache of keys and values.
+BATCH = 16
+
+
+@torch.no_grad()
+def self_generated_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    *,
+    temperature: float = 1.0,
+    greedy_tokens: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Sample windows from a model in the manner of LLM-QAT (2305.17888, section 2.1).
+
+    Each window starts from a random token of the vocabulary, after the beginning-of-text token if this tokenizer adds
+    one. The next few are the most likely ones, which settles on a subject that the model knows; the rest are sampled.
+    After an end-of-text token a new text starts in the same way, so no window holds padding.
+
+    The random numbers are drawn on the CPU from ``seed``; on one machine the same arguments give the same windows.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        samples: windows to write.
+        seq_len: tokens in each.
+        seed: of the sampling.
+        temperature: 1 samples what the model believes; lower is less varied.
+        greedy_tokens: tokens after the random one that are chosen greedily; LLM-QAT uses 3 to 5.
+        progress: called with (tokens written, ``samples · seq_len``).
+
+    Returns:
+        ``(samples, seq_len)`` int64 token ids, on the CPU.
+
+    Raises:
+        NumericalError: the model's logits are not finite.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.train(False)
+    generator = torch.Generator().manual_seed(seed)
+    starts = _start_tokens(tokenizer)
+    known = len(tokenizer)  # many models pad the vocabulary with rows that no text ever uses
+    end = tokenizer.eos_token_id
+    prefix: list[int] = tokenizer("", verbose=False)["input_ids"][:1]  # the beginning-of-text token, or nothing
+
+    batches = []
+    written = 0
+    try:
+        for first in range(0, samples, BATCH):
+            rows = min(BATCH, samples - first)
+            columns = [torch.full((rows,), token) for token in prefix]
+            age = torch.zeros(rows, dtype=torch.int64)  # tokens since each row's text began
+            columns.append(_pick(starts, rows, generator))
+            new, cache = torch.stack(columns, dim=1), None  # (rows, prefix + 1)
+            while len(columns) < seq_len:
+                output: Any = model(input_ids=new.to(device), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits = output.logits[:, -1, :known].float().cpu()  # (rows, known)
+                if not torch.isfinite(logits).all():
+                    raise NumericalError(f"the model's logits are not finite after {len(columns)} tokens; try float32")
+                sampled = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+                token = torch.where(age < greedy_tokens, logits.argmax(-1), sampled)
+                fresh = _pick(starts, rows, generator)  # drawn every time, so a row's text never shifts another's
+                ended = columns[-1] == end if end is not None else torch.zeros(rows, dtype=torch.bool)
+                token, age = torch.where(ended, fresh, token), torch.where(ended, 0, age + 1)
+                columns.append(token)
+                new = token.unsqueeze(1)
+                written += rows
+                if progress is not None:
+                    progress(written, samples * seq_len)
+            batches.append(torch.stack(columns, dim=1)[:, :seq_len])
+    finally:
+        model.train(was_training)
+    if progress is not None:
+        progress(samples * seq_len, samples * seq_len)
+    return torch.cat(batches)
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Ids that may begin a text: all but the special ones."""
+    special = set(tokenizer.all_special_ids)
+    return torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+
+
+def _pick(choices: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return choices[torch.randint(len(choices), (count,), generator=generator)]

@@ -1,0 +1,163 @@
+"""Text to windows of token ids, ``(windows, seq_len)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsellm.calibration.self_generated import self_generated_windows
+from sparsellm.calibration.sources import SELF, Text, read_source
+from sparsellm.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Documents tried, per window asked for, before a per-document source counts as having none that is long enough.
+_TRIES_PER_WINDOW = 2000
+
+
+def calibration_windows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    model: PreTrainedModel | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Windows to calibrate on, drawn at random; the same arguments give the same windows.
+
+    The papers draw offsets into the joined text independently (SparseGPT 2301.00774, GPTQ 2210.17323), so windows may
+    overlap. Here they do not whenever the text is long enough: a token seen twice adds nothing to a Gram matrix but
+    weight, so disjoint windows carry more information for the same cost. A shorter text falls back to the papers' draw.
+
+    Args:
+        source: ``self``, a registered name, or a path; see :mod:`sparsellm.calibration.sources`.
+        tokenizer: called once on the joined text with its defaults, so a beginning-of-text token, if it adds one,
+            stands once at the very start, as in the papers.
+        samples: windows to draw.
+        seq_len: tokens in each.
+        seed: of the draw, and of the sampling if the source is ``self``.
+        model: the dense model; needed by the source ``self`` only.
+        progress: called with (tokens written, tokens of a window) by the source ``self`` only.
+
+    Returns:
+        ``(samples, seq_len)`` int64 token ids, on the CPU.
+
+    Raises:
+        DataError: the source cannot be read, the text has fewer than ``seq_len + 1`` tokens, or a size is below 1.
+    """
+    if samples < 1 or seq_len < 1:
+        raise DataError(f"calibration needs 1 or more samples of 1 or more tokens; got {samples} of {seq_len}")
+    if model is not None:
+        check_seq_len(model.config, seq_len)
+    if source == SELF:
+        if model is None:
+            raise DataError("source 'self' needs the dense model, to write the text; pass model=, or name a text")
+        return self_generated_windows(model, tokenizer, samples, seq_len, seed, progress=progress)
+    generator = torch.Generator().manual_seed(seed)
+    text = read_source(source, "calibration")
+    if text.per_document:
+        return _windows_of_documents(source, text, tokenizer, samples, seq_len, generator)
+    ids = _tokens(tokenizer, text.joined())
+    _check_long_enough(source, len(ids), seq_len + 1)
+    return torch.stack([ids[offset : offset + seq_len] for offset in _offsets(len(ids), samples, seq_len, generator)])
+
+
+def evaluation_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, max_tokens: int | None = None
+) -> Tensor:
+    """The whole text cut into windows one after the other; what is left at the end is dropped, as in the papers.
+
+    Args:
+        source: a registered name or a path; ``self`` is refused.
+        tokenizer: called once on the joined text with its defaults.
+        seq_len: tokens in a window, 2 or more.
+        max_tokens: use only the first windows that fit in this many tokens.
+
+    Returns:
+        ``(windows, seq_len)`` int64 token ids, on the CPU.
+
+    Raises:
+        DataError: the source cannot be read, or text or ``max_tokens`` is shorter than one window.
+    """
+    if seq_len < 2:
+        raise DataError(f"a window of {seq_len} tokens predicts nothing; evaluate with a seq_len of 2 or more")
+    if max_tokens is not None and max_tokens < seq_len:
+        raise DataError(f"max_tokens is {max_tokens}, less than one window of {seq_len}; raise it or lower seq_len")
+    text = read_source(source, "evaluation")
+    ids = _tokens(tokenizer, text.joined())
+    _check_long_enough(source, len(ids), seq_len)
+    windows = len(ids) // seq_len
+    if text.most_windows is not None:
+        windows = min(windows, text.most_windows)
+    if max_tokens is not None:
+        windows = min(windows, max_tokens // seq_len)
+    return ids[: windows * seq_len].view(windows, seq_len)
+
+
+def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
+    """Refuses a window longer than the positions a model has; a model that names no limit takes any.
+
+    Raises:
+        DataError: ``seq_len`` is above the configuration's ``max_position_embeddings``.
+    """
+    text_config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text_config, "max_position_embeddings", None)  # transformers maps n_positions and the like to it
+    if isinstance(limit, int) and 0 < limit < seq_len:
+        raise DataError(f"seq_len is {seq_len}, and this model has {limit} positions; set seq_len to {limit} or less")
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    # verbose=False: that a text is longer than one window is no news here.
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)  # (tokens,)
+
+
+def _check_long_enough(source: str, tokens: int, needed: int) -> None:
+    if tokens < needed:
+        raise DataError(
+            f"source {source!r} has {tokens} tokens and {needed} are needed for one window; "
+            "lower seq_len, or name a longer text"
+        )
+
+
+def _offsets(tokens: int, samples: int, seq_len: int, generator: torch.Generator) -> list[int]:
+    """Where the windows begin: disjoint if they fit, else independent draws, as in the papers.
+
+    Disjoint ones: the tokens that no window takes are shared out at random into the gaps before, between and after.
+    They come in random order, so that any few of them, held out, are not all from one end of the text.
+    """
+    spare = tokens - samples * seq_len
+    if spare < 0:
+        return torch.randint(0, tokens - seq_len, (samples,), generator=generator).tolist()
+    gaps = torch.randint(0, spare + 1, (samples,), generator=generator).sort().values
+    offsets = gaps + seq_len * torch.arange(samples)
+    return offsets[torch.randperm(samples, generator=generator)].tolist()
+
+
+def _windows_of_documents(
+    source: str,
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4."""
+    windows: list[Tensor] = []
+    for _ in range(samples * _TRIES_PER_WINDOW):
+        document = int(torch.randint(len(text.documents), (), generator=generator))
+        ids = _tokens(tokenizer, text.documents[document])
+        if len(ids) <= seq_len:
+            continue
+        offset = int(torch.randint(len(ids) - seq_len, (), generator=generator))
+        windows.append(ids[offset : offset + seq_len])
+        if len(windows) == samples:
+            return torch.stack(windows)
+    raise DataError(
+        f"source {source!r} has too few documents longer than {seq_len} tokens ({len(windows)} of {samples} found in "
+        f"{samples * _TRIES_PER_WINDOW} draws); lower seq_len"
+    )
