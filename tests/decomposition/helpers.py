@@ -1,0 +1,64 @@
+"""Small units, data and a solver that depends on nothing but a pattern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsellm.decomposition.activations import Activation, silu
+from sparsellm.decomposition.feed_forward import FeedForward, Linear
+from sparsellm.decomposition.loop import Chunk
+from sparsellm.decomposition.weights import on_mask
+from sparsellm.patterns import Pattern
+from sparsellm.statistics import Gram
+
+
+@dataclass(frozen=True)
+class Solved:
+    weight: Tensor
+    mask: Tensor
+    error: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def by_input_norm(weight: Tensor, gram: Gram, pattern: Pattern) -> Solved:
+    """The score of Wanda: |w| times the root mean square of its input."""
+    mask = pattern.mask(weight.abs() * gram.diagonal.clamp(min=0).sqrt())
+    return Solved(weight * mask, mask)
+
+
+def refitted(weight: Tensor, gram: Gram, pattern: Pattern) -> Solved:
+    """The same mask, with the least-squares weights on it."""
+    local = by_input_norm(weight, gram, pattern)
+    return Solved(on_mask(weight, gram, local.mask, local.weight), local.mask)
+
+
+def random_unit(
+    d: int, f: int, *, gated: bool, bias: bool = False, activation: Activation = silu, seed: int = 0
+) -> FeedForward:
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(outputs: int, inputs: int) -> Linear:
+        weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        return Linear(weight, torch.randn(outputs, generator=generator) if bias else None)
+
+    return FeedForward(linear(f, d), linear(d, f), activation, linear(f, d) if gated else None)
+
+
+def random_chunks(
+    unit: FeedForward, sizes: list[int], *, weights: bool = False, seed: int = 1, outlier: float = 0.0
+) -> list[Chunk]:
+    """Inputs with a decaying spectrum, as hidden states have; targets are what the dense unit makes of them."""
+    generator = torch.Generator().manual_seed(seed)
+    d = unit.up.weight.shape[1]
+    mix = torch.randn(d, d, generator=generator) * torch.logspace(0, -1.5, d)
+    chunks = []
+    for size in sizes:
+        x = torch.randn(size, d, generator=generator) @ mix.T
+        if outlier:
+            x[:: max(size // 3, 1), 0] = outlier * x.std()
+        token_weights = torch.rand(size, generator=generator) + 0.1 if weights else None
+        chunks.append(Chunk(x, unit(x), token_weights))
+    return chunks

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from sparsellm.decomposition.activations import gelu, silu
+from sparsellm.decomposition.feed_forward import FeedForward, Linear
+from sparsellm.decomposition.objective import Coefficients, Variables, chunk_terms, default_coefficients, objective
+from sparsellm.errors import ModelError
+from tests.decomposition.helpers import random_unit
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_terms_are_the_formula_and_chunks_add_up(gated: bool, weighted: bool) -> None:
+    unit = random_unit(4, 6, gated=gated, bias=True, activation=gelu)
+    x, y = torch.randn(2, 11, 4, generator=torch.Generator().manual_seed(0))
+    up, gate, a = torch.randn(3, 11, 6, generator=torch.Generator().manual_seed(1))
+    w = torch.rand(11, generator=torch.Generator().manual_seed(2)) if weighted else None
+    price = Coefficients(alpha=0.5, beta=2.0, gamma=3.0, alpha_gate=0.7)
+    root = 1.0 if w is None else w.sqrt()[:, None]
+    made = gelu(gate) * up if gated else gelu(up)
+    expected = {
+        "up": 0.5 * ((up - x @ unit.up.weight.T - unit.up.bias) * root).square().sum(),
+        "gate": 0.7 * ((gate - x @ unit.gate.weight.T - unit.gate.bias) * root).square().sum() if unit.gate else 0.0,
+        "activation": 3.0 * ((a - made) * root).square().sum(),
+        "output": 2.0 * ((y - a @ unit.down.weight.T - unit.down.bias) * root).square().sum(),
+    }
+    terms = chunk_terms(unit, x, y, Variables(up, gate if gated else None), a, price, w)
+    for name, value in expected.items():
+        assert getattr(terms, name) == pytest.approx(float(value), rel=1e-5)
+    assert terms.total == pytest.approx(sum(float(value) for value in expected.values()), rel=1e-5)
+    parts = [slice(0, 4), slice(4, 5), slice(5, 11)]
+    streamed = objective(
+        unit,
+        ((x[p], y[p], Variables(up[p], gate[p] if gated else None), a[p], None if w is None else w[p]) for p in parts),
+        price,
+    )
+    assert streamed.total == pytest.approx(terms.total, rel=1e-6)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_default_coefficients_follow_the_scale_of_the_data(gated: bool) -> None:
+    unit = random_unit(5, 8, gated=gated)
+    x = torch.randn(30, 5, generator=torch.Generator().manual_seed(3))
+    y = unit(x)
+    base = default_coefficients(unit, x, y)
+    louder = FeedForward(unit.up, Linear(unit.down.weight * 7), unit.activation, unit.gate)
+    scaled = default_coefficients(louder, x, y * 7)  # the same problem in other units of the output
+    assert scaled.beta == pytest.approx(base.beta / 49, rel=1e-4)
+    for name in ("alpha", "gamma", "alpha_gate"):
+        assert getattr(scaled, name) == pytest.approx(getattr(base, name), rel=1e-4)
+    assert (base.alpha_gate > 0) == gated
+    assert min(default_coefficients(unit, x * 0, y * 0).__dict__.values()) >= 0
+
+
+def test_linears_that_do_not_fit_are_an_error() -> None:
+    with pytest.raises(ModelError, match=r"'down': \(4, 7\)"):
+        FeedForward(Linear(torch.zeros(6, 4)), Linear(torch.zeros(4, 7)), silu)
