@@ -1,0 +1,224 @@
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsellm.decomposition.activations import gelu, relu, relu2, silu
+from sparsellm.decomposition.feed_forward import FeedForward, Linear
+from sparsellm.decomposition.loop import Chunk, Result, Settings, prune_feed_forward, split, true_error
+from sparsellm.decomposition.store import VariableStore
+from sparsellm.errors import DataError, NumericalError
+from sparsellm.patterns import NM, Pattern, Unstructured
+from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
+from tests.decomposition.helpers import Solved, by_input_norm, random_chunks, random_unit, refitted
+
+HALF = Unstructured(0.5)
+UNITS = [(True, silu, False), (False, relu, True), (False, gelu, True), (True, relu2, False)]
+
+
+def _same(one: FeedForward, other: FeedForward) -> bool:
+    pairs = zip(one.linears().values(), other.linears().values(), strict=True)
+    return all(torch.equal(a.weight, b.weight) and (a.bias is None or torch.equal(a.bias, b.bias)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_zero_iterations_are_local_pruning_bit_for_bit(gated: bool) -> None:
+    unit = random_unit(8, 20, gated=gated)
+    chunks = random_chunks(unit, [40, 33, 50], weights=True)
+    result = prune_feed_forward(unit, chunks[:2], chunks[2:], by_input_norm, HALF, Settings(iterations=0))
+
+    inputs = GramAccumulator(8, "cpu")
+    for chunk in chunks[:2]:
+        inputs.update(chunk.inputs, chunk.token_weights)
+    up = by_input_norm(unit.up.weight, inputs.finish(), HALF)
+    gate = by_input_norm(unit.gate.weight, inputs.finish(), HALF) if unit.gate else None
+    half = replace(unit, up=Linear(up.weight), gate=Linear(gate.weight) if gate else None)
+    hidden, cross = GramAccumulator(20, "cpu"), CrossAccumulator(8, 20, "cpu")
+    for chunk in chunks[:2]:
+        hidden.update(half.activations(chunk.inputs), chunk.token_weights)
+        cross.update(chunk.targets, half.activations(chunk.inputs), chunk.token_weights)
+    wanted = least_squares(hidden.finish(), cross.finish(), 0.01, prior=unit.down.weight).weight
+    down = by_input_norm(wanted, hidden.finish(), HALF)
+    assert _same(result.unit, replace(half, down=Linear(down.weight)))
+    assert torch.equal(result.masks["down"], down.mask)
+    assert result.best_iteration == 0
+    assert result.error == pytest.approx(true_error(result.unit, chunks[2:]))
+
+
+@pytest.mark.parametrize(("gated", "activation", "bias"), UNITS)
+def test_alternating_lowers_the_error_and_keeps_the_pattern(gated, activation, bias) -> None:  # type: ignore[no-untyped-def]
+    unit = random_unit(12, 32, gated=gated, activation=activation, bias=bias)
+    chunks = random_chunks(unit, [500, 500, 500])
+    result = prune_feed_forward(unit, chunks[:2], chunks[2:], refitted, HALF, Settings(iterations=4))
+    assert result.error < result.history[0].held_out_error
+    assert result.error == min(record.held_out_error for record in result.history)
+    assert true_error(result.unit, chunks[2:]) == result.error
+    for role, linear in result.unit.linears().items():
+        assert HALF.violations(linear.weight) == 0
+        assert not linear.weight[~result.masks[role]].any()
+        assert (linear.bias is None) == (not bias)
+    record = result.history[result.best_iteration]
+    assert record.train_error == pytest.approx(true_error(result.unit, chunks[:2]), rel=1e-3)
+    assert record.terms is not None
+    assert record.terms.total > 0
+
+
+def test_the_objective_falls_from_iteration_to_iteration_where_nothing_is_pruned() -> None:
+    unit = random_unit(6, 10, gated=True)
+    other = random_unit(6, 10, gated=True, seed=5)
+    chunks = [Chunk(chunk.inputs, other(chunk.inputs)) for chunk in random_chunks(unit, [300, 100])]
+    settings = Settings(iterations=6, patience=9, damping=1e-6)
+    result = prune_feed_forward(unit, chunks[:1], chunks[1:], by_input_norm, Unstructured(0.0), settings)
+    totals = [record.terms.total for record in result.history if record.terms]
+    assert all(later < earlier for earlier, later in itertools.pairwise(totals))
+
+
+@pytest.mark.parametrize(("gated", "activation", "bias"), UNITS)
+@pytest.mark.parametrize("outlier", [1000.0, 1e5])
+def test_divergence_ends_no_worse_than_local(gated, activation, bias, outlier) -> None:  # type: ignore[no-untyped-def]
+    unit = random_unit(10, 24, gated=gated, activation=activation, bias=bias)
+    chunks = random_chunks(unit, [60, 60, 60], outlier=outlier)
+    settings = Settings(iterations=5, patience=5, relaxation=20.0)  # 20: far beyond what any fit can bear
+    result = prune_feed_forward(unit, chunks[:2], chunks[2:], by_input_norm, HALF, settings)
+    assert result.error <= result.history[0].held_out_error
+    assert true_error(result.unit, chunks[2:]) == result.error
+    for linear in result.unit.linears().values():
+        assert torch.isfinite(linear.weight).all()
+
+
+def test_a_solver_that_fails_later_leaves_the_iterates_before_it() -> None:
+    calls = 0
+
+    def failing(weight: torch.Tensor, gram: Gram, pattern: Pattern) -> Solved:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise NumericalError("factorisation failed")
+        return by_input_norm(weight, gram, pattern)
+
+    unit = random_unit(6, 9, gated=True)
+    chunks = random_chunks(unit, [40, 40])
+    result = prune_feed_forward(unit, chunks[:1], chunks[1:], failing, HALF)
+    local = prune_feed_forward(unit, chunks[:1], chunks[1:], by_input_norm, HALF, Settings(iterations=0))
+    assert _same(result.unit, local.unit)
+    assert result.history[-1].notes == ("factorisation failed",)
+    assert math.isinf(result.history[-1].held_out_error)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.7), NM(2, 4)])
+def test_runs_repeat_bit_for_bit(pattern: Pattern) -> None:
+    unit = random_unit(8, 16, gated=True)
+    chunks = random_chunks(unit, [50, 50])
+
+    def run() -> Result:
+        return prune_feed_forward(unit, chunks[:1], chunks[1:], by_input_norm, pattern, Settings(iterations=3))
+
+    one, other = run(), run()
+    assert _same(one.unit, other.unit)
+    assert [r.held_out_error for r in one.history] == [r.held_out_error for r in other.history]
+
+
+def test_inputs_are_left_alone() -> None:
+    unit = random_unit(6, 12, gated=True, bias=True)
+    chunks = random_chunks(unit, [30, 30], weights=True)
+    before = [linear.weight.clone() for linear in unit.linears().values()]
+    held = [(chunk.inputs.clone(), chunk.targets.clone()) for chunk in chunks]
+    prune_feed_forward(unit, chunks[:1], chunks[1:], by_input_norm, HALF, Settings(refit="all"))
+    assert all(torch.equal(a, b.weight) for a, b in zip(before, unit.linears().values(), strict=True))
+    assert all(torch.equal(a, c.inputs) and torch.equal(b, c.targets) for (a, b), c in zip(held, chunks, strict=True))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_one_chunk_or_many_is_the_same_but_for_rounding(gated: bool) -> None:
+    unit = random_unit(8, 16, gated=gated, bias=not gated)
+    (whole,) = random_chunks(unit, [120], weights=True)
+    held = random_chunks(unit, [60], seed=7)
+    assert whole.token_weights is not None
+    many = [
+        Chunk(*parts)
+        for parts in zip(whole.inputs.split(17), whole.targets.split(17), whole.token_weights.split(17), strict=True)
+    ]
+    coefficients = prune_feed_forward(unit, [whole], held, by_input_norm, HALF).history[0].coefficients
+    settings = Settings(iterations=2, coefficients=coefficients)
+    one = prune_feed_forward(unit, [whole], held, by_input_norm, HALF, settings)
+    other = prune_feed_forward(unit, many, held, by_input_norm, HALF, settings)
+    for a, b in zip(one.history, other.history, strict=True):
+        assert a.held_out_error == pytest.approx(b.held_out_error, rel=2e-2)  # a rounding may move a mask entry
+    assert one.history[0].held_out_error == pytest.approx(other.history[0].held_out_error, rel=1e-4)
+
+
+def test_variables_in_files_give_the_same_result_and_leave_no_file(tmp_path: Path) -> None:
+    unit = random_unit(8, 16, gated=True)
+    chunks = random_chunks(unit, [50, 31, 40])
+    memory = prune_feed_forward(unit, chunks[:2], chunks[2:], by_input_norm, HALF)
+    files = prune_feed_forward(unit, chunks[:2], chunks[2:], by_input_norm, HALF, Settings(directory=tmp_path / "new"))
+    assert _same(memory.unit, files.unit)
+    assert not list((tmp_path / "new").iterdir())
+    half = prune_feed_forward(unit, chunks[:2], chunks[2:], by_input_norm, HALF, Settings(dtype=torch.bfloat16))
+    assert half.error <= half.history[0].held_out_error
+    with pytest.raises(ValueError, match="float16"):
+        VariableStore(dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(mask_only=True),
+        Settings(sweeps=3),
+        Settings(start="pruned", keep_variables=False),
+        Settings(continuation=2.0),
+        Settings(refit="down"),
+        Settings(refit="all"),
+    ],
+    ids=["mask_only", "sweeps", "restart", "continuation", "refit-down", "refit-all"],
+)
+def test_options_run_and_never_end_worse_than_local(settings: Settings) -> None:
+    unit = random_unit(8, 20, gated=True)
+    chunks = random_chunks(unit, [150, 150, 150])
+    result = prune_feed_forward(unit, chunks[:2], chunks[2:], by_input_norm, HALF, settings)
+    assert result.error <= result.history[0].held_out_error
+    assert true_error(result.unit, chunks[2:]) <= result.history[0].held_out_error
+    assert all(HALF.violations(linear.weight) == 0 for linear in result.unit.linears().values())
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("tokens", "d", "f"), [(1, 4, 8), (3, 8, 4), (2, 1, 5), (7, 6, 6)])
+def test_few_tokens_and_odd_shapes(gated: bool, tokens: int, d: int, f: int) -> None:
+    unit = random_unit(d, f, gated=gated, bias=True)
+    chunks = random_chunks(unit, [tokens, tokens])
+    result = prune_feed_forward(unit, chunks[:1], chunks[1:], by_input_norm, HALF)
+    assert result.error <= result.history[0].held_out_error
+    assert prune_feed_forward(unit, chunks, [], by_input_norm, HALF).error >= -1e-6
+
+
+def test_patterns_by_role_and_token_weights_of_zero() -> None:
+    unit = random_unit(8, 16, gated=True)
+    chunks = random_chunks(unit, [40, 40])
+    silent = Chunk(torch.full((5, 8), 1e3), torch.zeros(5, 8), torch.zeros(5))
+    patterns = {"up": Unstructured(0.25), "gate": NM(2, 4), "down": Unstructured(0.75)}
+    result = prune_feed_forward(unit, [chunks[0], silent], chunks[1:], by_input_norm, patterns, Settings(iterations=1))
+    assert all(patterns[role].violations(linear.weight) == 0 for role, linear in result.unit.linears().items())
+    assert int((result.unit.up.weight == 0).sum()) == 32
+
+
+def test_errors_name_what_is_wrong() -> None:
+    unit = random_unit(4, 6, gated=True)
+    with pytest.raises(DataError, match="no training tokens"):
+        prune_feed_forward(unit, [], [], by_input_norm, HALF)
+    broken = Chunk(torch.full((3, 4), torch.nan), torch.zeros(3, 4))
+    with pytest.raises(NumericalError):
+        prune_feed_forward(unit, [broken], [broken], by_input_norm, HALF)
+
+
+def test_split_spreads_whole_chunks() -> None:
+    chunks = [Chunk(torch.full((2, 1), float(i)), torch.zeros(2, 1)) for i in range(16)]
+    train, held = split(chunks)
+    assert [float(c.inputs[0, 0]) for c in held] == [4.0, 12.0]
+    assert len(train) == 14
+    train, held = split([Chunk(torch.arange(16.0)[:, None], torch.zeros(16, 1), torch.ones(16))])
+    assert (len(train[0].inputs), len(held[0].inputs)) == (14, 2)
+    assert [len(part) for part in split(chunks[:2])] == [1, 1]
+    assert split(chunks[:1], 0.0)[1] == []
