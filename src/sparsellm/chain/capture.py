@@ -1,0 +1,69 @@
+"""Watching the linears of a block while it runs: who shares whose input, and what the inputs are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsellm.chain.linears import LinearView
+
+
+@contextlib.contextmanager
+def watch(linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor], None]) -> Iterator[None]:
+    """While this lasts, ``see(linear, input, output)`` is called whenever one of the linears runs."""
+
+    def hook_for(linear: LinearView) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            see(linear, args[0], output)
+
+        return hook
+
+    handles = [linear.module.register_forward_hook(hook_for(linear)) for linear in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class InputGroups:
+    """Groups linears that are given the very same tensor, in the order in which they run.
+
+    For a Llama block: ``[q, k, v], [o], [gate, up], [down]``. The linears of a group share one Gram matrix, and one
+    factorisation. Groups are found on the first batch (:meth:`add` until :meth:`freeze`) and then stay.
+    """
+
+    def __init__(self) -> None:
+        self.groups: list[list[LinearView]] = []
+        self._inputs: list[Tensor] = []  # kept until freeze(), so that no address is used twice
+        self._head_of: dict[str, str] = {}
+        self._frozen = False
+
+    def add(self, linear: LinearView, entering: Tensor) -> bool:
+        """Whether the linear stands for its group: the first of those that are given this tensor."""
+        if linear.name not in self._head_of:
+            for tensor, group in zip(self._inputs, self.groups, strict=False):
+                if _same(tensor, entering):
+                    group.append(linear)
+                    self._head_of[linear.name] = group[0].name
+                    break
+            else:
+                self.groups.append([linear])
+                self._head_of[linear.name] = linear.name
+                if not self._frozen:
+                    self._inputs.append(entering)
+        return self._head_of[linear.name] == linear.name
+
+    def freeze(self) -> None:
+        """The first batch is over: forget its tensors. A linear first reached later makes a group of its own."""
+        self._frozen = True
+        self._inputs.clear()
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first is second or (
+        first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
+    )

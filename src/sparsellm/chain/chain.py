@@ -1,0 +1,335 @@
+"""The chain of modular functions: embedding → block 1 → … → block L → norm and head.
+
+Blocks are run one at a time with the very arguments that the model's own forward gives them: these are captured, never
+guessed, so a new release of transformers that adds one does not break the walk. Only one block's weights are in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sparsellm.chain.linears import LinearView, iterate_linears
+from sparsellm.chain.open import load_config
+from sparsellm.chain.structure import find_blocks
+from sparsellm.chain.weights import CheckpointWeights
+from sparsellm.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with, beside the hidden states: captured from the model's own forward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_keyword: str | None  # the keyword of the hidden states, or None when they come first by position
+
+    def on(self, block: nn.Module, hidden: Tensor) -> Any:
+        if self.hidden_keyword is None:
+            return block(hidden, *self.args, **self.kwargs)
+        return block(*self.args, **{self.hidden_keyword: hidden}, **self.kwargs)
+
+
+class Chain:
+    """A decoder-only model, block by block. Build one with :func:`open_chain`.
+
+    Attributes:
+        model: the transformers model; weights that are not loaded now are on the meta device.
+        blocks: the decoder blocks, in order.
+        block_names: their names in the model.
+        device: where blocks run.
+        dtype: what they compute in.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        directory: Path | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.model = model.eval()
+        self.directory = directory
+        self.device = device
+        list_name, blocks = find_blocks(model)
+        self.blocks: list[nn.Module] = list(blocks)
+        self.block_names = [f"{list_name}.{index}" for index in range(len(blocks))]
+        self._canonical = _canonical_names(model)
+        self._outer = [name for name in self._all_names() if not name.startswith(f"{list_name}.")]
+        self.weights = CheckpointWeights(directory, model, self._canonical) if directory is not None else None
+        first = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
+        self.storage_dtype = self._stored_dtype(f"{first[0]}.weight")
+        self.dtype = dtype or fast_dtype(self.storage_dtype, device)
+        self._rewrap: Callable[[Tensor], Any] | None = None
+        self._shared: dict[str, Tensor] = {}
+        self._shared_by_blocks = {first for first in self._canonical.values() if first.startswith(f"{list_name}.")}
+        if self.weights is not None:
+            # Buffers that are not in the checkpoint (rotary frequencies, causal masks) were made on the CPU.
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and not buffer.is_meta:
+                        module._buffers[name] = buffer.to(device)
+        else:
+            # A caller's model runs where and as it is: moving it would change it behind the caller's back.
+            parameter = next(self.blocks[0].parameters())
+            self.device, self.dtype = parameter.device, parameter.dtype
+
+    # ------------------------------------------------------------------ weights
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    def linears(self, index: int) -> list[LinearView]:
+        """The linears of block ``index`` that are pruned here: none that is tied to the embedding, the head, or an
+        earlier block, which is pruned there."""
+        prefix = self.block_names[index]
+        views = []
+        for name, module in iterate_linears(self.blocks[index], prefix):
+            if self._canonical.get(f"{name}.weight", f"{name}.weight") == f"{name}.weight":
+                views.append(LinearView(name, module, self._stored_dtype(f"{name}.weight")))
+        return views
+
+    def load_block(self, index: int) -> None:
+        """Brings the weights of block ``index`` from the checkpoint to the device, in the computing dtype."""
+        self._load(self._names_of(index))
+
+    def release_block(self, index: int) -> None:
+        """Forgets the weights of block ``index``; a model that the caller holds in memory keeps them."""
+        self._release(self._names_of(index))
+
+    def load_outer(self) -> None:
+        """Brings embedding, final norm and head from the checkpoint."""
+        self._load(self._outer)
+
+    def release_outer(self) -> None:
+        self._release(self._outer)
+
+    def block_tensors(self, index: int) -> dict[str, Tensor]:
+        """The weights of a loaded block as they are written: under the checkpoint's names, in its dtypes."""
+        return self._tensors(self._names_of(index))
+
+    def outer_tensors(self) -> dict[str, Tensor]:
+        """Everything outside the blocks as it stands in the checkpoint, tied weights once."""
+        if self.weights is None:
+            return self._tensors(self._outer)
+        blocks = {self.weights.key_of[name] for index in range(len(self)) for name in self._names_of(index)}
+        rest = [key for key in self.weights.reader if key not in blocks]
+        return self.weights.reader.read(rest)
+
+    def _tensors(self, names: list[str]) -> dict[str, Tensor]:
+        state = dict(self.model.named_parameters(remove_duplicate=False))
+        state.update(self.model.named_buffers(remove_duplicate=False))
+        written = {}
+        for name in names:
+            if self._canonical.get(name, name) != name:
+                continue
+            key = self.weights.key_of[name] if self.weights else name
+            written[key] = state[name].detach().to(self._stored_dtype(name))
+        return written
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        if self.weights is not None:
+            return self.weights.dtype(name)
+        owner, _, leaf = name.rpartition(".")
+        value = getattr(self.model.get_submodule(owner), leaf)
+        assert isinstance(value, Tensor)
+        return value.dtype
+
+    def _all_names(self) -> list[str]:
+        return list(self.model.state_dict(keep_vars=True))
+
+    def _names_of(self, index: int) -> list[str]:
+        prefix = f"{self.block_names[index]}."
+        return [name for name in self._all_names() if name.startswith(prefix)]
+
+    def _load(self, names: list[str]) -> None:
+        if self.weights is None:
+            return
+        values = self.weights.read([name for name in names if self._canonical.get(name, name) not in self._shared])
+        for name in names:
+            value = self._shared.get(self._canonical.get(name, name), values.get(name))
+            assert value is not None
+            value = value.to(self.device, self.dtype if value.is_floating_point() else None)
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[leaf] = value
+
+    def _release(self, names: list[str]) -> None:
+        if self.weights is None:
+            return
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if leaf in module._parameters and module._parameters[leaf] is not None:
+                value = module._parameters[leaf]
+                assert value is not None
+                canonical = self._canonical.get(name, name)
+                if canonical in self._shared_by_blocks and not value.is_meta:
+                    # A weight that several blocks share was pruned in the first: the others must see it pruned.
+                    self._shared[canonical] = value.detach().to(self.weights.dtype(canonical), copy=True)
+                module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
+
+    # ------------------------------------------------------------------ running
+
+    @torch.no_grad()
+    def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """Runs the model's own forward as far as the blocks.
+
+        The embedding and block 0 must be loaded. Block 0 runs once, at the first call, to show what a block returns.
+
+        Args:
+            ids: token ids, ``(batch, seq)``.
+
+        Returns:
+            The hidden states that enter block 0, ``(batch, seq, hidden)``, and for every block what else the model's
+            forward calls it with.
+        """
+        entering: list[Tensor] = []
+        calls: list[Call | None] = [None] * len(self.blocks)
+
+        def record(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, call = _split_call(args, kwargs)
+            calls[index] = call
+            if not entering:
+                entering.append(hidden)
+                if self._rewrap is None:
+                    self._rewrap = _learn_return(forward(*args, **kwargs), hidden, self.blocks[index])
+            assert self._rewrap is not None
+            return self._rewrap(hidden)
+
+        with self._intercepted(record):
+            self.model.base_model(ids.to(self.device), use_cache=False)
+        if any(call is None for call in calls):
+            skipped = [name for name, call in zip(self.block_names, calls, strict=True) if call is None]
+            raise ModelError(f"the forward of {type(self.model).__name__} does not call {skipped[0]}")
+        return entering[0], [call for call in calls if call is not None]
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """One block on hidden states ``(batch, seq, hidden)``; its weights must be loaded."""
+        return _first(call.on(self.blocks[index], hidden), self.blocks[index])
+
+    @torch.no_grad()
+    def finish(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Norm and head, through the model's own forward: logits ``(batch, seq, vocabulary)``.
+
+        Args:
+            hidden: what the last block gave, ``(batch, seq, hidden)``.
+            ids: the token ids that it came from.
+        """
+
+        def replay(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            assert self._rewrap is not None, "start() comes before finish()"
+            return self._rewrap(hidden if index == len(self.blocks) - 1 else _split_call(args, kwargs)[0])
+
+        with self._intercepted(replay):
+            logits = self.model(ids.to(self.device), use_cache=False).logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+    @contextlib.contextmanager
+    def _intercepted(self, handle: Callable[..., Any]) -> Iterator[None]:
+        """Every block's forward goes to ``handle(index, forward, args, kwargs)`` while this lasts.
+
+        The attribute is set on the instance and deleted again, so that the block stays in place with all its other
+        attributes, which some models' forwards read (Qwen asks a layer for its kind of attention).
+        """
+
+        def divert(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: handle(index, forward, args, kwargs)
+
+        for index, block in enumerate(self.blocks):
+            block.forward = divert(index, block.forward)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def open_chain(
+    model: PreTrainedModel | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Chain:
+    """A chain over a checkpoint directory (weights read lazily) or over a model in memory.
+
+    Args:
+        model: the directory, or the model, whose weights the walk will then change.
+        device: where blocks run; a model in memory runs where it is.
+        dtype: what blocks compute in; None for the fastest that is not coarser than the stored one.
+        trust_remote_code: run the modelling code that comes with the checkpoint.
+
+    Raises:
+        ModelError: not a decoder-only model, or weights do not fit its config.
+        StorageError: the weight files cannot be read.
+    """
+    if isinstance(model, PreTrainedModel):
+        return Chain(model, None, device=device, dtype=dtype)
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    empty.tie_weights()
+    return Chain(empty, model, device=device, dtype=dtype)
+
+
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The stored dtype where the device multiplies matrices in it, else fp32: many CPUs emulate half precision, at a
+    fifth of the speed and with less accuracy."""
+    if stored not in (torch.bfloat16, torch.float16) or device.type != "cpu":
+        return stored
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return stored if native and stored is torch.bfloat16 else torch.float32
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    """For every name of a parameter that has several, the first of them."""
+    first: dict[int, str] = {}
+    groups: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(first.setdefault(id(parameter), name), []).append(name)
+    return {name: canonical for canonical, names in groups.items() if len(names) > 1 for name in names}
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states and the rest: they are the first tensor a block is given."""
+    if args and isinstance(args[0], Tensor):
+        return args[0], Call(args[1:], kwargs, None)
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
+            return value, Call(args, {k: v for k, v in kwargs.items() if k != key}, key)
+    raise ModelError("a block is called without hidden states (batch, seq, hidden); this model is not a plain chain")
+
+
+def _first(output: Any, block: nn.Module) -> Tensor:
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(hidden, Tensor):
+        raise ModelError(f"{type(block).__name__} returns {type(output).__name__}, not hidden states")
+    return hidden
+
+
+def _learn_return(output: Any, hidden: Tensor, block: nn.Module) -> Callable[[Tensor], Any]:
+    if _first(output, block).shape != hidden.shape:
+        raise ModelError(f"{type(block).__name__} changes the shape of its hidden states; this is not a plain chain")
+    if isinstance(output, (tuple, list)):
+        rest = tuple(output[1:])
+        return lambda value: (value, *rest)
+    return lambda value: value

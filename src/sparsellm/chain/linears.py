@@ -1,0 +1,78 @@
+"""The linear maps inside a block, whatever class they are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """One linear as ``Y = X Wᵀ + b`` with ``W (out, in)``, however its module stores it.
+
+    Args:
+        name: the name of the module inside the whole model.
+        module: an ``nn.Linear``, or the ``Conv1D`` of GPT-2, which stores ``Wᵀ``.
+        storage_dtype: the dtype in which the weight will be written; what is assigned is rounded to it at once, so
+            that the model in memory is the model on disk.
+    """
+
+    name: str
+    module: nn.Module
+    storage_dtype: torch.dtype
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def transposed(self) -> bool:
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def out_features(self) -> int:
+        return int(self.parameter.shape[1 if self.transposed else 0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.parameter.shape[0 if self.transposed else 1])
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter = self.module.weight
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.module.bias
+        return bias.detach().float() if isinstance(bias, Tensor) else None
+
+    def weight(self) -> Tensor:
+        """A copy of the weight, ``(out, in)``, fp32."""
+        weight = self.parameter.detach().to(torch.float32, copy=True)
+        return weight.t().contiguous() if self.transposed else weight
+
+    @torch.no_grad()
+    def assign(self, weight: Tensor) -> None:
+        """Puts ``weight (out, in)`` in place, rounded to the storage dtype, with no negative zero."""
+        stored = (weight.t() if self.transposed else weight).to(self.storage_dtype) + 0.0
+        self.parameter.copy_(stored.to(self.parameter.dtype))
+
+    @torch.no_grad()
+    def assign_bias(self, bias: Tensor) -> None:
+        """Puts ``bias (out,)`` in place, rounded to the storage dtype."""
+        target = self.module.bias
+        assert isinstance(target, Tensor)
+        target.copy_(bias.to(self.storage_dtype).to(target.dtype))
+
+
+def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order."""
+    for name, child in module.named_modules():
+        if isinstance(child, (nn.Linear, Conv1D)):
+            yield (f"{prefix}.{name}" if name else prefix), child

@@ -1,0 +1,31 @@
+"""Finding the parts of a decoder by structure: no list of families, no names of attributes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparsellm.chain.linears import iterate_linears
+from sparsellm.errors import ModelError
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks: the ``ModuleList`` that holds most of the weights of linears.
+
+    A list nested in another (the experts of a block, say) holds no more than its parent does, so the outermost of
+    equals is taken.
+
+    Returns:
+        The list's name in the model, and the list.
+
+    Raises:
+        ModelError: no ``ModuleList`` holds linears.
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0:
+            size = sum(linear.weight.numel() for _, linear in iterate_linears(module, name))  # type: ignore[operator]
+            if size and (best is None or size > best[0]):
+                best = (size, name, module)
+    if best is None:
+        raise ModelError(f"{type(model).__name__} has no list of blocks with linear layers; it cannot be pruned")
+    return best[1], best[2]

@@ -1,0 +1,1 @@
+"""Checkpoints: read tensor by tensor, written shard by shard."""

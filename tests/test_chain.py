@@ -1,0 +1,208 @@
+"""The chain against the model's own forward: capture equals hooks, running block by block equals running whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from sparsellm.chain import Chain, open_chain
+from sparsellm.chain.capture import InputGroups, watch
+from sparsellm.errors import ModelError
+from sparsellm.streams import Stream
+from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+
+CPU = torch.device("cpu")
+FAMILIES = [tiny_llama, tiny_opt, tiny_gpt2]
+Family = Callable[..., PreTrainedModel]
+
+
+def ids(samples: int = 3, seq: int = 20) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (samples, seq), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.__name__)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+def hooked(model: PreTrainedModel, modules: list[nn.Module]) -> list[Any]:
+    """What leaves each module in one forward of the whole model: an independent view of the same values."""
+    seen: list[Any] = []
+    handles = [module.register_forward_hook(lambda m, args, output: seen.append(output)) for module in modules]
+    with torch.no_grad():
+        model(ids(), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [output[0] if isinstance(output, tuple) else output for output in seen]
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_the_chain_run_block_by_block_equals_the_whole_model(family: Family, lazily: bool, tmp_path: Path) -> None:
+    model = family()
+    chain = open_chain(save_tiny(model, None, tmp_path) if lazily else model, device=CPU)
+    expected = hooked(model, list(Chain(model, None, device=CPU, dtype=None).blocks))
+    with torch.no_grad():
+        logits = model(ids(), use_cache=False).logits
+    chain.load_outer()
+    chain.load_block(0)
+    stream = Stream(chain, ids(), batch_tokens=60)
+    for index in range(len(chain)):
+        chain.load_block(index)
+        stream.advance(index)
+        assert torch.equal(torch.cat(stream.hidden), expected[index])
+        chain.release_block(index)
+    assert torch.equal(chain.finish(torch.cat(stream.hidden), ids()), logits)
+
+
+def test_inputs_of_linears_equal_those_in_the_whole_model(family: Family) -> None:
+    model = family()
+    chain = open_chain(model, device=CPU)
+    whole: dict[str, torch.Tensor] = {}
+    linears = [linear for index in range(len(chain)) for linear in chain.linears(index)]
+    with (
+        watch(linears, lambda linear, entering, leaving: whole.update({linear.name: entering.clone()})),
+        torch.no_grad(),
+    ):
+        model(ids(), use_cache=False)
+    stream = Stream(chain, ids(), batch_tokens=60)
+    for index in range(len(chain)):
+        seen: dict[str, torch.Tensor] = {}
+        with watch(
+            chain.linears(index), lambda linear, entering, leaving, s=seen: s.update({linear.name: entering.clone()})
+        ):
+            list(stream.run(index))
+        assert seen and all(torch.equal(value, whole[name]) for name, value in seen.items())
+        stream.advance(index)
+
+
+def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
+    expected = {
+        tiny_llama: [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+        tiny_opt: [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+        tiny_gpt2: [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    }
+    for family, kinds in expected.items():
+        chain = open_chain(family(), device=CPU)
+        stream = Stream(chain, ids(), batch_tokens=60)
+        groups = InputGroups()
+        with watch(chain.linears(0), lambda linear, entering, leaving, g=groups: g.add(linear, entering)):
+            list(stream.run(0))
+        found = [sorted(linear.name.rpartition(".")[2] for linear in group) for group in groups.groups]
+        assert found == [sorted(group) for group in kinds]
+
+
+def test_conv1d_is_seen_as_out_by_in() -> None:
+    chain = open_chain(tiny_gpt2(), device=CPU)
+    linear = next(linear for linear in chain.linears(0) if linear.name.endswith("c_fc"))
+    assert linear.weight().shape == (linear.out_features, linear.in_features) == (112, 48)
+    x = torch.randn(5, 48)
+    assert linear.bias is not None
+    torch.testing.assert_close(x @ linear.weight().T + linear.bias, linear.module(x))
+    weight = torch.randn(112, 48)
+    linear.assign(weight)
+    assert torch.equal(linear.weight(), weight)
+
+
+def test_only_one_block_is_in_memory(tmp_path: Path) -> None:
+    chain = open_chain(save_tiny(tiny_llama(), None, tmp_path), device=CPU)
+    assert all(parameter.is_meta for parameter in chain.model.parameters())
+    chain.load_block(1)
+    loaded = {name for name, parameter in chain.model.named_parameters() if not parameter.is_meta}
+    assert loaded
+    assert all(name.startswith("model.layers.1.") for name in loaded)
+    chain.release_block(1)
+    assert all(parameter.is_meta for parameter in chain.model.parameters())
+
+
+def test_a_checkpoint_of_the_bare_base_model_is_read(tmp_path: Path) -> None:
+    model = tiny_gpt2()
+    model.transformer.save_pretrained(tmp_path)  # the hub's gpt2 looks like this: no 'transformer.' in the names
+    model.config.save_pretrained(tmp_path)
+    chain = open_chain(tmp_path, device=CPU)
+    chain.load_outer()
+    chain.load_block(0)
+    stream = Stream(chain, ids(), batch_tokens=60)
+    for index in range(len(chain)):
+        chain.load_block(index)
+        stream.advance(index)
+    assert torch.equal(chain.finish(torch.cat(stream.hidden), ids()), model(ids(), use_cache=False).logits)
+
+
+def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    chain = open_chain(save_tiny(model, None, tmp_path), device=CPU, dtype=torch.float32)
+    chain.load_block(0)
+    assert chain.storage_dtype is torch.bfloat16
+    assert chain.blocks[0].self_attn.q_proj.weight.dtype is torch.float32
+    assert next(iter(chain.block_tensors(0).values())).dtype is torch.bfloat16
+
+
+def test_a_mask_that_differs_by_layer_reaches_its_layer() -> None:
+    """Gemma-like models give sliding-window and full layers different masks: each block's arguments are its own."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=4, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    chain = open_chain(model, device=CPU)
+    stream = Stream(chain, ids(), batch_tokens=60)
+    for index in range(len(chain)):
+        stream.advance(index)
+    with torch.no_grad():
+        expected = model(ids(), use_cache=False).logits  # soft-capped: the model's own forward makes the logits
+    assert torch.equal(chain.finish(torch.cat(stream.hidden), ids()), expected)
+
+
+def test_equal_masks_of_equal_batches_are_kept_once() -> None:
+    chain = open_chain(tiny_llama(), device=CPU)
+    stream = Stream(chain, ids(samples=8), batch_tokens=20)
+    cosines = {id(call.kwargs["position_embeddings"][0]) for index in range(3) for call in stream.calls(index)}
+    assert len(stream) == 8
+    assert len(cosines) == 1
+
+
+def test_a_missing_weight_is_named(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), None, tmp_path)
+    LlamaConfig.from_pretrained(tmp_path, num_hidden_layers=4).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"layers\.3\..* is not in"):
+        open_chain(tmp_path, device=CPU)
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), None, tmp_path)
+    LlamaConfig.from_pretrained(tmp_path, intermediate_size=96).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\..*shape"):
+        open_chain(tmp_path, device=CPU)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    from sparsellm.errors import StorageError
+
+    save_tiny(tiny_llama(), None, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(StorageError, match="pickled"):
+        open_chain(tmp_path, device=CPU)
+
+
+def test_a_weight_shared_by_blocks_is_pruned_once() -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    chain = open_chain(model, device=CPU)
+    assert any(linear.name.endswith("0.mlp.up_proj") for linear in chain.linears(0))
+    assert not any(linear.name.endswith("mlp.up_proj") for linear in chain.linears(1))
+
+
+def test_saved_and_loaded_again_plain_transformers_agrees(family: Family, tmp_path: Path) -> None:
+    directory = save_tiny(family(), None, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    torch.testing.assert_close(loaded(ids()).logits, family()(ids()).logits, rtol=0, atol=0)
