@@ -1,3 +1,38 @@
-"""sparsellm: prune Hugging Face language models after training, globally."""
+"""sparsellm: prune Hugging Face language models after training, globally.
+
+>>> import sparsellm
+>>> result = sparsellm.prune("demo", sparsellm.Recipe(sparsity=0.5), out="pruned")  # doctest: +SKIP
+>>> sparsellm.evaluate("pruned", "pydoc").value  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sparsellm.api import PruneResult, evaluate, inspect, prune
+    from sparsellm.errors import SparseLLMError
+    from sparsellm.evaluation.perplexity import Perplexity
+    from sparsellm.recipe import Recipe
+
+_HOME = {
+    "PruneResult": "sparsellm.api",
+    "evaluate": "sparsellm.api",
+    "inspect": "sparsellm.api",
+    "prune": "sparsellm.api",
+    "SparseLLMError": "sparsellm.errors",
+    "Perplexity": "sparsellm.evaluation.perplexity",
+    "Recipe": "sparsellm.recipe",
+}
+
+__all__ = ["Perplexity", "PruneResult", "Recipe", "SparseLLMError", "__version__", "evaluate", "inspect", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch and transformers when they are first needed: ``sparsellm --help`` should not wait for them."""
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'sparsellm' has no attribute {name!r}")

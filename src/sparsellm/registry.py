@@ -72,8 +72,6 @@ class Registry(Generic[F]):
         """Decorator. Options are the function's keyword-only parameters, ``Annotated[type, "description"]``."""
 
         def add(function: F) -> F:
-            if name in self._entries:
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
             hints = typing.get_type_hints(function, include_extras=True)
             options = {}
             for parameter in inspect.signature(function).parameters.values():
@@ -83,10 +81,16 @@ class Registry(Generic[F]):
                 type_, description = typing.get_args(hint)[:2] if hasattr(hint, "__metadata__") else (hint, "")
                 options[parameter.name] = Option(parameter.name, type_, parameter.default, description)
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-            self._entries[name] = Entry(name, function, paper, summary, options)
+            self.add(Entry(name, function, paper, summary, options))
             return function
 
         return add
+
+    def add(self, entry: Entry[F]) -> None:
+        """Registers an entry that was made by hand."""
+        if entry.name in self._entries:
+            raise ValueError(f"{self.kind} {entry.name!r} is registered twice")
+        self._entries[entry.name] = entry
 
     def __getitem__(self, name: str) -> Entry[F]:
         if name not in self._entries:

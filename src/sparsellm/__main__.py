@@ -1,0 +1,3 @@
+from sparsellm.cli import main
+
+main()

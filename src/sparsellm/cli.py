@@ -1,0 +1,365 @@
+"""The commands: parse, call the API, print. Everything of substance is in :mod:`sparsellm.api`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sparsellm.errors import SparseLLMError
+
+if TYPE_CHECKING:
+    from sparsellm.api import PruneResult
+    from sparsellm.progress import ProgressCallback
+    from sparsellm.recipe import Recipe
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prune Hugging Face language models after training, globally, and make the sparsity pay.",
+)
+out_console = Console(highlight=False)
+log_console = Console(stderr=True, highlight=False)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, hub id, .gguf file, or 'demo'.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: auto]", show_default=False)]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]", show_default=False)
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")
+]
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the pruned checkpoint.")],
+    method: Annotated[
+        str | None, typer.Option(help="See `sparsellm methods`. [default: admm]", show_default=False)
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros. [default: 0.7]", show_default=False)
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="N:M", help="Keep N of every M inputs, e.g. 2:4.", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="File (.txt, .jsonl, .parquet), wikitext2, ptb, c4, hub:OWNER/NAME, self, or pydoc. [default: pydoc]",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="[default: 128]", show_default=False)] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="[default: 2048, or the model's limit]", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="[default: 0]", show_default=False)] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in YAML; options override it.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field, or options.NAME of the method; repeatable."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune MODEL and save a checkpoint that plain transformers loads."""
+    from sparsellm import api
+    from sparsellm.recipe import Recipe
+
+    given = {
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "calibration": calibration,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe()
+    chosen = chosen.updated(**{name: value for name, value in given.items() if value is not None})
+    chosen = chosen.with_settings(settings or [])
+    with _bar() as progress:
+        result = api.prune(
+            model, chosen, out=out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
+        )
+    for warning in result.warnings:
+        log_console.print(f"note: {warning}")
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _print_pruned(result)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[
+        str, typer.Option(metavar="SOURCE", help="As --calibration of prune; 'pydoc' is its held-out part.")
+    ],
+    seq_len: Annotated[
+        int | None, typer.Option(help="[default: 2048, or the model's limit]", show_default=False)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Use no more of the text.", show_default=False)
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity of MODEL on a text, by the protocol of the papers."""
+    from sparsellm import api
+    from sparsellm.progress import PhaseClock
+
+    clock = PhaseClock()
+    with _bar() as progress, clock.phase("evaluate"):
+        found = api.evaluate(
+            model,
+            text,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            device=device or "auto",
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(
+            {
+                "perplexity": found.value,
+                "nll": found.nll,
+                "tokens_scored": found.tokens,
+                "window": found.window,
+                "model": model,
+                "text": text,
+                "seconds": clock.seconds,
+                "peak_rss_bytes": api.peak_rss(),
+                "versions": api.versions(),
+            }
+        )
+    else:
+        out_console.print(f"perplexity {found.value:.4f} · {found.tokens} tokens scored in windows of {found.window}")
+
+
+@app.command()
+def inspect(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, pruned or not.")],
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Count the zeros of a checkpoint per linear, per block, and in all, and check N:M."""
+    from sparsellm import api
+
+    linears = api.inspect(directory, trust_remote_code=trust_remote_code)
+    blocks: dict[int, list[api.LinearZeros]] = {}
+    for linear in linears:
+        blocks.setdefault(linear.block, []).append(linear)
+    zeros = sum(linear.zeros for linear in linears)
+    weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+    held = {linear.pattern for linear in linears}
+    common = str(held.pop()) if len(held) == 1 and None not in held else None
+    if as_json:
+        _print_json(
+            {
+                "zeros": zeros,
+                "weights": weights,
+                "sparsity": zeros / weights,
+                "pattern": common,
+                "blocks": [
+                    {"block": index, "sparsity": _share(part), "zeros": sum(linear.zeros for linear in part)}
+                    for index, part in blocks.items()
+                ],
+                "linears": [
+                    {
+                        "name": linear.name,
+                        "block": linear.block,
+                        "shape": list(linear.shape),
+                        "zeros": linear.zeros,
+                        "sparsity": linear.sparsity,
+                        "pattern": str(linear.pattern) if linear.pattern else None,
+                    }
+                    for linear in linears
+                ],
+            }
+        )
+        return
+    table = Table("linear", "shape", "zeros", "sparsity", "N:M")
+    for index, part in blocks.items():
+        for linear in part:
+            shape = "×".join(map(str, linear.shape))
+            table.add_row(linear.name, shape, str(linear.zeros), f"{linear.sparsity:.2%}", str(linear.pattern or "–"))
+        table.add_row(f"block {index}", "", str(sum(x.zeros for x in part)), f"{_share(part):.2%}", "", style="bold")
+        table.add_section()
+    table.add_row("all", "", str(zeros), f"{zeros / weights:.2%}", common or "–", style="bold")
+    out_console.print(table)
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """What can be chosen as --method, with its options and its paper."""
+    from sparsellm.methods import METHODS
+
+    if as_json:
+        _print_json(
+            {
+                entry.name: {
+                    "summary": entry.summary,
+                    "paper": entry.paper,
+                    "options": {
+                        option.name: {
+                            "type": option.type_name,
+                            "default": option.default,
+                            "description": option.description,
+                        }
+                        for option in entry.options.values()
+                    },
+                }
+                for entry in METHODS
+            }
+        )
+        return
+    for entry in METHODS:
+        out_console.print(f"[bold]{entry.name}[/bold]  ({entry.paper})")
+        out_console.print(f"  {entry.summary}", markup=False)
+        for option in entry.options.values():
+            out_console.print(
+                f"    options.{option.name}: {option.type_name} = {option.default}  {option.description}", markup=False
+            )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="[default: in the cache]", show_default=False)] = None,
+    sparsity: Annotated[float, typer.Option(help="Fraction of zeros.")] = 0.7,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune a small real Llama, measure it before and after, save it, and show the result. Needs no hub."""
+    from sparsellm.demo import run_demo
+
+    with _bar() as progress:
+        result = run_demo(out=out, sparsity=sparsity, progress=progress)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    _print_pruned(result.pruned)
+    table = Table("", "dense", "pruned", title="SmolLM2-135M-Instruct")
+    for name, dense, pruned in result.rows():
+        table.add_row(name, dense, pruned)
+    out_console.print(table)
+    for name, text in (("dense", result.dense_text), ("pruned", result.pruned_text)):
+        out_console.print(f"[bold]{name}:[/bold]", end=" ")
+        out_console.print(f"{result.prompt}{text}", markup=False)
+    out_console.print(f"\nPruned checkpoint: {result.pruned.path}", soft_wrap=True)
+    out_console.print(f"Dense checkpoint:  {result.dense_path}", soft_wrap=True)
+    out_console.print(f'Load it: AutoModelForCausalLM.from_pretrained("{result.pruned.path}")', soft_wrap=True)
+
+
+def main() -> None:
+    """The command line. A mistake of the user's ends in one line on stderr and exit code 2, never a traceback."""
+    _quiet_libraries()
+    try:
+        app(standalone_mode=False)
+    except SparseLLMError as error:
+        log_console.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        log_console.print("interrupted; the output directory was not finished")
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
+            log_console.print(f"error: {error.format_message()}", markup=False, soft_wrap=True)
+            sys.exit(2)
+        raise
+
+
+def _quiet_libraries() -> None:
+    """Libraries' own bars and warnings would tear ours, and stdout belongs to the result."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@contextmanager
+def _bar() -> Iterator[ProgressCallback]:
+    from sparsellm.progress import Progress as Event
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=log_console, transient=not log_console.is_terminal) as bar:
+
+        def show(event: Event) -> None:
+            if event.phase not in tasks:
+                tasks[event.phase] = bar.add_task(event.phase, detail="")
+            bar.update(tasks[event.phase], completed=event.done, total=event.total, detail=event.detail)
+
+        yield show
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def _share(linears: list[Any]) -> float:
+    return float(sum(x.zeros for x in linears) / sum(x.shape[0] * x.shape[1] for x in linears))
+
+
+def _print_pruned(result: PruneResult) -> None:
+    table = Table("kind of linear", "weights", "zeros", "sparsity", "mean error", title="Pruned")
+    kinds: dict[str, list[Any]] = {}
+    for linear in result.linears:
+        kinds.setdefault(linear.name.rpartition(".")[2], []).append(linear)
+    for kind, part in kinds.items():
+        weights = sum(x.shape[0] * x.shape[1] for x in part)
+        error = sum(x.error for x in part) / len(part)
+        table.add_row(kind, f"{weights:,}", f"{sum(x.zeros for x in part):,}", f"{_share(part):.2%}", f"{error:.4f}")
+    table.add_section()
+    table.add_row("all", f"{result.weights:,}", f"{result.zeros:,}", f"{result.sparsity:.2%}", "", style="bold")
+    out_console.print(table)
+    for linear in result.linears:
+        for note in linear.notes:
+            log_console.print(f"note: {linear.name}: {note}", markup=False)
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
+    out_console.print(f"seconds: {phases}")
+    out_console.print(
+        f"{_recipe_line(result.recipe)} · {result.calibration_tokens} calibration tokens · "
+        f"peak memory {result.peak_rss / 1e9:.2f} GB"
+    )
+    out_console.print(f"written to {result.path}", soft_wrap=True)
+
+
+def _recipe_line(recipe: Recipe) -> str:
+    wanted = recipe.pattern or f"{recipe.sparsity:.0%}"
+    return f"{recipe.method} {wanted} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"

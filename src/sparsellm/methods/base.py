@@ -1,0 +1,130 @@
+"""The block as a method sees it, and what a method says of each linear that it pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sparsellm.chain import LinearView
+from sparsellm.chain.capture import InputGroups, watch
+from sparsellm.patterns import Pattern
+from sparsellm.progress import PhaseClock
+from sparsellm.registry import Registry
+from sparsellm.solvers import Solution
+from sparsellm.statistics import Gram, GramAccumulator
+from sparsellm.streams import Stream
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What became of one linear.
+
+    Attributes:
+        name: the module's name in the model.
+        shape: ``(out, in)``.
+        zeros: zeros in the weight as it is stored.
+        asked: the fraction of zeros asked for.
+        error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
+        notes: what the user should know, such as a damping that had to be raised.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    zeros: int
+    asked: float
+    error: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / (self.shape[0] * self.shape[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": list(self.shape), "notes": list(self.notes), "sparsity": self.sparsity}
+
+
+@dataclass
+class BlockTask:
+    """One block, loaded, with the hidden states that enter it. A method prunes its linears in place.
+
+    Attributes:
+        index: which block, from 0.
+        linears: the linears to prune.
+        patterns: the pattern of each, by name.
+        stream: the hidden states on the pruned model.
+        report: called with a short text when the method goes on to its next step.
+        clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
+        results: one for each linear done.
+    """
+
+    index: int
+    linears: list[LinearView]
+    patterns: dict[str, Pattern]
+    stream: Stream
+    report: Callable[[str], None]
+    clock: PhaseClock
+    results: list[LinearResult] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Runs the block on every batch, for what hooks see of it."""
+        for _ in self.stream.run(self.index):
+            pass
+
+    def statistics(self) -> list[tuple[list[LinearView], Gram]]:
+        """The linears that share an input, and its Gram matrix, from one pass of the block as it stands.
+
+        A linear that the calibration tokens never reach (an expert nobody is routed to) is left out; see
+        :meth:`finish`.
+        """
+        device = self.stream.chain.device
+        accumulators: dict[str, GramAccumulator] = {}
+        grouping = InputGroups()
+
+        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+            if grouping.add(linear, entering):
+                if linear.name not in accumulators:
+                    accumulators[linear.name] = GramAccumulator(linear.in_features, device)
+                accumulators[linear.name].update(entering)
+
+        with self.clock.phase("prune/statistics"), watch(self.linears, see):
+            for _ in self.stream.run(self.index):
+                grouping.freeze()
+        return [(group, accumulators[group[0].name].finish()) for group in grouping.groups]
+
+    def accept(self, linear: LinearView, solution: Solution) -> LinearResult:
+        """Puts a solution in place and records it."""
+        linear.assign(solution.weight)
+        weight = linear.parameter
+        result = LinearResult(
+            linear.name,
+            (linear.out_features, linear.in_features),
+            int((weight == 0).sum()),
+            self.patterns[linear.name].sparsity,
+            solution.error,
+            solution.notes,
+        )
+        self.results.append(result)
+        return result
+
+    def finish(self) -> list[LinearResult]:
+        """The results, with those linears that the method never saw, which stay dense and say so."""
+        done = {result.name for result in self.results}
+        for linear in self.linears:
+            if linear.name not in done:
+                shape = (linear.out_features, linear.in_features)
+                note = "left dense: no calibration token reached it"
+                zeros = int((linear.parameter == 0).sum())
+                self.results.append(LinearResult(linear.name, shape, zeros, 0.0, 0.0, (note,)))
+        return self.results
+
+
+class Method(Protocol):
+    """Prunes the linears of one block in place, and leaves a result for each in ``task.results``."""
+
+    def __call__(self, task: BlockTask, **options: Any) -> None: ...
+
+
+METHODS: Registry[Method] = Registry("method")

@@ -1,0 +1,28 @@
+"""Every local solver as a method: each linear by itself, on the inputs that the pruned blocks before it produce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsellm.methods.base import METHODS, BlockTask, Method
+from sparsellm.registry import Entry
+from sparsellm.solvers import SOLVERS, Solver
+
+
+def local_method(entry: Entry[Solver]) -> Method:
+    """One pass for the statistics of the whole block, one solve for each linear."""
+
+    def prune_block(task: BlockTask, **options: Any) -> None:
+        task.report("statistics")
+        for group, gram in task.statistics():
+            for linear in group:
+                task.report(linear.name.rpartition(".")[2])
+                with task.clock.phase("prune/solve"):
+                    solution = entry.function(linear.weight(), gram, task.patterns[linear.name], **options)
+                task.accept(linear, solution)
+
+    return prune_block
+
+
+for _entry in SOLVERS:
+    METHODS.add(Entry(_entry.name, local_method(_entry), _entry.paper, _entry.summary, _entry.options))

@@ -1,0 +1,40 @@
+"""How far a run is, as plain events; whoever shows them decides how."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One event: ``done`` of ``total`` steps of ``phase``, and what is being done now."""
+
+    phase: str
+    done: float
+    total: float
+    detail: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def ignore(_: Progress) -> None:
+    """Shows nothing."""
+
+
+class PhaseClock:
+    """Seconds spent in each phase, by wall clock; a phase entered again goes on where it was."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
