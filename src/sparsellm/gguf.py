@@ -1,0 +1,165 @@
+"""A ``.gguf`` file as an ordinary Hugging Face checkpoint, converted once and kept in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsellm.cache import cache_dir, sha256
+from sparsellm.errors import ModelError
+
+# Part of the key of the cache: raise it when this file starts to write something else.
+FORMAT = 1
+
+_MAGIC = b"GGUF"
+# magic, version, tensor count, metadata count
+_HEADER_BYTES = struct.calcsize("<4sIQQ")
+
+
+def gguf_checkpoint(
+    path: Path, *, dtype: torch.dtype = torch.float32, progress: Callable[[str], None] | None = None
+) -> Path:
+    """The checkpoint directory for a GGUF file: converted on the first call, found in the cache on every other.
+
+    It holds safetensors shards, a configuration that names no quantisation, the tokenizer with its chat template, and
+    the generation configuration. transformers reads the file and maps its tensors; no code from a checkpoint runs.
+
+    A block-quantised weight is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, and rounded in
+    bf16 or fp16 (8 and 11 bits of mantissa). So fp32 is the default, at twice the space on disk.
+
+    The key is the SHA-256 of the contents, so a file may move; the directory appears under its name only when complete,
+    and two processes that convert the same file at once both get it.
+
+    Args:
+        path: the file.
+        dtype: what the weights are stored as.
+        progress: called with a line about what is being done, if anything is.
+
+    Raises:
+        ModelError: the file is absent, is not GGUF, is cut short, or is of an architecture that transformers does not
+            convert; or the cache cannot be written.
+    """
+    path = Path(path)
+    _check_is_gguf(path)
+    name = f"{sha256(path)}-{str(dtype).removeprefix('torch.')}-v{FORMAT}"
+    final = cache_dir() / "gguf" / name
+    if final.is_dir():
+        return final
+    if progress is not None:
+        progress(f"converting {path.name} to a Hugging Face checkpoint, once")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{name[:16]}.", suffix=".partial") as temporary:
+            built = Path(temporary) / "checkpoint"
+            _convert(path, built, dtype)
+            try:
+                os.replace(built, final)
+            except OSError:
+                if not final.is_dir():  # otherwise another process was first, with the same contents
+                    raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelError(
+            f"cannot write {final}: {reason}; set SPARSELLM_CACHE to a directory with room for the model"
+        ) from error
+    return final
+
+
+def _check_is_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    if header[: len(_MAGIC)] != _MAGIC:
+        raise ModelError(f"{path} is not a GGUF file: it starts with {header[:4]!r}, not {_MAGIC!r}")
+    if len(header) < _HEADER_BYTES:
+        raise ModelError(f"{path} is cut short after {len(header)} bytes; fetch it again")
+
+
+def _convert(path: Path, directory: Path, dtype: torch.dtype) -> None:
+    """Write the checkpoint to a directory that does not exist yet."""
+    # Imported here: transformers takes seconds, and a conversion happens once.
+    import transformers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    settings: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    if hasattr(transformers, "GgufConfig"):  # later versions can leave weights packed; here they must be dense
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        with _quiet():
+            # Not AutoTokenizer: it would parse the whole file again, only to pick this class.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, **settings)
+            model = model.to(dtype)
+    except Exception as error:  # a damaged file surfaces as any of numpy's, gguf's or transformers' own errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{path} cannot be converted: {reason}; the file is damaged or cut short (fetch it again), or transformers "
+            f"{transformers.__version__} does not read its architecture (give a Hugging Face checkpoint instead)"
+        ) from error
+    with _quiet():
+        _without_quantization(model).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    _name_tokenizer_class(directory / "tokenizer_config.json")
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """Every version of transformers knows this name for the class; version 5 writes one that version 4 refuses."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_quantization(model: Any) -> Any:
+    """The same weights in a model that was never quantised; transformers refuses to save the one it dequantised."""
+    from transformers import AutoModelForCausalLM
+
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.config.dtype = model.dtype
+    return plain
+
+
+class _Swallow(io.StringIO):
+    """A stderr that keeps nothing, except what a rich console writes: rich looks for this attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rich_proxied_file = sys.stderr
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers: some go through a switch of its own, some straight to stderr."""
+    from transformers.utils import logging
+
+    was_enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(_Swallow()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if was_enabled:
+            logging.enable_progress_bar()

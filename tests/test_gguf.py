@@ -1,0 +1,173 @@
+"""GGUF conversion: a tiny Llama written as GGUF here gives the logits of the model it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from sparsellm.errors import ModelError
+from sparsellm.gguf import gguf_checkpoint
+from tests.models import tiny_llama, tiny_tokenizer
+
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gguf"
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows in llama.cpp's order: it rotates neighbouring pairs, Hugging Face the two halves of a head."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(model: LlamaForCausalLM, path: Path, kind: gguf.GGMLQuantizationType, arch: str = "llama") -> None:
+    """Write a Llama as llama.cpp's own converter does; matrices in ``kind``, norms in F32."""
+    config, tokenizer = model.config, tiny_tokenizer()
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokenizer) - 2))
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(CHAT)
+    for name, parameter in model.state_dict().items():
+        weight = parameter.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            weight = interleaved(weight, heads)
+        if weight.ndim == 1:
+            writer.add_tensor(gguf_name(name), weight)
+        else:
+            writer.add_tensor(gguf_name(name), gguf.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_name(name: str) -> str:
+    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem = name.removesuffix(".weight")
+    if stem in outside:
+        return f"{outside[stem]}.weight"
+    block, _, part = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{block}.{NAMES[part]}.weight"
+
+
+def quantized_llama(kind: gguf.GGMLQuantizationType) -> LlamaForCausalLM:
+    """A Llama whose weights are values that ``kind`` can hold; widths are multiples of its block of 32."""
+    model = tiny_llama(intermediate_size=96)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                packed = gguf.quantize(parameter.numpy(), kind)
+                parameter.copy_(torch.from_numpy(gguf.dequantize(packed, kind)))
+    return model
+
+
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0])
+def test_the_checkpoint_has_the_logits_of_the_model(tmp_path: Path, kind: Any, own_cache: Path) -> None:
+    model, path, said = quantized_llama(kind), tmp_path / "tiny.gguf", []
+    write_gguf(model, path, kind)
+    directory = gguf_checkpoint(path, progress=said.append)
+    assert directory.parent == own_cache
+    assert [entry.name for entry in own_cache.iterdir()] == [directory.name]  # nothing half-built is left
+    assert len(said) == 1
+
+    config = json.loads((directory / "config.json").read_text())
+    assert not {"quantization_config", "sparsity_config"} & set(config)
+    assert config["dtype"] == "float32"
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    ids = torch.arange(60)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer("Hello world")["input_ids"] == tiny_tokenizer()("Hello world")["input_ids"]
+    assert tokenizer.chat_template == CHAT
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)
+    first = gguf_checkpoint(path)
+    before = (first / "config.json").stat().st_mtime_ns
+    moved = path.rename(tmp_path / "moved.gguf")
+    said: list[str] = []
+    assert gguf_checkpoint(moved, progress=said.append) == first
+    assert (first / "config.json").stat().st_mtime_ns == before
+    assert said == []
+    half = gguf_checkpoint(moved, dtype=torch.bfloat16)
+    assert half != first
+    assert AutoModelForCausalLM.from_pretrained(half).dtype == torch.bfloat16
+
+
+def test_conversion_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32)
+    gguf_checkpoint(tmp_path / "tiny.gguf")
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "it/s" not in captured.err
+
+
+def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"PK\x03\x04 something else entirely")
+    (tmp_path / "b.gguf").write_bytes(b"GGUF\x03")
+    with pytest.raises(ModelError, match="is not a GGUF file: it starts with b'PK"):
+        gguf_checkpoint(tmp_path / "a.gguf")
+    with pytest.raises(ModelError, match="cut short after 5 bytes"):
+        gguf_checkpoint(tmp_path / "b.gguf")
+    with pytest.raises(ModelError, match=r"cannot read .*none\.gguf"):
+        gguf_checkpoint(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.2, 0.7, 0.999])
+def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, keep: float, own_cache: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(ModelError, match=r"cut\.gguf cannot be converted"):
+        gguf_checkpoint(path)
+    assert list(own_cache.iterdir()) == []
+
+
+def test_an_architecture_that_is_not_converted_is_named(tmp_path: Path) -> None:
+    write_gguf(tiny_llama(), tmp_path / "odd.gguf", gguf.GGMLQuantizationType.F32, arch="oddity")
+    with pytest.raises(ModelError, match=r"oddity.*give a Hugging Face checkpoint"):
+        gguf_checkpoint(tmp_path / "odd.gguf")
