@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ def self_generated_windows(
     end = tokenizer.eos_token_id
     prefix: list[int] = tokenizer("", verbose=False)["input_ids"][:1]  # the beginning-of-text token, or nothing
 
+    # transformers 5 renames the argument, and the field of the output with it.
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     batches = []
     written = 0
     try:
@@ -72,8 +75,8 @@ def self_generated_windows(
             columns.append(_pick(starts, rows, generator))
             new, cache = torch.stack(columns, dim=1), None  # (rows, prefix + 1)
             while len(columns) < seq_len:
-                output: Any = model(input_ids=new.to(device), past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                output: Any = model(input_ids=new.to(device), use_cache=True, **{cache_name: cache})
+                cache = getattr(output, cache_name)
                 logits = output.logits[:, -1, :known].float().cpu()  # (rows, known)
                 if not torch.isfinite(logits).all():
                     raise NumericalError(f"the model's logits are not finite after {len(columns)} tokens; try float32")

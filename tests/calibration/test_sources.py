@@ -1,0 +1,107 @@
+"""Every source that needs no network, and clear errors from those that do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from sparsellm.calibration import SOURCES, Split, Text, read_source
+from sparsellm.errors import DataError
+
+ROWS = [" = Title = ", "", " Some text , here . ", " More . "]
+
+
+def test_pydoc_parts_share_no_paragraph_and_repeat_none() -> None:
+    calibration = read_source("pydoc", "calibration").joined().split("\n\n")
+    evaluation = read_source("pydoc", "evaluation").joined().split("\n\n")
+    assert len(set(calibration)) == len(calibration)
+    assert not set(calibration) & set(evaluation)
+    held_out = sum(map(len, evaluation)) / (sum(map(len, evaluation)) + sum(map(len, calibration)))
+    assert 0.1 < held_out < 0.21
+    assert not any(line.strip("*") == "" for paragraph in calibration for line in paragraph.split("\n") if line)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_a_text_file_are_documents(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes((end.join(ROWS) + end).encode())
+    text = read_source(str(path), "evaluation")
+    assert list(text.documents) == [*ROWS, ""]
+    assert text.joined() == "\n\n".join([*ROWS, ""])
+
+
+def test_jsonl_and_parquet_give_their_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row, "id": 1}) + "\n" for row in ROWS) + "\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ROWS, "id": [1] * 4}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert list(read_source(str(tmp_path / name), "calibration").documents) == ROWS
+    assert list(read_source(f"file:{tmp_path / 'a.jsonl'}", "calibration").documents) == ROWS
+
+
+def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
+    """The data set's rows keep their line ends, and are empty where the line is blank."""
+    path = tmp_path / "wiki.test.raw"
+    path.write_text(" \n = Title = \n \n Text . \n")
+    text = read_source(f"wikitext2:{path}", "evaluation")
+    assert list(text.documents) == ["", " = Title = \n", "", " Text . \n"]
+    assert text.joined() == "\n\n = Title = \n\n\n\n\n Text . \n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"txt": "x"}\n', "line 1, has no field 'text'"),
+        ("a.jsonl", b'{"text": "x"}\n{oops\n', "line 2, is not JSON"),
+        ("a.txt", b"abc\xff", "not UTF-8 text .byte 3."),
+        ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_source(str(tmp_path / name), "calibration")
+
+
+def test_a_parquet_file_without_text_lists_its_columns(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"body": ROWS}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no column 'text'; its columns: body"):
+        read_source(str(tmp_path / "a.parquet"), "calibration")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("wikitxt2", "did you mean 'wikitext2'"),
+        ("nowhere.txt", "nowhere.txt does not exist"),
+        ("file:notes.md", "not a kind of file"),
+        ("self", "for calibration only"),
+        ("hub:", "names no data set"),
+        ("hub:a/b:c:d:e", "names no data set"),
+    ],
+)
+def test_unusable_sources_are_refused(source: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_source(source, "evaluation")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package datasets is installed")
+@pytest.mark.parametrize("source", ["wikitext2", "ptb", "c4", "hub:owner/name"])
+def test_without_datasets_the_error_says_what_to_do(source: str) -> None:
+    with pytest.raises(DataError, match=rf"{source}.*pip install 'sparsellm\[hub\]'.*\.txt"):
+        read_source(source, "calibration")
+
+
+def test_a_new_source_is_one_function() -> None:
+    @SOURCES.register("test-letters", paper="")
+    def letters(argument: str, split: Split) -> Text:
+        return Text([argument, split], joiner=" ")
+
+    try:
+        assert read_source("test-letters:a:b", "evaluation").joined() == "a:b evaluation"
+    finally:
+        del SOURCES._entries["test-letters"]

@@ -1,0 +1,172 @@
+"""Windows against a plain re-reading of the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsellm.calibration import (
+    SOURCES,
+    Split,
+    Text,
+    calibration_windows,
+    check_seq_len,
+    evaluation_windows,
+    read_source,
+    self_generated_windows,
+)
+from sparsellm.errors import DataError
+from tests.models import POSITIONS, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> tuple[str, list[int]]:
+    """A file and its tokens; every stretch of 8 tokens or more stands at one place only."""
+    path = tmp_path / "counting.txt"
+    path.write_text(" ".join(f"{number} {number * 7919}" for number in range(400)))
+    return str(path), tiny_tokenizer()(path.read_text())["input_ids"]
+
+
+def places(windows: torch.Tensor, ids: list[int]) -> list[int]:
+    """Where each window stands in the text; exactly one place is required."""
+    found = []
+    for window in windows.tolist():
+        here = [start for start in range(len(ids) - len(window) + 1) if ids[start : start + len(window)] == window]
+        assert len(here) == 1
+        found += here
+    return found
+
+
+def test_windows_of_a_long_text_do_not_overlap(counting: tuple[str, list[int]]) -> None:
+    source, ids = counting
+    for samples in (1, 7, len(ids) // 32):
+        starts = places(calibration_windows(source, tiny_tokenizer(), samples, 32, seed=3), ids)
+        gaps = torch.tensor(sorted(starts)).diff()
+        assert len(starts) == samples
+        assert (gaps >= 32).all()
+
+
+def test_windows_come_in_random_order_from_the_whole_text(counting: tuple[str, list[int]]) -> None:
+    source, ids = counting
+    starts = places(calibration_windows(source, tiny_tokenizer(), 40, 16, seed=0), ids)
+    assert starts != sorted(starts)
+    assert min(starts) < len(ids) / 4
+    assert max(starts) > 3 * len(ids) / 4
+
+
+def test_a_short_text_is_drawn_from_with_overlap(counting: tuple[str, list[int]]) -> None:
+    source, ids = counting
+    windows = calibration_windows(source, tiny_tokenizer(), len(ids) // 64 + 5, 64, seed=0)
+    assert len(places(windows, ids)) == len(ids) // 64 + 5
+
+
+def test_the_seed_decides(counting: tuple[str, list[int]]) -> None:
+    draws = [calibration_windows(counting[0], tiny_tokenizer(), 6, 32, seed) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    torch.manual_seed(9)
+    state = torch.random.get_rng_state()
+    calibration_windows(counting[0], tiny_tokenizer(), 6, 32, 0)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_evaluation_cuts_the_text_in_order_and_drops_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "rows.txt"
+    rows = [" = Heading = ", " ", *(f" Row {number} . " for number in range(60)), ""]
+    path.write_text("\n".join(rows))
+    for add_bos in (False, True):
+        tokenizer = tiny_tokenizer(add_bos)
+        ids = tokenizer("\n\n".join(path.read_text().split("\n")))["input_ids"]
+        windows = evaluation_windows(str(path), tokenizer, 50)
+        assert windows.shape == (len(ids) // 50, 50)
+        assert windows.flatten().tolist() == ids[: len(ids) // 50 * 50]
+        assert (windows == 0).sum() == add_bos  # one beginning-of-text token in all, not one per window
+    assert evaluation_windows(str(path), tokenizer, 50, max_tokens=149).shape == (2, 50)
+
+
+def test_a_text_that_is_too_short_says_by_how_much(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("abcdefgh")
+    tokens = len(tiny_tokenizer()("abcdefgh")["input_ids"])
+    with pytest.raises(DataError, match=rf"has {tokens} tokens and {tokens + 1} are needed"):
+        calibration_windows(str(path), tiny_tokenizer(), 2, tokens, 0)
+    with pytest.raises(DataError, match=rf"has {tokens} tokens and 99 are needed"):
+        evaluation_windows(str(path), tiny_tokenizer(), 99)
+    assert calibration_windows(str(path), tiny_tokenizer(), 3, tokens - 1, 0).shape == (3, tokens - 1)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "max_tokens", "message"), [(1, None, "predicts nothing"), (8, 7, "max_tokens is 7")]
+)
+def test_evaluation_sizes_are_checked(seq_len: int, max_tokens: int | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        evaluation_windows("pydoc", tiny_tokenizer(), seq_len, max_tokens)
+
+
+def test_calibration_sizes_are_checked() -> None:
+    with pytest.raises(DataError, match="got 0 of 8"):
+        calibration_windows("pydoc", tiny_tokenizer(), 0, 8, 0)
+    with pytest.raises(DataError, match="needs the dense model"):
+        calibration_windows("self", tiny_tokenizer(), 1, 8, 0)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2])
+def test_windows_longer_than_the_positions_are_refused(build: type) -> None:
+    config = build().config
+    check_seq_len(config, POSITIONS)
+    with pytest.raises(DataError, match=f"seq_len is {POSITIONS + 1}, and this model has {POSITIONS} positions"):
+        check_seq_len(config, POSITIONS + 1)
+
+
+def test_per_document_windows_lie_inside_one_long_document_each() -> None:
+    documents = ["short", *(" ".join(f"{word}{number}" for number in range(60)) for word in ("a", "b", "c"))]
+
+    @SOURCES.register("test-documents", paper="")
+    def read(argument: str, split: Split) -> Text:
+        return Text(documents, joiner=" ", per_document=True)
+
+    try:
+        tokenizer = tiny_tokenizer()
+        windows = calibration_windows("test-documents", tokenizer, 12, 24, seed=0)
+        written = {tokenizer.decode(window) for window in windows}
+        assert windows.shape == (12, 24)
+        assert len(written) > 6
+        assert all(any(text in document for document in documents[1:]) for text in written)
+        with pytest.raises(DataError, match="too few documents longer than 5000"):
+            calibration_windows("test-documents", tokenizer, 1, 5000, seed=0)
+    finally:
+        del SOURCES._entries["test-documents"]
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2])
+def test_a_model_writes_the_same_text_for_the_same_seed(build: type) -> None:
+    model, tokenizer = build().train(), tiny_tokenizer()
+    windows = [calibration_windows("self", tokenizer, 19, 30, seed, model=model) for seed in (0, 0, 1)]
+    assert windows[0].shape == (19, 30)
+    assert torch.equal(windows[0], windows[1])
+    assert not torch.equal(windows[0], windows[2])
+    assert len({tuple(window) for window in windows[0].tolist()}) == 19
+    assert model.training
+
+
+def test_self_generated_text_is_greedy_first_and_then_follows_the_model() -> None:
+    """With the cache of keys and values, as without it; and almost no temperature is greedy throughout."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer(add_bos=True)
+    windows = self_generated_windows(model, tokenizer, 4, 20, seed=2, temperature=1e-6)
+    assert (windows[:, 0] == tokenizer.bos_token_id).all()
+    with torch.no_grad():
+        likeliest = model(input_ids=windows).logits[:, :, : len(tokenizer)].argmax(-1)  # (4, 20)
+    continues = windows[:, 1:-1] != tokenizer.eos_token_id  # after the end of a text, a new one starts at random
+    assert torch.equal(windows[:, 2:][continues], likeliest[:, 1:-1][continues])
+    sampled = self_generated_windows(model, tokenizer, 4, 20, seed=2, greedy_tokens=3)
+    assert torch.equal(sampled[:, 2:5], windows[:, 2:5])
+    assert not torch.equal(sampled[:, 5:], windows[:, 5:])
+
+
+def test_pydoc_is_long_enough_for_a_first_try() -> None:
+    assert calibration_windows("pydoc", tiny_tokenizer(), 32, 128, 0).shape == (32, 128)
+    text = read_source("pydoc", "evaluation").joined()
+    windows = evaluation_windows("pydoc", tiny_tokenizer(), 128)
+    assert tiny_tokenizer().decode(windows[0]) == text[: len(tiny_tokenizer().decode(windows[0]))]

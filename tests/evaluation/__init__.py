@@ -1,0 +1,1 @@
+"""Tests of perplexity and divergence."""
