@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -12,27 +10,20 @@ from sparsellm.decomposition.feed_forward import FeedForward, Linear
 from sparsellm.decomposition.loop import Chunk
 from sparsellm.decomposition.weights import on_mask
 from sparsellm.patterns import Pattern
+from sparsellm.solvers import Solution
 from sparsellm.statistics import Gram
 
 
-@dataclass(frozen=True)
-class Solved:
-    weight: Tensor
-    mask: Tensor
-    error: float = 0.0
-    notes: tuple[str, ...] = ()
-
-
-def by_input_norm(weight: Tensor, gram: Gram, pattern: Pattern) -> Solved:
+def by_input_norm(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """The score of Wanda: |w| times the root mean square of its input."""
     mask = pattern.mask(weight.abs() * gram.diagonal.clamp(min=0).sqrt())
-    return Solved(weight * mask, mask)
+    return Solution(weight * mask, mask, 0.0)
 
 
-def refitted(weight: Tensor, gram: Gram, pattern: Pattern) -> Solved:
+def refitted(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """The same mask, with the least-squares weights on it."""
     local = by_input_norm(weight, gram, pattern)
-    return Solved(on_mask(weight, gram, local.mask, local.weight), local.mask)
+    return Solution(on_mask(weight, gram, local.mask, local.weight), local.mask, 0.0)
 
 
 def random_unit(

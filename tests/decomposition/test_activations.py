@@ -60,12 +60,6 @@ def test_derivatives_leave_their_input_alone_and_stay_finite(activation) -> None
     assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize("activation", [a for a in KNOWN if a.valley is not None], ids=lambda a: a.name)
-def test_the_valley_is_where_the_least_value_is(activation) -> None:  # type: ignore[no-untyped-def]
-    grid = torch.linspace(-3, 1, 400001, dtype=torch.float64)
-    assert abs(float(grid[activation(grid).argmin()]) - activation.valley) < 2e-5
-
-
 def test_a_generic_activation_takes_derivatives_from_autograd() -> None:
     mish = generic(torch.nn.functional.mish, "mish")
     z = torch.linspace(-4, 4, 81, dtype=torch.float64)

@@ -12,8 +12,9 @@ from sparsellm.decomposition.loop import Chunk, Result, Settings, prune_feed_for
 from sparsellm.decomposition.store import VariableStore
 from sparsellm.errors import DataError, NumericalError
 from sparsellm.patterns import NM, Pattern, Unstructured
+from sparsellm.solvers import Solution
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
-from tests.decomposition.helpers import Solved, by_input_norm, random_chunks, random_unit, refitted
+from tests.decomposition.helpers import by_input_norm, random_chunks, random_unit, refitted
 
 HALF = Unstructured(0.5)
 UNITS = [(True, silu, False), (False, relu, True), (False, gelu, True), (True, relu2, False)]
@@ -92,7 +93,7 @@ def test_divergence_ends_no_worse_than_local(gated, activation, bias, outlier) -
 def test_a_solver_that_fails_later_leaves_the_iterates_before_it() -> None:
     calls = 0
 
-    def failing(weight: torch.Tensor, gram: Gram, pattern: Pattern) -> Solved:
+    def failing(weight: torch.Tensor, gram: Gram, pattern: Pattern) -> Solution:
         nonlocal calls
         calls += 1
         if calls > 3:

@@ -24,14 +24,11 @@ class Activation:
     """An elementwise function φ.
 
     ``derivatives(z)`` returns ``(φ(z), φ'(z), φ''(z))``, computed together because they share their expensive parts.
-    ``valley`` is where φ has its least value, when that is one point: there φ' = 0, so a descent that starts on one
-    side of it does not reach the other, and the scalar solver tries it as a start of its own.
     """
 
     name: str
     function: Function = field(repr=False)
     derivatives: Derivatives = field(repr=False)
-    valley: float | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.function(z)
@@ -103,10 +100,10 @@ def _function_relu2(z: Tensor) -> Tensor:
 
 relu = Activation("relu", torch.relu, _relu)
 relu2 = Activation("relu2", _function_relu2, _relu2)
-silu = Activation("silu", torch.nn.functional.silu, _silu, valley=-1.2784645)
-gelu = Activation("gelu", torch.nn.functional.gelu, _gelu, valley=-0.7517916)
-gelu_tanh = Activation("gelu_tanh", _function_gelu_tanh, _gelu_tanh, valley=-0.7524614)
-quick_gelu = Activation("quick_gelu", _function_quick_gelu, _quick_gelu, valley=-0.7511542)
+silu = Activation("silu", torch.nn.functional.silu, _silu)
+gelu = Activation("gelu", torch.nn.functional.gelu, _gelu)
+gelu_tanh = Activation("gelu_tanh", _function_gelu_tanh, _gelu_tanh)
+quick_gelu = Activation("quick_gelu", _function_quick_gelu, _quick_gelu)
 
 KNOWN = (relu, relu2, silu, gelu, gelu_tanh, quick_gelu)
 

@@ -24,9 +24,10 @@ from sparsellm.decomposition import updates
 from sparsellm.decomposition.feed_forward import FeedForward, Linear
 from sparsellm.decomposition.objective import Coefficients, Terms, Variables, chunk_terms, default_coefficients, squares
 from sparsellm.decomposition.store import VariableStore
-from sparsellm.decomposition.weights import Moments, MomentsAccumulator, Solver, on_mask, wanted_weight, with_bias
+from sparsellm.decomposition.weights import Moments, MomentsAccumulator, on_mask, wanted_weight, with_bias
 from sparsellm.errors import DataError, NumericalError
 from sparsellm.patterns import Pattern
+from sparsellm.solvers import Solution, Solver
 from sparsellm.statistics import Gram
 
 Patterns = Pattern | Mapping[str, Pattern]
@@ -58,7 +59,7 @@ class Settings:
     start: Literal["dense", "pruned"] = "dense"  # the variables are at first the products of these weights
     keep_variables: bool = True  # False: they start anew at each iteration, and nothing is stored per token
     sweeps: int = 1  # rounds over the variables per update of the weights
-    newton_steps: int = 3
+    newton_steps: int = 2
     relaxation: float = 1.0  # how far the weight goes from the current one to the wanted one; above 1 extrapolates
     mask_only: bool = False  # coordinated targets choose the masks; the weights on them are fitted to the dense targets
     refit: Literal["none", "down", "all"] = "none"  # after the choice: held-out tokens too, for down or the whole loop
@@ -247,7 +248,7 @@ class _Run:
             for role, accumulator in accumulators.items():
                 accumulator.update(chunk.inputs, roles[role](chunk.inputs), chunk.token_weights)
         moments = self._finish(accumulators)
-        return self._prune(self.dense, {r: linear.weight for r, linear in roles.items()}, moments)
+        return self._prune(self.dense, {r: linear.weight for r, linear in roles.items()}, moments, mask_only=False)
 
     def alternate(self, current: _Iterate, coefficients: Coefficients, store: VariableStore) -> tuple[_Iterate, Terms]:
         """One iteration: all variables, then the first half, then ``down``."""
@@ -276,7 +277,7 @@ class _Run:
             now = unit.linears()[role].weight
             target = wanted_weight(moments[role], now, damping=settings.damping).weight
             wanted[role] = torch.lerp(now, target, settings.relaxation)
-        return self._prune(unit, wanted, moments), terms
+        return self._prune(unit, wanted, moments, self.settings.mask_only), terms
 
     def finish_down(self, unit: FeedForward, masks: dict[str, Tensor], notes: tuple[str, ...]) -> _Iterate:
         """``down`` fitted to what the (pruned) first half really produces, towards the target, and pruned."""
@@ -295,7 +296,9 @@ class _Run:
         notes = (*notes, *wanted.notes, *_notes("down", solution))
         return _Iterate(replace(unit, down=down), {**masks, "down": solution.mask}, error, notes)
 
-    def _prune(self, unit: FeedForward, wanted: dict[str, Tensor], moments: dict[str, Moments]) -> _Iterate:
+    def _prune(
+        self, unit: FeedForward, wanted: dict[str, Tensor], moments: dict[str, Moments], mask_only: bool
+    ) -> _Iterate:
         """The first half pruned to what is wanted of it, then ``down``."""
         masks: dict[str, Tensor] = {}
         notes: tuple[str, ...] = ()
@@ -304,7 +307,7 @@ class _Run:
             solution = self.solver(weight, moments[role].gram, self._pattern(role))
             masks[role], sparse = solution.mask, solution.weight
             notes = (*notes, *_notes(role, solution))
-            if self.settings.mask_only:
+            if mask_only:
                 dense = self.dense.linears()[role].weight
                 sparse = on_mask(dense, moments[role].gram, solution.mask, dense)
             linears[role] = with_bias(sparse, moments[role])
@@ -351,6 +354,5 @@ def move_variables(
     return Variables(u, s)
 
 
-def _notes(role: str, solution: object) -> tuple[str, ...]:
-    notes = getattr(solution, "notes", ())
-    return tuple(f"{role}: {note}" for note in ((notes,) if isinstance(notes, str) else notes))
+def _notes(role: str, solution: Solution) -> tuple[str, ...]:
+    return tuple(f"{role}: {note}" for note in solution.notes)

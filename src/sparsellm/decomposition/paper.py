@@ -24,9 +24,9 @@ from torch import Tensor
 from sparsellm.decomposition.feed_forward import FeedForward, Linear
 from sparsellm.decomposition.objective import Coefficients, squares
 from sparsellm.decomposition.updates import activation_factor, update_activation, update_preactivation_relu
-from sparsellm.decomposition.weights import Solver
 from sparsellm.errors import ModelError
 from sparsellm.patterns import Pattern
+from sparsellm.solvers import Solver
 from sparsellm.statistics import Gram, GramAccumulator
 
 GRADIENT_STEPS, LEARNING_RATE, SOLVER_DAMPING = 2, 0.01, 0.01

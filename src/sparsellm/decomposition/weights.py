@@ -7,21 +7,13 @@ on centred inputs and targets; solver and refit see the centred Gram matrix, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sparsellm.decomposition.feed_forward import Linear
-from sparsellm.patterns import Pattern
 from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares
-
-if TYPE_CHECKING:
-    from sparsellm.solvers import Solution
-
-Solver: TypeAlias = "Callable[[Tensor, Gram, Pattern], Solution]"
 
 
 @dataclass(frozen=True)
