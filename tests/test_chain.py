@@ -77,7 +77,8 @@ def test_inputs_of_linears_equal_those_in_the_whole_model(family: Family) -> Non
             chain.linears(index), lambda linear, entering, leaving, s=seen: s.update({linear.name: entering.clone()})
         ):
             list(stream.run(index))
-        assert seen and all(torch.equal(value, whole[name]) for name, value in seen.items())
+        assert seen
+        assert all(torch.equal(value, whole[name]) for name, value in seen.items())
         stream.advance(index)
 
 

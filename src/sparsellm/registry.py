@@ -27,9 +27,10 @@ class Option:
 
     @property
     def type_name(self) -> str:
-        if typing.get_origin(self.type) in (typing.Literal, typing.Union, types.UnionType):
-            return str(self.type).replace("typing.", "")
-        return getattr(self.type, "__name__", str(self.type))
+        bare = typing.get_args(self.type)[0] if hasattr(self.type, "__metadata__") else self.type
+        if typing.get_origin(bare) in (typing.Literal, typing.Union, types.UnionType):
+            return str(bare).replace("typing.", "")
+        return getattr(bare, "__name__", str(bare))
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Registry(Generic[F]):
         self._entries: dict[str, Entry[F]] = {}
 
     def register(self, name: str, *, paper: str) -> Callable[[F], F]:
-        """Decorator. Options are the function's keyword-only parameters, ``Annotated[type, "description"]``."""
+        """Decorator. Options are the function's keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``:
+        what pydantic knows of the type is checked, and the text is shown to users."""
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
@@ -78,8 +80,8 @@ class Registry(Generic[F]):
                 if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
                     continue
                 hint = hints[parameter.name]
-                type_, description = typing.get_args(hint)[:2] if hasattr(hint, "__metadata__") else (hint, "")
-                options[parameter.name] = Option(parameter.name, type_, parameter.default, description)
+                description = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, str)), "")
+                options[parameter.name] = Option(parameter.name, hint, parameter.default, description)
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
             self.add(Entry(name, function, paper, summary, options))
             return function

@@ -1,0 +1,157 @@
+"""Perplexities of methods by sparsities on one real model: the table in docs/results.md.
+
+Every cell is one run of ``sparsellm prune`` and one of ``sparsellm eval``, each in a process of its own, so that peak memory
+is the cell's own. Finished cells are kept in a file: stop the script and run it on whenever you like.
+
+    python benchmarks/quality.py --text wikitext2-raw-test.txt                # the table
+    python benchmarks/quality.py --text ... --methods sparsegpt admm --targets 0.7 --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from wikipedia import write_wikipedia
+
+OUT = Path(__file__).parent / "out"
+TARGETS = ("0.5", "0.6", "0.7", "0.8", "2:4", "4:8")
+METHODS = ("magnitude", "wanda", "sparsegpt", "admm")
+# Hopeless beyond these, as the papers found; the machine's time is worth more elsewhere.
+ONLY = {"magnitude": ("0.5", "0.7", "2:4"), "wanda": ("0.5", "0.6", "0.7", "2:4")}
+
+
+def command(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsellm", *arguments, "--json"], stdout=subprocess.PIPE, check=True, text=True
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+class Cells:
+    """Results by key, on disk after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def get(self, key: str, make: Any) -> Any:
+        if key not in self.found:
+            print(f"running {key}", file=sys.stderr, flush=True)
+            self.found[key] = make()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.found, indent=1))
+        return self.found[key]
+
+
+def run_cell(arguments: argparse.Namespace, method: str, target: str, seed: int) -> dict[str, Any]:
+    directory = OUT / "pruned"
+    shutil.rmtree(directory, ignore_errors=True)
+    goal = ["--pattern", target] if ":" in target else ["--sparsity", target]
+    pruned = command(
+        "prune", arguments.model, "--out", str(directory), "--method", method, *goal, "--calibration",
+        arguments.calibration, "--samples", str(arguments.samples), "--seq-len", str(arguments.window),
+        "--seed", str(seed), *[f"--set={setting}" for setting in arguments.set],
+    )  # fmt: skip
+    scored = measure(arguments, str(directory))
+    shutil.rmtree(directory)
+    return {
+        "perplexity": scored["perplexity"],
+        "seconds": sum(value for name, value in pruned["seconds"].items() if "/" not in name),
+        "phases": pruned["seconds"],
+        "peak_rss_bytes": pruned["peak_rss_bytes"],
+        "sparsity": pruned["sparsity_reached"],
+    }
+
+
+def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
+    limit = ["--max-tokens", str(arguments.max_tokens)] if arguments.max_tokens else []
+    return command("eval", model, "--text", arguments.text, "--seq-len", str(arguments.window), *limit)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="raw WikiText-2 test, a row a line")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibration", help="a text source; by default a sample of Wikipedia")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=16384, help="of the test text; 0 for all of it")
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--targets", nargs="*", default=TARGETS)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
+    parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
+    arguments = parser.parse_args()
+    arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
+    cells = Cells(arguments.cells)
+    conditions = "/".join(
+        str(part)
+        for part in (
+            arguments.model, Path(arguments.calibration).name, arguments.samples, arguments.window,
+            Path(arguments.text).name, arguments.max_tokens, *arguments.set,
+        )
+    )  # fmt: skip
+    dense = cells.get(f"{conditions}/dense", lambda: measure(arguments, arguments.model))
+    table = {}
+    for target in arguments.targets:  # every method's cell of a target before the next, so that times are comparable
+        for seed in arguments.seeds:
+            for method in arguments.methods:
+                if target in ONLY.get(method, arguments.targets):
+                    key = f"{conditions}/{method}/{target}/{seed}"
+                    table[method, target, seed] = cells.get(
+                        key, lambda m=method, t=target, s=seed: run_cell(arguments, m, t, s)
+                    )
+    print(
+        f"Model {arguments.model}, dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, windows of "
+        f"{arguments.window}, {dense['tokens_scored']} tokens scored; calibration {arguments.samples} × "
+        f"{arguments.window} tokens of {Path(arguments.calibration).name}, seed {arguments.seeds}; "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}.\n"
+    )
+    print("| target | method | perplexity | excess / sparsegpt's | time / sparsegpt's | peak memory (GB) |")
+    print("|---|---|---|---|---|---|")
+    for target in arguments.targets:
+        for method in arguments.methods:
+            rows = [table[method, target, seed] for seed in arguments.seeds if (method, target, seed) in table]
+            if not rows:
+                continue
+            base = [table.get(("sparsegpt", target, seed)) for seed in arguments.seeds]
+            values = [row["perplexity"] for row in rows]
+            shown = f"{statistics.mean(values):.1f}"
+            if len(values) > 1:
+                shown += f" ± {statistics.stdev(values):.1f}"
+            excess = time = "–"
+            if all(base):
+                ratios = [
+                    math.log(row["perplexity"] / dense["perplexity"]) / math.log(b["perplexity"] / dense["perplexity"])
+                    for row, b in zip(rows, base, strict=True)
+                    if b
+                ]
+                excess = f"{statistics.mean(ratios):.3f}"
+                time = (
+                    f"{statistics.mean(r['seconds'] / b['seconds'] for r, b in zip(rows, base, strict=True) if b):.2f}"
+                )
+            peak = max(row["peak_rss_bytes"] for row in rows) / 1e9
+            print(f"| {target} | {method} | {shown} | {excess} | {time} | {peak:.2f} |")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Calibration text for the benchmarks: a sample of English Wikipedia that ships inside the gensim package.
+
+The text is CC BY-SA, by Wikipedia's authors; it is read from the installed package and not stored here.
+"""
+
+from __future__ import annotations
+
+import bz2
+import re
+from pathlib import Path
+
+from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+from gensim.test.utils import datapath
+
+_DUMP = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+
+
+def wikipedia_articles() -> list[str]:
+    """The articles of the sample as plain text, without redirects, tables, lists of links and headings."""
+    with bz2.open(datapath(_DUMP)) as dump:
+        pages = list(extract_pages(dump, filter_namespaces=("0",)))
+    articles = []
+    for _, source, _ in pages:
+        if source.lower().startswith("#redirect"):
+            continue
+        text = filter_wiki(source).replace("'''", "").replace("''", "")
+        lines = [line.strip() for line in text.split("\n")]
+        prose = [line for line in lines if len(line) > 80 and not re.match(r"[*#:;|={!]", line)]
+        if prose:
+            articles.append("\n".join(prose))
+    return articles
+
+
+def write_wikipedia(path: Path) -> Path:
+    """Writes the articles, a paragraph a line, as a ``.txt`` source."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(wikipedia_articles()), encoding="utf-8")
+    return path

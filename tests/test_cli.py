@@ -1,0 +1,263 @@
+"""The command line as its users meet it: three families end to end, one JSON object, and one clear line per mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel, T5Config
+
+from sparsellm import Recipe, cli
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+
+FAMILIES = [tiny_llama, tiny_opt, tiny_gpt2]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family: Callable[..., PreTrainedModel] = request.param
+    return save_tiny(family(), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process: its exit code, stdout and stderr."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sparsellm", *map(str, arguments)])
+        monkeypatch.setattr(cli, "log_console", cli.Console(stderr=True, highlight=False))
+        monkeypatch.setattr(cli, "out_console", cli.Console(highlight=False, width=160))
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as done:
+            code = int(done.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+SMALL = ("--samples", 4, "--seq-len", 32)
+
+
+def test_prune_inspect_eval_end_to_end(checkpoint: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "pruned"
+    code, stdout, stderr = run(
+        "prune", checkpoint, "--out", out, "--method", "sparsegpt", "--pattern", "2:4", *SMALL, "--json"
+    )
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert report["sparsity_asked"] == report["sparsity_reached"] == 0.5
+    assert report["peak_rss_bytes"] > 0
+    assert {"read", "prune", "forward", "write"} <= report["seconds"].keys()
+    assert report["recipe"]["samples"] == 4
+    assert json.loads((out / "pruning.json").read_text()) == report
+
+    code, stdout, _ = run("inspect", out, "--json")
+    assert code == 0
+    inspected = json.loads(stdout)
+    assert inspected["pattern"] == "2:4"
+    assert inspected["sparsity"] == 0.5
+    assert sum(block["zeros"] for block in inspected["blocks"]) == inspected["zeros"] == report["zeros"]
+
+    code, stdout, _ = run("eval", out, "--text", "pydoc", "--seq-len", 64, "--max-tokens", 640, "--json")
+    assert code == 0
+    measured = json.loads(stdout)
+    assert measured["tokens_scored"] == 10 * 63
+    assert measured["window"] == 64
+    assert 1 < measured["perplexity"] < 10_000
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape[1] > 3
+
+
+def test_human_output_names_zeros_and_where_it_was_written(llama: Path, tmp_path: Path, run: Any) -> None:
+    code, stdout, _ = run("prune", llama, "--out", tmp_path / "p", "--method", "wanda", *SMALL)
+    assert code == 0
+    assert "down_proj" in stdout
+    assert "70.0" in stdout
+    assert str(tmp_path / "p") in stdout
+    code, stdout, _ = run("inspect", tmp_path / "p")
+    assert code == 0
+    assert "block 2" in stdout
+
+
+def test_recipe_file_and_settings_meet(llama: Path, tmp_path: Path, run: Any) -> None:
+    (tmp_path / "r.yaml").write_text(Recipe(method="sparsegpt", sparsity=0.9, samples=4, seq_len=16).to_yaml())
+    code, stdout, stderr = run(
+        "prune", llama, "--out", tmp_path / "p", "--recipe", tmp_path / "r.yaml", "--sparsity", 0.25,
+        "--set", "options.damping=0.1", "--set", "seed=9", "--json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    recipe = json.loads(stdout)["recipe"]
+    assert (recipe["method"], recipe["sparsity"], recipe["seed"]) == ("sparsegpt", 0.25, 9)
+    assert recipe["options"] == {"damping": 0.1}
+    assert Recipe.from_yaml(tmp_path / "p" / "recipe.yaml").model_dump() == recipe
+
+
+def test_methods_lists_options_and_papers(run: Any) -> None:
+    code, stdout, _ = run("methods", "--json")
+    assert code == 0
+    methods = json.loads(stdout)
+    assert {"magnitude", "wanda", "sparsegpt", "admm"} <= methods.keys()
+    assert methods["sparsegpt"]["paper"] == "arXiv 2301.00774"
+    assert methods["sparsegpt"]["options"]["damping"]["description"]
+    code, stdout, _ = run("methods")
+    assert code == 0
+    assert "options.damping" in stdout
+
+
+def test_overwrite(llama: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "p"
+    assert run("prune", llama, "--out", out, "--method", "magnitude", *SMALL)[0] == 0
+    code, _, stderr = run("prune", llama, "--out", out, "--method", "magnitude", *SMALL)
+    assert code == 2
+    assert "--overwrite" in stderr
+    assert run("prune", llama, "--out", out, "--method", "magnitude", "--sparsity", 0.3, *SMALL, "--overwrite")[0] == 0
+    assert sum(int((w == 0).sum()) for f in out.glob("*.safetensors") for w in load_file(f).values()) > 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    code, _, stderr = run("prune", llama, "--out", tmp_path / "mine", "--method", "magnitude", *SMALL, "--overwrite")
+    assert code == 2
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def bert(directory: Path) -> Path:
+    config = BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    return save_tiny(BertForMaskedLM(config), tiny_tokenizer(), directory)
+
+
+def t5(directory: Path) -> Path:
+    directory.mkdir()
+    T5Config().save_pretrained(directory)
+    return directory
+
+
+MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "model not found": (["prune", "{tmp}/nowhere"], ["nowhere", "not found"]),
+    "an id nobody has": (["prune", "not a valid id!"], ["not a valid id!", "hub id"]),
+    "gguf not found": (["prune", "{tmp}/m.gguf"], ["m.gguf"]),
+    "an empty directory": (["prune", "{tmp}/empty"], ["config.json"]),
+    "an encoder": (["prune", "{bert}"], ["bert", "decoder"]),
+    "an encoder-decoder": (["prune", "{t5}"], ["t5", "decoder-only"]),
+    "no such text": (["prune", "{llama}", "--calibration", "{tmp}/no.txt"], ["no.txt"]),
+    "an empty text": (["prune", "{llama}", "--calibration", "{tmp}/empty.txt"], ["empty.txt"]),
+    "a short text": (["prune", "{llama}", "--calibration", "{tmp}/short.txt"], ["short.txt", "tokens"]),
+    "sparsity above 1": (["prune", "{llama}", "--sparsity", "1.5"], ["1.5", "fraction"]),
+    "negative sparsity": (["prune", "{llama}", "--sparsity=-0.5"], ["-0.5"]),
+    "no pattern": (["prune", "{llama}", "--pattern", "2:3:4"], ["2:3:4", "n:m"]),
+    "m that does not divide": (["prune", "{llama}", "--pattern", "5:7"], ["model.layers.0", "7 does not divide"]),
+    "unknown method": (["prune", "{llama}", "--method", "wonda"], ["wonda", "'wanda'"]),
+    "unknown option": (["prune", "{llama}", "--method", "sparsegpt", "--set", "options.damp=1"], ["damp", "'damping'"]),
+    "unknown field": (["prune", "{llama}", "--set", "sparsty=1"], ["sparsty", "'sparsity'"]),
+    "window too long": (["prune", "{llama}", "--seq-len", "4096"], ["4096", "128"]),
+    "no such device": (["prune", "{llama}", "--device", "abacus"], ["abacus"]),
+    "out is a file": (["prune", "{llama}", "--out", "{tmp}/short.txt"], ["short.txt", "is a file"]),
+    "out below a file": (["prune", "{llama}", "--out", "{tmp}/short.txt/p"], ["short.txt"]),
+    "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["is the model itself"]),
+    "eval without text": (["eval", "{llama}"], ["--text"]),
+    "eval on self": (["eval", "{llama}", "--text", "self"], ["self"]),
+    "eval of too little": (["eval", "{llama}", "--text", "pydoc", "--max-tokens", "3"], ["max_tokens", "3"]),
+    "inspect nothing": (["inspect", "{tmp}/empty"], ["config.json"]),
+    "unknown command": (["prume", "{llama}"], ["prume"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, tmp_path: Path, run: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("too short")
+    arguments, said = MISTAKES[mistake]
+    places = {"llama": str(llama), "tmp": str(tmp_path)}
+    if "{bert}" in arguments:
+        places["bert"] = str(bert(tmp_path / "bert"))
+    if "{t5}" in arguments:
+        places["t5"] = str(t5(tmp_path / "t5"))
+    command = [part.format(**places) for part in arguments]
+    if command[0] == "prune" and "--out" not in command:
+        command += ["--out", str(tmp_path / "pruned")]
+    code, stdout, stderr = run(*command)
+    assert code == 2
+    assert stdout == ""
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert stderr.splitlines()[-1] == lines[0]
+    assert all(part in lines[0] for part in said), lines[0]
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_nan_weight_is_named(tmp_path: Path, run: Any) -> None:
+    model = tiny_opt()
+    model.model.decoder.layers[1].fc2.weight.data[0, 0] = float("inf")
+    source = save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
+    code, _, stderr = run("prune", source, "--out", tmp_path / "p", "--method", "wanda", *SMALL)
+    assert code == 2
+    assert "layers.1.fc2.weight" in stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_full_disk_is_said_before_the_work(
+    llama: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsellm.storage import writer
+
+    usage = writer.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    code, _, stderr = run("prune", llama, "--out", tmp_path / "p", "--method", "wanda", *SMALL)
+    assert code == 2
+    assert "0.00 GB free" in stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; run the tests as another user to check this")
+def test_an_unwritable_out_is_said(llama: Path, tmp_path: Path, run: Any) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    code, _, stderr = run("prune", llama, "--out", tmp_path / "locked" / "p", "--method", "wanda", *SMALL)
+    assert code == 2
+    assert "not a writable directory" in stderr
+
+
+def test_an_out_that_no_system_lets_be_written_is_said(llama: Path, run: Any) -> None:
+    code, _, stderr = run("prune", llama, "--out", "/proc/pruned", "--method", "wanda", *SMALL)
+    assert code == 2
+    assert "error: " in stderr
+    assert "/proc" in stderr
+
+
+def test_a_killed_run_leaves_no_finished_looking_directory(llama: Path, tmp_path: Path) -> None:
+    """A real process, killed after its first shard is on disk."""
+    command = [sys.executable, "-m", "sparsellm", "prune", str(llama), "--out", str(tmp_path / "p"), "--samples", "128"]
+    command += ["--seq-len", "128", "--method", "sparsegpt"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not list(tmp_path.glob("p.partial/*.safetensors")):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    assert list(tmp_path.glob("p*"))
+    assert not (tmp_path / "p").exists() or (tmp_path / "p" / "model.safetensors.index.json").is_file()
+
+
+def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsellm", "prune", str(llama), "--out", str(tmp_path / "p"), "--samples", "2"]
+    done = subprocess.run([*command, "--seq-len", "16", "--method", "wanda", "--json"], capture_output=True, check=True)
+    assert json.loads(done.stdout)["path"] == str(tmp_path / "p")

@@ -1,0 +1,222 @@
+"""The walk against a plain reference that holds the whole model, and what it writes against what it has in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.errors import DataError, NumericalError, RecipeError
+from sparsellm.patterns import NM, Unstructured
+from sparsellm.solvers import SOLVERS
+from sparsellm.statistics import Gram
+from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+
+FAMILIES = [tiny_llama, tiny_opt, tiny_gpt2]
+Family = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.__name__)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+def windows(samples: int = 6, seq: int = 24) -> Tensor:
+    return torch.randint(VOCABULARY, (samples, seq), generator=torch.Generator().manual_seed(3))
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def reference(model: PreTrainedModel, ids: Tensor, solver: str, sparsity: float) -> PreTrainedModel:
+    """Layer by layer, with nothing clever: the whole model is run for every block, all inputs are kept in fp64."""
+    model = copy.deepcopy(model)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    for block in lists[0]:
+        inputs: dict[str, list[Tensor]] = {}
+        handles = [
+            module.register_forward_hook(
+                lambda m, args, out, name=name: inputs.setdefault(name, []).append(
+                    args[0].reshape(-1, args[0].shape[-1])
+                )
+            )
+            for name, module in linears_of(block).items()
+        ]
+        with torch.no_grad():
+            for row in ids:
+                model(row[None], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for name, module in linears_of(block).items():
+            X = torch.cat(inputs[name]).double()
+            gram = Gram((X.T @ X / len(X)).float(), len(X))
+            weight = module.weight.detach()
+            weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+            solved = SOLVERS[solver].function(weight.clone(), gram, Unstructured(sparsity)).weight
+            module.weight.data.copy_(solved.T if isinstance(module, Conv1D) else solved)
+    return model
+
+
+@pytest.mark.parametrize("solver", ["wanda", "sparsegpt"])
+def test_the_walk_equals_a_plain_reference(family: Family, solver: str) -> None:
+    model = family()
+    expected = reference(model, windows(), solver, 0.5)
+    # batches of several windows: the streamed statistics must add up to the same
+    recipe = Recipe(method=solver, sparsity=0.5, batch_tokens=48)
+    sparsellm.prune(model, recipe, calibration=windows())
+    for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        disagree = ((found == 0) != (wanted == 0)).float().mean()
+        assert disagree < 0.002, name  # a score at the threshold may fall to either side of rounding
+        if disagree == 0:
+            torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-4)
+
+
+def test_from_disk_to_disk_equals_in_memory(family: Family, tmp_path: Path) -> None:
+    source = save_tiny(family(), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(method="sparsegpt", sparsity=0.6)
+    in_memory = sparsellm.prune(source, recipe, calibration=windows())
+    on_disk = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "pruned")
+    assert on_disk.path == tmp_path / "pruned"
+    assert in_memory.model is not None
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert torch.equal(loaded(windows()).logits, in_memory.model(windows()).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "pruned")("import this") == AutoTokenizer.from_pretrained(source)(
+        "import this"
+    )
+    assert [linear.zeros for linear in on_disk.linears] == [linear.zeros for linear in in_memory.linears]
+
+
+def test_same_seed_same_bits(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(method="admm", sparsity=0.7, samples=4, seq_len=32)
+    for name in ("one", "two"):
+        sparsellm.prune(source, recipe, out=tmp_path / name)
+    shards = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
+    assert len(shards) == 4
+    for shard in shards:
+        assert (tmp_path / "one" / shard).read_bytes() == (tmp_path / "two" / shard).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.37), NM(2, 4)])
+def test_sparsity_is_exact_in_every_linear_and_only_there(method: str, pattern: Any, tmp_path: Path) -> None:
+    source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
+    kind = {"pattern": "2:4"} if isinstance(pattern, NM) else {"sparsity": 0.37}
+    result = sparsellm.prune(source, Recipe(method=method, **kind), calibration=windows(), out=tmp_path / "pruned")
+    dense, pruned = load_all(source), load_all(tmp_path / "pruned")
+    assert dense.keys() == pruned.keys()
+    names = {f"{linear.name}.weight" for linear in result.linears}
+    assert len(names) == 12
+    for name, weight in pruned.items():
+        if name in names:
+            assert int((weight == 0).sum()) == pattern.zeros(weight.shape)
+            assert pattern.violations(weight) == 0
+        else:
+            assert torch.equal(weight, dense[name])
+        assert not bool((torch.signbit(weight) & (weight == 0)).any())  # no -0.0
+
+
+def load_all(directory: Path) -> dict[str, Tensor]:
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def test_bfloat16_stays_bfloat16_and_the_walk_sees_what_is_written(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
+    sparsellm.prune(
+        source, Recipe(method="sparsegpt", sparsity=0.5, dtype="float32"), calibration=windows(), out=tmp_path / "p"
+    )
+    with safe_open(tmp_path / "p" / "model-00001-of-00004.safetensors", framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_an_excluded_linear_stays_dense() -> None:
+    model = tiny_llama()
+    before = model.model.layers[0].mlp.down_proj.weight.clone()
+    result = sparsellm.prune(model, Recipe(method="magnitude", exclude=["*.down_proj"]), calibration=windows())
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
+    assert not any(linear.name.endswith("down_proj") for linear in result.linears)
+
+
+def test_zero_sparsity_leaves_every_bit_alone() -> None:
+    model, untouched = tiny_gpt2(), tiny_gpt2()
+    sparsellm.prune(model, Recipe(method="sparsegpt", sparsity=0.0), calibration=windows())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
+
+
+def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    source = save_tiny(tiny_llama(), tokenizer, tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "sparsity_config": {"format": "dense"}}))
+    (source / "modeling_evil.py").write_text("raise SystemExit")
+    result = sparsellm.prune(source, Recipe(method="wanda", seed=5), calibration=windows(), out=tmp_path / "pruned")
+    written = tmp_path / "pruned"
+    assert Recipe.from_yaml(written / "recipe.yaml") == result.recipe
+    report = json.loads((written / "pruning.json").read_text())
+    assert report["seed"] == 5
+    assert report["linears"][0]["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert 0 < report["linears"][0]["error"] < 1
+    assert report["versions"]["torch"] == torch.__version__
+    assert not {"sparsity_config", "quantization_config"} & set(json.loads((written / "config.json").read_text()))
+    assert AutoTokenizer.from_pretrained(written).chat_template == tokenizer.chat_template
+    assert (written / "generation_config.json").is_file()
+    assert not list(written.glob("*.py"))
+    assert not (tmp_path / "pruned.partial").exists()
+
+
+def test_nan_weights_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.model.layers[2].self_attn.v_proj.weight.data[3, 4] = float("nan")
+    source = save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
+    with pytest.raises(NumericalError, match=r"layers\.2\.self_attn\.v_proj\.weight"):
+        sparsellm.prune(source, Recipe(method="magnitude"), calibration=windows(), out=tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_an_already_pruned_model_is_said_and_pruned_further(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    sparsellm.prune(source, Recipe(method="magnitude", sparsity=0.5), calibration=windows(), out=tmp_path / "half")
+    result = sparsellm.prune(
+        tmp_path / "half", Recipe(method="magnitude"), calibration=windows(), out=tmp_path / "more"
+    )
+    assert "already pruned: 50.0%" in result.warnings[0]
+    assert result.sparsity == pytest.approx(0.7, abs=1e-3)
+
+
+def test_bad_calls_are_refused_before_any_work() -> None:
+    with pytest.raises(DataError, match="tokenizer"):
+        sparsellm.prune(tiny_llama(), Recipe(method="magnitude"))
+    with pytest.raises(DataError, match="vocabulary has 300"):
+        sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=windows() + 290)
+    with pytest.raises(DataError, match="seq_len is 500"):
+        sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=windows(2, 500))
+    with pytest.raises(RecipeError, match="'sparsegpt'"):
+        sparsellm.prune(tiny_llama(), Recipe(method="sparsgpt"), calibration=windows())
+    with pytest.raises(RecipeError, match="damping"):
+        sparsellm.prune(tiny_llama(), Recipe(method="sparsegpt", options={"dampng": 1}), calibration=windows())
+    with pytest.raises(RecipeError, match="16 does not divide"):
+        sparsellm.prune(tiny_llama(intermediate_size=72), Recipe(method="wanda", pattern="3:16"), calibration=windows())
+
+
+def test_streamed_perplexity_equals_that_of_the_whole_model(family: Family, tmp_path: Path) -> None:
+    from sparsellm.evaluation import perplexity
+
+    source = save_tiny(family(), tiny_tokenizer(), tmp_path / "dense")
+    whole = perplexity(family(), windows())
+    streamed = sparsellm.evaluate(source, windows())
+    assert streamed.value == pytest.approx(whole.value, rel=1e-6)
+    assert (streamed.tokens, streamed.window) == (whole.tokens, whole.window)
