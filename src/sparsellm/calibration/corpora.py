@@ -9,7 +9,7 @@ from sparsellm.calibration.files import read_rows, text_rows
 from sparsellm.calibration.hub import hub_column
 from sparsellm.calibration.sources import SOURCES, Split, Text
 
-# Share of pydoc's characters that is held out: about 20,000 tokens, where calibration needs the rest.
+# At most this share of the characters of pydoc is held out; calibration needs the rest more.
 _HELD_OUT = 0.2
 
 # SparseGPT's evaluation on C4 reads this many documents and at most this many windows.
@@ -18,7 +18,7 @@ _C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
 
 @SOURCES.register("pydoc", paper="https://docs.python.org/3/library/pydoc.html")
 def read_pydoc(argument: str, split: Split) -> Text:
-    """The English documentation inside every Python: no download, about 100,000 tokens, a fifth of them held out.
+    """The English documentation inside every Python: no download, about 90,000 tokens, a sixth of them held out.
 
     It is technical prose of one kind, so it calibrates worse than a broad corpus, and its text changes with the version
     of Python: numbers compare only within one version. Topics quote each other, so a paragraph counts once, where it
