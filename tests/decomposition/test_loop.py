@@ -41,7 +41,7 @@ def test_zero_iterations_are_local_pruning_bit_for_bit(gated: bool) -> None:
     for chunk in chunks[:2]:
         hidden.update(half.activations(chunk.inputs), chunk.token_weights)
         cross.update(chunk.targets, half.activations(chunk.inputs), chunk.token_weights)
-    wanted = least_squares(hidden.finish(), cross.finish(), 0.01, prior=unit.down.weight).weight
+    wanted = least_squares(hidden.finish(), cross.finish(), Settings().damping, prior=unit.down.weight).weight
     down = by_input_norm(wanted, hidden.finish(), HALF)
     assert _same(result.unit, replace(half, down=Linear(down.weight)))
     assert torch.equal(result.masks["down"], down.mask)
@@ -51,9 +51,9 @@ def test_zero_iterations_are_local_pruning_bit_for_bit(gated: bool) -> None:
 
 @pytest.mark.parametrize(("gated", "activation", "bias"), UNITS)
 def test_alternating_lowers_the_error_and_keeps_the_pattern(gated, activation, bias) -> None:  # type: ignore[no-untyped-def]
-    unit = random_unit(12, 32, gated=gated, activation=activation, bias=bias)
+    unit = random_unit(24, 96, gated=gated, activation=activation, bias=bias)
     chunks = random_chunks(unit, [500, 500, 500])
-    result = prune_feed_forward(unit, chunks[:2], chunks[2:], refitted, HALF, Settings(iterations=4))
+    result = prune_feed_forward(unit, chunks[:2], chunks[2:], refitted, HALF, Settings(damping=0.01))
     assert result.error < result.history[0].held_out_error
     assert result.error == min(record.held_out_error for record in result.history)
     assert true_error(result.unit, chunks[2:]) == result.error

@@ -48,13 +48,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the loop runs. The defaults are what paid on real units; see docs/method.md for the measurements."""
+    """How the loop runs. The defaults are what paid on two units of a real model, at 70 % sparsity."""
 
     iterations: int = 4  # 0 is local pruning
     patience: int = 2  # iterations without a better held-out error before the loop stops
     coefficients: Coefficients | None = None  # None: objective.default_coefficients on the first chunk
-    producer: float = 1.0  # α and γ of default_coefficients, as pure numbers
-    coupling: float = 10.0
+    producer: float = 3.0  # α and γ of default_coefficients, as pure numbers; 1 to 10 of each came within 3 %
+    coupling: float = 3.0
     continuation: float = 1.0  # multiplies α and γ after each iteration: above 1 closes the gap to the true error
     start: Literal["dense", "pruned"] = "dense"  # the variables are at first the products of these weights
     keep_variables: bool = True  # False: they start anew at each iteration, and nothing is stored per token
@@ -63,7 +63,10 @@ class Settings:
     relaxation: float = 1.0  # how far the weight goes from the current one to the wanted one; above 1 extrapolates
     mask_only: bool = False  # coordinated targets choose the masks; the weights on them are fitted to the dense targets
     refit: Literal["none", "down", "all"] = "none"  # after the choice: held-out tokens too, for down or the whole loop
-    damping: float = 0.01  # of the least squares, relative to the mean of the Gram matrix's diagonal
+    # Ridge of the least squares towards the current weight (the dense one for down), relative to the mean of the Gram
+    # matrix's diagonal. At 2.3 tokens per hidden unit 0.1 in place of 0.01 lowered the error of the local solution on
+    # held-out tokens by 6 to 9 %, on other texts by 11 to 16 %; 1 was too much. More tokens need less.
+    damping: float = 0.1
     dtype: torch.dtype = torch.float32  # of stored variables
     directory: Path | None = None  # where to map them to files; None keeps them in memory
 

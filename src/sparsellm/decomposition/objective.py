@@ -100,7 +100,7 @@ def objective(
 
 
 def default_coefficients(
-    unit: FeedForward, x: Tensor, y: Tensor, *, producer: float = 1.0, coupling: float = 10.0
+    unit: FeedForward, x: Tensor, y: Tensor, *, producer: float = 3.0, coupling: float = 3.0
 ) -> Coefficients:
     """Coefficients that make every term speak of the same thing: error at the output of the unit.
 
