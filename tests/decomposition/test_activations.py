@@ -3,6 +3,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from sparsellm.decomposition.activations import KNOWN, as_activation, generic, identify
+from sparsellm.decomposition.updates import update_gate_preactivation
 from sparsellm.errors import ModelError
 
 
@@ -78,3 +79,16 @@ def test_a_generic_activation_takes_derivatives_from_autograd() -> None:
 def test_a_generic_activation_must_be_elementwise() -> None:
     with pytest.raises(ModelError, match="not elementwise"):
         generic(lambda z: z.softmax(dim=-1), "softmax")
+
+
+@pytest.mark.parametrize("function", [lambda z: z, torch.nn.Mish(inplace=True), torch.tanh], ids=["same", "inplace", "tanh"])
+def test_a_generic_activation_never_changes_what_it_is_given(function) -> None:  # type: ignore[no-untyped-def]
+    activation = generic(function)
+    m, a, z, u = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    kept = [t.clone() for t in (m, a, z, u)]
+    found = update_gate_preactivation(m, a, z, u, activation, alpha=1.0, gamma=2.0, steps=9)
+    assert all(torch.equal(t, before) for t, before in zip((m, a, z, u), kept, strict=True))
+    x = found.double().requires_grad_(True)
+    ((x - m) ** 2 + 2 * (a - function(x.clone()) * u) ** 2).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().median() < 1e-4

@@ -145,17 +145,21 @@ def generic(function: Function, name: str = "generic") -> Activation:
     if value.shape != z.shape or not torch.allclose(value[::3].flip(0), some, rtol=1e-4, atol=1e-5):
         raise ModelError(f"activation {name!r} is not elementwise; give one that maps each element by itself")
 
+    def apart(z: Tensor) -> Tensor:
+        return function(z.clone())  # it may work in place, or hand back its very input
+
     def derivatives(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             x = z.detach().requires_grad_(True)
-            value = function(x)
+            value = apart(x)
             (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
             second = None
             if first.requires_grad:  # a piecewise linear φ has no graph left
                 (second,) = torch.autograd.grad(first.sum(), x, allow_unused=True)
-        return value.detach(), first.detach(), torch.zeros_like(z) if second is None else second.detach()
+        second = torch.zeros_like(z) if second is None else second
+        return value.detach(), first.detach().clone(), second.detach().clone()  # autograd may share or expand them
 
-    return Activation(name, function, derivatives)
+    return Activation(name, apart, derivatives)
 
 
 def as_activation(function: Function) -> Activation:
