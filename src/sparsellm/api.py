@@ -341,9 +341,7 @@ def _open(
     chain = open_chain(directory, device=device, dtype=dtype, trust_remote_code=trust)
     if not in_memory:
         return chain, None
-    loaded = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=chain.dtype, trust_remote_code=trust, use_safetensors=True
-    ).to(device)
+    loaded = _load_whole(directory, chain.dtype, device, trust)
     return open_chain(loaded, device=device), loaded
 
 
@@ -381,8 +379,14 @@ def _model_that_writes(chain: Chain, recipe: Recipe, directory: Path | None) -> 
     elif directory is None:
         yield chain.model
     else:
-        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=chain.dtype, use_safetensors=True)
-        yield loaded.to(chain.device)
+        yield _load_whole(directory, chain.dtype, chain.device, trust=False)
+
+
+def _load_whole(directory: Path, dtype: torch.dtype, device: torch.device, trust: bool) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust, use_safetensors=True)
+    assert isinstance(model, PreTrainedModel)
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def _checked_ids(ids: Tensor, chain: Chain) -> Tensor:

@@ -68,10 +68,11 @@ class Registry(Generic[F]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, Entry[F]] = {}
+        self._listeners: list[Callable[[Entry[F]], None]] = []
 
     def register(self, name: str, *, paper: str) -> Callable[[F], F]:
-        """Decorator. Options are the function's keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``:
-        what pydantic knows of the type is checked, and the text is shown to users."""
+        """Decorator. Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``: what
+        pydantic knows of the type is checked, and the text is shown to users."""
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
@@ -93,6 +94,14 @@ class Registry(Generic[F]):
         if entry.name in self._entries:
             raise ValueError(f"{self.kind} {entry.name!r} is registered twice")
         self._entries[entry.name] = entry
+        for listener in self._listeners:
+            listener(entry)
+
+    def on_add(self, listener: Callable[[Entry[F]], None]) -> None:
+        """Calls ``listener`` with every entry there is and every one to come."""
+        self._listeners.append(listener)
+        for entry in self._entries.values():
+            listener(entry)
 
     def __getitem__(self, name: str) -> Entry[F]:
         if name not in self._entries:

@@ -53,8 +53,12 @@ class Stream:
 
     def run(self, index: int) -> Iterator[Tensor]:
         """Runs the loaded block ``index`` on every batch; the stream itself stays where it is."""
-        for hidden, call in self.batches(index):
-            yield self.chain.run(index, hidden, call)
+        for position in range(len(self)):
+            yield self.run_batch(index, position)
+
+    def run_batch(self, index: int, position: int) -> Tensor:
+        """What leaves the loaded block ``index`` for one batch."""
+        return self.chain.run(index, self.hidden[position], self._calls[position][index])
 
     def advance(self, index: int) -> None:
         """Replaces what enters block ``index`` by what leaves it."""

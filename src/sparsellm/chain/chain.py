@@ -90,7 +90,9 @@ class Chain:
 
     @property
     def config(self) -> PretrainedConfig:
-        return self.model.config
+        config = self.model.config
+        assert isinstance(config, PretrainedConfig)
+        return config
 
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` that are pruned here: none that is tied to the embedding, the head, or an

@@ -43,9 +43,7 @@ class LinearView:
 
     @property
     def parameter(self) -> nn.Parameter:
-        parameter = self.module.weight
-        assert isinstance(parameter, nn.Parameter)
-        return parameter
+        return weight_of(self.module)
 
     @property
     def bias(self) -> Tensor | None:
@@ -69,6 +67,13 @@ class LinearView:
         target = self.module.bias
         assert isinstance(target, Tensor)
         target.copy_(bias.to(self.storage_dtype).to(target.dtype))
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The weight of a linear, as its module stores it."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -77,6 +77,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
         raise ModelError(
             f"{directory} is a {config.model_type}, which is not a decoder; only decoder-only models are pruned"
         )
+    assert isinstance(config, PretrainedConfig)
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{directory} has quantised weights (quantization_config); prune the unquantised checkpoint")
     return config

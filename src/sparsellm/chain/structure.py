@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from sparsellm.chain.linears import iterate_linears
+from sparsellm.chain.linears import iterate_linears, weight_of
 from sparsellm.errors import ModelError
 
 
@@ -23,7 +23,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 0:
-            size = sum(linear.weight.numel() for _, linear in iterate_linears(module, name))  # type: ignore[operator]
+            size = sum(weight_of(linear).numel() for _, linear in iterate_linears(module, name))
             if size and (best is None or size > best[0]):
                 best = (size, name, module)
     if best is None:

@@ -4,8 +4,11 @@ import importlib
 import pkgutil
 
 from sparsellm.methods.base import METHODS, BlockTask, LinearResult
+from sparsellm.methods.local import from_solver
+from sparsellm.solvers import SOLVERS
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+SOLVERS.on_add(lambda entry: METHODS.add(from_solver(entry)))  # a solver that a user registers later is a method too
 
 __all__ = ["METHODS", "BlockTask", "LinearResult"]

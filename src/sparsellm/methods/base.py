@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -95,8 +95,9 @@ class BlockTask:
         return [(group, accumulators[group[0].name].finish()) for group in grouping.groups]
 
     def accept(self, linear: LinearView, solution: Solution) -> LinearResult:
-        """Puts a solution in place and records it."""
+        """Puts a solution in place and records it; a later solution of the same linear replaces the record."""
         linear.assign(solution.weight)
+        self.results = [result for result in self.results if result.name != linear.name]
         weight = linear.parameter
         result = LinearResult(
             linear.name,
@@ -121,10 +122,7 @@ class BlockTask:
         return self.results
 
 
-class Method(Protocol):
-    """Prunes the linears of one block in place, and leaves a result for each in ``task.results``."""
-
-    def __call__(self, task: BlockTask, **options: Any) -> None: ...
-
+Method = Callable[..., None]
+"""``method(task, **options)`` prunes the linears of one block in place, and leaves results in ``task.results``."""
 
 METHODS: Registry[Method] = Registry("method")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsellm.methods.base import METHODS, BlockTask, Method
+from sparsellm.methods.base import BlockTask, Method
 from sparsellm.registry import Entry
-from sparsellm.solvers import SOLVERS, Solver
+from sparsellm.solvers import Solver
 
 
 def local_method(entry: Entry[Solver]) -> Method:
@@ -24,5 +24,6 @@ def local_method(entry: Entry[Solver]) -> Method:
     return prune_block
 
 
-for _entry in SOLVERS:
-    METHODS.add(Entry(_entry.name, local_method(_entry), _entry.paper, _entry.summary, _entry.options))
+def from_solver(entry: Entry[Solver]) -> Entry[Method]:
+    """A solver under its own name, options and paper, as a method."""
+    return Entry(entry.name, local_method(entry), entry.paper, entry.summary, entry.options)

@@ -1,0 +1,1 @@
+"""Refinement: kept weights are polished, zeros stay zero."""
