@@ -53,7 +53,7 @@ class Settings:
     iterations: int = 4  # 0 is local pruning
     patience: int = 2  # iterations without a better held-out error before the loop stops
     coefficients: Coefficients | None = None  # None: objective.default_coefficients on the first chunk
-    producer: float = 3.0  # α and γ of default_coefficients, as pure numbers; 1 to 10 of each came within 3 %
+    producer: float = 3.0  # α and γ of default_coefficients, as pure numbers; 1 to 10 of each came within 6 %
     coupling: float = 3.0
     continuation: float = 1.0  # multiplies α and γ after each iteration: above 1 closes the gap to the true error
     start: Literal["dense", "pruned"] = "dense"  # the variables are at first the products of these weights
