@@ -1,15 +1,16 @@
 """Second moments of activations, accumulated in chunks: all that a solver needs to know of the calibration tokens.
 
 ``G = XᵀX / N`` for inputs ``X (tokens, features)`` and ``C = TᵀX / N`` with targets ``T (tokens, out)``. Memory depends
-on the features only, never on the number of tokens. Sums are additive: accumulators of several processes merge into one.
+on the features only, never on the number of tokens. Sums are additive: accumulators of several processes merge.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -19,8 +20,10 @@ from sparsellm.errors import NumericalError
 
 PANEL = 512  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
 CHUNK_ELEMENTS = 1 << 23  # converted to fp32 at a time: 32 MiB
-FACTORS_KEPT_BYTES = 1 << 30  # factorisations remembered by one Gram; the oldest is dropped beyond this
+REMEMBERED_BYTES = 1 << 29  # of factorisations kept by one Gram; the oldest is dropped beyond this
 DAMPING_TRIES = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class Gram:
 
     matrix: Tensor
     tokens: int
-    _factors: OrderedDict[tuple[str, float], Factor] = field(default_factory=OrderedDict, repr=False)
+    _memory: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
 
     def __post_init__(self) -> None:
         if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
@@ -86,7 +89,14 @@ class Gram:
 
     def energy(self, weight: Tensor) -> float:
         """``‖W G^½‖²_F``: the mean over tokens of ``‖W x‖²``, for ``weight`` (out, features)."""
-        return float(torch.sum((weight @ self.matrix) * weight, dtype=torch.float64).clamp(min=0))
+        total = 0.0
+        for start in range(
+            0, self.features, PANEL
+        ):  # G is symmetric: products with what lies past the panel count twice
+            rest = weight[:, start:]  # (out, features - start)
+            products = (rest[:, :PANEL] @ self.matrix[start : start + PANEL, start:]).mul_(rest)
+            total += float(2 * products.sum(dim=1).double().sum() - products[:, :PANEL].sum(dim=1).double().sum())
+        return max(total, 0.0)
 
     def cholesky(self, damping: float) -> Factor:
         """Lower triangular ``L`` with ``L Lᵀ = G + λI``.
@@ -96,11 +106,11 @@ class Gram:
         Raises:
             NumericalError: it failed at every damping tried.
         """
-        return self._remember("cholesky", damping, self._factorise)
+        return self.remember(("cholesky", damping), lambda: self._factorise(damping))
 
     def inverse(self, damping: float) -> Factor:
         """``(G + λI)⁻¹``, symmetric; damping as in ``cholesky``."""
-        return self._remember("inverse", damping, self._invert)
+        return self.remember(("inverse", damping), lambda: self._invert(damping))
 
     def inverse_cholesky(self, damping: float) -> Factor:
         """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``, as the optimal brain surgeon needs it.
@@ -109,16 +119,21 @@ class Gram:
         factorisation and a triangular inverse, more accurate than to factorise an explicit inverse. Damping as in
         ``cholesky``.
         """
-        return self._remember("inverse_cholesky", damping, self._factorise_inverse)
+        return self.remember(("inverse_cholesky", damping), lambda: self._factorise_inverse(damping))
 
-    def _remember(self, kind: str, damping: float, make: Callable[[float], Factor]) -> Factor:
-        key = (kind, damping)
-        if key not in self._factors:
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returned when first called for this key, so that linears with the same input share the work.
+
+        It should be about as large as this matrix: memory is bounded, and what was made longest ago is made again.
+        """
+        if key not in self._memory:
+            made = make()
             size = self.matrix.numel() * self.matrix.element_size()
-            while self._factors and (len(self._factors) + 1) * size > FACTORS_KEPT_BYTES:
-                self._factors.popitem(last=False)
-            self._factors[key] = make(damping)
-        return self._factors[key]
+            while self._memory and (len(self._memory) + 1) * size > REMEMBERED_BYTES:
+                self._memory.popitem(last=False)
+            self._memory[key] = made
+        found: T = self._memory[key]
+        return found
 
     def _factorise(self, damping: float, flipped: bool = False) -> Factor:
         asked = damping
@@ -248,8 +263,8 @@ class Fit:
 def least_squares(gram: Gram, cross: Tensor, damping: float = 0.01, prior: Tensor | None = None) -> Fit:
     """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``.
 
-    A prior ``W₀``, such as the dense weight, is what directions that the tokens hardly excite shrink to, and what weights
-    on dead inputs are; without one it is zero.
+    A prior ``W₀``, such as the dense weight, is what directions that the tokens hardly excite shrink to, and what
+    weights on dead inputs are; without one it is zero.
 
     Args:
         gram: of the inputs X.

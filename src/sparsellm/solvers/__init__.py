@@ -1,0 +1,11 @@
+"""Local solvers: (weight, Gram matrix, pattern) → sparse weight. A module registers its solver by being imported."""
+
+import importlib
+import pkgutil
+
+from sparsellm.solvers.base import SOLVERS, Solution, Solver
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["SOLVERS", "Solution", "Solver"]

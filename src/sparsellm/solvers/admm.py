@@ -1,0 +1,94 @@
+"""ADMM: let the weights and the mask settle on each other, then fit the weights that are left.
+
+Minimise ``tr (W − W₀) H (W − W₀)ᵀ`` over sparse ``W``, where ``H`` is ``G`` with a ridge, by splitting ``W = D`` with
+``D`` sparse (ALPS, arXiv 2406.07831, eq. 4; Boža, arXiv 2401.02938). With the scaled multiplier ``V``, an iteration is
+
+    W ← W₀ + (D − V − W₀) ρ(H + ρI)⁻¹        the weights, pulled to the last sparse ones
+    D ← the pattern's largest of W + V         the sparse ones
+    V ← V + W − D                              what they still disagree on
+
+``D`` is ``W + V`` on the support and ``V`` is ``W + V`` off it, so ``W + V`` is all the state there is. An iteration is
+one matrix product; all linears with the same input share ``(H + ρI)⁻¹``, because ρ follows a fixed schedule.
+
+What differs from the papers was measured on the linears of a 135M model, on tokens held out from the Gram matrix:
+* The projection needs a scale in which weights compare. The papers divide each input by its root mean square. We divide
+  by that part of it which the other inputs do not predict, as the optimal brain surgeon would: error 3 % lower.
+* The support need not grow to the target step by step: from the first iteration on at the target is as good.
+* ρ rises from 0.2 to 1 in five steps. It has to rise for the support to settle, or the error doubles.
+* The ridge is 0.05, not 0.01, of the mean curvature: a little worse on the tokens of the Gram matrix, better on others.
+* Weights of the whole matrix compete. Within rows only, the error at 70 % is 1 to 23 % higher.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sparsellm.patterns import Pattern, Scope
+from sparsellm.solvers.base import SOLVERS, Solution, check, solution
+from sparsellm.solvers.support import refine_on_support
+from sparsellm.statistics import Gram
+
+PREDICTION_RIDGE = 0.1  # of predicting an input by the others; anything from 0.02 to 1 does
+RHO_STEPS = 5  # each needs an inverse
+
+
+@SOLVERS.register("admm", paper="arXiv 2406.07831")
+def admm(
+    weight: Tensor,
+    gram: Gram,
+    pattern: Pattern,
+    *,
+    iterations: Annotated[int, Field(ge=0), "alternations of weights and mask; 0 keeps the mask of the start"] = 20,
+    refine_iterations: Annotated[int, Field(ge=0), "conjugate-gradient steps on the weights that are kept"] = 10,
+    scope: Annotated[Scope, "weights compete in the whole matrix, or in each row (output)"] = "matrix",
+    damping: Annotated[float, Field(ge=0), "ridge towards the dense weight, in mean curvatures"] = 0.05,
+    rho_start: Annotated[float, Field(gt=0), "first pull of the mask on the weights; the mean curvature is 1"] = 0.2,
+    rho_stop: Annotated[float, Field(gt=0), "last pull of the mask on the weights"] = 1.0,
+) -> Solution:
+    """Alternates between the best weights near a mask and the best mask near the weights, then refines the weights."""
+    check(weight, gram, pattern)
+    metric, scale = gram.remember(("admm", damping), lambda: _metric(gram, damping))
+    dense = weight.masked_fill(gram.dead, 0.0) * scale  # (out, in): W₀, from here on in the units of the metric
+    mask = pattern.mask(dense.abs(), scope)
+    best = refine_on_support(dense, metric, mask, dense, refine_iterations)
+
+    state, kept = dense, mask  # state: W + V
+    notes: tuple[str, ...] = ()
+    last_rho = rho_start
+    for iteration in range(iterations):
+        step = round((RHO_STEPS - 1) * iteration / max(iterations - 1, 1))
+        rho = rho_start * (rho_stop / rho_start) ** (step / (RHO_STEPS - 1))
+        inverse = metric.inverse(rho)
+        notes = notes or inverse.notes
+        sparse = torch.where(kept, state, 0.0)  # D
+        multiplier = (state - sparse).mul_(last_rho / rho)  # V, in units of the present ρ
+        pull = sparse.sub_(multiplier).sub_(dense)  # D − V − W₀
+        state = torch.addmm(dense, pull, inverse.matrix, alpha=inverse.damping * metric.mean_diagonal).add_(multiplier)
+        kept = pattern.mask(state.abs(), scope)
+        last_rho = rho
+
+    if iterations:
+        # Where inputs are few or singular the mask may end worse than it began: the better of both counts.
+        found = refine_on_support(dense, metric, kept, state, refine_iterations)
+        if found.objective < best.objective:
+            best, mask = found, kept
+    return solution(weight, best.weight / scale, mask, gram, notes)
+
+
+def _metric(gram: Gram, damping: float) -> tuple[Gram, Tensor]:
+    """``H = G + ridge`` with inputs scaled so that weights compare, and that scale of weights (in,).
+
+    ``1 / (R + τI)⁻¹_jj − τ`` is the part of an input's mean square (1 in the normalised ``R``) that others do not
+    predict. The mean diagonal of the scaled ``G`` is 1.
+    """
+    unexplained = 1 / gram.normalised.inverse(PREDICTION_RIDGE).matrix.diagonal() - PREDICTION_RIDGE
+    unit = unexplained.clamp(min=1e-4).sqrt()
+    matrix = gram.normalised.matrix / unit / unit[:, None]
+    size = matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
+    matrix /= size
+    matrix.diagonal().add_(damping)
+    return Gram(matrix, gram.tokens), gram.scale * unit * size.sqrt()

@@ -1,0 +1,59 @@
+"""What every local solver has in common: its registry, its checks, and the solution it hands back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsellm.errors import NumericalError, RecipeError
+from sparsellm.patterns import Pattern
+from sparsellm.registry import Registry
+from sparsellm.statistics import Gram
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A pruned weight."""
+
+    weight: Tensor  # (out, in) fp32; +0.0 wherever the mask is False
+    mask: Tensor  # (out, in) bool, True where kept; exactly the pattern's count
+    error: float  # ‖(W − W₀) G^½‖²_F / ‖W₀ G^½‖²_F: the share of the output's energy that is lost
+    notes: tuple[str, ...] = ()  # what the user should know, such as a raised damping
+
+
+Solver = Callable[..., Solution]
+"""``solver(weight (out, in) fp32, gram, pattern, **options) -> Solution``. Pure: no argument is changed."""
+
+SOLVERS: Registry[Solver] = Registry("solver")
+
+
+def check(weight: Tensor, gram: Gram, pattern: Pattern) -> None:
+    """Refuse what no solver can solve.
+
+    Raises:
+        RecipeError: the pattern does not lie over this shape.
+        NumericalError: the weight has values that are NaN or infinite.
+    """
+    pattern.validate(weight.shape)
+    if weight.shape[1] != gram.features:
+        raise RecipeError(
+            f"weight has {weight.shape[1]} inputs, its Gram matrix {gram.features}; they must be of one linear"
+        )
+    if not math.isfinite(float(weight.sum())) and not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise NumericalError(f"weight of shape {tuple(weight.shape)}: {bad} values are NaN or infinite")
+
+
+def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()) -> Solution:
+    """Set exact zeros, measure the relative error, and refuse a weight (out, in) that is not finite."""
+    sparse = torch.where(mask, weight, 0.0) + 0.0  # + 0.0 turns −0.0, which a packed file would store, into 0.0
+    energy, lost = gram.energy(original), gram.energy(sparse - original)
+    if not math.isfinite(lost) or not math.isfinite(energy):
+        raise NumericalError(
+            f"the error of a pruned weight of shape {tuple(weight.shape)} is {lost}, of {energy} in all"
+        )
+    return Solution(sparse, mask, lost / energy if energy > 0 else 0.0, notes)

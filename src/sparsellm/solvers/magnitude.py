@@ -1,0 +1,16 @@
+"""Magnitude pruning: the baseline that looks at nothing but the weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsellm.patterns import Pattern
+from sparsellm.solvers.base import SOLVERS, Solution, check, solution
+from sparsellm.statistics import Gram
+
+
+@SOLVERS.register("magnitude", paper="arXiv 1506.02626")
+def magnitude(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
+    """Keeps the weights of largest magnitude in the whole matrix, as they are."""
+    check(weight, gram, pattern)
+    return solution(weight, weight, pattern.mask(weight.abs()), gram)

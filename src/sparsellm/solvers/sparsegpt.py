@@ -1,0 +1,94 @@
+"""SparseGPT: prune the inputs one after another, and let those still to come make up for what was lost.
+
+With ``UᵀU = (G + λI)⁻¹``, ``U`` upper triangular, pruning weight ``w_j`` of an output costs ``w_j² / U_jj²``, and the
+best update of the later weights of that output is ``w_k −= (w_j / U_jj) U_jk`` (the optimal brain surgeon,
+arXiv 2301.00774, sections 3.2 to 3.4).
+
+The result is that of the column-by-column algorithm; the order of the work is not. A run of columns is halved again and
+again: the left half is pruned, one matrix product carries its errors to the right half, then the right half is pruned.
+All but a sliver of the work is then large products, and the columns at the bottom touch little memory.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sparsellm.patterns import Pattern, Unstructured, highest, share
+from sparsellm.solvers.base import SOLVERS, Solution, check, solution
+from sparsellm.statistics import Gram
+
+LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough for the rest to be worth a product
+
+
+@SOLVERS.register("sparsegpt", paper="arXiv 2301.00774")
+def sparsegpt(
+    weight: Tensor,
+    gram: Gram,
+    pattern: Pattern,
+    *,
+    damping: Annotated[float, Field(ge=0), "added to the Gram matrix's diagonal, as a fraction of its mean"] = 0.01,
+    block_size: Annotated[
+        int, Field(ge=1), "inputs whose mask is chosen together; N:M always goes by its groups"
+    ] = 128,
+) -> Solution:
+    """Prunes input by input, and updates the inputs to come so that they make up for the loss."""
+    check(weight, gram, pattern)
+    factor = gram.inverse_cholesky(damping)
+    # N:M looks at a group's weights as they are when its turn comes, unstructured at those of a whole block.
+    step = block_size if isinstance(pattern, Unstructured) else pattern.step
+    elimination = _Elimination(weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern)
+    elimination.prune(0, weight.shape[1], step)
+    return solution(weight, elimination.columns.T.contiguous(), elimination.kept.T.contiguous(), gram, factor.notes)
+
+
+class _Elimination:
+    """The weight while its columns are pruned from left to right."""
+
+    def __init__(self, weight: Tensor, upper: Tensor, pattern: Pattern) -> None:
+        self.columns = weight.T.contiguous()  # (in, out): a column of the weight is one contiguous row here
+        self.errors = torch.empty_like(self.columns)  # (in, out): w_j / U_jj where pruned, 0 where kept
+        self.kept = torch.empty_like(self.columns, dtype=torch.bool)  # (in, out)
+        self.upper = upper  # (in, in)
+        self.pivots = upper.diagonal()  # (in,)
+        self.pattern = pattern
+
+    def prune(self, start: int, stop: int, step: int) -> None:
+        """Choose the mask of ``start:stop``, ``step`` columns at a time, and eliminate what is pruned."""
+        if stop - start <= step:
+            self.choose(start, stop)
+            self.eliminate(start, stop)
+        else:
+            middle = start + step * ((stop - start + step) // (2 * step))
+            self.prune(start, middle, step)
+            self.carry(start, middle, stop)
+            self.prune(middle, stop, step)
+
+    def choose(self, start: int, stop: int) -> None:
+        scores = (self.columns[start:stop] / self.pivots[start:stop, None]).square()  # (columns, out)
+        if isinstance(self.pattern, Unstructured):
+            inputs, outputs = self.columns.shape
+            zeros = share(self.pattern.zeros((outputs, inputs)), start, stop, inputs)
+            self.kept[start:stop] = highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
+        else:
+            self.kept[start:stop] = self.pattern.mask(scores.T).T
+
+    def eliminate(self, start: int, stop: int) -> None:
+        """Prune columns whose mask is chosen, and update those of ``start:stop`` that come after."""
+        if stop - start > LEAF:
+            middle = (start + stop) // 2
+            self.eliminate(start, middle)
+            self.carry(start, middle, stop)
+            self.eliminate(middle, stop)
+            return
+        for j in range(start, stop):
+            if j > start:
+                self.columns[j].addmv_(self.errors[start:j].T, self.upper[start:j, j], alpha=-1)
+            torch.div(self.columns[j].masked_fill(self.kept[j], 0.0), self.pivots[j], out=self.errors[j])
+
+    def carry(self, start: int, middle: int, stop: int) -> None:
+        """Update columns ``middle:stop`` for the errors of columns ``start:middle``."""
+        self.columns[middle:stop].addmm_(self.upper[start:middle, middle:stop].T, self.errors[start:middle], alpha=-1)

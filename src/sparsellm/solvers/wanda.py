@@ -1,0 +1,17 @@
+"""Wanda: a weight matters as much as what it multiplies."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsellm.patterns import Pattern
+from sparsellm.solvers.base import SOLVERS, Solution, check, solution
+from sparsellm.statistics import Gram
+
+
+@SOLVERS.register("wanda", paper="arXiv 2306.11695")
+def wanda(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
+    """Keeps, of each output, the weights with the largest ``|w| · rms of their input``, as they are (eq. 1)."""
+    check(weight, gram, pattern)
+    scores = weight.abs() * gram.diagonal.clamp(min=0).sqrt()  # (out, in)
+    return solution(weight, weight, pattern.mask(scores, scope="row"), gram)
