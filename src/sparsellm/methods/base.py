@@ -116,9 +116,10 @@ class BlockTask:
         for linear in self.linears:
             if linear.name not in done:
                 shape = (linear.out_features, linear.in_features)
-                note = "left dense: no calibration token reached it"
+                asked = self.patterns[linear.name].sparsity
+                notes = ("left dense: no calibration token reached it",) if asked else ()
                 zeros = int((linear.parameter == 0).sum())
-                self.results.append(LinearResult(linear.name, shape, zeros, 0.0, 0.0, (note,)))
+                self.results.append(LinearResult(linear.name, shape, zeros, asked, 0.0, notes))
         return self.results
 
 

@@ -39,7 +39,7 @@ def sparsellm(
     *,
     solver: Annotated[str, "the local solver inside"] = "admm",
     refit: Annotated[bool, "fit the last linear of each sublayer to the dense sublayer's output"] = True,
-    refit_damping: Annotated[float, Field(ge=0), "ridge of that fit towards the dense weight"] = 0.01,
+    refit_damping: Annotated[float, Field(ge=0), "ridge of that fit towards the dense weight"] = 0.1,
     norm_weighting: Annotated[
         float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
     ] = 1.5,
@@ -47,6 +47,8 @@ def sparsellm(
     learning_rate: Annotated[float, Field(gt=0), "of Adam, relative to the weights' root mean square"] = 0.02,
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
+    if not any(task.patterns[linear.name].sparsity for linear in task.linears):
+        return  # nothing is lost, so nothing is to be made up for: every bit stays
     solve = partial(_solve, task, SOLVERS[solver].function)
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
     with task.clock.phase("prune/targets"):

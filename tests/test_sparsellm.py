@@ -1,0 +1,86 @@
+"""The coordinated method: never worse than its solver alone on what it was fitted to, exact, repeatable, harmless at 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.methods.sparsellm import token_weights
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
+
+Family = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+def windows(seed: int) -> Tensor:
+    return torch.randint(VOCABULARY, (24, 48), generator=torch.Generator().manual_seed(seed))
+
+
+def error(model: PreTrainedModel, dense: PreTrainedModel) -> float:
+    """Relative squared error of the logits on tokens that nothing was fitted to."""
+    with torch.no_grad():
+        wanted, found = dense(windows(9)).logits, model(windows(9)).logits
+    return float((found - wanted).square().sum() / wanted.square().sum())
+
+
+def pruned(family: Family, method: str, **options: object) -> PreTrainedModel:
+    model = family()
+    recipe = Recipe(method=method, sparsity=0.6, options=options, batch_tokens=200)
+    result = sparsellm.prune(model, recipe, calibration=windows(1))
+    assert result.sparsity == pytest.approx(0.6, abs=1e-3)
+    assert [linear.zeros for linear in result.linears] == [
+        round(0.6 * linear.shape[0] * linear.shape[1]) for linear in result.linears
+    ]
+    return model
+
+
+def test_every_part_lowers_the_error_on_unseen_tokens(family: Family) -> None:
+    dense = family()
+    local = error(pruned(family, "admm"), dense)
+    refitted = error(pruned(family, "sparsellm", steps=0), dense)
+    polished = error(pruned(family, "sparsellm", steps=60), dense)
+    assert polished < refitted < local
+
+
+def test_it_repeats_to_the_bit(family: Family) -> None:
+    one, two = (pruned(family, "sparsellm", steps=5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_n_of_m_holds_after_refinement() -> None:
+    model = tiny_llama()
+    sparsellm.prune(model, Recipe(method="sparsellm", pattern="2:4", options={"steps": 5}), calibration=windows(1))
+    for block in model.model.layers:
+        weight = block.mlp.down_proj.weight
+        assert bool(((weight != 0).reshape(-1, 4).sum(1) <= 2).all())
+
+
+def test_zero_sparsity_leaves_every_bit_alone(family: Family) -> None:
+    model, untouched = family(), family()
+    sparsellm.prune(model, Recipe(method="sparsellm", sparsity=0.0), calibration=windows(1))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
+
+
+def test_gradients_are_left_as_they_were() -> None:
+    model = pruned(tiny_llama, "sparsellm", steps=3)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_token_weights_tame_massive_activations_only() -> None:
+    hidden = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(0))
+    hidden[1, 7] *= 1000
+    (weights,) = token_weights([hidden], 1.5)
+    norms = hidden.norm(dim=-1)
+    limit = 1.5 * norms.flatten().sort().values[49]  # torch's median is the lower of the two middle values
+    assert torch.equal(weights == 1, norms <= limit)
+    torch.testing.assert_close(weights[1, 7], (limit / norms[1, 7]) ** 2)
