@@ -1,6 +1,6 @@
 """Perplexities of methods by sparsities on one real model: the table in docs/results.md.
 
-Every cell is one run of ``sparsellm prune`` and one of ``sparsellm eval``, each in a process of its own, so that peak memory
+Every cell is a run of ``sparsellm prune`` and one of ``sparsellm eval``, each in its own process, so that peak memory
 is the cell's own. Finished cells are kept in a file: stop the script and run it on whenever you like.
 
     python benchmarks/quality.py --text wikitext2-raw-test.txt                # the table

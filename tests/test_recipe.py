@@ -64,5 +64,5 @@ def test_a_bad_recipe_is_refused_in_one_line(text: str, said: str) -> None:
 def test_bad_settings_and_files(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="key=value"):
         Recipe().with_settings(["seed"])
-    with pytest.raises(RecipeError, match="nothing.yaml"):
+    with pytest.raises(RecipeError, match=r"nothing\.yaml"):
         Recipe.from_yaml(tmp_path / "nothing.yaml")

@@ -49,7 +49,7 @@ def reference(model: PreTrainedModel, ids: Tensor, solver: str, sparsity: float)
         inputs: dict[str, list[Tensor]] = {}
         handles = [
             module.register_forward_hook(
-                lambda m, args, out, name=name: inputs.setdefault(name, []).append(
+                lambda m, args, out, name=name, inputs=inputs: inputs.setdefault(name, []).append(
                     args[0].reshape(-1, args[0].shape[-1])
                 )
             )
