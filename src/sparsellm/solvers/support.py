@@ -21,8 +21,8 @@ def refine_on_support(
     """Minimise ``tr (W − W₀)(G + damping·diag G)(W − W₀)ᵀ`` over ``W`` that are zero off the mask.
 
     Conjugate gradients on all rows at once, preconditioned by the diagonal: one product with ``G`` an iteration,
-    whatever the mask (ALPS, arXiv 2406.07831, algorithm 2). The objective falls in every iteration. A singular Gram matrix is
-    no obstacle: the problem has a solution, and directions no token excites stay as they were at the start.
+    whatever the mask (ALPS, arXiv 2406.07831, algorithm 2). The objective falls in every iteration. A singular Gram
+    matrix is no obstacle: directions that no token excites stay as they were at the start.
 
     Args:
         wanted: W₀ (out, in), the weight to come near.

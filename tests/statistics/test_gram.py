@@ -1,0 +1,258 @@
+"""Gram matrices against the textbook formula in double precision."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from sparsellm.errors import NumericalError
+from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, gram, least_squares
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gram_of(x: Tensor, weights: Tensor | None = None) -> Gram:
+    accumulator = GramAccumulator(x.shape[-1])
+    accumulator.update(x, weights)
+    return accumulator.finish()
+
+
+def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
+    assert float((actual.double() - expected.double()).norm()) <= rtol * float(expected.double().norm())
+
+
+@pytest.mark.parametrize("features", [1, 7, 512, 700, 1100])
+def test_equals_the_formula_over_panels_of_any_fit(features: int):
+    x = normal(96, features)
+    found = gram_of(x)
+    assert_close(found.matrix, x.double().T @ x.double() / 96)
+    assert torch.equal(found.matrix, found.matrix.T)
+    assert found.tokens == 96
+    assert found.matrix.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_low_precision_activations_are_summed_in_fp32(dtype: torch.dtype):
+    x = normal(2, 50, 33).to(dtype) * 3
+    assert_close(gram_of(x).matrix, torch.einsum("bti,btj->ij", x.double(), x.double()) / 100)
+
+
+def test_streamed_equals_unstreamed(monkeypatch: pytest.MonkeyPatch):
+    x = normal(1000, 20)
+    accumulator = GramAccumulator(20)
+    for part in x.split([1, 7, 500, 492]):
+        accumulator.update(part)
+    assert_close(accumulator.finish().matrix, gram_of(x).matrix, 1e-6)
+    monkeypatch.setattr(gram, "CHUNK_ELEMENTS", 1)  # the smallest chunk, 256 tokens
+    assert_close(gram_of(x).matrix, x.double().T @ x.double() / 1000)
+
+
+def test_finish_leaves_the_accumulator_going():
+    x = normal(64, 9)
+    accumulator = GramAccumulator(9)
+    accumulator.update(x[:30])
+    first = accumulator.finish()
+    kept = first.matrix.clone()
+    accumulator.update(x[30:])
+    assert torch.equal(first.matrix, kept)
+    assert_close(accumulator.finish().matrix, x.double().T @ x.double() / 64)
+
+
+def test_token_weights():
+    x, weights = normal(3, 40, 12), torch.rand(3, 40, generator=torch.Generator().manual_seed(1))
+    expected = torch.einsum("bt,bti,btj->ij", weights.double(), x.double(), x.double()) / 120
+    assert_close(gram_of(x, weights).matrix, expected)
+    target = normal(3, 40, 5, seed=2)
+    cross = CrossAccumulator(5, 12)
+    cross.update(target, x, weights)
+    assert_close(cross.finish(), torch.einsum("bt,bto,bti->oi", weights.double(), target.double(), x.double()) / 120)
+
+
+def test_accumulators_merge():
+    x, target = normal(90, 11), normal(90, 4, seed=1)
+    parts, crosses = [], []
+    for rows in (slice(0, 20), slice(20, 90)):
+        parts.append(GramAccumulator(11))
+        parts[-1].update(x[rows])
+        crosses.append(CrossAccumulator(4, 11))
+        crosses[-1].update(target[rows], x[rows])
+    parts[0].merge(parts[1])
+    crosses[0].merge(crosses[1])
+    assert_close(parts[0].finish().matrix, x.double().T @ x.double() / 90)
+    assert_close(crosses[0].finish(), target.double().T @ x.double() / 90)
+    assert parts[0].finish().tokens == crosses[0].tokens == 90
+
+
+def reduced_in_one_process(rank: int, port: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    accumulator = GramAccumulator(6)
+    accumulator.update(normal(10 + 5 * rank, 6, seed=rank))
+    accumulator.reduce()
+    found = accumulator.finish()
+    torch.save((found.matrix, found.tokens), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_reduce_to_the_same_gram(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(reduced_in_one_process, args=(port, str(tmp_path)), nprocs=2)
+    x = torch.cat([normal(10, 6, seed=0), normal(15, 6, seed=1)]).double()
+    for rank in range(2):
+        matrix, tokens = torch.load(tmp_path / f"{rank}.pt")
+        assert tokens == 25
+        assert_close(matrix, x.T @ x / 25)
+
+
+def test_inputs_are_not_changed():
+    x, weights = normal(50, 6), torch.rand(50)
+    before = x.clone(), weights.clone()
+    gram_of(x, weights)
+    assert torch.equal(x, before[0])
+    assert torch.equal(weights, before[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_at_the_end(value: float):
+    x = normal(50, 6)
+    x[3, 2] = value
+    with pytest.raises(NumericalError, match="Gram matrix of 6 inputs"):
+        gram_of(x)
+    cross = CrossAccumulator(6, 6)
+    cross.update(x, x)
+    with pytest.raises(NumericalError, match="cross moment"):
+        cross.finish()
+
+
+def test_no_token_is_an_error():
+    with pytest.raises(NumericalError, match="no token"):
+        GramAccumulator(3).finish()
+    with pytest.raises(NumericalError, match="no token"):
+        CrossAccumulator(3, 3).finish()
+
+
+def test_a_mismatch_of_tokens_is_an_error():
+    with pytest.raises(ValueError, match="tokens"):
+        CrossAccumulator(3, 4).update(normal(5, 3), normal(6, 4))
+    with pytest.raises(ValueError, match="tokens"):
+        GramAccumulator(3).update(normal(5, 3), torch.ones(4))
+
+
+def test_energy_is_the_mean_square_of_the_output():
+    x, weight = normal(200, 600), normal(8, 600, seed=1)
+    assert gram_of(x).energy(weight) == pytest.approx(
+        float((x.double() @ weight.double().T).square().sum() / 200), rel=1e-5
+    )
+
+
+def test_factors_are_of_the_damped_matrix():
+    found = gram_of(normal(300, 40))
+    damped = found.matrix.double() + 0.1 * found.matrix.diagonal().double().mean() * torch.eye(40)
+    lower, inverse, upper = found.cholesky(0.1), found.inverse(0.1), found.inverse_cholesky(0.1)
+    assert_close(lower.matrix @ lower.matrix.T, damped)
+    assert_close(inverse.matrix, torch.linalg.inv(damped))
+    assert_close(upper.matrix.T @ upper.matrix, torch.linalg.inv(damped))
+    assert torch.equal(upper.matrix, upper.matrix.triu())
+    assert lower.damping == inverse.damping == upper.damping == 0.1
+    assert lower.notes == inverse.notes == upper.notes == ()
+
+
+def test_factors_are_made_once_and_forgotten_when_memory_is_short(monkeypatch: pytest.MonkeyPatch):
+    found = gram_of(normal(100, 10))
+    assert found.inverse(0.1) is found.inverse(0.1)
+    assert found.inverse(0.1) is not found.inverse(0.2)
+    monkeypatch.setattr(gram, "REMEMBERED_BYTES", 2 * 400)  # two of 10 x 10 in fp32
+    small = gram_of(normal(100, 10))
+    first = small.inverse_cholesky(0.1)
+    small.inverse_cholesky(0.2)
+    assert small.inverse_cholesky(0.1) is first
+    small.inverse_cholesky(0.3)
+    assert small.inverse_cholesky(0.1) is not first
+
+
+def test_a_singular_gram_raises_its_damping_and_says_so():
+    found = gram_of(normal(5, 40))  # rank 5
+    for factor in (found.cholesky(0.0), found.inverse(0.0), found.inverse_cholesky(0.0)):
+        assert factor.damping > 0
+        assert "damping raised from 0 to" in factor.notes[0]
+        assert "40 inputs over 5 tokens" in factor.notes[0]
+    factor = found.cholesky(0.0)
+    damped = found.matrix.double() + factor.damping * found.matrix.diagonal().double().mean() * torch.eye(40)
+    assert_close(factor.matrix @ factor.matrix.T, damped)
+
+
+def test_each_step_of_damping_is_tenfold():
+    duplicated = normal(50, 3).repeat(1, 2)  # every input twice
+    factor = gram_of(duplicated).cholesky(1e-12)
+    assert any(factor.damping == pytest.approx(10.0**power) for power in range(-11, -3))
+
+
+def test_no_damping_saves_an_indefinite_matrix():
+    indefinite = torch.eye(4)
+    indefinite[0, 1] = indefinite[1, 0] = 1e9
+    with pytest.raises(NumericalError, match="any damping from 0"):
+        Gram(indefinite, 1).cholesky(0.0)
+
+
+def test_dead_inputs_are_cut_loose():
+    x = normal(100, 6)
+    x[:, 2] = 0
+    found = gram_of(x)
+    assert found.dead.tolist() == [False, False, True, False, False, False]
+    live = [0, 1, 3, 4, 5]
+    assert found.mean_diagonal == pytest.approx(float(x[:, live].double().square().mean()), rel=1e-5)
+    sub = found.matrix[live][:, live].double() + 0.01 * found.mean_diagonal * torch.eye(5)
+    assert_close(found.inverse(0.01).matrix[live][:, live], torch.linalg.inv(sub))
+    assert found.inverse(0.01).matrix[2].tolist() == [0, 0, 1, 0, 0, 0]
+    assert_close(found.normalised.diagonal[live], torch.ones(5))
+
+
+def test_all_inputs_dead():
+    found = gram_of(torch.zeros(10, 3))
+    assert torch.equal(found.inverse(0.01).matrix, torch.eye(3))
+
+
+def test_least_squares_is_the_normal_equation():
+    x, target = normal(300, 20), normal(300, 7, seed=1)
+    cross = CrossAccumulator(7, 20)
+    cross.update(target, x)
+    fit = least_squares(gram_of(x), cross.finish(), damping=0.0)
+    assert_close(fit.weight, torch.linalg.lstsq(x.double(), target.double()).solution.T, 1e-4)
+    assert fit.notes == ()
+
+
+def test_least_squares_with_a_ridge_towards_a_prior():
+    x, target, prior = normal(30, 20), normal(30, 7, seed=1), normal(7, 20, seed=2)
+    x[:, 4] = 0
+    found = gram_of(x)
+    cross = CrossAccumulator(7, 20)
+    cross.update(target, x)
+    fit = least_squares(found, cross.finish(), damping=0.3, prior=prior)
+    # the same problem with the ridge as more rows of data: √(Nλ) I with targets √(Nλ) priorᵀ
+    root = (30 * 0.3 * found.mean_diagonal) ** 0.5
+    rows = torch.cat([x.double(), root * torch.eye(20, dtype=torch.float64)])
+    wanted = torch.cat([target.double(), root * prior.double().T])
+    assert_close(fit.weight, torch.linalg.lstsq(rows, wanted).solution.T, 1e-4)
+    assert torch.equal(fit.weight[:, 4], prior[:, 4])
+
+
+def test_least_squares_reports_a_raised_damping():
+    x = normal(5, 40)
+    cross = CrossAccumulator(40, 40)
+    cross.update(x, x)
+    assert "damping raised" in least_squares(gram_of(x), cross.finish(), damping=0.0).notes[0]
+
+
+def test_a_gram_is_square_and_finite():
+    with pytest.raises(ValueError, match="square"):
+        Gram(torch.ones(2, 3), 1)
+    with pytest.raises(NumericalError):
+        Gram(torch.full((2, 2), float("nan")), 1)

@@ -1,0 +1,178 @@
+"""Patterns against sorting, brute force and counting; never against their own output."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsellm.errors import NumericalError, RecipeError
+from sparsellm.patterns import NM, Pattern, Unstructured, detect, parse_pattern, share
+
+
+def scores_of(rows: int, columns: int, levels: int, seed: int) -> torch.Tensor:
+    """Scores (rows, columns) with at most this many different values: few make many ties."""
+    return torch.randint(levels, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
+
+
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 40))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes,
+    st.floats(0, 0.999),
+    st.sampled_from([1, 2, 16, 10**6]),
+    st.integers(0, 99),
+    st.sampled_from(["matrix", "row"]),
+)
+def test_unstructured_count_is_exact_under_any_ties(shape, sparsity, levels, seed, scope):
+    mask = Unstructured(sparsity).mask(scores_of(*shape, levels, seed), scope)
+    assert mask.dtype == torch.bool
+    assert mask.shape == shape
+    assert int((~mask).sum()) == round(sparsity * math.prod(shape))
+    assert int(mask.sum()) == Unstructured(sparsity).keep_count(shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.floats(0, 0.999), st.sampled_from([1, 3, 16, 10**6]), st.integers(0, 99))
+def test_matrix_mask_is_the_stable_sort_of_all_scores(shape, sparsity, levels, seed):
+    scores = scores_of(*shape, levels, seed)
+    ranked = sorted(
+        range(scores.numel()), key=lambda i: (-float(scores.flatten()[i]), i)
+    )  # of equals the first is kept
+    kept = set(ranked[: scores.numel() - round(sparsity * scores.numel())])
+    mask = Unstructured(sparsity).mask(scores).flatten()
+    assert {i for i in range(scores.numel()) if mask[i]} == kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.floats(0, 0.999), st.sampled_from([1, 3, 16, 10**6]), st.integers(0, 99))
+def test_row_mask_is_the_stable_sort_of_each_row(shape, sparsity, levels, seed):
+    scores = scores_of(*shape, levels, seed)
+    mask = Unstructured(sparsity).mask(scores, "row")
+    counts = (~mask).sum(dim=1)
+    assert counts.max() - counts.min() <= 1
+    for row, kept in zip(scores.tolist(), mask.tolist(), strict=True):
+        ranked = sorted(range(len(row)), key=lambda i: (-row[i], i))
+        assert {i for i, keep in enumerate(kept) if keep} == set(ranked[: sum(kept)])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.integers(2, 24),
+    st.data(),
+    st.sampled_from([1, 3, 10**6]),
+    st.integers(0, 99),
+)
+def test_every_group_of_n_m_keeps_its_n_highest(rows, groups, m, data, levels, seed):
+    n = data.draw(st.integers(1, m - 1))
+    scores = scores_of(rows, groups * m, levels, seed)
+    mask = NM(n, m).mask(scores)
+    for group, kept in zip(scores.reshape(-1, m).tolist(), mask.reshape(-1, m).tolist(), strict=True):
+        ranked = sorted(range(m), key=lambda i: (-group[i], i))
+        assert {i for i, keep in enumerate(kept) if keep} == set(ranked[:n])
+    assert int((~mask).sum()) == NM(n, m).zeros(scores.shape) == round(NM(n, m).sparsity * scores.numel())
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
+def test_no_mask_of_the_pattern_keeps_a_larger_sum(pattern: Pattern):
+    scores = torch.rand(1, 8, generator=torch.Generator().manual_seed(3))
+    sums = []
+    for kept in itertools.product([False, True], repeat=8):
+        mask = torch.tensor([kept])
+        if int(mask.sum()) == 4 and pattern.violations(mask.float()) == 0:
+            sums.append(float(scores[mask].sum()))
+    assert float(scores[pattern.mask(scores)].sum()) == pytest.approx(max(sums))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_of_scores(dtype: torch.dtype):
+    scores = scores_of(7, 24, 5, 0).to(dtype)
+    assert torch.equal(Unstructured(0.6).mask(scores), Unstructured(0.6).mask(scores.float()))
+    assert torch.equal(NM(1, 3).mask(scores), NM(1, 3).mask(scores.float()))
+
+
+def test_a_large_matrix_with_sixteen_levels():
+    scores = scores_of(512, 1376, 16, 1)
+    for scope in ("matrix", "row"):
+        assert int((~Unstructured(0.7).mask(scores, scope)).sum()) == round(0.7 * 512 * 1376)
+    assert NM(2, 4).mask(scores).reshape(-1, 4).sum(dim=1).unique().tolist() == [2]
+
+
+def test_violations_count_what_is_missing():
+    weight = torch.tensor([[1.0, 2, 0, 0, 1, 1, 1, 0]])
+    assert NM(2, 4).violations(weight) == 1
+    assert NM(1, 4).violations(weight) == 3
+    assert Unstructured(0.5).violations(weight) == 1
+    assert Unstructured(0.25).violations(weight) == 0
+
+
+def test_detect_names_the_strictest():
+    one, two = torch.tensor([[5.0, 0, 0, 0, 0, 0, 3, 0]]), torch.tensor([[5.0, 1, 0, 0, 0, 0, 3, 0]])
+    clustered = torch.tensor([[5.0, 1, 2, 3, 0, 0, 0, 0]])
+    assert detect(one) == NM(1, 4)
+    assert detect(two) == NM(2, 4)
+    assert detect(clustered) == NM(4, 8)
+    assert detect(torch.ones(2, 8)) is None
+    assert detect(torch.zeros(2, 7)) is None
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2:4", NM(2, 4)), (" 1 : 4 ", NM(1, 4)), ("16:32", NM(16, 32))])
+def test_parse(text: str, expected: NM):
+    assert parse_pattern(text) == expected
+    assert parse_pattern(str(expected)) == expected
+
+
+@pytest.mark.parametrize("text", ["2:3:4", "4:2", "0:4", "4:4", "a:b", "", "2", "2:", ":4", "-1:4", "2.0:4", "2/4"])
+def test_parse_refuses_and_names_the_text(text: str):
+    with pytest.raises(RecipeError, match="pattern is"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, 70, float("nan"), float("inf")])
+def test_sparsity_out_of_range_is_named(sparsity: float):
+    with pytest.raises(RecipeError, match=str(sparsity)):
+        Unstructured(sparsity)
+
+
+def test_a_width_that_m_does_not_divide_is_named():
+    with pytest.raises(RecipeError, match=r"o_proj has 6 inputs.*2:4"):
+        NM(2, 4).validate((8, 6), "o_proj")
+    with pytest.raises(RecipeError, match="6 inputs"):
+        NM(2, 4).mask(torch.rand(8, 6))
+    NM(2, 4).validate((3, 8), "o_proj")
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite(pattern: Pattern, value: float):
+    scores = torch.rand(4, 8)
+    scores[2, 3] = value
+    with pytest.raises(NumericalError, match="1 of 32"):
+        pattern.mask(scores)
+
+
+def test_finite_scores_whose_sum_overflows_are_fine():
+    assert int(Unstructured(0.5).mask(torch.full((4, 4), 3e38)).sum()) == 8
+
+
+def test_names():
+    assert str(Unstructured(0.7)) == "70 %"
+    assert str(NM(2, 4)) == "2:4"
+    assert NM(1, 4).sparsity == 0.75
+    assert Unstructured(0.7).sparsity == 0.7
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 50), min_size=1, max_size=9))
+def test_shares_add_up(total: int, lengths: list[int]):
+    ends = [0, *itertools.accumulate(lengths)]
+    parts = [share(total, start, stop, ends[-1]) for start, stop in itertools.pairwise(ends)]
+    assert sum(parts) == total
+    assert all(abs(part - total * length / ends[-1]) < 1 for part, length in zip(parts, lengths, strict=True))
