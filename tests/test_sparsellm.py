@@ -84,3 +84,21 @@ def test_token_weights_tame_massive_activations_only() -> None:
     limit = 1.5 * norms.flatten().sort().values[49]  # torch's median is the lower of the two middle values
     assert torch.equal(weights == 1, norms <= limit)
     torch.testing.assert_close(weights[1, 7], (limit / norms[1, 7]) ** 2)
+
+
+def test_auxiliary_variables_record_their_history_and_never_end_worse(family: Family) -> None:
+    model = family()
+    options = {"iterations": 2, "steps": 0}
+    result = sparsellm.prune(
+        model, Recipe(method="sparsellm", sparsity=0.6, options=options, batch_tokens=200), calibration=windows(1)
+    )
+    histories = [linear.history for linear in result.linears if linear.history]
+    writers = {"down_proj", "fc2", "c_proj"}
+    assert {linear.name.rpartition(".")[2] for linear in result.linears if linear.history} <= writers
+    assert len(histories) == model.config.num_hidden_layers
+    for history in histories:
+        (chosen,) = (record for record in history if record["chosen"])
+        assert chosen["held_out_error"] == min(record["held_out_error"] for record in history)
+    for linear in result.linears:
+        assert linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1])
+    assert error(model, family()) < error(pruned(family, "admm"), family())

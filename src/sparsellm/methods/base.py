@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,7 @@ class LinearResult:
         asked: the fraction of zeros asked for.
         error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
         notes: what the user should know, such as a damping that had to be raised.
+        history: one record for each iteration, for methods that iterate.
     """
 
     name: str
@@ -37,13 +38,15 @@ class LinearResult:
     asked: float
     error: float
     notes: tuple[str, ...] = ()
+    history: tuple[dict[str, Any], ...] = ()
 
     @property
     def sparsity(self) -> float:
         return self.zeros / (self.shape[0] * self.shape[1])
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": list(self.shape), "notes": list(self.notes), "sparsity": self.sparsity}
+        lists = {"shape": list(self.shape), "notes": list(self.notes), "history": list(self.history)}
+        return {**asdict(self), **lists, "sparsity": self.sparsity}
 
 
 @dataclass
@@ -58,6 +61,7 @@ class BlockTask:
         report: called with a short text when the method goes on to its next step.
         clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
         results: one for each linear done.
+        history: of linears that were found by iterations, one record each.
     """
 
     index: int
@@ -67,6 +71,7 @@ class BlockTask:
     report: Callable[[str], None]
     clock: PhaseClock
     results: list[LinearResult] = field(default_factory=list)
+    history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Runs the block on every batch, for what hooks see of it."""
@@ -120,7 +125,7 @@ class BlockTask:
                 notes = ("left dense: no calibration token reached it",) if asked else ()
                 zeros = int((linear.parameter == 0).sum())
                 self.results.append(LinearResult(linear.name, shape, zeros, asked, 0.0, notes))
-        return self.results
+        return [replace(result, history=tuple(self.history.get(result.name, ()))) for result in self.results]
 
 
 Method = Callable[..., None]

@@ -10,7 +10,6 @@ of the block are polished together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, watch
+from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
+from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, prune_feed_forward, split
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.refine.reconstruct import reconstruct
 from sparsellm.solvers import SOLVERS, Solution, Solver
@@ -43,36 +44,111 @@ def sparsellm(
     norm_weighting: Annotated[
         float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
     ] = 1.5,
+    iterations: Annotated[int, Field(ge=0), "alternations of the feed-forward unit's auxiliary variables"] = 0,
     steps: Annotated[int, Field(ge=0), "steps of Adam on the kept weights of each block"] = 48,
     learning_rate: Annotated[float, Field(gt=0), "of Adam, relative to the weights' root mean square"] = 0.02,
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):
         return  # nothing is lost, so nothing is to be made up for: every bit stays
-    solve = partial(_solve, task, SOLVERS[solver].function)
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
     with task.clock.phase("prune/targets"):
         dense_outputs = list(task.stream.run(task.index)) if steps else []
-    groups = _groups(task)
-    width = task.stream.hidden[0].shape[-1]
-    targets: dict[str, list[Tensor]] = {}
-    entered = 0  # groups before this one belong to sublayers that are done
-    for position, group in enumerate(groups):
-        writers = [g[0] for g in groups[entered:] if len(g) == 1 and g[0].out_features == width]
-        writer = writers[0] if writers else None
-        first = position == entered
-        task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
-        is_writer = writer is not None and group[0] is writer and not first
-        recorded = [writer] if refit and writer is not None and first else []
-        target = targets.pop(writer.name, None) if is_writer and writer is not None else None
-        moments = _moments(task, group[0], weights, target, recorded, targets)
-        for linear in group:
-            solve(linear, moments, refit_damping)
-        if writer is not None and group[0] is writer:
-            entered = position + 1
+    units = {unit.down.name: unit for unit in _units(task)} if iterations else {}
+    for sublayer in _sublayers(_groups(task), task.stream.hidden[0].shape[-1]):
+        unit = units.get(sublayer[-1][0].name)
+        if unit is not None and all(linear in unit.linears() for group in sublayer for linear in group):
+            with task.clock.phase("prune/variables"):
+                prune_unit(task, unit, weights, SOLVERS[solver].function, iterations)
+        else:
+            _prune_in_order(task, sublayer, weights, SOLVERS[solver].function, refit, refit_damping)
     if steps:
         with task.clock.phase("prune/refine"):
             reconstruct(task, dense_outputs, weights, steps=steps, learning_rate=learning_rate)
+
+
+def _sublayers(groups: list[list[LinearView]], width: int) -> list[list[list[LinearView]]]:
+    """The groups cut after each writer: a linear alone on its input that gives vectors of the stream's width."""
+    sublayers: list[list[list[LinearView]]] = [[]]
+    for group in groups:
+        sublayers[-1].append(group)
+        if len(group) == 1 and group[0].out_features == width and len(sublayers[-1]) > 1:
+            sublayers.append([])
+    return [sublayer for sublayer in sublayers if sublayer]
+
+
+def _prune_in_order(
+    task: BlockTask,
+    sublayer: list[list[LinearView]],
+    weights: list[Tensor] | None,
+    solver: Solver,
+    refit: bool,
+    damping: float,
+) -> None:
+    writer = sublayer[-1][0]
+    targets: dict[str, list[Tensor]] = {}
+    for position, group in enumerate(sublayer):
+        task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
+        recorded = [writer] if refit and position == 0 and len(sublayer) > 1 else []
+        target = targets.pop(writer.name, None) if group[0] is writer else None
+        moments = _moments(task, group[0], weights, target, recorded, targets)
+        for linear in group:
+            _solve(task, solver, linear, moments, damping)
+
+
+def prune_unit(
+    task: BlockTask, unit: FeedForwardUnit, weights: list[Tensor] | None, solver: Solver, iterations: int
+) -> None:
+    """The auxiliary variables of one feed-forward unit: targets are what the dense unit gives on the pruned stream.
+
+    Iteration 0 is the local solution with ``down`` refitted; the iterate with the least error on held-out tokens wins,
+    and its weights are then fitted to all tokens. The history goes into the record of ``down``.
+    """
+    task.report("variables")
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+        if linear is unit.up:
+            inputs.append(entering.detach().flatten(0, -2))
+        if linear is unit.down:
+            outputs.append(leaving.detach().flatten(0, -2))
+
+    with watch([unit.up, unit.down], see):
+        task.run()
+    chunks = [
+        Chunk(x, y, weights[index].flatten() if weights is not None else None)
+        for index, (x, y) in enumerate(zip(inputs, outputs, strict=True))
+    ]
+    train, held_out = split(chunks)
+    roles = {"up": unit.up, "down": unit.down, **({"gate": unit.gate} if unit.gate is not None else {})}
+    plain = {role: Linear(linear.weight(), linear.bias) for role, linear in roles.items()}
+    dense = FeedForward(plain["up"], plain["down"], unit.activation, plain.get("gate"))
+    patterns = {role: task.patterns[linear.name] for role, linear in roles.items()}
+    settings = Settings(iterations=iterations, mask_only=True, refit="all")
+    result = prune_feed_forward(dense, train, held_out, solver, patterns, settings)
+    for role, pruned in result.unit.linears().items():
+        linear = roles[role]
+        weight = torch.where(result.masks[role], pruned.weight, 0.0)
+        notes = result.history[result.best_iteration].notes
+        task.accept(linear, Solution(weight, result.masks[role], result.error, notes))
+        if pruned.bias is not None:
+            linear.assign_bias(pruned.bias)
+    task.history[unit.down.name] = [
+        {
+            "iteration": record.iteration,
+            "held_out_error": record.held_out_error,
+            "train_error": record.train_error,
+            "objective": record.terms.total if record.terms is not None else None,
+            "chosen": record.iteration == result.best_iteration,
+        }
+        for record in result.history
+    ]
+
+
+def _units(task: BlockTask) -> list[FeedForwardUnit]:
+    hidden, call = next(task.stream.batches(task.index))
+    return find_feed_forward(task.linears, lambda: task.stream.chain.run(task.index, hidden, call))
 
 
 def _solve(task: BlockTask, solver: Solver, linear: LinearView, moments: _Moments, damping: float) -> None:
