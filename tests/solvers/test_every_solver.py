@@ -1,0 +1,169 @@
+"""What every registered solver promises, whoever wrote it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from sparsellm.errors import NumericalError, RecipeError
+from sparsellm.patterns import NM, Pattern, Unstructured
+from sparsellm.solvers import SOLVERS, Solution
+from sparsellm.statistics import Gram
+from tests.solvers.problems import gram_of, relative, weight_of
+
+NAMES = sorted(entry.name for entry in SOLVERS)
+PATTERNS = [
+    Unstructured(0.0),
+    Unstructured(0.3),
+    Unstructured(0.7),
+    Unstructured(0.97),
+    NM(2, 4),
+    NM(1, 4),
+    NM(4, 8),
+    NM(3, 5),
+]
+
+
+def solve(name: str, weight: torch.Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
+    entry = SOLVERS[name]
+    return entry.function(weight, gram, pattern, **entry.check(options))
+
+
+def test_the_four_are_registered():
+    assert {"magnitude", "wanda", "sparsegpt", "admm"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_papers_and_options_are_described(name: str):
+    entry = SOLVERS[name]
+    assert entry.paper.startswith("arXiv ")
+    assert entry.summary
+    assert all(option.description for option in entry.options.values())
+    assert all(option.default is not inspect.Parameter.empty for option in entry.options.values())
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(RecipeError, match="damping of sparsegpt is -1"):
+        SOLVERS["sparsegpt"].check({"damping": -1})
+    with pytest.raises(RecipeError, match="scope of admm"):
+        SOLVERS["admm"].check({"scope": "column"})
+
+
+def assert_sound(found: Solution, weight: torch.Tensor, gram: Gram, pattern: Pattern) -> None:
+    assert found.weight.shape == found.mask.shape == weight.shape
+    assert found.weight.dtype == torch.float32
+    assert found.mask.dtype == torch.bool
+    assert int((~found.mask).sum()) == pattern.zeros(weight.shape)
+    assert found.weight[~found.mask].count_nonzero() == 0
+    assert not torch.signbit(found.weight[found.weight == 0]).any()
+    assert torch.isfinite(found.weight).all()
+    if isinstance(pattern, NM):
+        assert found.mask.reshape(-1, pattern.m).sum(dim=1).unique().tolist() == [pattern.n]
+    assert math.isfinite(found.error)
+    assert found.error == pytest.approx(relative(found.weight, weight, gram), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_count_zeros_and_error(name: str, pattern: Pattern):
+    weight, gram = weight_of(24, 40), gram_of(40)
+    assert_sound(solve(name, weight, gram, pattern), weight, gram, pattern)
+
+
+@pytest.mark.parametrize("shape", [(1, 12), (1, 1), (17, 1), (3, 129), (5, 300), (33, 31)])
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_sizes(name: str, shape: tuple[int, int]):
+    weight, gram, pattern = weight_of(*shape), gram_of(shape[1]), Unstructured(0.55)
+    assert_sound(solve(name, weight, gram, pattern), weight, gram, pattern)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_that_no_block_size_fits(name: str):
+    weight, gram, pattern = weight_of(6, 210), gram_of(210), NM(2, 7)
+    assert_sound(solve(name, weight, gram, pattern), weight, gram, pattern)
+    weight, gram, pattern = weight_of(6, 160), gram_of(160), NM(10, 40)
+    assert_sound(solve(name, weight, gram, pattern), weight, gram, pattern)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_four_bit_weights_full_of_ties(name: str, pattern: Pattern):
+    weight, gram = (weight_of(32, 64) * 2).round().clamp(-8, 7), gram_of(64)
+    assert_sound(solve(name, weight, gram, pattern), weight, gram, pattern)
+    white = Gram(torch.eye(64), 100)  # nothing breaks a tie here
+    assert_sound(solve(name, weight, white, pattern), weight, white, pattern)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_dead_inputs(name: str, pattern: Pattern):
+    weight, live = weight_of(16, 24), gram_of(24).matrix
+    live[[2, 3, 20]] = 0
+    live[:, [2, 3, 20]] = 0
+    gram = Gram(live, 100)
+    found = solve(name, weight, gram, pattern)
+    assert_sound(found, weight, gram, pattern)
+    if name != "magnitude":  # which does not look at the inputs
+        assert found.weight[:, [2, 3, 20]].count_nonzero() == 0 or isinstance(pattern, NM)
+        assert not found.mask[:, [2, 3, 20]].any() or isinstance(pattern, NM)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_inputs_dead_and_a_zero_weight(name: str):
+    nothing = Gram(torch.zeros(8, 8), 10)
+    assert solve(name, weight_of(4, 8), nothing, Unstructured(0.5)).error == 0
+    found = solve(name, torch.zeros(4, 8), gram_of(8), NM(2, 4))
+    assert found.error == 0
+    assert found.weight.count_nonzero() == 0
+    assert int(found.mask.sum()) == 16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_negative_zero_never_comes_out(name: str):
+    weight = -torch.zeros(4, 8)
+    weight[:, ::2] = weight_of(4, 4)
+    found = solve(name, weight, gram_of(8), Unstructured(0.25))
+    assert not torch.signbit(found.weight[found.weight == 0]).any()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_pure_and_repeatable_to_the_bit(name: str, pattern: Pattern):
+    weight, gram = weight_of(24, 64), gram_of(64)
+    weight_before, matrix_before = weight.clone(), gram.matrix.clone()
+    first, second = solve(name, weight, gram, pattern), solve(name, weight, gram, pattern)
+    fresh = solve(name, weight, Gram(matrix_before.clone(), gram.tokens), pattern)
+    assert torch.equal(weight, weight_before)
+    assert torch.equal(gram.matrix, matrix_before)
+    for other in (second, fresh):
+        assert torch.equal(first.weight, other.weight)
+        assert torch.equal(first.mask, other.mask)
+        assert first.error == other.error
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fewer_tokens_than_inputs(name: str):
+    weight, gram = weight_of(12, 60), gram_of(60, tokens=10)
+    assert_sound(solve(name, weight, gram, Unstructured(0.5)), weight, gram, Unstructured(0.5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_cannot_be_solved_is_refused(name: str):
+    with pytest.raises(RecipeError, match="10 inputs"):
+        solve(name, weight_of(4, 10), gram_of(10), NM(2, 4))
+    with pytest.raises(RecipeError, match="12 inputs, its Gram matrix 8"):
+        solve(name, weight_of(4, 12), gram_of(8), Unstructured(0.5))
+    weight = weight_of(4, 8)
+    weight[1, 1] = float("nan")
+    with pytest.raises(NumericalError, match="1 values are NaN"):
+        solve(name, weight, gram_of(8), Unstructured(0.5))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4)], ids=str)
+def test_the_order_the_papers_report(pattern: Pattern):
+    weight, gram = weight_of(96, 128), gram_of(128, tokens=2000)
+    errors = {name: solve(name, weight, gram, pattern).error for name in ("magnitude", "wanda", "sparsegpt", "admm")}
+    assert errors["admm"] < errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
