@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
+from sparsellm.errors import ModelError
 from sparsellm.methods.sparsellm import token_weights
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
@@ -102,3 +103,18 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse(family: Fa
     for linear in result.linears:
         assert linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1])
     assert error(model, family()) < error(pruned(family, "admm"), family())
+
+
+@pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["gated", "relu"])
+def test_the_published_algorithm_runs_on_the_whole_model_and_shows_its_errors(family: Family) -> None:
+    model = family()
+    recipe = Recipe(method="sparsellm-paper", sparsity=0.5, options={"epochs": 3})
+    result = sparsellm.prune(model, recipe, calibration=windows(1))
+    histories = [linear.history for linear in result.linears if linear.history]
+    assert [len(history) for history in histories] == [3] * model.config.num_hidden_layers
+    assert result.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_published_algorithm_says_what_it_does_not_know() -> None:
+    with pytest.raises(ModelError, match="ReLU"):
+        sparsellm.prune(tiny_gpt2(), Recipe(method="sparsellm-paper"), calibration=windows(1))

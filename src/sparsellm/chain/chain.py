@@ -298,7 +298,8 @@ def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     fifth of the speed and with less accuracy."""
     if stored not in (torch.bfloat16, torch.float16) or device.type != "cpu":
         return stored
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    native = any(probe is not None and probe() for probe in probes)  # absent in older releases: then fp32
     return stored if native and stored is torch.bfloat16 else torch.float32
 
 

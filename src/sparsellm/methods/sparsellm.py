@@ -54,7 +54,7 @@ def sparsellm(
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
     with task.clock.phase("prune/targets"):
         dense_outputs = list(task.stream.run(task.index)) if steps else []
-    units = {unit.down.name: unit for unit in _units(task)} if iterations else {}
+    units = {unit.down.name: unit for unit in find_units(task)} if iterations else {}
     for sublayer in _sublayers(_groups(task), task.stream.hidden[0].shape[-1]):
         unit = units.get(sublayer[-1][0].name)
         if unit is not None and all(linear in unit.linears() for group in sublayer for linear in group):
@@ -121,9 +121,7 @@ def prune_unit(
         for index, (x, y) in enumerate(zip(inputs, outputs, strict=True))
     ]
     train, held_out = split(chunks)
-    roles = {"up": unit.up, "down": unit.down, **({"gate": unit.gate} if unit.gate is not None else {})}
-    plain = {role: Linear(linear.weight(), linear.bias) for role, linear in roles.items()}
-    dense = FeedForward(plain["up"], plain["down"], unit.activation, plain.get("gate"))
+    dense, roles = feed_forward_of(unit)
     patterns = {role: task.patterns[linear.name] for role, linear in roles.items()}
     settings = Settings(iterations=iterations, mask_only=True, refit="all")
     result = prune_feed_forward(dense, train, held_out, solver, patterns, settings)
@@ -146,7 +144,15 @@ def prune_unit(
     ]
 
 
-def _units(task: BlockTask) -> list[FeedForwardUnit]:
+def feed_forward_of(unit: FeedForwardUnit) -> tuple[FeedForward, dict[str, LinearView]]:
+    """The unit as plain tensors, and its linears by role."""
+    roles = {"up": unit.up, "down": unit.down, **({"gate": unit.gate} if unit.gate is not None else {})}
+    plain = {role: Linear(linear.weight(), linear.bias) for role, linear in roles.items()}
+    return FeedForward(plain["up"], plain["down"], unit.activation, plain.get("gate")), roles
+
+
+def find_units(task: BlockTask) -> list[FeedForwardUnit]:
+    """The feed-forward units of the block, from one batch."""
     hidden, call = next(task.stream.batches(task.index))
     return find_feed_forward(task.linears, lambda: task.stream.chain.run(task.index, hidden, call))
 
