@@ -43,7 +43,7 @@ def admm(
     pattern: Pattern,
     *,
     iterations: Annotated[int, Field(ge=0), "alternations of weights and mask; 0 keeps the mask of the start"] = 20,
-    refine_iterations: Annotated[int, Field(ge=0), "conjugate-gradient steps on the weights that are kept"] = 10,
+    refine_iterations: Annotated[int, Field(ge=0), "conjugate-gradient steps on the weights that are kept"] = 8,
     scope: Annotated[Scope, "weights compete in the whole matrix, or in each row (output)"] = "matrix",
     damping: Annotated[float, Field(ge=0), "ridge towards the dense weight, in mean curvatures"] = 0.05,
     rho_start: Annotated[float, Field(gt=0), "first pull of the mask on the weights; the mean curvature is 1"] = 0.2,
