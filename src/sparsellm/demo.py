@@ -16,8 +16,8 @@ from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 
-# Sized for five minutes on two cores: 8192 calibration tokens, a few thousand tokens of held-out text.
-SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 16, 512, 4096
+# Sized for five minutes on two cores: 4096 calibration tokens, and as many of held-out text.
+SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
 PROMPT = "The Python programming language is"
 
 
