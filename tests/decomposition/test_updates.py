@@ -34,10 +34,7 @@ def _grid_minimum(m: Tensor, a: Tensor, u: Tensor | None, phi: Activation, alpha
     """Least cost over a grid of 1/400, an upper bound of the true least cost that is tight to about 1e-5."""
     grid = torch.linspace(-12, 12, 9601, dtype=torch.float64)
     return torch.stack(
-        [
-            _cost(grid, m[i], a[i], None if u is None else u[i], phi, alpha, gamma).min()
-            for i in range(len(m))
-        ]
+        [_cost(grid, m[i], a[i], None if u is None else u[i], phi, alpha, gamma).min() for i in range(len(m))]
     )
 
 

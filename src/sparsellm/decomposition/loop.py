@@ -237,8 +237,12 @@ class _Run:
         self.dense, self.train, self.solver, self.patterns, self.settings = dense, train, solver, patterns, settings
         self.device = dense.up.weight.device
         first = train[0].to(self.device)
-        self.coefficients = coefficients or settings.coefficients or default_coefficients(
-            dense, first.inputs, first.targets, producer=settings.producer, coupling=settings.coupling
+        self.coefficients = (
+            coefficients
+            or settings.coefficients
+            or default_coefficients(
+                dense, first.inputs, first.targets, producer=settings.producer, coupling=settings.coupling
+            )
         )
         self.grams: dict[str, Gram] = {}  # of the inputs X; the same in every iteration
 
