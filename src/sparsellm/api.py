@@ -22,7 +22,7 @@ from sparsellm.calibration import calibration_windows, check_seq_len, evaluation
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.open import checkpoint_directory, load_tokenizer
-from sparsellm.errors import DataError, ModelError, NumericalError, RecipeError, SparseLLMError
+from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMError
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
 from sparsellm.methods import METHODS, LinearResult
@@ -445,7 +445,6 @@ def _write_companions(
 
 __all__ = [
     "LinearZeros",
-    "ModelError",
     "PruneResult",
     "evaluate",
     "inspect",

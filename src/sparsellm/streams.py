@@ -47,10 +47,6 @@ class Stream:
         """The arguments of block ``index``, batch by batch."""
         return [calls[index] for calls in self._calls]
 
-    def batches(self, index: int) -> Iterator[tuple[Tensor, Call]]:
-        """Hidden states ``(batch, seq, hidden)`` that enter block ``index``, with its arguments."""
-        return zip(self.hidden, self.calls(index), strict=True)
-
     def run(self, index: int) -> Iterator[Tensor]:
         """Runs the loaded block ``index`` on every batch; the stream itself stays where it is."""
         for position in range(len(self)):

@@ -225,7 +225,7 @@ class Chain:
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """One block on hidden states ``(batch, seq, hidden)``; its weights must be loaded."""
-        return _first(call.on(self.blocks[index], hidden), self.blocks[index])
+        return hidden_of(call.on(self.blocks[index], hidden), self.blocks[index])
 
     @torch.no_grad()
     def finish(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -322,7 +322,8 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     raise ModelError("a block is called without hidden states (batch, seq, hidden); this model is not a plain chain")
 
 
-def _first(output: Any, block: nn.Module) -> Tensor:
+def hidden_of(output: Any, block: nn.Module) -> Tensor:
+    """The hidden states among what a block returns."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(hidden, Tensor):
         raise ModelError(f"{type(block).__name__} returns {type(output).__name__}, not hidden states")
@@ -330,7 +331,7 @@ def _first(output: Any, block: nn.Module) -> Tensor:
 
 
 def _learn_return(output: Any, hidden: Tensor, block: nn.Module) -> Callable[[Tensor], Any]:
-    if _first(output, block).shape != hidden.shape:
+    if hidden_of(output, block).shape != hidden.shape:
         raise ModelError(f"{type(block).__name__} changes the shape of its hidden states; this is not a plain chain")
     if isinstance(output, (tuple, list)):
         rest = tuple(output[1:])

@@ -15,6 +15,7 @@ from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry
 from sparsellm.solvers import Solution
 from sparsellm.statistics import Gram, GramAccumulator
+from sparsellm.storage.writer import count_zeros
 from sparsellm.streams import Stream
 
 
@@ -103,11 +104,10 @@ class BlockTask:
         """Puts a solution in place and records it; a later solution of the same linear replaces the record."""
         linear.assign(solution.weight)
         self.results = [result for result in self.results if result.name != linear.name]
-        weight = linear.parameter
         result = LinearResult(
             linear.name,
             (linear.out_features, linear.in_features),
-            int((weight == 0).sum()),
+            count_zeros(linear.parameter),
             self.patterns[linear.name].sparsity,
             solution.error,
             solution.notes,
@@ -123,7 +123,7 @@ class BlockTask:
                 shape = (linear.out_features, linear.in_features)
                 asked = self.patterns[linear.name].sparsity
                 notes = ("left dense: no calibration token reached it",) if asked else ()
-                zeros = int((linear.parameter == 0).sum())
+                zeros = count_zeros(linear.parameter)
                 self.results.append(LinearResult(linear.name, shape, zeros, asked, 0.0, notes))
         return [replace(result, history=tuple(self.history.get(result.name, ()))) for result in self.results]
 

@@ -153,8 +153,7 @@ def feed_forward_of(unit: FeedForwardUnit) -> tuple[FeedForward, dict[str, Linea
 
 def find_units(task: BlockTask) -> list[FeedForwardUnit]:
     """The feed-forward units of the block, from one batch."""
-    hidden, call = next(task.stream.batches(task.index))
-    return find_feed_forward(task.linears, lambda: task.stream.chain.run(task.index, hidden, call))
+    return find_feed_forward(task.linears, lambda: task.stream.run_batch(task.index, 0))
 
 
 def _solve(task: BlockTask, solver: Solver, linear: LinearView, moments: _Moments, damping: float) -> None:
@@ -186,15 +185,14 @@ def token_weights(hidden: list[Tensor], medians: float) -> list[Tensor]:
 
 
 def _groups(task: BlockTask) -> list[list[LinearView]]:
-    """The groups of linears that share an input, from one window."""
+    """The groups of linears that share an input, from one batch."""
     grouping = InputGroups()
-    hidden, call = next(task.stream.batches(task.index))
 
     def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         grouping.add(linear, entering)
 
     with watch(task.linears, see):
-        task.stream.chain.run(task.index, hidden, call)
+        task.stream.run_batch(task.index, 0)
     return grouping.groups
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparsellm.chain.chain import hidden_of
+
 if TYPE_CHECKING:
     from sparsellm.methods.base import BlockTask
 
@@ -56,8 +58,7 @@ def reconstruct(
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["scale"]
             hidden = stream.hidden[batch][row : row + 1]
-            output = calls[batch].on(block, hidden)
-            output = output[0] if isinstance(output, tuple) else output
+            output = hidden_of(calls[batch].on(block, hidden), block)
             wanted = targets[batch][row : row + 1]
             error = (output - wanted).float().square().sum(-1)  # (1, seq)
             size = (wanted - hidden).float().square().sum(-1)
