@@ -55,9 +55,9 @@ def test_the_chain_run_block_by_block_equals_the_whole_model(family: Family, laz
     for index in range(len(chain)):
         chain.load_block(index)
         stream.advance(index)
-        assert torch.equal(torch.cat(stream.hidden), expected[index])
+        assert torch.equal(torch.cat(list(stream.hidden)), expected[index])
         chain.release_block(index)
-    assert torch.equal(chain.finish(torch.cat(stream.hidden), ids()), logits)
+    assert torch.equal(chain.finish(torch.cat(list(stream.hidden)), ids()), logits)
 
 
 def test_inputs_of_linears_equal_those_in_the_whole_model(family: Family) -> None:
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_the_bare_base_model_is_read(tmp_path: Path) -> None:
     for index in range(len(chain)):
         chain.load_block(index)
         stream.advance(index)
-    assert torch.equal(chain.finish(torch.cat(stream.hidden), ids()), model(ids(), use_cache=False).logits)
+    assert torch.equal(chain.finish(torch.cat(list(stream.hidden)), ids()), model(ids(), use_cache=False).logits)
 
 
 def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_mask_that_differs_by_layer_reaches_its_layer() -> None:
         stream.advance(index)
     with torch.no_grad():
         expected = model(ids(), use_cache=False).logits  # soft-capped: the model's own forward makes the logits
-    assert torch.equal(chain.finish(torch.cat(stream.hidden), ids()), expected)
+    assert torch.equal(chain.finish(torch.cat(list(stream.hidden)), ids()), expected)
 
 
 def test_equal_masks_of_equal_batches_are_kept_once() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import resource
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,18 @@ from sparsellm.chain.open import checkpoint_directory, load_tokenizer
 from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMError
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
+from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
+from sparsellm.memory import MemoryPlan, plan_memory
 from sparsellm.methods import METHODS, LinearResult
 from sparsellm.patterns import NM, Pattern, detect
-from sparsellm.progress import PhaseClock, Progress, ProgressCallback, ignore
+from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros
-from sparsellm.walk import selected_linears, walk
+from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.resume import unfinished
+from sparsellm.storage.scratch import Scratch
+from sparsellm.storage.shard import TensorSource
+from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of
+from sparsellm.walk import FinishedBlock, selected_linears, walk
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 
@@ -50,6 +56,8 @@ class PruneResult:
         versions: of Python and the libraries that shape the result.
         warnings: what the user should know.
         command: the command line that ran.
+        memory: what was predicted before the start.
+        resumed: blocks that an earlier process had finished.
     """
 
     path: Path | None
@@ -62,6 +70,8 @@ class PruneResult:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     warnings: list[str] = field(default_factory=list)
     command: str = field(default_factory=lambda: shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    memory: MemoryPlan | None = None
+    resumed: int = 0
 
     @property
     def zeros(self) -> int:
@@ -88,6 +98,7 @@ class PruneResult:
             "weights": self.weights,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_rss_bytes": self.peak_rss,
+            "memory": self.memory.to_dict() if self.memory else None,
             "calibration_tokens": self.calibration_tokens,
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(),
@@ -106,10 +117,14 @@ def prune(
     calibration: str | Tensor | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PruneResult:
     """Prunes a model block by block.
+
+    What a run that was cut short has written to ``out`` is found again: the blocks that are done are not pruned anew,
+    and the result is the same to the bit.
 
     A model given by name is read from disk one block at a time and written to ``out`` one block at a time. A model
     given as an object is pruned in place, where it is, and also saved if ``out`` is given. A model given by name with
@@ -122,6 +137,7 @@ def prune(
         calibration: a text source in place of the recipe's, or token ids ``(samples, seq)``.
         tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
         overwrite: replace the checkpoint in ``out``.
+        restart: begin anew where an unfinished run into ``out`` has left something.
         trust_remote_code: run modelling code that comes with the checkpoint.
         progress: is told how far the run is.
 
@@ -154,40 +170,103 @@ def prune(
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
         windows = _windows(chain, recipe, calibration, tokenizer, directory, progress)
         recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
+    memory = plan_memory(
+        chain, len(windows), windows.shape[1], recipe.batch_tokens, method.workspace, budget=recipe.memory
+    )
+    progress(Progress(NOTE, 1, 1, str(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1, "checking the weights"))
-        _check_finite(chain)
+        if out is None or restart or not unfinished(partial_of(out)):  # else they were checked when the run began
+            _check_finite(chain)
         already = _already_pruned(chain)
         if already is not None:
             warnings.append(already)
             progress(Progress("check", 1, 1, already))
-    writer = None
-    if out is not None:
-        writer = CheckpointWriter(out, shards=len(chain) + 1, overwrite=overwrite, need_bytes=_checkpoint_bytes(chain))
-        writer.write_shard(len(chain), chain.outer_tensors())
-    torch.manual_seed(recipe.seed)
-    results = walk(
-        chain,
-        windows,
-        method.function,
-        options,
-        patterns,
-        batch_tokens=recipe.batch_tokens,
-        write_block=writer.write_shard if writer is not None else None,
-        clock=clock,
-        progress=progress,
-        name=recipe.method,
-    )
-    result = PruneResult(
-        None, memory_model, recipe, results, clock.seconds, peak_rss(), windows.numel(), warnings=warnings
-    )
-    if writer is not None:
-        result.path = writer.out
-        _write_companions(writer, chain, directory, tokenizer)
-        writer.write_text("recipe.yaml", recipe.to_yaml())
-        writer.write_json("pruning.json", result.to_dict())
-        writer.finish()
+    with contextlib.ExitStack() as held:
+        writer, finished = None, []
+        if out is not None:
+            writer = held.enter_context(
+                CheckpointWriter(
+                    out,
+                    shards=len(chain) + 1,
+                    identity=_identity(chain, recipe, windows),
+                    overwrite=overwrite,
+                    restart=restart,
+                    need_bytes=_checkpoint_bytes(chain) + memory.hidden_on_disk,
+                )
+            )
+            finished = _finished(writer, chain, clock, progress)
+            if writer.finished(len(chain)) is None:
+                writer.write_shard(len(chain), chain.outer_tensors())
+        clock.lap()
+
+        def write_block(index: int, tensors: dict[str, TensorSource], results: list[LinearResult]) -> None:
+            assert writer is not None
+            facts = {"linears": [result.to_dict() for result in results]}
+            writer.write_shard(index, tensors, {**facts, "seconds": clock.lap(), "peak_rss": peak_rss()})
+
+        results = walk(
+            chain,
+            windows,
+            method.function,
+            options,
+            patterns,
+            batch_tokens=recipe.batch_tokens,
+            write_block=write_block if writer is not None else None,
+            clock=clock,
+            progress=progress,
+            name=recipe.method,
+            seed=recipe.seed,
+            scratch=Scratch(memory.hidden_in_memory, writer.partial if writer is not None else None),
+            finished=finished,
+        )
+        result = PruneResult(
+            None,
+            memory_model,
+            recipe,
+            results,
+            clock.seconds,
+            peak_rss(),
+            windows.numel(),
+            warnings=warnings,
+            memory=memory,
+            resumed=len(finished),
+        )
+        if writer is not None:
+            result.path = writer.out
+            _write_companions(writer, chain, directory, tokenizer)
+            writer.write_text("recipe.yaml", recipe.to_yaml())
+            writer.write_json("pruning.json", result.to_dict())
+            writer.finish()
     return result
+
+
+def _identity(chain: Chain, recipe: Recipe, windows: Tensor) -> dict[str, Any]:
+    """All that the result depends on. Where hidden states are kept is not part of it."""
+    return {
+        "recipe": recipe.model_dump(exclude={"memory"}),
+        "model": model_fingerprint(chain),
+        "calibration tokens": tokens_fingerprint(windows),
+        "computing": f"{chain.dtype} on {chain.device.type}",
+    }
+
+
+def _finished(
+    writer: CheckpointWriter, chain: Chain, clock: PhaseClock, progress: ProgressCallback
+) -> list[FinishedBlock]:
+    """The first blocks that an earlier process wrote, each verified; what it spent on them counts."""
+    found: list[FinishedBlock] = []
+    for index in range(len(chain)):
+        progress(Progress("verify", index, len(chain), "checking what an earlier run has written"))
+        facts = writer.finished(index)
+        if facts is None:
+            break
+        clock.add(facts["seconds"])
+        results = [LinearResult.from_dict(values) for values in facts["linears"]]
+        found.append(FinishedBlock(CheckpointReader(writer.partial, [writer.path(index)]), results))
+    if found:
+        progress(Progress(NOTE, 1, 1, f"going on with an unfinished run: {len(found)} of {len(chain)} blocks are done"))
+    return found
 
 
 def evaluate(
@@ -371,7 +450,7 @@ def _windows(
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _model_that_writes(chain: Chain, recipe: Recipe, directory: Path | None) -> Iterator[PreTrainedModel | None]:
     """The whole dense model, only where the calibration text is the model's own."""
     if recipe.calibration != "self":

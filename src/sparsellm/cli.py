@@ -72,6 +72,14 @@ def prune(
         int | None, typer.Option(help="[default: 2048, or the model's limit]", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="[default: 0]", show_default=False)] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most memory of the run, such as 4GiB; hidden states beyond it go to disk. [default: of what is free]",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in YAML; options override it.")] = None,
@@ -80,6 +88,7 @@ def prune(
         typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field, or options.NAME of the method; repeatable."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, not where a killed run was.")] = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -95,6 +104,7 @@ def prune(
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
+        "memory": memory,
         "device": device,
         "dtype": dtype,
     }
@@ -103,7 +113,13 @@ def prune(
     chosen = chosen.with_settings(settings or [])
     with _bar() as progress:
         result = api.prune(
-            model, chosen, out=out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
+            model,
+            chosen,
+            out=out,
+            overwrite=overwrite,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
     for warning in result.warnings:
         log_console.print(f"note: {warning}")
@@ -288,7 +304,7 @@ def main() -> None:
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        log_console.print("interrupted; the output directory was not finished")
+        log_console.print("interrupted; the same command goes on where this one was")
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
@@ -307,6 +323,7 @@ def _quiet_libraries() -> None:
 
 @contextmanager
 def _bar() -> Iterator[ProgressCallback]:
+    from sparsellm.progress import NOTE
     from sparsellm.progress import Progress as Event
 
     columns = (
@@ -321,6 +338,9 @@ def _bar() -> Iterator[ProgressCallback]:
     with Progress(*columns, console=log_console, transient=not log_console.is_terminal) as bar:
 
         def show(event: Event) -> None:
+            if event.phase == NOTE:
+                log_console.print(event.detail, markup=False, soft_wrap=True)
+                return
             if event.phase not in tasks:
                 tasks[event.phase] = bar.add_task(event.phase, detail="")
             bar.update(tasks[event.phase], completed=event.done, total=event.total, detail=event.detail)

@@ -26,6 +26,10 @@ class StorageError(SparseLLMError):
     """A checkpoint cannot be read or written."""
 
 
+class MemoryBudgetError(SparseLLMError):
+    """A run needs more memory than it may take."""
+
+
 class NumericalError(SparseLLMError):
     """A statistic or a weight is not finite, or a factorisation failed at every damping tried."""
 

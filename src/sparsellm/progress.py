@@ -18,6 +18,9 @@ class Progress:
     detail: str = ""
 
 
+NOTE = "note"
+"""The phase of an event whose ``detail`` is a line to be shown once, such as the memory that is predicted."""
+
 ProgressCallback = Callable[[Progress], None]
 
 
@@ -30,6 +33,19 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._lapped: dict[str, float] = {}
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of each phase since the last lap."""
+        passed = {name: value - self._lapped.get(name, 0.0) for name, value in self.seconds.items()}
+        self._lapped = dict(self.seconds)
+        return passed
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Counts seconds that an earlier process spent; they are in no lap."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+            self._lapped[name] = self._lapped.get(name, 0.0) + value
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sparsellm.errors import RecipeError, nearest
 from sparsellm.patterns import Pattern, Unstructured, parse_pattern
+from sparsellm.sizes import parse_bytes
 
 
 class Recipe(BaseModel):
@@ -40,6 +41,11 @@ class Recipe(BaseModel):
     batch_tokens: int = Field(
         4096, ge=1, description="Calibration tokens in one forward call of a block; more needs more memory."
     )
+    memory: str | int | None = Field(
+        None,
+        description="Most resident memory of the whole run, such as '4GiB'; hidden states that do not fit go to disk. "
+        "null for a share of what the machine has free.",
+    )
     seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
     device: str = Field("auto", description="'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' for a GPU where there is one.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -59,6 +65,13 @@ class Recipe(BaseModel):
     def _in_range(cls, value: float) -> float:
         if not 0.0 <= value < 1.0:
             raise ValueError("sparsity is the fraction of zeros; give a number from 0 up to, not including, 1")
+        return value
+
+    @field_validator("memory")
+    @classmethod
+    def _is_a_size(cls, value: str | int | None) -> str | int | None:
+        if value is not None:
+            parse_bytes(value)
         return value
 
     @model_validator(mode="before")

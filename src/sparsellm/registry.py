@@ -34,6 +34,23 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Workspace:
+    """What a registered function holds in memory at its worst, beside the block it works on.
+
+    Attributes:
+        weights: fp32 copies of the weight that is solved.
+        grams: matrices as large as the Gram matrix of its inputs, that matrix included.
+        blocks: fp32 copies of the whole block, such as gradients and moments of an optimiser.
+        streams: batches of hidden states as many as the calibration has, such as targets.
+    """
+
+    weights: float = 8.0
+    grams: float = 4.0
+    blocks: float = 0.0
+    streams: int = 0
+
+
+@dataclass(frozen=True)
 class Entry(Generic[F]):
     """A registered function with the name users type, its paper, and its options."""
 
@@ -42,6 +59,7 @@ class Entry(Generic[F]):
     paper: str
     summary: str
     options: dict[str, Option]
+    workspace: Workspace = Workspace()
 
     def check(self, values: dict[str, Any]) -> dict[str, Any]:
         """Options as given, each coerced to its declared type.
@@ -70,9 +88,10 @@ class Registry(Generic[F]):
         self._entries: dict[str, Entry[F]] = {}
         self._listeners: list[Callable[[Entry[F]], None]] = []
 
-    def register(self, name: str, *, paper: str) -> Callable[[F], F]:
+    def register(self, name: str, *, paper: str, workspace: Workspace | None = None) -> Callable[[F], F]:
         """Decorator. Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``: what
-        pydantic knows of the type is checked, and the text is shown to users."""
+        pydantic knows of the type is checked, and the text is shown to users. ``workspace`` is what the prediction of
+        memory goes by."""
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
@@ -84,7 +103,7 @@ class Registry(Generic[F]):
                 description = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, str)), "")
                 options[parameter.name] = Option(parameter.name, hint, parameter.default, description)
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-            self.add(Entry(name, function, paper, summary, options))
+            self.add(Entry(name, function, paper, summary, options, workspace or Workspace()))
             return function
 
         return add

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.chain import Call, Chain
+from sparsellm.storage.scratch import Scratch, TensorStore
 
 
 class Stream:
@@ -18,6 +19,11 @@ class Stream:
         chain: the chain, with its outer weights and block 0 loaded.
         windows: token ids, ``(samples, seq)``.
         batch_tokens: tokens in one forward call, at least one window.
+        scratch: where hidden states are kept; None for memory without a limit.
+        progress: called with (windows done, windows in all).
+
+    Attributes:
+        hidden: batches ``(batch, seq, hidden)``, in memory or on disk: reading one may read a file, so read it once.
     """
 
     def __init__(
@@ -26,11 +32,13 @@ class Stream:
         windows: Tensor,
         *,
         batch_tokens: int,
+        scratch: Scratch | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.chain = chain
         size = max(1, batch_tokens // windows.shape[1])
-        self.hidden: list[Tensor] = []
+        self._scratch = scratch or Scratch()
+        self.hidden = self.store()
         self._calls: list[list[Call]] = []
         share = _Interning()
         for start in range(0, len(windows), size):
@@ -42,6 +50,17 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.hidden)
+
+    def store(self) -> TensorStore:
+        """An empty list for as many batches, such as the targets of a block, in the room that all of them share.
+
+        Close it when it is not needed any more, or use it in a ``with`` block.
+        """
+        return self._scratch.store(self.chain.device)
+
+    def close(self) -> None:
+        """Forgets the hidden states."""
+        self.hidden.close()
 
     def calls(self, index: int) -> list[Call]:
         """The arguments of block ``index``, batch by batch."""
@@ -63,18 +82,20 @@ class Stream:
 
 
 class _Interning:
-    """Keeps one copy of equal tensors: every batch of equal windows has the same masks and rotary angles, and a mask
-    of 2048 × 2048 for each of 256 windows would outweigh the model."""
+    """Keeps one copy of equal calls: every batch of equal windows has the same masks and rotary angles, and a mask of
+    2048 × 2048 for each of 256 windows would outweigh the model."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._tensors: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._calls: dict[Any, Call] = {}
 
     def call(self, call: Call) -> Call:
-        return Call(self._visit(call.args), self._visit(call.kwargs), call.hidden_keyword)
+        shared = Call(self._visit(call.args), self._visit(call.kwargs), call.hidden_keyword)
+        return self._calls.setdefault((_key(shared.args), _key(shared.kwargs), shared.hidden_keyword), shared)
 
     def _visit(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            known = self._known.setdefault((value.shape, value.dtype, value.device), [])
+            known = self._tensors.setdefault((value.shape, value.dtype, value.device), [])
             for tensor in known:
                 if tensor is value or torch.equal(tensor, value):
                     return tensor
@@ -85,3 +106,12 @@ class _Interning:
         if type(value) is dict:
             return {key: self._visit(item) for key, item in value.items()}
         return value
+
+
+def _key(value: Any) -> Any:
+    """Equal for two arguments that hold the very same things. What it names lives as long as the first call with it."""
+    if type(value) in (tuple, list):
+        return (type(value), *map(_key, value))
+    if type(value) is dict:
+        return (dict, *((key, _key(item)) for key, item in value.items()))
+    return id(value)

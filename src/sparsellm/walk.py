@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsellm.chain import Chain, LinearView
@@ -13,7 +15,22 @@ from sparsellm.methods import BlockTask, LinearResult
 from sparsellm.methods.base import Method
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
+from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.scratch import Scratch
+from sparsellm.storage.shard import TensorSource
 from sparsellm.streams import Stream
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block that an earlier process pruned: its weights, and what became of its linears."""
+
+    weights: CheckpointReader
+    results: list[LinearResult]
+
+
+WriteBlock = Callable[[int, dict[str, TensorSource], list[LinearResult]], None]
+"""``write(index, tensors, results)`` puts a finished block on disk, its tensors under their checkpoint names."""
 
 
 def selected_linears(chain: Chain, index: int, exclude: list[str]) -> list[LinearView]:
@@ -29,10 +46,13 @@ def walk(
     patterns: dict[str, Pattern],
     *,
     batch_tokens: int,
-    write_block: Callable[[int, dict[str, Tensor]], None] | None,
+    write_block: WriteBlock | None,
     clock: PhaseClock,
     progress: ProgressCallback,
     name: str,
+    seed: int,
+    scratch: Scratch | None = None,
+    finished: Sequence[FinishedBlock] = (),
 ) -> list[LinearResult]:
     """Prunes the chain block by block; each is captured and solved on what the pruned blocks before it produce.
 
@@ -42,13 +62,17 @@ def walk(
         method: what is done to each block, with its ``options``.
         patterns: the pattern of every linear to prune, by name.
         batch_tokens: tokens in one forward call.
-        write_block: is given each finished block's tensors under their checkpoint names, or None to keep the model
-            in memory only.
+        write_block: is given each block when it is done, or None to keep the model in memory only.
         clock: counts the seconds of each phase.
         progress: is told block, step and the last error.
         name: the method's name, for the progress.
+        seed: of what methods draw at random, anew for each block, so that a run that goes on draws the same.
+        scratch: where hidden states are kept; None for memory.
+        finished: the first blocks, if an earlier process pruned them: they are only run.
     """
-    results: list[LinearResult] = []
+    results = [result for block in finished for result in block.results]
+    if len(finished) == len(chain):
+        return results
     detail = ""
 
     def report(step: str) -> None:
@@ -56,11 +80,17 @@ def walk(
 
     index = 0
     with clock.phase("embed"):
-        chain.load_outer()
+        chain.load_outer(head=False)
         chain.load_block(0)
-        stream = Stream(chain, windows, batch_tokens=batch_tokens)
+        stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch)
         chain.release_outer()
     for index in range(len(chain)):
+        if index < len(finished):
+            report("is finished; forward")
+            with clock.phase("replay"):
+                replay(stream, index, finished[index].weights)
+            continue
+        torch.manual_seed(block_seed(seed, index))
         report("reading")
         with clock.phase("read"):
             chain.load_block(index)
@@ -69,7 +99,9 @@ def walk(
             task = BlockTask(index, linears, patterns, stream, report, clock)
             if linears:
                 method(task, **options)
-            results += task.finish()
+            chain.settle_block(index)
+            pruned = task.finish()
+        results += pruned
         errors = [result.error for result in task.results]
         detail = f" · error {sum(errors) / len(errors):.3f}" if errors else ""
         if index + 1 < len(chain):  # nobody reads what leaves the last block
@@ -79,7 +111,28 @@ def walk(
         if write_block is not None:
             report("writing")
             with clock.phase("write"):
-                write_block(index, chain.block_tensors(index))
+                write_block(index, chain.block_tensors(index), pruned)
         chain.release_block(index)
         progress(Progress("prune", index + 1, len(chain), f"block {index + 1}/{len(chain)} {name}{detail}"))
+    stream.close()
     return results
+
+
+def replay(stream: Stream, index: int, weights: CheckpointReader | None) -> None:
+    """Runs one stream through a block that was pruned before.
+
+    A stream of the dense model, where a method has one, is replayed by a call of its own.
+
+    Args:
+        stream: what enters the block; afterwards, what leaves it.
+        index: which block.
+        weights: where the pruned block stands; None for the dense one.
+    """
+    stream.chain.load_block(index, weights)
+    stream.advance(index)
+    stream.chain.release_block(index)
+
+
+def block_seed(seed: int, index: int) -> int:
+    """A seed for each block that depends on nothing that happened before it."""
+    return (seed * 1_000_003 + index) % (1 << 63)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from sparsellm.chain.open import load_config
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
 from sparsellm.errors import ModelError
+from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.shard import TensorSource
 
 
 @dataclass(frozen=True)
@@ -104,51 +107,85 @@ class Chain:
                 views.append(LinearView(name, module, self._stored_dtype(f"{name}.weight")))
         return views
 
-    def load_block(self, index: int) -> None:
-        """Brings the weights of block ``index`` from the checkpoint to the device, in the computing dtype."""
-        self._load(self._names_of(index))
+    def load_block(self, index: int, pruned: CheckpointReader | None = None) -> None:
+        """Brings the weights of block ``index`` to the device, in the computing dtype.
+
+        Args:
+            index: which block.
+            pruned: where a finished block stands, as :meth:`block_tensors` named it; None for the model's own weights.
+        """
+        self._load(self._names_of(index), pruned)
+
+    @torch.no_grad()
+    def settle_block(self, index: int) -> None:
+        """Rounds every weight of the loaded block to the dtype it is written in, so that the block that runs on is the
+        block that is read again."""
+        for name in self._names_of(index):
+            value, stored = self._value(name), self._stored_dtype(name)
+            if value.is_floating_point():
+                if value.dtype != stored:
+                    value.copy_(value.to(stored))
+                if stored.itemsize > 1:
+                    value.add_(0.0)  # no negative zero is written
 
     def release_block(self, index: int) -> None:
         """Forgets the weights of block ``index``; a model that the caller holds in memory keeps them."""
         self._release(self._names_of(index))
 
-    def load_outer(self) -> None:
-        """Brings embedding, final norm and head from the checkpoint."""
-        self._load(self._outer)
+    def load_outer(self, *, head: bool = True) -> None:
+        """Brings embedding, final norm and head from the checkpoint; without the head if only the blocks are run."""
+        self._load(self._outer_names(head))
+
+    def outer_elements(self, *, head: bool = True) -> int:
+        """Numbers in what :meth:`load_outer` brings."""
+        first = {self._canonical.get(name, name): self._value(name).numel() for name in self._outer_names(head)}
+        return sum(first.values())
+
+    def _outer_names(self, head: bool) -> list[str]:
+        base = f"{self.model.base_model_prefix}."
+        bare = not head and any(name.startswith(base) for name in self._outer)
+        return [name for name in self._outer if not bare or name.startswith(base)]
 
     def release_outer(self) -> None:
         self._release(self._outer)
 
-    def block_tensors(self, index: int) -> dict[str, Tensor]:
+    def block_tensors(self, index: int) -> dict[str, TensorSource]:
         """The weights of a loaded block as they are written: under the checkpoint's names, in its dtypes."""
         return self._tensors(self._names_of(index))
 
-    def outer_tensors(self) -> dict[str, Tensor]:
-        """Everything outside the blocks as it stands in the checkpoint, tied weights once."""
+    def outer_tensors(self) -> dict[str, TensorSource]:
+        """Everything outside the blocks as it stands in the checkpoint, tied weights once; read when it is written."""
         if self.weights is None:
             return self._tensors(self._outer)
         blocks = {self.weights.key_of[name] for index in range(len(self)) for name in self._names_of(index)}
-        rest = [key for key in self.weights.reader if key not in blocks]
-        return self.weights.reader.read(rest)
+        reader = self.weights.reader
+        return {
+            key: TensorSource(reader.dtype(key), reader.shape(key), partial(reader.get, key))
+            for key in reader
+            if key not in blocks
+        }
 
-    def _tensors(self, names: list[str]) -> dict[str, Tensor]:
-        state = dict(self.model.named_parameters(remove_duplicate=False))
-        state.update(self.model.named_buffers(remove_duplicate=False))
+    def _tensors(self, names: list[str]) -> dict[str, TensorSource]:
         written = {}
         for name in names:
-            if self._canonical.get(name, name) != name:
-                continue
-            key = self.weights.key_of[name] if self.weights else name
-            written[key] = state[name].detach().to(self._stored_dtype(name))
+            if self._canonical.get(name, name) == name:
+                written[self._key(name)] = TensorSource.of(self._value(name).detach(), self._stored_dtype(name))
         return written
+
+    def _key(self, name: str) -> str:
+        """The name of a weight in the checkpoint."""
+        return self.weights.key_of[name] if self.weights is not None else name
+
+    def _value(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        value = getattr(self.model.get_submodule(owner), leaf)
+        assert isinstance(value, Tensor)
+        return value
 
     def _stored_dtype(self, name: str) -> torch.dtype:
         if self.weights is not None:
             return self.weights.dtype(name)
-        owner, _, leaf = name.rpartition(".")
-        value = getattr(self.model.get_submodule(owner), leaf)
-        assert isinstance(value, Tensor)
-        return value.dtype
+        return self._value(name).dtype
 
     def _all_names(self) -> list[str]:
         return list(self.model.state_dict(keep_vars=True))
@@ -157,20 +194,33 @@ class Chain:
         prefix = f"{self.block_names[index]}."
         return [name for name in self._all_names() if name.startswith(prefix)]
 
-    def _load(self, names: list[str]) -> None:
+    def _load(self, names: list[str], pruned: CheckpointReader | None = None) -> None:
         if self.weights is None:
+            if pruned is not None:
+                for name in names:
+                    if self._canonical.get(name, name) == name:
+                        self._value(name).detach().copy_(pruned.get(self._key(name)))
             return
-        values = self.weights.read([name for name in names if self._canonical.get(name, name) not in self._shared])
-        for name in names:
-            value = self._shared.get(self._canonical.get(name, name), values.get(name))
-            assert value is not None
-            value = value.to(self.device, self.dtype if value.is_floating_point() else None)
+        loaded: dict[str, Tensor] = {}
+        for name in names:  # one after another: no weight is in memory twice for long
+            canonical = self._canonical.get(name, name)
+            if canonical not in loaded:
+                loaded[canonical] = self._fetch(canonical, pruned)
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
             if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                module._parameters[leaf] = nn.Parameter(loaded[canonical], requires_grad=False)
             else:
-                module._buffers[leaf] = value
+                module._buffers[leaf] = loaded[canonical]
+
+    def _fetch(self, name: str, pruned: CheckpointReader | None) -> Tensor:
+        assert self.weights is not None
+        if name in self._shared:
+            shared = self._shared[name]
+            return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
+        if pruned is not None and self._key(name) in pruned:
+            return pruned.get(self._key(name), self.device, self.dtype)
+        return self.weights.get(name, self.device, self.dtype)
 
     def _release(self, names: list[str]) -> None:
         if self.weights is None:

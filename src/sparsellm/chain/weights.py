@@ -55,6 +55,6 @@ class CheckpointWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self.reader.dtype(self.key_of[name])
 
-    def read(self, names: list[str]) -> dict[str, Tensor]:
-        found = self.reader.read(list(dict.fromkeys(self.key_of[name] for name in names)))
-        return {name: found[self.key_of[name]] for name in names}
+    def get(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """One weight on the device; in ``dtype``, unless it holds integers."""
+        return self.reader.get(self.key_of[name], device, dtype)

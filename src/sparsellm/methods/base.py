@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +48,19 @@ class LinearResult:
     def to_dict(self) -> dict[str, Any]:
         lists = {"shape": list(self.shape), "notes": list(self.notes), "history": list(self.history)}
         return {**asdict(self), **lists, "sparsity": self.sparsity}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LinearResult:
+        """What :meth:`to_dict` gave, after JSON."""
+        known = {each.name: values[each.name] for each in fields(cls)}
+        return cls(
+            **{
+                **known,
+                "shape": tuple(known["shape"]),
+                "notes": tuple(known["notes"]),
+                "history": tuple(known["history"]),
+            }
+        )
 
 
 @dataclass
@@ -98,7 +111,7 @@ class BlockTask:
         with self.clock.phase("prune/statistics"), watch(self.linears, see):
             for _ in self.stream.run(self.index):
                 grouping.freeze()
-        return [(group, accumulators[group[0].name].finish()) for group in grouping.groups]
+        return [(group, accumulators.pop(group[0].name).finish()) for group in grouping.groups]
 
     def accept(self, linear: LinearView, solution: Solution) -> LinearResult:
         """Puts a solution in place and records it; a later solution of the same linear replaces the record."""

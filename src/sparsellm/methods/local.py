@@ -14,7 +14,9 @@ def local_method(entry: Entry[Solver]) -> Method:
 
     def prune_block(task: BlockTask, **options: Any) -> None:
         task.report("statistics")
-        for group, gram in task.statistics():
+        statistics = task.statistics()
+        while statistics:
+            group, gram = statistics.pop(0)  # what is solved is forgotten: the widest inputs come last
             for linear in group:
                 task.report(linear.name.rpartition(".")[2])
                 with task.clock.phase("prune/solve"):
@@ -26,4 +28,4 @@ def local_method(entry: Entry[Solver]) -> Method:
 
 def from_solver(entry: Entry[Solver]) -> Entry[Method]:
     """A solver under its own name, options and paper, as a method."""
-    return Entry(entry.name, local_method(entry), entry.paper, entry.summary, entry.options)
+    return Entry(entry.name, local_method(entry), entry.paper, entry.summary, entry.options, entry.workspace)

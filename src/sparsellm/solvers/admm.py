@@ -85,9 +85,10 @@ def _metric(gram: Gram, damping: float) -> tuple[Gram, Tensor]:
     ``1 / (R + τI)⁻¹_jj − τ`` is the part of an input's mean square (1 in the normalised ``R``) that others do not
     predict. The mean diagonal of the scaled ``G`` is 1.
     """
-    unexplained = 1 / gram.normalised.inverse(PREDICTION_RIDGE).matrix.diagonal() - PREDICTION_RIDGE
+    normalised = gram.normalised
+    unexplained = 1 / normalised.inverse(PREDICTION_RIDGE).matrix.diagonal() - PREDICTION_RIDGE
     unit = unexplained.clamp(min=1e-4).sqrt()
-    matrix = gram.normalised.matrix / unit / unit[:, None]
+    matrix = (normalised.matrix / unit).div_(unit[:, None])
     size = matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
     matrix /= size
     matrix.diagonal().add_(damping)

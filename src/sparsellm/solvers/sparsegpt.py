@@ -18,13 +18,14 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsellm.patterns import Pattern, Unstructured, highest, share
+from sparsellm.registry import Workspace
 from sparsellm.solvers.base import SOLVERS, Solution, check, solution
 from sparsellm.statistics import Gram
 
 LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough for the rest to be worth a product
 
 
-@SOLVERS.register("sparsegpt", paper="arXiv 2301.00774")
+@SOLVERS.register("sparsegpt", paper="arXiv 2301.00774", workspace=Workspace(weights=5.5, grams=2.75))
 def sparsegpt(
     weight: Tensor,
     gram: Gram,
@@ -42,7 +43,9 @@ def sparsegpt(
     step = block_size if isinstance(pattern, Unstructured) else pattern.step
     elimination = _Elimination(weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern)
     elimination.prune(0, weight.shape[1], step)
-    return solution(weight, elimination.columns.T.contiguous(), elimination.kept.T.contiguous(), gram, factor.notes)
+    pruned, kept = elimination.columns.T.contiguous(), elimination.kept.T.contiguous()
+    del elimination
+    return solution(weight, pruned, kept, gram, factor.notes)
 
 
 class _Elimination:

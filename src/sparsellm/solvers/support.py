@@ -42,6 +42,7 @@ def refine_on_support(
 
     # A row is done when its residual is rounding noise: along noise, curvature is noise too, and steps know no bounds.
     noise = (torch.finfo(matrix.dtype).eps * matrix.norm()) ** 2 * missing.square().sum(dim=1, keepdim=True)  # (out, 1)
+    del missing
     weight, residual = begin.clone(), image.mul_(mask)
     direction = residual.clone()
     square = residual.square().sum(dim=1, keepdim=True)  # (out, 1)

@@ -6,6 +6,7 @@ on the features only, never on the number of tokens. Sums are additive: accumula
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -82,10 +83,10 @@ class Gram:
         """Root mean square of each input, ``(features,)``; 1 for dead inputs."""
         return self.diagonal.sqrt().masked_fill(self.dead, 1.0)
 
-    @cached_property
+    @property
     def normalised(self) -> Gram:
-        """The Gram matrix of the inputs divided by ``scale``: unit diagonal, so that weights compare."""
-        return Gram(self.matrix / self.scale / self.scale[:, None], self.tokens)
+        """The Gram matrix of the inputs divided by ``scale``: unit diagonal, so that weights compare. Made anew."""
+        return Gram((self.matrix / self.scale).div_(self.scale[:, None]), self.tokens)
 
     def energy(self, weight: Tensor) -> float:
         """``‖W G^½‖²_F``: the mean over tokens of ``‖W x‖²``, for ``weight`` (out, features)."""
@@ -127,24 +128,29 @@ class Gram:
         It should be about as large as this matrix: memory is bounded, and what was made longest ago is made again.
         """
         if key not in self._memory:
-            made = make()
             size = self.matrix.numel() * self.matrix.element_size()
             while self._memory and (len(self._memory) + 1) * size > REMEMBERED_BYTES:
-                self._memory.popitem(last=False)
-            self._memory[key] = made
+                self._memory.popitem(last=False)  # before the next is made, which needs the room
+            self._memory[key] = make()
         found: T = self._memory[key]
         return found
 
     def _factorise(self, damping: float, flipped: bool = False) -> Factor:
+        """Lower Cholesky factor, in the memory of one matrix; ``flipped``: with the inputs in reverse order."""
         asked = damping
         for _ in range(DAMPING_TRIES):
             matrix = self.matrix.clone()
             matrix.diagonal().add_(damping * self.mean_diagonal)
             matrix.diagonal()[self.dead] = 1.0
+            if flipped:
+                reverse_(matrix)
             diagonal = matrix.diagonal().clone()
-            lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1) if flipped else matrix)
+            # In place: of a symmetric matrix the transpose is the same, and in the order of columns that LAPACK wants.
+            failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+            lower = matrix.mT
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
             # A pivot that lost every digit to cancellation is a failure, even where rounding left its sign positive.
-            pivots = lower.diagonal().square() / (diagonal.flip(0) if flipped else diagonal)
+            pivots = lower.diagonal().square() / diagonal
             if not failed and bool((pivots > 4 * torch.finfo(matrix.dtype).eps).all()):
                 notes = (f"damping raised from {asked:g} to {damping:g}: {self._name} could not be factorised",)
                 return Factor(lower, damping, notes if damping != asked else ())
@@ -155,14 +161,15 @@ class Gram:
         )
 
     def _invert(self, damping: float) -> Factor:
-        factor = self.cholesky(damping)
-        return Factor(torch.cholesky_inverse(factor.matrix), factor.damping, factor.notes)
+        factor = self._factorise(damping)  # not remembered: the inverse takes its place
+        return Factor(torch.cholesky_inverse(factor.matrix, out=factor.matrix), factor.damping, factor.notes)
 
     def _factorise_inverse(self, damping: float) -> Factor:
         factor = self._factorise(damping, flipped=True)
-        identity = torch.eye(self.features, dtype=self.matrix.dtype, device=self.device)
-        upper = torch.linalg.solve_triangular(factor.matrix.flip(0, 1), identity, upper=True)
-        return Factor(upper, factor.damping, factor.notes)
+        lower = factor.matrix.mT
+        reverse_(lower)  # now Rᵀ
+        invert_lower_(lower)
+        return Factor(lower.mT, factor.damping, factor.notes)
 
     @property
     def _name(self) -> str:
@@ -281,7 +288,37 @@ def least_squares(gram: Gram, cross: Tensor, damping: float = 0.01, prior: Tenso
     return Fit(change.contiguous() if prior is None else prior + change, factor.notes)
 
 
+def reverse_(matrix: Tensor) -> None:
+    """Turns the order of rows and of columns around, in place; ``matrix`` is contiguous."""
+    flat = matrix.view(-1)
+    size, half = len(flat), len(flat) // 2
+    for start in range(0, half, CHUNK_ELEMENTS):
+        stop = min(start + CHUNK_ELEMENTS, half)
+        front = flat[start:stop].flip(0)
+        flat[start:stop] = flat[size - stop : size - start].flip(0)
+        flat[size - stop : size - start] = front
+
+
+def invert_lower_(matrix: Tensor) -> None:
+    """Replaces a lower triangular matrix by its inverse, by halves, so that nearly all of it is matrix products.
+
+    ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``. What is above the diagonal must be zero.
+    """
+    size = len(matrix)
+    if size <= PANEL:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+        return
+    half = size // 2
+    first, last, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
+    invert_lower_(first)
+    invert_lower_(last)
+    below.copy_((last @ below) @ first).neg_()
+
+
 def require_finite(matrix: Tensor, name: str) -> None:
+    if math.isfinite(float(matrix.sum())):
+        return  # one pass and no temporary; a sum that overflows is cleared by the exact test
     if not bool(torch.isfinite(matrix).all()):
         bad = int((~torch.isfinite(matrix)).sum())
         raise NumericalError(f"{name}: {bad} of {matrix.numel()} values are NaN or infinite; look for such activations")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,19 +15,25 @@ from torch import Tensor
 
 from sparsellm.errors import NumericalError, StorageError
 
+_PIECE = 1 << 22  # elements looked at at a time
+
 
 class CheckpointReader:
     """The tensors of a directory of safetensors files, by name.
 
     Only ``*.safetensors`` is read: pickled weights (``*.bin``) can run code when they are opened.
 
+    Args:
+        directory: of the checkpoint.
+        files: read these alone; None for all that belong to the checkpoint.
+
     Raises:
         StorageError: the directory has no safetensors weights, an index names a missing file, or a header is broken.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
         self.directory = directory
-        self.files = _weight_files(directory)
+        self.files = files if files is not None else _weight_files(directory)
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -35,7 +44,7 @@ class CheckpointReader:
                         part = handle.get_slice(name)
                         self._file_of[name] = file
                         self._shapes[name] = tuple(part.get_shape())
-                        self._dtypes[name] = _DTYPES.get(part.get_dtype(), torch.float32)
+                        self._dtypes[name] = DTYPES.get(part.get_dtype(), torch.float32)
             except (SafetensorError, OSError) as error:
                 raise StorageError(f"{file} is not a readable safetensors file ({error}); download it again") from None
 
@@ -51,24 +60,37 @@ class CheckpointReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
+    def bytes_of(self, name: str) -> int:
+        """Size of one tensor."""
+        return math.prod(self._shapes[name]) * self._dtypes[name].itemsize
+
     @property
     def bytes(self) -> int:
         """Size of the weight files on disk."""
         return sum(file.stat().st_size for file in self.files)
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """The named tensors as stored, each file opened once.
+        """The named tensors as stored; see :meth:`get`."""
+        return {name: self.get(name) for name in names}
 
-        The copies own their memory: a view would keep the file's pages mapped, and the file's size would count
-        as this process's memory for as long as the view lives.
+    def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, on ``device``, in ``dtype`` if that is given and the tensor has floating point.
+
+        It owns its memory: a view would keep the file's pages mapped, and they would count as this process's memory
+        for as long as the view lives. The file is opened anew for each tensor, so that no more than one is mapped.
         """
-        found: dict[str, Tensor] = {}
-        for file in dict.fromkeys(self._file_of[name] for name in names):
-            with safe_open(file, framework="pt") as handle:
-                for name in names:
-                    if self._file_of[name] == file:
-                        found[name] = handle.get_tensor(name).clone()
-        return found
+        wanted = dtype if dtype is not None and self._dtypes[name].is_floating_point else self._dtypes[name]
+        with safe_open(self._file_of[name], framework="pt") as handle:
+            return _tensor(handle, name).to(device, wanted, copy=True)
+
+    def sample(self, name: str) -> builtins.bytes:
+        """The first and the last row of a tensor as stored: enough to tell whether training has touched it."""
+        shape = self._shapes[name]
+        with safe_open(self._file_of[name], framework="pt") as handle:
+            if not shape:
+                return raw_bytes(handle.get_tensor(name))
+            part, rows = handle.get_slice(name), 1 if len(shape) > 1 else 1024
+            return raw_bytes(part[:rows]) + raw_bytes(part[max(shape[0] - rows, 0) : shape[0]])
 
     def check_finite(self) -> None:
         """Reads every floating tensor once.
@@ -78,13 +100,26 @@ class CheckpointReader:
         """
         for name, dtype in self._dtypes.items():
             if dtype.is_floating_point and dtype.itemsize > 1:
-                values = self.read([name])[name]
-                bad = int((~torch.isfinite(values)).sum())
+                with safe_open(self._file_of[name], framework="pt") as handle:
+                    pieces = handle.get_tensor(name).reshape(-1).split(_PIECE)
+                    bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
+                    del pieces  # unmaps the file
                 if bad:
                     raise NumericalError(
                         f"weight {name} in {self._file_of[name]} has {bad} NaN or infinite values; "
                         "this checkpoint is damaged: download or convert it again"
                     )
+
+
+def _tensor(handle: Any, name: str) -> Tensor:
+    value = handle.get_tensor(name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -113,7 +148,7 @@ def _weight_files(directory: Path) -> list[Path]:
     raise StorageError(f"{directory} has no *.safetensors weights; give a directory saved by save_pretrained")
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsellm.errors import StorageError
+from sparsellm.storage.files import explained, replace_atomically, sync
+from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.resume import FOLDER, RUN, RunState
+from sparsellm.storage.shard import TensorSource, write_shard
 
 # vLLM and transformers refuse a checkpoint whose config names a scheme that they do not know.
 FOREIGN_CONFIG_KEYS = ("sparsity_config", "quantization_config", "compression_config")
@@ -23,62 +25,84 @@ FOREIGN_CONFIG_KEYS = ("sparsity_config", "quantization_config", "compression_co
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_COMPANIONS = ("*.index.json", "pruning.json", "adapter_*")
 
+_REPLACED = "replaced"
+
 
 class CheckpointWriter:
     """A directory that appears under its final name only when it is complete.
 
-    Shards go to ``<out>.partial``; :meth:`finish` renames it. So a directory under the final name is a finished one.
+    Shards go to ``<out>.partial``; :meth:`finish` renames it. So a directory under the final name is a finished one,
+    and an unfinished one says which of its shards are done; see :class:`sparsellm.storage.resume.RunState`.
 
     Args:
         out: the final directory.
         shards: how many shards will be written.
+        identity: all that the result depends on, so that a run that was cut short goes on only with the same.
         overwrite: replace ``out`` if it exists and is not empty; the old one is kept until the new one is complete.
-        need_bytes: room that the checkpoint will take.
+        restart: forget what an unfinished run has left.
+        need_bytes: room that the whole checkpoint will take.
 
     Raises:
-        StorageError: ``out`` is not empty, cannot be written, or the disk is too full.
+        StorageError: ``out`` is not empty, cannot be written, or the disk is too full; or ``<out>.partial`` belongs to
+            a run that differs.
     """
 
-    def __init__(self, out: Path, *, shards: int, overwrite: bool = False, need_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        shards: int,
+        identity: dict[str, Any],
+        overwrite: bool = False,
+        restart: bool = False,
+        need_bytes: int = 0,
+    ) -> None:
         self.out = out.absolute()
-        self.partial = self.out.with_name(self.out.name + ".partial")
-        self._shards = shards
-        self._weight_map: dict[str, str] = {}
-        self._total_size = 0
+        self.partial = partial_of(self.out)
+        self._names = [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
         check_out(self.out, overwrite=overwrite, need_bytes=need_bytes)
-        with _explained(self.partial):
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
+        self.state = RunState(self.partial, identity, restart=restart)
 
-    def write_shard(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Writes shard ``index`` (from 0) and waits until it is on the disk.
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.state.close()
+
+    def finished(self, index: int) -> dict[str, Any] | None:
+        """The facts of shard ``index`` if an earlier process finished it and its checksum still holds."""
+        return self.state.finished(self._names[index])
+
+    def path(self, index: int) -> Path:
+        """The file of shard ``index``."""
+        return self.partial / self._names[index]
+
+    def write_shard(
+        self, index: int, tensors: Mapping[str, TensorSource], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes shard ``index`` (from 0) and waits until it is on the disk, then marks it as finished.
+
+        Args:
+            index: which.
+            tensors: by name.
+            facts: JSON values that :meth:`finished` will give back.
 
         Raises:
             StorageError: the disk is full or the directory cannot be written.
         """
-        name = f"model-{index + 1:05d}-of-{self._shards:05d}.safetensors"
-        with _explained(self.partial):
-            temporary = self.partial / f"{name}.tmp"
-            # -0.0 + 0.0 is +0.0: the sign of a zero would cost packed formats and confuse bitwise comparison.
-            ready = {key: (value + 0.0 if value.is_floating_point() else value) for key, value in tensors.items()}
-            save_file({k: v.detach().to("cpu").contiguous() for k, v in ready.items()}, temporary, {"format": "pt"})
-            _sync(temporary)
-            os.replace(temporary, self.partial / name)
-            _sync(self.partial)
-        for key, value in tensors.items():
-            self._weight_map[key] = name
-            self._total_size += value.numel() * value.element_size()
+        digest = replace_atomically(self.path(index), lambda file: write_shard(file, tensors))
+        self.state.record(self._names[index], {**(facts or {}), "sha256": digest})
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, content: str) -> None:
-        with _explained(self.partial):
+        with explained(self.partial):
             (self.partial / name).write_text(content, encoding="utf-8")
 
     def copy_companions(self, source: Path) -> None:
         """Config, tokenizer, generation config and chat template of ``source``; see :data:`FOREIGN_CONFIG_KEYS`."""
-        with _explained(self.partial):
+        with explained(self.partial):
             for pattern in _COMPANIONS:
                 for file in source.glob(pattern):
                     if file.is_file() and not any(file.match(other) for other in _NOT_COMPANIONS):
@@ -94,31 +118,53 @@ class CheckpointWriter:
 
     def finish(self) -> Path:
         """Writes the index and gives the directory its final name."""
+        sizes: dict[str, int] = {}
+        weight_map: dict[str, str] = {}
+        for name in self._names:
+            reader = CheckpointReader(self.partial, [self.partial / name])
+            for key in reader:
+                weight_map[key] = name
+                sizes[key] = reader.bytes_of(key)
         self.write_json(
             "model.safetensors.index.json",
-            {"metadata": {"total_size": self._total_size}, "weight_map": dict(sorted(self._weight_map.items()))},
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))},
         )
-        with _explained(self.out):
+        with explained(self.out):
             for file in self.partial.iterdir():
-                _sync(file)
-            old = self.out.with_name(self.out.name + ".old")
+                if file.is_file():
+                    sync(file)
+            sync(self.partial)
             if self.out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(self.out, old)
+                # Kept beside the state, so that one and the same step ends the run and puts the old one away.
+                shutil.rmtree(self.state.folder / _REPLACED, ignore_errors=True)
+                os.replace(self.out, self.state.folder / _REPLACED)
             os.replace(self.partial, self.out)
-            _sync(self.out.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            sync(self.out.parent)
+            self.state.close()
+            shutil.rmtree(self.out / FOLDER, ignore_errors=True)
         return self.out
+
+
+def partial_of(out: Path) -> Path:
+    """Where a checkpoint is written until it is complete."""
+    return out.absolute().with_name(f"{out.absolute().name}.partial")
 
 
 def check_out(out: Path, *, overwrite: bool, need_bytes: int) -> None:
     """Refuses an output directory that cannot take the checkpoint, before any work is done.
+
+    Args:
+        out: the directory.
+        overwrite: a checkpoint in it may be replaced.
+        need_bytes: room for the whole; what an unfinished run has written already is taken off.
 
     Raises:
         StorageError: the directory is not empty, cannot be written, or has too little room.
     """
     if out.exists() and not out.is_dir():
         raise StorageError(f"{out} is a file; name a directory")
+    if (out / FOLDER / RUN).is_file():  # the last process was killed when it had given the directory its name
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise StorageError(f"{out} exists and is not empty; name another directory or give --overwrite")
@@ -129,6 +175,7 @@ def check_out(out: Path, *, overwrite: bool, need_bytes: int) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write to {out}: {existing} is not a writable directory; name another directory")
     free = shutil.disk_usage(existing).free
+    need_bytes -= sum(shard.stat().st_size for shard in partial_of(out).glob("*.safetensors"))  # there already
     if free < need_bytes:
         raise StorageError(
             f"{out} needs {need_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
@@ -139,28 +186,6 @@ def check_out(out: Path, *, overwrite: bool, need_bytes: int) -> None:
 def _replaceable(out: Path) -> bool:
     """Overwriting deletes a directory: only one that looks like a checkpoint may go, never somebody's home."""
     return (out / "config.json").is_file()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Any:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"the disk of {path} is full; make room and run again") from error
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; name another directory") from error
-    except Exception as error:  # safetensors reports a full disk as its own error type
-        if "No space left" in str(error):
-            raise StorageError(f"the disk of {path} is full; make room and run again") from error
-        raise
 
 
 def count_zeros(weight: Tensor) -> int:

@@ -1,0 +1,29 @@
+"""Sizes of memory as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from sparsellm.errors import RecipeError
+
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from ``4GiB``, ``500 MB`` or a plain number of bytes; upper and lower case are the same.
+
+    Raises:
+        RecipeError: not a positive number, or not a known unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    units = {name.lower(): size for name, size in UNITS.items()}
+    unit = (match[2] or "b").lower() if match is not None else ""
+    if match is None or unit not in units:
+        raise RecipeError(
+            f"memory is {str(text)!r}; write a number and one of {', '.join(UNITS)}, such as 4GiB or 500MB"
+        )
+    size = int(float(match[1]) * units[unit])
+    if size < 1:
+        raise RecipeError(f"memory is {str(text)!r}; it must be more than nothing, such as 4GiB")
+    return size

@@ -1,0 +1,171 @@
+"""What grows with the calibration tokens: in memory up to a budget, beyond it in files that nobody has to remove."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from sparsellm.storage.files import explained, write_all
+
+
+class Scratch:
+    """Room for tensors that come in batches: ``memory`` bytes of it in memory, shared by all stores, the rest on disk.
+
+    Files have no name: the system frees them when the process ends, killed or not. They are read and written, not
+    mapped: a full disk is an error and not a signal, and what the system caches of them is not this process's memory.
+
+    Args:
+        memory: bytes that all stores together hold in memory; None for no limit.
+        directory: where files are made; None for the system's temporary directory.
+    """
+
+    def __init__(self, memory: int | None = None, directory: Path | None = None) -> None:
+        self._left = memory
+        self.directory = directory or Path(tempfile.gettempdir())
+
+    def store(self, device: torch.device | str = "cpu") -> TensorStore:
+        """An empty list of tensors, which are on ``device`` when they are read."""
+        return TensorStore(self, torch.device(device))
+
+    def take(self, size: int) -> bool:
+        """Whether there was room for ``size`` more bytes in memory; if so, it is taken."""
+        if self._left is None:
+            return True
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        if self._left is not None:
+            self._left += size
+
+    def file(self) -> io.FileIO:
+        """A new file without a name.
+
+        Raises:
+            StorageError: the directory cannot be written.
+        """
+        with explained(self.directory):
+            return tempfile.TemporaryFile(dir=self.directory, buffering=0)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where in the file a tensor lies."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class TensorStore(Sequence[Tensor]):
+    """A list of tensors, each in memory (on the CPU) or in a file, as :class:`Scratch` has room.
+
+    Reading one gives it on the store's device, without gradients. Changing what was read does not change the store;
+    assign it. Closing the store gives its room back; so does leaving a ``with`` block.
+    """
+
+    def __init__(self, scratch: Scratch, device: torch.device) -> None:
+        self._scratch = scratch
+        self._device = device
+        self._items: list[Tensor | _Slot] = []
+        self._file: io.FileIO | None = None
+        self._end = 0  # of the file
+
+    def append(self, value: Tensor) -> None:
+        """Adds a tensor at the end.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        self._items.append(self._keep(value, None))
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        old = self._items[index]
+        if isinstance(old, Tensor):
+            self._scratch.give_back(old.nbytes)
+        self._items[index] = self._keep(value, old if isinstance(old, _Slot) else None)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self._read(item) for item in self._items[index]]
+        return self._read(self._items[index])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self._read(item) for item in self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the tensors that are in the file now."""
+        return sum(item.bytes for item in self._items if isinstance(item, _Slot))
+
+    def close(self) -> None:
+        """Forgets everything."""
+        self._scratch.give_back(sum(item.nbytes for item in self._items if isinstance(item, Tensor)))
+        self._items.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._end = 0
+
+    def __enter__(self) -> TensorStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _keep(self, value: Tensor, slot: _Slot | None) -> Tensor | _Slot:
+        """In the slot where that fits, else in memory where there is room, else at the end of the file."""
+        value = value.detach()
+        fits = slot is not None and slot.bytes == value.nbytes
+        if not fits and self._scratch.take(value.nbytes):
+            value = value.to("cpu")
+            # A view would hold all of the tensor that it is a part of.
+            return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+        offset = slot.offset if slot is not None and fits else self._end
+        if self._file is None:
+            self._file = self._scratch.file()
+        with explained(self._scratch.directory):
+            self._file.seek(offset)
+            write_all(self._file, _bytes_of(value.to("cpu").contiguous()))
+        self._end = max(self._end, offset + value.nbytes)
+        return _Slot(offset, value.shape, value.dtype)
+
+    def _read(self, item: Tensor | _Slot) -> Tensor:
+        if isinstance(item, Tensor):
+            return item.to(self._device)
+        assert self._file is not None
+        value = torch.empty(item.shape, dtype=item.dtype)
+        self._file.seek(item.offset)
+        rest = _bytes_of(value)
+        while rest:
+            count = self._file.readinto(rest)
+            assert count, "the file is as long as what was written"
+            rest = rest[count:]
+        return value.to(self._device)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
