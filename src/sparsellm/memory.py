@@ -17,7 +17,7 @@ from sparsellm.statistics.gram import CHUNK_ELEMENTS
 
 DEFAULT_SHARE = 0.8  # of the memory that is free now: the rest is for the page cache and for others
 SLACK = 0.05  # of the budget, which hidden states leave free: a prediction is not exact
-LIBRARIES = 192 << 20  # what torch, its kernels and the allocator take when they are first used
+LIBRARIES = 64 << 20  # what torch, its kernels and the allocator take when they are first used
 
 
 def free_memory() -> int:
@@ -117,7 +117,7 @@ def plan_memory(
     most = int(start + DEFAULT_SHARE * free_memory()) if budget is None else parse_bytes(budget)
     width = chain.config.get_text_config().hidden_size
     hidden = (1 + workspace.streams) * samples * seq_len * width * chain.dtype.itemsize
-    moments = working_bytes(chain, seq_len, batch_tokens, workspace)
+    moments = working_bytes(chain, samples, seq_len, batch_tokens, workspace)
     worst = max(moments, key=lambda name: moments[name])
     on_device = moments[worst] if chain.device.type != "cpu" else 0
     working = LIBRARIES + (_largest_tensor(chain) if on_device else moments[worst])
@@ -132,10 +132,10 @@ def plan_memory(
     return MemoryPlan(most, start, working, worst, in_memory, hidden - in_memory, on_device)
 
 
-def working_bytes(chain: Chain, seq_len: int, batch_tokens: int, workspace: Workspace) -> dict[str, int]:
+def working_bytes(chain: Chain, samples: int, seq_len: int, batch_tokens: int, workspace: Workspace) -> dict[str, int]:
     """Bytes that each moment of a run holds at its worst, in the block where that is most."""
     computing = chain.dtype.itemsize
-    tokens = max(1, batch_tokens // seq_len) * seq_len
+    tokens = min(samples, max(1, batch_tokens // seq_len)) * seq_len
     width = chain.config.get_text_config().hidden_size
     converted = 2 * 4 * CHUNK_ELEMENTS  # tokens in fp32, on their way into a Gram matrix
     moments = {"checking": _largest_tensor(chain), "embedding": 0, "statistics": 0, "solving": 0}
