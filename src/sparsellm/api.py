@@ -9,7 +9,7 @@ import resource
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sparsellm.methods import METHODS, LinearResult
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
+from sparsellm.refine.sweep import Pass, Sweep, sweep
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.resume import unfinished
 from sparsellm.storage.scratch import Scratch
@@ -58,6 +59,7 @@ class PruneResult:
         command: the command line that ran.
         memory: what was predicted before the start.
         resumed: blocks that an earlier process had finished.
+        sweeps: of the whole model at the end, if the method asks for them: divergence from the dense model after each.
     """
 
     path: Path | None
@@ -72,6 +74,7 @@ class PruneResult:
     command: str = field(default_factory=lambda: shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     memory: MemoryPlan | None = None
     resumed: int = 0
+    sweeps: list[Pass] = field(default_factory=list)
 
     @property
     def zeros(self) -> int:
@@ -105,6 +108,7 @@ class PruneResult:
             "versions": self.versions,
             "command": self.command,
             "warnings": self.warnings,
+            "sweeps": [asdict(record) for record in self.sweeps],
             "linears": [linear.to_dict() for linear in self.linears],
         }
 
@@ -163,6 +167,7 @@ def prune(
             raise SparseLLMError(f"--out {out} is the model itself; name another directory")
         tokenizer = tokenizer or (load_tokenizer(directory) if directory is not None else None)
         chain, memory_model = _open(model, directory, recipe, device, in_memory=out is None, trust=trust_remote_code)
+        needs = method.needs_of(options)
         patterns = plan(chain, recipe)
         if out is not None:
             check_out(out, overwrite=overwrite, need_bytes=_checkpoint_bytes(chain))
@@ -205,7 +210,8 @@ def prune(
             facts = {"linears": [result.to_dict() for result in results]}
             writer.write_shard(index, tensors, {**facts, "seconds": clock.lap(), "peak_rss": peak_rss()})
 
-        results = walk(
+        scratch = Scratch(memory.hidden_in_memory, writer.partial if writer is not None else None)
+        walked = walk(
             chain,
             windows,
             method.function,
@@ -217,20 +223,57 @@ def prune(
             progress=progress,
             name=recipe.method,
             seed=recipe.seed,
-            scratch=Scratch(memory.hidden_in_memory, writer.partial if writer is not None else None),
+            scratch=scratch,
             finished=finished,
+            dense_stream=needs.dense_stream,
         )
+        sweeps: list[Pass] = []
+        walk_writer = writer
+        if needs.passes:
+            assert walked.dense is not None
+            if walk_writer is not None:
+                writer = held.enter_context(
+                    CheckpointWriter(
+                        walk_writer.out,
+                        shards=len(chain) + 1,
+                        identity=_identity(chain, recipe, windows),
+                        overwrite=overwrite,
+                        restart=True,
+                        need_bytes=_checkpoint_bytes(chain),
+                        stage=".swept",
+                    )
+                )
+            with clock.phase("sweep"):
+                sweeps = sweep(
+                    chain,
+                    windows,
+                    walked.dense.hidden,
+                    Sweep(needs.passes, needs.learning_rate),
+                    pruned={f"{name}.weight" for name in patterns},
+                    blocks=_readers(walk_writer, chain) if walk_writer is not None else None,
+                    batch_tokens=recipe.batch_tokens,
+                    scratch=scratch,
+                    seed=recipe.seed,
+                    progress=progress,
+                    write_block=lambda index: (
+                        writer.write_shard(index, chain.block_tensors(index)) if writer is not None else None
+                    ),
+                )
+            walked.dense.close()
+            if writer is not None:
+                writer.write_shard(len(chain), chain.outer_tensors())
         result = PruneResult(
             None,
             memory_model,
             recipe,
-            results,
+            walked.linears,
             clock.seconds,
             peak_rss(),
             windows.numel(),
             warnings=warnings,
             memory=memory,
             resumed=len(finished),
+            sweeps=sweeps,
         )
         if writer is not None:
             result.path = writer.out
@@ -238,7 +281,14 @@ def prune(
             writer.write_text("recipe.yaml", recipe.to_yaml())
             writer.write_json("pruning.json", result.to_dict())
             writer.finish()
+            if walk_writer is not writer and walk_writer is not None:
+                walk_writer.discard()
     return result
+
+
+def _readers(writer: CheckpointWriter, chain: Chain) -> list[CheckpointReader]:
+    """The shards of the blocks that the walk has written."""
+    return [CheckpointReader(writer.partial, [writer.path(index)]) for index in range(len(chain))]
 
 
 def _identity(chain: Chain, recipe: Recipe, windows: Tensor) -> dict[str, Any]:
@@ -403,6 +453,20 @@ def versions() -> dict[str, str]:
 
 
 def _open(
+    model: str | Path | PreTrainedModel,
+    directory: Path | None,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    in_memory: bool,
+    trust: bool,
+) -> tuple[Chain, PreTrainedModel | None]:
+    chain, loaded = _opened(model, directory, recipe, device, in_memory=in_memory, trust=trust)
+    chain.products_in_bf16 = recipe.products == "bfloat16"
+    return chain, loaded
+
+
+def _opened(
     model: str | Path | PreTrainedModel,
     directory: Path | None,
     recipe: Recipe,

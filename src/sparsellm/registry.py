@@ -51,6 +51,21 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a method asks for beside the walk over the blocks.
+
+    Attributes:
+        dense_stream: the dense model's own hidden states beside the pruned model's.
+        passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
+        learning_rate: of those sweeps.
+    """
+
+    dense_stream: bool = False
+    passes: int = 0
+    learning_rate: float = 0.0
+
+
+@dataclass(frozen=True)
 class Entry(Generic[F]):
     """A registered function with the name users type, its paper, and its options."""
 
@@ -60,6 +75,11 @@ class Entry(Generic[F]):
     summary: str
     options: dict[str, Option]
     workspace: Workspace = Workspace()
+    needs: Callable[[dict[str, Any]], Needs] | None = None
+
+    def needs_of(self, options: dict[str, Any]) -> Needs:
+        """What a run with these options asks of the walk."""
+        return self.needs(options) if self.needs is not None else Needs()
 
     def check(self, values: dict[str, Any]) -> dict[str, Any]:
         """Options as given, each coerced to its declared type.
@@ -88,10 +108,17 @@ class Registry(Generic[F]):
         self._entries: dict[str, Entry[F]] = {}
         self._listeners: list[Callable[[Entry[F]], None]] = []
 
-    def register(self, name: str, *, paper: str, workspace: Workspace | None = None) -> Callable[[F], F]:
+    def register(
+        self,
+        name: str,
+        *,
+        paper: str,
+        workspace: Workspace | None = None,
+        needs: Callable[[dict[str, Any]], Needs] | None = None,
+    ) -> Callable[[F], F]:
         """Decorator. Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``: what
         pydantic knows of the type is checked, and the text is shown to users. ``workspace`` is what the prediction of
-        memory goes by."""
+        memory goes by; ``needs`` tells from the options what the walk has to provide."""
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
@@ -103,7 +130,7 @@ class Registry(Generic[F]):
                 description = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, str)), "")
                 options[parameter.name] = Option(parameter.name, hint, parameter.default, description)
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-            self.add(Entry(name, function, paper, summary, options, workspace or Workspace()))
+            self.add(Entry(name, function, paper, summary, options, workspace or Workspace(), needs))
             return function
 
         return add

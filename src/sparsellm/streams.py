@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,14 @@ class Stream:
             self._calls.append([share.call(call) for call in calls])
             if progress is not None:
                 progress(min(start + size, len(windows)), len(windows))
+
+    def fork(self) -> Stream:
+        """A second stream that starts from the same hidden states, with the same calls."""
+        twin = copy.copy(self)
+        twin.hidden = self.store()
+        for hidden in self.hidden:
+            twin.hidden.append(hidden)
+        return twin
 
     def __len__(self) -> int:
         return len(self.hidden)

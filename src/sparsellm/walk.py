@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsellm.chain import Chain, LinearView
 from sparsellm.methods import BlockTask, LinearResult
-from sparsellm.methods.base import Method
+from sparsellm.methods.base import DensePair, Method
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.storage.reader import CheckpointReader
@@ -27,6 +27,14 @@ class FinishedBlock:
 
     weights: CheckpointReader
     results: list[LinearResult]
+
+
+@dataclass(frozen=True)
+class WalkResult:
+    """What became of each linear, and the dense stream behind the last block if there was one."""
+
+    linears: list[LinearResult]
+    dense: Stream | None
 
 
 WriteBlock = Callable[[int, dict[str, TensorSource], list[LinearResult]], None]
@@ -53,7 +61,8 @@ def walk(
     seed: int,
     scratch: Scratch | None = None,
     finished: Sequence[FinishedBlock] = (),
-) -> list[LinearResult]:
+    dense_stream: bool = False,
+) -> WalkResult:
     """Prunes the chain block by block; each is captured and solved on what the pruned blocks before it produce.
 
     Args:
@@ -69,10 +78,11 @@ def walk(
         seed: of what methods draw at random, anew for each block, so that a run that goes on draws the same.
         scratch: where hidden states are kept; None for memory.
         finished: the first blocks, if an earlier process pruned them: they are only run.
+        dense_stream: run the dense model beside the pruned one, from its own hidden states.
     """
     results = [result for block in finished for result in block.results]
-    if len(finished) == len(chain):
-        return results
+    if len(finished) == len(chain) and not dense_stream:
+        return WalkResult(results, None)
     detail = ""
 
     def report(step: str) -> None:
@@ -83,11 +93,14 @@ def walk(
         chain.load_outer(head=False)
         chain.load_block(0)
         stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch)
+        dense = stream.fork() if dense_stream else None
         chain.release_outer()
     for index in range(len(chain)):
         if index < len(finished):
             report("is finished; forward")
             with clock.phase("replay"):
+                if dense is not None:
+                    replay(dense, index, None)
                 replay(stream, index, finished[index].weights)
             continue
         torch.manual_seed(block_seed(seed, index))
@@ -97,8 +110,17 @@ def walk(
         with clock.phase("prune"):
             linears = [linear for linear in chain.linears(index) if linear.name in patterns]
             task = BlockTask(index, linears, patterns, stream, report, clock)
+            if dense is not None:
+                report("dense forward")
+                task.dense = DensePair(dense.hidden, dense.store())
+                with clock.phase("prune/dense"):
+                    for leaving in dense.run(index):
+                        task.dense.leaving.append(leaving)
             if linears:
                 method(task, **options)
+            if dense is not None and task.dense is not None:
+                dense.hidden = task.dense.leaving
+                task.dense.entering.close()
             chain.settle_block(index)
             pruned = task.finish()
         results += pruned
@@ -115,7 +137,7 @@ def walk(
         chain.release_block(index)
         progress(Progress("prune", index + 1, len(chain), f"block {index + 1}/{len(chain)} {name}{detail}"))
     stream.close()
-    return results
+    return WalkResult(results, dense)
 
 
 def replay(stream: Stream, index: int, weights: CheckpointReader | None) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.linears import LinearView, iterate_linears
 from sparsellm.chain.open import load_config
+from sparsellm.chain.products import bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
 from sparsellm.errors import ModelError
@@ -34,6 +35,10 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_keyword: str | None  # the keyword of the hidden states, or None when they come first by position
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call with floating-point tensors in another dtype."""
+        return Call(_converted(self.args, dtype), _converted(self.kwargs, dtype), self.hidden_keyword)
 
     def on(self, block: nn.Module, hidden: Tensor) -> Any:
         if self.hidden_keyword is None:
@@ -50,6 +55,7 @@ class Chain:
         block_names: their names in the model.
         device: where blocks run.
         dtype: what they compute in.
+        products_in_bf16: whether forward passes multiply fp32 matrices in bf16; see :mod:`sparsellm.chain.products`.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Chain:
         first = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
         self.storage_dtype = self._stored_dtype(f"{first[0]}.weight")
         self.dtype = dtype or fast_dtype(self.storage_dtype, device)
+        self.products_in_bf16 = False
         self._rewrap: Callable[[Tensor], Any] | None = None
         self._shared: dict[str, Tensor] = {}
         self._shared_by_blocks = {first for first in self._canonical.values() if first.startswith(f"{list_name}.")}
@@ -127,6 +134,20 @@ class Chain:
                     value.copy_(value.to(stored))
                 if stored.itemsize > 1:
                     value.add_(0.0)  # no negative zero is written
+
+    def block_parameters(self, index: int) -> dict[str, nn.Parameter]:
+        """The floating-point parameters of the loaded block ``index``, by name."""
+        values = {name: self._value(name) for name in self._names_of(index)}
+        return {name: v for name, v in values.items() if isinstance(v, nn.Parameter) and v.is_floating_point()}
+
+    def is_shared(self, name: str) -> bool:
+        """Whether a parameter stands in several places: in two blocks, or in a block and the embedding."""
+        return name in self._canonical
+
+    def set_parameter(self, name: str, value: nn.Parameter) -> None:
+        """Puts a parameter in place of the one of this name."""
+        owner, _, leaf = name.rpartition(".")
+        self.model.get_submodule(owner)._parameters[leaf] = value
 
     def release_block(self, index: int) -> None:
         """Forgets the weights of block ``index``; a model that the caller holds in memory keeps them."""
@@ -275,10 +296,19 @@ class Chain:
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """One block on hidden states ``(batch, seq, hidden)``; its weights must be loaded."""
-        return hidden_of(call.on(self.blocks[index], hidden), self.blocks[index])
+        return self.apply(index, hidden, call)
+
+    def apply(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """As :meth:`run`, and gradients flow where they are enabled."""
+        with bf16_products(self.products_in_bf16):
+            return hidden_of(call.on(self.blocks[index], hidden), self.blocks[index])
 
     @torch.no_grad()
     def finish(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """As :meth:`logits`, without gradients."""
+        return self.logits(hidden, ids)
+
+    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Norm and head, through the model's own forward: logits ``(batch, seq, vocabulary)``.
 
         Args:
@@ -290,7 +320,7 @@ class Chain:
             assert self._rewrap is not None, "start() comes before finish()"
             return self._rewrap(hidden if index == len(self.blocks) - 1 else _split_call(args, kwargs)[0])
 
-        with self._intercepted(replay):
+        with self._intercepted(replay), bf16_products(self.products_in_bf16):
             logits = self.model(ids.to(self.device), use_cache=False).logits
         assert isinstance(logits, Tensor)
         return logits
@@ -348,9 +378,7 @@ def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     fifth of the speed and with less accuracy."""
     if stored not in (torch.bfloat16, torch.float16) or device.type != "cpu":
         return stored
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    native = any(probe is not None and probe() for probe in probes)  # absent in older releases: then fp32
-    return stored if native and stored is torch.bfloat16 else torch.float32
+    return stored if stored is torch.bfloat16 and bf16_is_native() else torch.float32
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:
@@ -370,6 +398,16 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3:
             return value, Call(args, {k: v for k, v in kwargs.items() if k != key}, key)
     raise ModelError("a block is called without hidden states (batch, seq, hidden); this model is not a plain chain")
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_converted(item, dtype) for item in value)
+    if type(value) is dict:
+        return {key: _converted(item, dtype) for key, item in value.items()}
+    return value
 
 
 def hidden_of(output: Any, block: nn.Module) -> Tensor:

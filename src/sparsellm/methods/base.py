@@ -15,6 +15,7 @@ from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry
 from sparsellm.solvers import Solution
 from sparsellm.statistics import Gram, GramAccumulator
+from sparsellm.storage.scratch import TensorStore
 from sparsellm.storage.writer import count_zeros
 from sparsellm.streams import Stream
 
@@ -63,6 +64,14 @@ class LinearResult:
         )
 
 
+@dataclass(frozen=True)
+class DensePair:
+    """Hidden states of the dense model around one block, batches ``(batch, seq, hidden)``."""
+
+    entering: TensorStore
+    leaving: TensorStore
+
+
 @dataclass
 class BlockTask:
     """One block, loaded, with the hidden states that enter it. A method prunes its linears in place.
@@ -76,6 +85,7 @@ class BlockTask:
         clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
         results: one for each linear done.
         history: of linears that were found by iterations, one record each.
+        dense: the same windows on the dense model; only for methods that ask for two streams.
     """
 
     index: int
@@ -86,6 +96,7 @@ class BlockTask:
     clock: PhaseClock
     results: list[LinearResult] = field(default_factory=list)
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    dense: DensePair | None = None
 
     def run(self) -> None:
         """Runs the block on every batch, for what hooks see of it."""

@@ -9,8 +9,10 @@ of the block are polished together.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -22,8 +24,11 @@ from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, prune_feed_forward, split
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.refine.reconstruct import reconstruct
+from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
+
+SWEEP_RATE = 0.003
 
 
 @dataclass
@@ -34,37 +39,128 @@ class _Moments:
     cross: Tensor | None
 
 
-@METHODS.register("sparsellm", paper="arXiv 2402.17946, with the solver of 2406.07831 and the refinement of 2510.14444")
+@dataclass(frozen=True)
+class Effort:
+    """What one step of effort buys. Each number is measured in docs/results.md."""
+
+    steps: int  # of Adam in each block
+    passes: int  # over the calibration windows, of the whole model at the end
+
+
+EFFORTS = (Effort(0, 0), Effort(0, 2), Effort(64, 4), Effort(128, 12))
+
+
+def _needs(options: dict[str, Any]) -> Needs:
+    effort = EFFORTS[options.get("effort", 1)]
+    passes = options.get("passes")
+    passes = effort.passes if passes is None else passes
+    two = passes > 0 or any(options.get(name, 0.0) > 0 for name in ("blend", "residual", "refine_blend"))
+    return Needs(dense_stream=two, passes=passes, learning_rate=options.get("sweep_rate", SWEEP_RATE))
+
+
+@METHODS.register(
+    "sparsellm",
+    paper="arXiv 2402.17946, with the solver of 2406.07831 and the refinement of 2510.14444",
+    needs=_needs,
+    workspace=Workspace(blocks=5.0, streams=2),
+)
 def sparsellm(
     task: BlockTask,
     *,
+    effort: Annotated[int, Field(ge=0, le=3), "time to spend: 0 solves only, 3 refines longest"] = 1,
     solver: Annotated[str, "the local solver inside"] = "admm",
     refit: Annotated[bool, "fit the last linear of each sublayer to the dense sublayer's output"] = True,
     refit_damping: Annotated[float, Field(ge=0), "ridge of that fit towards the dense weight"] = 0.1,
+    blend: Annotated[
+        float, Field(ge=0, le=1), "how far targets of that fit are the dense model's own activations"
+    ] = 0.0,
+    residual: Annotated[float, Field(ge=0, le=1), "share of the residual stream's own error in those targets"] = 0.0,
     norm_weighting: Annotated[
         float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
     ] = 1.5,
     iterations: Annotated[int, Field(ge=0), "alternations of the feed-forward unit's auxiliary variables"] = 0,
-    steps: Annotated[int, Field(ge=0), "steps of Adam on the kept weights of each block"] = 48,
-    learning_rate: Annotated[float, Field(gt=0), "of Adam, relative to the weights' root mean square"] = 0.02,
+    steps: Annotated[int | None, "steps of Adam on the kept weights of each block; null: by effort"] = None,
+    learning_rate: Annotated[float, Field(gt=0), "of those, relative to the weights' root mean square"] = 0.003,
+    refine_blend: Annotated[
+        float, Field(ge=0, le=1), "how far their targets are the dense model's hidden states"
+    ] = 0.0,
+    passes: Annotated[int | None, "sweeps of the whole model at the end; null: by effort"] = None,
+    sweep_rate: Annotated[float, Field(gt=0), "learning rate of the sweeps"] = SWEEP_RATE,
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):
         return  # nothing is lost, so nothing is to be made up for: every bit stays
+    steps = EFFORTS[effort].steps if steps is None else steps
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
-    with task.clock.phase("prune/targets"):
-        dense_outputs = list(task.stream.run(task.index)) if steps else []
-    units = {unit.down.name: unit for unit in find_units(task)} if iterations else {}
-    for sublayer in _sublayers(_groups(task), task.stream.hidden[0].shape[-1]):
-        unit = units.get(sublayer[-1][0].name)
-        if unit is not None and all(linear in unit.linears() for group in sublayer for linear in group):
-            with task.clock.phase("prune/variables"):
-                prune_unit(task, unit, weights, SOLVERS[solver].function, iterations)
-        else:
-            _prune_in_order(task, sublayer, weights, SOLVERS[solver].function, refit, refit_damping)
-    if steps:
-        with task.clock.phase("prune/refine"):
-            reconstruct(task, dense_outputs, weights, steps=steps, learning_rate=learning_rate)
+    with contextlib.ExitStack() as held:
+        outputs = None
+        if steps or residual:
+            outputs = held.enter_context(task.stream.store())
+            with task.clock.phase("prune/targets"):
+                for position, leaving in enumerate(task.stream.run(task.index)):
+                    if refine_blend and task.dense is not None:
+                        leaving = leaving.lerp(task.dense.leaving[position], refine_blend)
+                    outputs.append(leaving)
+        sublayers = _sublayers(_groups(task), task.stream.hidden[0].shape[-1])
+        pull = _dense_targets(task, sublayers, blend, residual) if blend or residual else {}
+        units = {unit.down.name: unit for unit in find_units(task)} if iterations else {}
+        for sublayer in sublayers:
+            unit = units.get(sublayer[-1][0].name)
+            if unit is not None and all(linear in unit.linears() for group in sublayer for linear in group):
+                with task.clock.phase("prune/variables"):
+                    prune_unit(task, unit, weights, SOLVERS[solver].function, iterations)
+            else:
+                _prune_in_order(task, sublayer, weights, SOLVERS[solver].function, refit, refit_damping, pull)
+        if steps:
+            assert outputs is not None
+            task.report("refine")
+            with task.clock.phase("prune/refine"):
+                looks = reconstruct(task, outputs, weights, steps=steps, learning_rate=learning_rate)
+            task.history.setdefault(task.linears[-1].name, []).extend(looks)
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """What the dense model's own stream adds to a writer's target, batch by batch: ``blend (T_dense - T) + shift``."""
+
+    blend: float
+    dense: list[Tensor]  # what the writer gives in the dense model
+    shift: list[Tensor] | None  # the error of the residual stream that the writer adds to, times its coefficient
+
+    def on(self, target: Tensor, position: int) -> Tensor:
+        moved = target.lerp(self.dense[position], self.blend) if self.blend else target
+        return moved if self.shift is None else moved + self.shift[position]
+
+
+def _dense_targets(
+    task: BlockTask, sublayers: list[list[list[LinearView]]], blend: float, residual: float
+) -> dict[str, _Pull]:
+    """For each writer, what the dense model gives there on its own hidden states; the block is still dense."""
+    assert task.dense is not None
+    writers = [sublayer[-1][0] for sublayer in sublayers if len(sublayer) > 1]
+    seen: dict[str, list[Tensor]] = {writer.name: [] for writer in writers}
+    own: dict[str, list[Tensor]] = {writer.name: [] for writer in writers}
+
+    def record(into: dict[str, list[Tensor]]) -> Callable[[LinearView, Tensor, Tensor], None]:
+        return lambda linear, entering, leaving: into[linear.name].append(leaving.detach())
+
+    calls, index = task.stream.calls(task.index), task.index
+    with watch(writers, record(seen)):
+        for position, hidden in enumerate(task.dense.entering):
+            task.stream.chain.run(index, hidden, calls[position])
+    shifts: dict[str, list[Tensor] | None] = {writer.name: None for writer in writers}
+    if residual:
+        errors = [d - p for d, p in zip(task.dense.entering, task.stream.hidden, strict=True)]
+        with watch(writers, record(own)):
+            leaving = list(task.stream.run(index))
+        for writer in writers:
+            if writer is writers[-1]:  # beside what the last writer adds, the stream holds the rest of the block
+                errors = [
+                    (task.dense.leaving[i] - seen[writer.name][i]) - (leaving[i] - own[writer.name][i])
+                    for i in range(len(leaving))
+                ]
+            shifts[writer.name] = [residual * error for error in errors]
+    return {writer.name: _Pull(blend, seen[writer.name], shifts[writer.name]) for writer in writers}
 
 
 def _sublayers(groups: list[list[LinearView]], width: int) -> list[list[list[LinearView]]]:
@@ -84,6 +180,7 @@ def _prune_in_order(
     solver: Solver,
     refit: bool,
     damping: float,
+    pull: dict[str, _Pull],
 ) -> None:
     writer = sublayer[-1][0]
     targets: dict[str, list[Tensor]] = {}
@@ -91,6 +188,8 @@ def _prune_in_order(
         task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
         recorded = [writer] if refit and position == 0 and len(sublayer) > 1 else []
         target = targets.pop(writer.name, None) if group[0] is writer else None
+        if target is not None and writer.name in pull:
+            target = [pull[writer.name].on(batch, i) for i, batch in enumerate(target)]
         moments = _moments(task, group[0], weights, target, recorded, targets)
         for linear in group:
             _solve(task, solver, linear, moments, damping)
@@ -168,7 +267,7 @@ def _solve(task: BlockTask, solver: Solver, linear: LinearView, moments: _Moment
     task.accept(linear, Solution(solution.weight, solution.mask, solution.error, (*notes, *solution.notes)))
 
 
-def token_weights(hidden: list[Tensor], medians: float) -> list[Tensor]:
+def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
     """``min(1, (medians · median norm / norm)²)`` for each token: a few tokens with massive activations (2402.17762)
     would otherwise be all that a squared error sees.
 

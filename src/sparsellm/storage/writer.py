@@ -41,6 +41,7 @@ class CheckpointWriter:
         overwrite: replace ``out`` if it exists and is not empty; the old one is kept until the new one is complete.
         restart: forget what an unfinished run has left.
         need_bytes: room that the whole checkpoint will take.
+        stage: tells the directory of a second stage, which starts from the finished shards of the first, from it.
 
     Raises:
         StorageError: ``out`` is not empty, cannot be written, or the disk is too full; or ``<out>.partial`` belongs to
@@ -56,9 +57,10 @@ class CheckpointWriter:
         overwrite: bool = False,
         restart: bool = False,
         need_bytes: int = 0,
+        stage: str = "",
     ) -> None:
         self.out = out.absolute()
-        self.partial = partial_of(self.out)
+        self.partial = partial_of(self.out, stage)
         self._names = [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
         check_out(self.out, overwrite=overwrite, need_bytes=need_bytes)
         self.state = RunState(self.partial, identity, restart=restart)
@@ -92,6 +94,11 @@ class CheckpointWriter:
         """
         digest = replace_atomically(self.path(index), lambda file: write_shard(file, tensors))
         self.state.record(self._names[index], {**(facts or {}), "sha256": digest})
+
+    def discard(self) -> None:
+        """Removes what was written: a later stage holds all of it."""
+        self.state.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -145,9 +152,9 @@ class CheckpointWriter:
         return self.out
 
 
-def partial_of(out: Path) -> Path:
-    """Where a checkpoint is written until it is complete."""
-    return out.absolute().with_name(f"{out.absolute().name}.partial")
+def partial_of(out: Path, stage: str = "") -> Path:
+    """Where a checkpoint, or a later stage of it, is written until it is complete."""
+    return out.absolute().with_name(f"{out.absolute().name}{stage}.partial")
 
 
 def check_out(out: Path, *, overwrite: bool, need_bytes: int) -> None:

@@ -1,0 +1,32 @@
+"""Matrix products of fp32 tensors in bf16, for the passes that only run blocks.
+
+Processors with bf16 units (AMX, AVX-512 BF16) multiply rounded fp32 factors several times as fast and still add up in
+fp32. Hidden states and weights stay fp32; statistics and solvers never run like this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def bf16_products(active: bool) -> Iterator[None]:
+    """While this lasts, torch may multiply fp32 matrices in bf16 (on CUDA: TF32 or bf16). Not active: as it was."""
+    if not active:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def bf16_is_native() -> bool:
+    """Whether this CPU multiplies in bf16 itself."""
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(probe is not None and probe() for probe in probes)  # absent in older releases: then no

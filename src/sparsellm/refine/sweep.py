@@ -1,0 +1,250 @@
+"""The chain's end: the kept weights of all blocks against the loss itself, one block in work at a time.
+
+The published objective ends in the last feed-forward unit; the global problem (arXiv 2402.17946, eq. 1) ends in what
+the model predicts. Here the pruned model is swept as a whole: forward through the blocks, the divergence of its
+predictions from the dense model's at the end, and its gradient back through the blocks, each of which runs again from
+what entered it, is corrected by Adam, and is put away. So memory is that of one block, and of the windows of one step;
+weights and moments of the others wait in memory or on disk, as there is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsellm.chain import Call, Chain
+from sparsellm.errors import ModelError, NumericalError
+from sparsellm.progress import Progress, ProgressCallback
+from sparsellm.refine.training import Adam, Shuffled, held_out_of, running_on, schedule, slices
+from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.scratch import Scratch
+from sparsellm.streams import Stream
+
+HEAD_TOKENS = 256  # logits are (tokens, vocabulary), several times over
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How the sweep runs.
+
+    Attributes:
+        passes: over the calibration windows; 0 for no sweep.
+        learning_rate: of Adam, relative to the root mean square of each parameter.
+        held_out: share of the windows that decides which state is kept.
+    """
+
+    passes: int
+    learning_rate: float = 0.003
+    held_out: float = 0.125
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Mean divergence KL(dense ‖ pruned) of a predicted token in nats, after so many passes."""
+
+    passes: int
+    held_out: float
+    train: float | None
+
+
+class _Masters:
+    """The fp32 parameters of every block, and Adam's moments, in a store: block i stands at 2i and 2i + 1."""
+
+    def __init__(self, chain: Chain, scratch: Scratch, pruned: set[str]) -> None:
+        self.chain, self.pruned = chain, pruned
+        self.store = scratch.store(chain.device)
+        self.shapes: list[dict[str, torch.Size]] = []
+
+    def add(self, index: int) -> None:
+        own = self.chain.block_parameters(index)
+        shared = next((name for name in own if self.chain.is_shared(name)), None)
+        if shared is not None:
+            raise ModelError(
+                f"{shared} stands in several places of the model, which a sweep cannot train; set passes=0"
+            )
+        self.shapes.append({name: p.shape for name, p in own.items()})
+        flat = torch.cat([p.detach().float().flatten() for p in own.values()])
+        self.store.append(flat)
+        self.store.append(torch.zeros(2, len(flat), device=flat.device))
+
+    def parameters(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
+        """Views of a block's flat tensor. All take gradients, so that moments and parameters have the same places."""
+        found, position = {}, 0
+        for name, shape in self.shapes[index].items():
+            found[name] = nn.Parameter(flat[position : position + shape.numel()].view(shape))
+            position += shape.numel()
+        return found
+
+
+@torch.no_grad()
+def sweep(
+    chain: Chain,
+    windows: Tensor,
+    dense: Sequence[Tensor],
+    settings: Sweep,
+    *,
+    pruned: set[str],
+    blocks: Sequence[CheckpointReader] | None,
+    batch_tokens: int,
+    scratch: Scratch,
+    seed: int,
+    progress: ProgressCallback,
+    write_block: Callable[[int], None],
+) -> list[Pass]:
+    """Fits the kept weights, biases and norms of all blocks to the dense model's predictions; zeros stay zero.
+
+    The state with the least divergence on held-out windows is kept, which may be the one at the start. The loss is
+    ``KL(dense ‖ pruned)``, in its mean over tokens.
+
+    Args:
+        chain: the pruned model.
+        windows: calibration token ids ``(samples, seq)``.
+        dense: what leaves the dense model's last block, batches ``(batch, seq, hidden)``, in batches of
+            ``batch_tokens``.
+        settings: how long and how fast.
+        pruned: names of the weights whose zeros must stay.
+        blocks: where each pruned block stands, or None for a chain that holds its weights.
+        batch_tokens: as of the walk.
+        scratch: room for the parameters of all blocks.
+        seed: of the windows' order.
+        progress: is told how far the sweep is.
+        write_block: called for each block, loaded and final, in order.
+
+    Raises:
+        NumericalError: the divergence is not finite at the start.
+        ModelError: blocks share weights.
+    """
+    masters = _Masters(chain, scratch, pruned)
+    for index in range(len(chain)):
+        _load(chain, index, blocks)
+        masters.add(index)
+        if index:
+            chain.release_block(index)
+    chain.load_outer()
+    stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch)
+    chain.release_block(0)
+    run = _Run(chain, stream, windows, dense, masters)
+    every = slices(stream.hidden)
+    train, held = held_out_of(every, settings.held_out)
+    judges = [every[i] for i in sorted(held)] or every
+    steps = settings.passes * len(train)
+    order = Shuffled(len(train), seed)
+
+    def judge() -> float:
+        return sum(run.divergence(*step) for step in judges) / len(judges)
+
+    history = [Pass(0, judge(), None)]
+    if not torch.isfinite(torch.tensor(history[0].held_out)):
+        raise NumericalError(f"the pruned model diverges from the dense one by {history[0].held_out}; prune less")
+    best = None
+    done = 0
+    for number in range(settings.passes):
+        total = 0.0
+        for _ in range(len(train)):
+            progress(
+                Progress("sweep", done, steps, f"sweep {number + 1}/{settings.passes} · KL {history[-1].held_out:.3f}")
+            )
+            total += run.step(*train[next(order)], settings.learning_rate * schedule(done, steps), done + 1)
+            done += 1
+        history.append(Pass(number + 1, judge(), total / len(train)))
+        if history[-1].held_out < min(record.held_out for record in history[:-1]):
+            best = best or scratch.store()
+            for index in range(len(chain)):
+                flat = masters.store[2 * index].clone()
+                if len(best) > index:
+                    best[index] = flat
+                else:
+                    best.append(flat)
+    stream.close()
+    masters.store.close()
+    chain.release_outer()
+    for index in range(len(chain)):
+        _load(chain, index, blocks)
+        if best is not None:
+            for name, value in masters.parameters(best[index].to(chain.device), index).items():
+                chain.block_parameters(index)[name].copy_(value)
+        chain.settle_block(index)
+        write_block(index)
+        chain.release_block(index)
+    if best is not None:
+        best.close()
+    progress(Progress("sweep", steps, steps))
+    return history
+
+
+def _load(chain: Chain, index: int, blocks: Sequence[CheckpointReader] | None) -> None:
+    chain.load_block(index, blocks[index] if blocks is not None else None)
+
+
+class _Run:
+    """Forward and backward of a few windows through all blocks."""
+
+    def __init__(
+        self, chain: Chain, stream: Stream, windows: Tensor, dense: Sequence[Tensor], masters: _Masters
+    ) -> None:
+        self.chain, self.stream, self.dense, self.masters = chain, stream, dense, masters
+        self.starts = [0]
+        for batch in dense:
+            self.starts.append(self.starts[-1] + len(batch))
+        self.windows = windows
+        self.calls: list[list[Call]] = [
+            [call.to(torch.float32) for call in stream.calls(index)] for index in range(len(chain))
+        ]
+
+    def divergence(self, batch: int, rows: slice) -> float:
+        entering = self._forward(batch, rows)
+        return self._end(entering[-1], batch, rows, gradient=False)[0]
+
+    def step(self, batch: int, rows: slice, rate: float, number: int) -> float:
+        """One step of Adam on every block; returns the divergence before it."""
+        entering = self._forward(batch, rows)
+        loss, gradient = self._end(entering.pop(), batch, rows, gradient=True)
+        for index in reversed(range(len(self.chain))):
+            flat, state = self.masters.store[2 * index], self.masters.store[2 * index + 1]
+            parameters = self.masters.parameters(flat, index)
+            hidden = entering.pop()
+            with running_on(self.chain, index, parameters), torch.enable_grad():
+                hidden.requires_grad_(True)
+                self.chain.apply(index, hidden, self.calls[index][batch]).backward(gradient)
+            assert hidden.grad is not None
+            gradient = hidden.grad
+            Adam(parameters, self.masters.pruned, state).step(rate, number)
+            self.masters.store[2 * index] = flat
+            self.masters.store[2 * index + 1] = state
+        return loss
+
+    def _forward(self, batch: int, rows: slice) -> list[Tensor]:
+        """What enters every block, and what leaves the last."""
+        hidden = [self.stream.hidden[batch][rows].float()]
+        for index in range(len(self.chain)):
+            parameters = self.masters.parameters(self.masters.store[2 * index], index)
+            with running_on(self.chain, index, parameters):
+                hidden.append(self.chain.run(index, hidden[-1], self.calls[index][batch]))
+        return hidden
+
+    def _end(self, hidden: Tensor, batch: int, rows: slice, *, gradient: bool) -> tuple[float, Tensor]:
+        """The mean divergence, and its gradient in what left the last block."""
+        start = self.starts[batch]
+        ids = self.windows[start : start + len(self.dense[batch])][rows]
+        wanted = self.dense[batch][rows]
+        tokens = ids.numel()
+        total, parts = 0.0, []
+        for first in range(0, ids.shape[1], HEAD_TOKENS):
+            span = slice(first, first + HEAD_TOKENS)
+            target = functional.log_softmax(self.chain.finish(wanted[:, span], ids[:, span]).float(), -1)
+            part = hidden[:, span].detach()
+            with torch.set_grad_enabled(gradient):
+                part = part.requires_grad_(gradient)
+                logits = self.chain.logits(part.to(self.chain.dtype), ids[:, span]).float()
+                loss = (
+                    functional.kl_div(functional.log_softmax(logits, -1), target, log_target=True, reduction="sum")
+                    / tokens
+                )
+                if gradient:
+                    parts.append(torch.autograd.grad(loss, part)[0])
+            total += float(loss)
+        return total, torch.cat(parts, dim=1) if gradient else hidden

@@ -1,0 +1,116 @@
+"""What both refinements share: a block on fp32 parameters of its own, and Adam on those that are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm.chain import Chain
+
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
+TOKENS_PER_STEP = 1024
+
+
+@contextmanager
+def running_on(chain: Chain, index: int, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """While this lasts, block ``index`` runs on these parameters; then its own stand in their places again."""
+    own = chain.block_parameters(index)
+    for name, parameter in parameters.items():
+        chain.set_parameter(name, parameter)
+    try:
+        yield
+    finally:
+        for name in parameters:
+            chain.set_parameter(name, own[name])
+
+
+class Adam:
+    """Adam whose step is relative to the root mean square of each parameter, and whose zeros stay exactly zero.
+
+    The moments are one flat tensor each, so that a block's state can be put away as a whole.
+
+    Args:
+        parameters: fp32, by name; those that need no gradient are left alone.
+        pruned: names of the parameters of which zeros must stay.
+        state: ``(2, elements)`` fp32, zeros at first: the two moments; changed in place.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], pruned: set[str], state: Tensor) -> None:
+        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._pruned = pruned
+        self._state = state
+
+    @torch.no_grad()
+    def step(self, rate: float, number: int) -> None:
+        """One step, from the gradients, which it then drops.
+
+        Args:
+            rate: the learning rate, relative to each parameter's root mean square.
+            number: of the step, from 1.
+        """
+        corrections = [1 - beta**number for beta in BETAS]
+        position = 0
+        for name, parameter in self._parameters.items():
+            end = position + parameter.numel()
+            first, second = (moment[position:end].view_as(parameter) for moment in self._state)
+            position = end
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if name in self._pruned:
+                gradient.mul_(parameter != 0)
+            first.lerp_(gradient, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+            size = float(parameter.square().mean().sqrt().clamp(min=EPSILON))
+            denominator = (second / corrections[1]).sqrt_().add_(EPSILON)
+            parameter.addcdiv_(first, denominator, value=-rate * size / corrections[0])
+            parameter.grad = None
+
+
+def trained_elements(parameters: Mapping[str, nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters.values() if p.requires_grad)
+
+
+def schedule(step: int, steps: int, warmup: float = 0.1) -> float:
+    """A factor of the learning rate: rises linearly over ``warmup`` of the steps, then falls to zero by a cosine."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def slices(hidden: Sequence[Tensor]) -> list[tuple[int, slice]]:
+    """Batches cut into steps of about :data:`TOKENS_PER_STEP` tokens of whole windows: (batch, rows)."""
+    found = []
+    for position, batch in enumerate(hidden):
+        rows = max(1, round(TOKENS_PER_STEP / batch.shape[1]))
+        found += [(position, slice(start, start + rows)) for start in range(0, len(batch), rows)]
+    return found
+
+
+def held_out_of(steps: list[tuple[int, slice]], fraction: float) -> tuple[list[tuple[int, slice]], set[int]]:
+    """(to train on, positions held out): spread evenly, none where there are fewer than four."""
+    count = round(len(steps) * fraction) if len(steps) >= 4 else 0
+    if len(steps) >= 4 and fraction > 0:
+        count = max(1, count)
+    held = {(2 * i + 1) * len(steps) // (2 * count) for i in range(count)}
+    return [step for i, step in enumerate(steps) if i not in held], held
+
+
+class Shuffled:
+    """Endless order over ``count`` things: each once before any comes again."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count = count
+        self._generator = torch.Generator().manual_seed(seed)
+        self._left: list[int] = []
+
+    def __next__(self) -> int:
+        if not self._left:
+            self._left = torch.randperm(self._count, generator=self._generator).tolist()
+        return self._left.pop()
