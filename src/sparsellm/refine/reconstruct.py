@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparsellm.chain.products import bf16_products
 from sparsellm.refine.training import Adam, Shuffled, held_out_of, running_on, schedule, slices, trained_elements
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def reconstruct(
         task: the pruned block, with the hidden states that enter it.
         targets: what should leave it, batches ``(batch, seq, hidden)``.
         weights: of each token, batches ``(batch, seq)``, or None.
-        steps: of Adam, each on about a thousand tokens.
+        steps: of Adam, each on about two thousand tokens.
         learning_rate: relative to the root mean square of each parameter; rises, then falls along a cosine.
         held_out: share of the windows that decides; with fewer than four steps' worth of windows, all decide.
 
@@ -78,7 +79,8 @@ def reconstruct(
         for step in range(steps):
             with torch.enable_grad():
                 missed, size = error(*train[next(order)])
-                (missed / size.clamp(min=1e-30)).backward()
+                with bf16_products(chain.products_in_bf16):
+                    (missed / size.clamp(min=1e-30)).backward()
             adam.step(learning_rate * schedule(step, steps), step + 1)
             if step + 1 in looks:
                 history.append({"step": float(step + 1), "held_out_error": judge()})

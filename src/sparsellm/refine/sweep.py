@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparsellm.chain import Call, Chain
+from sparsellm.chain.products import bf16_products
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.refine.training import Adam, Shuffled, held_out_of, running_on, schedule, slices
@@ -209,7 +210,9 @@ class _Run:
             hidden = entering.pop()
             with running_on(self.chain, index, parameters), torch.enable_grad():
                 hidden.requires_grad_(True)
-                self.chain.apply(index, hidden, self.calls[index][batch]).backward(gradient)
+                leaving = self.chain.apply(index, hidden, self.calls[index][batch])
+                with bf16_products(self.chain.products_in_bf16):
+                    leaving.backward(gradient)
             assert hidden.grad is not None
             gradient = hidden.grad
             Adam(parameters, self.masters.pruned, state).step(rate, number)
@@ -245,6 +248,7 @@ class _Run:
                     / tokens
                 )
                 if gradient:
-                    parts.append(torch.autograd.grad(loss, part)[0])
+                    with bf16_products(self.chain.products_in_bf16):
+                        parts.append(torch.autograd.grad(loss, part)[0])
             total += float(loss)
         return total, torch.cat(parts, dim=1) if gradient else hidden

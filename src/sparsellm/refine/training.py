@@ -13,7 +13,7 @@ from sparsellm.chain import Chain
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
-TOKENS_PER_STEP = 1024
+TOKENS_PER_STEP = 2048
 
 
 @contextmanager
@@ -53,23 +53,28 @@ class Adam:
             rate: the learning rate, relative to each parameter's root mean square.
             number: of the step, from 1.
         """
-        corrections = [1 - beta**number for beta in BETAS]
+        groups = []
+        state: dict[nn.Parameter, dict[str, Tensor]] = {}
         position = 0
         for name, parameter in self._parameters.items():
             end = position + parameter.numel()
             first, second = (moment[position:end].view_as(parameter) for moment in self._state)
             position = end
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 continue
             if name in self._pruned:
-                gradient.mul_(parameter != 0)
-            first.lerp_(gradient, 1 - BETAS[0])
-            second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            size = float(parameter.square().mean().sqrt().clamp(min=EPSILON))
-            denominator = (second / corrections[1]).sqrt_().add_(EPSILON)
-            parameter.addcdiv_(first, denominator, value=-rate * size / corrections[0])
-            parameter.grad = None
+                parameter.grad.mul_(parameter != 0)
+            size = float(parameter.norm()) / parameter.numel() ** 0.5
+            groups.append({"params": [parameter], "lr": rate * max(size, EPSILON)})
+            before = torch.tensor(number - 1.0, device=parameter.device)
+            state[parameter] = {"step": before, "exp_avg": first, "exp_avg_sq": second}
+        if not groups:
+            return
+        # Made anew for each step: the moments are put away in between, and the fused step leaves nothing else behind.
+        optimiser = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
+        optimiser.state.update(state)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
 
 
 def trained_elements(parameters: Mapping[str, nn.Parameter]) -> int:
