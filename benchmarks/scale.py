@@ -143,7 +143,7 @@ def import_memory() -> int:
 
 
 class PeakMemory(threading.Thread):
-    """Samples the resident memory of a process and all its children, every hundredth of a second."""
+    """Samples the resident memory of a process and all its children, thirty times a second."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -158,7 +158,7 @@ class PeakMemory(threading.Thread):
             except psutil.NoSuchProcess:
                 if not self.root.is_running():
                     return
-            time.sleep(0.01)
+            time.sleep(0.03)
 
 
 @dataclass

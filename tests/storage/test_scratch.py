@@ -1,0 +1,114 @@
+"""A store against the list that it stands for, in memory, on disk, and half of each."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsellm.errors import StorageError
+from sparsellm.storage import scratch as module
+from sparsellm.storage.scratch import Scratch, TensorStore
+
+BATCH = 4 * 6  # bytes of a batch below
+
+
+def batch(value: float) -> torch.Tensor:
+    return torch.full((2, 3), float(value))
+
+
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.floats(-9, 9, width=32)),
+        st.tuples(st.just("set"), st.floats(-9, 9, width=32), st.integers(0, 7)),
+        st.tuples(st.just("other shape"), st.floats(-9, 9, width=32), st.integers(0, 7)),
+    ),
+    max_size=20,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(actions=actions, memory=st.sampled_from([None, 0, 2 * BATCH, 5 * BATCH]))
+def test_a_store_is_a_list(actions: list[Any], memory: int | None) -> None:
+    expected: list[torch.Tensor] = []
+    with Scratch(memory).store() as store:
+        for kind, value, *place in actions:
+            if kind == "append":
+                store.append(batch(value))
+                expected.append(batch(value))
+            elif expected:
+                index = place[0] % len(expected)
+                new = batch(value) if kind == "set" else torch.full((place[0],), value, dtype=torch.bfloat16)
+                store[index] = new
+                expected[index] = new
+        assert len(store) == len(expected)
+        for found in ([store[index] for index in range(len(expected))], list(store), store[:]):
+            for tensor, wanted in zip(found, expected, strict=True):
+                assert tensor.dtype == wanted.dtype
+                assert torch.equal(tensor, wanted)
+        if memory is not None:
+            in_memory = sum(tensor.nbytes for tensor in expected) - store.bytes_on_disk
+            assert in_memory <= memory
+
+
+def test_stores_share_one_budget_and_give_it_back() -> None:
+    scratch = Scratch(memory=3 * BATCH)
+    first, second = scratch.store(), scratch.store()
+    for value in range(2):
+        first.append(batch(value))
+        second.append(batch(value))
+    assert (first.bytes_on_disk, second.bytes_on_disk) == (0, BATCH)
+    first.close()
+    assert len(first) == 0
+    third = scratch.store()
+    for value in range(2):
+        third.append(batch(value))
+    assert third.bytes_on_disk == 0
+
+
+def test_advancing_in_place_writes_no_new_room(tmp_path: Path) -> None:
+    store = Scratch(0, tmp_path).store()
+    for value in range(3):
+        store.append(batch(value))
+    for step in range(5):
+        for index in range(3):
+            store[index] = batch(10 * step + index)
+    assert store._end == 3 * BATCH
+    assert [float(tensor[0, 0]) for tensor in store] == [40, 41, 42]
+
+
+def test_a_view_does_not_keep_what_it_is_a_part_of() -> None:
+    store = Scratch().store()
+    store.append(torch.arange(1000.0)[:2])
+    assert store[0].untyped_storage().nbytes() == 8
+
+
+def test_what_is_stored_has_no_gradient_and_no_alias_on_disk() -> None:
+    store = Scratch(0).store()
+    value = torch.ones(3, requires_grad=True)
+    store.append(value * 2)
+    store[0].add_(1)
+    assert torch.equal(store[0], torch.full((3,), 2.0))
+    assert not store[0].requires_grad
+
+
+def test_files_have_no_name(tmp_path: Path) -> None:
+    store = Scratch(0, tmp_path).store()
+    store.append(batch(1))
+    assert store.bytes_on_disk == BATCH
+    assert list(tmp_path.iterdir()) == []  # nothing to remove, however the process ends
+
+
+def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_all", full)
+    store: TensorStore = Scratch(0, tmp_path).store()
+    with pytest.raises(StorageError, match="full; make room"):
+        store.append(batch(1))

@@ -1,0 +1,142 @@
+"""Sizes as people write them, the budget and what is shared of it, and the prediction against a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsellm
+from sparsellm import Recipe, memory
+from sparsellm.chain import Chain, open_chain
+from sparsellm.errors import MemoryBudgetError, RecipeError
+from sparsellm.memory import plan_memory, working_bytes
+from sparsellm.registry import Workspace
+from sparsellm.sizes import parse_bytes
+from sparsellm.streams import Stream
+from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4GiB", 4 << 30),
+        ("500MB", 500_000_000),
+        ("1.5 gib", 3 << 29),
+        ("2tb", 2 * 10**12),
+        ("7 kB", 7000),
+        (12345, 12345),
+    ],
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+    assert Recipe(memory=text).memory == text
+
+
+@pytest.mark.parametrize("text", ["", "much", "4 gigs", "4G", "-1GiB", "GiB", "0MB", "1e9", "4GiB!", 0])
+def test_bad_sizes_are_refused_with_the_units(text: str | int) -> None:
+    with pytest.raises(RecipeError, match="such as 4GiB"):
+        Recipe(memory=text)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    return open_chain(save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense"), device=CPU)
+
+
+def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: Chain) -> None:
+    def plan(budget: int | None, streams: int = 0) -> memory.MemoryPlan:
+        return plan_memory(chain, 1_000_000, 128, 4096, Workspace(streams=streams), budget)
+
+    hidden = 1_000_000 * 128 * 32 * 4
+    free = plan(1 << 50)
+    assert (free.hidden_in_memory, free.hidden_on_disk) == (hidden, 0)
+    assert free.peak == free.start + free.working + hidden
+    assert plan(1 << 50, streams=2).hidden_in_memory == 3 * hidden
+    tight = plan(3 << 30)
+    assert tight.hidden_in_memory + tight.hidden_on_disk == hidden
+    assert 0 < tight.hidden_in_memory < hidden
+    assert tight.peak <= 3 << 30
+    with pytest.raises(MemoryBudgetError, match=r"may take 0\.00 GB; allow more with --memory"):
+        plan(1 << 20)
+
+
+def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 10 << 30)
+    plan = plan_memory(chain, 4, 32, 4096, Workspace(), None)
+    assert plan.budget == pytest.approx(plan.start + 8 * (1 << 30))
+
+
+def test_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_control_group_rooms", lambda: [123])
+    assert memory.free_memory() == 123
+
+
+def test_what_a_block_needs_by_hand() -> None:
+    """One linear of each kind: the moments against sums written out."""
+    config = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 1}
+    chain = open_chain(tiny_llama(**config), device=CPU)  # in memory: its weights are there already
+    found = working_bytes(chain, 100, 16, 64, Workspace(weights=3, grams=2))
+    shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (80, 32), (80, 32), (32, 80)]
+    activations = 64 * (4 * 80 + 8 * 32) * 4
+    grams = sum(4 * inputs**2 for _, inputs in shapes)
+    assert found["statistics"] == activations + grams + 4 * 80**2 + 2 * 4 * (1 << 23)
+    solving = []
+    for position, (outputs, inputs) in enumerate(shapes):
+        later = sum(4 * i**2 for _, i in shapes[position + 1 :])
+        solving.append(3 * 4 * outputs * inputs + 2 * 4 * inputs**2 + later)
+    assert found["solving"] == max(*solving, activations)
+
+
+def test_more_windows_need_no_more_calls(chain: Chain) -> None:
+    def calls(samples: int) -> int:
+        ids = torch.randint(VOCABULARY, (samples, 16), generator=torch.Generator().manual_seed(0))
+        chain.load_outer(head=False)
+        chain.load_block(0)
+        stream = Stream(chain, ids, batch_tokens=16)
+        assert len(stream) == samples
+        return len({id(call) for index in range(len(chain)) for call in stream.calls(index)})
+
+    assert calls(9) == calls(2) <= len(chain)
+
+
+def test_the_head_is_not_read_to_run_the_blocks(chain: Chain) -> None:
+    chain.load_outer(head=False)
+    assert chain.model.get_input_embeddings().weight.device == CPU
+    assert chain.model.get_output_embeddings().weight.is_meta
+    assert chain.outer_elements() - chain.outer_elements(head=False) == VOCABULARY * 32
+
+
+def test_a_small_budget_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from sparsellm import api
+
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(method="sparsegpt", sparsity=0.6, samples=6, seq_len=32, batch_tokens=64)
+    sparsellm.prune(source, recipe, out=tmp_path / "memory")
+    plan = api.plan_memory
+    monkeypatch.setattr(api, "plan_memory", lambda *a, **k: replace(plan(*a, **k), hidden_in_memory=2 * 64 * 32 * 4))
+    sparsellm.prune(source, recipe, out=tmp_path / "disk")
+    shards = sorted(path.name for path in (tmp_path / "memory").glob("*.safetensors"))
+    assert len(shards) == 4
+    for shard in shards:
+        assert (tmp_path / "memory" / shard).read_bytes() == (tmp_path / "disk" / shard).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_the_prediction_is_within_a_quarter_of_a_real_process(method: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparsellm", "prune", "demo", "--out", str(tmp_path / "p"), "--method", method]
+    command += ["--samples", "4", "--seq-len", "512", "--json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ))
+    report = json.loads(done.stdout)
+    assert f"predicted peak memory {report['memory']['predicted_peak_rss_bytes'] / 1e9:.2f} GB" in done.stderr
+    assert report["peak_rss_bytes"] == pytest.approx(report["memory"]["predicted_peak_rss_bytes"], rel=0.25)

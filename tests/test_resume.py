@@ -1,0 +1,294 @@
+"""A real process is killed at many points, and the same call again ends in the very files of an uninterrupted run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.errors import NumericalError, StorageError
+from sparsellm.methods import METHODS
+from sparsellm.storage import shard
+from sparsellm.storage.resume import FOLDER
+from sparsellm.storage.writer import partial_of
+from tests import victim
+from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+
+KILLED = -signal.SIGKILL
+RECIPE: dict[str, Any] = {"method": "sparsegpt", "sparsity": 0.6, "samples": 4, "seq_len": 24, "batch_tokens": 48}
+HALF_ON_DISK = 2 * 24 * 32 * 4  # bytes of one of the two batches of hidden states
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stored in bf16 and computed in fp32, so that what is not rounded before it runs shows after a restart."""
+    return save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, int]]:
+    """The files of an uninterrupted run, and its steps."""
+    out = tmp_path_factory.mktemp("whole") / "p"
+    steps = victim.count_steps(source, out, {**RECIPE, "dtype": "float32"}, hidden_in_memory=HALF_ON_DISK)
+    return contents(out), steps
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Every file, bit by bit; of the report all but times, memory and where it was written."""
+    found: dict[str, Any] = files(out)
+    report = json.loads(found["pruning.json"])
+    for key in ("seconds", "peak_rss_bytes", "memory", "path", "command"):
+        del report[key]
+    return {**found, "pruning.json": report}
+
+
+def run(source: Path, out: Path, die_at: tuple[str, int] | None = None) -> int | None:
+    return victim.run(source, out, {**RECIPE, "dtype": "float32"}, die_at, hidden_in_memory=HALF_ON_DISK)
+
+
+def finish(source: Path, out: Path) -> None:
+    """The same call again; where the killed one had given the directory its name, it says so."""
+    if not out.exists():
+        assert run(source, out) == 0
+    else:
+        with pytest.raises(StorageError, match="exists and is not empty"):
+            sparsellm.prune(source, Recipe(**RECIPE), out=out)
+    assert not partial_of(out).exists()
+
+
+@pytest.mark.parametrize("kind", victim.STEPS)
+def test_killed_once(kind: str, source: Path, whole: tuple[dict[str, Any], dict[str, int]], tmp_path: Path) -> None:
+    expected, steps = whole
+    for number in victim.some(3, steps[kind], seed=victim.STEPS.index(kind)):
+        out = tmp_path / f"p{number}"
+        assert run(source, out, (kind, number)) == KILLED
+        finish(source, out)
+        assert contents(out) == expected, (kind, number)
+
+
+def test_killed_again_and_again(source: Path, whole: tuple[dict[str, Any], dict[str, int]], tmp_path: Path) -> None:
+    expected, steps = whole
+    out, draw = tmp_path / "p", random.Random(7)
+    deaths = 0
+    while not out.exists():
+        code = run(source, out, ("any", draw.randint(1, sum(steps.values()) // 2)))
+        assert code in (0, KILLED)
+        deaths += code == KILLED
+    finish(source, out)
+    assert deaths > 1
+    assert contents(out) == expected
+
+
+def test_the_command_line_killed_at_any_time(source: Path, tmp_path: Path) -> None:
+    """By the clock, not by a step: the process does not know."""
+
+    def command(out: Path) -> list[str]:
+        options = [
+            f"--{name.replace('_', '-')}={RECIPE[name]}" for name in ("method", "sparsity", "samples", "seq_len")
+        ]
+        return [sys.executable, "-m", "sparsellm", "prune", str(source), "--out", str(out), *options]
+
+    start = time.monotonic()
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    length = time.monotonic() - start
+    process = subprocess.Popen(command(tmp_path / "p"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(length * random.Random(3).uniform(0.7, 0.95))
+    process.kill()
+    process.wait()
+    if not (tmp_path / "p").exists():
+        subprocess.run(command(tmp_path / "p"), check=True, capture_output=True)
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", sorted(entry.name for entry in METHODS))
+def test_every_method_goes_on_with_the_same_bits(
+    method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: an error in block 2 in place of a signal."""
+    recipe = Recipe(**{**RECIPE, "method": method, "dtype": "float32"})
+    sparsellm.prune(source, recipe, out=tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        fail_in_block(1, patched)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, recipe, out=tmp_path / "p")
+    torch.manual_seed(12345)  # nothing may depend on what was drawn before
+    result = sparsellm.prune(source, recipe, out=tmp_path / "p")
+    assert result.resumed == 1
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+
+
+def fail_in_block(index: int, patched: pytest.MonkeyPatch) -> None:
+    from sparsellm.chain import Chain
+
+    load = Chain.load_block
+
+    def failing(self: Chain, at: int, *rest: Any) -> None:
+        if at == index and not rest:
+            raise NumericalError("the processor caught fire")
+        load(self, at, *rest)
+
+    patched.setattr(Chain, "load_block", failing)
+
+
+def test_a_model_in_memory_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(96).view(4, 24)
+    recipe = Recipe(method="sparsegpt", sparsity=0.6)
+    expected = tiny_opt()
+    sparsellm.prune(expected, recipe, calibration=ids, out=tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        fail_in_block(1, patched)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(tiny_opt(), recipe, calibration=ids, out=tmp_path / "p")
+    found = tiny_opt()
+    assert sparsellm.prune(found, recipe, calibration=ids, out=tmp_path / "p").resumed == 1
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.fixture
+def unfinished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a run that ended in its last block; two blocks are done."""
+    with monkeypatch.context() as patched:
+        fail_in_block(2, patched)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "p")
+    return tmp_path / "p"
+
+
+def test_a_damaged_shard_is_pruned_again(source: Path, unfinished: Path, tmp_path: Path) -> None:
+    sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "whole")
+    damaged = sorted(partial_of(unfinished).glob("*.safetensors"))[1]
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    result = sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
+    assert result.resumed == 1
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+def test_time_and_work_of_both_processes_count(source: Path, unfinished: Path) -> None:
+    first = [json.loads(p.read_text()) for p in sorted(partial_of(unfinished).glob(f"{FOLDER}/model-*.json"))]
+    before = sum(record["seconds"]["prune"] for record in first if "linears" in record)
+    result = sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
+    assert result.seconds["prune"] > before > 0
+    assert result.seconds["replay"] > 0
+    assert len(result.linears) == 21
+
+
+DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "sparsity": ({"sparsity": 0.5}, ["recipe.sparsity is 0.6 there and 0.5 here"]),
+    "seed": ({"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration tokens"]),
+    "method": ({"method": "wanda"}, ["recipe.method is 'sparsegpt' there and 'wanda' here"]),
+    "options": ({"options": {"damping": 0.5}}, ["recipe.options.damping"]),
+    "dtype": ({"dtype": "float32"}, ["recipe.dtype is 'auto' there and 'float32' here"]),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_another_recipe_is_refused(what: str, source: Path, unfinished: Path) -> None:
+    changes, said = DIFFERENT[what]
+    before = files(partial_of(unfinished))
+    with pytest.raises(StorageError) as refused:
+        sparsellm.prune(source, Recipe(**{**RECIPE, **changes}), out=unfinished)
+    assert all(part in str(refused.value) for part in [*said, "--restart"]), str(refused.value)
+    assert {path: path.read_bytes() for path in partial_of(unfinished).rglob("*") if path.is_file()} == before
+    result = sparsellm.prune(source, Recipe(**{**RECIPE, **changes}), out=unfinished, restart=True)
+    assert (result.resumed, result.recipe.seed) == (0, changes.get("seed", 0))
+
+
+def test_another_memory_is_not_another_run(source: Path, unfinished: Path) -> None:
+    assert sparsellm.prune(source, Recipe(**RECIPE, memory="1TiB"), out=unfinished).resumed == 2
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "text"])
+def test_another_model_or_text_is_refused(change: str, unfinished: Path, tmp_path: Path) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    recipe = RECIPE
+    if change == "weights":
+        model.model.layers[2].mlp.up_proj.weight.data *= 1.01
+    if change == "config":
+        model.config.rms_norm_eps *= 2
+    if change == "text":
+        (tmp_path / "t.txt").write_text("other words " * 200)
+        recipe = {**RECIPE, "calibration": str(tmp_path / "t.txt")}
+    other = save_tiny(model, tiny_tokenizer(), tmp_path / "other")
+    with pytest.raises(StorageError, match="calibration tokens is" if change == "text" else "model is"):
+        sparsellm.prune(other, Recipe(**recipe), out=unfinished)
+
+
+def test_the_same_model_elsewhere_and_otherwise_divided_is_the_same(unfinished: Path, tmp_path: Path) -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "moved", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "moved")
+    assert len(list((tmp_path / "moved").glob("*.safetensors"))) > 1
+    assert sparsellm.prune(tmp_path / "moved", Recipe(**RECIPE), out=unfinished).resumed == 2
+
+
+def test_overwriting_goes_on_as_well_and_keeps_the_old_one_until_the_end(source: Path, tmp_path: Path) -> None:
+    recipe = {**RECIPE, "dtype": "float32"}
+    old = Recipe(**{**recipe, "sparsity": 0.3})
+    sparsellm.prune(source, old, out=tmp_path / "p")
+    before = contents(tmp_path / "p")
+    with pytest.MonkeyPatch.context() as patched:
+        fail_in_block(1, patched)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, Recipe(**recipe), out=tmp_path / "p", overwrite=True)
+    assert contents(tmp_path / "p") == before
+    assert sparsellm.prune(source, Recipe(**recipe), out=tmp_path / "p", overwrite=True).resumed == 1
+    sparsellm.prune(source, Recipe(**recipe), out=tmp_path / "whole")
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"p", "whole"}
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
+    source: Path, whole: tuple[dict[str, Any], dict[str, int]], tmp_path: Path
+) -> None:
+    """A limit on the size of files, which the system enforces: a block of 20 kB does not fit, the records do."""
+    recipe, out = {**RECIPE, "dtype": "float32"}, tmp_path / "p"
+    assert run(source, out, ("solve", whole[1]["solve"] // 2)) == KILLED
+    shards = sorted(partial_of(out).glob("*.safetensors"))
+    assert victim.run(source, out, recipe, file_limit=15_000, hidden_in_memory=HALF_ON_DISK) == 1
+    assert sorted(partial_of(out).glob("*.safetensors")) == shards
+    assert not list(partial_of(out).rglob("*.tmp"))  # the room of what was not finished is free again
+    assert run(source, out) == 0
+    assert contents(out) == whole[0]
+
+
+@pytest.mark.parametrize("at", [1, 5, 40])
+def test_no_space_left(at: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, left = shard.write_all, at
+
+    def filling(file: Any, data: Any) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            write(file, memoryview(data).cast("B")[:1])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shard, "write_all", filling)
+        with pytest.raises(StorageError, match="is full; make room and run the same command again"):
+            sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "p")
+    assert not list((tmp_path / "p.partial").rglob("*.tmp"))
+    sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "p")
+    sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "whole")
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
