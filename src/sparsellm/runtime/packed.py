@@ -271,7 +271,7 @@ def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
 
 
 def _detect(weight: Tensor) -> NM | None:
-    """:func:`detect`, but an unstructured weight, which hardly ever passes in its first rows, is not read to its end."""
+    """:func:`detect`, but an unstructured weight, which hardly passes in its first rows, is not read through."""
     return detect(weight) if detect(weight[:16]) is not None else None
 
 
