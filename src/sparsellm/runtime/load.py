@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm.chain.open import load_config
@@ -41,4 +42,5 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: str = "auto", **k
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"transformers cannot load {directory}: {first_line[:300]}") from error
     assert isinstance(model, PreTrainedModel)
-    return model.eval().to(device)  # type: ignore[arg-type]
+    torch.nn.Module.to(model.eval(), device)
+    return model

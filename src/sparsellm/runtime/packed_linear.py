@@ -106,9 +106,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Only the input has a gradient: a packed weight is not trained."""
     mask, values, offsets, scales = ctx.parts
-    packed = PackedWeight(
-        (len(offsets) - 1, ctx.columns), "bitmask", mask, values, offsets, scales, ctx.value_type
-    )
+    packed = PackedWeight((len(offsets) - 1, ctx.columns), "bitmask", mask, values, offsets, scales, ctx.value_type)
     return grad @ unpack(packed, grad.dtype), None, None, None, None, None
 
 
@@ -208,7 +206,7 @@ class PackedLinear(nn.Module):
         """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            y = packed_linear(
+            y: Tensor = packed_linear(
                 flat, self.weight_mask, self.weight_values, self.weight_offsets, self.weight_scales, self.value_type
             )
         else:
@@ -216,6 +214,14 @@ class PackedLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
+
+    def to_linear(self) -> nn.Linear:
+        """The same layer with a dense weight, in the dtype of the placeholder."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(unpack(self.packed, self.weight.dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = self.bias
+        return linear.train(self.training)
 
     def extra_repr(self) -> str:
         kept = "no weight" if self.weight_values is None else f"{self.value_type}, {self.packed.nbytes / 1e6:.2f} MB"
@@ -239,7 +245,7 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        """Another weight keeps another number of values: the buffers take the size of what comes, once it is checked."""
+        """Another weight keeps another number of values: buffers take the size of what comes, once it is checked."""
         parts = {name: state_dict[prefix + name] for name in PACKED_BUFFERS if prefix + name in state_dict}
         error_messages = rest[-1]
         if {"weight_mask", "weight_values", "weight_offsets"} <= parts.keys():
@@ -263,6 +269,15 @@ class PackedLinear(nn.Module):
                 self._buffers[name] = None if part is None else torch.empty_like(part, device=self.weight.device)
             self.value_type = value_type
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Replaces every :class:`PackedLinear` of a model, in place, by an ``nn.Linear`` with the same weights."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, PackedLinear):
+                setattr(module, name, child.to_linear())
+    return model
 
 
 def type_of_values(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsellm.errors import ModelError, StorageError
-from sparsellm.runtime.packed_linear import PACKED_BUFFERS, PackedLinear
+from sparsellm.runtime.packed_linear import PACKED_BUFFERS, PackedLinear, to_dense
 from sparsellm.storage.packed import FORMAT_VERSION, QUANT_METHOD, PackedReader, packed_entries
 
 _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
@@ -27,7 +27,7 @@ class PackedConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed checkpoint; see ``docs/format.md``."""
 
     def __init__(self, linears: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **_: Any) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enumeration of transformers' own methods
         self.format_version = format_version
         self.linears = linears
 
@@ -41,6 +41,8 @@ class PackedQuantizer(HfQuantizer):
     """
 
     requires_calibration = True  # a dense checkpoint is packed by `sparsellm pack`, not while loading
+
+    quantization_config: PackedConfig
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -85,6 +87,9 @@ class PackedQuantizer(HfQuantizer):
             entry.pop("pattern", None)
         self.quantization_config.linears = linears
         return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return to_dense(model)
 
     def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], prefix: str) -> list[str]:
         return [key for key in unexpected_keys if not _PACKED_KEY.search(key)]

@@ -1,8 +1,8 @@
 """Packed checkpoints on disk: what ``docs/format.md`` describes, read and checked.
 
-A packed checkpoint is a directory of safetensors files like any other, but a packed linear ``X`` has ``X.weight_mask``,
-``X.weight_values``, ``X.weight_offsets`` and, for integers, ``X.weight_scales``; ``X.weight`` is a placeholder. What each
-of them is stands in ``quantization_config`` of ``config.json``, and the files' SHA-256 in ``packed.json``.
+A packed checkpoint is a directory of safetensors files like any other, but a packed linear ``X`` has
+``X.weight_mask``, ``X.weight_values``, ``X.weight_offsets`` and, for integers, ``X.weight_scales``; ``X.weight`` is a
+placeholder. What they are stands in ``quantization_config`` of ``config.json``; the files' SHA-256 in ``packed.json``.
 """
 
 from __future__ import annotations
@@ -156,11 +156,14 @@ class PackedReader(CheckpointReader):
         entry = self.entries[name]
         keys = {field: f"{name}.weight_{field}" for field in FIELDS if f"{name}.weight_{field}" in self._parts}
         tensors = super().read(list(keys.values()))
+        parts = {field: tensors[key] for field, key in keys.items()}
         packed = PackedWeight(
             entry.shape,
             entry.layout,
-            *(tensors[keys[field]] for field in FIELDS[:3]),
-            tensors[keys["scales"]] if "scales" in keys else None,
+            parts["mask"],
+            parts["values"],
+            parts["offsets"],
+            parts.get("scales"),
             entry.value_type,
             entry.pattern,
         )
