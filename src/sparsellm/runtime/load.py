@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm.chain.open import load_config
+from sparsellm.devices import resolve_device
 from sparsellm.errors import ModelError, SparseLLMError
 from sparsellm.registration import register_when_needed
 
@@ -21,14 +22,16 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: str = "auto", **k
 
     Args:
         directory: a checkpoint, packed or dense.
-        device: where the model is put.
+        device: where the model is put: ``auto``, ``cpu``, ``cuda``, ...
         dtype: of activations and of the weights that are not packed: ``auto`` for the one in ``config.json``.
         kwargs: passed on to ``from_pretrained``.
 
     Raises:
+        RecipeError: no such device here.
         ModelError: there is no checkpoint, or it is not a decoder-only model.
         StorageError: the files are damaged.
     """
+    place = resolve_device(device)
     path = Path(directory).expanduser()
     if not path.is_dir():
         raise ModelError(f"{directory} is no directory; give one that `sparsellm pack` or save_pretrained wrote")
@@ -42,5 +45,5 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: str = "auto", **k
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"transformers cannot load {directory}: {first_line[:300]}") from error
     assert isinstance(model, PreTrainedModel)
-    torch.nn.Module.to(model.eval(), device)
+    torch.nn.Module.to(model.eval(), place)
     return model

@@ -98,16 +98,30 @@ def _(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor |
     return x.new_empty(x.shape[0], offsets.shape[0] - 1)
 
 
+@torch.library.custom_op("sparsellm::packed_linear_backward", mutates_args=())
+def packed_linear_backward(
+    grad: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, columns: int
+) -> Tensor:
+    """Gradient of the input, ``grad W`` for ``grad (tokens, out)``; an operator, as unpacking cannot be traced."""
+    shape = (len(offsets) - 1, columns)
+    return grad @ unpack(PackedWeight(shape, "bitmask", mask, values, offsets, scales, value_type), grad.dtype)
+
+
+@packed_linear_backward.register_fake
+def _(
+    grad: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, columns: int
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns)
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *parts, ctx.value_type = inputs
-    ctx.columns, ctx.parts = x.shape[-1], parts
+    x, *ctx.parts = inputs
+    ctx.columns = x.shape[-1]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Only the input has a gradient: a packed weight is not trained."""
-    mask, values, offsets, scales = ctx.parts
-    packed = PackedWeight((len(offsets) - 1, ctx.columns), "bitmask", mask, values, offsets, scales, ctx.value_type)
-    return grad @ unpack(packed, grad.dtype), None, None, None, None, None
+    return packed_linear_backward(grad, *ctx.parts, ctx.columns), None, None, None, None, None
 
 
 packed_linear.register_autograd(_backward, setup_context=_remember)
