@@ -30,6 +30,7 @@ from sparsellm.methods import METHODS, LinearResult
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
+from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros
 from sparsellm.walk import selected_linears, walk
 
@@ -146,6 +147,8 @@ def prune(
         directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(str(model))
         if directory is not None and out is not None and out.absolute() == directory.absolute():
             raise SparseLLMError(f"--out {out} is the model itself; name another directory")
+        if directory is not None and out is None and is_packed(read_config(directory)):
+            raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
         tokenizer = tokenizer or (load_tokenizer(directory) if directory is not None else None)
         chain, memory_model = _open(model, directory, recipe, device, in_memory=out is None, trust=trust_remote_code)
         patterns = plan(chain, recipe)

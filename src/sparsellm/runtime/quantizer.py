@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsellm.errors import ModelError, StorageError
 from sparsellm.runtime.packed_linear import PACKED_BUFFERS, PackedLinear, to_dense
-from sparsellm.storage.packed import FORMAT_VERSION, QUANT_METHOD, PackedReader, packed_entries
+from sparsellm.storage.packed import QUANT_METHOD, PackedReader, packed_entries
 
 _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
 
@@ -26,7 +26,7 @@ _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
 class PackedConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed checkpoint; see ``docs/format.md``."""
 
-    def __init__(self, linears: dict[str, Any] | None = None, format_version: int = FORMAT_VERSION, **_: Any) -> None:
+    def __init__(self, linears: dict[str, Any] | None = None, format_version: int | None = None, **_: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enumeration of transformers' own methods
         self.format_version = format_version
         self.linears = linears

@@ -127,6 +127,9 @@ class PackedReader(CheckpointReader):
         self._parts = {
             f"{name}.weight_{field}" for name in self.entries for field in FIELDS if f"{name}.weight_{field}" in self
         }
+        for name in super().__iter__():
+            if name.endswith(".weight_mask") and name not in self._parts:
+                raise StorageError(f"{name} in {directory} is not described in config.json; {_PACK_AGAIN}")
         for part in self._parts:
             del self._dtypes[part]  # check_finite goes through the dtypes of what is visible
 
