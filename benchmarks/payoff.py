@@ -4,9 +4,9 @@
     python benchmarks/payoff.py --text demo-pruned-dir          # is greedy text the same, dense and packed?
     python benchmarks/payoff.py --kernel                        # one linear by itself, against memory copies
 
-The model has the shape of a 1.1B Llama (TinyLlama: 22 layers, 2048 wide, 5632 inside, 4 of 32 heads for keys and values,
-vocabulary 32000) and random weights with random zeros: speed does not depend on their values. The models of one row
-take turns, so that a busy moment meets all of them; medians are printed, with the range in --verbose.
+The model has the shape of a 1.1B Llama (TinyLlama: 22 layers, 2048 wide, 5632 inside, 4 of 32 heads for keys and
+values, vocabulary 32000) and random weights with random zeros: speed does not depend on their values. The models of one
+sparsity take turns, so that a busy moment meets all of them; medians are printed, with the range in --verbose.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ from sparsellm.chain.open import load_tokenizer
 from sparsellm.demo import PROMPT
 from sparsellm.runtime.bench import measure, resident_bytes
 from sparsellm.runtime.packed import pack, unpack
-from sparsellm.runtime.packed_linear import PackedLinear, kernel_name, multiply
+from sparsellm.runtime.packed_linear import kernel_name, multiply
 
 BARS = {0.5: (0.57, 1.4), 0.7: (0.37, 2.0), 0.9: (None, 3.0)}  # bytes of bf16 at most, times as fast at least
 
 
-def llama(layers: int) -> LlamaForCausalLM:
+def llama(layers: int) -> Any:
     """Random weights in bf16; drawn in bf16 at once, as fp32 would need 4.4 GB."""
     config = LlamaConfig(
         vocab_size=32000,
@@ -187,10 +188,10 @@ def kernel(arguments: argparse.Namespace) -> None:
         assert torch.equal(unpack(packed), weight)
         x = torch.randn(1, 4096).bfloat16()
         tasks: dict[str, Callable[[], Any]] = {
-            "copy": lambda: target.copy_(block),
-            "dense": lambda x=x, weight=weight: nn.functional.linear(x, weight),
-            "packed": lambda x=x, packed=packed: multiply(packed, x),
-        }  # type: ignore[dict-item]
+            "copy": partial(target.copy_, block),
+            "dense": partial(nn.functional.linear, x, weight),
+            "packed": partial(multiply, packed, x),
+        }
         taken: dict[str, list[float]] = {name: [] for name in tasks}
         for _ in range(arguments.repeats * 4 + 1):
             for name, task in tasks.items():
@@ -243,8 +244,6 @@ def main() -> None:
         kernel(arguments)
     else:
         speeds(arguments)
-    if importlib.util.find_spec("llama_cpp") is None and arguments.text is None and not arguments.kernel:
-        print("\n(no llama.cpp rows: llama-cpp-python is not installed)")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
         x: fp32, bf16 or fp16, on the weight's device.
     """
     kernels = _kernels(x.device.type)
-    if kernels is not None and 0 < len(x) <= SMALL_BATCH and x.dtype in (torch.float32, torch.bfloat16):
+    if kernels is not None and 0 < len(x) <= SMALL_BATCH and x.dtype in FLOAT_TYPES.values():
         product = kernels.multiply(packed, x.contiguous())
         assert isinstance(product, Tensor)
         return product

@@ -7,7 +7,6 @@ is that ``BA`` is formed in full, ``(out, in)``, once a forward. Built on peft: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,10 @@ class MaskedLoraLinear(LoraLinear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, *args, **kwargs)
-        self.fan_in_fan_out = self.is_target_conv_1d_layer = isinstance(self.get_base_layer(), Conv1D)
+        base: Any = self.get_base_layer()
+        self.fan_in_fan_out = self.is_target_conv_1d_layer = isinstance(base, Conv1D)
         # Not saved: it is where the base weight is not zero.
-        self.register_buffer("kept", self.get_base_layer().weight.detach() != 0, persistent=False)
+        self.register_buffer("kept", base.weight.detach() != 0, persistent=False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The masked update, in the shape of the weight; what is merged."""
@@ -49,12 +49,13 @@ class MaskedLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:
             raise RecipeError("a batch that mixes adapters cannot be run with masked LoRA; run one adapter at a time")
-        base: Callable[..., Tensor] = self.base_layer
+        base: Any = self.base_layer
         if self.disable_adapters or self.merged:
             if self.merged and self.disable_adapters:
                 self.unmerge()
-            return base(x, *args, **kwargs)
-        result = base(x, *args, **kwargs)
+            plain: Tensor = base(x, *args, **kwargs)
+            return plain
+        result: Tensor = base(x, *args, **kwargs)
         for adapter in self.active_adapters:
             if adapter in self.lora_A:
                 delta = self.get_delta_weight(adapter)
