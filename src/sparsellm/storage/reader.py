@@ -51,6 +51,9 @@ class CheckpointReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
+    def file_of(self, name: str) -> Path:
+        return self._file_of[name]
+
     @property
     def bytes(self) -> int:
         """Size of the weight files on disk."""
