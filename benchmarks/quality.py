@@ -24,10 +24,30 @@ import torch
 from wikipedia import write_wikipedia
 
 OUT = Path(__file__).parent / "out"
-TARGETS = ("0.5", "0.6", "0.7", "0.8", "2:4", "4:8")
-METHODS = ("magnitude", "wanda", "sparsegpt", "admm")
+TARGETS = ("0.5", "0.6", "0.7", "0.8", "2:4", "4:8", "0.9")
+METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "sparsellm")
 # Hopeless beyond these, as the papers found; the machine's time is worth more elsewhere.
-ONLY = {"magnitude": ("0.5", "0.7", "2:4"), "wanda": ("0.5", "0.6", "0.7", "2:4")}
+ONLY = {"magnitude": ("0.5", "0.7", "2:4"), "wanda": ("0.5", "0.7", "2:4")}
+# What each part buys: a name, the method, and the settings of the run. Parts that stay off by default are rows as well.
+ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("sparsegpt", "sparsegpt", ()),
+    ("admm", "admm", ()),
+    ("admm, in the order they run, no refit", "sparsellm", ("options.effort=0", "options.refit=false")),
+    ("the same, every token counts alike", "sparsellm",
+     ("options.effort=0", "options.refit=false", "options.norm_weighting=0")),
+    ("refit of the writers (effort 0)", "sparsellm", ("options.effort=0",)),
+    ("effort 0 with sparsegpt inside", "sparsellm", ("options.effort=0", "options.solver=sparsegpt")),
+    ("effort 0, targets 0.2 of the dense stream's", "sparsellm", ("options.effort=0", "options.blend=0.2")),
+    ("effort 0, residual target 0.3", "sparsellm", ("options.effort=0", "options.residual=0.3")),
+    *((f"effort 0, variables, {n} iterations", "sparsellm", ("options.effort=0", f"options.iterations={n}"))
+      for n in (1, 2, 4, 8)),
+    ("effort 0, reconstruction of each block, 64 steps", "sparsellm", ("options.effort=0", "options.steps=64")),
+    ("effort 0, 2 sweeps", "sparsellm", ("options.effort=0", "options.passes=2")),
+    ("effort 0, 4 sweeps", "sparsellm", ("options.effort=0", "options.passes=4")),
+    ("effort 0, 8 sweeps", "sparsellm", ("options.effort=0", "options.passes=8")),
+    ("sparsegpt inside, 4 sweeps", "sparsellm",
+     ("options.effort=0", "options.solver=sparsegpt", "options.passes=4")),
+)  # fmt: skip
 
 
 def command(*arguments: str) -> dict[str, Any]:
@@ -54,14 +74,16 @@ class Cells:
         return self.found[key]
 
 
-def run_cell(arguments: argparse.Namespace, method: str, target: str, seed: int) -> dict[str, Any]:
+def run_cell(
+    arguments: argparse.Namespace, method: str, target: str, seed: int, settings: tuple[str, ...] = ()
+) -> dict[str, Any]:
     directory = OUT / "pruned"
     shutil.rmtree(directory, ignore_errors=True)
     goal = ["--pattern", target] if ":" in target else ["--sparsity", target]
     pruned = command(
         "prune", arguments.model, "--out", str(directory), "--method", method, *goal, "--calibration",
         arguments.calibration, "--samples", str(arguments.samples), "--seq-len", str(arguments.window),
-        "--seed", str(seed), *[f"--set={setting}" for setting in arguments.set],
+        "--seed", str(seed), *[f"--set={setting}" for setting in (*arguments.set, *settings)],
     )  # fmt: skip
     scored = measure(arguments, str(directory))
     shutil.rmtree(directory)
@@ -71,6 +93,7 @@ def run_cell(arguments: argparse.Namespace, method: str, target: str, seed: int)
         "phases": pruned["seconds"],
         "peak_rss_bytes": pruned["peak_rss_bytes"],
         "sparsity": pruned["sparsity_reached"],
+        "sweeps": pruned.get("sweeps", []),
     }
 
 
@@ -91,6 +114,8 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", default=TARGETS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
+    parser.add_argument("--effort", type=int, help="of sparsellm; by default its own")
+    parser.add_argument("--ablation", action="store_true", help="what each part buys, at the first target and seed")
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
     arguments = parser.parse_args()
     arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
@@ -103,21 +128,27 @@ def main() -> None:
         )
     )  # fmt: skip
     dense = cells.get(f"{conditions}/dense", lambda: measure(arguments, arguments.model))
+    title = (
+        f"Model {arguments.model}, dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, windows of "
+        f"{arguments.window}, {dense['tokens_scored']} tokens scored; calibration {arguments.samples} × "
+        f"{arguments.window} tokens of {Path(arguments.calibration).name}, seed {arguments.seeds}; "
+        f"{' '.join(arguments.set)}; torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}.\n"
+    )
+    if arguments.ablation:
+        print_ablation(arguments, cells, conditions, dense["perplexity"], title)
+        return
     table = {}
     for target in arguments.targets:  # every method's cell of a target before the next, so that times are comparable
         for seed in arguments.seeds:
             for method in arguments.methods:
                 if target in ONLY.get(method, arguments.targets):
-                    key = f"{conditions}/{method}/{target}/{seed}"
+                    chosen = arguments.effort is not None and method == "sparsellm"
+                    settings = (f"options.effort={arguments.effort}",) if chosen else ()
+                    key = "/".join((conditions, method, *settings, target, str(seed)))
                     table[method, target, seed] = cells.get(
-                        key, lambda m=method, t=target, s=seed: run_cell(arguments, m, t, s)
+                        key, lambda m=method, t=target, s=seed, x=settings: run_cell(arguments, m, t, s, x)
                     )
-    print(
-        f"Model {arguments.model}, dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, windows of "
-        f"{arguments.window}, {dense['tokens_scored']} tokens scored; calibration {arguments.samples} × "
-        f"{arguments.window} tokens of {Path(arguments.calibration).name}, seed {arguments.seeds}; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}.\n"
-    )
+    print(title)
     print("| target | method | perplexity | excess / sparsegpt's | time / sparsegpt's | peak memory (GB) |")
     print("|---|---|---|---|---|---|")
     for target in arguments.targets:
@@ -143,6 +174,21 @@ def main() -> None:
                 )
             peak = max(row["peak_rss_bytes"] for row in rows) / 1e9
             print(f"| {target} | {method} | {shown} | {excess} | {time} | {peak:.2f} |")
+
+
+def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str, dense: float, title: str) -> None:
+    target, seed = arguments.targets[0], arguments.seeds[0]
+    rows = {}
+    for name, method, settings in ABLATION:
+        key = "/".join((conditions, method, *settings, target, str(seed)))
+        rows[name] = cells.get(key, lambda m=method, x=settings: run_cell(arguments, m, target, seed, x))
+    print(title)
+    print(f"| at {target} | perplexity | excess / sparsegpt's | time / sparsegpt's |")
+    print("|---|---|---|---|")
+    base = rows["sparsegpt"]
+    for name, row in rows.items():
+        ratio = math.log(row["perplexity"] / dense) / math.log(base["perplexity"] / dense)
+        print(f"| {name} | {row['perplexity']:.1f} | {ratio:.3f} | {row['seconds'] / base['seconds']:.2f} |")
 
 
 def cpu_name() -> str:

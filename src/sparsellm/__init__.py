@@ -10,25 +10,48 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sparsellm.registration import register_when_needed
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sparsellm.api import PruneResult, evaluate, inspect, prune
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.perplexity import Perplexity
+    from sparsellm.packing import PackResult, pack, unpack
     from sparsellm.recipe import Recipe
+    from sparsellm.runtime.load import load
 
 _HOME = {
+    "PackResult": "sparsellm.packing",
     "PruneResult": "sparsellm.api",
     "evaluate": "sparsellm.api",
     "inspect": "sparsellm.api",
+    "load": "sparsellm.runtime.load",
+    "pack": "sparsellm.packing",
     "prune": "sparsellm.api",
     "SparseLLMError": "sparsellm.errors",
     "Perplexity": "sparsellm.evaluation.perplexity",
     "Recipe": "sparsellm.recipe",
+    "unpack": "sparsellm.packing",
 }
 
-__all__ = ["Perplexity", "PruneResult", "Recipe", "SparseLLMError", "__version__", "evaluate", "inspect", "prune"]
+__all__ = [
+    "PackResult",
+    "Perplexity",
+    "PruneResult",
+    "Recipe",
+    "SparseLLMError",
+    "__version__",
+    "evaluate",
+    "inspect",
+    "load",
+    "pack",
+    "prune",
+    "unpack",
+]
+
+register_when_needed()  # so that from_pretrained knows packed checkpoints
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from sparsellm.calibration import calibration_windows, check_seq_len, evaluation
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+from sparsellm.devices import resolve_device
 from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMError
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
@@ -31,6 +32,7 @@ from sparsellm.methods import METHODS, LinearResult
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
+<<<<<<< HEAD
 from sparsellm.refine.sweep import Pass, Sweep, sweep
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.resume import unfinished
@@ -38,6 +40,11 @@ from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of
 from sparsellm.walk import FinishedBlock, selected_linears, walk
+=======
+from sparsellm.storage.packed import is_packed, read_config
+from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros
+from sparsellm.walk import selected_linears, walk
+>>>>>>> payoff
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 
@@ -165,6 +172,8 @@ def prune(
         directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(str(model))
         if directory is not None and out is not None and out.absolute() == directory.absolute():
             raise SparseLLMError(f"--out {out} is the model itself; name another directory")
+        if directory is not None and out is None and is_packed(read_config(directory)):
+            raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
         tokenizer = tokenizer or (load_tokenizer(directory) if directory is not None else None)
         chain, memory_model = _open(model, directory, recipe, device, in_memory=out is None, trust=trust_remote_code)
         needs = method.needs_of(options)
@@ -411,25 +420,6 @@ def plan(chain: Chain, recipe: Recipe) -> dict[str, Pattern]:
     if not patterns:
         raise RecipeError(f"exclude {recipe.exclude} leaves nothing to prune; name fewer linears")
     return patterns
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a recipe names.
-
-    Raises:
-        RecipeError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"device {name!r} cannot be used here ({reason[:160]}); try 'cpu' or 'auto'") from None
-    if device.type == "meta":
-        raise RecipeError("device 'meta' holds no numbers; try 'cpu' or 'auto'")
-    return device
 
 
 def default_seq_len(chain: Chain) -> int:

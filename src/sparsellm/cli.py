@@ -41,6 +41,7 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default:
 DtypeOption = Annotated[
     str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]", show_default=False)
 ]
+ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU. [default: as torch chooses]", show_default=False)]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")
 ]
@@ -293,6 +294,158 @@ def demo(
     out_console.print(f'Load it: AutoModelForCausalLM.from_pretrained("{result.pruned.path}")', soft_wrap=True)
 
 
+@app.command()
+def pack(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the packed checkpoint.")],
+    values: Annotated[
+        str, typer.Option(help="keep (as each weight is stored, losing nothing), bf16, fp16, fp32, int8 or int4.")
+    ] = "keep",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Store a pruned MODEL packed: the kept values and a bit for each weight; it stays packed in memory too."""
+    from sparsellm import packing
+
+    with _bar() as progress:
+        result = packing.pack(model, out=out, values=values, overwrite=overwrite, progress=progress)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    report = result.to_dict()
+    dense = sum(entry is None for entry in result.linears.values())
+    out_console.print(
+        f"linears of the blocks: {result.dense_bytes / 1e6:.1f} MB dense, {result.packed_bytes / 1e6:.1f} MB packed "
+        f"({report['bits_per_weight']:.2f} bits a weight, {report['of_bf16']:.3f} of dense bf16)"
+    )
+    if dense:
+        out_console.print(f"{dense} of {len(result.linears)} linears are smaller dense and were left so")
+    out_console.print(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, with embedding and head as they came")
+    out_console.print(f"written to {result.path}", soft_wrap=True)
+
+
+@app.command()
+def unpack(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a packed checkpoint as an ordinary dense one."""
+    from sparsellm import packing
+
+    with _bar() as progress:
+        result = packing.unpack(directory, out=out, overwrite=overwrite, progress=progress)
+    if as_json:
+        _print_json({"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes})
+        return
+    out_console.print(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB")
+    out_console.print(f"written to {result.path}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, packed or dense.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 100,
+    threads: ThreadsOption = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue PROMPT, as it is written, and say how fast that was."""
+    from sparsellm.chain.open import load_tokenizer
+    from sparsellm.runtime.generate import generate as continue_prompt
+    from sparsellm.runtime.load import load
+    from sparsellm.runtime.threads import use_threads
+
+    use_threads(threads)
+    model = load(directory, device=device, dtype=dtype or "auto")
+    tokenizer = load_tokenizer(Path(directory).expanduser())
+    if not as_json:
+        out_console.print(prompt, end="", markup=False, soft_wrap=True)
+    result = continue_prompt(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        on_text=None if as_json else _stream,
+    )
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    out_console.print()
+    log_console.print(
+        f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "
+        f"{result.prompt_tokens}, read in {result.prefill_seconds:.2f} s · threads: {result.threads}"
+    )
+
+
+@app.command()
+def bench(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="A dense checkpoint to compare with. [default: the same, unpacked]", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Repeatable. [default: 1]", show_default=False)] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(help="Repeatable. [default: as torch chooses]", show_default=False)
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Read before decoding.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Decoded.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds; the median counts.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Speed and memory of a packed checkpoint against a dense one, taking turns on this machine."""
+    from sparsellm.runtime.bench import compare
+
+    with _bar() as progress:
+        report = compare(
+            directory,
+            dense,
+            batches=batch or [1],
+            threads=threads,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            device=device,
+            dtype=dtype or "auto",
+            progress=progress,
+        )
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    table = Table("", "batch", "threads", "dense tokens/s", "packed tokens/s", "ratio")
+    for first, second in report.pairs():
+        table.add_row(
+            first.phase,
+            str(first.batch),
+            str(first.threads),
+            f"{first.median:.1f} ({first.slowest:.1f} – {first.fastest:.1f})",
+            f"{second.median:.1f} ({second.slowest:.1f} – {second.fastest:.1f})",
+            f"{second.median / first.median:.2f}",
+        )
+    out_console.print(table)
+    out_console.print(
+        f"weights in memory: {report.dense_bytes / 1e6:.1f} MB dense, {report.packed_bytes / 1e6:.1f} MB packed; "
+        f"linears of the blocks: {report.dense_linear_bytes / 1e6:.1f} and {report.packed_linear_bytes / 1e6:.1f} MB"
+    )
+    out_console.print(
+        f"small batches: {report.kernel} · activations {report.dtype}, dense weights {report.dense_dtype}"
+    )
+    for line in report.verdict:
+        out_console.print(line, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """The command line. A mistake of the user's ends in one line on stderr and exit code 2, never a traceback."""
     _quiet_libraries()
@@ -346,6 +499,10 @@ def _bar() -> Iterator[ProgressCallback]:
             bar.update(tasks[event.phase], completed=event.done, total=event.total, detail=event.detail)
 
         yield show
+
+
+def _stream(text: str) -> None:
+    out_console.print(text, end="", markup=False, soft_wrap=True)
 
 
 def _print_json(content: Any) -> None:

@@ -34,6 +34,10 @@ class NumericalError(SparseLLMError):
     """A statistic or a weight is not finite, or a factorisation failed at every damping tried."""
 
 
+class KernelError(SparseLLMError):
+    """A kernel that was asked for cannot run here, or cannot take what it was given."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``did you mean 'wanda'?``, or the list of known names when none is near."""
     names = sorted(known)

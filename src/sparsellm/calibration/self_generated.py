@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import NumericalError
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ def self_generated_windows(
     end = tokenizer.eos_token_id
     prefix: list[int] = tokenizer("", verbose=False)["input_ids"][:1]  # the beginning-of-text token, or nothing
 
-    # transformers 5 renames the argument, and the field of the output with it.
-    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache_name = cache_keyword(model)
     batches = []
     written = 0
     try:

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sparsellm.demo_model import demo_gguf
 from sparsellm.errors import ModelError
 from sparsellm.gguf import gguf_checkpoint
+from sparsellm.storage.packed import is_packed
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 
@@ -78,7 +79,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
             f"{directory} is a {config.model_type}, which is not a decoder; only decoder-only models are pruned"
         )
     assert isinstance(config, PretrainedConfig)
-    if getattr(config, "quantization_config", None):
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and not is_packed({"quantization_config": quantization}):
         raise ModelError(f"{directory} has quantised weights (quantization_config); prune the unquantised checkpoint")
     return config
 

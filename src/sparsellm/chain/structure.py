@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 from sparsellm.chain.linears import iterate_linears, weight_of
@@ -29,3 +31,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if best is None:
         raise ModelError(f"{type(model).__name__} has no list of blocks with linear layers; it cannot be pruned")
     return best[1], best[2]
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """How a model's forward, and its output, call the cache of keys and values: transformers 5 renames it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import ModelError
-from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.packed import open_checkpoint
 
 
 class CheckpointWeights:
@@ -22,7 +22,7 @@ class CheckpointWeights:
     """
 
     def __init__(self, directory: Path, model: nn.Module, tied: dict[str, str]) -> None:
-        self.reader = CheckpointReader(directory)
+        self.reader = open_checkpoint(directory)
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self.key_of: dict[str, str] = {}
         missing = []

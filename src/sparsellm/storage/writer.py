@@ -23,7 +23,7 @@ FOREIGN_CONFIG_KEYS = ("sparsity_config", "quantization_config", "compression_co
 
 # What stands beside the weights and belongs to the model. Python files are left behind: loading must run no code.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_COMPANIONS = ("*.index.json", "pruning.json", "adapter_*")
+_NOT_COMPANIONS = ("*.index.json", "pruning.json", "packed.json", "adapter_*")
 
 _REPLACED = "replaced"
 

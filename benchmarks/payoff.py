@@ -1,0 +1,250 @@
+"""What sparsity pays: bytes and tokens per second of a packed model against the same model dense.
+
+    python benchmarks/payoff.py [--layers 22] [--sparsities 0.5 0.7 0.9] [--threads 1] [--values keep int4]
+    python benchmarks/payoff.py --text demo-pruned-dir          # is greedy text the same, dense and packed?
+    python benchmarks/payoff.py --kernel                        # one linear by itself, against memory copies
+
+The model has the shape of a 1.1B Llama (TinyLlama: 22 layers, 2048 wide, 5632 inside, 4 of 32 heads for keys and
+values, vocabulary 32000) and random weights with random zeros: speed does not depend on their values. The models of one
+sparsity take turns, so that a busy moment meets all of them; medians are printed, with the range in --verbose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import sparsellm
+from sparsellm.chain.open import load_tokenizer
+from sparsellm.demo import PROMPT
+from sparsellm.runtime.bench import measure, resident_bytes
+from sparsellm.runtime.packed import pack, unpack
+from sparsellm.runtime.packed_linear import kernel_name, multiply
+
+BARS = {0.5: (0.57, 1.4), 0.7: (0.37, 2.0), 0.9: (None, 3.0)}  # bytes of bf16 at most, times as fast at least
+
+
+def llama(layers: int) -> Any:
+    """Random weights in bf16; drawn in bf16 at once, as fp32 would need 4.4 GB."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1)
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its tables were lost with the meta device
+    return model.eval()
+
+
+@torch.no_grad()
+def prune_at_random(model: nn.Module, sparsity: float) -> None:
+    """Zeros anywhere, more of them each time it is called with a higher sparsity."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.masked_fill_(torch.rand(module.weight.shape, generator=generator) < sparsity, 0)
+
+
+def speeds(arguments: argparse.Namespace) -> None:
+    print(f"Llama of 1.1B's shape, {arguments.layers} layers; {conditions(arguments.threads)}.")
+    print(f"Prompt {arguments.prompt_tokens}, {arguments.new_tokens} tokens decoded, {arguments.repeats} rounds.\n")
+    print(
+        "| sparsity | model | MB on disk | MB in memory | linears / dense bf16 | prefill tokens/s | decode tokens/s "
+        "| × bf16 | × fp32 | bar |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    for sparsity in sorted(arguments.sparsities):
+        with tempfile.TemporaryDirectory() as folder:
+            for line in row_group(arguments, sparsity, Path(folder)):
+                print(line, flush=True)
+
+
+def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> list[str]:
+    source = llama(arguments.layers)
+    prune_at_random(source, sparsity)
+    source.save_pretrained(folder / "dense")
+    del source
+    sizes = {"bf16": disk(folder / "dense")}
+    sizes["fp32"] = 2 * sizes["bf16"]
+    models: dict[str, PreTrainedModel] = {
+        "bf16": AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.bfloat16),
+        "fp32": AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32),
+    }
+    models.update(quantised(folder / "dense"))
+    packed = []
+    for values in arguments.values:
+        name = f"packed {values}"
+        sparsellm.pack(folder / "dense", out=folder / values, values=values)
+        sizes[name] = disk(folder / values)
+        models[name] = sparsellm.load(folder / values)
+        packed.append(name)
+    found = measure(
+        models,
+        threads=[arguments.threads],
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        repeats=arguments.repeats,
+    )
+    rates = {(speed.model, speed.phase): speed for speed in found}
+    linear_bytes = resident_bytes(models["bf16"], linears_only=True)
+    lines = []
+    for name, model in models.items():
+        share = resident_bytes(model, linears_only=True) / linear_bytes
+        decode = rates[name, "decode"]
+        ratios = [decode.median / rates[other, "decode"].median for other in ("bf16", "fp32")]
+        spread = f" ({decode.slowest:.2f} – {decode.fastest:.2f})" if arguments.verbose else ""
+        on_disk = f"{sizes[name] / 1e6:.0f}" if name in sizes else "–"
+        lines.append(
+            f"| {sparsity:.0%} | {name} | {on_disk} | {resident_bytes(model) / 1e6:.0f} | {share:.3f} "
+            f"| {rates[name, 'prefill'].median:.1f} | {decode.median:.2f}{spread} | {ratios[0]:.2f} | {ratios[1]:.2f} "
+            f"| {bar(sparsity, share, min(ratios)) if name == 'packed keep' else ''} |"
+        )
+    return lines
+
+
+def quantised(directory: Path) -> dict[str, PreTrainedModel]:
+    """The dense model in torchao's integer formats, where torchao is installed."""
+    if importlib.util.find_spec("torchao") is None:
+        print("(no torchao rows: torchao is not installed)")
+        return {}
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    quantize_(model.model.layers, Int8WeightOnlyConfig())
+    return {"torchao int8": model}
+
+
+def bar(sparsity: float, share: float, ratio: float) -> str:
+    if sparsity not in BARS:
+        return ""
+    most, least = BARS[sparsity]
+    size = "" if most is None else f"bytes ≤ {most}: {'met' if share <= most else 'MISSED'}, "
+    return f"{size}speed ≥ {least} ×: {'met' if ratio >= least else 'MISSED'}"
+
+
+def text(directory: Path, tokens: int) -> None:
+    """Greedy text of a pruned checkpoint, dense with zeros and packed, in fp32."""
+    tokenizer = load_tokenizer(directory)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with tempfile.TemporaryDirectory() as folder:
+        result = sparsellm.pack(directory, out=Path(folder) / "packed")
+        written = []
+        for path in (directory, result.path):
+            model = sparsellm.load(path, dtype="float32")
+            with torch.no_grad():
+                output = model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)  # type: ignore[operator]
+                written.append(output[0, ids.shape[1] :])
+                logits = model(ids).logits
+            if path == directory:
+                reference = logits
+    same = int((written[0] == written[1]).long().cumprod(0).sum())
+    print(f"{directory}: {same} of {tokens} greedy tokens are the same, dense and packed ({kernel_name()}, fp32)")
+    print(f"largest difference of a logit over the prompt: {float((logits - reference).abs().max()):.2e}")
+    print(
+        f"linears: {result.packed_bytes / (2 * result.weights):.4f} of dense bf16 ({result.packed_bytes / 1e6:.1f} MB)"
+    )
+
+
+def kernel(arguments: argparse.Namespace) -> None:
+    """One linear, 11008 × 4096 bf16, batch 1: time, and the bytes it reads by the speed of a memory copy."""
+    torch.set_num_threads(arguments.threads)
+    print(f"One linear 11008 × 4096, bf16, batch 1; {conditions(arguments.threads)}.\n")
+    print("| sparsity | dense bf16 (ms) | packed (ms) | × | packed GB/s | share of a copy's bandwidth |")
+    print("|---|---|---|---|---|---|")
+    block = torch.empty(1 << 28, dtype=torch.uint8)
+    target = torch.empty_like(block)
+    for sparsity in arguments.sparsities:
+        weight = torch.randn(11008, 4096).bfloat16()
+        weight[torch.rand(weight.shape) < sparsity] = 0
+        packed = pack(weight, layout="bitmask")
+        assert packed is not None
+        assert torch.equal(unpack(packed), weight)
+        x = torch.randn(1, 4096).bfloat16()
+        tasks: dict[str, Callable[[], Any]] = {
+            "copy": partial(target.copy_, block),
+            "dense": partial(nn.functional.linear, x, weight),
+            "packed": partial(multiply, packed, x),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in tasks}
+        for _ in range(arguments.repeats * 4 + 1):
+            for name, task in tasks.items():
+                start = time.perf_counter()
+                task()
+                taken[name].append(time.perf_counter() - start)
+        median = {name: statistics.median(values[1:]) for name, values in taken.items()}
+        bandwidth = packed.nbytes / median["packed"]
+        copy = 2 * block.numel() / median["copy"]  # every byte is read and written
+        print(
+            f"| {sparsity:.0%} | {1e3 * median['dense']:.2f} | {1e3 * median['packed']:.2f} "
+            f"| {median['dense'] / median['packed']:.2f} | {bandwidth / 1e9:.1f} | {bandwidth / copy:.0%} |",
+            flush=True,
+        )
+
+
+def disk(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def conditions(threads: int) -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {threads} threads, torch {torch.__version__}, kernel {kernel_name()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--values", nargs="+", default=["keep"], help="value types to pack in")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--verbose", action="store_true", help="with the range of the rounds")
+    parser.add_argument("--kernel", action="store_true", help="one linear instead of a model")
+    parser.add_argument(
+        "--text", type=Path, metavar="DIR", help="compare greedy text of this pruned checkpoint instead"
+    )
+    parser.add_argument("--tokens", type=int, default=200, help="of the greedy text")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.text is not None:
+        text(arguments.text, arguments.tokens)
+    elif arguments.kernel:
+        kernel(arguments)
+    else:
+        speeds(arguments)
+
+
+if __name__ == "__main__":
+    main()

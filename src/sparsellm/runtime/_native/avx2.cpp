@@ -1,0 +1,155 @@
+// AVX2 with FMA and F16C (Haswell, Zen and later): eight columns at a time through a table of byte shuffles.
+#include "kernels.h"
+
+#ifdef SPARSELLM_X86
+#include <cpuid.h>
+
+#include "lookup.h"
+#include "target.h"
+SPARSELLM_TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
+#include <immintrin.h>
+
+namespace sparsellm {
+namespace {
+
+using Vector = __m256;
+constexpr int kLanes = 8;
+constexpr int kTokens = 4;
+constexpr int kLocality = 3;
+constexpr int kPrefetchSteps = 4;
+
+inline Vector zero() { return _mm256_setzero_ps(); }
+inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline float total(Vector v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+inline __m128i load16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+inline __m128i load8(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
+
+inline __m128i eight_halves(uint64_t bits, const uint8_t* values) {
+  return _mm_shuffle_epi8(load16(values), load16(kLookup.halves[bits & 255]));
+}
+
+// Sixteen halves; a shuffle of both 128-bit lanes at once.
+inline __m256i sixteen_halves(uint64_t bits, const uint8_t* values) {
+  const uint64_t low = bits & 255, high = bits >> 8 & 255;
+  const uint8_t* second = values + 2 * __builtin_popcount(static_cast<unsigned>(low));
+  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(load16(values)), load16(second), 1);
+  const __m256i order =
+      _mm256_inserti128_si256(_mm256_castsi128_si256(load16(kLookup.halves[low])), load16(kLookup.halves[high]), 1);
+  return _mm256_shuffle_epi8(both, order);
+}
+
+// Even columns in the low, odd columns in the high half of each 32-bit lane.
+struct Bf16 {
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2;
+  static constexpr uint64_t kAll = 0xffffu;
+  static int64_t bytes(int64_t n) { return 2 * n; }
+  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
+    const __m256i pairs = sixteen_halves(bits, values);
+    out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    out[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+};
+
+struct Fp16 {
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2;
+  static constexpr uint64_t kAll = 0xffu;
+  static int64_t bytes(int64_t n) { return 2 * n; }
+  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
+    out[0] = _mm256_cvtph_ps(eight_halves(bits, values));
+  }
+};
+
+inline __m256i eight_words(uint64_t bits, const uint8_t* values) {
+  // A permutation takes the low three bits of an index; a column without a value has a negative one and is cleared.
+  const __m256i order = _mm256_cvtepi8_epi32(load8(kLookup.bytes[bits & 255]));
+  const __m256i found =
+      _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), order);
+  return _mm256_andnot_si256(_mm256_srai_epi32(order, 31), found);
+}
+
+struct Fp32 {
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2;
+  static constexpr uint64_t kAll = 0xffu;
+  static int64_t bytes(int64_t n) { return 4 * n; }
+  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
+    out[0] = _mm256_castsi256_ps(eight_words(bits, values));
+  }
+};
+
+struct Int8 {
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2;
+  static constexpr uint64_t kAll = 0xffu;
+  static int64_t bytes(int64_t n) { return n; }
+  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
+    const __m128i spread = _mm_shuffle_epi8(load8(values), load8(kLookup.bytes[bits & 255]));
+    out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(spread));
+  }
+};
+
+#include "rows.h"
+
+// The last columns, fewer than eight, go through a full-width copy.
+void spread16(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {
+  for (int64_t column = 0; column < columns; column += 8) {
+    const unsigned bits = mask[column / 8];
+    const __m128i spread = eight_halves(bits, values);
+    values += 2 * __builtin_popcount(bits);
+    uint8_t last[16];
+    const bool whole = column + 8 <= columns;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(whole ? out + 2 * column : last), spread);
+    if (!whole) __builtin_memcpy(out + 2 * column, last, 2 * static_cast<size_t>(columns - column));
+  }
+}
+
+void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {
+  for (int64_t column = 0; column < columns; column += 8) {
+    const unsigned bits = mask[column / 8];
+    const __m256i spread = eight_words(bits, values);
+    values += 4 * __builtin_popcount(bits);
+    uint8_t last[32];
+    const bool whole = column + 8 <= columns;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole ? out + 4 * column : last), spread);
+    if (!whole) __builtin_memcpy(out + 4 * column, last, 4 * static_cast<size_t>(columns - column));
+  }
+}
+
+// Eight codes are the nibbles of one 32-bit word.
+void int4_to_fp32(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out) {
+  const __m256i shift = _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+  for (int64_t at = 0; at < count; at += 8) {
+    int word;
+    __builtin_memcpy(&word, codes + at / 2, 4);
+    const __m256i code = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word), shift), _mm256_set1_epi32(15));
+    const __m256 scale = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(scales[at / 32]) << 16));
+    const __m256 whole = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(8)));
+    _mm256_storeu_ps(out + at, _mm256_mul_ps(whole, scale));
+  }
+}
+
+bool supported() {
+  unsigned eax, ebx, ecx = 0, edx;
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (ecx >> 29 & 1) != 0;
+}
+
+}  // namespace
+
+const InstructionSet kAvx2 = {
+    "avx2",
+    supported,
+    kLanes,
+    {{dot<Bf16>, 2, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
+    spread16,
+    spread32,
+    int4_to_fp32,
+};
+
+}  // namespace sparsellm
+SPARSELLM_TARGET_END
+#endif

@@ -1,0 +1,51 @@
+// Included inside the anonymous namespace of the two AVX-512 files.
+
+using Vector = __m512;
+constexpr int kLanes = 16;
+constexpr int kTokens = 8;
+constexpr int kLocality = 3;
+constexpr int kPrefetchSteps = 2;
+
+inline Vector zero() { return _mm512_setzero_ps(); }
+inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
+
+inline bool cpu_has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+struct Fp32 {
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr uint64_t kAll = 0xffffu;
+  static int64_t bytes(int64_t n) { return 4 * n; }
+  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
+    out[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), _mm512_loadu_ps(values));
+  }
+};
+
+void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {
+  for (int64_t column = 0; column < columns; column += 16) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, mask + column / 8, 2);
+    const __m512 spread = _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(values));
+    values += 4 * __builtin_popcount(bits);
+    const int64_t left = columns - column;
+    _mm512_mask_storeu_ps(out + 4 * column, left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1), spread);
+  }
+}
+
+// Sixteen codes are eight bytes. The product with the scale is looked up in a register of all sixteen products.
+void int4_to_fp32(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out) {
+  const __m512 steps = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+  const __m512i which = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m512i shift = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+  for (int64_t at = 0; at < count; at += 16) {
+    const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(scales[at / 32]) << 16));
+    const __m512 products = _mm512_mul_ps(steps, scale);
+    const __m512i bytes = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + at / 2)));
+    const __m512i indices = _mm512_srlv_epi32(_mm512_permutexvar_epi32(which, bytes), shift);
+    _mm512_storeu_ps(out + at, _mm512_permutexvar_ps(indices, products));
+  }
+}

@@ -1,0 +1,25 @@
+// Products with a packed weight and dense rows of it, for any instruction set.
+#pragma once
+
+#include "kernels.h"
+
+namespace sparsellm {
+
+struct Packed {
+  int64_t out, columns, stride;  // stride: bytes of a row of the mask, a multiple of 8
+  const uint8_t* mask;
+  const uint8_t* values;
+  const int64_t* offsets;  // out + 1, counted in values
+  const void* scales;      // int8: float (out,); int4: bf16, see int4_to_fp32; else null
+  ValueType type;
+};
+
+// y (tokens, out) = x (tokens, columns) W^T, both of type kFp32, kBf16 or kFp16; at most kMaxTokens tokens.
+void multiply(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x, void* y,
+              int threads);
+
+// Rows [first, last) of W as (last - first, columns) of type kFp32, kBf16 or kFp16.
+void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first, int64_t last, ValueType kind,
+                 void* out, int threads);
+
+}  // namespace sparsellm

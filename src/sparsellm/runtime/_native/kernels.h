@@ -1,0 +1,66 @@
+// What every instruction set provides, and how the driver calls it. Nothing here knows Python or torch.
+//
+// A row of a packed weight is `words` mask words of 64 columns (bit j of word w is column 64 w + j) and the values of
+// its set bits, one after the other. A kernel walks R rows at once over T tokens: a mask word and the next values are
+// expanded to fp32 registers once and multiplied into T accumulators. The order in which one (row, token) sum is
+// accumulated does not depend on R, T or the number of threads, so neither do its bits.
+#pragma once
+
+#include <cstdint>
+
+namespace sparsellm {
+
+enum ValueType : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3, kInt4 = 4, kValueTypes = 5 };
+
+// A kernel may read this many bytes past the last value of a row; the driver sees to it that they exist.
+constexpr int64_t kSlack = 64;
+constexpr int kMaxRows = 4;
+constexpr int kMaxTokens = 16;
+
+// Up to kMaxRows rows that are walked together.
+struct Rows {
+  int count;
+  int64_t words;                      // mask words in a row
+  const uint8_t* mask[kMaxRows];      // words * 8 bytes each
+  const uint8_t* values[kMaxRows];    // kSlack readable bytes follow the last value
+  int64_t mask_ahead;                 // bytes to where the mask of the next rows will be read, for prefetching
+  int64_t values_ahead[kMaxRows];     // the same for the values
+};
+
+// sums[row * tokens + token]; x holds `tokens` panels of `pitch` floats, each 64 * words long, in the kernel's order.
+using Dot = void (*)(const Rows& rows, const float* x, int64_t pitch, int tokens, float* sums);
+
+// The values of one row to their columns, zeros between: `columns` elements are written to out.
+using Spread = void (*)(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out);
+
+struct Multiply {
+  Dot dot;         // null: values are first brought to fp32 (int4), then the fp32 kernel is used
+  int interleave;  // within blocks of interleave * lanes columns, x is stored as [k][j] for column j * interleave + k
+  float factor;    // x is multiplied by this, and so is the sum; a power of two, so exact
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  int lanes;
+  Multiply multiply[kValueTypes];
+  Spread spread16;  // of 16-bit values
+  Spread spread32;  // of 32-bit values
+  // Codes of one row (low nibble first, value + 8) times their scales (bf16, one for each 32 codes): exact in fp32.
+  // May read kSlack bytes past the codes and write kSlack bytes past the floats.
+  void (*int4_to_fp32)(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out);
+};
+
+extern const InstructionSet kScalar;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define SPARSELLM_X86 1
+extern const InstructionSet kAvx2;
+extern const InstructionSet kAvx512;
+extern const InstructionSet kAvx512Vbmi2;
+#endif
+#if defined(__aarch64__) && defined(__GNUC__)
+#define SPARSELLM_NEON 1
+extern const InstructionSet kNeon;
+#endif
+
+}  // namespace sparsellm

@@ -1,0 +1,148 @@
+// The Python module: addresses and sizes in, nothing of torch. Its callers have checked what they pass.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <exception>
+
+#include "driver.h"
+#include "pool.h"
+
+namespace {
+
+using namespace sparsellm;
+
+// Best first.
+const InstructionSet* const kSets[] = {
+#ifdef SPARSELLM_X86
+    &kAvx512Vbmi2, &kAvx512, &kAvx2,
+#endif
+#ifdef SPARSELLM_NEON
+    &kNeon,
+#endif
+    &kScalar,
+};
+constexpr int kCount = sizeof(kSets) / sizeof(kSets[0]);
+
+bool read_numbers(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, long long* out) {
+  if (given != wanted) {
+    PyErr_Format(PyExc_TypeError, "%zd integers expected, not %zd", wanted, given);
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < wanted; ++i) {
+    out[i] = PyLong_AsLongLong(args[i]);
+    if (out[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+// set, value type, out, columns, stride, mask, values, offsets, scales
+constexpr Py_ssize_t kWeightNumbers = 9;
+
+bool read_weight(const long long* n, const InstructionSet** set, Packed* weight) {
+  if (n[0] < 0 || n[0] >= kCount || n[1] < 0 || n[1] >= kValueTypes || n[4] % 8 != 0 || n[4] * 8 < n[3]) {
+    PyErr_SetString(PyExc_ValueError, "no such instruction set or value type, or the mask's rows are too short");
+    return false;
+  }
+  *set = kSets[n[0]];
+  *weight = Packed{n[2],
+                   n[3],
+                   n[4],
+                   reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[5])),
+                   reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[6])),
+                   reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(n[7])),
+                   reinterpret_cast<const void*>(static_cast<uintptr_t>(n[8])),
+                   static_cast<ValueType>(n[1])};
+  return true;
+}
+
+bool is_float(long long kind) { return kind == kBf16 || kind == kFp16 || kind == kFp32; }
+
+template <class Compute>
+PyObject* without_gil(const Compute& compute) {
+  bool failed = false;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    compute();
+  } catch (const std::exception&) {  // only memory can run out
+    failed = true;
+  }
+  Py_END_ALLOW_THREADS;
+  if (failed) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+PyObject* py_multiply(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long n[kWeightNumbers + 5];
+  const InstructionSet* set;
+  Packed weight;
+  if (!read_numbers(args, count, kWeightNumbers + 5, n) || !read_weight(n, &set, &weight)) return nullptr;
+  const long long* rest = n + kWeightNumbers;  // tokens, type of x and y, x, y, threads
+  if (rest[0] < 1 || rest[0] > kMaxTokens || !is_float(rest[1])) {
+    PyErr_SetString(PyExc_ValueError, "1 to 16 tokens of bf16, fp16 or fp32 expected");
+    return nullptr;
+  }
+  return without_gil([&] {
+    multiply(*set, weight, static_cast<int>(rest[0]), static_cast<ValueType>(rest[1]),
+             reinterpret_cast<const void*>(static_cast<uintptr_t>(rest[2])),
+             reinterpret_cast<void*>(static_cast<uintptr_t>(rest[3])), static_cast<int>(rest[4]));
+  });
+}
+
+PyObject* py_unpack_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long n[kWeightNumbers + 5];
+  const InstructionSet* set;
+  Packed weight;
+  if (!read_numbers(args, count, kWeightNumbers + 5, n) || !read_weight(n, &set, &weight)) return nullptr;
+  const long long* rest = n + kWeightNumbers;  // first, last, type of out, out, threads
+  if (rest[0] < 0 || rest[1] < rest[0] || rest[1] > weight.out || !is_float(rest[2])) {
+    PyErr_SetString(PyExc_ValueError, "rows outside the weight, or a type that is no float");
+    return nullptr;
+  }
+  return without_gil([&] {
+    unpack_rows(*set, weight, rest[0], rest[1], static_cast<ValueType>(rest[2]),
+                reinterpret_cast<void*>(static_cast<uintptr_t>(rest[3])), static_cast<int>(rest[4]));
+  });
+}
+
+// (name, supported by this machine) of every instruction set built in, best first.
+PyObject* py_instruction_sets(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (int i = 0; list != nullptr && i < kCount; ++i) {
+    PyObject* item = Py_BuildValue("(sO)", kSets[i]->name, kSets[i]->supported() ? Py_True : Py_False);
+    if (item == nullptr || PyList_Append(list, item) != 0) Py_CLEAR(list);
+    Py_XDECREF(item);
+  }
+  return list;
+}
+
+PyObject* py_use_openmp(PyObject*, PyObject* address) {
+  const long long number = PyLong_AsLongLong(address);
+  if (number == -1 && PyErr_Occurred()) return nullptr;
+  use_openmp(reinterpret_cast<GompParallel>(static_cast<uintptr_t>(number)));
+  Py_RETURN_NONE;
+}
+
+PyObject* py_pool_name(PyObject*, PyObject*) { return PyUnicode_FromString(pool_name()); }
+
+PyMethodDef methods[] = {
+    {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_multiply)), METH_FASTCALL, nullptr},
+    {"unpack_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_unpack_rows)), METH_FASTCALL,
+     nullptr},
+    {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
+    {"use_openmp", py_use_openmp, METH_O, nullptr},
+    {"pool_name", py_pool_name, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_kernels",
+                          "Kernels on packed sparse weights; see sparsellm.runtime.native.",
+                          0,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__kernels(void) { return PyModuleDef_Init(&definition); }

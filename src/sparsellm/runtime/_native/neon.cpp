@@ -1,0 +1,130 @@
+// NEON (every 64-bit ARM): eight columns at a time through a table of byte shuffles.
+#include "kernels.h"
+
+#ifdef SPARSELLM_NEON
+#include <arm_neon.h>
+
+#include "lookup.h"
+
+namespace sparsellm {
+namespace {
+
+using Vector = float32x4_t;
+constexpr int kLanes = 4;
+constexpr int kTokens = 8;
+constexpr int kLocality = 3;
+constexpr int kPrefetchSteps = 4;
+
+inline Vector zero() { return vdupq_n_f32(0); }
+inline Vector load(const float* from) { return vld1q_f32(from); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+inline float total(Vector v) { return vaddvq_f32(v); }
+
+// An index out of range, such as 0x80, gives zero.
+inline uint16x8_t eight_halves(uint64_t bits, const uint8_t* values) {
+  return vreinterpretq_u16_u8(vqtbl1q_u8(vld1q_u8(values), vld1q_u8(kLookup.halves[bits & 255])));
+}
+
+inline uint32x4_t four_words(uint64_t bits, const uint8_t* values) {
+  return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(values), vld1q_u8(kLookup.words[bits & 15])));
+}
+
+struct Bf16 {
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr uint64_t kAll = 0xffu;
+  static int64_t bytes(int64_t n) { return 2 * n; }
+  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
+    const uint16x8_t spread = eight_halves(bits, values);
+    out[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(spread), 16));
+    out[1] = vreinterpretq_f32_u32(vshll_high_n_u16(spread, 16));
+  }
+};
+
+struct Fp16 {
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr uint64_t kAll = 0xffu;
+  static int64_t bytes(int64_t n) { return 2 * n; }
+  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
+    const float16x8_t spread = vreinterpretq_f16_u16(eight_halves(bits, values));
+    out[0] = vcvt_f32_f16(vget_low_f16(spread));
+    out[1] = vcvt_high_f32_f16(spread);
+  }
+};
+
+struct Fp32 {
+  static constexpr int kColumns = 4, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr uint64_t kAll = 0xfu;
+  static int64_t bytes(int64_t n) { return 4 * n; }
+  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
+    out[0] = vreinterpretq_f32_u32(four_words(bits, values));
+  }
+};
+
+struct Int8 {
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr uint64_t kAll = 0xffu;
+  static int64_t bytes(int64_t n) { return n; }
+  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
+    const uint8x8_t spread = vtbl1_u8(vld1_u8(values), vld1_u8(kLookup.bytes[bits & 255]));
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(spread));
+    out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+    out[1] = vcvtq_f32_s32(vmovl_high_s16(wide));
+  }
+};
+
+#include "rows.h"
+
+// The last columns, fewer than a vector, go through a full-width copy.
+void spread16(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {
+  for (int64_t column = 0; column < columns; column += 8) {
+    const unsigned bits = mask[column / 8];
+    const uint8x16_t spread = vreinterpretq_u8_u16(eight_halves(bits, values));
+    values += 2 * __builtin_popcount(bits);
+    uint8_t last[16];
+    const bool whole = column + 8 <= columns;
+    vst1q_u8(whole ? out + 2 * column : last, spread);
+    if (!whole) __builtin_memcpy(out + 2 * column, last, 2 * static_cast<size_t>(columns - column));
+  }
+}
+
+void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {
+  for (int64_t column = 0; column < columns; column += 4) {
+    const unsigned bits = mask[column / 8] >> column % 8 & 15;
+    const uint8x16_t spread = vreinterpretq_u8_u32(four_words(bits, values));
+    values += 4 * __builtin_popcount(bits);
+    uint8_t last[16];
+    const bool whole = column + 4 <= columns;
+    vst1q_u8(whole ? out + 4 * column : last, spread);
+    if (!whole) __builtin_memcpy(out + 4 * column, last, 4 * static_cast<size_t>(columns - column));
+  }
+}
+
+// Sixteen codes are eight bytes.
+void int4_to_fp32(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out) {
+  for (int64_t at = 0; at < count; at += 16) {
+    const uint8x8_t bytes = vld1_u8(codes + at / 2);
+    const uint8x8x2_t nibbles = vzip_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4));
+    const float32x4_t scale = vreinterpretq_f32_u32(vdupq_n_u32(static_cast<uint32_t>(scales[at / 32]) << 16));
+    for (int half = 0; half < 2; ++half) {
+      const int8x8_t code = vsub_s8(vreinterpret_s8_u8(nibbles.val[half]), vdup_n_s8(8));
+      const int16x8_t wide = vmovl_s8(code);
+      vst1q_f32(out + at + 8 * half, vmulq_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), scale));
+      vst1q_f32(out + at + 8 * half + 4, vmulq_f32(vcvtq_f32_s32(vmovl_high_s16(wide)), scale));
+    }
+  }
+}
+
+}  // namespace
+
+const InstructionSet kNeon = {
+    "neon",
+    [] { return true; },
+    kLanes,
+    {{dot<Bf16>, 1, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
+    spread16,
+    spread32,
+    int4_to_fp32,
+};
+
+}  // namespace sparsellm
+#endif

@@ -1,0 +1,99 @@
+// The loop that all vector kernels share. An instruction set includes this inside its own anonymous namespace (and its
+// own target attributes) after defining, for its vector type `Vector` of kLanes floats:
+//   zero(), load(const float*), multiply_add(a, b, c) = a * b + c, total(v)
+// and one class for each value type with
+//   kColumns  columns expanded at once (a divisor of 64), as kColumns / kLanes vectors
+//   expand(bits, values, out)  the next popcount(bits) values spread over the columns whose bits are set
+//   bytes(n)  storage of n values
+
+template <class Values, int R, int T>
+inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x, int64_t pitch, int tokens,
+                                                float* sums) {
+  constexpr int kVectors = Values::kColumns / kLanes;
+  constexpr int kSteps = 64 / Values::kColumns;
+  Vector accumulators[R][T];
+  const uint8_t* values[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    values[r] = rows.values[r];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) accumulators[r][t] = zero();
+  }
+  for (int64_t word = 0; word < rows.words; ++word) {
+    uint64_t bits[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      __builtin_memcpy(&bits[r], rows.mask[r] + 8 * word, 8);
+      if (word % 8 == 0) __builtin_prefetch(rows.mask[r] + 8 * word + rows.mask_ahead, 0, kLocality);
+    }
+#pragma GCC unroll 8
+    for (int step = 0; step < kSteps; ++step) {
+      Vector weights[R][kVectors];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const uint64_t some = kSteps == 1 ? bits[r] : (bits[r] >> (step * Values::kColumns)) & Values::kAll;
+        Values::expand(some, values[r], weights[r]);
+        if (step % kPrefetchSteps == 0) __builtin_prefetch(values[r] + rows.values_ahead[r], 0, kLocality);
+        values[r] += Values::bytes(__builtin_popcountll(some));
+      }
+      const float* at = x + 64 * word + step * Values::kColumns;
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          const Vector activation = load(at + t * pitch + v * kLanes);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r)
+            accumulators[r][t] = multiply_add(weights[r][v], activation, accumulators[r][t]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) sums[r * tokens + t] = total(accumulators[r][t]);
+  }
+}
+
+// R rows at a time for T tokens; what is left of the rows one at a time.
+template <class Values, int R, int T>
+void walk_all(const Rows& rows, const float* x, int64_t pitch, int tokens, float* sums) {
+  int done = 0;
+  Rows part = rows;
+  for (; done + R <= rows.count; done += R) {
+    for (int r = 0; r < R; ++r) {
+      part.mask[r] = rows.mask[done + r];
+      part.values[r] = rows.values[done + r];
+      part.values_ahead[r] = rows.values_ahead[done + r];
+    }
+    walk<Values, R, T>(part, x, pitch, tokens, sums + done * tokens);
+  }
+  if (R > 1) {
+    for (; done < rows.count; ++done) {
+      part.mask[0] = rows.mask[done];
+      part.values[0] = rows.values[done];
+      part.values_ahead[0] = rows.values_ahead[done];
+      walk<Values, 1, T>(part, x, pitch, tokens, sums + done * tokens);
+    }
+  }
+}
+
+// Tokens in groups whose accumulators fit into the registers (kTokens at a time, kMaxRows rows where the tokens are few).
+template <class Values>
+void dot(const Rows& rows, const float* x, int64_t pitch, int tokens, float* sums) {
+  for (int first = 0; first < tokens;) {
+    const float* at = x + first * pitch;
+    float* to = sums + first;
+    const int left = tokens - first;
+    if (left >= 8 && kTokens >= 8) {
+      walk_all<Values, 2, kTokens >= 8 ? 8 : 1>(rows, at, pitch, tokens, to), first += 8;
+    } else if (left >= 4) {
+      walk_all<Values, Values::kRowsOfFour, 4>(rows, at, pitch, tokens, to), first += 4;
+    } else if (left >= 2) {
+      walk_all<Values, Values::kRowsOfTwo, 2>(rows, at, pitch, tokens, to), first += 2;
+    } else {
+      walk_all<Values, Values::kRowsOfOne, 1>(rows, at, pitch, tokens, to), first += 1;
+    }
+  }
+}

@@ -1,0 +1,259 @@
+"""Dense against packed on this machine: the same work in turns, so that a busy moment meets both."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparsellm.chain.structure import cache_keyword
+from sparsellm.errors import RecipeError
+from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.runtime.load import load
+from sparsellm.runtime.packed_linear import PackedLinear, kernel_name, to_dense
+from sparsellm.runtime.threads import threads_set
+
+_SAME = 0.03  # a difference in speed below this is called none
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one model in one setting: the median of the repeats, and their range.
+
+    Attributes:
+        model: its name in the comparison.
+        phase: ``prefill`` (a prompt is read at once) or ``decode`` (a token at a time for each sequence).
+        batch: sequences side by side.
+        threads: of the CPU.
+        median, slowest, fastest: tokens per second, over all sequences of the batch.
+    """
+
+    model: str
+    phase: str
+    batch: int
+    threads: int
+    median: float
+    slowest: float
+    fastest: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A packed checkpoint against a dense one.
+
+    Attributes:
+        speeds: of ``dense`` and ``packed``, in every setting.
+        dense_bytes, packed_bytes: all weights in memory.
+        dense_linear_bytes, packed_linear_bytes: those of the linears in the blocks.
+        dtype, dense_dtype: of the packed model's activations, and of the dense model.
+        kernel: what multiplies small batches.
+        verdict: one sentence a setting.
+    """
+
+    speeds: list[Speed]
+    dense_bytes: int
+    packed_bytes: int
+    dense_linear_bytes: int
+    packed_linear_bytes: int
+    dtype: str
+    dense_dtype: str
+    kernel: str
+    verdict: list[str]
+
+    def pairs(self) -> Iterator[tuple[Speed, Speed]]:
+        """The dense and the packed model's speed in each setting."""
+        return zip(
+            (speed for speed in self.speeds if speed.model == "dense"),
+            (speed for speed in self.speeds if speed.model == "packed"),
+            strict=True,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; what ``--json`` prints."""
+        return asdict(self)
+
+
+def compare(
+    packed: str | Path,
+    dense: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    progress: ProgressCallback = ignore,
+    **settings: Any,
+) -> Comparison:
+    """Loads a packed and a dense checkpoint and lets them take turns.
+
+    Args:
+        packed: a packed checkpoint.
+        dense: a dense one; None for the packed one unpacked in memory, which is the same model with its zeros.
+        device, dtype: as in :func:`sparsellm.load`; of both.
+        progress: is told how far the measurement is.
+        settings: as in :func:`measure`.
+
+    Raises:
+        RecipeError: ``packed`` is not packed, or a setting is out of range.
+        ModelError, StorageError: a checkpoint cannot be loaded.
+    """
+    progress(Progress("load", 0, 2, "packed"))
+    models = {"packed": load(packed, device=device, dtype=dtype)}
+    if not any(isinstance(module, PackedLinear) for module in models["packed"].modules()):
+        raise RecipeError(f"{packed} is not packed; pack it first: sparsellm pack {packed} --out DIR")
+    progress(Progress("load", 1, 2, "dense"))
+    if dense is None:
+        models["dense"] = load(packed, device=device, dtype=dtype)
+        to_dense(models["dense"])
+    else:
+        models["dense"] = load(dense, device=device, dtype=dtype)
+    progress(Progress("load", 2, 2))
+    speeds = measure(models, progress=progress, **settings)
+    return Comparison(
+        speeds,
+        resident_bytes(models["dense"]),
+        resident_bytes(models["packed"]),
+        resident_bytes(models["dense"], linears_only=True),
+        resident_bytes(models["packed"], linears_only=True),
+        str(models["packed"].dtype).removeprefix("torch."),
+        str(models["dense"].dtype).removeprefix("torch."),
+        kernel_name(models["packed"].device.type),
+        verdict(speeds, "dense", "packed"),
+    )
+
+
+def measure(
+    models: dict[str, PreTrainedModel],
+    *,
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    progress: ProgressCallback = ignore,
+) -> list[Speed]:
+    """Speed of several models, which take turns; the first round of each setting is not counted.
+
+    Prompts are random tokens: speed does not depend on what is read.
+
+    Args:
+        models: by name; all stand in memory, on the CPU or another device.
+        batches: sequences side by side.
+        threads: of the CPU; None for what torch uses now.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens decoded after it.
+        repeats: rounds that count.
+        progress: is told how far the measurement is.
+
+    Raises:
+        RecipeError: a number is not positive, or prompt and new tokens exceed what a model takes.
+    """
+    threads = threads or (torch.get_num_threads(),)
+    for name, numbers in (("batch", batches), ("threads", threads), ("prompt tokens", (prompt_tokens,))):
+        if not numbers or min(numbers) < 1:
+            raise RecipeError(f"{name} is {min(numbers, default=0)}; it must be 1 or more")
+    if new_tokens < 1 or repeats < 1:
+        raise RecipeError(f"new tokens ({new_tokens}) and repeats ({repeats}) must be 1 or more")
+    for name, model in models.items():
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and limit < prompt_tokens + new_tokens:
+            raise RecipeError(f"{prompt_tokens} + {new_tokens} tokens are more than the {limit} that {name} takes")
+    found = []
+    settings = [(count, batch) for count in threads for batch in batches]
+    for index, (count, batch) in enumerate(settings):
+        seconds: dict[tuple[str, str], list[float]] = {}
+        with threads_set(count):
+            for turn in range(repeats + 1):
+                progress(
+                    Progress(
+                        "bench",
+                        index + turn / (repeats + 1),
+                        len(settings),
+                        f"batch {batch}, {count} threads",
+                    )
+                )
+                for name, model in models.items():
+                    prefill, decode = _one_run(model, batch, prompt_tokens, new_tokens)
+                    if turn:  # the first round pays for pages, threads and the choice of kernels
+                        seconds.setdefault((name, "prefill"), []).append(prefill)
+                        seconds.setdefault((name, "decode"), []).append(decode)
+        for phase, tokens in (("prefill", prompt_tokens), ("decode", new_tokens)):
+            for name in models:
+                rates = [batch * tokens / taken for taken in seconds[name, phase]]
+                found.append(Speed(name, phase, batch, count, statistics.median(rates), min(rates), max(rates)))
+    progress(Progress("bench", len(settings), len(settings)))
+    return found
+
+
+def verdict(speeds: Sequence[Speed], dense: str, packed: str) -> list[str]:
+    """One plain sentence for each setting, the slower way named as what it is."""
+    medians = {(speed.model, speed.phase, speed.batch, speed.threads): speed.median for speed in speeds}
+    lines = []
+    for speed in speeds:
+        if speed.model != packed:
+            continue
+        ratio = speed.median / medians[dense, speed.phase, speed.batch, speed.threads]
+        if abs(ratio - 1) < _SAME:
+            what = "as fast as dense"
+        elif ratio > 1:
+            what = f"{ratio:.2f} times as fast as dense"
+        else:
+            what = f"SLOWER than dense on this machine, {ratio:.2f} times its speed"
+        plural = "" if speed.threads == 1 else "s"
+        lines.append(
+            f"{speed.phase}, batch {speed.batch}, {speed.threads} thread{plural}: packed is {what} "
+            f"({speed.median:.1f} tokens/s)"
+        )
+    return lines
+
+
+def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:
+    """Bytes of a model's weights in memory, shared ones once; ``linears_only`` for those of the linears in its blocks.
+
+    What is counted is what :class:`PackedLinear` and ``nn.Linear`` hold; an output head tied to the embedding, or any
+    other linear outside a ``ModuleList``, is no linear of a block.
+    """
+    if not linears_only:
+        return _storage_bytes([*model.parameters(), *model.buffers()])
+    inside = {
+        id(linear)
+        for blocks in model.modules()
+        if isinstance(blocks, nn.ModuleList)
+        for linear in blocks.modules()
+        if isinstance(linear, (nn.Linear, PackedLinear))
+    }
+    chosen = [module for module in model.modules() if id(module) in inside]
+    return _storage_bytes([tensor for module in chosen for tensor in (*module.parameters(), *module.buffers())])
+
+
+def _storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    return sum(sizes.values())
+
+
+@torch.no_grad()
+def _one_run(model: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+    """Seconds to read a prompt, and seconds to decode after it."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)
+    keyword = cache_keyword(model)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    wait: Callable[[], Any] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    output: Any = model(input_ids=ids, use_cache=True, **last_only)
+    token = output.logits[:, -1:].argmax(-1)
+    wait()
+    read = time.perf_counter()
+    for _ in range(new_tokens):
+        output = model(input_ids=token, use_cache=True, **{keyword: getattr(output, keyword)})
+        token = output.logits[:, -1:].argmax(-1)
+    wait()
+    return read - start, time.perf_counter() - read

@@ -1,0 +1,116 @@
+"""Continuing a prompt, token by token as it is written, with the time it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from sparsellm.errors import DataError, RecipeError
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation and the conditions of its speed.
+
+    Attributes:
+        text: what was written, without the prompt.
+        prompt_tokens, new_tokens: how many tokens were read and written.
+        prefill_seconds: until the first token was there.
+        decode_seconds: from the first token to the last.
+        threads: of the CPU.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    threads: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first, by the seconds that they took; 0 where there is none."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; what ``--json`` prints."""
+        return {**self.__dict__, "tokens_per_second": self.tokens_per_second}
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Lets a model continue a prompt until it ends its text, or ``max_new_tokens`` are written.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompt: the text to continue, as it is: no chat template is applied.
+        max_new_tokens: the most to write.
+        temperature: 0 takes the most likely token each time; above, tokens are sampled.
+        seed: of the sampling.
+        on_text: called with each new piece of text.
+
+    Raises:
+        DataError: the prompt has no token, or is too long for the model.
+        RecipeError: ``max_new_tokens`` or ``temperature`` is out of range.
+    """
+    if max_new_tokens < 1:
+        raise RecipeError(f"max_new_tokens is {max_new_tokens}; write one token at least")
+    if not 0 <= temperature < float("inf"):
+        raise RecipeError(f"temperature is {temperature}; it is 0 (greedy) or above")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = int(inputs["input_ids"].shape[1])
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length == 0:
+        raise DataError("the prompt is empty; give some text to continue")
+    if isinstance(limit, int) and 0 < limit < length + max_new_tokens:
+        raise DataError(
+            f"the prompt has {length} tokens and {max_new_tokens} are to follow; the model takes {limit} in all"
+        )
+    streamer = _Streamer(tokenizer, on_text)
+    chosen: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    if temperature > 0:
+        chosen["temperature"] = temperature
+        torch.manual_seed(seed)
+    else:  # what a checkpoint says about sampling would only bring warnings
+        chosen |= {"temperature": None, "top_p": None, "top_k": None}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        start = time.perf_counter()
+        output = model.generate(**inputs, **chosen, pad_token_id=padding, streamer=streamer)  # type: ignore[operator]
+    new = output[0, length:]
+    first, last = streamer.times[0], streamer.times[-1]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return Generation(str(text), length, len(new), first - start, last - first, torch.get_num_threads())
+
+
+class _Streamer(TextStreamer):
+    """transformers' own cutting of tokens into printable text, with the time of each token."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.on_text is not None and text:
+            self.on_text(text)

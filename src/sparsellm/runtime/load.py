@@ -1,0 +1,49 @@
+"""Opening a checkpoint for use, packed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sparsellm.chain.open import load_config
+from sparsellm.devices import resolve_device
+from sparsellm.errors import ModelError, SparseLLMError
+from sparsellm.registration import register_when_needed
+
+
+def load(directory: str | Path, *, device: str = "cpu", dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
+    """A causal language model from a directory that :func:`sparsellm.pack` wrote, its linears packed in memory too.
+
+    It is what ``AutoModelForCausalLM.from_pretrained`` gives once sparsellm is imported; a dense directory loads as
+    usual. Only safetensors are read.
+
+    Args:
+        directory: a checkpoint, packed or dense.
+        device: where the model is put: ``auto``, ``cpu``, ``cuda``, ...
+        dtype: of activations and of the weights that are not packed: ``auto`` for the one in ``config.json``.
+        kwargs: passed on to ``from_pretrained``.
+
+    Raises:
+        RecipeError: no such device here.
+        ModelError: there is no checkpoint, or it is not a decoder-only model.
+        StorageError: the files are damaged.
+    """
+    place = resolve_device(device)
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise ModelError(f"{directory} is no directory; give one that `sparsellm pack` or save_pretrained wrote")
+    load_config(path, trust_remote_code=bool(kwargs.get("trust_remote_code", False)))
+    register_when_needed()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
+    except SparseLLMError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"transformers cannot load {directory}: {first_line[:300]}") from error
+    assert isinstance(model, PreTrainedModel)
+    torch.nn.Module.to(model.eval(), place)
+    return model

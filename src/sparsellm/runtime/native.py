@@ -1,0 +1,239 @@
+"""Products with a packed weight by the compiled kernels: one to sixteen tokens at a time, on the CPU.
+
+The kernels are a small C++ extension that knows nothing of torch; this module checks what they are handed and passes
+addresses. They sum in fp32. A row is never split between threads and its order of summation depends on the instruction
+set alone, so neither the number of threads nor the other tokens of a batch change a bit of a result.
+
+``SPARSELLM_KERNEL`` in the environment chooses an instruction set by name, or ``torch`` for none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsellm.errors import KernelError, nearest
+
+if TYPE_CHECKING:
+    from sparsellm.runtime.packed import PackedWeight
+
+MAX_TOKENS = 16  # that one call takes; the kernels' own limit
+
+_VALUE_TYPES = {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}  # as in kernels.h
+_ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_STORED = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+}
+_SCALES = {"int8": torch.float32, "int4": torch.bfloat16}
+
+_threads: int | None = None
+
+
+def available() -> str | None:
+    """The instruction set that products use, such as ``avx512vbmi2``; None if there is no compiled kernel to use.
+
+    Raises:
+        KernelError: ``SPARSELLM_KERNEL`` names an instruction set that does not exist or cannot run here.
+    """
+    return _chosen()[0]
+
+
+def reason() -> str:
+    """One sentence on why :func:`available` gives what it gives."""
+    return _chosen()[1]
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, best first; empty if the extension was not built."""
+    library = _library()
+    return () if library is None else tuple(name for name, supported in library.instruction_sets() if supported)
+
+
+def threads() -> int:
+    """How many threads a product may use: what :func:`set_threads` said, else ``torch.get_num_threads()``."""
+    return torch.get_num_threads() if _threads is None else _threads
+
+
+def set_threads(count: int | None) -> None:
+    """Sets :func:`threads`; None follows torch.
+
+    Raises:
+        KernelError: ``count`` is less than 1.
+    """
+    global _threads
+    if count is not None and count < 1:
+        raise KernelError(f"threads: {count} is less than 1; give a positive number, or None to follow torch")
+    _threads = count
+
+
+def multiply(packed: PackedWeight, x: Tensor, *, kernel: str | None = None) -> Tensor:
+    """``x Wᵀ`` for a packed ``W``, summed in fp32.
+
+    Args:
+        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.runtime.packed.validate``: what offsets
+            and mask say is trusted here.
+        x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
+        kernel: an instruction set other than :func:`available`'s.
+
+    Returns:
+        ``(tokens, out)`` in the type of ``x``.
+
+    Raises:
+        KernelError: there is no such kernel here, or types, shapes or devices do not fit.
+    """
+    library, index = _kernel(kernel)
+    if x.dim() != 2 or x.shape[1] != packed.shape[1] or not 1 <= x.shape[0] <= MAX_TOKENS:
+        raise KernelError(
+            f"activations of shape {tuple(x.shape)}; the kernels take (1 to {MAX_TOKENS}, {packed.shape[1]})"
+        )
+    _require_cpu(x, "activations")
+    x = x.contiguous()
+    y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
+    library.multiply(
+        index, *_addresses(packed), x.shape[0], _ACTIVATIONS[x.dtype], x.data_ptr(), y.data_ptr(), threads()
+    )
+    return y
+
+
+def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, kernel: str | None = None) -> None:
+    """Writes rows ``first:last`` of a packed weight, dense, into ``out``.
+
+    Args:
+        packed: as for :func:`multiply`.
+        first, last: ``0 ≤ first ≤ last ≤`` rows of the weight.
+        out: contiguous ``(last - first, in)`` of fp32, bf16 or fp16 on the CPU. Integers times their scales are rounded
+            to its type once; a floating value of another type is converted.
+        kernel: as for :func:`multiply`.
+
+    Raises:
+        KernelError: there is no such kernel here, or types, shapes or devices do not fit.
+    """
+    library, index = _kernel(kernel)
+    rows, columns = packed.shape
+    if not 0 <= first <= last <= rows:
+        raise KernelError(f"rows {first}:{last} of a weight with {rows} rows")
+    if tuple(out.shape) != (last - first, columns) or not out.is_contiguous():
+        raise KernelError(f"rows go into a contiguous {(last - first, columns)}, not into {tuple(out.shape)}")
+    _require_cpu(out, "rows")
+    library.unpack_rows(index, *_addresses(packed), first, last, _ACTIVATIONS[out.dtype], out.data_ptr(), threads())
+
+
+def _require_cpu(tensor: Tensor, what: str) -> None:
+    if tensor.dtype not in _ACTIVATIONS or tensor.device.type != "cpu":
+        raise KernelError(f"{what} are {tensor.dtype} on {tensor.device}; the kernels take fp32, bf16, fp16 on the CPU")
+
+
+def _addresses(packed: PackedWeight) -> tuple[int, ...]:
+    """What the extension is told of a weight, after a check that every tensor is what the kernels will take it for."""
+    (out, columns), kind, scales = packed.shape, packed.value_type, packed.scales
+    if packed.layout != "bitmask" or kind not in _VALUE_TYPES:
+        raise KernelError(f"layout {packed.layout!r}, values {kind!r}: the kernels take bitmasks, {', '.join(_STORED)}")
+    stride = 8 * ((columns + 63) // 64)
+    wanted = [(packed.mask, torch.uint8, out * stride), (packed.offsets, torch.int64, out + 1)]
+    wanted.append((packed.values, _STORED[kind], packed.values.numel()))
+    if kind in _SCALES:
+        if scales is None:
+            raise KernelError(f"values of type {kind} without scales")
+        wanted.append((scales, _SCALES[kind], out if kind == "int8" else scales.numel()))
+    for tensor, dtype, numbers in wanted:
+        if tensor.dtype != dtype or tensor.numel() != numbers or not tensor.is_contiguous() or not tensor.is_cpu:
+            raise KernelError(
+                f"packed weight: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, where the kernels need "
+                f"{numbers} contiguous {dtype} on the CPU"
+            )
+    return (
+        _VALUE_TYPES[kind],
+        out,
+        columns,
+        stride,
+        packed.mask.data_ptr(),
+        packed.values.data_ptr(),
+        packed.offsets.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+    )
+
+
+def _kernel(name: str | None) -> tuple[ModuleType, int]:
+    library = _library()
+    name = available() if name is None else name
+    if library is None or name is None:
+        raise KernelError(f"there are no compiled kernels to use: {reason()}")
+    return library, _index(name)
+
+
+@cache
+def _index(name: str) -> int:
+    library = _library()
+    assert library is not None
+    known: list[tuple[str, bool]] = library.instruction_sets()
+    names = [each for each, _ in known]
+    if name not in names:
+        raise KernelError(f"unknown instruction set {name!r}; {nearest(name, [*names, 'torch'])}")
+    if not known[names.index(name)][1]:
+        raise KernelError(f"this machine has no {name}; it can run {', '.join(instruction_sets())}, or torch")
+    return names.index(name)
+
+
+@cache
+def _chosen() -> tuple[str | None, str]:
+    asked = os.environ.get("SPARSELLM_KERNEL", "").strip()
+    if asked == "torch":
+        return None, "SPARSELLM_KERNEL=torch says so"
+    if _library() is None:
+        hint = "install a C++ compiler and install sparsellm again"
+        if asked:
+            raise KernelError(f"SPARSELLM_KERNEL={asked}: the kernels were not built; {hint}")
+        return None, f"the kernels were not built; {hint}"
+    if asked:
+        _index(asked)
+        return asked, f"SPARSELLM_KERNEL={asked} says so"
+    best = instruction_sets()[0]
+    return best, f"{best} is the best that this machine has"
+
+
+@cache
+def _library() -> ModuleType | None:
+    try:
+        library = import_module("sparsellm.runtime._kernels")
+    except ImportError:
+        return None
+    start = _openmp_of_torch()
+    if start is not None:
+        library.use_openmp(start)
+    return library
+
+
+def _openmp_of_torch() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP library that torch runs on, so that kernels and torch share threads.
+
+    LLVM's and Intel's libraries have the function too. None where it cannot be found (macOS, Windows): the kernels then
+    bring a pool of their own.
+    """
+    if "OpenMP" not in torch.__config__.parallel_info():
+        return None
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "omp" in line.rpartition("/")[2]}
+    beside_torch = str(Path(torch.__file__).parent)
+    for path in sorted(paths, key=lambda path: (not path.startswith(beside_torch), path)):
+        try:
+            # RTLD_NOLOAD: only what is loaded already; a second OpenMP would be a second pool.
+            function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None

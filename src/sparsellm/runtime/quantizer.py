@@ -1,0 +1,135 @@
+"""Packed checkpoints through ``AutoModelForCausalLM.from_pretrained``: transformers' own door for such formats.
+
+transformers reads what is dense; what is packed is read here, by the reader that checks it, and put into the modules
+that took the linears' places. So nothing is converted to the model's dtype on the way, in any release.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparsellm.errors import ModelError, StorageError
+from sparsellm.runtime.packed_linear import PACKED_BUFFERS, PackedLinear, to_dense
+from sparsellm.storage.packed import QUANT_METHOD, PackedReader, packed_entries
+
+_PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed checkpoint; see ``docs/format.md``."""
+
+    def __init__(self, linears: dict[str, Any] | None = None, format_version: int | None = None, **_: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enumeration of transformers' own methods
+        self.format_version = format_version
+        self.linears = linears
+
+
+class PackedQuantizer(HfQuantizer):
+    """Puts :class:`~sparsellm.runtime.packed_linear.PackedLinear` where the checkpoint has packed weights.
+
+    Raises (while loading):
+        StorageError: the files are damaged, or do not fit ``config.json``.
+        ModelError: a packed linear is not in the model, or is none there.
+    """
+
+    requires_calibration = True  # a dense checkpoint is packed by `sparsellm pack`, not while loading
+
+    quantization_config: PackedConfig
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._entries = packed_entries(quantization_config.to_dict())
+        self._reader: PackedReader | None = None
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        self._reader = PackedReader(_directory(model, checkpoint_files), self.quantization_config.to_dict())
+        for name, entry in self._entries.items():
+            parent, leaf, linear = _find(model, name)
+            out, columns = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+            if entry.shape != (out, columns) or entry.transposed != isinstance(linear, Conv1D):
+                raise ModelError(
+                    f"packed weight {name} has shape {entry.shape}, where the model has {(int(out), int(columns))}; "
+                    "config.json does not belong to these weights: pack the model again"
+                )
+            packed = PackedLinear(
+                columns, out, linear.bias is not None, dtype=linear.weight.dtype, device=linear.weight.device
+            )
+            packed.requires_grad_(False)
+            setattr(parent, leaf, packed)
+        # transformers is to pass over what is loaded below: 5.x asks the model (a list at first, a set in later
+        # releases), 4.x calls update_unexpected_keys.
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        ignored = [] if ignored is None else ignored
+        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, _PACKED_KEY.pattern])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        assert self._reader is not None
+        for name in self._entries:
+            _, _, module = _find(model, name)
+            assert isinstance(module, PackedLinear)
+            if module.weight.is_meta:
+                raise ModelError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
+            module.set_packed(self._reader.packed(name), name)
+        self._reader = None
+        linears = {name: {**entry.to_dict(), "layout": "bitmask"} for name, entry in self._entries.items()}
+        for entry in linears.values():  # what save_pretrained will find in the modules
+            entry.pop("pattern", None)
+        self.quantization_config.linears = linears
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return to_dense(model)
+
+    def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], prefix: str) -> list[str]:
+        return [key for key in unexpected_keys if not _PACKED_KEY.search(key)]
+
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Makes transformers know ``quant_method: sparsellm``; does nothing the second time."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(PackedConfig)
+        register_quantizer(QUANT_METHOD)(PackedQuantizer)
+
+
+def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
+    """The parent, the attribute and the module of a linear that the checkpoint names with or without the base model's
+    prefix."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for candidate in (name, prefix + name, name.removeprefix(prefix)):
+        parent_name, _, leaf = candidate.rpartition(".")
+        try:
+            parent = model.get_submodule(parent_name)
+            module = parent.get_submodule(leaf)
+        except AttributeError:
+            continue
+        if isinstance(module, (nn.Linear, Conv1D, PackedLinear)):
+            return parent, leaf, module
+    raise ModelError(f"packed weight {name} is no linear of {type(model).__name__}; config.json is not this model's")
+
+
+def _directory(model: Any, checkpoint_files: list[str] | None) -> Path:
+    """Where the files are: transformers 5 passes them; before, it leaves the name of the model in its config."""
+    if checkpoint_files:
+        return Path(checkpoint_files[0]).parent
+    name = str(getattr(model.config, "_name_or_path", ""))
+    if Path(name).is_dir():
+        return Path(name)
+    raise StorageError(f"no directory of packed weights at {name!r}; download the model, then give its directory")

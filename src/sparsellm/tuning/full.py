@@ -1,0 +1,98 @@
+"""Full fine-tuning in which every pruned weight stays zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from sparsellm.chain.linears import iterate_linears, weight_of
+from sparsellm.chain.structure import find_blocks
+from sparsellm.errors import ModelError
+
+
+class ZeroKeeper:
+    """Remembers where the weights of a model's blocks are zero, and keeps them so while it is trained.
+
+    Gradients of pruned weights are zeroed as they arise, so that neither their norm nor an optimiser's moments feel
+    them; :meth:`restore`, after each step, takes back what an optimiser does without a gradient. One byte a weight.
+
+    Example, in a loop of one's own::
+
+        with ZeroKeeper(model) as keeper:
+            for batch in batches:
+                model(**batch).loss.backward()
+                optimizer.step()
+                keeper.restore()
+                optimizer.zero_grad()
+
+    Args:
+        model: the pruned model; every linear of its blocks that has a zero is kept.
+
+    Raises:
+        ModelError: no linear of the blocks has a zero, so there is nothing to keep.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        name, blocks = find_blocks(model)
+        self.masks: dict[str, Tensor] = {}
+        self._weights: dict[str, nn.Parameter] = {}
+        for linear_name, linear in iterate_linears(blocks, name):
+            weight = weight_of(linear)
+            kept = weight.detach() != 0
+            if not bool(kept.all()):
+                self.masks[linear_name], self._weights[linear_name] = kept, weight
+        if not self.masks:
+            raise ModelError(f"no linear in the blocks of {type(model).__name__} has a zero; prune the model first")
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> ZeroKeeper:
+        for name, weight in self._weights.items():
+            if weight.requires_grad:
+                self._hooks.append(weight.register_hook(self._masking(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Sets every pruned weight to zero again."""
+        for name, weight in self._weights.items():
+            weight.mul_(self._mask(name, weight))
+
+    def _masking(self, name: str) -> Callable[[Tensor], Tensor]:
+        return lambda gradient: gradient * self._mask(name, gradient)
+
+    def _mask(self, name: str, like: Tensor) -> Tensor:
+        if self.masks[name].device != like.device:  # the model was moved after its zeros were noted
+            self.masks[name] = self.masks[name].to(like.device)
+        return self.masks[name]
+
+
+class KeepZeros(TrainerCallback):
+    """A :class:`ZeroKeeper` for ``transformers.Trainer``: ``Trainer(..., callbacks=[KeepZeros()])``.
+
+    The zeros are those of the model when training begins.
+    """
+
+    def __init__(self) -> None:
+        self._keeper: ZeroKeeper | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._keeper = ZeroKeeper(model).__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._keeper is not None:
+            self._keeper.restore()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._keeper is not None:
+            self._keeper.__exit__()
+            self._keeper = None

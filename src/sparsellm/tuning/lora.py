@@ -1,0 +1,125 @@
+"""LoRA (2106.09685) whose update has the zeros of the weight: ``W + M∘(s·BA)``, with ``M`` the kept weights.
+
+The mask stands in the forward pass, so what is trained is what is merged: a merge changes no logit beyond rounding,
+and no zero. A plain LoRA would fill every zero when it is merged, or be wrong when it is masked afterwards. The price
+is that ``BA`` is formed in full, ``(out, in)``, once a forward. Built on peft: ``pip install 'sparsellm[tune]'``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparsellm.errors import ModelError, RecipeError
+
+try:
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import Linear as LoraLinear
+except ImportError as error:
+    raise ModelError("adapters need peft; install it: pip install 'sparsellm[tune]'") from error
+
+# Others change the base weight before training begins, and its zeros with it.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# Variants of LoRA whose update is no plain BA, which is what the mask is laid over.
+_VARIANTS = ("use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config", "monteclora_config",
+             "kasa_config", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_bias",
+             "layer_replication", "target_parameters")  # fmt: skip
+
+
+class MaskedLoraLinear(LoraLinear):
+    """peft's LoRA layer, with the update masked; for ``nn.Linear`` and GPT-2's ``Conv1D``."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, *args, **kwargs)
+        base: Any = self.get_base_layer()
+        self.fan_in_fan_out = self.is_target_conv_1d_layer = isinstance(base, Conv1D)
+        # Not saved: it is where the base weight is not zero.
+        self.register_buffer("kept", base.weight.detach() != 0, persistent=False)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The masked update, in the shape of the weight; what is merged."""
+        delta = super().get_delta_weight(adapter)
+        assert isinstance(self.kept, Tensor)
+        return delta * self.kept.to(delta.device)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise RecipeError("a batch that mixes adapters cannot be run with masked LoRA; run one adapter at a time")
+        base: Any = self.base_layer
+        if self.disable_adapters or self.merged:
+            if self.merged and self.disable_adapters:
+                self.unmerge()
+            plain: Tensor = base(x, *args, **kwargs)
+            return plain
+        result: Tensor = base(x, *args, **kwargs)
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                delta = self.get_delta_weight(adapter)
+                delta = delta.t() if self.fan_in_fan_out else delta
+                dropped = self.lora_dropout[adapter](x.to(delta.dtype))
+                result = result + nn.functional.linear(dropped, delta).to(result.dtype)
+        return result
+
+
+def masked(config: LoraConfig) -> LoraConfig:
+    """Makes a LoRA configuration keep zeros, for ``peft.get_peft_model`` and ``PeftModel.from_pretrained``.
+
+    peft does not save this with the adapter: use :func:`load_adapter`, or pass ``config=masked(...)`` again.
+
+    Raises:
+        RecipeError: a variant of LoRA, or an initialisation, that cannot keep them.
+    """
+    for name in _VARIANTS:
+        if getattr(config, name, None):
+            raise RecipeError(f"LoRA with {name} cannot keep zeros; leave it out")
+    if config.init_lora_weights not in _INITIALISATIONS:
+        raise RecipeError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the pruned weight itself; "
+            f"choose one of {', '.join(map(repr, _INITIALISATIONS))}"
+        )
+    config._register_custom_module({nn.Linear: MaskedLoraLinear, Conv1D: MaskedLoraLinear})
+    return config
+
+
+def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapter_name: str = "default") -> PeftModel:
+    """A pruned model with a fresh masked adapter, ready for ``transformers.Trainer``.
+
+    ``merge_and_unload()`` of the result gives back the model, with the same zeros and the same logits.
+
+    Args:
+        model: a dense model with zeros; a packed one has to be unpacked first, since its weights cannot change.
+        config: as peft takes it; None for rank 16 on all linears.
+        adapter_name: peft's name of the adapter.
+
+    Raises:
+        ModelError: the model is packed.
+        RecipeError: the configuration cannot keep zeros.
+    """
+    _refuse_packed(model)
+    config = config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, masked(config), adapter_name)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """A saved masked adapter on the pruned model that it was trained on.
+
+    Raises:
+        ModelError: the model is packed.
+        RecipeError: the adapter is no LoRA, or one that cannot keep zeros.
+    """
+    _refuse_packed(model)
+    config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig):
+        raise RecipeError(f"{directory} holds a {config.peft_type} adapter; only LoRA keeps zeros")
+    return PeftModel.from_pretrained(model, str(directory), config=masked(config), is_trainable=is_trainable)
+
+
+def _refuse_packed(model: nn.Module) -> None:
+    if getattr(model, "quantization_method", None) == "sparsellm":
+        raise ModelError("a packed model is not trained; train what `sparsellm unpack` writes, then pack that")

@@ -1,0 +1,96 @@
+"""A packer written for clearness alone, bit by bit, and the dense weight it stands for: what kernels are held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VALUE_TYPES = (*FLOATS, "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The fields of ``sparsellm.runtime.packed.PackedWeight``."""
+
+    shape: tuple[int, int]
+    layout: str
+    mask: Tensor
+    values: Tensor
+    offsets: Tensor
+    scales: Tensor | None
+    value_type: str
+
+
+def random_weight(
+    out: int, columns: int, value_type: str, sparsity: float, seed: int, *, special_rows: bool = True
+) -> tuple[Packed, Tensor]:
+    """A random packed weight and its dense form in fp64. With ``special_rows``, the first row is empty, the second full
+    and the last empty."""
+    random = torch.Generator().manual_seed(seed)
+    kept = torch.rand(out, columns, generator=random) >= sparsity
+    if special_rows:
+        kept[0] = False
+        kept[min(1, out - 1)] = True
+        kept[-1] = out == 2
+    mask = bytearray()
+    offsets, values, scales = [0], [], []
+    dense = torch.zeros(out, columns, dtype=torch.float64)
+    for row in range(out):
+        bits = [0] * (8 * ((columns + 63) // 64))
+        places = kept[row].nonzero().flatten().tolist()
+        for place in places:
+            bits[place // 8] |= 1 << place % 8
+        mask += bytes(bits)
+        if value_type in FLOATS:
+            numbers = torch.randn(len(places), generator=random).to(FLOATS[value_type])
+            values.append(numbers)
+            dense[row, places] = numbers.double()
+            offsets.append(offsets[-1] + len(places))
+        elif value_type == "int8":
+            codes = torch.randint(-127, 128, (len(places),), generator=random)
+            scale = torch.rand(1, generator=random) + 0.01
+            values.append(codes.to(torch.int8))
+            scales.append(scale)
+            dense[row, places] = codes.double() * scale.double()
+            offsets.append(offsets[-1] + len(places))
+        else:
+            codes = torch.randint(-8, 8, (len(places),), generator=random)
+            groups = (len(places) + 31) // 32
+            some = (torch.rand(groups, generator=random) + 0.01).bfloat16()
+            scales.append(some)
+            dense[row, places] = codes.double() * some.double().repeat_interleave(32)[: len(places)]
+            stored = codes.tolist() + [-8] * (len(places) % 2)
+            pairs = [low + 8 | high + 8 << 4 for low, high in zip(stored[::2], stored[1::2], strict=True)]
+            values.append(torch.tensor(pairs, dtype=torch.uint8))
+            offsets.append(offsets[-1] + len(stored))
+    return (
+        Packed(
+            (out, columns),
+            "bitmask",
+            torch.frombuffer(mask, dtype=torch.uint8).view(out, -1),
+            torch.cat(values),
+            torch.tensor(offsets),
+            torch.cat(scales) if scales else None,
+            value_type,
+        ),
+        dense,
+    )
+
+
+def activations(tokens: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bound(dense: Tensor, x: Tensor) -> Tensor:
+    """How far a product ``(tokens, out)`` in fp32 may be from the exact one, then rounded to the type of ``x``.
+
+    The sum of n products differs by at most ``(n + 3) u Σ|w x|`` with u = 2⁻²⁴ (Higham, section 3.1); a rounding to k
+    bits adds ``2⁻ᵏ |y|``.
+    """
+    magnitude = x.double().abs() @ dense.abs().T
+    exact = (x.double() @ dense.T).abs()
+    rounding = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[x.dtype]
+    return (dense.shape[1] + 3) * 2.0**-24 * magnitude + rounding * exact + 2.0**-24

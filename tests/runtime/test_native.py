@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsellm.errors import KernelError
+from sparsellm.runtime import native
+from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, random_weight
+
+pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason=native.reason())
+
+every_kernel = pytest.mark.parametrize("kernel", native.instruction_sets())
+
+
+def _check(kernel: str, value_type: str, out: int, columns: int, sparsity: float, dtype: torch.dtype) -> None:
+    packed, dense = random_weight(out, columns, value_type, sparsity, seed=out + columns)
+    for tokens in (1, 2, 3, 5, 8, 13, 16):
+        x = activations(tokens, columns, dtype, seed=tokens)
+        y = native.multiply(packed, x, kernel=kernel)
+        assert y.dtype == dtype
+        assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
+
+
+@every_kernel
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_products_are_within_the_error_bound_of_fp32_sums(kernel: str, value_type: str, dtype: torch.dtype) -> None:
+    for out, columns, sparsity in ((1, 1, 0.5), (2, 7, 0.3), (5, 64, 0.5), (11, 197, 0.7), (37, 1030, 0.5)):
+        _check(kernel, value_type, out, columns, sparsity, dtype)
+
+
+@every_kernel
+@settings(max_examples=40, deadline=None)
+@given(
+    value_type=st.sampled_from(VALUE_TYPES),
+    out=st.integers(1, 20),
+    columns=st.integers(1, 300),
+    sparsity=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]),
+    tokens=st.integers(1, 16),
+    dtype=st.sampled_from(list(FLOATS.values())),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(
+    kernel: str, value_type: str, out: int, columns: int, sparsity: float, tokens: int, dtype: torch.dtype, seed: int
+) -> None:
+    packed, dense = random_weight(out, columns, value_type, sparsity, seed, special_rows=False)
+    x = activations(tokens, columns, dtype, seed)
+    y = native.multiply(packed, x, kernel=kernel)
+    assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
+
+
+@every_kernel
+@settings(max_examples=40, deadline=None)
+@given(
+    value_type=st.sampled_from(VALUE_TYPES),
+    out=st.integers(1, 20),
+    columns=st.integers(1, 300),
+    sparsity=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(list(FLOATS.values())),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_rows_are_unpacked_exactly(
+    kernel: str, value_type: str, out: int, columns: int, sparsity: float, dtype: torch.dtype, seed: int, data: Any
+) -> None:
+    packed, dense = random_weight(out, columns, value_type, sparsity, seed, special_rows=False)
+    first = data.draw(st.integers(0, out))
+    last = data.draw(st.integers(first, out))
+    rows = torch.full((last - first, columns), 7.0, dtype=dtype)
+    native.unpack_rows(packed, first, last, rows, kernel=kernel)
+    # A code times its scale is rounded to fp32 first, then to the type asked for; all else is exact.
+    assert torch.equal(rows, dense[first:last].float().to(dtype))
+
+
+@every_kernel
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+def test_neither_threads_nor_other_tokens_change_a_bit(kernel: str, value_type: str) -> None:
+    packed, _ = random_weight(203, 1111, value_type, 0.6, seed=1)
+    x = activations(16, 1111, torch.float32, seed=2)
+    try:
+        native.set_threads(1)
+        alone = torch.cat([native.multiply(packed, x[token : token + 1], kernel=kernel) for token in range(16)])
+        for count in (1, 2, 3, 7):
+            native.set_threads(count)
+            for tokens in (1, 2, 6, 11, 16):
+                assert torch.equal(native.multiply(packed, x[:tokens], kernel=kernel), alone[:tokens])
+    finally:
+        native.set_threads(None)
+
+
+@every_kernel
+def test_activations_that_are_not_finite_reach_every_row_that_keeps_their_column(kernel: str) -> None:
+    packed, dense = random_weight(9, 70, "bf16", 0.5, seed=3)
+    x = activations(2, 70, torch.float32, seed=4)
+    x[0, 5], x[1, 69] = float("inf"), float("nan")
+    y = native.multiply(packed, x, kernel=kernel)
+    kept = dense[:, [5, 69]].T != 0
+    assert 0 < int(kept.sum()) < kept.numel()
+    assert not bool(y[kept].isfinite().any())
+
+
+@every_kernel
+def test_subnormal_and_large_halves(kernel: str) -> None:
+    numbers = torch.tensor([2.0**-24, -(2.0**-15), 2.0**-14, 65504.0, -65504.0, 1.0]).half()
+    packed, dense = random_weight(1, 6, "fp16", 0.0, seed=0, special_rows=False)
+    packed, dense = dataclasses.replace(packed, values=numbers), numbers.double()[None]
+    for column in range(6):
+        x = torch.zeros(1, 6)
+        x[0, column] = 1.5
+        assert torch.equal(native.multiply(packed, x, kernel=kernel).double(), x.double() @ dense.T)
+
+
+def test_flushing_subnormals_in_torch_changes_nothing() -> None:
+    packed, _ = random_weight(2, 100, "fp16", 0.5, seed=5)
+    packed = dataclasses.replace(packed, values=packed.values * 2.0**-16)
+    x = activations(1, 100, torch.float32, seed=6)
+    before = native.multiply(packed, x)
+    try:
+        torch.set_flush_denormal(True)
+        assert torch.equal(native.multiply(packed, x), before)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_results_are_rounded_to_nearest_even() -> None:
+    packed, _ = random_weight(1, 2, "fp32", 0.0, seed=0, special_rows=False)
+    weights = torch.linspace(-3, 3, 4001).tolist() + [0.0, 1e-6, 2.0**-14 - 2.0**-26, 65519.0, 65520.0, 3.3e38]
+    for dtype in (torch.bfloat16, torch.float16):
+        one = torch.tensor([[1.0, 0.0]], dtype=dtype)
+        for weight in weights[::37] + weights[-6:]:
+            value = torch.tensor([weight, 0.0])
+            y = native.multiply(dataclasses.replace(packed, values=value), one)
+            assert torch.equal(y.view(1), value[:1].to(dtype))
+
+
+def test_a_forked_child_can_multiply() -> None:
+    program = """
+import os, sys, torch
+from sparsellm.runtime import native
+from tests.runtime.reference import activations, random_weight
+packed, _ = random_weight(400, 512, "bf16", 0.5, seed=1)
+x = activations(1, 512, torch.float32, seed=2)
+native.set_threads(3)
+for openmp in (True, False):
+    if not openmp:
+        native._library().use_openmp(0)
+    before = native.multiply(packed, x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(native.multiply(packed, x), before) else 3)
+    if os.waitpid(child, 0)[1] or not torch.equal(native.multiply(packed, x), before):
+        sys.exit(1)
+"""
+    _run(program)
+
+
+def test_several_python_threads_at_once() -> None:
+    program = """
+import threading, torch
+from sparsellm.runtime import native
+from tests.runtime.reference import activations, random_weight
+native.available()
+for openmp in (True, False):
+    if not openmp:
+        native._library().use_openmp(0)
+    native.set_threads(3)
+    packed, _ = random_weight(300, 512, "bf16", 0.5, seed=1)
+    x = activations(4, 512, torch.float32, seed=2)
+    wanted = native.multiply(packed, x)
+    wrong = []
+    def work():
+        for _ in range(50):
+            if not torch.equal(native.multiply(packed, x), wanted):
+                wrong.append(1)
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    [worker.start() for worker in workers]
+    [worker.join() for worker in workers]
+    assert not wrong
+"""
+    _run(program)
+
+
+def _run(program: str) -> None:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets ``SPARSELLM_KERNEL`` as if the process began with it."""
+
+    def choose(name: str) -> None:
+        monkeypatch.setenv("SPARSELLM_KERNEL", name)
+        native._chosen.cache_clear()
+
+    yield choose
+    monkeypatch.undo()
+    native._chosen.cache_clear()
+
+
+def test_the_environment_chooses(environment: Callable[[str], None]) -> None:
+    packed, _ = random_weight(5, 70, "int8", 0.5, seed=1)
+    environment("")
+    assert native.available() == native.instruction_sets()[0]
+    environment("scalar")
+    assert native.available() == "scalar"
+    assert "SPARSELLM_KERNEL" in native.reason()
+    environment("torch")
+    assert native.available() is None
+    with pytest.raises(KernelError, match="SPARSELLM_KERNEL=torch"):
+        native.multiply(packed, activations(2, 70, torch.float32, seed=2))
+    environment("scaler")
+    with pytest.raises(KernelError, match="did you mean 'scalar'"):
+        native.available()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    packed, _ = random_weight(5, 70, "int8", 0.5, seed=1)
+    x = activations(2, 70, torch.float32, seed=2)
+    for wrong in (x[:, :69], x[:0], x.repeat(9, 1), x.double(), x[0]):
+        with pytest.raises(KernelError):
+            native.multiply(packed, wrong)
+    for field, value in (
+        ("layout", "nm"),
+        ("value_type", "int3"),
+        ("scales", None),
+        ("scales", torch.ones(4)),
+        ("mask", packed.mask[:, :-1]),
+        ("offsets", packed.offsets[:-1]),
+        ("offsets", packed.offsets.int()),
+        ("values", packed.values.float()),
+    ):
+        with pytest.raises(KernelError):
+            native.multiply(dataclasses.replace(packed, **{field: value}), x)
+    with pytest.raises(KernelError):
+        native.unpack_rows(packed, 0, 6, torch.empty(6, 70))
+    with pytest.raises(KernelError):
+        native.unpack_rows(packed, 0, 2, torch.empty(2, 71))
+    with pytest.raises(KernelError, match="avx3"):
+        native.multiply(packed, x, kernel="avx3")
+    with pytest.raises(KernelError):
+        native.set_threads(0)
+
+
+def test_activations_that_are_not_contiguous() -> None:
+    packed, dense = random_weight(5, 70, "fp32", 0.5, seed=1)
+    x = activations(70, 2, torch.float32, seed=2).T
+    assert bool(((native.multiply(packed, x).double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())

@@ -1,0 +1,102 @@
+"""No kernel touches a byte outside its buffers: each ends where a page without access begins, or starts where one ends.
+
+A violation kills the process, so the check runs in a child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import mmap
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsellm.runtime import native
+from tests.runtime.reference import VALUE_TYPES, Packed, activations, bound, random_weight
+
+pytestmark = [
+    pytest.mark.skipif(not native.instruction_sets(), reason=native.reason()),
+    pytest.mark.skipif(sys.platform != "linux", reason="pages are protected through mprotect of Linux"),
+]
+
+
+class Guarded:
+    """Copies of tensors between two pages that cannot be read or written."""
+
+    def __init__(self, at_end: bool) -> None:
+        self.at_end = at_end
+        self.maps: list[mmap.mmap] = []
+        self.libc = ctypes.CDLL(None, use_errno=True)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        size = tensor.numel() * tensor.element_size()
+        page = mmap.PAGESIZE
+        body = max(1, -(-size // page)) * page
+        memory = mmap.mmap(-1, body + 2 * page)
+        self.maps.append(memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for guard in (address, address + page + body):
+            assert self.libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+        if size == 0:
+            return tensor
+        start = page + (body - size if self.at_end else 0)
+        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+        return copy.copy_(tensor)
+
+    def weight(self, packed: Packed) -> Packed:
+        fields = ("mask", "values", "offsets", "scales")
+        tensors = {name: getattr(packed, name) for name in fields}
+        return dataclasses.replace(packed, **{n: None if t is None else self.copy(t) for n, t in tensors.items()})
+
+
+def run(kernel: str, at_end: bool) -> None:
+    """Called in the child."""
+    guarded = Guarded(at_end)
+    library, index = native._kernel(kernel)
+    for value_type in VALUE_TYPES:
+        for out, columns, special_rows in ((1, 1, False), (3, 7, False), (5, 65, True), (9, 200, False), (6, 513, True)):
+            packed, dense = random_weight(out, columns, value_type, 0.4, out, special_rows=special_rows)
+            held = guarded.weight(packed)
+            for tokens in (1, 3, 8, 16):
+                for dtype in (torch.float32, torch.bfloat16):
+                    x = guarded.copy(activations(tokens, columns, dtype, seed=tokens))
+                    y = guarded.copy(torch.zeros(tokens, out, dtype=dtype))
+                    library.multiply(
+                        index, *native._addresses(held), tokens, native._ACTIVATIONS[dtype], x.data_ptr(), y.data_ptr(), 2
+                    )
+                    assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
+            for dtype in (torch.float32, torch.bfloat16):
+                rows = guarded.copy(torch.zeros(out, columns, dtype=dtype))
+                native.unpack_rows(held, 0, out, rows, kernel=kernel)
+                assert torch.equal(rows, dense.float().to(dtype))
+
+
+def _child(program: str) -> subprocess.CompletedProcess[str]:
+    program = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n" + program
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+
+
+def test_no_byte_outside_the_buffers() -> None:
+    done = _child(
+        "from sparsellm.runtime import native\n"
+        "from tests.runtime.test_native_bounds import run\n"
+        "for kernel in native.instruction_sets():\n"
+        "    for at_end in (True, False):\n"
+        "        print(kernel, at_end, flush=True)\n"
+        "        run(kernel, at_end)"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_guard_works() -> None:
+    done = _child(
+        "import torch; from tests.runtime.test_native_bounds import Guarded\n"
+        "import ctypes; end = Guarded(True).copy(torch.zeros(5, dtype=torch.uint8)); print('made', flush=True)\n"
+        "ctypes.string_at(end.data_ptr(), 6)"
+    )
+    assert done.stdout.strip() == "made"
+    assert done.returncode < 0

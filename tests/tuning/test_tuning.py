@@ -1,0 +1,183 @@
+"""Training keeps every zero, and what an adapter computes is what its merge computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from sparsellm.errors import ModelError, RecipeError
+from sparsellm.tuning.full import KeepZeros, ZeroKeeper
+from tests.models import tiny_gpt2, tiny_llama, tiny_opt
+from tests.models.pruned import prune_tiny
+
+FAMILIES = [tiny_llama, tiny_opt, tiny_gpt2]
+GENERATOR = torch.Generator().manual_seed(0)
+IDS = torch.randint(2, 300, (8, 16), generator=GENERATOR)
+DATA = [{"input_ids": row, "labels": row} for row in IDS]
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.__name__)
+def pruned(request: pytest.FixtureRequest) -> PreTrainedModel:
+    family: Callable[[], PreTrainedModel] = request.param
+    return prune_tiny(family())
+
+
+def sparse_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if value.ndim == 2 and (value == 0).float().mean() > 0.5
+    }
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits  # type: ignore[no-any-return]
+
+
+def loss(model: Any) -> float:
+    with torch.no_grad():
+        return float(model.eval()(input_ids=IDS, labels=IDS).loss)
+
+
+def trained(model: Any, out: Path, *callbacks: Any, **settings: Any) -> Any:
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **settings,
+    }
+    Trainer(model, TrainingArguments(str(out), **arguments), train_dataset=DATA, callbacks=list(callbacks)).train()
+    return model
+
+
+def assert_zeros_kept(before: dict[str, torch.Tensor], model: Any) -> None:
+    assert len(before) >= 8
+    after = dict(model.named_parameters())
+    for name, weight in before.items():
+        assert torch.equal(after[name] == 0, weight == 0), name
+
+
+def test_the_trainer_keeps_zeros_with_the_callback_and_loses_them_without(
+    pruned: PreTrainedModel, tmp_path: Path
+) -> None:
+    before, start = sparse_weights(pruned), loss(pruned)
+    lost = trained(copy.deepcopy(pruned), tmp_path)
+    assert any((dict(lost.named_parameters())[name][weight == 0] != 0).any() for name, weight in before.items())
+    trained(pruned, tmp_path, KeepZeros())
+    assert_zeros_kept(before, pruned)
+    assert loss(pruned) < start
+    assert not any(parameter._backward_hooks for parameter in pruned.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch", "adafactor"])
+def test_any_optimiser(optimizer: str, tmp_path: Path) -> None:
+    model = prune_tiny(tiny_llama())
+    before = sparse_weights(model)
+    trained(model, tmp_path, KeepZeros(), optim=optimizer, gradient_accumulation_steps=2)
+    assert_zeros_kept(before, model)
+
+
+def test_pruned_weights_do_not_count_in_the_norm_of_the_gradient() -> None:
+    model = prune_tiny(tiny_llama()).train()
+    with ZeroKeeper(model) as keeper:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        for name, mask in keeper.masks.items():
+            gradient = model.get_submodule(name).weight.grad
+            assert not gradient[~mask].any()
+            assert gradient[mask].any()
+        keeper.restore()
+    with pytest.raises(ModelError, match="prune"):
+        ZeroKeeper(tiny_llama())
+
+
+peft = pytest.importorskip("peft")
+
+
+def adapter_on(model: PreTrainedModel, **changes: Any) -> Any:
+    from sparsellm.tuning.lora import add_adapter
+
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
+    return add_adapter(model, peft.LoraConfig(**settings))
+
+
+def test_a_trained_adapter_merges_without_a_change_of_logits_or_zeros(pruned: PreTrainedModel, tmp_path: Path) -> None:
+    before, untouched, start = sparse_weights(pruned), logits(pruned), loss(pruned)
+    model = adapter_on(pruned, lora_dropout=0.1)
+    assert torch.equal(logits(model), untouched)  # B starts at zero
+    trained(model, tmp_path)
+    assert loss(model) < start
+    adapted = logits(model)
+    assert not torch.allclose(adapted, untouched, atol=1e-2)
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), untouched, atol=1e-6)
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged), adapted, atol=1e-4)
+    assert_zeros_kept(before, merged)
+
+
+def test_a_plain_adapter_would_fill_the_zeros(tmp_path: Path) -> None:
+    """The check above can fail: this is what it would see without the mask."""
+    model = prune_tiny(tiny_llama())
+    before = sparse_weights(model)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    merged = trained(peft.get_peft_model(model, config), tmp_path).merge_and_unload()
+    with pytest.raises(AssertionError):
+        assert_zeros_kept(before, merged)
+
+
+def test_the_update_is_the_masked_product() -> None:
+    model = adapter_on(prune_tiny(tiny_llama()))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    x = torch.randn(5, 32)
+    weight = layer.base_layer.weight
+    update = 8 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert torch.allclose(layer(x), x @ (weight + (weight != 0) * update).t(), atol=1e-5)
+
+
+def test_an_adapter_is_saved_and_loaded_with_its_mask(tmp_path: Path) -> None:
+    from sparsellm.tuning.lora import load_adapter
+
+    base = prune_tiny(tiny_llama())
+    before = sparse_weights(base)
+    model = trained(adapter_on(copy.deepcopy(base)), tmp_path / "run")
+    model.save_pretrained(tmp_path / "adapter")
+    assert not [name for name in model.state_dict() if name.endswith("kept")]
+    loaded = load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    assert_zeros_kept(before, loaded.merge_and_unload())
+
+
+def test_a_checkpoint_becomes_tuned_and_packed_again(tmp_path: Path) -> None:
+    import sparsellm
+    from sparsellm.tuning.lora import add_adapter
+    from tests.models import save_tiny
+
+    source = save_tiny(prune_tiny(tiny_llama()), None, tmp_path / "dense")
+    first = sparsellm.pack(source, out=tmp_path / "packed")
+    with pytest.raises(ModelError, match="unpack"):
+        add_adapter(sparsellm.load(tmp_path / "packed"))
+    tuned = trained(adapter_on(sparsellm.load(source)), tmp_path / "run").merge_and_unload()
+    tuned.save_pretrained(tmp_path / "tuned")
+    second = sparsellm.pack(tmp_path / "tuned", out=tmp_path / "again")
+    assert second.packed_bytes == first.packed_bytes
+    assert torch.allclose(logits(sparsellm.load(tmp_path / "again")), logits(tuned), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_variants_that_cannot_keep_zeros_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(changes))):
+        adapter_on(prune_tiny(tiny_llama()), **changes)
