@@ -32,19 +32,14 @@ from sparsellm.methods import METHODS, LinearResult
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-<<<<<<< HEAD
 from sparsellm.refine.sweep import Pass, Sweep, sweep
+from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.resume import unfinished
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of
 from sparsellm.walk import FinishedBlock, selected_linears, walk
-=======
-from sparsellm.storage.packed import is_packed, read_config
-from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros
-from sparsellm.walk import selected_linears, walk
->>>>>>> payoff
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 

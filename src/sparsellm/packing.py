@@ -26,8 +26,10 @@ from sparsellm.storage.packed import (
     quantization_config,
     read_config,
 )
+from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out
 
+_RUN = {"run": "pack"}  # quick enough to begin anew where it was cut short
 _REPORTS = ("pruning.json", "recipe.yaml")  # how the weights came to be zero stays true when they are packed
 
 
@@ -100,12 +102,15 @@ def pack(
     chain = open_chain(directory, device=torch.device("cpu"))
     assert chain.weights is not None
     # Whatever the values become, no linear takes more room than it does dense.
-    writer = CheckpointWriter(out, shards=len(chain) + 1, overwrite=overwrite, need_bytes=chain.weights.reader.bytes)
+    size = chain.weights.reader.bytes
+    writer = CheckpointWriter(
+        out, shards=len(chain) + 1, identity=_RUN, restart=True, overwrite=overwrite, need_bytes=size
+    )
     writer.write_shard(len(chain), chain.outer_tensors())
     result = PackResult(writer.out)
     for index in range(len(chain)):
         progress(Progress("pack", index, len(chain), chain.block_names[index]))
-        writer.write_shard(index, _packed_block(chain, index, values, result))
+        writer.write_shard(index, _sources(_packed_block(chain, index, values, result)))
     progress(Progress("pack", len(chain), len(chain)))
     entries = {name: entry for name, entry in result.linears.items() if entry is not None}
 
@@ -135,10 +140,12 @@ def unpack(
     shards: dict[str, list[str]] = {}
     for name in reader:
         shards.setdefault(reader.file_of(name).name, []).append(name)
-    writer = CheckpointWriter(out, shards=len(shards), overwrite=overwrite, need_bytes=reader.bytes)
+    writer = CheckpointWriter(
+        out, shards=len(shards), identity=_RUN, restart=True, overwrite=overwrite, need_bytes=reader.bytes
+    )
     for index, names in enumerate(shards.values()):
         progress(Progress("unpack", index, len(shards)))
-        writer.write_shard(index, reader.read(names))
+        writer.write_shard(index, _sources(reader.read(names)))
     progress(Progress("unpack", len(shards), len(shards)))
     result = PackResult(writer.out, dict.fromkeys(reader.entries))
     for entry in reader.entries.values():
@@ -147,6 +154,10 @@ def unpack(
         result.dense_bytes += count * entry.dtype.itemsize
     result.packed_bytes = result.dense_bytes
     return _finish(writer, source, result, lambda config: None)
+
+
+def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
+    return {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
 
 
 def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> dict[str, Tensor]:

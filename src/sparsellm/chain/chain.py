@@ -174,19 +174,14 @@ class Chain:
         """The weights of a loaded block as they are written: under the checkpoint's names, in its dtypes."""
         return self._tensors(self._names_of(index))
 
-<<<<<<< HEAD
-    def outer_tensors(self) -> dict[str, TensorSource]:
-        """Everything outside the blocks as it stands in the checkpoint, tied weights once; read when it is written."""
-=======
     def stored_block(self, index: int) -> dict[str, Tensor]:
         """The weights of a block straight from the checkpoint, loaded or not, under its names; tied weights once."""
         assert self.weights is not None, "a model in memory has no checkpoint"
         names = [name for name in self._names_of(index) if self._canonical.get(name, name) == name]
-        return {self.weights.key_of[name]: value for name, value in self.weights.read(names).items()}
+        return self.weights.reader.read([self._key(name) for name in names])
 
-    def outer_tensors(self) -> dict[str, Tensor]:
-        """Everything outside the blocks as it stands in the checkpoint, tied weights once."""
->>>>>>> payoff
+    def outer_tensors(self) -> dict[str, TensorSource]:
+        """Everything outside the blocks as it stands in the checkpoint, tied weights once; read when it is written."""
         if self.weights is None:
             return self._tensors(self._outer)
         blocks = {self.weights.key_of[name] for index in range(len(self)) for name in self._names_of(index)}

@@ -7,6 +7,7 @@ placeholder. What they are stands in ``quantization_config`` of ``config.json``;
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 from sparsellm.cache import sha256
 from sparsellm.errors import StorageError
 from sparsellm.runtime.packed import PackedWeight, unpack, validate
-from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.reader import CheckpointReader, raw_bytes
 
 QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 1
@@ -141,14 +142,19 @@ class PackedReader(CheckpointReader):
         """Size of the weights once unpacked."""
         return sum(math.prod(self._shapes[name]) * self._dtypes[name].itemsize for name in self)
 
-    def read(self, names: list[str]) -> dict[str, Tensor]:
-        packed = {name for name in names if name.removesuffix(".weight") in self.entries and name.endswith(".weight")}
-        found = super().read([name for name in names if name not in packed])
-        for name in packed:
-            entry = self.entries[name.removesuffix(".weight")]
-            dense = unpack(self.packed(name.removesuffix(".weight")), entry.dtype)
-            found[name] = dense.t().contiguous() if entry.transposed else dense
-        return {name: found[name] for name in names}
+    def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or module not in self.entries:
+            return super().get(name, device, dtype)
+        entry = self.entries[module]
+        dense = unpack(self.packed(module), entry.dtype)
+        return (dense.t().contiguous() if entry.transposed else dense).to(device, dtype)
+
+    def sample(self, name: str) -> builtins.bytes:
+        if not name.endswith(".weight") or name.removesuffix(".weight") not in self.entries:
+            return super().sample(name)
+        weight = self.get(name)
+        return raw_bytes(weight[:1]) + raw_bytes(weight[-1:])
 
     def packed(self, name: str) -> PackedWeight:
         """The packed weight of a linear, checked.
@@ -158,8 +164,7 @@ class PackedReader(CheckpointReader):
         """
         entry = self.entries[name]
         keys = {field: f"{name}.weight_{field}" for field in FIELDS if f"{name}.weight_{field}" in self._parts}
-        tensors = super().read(list(keys.values()))
-        parts = {field: tensors[key] for field, key in keys.items()}
+        parts = {field: super(PackedReader, self).get(key) for field, key in keys.items()}
         packed = PackedWeight(
             entry.shape,
             entry.layout,

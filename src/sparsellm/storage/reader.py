@@ -60,14 +60,12 @@ class CheckpointReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
-<<<<<<< HEAD
     def bytes_of(self, name: str) -> int:
         """Size of one tensor."""
         return math.prod(self._shapes[name]) * self._dtypes[name].itemsize
-=======
+
     def file_of(self, name: str) -> Path:
         return self._file_of[name]
->>>>>>> payoff
 
     @property
     def bytes(self) -> int:
