@@ -131,8 +131,6 @@ class PackedReader(CheckpointReader):
         for name in super().__iter__():
             if name.endswith(".weight_mask") and name not in self._parts:
                 raise StorageError(f"{name} in {directory} is not described in config.json; {_PACK_AGAIN}")
-        for part in self._parts:
-            del self._dtypes[part]  # check_finite goes through the dtypes of what is visible
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in super().__iter__() if name not in self._parts)
