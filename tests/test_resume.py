@@ -193,6 +193,16 @@ def test_time_and_work_of_both_processes_count(source: Path, unfinished: Path) -
     assert len(result.linears) == 21
 
 
+def test_other_libraries_are_said(source: Path, unfinished: Path) -> None:
+    record = sorted(partial_of(unfinished).glob(f"{FOLDER}/model-*.json"))[0]
+    facts = json.loads(record.read_text())
+    record.write_text(json.dumps({**facts, "versions": {**facts["versions"], "torch": "1.0"}, "peak_rss": 1 << 50}))
+    result = sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
+    assert result.resumed == 2
+    assert f"up to 1 were pruned with torch 1.0, those after them with torch {torch.__version__}" in result.warnings[0]
+    assert result.peak_rss == 1 << 50
+
+
 DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {
     "sparsity": ({"sparsity": 0.5}, ["recipe.sparsity is 0.6 there and 0.5 here"]),
     "seed": ({"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration tokens"]),
