@@ -37,7 +37,7 @@ PREDICTION_RIDGE = 0.1  # of predicting an input by the others; anything from 0.
 RHO_STEPS = 5  # each needs an inverse
 
 
-@SOLVERS.register("admm", paper="arXiv 2406.07831", workspace=Workspace(weights=11, grams=5.5))
+@SOLVERS.register("admm", paper="arXiv 2406.07831", workspace=Workspace(weights=15.5, grams=4, remembered=5))
 def admm(
     weight: Tensor,
     gram: Gram,
