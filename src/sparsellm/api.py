@@ -54,7 +54,7 @@ class PruneResult:
         recipe: all settings, as used.
         linears: what became of each pruned linear.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
-        peak_rss: the most memory this process has held, in bytes.
+        peak_rss: the most memory that this process, or an earlier one of the same run, has held, in bytes.
         calibration_tokens: tokens the statistics come from.
         versions: of Python and the libraries that shape the result.
         warnings: what the user should know.
@@ -192,7 +192,9 @@ def prune(
             warnings.append(already)
             progress(Progress("check", 1, 1, already))
     with contextlib.ExitStack() as held:
-        writer, finished = None, []
+        writer: CheckpointWriter | None = None
+        finished: list[FinishedBlock] = []
+        peaks = [0]
         if out is not None:
             writer = held.enter_context(
                 CheckpointWriter(
@@ -204,14 +206,25 @@ def prune(
                     need_bytes=_checkpoint_bytes(chain) + memory.hidden_on_disk,
                 )
             )
-            finished = _finished(writer, chain, clock, progress)
+            records = _finished(writer, chain, progress)
+            for facts in records:
+                clock.add(facts["seconds"])
+                peaks.append(facts["peak_rss"])
+            warnings += _other_versions(records)
+            finished = [
+                FinishedBlock(
+                    CheckpointReader(writer.partial, [writer.path(index)]),
+                    [LinearResult.from_dict(values) for values in facts["linears"]],
+                )
+                for index, facts in enumerate(records)
+            ]
             if writer.finished(len(chain)) is None:
                 writer.write_shard(len(chain), chain.outer_tensors())
         clock.lap()
 
         def write_block(index: int, tensors: dict[str, TensorSource], results: list[LinearResult]) -> None:
             assert writer is not None
-            facts = {"linears": [result.to_dict() for result in results]}
+            facts = {"linears": [result.to_dict() for result in results], "versions": versions()}
             writer.write_shard(index, tensors, {**facts, "seconds": clock.lap(), "peak_rss": peak_rss()})
 
         scratch = Scratch(memory.hidden_in_memory, writer.partial if writer is not None else None)
@@ -272,7 +285,7 @@ def prune(
             recipe,
             walked.linears,
             clock.seconds,
-            peak_rss(),
+            max(peak_rss(), *peaks),
             windows.numel(),
             warnings=warnings,
             memory=memory,
@@ -305,22 +318,29 @@ def _identity(chain: Chain, recipe: Recipe, windows: Tensor) -> dict[str, Any]:
     }
 
 
-def _finished(
-    writer: CheckpointWriter, chain: Chain, clock: PhaseClock, progress: ProgressCallback
-) -> list[FinishedBlock]:
-    """The first blocks that an earlier process wrote, each verified; what it spent on them counts."""
-    found: list[FinishedBlock] = []
+def _finished(writer: CheckpointWriter, chain: Chain, progress: ProgressCallback) -> list[dict[str, Any]]:
+    """What is recorded of the first blocks, which an earlier process wrote; each is verified."""
+    found: list[dict[str, Any]] = []
     for index in range(len(chain)):
         progress(Progress("verify", index, len(chain), "checking what an earlier run has written"))
         facts = writer.finished(index)
         if facts is None:
             break
-        clock.add(facts["seconds"])
-        results = [LinearResult.from_dict(values) for values in facts["linears"]]
-        found.append(FinishedBlock(CheckpointReader(writer.partial, [writer.path(index)]), results))
+        found.append(facts)
     if found:
         progress(Progress(NOTE, 1, 1, f"going on with an unfinished run: {len(found)} of {len(chain)} blocks are done"))
     return found
+
+
+def _other_versions(records: list[dict[str, Any]]) -> list[str]:
+    """What to say where other libraries pruned the first blocks: the bits may be others than those of one run."""
+    here = versions()
+    for index, facts in reversed(list(enumerate(records))):
+        other = {name: version for name, version in facts["versions"].items() if here.get(name) != version}
+        if other:
+            then, now = (", ".join(f"{name} {known.get(name)}" for name in other) for known in (other, here))
+            return [f"blocks up to {index + 1} were pruned with {then}, those after them with {now}"]
+    return []
 
 
 def evaluate(

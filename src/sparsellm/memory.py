@@ -13,7 +13,7 @@ from sparsellm.chain import Chain
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.registry import Workspace
 from sparsellm.sizes import parse_bytes
-from sparsellm.statistics.gram import CHUNK_ELEMENTS
+from sparsellm.statistics.gram import CHUNK_ELEMENTS, REMEMBERED_BYTES
 
 DEFAULT_SHARE = 0.8  # of the memory that is free now: the rest is for the page cache and for others
 SLACK = 0.05  # of the budget, which hidden states leave free: a prediction is not exact
@@ -153,7 +153,9 @@ def working_bytes(chain: Chain, samples: int, seq_len: int, batch_tokens: int, w
         optimised = int(workspace.blocks * 4 * elements)
         for position, linear in enumerate(linears):
             solved = int(workspace.weights * 4 * linear.in_features * linear.out_features)
-            held = int(workspace.grams * squares[position]) + sum(squares[position + 1 :]) if workspace.grams else 0
+            square = squares[position]
+            remembered = min(workspace.remembered * square, max(REMEMBERED_BYTES, square))
+            held = int(workspace.grams * square) + remembered + sum(squares[position + 1 :]) if workspace.grams else 0
             moments["solving"] = max(moments["solving"], loaded + max(solved + held, optimised + activations))
         if index == 0:
             outer = computing * chain.outer_elements(head=False) if chain.weights is not None else 0

@@ -40,12 +40,15 @@ class Workspace:
     Attributes:
         weights: fp32 copies of the weight that is solved.
         grams: matrices as large as the Gram matrix of its inputs, that matrix included.
+        remembered: factorisations that it keeps for other linears with the same inputs; they are bounded, see
+            :meth:`sparsellm.statistics.Gram.remember`.
         blocks: fp32 copies of the whole block, such as gradients and moments of an optimiser.
         streams: batches of hidden states as many as the calibration has, such as targets.
     """
 
     weights: float = 8.0
     grams: float = 4.0
+    remembered: int = 0
     blocks: float = 0.0
     streams: int = 0
 

@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsellm.patterns import Pattern, Scope
+from sparsellm.registry import Workspace
 from sparsellm.solvers.base import SOLVERS, Solution, check, solution
 from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
@@ -36,7 +37,7 @@ PREDICTION_RIDGE = 0.1  # of predicting an input by the others; anything from 0.
 RHO_STEPS = 5  # each needs an inverse
 
 
-@SOLVERS.register("admm", paper="arXiv 2406.07831")
+@SOLVERS.register("admm", paper="arXiv 2406.07831", workspace=Workspace(weights=15.5, grams=4, remembered=5))
 def admm(
     weight: Tensor,
     gram: Gram,

@@ -25,7 +25,7 @@ from sparsellm.statistics import Gram
 LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough for the rest to be worth a product
 
 
-@SOLVERS.register("sparsegpt", paper="arXiv 2301.00774", workspace=Workspace(weights=5.5, grams=2.75))
+@SOLVERS.register("sparsegpt", paper="arXiv 2301.00774", workspace=Workspace(weights=5.5, grams=1.5, remembered=1))
 def sparsegpt(
     weight: Tensor,
     gram: Gram,
