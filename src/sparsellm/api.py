@@ -32,7 +32,8 @@ from sparsellm.methods import METHODS, LinearResult
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.refine.sweep import Pass, Sweep, sweep
+from sparsellm.refine.sweep import Pass, Sweep, check_sweepable, sweep
+from sparsellm.registry import Needs
 from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.resume import unfinished
@@ -141,7 +142,7 @@ def prune(
         recipe: what to do; ``Recipe()`` if None.
         out: the directory of the pruned checkpoint.
         calibration: a text source in place of the recipe's, or token ids ``(samples, seq)``.
-        tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
+        tokenizer: needed only for a model given as an object; not at all if ``calibration`` is token ids.
         overwrite: replace the checkpoint in ``out``.
         restart: begin anew where an unfinished run into ``out`` has left something.
         trust_remote_code: run modelling code that comes with the checkpoint.
@@ -169,12 +170,18 @@ def prune(
             raise SparseLLMError(f"--out {out} is the model itself; name another directory")
         if directory is not None and out is None and is_packed(read_config(directory)):
             raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
-        tokenizer = tokenizer or (load_tokenizer(directory) if directory is not None else None)
+        if tokenizer is None and directory is not None and not isinstance(calibration, Tensor):
+            tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         chain, memory_model = _open(model, directory, recipe, device, in_memory=out is None, trust=trust_remote_code)
         needs = method.needs_of(options)
         patterns = plan(chain, recipe)
+        if not any(pattern.sparsity for pattern in patterns.values()):
+            needs = Needs()  # nothing is lost, so nothing is to be made up for
+        if needs.passes:
+            check_sweepable(chain)
+        need_bytes = _checkpoint_bytes(chain) * (2 if needs.passes else 1)  # the walk's blocks stay until the end
         if out is not None:
-            check_out(out, overwrite=overwrite, need_bytes=_checkpoint_bytes(chain))
+            check_out(out, overwrite=overwrite, need_bytes=need_bytes)
     with clock.phase("calibration"):
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
         windows = _windows(chain, recipe, calibration, tokenizer, directory, progress)
@@ -195,15 +202,16 @@ def prune(
         writer: CheckpointWriter | None = None
         finished: list[FinishedBlock] = []
         peaks = [0]
+        identity = _identity(chain, recipe, windows)  # of the model before it is pruned, which may be in place
         if out is not None:
             writer = held.enter_context(
                 CheckpointWriter(
                     out,
                     shards=len(chain) + 1,
-                    identity=_identity(chain, recipe, windows),
+                    identity=identity,
                     overwrite=overwrite,
                     restart=restart,
-                    need_bytes=_checkpoint_bytes(chain) + memory.hidden_on_disk,
+                    need_bytes=need_bytes + memory.hidden_on_disk,
                 )
             )
             records = _finished(writer, chain, progress)
@@ -253,11 +261,10 @@ def prune(
                     CheckpointWriter(
                         walk_writer.out,
                         shards=len(chain) + 1,
-                        identity=_identity(chain, recipe, windows),
+                        identity=identity,
                         overwrite=overwrite,
-                        restart=True,
                         need_bytes=_checkpoint_bytes(chain),
-                        stage=".swept",
+                        follows=walk_writer,
                     )
                 )
             with clock.phase("sweep"):
@@ -266,7 +273,6 @@ def prune(
                     windows,
                     walked.dense.hidden,
                     Sweep(needs.passes, needs.learning_rate),
-                    pruned={f"{name}.weight" for name in patterns},
                     blocks=_readers(walk_writer, chain) if walk_writer is not None else None,
                     batch_tokens=recipe.batch_tokens,
                     scratch=scratch,
@@ -298,8 +304,6 @@ def prune(
             writer.write_text("recipe.yaml", recipe.to_yaml())
             writer.write_json("pruning.json", result.to_dict())
             writer.finish()
-            if walk_writer is not writer and walk_writer is not None:
-                walk_writer.discard()
     return result
 
 
@@ -379,7 +383,8 @@ def evaluate(
     else:
         seq_len = seq_len or default_seq_len(chain)
         check_seq_len(chain.config, seq_len)
-        tokenizer = tokenizer or (load_tokenizer(directory) if directory is not None else None)
+        if tokenizer is None and directory is not None:
+            tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         if tokenizer is None:
             raise DataError("a model given as an object needs tokenizer=..., or token ids in place of a text")
         windows = evaluation_windows(text, tokenizer, seq_len, max_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,23 @@ from torch import Tensor
 
 from sparsellm.chain import Call, Chain
 from sparsellm.storage.scratch import Scratch, TensorStore
+
+PIECE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some whole windows of one batch, about :data:`PIECE_TOKENS` tokens: what a step of an optimiser runs on.
+
+    Attributes:
+        batch: the number of the batch.
+        rows: which windows of it.
+        calls: the arguments of every block for these windows alone; a mask may have a row for each.
+    """
+
+    batch: int
+    rows: slice
+    calls: list[Call]
 
 
 class Stream:
@@ -25,6 +43,7 @@ class Stream:
 
     Attributes:
         hidden: batches ``(batch, seq, hidden)``, in memory or on disk: reading one may read a file, so read it once.
+        pieces: the batches in smaller parts, in order.
     """
 
     def __init__(
@@ -41,11 +60,19 @@ class Stream:
         self._scratch = scratch or Scratch()
         self.hidden = self.store()
         self._calls: list[list[Call]] = []
+        self.pieces: list[Piece] = []
+        rows = max(1, round(PIECE_TOKENS / windows.shape[1]))
         share = _Interning()
         for start in range(0, len(windows), size):
-            hidden, calls = chain.start(windows[start : start + size])
+            batch = windows[start : start + size]
+            hidden, calls = chain.start(batch)
             self.hidden.append(hidden)
             self._calls.append([share.call(call) for call in calls])
+            for first in range(0, len(batch), rows):
+                part = slice(first, first + rows)
+                # Captured again, not cut: which dimension of an argument counts windows is the model's own affair.
+                own = self._calls[-1] if rows >= len(batch) else [share.call(c) for c in chain.start(batch[part])[1]]
+                self.pieces.append(Piece(len(self._calls) - 1, part, own))
             if progress is not None:
                 progress(min(start + size, len(windows)), len(windows))
 

@@ -140,6 +140,10 @@ class Chain:
         values = {name: self._value(name) for name in self._names_of(index)}
         return {name: v for name, v in values.items() if isinstance(v, nn.Parameter) and v.is_floating_point()}
 
+    def written_dtypes(self, index: int) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+        """For each of :meth:`block_parameters`, the dtype it runs in and the one it is written in."""
+        return {name: (p.dtype, self._stored_dtype(name)) for name, p in self.block_parameters(index).items()}
+
     def is_shared(self, name: str) -> bool:
         """Whether a parameter stands in several places: in two blocks, or in a block and the embedding."""
         return name in self._canonical

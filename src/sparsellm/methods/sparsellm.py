@@ -22,13 +22,18 @@ from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, watch
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, prune_feed_forward, split
+from sparsellm.errors import ModelError
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.refine.reconstruct import reconstruct
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
+from sparsellm.storage.scratch import TensorStore
 
+EFFORT = 1
+SOLVER = "admm"
 SWEEP_RATE = 0.003
+ROUNDING = 1e-2  # of half precision, in sums of what a block's linears give
 
 
 @dataclass
@@ -51,7 +56,8 @@ EFFORTS = (Effort(0, 0), Effort(0, 2), Effort(64, 4), Effort(128, 12))
 
 
 def _needs(options: dict[str, Any]) -> Needs:
-    effort = EFFORTS[options.get("effort", 1)]
+    SOLVERS[options.get("solver", SOLVER)]  # an unknown one is refused before the work
+    effort = EFFORTS[options.get("effort", EFFORT)]
     passes = options.get("passes")
     passes = effort.passes if passes is None else passes
     two = passes > 0 or any(options.get(name, 0.0) > 0 for name in ("blend", "residual", "refine_blend"))
@@ -67,8 +73,8 @@ def _needs(options: dict[str, Any]) -> Needs:
 def sparsellm(
     task: BlockTask,
     *,
-    effort: Annotated[int, Field(ge=0, le=3), "time to spend: 0 solves only, 3 refines longest"] = 1,
-    solver: Annotated[str, "the local solver inside"] = "admm",
+    effort: Annotated[int, Field(ge=0, le=3), "time to spend: 0 solves only, 3 refines longest"] = EFFORT,
+    solver: Annotated[str, "the local solver inside"] = SOLVER,
     refit: Annotated[bool, "fit the last linear of each sublayer to the dense sublayer's output"] = True,
     refit_damping: Annotated[float, Field(ge=0), "ridge of that fit towards the dense weight"] = 0.1,
     blend: Annotated[
@@ -79,12 +85,14 @@ def sparsellm(
         float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
     ] = 1.5,
     iterations: Annotated[int, Field(ge=0), "alternations of the feed-forward unit's auxiliary variables"] = 0,
-    steps: Annotated[int | None, "steps of Adam on the kept weights of each block; null: by effort"] = None,
+    steps: Annotated[
+        int | None, Field(ge=0), "steps of Adam on the kept weights of each block; null: by effort"
+    ] = None,
     learning_rate: Annotated[float, Field(gt=0), "of those, relative to the weights' root mean square"] = 0.003,
     refine_blend: Annotated[
         float, Field(ge=0, le=1), "how far their targets are the dense model's hidden states"
     ] = 0.0,
-    passes: Annotated[int | None, "sweeps of the whole model at the end; null: by effort"] = None,
+    passes: Annotated[int | None, Field(ge=0), "sweeps of the whole model at the end; null: by effort"] = None,
     sweep_rate: Annotated[float, Field(gt=0), "learning rate of the sweeps"] = SWEEP_RATE,
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
@@ -94,15 +102,20 @@ def sparsellm(
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
     with contextlib.ExitStack() as held:
         outputs = None
-        if steps or residual:
+        if steps:
             outputs = held.enter_context(task.stream.store())
             with task.clock.phase("prune/targets"):
                 for position, leaving in enumerate(task.stream.run(task.index)):
                     if refine_blend and task.dense is not None:
                         leaving = leaving.lerp(task.dense.leaving[position], refine_blend)
                     outputs.append(leaving)
-        sublayers = _sublayers(_groups(task), task.stream.hidden[0].shape[-1])
-        pull = _dense_targets(task, sublayers, blend, residual) if blend or residual else {}
+        width = task.stream.hidden[0].shape[-1]
+        sublayers = _sublayers(_groups(task, task.linears), width)
+        pull = {}
+        if blend or residual:
+            writers = [writer for sublayer in sublayers if (writer := _writer(sublayer, width)) is not None]
+            with task.clock.phase("prune/targets"):
+                pull = _dense_targets(task, writers, blend, residual, held.enter_context)
         units = {unit.down.name: unit for unit in find_units(task)} if iterations else {}
         for sublayer in sublayers:
             unit = units.get(sublayer[-1][0].name)
@@ -110,7 +123,8 @@ def sparsellm(
                 with task.clock.phase("prune/variables"):
                     prune_unit(task, unit, weights, SOLVERS[solver].function, iterations)
             else:
-                _prune_in_order(task, sublayer, weights, SOLVERS[solver].function, refit, refit_damping, pull)
+                writer = _writer(sublayer, width) if refit else None
+                _prune_in_order(task, sublayer, writer, weights, SOLVERS[solver].function, refit_damping, pull)
         if steps:
             assert outputs is not None
             task.report("refine")
@@ -124,75 +138,110 @@ class _Pull:
     """What the dense model's own stream adds to a writer's target, batch by batch: ``blend (T_dense - T) + shift``."""
 
     blend: float
-    dense: list[Tensor]  # what the writer gives in the dense model
-    shift: list[Tensor] | None  # the error of the residual stream that the writer adds to, times its coefficient
+    dense: TensorStore  # what the writer gives in the dense model
+    residual: float
+    error: TensorStore | None  # dense minus pruned, of the residual stream that the writer adds to
 
     def on(self, target: Tensor, position: int) -> Tensor:
         moved = target.lerp(self.dense[position], self.blend) if self.blend else target
-        return moved if self.shift is None else moved + self.shift[position]
+        if self.error is None:
+            return moved
+        return moved.add(self.error[position].reshape(moved.shape), alpha=self.residual)
 
 
 def _dense_targets(
-    task: BlockTask, sublayers: list[list[list[LinearView]]], blend: float, residual: float
+    task: BlockTask, writers: list[LinearView], blend: float, residual: float, held: Callable[[TensorStore], Any]
 ) -> dict[str, _Pull]:
-    """For each writer, what the dense model gives there on its own hidden states; the block is still dense."""
+    """For each writer, what the dense model gives there on its own hidden states; the block is still dense.
+
+    Raises:
+        ModelError: ``residual`` is not 0, and the block is not its input plus what its writers give.
+    """
     assert task.dense is not None
-    writers = [sublayer[-1][0] for sublayer in sublayers if len(sublayer) > 1]
-    seen: dict[str, list[Tensor]] = {writer.name: [] for writer in writers}
-    own: dict[str, list[Tensor]] = {writer.name: [] for writer in writers}
-
-    def record(into: dict[str, list[Tensor]]) -> Callable[[LinearView, Tensor, Tensor], None]:
-        return lambda linear, entering, leaving: into[linear.name].append(leaving.detach())
-
-    calls, index = task.stream.calls(task.index), task.index
-    with watch(writers, record(seen)):
-        for position, hidden in enumerate(task.dense.entering):
-            task.stream.chain.run(index, hidden, calls[position])
-    shifts: dict[str, list[Tensor] | None] = {writer.name: None for writer in writers}
-    if residual:
-        errors = [d - p for d, p in zip(task.dense.entering, task.stream.hidden, strict=True)]
-        with watch(writers, record(own)):
-            leaving = list(task.stream.run(index))
+    chain, index, calls = task.stream.chain, task.index, task.stream.calls(task.index)
+    dense: dict[str, TensorStore] = {writer.name: task.stream.store() for writer in writers}
+    errors: dict[str, TensorStore] = {writer.name: task.stream.store() for writer in writers}
+    for store in (*dense.values(), *errors.values()):
+        held(store)
+    adding = writers
+    if residual:  # also those that are left out of the pruning
+        every = _sublayers(_groups(task, chain.linears(index)), task.stream.hidden[0].shape[-1])
+        adding = [writer for s in every if (writer := _writer(s, task.stream.hidden[0].shape[-1])) is not None]
+    for position, (entering, pruned) in enumerate(zip(task.dense.entering, task.stream.hidden, strict=True)):
+        there = _outputs(adding, lambda hidden=entering, call=calls[position]: chain.run(index, hidden, call))
         for writer in writers:
-            if writer is writers[-1]:  # beside what the last writer adds, the stream holds the rest of the block
-                errors = [
-                    (task.dense.leaving[i] - seen[writer.name][i]) - (leaving[i] - own[writer.name][i])
-                    for i in range(len(leaving))
-                ]
-            shifts[writer.name] = [residual * error for error in errors]
-    return {writer.name: _Pull(blend, seen[writer.name], shifts[writer.name]) for writer in writers}
+            dense[writer.name].append(there[writer.name])
+        if not residual:
+            continue
+        here = _outputs(adding, lambda hidden=pruned, call=calls[position]: chain.run(index, hidden, call))
+        error = entering - pruned
+        for writer in adding:
+            if writer.name in errors:
+                errors[writer.name].append(error)
+            error = error + (there[writer.name] - here[writer.name]).reshape(error.shape)
+        if position == 0:
+            _require_sum(entering, there, task.dense.leaving[position], chain.block_names[index])
+    return {w.name: _Pull(blend, dense[w.name], residual, errors[w.name] if residual else None) for w in writers}
+
+
+def _outputs(linears: list[LinearView], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """What each of the linears gives in one run, by name."""
+    seen: dict[str, Tensor] = {}
+    with watch(linears, lambda linear, entering, leaving: seen.update({linear.name: leaving.detach().clone()})):
+        run()
+    return seen
+
+
+def _require_sum(entering: Tensor, outputs: dict[str, Tensor], leaving: Tensor, block: str) -> None:
+    total = entering.float()
+    for output in outputs.values():
+        total = total + output.float().reshape(total.shape)
+    missed = (leaving.float() - total).norm() / (leaving.float() - entering.float()).norm().clamp(min=1e-30)
+    if not missed <= ROUNDING:
+        raise ModelError(
+            f"{block} is not its input plus what its last linears give (off by {float(missed):.1%}): "
+            "the residual stream's error is not known there; set residual=0"
+        )
 
 
 def _sublayers(groups: list[list[LinearView]], width: int) -> list[list[list[LinearView]]]:
-    """The groups cut after each writer: a linear alone on its input that gives vectors of the stream's width."""
+    """The groups cut after each writer."""
     sublayers: list[list[list[LinearView]]] = [[]]
     for group in groups:
         sublayers[-1].append(group)
-        if len(group) == 1 and group[0].out_features == width and len(sublayers[-1]) > 1:
+        if _writer(sublayers[-1], width) is not None:
             sublayers.append([])
     return [sublayer for sublayer in sublayers if sublayer]
+
+
+def _writer(sublayer: list[list[LinearView]], width: int) -> LinearView | None:
+    """The linear that writes into the residual stream: last, after others, alone on its input, as wide as the stream.
+
+    A sublayer has none where that linear is not to be pruned, and where it is its only one.
+    """
+    last = sublayer[-1]
+    return last[0] if len(sublayer) > 1 and len(last) == 1 and last[0].out_features == width else None
 
 
 def _prune_in_order(
     task: BlockTask,
     sublayer: list[list[LinearView]],
+    writer: LinearView | None,
     weights: list[Tensor] | None,
     solver: Solver,
-    refit: bool,
     damping: float,
     pull: dict[str, _Pull],
 ) -> None:
-    writer = sublayer[-1][0]
-    targets: dict[str, list[Tensor]] = {}
-    for position, group in enumerate(sublayer):
-        task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
-        recorded = [writer] if refit and position == 0 and len(sublayer) > 1 else []
-        target = targets.pop(writer.name, None) if group[0] is writer else None
-        if target is not None and writer.name in pull:
-            target = [pull[writer.name].on(batch, i) for i, batch in enumerate(target)]
-        moments = _moments(task, group[0], weights, target, recorded, targets)
-        for linear in group:
-            _solve(task, solver, linear, moments, damping)
+    """One group after the other; the writer, where there is one, is fitted to what it gave before the first."""
+    with task.stream.store() as target:
+        for position, group in enumerate(sublayer):
+            task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
+            recorded = writer if position == 0 else None
+            fitted = group[0] is writer
+            moved = pull.get(group[0].name) if fitted else None
+            moments = _moments(task, group[0], weights, target, moved, recorded=recorded, fitted=fitted)
+            for linear in group:
+                _solve(task, solver, linear, moments, damping)
 
 
 def prune_unit(
@@ -283,14 +332,14 @@ def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
     return [(limit / norm.clamp(min=1e-30)).square().clamp(max=1.0) for norm in norms]
 
 
-def _groups(task: BlockTask) -> list[list[LinearView]]:
+def _groups(task: BlockTask, linears: list[LinearView]) -> list[list[LinearView]]:
     """The groups of linears that share an input, from one batch."""
     grouping = InputGroups()
 
     def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         grouping.add(linear, entering)
 
-    with watch(task.linears, see):
+    with watch(linears, see):
         task.stream.run_batch(task.index, 0)
     return grouping.groups
 
@@ -299,28 +348,31 @@ def _moments(
     task: BlockTask,
     head: LinearView,
     weights: list[Tensor] | None,
-    target: list[Tensor] | None,
-    recorded: list[LinearView],
-    targets: dict[str, list[Tensor]],
+    target: TensorStore,
+    pull: _Pull | None,
+    *,
+    recorded: LinearView | None,
+    fitted: bool,
 ) -> _Moments:
-    """One pass: moments of the input of ``head``, and what the ``recorded`` linears give, kept as ``targets``."""
+    """One pass: moments of the input of ``head``; what ``recorded`` gives goes into ``target``, or the cross moment
+    with ``target``, moved by ``pull``, comes out of it."""
     device = task.stream.chain.device
     gram = GramAccumulator(head.in_features, device)
-    cross = CrossAccumulator(head.out_features, head.in_features, device) if target is not None else None
+    cross = CrossAccumulator(head.out_features, head.in_features, device) if fitted else None
     position = 0
 
     def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         if linear is head:
             token_weights = weights[position] if weights is not None else None
             gram.update(entering, token_weights)
-            if cross is not None and target is not None:
-                wanted = target[position]
+            if cross is not None:
+                wanted = target[position] if pull is None else pull.on(target[position], position)
                 bias = linear.bias
                 cross.update(wanted if bias is None else wanted - bias, entering, token_weights)
-        if linear in recorded:
-            targets.setdefault(linear.name, []).append(leaving.detach())
+        if linear is recorded:
+            target.append(leaving.detach().clone())  # what runs later may work in place
 
-    with task.clock.phase("prune/statistics"), watch([head, *(x for x in recorded if x is not head)], see):
+    with task.clock.phase("prune/statistics"), watch([head, *([recorded] if recorded is not None else [])], see):
         for position in range(len(task.stream)):  # the hook reads where the pass is
             task.stream.run_batch(task.index, position)
     return _Moments(gram.finish(), cross.finish() if cross is not None else None)

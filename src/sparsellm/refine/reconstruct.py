@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.chain.products import bf16_products
-from sparsellm.refine.training import Adam, Shuffled, held_out_of, running_on, schedule, slices, trained_elements
+from sparsellm.refine.training import (
+    Adam,
+    Float32Calls,
+    Shuffled,
+    as_written,
+    held_out_of,
+    running_on,
+    schedule,
+    trained_elements,
+)
+from sparsellm.streams import Piece
 
 if TYPE_CHECKING:
     from sparsellm.methods.base import BlockTask
@@ -26,10 +36,10 @@ def reconstruct(
     learning_rate: float,
     held_out: float = 0.125,
 ) -> list[dict[str, float]]:
-    """Adam on everything in the block that may change; zeros of the pruned linears stay exactly zero.
+    """Adam on everything in the block that may change; zeros of linears stay exactly zero.
 
-    It works on fp32 copies. Some windows are held out; of the state at the start and those at four moments of the run
-    the best on them is what the block gets, so it never gets worse by that measure.
+    It works on fp32 copies. Some windows are held out; of the state at the start and those at four moments of the run,
+    each rounded as it will be written, the best on them is what the block gets: by that measure it never gets worse.
 
     Args:
         task: the pruned block, with the hidden states that enter it.
@@ -43,32 +53,33 @@ def reconstruct(
         A record for each look: step, error on the held-out windows ‖out − target‖² / ‖target − in‖², weighted.
     """
     chain, index, hidden = task.stream.chain, task.index, task.stream.hidden
-    calls = [call.to(torch.float32) for call in task.stream.calls(index)]
-    own = chain.block_parameters(index)
+    in_fp32 = Float32Calls()
+    own, dtypes = chain.block_parameters(index), chain.written_dtypes(index)
     parameters = {
         name: nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=not chain.is_shared(name))
         for name, p in own.items()
     }
-    pruned = {linear.weight_name for linear in task.linears}
+    pruned = {linear.weight_name for linear in chain.linears(index)}  # one that is left out may have been pruned before
     state = torch.zeros(2, trained_elements(parameters), device=chain.device)
     adam = Adam(parameters, pruned, state)
-    every = slices(hidden)
-    train, held = held_out_of(every, held_out)
-    judges = [every[i] for i in sorted(held)] or every
+    train, judges = held_out_of(task.stream.pieces, held_out)
     order = Shuffled(len(train), seed=index)
 
-    def error(batch: int, rows: slice) -> tuple[Tensor, Tensor]:
-        entering, wanted = hidden[batch][rows].float(), targets[batch][rows].float()
-        call = calls[batch]
-        missed = (chain.apply(index, entering, call) - wanted).square().sum(-1)  # (rows, seq)
+    def error(piece: Piece) -> tuple[Tensor, Tensor]:
+        entering, wanted = (each[piece.batch][piece.rows].float() for each in (hidden, targets))
+        missed = (chain.apply(index, entering, in_fp32(piece.calls[index])) - wanted).square().sum(-1)  # (rows, seq)
         size = (wanted - entering).square().sum(-1)
         if weights is not None:
-            missed, size = missed * weights[batch][rows], size * weights[batch][rows]
+            missed, size = (each * weights[piece.batch][piece.rows] for each in (missed, size))
         return missed.sum(), size.sum()
+
+    def rounded() -> dict[str, nn.Parameter]:
+        return {name: nn.Parameter(as_written(p, dtypes[name]), requires_grad=False) for name, p in parameters.items()}
 
     @torch.no_grad()
     def judge() -> float:
-        sums = [torch.stack(error(*step)).double() for step in judges]
+        with running_on(chain, index, rounded()):
+            sums = [torch.stack(error(piece)).double() for piece in judges]
         missed, size = torch.stack(sums).sum(0).tolist()
         return float(missed / max(size, 1e-30))
 
@@ -78,7 +89,7 @@ def reconstruct(
         looks = {round(steps * (look + 1) / CHECKS) for look in range(CHECKS)}
         for step in range(steps):
             with torch.enable_grad():
-                missed, size = error(*train[next(order)])
+                missed, size = error(train[next(order)])
                 with bf16_products(chain.products_in_bf16):
                     (missed / size.clamp(min=1e-30)).backward()
             adam.step(learning_rate * schedule(step, steps), step + 1)
@@ -86,7 +97,7 @@ def reconstruct(
                 history.append({"step": float(step + 1), "held_out_error": judge()})
                 if history[-1]["held_out_error"] < least:
                     least = history[-1]["held_out_error"]
-                    best = {name: p.detach().clone() for name, p in parameters.items()}
+                    best = {name: p.detach().clone() for name, p in rounded().items()}
     if best is not None:
         with torch.no_grad():
             for name, parameter in own.items():

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsellm.chain import Call, Chain
+from sparsellm.chain import Chain
 from sparsellm.chain.products import bf16_products
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress, ProgressCallback
-from sparsellm.refine.training import Adam, Shuffled, held_out_of, running_on, schedule, slices
+from sparsellm.refine.training import Adam, Float32Calls, Shuffled, as_written, held_out_of, running_on, schedule
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
-from sparsellm.streams import Stream
+from sparsellm.streams import Piece, Stream
 
-HEAD_TOKENS = 256  # logits are (tokens, vocabulary), several times over
+HEAD_TOKENS = 256  # of all windows of a step together: logits are (tokens, vocabulary), several times over
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,18 @@ class Pass:
 class _Masters:
     """The fp32 parameters of every block, and Adam's moments, in a store: block i stands at 2i and 2i + 1."""
 
-    def __init__(self, chain: Chain, scratch: Scratch, pruned: set[str]) -> None:
-        self.chain, self.pruned = chain, pruned
+    def __init__(self, chain: Chain, scratch: Scratch) -> None:
+        self.chain = chain
+        self.pruned: set[str] = set()
         self.store = scratch.store(chain.device)
         self.shapes: list[dict[str, torch.Size]] = []
+        self._dtypes: list[dict[str, tuple[torch.dtype, torch.dtype]]] = []
 
     def add(self, index: int) -> None:
         own = self.chain.block_parameters(index)
-        shared = next((name for name in own if self.chain.is_shared(name)), None)
-        if shared is not None:
-            raise ModelError(
-                f"{shared} stands in several places of the model, which a sweep cannot train; set passes=0"
-            )
+        self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
         self.shapes.append({name: p.shape for name, p in own.items()})
+        self._dtypes.append(self.chain.written_dtypes(index))
         flat = torch.cat([p.detach().float().flatten() for p in own.values()])
         self.store.append(flat)
         self.store.append(torch.zeros(2, len(flat), device=flat.device))
@@ -80,6 +79,25 @@ class _Masters:
             position += shape.numel()
         return found
 
+    def written(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
+        """The same as they would be read again if they were written now."""
+        dtypes = self._dtypes[index]
+        return {n: nn.Parameter(as_written(p, dtypes[n])) for n, p in self.parameters(flat, index).items()}
+
+
+def check_sweepable(chain: Chain) -> None:
+    """Refuses a model that no sweep can train; nothing need be loaded.
+
+    Raises:
+        ModelError: a weight stands in two blocks, or in a block and outside.
+    """
+    for index in range(len(chain)):
+        shared = next((name for name in chain.block_parameters(index) if chain.is_shared(name)), None)
+        if shared is not None:
+            raise ModelError(
+                f"{shared} stands in several places of the model, which a sweep cannot train; set passes=0"
+            )
+
 
 @torch.no_grad()
 def sweep(
@@ -88,7 +106,6 @@ def sweep(
     dense: Sequence[Tensor],
     settings: Sweep,
     *,
-    pruned: set[str],
     blocks: Sequence[CheckpointReader] | None,
     batch_tokens: int,
     scratch: Scratch,
@@ -98,8 +115,8 @@ def sweep(
 ) -> list[Pass]:
     """Fits the kept weights, biases and norms of all blocks to the dense model's predictions; zeros stay zero.
 
-    The state with the least divergence on held-out windows is kept, which may be the one at the start. The loss is
-    ``KL(dense ‖ pruned)``, in its mean over tokens.
+    The state with the least divergence on held-out windows is kept, which may be the one at the start; states are
+    judged as they will be written, rounded. The loss is ``KL(dense ‖ pruned)``, in its mean over tokens.
 
     Args:
         chain: the pruned model.
@@ -107,7 +124,6 @@ def sweep(
         dense: what leaves the dense model's last block, batches ``(batch, seq, hidden)``, in batches of
             ``batch_tokens``.
         settings: how long and how fast.
-        pruned: names of the weights whose zeros must stay.
         blocks: where each pruned block stands, or None for a chain that holds its weights.
         batch_tokens: as of the walk.
         scratch: room for the parameters of all blocks.
@@ -119,7 +135,8 @@ def sweep(
         NumericalError: the divergence is not finite at the start.
         ModelError: blocks share weights.
     """
-    masters = _Masters(chain, scratch, pruned)
+    check_sweepable(chain)
+    masters = _Masters(chain, scratch)
     for index in range(len(chain)):
         _load(chain, index, blocks)
         masters.add(index)
@@ -129,14 +146,12 @@ def sweep(
     stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch)
     chain.release_block(0)
     run = _Run(chain, stream, windows, dense, masters)
-    every = slices(stream.hidden)
-    train, held = held_out_of(every, settings.held_out)
-    judges = [every[i] for i in sorted(held)] or every
+    train, judges = held_out_of(stream.pieces, settings.held_out)
     steps = settings.passes * len(train)
     order = Shuffled(len(train), seed)
 
     def judge() -> float:
-        return sum(run.divergence(*step) for step in judges) / len(judges)
+        return sum(run.divergence(piece) for piece in judges) / sum(run.tokens(piece) for piece in judges)
 
     history = [Pass(0, judge(), None)]
     if not torch.isfinite(torch.tensor(history[0].held_out)):
@@ -149,9 +164,9 @@ def sweep(
             progress(
                 Progress("sweep", done, steps, f"sweep {number + 1}/{settings.passes} · KL {history[-1].held_out:.3f}")
             )
-            total += run.step(*train[next(order)], settings.learning_rate * schedule(done, steps), done + 1)
+            total += run.step(train[next(order)], settings.learning_rate * schedule(done, steps), done + 1)
             done += 1
-        history.append(Pass(number + 1, judge(), total / len(train)))
+        history.append(Pass(number + 1, judge(), total / sum(run.tokens(piece) for piece in train)))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
             best = best or scratch.store()
             for index in range(len(chain)):
@@ -192,25 +207,31 @@ class _Run:
         for batch in dense:
             self.starts.append(self.starts[-1] + len(batch))
         self.windows = windows
-        self.calls: list[list[Call]] = [
-            [call.to(torch.float32) for call in stream.calls(index)] for index in range(len(chain))
-        ]
+        self._in_fp32 = Float32Calls()
 
-    def divergence(self, batch: int, rows: slice) -> float:
-        entering = self._forward(batch, rows)
-        return self._end(entering[-1], batch, rows, gradient=False)[0]
+    def ids(self, piece: Piece) -> Tensor:
+        """Token ids ``(windows, seq)``."""
+        start = self.starts[piece.batch]
+        return self.windows[start : self.starts[piece.batch + 1]][piece.rows]
 
-    def step(self, batch: int, rows: slice, rate: float, number: int) -> float:
-        """One step of Adam on every block; returns the divergence before it."""
-        entering = self._forward(batch, rows)
-        loss, gradient = self._end(entering.pop(), batch, rows, gradient=True)
+    def tokens(self, piece: Piece) -> int:
+        return self.ids(piece).numel()
+
+    def divergence(self, piece: Piece) -> float:
+        """Summed over the tokens, of the weights as they would be written now."""
+        return self._end(self._forward(piece, written=True)[-1], piece, gradient=False)[0]
+
+    def step(self, piece: Piece, rate: float, number: int) -> float:
+        """One step of Adam on every block; returns the divergence before it, summed over the tokens."""
+        entering = self._forward(piece, written=False)
+        loss, gradient = self._end(entering.pop(), piece, gradient=True)
         for index in reversed(range(len(self.chain))):
             flat, state = self.masters.store[2 * index], self.masters.store[2 * index + 1]
             parameters = self.masters.parameters(flat, index)
             hidden = entering.pop()
             with running_on(self.chain, index, parameters), torch.enable_grad():
                 hidden.requires_grad_(True)
-                leaving = self.chain.apply(index, hidden, self.calls[index][batch])
+                leaving = self.chain.apply(index, hidden, self._in_fp32(piece.calls[index]))
                 with bf16_products(self.chain.products_in_bf16):
                     leaving.backward(gradient)
             assert hidden.grad is not None
@@ -220,35 +241,31 @@ class _Run:
             self.masters.store[2 * index + 1] = state
         return loss
 
-    def _forward(self, batch: int, rows: slice) -> list[Tensor]:
+    def _forward(self, piece: Piece, *, written: bool) -> list[Tensor]:
         """What enters every block, and what leaves the last."""
-        hidden = [self.stream.hidden[batch][rows].float()]
+        hidden = [self.stream.hidden[piece.batch][piece.rows].float()]
         for index in range(len(self.chain)):
-            parameters = self.masters.parameters(self.masters.store[2 * index], index)
+            flat = self.masters.store[2 * index]
+            parameters = self.masters.written(flat, index) if written else self.masters.parameters(flat, index)
             with running_on(self.chain, index, parameters):
-                hidden.append(self.chain.run(index, hidden[-1], self.calls[index][batch]))
+                hidden.append(self.chain.run(index, hidden[-1], self._in_fp32(piece.calls[index])))
         return hidden
 
-    def _end(self, hidden: Tensor, batch: int, rows: slice, *, gradient: bool) -> tuple[float, Tensor]:
-        """The mean divergence, and its gradient in what left the last block."""
-        start = self.starts[batch]
-        ids = self.windows[start : start + len(self.dense[batch])][rows]
-        wanted = self.dense[batch][rows]
-        tokens = ids.numel()
+    def _end(self, hidden: Tensor, piece: Piece, *, gradient: bool) -> tuple[float, Tensor]:
+        """The divergence summed over the tokens, and the gradient of its mean in what left the last block."""
+        ids, wanted = self.ids(piece), self.dense[piece.batch][piece.rows]
         total, parts = 0.0, []
-        for first in range(0, ids.shape[1], HEAD_TOKENS):
-            span = slice(first, first + HEAD_TOKENS)
+        step = max(1, HEAD_TOKENS // len(ids))
+        for first in range(0, ids.shape[1], step):
+            span = slice(first, first + step)
             target = functional.log_softmax(self.chain.finish(wanted[:, span], ids[:, span]).float(), -1)
             part = hidden[:, span].detach()
             with torch.set_grad_enabled(gradient):
                 part = part.requires_grad_(gradient)
                 logits = self.chain.logits(part.to(self.chain.dtype), ids[:, span]).float()
-                loss = (
-                    functional.kl_div(functional.log_softmax(logits, -1), target, log_target=True, reduction="sum")
-                    / tokens
-                )
+                loss = functional.kl_div(functional.log_softmax(logits, -1), target, log_target=True, reduction="sum")
                 if gradient:
                     with bf16_products(self.chain.products_in_bf16):
-                        parts.append(torch.autograd.grad(loss, part)[0])
+                        parts.append(torch.autograd.grad(loss / ids.numel(), part)[0])
             total += float(loss)
         return total, torch.cat(parts, dim=1) if gradient else hidden

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sparsellm.chain import Chain
+from sparsellm.chain import Call, Chain
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
-TOKENS_PER_STEP = 2048
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -63,7 +65,7 @@ class Adam:
             if parameter.grad is None:
                 continue
             if name in self._pruned:
-                parameter.grad.mul_(parameter != 0)
+                parameter.grad.masked_fill_(parameter == 0, 0.0)  # and not times 0: a gradient may be infinite
             size = float(parameter.norm()) / parameter.numel() ** 0.5
             groups.append({"params": [parameter], "lr": rate * max(size, EPSILON)})
             before = torch.tensor(number - 1.0, device=parameter.device)
@@ -89,22 +91,29 @@ def schedule(step: int, steps: int, warmup: float = 0.1) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def slices(hidden: Sequence[Tensor]) -> list[tuple[int, slice]]:
-    """Batches cut into steps of about :data:`TOKENS_PER_STEP` tokens of whole windows: (batch, rows)."""
-    found = []
-    for position, batch in enumerate(hidden):
-        rows = max(1, round(TOKENS_PER_STEP / batch.shape[1]))
-        found += [(position, slice(start, start + rows)) for start in range(0, len(batch), rows)]
-    return found
+def as_written(value: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
+    """The value that remains of an fp32 one when it is put in place and written; see ``Chain.written_dtypes``."""
+    return value.detach().to(dtypes[0]).to(dtypes[1]).to(value.dtype)
 
 
-def held_out_of(steps: list[tuple[int, slice]], fraction: float) -> tuple[list[tuple[int, slice]], set[int]]:
-    """(to train on, positions held out): spread evenly, none where there are fewer than four."""
-    count = round(len(steps) * fraction) if len(steps) >= 4 else 0
-    if len(steps) >= 4 and fraction > 0:
-        count = max(1, count)
+class Float32Calls:
+    """Calls in fp32; a call that stands for many batches or blocks is converted once."""
+
+    def __init__(self) -> None:
+        self._converted: dict[int, tuple[Call, Call]] = {}  # with the call itself, so that its id stays its own
+
+    def __call__(self, call: Call) -> Call:
+        if id(call) not in self._converted:
+            self._converted[id(call)] = call, call.to(torch.float32)
+        return self._converted[id(call)][1]
+
+
+def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
+    """(to train on, to judge by): a share spread evenly is held out; fewer than four are all trained on and judged."""
+    count = max(1, round(len(steps) * fraction)) if len(steps) >= 4 and fraction > 0 else 0
     held = {(2 * i + 1) * len(steps) // (2 * count) for i in range(count)}
-    return [step for i, step in enumerate(steps) if i not in held], held
+    judges = [step for i, step in enumerate(steps) if i in held]
+    return [step for i, step in enumerate(steps) if i not in held], judges or list(steps)
 
 
 class Shuffled:

@@ -90,6 +90,12 @@ class RunState:
             os.close(self._lock)
             self._lock = None
 
+    def discard(self) -> None:
+        """Removes the directory, the identity last."""
+        self._forget()
+        self.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def _forget(self) -> None:
         """Removes all but the identity, by which a process that is killed meanwhile finds the run again."""
         with explained(self.partial):
@@ -107,6 +113,12 @@ class RunState:
 def unfinished(partial: Path) -> bool:
     """Whether a run that can go on has left something here."""
     return _identity(partial) is not None
+
+
+def left_by(partial: Path, finished: Path) -> bool:
+    """Whether ``partial`` is what the run that ended in ``finished`` would have removed."""
+    identity = _identity(partial)
+    return identity == _identity(finished) if identity is not None else not _holds_anything(partial)
 
 
 def _identity(partial: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsellm.errors import StorageError
 from sparsellm.storage.files import explained, replace_atomically, sync
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.resume import FOLDER, RUN, RunState
+from sparsellm.storage.resume import FOLDER, RUN, RunState, left_by, unfinished
 from sparsellm.storage.shard import TensorSource, write_shard
 
 # vLLM and transformers refuse a checkpoint whose config names a scheme that they do not know.
@@ -26,6 +26,7 @@ _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"
 _NOT_COMPANIONS = ("*.index.json", "pruning.json", "packed.json", "adapter_*")
 
 _REPLACED = "replaced"
+_SECOND = ".swept"  # in the name of the directory of a second stage
 
 
 class CheckpointWriter:
@@ -41,7 +42,8 @@ class CheckpointWriter:
         overwrite: replace ``out`` if it exists and is not empty; the old one is kept until the new one is complete.
         restart: forget what an unfinished run has left.
         need_bytes: room that the whole checkpoint will take.
-        stage: tells the directory of a second stage, which starts from the finished shards of the first, from it.
+        follows: the writer of the first stage, if this is the second of the same run. It starts from all finished
+            shards of the first and always anew; the first's are removed when the second's have the final name.
 
     Raises:
         StorageError: ``out`` is not empty, cannot be written, or the disk is too full; or ``<out>.partial`` belongs to
@@ -57,13 +59,18 @@ class CheckpointWriter:
         overwrite: bool = False,
         restart: bool = False,
         need_bytes: int = 0,
-        stage: str = "",
+        follows: CheckpointWriter | None = None,
     ) -> None:
         self.out = out.absolute()
-        self.partial = partial_of(self.out, stage)
+        self._follows = follows
+        second = follows is not None
+        self.partial = partial_of(self.out, second=second)
         self._names = [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
-        check_out(self.out, overwrite=overwrite, need_bytes=need_bytes)
-        self.state = RunState(self.partial, identity, restart=restart)
+        check_out(self.out, overwrite=overwrite, need_bytes=need_bytes, second=second)
+        self.state = RunState(self.partial, identity, restart=restart or second)
+        later = partial_of(self.out, second=True)
+        if restart and not second and unfinished(later):
+            shutil.rmtree(later, ignore_errors=True)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -97,8 +104,7 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """Removes what was written: a later stage holds all of it."""
-        self.state.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.state.discard()
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -148,22 +154,25 @@ class CheckpointWriter:
             os.replace(self.partial, self.out)
             sync(self.out.parent)
             self.state.close()
+            if self._follows is not None:
+                self._follows.discard()
             shutil.rmtree(self.out / FOLDER, ignore_errors=True)
         return self.out
 
 
-def partial_of(out: Path, stage: str = "") -> Path:
-    """Where a checkpoint, or a later stage of it, is written until it is complete."""
-    return out.absolute().with_name(f"{out.absolute().name}{stage}.partial")
+def partial_of(out: Path, *, second: bool = False) -> Path:
+    """Where a checkpoint, or the second stage of it, is written until it is complete."""
+    return out.absolute().with_name(f"{out.absolute().name}{_SECOND if second else ''}.partial")
 
 
-def check_out(out: Path, *, overwrite: bool, need_bytes: int) -> None:
+def check_out(out: Path, *, overwrite: bool, need_bytes: int, second: bool = False) -> None:
     """Refuses an output directory that cannot take the checkpoint, before any work is done.
 
     Args:
         out: the directory.
         overwrite: a checkpoint in it may be replaced.
         need_bytes: room for the whole; what an unfinished run has written already is taken off.
+        second: of the second stage of a run.
 
     Raises:
         StorageError: the directory is not empty, cannot be written, or has too little room.
@@ -171,6 +180,8 @@ def check_out(out: Path, *, overwrite: bool, need_bytes: int) -> None:
     if out.exists() and not out.is_dir():
         raise StorageError(f"{out} is a file; name a directory")
     if (out / FOLDER / RUN).is_file():  # the last process was killed when it had given the directory its name
+        if left_by(partial_of(out), out):
+            shutil.rmtree(partial_of(out), ignore_errors=True)
         shutil.rmtree(out / FOLDER, ignore_errors=True)
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
@@ -182,7 +193,8 @@ def check_out(out: Path, *, overwrite: bool, need_bytes: int) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write to {out}: {existing} is not a writable directory; name another directory")
     free = shutil.disk_usage(existing).free
-    need_bytes -= sum(shard.stat().st_size for shard in partial_of(out).glob("*.safetensors"))  # there already
+    there = partial_of(out, second=second).glob("*.safetensors")
+    need_bytes -= sum(shard.stat().st_size for shard in there)
     if free < need_bytes:
         raise StorageError(
             f"{out} needs {need_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
