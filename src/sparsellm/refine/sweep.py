@@ -20,12 +20,11 @@ from sparsellm.chain import Call, Chain
 from sparsellm.chain.products import bf16_products
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress, ProgressCallback
+from sparsellm.refine.head import through_head
 from sparsellm.refine.training import Adam, Shuffled, held_out_of, running_on, schedule, slices
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import Stream
-
-HEAD_TOKENS = 256  # logits are (tokens, vocabulary), several times over
 
 
 @dataclass(frozen=True)
@@ -235,20 +234,10 @@ class _Run:
         ids = self.windows[start : start + len(self.dense[batch])][rows]
         wanted = self.dense[batch][rows]
         tokens = ids.numel()
-        total, parts = 0.0, []
-        for first in range(0, ids.shape[1], HEAD_TOKENS):
-            span = slice(first, first + HEAD_TOKENS)
+
+        def divergence(logits: Tensor, span: slice) -> Tensor:
             target = functional.log_softmax(self.chain.finish(wanted[:, span], ids[:, span]).float(), -1)
-            part = hidden[:, span].detach()
-            with torch.set_grad_enabled(gradient):
-                part = part.requires_grad_(gradient)
-                logits = self.chain.logits(part.to(self.chain.dtype), ids[:, span]).float()
-                loss = (
-                    functional.kl_div(functional.log_softmax(logits, -1), target, log_target=True, reduction="sum")
-                    / tokens
-                )
-                if gradient:
-                    with bf16_products(self.chain.products_in_bf16):
-                        parts.append(torch.autograd.grad(loss, part)[0])
-            total += float(loss)
-        return total, torch.cat(parts, dim=1) if gradient else hidden
+            found = functional.log_softmax(logits, -1)
+            return functional.kl_div(found, target, log_target=True, reduction="sum") / tokens
+
+        return through_head(self.chain, hidden, ids, divergence, gradient=gradient)
