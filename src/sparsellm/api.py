@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import __version__
+from sparsellm.allocation import ALLOCATIONS, Allocation, LinearSize, Survey
+from sparsellm.allocation.base import pattern_of
 from sparsellm.calibration import calibration_windows, check_seq_len, evaluation_windows
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
@@ -62,6 +64,7 @@ class PruneResult:
         command: the command line that ran.
         memory: what was predicted before the start.
         resumed: blocks that an earlier process had finished.
+        allocation: how sparsities were chosen, where they are not uniform; for ``auto`` the table of its trials.
         sweeps: of the whole model at the end, if the method asks for them: divergence from the dense model after each.
     """
 
@@ -78,6 +81,7 @@ class PruneResult:
     memory: MemoryPlan | None = None
     resumed: int = 0
     sweeps: list[Pass] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def zeros(self) -> int:
@@ -111,6 +115,7 @@ class PruneResult:
             "versions": self.versions,
             "command": self.command,
             "warnings": self.warnings,
+            "allocation": self.allocation,
             "sweeps": [asdict(record) for record in self.sweeps],
             "linears": [linear.to_dict() for linear in self.linears],
         }
@@ -157,6 +162,8 @@ def prune(
         recipe = recipe.updated(calibration=calibration)
     method = METHODS[recipe.method]
     options = method.check(recipe.options)
+    allocator = ALLOCATIONS[recipe.allocation]
+    allocator.check(recipe.allocation_options)
     device = resolve_device(recipe.device)
     clock = PhaseClock()
     warnings: list[str] = []
@@ -174,7 +181,7 @@ def prune(
             tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         chain, memory_model = _open(model, directory, recipe, device, in_memory=out is None, trust=trust_remote_code)
         needs = method.needs_of(options)
-        patterns = plan(chain, recipe)
+        patterns = plan(chain, recipe)  # refuses what does not fit
         if not any(pattern.sparsity for pattern in patterns.values()):
             needs = Needs()  # nothing is lost, so nothing is to be made up for
         if needs.passes:
@@ -186,9 +193,8 @@ def prune(
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
         windows = _windows(chain, recipe, calibration, tokenizer, directory, progress)
         recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
-    memory = plan_memory(
-        chain, len(windows), windows.shape[1], recipe.batch_tokens, method.workspace, budget=recipe.memory
-    )
+    workspace = method.workspace.beside(allocator.workspace)
+    memory = plan_memory(chain, len(windows), windows.shape[1], recipe.batch_tokens, workspace, budget=recipe.memory)
     progress(Progress(NOTE, 1, 1, str(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1, "checking the weights"))
@@ -228,6 +234,10 @@ def prune(
             ]
             if writer.finished(len(chain)) is None:
                 writer.write_shard(len(chain), chain.outer_tensors())
+        scratch = Scratch(memory.hidden_in_memory, writer.partial if writer is not None else None)
+        with clock.phase("allocation"):
+            allocation = _allocated(chain, recipe, windows, writer, scratch, progress)
+        patterns = plan(chain, recipe, allocation)
         clock.lap()
 
         def write_block(index: int, tensors: dict[str, TensorSource], results: list[LinearResult]) -> None:
@@ -235,7 +245,6 @@ def prune(
             facts = {"linears": [result.to_dict() for result in results], "versions": versions()}
             writer.write_shard(index, tensors, {**facts, "seconds": clock.lap(), "peak_rss": peak_rss()})
 
-        scratch = Scratch(memory.hidden_in_memory, writer.partial if writer is not None else None)
         walked = walk(
             chain,
             windows,
@@ -297,6 +306,7 @@ def prune(
             memory=memory,
             resumed=len(finished),
             sweeps=sweeps,
+            allocation=allocation.report if allocation is not None else {},
         )
         if writer is not None:
             result.path = writer.out
@@ -305,6 +315,45 @@ def prune(
             writer.write_json("pruning.json", result.to_dict())
             writer.finish()
     return result
+
+
+def _allocated(
+    chain: Chain,
+    recipe: Recipe,
+    windows: Tensor,
+    writer: CheckpointWriter | None,
+    scratch: Scratch,
+    progress: ProgressCallback,
+) -> Allocation | None:
+    """How many zeros each linear gets; None where all give the same share. A run that goes on finds what the first
+    process found."""
+    if recipe.allocation == "uniform" or recipe.sparsity == 0:
+        return None
+    kept = writer.state.kept("allocation") if writer is not None else None
+    if kept is not None:
+        return Allocation(**kept)
+    survey = Survey(
+        chain,
+        windows,
+        _sizes(chain, recipe),
+        recipe.sparsity,
+        batch_tokens=recipe.batch_tokens,
+        scratch=scratch,
+        progress=progress,
+    )
+    entry = ALLOCATIONS[recipe.allocation]
+    found = entry.function(survey, **entry.check(recipe.allocation_options))
+    if writer is not None:
+        writer.state.keep("allocation", asdict(found))
+    return found
+
+
+def _sizes(chain: Chain, recipe: Recipe) -> list[LinearSize]:
+    return [
+        LinearSize(linear.name, index, (linear.out_features, linear.in_features))
+        for index in range(len(chain))
+        for linear in selected_linears(chain, index, recipe.exclude)
+    ]
 
 
 def _readers(writer: CheckpointWriter, chain: Chain) -> list[CheckpointReader]:
@@ -425,18 +474,23 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False) -> list[Linea
     return found
 
 
-def plan(chain: Chain, recipe: Recipe) -> dict[str, Pattern]:
+def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> dict[str, Pattern]:
     """The pattern of every linear that will be pruned, by name.
+
+    Args:
+        chain: the model.
+        recipe: says which linears.
+        allocation: how many zeros each gets; None for the recipe's pattern in every linear.
 
     Raises:
         RecipeError: the pattern does not fit a weight, or nothing is left to prune.
     """
     pattern = recipe.weight_pattern()
-    patterns = {}
-    for index in range(len(chain)):
-        for linear in selected_linears(chain, index, recipe.exclude):
-            pattern.validate((linear.out_features, linear.in_features), linear.weight_name)
-            patterns[linear.name] = pattern
+    patterns: dict[str, Pattern] = {}
+    for linear in _sizes(chain, recipe):
+        zeros = allocation.zeros[linear.name] if allocation is not None else None
+        patterns[linear.name] = pattern if zeros is None else pattern_of(zeros, linear.weights)
+        patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
         raise RecipeError(f"exclude {recipe.exclude} leaves nothing to prune; name fewer linears")
     return patterns

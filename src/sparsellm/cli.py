@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sparsellm.api import PruneResult
     from sparsellm.progress import ProgressCallback
     from sparsellm.recipe import Recipe
+    from sparsellm.registry import Entry
 
 app = typer.Typer(
     add_completion=False,
@@ -60,6 +61,10 @@ def prune(
     pattern: Annotated[
         str | None, typer.Option(metavar="N:M", help="Keep N of every M inputs, e.g. 2:4.", show_default=False)
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(help="What each block gives; see `sparsellm methods`. [default: uniform]", show_default=False),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -86,7 +91,7 @@ def prune(
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in YAML; options override it.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field, or options.NAME of the method; repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field, options.NAME or allocation_options.NAME."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, not where a killed run was.")] = False,
@@ -101,6 +106,7 @@ def prune(
         "method": method,
         "sparsity": sparsity,
         "pattern": pattern,
+        "allocation": allocation,
         "calibration": calibration,
         "samples": samples,
         "seq_len": seq_len,
@@ -236,35 +242,27 @@ def inspect(
 
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
-    """What can be chosen as --method, with its options and its paper."""
+    """What can be chosen as --method and as --allocation, with options and papers."""
+    from sparsellm.allocation import ALLOCATIONS
     from sparsellm.methods import METHODS
 
     if as_json:
-        _print_json(
-            {
-                entry.name: {
-                    "summary": entry.summary,
-                    "paper": entry.paper,
-                    "options": {
-                        option.name: {
-                            "type": option.type_name,
-                            "default": option.default,
-                            "description": option.description,
-                        }
-                        for option in entry.options.values()
-                    },
-                }
-                for entry in METHODS
-            }
-        )
+        allocations = {entry.name: _described(entry) for entry in ALLOCATIONS}
+        _print_json({**{entry.name: _described(entry) for entry in METHODS}, "allocations": allocations})
         return
-    for entry in METHODS:
-        out_console.print(f"[bold]{entry.name}[/bold]  ({entry.paper})")
-        out_console.print(f"  {entry.summary}", markup=False)
-        for option in entry.options.values():
-            out_console.print(
-                f"    options.{option.name}: {option.type_name} = {option.default}  {option.description}", markup=False
-            )
+    for title, entries, prefix in (
+        ("--method", METHODS, "options"),
+        ("--allocation", ALLOCATIONS, "allocation_options"),
+    ):
+        out_console.print(f"{title}:", markup=False)
+        for entry in entries:
+            out_console.print(f"[bold]{entry.name}[/bold]  ({entry.paper})")
+            out_console.print(f"  {entry.summary}", markup=False)
+            for option in entry.options.values():
+                out_console.print(
+                    f"    {prefix}.{option.name}: {option.type_name} = {option.default}  {option.description}",
+                    markup=False,
+                )
 
 
 @app.command()
@@ -507,6 +505,17 @@ def _stream(text: str) -> None:
 
 def _print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def _described(entry: Entry[Any]) -> dict[str, Any]:
+    return {
+        "summary": entry.summary,
+        "paper": entry.paper,
+        "options": {
+            option.name: {"type": option.type_name, "default": option.default, "description": option.description}
+            for option in entry.options.values()
+        },
+    }
 
 
 def _share(linears: list[Any]) -> float:

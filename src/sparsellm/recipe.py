@@ -24,10 +24,16 @@ class Recipe(BaseModel):
 
     method: str = Field("admm", description="How weights are chosen and refitted; `sparsellm methods` lists them.")
     sparsity: float = Field(
-        0.7, description="Fraction of zeros in every pruned linear, from 0 up to, not including, 1."
+        0.7,
+        description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; `allocation` says "
+        "which gives how much.",
     )
     pattern: str | None = Field(None, description="N:M: N weights kept of every M consecutive inputs, e.g. '2:4'.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the method, by name.")
+    allocation: str = Field(
+        "uniform", description="How much each block and each linear gives; `sparsellm methods` lists the ways."
+    )
+    allocation_options: dict[str, Any] = Field(default_factory=dict, description="Options of the allocation, by name.")
     exclude: list[str] = Field(
         default_factory=list, description="Linears to leave dense: shell patterns over names, e.g. '*.down_proj'."
     )
@@ -93,6 +99,15 @@ class Recipe(BaseModel):
             return {**values, "pattern": text, "sparsity": implied}
         return values
 
+    @model_validator(mode="after")
+    def _fixed_patterns_are_uniform(self) -> Recipe:
+        if self.pattern is not None and self.allocation != "uniform":
+            raise RecipeError(
+                f"allocation {self.allocation} cannot go with pattern {self.pattern}, which fixes the sparsity of "
+                "every linear; take allocation uniform, or sparsity in place of the pattern"
+            )
+        return self
+
     def weight_pattern(self) -> Pattern:
         """The pattern every pruned linear gets before allocation."""
         return parse_pattern(self.pattern) if self.pattern else Unstructured(self.sparsity)
@@ -107,13 +122,14 @@ class Recipe(BaseModel):
         return Recipe(**values)
 
     def with_settings(self, settings: list[str]) -> Recipe:
-        """Applies ``key=value`` settings; ``options.damping=0.1`` sets an option of the method. Values are YAML.
+        """Applies ``key=value`` settings; ``options.damping=0.1`` sets an option of the method, and
+        ``allocation_options.b=0.01`` one of the allocation. Values are YAML.
 
         Raises:
             RecipeError: a setting has no ``=``, or its key or value does not fit.
         """
         changes: dict[str, Any] = {}
-        options = dict(self.options)
+        mappings = {"options": dict(self.options), "allocation_options": dict(self.allocation_options)}
         for setting in settings:
             key, equals, text = setting.partition("=")
             if not equals:
@@ -122,12 +138,14 @@ class Recipe(BaseModel):
                 value = yaml.safe_load(text)
             except yaml.YAMLError:
                 raise RecipeError(f"--set {setting!r}: {text!r} is not valid YAML") from None
-            if key.startswith("options."):
-                options[key.removeprefix("options.")] = value
+            field, dot, name = key.partition(".")
+            if dot and field in mappings:
+                mappings[field][name] = value
             else:
                 changes[key] = value
-        if options != self.options:
-            changes["options"] = {**options, **changes.get("options", {})}
+        for field, options in mappings.items():
+            if options != getattr(self, field):
+                changes[field] = {**options, **changes.get(field, {})}
         return self.updated(**changes) if changes else self
 
     def to_yaml(self) -> str:

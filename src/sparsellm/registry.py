@@ -6,7 +6,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -51,6 +51,10 @@ class Workspace:
     remembered: int = 0
     blocks: float = 0.0
     streams: int = 0
+
+    def beside(self, other: Workspace) -> Workspace:
+        """What covers either of two that run one after the other."""
+        return Workspace(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)

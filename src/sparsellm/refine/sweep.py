@@ -20,12 +20,11 @@ from sparsellm.chain import Chain
 from sparsellm.chain.products import bf16_products
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress, ProgressCallback
+from sparsellm.refine.head import through_head
 from sparsellm.refine.training import Adam, Float32Calls, Shuffled, as_written, held_out_of, running_on, schedule
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import Piece, Stream
-
-HEAD_TOKENS = 256  # of all windows of a step together: logits are (tokens, vocabulary), several times over
 
 
 @dataclass(frozen=True)
@@ -254,18 +253,10 @@ class _Run:
     def _end(self, hidden: Tensor, piece: Piece, *, gradient: bool) -> tuple[float, Tensor]:
         """The divergence summed over the tokens, and the gradient of its mean in what left the last block."""
         ids, wanted = self.ids(piece), self.dense[piece.batch][piece.rows]
-        total, parts = 0.0, []
-        step = max(1, HEAD_TOKENS // len(ids))
-        for first in range(0, ids.shape[1], step):
-            span = slice(first, first + step)
+
+        def divergence(logits: Tensor, span: slice) -> Tensor:
             target = functional.log_softmax(self.chain.finish(wanted[:, span], ids[:, span]).float(), -1)
-            part = hidden[:, span].detach()
-            with torch.set_grad_enabled(gradient):
-                part = part.requires_grad_(gradient)
-                logits = self.chain.logits(part.to(self.chain.dtype), ids[:, span]).float()
-                loss = functional.kl_div(functional.log_softmax(logits, -1), target, log_target=True, reduction="sum")
-                if gradient:
-                    with bf16_products(self.chain.products_in_bf16):
-                        parts.append(torch.autograd.grad(loss / ids.numel(), part)[0])
-            total += float(loss)
-        return total, torch.cat(parts, dim=1) if gradient else hidden
+            return functional.kl_div(functional.log_softmax(logits, -1), target, log_target=True, reduction="sum")
+
+        total, found = through_head(self.chain, hidden, ids, divergence, gradient=gradient)
+        return total, found / ids.numel() if gradient else found

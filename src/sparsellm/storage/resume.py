@@ -84,6 +84,18 @@ class RunState:
         assert isinstance(facts, dict)
         return facts if sound else None
 
+    def keep(self, name: str, content: dict[str, Any]) -> None:
+        """Puts JSON values beside the records, for the process that goes on with this run."""
+        self._write(f"{name}.json", content)
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """What :meth:`keep` put there, or None."""
+        try:
+            found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
     def close(self) -> None:
         """Lets another process write the directory."""
         if self._lock is not None:

@@ -1,0 +1,12 @@
+"""How much each block and each linear gives. An allocation is one decorated function in a file of this package."""
+
+import importlib
+import pkgutil
+
+from sparsellm.allocation.base import ALLOCATIONS, Allocation, Allocator
+from sparsellm.allocation.survey import LinearSize, Survey
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["ALLOCATIONS", "Allocation", "Allocator", "LinearSize", "Survey"]

@@ -1,0 +1,80 @@
+"""One threshold over the whole model: the weights whose removal costs the loss least are given first."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sparsellm.allocation.base import ALLOCATIONS, Allocation
+from sparsellm.allocation.exact import bounds, round_exactly
+from sparsellm.allocation.saliency import BINS, saliency_histograms
+from sparsellm.allocation.survey import Survey
+from sparsellm.registry import Workspace
+
+
+@ALLOCATIONS.register(
+    "threshold",
+    paper="optimal brain damage (LeCun et al. 1990) with the empirical Fisher",
+    workspace=Workspace(weights=3, grams=0, blocks=2.5),
+)
+def threshold(
+    survey: Survey,
+    *,
+    level: Annotated[Literal["block", "linear"], "what gets a share of its own"] = "linear",
+    span: Annotated[float, Field(ge=0, le=1), "how far a linear's sparsity may be from the target"] = 0.15,
+    samples: Annotated[int, Field(ge=1), "calibration windows that gradients are taken of, at most"] = 32,
+) -> Allocation:
+    """A linear gives the weights whose saliency ½ w² E[g² x²] is below one threshold of the whole model.
+
+    See :class:`~sparsellm.allocation.saliency.SaliencyHistograms`. With ``level=block`` a block gives so many weights
+    and all its linears the same share of theirs. A linear that no token reached keeps the target sparsity.
+    """
+    seen = survey.over(survey.windows[:samples])
+    counts = saliency_histograms(seen)
+    return from_histograms(survey, counts, level=level, span=span)
+
+
+def from_histograms(
+    survey: Survey, counts: dict[str, Tensor], *, level: Literal["block", "linear"], span: float
+) -> Allocation:
+    """As :func:`threshold`, from ``counts``: int64 ``(BINS,)`` of each linear that is known.
+
+    Within the bin where the threshold falls, all linears give the same share of what they have there.
+    """
+    linears = survey.linears
+    weights = [linear.weights for linear in linears]
+    fewest, most = bounds(weights, survey.sparsity, span)
+    for i, linear in enumerate(linears):
+        if linear.name not in counts:
+            fewest[i], most[i] = math.floor(survey.sparsity * weights[i]), math.ceil(survey.sparsity * weights[i])
+    groups: dict[object, list[int]] = {}  # of linears that give the same share
+    for i, linear in enumerate(linears):
+        alone = level == "linear" or linear.name not in counts
+        groups.setdefault(linear.name if alone else linear.block, []).append(i)
+    members = list(groups.values())
+    low = torch.tensor([sum(fewest[i] for i in group) for group in members], dtype=torch.float64)
+    high = torch.tensor([sum(most[i] for i in group) for group in members], dtype=torch.float64)
+    below = torch.zeros(len(members), BINS + 1, dtype=torch.float64)  # weights below each edge of the bins
+    for row, group in enumerate(members):
+        for i in group:
+            if linears[i].name in counts:
+                below[row, 1:] += counts[linears[i].name].cumsum(0)
+    given = below.clamp(low[:, None], high[:, None])  # (groups, edges): zeros with the threshold at each edge
+    edge = int(torch.searchsorted(given.sum(0), float(survey.zeros)))
+    if edge == 0 or edge > BINS:  # all at their fewest, or all at their most
+        chosen = given[:, min(edge, BINS)]
+    else:
+        before, after = given[:, edge - 1], given[:, edge]
+        step = (after - before).sum()
+        chosen = before + (after - before) * ((survey.zeros - before.sum()) / step)
+    wanted = [0.0] * len(linears)
+    for group, zeros in zip(members, chosen.tolist(), strict=True):
+        size = sum(weights[i] for i in group)
+        for i in group:
+            wanted[i] = zeros * weights[i] / size
+    found = round_exactly(wanted, survey.zeros, (fewest, most))
+    return Allocation(dict(zip((linear.name for linear in linears), found, strict=True)))

@@ -1,0 +1,15 @@
+"""Every linear gives the same share."""
+
+from __future__ import annotations
+
+from sparsellm.allocation.base import ALLOCATIONS, Allocation
+from sparsellm.allocation.survey import Survey
+from sparsellm.patterns import Unstructured
+from sparsellm.registry import Workspace
+
+
+@ALLOCATIONS.register("uniform", paper="none", workspace=Workspace(weights=0, grams=0))
+def uniform(survey: Survey) -> Allocation:
+    """The same sparsity in every linear, each rounded by itself, as all papers do."""
+    pattern = Unstructured(survey.sparsity)
+    return Allocation({linear.name: pattern.zeros(linear.shape) for linear in survey.linears})

@@ -1,0 +1,201 @@
+"""The loss's gradient at every place of the dense model, swept backward through the chain: one block at a time.
+
+Forward, what enters each block is put away; at the end the loss of the next token is differentiated through the head;
+then each block, from the last to the first, runs again from what entered it and hands the gradient on. Memory is that
+of one block; hidden states and gradients are in memory or in files, as the scratch has room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsellm.chain import Chain, LinearView
+from sparsellm.chain.capture import watch
+from sparsellm.chain.products import bf16_products
+from sparsellm.errors import DataError, ModelError, NumericalError
+from sparsellm.progress import Progress as Event
+from sparsellm.progress import ProgressCallback, ignore
+from sparsellm.refine.head import HEAD_TOKENS, through_head
+from sparsellm.refine.training import TOKENS_PER_STEP, running_on
+from sparsellm.storage.scratch import Scratch
+from sparsellm.streams import Stream
+
+
+class Visitor:
+    """Is shown the gradients as the sweep meets them; a subclass overrides what it wants to see.
+
+    Every gradient is that of the *sum* over all scored tokens of the negative log-likelihood, in nats, so it does not
+    depend on how many windows there are, and is what the empirical Fisher of a token is made of.
+    """
+
+    def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+        """A linear of block ``index`` was run on ``entering (..., in)``; ``gradient (..., out)`` is at its output."""
+
+    def boundary(self, index: int, hidden: Tensor, gradient: Tensor) -> None:
+        """Between blocks: what enters block ``index`` (the number of blocks: what leaves the last), both fp32
+        ``(batch, seq, hidden)``."""
+
+    def block(self, index: int, linears: list[LinearView]) -> None:
+        """All tokens went through block ``index``, which is still loaded, on fp32 weights that nobody may change."""
+
+
+@torch.no_grad()
+def backward_sweep(
+    chain: Chain,
+    windows: Tensor,
+    visitor: Visitor,
+    *,
+    names: Collection[str] | None = None,
+    batch_tokens: int = TOKENS_PER_STEP,
+    scratch: Scratch | None = None,
+    progress: ProgressCallback = ignore,
+) -> float:
+    """Shows a visitor the gradient of the next-token loss at the outputs of linears and between the blocks.
+
+    Blocks run in fp32, whatever dtype they are stored in. The model is left as it was to the bit, with no gradient in
+    any parameter.
+
+    Args:
+        chain: the model; nothing needs to be loaded.
+        windows: token ids, ``(samples, seq)``; the first token of a window is not scored.
+        visitor: is shown everything, block by block from the last to the first.
+        names: of the linears to show; None for all.
+        batch_tokens: tokens in one forward call.
+        scratch: where hidden states, ``blocks + 2`` times as many as the windows have, are kept; None for memory.
+        progress: is told how far the sweep is.
+
+    Returns:
+        The mean loss of a scored token, in nats.
+
+    Raises:
+        DataError: windows of a single token, of which none is scored.
+        NumericalError: the loss is not finite.
+        ModelError: a block changes in place what a linear was given, so that its gradient cannot be paired with it.
+    """
+    if windows.shape[1] < 2:
+        raise DataError(f"windows of shape {tuple(windows.shape)} have no next token; give windows of two or more")
+    steps = 2 * len(chain)
+
+    def report(done: int, what: str) -> None:
+        progress(Event("gradients", done, steps, what))
+
+    chain.load_outer(head=False)
+    chain.load_block(0)
+    stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch)
+    chain.release_outer()
+    with contextlib.ExitStack() as held:
+        held.callback(stream.close)
+        entering = []
+        for index in range(len(chain)):
+            report(index, f"block {index + 1}/{len(chain)} forward")
+            chain.load_block(index)
+            before = held.enter_context(stream.store())
+            for position, leaving in enumerate(stream.run(index)):
+                before.append(stream.hidden[position])
+                stream.hidden[position] = leaving
+            entering.append(before)
+            chain.release_block(index)
+        chain.load_outer()
+        gradients = held.enter_context(stream.store())
+        total, start = 0.0, 0
+        for hidden in stream.hidden:
+            ids = windows[start : start + len(hidden)].to(chain.device)
+            start += len(hidden)
+            loss, gradient = _end(chain, hidden.float(), ids)
+            total += loss
+            gradients.append(gradient)
+            visitor.boundary(len(chain), hidden.float(), gradient)
+        chain.release_outer()
+        if not torch.isfinite(torch.tensor(total)):
+            raise NumericalError(f"the loss of the dense model is {total} in {chain.dtype}; try dtype float32")
+        for index in reversed(range(len(chain))):
+            report(steps - 1 - index, f"block {index + 1}/{len(chain)} backward")
+            chain.load_block(index)
+            weights = {
+                name: nn.Parameter(parameter.detach().float(), requires_grad=False)
+                for name, parameter in chain.block_parameters(index).items()
+            }
+            with running_on(chain, index, weights):
+                linears = [linear for linear in chain.linears(index) if names is None or linear.name in names]
+                calls = [call.to(torch.float32) for call in stream.calls(index)]
+                for position, call in enumerate(calls):
+                    hidden = entering[index][position].float().detach().requires_grad_(True)
+                    with torch.enable_grad(), watch(linears, _show(visitor, index)):
+                        leaving = chain.apply(index, hidden, call)
+                    with bf16_products(chain.products_in_bf16):
+                        (gradient,) = torch.autograd.grad(leaving, hidden, gradients[position])
+                    gradients[position] = gradient
+                    visitor.boundary(index, hidden.detach(), gradient)
+                visitor.block(index, linears)
+            entering[index].close()
+            chain.release_block(index)
+    report(steps, "")
+    return total / (len(windows) * (windows.shape[1] - 1))
+
+
+def _end(chain: Chain, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
+    """The summed loss of some windows, and its gradient in what left the last block ``(batch, seq, hidden)``."""
+    rows = max(1, HEAD_TOKENS // ids.shape[1])
+    total, parts = 0.0, []
+    for first in range(0, len(ids), rows):
+        some = ids[first : first + rows]
+
+        def next_token(logits: Tensor, span: slice, some: Tensor = some) -> Tensor:
+            targets = some[:, span.start + 1 : span.stop + 1]  # the last position of a window predicts nothing
+            predicted = logits[:, : targets.shape[1]]
+            return functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="sum")
+
+        loss, gradient = through_head(chain, hidden[first : first + rows], some, next_token, gradient=True)
+        total += loss
+        parts.append(gradient)
+    return total, torch.cat(parts)
+
+
+def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor], None]:
+    """A hook at the output's own place in the graph: what later works on the output in place does not disturb it."""
+
+    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+        given, version = entering.detach(), entering._version
+
+        def arrived(gradient: Tensor) -> None:
+            if given._version != version:
+                raise ModelError(f"what {linear.name} was given is changed in place afterwards: no gradient of it")
+            visitor.linear(index, linear, given, gradient.detach())
+
+        leaving.register_hook(arrived)
+
+    return see
+
+
+class _OutputSquares(Visitor):
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+        squares = gradient.flatten(0, -2).float().square().sum(0)
+        self.sums[linear.name] = self.sums[linear.name] + squares if linear.name in self.sums else squares
+
+
+def output_gradient_squares(
+    chain: Chain,
+    windows: Tensor,
+    *,
+    names: Collection[str] | None = None,
+    batch_tokens: int = TOKENS_PER_STEP,
+    scratch: Scratch | None = None,
+    progress: ProgressCallback = ignore,
+) -> dict[str, Tensor]:
+    """``E[g_i²]`` of every output i of each linear: what an error of this output costs the loss, to second order.
+
+    Returns:
+        For each linear that a token reached, ``(out,)`` fp32, the mean over all tokens of the squared gradient; the
+        arguments and the gradient are those of :func:`backward_sweep`.
+    """
+    seen = _OutputSquares()
+    backward_sweep(chain, windows, seen, names=names, batch_tokens=batch_tokens, scratch=scratch, progress=progress)
+    return {name: total / windows.numel() for name, total in seen.sums.items()}
