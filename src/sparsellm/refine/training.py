@@ -56,7 +56,7 @@ class Adam:
             number: of the step, from 1.
         """
         groups = []
-        state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        state: dict[Tensor, dict[str, Tensor]] = {}
         position = 0
         for name, parameter in self._parameters.items():
             end = position + parameter.numel()
