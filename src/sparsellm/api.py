@@ -9,7 +9,7 @@ import resource
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,13 @@ def prune(
                         follows=walk_writer,
                     )
                 )
+            zeros: dict[str, int] = {}
+
+            def write_swept(index: int) -> None:
+                zeros.update({linear.name: count_zeros(linear.parameter) for linear in chain.linears(index)})
+                if writer is not None:
+                    writer.write_shard(index, chain.block_tensors(index))
+
             with clock.phase("sweep"):
                 sweeps = sweep(
                     chain,
@@ -287,10 +294,9 @@ def prune(
                     scratch=scratch,
                     seed=recipe.seed,
                     progress=progress,
-                    write_block=lambda index: (
-                        writer.write_shard(index, chain.block_tensors(index)) if writer is not None else None
-                    ),
+                    write_block=write_swept,
                 )
+            walked = replace(walked, linears=[replace(each, zeros=zeros[each.name]) for each in walked.linears])
             walked.dense.close()
             if writer is not None:
                 writer.write_shard(len(chain), chain.outer_tensors())

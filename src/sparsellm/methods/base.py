@@ -149,7 +149,11 @@ class BlockTask:
                 notes = ("left dense: no calibration token reached it",) if asked else ()
                 zeros = count_zeros(linear.parameter)
                 self.results.append(LinearResult(linear.name, shape, zeros, asked, 0.0, notes))
-        return [replace(result, history=tuple(self.history.get(result.name, ()))) for result in self.results]
+        weights = {linear.name: linear.parameter for linear in self.linears}  # counted anew: what rounds to zero is one
+        return [
+            replace(result, zeros=count_zeros(weights[result.name]), history=tuple(self.history.get(result.name, ())))
+            for result in self.results
+        ]
 
 
 Method = Callable[..., None]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -85,9 +86,7 @@ def sparsellm(
         float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
     ] = 1.5,
     iterations: Annotated[int, Field(ge=0), "alternations of the feed-forward unit's auxiliary variables"] = 0,
-    steps: Annotated[
-        int | None, Field(ge=0), "steps of Adam on the kept weights of each block; null: by effort"
-    ] = None,
+    steps: Annotated[int | None, Field(ge=0), "steps of Adam in each block; null: by effort"] = None,
     learning_rate: Annotated[float, Field(gt=0), "of those, relative to the weights' root mean square"] = 0.003,
     refine_blend: Annotated[
         float, Field(ge=0, le=1), "how far their targets are the dense model's hidden states"
@@ -168,12 +167,12 @@ def _dense_targets(
         every = _sublayers(_groups(task, chain.linears(index)), task.stream.hidden[0].shape[-1])
         adding = [writer for s in every if (writer := _writer(s, task.stream.hidden[0].shape[-1])) is not None]
     for position, (entering, pruned) in enumerate(zip(task.dense.entering, task.stream.hidden, strict=True)):
-        there = _outputs(adding, lambda hidden=entering, call=calls[position]: chain.run(index, hidden, call))
+        there = _outputs(adding, partial(chain.run, index, entering, calls[position]))
         for writer in writers:
             dense[writer.name].append(there[writer.name])
         if not residual:
             continue
-        here = _outputs(adding, lambda hidden=pruned, call=calls[position]: chain.run(index, hidden, call))
+        here = _outputs(adding, partial(chain.run, index, pruned, calls[position]))
         error = entering - pruned
         for writer in adding:
             if writer.name in errors:
