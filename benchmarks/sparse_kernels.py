@@ -12,7 +12,7 @@ Shortest of all rounds, since what else the machine does can only add; the media
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import copy
 import itertools
 import statistics
 import time
@@ -65,10 +65,7 @@ def main() -> None:
     for (out, columns), value_type, sparsity in itertools.product(SHAPES, options.values, SPARSITIES):
         first = random_weight(out, columns, sparsity, value_type)
         size = first.nbytes
-        packed = [
-            dataclasses.replace(first, **{name: tensor.clone() for name, tensor in first.tensors.items()})
-            for _ in range(max(2, HELD // size))
-        ]
+        packed = [copy.deepcopy(first) for _ in range(max(2, HELD // size))]
         dense = [torch.randn(out, columns).bfloat16() for _ in range(max(2, HELD // (2 * out * columns)))]
         for tokens in options.tokens:
             x = torch.randn(tokens, columns).bfloat16()

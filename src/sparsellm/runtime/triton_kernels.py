@@ -39,7 +39,7 @@ def _population_count(word):  # type: ignore[no-untyped-def]
     return ((word + (word >> 16)) & 0x3F).to(tl.int32)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _multiply(  # type: ignore[no-untyped-def]
     mask_pointer,  # uint32 (out, row_words)
     values_pointer,
