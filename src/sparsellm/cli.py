@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -362,8 +363,11 @@ def generate(
     use_threads(threads)
     model = load(directory, device=device, dtype=dtype or "auto")
     tokenizer = load_tokenizer(Path(directory).expanduser())
-    if not as_json:
-        out_console.print(prompt, end="", markup=False, soft_wrap=True)
+    pieces = itertools.chain([prompt], itertools.repeat(""))  # the prompt goes before the first piece, once
+
+    def show(text: str) -> None:
+        out_console.print(next(pieces) + text, end="", markup=False, soft_wrap=True)
+
     result = continue_prompt(
         model,
         tokenizer,
@@ -371,12 +375,12 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        on_text=None if as_json else _stream,
+        on_text=None if as_json else show,
     )
     if as_json:
         _print_json(result.to_dict())
         return
-    out_console.print()
+    out_console.print(next(pieces), markup=False, soft_wrap=True)  # ends the line
     log_console.print(
         f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "
         f"{result.prompt_tokens}, read in {result.prefill_seconds:.2f} s · threads: {result.threads}"
@@ -497,10 +501,6 @@ def _bar() -> Iterator[ProgressCallback]:
             bar.update(tasks[event.phase], completed=event.done, total=event.total, detail=event.detail)
 
         yield show
-
-
-def _stream(text: str) -> None:
-    out_console.print(text, end="", markup=False, soft_wrap=True)
 
 
 def _print_json(content: Any) -> None:
