@@ -37,6 +37,12 @@ def random_weight(out: int, columns: int, sparsity: float, value_type: str) -> P
     return packed
 
 
+def copy_of(packed: PackedWeight) -> PackedWeight:
+    scales = None if packed.scales is None else packed.scales.clone()
+    tensors = {"values": packed.values.clone(), "mask": packed.mask.clone(), "offsets": packed.offsets.clone()}
+    return dataclasses.replace(packed, **tensors, scales=scales)  # type: ignore[arg-type]
+
+
 def interleaved(runs: list[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Seconds of every run in every round."""
     times: list[list[float]] = [[] for _ in runs]
@@ -65,10 +71,7 @@ def main() -> None:
     for (out, columns), value_type, sparsity in itertools.product(SHAPES, options.values, SPARSITIES):
         first = random_weight(out, columns, sparsity, value_type)
         size = first.nbytes
-        packed = [
-            dataclasses.replace(first, **{name: tensor.clone() for name, tensor in first.tensors.items()})
-            for _ in range(max(2, HELD // size))
-        ]
+        packed = [copy_of(first) for _ in range(max(2, HELD // size))]
         dense = [torch.randn(out, columns).bfloat16() for _ in range(max(2, HELD // (2 * out * columns)))]
         for tokens in options.tokens:
             x = torch.randn(tokens, columns).bfloat16()
