@@ -219,7 +219,7 @@ def test_another_recipe_is_refused(what: str, source: Path, unfinished: Path) ->
     with pytest.raises(StorageError) as refused:
         sparsellm.prune(source, Recipe(**{**RECIPE, **changes}), out=unfinished)
     assert all(part in str(refused.value) for part in [*said, "--restart"]), str(refused.value)
-    assert {path: path.read_bytes() for path in partial_of(unfinished).rglob("*") if path.is_file()} == before
+    assert files(partial_of(unfinished)) == before
     result = sparsellm.prune(source, Recipe(**{**RECIPE, **changes}), out=unfinished, restart=True)
     assert (result.resumed, result.recipe.seed) == (0, changes.get("seed", 0))
 
