@@ -296,8 +296,8 @@ def prune(
                     progress=progress,
                     write_block=write_swept,
                 )
-            walked = replace(walked, linears=[replace(each, zeros=zeros[each.name]) for each in walked.linears])
             walked.dense.close()
+            walked = replace(walked, linears=[replace(each, zeros=zeros[each.name]) for each in walked.linears])
             if writer is not None:
                 writer.write_shard(len(chain), chain.outer_tensors())
         result = PruneResult(
