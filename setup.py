@@ -1,4 +1,4 @@
-"""The compiled kernels. They are optional: without a C++ compiler the installation succeeds and torch does their work."""
+"""The compiled kernels. They are optional: without a C++ compiler installation succeeds, and torch does their work."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 source = Path("src/sparsellm/runtime/_native")
-flags = ["/std:c++17", "/O2"] if sys.platform == "win32" else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"]
+windows = sys.platform == "win32"
+flags = ["/std:c++17", "/O2"] if windows else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"]
 
 setup(
     ext_modules=[
@@ -16,7 +17,7 @@ setup(
             depends=sorted(path.as_posix() for path in source.glob("*.h")),
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             extra_compile_args=flags,
-            extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+            extra_link_args=[] if windows else ["-pthread"],
             py_limited_api=True,
             optional=True,
         )

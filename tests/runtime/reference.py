@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from sparsellm.runtime.packed import PackedWeight
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUE_TYPES = (*FLOATS, "int8", "int4")
 
 
-@dataclass(frozen=True)
-class Packed:
-    """The fields of ``sparsellm.runtime.packed.PackedWeight``."""
-
-    shape: tuple[int, int]
-    layout: str
-    mask: Tensor
-    values: Tensor
-    offsets: Tensor
-    scales: Tensor | None
-    value_type: str
-
-
 def random_weight(
     out: int, columns: int, value_type: str, sparsity: float, seed: int, *, special_rows: bool = True
-) -> tuple[Packed, Tensor]:
+) -> tuple[PackedWeight, Tensor]:
     """A random packed weight and its dense form in fp64. With ``special_rows``, the first row is empty, the second full
     and the last empty."""
     random = torch.Generator().manual_seed(seed)
@@ -67,7 +54,7 @@ def random_weight(
             values.append(torch.tensor(pairs, dtype=torch.uint8))
             offsets.append(offsets[-1] + len(stored))
     return (
-        Packed(
+        PackedWeight(
             (out, columns),
             "bitmask",
             torch.frombuffer(mask, dtype=torch.uint8).view(out, -1),

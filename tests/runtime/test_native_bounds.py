@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sparsellm.runtime import native
-from tests.runtime.reference import VALUE_TYPES, Packed, activations, bound, random_weight
+from sparsellm.runtime.packed import PackedWeight
+from tests.runtime.reference import VALUE_TYPES, activations, bound, random_weight
 
 pytestmark = [
     pytest.mark.skipif(not native.instruction_sets(), reason=native.reason()),
@@ -47,10 +48,13 @@ class Guarded:
         copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
         return copy.copy_(tensor)
 
-    def weight(self, packed: Packed) -> Packed:
+    def weight(self, packed: PackedWeight) -> PackedWeight:
         fields = ("mask", "values", "offsets", "scales")
         tensors = {name: getattr(packed, name) for name in fields}
         return dataclasses.replace(packed, **{n: None if t is None else self.copy(t) for n, t in tensors.items()})
+
+
+SHAPES = ((1, 1, False), (3, 7, False), (5, 65, True), (9, 200, False), (6, 513, True))
 
 
 def run(kernel: str, at_end: bool) -> None:
@@ -58,7 +62,13 @@ def run(kernel: str, at_end: bool) -> None:
     guarded = Guarded(at_end)
     library, index = native._kernel(kernel)
     for value_type in VALUE_TYPES:
-        for out, columns, special_rows in ((1, 1, False), (3, 7, False), (5, 65, True), (9, 200, False), (6, 513, True)):
+        for out, columns, special_rows in (
+            (1, 1, False),
+            (3, 7, False),
+            (5, 65, True),
+            (9, 200, False),
+            (6, 513, True),
+        ):
             packed, dense = random_weight(out, columns, value_type, 0.4, out, special_rows=special_rows)
             held = guarded.weight(packed)
             for tokens in (1, 3, 8, 16):
@@ -66,7 +76,13 @@ def run(kernel: str, at_end: bool) -> None:
                     x = guarded.copy(activations(tokens, columns, dtype, seed=tokens))
                     y = guarded.copy(torch.zeros(tokens, out, dtype=dtype))
                     library.multiply(
-                        index, *native._addresses(held), tokens, native._ACTIVATIONS[dtype], x.data_ptr(), y.data_ptr(), 2
+                        index,
+                        *native._addresses(held),
+                        tokens,
+                        native._ACTIVATIONS[dtype],
+                        x.data_ptr(),
+                        y.data_ptr(),
+                        2,
                     )
                     assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
             for dtype in (torch.float32, torch.bfloat16):

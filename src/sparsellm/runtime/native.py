@@ -15,27 +15,18 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsellm.errors import KernelError, nearest
-
-if TYPE_CHECKING:
-    from sparsellm.runtime.packed import PackedWeight
+from sparsellm.runtime.packed import FLOAT_TYPES, VALUE_TYPES, PackedWeight, mask_stride
 
 MAX_TOKENS = 16  # that one call takes; the kernels' own limit
 
-_VALUE_TYPES = {"bf16": 0, "fp16": 1, "fp32": 2, "int8": 3, "int4": 4}  # as in kernels.h
+_VALUE_TYPES = {name: number for number, name in enumerate(VALUE_TYPES)}  # bf16, fp16, fp32, int8, int4 in kernels.h
 _ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_STORED = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int8": torch.int8,
-    "int4": torch.uint8,
-}
+_STORED = {**FLOAT_TYPES, "int8": torch.int8, "int4": torch.uint8}
 _SCALES = {"int8": torch.float32, "int4": torch.bfloat16}
 
 _threads: int | None = None
@@ -82,8 +73,8 @@ def multiply(packed: PackedWeight, x: Tensor, *, kernel: str | None = None) -> T
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.runtime.packed.validate``: what offsets
-            and mask say is trusted here.
+        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.runtime.packed.validate``: what
+            offsets and mask say is trusted here.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
         kernel: an instruction set other than :func:`available`'s.
 
@@ -140,7 +131,7 @@ def _addresses(packed: PackedWeight) -> tuple[int, ...]:
     (out, columns), kind, scales = packed.shape, packed.value_type, packed.scales
     if packed.layout != "bitmask" or kind not in _VALUE_TYPES:
         raise KernelError(f"layout {packed.layout!r}, values {kind!r}: the kernels take bitmasks, {', '.join(_STORED)}")
-    stride = 8 * ((columns + 63) // 64)
+    stride = mask_stride(columns)
     wanted = [(packed.mask, torch.uint8, out * stride), (packed.offsets, torch.int64, out + 1)]
     wanted.append((packed.values, _STORED[kind], packed.values.numel()))
     if kind in _SCALES:

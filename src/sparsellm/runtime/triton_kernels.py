@@ -10,7 +10,6 @@ With ``TRITON_INTERPRET=1`` the same kernel runs on the CPU, for tests.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -18,13 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsellm.errors import KernelError
-
-if TYPE_CHECKING:
-    from sparsellm.runtime.packed import PackedWeight
+from sparsellm.runtime.packed import PackedWeight, group_offsets
 
 MAX_TOKENS = 16
 _WORDS = 32  # mask words of 32 columns that a program takes at once
-_GROUP = 32  # int4 values that share a scale
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -33,7 +29,7 @@ def available() -> str | None:
     return "triton" if _INTERPRETED or torch.cuda.is_available() else None
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _population_count(word):  # type: ignore[no-untyped-def]
     """Bits set in each uint32."""
     word = word - ((word >> 1) & 0x55555555)
@@ -43,13 +39,13 @@ def _population_count(word):  # type: ignore[no-untyped-def]
     return ((word + (word >> 16)) & 0x3F).to(tl.int32)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _multiply(  # type: ignore[no-untyped-def]
     mask_pointer,  # uint32 (out, row_words)
     values_pointer,
     offsets_pointer,  # int64 (out + 1,)
     scales_pointer,
-    groups_pointer,  # int4: int64 (out,), where each row's scales begin
+    groups_pointer,  # int4: int64 (out + 1,), where each row's scales begin
     x_pointer,  # (tokens, columns)
     y_pointer,  # (tokens, out)
     out,
@@ -119,8 +115,8 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     floating = (torch.float32, torch.bfloat16, torch.float16)
     if x.dim() != 2 or x.shape[1] != columns or not 1 <= len(x) <= MAX_TOKENS or x.dtype not in floating:
         raise KernelError(
-            f"activations {x.dtype} {tuple(x.shape)}: the Triton kernels take fp32, bf16 or fp16 of (1 to {MAX_TOKENS}, "
-            f"{columns})"
+            f"activations {x.dtype} {tuple(x.shape)}: the Triton kernels take fp32, bf16 or fp16 "
+            f"of (1 to {MAX_TOKENS}, {columns})"
         )
     kind = {"int8": 1, "int4": 2}.get(packed.value_type, 0)
     words = packed.mask.view(torch.int32)
@@ -131,7 +127,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
         packed.values if packed.values.numel() else unused,
         packed.offsets,
         unused if packed.scales is None else packed.scales,
-        _first_groups(packed.offsets) if kind == 2 else unused,
+        group_offsets(packed.offsets) if kind == 2 else unused,
         x.contiguous(),
         y,
         out,
@@ -143,9 +139,3 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
         WORDS=_WORDS,
     )
     return y
-
-
-def _first_groups(offsets: Tensor) -> Tensor:
-    """Int64 ``(out,)``: where each row's int4 scales begin."""
-    groups = (offsets.diff() + _GROUP - 1) // _GROUP
-    return groups.cumsum(0) - groups
