@@ -370,6 +370,7 @@ def _readers(writer: CheckpointWriter, chain: Chain) -> list[CheckpointReader]:
 def _identity(chain: Chain, recipe: Recipe, windows: Tensor) -> dict[str, Any]:
     """All that the result depends on. Where hidden states are kept is not part of it."""
     return {
+        "format": 1,  # of what is recorded of a block
         "recipe": recipe.model_dump(exclude={"memory"}),
         "model": model_fingerprint(chain),
         "calibration tokens": tokens_fingerprint(windows),
