@@ -110,6 +110,23 @@ def test_recipe_file_and_settings_meet(llama: Path, tmp_path: Path, run: Any) ->
     assert Recipe.from_yaml(tmp_path / "p" / "recipe.yaml").model_dump() == recipe
 
 
+def test_effort_sweeps_the_default_method(llama: Path, tmp_path: Path, run: Any) -> None:
+    passes = {}
+    for effort in (0, 1, 2):
+        code, stdout, _ = run(
+            "prune", llama, "--out", tmp_path / str(effort), *SMALL, "--sparsity", 0.5, "--effort", effort, "--json"
+        )
+        assert code == 0
+        found = json.loads(stdout)
+        assert found["recipe"]["method"] == "sparsellm"
+        passes[effort] = [record["passes"] for record in found["sweeps"]]
+        assert found["zeros"] == sum(linear["zeros"] for linear in found["linears"])
+    assert passes == {0: [], 1: [0, 1], 2: [0, 1, 2, 3]}
+    code, _, stderr = run("prune", llama, "--out", tmp_path / "x", *SMALL, "--method", "wanda", "--effort", 1)
+    assert code == 2
+    assert "wanda has no option 'effort'" in stderr
+
+
 def test_methods_lists_options_and_papers(run: Any) -> None:
     code, stdout, _ = run("methods", "--json")
     assert code == 0

@@ -34,7 +34,7 @@ from sparsellm.methods import METHODS, LinearResult
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.refine.sweep import Pass, Sweep, check_sweepable, sweep
+from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
 from sparsellm.registry import Needs
 from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
@@ -194,7 +194,15 @@ def prune(
         windows = _windows(chain, recipe, calibration, tokenizer, directory, progress)
         recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
     workspace = method.workspace.beside(allocator.workspace)
-    memory = plan_memory(chain, len(windows), windows.shape[1], recipe.batch_tokens, workspace, budget=recipe.memory)
+    memory = plan_memory(
+        chain,
+        len(windows),
+        windows.shape[1],
+        recipe.batch_tokens,
+        workspace,
+        budget=recipe.memory,
+        swept_copies=SWEPT_COPIES if needs.passes else 0,
+    )
     progress(Progress(NOTE, 1, 1, str(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1, "checking the weights"))

@@ -54,7 +54,7 @@ def prune(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the pruned checkpoint.")],
     method: Annotated[
-        str | None, typer.Option(help="See `sparsellm methods`. [default: admm]", show_default=False)
+        str | None, typer.Option(help="See `sparsellm methods`. [default: sparsellm]", show_default=False)
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros. [default: 0.7]", show_default=False)
@@ -65,6 +65,15 @@ def prune(
     allocation: Annotated[
         str | None,
         typer.Option(help="What each block gives; see `sparsellm methods`. [default: uniform]", show_default=False),
+    ] = None,
+    effort: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=3,
+            help="Time that sparsellm spends: 0 solves only, 3 sweeps longest. [default: 1]",
+            show_default=False,
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -118,7 +127,7 @@ def prune(
     }
     chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe()
     chosen = chosen.updated(**{name: value for name, value in given.items() if value is not None})
-    chosen = chosen.with_settings(settings or [])
+    chosen = chosen.with_settings([*([f"options.effort={effort}"] if effort is not None else []), *(settings or [])])
     with _bar() as progress:
         result = api.prune(
             model,
