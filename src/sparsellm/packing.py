@@ -103,22 +103,22 @@ def pack(
     assert chain.weights is not None
     # Whatever the values become, no linear takes more room than it does dense.
     size = chain.weights.reader.bytes
-    writer = CheckpointWriter(
+    with CheckpointWriter(
         out, shards=len(chain) + 1, identity=_RUN, restart=True, overwrite=overwrite, need_bytes=size
-    )
-    writer.write_shard(len(chain), chain.outer_tensors())
-    result = PackResult(writer.out)
-    for index in range(len(chain)):
-        progress(Progress("pack", index, len(chain), chain.block_names[index]))
-        writer.write_shard(index, _sources(_packed_block(chain, index, values, result)))
-    progress(Progress("pack", len(chain), len(chain)))
-    entries = {name: entry for name, entry in result.linears.items() if entry is not None}
+    ) as writer:
+        writer.write_shard(len(chain), chain.outer_tensors())
+        result = PackResult(writer.out)
+        for index in range(len(chain)):
+            progress(Progress("pack", index, len(chain), chain.block_names[index]))
+            writer.write_shard(index, _sources(_packed_block(chain, index, values, result)))
+        progress(Progress("pack", len(chain), len(chain)))
+        entries = {name: entry for name, entry in result.linears.items() if entry is not None}
 
-    def describe(config: dict[str, Any]) -> None:
-        if entries:
-            config["quantization_config"] = quantization_config(entries)
+        def describe(config: dict[str, Any]) -> None:
+            if entries:
+                config["quantization_config"] = quantization_config(entries)
 
-    return _finish(writer, directory, result, describe)
+        return _finish(writer, directory, result, describe)
 
 
 def unpack(
@@ -140,20 +140,20 @@ def unpack(
     shards: dict[str, list[str]] = {}
     for name in reader:
         shards.setdefault(reader.file_of(name).name, []).append(name)
-    writer = CheckpointWriter(
+    with CheckpointWriter(
         out, shards=len(shards), identity=_RUN, restart=True, overwrite=overwrite, need_bytes=reader.bytes
-    )
-    for index, names in enumerate(shards.values()):
-        progress(Progress("unpack", index, len(shards)))
-        writer.write_shard(index, _sources(reader.read(names)))
-    progress(Progress("unpack", len(shards), len(shards)))
-    result = PackResult(writer.out, dict.fromkeys(reader.entries))
-    for entry in reader.entries.values():
-        count = entry.shape[0] * entry.shape[1]
-        result.weights += count
-        result.dense_bytes += count * entry.dtype.itemsize
-    result.packed_bytes = result.dense_bytes
-    return _finish(writer, source, result, lambda config: None)
+    ) as writer:
+        for index, names in enumerate(shards.values()):
+            progress(Progress("unpack", index, len(shards)))
+            writer.write_shard(index, _sources(reader.read(names)))
+        progress(Progress("unpack", len(shards), len(shards)))
+        result = PackResult(writer.out, dict.fromkeys(reader.entries))
+        for entry in reader.entries.values():
+            count = entry.shape[0] * entry.shape[1]
+            result.weights += count
+            result.dense_bytes += count * entry.dtype.itemsize
+        result.packed_bytes = result.dense_bytes
+        return _finish(writer, source, result, lambda config: None)
 
 
 def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
