@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm import __version__
+from sparsellm import __version__, parallel
 from sparsellm.calibration import calibration_windows, check_seq_len, evaluation_windows
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
@@ -26,9 +27,11 @@ from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMEr
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
 from sparsellm.methods import METHODS, LinearResult
+from sparsellm.methods.base import Method
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
+from sparsellm.registry import Entry
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros
 from sparsellm.walk import selected_linears, walk
 
@@ -45,11 +48,12 @@ class PruneResult:
         recipe: all settings, as used.
         linears: what became of each pruned linear.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
-        peak_rss: the most memory this process has held, in bytes.
+        peak_rss: the most memory a process has held, in bytes.
         calibration_tokens: tokens the statistics come from.
         versions: of Python and the libraries that shape the result.
         warnings: what the user should know.
         command: the command line that ran.
+        processes: that ran together.
     """
 
     path: Path | None
@@ -62,6 +66,7 @@ class PruneResult:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     warnings: list[str] = field(default_factory=list)
     command: str = field(default_factory=lambda: shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    processes: int = 1
 
     @property
     def zeros(self) -> int:
@@ -89,6 +94,7 @@ class PruneResult:
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_rss_bytes": self.peak_rss,
             "calibration_tokens": self.calibration_tokens,
+            "processes": self.processes,
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(),
             "versions": self.versions,
@@ -115,6 +121,10 @@ def prune(
     given as an object is pruned in place, where it is, and also saved if ``out`` is given. A model given by name with
     no ``out`` is loaded whole and returned in ``result.model``.
 
+    Where torch.distributed has been initialised with several processes, all of them must call this with the same
+    arguments: they divide the calibration windows and the rows of each weight, the first writes and reports, and all
+    end up with the same model.
+
     Args:
         model: a checkpoint directory, a hub id, a ``.gguf`` file, ``demo``, or a transformers model.
         recipe: what to do; ``Recipe()`` if None.
@@ -134,6 +144,9 @@ def prune(
         recipe = recipe.updated(calibration=calibration)
     method = METHODS[recipe.method]
     options = method.check(recipe.options)
+    _check_processes(method, len(calibration) if isinstance(calibration, Tensor) else recipe.samples)
+    if not parallel.is_main():
+        progress = ignore
     device = resolve_device(recipe.device)
     clock = PhaseClock()
     warnings: list[str] = []
@@ -142,7 +155,9 @@ def prune(
         check_out(out, overwrite=overwrite, need_bytes=0)
     with clock.phase("open"):
         progress(Progress("open", 0, 1, "opening the model"))
-        directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(str(model))
+        directory = None
+        if not isinstance(model, PreTrainedModel):
+            directory = parallel.main_first(lambda: checkpoint_directory(str(model)))
         if directory is not None and out is not None and out.absolute() == directory.absolute():
             raise SparseLLMError(f"--out {out} is the model itself; name another directory")
         tokenizer = tokenizer or (load_tokenizer(directory) if directory is not None else None)
@@ -152,23 +167,23 @@ def prune(
             check_out(out, overwrite=overwrite, need_bytes=_checkpoint_bytes(chain))
     with clock.phase("calibration"):
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
-        windows = _windows(chain, recipe, calibration, tokenizer, directory, progress)
+        windows = parallel.from_main(partial(_windows, chain, recipe, calibration, tokenizer, directory, progress))
         recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
     with clock.phase("check"):
         progress(Progress("check", 0, 1, "checking the weights"))
-        _check_finite(chain)
+        parallel.from_main(lambda: _check_finite(chain))
         already = _already_pruned(chain)
         if already is not None:
             warnings.append(already)
             progress(Progress("check", 1, 1, already))
     writer = None
-    if out is not None:
+    if out is not None and parallel.is_main():
         writer = CheckpointWriter(out, shards=len(chain) + 1, overwrite=overwrite, need_bytes=_checkpoint_bytes(chain))
         writer.write_shard(len(chain), chain.outer_tensors())
     torch.manual_seed(recipe.seed)
     results = walk(
         chain,
-        windows,
+        windows[parallel.share(len(windows))],
         method.function,
         options,
         patterns,
@@ -179,14 +194,22 @@ def prune(
         name=recipe.method,
     )
     result = PruneResult(
-        None, memory_model, recipe, results, clock.seconds, peak_rss(), windows.numel(), warnings=warnings
+        None if out is None else out.absolute(),
+        memory_model,
+        recipe,
+        results,
+        clock.seconds,
+        max(parallel.gather(peak_rss())),
+        windows.numel(),
+        warnings=warnings,
+        processes=parallel.size(),
     )
     if writer is not None:
-        result.path = writer.out
         _write_companions(writer, chain, directory, tokenizer)
         writer.write_text("recipe.yaml", recipe.to_yaml())
         writer.write_json("pruning.json", result.to_dict())
         writer.finish()
+    parallel.barrier()  # the checkpoint has its name before any process goes on
     return result
 
 
@@ -290,6 +313,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         RecipeError: no such device here.
     """
+    name = parallel.own_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -321,6 +345,19 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def _check_processes(method: Entry[Method], samples: int) -> None:
+    size = parallel.size()
+    if size == 1:
+        return
+    if not method.distributed:
+        raise RecipeError(f"method {method.name} runs in one process, not in {size}; start it without torchrun")
+    if samples < size:
+        raise RecipeError(
+            f"{samples} calibration windows cannot be divided among {size} processes; "
+            f"ask for {size} samples or more, or start fewer processes"
+        )
 
 
 def _open(

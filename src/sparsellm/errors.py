@@ -30,6 +30,10 @@ class NumericalError(SparseLLMError):
     """A statistic or a weight is not finite, or a factorisation failed at every damping tried."""
 
 
+class ProcessError(SparseLLMError):
+    """Another process of the same run has died, or cannot be reached."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``did you mean 'wanda'?``, or the list of known names when none is near."""
     names = sorted(known)

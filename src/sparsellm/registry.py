@@ -35,13 +35,18 @@ class Option:
 
 @dataclass(frozen=True)
 class Entry(Generic[F]):
-    """A registered function with the name users type, its paper, and its options."""
+    """A registered function with the name users type, its paper, and its options.
+
+    ``distributed`` says that it is written for several processes: of a solver, that rows may be solved apart (it
+    compares them through its pattern only); of a method, that every process may run it on its share of the windows.
+    """
 
     name: str
     function: F
     paper: str
     summary: str
     options: dict[str, Option]
+    distributed: bool = False
 
     def check(self, values: dict[str, Any]) -> dict[str, Any]:
         """Options as given, each coerced to its declared type.
@@ -70,9 +75,9 @@ class Registry(Generic[F]):
         self._entries: dict[str, Entry[F]] = {}
         self._listeners: list[Callable[[Entry[F]], None]] = []
 
-    def register(self, name: str, *, paper: str) -> Callable[[F], F]:
+    def register(self, name: str, *, paper: str, distributed: bool = False) -> Callable[[F], F]:
         """Decorator. Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``: what
-        pydantic knows of the type is checked, and the text is shown to users."""
+        pydantic knows of the type is checked, and the text is shown to users. ``distributed``: see :class:`Entry`."""
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
@@ -84,7 +89,7 @@ class Registry(Generic[F]):
                 description = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, str)), "")
                 options[parameter.name] = Option(parameter.name, hint, parameter.default, description)
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-            self.add(Entry(name, function, paper, summary, options))
+            self.add(Entry(name, function, paper, summary, options, distributed))
             return function
 
         return add

@@ -16,13 +16,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, watch
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, prune_feed_forward, split
+from sparsellm.errors import RecipeError
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.refine.reconstruct import reconstruct
 from sparsellm.solvers import SOLVERS, Solution, Solver
+from sparsellm.solvers.divided import divide
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
 
 
@@ -34,7 +37,11 @@ class _Moments:
     cross: Tensor | None
 
 
-@METHODS.register("sparsellm", paper="arXiv 2402.17946, with the solver of 2406.07831 and the refinement of 2510.14444")
+@METHODS.register(
+    "sparsellm",
+    paper="arXiv 2402.17946, with the solver of 2406.07831 and the refinement of 2510.14444",
+    distributed=True,
+)
 def sparsellm(
     task: BlockTask,
     *,
@@ -51,6 +58,8 @@ def sparsellm(
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):
         return  # nothing is lost, so nothing is to be made up for: every bit stays
+    if iterations and parallel.size() > 1:
+        raise RecipeError("iterations of the auxiliary variables run in one process; start it without torchrun")
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
     with task.clock.phase("prune/targets"):
         dense_outputs = list(task.stream.run(task.index)) if steps else []
@@ -59,9 +68,9 @@ def sparsellm(
         unit = units.get(sublayer[-1][0].name)
         if unit is not None and all(linear in unit.linears() for group in sublayer for linear in group):
             with task.clock.phase("prune/variables"):
-                prune_unit(task, unit, weights, SOLVERS[solver].function, iterations)
+                prune_unit(task, unit, weights, divide(SOLVERS[solver]), iterations)
         else:
-            _prune_in_order(task, sublayer, weights, SOLVERS[solver].function, refit, refit_damping)
+            _prune_in_order(task, sublayer, weights, divide(SOLVERS[solver]), refit, refit_damping)
     if steps:
         with task.clock.phase("prune/refine"):
             reconstruct(task, dense_outputs, weights, steps=steps, learning_rate=learning_rate)
@@ -180,7 +189,7 @@ def token_weights(hidden: list[Tensor], medians: float) -> list[Tensor]:
         Weights ``(batch, seq)`` for each batch.
     """
     norms = [batch.float().norm(dim=-1) for batch in hidden]
-    limit = medians * torch.cat([norm.flatten() for norm in norms]).median()
+    limit = medians * torch.cat(parallel.gather_list(torch.cat([norm.flatten() for norm in norms]))).median()
     return [(limit / norm.clamp(min=1e-30)).square().clamp(max=1.0) for norm in norms]
 
 
@@ -193,7 +202,7 @@ def _groups(task: BlockTask) -> list[list[LinearView]]:
 
     with watch(task.linears, see):
         task.stream.run_batch(task.index, 0)
-    return grouping.groups
+    return grouping.agreed(task.linears)
 
 
 def _moments(
@@ -224,4 +233,7 @@ def _moments(
     with task.clock.phase("prune/statistics"), watch([head, *(x for x in recorded if x is not head)], see):
         for position in range(len(task.stream)):  # the hook reads where the pass is
             task.stream.run_batch(task.index, position)
+        gram.reduce()
+        if cross is not None:
+            cross.reduce()
     return _Moments(gram.finish(), cross.finish() if cross is not None else None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparsellm import parallel
 from sparsellm.chain.chain import hidden_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def reconstruct(
     masks = {id(linear.parameter): linear.parameter != 0 for linear in task.linears}
     generator = torch.Generator().manual_seed(index)
     windows = [(batch, row) for batch, hidden in enumerate(stream.hidden) for row in range(len(hidden))]
+    everywhere = [(process, own) for process, count in enumerate(parallel.gather(len(windows))) for own in range(count)]
     calls = stream.calls(index)
     with _trainable(block) as parameters, torch.enable_grad():
         groups = [
@@ -52,27 +54,46 @@ def reconstruct(
         order: list[int] = []
         for step in range(steps):
             if not order:
-                order = torch.randperm(len(windows), generator=generator).tolist()
-            batch, row = windows[order.pop()]
+                order = torch.randperm(len(everywhere), generator=generator).tolist()
+            process, own = everywhere[order.pop()]
             rate = learning_rate * _schedule(step, steps, warmup)
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["scale"]
-            hidden = stream.hidden[batch][row : row + 1]
-            output = hidden_of(calls[batch].on(block, hidden), block)
-            wanted = targets[batch][row : row + 1]
-            error = (output - wanted).float().square().sum(-1)  # (1, seq)
-            size = (wanted - hidden).float().square().sum(-1)
-            if weights is not None:
-                error, size = error * weights[batch][row : row + 1], size * weights[batch][row : row + 1]
-            loss = error.sum() / size.sum()
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            if process == parallel.rank():  # the window is in one process; all take the step
+                batch, row = windows[own]
+                token_weights = weights[batch][row : row + 1] if weights is not None else None
+                output = hidden_of(calls[batch].on(block, stream.hidden[batch][row : row + 1]), block)
+                _loss(
+                    output, stream.hidden[batch][row : row + 1], targets[batch][row : row + 1], token_weights
+                ).backward()
+            _share_gradients(parameters, process)
             for parameter in parameters:
                 if parameter.grad is not None and id(parameter) in masks:
                     parameter.grad.mul_(masks[id(parameter)])
             optimiser.step()
     for linear in task.linears:  # what is in memory is what will be written
         linear.assign(linear.weight())
+
+
+def _loss(output: Tensor, hidden: Tensor, wanted: Tensor, token_weights: Tensor | None) -> Tensor:
+    """The squared error of what a block adds to its hidden states, relative to what it should add."""
+    error = (output - wanted).float().square().sum(-1)  # (1, seq)
+    size = (wanted - hidden).float().square().sum(-1)
+    if token_weights is not None:
+        error, size = error * token_weights, size * token_weights
+    return error.sum() / size.sum()
+
+
+def _share_gradients(parameters: list[nn.Parameter], source: int) -> None:
+    """Gives every process the gradients of one; a parameter without one there has none anywhere."""
+    if parallel.size() == 1:
+        return
+    reached = parallel.broadcast([parameter.grad is not None for parameter in parameters], source)
+    for parameter, has_gradient in zip(parameters, reached, strict=True):
+        if has_gradient:
+            own = parameter.grad if parameter.grad is not None else torch.empty_like(parameter)
+            parameter.grad = parallel.broadcast_(own.contiguous(), source)
 
 
 def _schedule(step: int, steps: int, warmup: float) -> float:

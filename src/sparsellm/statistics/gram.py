@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed
 from torch import Tensor
 
+from sparsellm import parallel
 from sparsellm.errors import NumericalError
 
 PANEL = 512  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
@@ -199,9 +199,11 @@ class GramAccumulator:
         self.total += other.total.to(self.total.device)
         self.tokens += other.tokens
 
-    def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+    def reduce(self) -> None:
         """Add up the accumulators of all processes, in every one of them."""
-        self.tokens = _reduce(self.total, self.tokens, group)
+        for start in range(0, self.features, PANEL):
+            parallel.all_sum_(self.total[start : start + PANEL, start:])
+        self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Gram:
         """The mean over the tokens so far. The accumulator is left as it is and may go on.
@@ -236,9 +238,10 @@ class CrossAccumulator:
         self.total += other.total.to(self.total.device)
         self.tokens += other.tokens
 
-    def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+    def reduce(self) -> None:
         """Add up the accumulators of all processes, in every one of them."""
-        self.tokens = _reduce(self.total, self.tokens, group)
+        parallel.all_sum_(self.total)
+        self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Tensor:
         """``C = TᵀX / N`` (out, features), fp32.
@@ -305,10 +308,3 @@ def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.d
     for start in range(0, tokens, step):
         parts = tuple(rows[start : start + step].to(device, torch.float32) for rows in flat)
         yield parts if root is None else tuple(part * root[start : start + step] for part in parts)
-
-
-def _reduce(total: Tensor, tokens: int, group: torch.distributed.ProcessGroup | None) -> int:
-    count = torch.tensor(tokens, device=total.device)
-    torch.distributed.all_reduce(total, group=group)
-    torch.distributed.all_reduce(count, group=group)
-    return int(count)

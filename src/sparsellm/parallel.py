@@ -1,0 +1,233 @@
+"""One run in several processes: how they divide the work, and how they come to agree again.
+
+``torchrun --nproc-per-node N -m sparsellm prune ...`` starts N processes that all walk the same chain. Each holds a
+share of the calibration windows; moments are added up; each solves a share of the rows of a weight, and all get the
+whole. So the same block is in every process when the next one is read.
+
+Every helper here does nothing in a single process, so code that calls them reads the same either way. Those that speak
+to the other processes must be called by all of them, in the same order. They carry tensors by gloo or NCCL, whichever
+serves the tensor's device, and small Python values by gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsellm.errors import ProcessError, RecipeError, SparseLLMError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+# A process that dies is noticed at once; this is for one that hangs, and longer than any may wait for another: while
+# the main process reads, or writes, the calibration text.
+TIMEOUT = timedelta(minutes=30)
+CHUNK_ELEMENTS = 1 << 24  # converted to fp64 at a time: 128 MiB
+
+T = TypeVar("T")
+
+_failures: Store | None = None  # where processes that fail leave word; see claims_failure()
+
+
+# ---------------------------------------------------------------------- who is here
+
+
+def size() -> int:
+    """The processes of this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and reports."""
+    return rank() == 0
+
+
+def launched() -> int:
+    """The processes that torchrun started, whether or not they have joined; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() and dist.is_torchelastic_launched() else 1
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+    """Joins the processes that torchrun started. Nothing happens without it, or if they have joined already.
+
+    After an error the group is left as it is: to take leave of it takes all processes, and the others may be gone.
+
+    Raises:
+        ProcessError: the others cannot be reached.
+    """
+    global _failures
+    if launched() == 1 or size() > 1:
+        yield
+        return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    store, this, of = _reached(next, rendezvous("env://", timeout=TIMEOUT))
+    _reached(
+        dist.init_process_group,
+        backend,
+        store=PrefixStore("sparsellm", store),
+        rank=this,
+        world_size=of,
+        timeout=TIMEOUT,
+    )
+    _failures = PrefixStore("sparsellm-failures", store)
+    yield
+    barrier()
+    dist.destroy_process_group()
+    _failures = None
+
+
+def claims_failure() -> bool:
+    """Whether this process, which fails, is the first to: the one to say why. The others fail of it, or of the same."""
+    if _failures is None:
+        return int(os.environ.get("RANK", "0")) == 0 if launched() > 1 else True
+    try:
+        return int(_failures.add("count", 1)) == 1
+    except RuntimeError:  # whoever kept the count is gone
+        return True
+
+
+def own_device(name: str) -> str:
+    """The device of this process: of ``cuda``, or ``auto`` where there are GPUs, the one with its own local number.
+
+    Raises:
+        RecipeError: one GPU is named for all processes, or there are too few.
+    """
+    asked = name.partition(":")[0]
+    if size() == 1 or not (asked == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return name
+    if asked != name:
+        raise RecipeError(f"device {name!r} is one GPU, and {size()} processes need one each; say 'cuda'")
+    count = torch.cuda.device_count()
+    number = dist.get_node_local_rank(fallback_rank=rank() % max(count, 1))
+    if number >= count:
+        raise RecipeError(
+            f"process {number} of this machine has no GPU of its own: there are {count}; start no more processes "
+            "than GPUs, or say 'cpu'"
+        )
+    torch.cuda.set_device(number)
+    return f"cuda:{number}"
+
+
+# ---------------------------------------------------------------------- what each does
+
+
+def share(total: int) -> slice:
+    """The part of ``total`` things, in order, that falls to this process; shares differ by one at most."""
+    return slice(total * rank() // size(), total * (rank() + 1) // size())
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What ``make`` gives in the main process, in all of them; the project's own errors are raised in all of them."""
+    if size() == 1:
+        return make()
+    value: Any = None
+    failure: SparseLLMError | None = None
+    if is_main():
+        try:
+            value = make()
+        except SparseLLMError as error:
+            failure = error
+    value, failure = broadcast((value, failure))
+    if failure is not None:
+        raise failure
+    made: T = value
+    return made
+
+
+def main_first(make: Callable[[], T]) -> T:
+    """What ``make`` gives in each process; the main one goes first, so that what it fetches is there for the rest."""
+    made: list[T] = []
+    from_main(lambda: made.append(make()))
+    return made[0] if made else make()
+
+
+# ---------------------------------------------------------------------- how they agree
+
+
+def barrier() -> None:
+    """Waits until all processes are here."""
+    gather(None)
+
+
+def all_sum_(tensor: Tensor) -> Tensor:
+    """Adds up a tensor of at least one dimension over all processes, in place; all hold the same bits then.
+
+    The sum is in fp64: whichever way it is ordered, and into however many parts the tokens were divided, what is
+    rounded to the tensor's own dtype at the end is the same but for the parts' own rounding.
+    """
+    if size() > 1:
+        rows = max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))
+        for part in tensor.split(rows):
+            wide = part.to(torch.float64 if part.is_floating_point() else torch.int64).contiguous()
+            _reached(dist.all_reduce, wide)
+            part.copy_(wide)
+    return tensor
+
+
+def total(number: float) -> float:
+    """The sum of a number over all processes, in their order."""
+    return sum(gather(number)) if size() > 1 else number
+
+
+def gather(value: T) -> list[T]:
+    """The value of each process, in order, for small values: they are pickled."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    _reached(dist.all_gather_object, values, value)
+    return values
+
+
+def gather_list(tensor: Tensor) -> list[Tensor]:
+    """The tensor of each process, in order, on the device of one's own; shapes may differ, dtypes not."""
+    if size() == 1:
+        return [tensor]
+    shapes = gather(tuple(tensor.shape))
+    return [
+        broadcast_(tensor.contiguous() if source == rank() else tensor.new_empty(shape), source)
+        for source, shape in enumerate(shapes)
+    ]
+
+
+def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
+    """Overwrites a contiguous tensor with that of the process ``source``."""
+    if size() > 1:
+        _reached(dist.broadcast, tensor, src=source)
+    return tensor
+
+
+def broadcast(value: T, source: int = 0) -> T:
+    """The value of the process ``source``, for small values: they are pickled."""
+    if size() == 1:
+        return value
+    values: list[Any] = [value]
+    _reached(dist.broadcast_object_list, values, src=source)
+    received: T = values[0]
+    return received
+
+
+def _reached(operation: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    try:
+        return operation(*arguments, **options)
+    except RuntimeError as error:  # what torch raises for a closed connection, a timeout, a failed NCCL call
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ProcessError(
+            f"lost touch with another process of this run, which has ended or cannot be reached ({reason[:200]}); "
+            "what it printed, or torchrun's report, says why; blocks that were finished stay where they were written"
+        ) from error
