@@ -33,6 +33,7 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.registry import Entry
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros
+from sparsellm.streams import windows_in_batch
 from sparsellm.walk import selected_linears, walk
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
@@ -183,7 +184,7 @@ def prune(
     torch.manual_seed(recipe.seed)
     results = walk(
         chain,
-        windows[parallel.share(len(windows))],
+        windows[parallel.share(len(windows), windows_in_batch(recipe.batch_tokens, windows.shape[1]))],
         method.function,
         options,
         patterns,

@@ -127,9 +127,17 @@ def own_device(name: str) -> str:
 # ---------------------------------------------------------------------- what each does
 
 
-def share(total: int) -> slice:
-    """The part of ``total`` things, in order, that falls to this process; shares differ by one at most."""
-    return slice(total * rank() // size(), total * (rank() + 1) // size())
+def share(total: int, unit: int = 1) -> slice:
+    """The part of ``total`` things, in order, that falls to this process; shares differ by one unit at most.
+
+    Units are left whole where there are enough of them: then batches are made of the same windows, and so come out the
+    same to the bit, whatever the number of processes.
+    """
+    units = -(-total // unit)
+    if units < size():
+        unit, units = 1, total
+    start, stop = (units * edge // size() * unit for edge in (rank(), rank() + 1))
+    return slice(start, min(stop, total))
 
 
 def from_main(make: Callable[[], T]) -> T:
@@ -168,15 +176,15 @@ def barrier() -> None:
 def all_sum_(tensor: Tensor) -> Tensor:
     """Adds up a tensor of at least one dimension over all processes, in place; all hold the same bits then.
 
-    The sum is in fp64: whichever way it is ordered, and into however many parts the tokens were divided, what is
-    rounded to the tensor's own dtype at the end is the same but for the parts' own rounding.
+    The sum is in fp64, so that its order leaves no trace in what is rounded to fp32 in the end.
     """
     if size() > 1:
         rows = max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))
         for part in tensor.split(rows):
             wide = part.to(torch.float64 if part.is_floating_point() else torch.int64).contiguous()
             _reached(dist.all_reduce, wide)
-            part.copy_(wide)
+            if wide is not part:
+                part.copy_(wide)
     return tensor
 
 

@@ -98,6 +98,20 @@ def test_shares_are_disjoint_in_order_and_even(monkeypatch: pytest.MonkeyPatch) 
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_units_stay_whole_where_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(total: int, unit: int, size: int) -> list[tuple[int, int]]:
+        monkeypatch.setattr(parallel, "size", lambda: size)
+        found = []
+        for rank in range(size):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            found.append(parallel.share(total, unit))
+        return [(part.start, part.stop) for part in found]
+
+    assert shares(7, 2, 2) == [(0, 4), (4, 7)]
+    assert shares(7, 2, 4) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert shares(7, 4, 4) == [(0, 1), (1, 3), (3, 5), (5, 7)]  # two units, four processes
+
+
 def test_each_process_takes_the_gpu_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parallel.own_device("cuda") == "cuda"  # one process: whatever the user says
     assert parallel.own_device("cuda:1") == "cuda:1"

@@ -156,7 +156,8 @@ class Gram:
 
     def _invert(self, damping: float) -> Factor:
         factor = self.cholesky(damping)
-        return Factor(torch.cholesky_inverse(factor.matrix), factor.damping, factor.notes)
+        inverse = torch.cholesky_inverse(factor.matrix).mT  # symmetric; LAPACK's columns are rows this way
+        return Factor(inverse, factor.damping, factor.notes)
 
     def _factorise_inverse(self, damping: float) -> Factor:
         factor = self._factorise(damping, flipped=True)
@@ -170,16 +171,20 @@ class Gram:
 
 
 class GramAccumulator:
-    """Sums ``XᵀX`` over chunks of tokens in one fp32 matrix ``(features, features)``.
+    """Sums ``XᵀX`` over chunks of tokens: products in fp32, their sum in fp64.
 
-    Only panels of rows from their own diagonal on are computed, and mirrored once at the end: little more than half
-    the products.
+    So a sum of products is exact for all that fp32 can tell, and the same to the bit in whatever order, and in however
+    many processes, it is made. Only panels of rows from their own diagonal on are computed and kept, and mirrored once
+    at the end: little more than half the products, and the memory of one fp32 matrix ``(features, features)``.
     """
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
         self.features = features
+        self.device = torch.device(device or "cpu")
         self.tokens = 0
-        self.total = torch.zeros(features, features, dtype=torch.float32, device=device)  # below the panels: not filled
+        self.panels = [
+            _zeros(min(PANEL, features - start), features - start, self.device) for start in range(0, features, PANEL)
+        ]
 
     def update(self, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Add tokens.
@@ -188,21 +193,22 @@ class GramAccumulator:
             x: ``(..., features)``, any floating dtype.
             token_weights: ``(...)``, not negative; a token of weight w counts as ``w x xᵀ``. N stays the token count.
         """
-        for (rows,) in _chunks((x,), token_weights, self.total.device):
-            for start in range(0, self.features, PANEL):
-                panel = self.total[start : start + PANEL, start:]
-                panel.addmm_(rows[:, start : start + PANEL].T, rows[:, start:])
+        for (rows,) in _chunks((x,), token_weights, self.device):
+            for panel in self.panels:
+                right = rows[:, self.features - panel.shape[1] :]
+                panel += right[:, : len(panel)].T @ right
             self.tokens += len(rows)
 
     def merge(self, other: GramAccumulator) -> None:
         """Add the tokens another accumulator saw."""
-        self.total += other.total.to(self.total.device)
+        for own, its in zip(self.panels, other.panels, strict=True):
+            own += its.to(self.device)
         self.tokens += other.tokens
 
     def reduce(self) -> None:
         """Add up the accumulators of all processes, in every one of them."""
-        for start in range(0, self.features, PANEL):
-            parallel.all_sum_(self.total[start : start + PANEL, start:])
+        for panel in self.panels:
+            parallel.all_sum_(panel)
         self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Gram:
@@ -211,9 +217,12 @@ class GramAccumulator:
         Raises:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
-        matrix = self.total / require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
-        for start in range(0, self.features, PANEL):
-            stop = min(start + PANEL, self.features)
+        tokens = require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
+        matrix = torch.empty(self.features, self.features, device=self.device)
+        for panel in self.panels:
+            start = self.features - panel.shape[1]
+            stop = start + len(panel)
+            matrix[start:stop, start:] = panel / tokens
             block = matrix[start:stop, start:stop]
             block.copy_(block.triu() + block.triu(1).T)  # a product's two halves may differ in the last bit
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
@@ -221,16 +230,16 @@ class GramAccumulator:
 
 
 class CrossAccumulator:
-    """Sums ``TᵀX`` over chunks of tokens in one fp32 matrix ``(out, features)``."""
+    """Sums ``TᵀX (out, features)`` over chunks of tokens: products in fp32, their sum in fp64, as for a Gram."""
 
     def __init__(self, out: int, features: int, device: torch.device | str | None = None) -> None:
         self.tokens = 0
-        self.total = torch.zeros(out, features, dtype=torch.float32, device=device)
+        self.total = _zeros(out, features, torch.device(device or "cpu"))
 
     def update(self, target: Tensor, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Add tokens: ``target`` (..., out), ``x`` (..., features), ``token_weights`` (...) as for a Gram."""
         for target_rows, rows in _chunks((target, x), token_weights, self.total.device):
-            self.total.addmm_(target_rows.T, rows)
+            self.total += target_rows.T @ rows
             self.tokens += len(rows)
 
     def merge(self, other: CrossAccumulator) -> None:
@@ -250,9 +259,14 @@ class CrossAccumulator:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
         name = f"cross moment of shape {tuple(self.total.shape)}"
-        matrix = self.total / require_tokens(self.tokens, name)
+        matrix = (self.total / require_tokens(self.tokens, name)).float()
         require_finite(matrix, name)
         return matrix
+
+
+def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Of fp64, where the device has it."""
+    return torch.zeros(rows, columns, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 @dataclass(frozen=True, eq=False)
