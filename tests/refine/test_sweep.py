@@ -15,6 +15,7 @@ import sparsellm
 from sparsellm import Recipe, streams
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import ModelError, NumericalError
+from sparsellm.refine import head
 from sparsellm.refine import sweep as module
 from sparsellm.refine.sweep import Pass, Sweep, sweep
 from sparsellm.refine.training import Adam
@@ -64,7 +65,7 @@ def test_gradients_are_those_of_the_whole_model(
     family: Family, head_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with the head in chunks of three positions, and with two windows of a batch of four in a step."""
-    monkeypatch.setattr(module, "HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)
     monkeypatch.setattr(streams, "PIECE_TOKENS", 48)
     found: list[dict[str, Tensor]] = []
 

@@ -13,9 +13,8 @@ from sparsellm.chain import Chain, LinearView
 from sparsellm.chain.capture import watch
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.refine.gradients import Visitor, backward_sweep
-from sparsellm.refine.training import TOKENS_PER_STEP
 from sparsellm.storage.scratch import Scratch
-from sparsellm.streams import Stream
+from sparsellm.streams import PIECE_TOKENS, Stream
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Survey:
             self.windows,
             visitor,
             names=self.names,
-            batch_tokens=min(self.batch_tokens, TOKENS_PER_STEP),
+            batch_tokens=min(self.batch_tokens, PIECE_TOKENS),
             scratch=self.scratch,
             progress=self.progress,
         )

@@ -21,9 +21,9 @@ from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.progress import Progress as Event
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.refine.head import HEAD_TOKENS, through_head
-from sparsellm.refine.training import TOKENS_PER_STEP, running_on
+from sparsellm.refine.training import running_on
 from sparsellm.storage.scratch import Scratch
-from sparsellm.streams import Stream
+from sparsellm.streams import PIECE_TOKENS, Stream
 
 
 class Visitor:
@@ -51,7 +51,7 @@ def backward_sweep(
     visitor: Visitor,
     *,
     names: Collection[str] | None = None,
-    batch_tokens: int = TOKENS_PER_STEP,
+    batch_tokens: int = PIECE_TOKENS,
     scratch: Scratch | None = None,
     progress: ProgressCallback = ignore,
 ) -> float:
@@ -186,7 +186,7 @@ def output_gradient_squares(
     windows: Tensor,
     *,
     names: Collection[str] | None = None,
-    batch_tokens: int = TOKENS_PER_STEP,
+    batch_tokens: int = PIECE_TOKENS,
     scratch: Scratch | None = None,
     progress: ProgressCallback = ignore,
 ) -> dict[str, Tensor]:
