@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument(
         "--scratch", type=Path, default=Path(__file__).parent / "out", help="where checkpoints are made"
     )
+    parser.add_argument("--restart", action="store_true", help="forget what an unfinished run of this script has left")
     parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoint")
     arguments = parser.parse_args()
     config = CONFIGS[arguments.model]
@@ -255,7 +256,7 @@ def main() -> None:
     for method in arguments.methods:
         for samples in arguments.samples:
             out = arguments.scratch / f"pruned-{arguments.model}-{method}-{samples}"
-            for leftover in (out, out.with_name(f"{out.name}.partial")):
+            for leftover in (out, *([out.with_name(f"{out.name}.partial")] if arguments.restart else [])):
                 shutil.rmtree(leftover, ignore_errors=True)
             options = ["--method", method, "--sparsity", str(arguments.sparsity), "--samples", str(samples)]
             options += ["--seq-len", str(arguments.seq_len)]

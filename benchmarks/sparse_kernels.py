@@ -1,6 +1,6 @@
 """How fast the kernels on packed weights are, beside a dense product and a copy of memory.
 
-    python benchmarks/sparse_kernels.py [--threads 1] [--tokens 1 4 16] [--values bf16] [--kernel NAME]
+    python benchmarks/kernels.py [--threads 1] [--tokens 1 4 16] [--values bf16] [--kernel NAME]
 
 For every shape and sparsity, dense, packed and copy take turns, so that all three meet the same machine. Weights take
 turns too, enough of them that none is still in the second-level cache when it is used again. Two rates of the packed
@@ -37,6 +37,12 @@ def random_weight(out: int, columns: int, sparsity: float, value_type: str) -> P
     return packed
 
 
+def copy_of(packed: PackedWeight) -> PackedWeight:
+    scales = None if packed.scales is None else packed.scales.clone()
+    tensors = {"values": packed.values.clone(), "mask": packed.mask.clone(), "offsets": packed.offsets.clone()}
+    return dataclasses.replace(packed, **tensors, scales=scales)  # type: ignore[arg-type]
+
+
 def interleaved(runs: list[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Seconds of every run in every round."""
     times: list[list[float]] = [[] for _ in runs]
@@ -65,10 +71,7 @@ def main() -> None:
     for (out, columns), value_type, sparsity in itertools.product(SHAPES, options.values, SPARSITIES):
         first = random_weight(out, columns, sparsity, value_type)
         size = first.nbytes
-        packed = [
-            dataclasses.replace(first, **{name: tensor.clone() for name, tensor in first.tensors.items()})
-            for _ in range(max(2, HELD // size))
-        ]
+        packed = [copy_of(first) for _ in range(max(2, HELD // size))]
         dense = [torch.randn(out, columns).bfloat16() for _ in range(max(2, HELD // (2 * out * columns)))]
         for tokens in options.tokens:
             x = torch.randn(tokens, columns).bfloat16()

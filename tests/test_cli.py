@@ -110,6 +110,23 @@ def test_recipe_file_and_settings_meet(llama: Path, tmp_path: Path, run: Any) ->
     assert Recipe.from_yaml(tmp_path / "p" / "recipe.yaml").model_dump() == recipe
 
 
+def test_effort_sweeps_the_default_method(llama: Path, tmp_path: Path, run: Any) -> None:
+    passes = {}
+    for effort in (0, 1, 2):
+        code, stdout, _ = run(
+            "prune", llama, "--out", tmp_path / str(effort), *SMALL, "--sparsity", 0.5, "--effort", effort, "--json"
+        )
+        assert code == 0
+        found = json.loads(stdout)
+        assert found["recipe"]["method"] == "sparsellm"
+        passes[effort] = [record["passes"] for record in found["sweeps"]]
+        assert found["zeros"] == sum(linear["zeros"] for linear in found["linears"])
+    assert passes == {0: [], 1: [0, 1], 2: [0, 1, 2, 3]}
+    code, _, stderr = run("prune", llama, "--out", tmp_path / "x", *SMALL, "--method", "wanda", "--effort", 1)
+    assert code == 2
+    assert "wanda has no option 'effort'" in stderr
+
+
 def test_methods_lists_options_and_papers(run: Any) -> None:
     code, stdout, _ = run("methods", "--json")
     assert code == 0
@@ -135,6 +152,48 @@ def test_overwrite(llama: Path, tmp_path: Path, run: Any) -> None:
     code, _, stderr = run("prune", llama, "--out", tmp_path / "mine", "--method", "magnitude", *SMALL, "--overwrite")
     assert code == 2
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_pack_generate_bench_unpack_end_to_end(checkpoint: Path, tmp_path: Path, run: Any) -> None:
+    code, _, stderr = run("prune", checkpoint, "--out", tmp_path / "pruned", "--method", "magnitude", *SMALL)
+    assert code == 0, stderr
+    code, stdout, stderr = run("pack", tmp_path / "pruned", "--out", tmp_path / "packed", "--json")
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert report["packed_bytes"] < 0.6 * report["dense_bytes"]
+    assert report["of_bf16"] == report["packed_bytes"] / (2 * report["weights"])
+    code, stdout, _ = run("pack", tmp_path / "pruned", "--out", tmp_path / "int4", "--values", "int4")
+    assert code == 0
+    assert "bits a weight" in stdout
+
+    texts = []
+    for directory in ("pruned", "packed"):
+        code, stdout, stderr = run("generate", tmp_path / directory, "The if statement", "--max-new-tokens", 8)
+        assert code == 0, stderr
+        assert "tokens/s" in stderr
+        texts.append(stdout)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("The if statement")
+    assert (
+        json.loads(run("generate", tmp_path / "packed", "The", "--max-new-tokens", 3, "--json")[1])["new_tokens"] == 3
+    )
+
+    small = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)
+    code, stdout, stderr = run("bench", tmp_path / "packed", "--dense", checkpoint, "--batch", 1, "--batch", 2, *small)
+    assert code == 0, stderr
+    assert "packed is" in stdout
+    assert "weights in memory" in stdout
+    code, stdout, _ = run("bench", tmp_path / "packed", *small, "--json")
+    assert {speed["phase"] for speed in json.loads(stdout)["speeds"]} == {"prefill", "decode"}
+
+    code, stdout, _ = run("unpack", tmp_path / "packed", "--out", tmp_path / "again", "--json")
+    assert code == 0
+    assert json.loads(stdout)["path"] == str(tmp_path / "again")
+    before = {k: v for f in (tmp_path / "pruned").glob("*.safetensors") for k, v in load_file(f).items()}
+    after = {k: v for f in (tmp_path / "again").glob("*.safetensors") for k, v in load_file(f).items()}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "again" / "pruning.json").is_file()
 
 
 def bert(directory: Path) -> Path:
@@ -176,6 +235,14 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "eval on self": (["eval", "{llama}", "--text", "self"], ["self"]),
     "eval of too little": (["eval", "{llama}", "--text", "pydoc", "--max-tokens", "3"], ["max_tokens", "3"]),
     "inspect nothing": (["inspect", "{tmp}/empty"], ["config.json"]),
+    "pack as nonsense": (["pack", "{llama}", "--out", "{tmp}/p", "--values", "int3"], ["int3", "'int8'"]),
+    "pack onto itself": (["pack", "{llama}", "--out", "{llama}", "--overwrite"], ["is the model itself"]),
+    "unpack what is dense": (["unpack", "{llama}", "--out", "{tmp}/p"], ["not packed"]),
+    "generate from nothing": (["generate", "{tmp}/nowhere", "x"], ["nowhere"]),
+    "generate with no threads": (["generate", "{llama}", "x", "--threads", "0"], ["threads is 0"]),
+    "generate too much": (["generate", "{llama}", "x", "--max-new-tokens", "999"], ["999", "128"]),
+    "bench what is dense": (["bench", "{llama}"], ["not packed", "sparsellm pack"]),
+    "bench on an abacus": (["bench", "{llama}", "--device", "abacus"], ["abacus"]),
     "unknown command": (["prume", "{llama}"], ["prume"]),
 }
 

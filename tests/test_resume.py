@@ -84,6 +84,38 @@ def test_killed_once(kind: str, source: Path, whole: tuple[dict[str, Any], dict[
         assert contents(out) == expected, (kind, number)
 
 
+SWEPT: dict[str, Any] = {**RECIPE, "method": "sparsellm", "dtype": "float32", "options": {"effort": 0, "passes": 1}}
+
+
+def test_killed_in_the_sweep(source: Path, tmp_path: Path) -> None:
+    """The walk's blocks are there again; of the sweep nothing stays but what ends in the same bytes."""
+    steps = victim.count_steps(source, tmp_path / "whole", SWEPT)
+    expected = contents(tmp_path / "whole")
+    assert len(expected["pruning.json"]["sweeps"]) == 2
+    # From the end: the walk's directory goes, the sweep's gets the name, its last shard and its first are written.
+    for kind, back in [("remove", 0), ("remove", 6), ("rename", 0), ("rename", 1), ("rename", 3), ("read", 0)]:
+        out = tmp_path / f"{kind}{back}"
+        assert victim.run(source, out, SWEPT, (kind, steps[kind] - back)) == KILLED
+        if out.exists():
+            with pytest.raises(StorageError, match="exists and is not empty"):
+                sparsellm.prune(source, Recipe(**SWEPT), out=out)
+        else:
+            assert len(list(partial_of(out).glob("*.safetensors"))) == 4, (kind, back)
+            assert victim.run(source, out, SWEPT) == 0
+        assert contents(out) == expected, (kind, back)
+        assert sorted(path.name for path in tmp_path.glob(f"{out.name}*")) == [out.name]
+
+
+def test_beginning_anew_forgets_a_sweep_that_was_killed(source: Path, tmp_path: Path) -> None:
+    steps = victim.count_steps(source, tmp_path / "whole", SWEPT)
+    out = tmp_path / "p"
+    assert victim.run(source, out, SWEPT, ("rename", steps["rename"] - 4)) == KILLED
+    assert partial_of(out, second=True).exists()
+    result = sparsellm.prune(source, Recipe(**RECIPE), out=out, restart=True)
+    assert (result.resumed, result.sweeps) == (0, [])
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "p"}
+
+
 def test_killed_again_and_again(source: Path, whole: tuple[dict[str, Any], dict[str, int]], tmp_path: Path) -> None:
     expected, steps = whole
     out, draw = tmp_path / "p", random.Random(7)
@@ -219,7 +251,7 @@ def test_another_recipe_is_refused(what: str, source: Path, unfinished: Path) ->
     with pytest.raises(StorageError) as refused:
         sparsellm.prune(source, Recipe(**{**RECIPE, **changes}), out=unfinished)
     assert all(part in str(refused.value) for part in [*said, "--restart"]), str(refused.value)
-    assert {path: path.read_bytes() for path in partial_of(unfinished).rglob("*") if path.is_file()} == before
+    assert files(partial_of(unfinished)) == before
     result = sparsellm.prune(source, Recipe(**{**RECIPE, **changes}), out=unfinished, restart=True)
     assert (result.resumed, result.recipe.seed) == (0, changes.get("seed", 0))
 

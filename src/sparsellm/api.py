@@ -36,7 +36,7 @@ from sparsellm.methods.base import Method
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.refine.sweep import Pass, Sweep, check_sweepable, sweep
+from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
 from sparsellm.registry import Entry, Needs
 from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
@@ -219,6 +219,7 @@ def prune(
             recipe.batch_tokens,
             method.workspace.beside(allocator.workspace),
             budget=recipe.memory,
+            swept_copies=SWEPT_COPIES if needs.passes else 0,
             sharers=parallel.on_this_machine(),
         )
     )
@@ -424,6 +425,7 @@ def _sizes(chain: Chain, recipe: Recipe) -> list[LinearSize]:
 def _identity(chain: Chain, recipe: Recipe, windows: Tensor) -> dict[str, Any]:
     """All that the result depends on. Where hidden states are kept is not part of it."""
     return {
+        "format": 1,  # of what is recorded of a block
         "recipe": recipe.model_dump(exclude={"memory"}),
         "model": model_fingerprint(chain),
         "calibration tokens": tokens_fingerprint(windows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -59,7 +60,7 @@ def prune(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the pruned checkpoint.")],
     method: Annotated[
-        str | None, typer.Option(help="See `sparsellm methods`. [default: admm]", show_default=False)
+        str | None, typer.Option(help="See `sparsellm methods`. [default: sparsellm]", show_default=False)
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros. [default: 0.7]", show_default=False)
@@ -70,6 +71,15 @@ def prune(
     allocation: Annotated[
         str | None,
         typer.Option(help="What each block gives; see `sparsellm methods`. [default: uniform]", show_default=False),
+    ] = None,
+    effort: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=3,
+            help="Time that sparsellm spends: 0 solves only, 3 sweeps longest. [default: 1]",
+            show_default=False,
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -123,7 +133,7 @@ def prune(
     }
     chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe()
     chosen = chosen.updated(**{name: value for name, value in given.items() if value is not None})
-    chosen = chosen.with_settings(settings or [])
+    chosen = chosen.with_settings([*([f"options.effort={effort}"] if effort is not None else []), *(settings or [])])
     with _bar() as progress:
         result = api.prune(
             model,
@@ -370,8 +380,11 @@ def generate(
     use_threads(threads)
     model = load(directory, device=device, dtype=dtype or "auto")
     tokenizer = load_tokenizer(Path(directory).expanduser())
-    if not as_json:
-        out_console.print(prompt, end="", markup=False, soft_wrap=True)
+    pieces = itertools.chain([prompt], itertools.repeat(""))  # the prompt goes before the first piece, once
+
+    def show(text: str) -> None:
+        out_console.print(next(pieces) + text, end="", markup=False, soft_wrap=True)
+
     result = continue_prompt(
         model,
         tokenizer,
@@ -379,12 +392,12 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-        on_text=None if as_json else _stream,
+        on_text=None if as_json else show,
     )
     if as_json:
         _print_json(result.to_dict())
         return
-    out_console.print()
+    out_console.print(next(pieces), markup=False, soft_wrap=True)  # ends the line
     log_console.print(
         f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "
         f"{result.prompt_tokens}, read in {result.prefill_seconds:.2f} s · threads: {result.threads}"
@@ -543,10 +556,6 @@ def _bar() -> Iterator[ProgressCallback]:
             bar.update(tasks[event.phase], completed=event.done, total=event.total, detail=event.detail)
 
         yield show
-
-
-def _stream(text: str) -> None:
-    out_console.print(text, end="", markup=False, soft_wrap=True)
 
 
 def _print_json(content: Any) -> None:

@@ -49,7 +49,8 @@ class MemoryPlan:
         start: what it holds before the run, Python and libraries included.
         working: what the worst moment adds: a block, statistics, the solver's workspace, activations.
         worst: which moment that is.
-        hidden_in_memory: hidden states of the calibration windows that stay in memory.
+        hidden_in_memory: hidden states of the calibration windows, and what a sweep keeps of the weights, that stay in
+            memory.
         hidden_on_disk: those that are read from files, batch by batch.
         device: what the worst moment takes on an accelerator, in its own memory; 0 on the CPU.
     """
@@ -68,7 +69,7 @@ class MemoryPlan:
         return self.start + self.working + self.hidden_in_memory
 
     def __str__(self) -> str:
-        hidden = f"hidden states {self.hidden_in_memory / 1e9:.2f} GB in memory"
+        hidden = f"hidden states and swept weights {self.hidden_in_memory / 1e9:.2f} GB in memory"
         if self.hidden_on_disk:
             hidden += f", {self.hidden_on_disk / 1e9:.2f} GB on disk"
         device = f", {self.device / 1e9:.2f} GB on the device" if self.device else ""
@@ -97,6 +98,7 @@ def plan_memory(
     batch_tokens: int,
     workspace: Workspace,
     budget: str | int | None,
+    swept_copies: int = 0,
     sharers: int = 1,
 ) -> MemoryPlan:
     """Predicts the peak, and shares the budget: first what the work needs, then hidden states, the rest to disk.
@@ -107,6 +109,7 @@ def plan_memory(
         seq_len: tokens in each.
         batch_tokens: tokens in one forward call.
         workspace: of the method.
+        swept_copies: fp32 copies of all blocks that a sweep keeps; like hidden states, on disk where memory is short.
         budget: the most that the process may hold; None for a share of what the machine has free, beside what the
             process holds already.
         sharers: processes that share what the machine has free.
@@ -119,6 +122,9 @@ def plan_memory(
     most = int(start + DEFAULT_SHARE * free_memory() / sharers) if budget is None else parse_bytes(budget)
     width = chain.config.get_text_config().hidden_size
     hidden = (1 + workspace.streams) * samples * seq_len * width * chain.dtype.itemsize
+    if swept_copies:
+        sizes = (source.shape for index in range(len(chain)) for source in chain.block_tensors(index).values())
+        hidden += swept_copies * 4 * sum(math.prod(shape) for shape in sizes)
     moments = working_bytes(chain, samples, seq_len, batch_tokens, workspace)
     worst = max(moments, key=lambda name: moments[name])
     on_device = moments[worst] if chain.device.type != "cpu" else 0

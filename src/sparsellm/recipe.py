@@ -22,7 +22,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str = Field("admm", description="How weights are chosen and refitted; `sparsellm methods` lists them.")
+    method: str = Field("sparsellm", description="How weights are chosen and refitted; `sparsellm methods` lists them.")
     sparsity: float = Field(
         0.7,
         description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; `allocation` says "

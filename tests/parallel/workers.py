@@ -58,7 +58,7 @@ def prune_case(name: str) -> dict[str, Any]:
         "linears": linears,
         "processes": result.processes,
         "allocation": result.allocation,
-        "sweeps": [(record.held_out, record.train) for record in result.sweeps],
+        "sweeps": [(record.held_out, record.train or 0.0) for record in result.sweeps],
         "history": [[record["held_out_error"] for record in linear.history] for linear in result.linears],
         "tokens": result.calibration_tokens,
     }

@@ -183,8 +183,9 @@ def test_on_disk_in_memory_and_twice_are_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_rounded_at_the_end_only_and_judged_as_rounded(tmp_path: Path) -> None:
-    dense, model, ids = tiny_llama(), halved(tiny_llama().to(torch.bfloat16)), ids_of(4)
-    path = save_tiny(model, None, tmp_path / "bf16")
+    ids, source = ids_of(4), save_tiny(tiny_llama().to(torch.bfloat16), None, tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    path = save_tiny(halved(tiny_llama().to(torch.bfloat16)), None, tmp_path / "halved")
     exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # the same numbers
     # 24 steps of at most a thousandth: each is less than half a unit in the last place of most weights of bf16.
     in_fp32 = swept(open_chain(copy.deepcopy(exact), device=CPU), dense, ids, 24, 0.001)

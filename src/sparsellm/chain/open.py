@@ -107,4 +107,6 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no readable tokenizer in {directory}: {first_line[:300]}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if not tokenizer.vocab_size:  # some families' tokenizers are made of nothing where no file is
+        raise ModelError(f"no readable tokenizer in {directory}: it has no vocabulary; add the tokenizer's files")
     return tokenizer

@@ -38,6 +38,8 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import Piece, Stream
 
+SWEPT_COPIES = 4  # of every block in fp32: its parameters, two moments, and the best state so far
+
 
 @dataclass(frozen=True)
 class Sweep:

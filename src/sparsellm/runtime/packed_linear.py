@@ -21,7 +21,7 @@ from sparsellm.errors import SparseLLMError, StorageError
 from sparsellm.runtime.packed import FLOAT_TYPES, PackedWeight, as_bitmask, unpack, unpack_rows, validate
 
 SMALL_BATCH = 16  # tokens; the most that the kernels on packed weights take
-TILE = 1 << 20  # weights unpacked at once: 2 MB in bf16, about the second-level cache of one core
+TILE = 1 << 19  # weights unpacked at once: 1 MB in bf16, which leaves room in the second-level cache of one core
 
 PACKED_BUFFERS = ("weight_mask", "weight_values", "weight_offsets", "weight_scales")
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}

@@ -29,7 +29,7 @@ def available() -> str | None:
     return "triton" if _INTERPRETED or torch.cuda.is_available() else None
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _population_count(word):  # type: ignore[no-untyped-def]
     """Bits set in each uint32."""
     word = word - ((word >> 1) & 0x55555555)
@@ -39,7 +39,7 @@ def _population_count(word):  # type: ignore[no-untyped-def]
     return ((word + (word >> 16)) & 0x3F).to(tl.int32)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _multiply(  # type: ignore[no-untyped-def]
     mask_pointer,  # uint32 (out, row_words)
     values_pointer,

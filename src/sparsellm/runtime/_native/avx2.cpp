@@ -14,7 +14,6 @@ namespace {
 
 using Vector = __m256;
 constexpr int kLanes = 8;
-constexpr int kTokens = 4;
 constexpr int kLocality = 3;
 constexpr int kPrefetchSteps = 4;
 

@@ -2,7 +2,6 @@
 
 using Vector = __m512;
 constexpr int kLanes = 16;
-constexpr int kTokens = 8;
 constexpr int kLocality = 3;
 constexpr int kPrefetchSteps = 2;
 

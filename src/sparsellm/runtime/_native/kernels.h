@@ -6,6 +6,7 @@
 // accumulated does not depend on R, T or the number of threads, so neither do its bits.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace sparsellm {

@@ -11,7 +11,6 @@ namespace {
 
 using Vector = float32x4_t;
 constexpr int kLanes = 4;
-constexpr int kTokens = 8;
 constexpr int kLocality = 3;
 constexpr int kPrefetchSteps = 4;
 

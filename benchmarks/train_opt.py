@@ -1,0 +1,149 @@
+"""Trains a small OPT (ReLU) from scratch, on text that every Python installation has: the reference of a ReLU model.
+
+Writes DIR with a checkpoint and its tokenizer, which ``sparsellm prune DIR`` takes, ``train.txt`` to calibrate on and
+``heldout.txt``, other documents, to measure on. The seed fixes weights, text and the order of batches; how many steps
+fit into the minutes depends on the machine and is printed.
+
+    python benchmarks/train_opt.py --out out/opt                    # ten minutes
+    python benchmarks/quality.py --model out/opt --text out/opt/heldout.txt --calibration out/opt/train.txt --window 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+import random
+import sysconfig
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
+HELD_OUT = 0.08  # of the documents
+SHORTEST = 200  # characters of a document
+
+
+def documents(seed: int) -> list[str]:
+    """The language's help topics and the standard library's docstrings, module by module, in random order."""
+    found = [str(topics[name]) for name in sorted(topics)]
+    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+        if "site-packages" in path.parts or "test" in path.parts or "tests" in path.parts:
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # written for other tools, or broken on purpose
+            continue
+        named = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docstrings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, named)]
+        found.append("\n\n".join(text for text in docstrings if text))
+    found = [text for text in dict.fromkeys(found) if len(text) >= SHORTEST]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def tokenizer_of(texts: list[str], vocabulary: int, positions: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[BOS, EOS, UNKNOWN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN, pad_token=EOS,
+        model_max_length=positions,
+    )  # fmt: skip
+
+
+def ids_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    return torch.tensor(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
+
+
+@torch.no_grad()
+def held_out_loss(model: OPTForCausalLM, ids: torch.Tensor, positions: int, windows: int = 32) -> float:
+    """Mean loss of a token in nats, on the first windows."""
+    model.eval()
+    parts = ids[: min(windows, len(ids) // positions) * positions].view(-1, positions)
+    losses = [float(model(part[None], labels=part[None], use_cache=False).loss) for part in parts]
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def train(model: OPTForCausalLM, ids: torch.Tensor, minutes: float, batch: int, rate: float, seed: int) -> None:
+    """AdamW for so many minutes; the learning rate follows the clock: up over the first 5 %, then down by a cosine."""
+    generator = torch.Generator().manual_seed(seed)
+    positions = model.config.max_position_embeddings
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+    began = said = time.monotonic()
+    step, smooth = 0, math.nan
+    model.train()
+    while (passed := (time.monotonic() - began) / (60 * minutes)) < 1:
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(passed / 0.05 + 0.01, 0.5 * (1 + math.cos(math.pi * passed)))
+        starts = torch.randint(len(ids) - positions, (batch,), generator=generator).tolist()
+        part = torch.stack([ids[start : start + positions] for start in starts])
+        loss = model(part, labels=part, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        step += 1
+        smooth = float(loss.detach()) if math.isnan(smooth) else 0.95 * smooth + 0.05 * float(loss.detach())
+        if time.monotonic() - said > 15:
+            said = time.monotonic()
+            print(f"{passed:6.1%}  step {step}  loss {smooth:.3f}", flush=True)
+    print(f"{step} steps of {batch} × {positions} tokens; training loss {smooth:.3f}")
+    model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "opt")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--positions", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    texts = documents(arguments.seed)
+    cut = max(1, round(HELD_OUT * len(texts)))
+    held_out, training = texts[:cut], texts[cut:]
+    tokenizer = tokenizer_of(training, arguments.vocabulary, arguments.positions)
+    ids, held_out_ids = ids_of(tokenizer, training), ids_of(tokenizer, held_out)
+    print(f"{len(training)} documents of {len(ids)} tokens; held out: {len(held_out)} of {len(held_out_ids)} tokens")
+    torch.manual_seed(arguments.seed)
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=len(tokenizer), hidden_size=arguments.width, word_embed_proj_dim=arguments.width,
+            ffn_dim=4 * arguments.width, num_hidden_layers=arguments.layers,
+            num_attention_heads=arguments.width // 64 or 1, max_position_embeddings=arguments.positions,
+            activation_function="relu", dropout=0.0,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, seed {arguments.seed}")
+    train(model, ids, arguments.minutes, arguments.batch, arguments.rate, arguments.seed)
+    loss = held_out_loss(model, held_out_ids, arguments.positions)
+    print(f"held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}")
+    model.save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
+    (arguments.out / "train.txt").write_text("\n\n".join(training), encoding="utf-8")
+    (arguments.out / "heldout.txt").write_text("\n\n".join(held_out), encoding="utf-8")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Surveys without a model, and with tiny ones; and what a plain reference knows of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparsellm.allocation import LinearSize, Survey
+from sparsellm.chain import Chain, open_chain
+from tests.models import VOCABULARY
+
+
+def windows(samples: int = 6, seq: int = 20, seed: int = 3) -> Tensor:
+    return torch.randint(VOCABULARY, (samples, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def sizes_of(chain: Chain) -> list[LinearSize]:
+    return [
+        LinearSize(linear.name, index, (linear.out_features, linear.in_features))
+        for index in range(len(chain))
+        for linear in chain.linears(index)
+    ]
+
+
+def survey_of(model: PreTrainedModel, sparsity: float, ids: Tensor | None = None, **changes: Any) -> Survey:
+    """With batches of two windows, so that sums over batches are seen."""
+    ids = windows() if ids is None else ids
+    chain = open_chain(model, device=torch.device("cpu"))
+    settings = {"batch_tokens": 2 * ids.shape[1], **changes}
+    return Survey(chain, ids, sizes_of(chain), sparsity, **settings)
+
+
+def bare_survey(shapes: Sequence[Sequence[tuple[int, int]]], sparsity: float) -> Survey:
+    """Sizes alone, block by block; anything that needs a model fails."""
+    linears = [
+        LinearSize(f"blocks.{block}.{i}", block, shape)
+        for block, inside in enumerate(shapes)
+        for i, shape in enumerate(inside)
+    ]
+    return Survey(None, torch.zeros(1, 2), linears, sparsity, batch_tokens=2)  # type: ignore[arg-type]
+
+
+def linears_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    return {name: model.get_submodule(name) for name in names}
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """``(out, in)``, fp64."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (weight.T if isinstance(module, Conv1D) else weight).detach().double()
+
+
+class Record:
+    """Inputs and output gradients of every linear by plain autograd of the whole model, all windows at once."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, names: Sequence[str]) -> None:
+        self.entering: dict[str, Tensor] = {}  # (tokens, in)
+        outputs: dict[str, Tensor] = {}
+
+        def hook(name: str) -> Any:
+            def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                self.entering[name] = args[0].detach().flatten(0, -2)
+                outputs[name] = output
+
+            return see
+
+        handles = [module.register_forward_hook(hook(name)) for name, module in linears_of(model, names).items()]
+        result = model(ids, use_cache=False, output_hidden_states=True)
+        for handle in handles:
+            handle.remove()
+        self.loss = functional.cross_entropy(result.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        found = torch.autograd.grad(self.loss, [*outputs.values(), *result.hidden_states[:-1]])
+        self.gradient = {
+            name: value.detach().flatten(0, -2) for name, value in zip(outputs, found[: len(outputs)], strict=True)
+        }
+        self.boundaries = found[len(outputs) :]  # gradients of what enters each block
+        self.hidden = [hidden.detach() for hidden in result.hidden_states[:-1]]
+
+    def fisher(self, name: str) -> Tensor:
+        """``E[g_i² x_j²]`` token by token, fp64 ``(out, in)``."""
+        g, x = self.gradient[name].double(), self.entering[name].double()
+        products = torch.einsum("ti,tj->tij", g, x).square()
+        return products.mean(0)

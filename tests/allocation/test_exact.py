@@ -1,0 +1,81 @@
+"""Totals are exact, whatever the sizes, the scores and the limits; and what cannot be met is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsellm.allocation.base import from_block_importance, from_sparsities, pattern_of
+from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, shift_to_total
+from tests.allocation.helpers import bare_survey
+
+SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=30)
+SHAPES = st.lists(
+    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 200)), min_size=1, max_size=4), min_size=1, max_size=6
+)
+SPARSITY = st.floats(0, 0.999)
+
+
+@given(SHAPES, SPARSITY, st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_total_is_exact_and_every_pattern_counts_its_zeros(
+    shapes: list[list[tuple[int, int]]], sparsity: float, data: st.DataObject
+) -> None:
+    survey = bare_survey(shapes, sparsity)
+    wanted = {linear.name: data.draw(st.floats(-3, 3)) for linear in survey.linears}
+    allocation = from_sparsities(survey, wanted)
+    assert sum(allocation.zeros.values()) == round(sparsity * sum(a * b for block in shapes for a, b in block))
+    for linear in survey.linears:
+        zeros = allocation.zeros[linear.name]
+        assert pattern_of(zeros, linear.weights).zeros(linear.shape) == zeros
+        assert 0 <= zeros <= max(LARGEST * linear.weights, math.ceil(sparsity * linear.weights))
+
+
+@given(SIZES, SPARSITY, st.floats(0, 1), st.data())
+@settings(max_examples=50, deadline=None)
+def test_limits_hold_and_what_was_wanted_is_met_within_one(
+    weights: list[int], sparsity: float, span: float, data: st.DataObject
+) -> None:
+    total = round(sparsity * sum(weights))
+    limits = bounds(weights, sparsity, span)
+    wanted = shift_to_total(weights, [data.draw(st.floats(-1, 2)) for _ in weights], total, limits)
+    found = round_exactly(wanted, total, limits)
+    assert sum(found) == total
+    for zeros, real, low, high, count in zip(found, wanted, *limits, weights, strict=True):
+        assert low <= zeros <= high
+        assert abs(zeros - real) <= 1 + 1e-9 * count
+        assert zeros / count >= sparsity - span - 1 / count
+        assert zeros / count <= sparsity + span + 1 / count
+
+
+@given(st.integers(1, 10**12), st.data())
+def test_a_pattern_gives_back_its_count(weights: int, data: st.DataObject) -> None:
+    zeros = data.draw(st.integers(0, weights))
+    assert pattern_of(zeros, weights).zeros((weights,)) == zeros
+
+
+def test_a_shift_moves_all_alike_where_no_limit_is_met() -> None:
+    assert shift_to_total([10, 30], [0.2, 0.6], 24, ([0, 0], [10, 30])) == pytest.approx([3.0, 21.0])
+    # the second is at its most, so the first makes up for it
+    assert shift_to_total([10, 30], [0.2, 0.6], 24, ([0, 0], [10, 18])) == pytest.approx([6.0, 18.0])
+
+
+def test_largest_remainders_round_up_and_limits_that_forbid_the_total_are_refused() -> None:
+    assert round_exactly([1.2, 2.7, 3.1], 7, ([0] * 3, [9] * 3)) == [1, 3, 3]
+    assert round_exactly([1.5, 2.5, 3.0], 7, ([0] * 3, [9] * 3)) == [2, 2, 3]
+    assert round_exactly([1.2, 2.7, 3.1], 9, ([0, 0, 0], [1, 9, 9])) == [1, 4, 4]
+    with pytest.raises(ValueError, match="not between 0 and 3"):
+        round_exactly([1.0, 1.0], 4, ([0, 0], [1, 2]))
+
+
+def test_importance_is_rescaled_as_owl_does() -> None:
+    survey = bare_survey([[(100, 100)], [(100, 100)], [(100, 100)]], 0.7)
+    found = from_block_importance(survey, {0: 5.0, 1: 1.0, 2: 2.0}, 0.08, {}).zeros
+    # d = 0.16 (I - 1) / 4 = .16, 0, .04; mean .2 / 3; sparsity .7 - (d - mean)
+    assert list(found.values()) == pytest.approx([10000 * (0.7 - d + 0.2 / 3) for d in (0.16, 0.0, 0.04)], abs=1)
+    assert sum(found.values()) == 21000
+    level = from_block_importance(survey, {0: 1.0, 1: 1.0, 2: 1.0}, 0.08, {}).zeros
+    assert list(level.values()) == [7000] * 3

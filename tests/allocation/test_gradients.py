@@ -1,0 +1,138 @@
+"""The backward sweep, block by block, against plain autograd of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsellm.chain import LinearView, open_chain
+from sparsellm.errors import DataError, ModelError
+from sparsellm.refine import head
+from sparsellm.refine.gradients import Visitor, backward_sweep, output_gradient_squares
+from sparsellm.statistics import GramAccumulator
+from sparsellm.storage.scratch import Scratch
+from tests.allocation.helpers import Record, sizes_of, windows
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+
+Family = Callable[..., PreTrainedModel]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+class Everything(Visitor):
+    def __init__(self) -> None:
+        self.entering: dict[str, list[Tensor]] = {}
+        self.gradient: dict[str, list[Tensor]] = {}
+        self.hidden: dict[int, list[Tensor]] = {}
+        self.boundaries: dict[int, list[Tensor]] = {}
+        self.blocks: list[int] = []
+
+    def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+        self.entering.setdefault(linear.name, []).append(entering.flatten(0, -2).clone())
+        self.gradient.setdefault(linear.name, []).append(gradient.flatten(0, -2).clone())
+
+    def boundary(self, index: int, hidden: Tensor, gradient: Tensor) -> None:
+        self.hidden.setdefault(index, []).append(hidden.clone())
+        self.boundaries.setdefault(index, []).append(gradient.clone())
+
+    def block(self, index: int, linears: list[LinearView]) -> None:
+        self.blocks.append(index)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("head_tokens", [256, 7])
+def test_every_gradient_is_that_of_the_whole_model(
+    family: Family, lazy: bool, head_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)  # several chunks of a window, the last one shorter
+    monkeypatch.setattr("sparsellm.refine.gradients.HEAD_TOKENS", head_tokens)
+    model = family()
+    source = save_tiny(model, tiny_tokenizer(), tmp_path / "m") if lazy else model
+    chain = open_chain(source, device=CPU)
+    names = [linear.name for linear in sizes_of(chain)]
+    record = Record(model, windows(), names)
+    seen = Everything()
+    scratch = Scratch(4000, tmp_path) if lazy else None  # most of it on disk
+    loss = backward_sweep(chain, windows(), seen, batch_tokens=45, scratch=scratch)
+    assert loss == pytest.approx(float(record.loss.detach()) / (6 * 19), rel=1e-5)
+    assert seen.blocks == list(reversed(range(len(chain))))
+    assert seen.gradient.keys() == set(names)
+    for name in names:
+        torch.testing.assert_close(torch.cat(seen.entering[name]), record.entering[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(seen.gradient[name]), record.gradient[name], rtol=1e-3, atol=1e-6)
+    assert seen.boundaries.keys() == set(range(len(chain) + 1))
+    for index, (gradient, hidden) in enumerate(zip(record.boundaries, record.hidden, strict=True)):
+        torch.testing.assert_close(torch.cat(seen.boundaries[index]), gradient, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(torch.cat(seen.hidden[index]), hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_named_linears_are_shown_and_squares_are_means_over_tokens(family: Family) -> None:
+    model = family()
+    chain = open_chain(model, device=CPU)
+    names = [linear.name for linear in sizes_of(chain)][1::3]
+    record = Record(model, windows(), names)
+    found = output_gradient_squares(chain, windows(), names=names, batch_tokens=40)
+    assert found.keys() == set(names)
+    for name in names:
+        torch.testing.assert_close(found[name], record.gradient[name].square().mean(0), rtol=1e-3, atol=1e-9)
+
+
+def test_a_visitor_may_take_second_moments_at_the_writers_of_the_residual_stream() -> None:
+    model = tiny_llama()
+    names = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.o_proj", "mlp.down_proj")]
+
+    class Moments(Visitor):
+        def __init__(self) -> None:
+            self.of = {name: GramAccumulator(32) for name in names}
+
+        def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+            self.of[linear.name].update(gradient)
+
+    seen = Moments()
+    backward_sweep(open_chain(model, device=CPU), windows(), seen, names=names)
+    record = Record(model, windows(), names)
+    for name in names:
+        g = record.gradient[name]
+        torch.testing.assert_close(seen.of[name].finish().matrix, g.T @ g / len(g), rtol=1e-3, atol=1e-7)
+
+
+def test_half_precision_is_swept_in_fp32() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    chain = open_chain(model, device=CPU)
+    names = [linear.name for linear in sizes_of(chain)]
+    found = output_gradient_squares(chain, windows(), batch_tokens=40)
+    record = Record(model.float(), windows(), names)  # the same weights; only hidden states were rounded on their way
+    for name in names:
+        assert found[name].dtype == torch.float32
+        expected = record.gradient[name].square().mean(0)
+        assert float((found[name] - expected).norm() / expected.norm()) < 0.05
+
+
+def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
+    model = tiny_opt()
+
+    layer = model.model.decoder.layers[0]
+    given: list[Tensor] = []
+    layer.fc1.register_forward_pre_hook(lambda module, args: given.append(args[0].detach()))
+
+    def spoil(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        given[-1].mul_(2)
+
+    layer.fc2.register_forward_hook(spoil)
+    with pytest.raises(ModelError, match="fc1"):
+        backward_sweep(open_chain(model, device=CPU), windows(), Everything())
+
+
+def test_windows_without_a_next_token_are_refused() -> None:
+    with pytest.raises(DataError, match=r"\(3, 1\)"):
+        backward_sweep(open_chain(tiny_opt(), device=CPU), windows(3, 1), Visitor())

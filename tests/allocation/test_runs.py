@@ -1,0 +1,147 @@
+"""Allocation in a whole run: recipe, command line, what is written, and going on after a crash."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sparsellm
+from sparsellm import Recipe, api, cli
+from sparsellm.allocation import ALLOCATIONS
+from sparsellm.chain import open_chain
+from sparsellm.errors import RecipeError
+from sparsellm.patterns import Unstructured
+from tests.allocation.helpers import survey_of, windows
+from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+
+SMALL = ("--samples", "4", "--seq-len", "24", "--sparsity", "0.6", "--method", "wanda")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["sparsellm", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = int(done.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["atp", "owl", "dlp", "threshold", "auto"])
+def test_the_total_of_a_run_is_exact_and_each_linear_has_what_was_asked(name: str) -> None:
+    model = tiny_llama()
+    recipe = Recipe(method="sparsegpt", sparsity=0.6, allocation=name, exclude=["*.k_proj"])
+    result = sparsellm.prune(model, recipe, calibration=windows())
+    assert not any("k_proj" in linear.name for linear in result.linears)
+    assert result.zeros == round(0.6 * result.weights)
+    for linear in result.linears:
+        zeros = int((model.get_submodule(linear.name).weight == 0).sum())
+        assert zeros == linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
+    assert len({round(linear.asked, 3) for linear in result.linears}) > 1
+
+
+def test_the_command_line_chooses_lists_and_reports(tmp_path: Path, run: Any) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    out = tmp_path / "p"
+    option = ("--set", "allocation_options.b=0.05")
+    code, stdout, _ = run("prune", source, "--out", out, "--allocation", "atp", *option, *SMALL, "--json")
+    assert code == 0
+    report = json.loads((out / "pruning.json").read_text())
+    assert report["recipe"]["allocation"] == "atp"
+    assert report["recipe"]["allocation_options"] == {"b": 0.05}
+    assert report["zeros"] == round(0.6 * report["weights"])
+    asked = {linear["name"]: linear["asked"] for linear in report["linears"]}
+    assert asked["model.layers.0.mlp.up_proj"] == pytest.approx(0.55, abs=1e-3)
+    assert asked["model.layers.2.mlp.up_proj"] == pytest.approx(0.65, abs=1e-3)
+    assert json.loads(stdout)["linears"] == report["linears"]
+    assert Recipe.from_yaml(out / "recipe.yaml").allocation_options == {"b": 0.05}
+    code, stdout, _ = run("methods", "--json")
+    assert code == 0
+    assert json.loads(stdout)["allocations"]["owl"]["options"]["M"]["default"] == 5.0
+    assert json.loads(stdout)["allocations"].keys() == {entry.name for entry in ALLOCATIONS}
+    code, stdout, _ = run("methods")
+    assert "allocation_options.span" in stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--allocation", "owk"), "'owl'"),
+        (("--allocation", "atp", "--set", "allocation_options.slope=1"), "no option 'slope'"),
+        (("--allocation", "threshold", "--set", "allocation_options.span=7"), "span of threshold is 7"),
+        (("--allocation", "threshold", "--set", "allocation_options.level=row"), "level of threshold is 'row'"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(arguments: tuple[str, ...], said: str, tmp_path: Path, run: Any) -> None:
+    source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
+    code, _, stderr = run("prune", source, "--out", tmp_path / "p", *arguments, *SMALL)
+    assert code == 2
+    assert said in stderr
+    assert [line for line in stderr.splitlines() if "error" in line] == [stderr.rstrip().splitlines()[-1]]
+    assert "Traceback" not in stderr
+    assert not list(tmp_path.glob("p*"))
+
+
+def test_a_fixed_pattern_takes_uniform_only(tmp_path: Path, run: Any) -> None:
+    with pytest.raises(RecipeError, match="pattern 2:4, which fixes"):
+        Recipe(pattern="2:4", allocation="owl")
+    with pytest.raises(RecipeError, match="pattern 2:4, which fixes"):
+        Recipe(allocation="owl").updated(pattern="2:4")
+    assert Recipe(pattern="2:4", allocation="uniform").sparsity == 0.5
+    code, _, stderr = run("prune", "demo", "--out", tmp_path / "p", "--pattern", "2:4", "--allocation", "owl")
+    assert code == 2
+    assert "which fixes the sparsity of every linear" in stderr
+
+
+def test_nothing_to_prune_asks_nothing_of_the_model() -> None:
+    model, untouched = tiny_opt(), tiny_opt()
+    result = sparsellm.prune(model, Recipe(method="wanda", sparsity=0.0, allocation="auto"), calibration=windows())
+    assert result.zeros == 0
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
+
+
+def test_the_plan_without_an_allocation_is_the_recipe_s_pattern_everywhere() -> None:
+    model = tiny_opt()
+    chain = open_chain(model, device=torch.device("cpu"))
+    assert set(api.plan(chain, Recipe(sparsity=0.3)).values()) == {Unstructured(0.3)}
+    survey = survey_of(model, 0.3)
+    found = ALLOCATIONS["owl"].function(survey)
+    patterns = api.plan(chain, Recipe(sparsity=0.3, allocation="owl"), found)
+    assert {x.name: patterns[x.name].zeros(x.shape) for x in survey.linears} == found.zeros
+    assert patterns == found.patterns(survey)
+
+
+def test_a_run_that_goes_on_does_not_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(method="wanda", sparsity=0.6, allocation="auto")
+    whole = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "whole")
+
+    class CutShortError(Exception):
+        pass
+
+    def progress(event: api.Progress) -> None:
+        if event.phase == "prune" and event.done >= 1:
+            raise CutShortError
+
+    with pytest.raises(CutShortError):
+        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "cut", progress=progress)
+    with monkeypatch.context() as patched:
+        patched.setattr("sparsellm.allocation.survey.Survey.__init__", None)  # nobody may look at the model again
+        resumed = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "cut")
+    assert resumed.resumed == 1
+    assert resumed.allocation == whole.allocation
+    assert resumed.allocation["trials"]
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        one, two = load_file(shard), load_file(tmp_path / "cut" / shard.name)
+        assert all(torch.equal(value, two[name]) for name, value in one.items())

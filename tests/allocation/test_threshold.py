@@ -1,0 +1,159 @@
+"""The threshold against a sort of all saliencies of a tiny model, which plain autograd and fp64 give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsellm.allocation import ALLOCATIONS, Survey
+from sparsellm.allocation.saliency import BINS, HIGHEST, LOWEST, saliency_histograms
+from sparsellm.allocation.threshold import from_histograms
+from tests.allocation.helpers import Record, bare_survey, survey_of, weight_of, windows
+from tests.models import tiny_gpt2, tiny_llama, tiny_opt
+
+Family = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+def saliencies(model: PreTrainedModel, survey: Survey) -> dict[str, Tensor]:
+    record = Record(model, survey.windows, [linear.name for linear in survey.linears])
+    return {
+        linear.name: 0.5 * weight_of(model.get_submodule(linear.name)).square() * record.fisher(linear.name)
+        for linear in survey.linears
+    }
+
+
+def give_in_order(saliencies: dict[str, Tensor], zeros: int) -> tuple[dict[str, int], float]:
+    """The cheapest weight first, of any linear that has not given 99 % yet; and what the last one cost."""
+    order = iter(sorted((value, name) for name, values in saliencies.items() for value in values.flatten().tolist()))
+    given, last = dict.fromkeys(saliencies, 0), 0.0
+    while sum(given.values()) < zeros:
+        last, name = next(order)
+        if given[name] < int(0.99 * saliencies[name].numel()):
+            given[name] += 1
+    return given, last
+
+
+def near(values: Tensor, threshold: float) -> int:
+    """How many saliencies are within two bins of a threshold: those that a histogram cannot tell apart."""
+    width = 2.0 ** (2 * (HIGHEST - LOWEST) / BINS)
+    return int(((values > threshold / width) & (values < threshold * width)).sum())
+
+
+def test_it_gives_what_a_sort_of_all_saliencies_gives(family: Family) -> None:
+    model = family()
+    survey = survey_of(model, 0.6)
+    found = ALLOCATIONS["threshold"].function(survey, span=1.0).zeros
+    exact = saliencies(model, survey)
+    given, threshold = give_in_order(exact, survey.zeros)
+    assert sum(found.values()) == survey.zeros
+    for name, values in exact.items():
+        assert abs(found[name] - given[name]) <= near(values, threshold) + 1, name
+    shares = [found[linear.name] / linear.weights for linear in survey.linears]
+    assert max(shares) - min(shares) > 0.2  # there was something to find
+
+
+def test_blocks_give_what_the_sort_gives_and_their_linears_alike(family: Family) -> None:
+    model = family()
+    survey = survey_of(model, 0.6)
+    found = ALLOCATIONS["threshold"].function(survey, span=1.0, level="block").zeros
+    exact = saliencies(model, survey)
+    threshold = float(torch.cat([values.flatten() for values in exact.values()]).sort().values[survey.zeros])
+    assert sum(found.values()) == survey.zeros
+    for block in survey.blocks:
+        inside = [linear for linear in survey.linears if linear.block == block]
+        values = torch.cat([exact[linear.name].flatten() for linear in inside])
+        zeros, weights = sum(found[linear.name] for linear in inside), sum(linear.weights for linear in inside)
+        assert abs(zeros - int((values < threshold).sum())) <= near(values, threshold) + len(inside)
+        for linear in inside:
+            assert abs(found[linear.name] - zeros * linear.weights / weights) <= 1
+
+
+@pytest.mark.parametrize("level", ["linear", "block"])
+def test_span_limits_every_linear(level: str) -> None:
+    survey = survey_of(tiny_llama(), 0.6)
+    found = ALLOCATIONS["threshold"].function(survey, span=0.05, level=level).zeros
+    assert sum(found.values()) == survey.zeros
+    shares = [found[linear.name] / linear.weights for linear in survey.linears]
+    assert min(shares) >= 0.55 - 0.002
+    assert max(shares) <= 0.65 + 0.002
+    assert min(shares) < 0.551  # the limit is met
+    alike = ALLOCATIONS["threshold"].function(survey, span=0.0, level=level).zeros
+    assert all(abs(alike[linear.name] - 0.6 * linear.weights) < 1 for linear in survey.linears)
+
+
+def test_histograms_count_every_weight_and_what_costs_nothing_comes_first() -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data[:16] = 0.0  # half of it is already gone
+    survey = survey_of(model, 0.6)
+    counts = saliency_histograms(survey)
+    for linear in survey.linears:
+        assert int(counts[linear.name].sum()) == linear.weights
+    down = counts["model.layers.1.mlp.down_proj"]
+    assert int(down[0]) == 16 * 80
+    found = from_histograms(survey, counts, level="linear", span=1.0).zeros
+    assert found["model.layers.1.mlp.down_proj"] >= 16 * 80
+
+
+def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
+    model = tiny_opt()
+    some = ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)), samples=2)
+    assert some == ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)[:2]))
+    assert some != ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)))
+
+
+def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
+    survey = bare_survey([[(20, 50), (20, 50)], [(20, 50)]], 0.7)
+    counts = {"blocks.0.0": histogram(at=100, weights=1000), "blocks.1.0": histogram(at=200, weights=1000)}
+    for level in ("linear", "block"):
+        found = from_histograms(survey, counts, level=level, span=0.2).zeros
+        assert found == {"blocks.0.0": 900, "blocks.0.1": 700, "blocks.1.0": 500}
+
+
+def test_one_bin_that_holds_everything_is_shared() -> None:
+    survey = bare_survey([[(20, 50)], [(40, 50)]], 0.7)
+    counts = {"blocks.0.0": histogram(at=5, weights=1000), "blocks.1.0": histogram(at=5, weights=2000)}
+    assert from_histograms(survey, counts, level="linear", span=1.0).zeros == {"blocks.0.0": 700, "blocks.1.0": 1400}
+
+
+def histogram(at: int, weights: int) -> Tensor:
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    counts[at] = weights
+    return counts
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3), min_size=1, max_size=4
+    ),
+    st.floats(0, 0.999),
+    st.floats(0, 1),
+    st.sampled_from(["linear", "block"]),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_total_is_exact_whatever_the_histograms(
+    shapes: list[list[tuple[int, int]]], sparsity: float, span: float, level: str, seed: int
+) -> None:
+    survey = bare_survey(shapes, sparsity)
+    generator = torch.Generator().manual_seed(seed)
+    counts = {}
+    for linear in survey.linears:
+        centre = int(torch.randint(BINS - 200, (1,), generator=generator))
+        bins = torch.randint(centre, centre + 200, (linear.weights,), generator=generator)
+        if torch.rand(1, generator=generator) < 0.8:
+            counts[linear.name] = torch.bincount(bins, minlength=BINS)
+    found = from_histograms(survey, counts, level=level, span=span).zeros  # type: ignore[arg-type]
+    assert sum(found.values()) == round(sparsity * survey.weights)
+    for linear in survey.linears:
+        assert abs(found[linear.name] - sparsity * linear.weights) <= span * linear.weights + 1

@@ -1,0 +1,140 @@
+"""Generation against transformers' own, and the benchmark's bookkeeping; never a time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import sparsellm
+from sparsellm.errors import DataError, RecipeError
+from sparsellm.runtime.bench import Speed, compare, measure, resident_bytes, verdict
+from sparsellm.runtime.generate import generate
+from sparsellm.runtime.packed_linear import PackedLinear
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.models.pruned import prune_tiny
+
+PROMPT = "The while statement"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(prune_tiny(tiny_llama()), tiny_tokenizer(), tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture(scope="module")
+def packed(llama: Path) -> Path:
+    return sparsellm.pack(llama, out=llama.parent / "packed").path
+
+
+def test_greedy_text_is_that_of_transformers_and_streams_whole(llama: Path, packed: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    output = AutoModelForCausalLM.from_pretrained(llama).generate(ids, max_new_tokens=24, do_sample=False)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    for directory in (llama, packed):
+        pieces: list[str] = []
+        result = generate(sparsellm.load(directory), tokenizer, PROMPT, max_new_tokens=24, on_text=pieces.append)
+        assert result.text == "".join(pieces) == expected
+        assert len(pieces) > 1
+        assert (result.prompt_tokens, result.new_tokens) == (ids.shape[1], output.shape[1] - ids.shape[1])
+        assert result.tokens_per_second > 0
+        assert result.to_dict()["tokens_per_second"] == result.tokens_per_second
+
+
+def test_sampling_repeats_with_its_seed(packed: Path) -> None:
+    model, tokenizer = sparsellm.load(packed), tiny_tokenizer()
+    texts = [
+        generate(model, tokenizer, PROMPT, max_new_tokens=20, temperature=2.0, seed=seed).text for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"prompt": ""}, DataError, "empty"),
+        ({"prompt": PROMPT, "max_new_tokens": 1000}, DataError, "128"),
+        ({"prompt": PROMPT, "max_new_tokens": 0}, RecipeError, "max_new_tokens"),
+        ({"prompt": PROMPT, "temperature": -1.0}, RecipeError, "temperature"),
+    ],
+)
+def test_what_cannot_be_generated_is_said(
+    arguments: dict[str, Any], error: type[Exception], said: str, llama: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        generate(sparsellm.load(llama), tiny_tokenizer(), **arguments)
+
+
+def test_models_take_turns_and_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, tuple[int, ...], int]] = []
+    models = {"a": tiny_llama(), "b": tiny_gpt2()}
+    for name, model in models.items():
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: calls.append(
+                (name, tuple(kwargs["input_ids"].shape), torch.get_num_threads())
+            ),
+            with_kwargs=True,
+        )
+    before = torch.get_num_threads()
+    found = measure(models, batches=[1, 3], threads=[1, 2], prompt_tokens=7, new_tokens=2, repeats=2)
+    assert torch.get_num_threads() == before
+    expected = []
+    for threads in (1, 2):
+        for batch in (1, 3):
+            for _turn in range(3):  # one to warm up and two that count
+                for name in ("a", "b"):
+                    expected += [(name, (batch, 7), threads), (name, (batch, 1), threads), (name, (batch, 1), threads)]
+    assert calls == expected
+    assert len(found) == 2 * 2 * 2 * 2
+    assert all(0 < speed.slowest <= speed.median <= speed.fastest < math.inf for speed in found)
+
+
+def test_the_verdict_is_plain() -> None:
+    def speeds(packed: float) -> list[Speed]:
+        return [
+            Speed("dense", "decode", 1, 2, 10.0, 9.0, 11.0),
+            Speed("packed", "decode", 1, 2, packed, packed, packed),
+        ]
+
+    assert "2.50 times as fast" in verdict(speeds(25.0), "dense", "packed")[0]
+    assert "decode, batch 1, 2 threads" in verdict(speeds(25.0), "dense", "packed")[0]
+    assert "SLOWER" in verdict(speeds(5.0), "dense", "packed")[0]
+    assert "0.50" in verdict(speeds(5.0), "dense", "packed")[0]
+    assert "as fast as dense" in verdict(speeds(10.1), "dense", "packed")[0]
+
+
+def test_resident_bytes_are_those_of_the_tensors(llama: Path, packed: Path) -> None:
+    dense, sparse = sparsellm.load(llama), sparsellm.load(packed)
+    linears = [m for layer in dense.model.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    assert resident_bytes(dense, linears_only=True) == sum(4 * m.weight.numel() for m in linears)
+    inside = [m for m in sparse.modules() if isinstance(m, PackedLinear)]
+    placeholders = 4 * len(inside)
+    assert resident_bytes(sparse, linears_only=True) == sum(m.packed.nbytes for m in inside) + placeholders
+    saved = resident_bytes(dense) - resident_bytes(sparse)
+    assert saved == resident_bytes(dense, linears_only=True) - resident_bytes(sparse, linears_only=True)
+    tied = tiny_llama(tie_word_embeddings=True)
+    assert resident_bytes(tiny_llama()) - resident_bytes(tied) == 4 * 300 * 32
+
+
+def test_compare_without_a_dense_directory_unpacks_the_same_model(llama: Path, packed: Path) -> None:
+    small = {"prompt_tokens": 4, "new_tokens": 1, "repeats": 1}
+    for dense in (None, llama):
+        report = compare(packed, dense, **small)
+        assert report.dense_linear_bytes == resident_bytes(sparsellm.load(llama), linears_only=True)
+        assert report.packed_linear_bytes < report.dense_linear_bytes
+        assert [(first.phase, second.phase) for first, second in report.pairs()] == [
+            ("prefill", "prefill"),
+            ("decode", "decode"),
+        ]
+        assert len(report.verdict) == 2
+    with pytest.raises(RecipeError, match="sparsellm pack"):
+        compare(llama, **small)
+    for wrong in ({"batches": [0]}, {"threads": [0]}, {"new_tokens": 0}, {"prompt_tokens": 500}):
+        with pytest.raises(RecipeError):
+            compare(packed, **{**small, **wrong})
