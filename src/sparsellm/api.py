@@ -8,8 +8,9 @@ import platform
 import resource
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm import __version__
+from sparsellm import __version__, parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, LinearSize, Survey
 from sparsellm.allocation.base import pattern_of
 from sparsellm.calibration import calibration_windows, check_seq_len, evaluation_windows
@@ -31,17 +32,19 @@ from sparsellm.evaluation.streamed import streamed_perplexity
 from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.memory import MemoryPlan, plan_memory
 from sparsellm.methods import METHODS, LinearResult
+from sparsellm.methods.base import Method
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
-from sparsellm.registry import Needs
+from sparsellm.registry import Entry, Needs
 from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.resume import unfinished
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
-from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of
+from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of, shard_names
+from sparsellm.streams import windows_in_batch
 from sparsellm.walk import FinishedBlock, selected_linears, walk
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
@@ -57,15 +60,16 @@ class PruneResult:
         recipe: all settings, as used.
         linears: what became of each pruned linear.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
-        peak_rss: the most memory that this process, or an earlier one of the same run, has held, in bytes.
+        peak_rss: the most memory that one process, of this run or of an earlier start of it, has held, in bytes.
         calibration_tokens: tokens the statistics come from.
         versions: of Python and the libraries that shape the result.
         warnings: what the user should know.
         command: the command line that ran.
-        memory: what was predicted before the start.
+        memory: what was predicted before the start, of the first process.
         resumed: blocks that an earlier process had finished.
         allocation: how sparsities were chosen, where they are not uniform; for ``auto`` the table of its trials.
         sweeps: of the whole model at the end, if the method asks for them: divergence from the dense model after each.
+        processes: that ran together.
     """
 
     path: Path | None
@@ -82,6 +86,7 @@ class PruneResult:
     resumed: int = 0
     sweeps: list[Pass] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
 
     @property
     def zeros(self) -> int:
@@ -110,6 +115,7 @@ class PruneResult:
             "peak_rss_bytes": self.peak_rss,
             "memory": self.memory.to_dict() if self.memory else None,
             "calibration_tokens": self.calibration_tokens,
+            "processes": self.processes,
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(),
             "versions": self.versions,
@@ -142,6 +148,10 @@ def prune(
     given as an object is pruned in place, where it is, and also saved if ``out`` is given. A model given by name with
     no ``out`` is loaded whole and returned in ``result.model``.
 
+    Where torch.distributed has been initialised with several processes, all of them must call this with the same
+    arguments: they divide the calibration windows and the rows of each weight, the first writes and reports, and all
+    end up with the same model.
+
     Args:
         model: a checkpoint directory, a hub id, a ``.gguf`` file, ``demo``, or a transformers model.
         recipe: what to do; ``Recipe()`` if None.
@@ -164,15 +174,21 @@ def prune(
     options = method.check(recipe.options)
     allocator = ALLOCATIONS[recipe.allocation]
     allocator.check(recipe.allocation_options)
-    device = resolve_device(recipe.device)
+    needs = method.needs_of(options)
+    _check_processes(method, needs, len(calibration) if isinstance(calibration, Tensor) else recipe.samples)
+    if not parallel.is_main():
+        progress = ignore
+    device = resolve_device(parallel.own_device(recipe.device))
     clock = PhaseClock()
     warnings: list[str] = []
     out = Path(out) if out is not None else None
     if out is not None:
-        check_out(out, overwrite=overwrite, need_bytes=0)
+        _check_room(out, overwrite, 0)
     with clock.phase("open"):
         progress(Progress("open", 0, 1, "opening the model"))
-        directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(str(model))
+        directory = None
+        if not isinstance(model, PreTrainedModel):
+            directory = parallel.main_first(lambda: checkpoint_directory(str(model)))
         if directory is not None and out is not None and out.absolute() == directory.absolute():
             raise SparseLLMError(f"--out {out} is the model itself; name another directory")
         if directory is not None and out is None and is_packed(read_config(directory)):
@@ -180,7 +196,6 @@ def prune(
         if tokenizer is None and directory is not None and not isinstance(calibration, Tensor):
             tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         chain, memory_model = _open(model, directory, recipe, device, in_memory=out is None, trust=trust_remote_code)
-        needs = method.needs_of(options)
         patterns = plan(chain, recipe)  # refuses what does not fit
         if not any(pattern.sparsity for pattern in patterns.values()):
             needs = Needs()  # nothing is lost, so nothing is to be made up for
@@ -188,74 +203,76 @@ def prune(
             check_sweepable(chain)
         need_bytes = _checkpoint_bytes(chain) * (2 if needs.passes else 1)  # the walk's blocks stay until the end
         if out is not None:
-            check_out(out, overwrite=overwrite, need_bytes=need_bytes)
+            _check_room(out, overwrite, need_bytes)
     with clock.phase("calibration"):
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
-        windows = _windows(chain, recipe, calibration, tokenizer, directory, progress)
+        windows = parallel.from_main(partial(_windows, chain, recipe, calibration, tokenizer, directory, progress))
         recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
-    workspace = method.workspace.beside(allocator.workspace)
-    memory = plan_memory(
-        chain,
-        len(windows),
-        windows.shape[1],
-        recipe.batch_tokens,
-        workspace,
-        budget=recipe.memory,
-        swept_copies=SWEPT_COPIES if needs.passes else 0,
+        _check_processes(method, needs, len(windows))  # there may be fewer than were asked for
+        own = windows[parallel.share(len(windows), windows_in_batch(recipe.batch_tokens, windows.shape[1]))]
+    memory = parallel.together(
+        partial(
+            plan_memory,
+            chain,
+            len(windows) if parallel.is_main() and _allocates(recipe) else len(own),
+            windows.shape[1],
+            recipe.batch_tokens,
+            method.workspace.beside(allocator.workspace),
+            budget=recipe.memory,
+            swept_copies=SWEPT_COPIES if needs.passes else 0,
+            sharers=parallel.on_this_machine(),
+        )
     )
+    on_disk = int(parallel.total(memory.hidden_on_disk))
     progress(Progress(NOTE, 1, 1, str(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1, "checking the weights"))
-        if out is None or restart or not unfinished(partial_of(out)):  # else they were checked when the run began
-            _check_finite(chain)
+
+        def check() -> None:
+            if out is None or restart or not unfinished(partial_of(out)):  # else they were checked when the run began
+                _check_finite(chain)
+
+        parallel.from_main(check)
         already = _already_pruned(chain)
         if already is not None:
             warnings.append(already)
             progress(Progress("check", 1, 1, already))
     with contextlib.ExitStack() as held:
-        writer: CheckpointWriter | None = None
+        writer: CheckpointWriter | None = None  # of the first process alone
         finished: list[FinishedBlock] = []
         peaks = [0]
-        identity = _identity(chain, recipe, windows)  # of the model before it is pruned, which may be in place
+        # Of the model before it is pruned, which may be in place.
+        identity = parallel.from_main(lambda: _identity(chain, recipe, windows))
+        shards: list[Path] = []  # of the blocks that the walk writes, for every process to read
         if out is not None:
-            writer = held.enter_context(
-                CheckpointWriter(
-                    out,
-                    shards=len(chain) + 1,
-                    identity=identity,
-                    overwrite=overwrite,
-                    restart=restart,
-                    need_bytes=need_bytes + memory.hidden_on_disk,
-                )
-            )
-            records = _finished(writer, chain, progress)
+            open_writer = partial(CheckpointWriter, out, shards=len(chain) + 1, identity=identity, overwrite=overwrite)
+            writer = _in_main(lambda: held.enter_context(open_writer(restart=restart, need_bytes=need_bytes + on_disk)))
+            shards = [partial_of(out) / name for name in shard_names(len(chain) + 1)]
+            records = parallel.from_main(lambda: _finished(writer, chain, progress) if writer is not None else [])
             for facts in records:
                 clock.add(facts["seconds"])
                 peaks.append(facts["peak_rss"])
             warnings += _other_versions(records)
             finished = [
-                FinishedBlock(
-                    CheckpointReader(writer.partial, [writer.path(index)]),
-                    [LinearResult.from_dict(values) for values in facts["linears"]],
-                )
+                FinishedBlock(_reader(shards[index]), [LinearResult.from_dict(values) for values in facts["linears"]])
                 for index, facts in enumerate(records)
             ]
-            if writer.finished(len(chain)) is None:
+            if writer is not None and writer.finished(len(chain)) is None:
                 writer.write_shard(len(chain), chain.outer_tensors())
-        scratch = Scratch(memory.hidden_in_memory, writer.partial if writer is not None else None)
+        scratch = Scratch(memory.hidden_in_memory, partial_of(out) if out is not None else None)
         with clock.phase("allocation"):
-            allocation = _allocated(chain, recipe, windows, writer, scratch, progress)
+            allocation = parallel.main_alone(lambda: _allocated(chain, recipe, windows, writer, scratch, progress))
         patterns = plan(chain, recipe, allocation)
         clock.lap()
 
         def write_block(index: int, tensors: dict[str, TensorSource], results: list[LinearResult]) -> None:
             assert writer is not None
-            facts = {"linears": [result.to_dict() for result in results], "versions": versions()}
+            facts = {"linears": [result.to_dict() for result in results], "versions": _conditions()}
             writer.write_shard(index, tensors, {**facts, "seconds": clock.lap(), "peak_rss": peak_rss()})
 
         walked = walk(
             chain,
-            windows,
+            own,
             method.function,
             options,
             patterns,
@@ -273,17 +290,9 @@ def prune(
         walk_writer = writer
         if needs.passes:
             assert walked.dense is not None
-            if walk_writer is not None:
-                writer = held.enter_context(
-                    CheckpointWriter(
-                        walk_writer.out,
-                        shards=len(chain) + 1,
-                        identity=identity,
-                        overwrite=overwrite,
-                        need_bytes=_checkpoint_bytes(chain),
-                        follows=walk_writer,
-                    )
-                )
+            if out is not None:
+                follow = partial(open_writer, need_bytes=_checkpoint_bytes(chain), follows=walk_writer)
+                writer = _in_main(lambda: held.enter_context(follow()))  # and now all shards are there for all to read
             zeros: dict[str, int] = {}
 
             def write_swept(index: int) -> None:
@@ -294,10 +303,10 @@ def prune(
             with clock.phase("sweep"):
                 sweeps = sweep(
                     chain,
-                    windows,
+                    own,
                     walked.dense.hidden,
                     Sweep(needs.passes, needs.learning_rate),
-                    blocks=_readers(walk_writer, chain) if walk_writer is not None else None,
+                    blocks=[_reader(shard) for shard in shards[: len(chain)]] or None,
                     batch_tokens=recipe.batch_tokens,
                     scratch=scratch,
                     seed=recipe.seed,
@@ -309,26 +318,69 @@ def prune(
             if writer is not None:
                 writer.write_shard(len(chain), chain.outer_tensors())
         result = PruneResult(
-            None,
+            None if out is None else out.absolute(),
             memory_model,
             recipe,
             walked.linears,
             clock.seconds,
-            max(peak_rss(), *peaks),
+            max(parallel.gather(max(peak_rss(), *peaks))),
             windows.numel(),
             warnings=warnings,
             memory=memory,
             resumed=len(finished),
             sweeps=sweeps,
             allocation=allocation.report if allocation is not None else {},
+            processes=parallel.size(),
         )
-        if writer is not None:
-            result.path = writer.out
-            _write_companions(writer, chain, directory, tokenizer)
-            writer.write_text("recipe.yaml", recipe.to_yaml())
-            writer.write_json("pruning.json", result.to_dict())
-            writer.finish()
+
+        def finish() -> None:
+            if writer is not None:
+                _write_companions(writer, chain, directory, tokenizer)
+                writer.write_text("recipe.yaml", recipe.to_yaml())
+                writer.write_json("pruning.json", result.to_dict())
+                writer.finish()
+
+        parallel.barrier()  # nobody reads the walk's blocks any more, which go now
+        parallel.from_main(finish)  # and the checkpoint has its name before any process goes on
     return result
+
+
+def _check_processes(method: Entry[Method], needs: Needs, samples: int) -> None:
+    size = parallel.size()
+    if size == 1:
+        return
+    if not method.distributed:
+        raise RecipeError(f"method {method.name} runs in one process, not in {size}; start it without torchrun")
+    if needs.one_process:
+        raise RecipeError(
+            f"option {needs.one_process} of {method.name} runs in one process, not in {size}; leave it out, or start "
+            "without torchrun"
+        )
+    if samples < size:
+        raise RecipeError(
+            f"{samples} calibration windows cannot be divided among {size} processes; "
+            f"ask for {size} samples or more, or start fewer processes"
+        )
+
+
+def _check_room(out: Path, overwrite: bool, need_bytes: int) -> None:
+    """By the first process, which puts away what an earlier run has left."""
+    parallel.from_main(partial(check_out, out, overwrite=overwrite, need_bytes=need_bytes))
+
+
+def _in_main(make: Callable[[], CheckpointWriter]) -> CheckpointWriter | None:
+    """What the first process makes and keeps to itself; if it fails, all do."""
+    made: list[CheckpointWriter] = []
+    parallel.from_main(lambda: made.append(make()))
+    return made[0] if made else None
+
+
+def _reader(shard: Path) -> CheckpointReader:
+    return CheckpointReader(shard.parent, [shard])
+
+
+def _allocates(recipe: Recipe) -> bool:
+    return recipe.allocation != "uniform" and recipe.sparsity != 0
 
 
 def _allocated(
@@ -341,7 +393,7 @@ def _allocated(
 ) -> Allocation | None:
     """How many zeros each linear gets; None where all give the same share. A run that goes on finds what the first
     process found."""
-    if recipe.allocation == "uniform" or recipe.sparsity == 0:
+    if not _allocates(recipe):
         return None
     kept = writer.state.kept("allocation") if writer is not None else None
     if kept is not None:
@@ -368,11 +420,6 @@ def _sizes(chain: Chain, recipe: Recipe) -> list[LinearSize]:
         for index in range(len(chain))
         for linear in selected_linears(chain, index, recipe.exclude)
     ]
-
-
-def _readers(writer: CheckpointWriter, chain: Chain) -> list[CheckpointReader]:
-    """The shards of the blocks that the walk has written."""
-    return [CheckpointReader(writer.partial, [writer.path(index)]) for index in range(len(chain))]
 
 
 def _identity(chain: Chain, recipe: Recipe, windows: Tensor) -> dict[str, Any]:
@@ -402,13 +449,18 @@ def _finished(writer: CheckpointWriter, chain: Chain, progress: ProgressCallback
 
 def _other_versions(records: list[dict[str, Any]]) -> list[str]:
     """What to say where other libraries pruned the first blocks: the bits may be others than those of one run."""
-    here = versions()
+    here = _conditions()
     for index, facts in reversed(list(enumerate(records))):
         other = {name: version for name, version in facts["versions"].items() if here.get(name) != version}
         if other:
             then, now = (", ".join(f"{name} {known.get(name)}" for name in other) for known in (other, here))
             return [f"blocks up to {index + 1} were pruned with {then}, those after them with {now}"]
     return []
+
+
+def _conditions() -> dict[str, str]:
+    """What the last bits of a block may depend on, and a run that goes on may have otherwise."""
+    return {**versions(), "processes": str(parallel.size())}
 
 
 def evaluate(
@@ -441,7 +493,8 @@ def evaluate(
     progress(Progress("open", 0, 1, "opening the model"))
     directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(str(model))
     recipe = Recipe(device=device, dtype=dtype)
-    chain, _ = _open(model, directory, recipe, resolve_device(device), in_memory=False, trust=trust_remote_code)
+    place = resolve_device(parallel.own_device(device))
+    chain, _ = _open(model, directory, recipe, place, in_memory=False, trust=trust_remote_code)
     if isinstance(text, Tensor):
         windows = _checked_ids(text, chain)
     else:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsellm.errors import SparseLLMError
+from sparsellm.errors import RecipeError, SparseLLMError
 
 if TYPE_CHECKING:
     from sparsellm.api import PruneResult
@@ -47,6 +47,12 @@ ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU. [default: a
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")
 ]
+
+
+@app.callback()
+def _begin(context: typer.Context) -> None:
+    if _processes() > 1 and context.invoked_subcommand != "prune":
+        raise RecipeError(f"'sparsellm {context.invoked_subcommand}' runs in one process; start it without torchrun")
 
 
 @app.command()
@@ -108,8 +114,8 @@ def prune(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune MODEL and save a checkpoint that plain transformers loads."""
-    from sparsellm import api
+    """Prune MODEL and save a checkpoint that plain transformers loads. Processes of torchrun share the work."""
+    from sparsellm import api, parallel
     from sparsellm.recipe import Recipe
 
     given = {
@@ -138,6 +144,8 @@ def prune(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+    if not parallel.is_main():
+        return
     for warning in result.warnings:
         log_console.print(f"note: {warning}")
     if as_json:
@@ -461,20 +469,54 @@ def main() -> None:
     """The command line. A mistake of the user's ends in one line on stderr and exit code 2, never a traceback."""
     _quiet_libraries()
     try:
-        app(standalone_mode=False)
+        with _joined():
+            app(standalone_mode=False)
     except SparseLLMError as error:
-        log_console.print(f"error: {error}", markup=False, soft_wrap=True)
+        _say_why(f"error: {error}")
         sys.exit(2)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        log_console.print("interrupted; the same command goes on where this one was")
+        _say_why("interrupted; the same command goes on where this one was")
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
-            log_console.print(f"error: {error.format_message()}", markup=False, soft_wrap=True)
+            _say_why(f"error: {error.format_message()}")
             sys.exit(2)
+        if _processes() > 1:
+            _say_why(f"unexpected {type(error).__name__}")
         raise
+
+
+def _processes() -> int:
+    """How many torchrun started; without it, torch need not be imported to know."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 1
+    from sparsellm import parallel
+
+    return parallel.launched()
+
+
+@contextmanager
+def _joined() -> Iterator[None]:
+    if _processes() == 1:
+        yield
+        return
+    from sparsellm import parallel
+
+    with parallel.session():
+        yield
+
+
+def _say_why(line: str) -> None:
+    """Of processes that fail together, the first says why."""
+    if _processes() > 1:
+        from sparsellm import parallel
+
+        if not parallel.claims_failure():
+            return
+        line = f"process {parallel.rank()} of {parallel.launched()}: {line}"
+    log_console.print(line, markup=False, soft_wrap=True)
 
 
 def _quiet_libraries() -> None:
@@ -487,7 +529,8 @@ def _quiet_libraries() -> None:
 
 @contextmanager
 def _bar() -> Iterator[ProgressCallback]:
-    from sparsellm.progress import NOTE
+    from sparsellm import parallel
+    from sparsellm.progress import NOTE, ignore
     from sparsellm.progress import Progress as Event
 
     columns = (
@@ -499,6 +542,9 @@ def _bar() -> Iterator[ProgressCallback]:
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     tasks: dict[str, Any] = {}
+    if not parallel.is_main():
+        yield ignore
+        return
     with Progress(*columns, console=log_console, transient=not log_console.is_terminal) as bar:
 
         def show(event: Event) -> None:

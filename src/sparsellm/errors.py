@@ -38,6 +38,10 @@ class KernelError(SparseLLMError):
     """A kernel that was asked for cannot run here, or cannot take what it was given."""
 
 
+class ProcessError(SparseLLMError):
+    """Another process of the same run has died, or cannot be reached."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ``did you mean 'wanda'?``, or the list of known names when none is near."""
     names = sorted(known)

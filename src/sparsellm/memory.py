@@ -13,7 +13,7 @@ from sparsellm.chain import Chain
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.registry import Workspace
 from sparsellm.sizes import parse_bytes
-from sparsellm.statistics.gram import CHUNK_ELEMENTS, REMEMBERED_BYTES
+from sparsellm.statistics.gram import CHUNK_ELEMENTS, REMEMBERED_BYTES, accumulator_bytes
 
 DEFAULT_SHARE = 0.8  # of the memory that is free now: the rest is for the page cache and for others
 SLACK = 0.05  # of the budget, which hidden states leave free: a prediction is not exact
@@ -99,6 +99,7 @@ def plan_memory(
     workspace: Workspace,
     budget: str | int | None,
     swept_copies: int = 0,
+    sharers: int = 1,
 ) -> MemoryPlan:
     """Predicts the peak, and shares the budget: first what the work needs, then hidden states, the rest to disk.
 
@@ -111,13 +112,14 @@ def plan_memory(
         swept_copies: fp32 copies of all blocks that a sweep keeps; like hidden states, on disk where memory is short.
         budget: the most that the process may hold; None for a share of what the machine has free, beside what the
             process holds already.
+        sharers: processes that share what the machine has free.
 
     Raises:
         MemoryBudgetError: the run needs more than the budget.
         RecipeError: the budget is no number of bytes.
     """
     start = psutil.Process().memory_info().rss
-    most = int(start + DEFAULT_SHARE * free_memory()) if budget is None else parse_bytes(budget)
+    most = int(start + DEFAULT_SHARE * free_memory() / sharers) if budget is None else parse_bytes(budget)
     width = chain.config.get_text_config().hidden_size
     hidden = (1 + workspace.streams) * samples * seq_len * width * chain.dtype.itemsize
     if swept_copies:
@@ -154,7 +156,8 @@ def working_bytes(chain: Chain, samples: int, seq_len: int, batch_tokens: int, w
         activations = tokens * (4 * widest + 8 * width) * computing
         # One for each linear: which of them share an input is only known when the block runs.
         squares = [4 * linear.in_features**2 for linear in linears]
-        grams = sum(squares) + max(squares, default=0) if workspace.grams else 0
+        sums = sum(accumulator_bytes(linear.in_features) for linear in linears)
+        grams = sums + max(squares, default=0) if workspace.grams else 0
         moments["statistics"] = max(moments["statistics"], loaded + activations + grams + converted)
         optimised = int(workspace.blocks * 4 * elements)
         for position, linear in enumerate(linears):

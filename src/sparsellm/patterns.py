@@ -61,6 +61,24 @@ class Pattern(ABC):
         """
 
     @abstractmethod
+    def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
+        """The kept weights of consecutive inputs that are decided before the rest; their share of the zeros is even.
+
+        Args:
+            scores: as for :meth:`mask`, but ``(columns, out)``: an input of the weight is one row here.
+            start: the first of these inputs.
+            inputs: of the whole weight.
+
+        Returns:
+            Bool ``(columns, out)``.
+        """
+
+    def total(self, value: float) -> float:
+        """A sum over the rows that a solver sees, as the sum over all rows of the weight: the same, unless its rows are
+        divided over processes. What compares whole weights compares this."""
+        return value
+
+    @abstractmethod
     def violations(self, weight: Tensor) -> int:
         """How far a weight is from this pattern: zeros that are missing, so 0 says that it is satisfied."""
 
@@ -90,16 +108,16 @@ class Unstructured(Pattern):
 
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
-        _require_finite(scores)
+        require_finite(scores)
         zeros, rows = self.zeros(scores.shape), scores.shape[0]
         if scope == "matrix":
             return highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
-        shares = torch.tensor([share(zeros, row, row + 1, rows) for row in range(rows)], device=scores.device)
-        kept = torch.empty_like(scores, dtype=torch.bool)
-        for count in (zeros // rows, zeros // rows + 1):  # rows differ by one zero at most
-            chosen = shares == count
-            kept[chosen] = highest(scores[chosen], count)
-        return kept
+        return highest_of_rows(scores, zeros, 0, rows)
+
+    def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
+        columns, outputs = scores.shape
+        zeros = share(self.zeros((outputs, inputs)), start, start + columns, inputs)
+        return highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
 
     def violations(self, weight: Tensor) -> int:
         return max(0, self.zeros(weight.shape) - (weight.numel() - int(weight.count_nonzero())))
@@ -140,7 +158,7 @@ class NM(Pattern):
 
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
-        _require_finite(scores)
+        require_finite(scores)
         members = scores.reshape(-1, self.m).T.contiguous()  # (m, groups)
         if self.m > 16:
             order = members.argsort(dim=0, descending=True, stable=True)
@@ -153,6 +171,9 @@ class NM(Pattern):
                 rank[:later] += ~beaten
             kept = rank < self.n
         return kept.T.reshape(scores.shape)
+
+    def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
+        return self.mask(scores.T).T
 
     def violations(self, weight: Tensor) -> int:
         self.validate(weight.shape)
@@ -202,6 +223,18 @@ def highest(scores: Tensor, zeros: int) -> Tensor:
     return kept
 
 
+def highest_of_rows(scores: Tensor, zeros: int, first: int, rows: int) -> Tensor:
+    """:func:`highest` in each row by itself: ``zeros`` of them spread evenly over ``rows`` rows, of which ``scores``
+    (some rows, columns) are those from ``first`` on."""
+    own = range(first, first + len(scores))
+    shares = torch.tensor([share(zeros, row, row + 1, rows) for row in own], device=scores.device)
+    kept = torch.empty_like(scores, dtype=torch.bool)
+    for count in (zeros // rows, zeros // rows + 1):  # rows differ by one zero at most
+        chosen = shares == count
+        kept[chosen] = highest(scores[chosen], count)
+    return kept
+
+
 def lowest(scores: Tensor, rank: int) -> Tensor:
     """The ``rank``-th lowest score (from 1) of each row, ``(rows, 1)``."""
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
@@ -216,7 +249,7 @@ def _require_matrix(shape: tuple[int, ...] | torch.Size, name: str) -> None:
         raise RecipeError(f"{name} has shape {tuple(shape)}; a pattern is laid over a matrix (out, in)")
 
 
-def _require_finite(scores: Tensor) -> None:
+def require_finite(scores: Tensor) -> None:
     # A sum is finite only if every score is; one that overflows is cleared by the exact test. One pass, no temporary.
     if not math.isfinite(scores.sum().item()) and not bool(torch.isfinite(scores).all()):
         bad = int((~torch.isfinite(scores)).sum())

@@ -65,16 +65,22 @@ class Needs:
         dense_stream: the dense model's own hidden states beside the pruned model's.
         passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
         learning_rate: of those sweeps.
+        one_process: the option, as it was given, that no more than one process can serve; "" if there is none.
     """
 
     dense_stream: bool = False
     passes: int = 0
     learning_rate: float = 0.0
+    one_process: str = ""
 
 
 @dataclass(frozen=True)
 class Entry(Generic[F]):
-    """A registered function with the name users type, its paper, and its options."""
+    """A registered function with the name users type, its paper, and its options.
+
+    ``distributed`` says that it is written for several processes: of a solver, that rows may be solved apart (it
+    compares them through its pattern only); of a method, that every process may run it on its share of the windows.
+    """
 
     name: str
     function: F
@@ -83,6 +89,7 @@ class Entry(Generic[F]):
     options: dict[str, Option]
     workspace: Workspace = Workspace()
     needs: Callable[[dict[str, Any]], Needs] | None = None
+    distributed: bool = False
 
     def needs_of(self, options: dict[str, Any]) -> Needs:
         """What a run with these options asks of the walk."""
@@ -122,10 +129,12 @@ class Registry(Generic[F]):
         paper: str,
         workspace: Workspace | None = None,
         needs: Callable[[dict[str, Any]], Needs] | None = None,
+        distributed: bool = False,
     ) -> Callable[[F], F]:
         """Decorator. Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``: what
         pydantic knows of the type is checked, and the text is shown to users. ``workspace`` is what the prediction of
-        memory goes by; ``needs`` tells from the options what the walk has to provide."""
+        memory goes by; ``needs`` tells from the options what the walk has to provide; ``distributed``: see
+        :class:`Entry`."""
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
@@ -137,7 +146,7 @@ class Registry(Generic[F]):
                 description = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, str)), "")
                 options[parameter.name] = Option(parameter.name, hint, parameter.default, description)
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-            self.add(Entry(name, function, paper, summary, options, workspace or Workspace(), needs))
+            self.add(Entry(name, function, paper, summary, options, workspace or Workspace(), needs, distributed))
             return function
 
         return add

@@ -56,7 +56,7 @@ class Stream:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.chain = chain
-        size = max(1, batch_tokens // windows.shape[1])
+        size = windows_in_batch(batch_tokens, windows.shape[1])
         self._scratch = scratch or Scratch()
         self.hidden = self.store()
         self._calls: list[list[Call]] = []
@@ -115,6 +115,11 @@ class Stream:
         """Replaces what enters block ``index`` by what leaves it."""
         for position, leaving in enumerate(self.run(index)):
             self.hidden[position] = leaving
+
+
+def windows_in_batch(batch_tokens: int, seq_len: int) -> int:
+    """Windows in one forward call: at least one, whatever its length."""
+    return max(1, batch_tokens // seq_len)
 
 
 class _Interning:

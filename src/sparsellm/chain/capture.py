@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsellm import parallel
 from sparsellm.chain.linears import LinearView
 
 
@@ -61,6 +62,28 @@ class InputGroups:
         """The first batch is over: forget its tensors. A linear first reached later makes a group of its own."""
         self._frozen = True
         self._inputs.clear()
+
+    def agreed(self, linears: list[LinearView]) -> list[list[LinearView]]:
+        """The groups that all processes saw together: the tokens of one may reach experts that another's do not."""
+        if parallel.size() == 1:
+            return self.groups
+        by_name = {linear.name: linear for linear in linears}
+        views = parallel.gather([[linear.name for linear in group] for group in self.groups])
+        return [[by_name[name] for name in group] for group in merged(views)]
+
+
+def merged(views: list[list[list[str]]]) -> list[list[str]]:
+    """One grouping of names out of several. Two that any view puts together belong together: a view that has them apart
+    met them after its first batch."""
+    head_of: dict[str, str] = {}
+    for groups in views:
+        for head, *others in groups:
+            head_of.setdefault(head, head)
+            head_of.update(dict.fromkeys(others, head))
+    found: dict[str, list[str]] = {}
+    for name, head in head_of.items():
+        found.setdefault(head, []).append(name)
+    return list(found.values())
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

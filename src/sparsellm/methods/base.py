@@ -104,7 +104,8 @@ class BlockTask:
             pass
 
     def statistics(self) -> list[tuple[list[LinearView], Gram]]:
-        """The linears that share an input, and its Gram matrix, from one pass of the block as it stands.
+        """The linears that share an input, and its Gram matrix over the tokens of all processes, from one pass of the
+        block as it stands.
 
         A linear that the calibration tokens never reach (an expert nobody is routed to) is left out; see
         :meth:`finish`.
@@ -122,7 +123,10 @@ class BlockTask:
         with self.clock.phase("prune/statistics"), watch(self.linears, see):
             for _ in self.stream.run(self.index):
                 grouping.freeze()
-        return [(group, accumulators.pop(group[0].name).finish()) for group in grouping.groups]
+            groups = grouping.agreed(self.linears)
+            for head, *_ in groups:
+                accumulators.setdefault(head.name, GramAccumulator(head.in_features, device)).reduce()
+        return [(group, accumulators.pop(group[0].name).finish()) for group in groups]
 
     def accept(self, linear: LinearView, solution: Solution) -> LinearResult:
         """Puts a solution in place and records it; a later solution of the same linear replaces the record."""

@@ -7,10 +7,13 @@ from typing import Any
 from sparsellm.methods.base import BlockTask, Method
 from sparsellm.registry import Entry
 from sparsellm.solvers import Solver
+from sparsellm.solvers.divided import divide
 
 
 def local_method(entry: Entry[Solver]) -> Method:
     """One pass for the statistics of the whole block, one solve for each linear."""
+
+    solver = divide(entry)
 
     def prune_block(task: BlockTask, **options: Any) -> None:
         task.report("statistics")
@@ -20,7 +23,7 @@ def local_method(entry: Entry[Solver]) -> Method:
             for linear in group:
                 task.report(linear.name.rpartition(".")[2])
                 with task.clock.phase("prune/solve"):
-                    solution = entry.function(linear.weight(), gram, task.patterns[linear.name], **options)
+                    solution = solver(linear.weight(), gram, task.patterns[linear.name], **options)
                 task.accept(linear, solution)
 
     return prune_block
@@ -28,4 +31,6 @@ def local_method(entry: Entry[Solver]) -> Method:
 
 def from_solver(entry: Entry[Solver]) -> Entry[Method]:
     """A solver under its own name, options and paper, as a method."""
-    return Entry(entry.name, local_method(entry), entry.paper, entry.summary, entry.options, entry.workspace)
+    return Entry(
+        entry.name, local_method(entry), entry.paper, entry.summary, entry.options, entry.workspace, distributed=True
+    )

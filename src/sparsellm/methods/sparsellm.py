@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, watch
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
@@ -28,6 +29,7 @@ from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.refine.reconstruct import reconstruct
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
+from sparsellm.solvers.divided import divide
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
 
@@ -63,7 +65,12 @@ def _needs(options: dict[str, Any]) -> Needs:
     passes = options.get("passes")
     passes = effort.passes if passes is None else passes
     two = passes > 0 or any(options.get(name, 0.0) > 0 for name in ("blend", "residual", "refine_blend"))
-    return Needs(dense_stream=two, passes=passes, learning_rate=options.get("sweep_rate", SWEEP_RATE))
+    return Needs(
+        dense_stream=two,
+        passes=passes,
+        learning_rate=options.get("sweep_rate", SWEEP_RATE),
+        one_process="iterations" if options.get("iterations", 0) else "",
+    )
 
 
 @METHODS.register(
@@ -71,6 +78,7 @@ def _needs(options: dict[str, Any]) -> Needs:
     paper="arXiv 2402.17946, with the solver of 2406.07831 and the refinement of 2510.14444",
     needs=_needs,
     workspace=Workspace(blocks=5.0, streams=2),
+    distributed=True,
 )
 def sparsellm(
     task: BlockTask,
@@ -121,10 +129,10 @@ def sparsellm(
             unit = units.get(sublayer[-1][0].name)
             if unit is not None and all(linear in unit.linears() for group in sublayer for linear in group):
                 with task.clock.phase("prune/variables"):
-                    prune_unit(task, unit, weights, SOLVERS[solver].function, iterations)
+                    prune_unit(task, unit, weights, divide(SOLVERS[solver]), iterations)
             else:
                 writer = _writer(sublayer, width) if refit else None
-                _prune_in_order(task, sublayer, writer, weights, SOLVERS[solver].function, refit_damping, pull)
+                _prune_in_order(task, sublayer, writer, weights, divide(SOLVERS[solver]), refit_damping, pull)
         if steps:
             assert outputs is not None
             task.report("refine")
@@ -328,7 +336,7 @@ def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
         Weights ``(batch, seq)`` for each batch.
     """
     norms = [batch.float().norm(dim=-1) for batch in hidden]
-    limit = medians * torch.cat([norm.flatten() for norm in norms]).median()
+    limit = medians * torch.cat(parallel.gather_list(torch.cat([norm.flatten() for norm in norms]))).median()
     return [(limit / norm.clamp(min=1e-30)).square().clamp(max=1.0) for norm in norms]
 
 
@@ -341,7 +349,7 @@ def _groups(task: BlockTask, linears: list[LinearView]) -> list[list[LinearView]
 
     with watch(linears, see):
         task.stream.run_batch(task.index, 0)
-    return grouping.groups
+    return grouping.agreed(linears)
 
 
 def _moments(
@@ -375,4 +383,7 @@ def _moments(
     with task.clock.phase("prune/statistics"), watch([head, *([recorded] if recorded is not None else [])], see):
         for position in range(len(task.stream)):  # the hook reads where the pass is
             task.stream.run_batch(task.index, position)
+        gram.reduce()
+        if cross is not None:
+            cross.reduce()
     return _Moments(gram.finish(), cross.finish() if cross is not None else None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparsellm import parallel
 from sparsellm.chain.products import bf16_products
 from sparsellm.refine.training import (
     Adam,
@@ -15,8 +16,10 @@ from sparsellm.refine.training import (
     Shuffled,
     as_written,
     held_out_of,
+    of_all,
     running_on,
     schedule,
+    share_gradients,
     trained_elements,
 )
 from sparsellm.streams import Piece
@@ -62,7 +65,9 @@ def reconstruct(
     pruned = {linear.weight_name for linear in chain.linears(index)}  # one that is left out may have been pruned before
     state = torch.zeros(2, trained_elements(parameters), device=chain.device)
     adam = Adam(parameters, pruned, state)
-    train, judges = held_out_of(task.stream.pieces, held_out)
+    pieces = task.stream.pieces
+    # Each is in one process, which computes its gradient; all take the step.
+    train, judges = held_out_of(of_all(range(len(pieces))), held_out)
     order = Shuffled(len(train), seed=index)
 
     def error(piece: Piece) -> tuple[Tensor, Tensor]:
@@ -79,8 +84,10 @@ def reconstruct(
     @torch.no_grad()
     def judge() -> float:
         with running_on(chain, index, rounded()):
-            sums = [torch.stack(error(piece)).double() for piece in judges]
-        missed, size = torch.stack(sums).sum(0).tolist()
+            sums = [
+                torch.stack(error(pieces[number])).tolist() for process, number in judges if process == parallel.rank()
+            ]
+        missed, size = torch.tensor([each for _, each in of_all(sums)], dtype=torch.float64).sum(0).tolist()
         return float(missed / max(size, 1e-30))
 
     with running_on(chain, index, parameters):
@@ -88,10 +95,13 @@ def reconstruct(
         least, best = history[0]["held_out_error"], None
         looks = {round(steps * (look + 1) / CHECKS) for look in range(CHECKS)}
         for step in range(steps):
-            with torch.enable_grad():
-                missed, size = error(train[next(order)])
-                with bf16_products(chain.products_in_bf16):
-                    (missed / size.clamp(min=1e-30)).backward()
+            process, number = train[next(order)]
+            if process == parallel.rank():
+                with torch.enable_grad():
+                    missed, size = error(pieces[number])
+                    with bf16_products(chain.products_in_bf16):
+                        (missed / size.clamp(min=1e-30)).backward()
+            share_gradients(parameters.values(), process)
             adam.step(learning_rate * schedule(step, steps), step + 1)
             if step + 1 in looks:
                 history.append({"step": float(step + 1), "held_out_error": judge()})

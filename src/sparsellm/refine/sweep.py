@@ -4,7 +4,8 @@ The published objective ends in the last feed-forward unit; the global problem (
 the model predicts. Here the pruned model is swept as a whole: forward through the blocks, the divergence of its
 predictions from the dense model's at the end, and its gradient back through the blocks, each of which runs again from
 what entered it, is corrected by Adam, and is put away. So memory is that of one block, and of the windows of one step;
-weights and moments of the others wait in memory or on disk, as there is room.
+weights and moments of the others wait in memory or on disk, as there is room. Where there are several processes, the
+one that has the windows of a step computes its gradient, and all take the step.
 """
 
 from __future__ import annotations
@@ -16,12 +17,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparsellm import parallel
 from sparsellm.chain import Chain
 from sparsellm.chain.products import bf16_products
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.refine.head import through_head
-from sparsellm.refine.training import Adam, Float32Calls, Shuffled, as_written, held_out_of, running_on, schedule
+from sparsellm.refine.training import (
+    Adam,
+    Float32Calls,
+    Shuffled,
+    as_written,
+    held_out_of,
+    of_all,
+    running_on,
+    schedule,
+    share_gradients,
+)
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import Piece, Stream
@@ -51,6 +63,14 @@ class Pass:
     passes: int
     held_out: float
     train: float | None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Some windows of a process: the number of the piece there, and its tokens."""
+
+    number: int
+    tokens: int
 
 
 class _Masters:
@@ -121,7 +141,7 @@ def sweep(
 
     Args:
         chain: the pruned model.
-        windows: calibration token ids ``(samples, seq)``.
+        windows: calibration token ids ``(samples, seq)``, this process's share of them.
         dense: what leaves the dense model's last block, batches ``(batch, seq, hidden)``, in batches of
             ``batch_tokens``.
         settings: how long and how fast.
@@ -147,12 +167,15 @@ def sweep(
     stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch)
     chain.release_block(0)
     run = _Run(chain, stream, windows, dense, masters)
-    train, judges = held_out_of(stream.pieces, settings.held_out)
+    places = [_Place(number, run.tokens(piece)) for number, piece in enumerate(stream.pieces)]
+    train, judges = held_out_of(of_all(places), settings.held_out)
     steps = settings.passes * len(train)
     order = Shuffled(len(train), seed)
 
     def judge() -> float:
-        return sum(run.divergence(piece) for piece in judges) / sum(run.tokens(piece) for piece in judges)
+        own = [stream.pieces[place.number] for process, place in judges if process == parallel.rank()]
+        found = of_all([run.divergence(piece) for piece in own])
+        return sum(divergence for _, divergence in found) / sum(place.tokens for _, place in judges)
 
     history = [Pass(0, judge(), None)]
     if not torch.isfinite(torch.tensor(history[0].held_out)):
@@ -165,9 +188,11 @@ def sweep(
             progress(
                 Progress("sweep", done, steps, f"sweep {number + 1}/{settings.passes} · KL {history[-1].held_out:.3f}")
             )
-            total += run.step(train[next(order)], settings.learning_rate * schedule(done, steps), done + 1)
+            process, place = train[next(order)]
+            piece = stream.pieces[place.number] if process == parallel.rank() else None
+            total += run.step(piece, process, settings.learning_rate * schedule(done, steps), done + 1)
             done += 1
-        history.append(Pass(number + 1, judge(), total / sum(run.tokens(piece) for piece in train)))
+        history.append(Pass(number + 1, judge(), total / sum(place.tokens for _, place in train)))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
             best = best or scratch.store()
             for index in range(len(chain)):
@@ -222,25 +247,36 @@ class _Run:
         """Summed over the tokens, of the weights as they would be written now."""
         return self._end(self._forward(piece, written=True)[-1], piece, gradient=False)[0]
 
-    def step(self, piece: Piece, rate: float, number: int) -> float:
-        """One step of Adam on every block; returns the divergence before it, summed over the tokens."""
-        entering = self._forward(piece, written=False)
-        loss, gradient = self._end(entering.pop(), piece, gradient=True)
+    def step(self, piece: Piece | None, process: int, rate: float, number: int) -> float:
+        """One step of Adam on every block; returns the divergence before it, summed over the tokens.
+
+        Args:
+            piece: the windows of the step, or None where they are in another process.
+            process: the one that has them.
+            rate: of the step.
+            number: of the step, from 1.
+        """
+        loss, entering, gradient = 0.0, [], None
+        if piece is not None:
+            entering = self._forward(piece, written=False)
+            loss, gradient = self._end(entering.pop(), piece, gradient=True)
         for index in reversed(range(len(self.chain))):
             flat, state = self.masters.store[2 * index], self.masters.store[2 * index + 1]
             parameters = self.masters.parameters(flat, index)
-            hidden = entering.pop()
-            with running_on(self.chain, index, parameters), torch.enable_grad():
-                hidden.requires_grad_(True)
-                leaving = self.chain.apply(index, hidden, self._in_fp32(piece.calls[index]))
-                with bf16_products(self.chain.products_in_bf16):
-                    leaving.backward(gradient)
-            assert hidden.grad is not None
-            gradient = hidden.grad
+            if piece is not None:
+                hidden = entering.pop()
+                with running_on(self.chain, index, parameters), torch.enable_grad():
+                    hidden.requires_grad_(True)
+                    leaving = self.chain.apply(index, hidden, self._in_fp32(piece.calls[index]))
+                    with bf16_products(self.chain.products_in_bf16):
+                        leaving.backward(gradient)
+                gradient = hidden.grad
+                assert gradient is not None
+            share_gradients(parameters.values(), process)
             Adam(parameters, self.masters.pruned, state).step(rate, number)
             self.masters.store[2 * index] = flat
             self.masters.store[2 * index + 1] = state
-        return loss
+        return parallel.broadcast(loss, process)
 
     def _forward(self, piece: Piece, *, written: bool) -> list[Tensor]:
         """What enters every block, and what leaves the last."""

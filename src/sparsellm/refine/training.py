@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sparsellm import parallel
 from sparsellm.chain import Call, Chain
 
 BETAS = (0.9, 0.95)
@@ -114,6 +115,25 @@ def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
     held = {(2 * i + 1) * len(steps) // (2 * count) for i in range(count)}
     judges = [step for i, step in enumerate(steps) if i in held]
     return [step for i, step in enumerate(steps) if i not in held], judges or list(steps)
+
+
+def of_all(own: Sequence[T]) -> list[tuple[int, T]]:
+    """The steps, or what is said of them, of all processes in order, each with the number of its process. Of small
+    things: they are pickled."""
+    return [(process, item) for process, items in enumerate(parallel.gather(list(own))) for item in items]
+
+
+def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
+    """Gives every process the gradients of one, which has the windows; a parameter without one there has none
+    anywhere."""
+    if parallel.size() == 1:
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    reached = parallel.broadcast([parameter.grad is not None for parameter in trained], source)
+    for parameter, has_gradient in zip(trained, reached, strict=True):
+        if has_gradient:
+            own = parameter.grad if parameter.grad is not None else torch.empty_like(parameter)
+            parameter.grad = parallel.broadcast_(own.detach().contiguous(), source)
 
 
 class Shuffled:

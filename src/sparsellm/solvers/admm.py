@@ -37,7 +37,9 @@ PREDICTION_RIDGE = 0.1  # of predicting an input by the others; anything from 0.
 RHO_STEPS = 5  # each needs an inverse
 
 
-@SOLVERS.register("admm", paper="arXiv 2406.07831", workspace=Workspace(weights=15.5, grams=4, remembered=5))
+@SOLVERS.register(
+    "admm", paper="arXiv 2406.07831", workspace=Workspace(weights=15.5, grams=4, remembered=5), distributed=True
+)
 def admm(
     weight: Tensor,
     gram: Gram,
@@ -75,7 +77,7 @@ def admm(
     if iterations:
         # Where inputs are few or singular the mask may end worse than it began: the better of both counts.
         found = refine_on_support(dense, metric, kept, state, refine_iterations)
-        if found.objective < best.objective:
+        if pattern.total(found.objective) < pattern.total(best.objective):
             best, mask = found, kept
     return solution(weight, best.weight / scale, mask, gram, notes)
 

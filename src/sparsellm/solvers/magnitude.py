@@ -10,7 +10,7 @@ from sparsellm.solvers.base import SOLVERS, Solution, check, solution
 from sparsellm.statistics import Gram
 
 
-@SOLVERS.register("magnitude", paper="arXiv 1506.02626", workspace=Workspace(weights=6, grams=1))
+@SOLVERS.register("magnitude", paper="arXiv 1506.02626", workspace=Workspace(weights=6, grams=1), distributed=True)
 def magnitude(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """Keeps the weights of largest magnitude in the whole matrix, as they are."""
     check(weight, gram, pattern)

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsellm.patterns import Pattern, Unstructured, highest, share
+from sparsellm.patterns import Pattern
 from sparsellm.registry import Workspace
 from sparsellm.solvers.base import SOLVERS, Solution, check, solution
 from sparsellm.statistics import Gram
@@ -25,7 +25,9 @@ from sparsellm.statistics import Gram
 LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough for the rest to be worth a product
 
 
-@SOLVERS.register("sparsegpt", paper="arXiv 2301.00774", workspace=Workspace(weights=5.5, grams=1.5, remembered=1))
+@SOLVERS.register(
+    "sparsegpt", paper="arXiv 2301.00774", workspace=Workspace(weights=5.5, grams=1.5, remembered=1), distributed=True
+)
 def sparsegpt(
     weight: Tensor,
     gram: Gram,
@@ -40,7 +42,7 @@ def sparsegpt(
     check(weight, gram, pattern)
     factor = gram.inverse_cholesky(damping)
     # N:M looks at a group's weights as they are when its turn comes, unstructured at those of a whole block.
-    step = block_size if isinstance(pattern, Unstructured) else pattern.step
+    step = block_size if pattern.step == 1 else pattern.step
     elimination = _Elimination(weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern)
     elimination.prune(0, weight.shape[1], step)
     pruned, kept = elimination.columns.T.contiguous(), elimination.kept.T.contiguous()
@@ -72,12 +74,7 @@ class _Elimination:
 
     def choose(self, start: int, stop: int) -> None:
         scores = (self.columns[start:stop] / self.pivots[start:stop, None]).square()  # (columns, out)
-        if isinstance(self.pattern, Unstructured):
-            inputs, outputs = self.columns.shape
-            zeros = share(self.pattern.zeros((outputs, inputs)), start, stop, inputs)
-            self.kept[start:stop] = highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
-        else:
-            self.kept[start:stop] = self.pattern.mask(scores.T).T
+        self.kept[start:stop] = self.pattern.mask_columns(scores, start, len(self.columns))
 
     def eliminate(self, start: int, stop: int) -> None:
         """Prune columns whose mask is chosen, and update those of ``start:stop`` that come after."""

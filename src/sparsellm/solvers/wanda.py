@@ -10,7 +10,7 @@ from sparsellm.solvers.base import SOLVERS, Solution, check, solution
 from sparsellm.statistics import Gram
 
 
-@SOLVERS.register("wanda", paper="arXiv 2306.11695", workspace=Workspace(weights=6, grams=1))
+@SOLVERS.register("wanda", paper="arXiv 2306.11695", workspace=Workspace(weights=6, grams=1), distributed=True)
 def wanda(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """Keeps, of each output, the weights with the largest ``|w| · rms of their input``, as they are (eq. 1)."""
     check(weight, gram, pattern)

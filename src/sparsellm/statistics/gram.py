@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed
 from torch import Tensor
 
+from sparsellm import parallel
 from sparsellm.errors import NumericalError
 
 PANEL = 512  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
@@ -162,7 +162,9 @@ class Gram:
 
     def _invert(self, damping: float) -> Factor:
         factor = self._factorise(damping)  # not remembered: the inverse takes its place
-        return Factor(torch.cholesky_inverse(factor.matrix, out=factor.matrix), factor.damping, factor.notes)
+        torch.cholesky_inverse(factor.matrix, out=factor.matrix)
+        # Symmetric, but for the last bits; LAPACK's columns are rows this way, in one process as in several.
+        return Factor(factor.matrix.mT, factor.damping, factor.notes)
 
     def _factorise_inverse(self, damping: float) -> Factor:
         factor = self._factorise(damping, flipped=True)
@@ -177,16 +179,20 @@ class Gram:
 
 
 class GramAccumulator:
-    """Sums ``XᵀX`` over chunks of tokens in one fp32 matrix ``(features, features)``.
+    """Sums ``XᵀX`` over chunks of tokens: products in fp32, their sum in fp64.
 
-    Only panels of rows from their own diagonal on are computed, and mirrored once at the end: little more than half
-    the products.
+    So a sum of products is exact for all that fp32 can tell, and the same to the bit in whatever order, and in however
+    many processes, it is made. Only panels of rows from their own diagonal on are computed and kept, and mirrored once
+    at the end: little more than half the products, and the memory of one fp32 matrix ``(features, features)``.
     """
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
         self.features = features
+        self.device = torch.device(device or "cpu")
         self.tokens = 0
-        self.total = torch.zeros(features, features, dtype=torch.float32, device=device)  # below the panels: not filled
+        self.panels = [
+            _zeros(min(PANEL, features - start), features - start, self.device) for start in range(0, features, PANEL)
+        ]
 
     def update(self, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Add tokens.
@@ -195,20 +201,23 @@ class GramAccumulator:
             x: ``(..., features)``, any floating dtype.
             token_weights: ``(...)``, not negative; a token of weight w counts as ``w x xᵀ``. N stays the token count.
         """
-        for (rows,) in _chunks((x,), token_weights, self.total.device):
-            for start in range(0, self.features, PANEL):
-                panel = self.total[start : start + PANEL, start:]
-                panel.addmm_(rows[:, start : start + PANEL].T, rows[:, start:])
+        for (rows,) in _chunks((x,), token_weights, self.device):
+            for panel in self.panels:
+                right = rows[:, self.features - panel.shape[1] :]
+                panel += right[:, : len(panel)].T @ right
             self.tokens += len(rows)
 
     def merge(self, other: GramAccumulator) -> None:
         """Add the tokens another accumulator saw."""
-        self.total += other.total.to(self.total.device)
+        for own, its in zip(self.panels, other.panels, strict=True):
+            own += its.to(self.device)
         self.tokens += other.tokens
 
-    def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+    def reduce(self) -> None:
         """Add up the accumulators of all processes, in every one of them."""
-        self.tokens = _reduce(self.total, self.tokens, group)
+        for panel in self.panels:
+            parallel.all_sum_(panel)
+        self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Gram:
         """The mean over the tokens so far. The accumulator is left as it is and may go on.
@@ -216,26 +225,35 @@ class GramAccumulator:
         Raises:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
-        matrix = self.total / require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
-        for start in range(0, self.features, PANEL):
-            stop = min(start + PANEL, self.features)
+        tokens = require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
+        matrix = torch.empty(self.features, self.features, device=self.device)
+        for panel in self.panels:
+            start = self.features - panel.shape[1]
+            stop = start + len(panel)
+            matrix[start:stop, start:] = panel / tokens
             block = matrix[start:stop, start:stop]
             block.copy_(block.triu() + block.triu(1).T)  # a product's two halves may differ in the last bit
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
         return Gram(matrix, self.tokens)
 
 
+def accumulator_bytes(features: int) -> int:
+    """What the sums of a :class:`GramAccumulator` take."""
+    starts = range(0, features, PANEL)
+    return 8 * sum(min(PANEL, features - start) * (features - start) for start in starts)
+
+
 class CrossAccumulator:
-    """Sums ``TᵀX`` over chunks of tokens in one fp32 matrix ``(out, features)``."""
+    """Sums ``TᵀX (out, features)`` over chunks of tokens: products in fp32, their sum in fp64, as for a Gram."""
 
     def __init__(self, out: int, features: int, device: torch.device | str | None = None) -> None:
         self.tokens = 0
-        self.total = torch.zeros(out, features, dtype=torch.float32, device=device)
+        self.total = _zeros(out, features, torch.device(device or "cpu"))
 
     def update(self, target: Tensor, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Add tokens: ``target`` (..., out), ``x`` (..., features), ``token_weights`` (...) as for a Gram."""
         for target_rows, rows in _chunks((target, x), token_weights, self.total.device):
-            self.total.addmm_(target_rows.T, rows)
+            self.total += target_rows.T @ rows
             self.tokens += len(rows)
 
     def merge(self, other: CrossAccumulator) -> None:
@@ -243,9 +261,10 @@ class CrossAccumulator:
         self.total += other.total.to(self.total.device)
         self.tokens += other.tokens
 
-    def reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+    def reduce(self) -> None:
         """Add up the accumulators of all processes, in every one of them."""
-        self.tokens = _reduce(self.total, self.tokens, group)
+        parallel.all_sum_(self.total)
+        self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Tensor:
         """``C = TᵀX / N`` (out, features), fp32.
@@ -254,9 +273,14 @@ class CrossAccumulator:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
         name = f"cross moment of shape {tuple(self.total.shape)}"
-        matrix = self.total / require_tokens(self.tokens, name)
+        matrix = (self.total / require_tokens(self.tokens, name)).float()
         require_finite(matrix, name)
         return matrix
+
+
+def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Of fp64, where the device has it."""
+    return torch.zeros(rows, columns, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,10 +366,3 @@ def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.d
     for start in range(0, tokens, step):
         parts = tuple(rows[start : start + step].to(device, torch.float32) for rows in flat)
         yield parts if root is None else tuple(part * root[start : start + step] for part in parts)
-
-
-def _reduce(total: Tensor, tokens: int, group: torch.distributed.ProcessGroup | None) -> int:
-    count = torch.tensor(tokens, device=total.device)
-    torch.distributed.all_reduce(total, group=group)
-    torch.distributed.all_reduce(count, group=group)
-    return int(count)

@@ -65,7 +65,7 @@ class CheckpointWriter:
         self._follows = follows
         second = follows is not None
         self.partial = partial_of(self.out, second=second)
-        self._names = [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
+        self._names = shard_names(shards)
         check_out(self.out, overwrite=overwrite, need_bytes=need_bytes, second=second)
         self.state = RunState(self.partial, identity, restart=restart or second)
         later = partial_of(self.out, second=True)
@@ -163,6 +163,11 @@ class CheckpointWriter:
 def partial_of(out: Path, *, second: bool = False) -> Path:
     """Where a checkpoint, or the second stage of it, is written until it is complete."""
     return out.absolute().with_name(f"{out.absolute().name}{_SECOND if second else ''}.partial")
+
+
+def shard_names(shards: int) -> list[str]:
+    """The file names of so many shards, in order."""
+    return [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
 
 
 def check_out(out: Path, *, overwrite: bool, need_bytes: int, second: bool = False) -> None:

@@ -1,0 +1,60 @@
+"""Running a command and watching what it takes: wall time, and the memory of the whole process tree."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+INTERVAL = 0.02  # seconds between samples of memory
+
+
+@dataclass(frozen=True)
+class Measured:
+    stdout: str
+    seconds: float  # from before the start of the process to its end
+    peak_rss: int  # bytes: resident memory of the process and all its children, summed, at the worst sample
+
+
+def measured(command: list[str], log: Path) -> Measured:
+    """Runs a command to its end; what it says on stderr goes to the file ``log``.
+
+    Raises:
+        RuntimeError: it failed; the last lines of the log are in the message.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    peaks: list[int] = [0]
+    watcher = threading.Thread(target=_watch, args=(psutil.Process(process.pid), peaks), daemon=True)
+    watcher.start()
+    stdout, _ = process.communicate()
+    seconds = time.perf_counter() - start
+    watcher.join()
+    if process.returncode != 0:
+        tail = "\n".join(log.read_text().splitlines()[-20:])
+        raise RuntimeError(f"{command[:6]} ended with exit code {process.returncode}; the end of {log}:\n{tail}")
+    return Measured(stdout, seconds, max(peaks))
+
+
+def _watch(root: psutil.Process, peaks: list[int]) -> None:
+    while True:
+        try:
+            tree = [root, *root.children(recursive=True)]
+            if root.status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.NoSuchProcess:
+            return
+        total = 0
+        for process in tree:
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        peaks[0] = max(peaks[0], total)
+        time.sleep(INTERVAL)

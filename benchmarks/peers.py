@@ -1,0 +1,132 @@
+"""sparsellm beside llmcompressor: time, memory and perplexity of the same method on the same windows.
+
+llmcompressor lives in an environment of its own, so that neither dictates the other's dependencies:
+
+    python -m venv peers && peers/bin/pip install 'llmcompressor>=0.14'
+    python benchmarks/peers.py --python peers/bin/python --text wikitext2-raw-test.txt
+
+Every run is a process of its own, from the start of Python to the finished checkpoint; ours and theirs take turns. Both
+prune the linears of all blocks and leave embedding and head dense. Theirs is given the token ids; ours makes them, in
+its own time. Both perplexities are by ``sparsellm eval``. Finished cells are kept in a file: stop the script and
+run it on whenever you like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import measured
+from quality import OUT, Cells, cpu_name, measure
+from safetensors.torch import save_file
+from wikipedia import write_wikipedia
+
+import sparsellm
+from sparsellm.calibration import calibration_windows
+from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+
+WORKER = Path(__file__).with_name("peers_llmcompressor.py")
+TOOLS = ("sparsellm", "llmcompressor")
+
+
+def run(arguments: argparse.Namespace, tool: str, method: str, sparsity: float, windows: Path) -> dict[str, Any]:
+    """One run of one tool; the perplexity and the zeros of what it made."""
+    out = OUT / "peers" / f"{tool}-{method}-{sparsity}"
+    shutil.rmtree(out, ignore_errors=True)
+    common = [f"--out={out}", f"--method={method}", f"--sparsity={sparsity}"]
+    if tool == "sparsellm":
+        command = [
+            sys.executable, "-m", "sparsellm", "prune", arguments.model, *common, "--json",
+            f"--calibration={arguments.calibration}", f"--samples={arguments.samples}",
+            f"--seq-len={arguments.window}", f"--seed={arguments.seed}",
+        ]  # fmt: skip
+    else:
+        command = [arguments.python, str(WORKER), str(checkpoint_directory(arguments.model)), *common]
+        command += [f"--windows={windows}", f"--batch-size={arguments.batch_size}"]
+    found = measured(command, OUT / "peers" / f"{tool}-{method}-{sparsity}.log")
+    report = json.loads(found.stdout.strip().splitlines()[-1])
+    linears = sparsellm.inspect(out)
+    result = {
+        "seconds": found.seconds,
+        "peak_rss_bytes": found.peak_rss,
+        "sparsity": sum(x.zeros for x in linears) / sum(x.shape[0] * x.shape[1] for x in linears),
+        "perplexity": measure(arguments, str(out))["perplexity"],
+        "versions": report["versions"] if tool == "sparsellm" else report,
+    }
+    shutil.rmtree(out)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", required=True, help="interpreter of the environment that has llmcompressor")
+    parser.add_argument("--text", required=True, help="raw WikiText-2 test, a row a line")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--calibration", help="a text source; by default a sample of Wikipedia")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=16384, help="of the test text; 0 for all of it")
+    parser.add_argument("--methods", nargs="*", default=["sparsegpt", "wanda"], choices=["sparsegpt", "wanda"])
+    parser.add_argument("--sparsities", nargs="*", type=float, default=[0.7, 0.5])
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the median time counts")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward call of llmcompressor")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cells", type=Path, default=OUT / "peers.json")
+    arguments = parser.parse_args()
+    arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
+
+    tokenizer = load_tokenizer(checkpoint_directory(arguments.model))
+    ids = calibration_windows(arguments.calibration, tokenizer, arguments.samples, arguments.window, arguments.seed)
+    windows = OUT / "peers" / "windows.safetensors"
+    windows.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"windows": ids}, windows)
+
+    cells = Cells(arguments.cells)
+    conditions = (
+        f"{arguments.model}/{Path(arguments.calibration).name}/{arguments.samples}x{arguments.window}/{arguments.seed}/"
+        f"{Path(arguments.text).name}/{arguments.max_tokens}/batch {arguments.batch_size}"
+    )
+    dense = cells.get(f"{conditions}/dense", lambda: measure(arguments, arguments.model))
+    found: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
+    for repeat in range(arguments.repeats):
+        for sparsity in arguments.sparsities:
+            for method in arguments.methods:
+                for tool in TOOLS:  # in turns, so that what else the machine does falls on both
+                    key = f"{conditions}/{tool}/{method}/{sparsity}/{repeat}"
+                    cell = cells.get(key, lambda t=tool, m=method, s=sparsity: run(arguments, t, m, s, windows))
+                    found.setdefault((sparsity, method, tool), []).append(cell)
+
+    peer = next(iter(found[arguments.sparsities[0], arguments.methods[0], "llmcompressor"]))["versions"]
+    print(
+        f"Model {arguments.model}, dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, windows of "
+        f"{arguments.window}, {dense['tokens_scored']} tokens scored; calibration {arguments.samples} × "
+        f"{arguments.window} tokens of {Path(arguments.calibration).name}, seed {arguments.seed}; "
+        f"median of {arguments.repeats} (least to most); sparsellm {sparsellm.__version__}, torch {torch.__version__}, "
+        f"llmcompressor {peer['llmcompressor']} (torch {peer['torch']}, batches of {arguments.batch_size}); "
+        f"{peer['threads']} threads, {cpu_name()}.\n"
+    )
+    print(
+        "| sparsity | method | tool | zeros | perplexity | seconds | peak memory (GB) | time / ours | memory / ours |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (sparsity, method, tool), rows in found.items():
+        ours = found[sparsity, method, "sparsellm"]
+        seconds = [row["seconds"] for row in rows]
+        peak = max(row["peak_rss_bytes"] for row in rows)
+        time_ratio = statistics.median(seconds) / statistics.median(row["seconds"] for row in ours)
+        memory_ratio = peak / max(row["peak_rss_bytes"] for row in ours)
+        print(
+            f"| {sparsity:.0%} | {method} | {tool} | {rows[0]['sparsity']:.2%} | {rows[0]['perplexity']:.1f} "
+            f"| {statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f}) | {peak / 1e9:.2f} "
+            f"| {time_ratio:.2f} | {memory_ratio:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Prunes a model with llmcompressor on given windows. ``peers.py`` runs this in llmcompressor's own environment.
+
+Nothing of sparsellm is imported here: what is measured is llmcompressor alone, with its defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.metadata import version
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from safetensors.torch import load_file
+
+MODIFIERS = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--method", choices=MODIFIERS, required=True)
+    parser.add_argument("--sparsity", type=float, required=True)
+    parser.add_argument("--windows", required=True, help="safetensors file with token ids, (samples, seq)")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows in one forward call")
+    arguments = parser.parse_args()
+    ids = load_file(arguments.windows)["windows"]  # (samples, seq)
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
+    oneshot(
+        model=arguments.model,
+        dataset=Dataset.from_list(rows),
+        recipe=MODIFIERS[arguments.method](sparsity=arguments.sparsity, ignore=["re:.*lm_head"]),
+        max_seq_length=ids.shape[1],
+        num_calibration_samples=len(ids),
+        shuffle_calibration_samples=False,
+        batch_size=arguments.batch_size,
+        save_compressed=False,
+        output_dir=arguments.out,
+    )
+    packages = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+    print(json.dumps({**{name: version(name) for name in packages}, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()

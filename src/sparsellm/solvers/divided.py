@@ -1,0 +1,172 @@
+"""One weight solved by several processes: each takes some of its rows, and a threshold that spans them is agreed on.
+
+All that rows of a weight have to do with each other, in the solvers here, is that they compete for being kept, and
+that errors are sums over them. Both go through the pattern that a solver is given, so it is written for a whole weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsellm import parallel
+from sparsellm.patterns import Pattern, Scope, Unstructured, highest_of_rows, require_finite, share
+from sparsellm.registry import Entry
+from sparsellm.solvers.base import Solution, Solver
+from sparsellm.statistics import Gram
+
+# Bits of a score that are decided at a time, by counting into bins: (shift, bins). Few bins are quick to add up.
+DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
+SIGN = -(1 << 31)
+
+
+def divide(entry: Entry[Solver]) -> Solver:
+    """The solver with its work divided over the processes of this run; each is given the same arguments and gets the
+    whole solution. In one process it is the solver itself.
+
+    A solver that is not registered as distributed solves in the main process; so does any, a weight with fewer rows
+    than there are processes.
+    """
+
+    def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
+        if parallel.size() == 1:
+            return entry.function(weight, gram, pattern, **options)
+        if not entry.distributed or len(weight) < parallel.size():
+            return _in_main(lambda: entry.function(weight, gram, pattern, **options), weight)
+        rows = parallel.share(len(weight))
+        own = entry.function(weight[rows], gram, DividedRows(pattern, len(weight), rows.start), **options)
+        energy = gram.energy(weight[rows])
+        parts = parallel.gather((energy, own.error * energy, own.notes))
+        energy, lost = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        return Solution(
+            torch.cat(parallel.gather_list(own.weight)),
+            torch.cat(parallel.gather_list(own.mask)),
+            lost / energy if energy > 0 else 0.0,
+            tuple(dict.fromkeys(note for part in parts for note in part[2])),
+        )
+
+    return solve
+
+
+def _in_main(solve: Callable[[], Solution], weight: Tensor) -> Solution:
+    """What the main process finds, in all of them."""
+    found: list[Solution] = []
+
+    def told() -> tuple[float, tuple[str, ...]]:
+        found.append(solve())
+        return found[0].error, found[0].notes
+
+    error, notes = parallel.from_main(told)
+    sparse = found[0].weight.contiguous() if found else torch.empty_like(weight)
+    mask = found[0].mask.contiguous() if found else torch.empty_like(weight, dtype=torch.bool)
+    return Solution(parallel.broadcast_(sparse), parallel.broadcast_(mask), error, notes)
+
+
+@dataclass(frozen=True)
+class DividedRows(Pattern):
+    """A pattern over a weight of which every process holds some rows, in order.
+
+    Args:
+        whole: the pattern.
+        all_rows: of the weight.
+        first: the number of this process's first row.
+    """
+
+    whole: Pattern
+    all_rows: int
+    first: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.whole.sparsity
+
+    @property
+    def step(self) -> int:
+        return self.whole.step
+
+    def zeros(self, shape: tuple[int, ...] | torch.Size) -> int:
+        """Zeros of the whole weight, from the shape of some of its rows."""
+        return self.whole.zeros((self.all_rows, shape[1]))
+
+    def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
+        self.whole.validate(shape, name)
+
+    def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
+        if not isinstance(self.whole, Unstructured):
+            return self.whole.mask(scores, scope)  # groups of N:M lie within rows
+        require_finite(scores)
+        zeros = self.zeros(scores.shape)
+        if scope == "row":
+            return highest_of_rows(scores, zeros, self.first, self.all_rows)
+        return highest_of_all(scores.reshape(1, -1), zeros).reshape(scores.shape)
+
+    def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
+        if not isinstance(self.whole, Unstructured):
+            return self.whole.mask_columns(scores, start, inputs)
+        zeros = share(self.zeros((self.all_rows, inputs)), start, start + len(scores), inputs)
+        return highest_of_all(scores, zeros)
+
+    def total(self, value: float) -> float:
+        return parallel.total(value)
+
+    def violations(self, weight: Tensor) -> int:
+        """Zeros missing in the whole weight; of N:M, in its groups."""
+        if isinstance(self.whole, Unstructured):
+            zeros = int(parallel.total(weight.numel() - int(weight.count_nonzero())))
+            return max(0, self.zeros(weight.shape) - zeros)
+        return int(parallel.total(self.whole.violations(weight)))
+
+
+def highest_of_all(scores: Tensor, zeros: int) -> Tensor:
+    """All but the ``zeros`` lowest scores of all processes together; of equals the lowest index is kept.
+
+    Args:
+        scores: ``(outer, inner)``, fp32 or coarser; indices run over outer, then the processes, then inner.
+        zeros: of all processes.
+
+    Returns:
+        Bool ``(outer, inner)``, just what :func:`~sparsellm.patterns.highest` chooses from the scores joined along
+        inner and flattened.
+    """
+    if zeros <= 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    keys = _ordered(scores)
+    threshold, surplus = _lowest_of_all(keys, zeros)
+    kept, tied = keys > threshold, keys == threshold
+    if surplus:
+        ties = torch.tensor(parallel.gather(tied.sum(dim=1).tolist()))  # (processes, outer)
+        of_outer = ties.sum(dim=0)
+        before = (of_outer.cumsum(0) - of_outer + ties[: parallel.rank()].sum(dim=0)).to(scores.device)  # (outer,)
+        row, column = tied.nonzero(as_tuple=True)
+        in_row = torch.bincount(row, minlength=len(tied))
+        place = torch.arange(len(row), device=row.device) - (in_row.cumsum(0) - in_row)[row] + before[row]
+        first = place < surplus
+        kept[row[first], column[first]] = True
+    return kept
+
+
+def _ordered(scores: Tensor) -> Tensor:
+    """Integers in the same order, equal where the scores are: a float's bits, with those of negative ones reversed."""
+    if scores.dtype == torch.float64:
+        raise TypeError("scores of fp64 are not compared over processes; a solver's scores are fp32")
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: −0.0 equals 0.0, and its bits must too
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _lowest_of_all(keys: Tensor, rank: int) -> tuple[int, int]:
+    """The ``rank``-th lowest key (from 1) of all processes, digit by digit, and how many equal ones come after it."""
+    threshold, after = SIGN, 0
+    pool = keys.flatten()
+    for shift, bins in DIGITS:
+        digits = ((pool ^ SIGN) >> shift) & (bins - 1)
+        counts = parallel.all_sum_(torch.bincount(digits, minlength=bins))
+        running = counts.cumsum(0)
+        digit = int(torch.searchsorted(running, rank))
+        after = int(running[digit]) - rank
+        rank -= int(running[digit] - counts[digit])
+        pool = pool[digits == digit]
+        threshold += digit << shift
+    return threshold, after

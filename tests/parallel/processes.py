@@ -1,0 +1,41 @@
+"""Running a function in several processes that have joined by gloo. What is run lives in a module, not in a test."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIMIT = 400  # seconds, far beyond what any test here takes: one that hangs is ended, not waited for
+
+
+def run_in(size: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    """Calls ``function(folder, *arguments)`` in each of ``size`` joined processes; fails if one of them does."""
+    # Fork of a clean server: torch and transformers are imported once, not once a process.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.parallel.workers"])
+    workers = [
+        context.Process(target=_join, args=(rank, size, function, folder, *arguments), daemon=True)
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(LIMIT)
+    codes = [worker.exitcode for worker in workers]
+    for worker in workers:
+        worker.kill()
+    assert codes == [0] * size
+
+
+def _join(rank: int, size: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / f'store-{size}'}", rank=rank, world_size=size
+    )
+    function(folder, *arguments)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,217 @@
+"""``sparsellm prune`` started by torchrun, and what happens when one of its processes dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import sparsellm
+from sparsellm import Recipe
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is ended, not waited for
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A run of many blocks, each of which takes a while."""
+    source = save_tiny(tiny_llama(num_hidden_layers=40), tiny_tokenizer(), tmp_path_factory.mktemp("deep"))
+    return ("prune", str(source), "--samples=4", "--seq-len=32", "--method=admm", "--set=options.iterations=50")
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def by_torchrun(size: int, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    return subprocess.Popen(
+        [*command, "-m", "sparsellm", *arguments],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def side_by_side(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """As torchrun would start them, but with nobody who ends the others when one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "sparsellm", *arguments],
+            env={**ENVIRONMENT, **common, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+
+
+def wait_for_blocks(directory: Path, process: subprocess.Popen[str], shards: int = 2) -> None:
+    """Until so many shards are there. Two: what stands outside the blocks, and the first block, which need not be
+    recorded as finished yet."""
+    deadline = time.monotonic() + LIMIT
+    while len(list(directory.glob("*.safetensors"))) < shards:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def check_what_is_left(out: Path) -> None:
+    assert not out.exists()
+    shards = list(out.with_name(f"{out.name}.partial").glob("*.safetensors"))
+    assert 2 <= len(shards) < 41
+    for shard in shards:  # each is whole
+        assert all(bool(torch.isfinite(value).all()) for value in load_file(shard).values())
+
+
+def test_torchrun_writes_what_one_process_writes(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    arguments = ("--method=sparsegpt", "--samples=5", "--seq-len=40", "--set=batch_tokens=80", "--json")
+    run = by_torchrun(2, "prune", str(checkpoint), f"--out={out}", *arguments)
+    stdout, stderr = ended(run)
+    assert run.returncode == 0, stderr
+    report = json.loads(stdout)  # one report, by one process
+    assert report["processes"] == 2
+    assert report["calibration_tokens"] == 200
+    assert json.loads((out / "pruning.json").read_text()) == report
+    recipe = Recipe(method="sparsegpt", samples=5, seq_len=40, batch_tokens=80)
+    sparsellm.prune(checkpoint, recipe, out=tmp_path / "alone")
+    found, expected = tensors(out), tensors(tmp_path / "alone")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value == 0, expected[name] == 0), name
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
+
+
+def test_torchrun_sweeps_what_one_process_sweeps(checkpoint: Path, tmp_path: Path) -> None:
+    """The second stage reads the shards of the first in every process, and leaves nothing of either."""
+    out = tmp_path / "pruned"
+    given = ("--method=sparsellm", "--samples=5", "--seq-len=40", "--set=batch_tokens=80", "--set=allocation=owl")
+    run = by_torchrun(2, "prune", str(checkpoint), f"--out={out}", *given, "--set=options={steps: 4, passes: 2}")
+    _, stderr = ended(run)
+    assert run.returncode == 0, stderr
+    recipe = Recipe(
+        method="sparsellm", samples=5, seq_len=40, batch_tokens=80, allocation="owl", options={"steps": 4, "passes": 2}
+    )
+    sparsellm.prune(checkpoint, recipe, out=tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "pruned"]
+    found, expected = tensors(out), tensors(tmp_path / "alone")
+    reports = [json.loads((folder / "pruning.json").read_text()) for folder in (out, tmp_path / "alone")]
+    zeros = [[linear["zeros"] for linear in report["linears"]] for report in reports]
+    assert zeros[0] == zeros[1]
+    assert len(reports[0]["sweeps"]) == len(reports[1]["sweeps"]) == 3
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert torch.equal(value == 0, expected[name] == 0), name
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    source = save_tiny(tiny_llama(num_hidden_layers=8), tiny_tokenizer(), tmp_path_factory.mktemp("short"))
+    return ("prune", str(source), "--samples=4", "--seq-len=32", "--method=admm", "--set=options.iterations=20")
+
+
+@pytest.fixture(scope="module")
+def cut_short(short_run: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave that are ended after a block or more."""
+    out = tmp_path_factory.mktemp("cut") / "pruned"
+    killed = by_torchrun(2, *short_run, f"--out={out}")
+    partial = out.with_name("pruned.partial")
+    wait_for_blocks(partial, killed, shards=3)
+    killed.terminate()  # torchrun ends both
+    ended(killed)
+    assert 3 <= len(list(partial.glob("*.safetensors"))) < 9
+    return partial
+
+
+def test_a_run_goes_on_with_the_same_bits(short_run: Any, cut_short: Path, tmp_path: Path) -> None:
+    shutil.copytree(cut_short, tmp_path / "pruned.partial")
+    out, whole = tmp_path / "pruned", tmp_path / "whole"
+    for folder in (out, whole):
+        run = by_torchrun(2, *short_run, f"--out={folder}")
+        _, stderr = ended(run)
+        assert run.returncode == 0, stderr
+        assert stderr.count("going on with an unfinished run") == (folder == out)
+    found, expected = tensors(out), tensors(whole)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_one_process_goes_on_with_the_run_of_two_and_says_so(short_run: Any, cut_short: Path, tmp_path: Path) -> None:
+    shutil.copytree(cut_short, tmp_path / "pruned.partial")
+    alone = subprocess.Popen(
+        [sys.executable, "-m", "sparsellm", *short_run, f"--out={tmp_path / 'pruned'}"],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    _, stderr = ended(alone)
+    assert alone.returncode == 0, stderr
+    assert "were pruned with processes 2, those after them with processes 1" in " ".join(stderr.split())
+
+
+def test_a_killed_process_ends_the_run_and_leaves_whole_shards(long_run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    run = by_torchrun(2, *long_run, f"--out={out}")
+    wait_for_blocks(tmp_path / "pruned.partial", run)
+    (victim,) = [child for child in psutil.Process(run.pid).children() if child.environ().get("RANK") == "1"]
+    victim.send_signal(signal.SIGKILL)
+    _, stderr = ended(run)
+    assert run.returncode not in (0, None)
+    assert "SIGKILL" in stderr  # torchrun says which process it was
+    check_what_is_left(out)
+
+
+def test_those_who_are_left_end_by_themselves_and_one_says_why(long_run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    runs = side_by_side(3, *long_run, f"--out={out}")
+    wait_for_blocks(tmp_path / "pruned.partial", runs[0])
+    runs[1].send_signal(signal.SIGKILL)
+    printed = "".join(ended(run)[1] for run in runs)
+    assert [run.returncode for run in runs] == [2, -signal.SIGKILL, 2]
+    assert printed.count("error: lost touch with another process") == 1
+    assert "Traceback" not in printed
+    check_what_is_left(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prune", "--samples=1", "--out=pruned"), "1 calibration windows cannot be divided among 2 processes"),
+        (("eval", "--text=pydoc"), "'sparsellm eval' runs in one process; start it without torchrun"),
+    ],
+)
+def test_a_mistake_is_told_once(arguments: tuple[str, ...], message: str, checkpoint: Path) -> None:
+    command, *options = arguments
+    runs = side_by_side(2, command, str(checkpoint), *options)
+    printed = "".join(ended(run)[1] for run in runs)
+    assert [run.returncode for run in runs] == [2, 2]
+    assert printed.count(message) == printed.count("error:") == 1
+    assert "Traceback" not in printed

@@ -1,0 +1,144 @@
+"""Two and four processes against one: equal masks, weights to rounding, the same bits in every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsellm import parallel
+from sparsellm.chain.capture import merged
+from sparsellm.errors import RecipeError
+from tests.parallel import workers
+from tests.parallel.processes import run_in
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """name, process → what it found."""
+    size: int = request.param
+    folder = tmp_path_factory.mktemp("processes")
+    run_in(size, workers.everything, folder)
+    return lambda name: [torch.load(folder / f"{name}-{rank}-of-{size}.pt") for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {name: workers.prune_case(name) for name in workers.CASES}
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", workers.CASES)
+def test_several_processes_prune_as_one_does(name: str, found: Any, alone: dict[str, Any]) -> None:
+    first, *rest = found(name)
+    expected = alone[name]
+    assert expected["processes"] == 1
+    assert first["processes"] == 1 + len(rest)
+    assert first["tokens"] == expected["tokens"] == workers.windows().numel()
+    for weight_name, weight in first["weights"].items():
+        wanted = expected["weights"][weight_name]
+        assert torch.equal(weight == 0, wanted == 0), weight_name
+        torch.testing.assert_close(weight, wanted, rtol=1e-3, atol=2e-5)
+    for (linear, zeros, error), (_, wanted_zeros, wanted_error) in zip(
+        first["linears"], expected["linears"], strict=True
+    ):
+        assert zeros == wanted_zeros, linear
+        assert error == pytest.approx(wanted_error, rel=1e-3), linear
+    assert first["allocation"] == expected["allocation"]
+    for several, one in ((first["sweeps"], expected["sweeps"]), (first["history"], expected["history"])):
+        assert len(several) == len(one)
+        for some, wanted in zip(several, one, strict=True):
+            assert some == pytest.approx(wanted, rel=1e-3)
+    for other in rest:
+        assert same_bits(first["weights"], other["weights"])
+        assert all(other[key] == first[key] for key in ("linears", "allocation", "sweeps", "history"))
+
+
+def test_what_is_compared_is_there(alone: dict[str, Any]) -> None:
+    assert len({zeros for _, zeros, _ in alone["allocated"]["linears"]}) > 1
+    assert len(alone["swept"]["sweeps"]) == 4
+    assert alone["swept"]["sweeps"][-1][0] < alone["swept"]["sweeps"][0][0]  # so it is the swept weights that are kept
+    assert any(history[-1] < history[0] for history in alone["sparsellm"]["history"] if history)
+
+
+def test_as_many_processes_again_give_the_same_bits(found: Any) -> None:
+    assert same_bits(found("again")[0]["weights"], found("admm")[0]["weights"])
+
+
+def test_every_process_holds_the_same_moments(found: Any) -> None:
+    first, *rest = found("gram")
+    assert all(torch.equal(first, other) for other in rest)
+
+
+def test_a_solver_that_is_not_registered_as_distributed_solves_whole_weights(found: Any) -> None:
+    first, *rest = found("unknown")
+    assert all(same_bits(first, other) for other in rest)
+    weight = first["model.layers.0.mlp.up_proj.weight"]
+    assert int((weight == 0).sum()) == round(0.7 * weight.numel())
+
+
+def test_groups_seen_by_any_process_hold_for_all() -> None:
+    assert merged([[["q", "k"], ["o"]], [["q", "k"], ["o"]]]) == [["q", "k"], ["o"]]
+    # one meets expert 1 only after its first batch, and so sees its linears apart; one never meets expert 2
+    assert merged([[["q"], ["1.up"], ["1.gate"]], [["q"], ["1.up", "1.gate"], ["2.up", "2.gate"]]]) == [
+        ["q"],
+        ["1.up", "1.gate"],
+        ["2.up", "2.gate"],
+    ]
+    assert merged([[["1.up", "1.gate"]], [["1.up"], ["1.gate"]]]) == [["1.up", "1.gate"]]
+
+
+def test_shares_are_disjoint_in_order_and_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (1, 3, 4):
+        for total in (4, 7, 12):
+            shares = []
+            for rank in range(size):
+                monkeypatch.setattr(parallel, "size", lambda size=size: size)
+                monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+                shares.append(list(range(total))[parallel.share(total)])
+            assert [item for part in shares for item in part] == list(range(total))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_units_stay_whole_where_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(total: int, unit: int, size: int) -> list[tuple[int, int]]:
+        monkeypatch.setattr(parallel, "size", lambda: size)
+        found = []
+        for rank in range(size):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            found.append(parallel.share(total, unit))
+        return [(part.start, part.stop) for part in found]
+
+    assert shares(7, 2, 2) == [(0, 4), (4, 7)]
+    assert shares(7, 2, 4) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert shares(7, 4, 4) == [(0, 1), (1, 3), (3, 5), (5, 7)]  # two units, four processes
+
+
+def test_each_process_takes_the_gpu_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parallel.own_device("cuda") == "cuda"  # one process: whatever the user says
+    assert parallel.own_device("cuda:1") == "cuda:1"
+    chosen: list[int] = []
+    monkeypatch.setattr(parallel, "size", lambda: 4)
+    monkeypatch.setattr(parallel, "rank", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.own_device("cuda") == parallel.own_device("auto") == "cuda:1"
+    assert chosen == [1, 1]
+    assert parallel.own_device("cpu") == "cpu"
+    with pytest.raises(RecipeError, match="'cuda:0' is one GPU, and 4 processes"):
+        parallel.own_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RecipeError, match="process 2 of this machine has no GPU of its own: there are 2"):
+        parallel.own_device("cuda")

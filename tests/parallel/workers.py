@@ -1,0 +1,168 @@
+"""What the tests run in each of several processes. Each leaves what it found in ``folder`` for the test to compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparsellm
+from sparsellm import Recipe, parallel
+from sparsellm.errors import NumericalError, RecipeError
+from sparsellm.methods import METHODS
+from sparsellm.patterns import highest
+from sparsellm.solvers import SOLVERS
+from sparsellm.solvers.base import Solution, solution
+from sparsellm.solvers.divided import divide, highest_of_all
+from sparsellm.statistics import CrossAccumulator, GramAccumulator
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
+
+WINDOWS = 7  # neither two nor four processes divide it
+
+
+def two_blocks() -> Any:
+    return tiny_llama(num_hidden_layers=2)
+
+
+# name → family and recipe: every solver, both scopes, N:M, an allocation by trial runs, and the method with a median,
+# refits, two streams, and Adam on each block and on the whole model
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "magnitude": (two_blocks, {"method": "magnitude"}),
+    "wanda": (two_blocks, {"method": "wanda", "sparsity": 0.55}),
+    "sparsegpt": (two_blocks, {"method": "sparsegpt", "options": {"block_size": 16}}),
+    "sparsegpt 2:4": (tiny_gpt2, {"method": "sparsegpt", "pattern": "2:4"}),
+    "admm": (two_blocks, {"method": "admm", "options": {"iterations": 8}}),
+    "admm row": (tiny_gpt2, {"method": "admm", "options": {"iterations": 8, "scope": "row"}}),
+    "admm 2:4": (two_blocks, {"method": "admm", "pattern": "2:4"}),
+    "allocated": (two_blocks, {"method": "wanda", "allocation": "auto", "allocation_options": {"fit": 2}}),
+    "sparsellm": (two_blocks, {"method": "sparsellm", "options": {"steps": 6, "blend": 0.5, "passes": 0}}),
+    "swept": (two_blocks, {"method": "sparsellm", "options": {"solver": "wanda", "passes": 3}}),
+}
+
+
+def windows() -> Tensor:
+    return torch.randint(VOCABULARY, (WINDOWS, 40), generator=torch.Generator().manual_seed(3))
+
+
+def prune_case(name: str) -> dict[str, Any]:
+    """The pruned model's weights, and the report."""
+    family, fields = CASES[name]
+    model = family()
+    result = sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows())
+    linears = [(linear.name, linear.zeros, linear.error) for linear in result.linears]
+    return {
+        "weights": dict(model.state_dict()),
+        "linears": linears,
+        "processes": result.processes,
+        "allocation": result.allocation,
+        "sweeps": [(record.held_out, record.train or 0.0) for record in result.sweeps],
+        "history": [[record["held_out_error"] for record in linear.history] for linear in result.linears],
+        "tokens": result.calibration_tokens,
+    }
+
+
+def leave(folder: Path, name: str, found: Any) -> None:
+    torch.save(found, folder / f"{name}-{parallel.rank()}-of-{parallel.size()}.pt")
+
+
+def prune_everything(folder: Path) -> None:
+    for name in CASES:
+        leave(folder, name, prune_case(name))
+    leave(folder, "again", prune_case("admm"))
+    _refusals()
+    _a_solver_that_knows_nothing_of_processes(folder)
+
+
+def _refusals() -> None:
+    with pytest.raises(RecipeError, match="only the second"):  # whoever it is that fails, all know
+        parallel.together(lambda: _refuse("only the second") if parallel.rank() == 1 else None)
+    few = windows()[: parallel.size() - 1]
+    with pytest.raises(RecipeError, match=f"{len(few)} calibration windows .* {parallel.size()} processes"):
+        sparsellm.prune(tiny_llama(), Recipe(method="wanda"), calibration=few)
+    with pytest.raises(RecipeError, match="sparsellm-paper runs in one process"):
+        sparsellm.prune(tiny_llama(), Recipe(method="sparsellm-paper"), calibration=windows())
+    with pytest.raises(RecipeError, match=r"iterations .* one process"):
+        sparsellm.prune(tiny_llama(), Recipe(method="sparsellm", options={"iterations": 1}), calibration=windows())
+    broken = tiny_llama()
+    broken.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"lm_head\.weight"):  # found by the main process alone, told by all
+        sparsellm.prune(broken, Recipe(method="wanda"), calibration=windows())
+
+
+def _a_solver_that_knows_nothing_of_processes(folder: Path) -> None:
+    @SOLVERS.register("keep-large-columns", paper="none")
+    def keep_large_columns(weight: Tensor, gram: Any, pattern: Any) -> Solution:
+        assert parallel.is_main()
+        scores = (weight / weight.square().sum(dim=0).sqrt()).abs()  # of the whole weight: rows are not apart
+        return solution(weight, weight, pattern.mask(scores), gram)
+
+    assert METHODS["keep-large-columns"].distributed
+    model = tiny_llama()
+    sparsellm.prune(model, Recipe(method="keep-large-columns"), calibration=windows())
+    leave(folder, "unknown", dict(model.state_dict()))
+
+
+def sums_and_selections(folder: Path) -> None:
+    """Collectives against what one process computes from everything; every process knows everything here."""
+    rank, size = parallel.rank(), parallel.size()
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(5 + index, 700, generator=generator) for index in range(size)]
+    assert [torch.equal(a, b) for a, b in zip(parallel.gather_list(parts[rank]), parts, strict=True)] == [True] * size
+    accumulator, cross = GramAccumulator(700), CrossAccumulator(700, 700)
+    accumulator.update(parts[rank])
+    cross.update(parts[rank] + 1, parts[rank])
+    accumulator.reduce()
+    cross.reduce()
+    x = torch.cat(parts).double()
+    torch.testing.assert_close(accumulator.finish().matrix.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cross.finish().double(), (x + 1).T @ x / len(x), rtol=1e-5, atol=1e-6)
+    assert accumulator.tokens == cross.tokens == len(x)
+    leave(folder, "gram", accumulator.finish().matrix)
+
+    big = torch.full((3,), 2**62 // size, dtype=torch.int64)  # would lose digits as floats
+    assert parallel.all_sum_(big + rank).tolist() == [2**62 // size * size + size * (size - 1) // 2] * 3
+    with pytest.raises(RecipeError, match="missing"):
+        parallel.from_main(_refuse)
+    assert parallel.from_main(lambda: 3) == 3
+    assert parallel.main_alone(parallel.size) == 1
+    assert parallel.size() == size
+    assert parallel.on_this_machine() == size
+    assert parallel.broadcast(rank, size - 1) == size - 1
+
+    for case in range(60):
+        outer, inner = (1, 60) if case % 2 else (8, 11)
+        scores = torch.randn(outer, inner * size, generator=generator)
+        if case % 3 == 0:
+            scores = (2 * scores).round()  # many ties, both signs, and both zeros
+        cut = [0, *sorted(torch.randint(inner * size, (size - 1,), generator=generator).tolist()), inner * size]
+        zeros = int(torch.randint(scores.numel() + 1, (), generator=generator))
+        expected = highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
+        own = slice(cut[rank], cut[rank + 1])
+        assert torch.equal(highest_of_all(scores[:, own], zeros), expected[:, own]), (case, zeros)
+
+
+def _refuse(why: str = "a field is missing") -> None:
+    raise RecipeError(why)
+
+
+def fewer_rows_than_processes(folder: Path) -> None:
+    from sparsellm.patterns import Unstructured
+
+    accumulator = GramAccumulator(9)
+    accumulator.update(torch.randn(30, 9, generator=torch.Generator().manual_seed(2)))
+    weight = torch.randn(1, 9, generator=torch.Generator().manual_seed(4))
+    entry = SOLVERS["sparsegpt"]
+    found = divide(entry)(weight, accumulator.finish(), Unstructured(0.5))
+    alone = entry.function(weight, accumulator.finish(), Unstructured(0.5))
+    assert torch.equal(found.weight, alone.weight)
+    assert torch.equal(found.mask, alone.mask)
+    assert found.error == alone.error
+
+
+def everything(folder: Path) -> None:
+    sums_and_selections(folder)
+    fewer_rows_than_processes(folder)
+    prune_everything(folder)
