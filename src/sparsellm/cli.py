@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -467,25 +468,41 @@ def bench(
 
 def main() -> None:
     """The command line. A mistake of the user's ends in one line on stderr and exit code 2, never a traceback."""
+    code = _run()
+    if _processes() > 1:
+        # What a failure leaves of the group has threads that nobody joins: on the interpreter's ordinary way out one of
+        # them now and then aborts the process ("terminate called without an active exception").
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _run() -> int:
+    """Runs the command line; the exit code."""
     _quiet_libraries()
     try:
         with _joined():
             app(standalone_mode=False)
+        return 0
     except SparseLLMError as error:
         _say_why(f"error: {error}")
-        sys.exit(2)
+        return 2
     except typer.Exit as done:
-        sys.exit(done.exit_code)
+        return done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         _say_why("interrupted; the same command goes on where this one was")
-        sys.exit(130)
+        return 130
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
             _say_why(f"error: {error.format_message()}")
-            sys.exit(2)
-        if _processes() > 1:
-            _say_why(f"unexpected {type(error).__name__}")
-        raise
+            return 2
+        if _processes() == 1:
+            raise
+        _say_why(f"unexpected {type(error).__name__}")
+        traceback.print_exc()
+        return 1
 
 
 def _processes() -> int:
