@@ -13,6 +13,32 @@ import psutil
 INTERVAL = 0.02  # seconds between samples of memory
 
 
+class PeakMemory(threading.Thread):
+    """Samples the resident memory, in bytes, of a process and all its children until it ends."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.root = psutil.Process(pid)
+        self.peak = 0
+
+    def run(self) -> None:
+        while True:
+            try:
+                tree = [self.root, *self.root.children(recursive=True)]
+                if self.root.status() == psutil.STATUS_ZOMBIE:
+                    return
+            except psutil.NoSuchProcess:
+                return
+            total = 0
+            for process in tree:
+                try:
+                    total += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            self.peak = max(self.peak, total)
+            time.sleep(INTERVAL)
+
+
 @dataclass(frozen=True)
 class Measured:
     stdout: str
@@ -30,31 +56,12 @@ def measured(command: list[str], log: Path) -> Measured:
     start = time.perf_counter()
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
-    peaks: list[int] = [0]
-    watcher = threading.Thread(target=_watch, args=(psutil.Process(process.pid), peaks), daemon=True)
-    watcher.start()
+    memory = PeakMemory(process.pid)
+    memory.start()
     stdout, _ = process.communicate()
     seconds = time.perf_counter() - start
-    watcher.join()
+    memory.join()
     if process.returncode != 0:
         tail = "\n".join(log.read_text().splitlines()[-20:])
         raise RuntimeError(f"{command[:6]} ended with exit code {process.returncode}; the end of {log}:\n{tail}")
-    return Measured(stdout, seconds, max(peaks))
-
-
-def _watch(root: psutil.Process, peaks: list[int]) -> None:
-    while True:
-        try:
-            tree = [root, *root.children(recursive=True)]
-            if root.status() == psutil.STATUS_ZOMBIE:
-                return
-        except psutil.NoSuchProcess:
-            return
-        total = 0
-        for process in tree:
-            try:
-                total += process.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-        peaks[0] = max(peaks[0], total)
-        time.sleep(INTERVAL)
+    return Measured(stdout, seconds, memory.peak)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from measure import measured
-from quality import OUT, Cells, cpu_name, measure
+from quality import OUT, Cells, add_conditions, cpu_name, measure
 from safetensors.torch import save_file
 from wikipedia import write_wikipedia
 
@@ -66,12 +66,7 @@ def run(arguments: argparse.Namespace, tool: str, method: str, sparsity: float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="interpreter of the environment that has llmcompressor")
-    parser.add_argument("--text", required=True, help="raw WikiText-2 test, a row a line")
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--calibration", help="a text source; by default a sample of Wikipedia")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--max-tokens", type=int, default=16384, help="of the test text; 0 for all of it")
+    add_conditions(parser)
     parser.add_argument("--methods", nargs="*", default=["sparsegpt", "wanda"], choices=["sparsegpt", "wanda"])
     parser.add_argument("--sparsities", nargs="*", type=float, default=[0.7, 0.5])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the median time counts")

@@ -102,14 +102,19 @@ def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     return command("eval", model, "--text", arguments.text, "--seq-len", str(arguments.window), *limit)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_conditions(parser: argparse.ArgumentParser) -> None:
+    """What every perplexity is measured under."""
     parser.add_argument("--text", required=True, help="raw WikiText-2 test, a row a line")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--calibration", help="a text source; by default a sample of Wikipedia")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=16384, help="of the test text; 0 for all of it")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_conditions(parser)
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--targets", nargs="*", default=TARGETS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])

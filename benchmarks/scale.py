@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from measure import PeakMemory
 from safetensors.torch import save_file
 
 LLAMA: dict[str, Any] = {
@@ -140,25 +140,6 @@ def import_memory() -> int:
     """Resident bytes of a process that only imports the package."""
     program = "import psutil, sparsellm, sparsellm.api, sparsellm.cli; print(psutil.Process().memory_info().rss)"
     return int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
-
-
-class PeakMemory(threading.Thread):
-    """Samples the resident memory of a process and all its children, thirty times a second."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.root = psutil.Process(pid)
-        self.peak = 0
-
-    def run(self) -> None:
-        while True:
-            try:
-                tree = [self.root, *self.root.children(recursive=True)]
-                self.peak = max(self.peak, sum(process.memory_info().rss for process in tree))
-            except psutil.NoSuchProcess:
-                if not self.root.is_running():
-                    return
-            time.sleep(0.03)
 
 
 @dataclass

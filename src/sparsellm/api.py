@@ -285,6 +285,7 @@ def prune(
             scratch=scratch,
             finished=finished,
             dense_stream=needs.dense_stream,
+            pieces=needs.pieces,
         )
         sweeps: list[Pass] = []
         walk_writer = writer
@@ -593,31 +594,19 @@ def _open(
     in_memory: bool,
     trust: bool,
 ) -> tuple[Chain, PreTrainedModel | None]:
-    chain, loaded = _opened(model, directory, recipe, device, in_memory=in_memory, trust=trust)
-    chain.products_in_bf16 = recipe.products == "bfloat16"
-    return chain, loaded
-
-
-def _opened(
-    model: str | Path | PreTrainedModel,
-    directory: Path | None,
-    recipe: Recipe,
-    device: torch.device,
-    *,
-    in_memory: bool,
-    trust: bool,
-) -> tuple[Chain, PreTrainedModel | None]:
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     if isinstance(model, PreTrainedModel):
         if recipe.device != "auto" or dtype is not None:
             raise RecipeError("a model given as an object is pruned where and as it is: leave device and dtype 'auto'")
-        return open_chain(model, device=device), model
-    assert directory is not None
-    chain = open_chain(directory, device=device, dtype=dtype, trust_remote_code=trust)
-    if not in_memory:
-        return chain, None
-    loaded = _load_whole(directory, chain.dtype, device, trust)
-    return open_chain(loaded, device=device), loaded
+        chain, loaded = open_chain(model, device=device), model
+    else:
+        assert directory is not None
+        chain, loaded = open_chain(directory, device=device, dtype=dtype, trust_remote_code=trust), None
+        if in_memory:
+            loaded = _load_whole(directory, chain.dtype, device, trust)
+            chain = open_chain(loaded, device=device)
+    chain.products_in_bf16 = recipe.products == "bfloat16"
+    return chain, loaded
 
 
 def _windows(

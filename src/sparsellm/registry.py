@@ -63,12 +63,14 @@ class Needs:
 
     Attributes:
         dense_stream: the dense model's own hidden states beside the pruned model's.
+        pieces: the stream's batches also in the smaller parts that an optimiser steps on.
         passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
         learning_rate: of those sweeps.
         one_process: the option, as it was given, that no more than one process can serve; "" if there is none.
     """
 
     dense_stream: bool = False
+    pieces: bool = False
     passes: int = 0
     learning_rate: float = 0.0
     one_process: str = ""

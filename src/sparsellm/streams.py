@@ -39,11 +39,12 @@ class Stream:
         windows: token ids, ``(samples, seq)``.
         batch_tokens: tokens in one forward call, at least one window.
         scratch: where hidden states are kept; None for memory without a limit.
+        pieces: cut the batches into pieces as well, which captures the arguments of each anew.
         progress: called with (windows done, windows in all).
 
     Attributes:
         hidden: batches ``(batch, seq, hidden)``, in memory or on disk: reading one may read a file, so read it once.
-        pieces: the batches in smaller parts, in order.
+        pieces: the batches in smaller parts, in order, where they were asked for.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Stream:
         *,
         batch_tokens: int,
         scratch: Scratch | None = None,
+        pieces: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.chain = chain
@@ -68,7 +70,7 @@ class Stream:
             hidden, calls = chain.start(batch)
             self.hidden.append(hidden)
             self._calls.append([share.call(call) for call in calls])
-            for first in range(0, len(batch), rows):
+            for first in range(0, len(batch) if pieces else 0, rows):
                 part = slice(first, first + rows)
                 # Captured again, not cut: which dimension of an argument counts windows is the model's own affair.
                 own = self._calls[-1] if rows >= len(batch) else [share.call(c) for c in chain.start(batch[part])[1]]

@@ -62,6 +62,7 @@ def walk(
     scratch: Scratch | None = None,
     finished: Sequence[FinishedBlock] = (),
     dense_stream: bool = False,
+    pieces: bool = False,
 ) -> WalkResult:
     """Prunes the chain block by block; each is captured and solved on what the pruned blocks before it produce.
 
@@ -79,6 +80,7 @@ def walk(
         scratch: where hidden states are kept; None for memory.
         finished: the first blocks, if an earlier process pruned them: they are only run.
         dense_stream: run the dense model beside the pruned one, from its own hidden states.
+        pieces: give the stream its batches in pieces as well.
     """
     results = [result for block in finished for result in block.results]
     if len(finished) == len(chain) and not dense_stream:
@@ -92,7 +94,7 @@ def walk(
     with clock.phase("embed"):
         chain.load_outer(head=False)
         chain.load_block(0)
-        stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch)
+        stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch, pieces=pieces)
         dense = stream.fork() if dense_stream else None
         chain.release_outer()
     for index in range(len(chain)):
@@ -112,15 +114,16 @@ def walk(
             task = BlockTask(index, linears, patterns, stream, report, clock)
             if dense is not None:
                 report("dense forward")
-                task.dense = DensePair(dense.hidden, dense.store())
+                leaving = dense.store()
                 with clock.phase("prune/dense"):
-                    for leaving in dense.run(index):
-                        task.dense.leaving.append(leaving)
+                    for batch in dense.run(index):
+                        leaving.append(batch)
+                task.dense = DensePair(dense.hidden, leaving)
             if linears:
                 method(task, **options)
-            if dense is not None and task.dense is not None:
-                dense.hidden = task.dense.leaving
-                task.dense.entering.close()
+            if dense is not None:
+                dense.close()
+                dense.hidden = leaving
             chain.settle_block(index)
             pruned = task.finish()
         results += pruned

@@ -55,7 +55,6 @@ def test_every_gradient_is_that_of_the_whole_model(
     family: Family, lazy: bool, head_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)  # several chunks of a window, the last one shorter
-    monkeypatch.setattr("sparsellm.refine.gradients.HEAD_TOKENS", head_tokens)
     model = family()
     source = save_tiny(model, tiny_tokenizer(), tmp_path / "m") if lazy else model
     chain = open_chain(source, device=CPU)

@@ -84,7 +84,7 @@ def halved(model: PreTrainedModel, two_of_four: bool = False) -> PreTrainedModel
 def dense_end(model: PreTrainedModel, ids: Tensor, batch_tokens: int) -> list[Tensor]:
     """What leaves the last block, in the batches of the walk."""
     chain = open_chain(model, device=CPU)
-    stream = Stream(chain, ids, batch_tokens=batch_tokens)
+    stream = Stream(chain, ids, batch_tokens=batch_tokens, pieces=True)
     for index in range(len(chain)):
         stream.advance(index)
     return list(stream.hidden)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.chain import Chain
-from sparsellm.evaluation.perplexity import kl_divergence
 from sparsellm.methods import METHODS, BlockTask
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock
-from sparsellm.refine.head import HEAD_TOKENS
+from sparsellm.refine.head import divergence_from, through_head
 from sparsellm.refine.training import running_on
 from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import Stream
@@ -85,9 +84,6 @@ class Trials:
         total = 0.0
         for number, (dense, pruned) in enumerate(zip(self._dense.hidden, held.hidden, strict=True)):
             ids = self._ids[number : number + 1]
-            for first in range(0, ids.shape[1], HEAD_TOKENS):
-                span = slice(first, first + HEAD_TOKENS)
-                logits = [self.chain.finish(hidden[:, span], ids[:, span]) for hidden in (dense, pruned)]
-                total += kl_divergence(*logits) * logits[0].shape[1]
+            total += through_head(self.chain, pruned, ids, divergence_from(self.chain, dense, ids), gradient=False)[0]
         self.chain.release_outer()
         return total / self._ids.numel()

@@ -27,6 +27,7 @@ from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, prune_
 from sparsellm.errors import ModelError
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.refine.reconstruct import reconstruct
+from sparsellm.refine.sweep import RATE
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
 from sparsellm.solvers.divided import divide
@@ -35,7 +36,6 @@ from sparsellm.storage.scratch import TensorStore
 
 EFFORT = 1
 SOLVER = "admm"
-SWEEP_RATE = 0.0007  # 0.02 diverges; 0.002 overfits 16 thousand tokens within four passes
 ROUNDING = 1e-2  # of half precision, in sums of what a block's linears give
 
 
@@ -49,7 +49,7 @@ class _Moments:
 
 @dataclass(frozen=True)
 class Effort:
-    """What one step of effort buys. Each number is measured in docs/results.md."""
+    """What one step of effort spends."""
 
     steps: int  # of Adam in each block
     passes: int  # over the calibration windows, of the whole model at the end
@@ -62,13 +62,14 @@ EFFORTS = (Effort(0, 0), Effort(0, 1), Effort(0, 3), Effort(0, 8))
 def _needs(options: dict[str, Any]) -> Needs:
     SOLVERS[options.get("solver", SOLVER)]  # an unknown one is refused before the work
     effort = EFFORTS[options.get("effort", EFFORT)]
-    passes = options.get("passes")
+    passes, steps = options.get("passes"), options.get("steps")
     passes = effort.passes if passes is None else passes
     two = passes > 0 or any(options.get(name, 0.0) > 0 for name in ("blend", "residual", "refine_blend"))
     return Needs(
         dense_stream=two,
+        pieces=(effort.steps if steps is None else steps) > 0,
         passes=passes,
-        learning_rate=options.get("sweep_rate", SWEEP_RATE),
+        learning_rate=options.get("sweep_rate", RATE),
         one_process="iterations" if options.get("iterations", 0) else "",
     )
 
@@ -101,7 +102,7 @@ def sparsellm(
         float, Field(ge=0, le=1), "how far their targets are the dense model's hidden states"
     ] = 0.0,
     passes: Annotated[int | None, Field(ge=0), "sweeps of the whole model at the end; null: by effort"] = None,
-    sweep_rate: Annotated[float, Field(gt=0), "learning rate of the sweeps"] = SWEEP_RATE,
+    sweep_rate: Annotated[float, Field(gt=0), "learning rate of the sweeps"] = RATE,
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):
@@ -121,9 +122,8 @@ def sparsellm(
         sublayers = _sublayers(_groups(task, task.linears), width)
         pull = {}
         if blend or residual:
-            writers = [writer for sublayer in sublayers if (writer := _writer(sublayer, width)) is not None]
             with task.clock.phase("prune/targets"):
-                pull = _dense_targets(task, writers, blend, residual, held.enter_context)
+                pull = _dense_targets(task, _writers(sublayers, width), width, blend, residual, held.enter_context)
         units = {unit.down.name: unit for unit in find_units(task)} if iterations else {}
         for sublayer in sublayers:
             unit = units.get(sublayer[-1][0].name)
@@ -158,7 +158,12 @@ class _Pull:
 
 
 def _dense_targets(
-    task: BlockTask, writers: list[LinearView], blend: float, residual: float, held: Callable[[TensorStore], Any]
+    task: BlockTask,
+    writers: list[LinearView],
+    width: int,
+    blend: float,
+    residual: float,
+    held: Callable[[TensorStore], Any],
 ) -> dict[str, _Pull]:
     """For each writer, what the dense model gives there on its own hidden states; the block is still dense.
 
@@ -173,8 +178,7 @@ def _dense_targets(
         held(store)
     adding = writers
     if residual:  # also those that are left out of the pruning
-        every = _sublayers(_groups(task, chain.linears(index)), task.stream.hidden[0].shape[-1])
-        adding = [writer for s in every if (writer := _writer(s, task.stream.hidden[0].shape[-1])) is not None]
+        adding = _writers(_sublayers(_groups(task, chain.linears(index)), width), width)
     for position, (entering, pruned) in enumerate(zip(task.dense.entering, task.stream.hidden, strict=True)):
         there = _outputs(adding, partial(chain.run, index, entering, calls[position]))
         for writer in writers:
@@ -229,6 +233,10 @@ def _writer(sublayer: list[list[LinearView]], width: int) -> LinearView | None:
     """
     last = sublayer[-1]
     return last[0] if len(sublayer) > 1 and len(last) == 1 and last[0].out_features == width else None
+
+
+def _writers(sublayers: list[list[list[LinearView]]], width: int) -> list[LinearView]:
+    return [writer for sublayer in sublayers if (writer := _writer(sublayer, width)) is not None]
 
 
 def _prune_in_order(

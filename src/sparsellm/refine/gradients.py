@@ -8,6 +8,7 @@ of one block; hidden states and gradients are in memory or in files, as the scra
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection
 
 import torch
@@ -20,7 +21,7 @@ from sparsellm.chain.products import bf16_products
 from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.progress import Progress as Event
 from sparsellm.progress import ProgressCallback, ignore
-from sparsellm.refine.head import HEAD_TOKENS, through_head
+from sparsellm.refine.head import through_head
 from sparsellm.refine.training import running_on
 from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import PIECE_TOKENS, Stream
@@ -111,7 +112,7 @@ def backward_sweep(
             gradients.append(gradient)
             visitor.boundary(len(chain), hidden.float(), gradient)
         chain.release_outer()
-        if not torch.isfinite(torch.tensor(total)):
+        if not math.isfinite(total):
             raise NumericalError(f"the loss of the dense model is {total} in {chain.dtype}; try dtype float32")
         for index in reversed(range(len(chain))):
             report(steps - 1 - index, f"block {index + 1}/{len(chain)} backward")
@@ -140,20 +141,13 @@ def backward_sweep(
 
 def _end(chain: Chain, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
     """The summed loss of some windows, and its gradient in what left the last block ``(batch, seq, hidden)``."""
-    rows = max(1, HEAD_TOKENS // ids.shape[1])
-    total, parts = 0.0, []
-    for first in range(0, len(ids), rows):
-        some = ids[first : first + rows]
 
-        def next_token(logits: Tensor, span: slice, some: Tensor = some) -> Tensor:
-            targets = some[:, span.start + 1 : span.stop + 1]  # the last position of a window predicts nothing
-            predicted = logits[:, : targets.shape[1]]
-            return functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="sum")
+    def next_token(logits: Tensor, span: slice) -> Tensor:
+        targets = ids[:, span.start + 1 : span.stop + 1]  # the last position of a window predicts nothing
+        predicted = logits[:, : targets.shape[1]]
+        return functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="sum")
 
-        loss, gradient = through_head(chain, hidden[first : first + rows], some, next_token, gradient=True)
-        total += loss
-        parts.append(gradient)
-    return total, torch.cat(parts)
+    return through_head(chain, hidden, ids, next_token, gradient=True)
 
 
 def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor], None]:

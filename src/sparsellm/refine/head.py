@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsellm.chain import Chain
 from sparsellm.chain.products import bf16_products
@@ -42,3 +43,19 @@ def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, g
                     parts.append(torch.autograd.grad(value, part)[0])
         total += float(value)
     return total, torch.cat(parts, dim=1) if gradient else hidden
+
+
+def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
+    """``KL(dense ‖ pruned)`` in nats, summed over positions.
+
+    Args:
+        chain: with its outer weights loaded.
+        dense: what leaves the dense model's last block, ``(batch, seq, hidden)``.
+        ids: the token ids that it came from, ``(batch, seq)``.
+    """
+
+    def divergence(logits: Tensor, span: slice) -> Tensor:
+        target = functional.log_softmax(chain.finish(dense[:, span], ids[:, span]).float(), -1)
+        return functional.kl_div(functional.log_softmax(logits, -1), target, log_target=True, reduction="sum")
+
+    return divergence
