@@ -62,6 +62,7 @@ class Stream:
         self._scratch = scratch or Scratch()
         self.hidden = self.store()
         self._calls: list[list[Call]] = []
+        self._first_window: list[Call] = []
         self.pieces: list[Piece] = []
         rows = max(1, round(PIECE_TOKENS / windows.shape[1]))
         share = _Interning()
@@ -69,12 +70,14 @@ class Stream:
             batch = windows[start : start + size]
             hidden, calls = chain.start(batch)
             self.hidden.append(hidden)
-            self._calls.append([share.call(call) for call in calls])
+            self._calls.append(share.call_all(calls))
             for first in range(0, len(batch) if pieces else 0, rows):
                 part = slice(first, first + rows)
                 # Captured again, not cut: which dimension of an argument counts windows is the model's own affair.
-                own = self._calls[-1] if rows >= len(batch) else [share.call(c) for c in chain.start(batch[part])[1]]
+                own = self._calls[-1] if rows >= len(batch) else share.call_all(chain.start(batch[part])[1])
                 self.pieces.append(Piece(len(self._calls) - 1, part, own))
+            if not start:  # captured, not cut, like the pieces
+                self._first_window = share.call_all(chain.start(batch[:1])[1]) if len(batch) > 1 else self._calls[0]
             if progress is not None:
                 progress(min(start + size, len(windows)), len(windows))
 
@@ -113,6 +116,10 @@ class Stream:
         """What leaves the loaded block ``index`` for one batch."""
         return self.chain.run(index, self.hidden[position], self._calls[position][index])
 
+    def run_window(self, index: int) -> Tensor:
+        """Runs the loaded block ``index`` on the first window alone, for what is to be seen of how a block runs."""
+        return self.chain.run(index, self.hidden[0][:1], self._first_window[index])
+
     def advance(self, index: int) -> None:
         """Replaces what enters block ``index`` by what leaves it."""
         for position, leaving in enumerate(self.run(index)):
@@ -131,6 +138,9 @@ class _Interning:
     def __init__(self) -> None:
         self._tensors: dict[tuple[Any, ...], list[Tensor]] = {}
         self._calls: dict[Any, Call] = {}
+
+    def call_all(self, calls: list[Call]) -> list[Call]:
+        return [self.call(call) for call in calls]
 
     def call(self, call: Call) -> Call:
         shared = Call(self._visit(call.args), self._visit(call.kwargs), call.hidden_keyword)

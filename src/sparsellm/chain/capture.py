@@ -30,6 +30,62 @@ def watch(linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor],
             handle.remove()
 
 
+@contextlib.contextmanager
+def skipping(linears: list[LinearView]) -> Iterator[None]:
+    """While this lasts, these linears give zeros and multiply nothing: for runs in which nobody reads what they give.
+
+    The attribute is set on the instance, over one that somebody else may have set, which then stands there again.
+    """
+
+    def zeros_of(linear: LinearView) -> Callable[..., Tensor]:
+        width = linear.out_features
+        return lambda entering, *args, **kwargs: entering.new_zeros(*entering.shape[:-1], width)
+
+    own = [vars(linear.module).get("forward") for linear in linears]
+    for linear in linears:
+        linear.module.forward = zeros_of(linear)
+    try:
+        yield
+    finally:
+        for linear, forward in zip(linears, own, strict=True):
+            if forward is None:
+                del linear.module.forward
+            else:
+                linear.module.forward = forward
+
+
+class RunOrder:
+    """When each linear ran: :meth:`see` is called in the order of a run of the block."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, int] = {}
+        self._last: dict[str, int] = {}
+        self._calls = 0
+
+    def see(self, linear: LinearView) -> None:
+        self._first.setdefault(linear.name, self._calls)
+        self._last[linear.name] = self._calls
+        self._calls += 1
+
+    def unread(
+        self, linears: list[LinearView], *, inputs: list[LinearView], outputs: list[LinearView]
+    ) -> list[LinearView]:
+        """Those of the linears that ran only when all that is wanted was known, so that nothing wanted depends on them.
+
+        Of what was not seen nothing is known: a linear that did not run is not among them, and where one that is wanted
+        did not run, none is.
+
+        Args:
+            linears: candidates.
+            inputs: linears of which the input is wanted.
+            outputs: linears of which the output is wanted.
+        """
+        if any(linear.name not in self._last for linear in (*inputs, *outputs)):
+            return []
+        known = max([self._last[x.name] for x in inputs] + [self._last[x.name] + 1 for x in outputs], default=0)
+        return [linear for linear in linears if self._first.get(linear.name, -1) >= known]
+
+
 class InputGroups:
     """Groups linears that are given the very same tensor, in the order in which they run.
 

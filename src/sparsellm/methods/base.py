@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsellm.chain import LinearView
-from sparsellm.chain.capture import InputGroups, watch
+from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry
@@ -103,27 +103,44 @@ class BlockTask:
         for _ in self.stream.run(self.index):
             pass
 
-    def statistics(self) -> list[tuple[list[LinearView], Gram]]:
+    def statistics(
+        self, linears: list[LinearView] | None = None, token_weights: list[Tensor] | None = None
+    ) -> list[tuple[list[LinearView], Gram]]:
         """The linears that share an input, and its Gram matrix over the tokens of all processes, from one pass of the
         block as it stands.
 
         A linear that the calibration tokens never reach (an expert nobody is routed to) is left out; see
         :meth:`finish`.
+
+        Args:
+            linears: which; all that are to be pruned if None.
+            token_weights: ``(batch, seq)`` for each batch. Tokens that were routed to a linear cannot be told from
+                each other: there all count alike.
         """
-        device = self.stream.chain.device
+        linears = self.linears if linears is None else linears
+        device, everything = self.stream.chain.device, self.stream.chain.linears(self.index)
         accumulators: dict[str, GramAccumulator] = {}
         grouping = InputGroups()
+        order = RunOrder()
+        position = 0
 
         def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
             if grouping.add(linear, entering):
                 if linear.name not in accumulators:
                     accumulators[linear.name] = GramAccumulator(linear.in_features, device)
-                accumulators[linear.name].update(entering)
+                weights = token_weights[position] if token_weights is not None else None
+                whole = weights is not None and weights.numel() == entering.shape[:-1].numel()
+                accumulators[linear.name].update(entering, weights if whole else None)
 
-        with self.clock.phase("prune/statistics"), watch(self.linears, see):
-            for _ in self.stream.run(self.index):
-                grouping.freeze()
-            groups = grouping.agreed(self.linears)
+        with self.clock.phase("prune/statistics"):
+            with watch(everything, lambda linear, entering, leaving: order.see(linear)), watch(linears, see):
+                self.stream.run_batch(self.index, 0)
+            grouping.freeze()
+            unread = order.unread(everything, inputs=linears, outputs=[])
+            with watch(linears, see), skipping(unread):
+                for position in range(1, len(self.stream)):
+                    self.stream.run_batch(self.index, position)
+            groups = grouping.agreed(linears)
             for head, *_ in groups:
                 accumulators.setdefault(head.name, GramAccumulator(head.in_features, device)).reduce()
         return [(group, accumulators.pop(group[0].name).finish()) for group in groups]

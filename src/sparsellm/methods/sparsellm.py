@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.chain import LinearView
-from sparsellm.chain.capture import InputGroups, watch
+from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, prune_feed_forward, split
 from sparsellm.errors import ModelError
@@ -119,7 +119,8 @@ def sparsellm(
                         leaving = leaving.lerp(task.dense.leaving[position], refine_blend)
                     outputs.append(leaving)
         width = task.stream.hidden[0].shape[-1]
-        sublayers = _sublayers(_groups(task, task.linears), width)
+        order = RunOrder()
+        sublayers = _sublayers(_groups(task, task.linears, order), width)
         pull = {}
         if blend or residual:
             with task.clock.phase("prune/targets"):
@@ -132,7 +133,8 @@ def sparsellm(
                     prune_unit(task, unit, weights, divide(SOLVERS[solver]), iterations)
             else:
                 writer = _writer(sublayer, width) if refit else None
-                _prune_in_order(task, sublayer, writer, weights, divide(SOLVERS[solver]), refit_damping, pull)
+                _prune_in_order(task, sublayer, writer, weights, divide(SOLVERS[solver]), refit_damping, pull, order)
+        _prune_rest(task, sublayers, weights, divide(SOLVERS[solver]))
         if steps:
             assert outputs is not None
             task.report("refine")
@@ -178,7 +180,7 @@ def _dense_targets(
         held(store)
     adding = writers
     if residual:  # also those that are left out of the pruning
-        adding = _writers(_sublayers(_groups(task, chain.linears(index)), width), width)
+        adding = _writers(_sublayers(_groups(task, chain.linears(index), RunOrder()), width), width)
     for position, (entering, pruned) in enumerate(zip(task.dense.entering, task.stream.hidden, strict=True)):
         there = _outputs(adding, partial(chain.run, index, entering, calls[position]))
         for writer in writers:
@@ -247,6 +249,7 @@ def _prune_in_order(
     solver: Solver,
     damping: float,
     pull: dict[str, _Pull],
+    order: RunOrder,
 ) -> None:
     """One group after the other; the writer, where there is one, is fitted to what it gave before the first."""
     with task.stream.store() as target:
@@ -255,9 +258,30 @@ def _prune_in_order(
             recorded = writer if position == 0 else None
             fitted = group[0] is writer
             moved = pull.get(group[0].name) if fitted else None
-            moments = _moments(task, group[0], weights, target, moved, recorded=recorded, fitted=fitted)
+            unread = order.unread(
+                task.stream.chain.linears(task.index),
+                inputs=[group[0]],
+                outputs=[recorded] if recorded is not None else [],
+            )
+            with skipping(unread):
+                moments = _moments(task, group[0], weights, target, moved, recorded=recorded, fitted=fitted)
             for linear in group:
                 _solve(task, solver, linear, moments, damping)
+
+
+def _prune_rest(
+    task: BlockTask, sublayers: list[list[list[LinearView]]], weights: list[Tensor] | None, solver: Solver
+) -> None:
+    """Linears that do not see every token, such as experts: each by itself, on what the windows route to it, in one
+    pass. One that none of them reaches stays dense."""
+    known = {linear.name for sublayer in sublayers for group in sublayer for linear in group}
+    rest = [linear for linear in task.linears if linear.name not in known]
+    if not rest:
+        return
+    task.report("rest")
+    for group, gram in task.statistics(rest, weights):
+        for linear in group:
+            task.accept(linear, solver(linear.weight(), gram, task.patterns[linear.name]))
 
 
 def prune_unit(
@@ -316,8 +340,8 @@ def feed_forward_of(unit: FeedForwardUnit) -> tuple[FeedForward, dict[str, Linea
 
 
 def find_units(task: BlockTask) -> list[FeedForwardUnit]:
-    """The feed-forward units of the block, from one batch."""
-    return find_feed_forward(task.linears, lambda: task.stream.run_batch(task.index, 0))
+    """The feed-forward units of the block, from one window."""
+    return find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
 
 
 def _solve(task: BlockTask, solver: Solver, linear: LinearView, moments: _Moments, damping: float) -> None:
@@ -348,15 +372,22 @@ def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
     return [(limit / norm.clamp(min=1e-30)).square().clamp(max=1.0) for norm in norms]
 
 
-def _groups(task: BlockTask, linears: list[LinearView]) -> list[list[LinearView]]:
-    """The groups of linears that share an input, from one batch."""
+def _groups(task: BlockTask, linears: list[LinearView], order: RunOrder) -> list[list[LinearView]]:
+    """The groups of linears that share an input, from one window; only of those that are given all its tokens.
+
+    ``order`` sees all linears of the block run.
+    """
     grouping = InputGroups()
+    wanted = {linear.name for linear in linears}
+    tokens = task.stream.hidden[0].shape[1]
 
     def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        grouping.add(linear, entering)
+        order.see(linear)
+        if linear.name in wanted and entering.shape[:-1].numel() == tokens:
+            grouping.add(linear, entering)
 
-    with watch(linears, see):
-        task.stream.run_batch(task.index, 0)
+    with watch(task.stream.chain.linears(task.index), see):
+        task.stream.run_window(task.index)
     return grouping.agreed(linears)
 
 

@@ -1,0 +1,113 @@
+"""What a run leaves out because nobody reads it, and linears that see only some of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain.capture import RunOrder, skipping
+from sparsellm.chain.linears import LinearView
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
+
+
+def view(name: str, inputs: int, outputs: int) -> LinearView:
+    return LinearView(name, nn.Linear(inputs, outputs), torch.float32)
+
+
+def windows() -> Tensor:
+    return torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(4))
+
+
+def test_a_skipped_linear_gives_zeros_and_is_itself_again_afterwards() -> None:
+    linear = view("a", 3, 5)
+    x = torch.randn(2, 4, 3)
+    wanted = linear.module(x)
+    with skipping([linear]):
+        assert torch.equal(linear.module(x), torch.zeros(2, 4, 5))
+    assert torch.equal(linear.module(x), wanted)
+
+
+def test_a_forward_that_somebody_else_had_put_there_stands_there_again() -> None:
+    linear = view("a", 3, 5)
+    linear.module.forward = lambda x: x + 1  # type: ignore[method-assign]
+    with pytest.raises(KeyError), skipping([linear]):
+        raise KeyError
+    assert torch.equal(linear.module(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_only_what_runs_after_everything_wanted_is_unread() -> None:
+    a, b, c, never = (view(name, 2, 2) for name in ("a", "b", "c", "never"))
+    order = RunOrder()
+    for linear in (a, b, c, b):
+        order.see(linear)
+    everything = [a, b, c, never]
+    assert order.unread(everything, inputs=[a], outputs=[]) == [a, b, c]
+    assert order.unread(everything, inputs=[], outputs=[a]) == [b, c]
+    assert order.unread(everything, inputs=[a], outputs=[b]) == []  # b runs again at the very end
+    assert order.unread(everything, inputs=[c], outputs=[]) == [c]
+    assert order.unread(everything, inputs=[never], outputs=[]) == []
+
+
+@pytest.mark.parametrize("family", [tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
+@pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
+def test_leaving_out_what_nobody_reads_changes_no_bit(
+    family: Callable[[], PreTrainedModel], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skipped: list[str] = []
+    unread = RunOrder.unread
+
+    def noted(self: RunOrder, *args: list[LinearView], **wanted: list[LinearView]) -> list[LinearView]:
+        found = unread(self, *args, **wanted)
+        skipped.extend(linear.name for linear in found)
+        return found
+
+    models = []
+    for leave_out in (noted, lambda *args, **wanted: []):
+        monkeypatch.setattr(RunOrder, "unread", leave_out)
+        model = family()
+        sparsellm.prune(model, Recipe(method=method, sparsity=0.5, batch_tokens=64), calibration=windows())
+        models.append(model.state_dict())
+    assert skipped
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+class Experts(nn.Module):
+    """A mixture of experts as plain linears: each token goes to one; the last expert is nobody's choice."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, count)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)) for _ in range(count)
+        )
+        self.router.bias.data[-1] = -1e6
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.flatten(0, -2)
+        choice = self.router(flat).argmax(-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            chosen = choice == number
+            if chosen.any():
+                out[chosen] = expert(flat[chosen])
+        return out.view_as(hidden)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
+def test_experts_are_pruned_on_the_tokens_routed_to_them(method: str) -> None:
+    model = tiny_llama()
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Experts(32, 4)
+    recipe = Recipe(method=method, sparsity=0.5, exclude=["*.router"], batch_tokens=64)
+    result = sparsellm.prune(model, recipe, calibration=windows())
+    for linear in result.linears:
+        unreached = ".experts.3." in linear.name
+        assert linear.zeros == (0 if unreached else linear.shape[0] * linear.shape[1] // 2)
+        assert any("no calibration token" in note for note in linear.notes) == unreached
