@@ -10,6 +10,7 @@ is the cell's own. Finished cells are kept in a file: stop the script and run it
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import platform
@@ -17,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -59,26 +61,35 @@ def command(*arguments: str) -> dict[str, Any]:
 
 
 class Cells:
-    """Results by key, on disk after each."""
+    """Results by key, on disk after each; several scripts may fill one file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        return found
 
     def get(self, key: str, make: Any) -> Any:
-        if key not in self.found:
-            print(f"running {key}", file=sys.stderr, flush=True)
-            self.found[key] = make()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.found, indent=1))
-        return self.found[key]
+        found = self.read()
+        if key in found:
+            return found[key]
+        print(f"running {key}", file=sys.stderr, flush=True)
+        made = make()
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            whole = json.dumps({**self.read(), key: made}, indent=1)
+            temporary = self.path.with_suffix(".new")
+            temporary.write_text(whole)
+            temporary.replace(self.path)
+        return made
 
 
 def run_cell(
     arguments: argparse.Namespace, method: str, target: str, seed: int, settings: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    directory = OUT / "pruned"
-    shutil.rmtree(directory, ignore_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix="pruned-", dir=OUT)) / "model"
     goal = ["--pattern", target] if ":" in target else ["--sparsity", target]
     pruned = command(
         "prune", arguments.model, "--out", str(directory), "--method", method, *goal, "--calibration",
@@ -86,7 +97,7 @@ def run_cell(
         "--seed", str(seed), *[f"--set={setting}" for setting in (*arguments.set, *settings)],
     )  # fmt: skip
     scored = measure(arguments, str(directory))
-    shutil.rmtree(directory)
+    shutil.rmtree(directory.parent)
     return {
         "perplexity": scored["perplexity"],
         "seconds": sum(value for name, value in pruned["seconds"].items() if "/" not in name),
