@@ -36,6 +36,7 @@ from sparsellm.methods.base import Method
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
+from sparsellm.refine.gradients import output_gradient_squares
 from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
 from sparsellm.registry import Entry, Needs
 from sparsellm.storage.packed import is_packed, read_config
@@ -44,7 +45,7 @@ from sparsellm.storage.resume import unfinished
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of, shard_names
-from sparsellm.streams import windows_in_batch
+from sparsellm.streams import PIECE_TOKENS, windows_in_batch
 from sparsellm.walk import FinishedBlock, selected_linears, walk
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
@@ -263,6 +264,10 @@ def prune(
         with clock.phase("allocation"):
             allocation = parallel.main_alone(lambda: _allocated(chain, recipe, windows, writer, scratch, progress))
         patterns = plan(chain, recipe, allocation)
+        costs: dict[str, Tensor] = {}
+        if needs.output_costs and len(finished) < len(chain):
+            with clock.phase("gradients"):
+                costs = parallel.main_alone(partial(_output_costs, chain, recipe, windows, scratch, progress))
         clock.lap()
 
         def write_block(index: int, tensors: dict[str, TensorSource], results: list[LinearResult]) -> None:
@@ -286,6 +291,7 @@ def prune(
             finished=finished,
             dense_stream=needs.dense_stream,
             pieces=needs.pieces,
+            output_costs=costs,
         )
         sweeps: list[Pass] = []
         walk_writer = writer
@@ -413,6 +419,20 @@ def _allocated(
     if writer is not None:
         writer.state.keep("allocation", asdict(found))
     return found
+
+
+def _output_costs(
+    chain: Chain, recipe: Recipe, windows: Tensor, scratch: Scratch, progress: ProgressCallback
+) -> dict[str, Tensor]:
+    """Of every linear to prune, in the dense model; a run that goes on finds them anew, as that is still there."""
+    return output_gradient_squares(
+        chain,
+        windows,
+        names={linear.name for linear in _sizes(chain, recipe)},
+        batch_tokens=min(recipe.batch_tokens, PIECE_TOKENS),
+        scratch=scratch,
+        progress=progress,
+    )
 
 
 def _sizes(chain: Chain, recipe: Recipe) -> list[LinearSize]:

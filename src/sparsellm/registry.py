@@ -66,6 +66,7 @@ class Needs:
         pieces: the stream's batches also in the smaller parts that an optimiser steps on.
         passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
         learning_rate: of those sweeps.
+        output_costs: what an error of each linear's outputs costs the dense model's loss, from a sweep of its gradient.
         one_process: the option, as it was given, that no more than one process can serve; "" if there is none.
     """
 
@@ -73,6 +74,7 @@ class Needs:
     pieces: bool = False
     passes: int = 0
     learning_rate: float = 0.0
+    output_costs: bool = False
     one_process: str = ""
 
 

@@ -45,6 +45,7 @@ class Stream:
     Attributes:
         hidden: batches ``(batch, seq, hidden)``, in memory or on disk: reading one may read a file, so read it once.
         pieces: the batches in smaller parts, in order, where they were asked for.
+        scratch: where they, and all that grows with the tokens, are kept.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Stream:
     ) -> None:
         self.chain = chain
         size = windows_in_batch(batch_tokens, windows.shape[1])
-        self._scratch = scratch or Scratch()
+        self.scratch = scratch or Scratch()
         self.hidden = self.store()
         self._calls: list[list[Call]] = []
         self._first_window: list[Call] = []
@@ -97,7 +98,7 @@ class Stream:
 
         Close it when it is not needed any more, or use it in a ``with`` block.
         """
-        return self._scratch.store(self.chain.device)
+        return self.scratch.store(self.chain.device)
 
     def close(self) -> None:
         """Forgets the hidden states."""

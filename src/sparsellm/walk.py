@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -63,6 +63,7 @@ def walk(
     finished: Sequence[FinishedBlock] = (),
     dense_stream: bool = False,
     pieces: bool = False,
+    output_costs: Mapping[str, Tensor] | None = None,
 ) -> WalkResult:
     """Prunes the chain block by block; each is captured and solved on what the pruned blocks before it produce.
 
@@ -81,6 +82,7 @@ def walk(
         finished: the first blocks, if an earlier process pruned them: they are only run.
         dense_stream: run the dense model beside the pruned one, from its own hidden states.
         pieces: give the stream its batches in pieces as well.
+        output_costs: what an error of each linear's outputs costs, for methods that ask for it.
     """
     results = [result for block in finished for result in block.results]
     if len(finished) == len(chain) and not dense_stream:
@@ -111,7 +113,7 @@ def walk(
             chain.load_block(index)
         with clock.phase("prune"):
             linears = [linear for linear in chain.linears(index) if linear.name in patterns]
-            task = BlockTask(index, linears, patterns, stream, report, clock)
+            task = BlockTask(index, linears, patterns, stream, report, clock, output_costs=output_costs or {})
             if dense is not None:
                 report("dense forward")
                 leaving = dense.store()

@@ -2,7 +2,16 @@
 
 from sparsellm.decomposition.activations import Activation, as_activation, generic, identify
 from sparsellm.decomposition.feed_forward import FeedForward, Linear
-from sparsellm.decomposition.loop import Chunk, Record, Result, Settings, prune_feed_forward, split, true_error
+from sparsellm.decomposition.loop import (
+    Chunk,
+    Record,
+    Result,
+    Settings,
+    StoredChunks,
+    prune_feed_forward,
+    split,
+    true_error,
+)
 from sparsellm.decomposition.objective import Coefficients, Terms, default_coefficients
 
 __all__ = [
@@ -14,6 +23,7 @@ __all__ = [
     "Record",
     "Result",
     "Settings",
+    "StoredChunks",
     "Terms",
     "as_activation",
     "default_coefficients",

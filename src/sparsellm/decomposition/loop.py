@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -105,7 +105,46 @@ class _Iterate:
     notes: tuple[str, ...]
 
 
-def split(chunks: Sequence[Chunk], fraction: float = 0.125) -> tuple[list[Chunk], list[Chunk]]:
+class StoredChunks(Sequence[Chunk]):
+    """Chunks that are read when they are asked for, from sequences that may lie on disk.
+
+    Args:
+        inputs: (tokens, d) for each chunk.
+        targets: (tokens, d_out) for each chunk.
+        token_weights: (tokens,) for each chunk, or None for equal ones.
+        places: which of them these chunks are, in order; None for all.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        token_weights: Sequence[Tensor] | None = None,
+        places: Sequence[int] | None = None,
+    ) -> None:
+        self._parts = (inputs, targets, token_weights)
+        self._places = range(len(inputs)) if places is None else places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> StoredChunks: ...
+    def __getitem__(self, index: int | slice) -> Chunk | StoredChunks:
+        if isinstance(index, slice):
+            return StoredChunks(*self._parts, self._places[index])
+        inputs, targets, weights = self._parts
+        place = self._places[index]
+        return Chunk(inputs[place], targets[place], None if weights is None else weights[place])
+
+    def of(self, places: Sequence[int]) -> StoredChunks:
+        """Some of them, by their numbers here."""
+        return StoredChunks(*self._parts, [self._places[place] for place in places])
+
+
+def split(chunks: Sequence[Chunk], fraction: float = 0.125) -> tuple[Sequence[Chunk], Sequence[Chunk]]:
     """(train, held out): whole chunks spread evenly over the stream, or the tail of the only one.
 
     Whole chunks, because neighbouring tokens resemble each other too much to be a test of one another.
@@ -120,10 +159,10 @@ def split(chunks: Sequence[Chunk], fraction: float = 0.125) -> tuple[list[Chunk]
         return [parts[0]], [part for part in parts[1:] if len(part.inputs)]
     count = min(max(round(len(chunks) * fraction), 1 if fraction > 0 else 0), len(chunks) - 1)
     chosen = {(2 * i + 1) * len(chunks) // (2 * count) for i in range(count)}
-    return (
-        [chunk for i, chunk in enumerate(chunks) if i not in chosen],
-        [chunk for i, chunk in enumerate(chunks) if i in chosen],
-    )
+    places = [i for i in range(len(chunks)) if i not in chosen], sorted(chosen)
+    if isinstance(chunks, StoredChunks):
+        return chunks.of(places[0]), chunks.of(places[1])
+    return [chunks[i] for i in places[0]], [chunks[i] for i in places[1]]
 
 
 def true_error(unit: FeedForward, chunks: Sequence[Chunk]) -> float:
@@ -202,8 +241,30 @@ def prune_feed_forward(
                 gamma=coefficients.gamma * factor,
             )
     if settings.refit != "none" and len(held_out):
-        best = _refit(best, best_iteration, run, [*train, *held_out])
+        best = _refit(best, best_iteration, run, _Joined(train, held_out))
     return Result(best.unit, best.masks, best_iteration, history)
+
+
+class _Joined(Sequence[Chunk]):
+    """Two sequences one after the other, without reading either."""
+
+    def __init__(self, first: Sequence[Chunk], second: Sequence[Chunk]) -> None:
+        self._parts = first, second
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Chunk]: ...
+    def __getitem__(self, index: int | slice) -> Chunk | Sequence[Chunk]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first, second = self._parts
+        return first[index] if index < len(first) else second[index - len(first)]
 
 
 def _refit(best: _Iterate, best_iteration: int, run: _Run, everything: Sequence[Chunk]) -> _Iterate:

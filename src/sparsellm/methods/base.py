@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -86,6 +86,8 @@ class BlockTask:
         results: one for each linear done.
         history: of linears that were found by iterations, one record each.
         dense: the same windows on the dense model; only for methods that ask for two streams.
+        output_costs: for methods that ask for them, ``E[g_i²]`` of every output of each linear, ``(out,)``: what an
+            error there costs the loss, to second order.
     """
 
     index: int
@@ -97,6 +99,7 @@ class BlockTask:
     results: list[LinearResult] = field(default_factory=list)
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     dense: DensePair | None = None
+    output_costs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
         """Runs the block on every batch, for what hooks see of it."""

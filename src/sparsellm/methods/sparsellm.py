@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,7 +23,7 @@ from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
-from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, prune_feed_forward, split
+from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, StoredChunks, prune_feed_forward, split
 from sparsellm.errors import ModelError
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.refine.reconstruct import reconstruct
@@ -70,6 +70,7 @@ def _needs(options: dict[str, Any]) -> Needs:
         pieces=(effort.steps if steps is None else steps) > 0,
         passes=passes,
         learning_rate=options.get("sweep_rate", RATE),
+        output_costs=options.get("output_metric", 0.0) > 0,
         one_process="iterations" if options.get("iterations", 0) else "",
     )
 
@@ -92,10 +93,15 @@ def sparsellm(
         float, Field(ge=0, le=1), "how far targets of that fit are the dense model's own activations"
     ] = 0.0,
     residual: Annotated[float, Field(ge=0, le=1), "share of the residual stream's own error in those targets"] = 0.0,
+    output_metric: Annotated[
+        float, Field(ge=0, le=1), "power of E[g²] by which the outputs of those linears compete for weights; 0: alike"
+    ] = 0.0,
     norm_weighting: Annotated[
         float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
     ] = 1.5,
     iterations: Annotated[int, Field(ge=0), "alternations of the feed-forward unit's auxiliary variables"] = 0,
+    variables: Annotated[Literal["float32", "bfloat16"], "dtype in which those variables are kept"] = "float32",
+    variables_on_disk: Annotated[bool, "keep them in memory-mapped files, not in memory"] = False,
     steps: Annotated[int | None, Field(ge=0), "steps of Adam in each block; null: by effort"] = None,
     learning_rate: Annotated[float, Field(gt=0), "of those, relative to the weights' root mean square"] = 0.003,
     refine_blend: Annotated[
@@ -125,15 +131,19 @@ def sparsellm(
         if blend or residual:
             with task.clock.phase("prune/targets"):
                 pull = _dense_targets(task, _writers(sublayers, width), width, blend, residual, held.enter_context)
+        keeping = _Keeping(iterations, getattr(torch, variables), variables_on_disk)
         units = {unit.down.name: unit for unit in find_units(task)} if iterations else {}
         for sublayer in sublayers:
             unit = units.get(sublayer[-1][0].name)
             if unit is not None and all(linear in unit.linears() for group in sublayer for linear in group):
                 with task.clock.phase("prune/variables"):
-                    prune_unit(task, unit, weights, divide(SOLVERS[solver]), iterations)
+                    prune_unit(task, unit, weights, divide(SOLVERS[solver]), keeping)
             else:
                 writer = _writer(sublayer, width) if refit else None
-                _prune_in_order(task, sublayer, writer, weights, divide(SOLVERS[solver]), refit_damping, pull, order)
+                costs = _relative_costs(task, _writer(sublayer, width), output_metric)
+                _prune_in_order(
+                    task, sublayer, writer, weights, divide(SOLVERS[solver]), refit_damping, pull, order, costs
+                )
         _prune_rest(task, sublayers, weights, divide(SOLVERS[solver]))
         if steps:
             assert outputs is not None
@@ -250,6 +260,7 @@ def _prune_in_order(
     damping: float,
     pull: dict[str, _Pull],
     order: RunOrder,
+    costs: dict[str, Tensor],
 ) -> None:
     """One group after the other; the writer, where there is one, is fitted to what it gave before the first."""
     with task.stream.store() as target:
@@ -266,7 +277,7 @@ def _prune_in_order(
             with skipping(unread):
                 moments = _moments(task, group[0], weights, target, moved, recorded=recorded, fitted=fitted)
             for linear in group:
-                _solve(task, solver, linear, moments, damping)
+                _solve(task, solver, linear, moments, damping, costs.get(linear.name))
 
 
 def _prune_rest(
@@ -284,8 +295,17 @@ def _prune_rest(
             task.accept(linear, solver(linear.weight(), gram, task.patterns[linear.name]))
 
 
+@dataclass(frozen=True)
+class _Keeping:
+    """How often the variables of a unit alternate, and how and where they are kept in between."""
+
+    iterations: int
+    dtype: torch.dtype
+    on_disk: bool
+
+
 def prune_unit(
-    task: BlockTask, unit: FeedForwardUnit, weights: list[Tensor] | None, solver: Solver, iterations: int
+    task: BlockTask, unit: FeedForwardUnit, weights: list[Tensor] | None, solver: Solver, keeping: _Keeping
 ) -> None:
     """The auxiliary variables of one feed-forward unit: targets are what the dense unit gives on the pruned stream.
 
@@ -293,25 +313,38 @@ def prune_unit(
     and its weights are then fitted to all tokens. The history goes into the record of ``down``.
     """
     task.report("variables")
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
+    with task.stream.store() as inputs, task.stream.store() as outputs:
 
-    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        if linear is unit.up:
-            inputs.append(entering.detach().flatten(0, -2))
-        if linear is unit.down:
-            outputs.append(leaving.detach().flatten(0, -2))
+        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+            if linear is unit.up:
+                inputs.append(entering.detach().flatten(0, -2).clone())
+            if linear is unit.down:
+                outputs.append(leaving.detach().flatten(0, -2).clone())
 
-    with watch([unit.up, unit.down], see):
-        task.run()
-    chunks = [
-        Chunk(x, y, weights[index].flatten() if weights is not None else None)
-        for index, (x, y) in enumerate(zip(inputs, outputs, strict=True))
-    ]
-    train, held_out = split(chunks)
+        with watch([unit.up, unit.down], see):
+            task.run()
+        flat = [weight.flatten() for weight in weights] if weights is not None else None
+        train, held_out = split(StoredChunks(inputs, outputs, flat))
+        _alternate(task, unit, train, held_out, solver, keeping)
+
+
+def _alternate(
+    task: BlockTask,
+    unit: FeedForwardUnit,
+    train: Sequence[Chunk],
+    held_out: Sequence[Chunk],
+    solver: Solver,
+    keeping: _Keeping,
+) -> None:
     dense, roles = feed_forward_of(unit)
     patterns = {role: task.patterns[linear.name] for role, linear in roles.items()}
-    settings = Settings(iterations=iterations, mask_only=True, refit="all")
+    settings = Settings(
+        iterations=keeping.iterations,
+        mask_only=True,
+        refit="all",
+        dtype=keeping.dtype,
+        directory=task.stream.scratch.directory if keeping.on_disk else None,
+    )
     result = prune_feed_forward(dense, train, held_out, solver, patterns, settings)
     for role, pruned in result.unit.linears().items():
         linear = roles[role]
@@ -344,7 +377,20 @@ def find_units(task: BlockTask) -> list[FeedForwardUnit]:
     return find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
 
 
-def _solve(task: BlockTask, solver: Solver, linear: LinearView, moments: _Moments, damping: float) -> None:
+def _relative_costs(task: BlockTask, writer: LinearView | None, power: float) -> dict[str, Tensor]:
+    """Of the writer, by its name: weights ``(out,)`` of its outputs' squared errors, of mean 1; empty where all count
+    alike."""
+    if writer is None or not power or writer.name not in task.output_costs:
+        return {}
+    costs = task.output_costs[writer.name].to(task.stream.chain.device).pow(power)
+    return {writer.name: (costs / costs.mean().clamp(min=1e-30)).clamp(min=1e-4)}
+
+
+def _solve(
+    task: BlockTask, solver: Solver, linear: LinearView, moments: _Moments, damping: float, costs: Tensor | None
+) -> None:
+    """``costs (out,)`` weigh the squared errors of the outputs: ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²`` is the plain objective
+    of ``√c_i w_i``, so rows that cost more win weights where rows compete for them."""
     dense = linear.weight()
     wanted = dense
     notes: tuple[str, ...] = ()
@@ -352,7 +398,12 @@ def _solve(task: BlockTask, solver: Solver, linear: LinearView, moments: _Moment
         if moments.cross is not None:
             fit = least_squares(moments.gram, moments.cross, damping, prior=dense)
             wanted, notes = fit.weight, fit.notes
-        solution = solver(wanted, moments.gram, task.patterns[linear.name])
+        if costs is None:
+            solution = solver(wanted, moments.gram, task.patterns[linear.name])
+        else:
+            root = costs.sqrt()[:, None]  # (out, 1)
+            scaled = solver(wanted * root, moments.gram, task.patterns[linear.name])
+            solution = Solution(scaled.weight / root, scaled.mask, scaled.error, scaled.notes)
     task.accept(linear, Solution(solution.weight, solution.mask, solution.error, (*notes, *solution.notes)))
 
 
