@@ -41,14 +41,17 @@ ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("effort 0 with sparsegpt inside", "sparsellm", ("options.effort=0", "options.solver=sparsegpt")),
     ("effort 0, targets 0.2 of the dense stream's", "sparsellm", ("options.effort=0", "options.blend=0.2")),
     ("effort 0, residual target 0.3", "sparsellm", ("options.effort=0", "options.residual=0.3")),
+    ("effort 0, writers' outputs weighed by E[g²]^½", "sparsellm", ("options.effort=0", "options.output_metric=0.5")),
+    *((f"effort 0, allocation {name}", "sparsellm", ("options.effort=0", f"allocation={name}"))
+      for name in ("atp", "owl", "dlp", "threshold", "auto")),
     *((f"effort 0, variables, {n} iterations", "sparsellm", ("options.effort=0", f"options.iterations={n}"))
       for n in (1, 2, 4, 8)),
     ("effort 0, reconstruction of each block, 64 steps", "sparsellm", ("options.effort=0", "options.steps=64")),
-    ("effort 0, 2 sweeps", "sparsellm", ("options.effort=0", "options.passes=2")),
-    ("effort 0, 4 sweeps", "sparsellm", ("options.effort=0", "options.passes=4")),
-    ("effort 0, 8 sweeps", "sparsellm", ("options.effort=0", "options.passes=8")),
-    ("sparsegpt inside, 4 sweeps", "sparsellm",
-     ("options.effort=0", "options.solver=sparsegpt", "options.passes=4")),
+    ("effort 1: one sweep", "sparsellm", ("options.effort=1",)),
+    ("effort 2: three sweeps", "sparsellm", ("options.effort=2",)),
+    ("effort 3: eight sweeps", "sparsellm", ("options.effort=3",)),
+    ("effort 1 with sparsegpt inside", "sparsellm", ("options.effort=1", "options.solver=sparsegpt")),
+    ("sparsellm-paper: the published algorithm", "sparsellm-paper", ()),
 )  # fmt: skip
 
 
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="settings for every run, key=value")
     parser.add_argument("--effort", type=int, help="of sparsellm; by default its own")
     parser.add_argument("--ablation", action="store_true", help="what each part buys, at the first target and seed")
+    parser.add_argument("--rows", nargs="*", default=[""], help="only rows of the ablation whose name has one of these")
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
     arguments = parser.parse_args()
     arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
@@ -196,15 +200,20 @@ def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str,
     target, seed = arguments.targets[0], arguments.seeds[0]
     rows = {}
     for name, method, settings in ABLATION:
+        if name != "sparsegpt" and not any(part in name for part in arguments.rows):
+            continue
         key = "/".join((conditions, method, *settings, target, str(seed)))
         rows[name] = cells.get(key, lambda m=method, x=settings: run_cell(arguments, m, target, seed, x))
     print(title)
-    print(f"| at {target} | perplexity | excess / sparsegpt's | time / sparsegpt's |")
-    print("|---|---|---|---|")
+    print(f"| at {target} | perplexity | excess / sparsegpt's | time / sparsegpt's | peak memory (GB) |")
+    print("|---|---|---|---|---|")
     base = rows["sparsegpt"]
     for name, row in rows.items():
         ratio = math.log(row["perplexity"] / dense) / math.log(base["perplexity"] / dense)
-        print(f"| {name} | {row['perplexity']:.1f} | {ratio:.3f} | {row['seconds'] / base['seconds']:.2f} |")
+        print(
+            f"| {name} | {row['perplexity']:.1f} | {ratio:.3f} | {row['seconds'] / base['seconds']:.2f} "
+            f"| {row['peak_rss_bytes'] / 1e9:.2f} |"
+        )
 
 
 def cpu_name() -> str:
