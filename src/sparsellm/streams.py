@@ -18,7 +18,7 @@ PIECE_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Piece:
-    """Some whole windows of one batch, about :data:`PIECE_TOKENS` tokens: what a step of an optimiser runs on.
+    """Some whole windows of one batch, about as many tokens as were asked for: what a step of an optimiser runs on.
 
     Attributes:
         batch: the number of the batch.
@@ -39,7 +39,8 @@ class Stream:
         windows: token ids, ``(samples, seq)``.
         batch_tokens: tokens in one forward call, at least one window.
         scratch: where hidden states are kept; None for memory without a limit.
-        pieces: cut the batches into pieces as well, which captures the arguments of each anew.
+        pieces: tokens in a piece, at least one window: cut the batches into pieces as well, which captures the
+            arguments of each anew; 0 for none.
         progress: called with (windows done, windows in all).
 
     Attributes:
@@ -55,7 +56,7 @@ class Stream:
         *,
         batch_tokens: int,
         scratch: Scratch | None = None,
-        pieces: bool = False,
+        pieces: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.chain = chain
@@ -65,7 +66,7 @@ class Stream:
         self._calls: list[list[Call]] = []
         self._first_window: list[Call] = []
         self.pieces: list[Piece] = []
-        rows = max(1, round(PIECE_TOKENS / windows.shape[1]))
+        rows = max(1, round(pieces / windows.shape[1]))
         share = _Interning()
         for start in range(0, len(windows), size):
             batch = windows[start : start + size]

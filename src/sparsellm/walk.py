@@ -18,7 +18,7 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
-from sparsellm.streams import Stream
+from sparsellm.streams import PIECE_TOKENS, Stream
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def walk(
     with clock.phase("embed"):
         chain.load_outer(head=False)
         chain.load_block(0)
-        stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch, pieces=pieces)
+        stream = Stream(
+            chain, windows, batch_tokens=batch_tokens, scratch=scratch, pieces=PIECE_TOKENS if pieces else 0
+        )
         dense = stream.fork() if dense_stream else None
         chain.release_outer()
     for index in range(len(chain)):

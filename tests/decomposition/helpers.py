@@ -8,9 +8,9 @@ from torch import Tensor
 from sparsellm.decomposition.activations import Activation, silu
 from sparsellm.decomposition.feed_forward import FeedForward, Linear
 from sparsellm.decomposition.loop import Chunk
-from sparsellm.decomposition.weights import on_mask
 from sparsellm.patterns import Pattern
 from sparsellm.solvers import Solution
+from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
 
 
@@ -23,7 +23,7 @@ def by_input_norm(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
 def refitted(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """The same mask, with the least-squares weights on it."""
     local = by_input_norm(weight, gram, pattern)
-    return Solution(on_mask(weight, gram, local.mask, local.weight), local.mask, 0.0)
+    return Solution(refine_on_support(weight, gram, local.mask, local.weight, 30, damping=1e-3).weight, local.mask, 0.0)
 
 
 def random_unit(

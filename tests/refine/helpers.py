@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from sparsellm import streams
 from sparsellm.chain import open_chain
 from sparsellm.chain.structure import find_blocks
 from sparsellm.streams import Stream
@@ -84,7 +85,7 @@ def halved(model: PreTrainedModel, two_of_four: bool = False) -> PreTrainedModel
 def dense_end(model: PreTrainedModel, ids: Tensor, batch_tokens: int) -> list[Tensor]:
     """What leaves the last block, in the batches of the walk."""
     chain = open_chain(model, device=CPU)
-    stream = Stream(chain, ids, batch_tokens=batch_tokens, pieces=True)
+    stream = Stream(chain, ids, batch_tokens=batch_tokens, pieces=streams.PIECE_TOKENS)
     for index in range(len(chain)):
         stream.advance(index)
     return list(stream.hidden)

@@ -28,7 +28,7 @@ TOKENS = 96
 
 def task_of(model: PreTrainedModel, ids: Tensor) -> tuple[BlockTask, list[Tensor]]:
     """Block 0 of a model halved, and what it gave before."""
-    stream = Stream(open_chain(model, device=CPU), ids, batch_tokens=TOKENS, pieces=True)
+    stream = Stream(open_chain(model, device=CPU), ids, batch_tokens=TOKENS, pieces=streams.PIECE_TOKENS)
     targets = list(stream.run(0))
     halved(model)
     linears = stream.chain.linears(0)
@@ -131,9 +131,9 @@ def test_it_looks_at_most_four_times_and_at_the_end(steps: int, looks: list[int]
 
 def test_pieces_are_whole_windows_that_cover_each_batch_once() -> None:
     chain = open_chain(tiny_opt(), device=CPU)
-    stream = Stream(chain, ids_of(100, seq=32), batch_tokens=3200, pieces=True)
+    stream = Stream(chain, ids_of(100, seq=32), batch_tokens=3200, pieces=2048)
     assert [(piece.batch, piece.rows) for piece in stream.pieces] == [(0, slice(0, 64)), (0, slice(64, 128))]
-    stream = Stream(chain, ids_of(5), batch_tokens=48, pieces=True)
+    stream = Stream(chain, ids_of(5), batch_tokens=48, pieces=2048)
     assert [(piece.batch, piece.rows) for piece in stream.pieces] == [(i, slice(0, 85)) for i in range(3)]
     assert all(len(piece.calls) == len(chain) for piece in stream.pieces)
 

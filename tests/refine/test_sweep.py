@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
-from sparsellm import Recipe, streams
+from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.refine import head
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_whole_model(
 ) -> None:
     """Also with the head in chunks of three positions, and with two windows of a batch of four in a step."""
     monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)
-    monkeypatch.setattr(streams, "PIECE_TOKENS", 48)
+    monkeypatch.setattr(module, "STEP_TOKENS", 48)
     found: list[dict[str, Tensor]] = []
 
     class Recorded(Adam):
@@ -139,7 +139,7 @@ def test_zeros_stay_and_the_rest_moves(two_of_four: bool) -> None:
 
 
 def test_it_judges_by_windows_it_does_not_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "PIECE_TOKENS", 24)
+    monkeypatch.setattr(module, "STEP_TOKENS", 24)
     dense, model, ids = tiny_llama(), halved(tiny_llama()), ids_of(8)
     held = ids[4:5]  # the middle one of eight
     start = divergence(dense, model, held).item()

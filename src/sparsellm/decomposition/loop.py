@@ -24,11 +24,15 @@ from sparsellm.decomposition import updates
 from sparsellm.decomposition.feed_forward import FeedForward, Linear
 from sparsellm.decomposition.objective import Coefficients, Terms, Variables, chunk_terms, default_coefficients, squares
 from sparsellm.decomposition.store import VariableStore
-from sparsellm.decomposition.weights import Moments, MomentsAccumulator, on_mask, wanted_weight, with_bias
+from sparsellm.decomposition.weights import Moments, MomentsAccumulator, wanted_weight, with_bias
 from sparsellm.errors import DataError, NumericalError
 from sparsellm.patterns import Pattern
 from sparsellm.solvers import Solution, Solver
+from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
+
+REFINE_STEPS = 30  # of conjugate gradients, where masks come from one problem and weights from another
+REFINE_DAMPING = 1e-3  # against directions that the tokens do not fill
 
 Patterns = Pattern | Mapping[str, Pattern]
 
@@ -377,7 +381,9 @@ class _Run:
             notes = (*notes, *_notes(role, solution))
             if mask_only:
                 dense = self.dense.linears()[role].weight
-                sparse = on_mask(dense, moments[role].gram, solution.mask, dense)
+                sparse = refine_on_support(
+                    dense, moments[role].gram, solution.mask, dense, REFINE_STEPS, damping=REFINE_DAMPING
+                ).weight
             linears[role] = with_bias(sparse, moments[role])
         half = replace(unit, up=linears["up"], gate=linears.get("gate"))
         return self.finish_down(half, masks, notes)

@@ -106,36 +106,3 @@ def with_bias(weight: Tensor, moments: Moments) -> Linear:
     if moments.mean_input is None or moments.mean_target is None:
         return Linear(weight)
     return Linear(weight, moments.mean_target - weight @ moments.mean_input)
-
-
-def on_mask(
-    wanted: Tensor, gram: Gram, mask: Tensor, start: Tensor, *, damping: float = 1e-3, steps: int = 30
-) -> Tensor:
-    """The weights on a mask that come nearest a wanted weight: min tr((W − W̃) G (W − W̃)ᵀ) over W = mask ∘ W.
-
-    Conjugate gradients on all rows at once, preconditioned by the diagonal of G; each step lowers the error.
-
-    Args:
-        wanted: W̃ (out, in). gram: (in, in). mask: bool (out, in), True where kept. start: (out, in), zero off the mask.
-        damping: ridge relative to the mean of the diagonal, against directions that the tokens do not fill.
-    """
-    g = gram.matrix.to(wanted.dtype)
-    ridge = damping * gram.mean_diagonal
-    scale = 1 / (gram.diagonal.to(g) + ridge).clamp_min(torch.finfo(g.dtype).tiny)
-
-    def apply(w: Tensor) -> Tensor:
-        return (w @ g).add_(w, alpha=ridge).mul_(mask)
-
-    w = start * mask
-    residual = apply(wanted) - apply(w)
-    z = residual * scale
-    direction, rz = z, (residual * z).sum(dim=1, keepdim=True)
-    for _ in range(steps):
-        image = apply(direction)
-        length = rz / (direction * image).sum(dim=1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
-        w = torch.addcmul(w, length, direction)
-        residual = torch.addcmul(residual, length, image, value=-1)
-        z = residual * scale
-        rz, before = (residual * z).sum(dim=1, keepdim=True), rz
-        direction = torch.addcmul(z, rz / before.clamp_min(torch.finfo(g.dtype).tiny), direction)
-    return w

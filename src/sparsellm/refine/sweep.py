@@ -39,6 +39,7 @@ from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import Piece, Stream
 
 RATE = 0.0007  # 0.02 diverges; 0.002 overfits 16 thousand tokens within four passes
+STEP_TOKENS = 1024  # of a step; half as many steps of twice the tokens cost as much and go less far
 SWEPT_COPIES = 4  # of every block in fp32: its parameters, two moments, and the best state so far
 
 
@@ -165,7 +166,7 @@ def sweep(
         if index:
             chain.release_block(index)
     chain.load_outer()
-    stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch, pieces=True)
+    stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch, pieces=STEP_TOKENS)
     chain.release_block(0)
     run = _Run(chain, stream, windows, dense, masters)
     places = [_Place(number, run.tokens(piece)) for number, piece in enumerate(stream.pieces)]
