@@ -47,27 +47,18 @@ class _Moments:
     cross: Tensor | None
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What one step of effort spends."""
-
-    steps: int  # of Adam in each block
-    passes: int  # over the calibration windows, of the whole model at the end
-
-
-# Reconstruction block by block buys far less for its time than sweeps of the whole model, so no effort includes it.
-EFFORTS = (Effort(0, 0), Effort(0, 1), Effort(0, 3), Effort(0, 8))
+# By effort. Reconstruction block by block buys far less for its time than sweeps of the whole model: none includes it.
+PASSES = (0, 1, 3, 8)
 
 
 def _needs(options: dict[str, Any]) -> Needs:
     SOLVERS[options.get("solver", SOLVER)]  # an unknown one is refused before the work
-    effort = EFFORTS[options.get("effort", EFFORT)]
-    passes, steps = options.get("passes"), options.get("steps")
-    passes = effort.passes if passes is None else passes
+    passes = options.get("passes")
+    passes = PASSES[options.get("effort", EFFORT)] if passes is None else passes
     two = passes > 0 or any(options.get(name, 0.0) > 0 for name in ("blend", "residual", "refine_blend"))
     return Needs(
         dense_stream=two,
-        pieces=(effort.steps if steps is None else steps) > 0,
+        pieces=options.get("steps", 0) > 0,
         passes=passes,
         learning_rate=options.get("sweep_rate", RATE),
         output_costs=options.get("output_metric", 0.0) > 0,
@@ -85,7 +76,7 @@ def _needs(options: dict[str, Any]) -> Needs:
 def sparsellm(
     task: BlockTask,
     *,
-    effort: Annotated[int, Field(ge=0, le=3), "time to spend: 0 solves only, 3 refines longest"] = EFFORT,
+    effort: Annotated[int, Field(ge=0, le=3), "sweeps of the whole model at the end: 0, 1, 3 or 8"] = EFFORT,
     solver: Annotated[str, "the local solver inside"] = SOLVER,
     refit: Annotated[bool, "fit the last linear of each sublayer to the dense sublayer's output"] = True,
     refit_damping: Annotated[float, Field(ge=0), "ridge of that fit towards the dense weight"] = 0.1,
@@ -102,7 +93,7 @@ def sparsellm(
     iterations: Annotated[int, Field(ge=0), "alternations of the feed-forward unit's auxiliary variables"] = 0,
     variables: Annotated[Literal["float32", "bfloat16"], "dtype in which those variables are kept"] = "float32",
     variables_on_disk: Annotated[bool, "keep them in memory-mapped files, not in memory"] = False,
-    steps: Annotated[int | None, Field(ge=0), "steps of Adam in each block; null: by effort"] = None,
+    steps: Annotated[int, Field(ge=0), "steps of Adam in each block; no effort includes them"] = 0,
     learning_rate: Annotated[float, Field(gt=0), "of those, relative to the weights' root mean square"] = 0.003,
     refine_blend: Annotated[
         float, Field(ge=0, le=1), "how far their targets are the dense model's hidden states"
@@ -113,7 +104,6 @@ def sparsellm(
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):
         return  # nothing is lost, so nothing is to be made up for: every bit stays
-    steps = EFFORTS[effort].steps if steps is None else steps
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
     with contextlib.ExitStack() as held:
         outputs = None
