@@ -193,7 +193,12 @@ def main() -> None:
                     f"{statistics.mean(r['seconds'] / b['seconds'] for r, b in zip(rows, base, strict=True) if b):.2f}"
                 )
             peak = max(row["peak_rss_bytes"] for row in rows) / 1e9
-            print(f"| {target} | {method} | {shown} | {excess} | {time} | {peak:.2f} |")
+            label = (
+                f"{method}, effort {arguments.effort}"
+                if method == "sparsellm" and arguments.effort is not None
+                else method
+            )
+            print(f"| {target} | {label} | {shown} | {excess} | {time} | {peak:.2f} |")
 
 
 def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str, dense: float, title: str) -> None:
