@@ -15,6 +15,7 @@ from sparsellm.chain import Call, Chain
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
+MOST_HELD_OUT = 8  # steps: they tell states apart well enough, and every other one is worth more in the fit
 
 T = TypeVar("T")
 
@@ -110,8 +111,9 @@ class Float32Calls:
 
 
 def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
-    """(to train on, to judge by): a share spread evenly is held out; fewer than four are all trained on and judged."""
-    count = max(1, round(len(steps) * fraction)) if len(steps) >= 4 and fraction > 0 else 0
+    """(to train on, to judge by): a share spread evenly is held out, :data:`MOST_HELD_OUT` at most; fewer than four are
+    all trained on and judged."""
+    count = min(MOST_HELD_OUT, max(1, round(len(steps) * fraction))) if len(steps) >= 4 and fraction > 0 else 0
     held = {(2 * i + 1) * len(steps) // (2 * count) for i in range(count)}
     judges = [step for i, step in enumerate(steps) if i in held]
     return [step for i, step in enumerate(steps) if i not in held], judges or list(steps)
