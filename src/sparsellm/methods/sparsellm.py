@@ -92,7 +92,7 @@ def sparsellm(
     ] = 1.5,
     iterations: Annotated[int, Field(ge=0), "alternations of the feed-forward unit's auxiliary variables"] = 0,
     variables: Annotated[Literal["float32", "bfloat16"], "dtype in which those variables are kept"] = "float32",
-    variables_on_disk: Annotated[bool, "keep them in memory-mapped files, not in memory"] = False,
+    variables_on_disk: Annotated[bool, "in memory-mapped files; else in memory, beside what is predicted"] = False,
     steps: Annotated[int, Field(ge=0), "steps of Adam in each block; no effort includes them"] = 0,
     learning_rate: Annotated[float, Field(gt=0), "of those, relative to the weights' root mean square"] = 0.003,
     refine_blend: Annotated[
