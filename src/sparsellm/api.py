@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import platform
 import resource
 import shlex
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -38,10 +41,11 @@ from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ign
 from sparsellm.recipe import Recipe
 from sparsellm.refine.gradients import output_gradient_squares
 from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
+from sparsellm.refine.sweep_state import SweepState, state_bytes
 from sparsellm.registry import Entry, Needs
 from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.resume import unfinished
+from sparsellm.storage.resume import FOLDER, unfinished
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of, shard_names
@@ -245,10 +249,13 @@ def prune(
         # Of the model before it is pruned, which may be in place.
         identity = parallel.from_main(lambda: _identity(chain, recipe, windows))
         shards: list[Path] = []  # of the blocks that the walk writes, for every process to read
+        state: SweepState | None = None  # of the sweeps, if there are any
         if out is not None:
             open_writer = partial(CheckpointWriter, out, shards=len(chain) + 1, identity=identity, overwrite=overwrite)
             writer = _in_main(lambda: held.enter_context(open_writer(restart=restart, need_bytes=need_bytes + on_disk)))
             shards = [partial_of(out) / name for name in shard_names(len(chain) + 1)]
+            if needs.passes:
+                state = _sweep_state(chain, out, writer, need_bytes + on_disk, progress)
             records = parallel.from_main(lambda: _finished(writer, chain, progress) if writer is not None else [])
             for facts in records:
                 clock.add(facts["seconds"])
@@ -300,6 +307,15 @@ def prune(
             if out is not None:
                 follow = partial(open_writer, need_bytes=_checkpoint_bytes(chain), follows=walk_writer)
                 writer = _in_main(lambda: held.enter_context(follow()))  # and now all shards are there for all to read
+            reached = state.reached if state is not None else None
+            if reached is not None:
+                clock.add({"sweep": reached.facts["seconds"]})
+                peaks.append(reached.facts["peak_rss"])
+            began = time.perf_counter() - clock.seconds.get("sweep", 0.0)
+
+            def so_far() -> dict[str, Any]:
+                return {"seconds": time.perf_counter() - began, "peak_rss": max(peak_rss(), *peaks)}
+
             zeros: dict[str, int] = {}
 
             def write_swept(index: int) -> None:
@@ -319,6 +335,8 @@ def prune(
                     seed=recipe.seed,
                     progress=progress,
                     write_block=write_swept,
+                    state=state,
+                    facts=so_far,
                 )
             walked.dense.close()
             walked = replace(walked, linears=[replace(each, zeros=zeros[each.name]) for each in walked.linears])
@@ -380,6 +398,32 @@ def _in_main(make: Callable[[], CheckpointWriter]) -> CheckpointWriter | None:
     made: list[CheckpointWriter] = []
     parallel.from_main(lambda: made.append(make()))
     return made[0] if made else None
+
+
+def _sweep_state(
+    chain: Chain, out: Path, writer: CheckpointWriter | None, beside: int, progress: ProgressCallback
+) -> SweepState | None:
+    """Where the passes of a sweep are saved; None where the disk has no room for them.
+
+    Args:
+        chain, out, writer: of the run.
+        beside: bytes of disk that the run takes for other things; what its blocks have taken already is taken off.
+        progress: is told if there is no room.
+    """
+    state = SweepState(partial_of(out) / FOLDER, len(chain), writer.state if writer is not None else None)
+    blocks = [chain.block_tensors(index).values() for index in range(len(chain))]
+    need = state_bytes(sum(math.prod(source.shape) for sources in blocks for source in sources))
+
+    def has_room() -> bool:
+        there = sum(shard.stat().st_size for shard in partial_of(out).glob("*.safetensors"))
+        free = shutil.disk_usage(partial_of(out)).free - beside + there
+        if state.begun or free >= need:
+            return True
+        said = f"to save each sweep takes {need / 1e9:.1f} GB of disk, of which {max(free, 0) / 1e9:.1f} GB are left"
+        progress(Progress(NOTE, 1, 1, f"{said}: sweeps that are cut short will begin anew"))
+        return False
+
+    return state if parallel.from_main(has_room) else None
 
 
 def _reader(shard: Path) -> CheckpointReader:
