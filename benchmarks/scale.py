@@ -67,6 +67,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "max_position_embeddings": 4096,
     },
+    "135m": {  # SmolLM2-135M, the demo model
+        **LLAMA,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+    },
 }
 BARS = {"1.1b": 2.0, "7b": 5.0}  # GB of resident memory beyond the imports
 
