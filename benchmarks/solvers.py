@@ -51,7 +51,8 @@ def operations(name: str, out: int, inputs: int) -> float:
 def products(name: str, out: int, inputs: int) -> float:
     """Those that are done for every linear."""
     product = 2.0 * out * inputs * inputs
-    errors = product * (1 + min(ENERGY_PANEL / inputs, 1))  # two energies, each half a product and half its diagonal panels
+    # Two energies, each half a product and half its diagonal panels.
+    errors = product * (1 + min(ENERGY_PANEL / inputs, 1))
     if name == "sparsegpt":
         return errors + product / 2
     if name == "admm":

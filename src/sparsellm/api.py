@@ -215,6 +215,9 @@ def prune(
         recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
         _check_processes(method, needs, len(windows))  # there may be fewer than were asked for
         own = windows[parallel.share(len(windows), windows_in_batch(recipe.batch_tokens, windows.shape[1]))]
+    read_ahead = chain.weights is not None and (
+        chain.device.type == "cuda" if recipe.read_ahead is None else recipe.read_ahead
+    )
     memory = parallel.together(
         partial(
             plan_memory,
@@ -226,6 +229,7 @@ def prune(
             budget=recipe.memory,
             swept_copies=SWEPT_COPIES if needs.passes else 0,
             sharers=parallel.on_this_machine(),
+            read_ahead=read_ahead,
         )
     )
     on_disk = int(parallel.total(memory.hidden_on_disk))
@@ -299,6 +303,7 @@ def prune(
             dense_stream=needs.dense_stream,
             pieces=needs.pieces,
             output_costs=costs,
+            read_ahead=read_ahead,
         )
         sweeps: list[Pass] = []
         walk_writer = writer
@@ -488,10 +493,10 @@ def _sizes(chain: Chain, recipe: Recipe) -> list[LinearSize]:
 
 
 def _identity(chain: Chain, recipe: Recipe, windows: Tensor) -> dict[str, Any]:
-    """All that the result depends on. Where hidden states are kept is not part of it."""
+    """All that the result depends on. Where hidden states are kept, and when blocks are read, is not part of it."""
     return {
         "format": 1,  # of what is recorded of a block
-        "recipe": recipe.model_dump(exclude={"memory"}),
+        "recipe": recipe.model_dump(exclude={"memory", "read_ahead"}),
         "model": model_fingerprint(chain),
         "calibration tokens": tokens_fingerprint(windows),
         "computing": f"{chain.dtype} on {chain.device.type}",

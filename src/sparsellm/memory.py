@@ -100,6 +100,7 @@ def plan_memory(
     budget: str | int | None,
     swept_copies: int = 0,
     sharers: int = 1,
+    read_ahead: bool = False,
 ) -> MemoryPlan:
     """Predicts the peak, and shares the budget: first what the work needs, then hidden states, the rest to disk.
 
@@ -113,6 +114,7 @@ def plan_memory(
         budget: the most that the process may hold; None for a share of what the machine has free, beside what the
             process holds already.
         sharers: processes that share what the machine has free.
+        read_ahead: whether the next block, as it is stored, is in memory beside the one in work.
 
     Raises:
         MemoryBudgetError: the run needs more than the budget.
@@ -129,6 +131,9 @@ def plan_memory(
     worst = max(moments, key=lambda name: moments[name])
     on_device = moments[worst] if chain.device.type != "cpu" else 0
     working = LIBRARIES + (_largest_tensor(chain) if on_device else moments[worst])
+    if read_ahead:
+        blocks = (chain.block_tensors(index).values() for index in range(len(chain)))
+        working += max(sum(source.bytes for source in sources) for sources in blocks)
     room = int(most * (1 - SLACK)) - start - working
     if start + working > most:
         raise MemoryBudgetError(

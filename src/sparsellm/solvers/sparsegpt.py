@@ -77,8 +77,8 @@ class _Elimination:
         pivots = self.pivots[start:stop, None]
         kept = self.pattern.mask_columns((self.columns[start:stop] / pivots).square_(), start, len(self.columns))
         self.kept[start:stop] = kept
-        # U_jj where pruned, ∞ where kept: an error is w_j divided by it, one operation. Whole numbers of one byte, since
-        # torch selects by a mask, or converts one, several times as slowly.
+        # U_jj where pruned, ∞ where kept: an error is w_j divided by it, one operation. By whole numbers of one byte,
+        # since torch selects by a mask, or converts one, several times as slowly.
         self.first, self.divisors = start, pivots / kept.logical_not().view(torch.uint8)
 
     def eliminate(self, start: int, stop: int) -> None:
