@@ -28,5 +28,5 @@ def test_a_value_that_is_not_finite_is_found_and_named(
         broken["b"][position] = value
         broken["b"][2, 2] = value
         save_file(broken, tmp_path / "model.safetensors")
-        with pytest.raises(NumericalError, match="weight b in .* has 2 NaN or infinite values"):
+        with pytest.raises(NumericalError, match=r"weight b in .* has 2 NaN or infinite values"):
             CheckpointReader(tmp_path).check_finite()
