@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --model 1.1b
     python benchmarks/scale.py --model 7b --blocks 4
-    python benchmarks/scale.py --model 1.1b --samples 32 256 --seq-len 2048 --memory 2.5GiB --blocks 2
+    python benchmarks/scale.py --model 1.1b --samples 32 256 --seq-len 2048 --memory 2.5GiB --blocks 1 --once
 
 Writes a checkpoint of random weights under a real config, shard by shard, and runs ``sparsellm prune`` on it in a
 process of its own, whose resident memory (of the whole process tree) is sampled. The memory of a process that only
@@ -207,9 +207,9 @@ def row(name: str, what: str, run: Run, imports: int, blocks: int) -> str:
     each = sum(work[1:] or work) / max(1, len(work[1:] or work))
     outside = max(0.0, run.seconds - sum(work))
     peak = (run.peak - imports) / 1e9
-    bar = f"{'within' if peak <= BARS[name] else 'ABOVE'} {BARS[name]:g}"
+    bar = f" ({'within' if peak <= BARS[name] else 'ABOVE'} {BARS[name]:g})" if name in BARS else ""
     return (
-        f"| {name} | {what} | {run.first}…{len(run.blocks)} of {blocks} | {peak:.2f} GB ({bar}) "
+        f"| {name} | {what} | {run.first}…{len(run.blocks)} of {blocks} | {peak:.2f} GB{bar} "
         f"| {run.predicted - imports / 1e9:.2f} GB | {each:.1f} s | {run.seconds:.0f} s "
         f"| {outside + each * blocks:.0f} s |"
     )
@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument("--memory", help="as of `sparsellm prune`")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `sparsellm prune`")
     parser.add_argument("--blocks", type=int, help="kill the run when so many are done, and go on for one more")
+    parser.add_argument("--once", action="store_true", help="with --blocks: do not go on after the kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--scratch", type=Path, default=Path(__file__).parent / "out", help="where checkpoints are made"
@@ -256,7 +257,7 @@ def main() -> None:
             options += ["--memory", arguments.memory] if arguments.memory else []
             options += [part for setting in arguments.set for part in ("--set", setting)]
             what = f"{method}, {samples} × {arguments.seq_len}"
-            stops = [None] if arguments.blocks is None else [arguments.blocks, arguments.blocks + 1]
+            stops = [None] if arguments.blocks is None else [arguments.blocks, arguments.blocks + 1][: 1 if arguments.once else 2]
             for position, stop in enumerate(stops):
                 run = prune(model, out, options, stop)
                 label = f"{what}, killed and gone on" if position else what
