@@ -257,8 +257,8 @@ def main() -> None:
             options += ["--memory", arguments.memory] if arguments.memory else []
             options += [part for setting in arguments.set for part in ("--set", setting)]
             what = f"{method}, {samples} × {arguments.seq_len}"
-            stops = [None] if arguments.blocks is None else [arguments.blocks, arguments.blocks + 1][: 1 if arguments.once else 2]
-            for position, stop in enumerate(stops):
+            stops = [None] if arguments.blocks is None else [arguments.blocks, arguments.blocks + 1]
+            for position, stop in enumerate(stops[:1] if arguments.once else stops):
                 run = prune(model, out, options, stop)
                 label = f"{what}, killed and gone on" if position else what
                 print(row(arguments.model, label, run, imports, blocks), flush=True)
