@@ -40,7 +40,8 @@ def run(
 ) -> dict[str, Any]:
     """One run of one tool; the zeros of what it made and, where that is asked for, the perplexity."""
     out = OUT / "peers" / f"{tool}-{method}-{sparsity}"
-    shutil.rmtree(out, ignore_errors=True)
+    for leftover in (out, out.with_name(f"{out.name}.partial")):  # of a run that was stopped
+        shutil.rmtree(leftover, ignore_errors=True)
     common = [f"--out={out}", f"--method={method}", f"--sparsity={sparsity}"]
     if tool == "sparsellm":
         command = [
