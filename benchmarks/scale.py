@@ -186,11 +186,11 @@ def prune(model: Path, out: Path, options: list[str], stop_after: int | None) ->
     listener.start()
     seen: list[dict[str, float]] = []
     while process.poll() is None:
+        time.sleep(0.2)
         seen = records(out) or seen
         if stop_after is not None and len(seen) >= stop_after:
             process.send_signal(signal.SIGKILL)
             break
-        time.sleep(0.05)
     process.wait()
     listener.join(timeout=5)
     memory.join(timeout=5)
