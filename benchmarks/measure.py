@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-INTERVAL = 0.05  # seconds between samples of memory: more often, and on a single core what watches slows what is watched
+INTERVAL = 0.05  # seconds between samples of memory: watched more often, a single core computes noticeably less
 
 
 class PeakMemory(threading.Thread):
