@@ -29,6 +29,9 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.shard import TensorSource
 
 
+SHOWN_TOKENS = 8  # that block 0 runs on to show what it returns
+
+
 @dataclass(frozen=True)
 class Call:
     """What a block is called with, beside the hidden states: captured from the model's own forward."""
@@ -81,6 +84,7 @@ class Chain:
         self.dtype = dtype or fast_dtype(self.storage_dtype, device)
         self.products_in_bf16 = False
         self._rewrap: Callable[[Tensor], Any] | None = None
+        self._returns_more = False
         self._shared: dict[str, Tensor] = {}
         self._ahead: Prefetcher | None = None
         self._shared_by_blocks = {first for first in self._canonical.values() if first.startswith(f"{list_name}.")}
@@ -294,7 +298,8 @@ class Chain:
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """Runs the model's own forward as far as the blocks.
 
-        The embedding and block 0 must be loaded. Block 0 runs once, at the first call, to show what a block returns.
+        The embedding and block 0 must be loaded. At the first call block 0 runs on a few tokens, to show what a block
+        returns; where that is more than hidden states, it runs on all of them.
 
         Args:
             ids: token ids, ``(batch, seq)``.
@@ -303,6 +308,13 @@ class Chain:
             The hidden states that enter block 0, ``(batch, seq, hidden)``, and for every block what else the model's
             forward calls it with.
         """
+        if self._rewrap is None and ids.shape[1] > SHOWN_TOKENS:
+            self._capture(ids[:1, :SHOWN_TOKENS])
+            if self._returns_more:  # and its shape may be that of the tokens
+                self._rewrap = None
+        return self._capture(ids)
+
+    def _capture(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         entering: list[Tensor] = []
         calls: list[Call | None] = [None] * len(self.blocks)
 
@@ -312,7 +324,9 @@ class Chain:
             if not entering:
                 entering.append(hidden)
                 if self._rewrap is None:
-                    self._rewrap = _learn_return(forward(*args, **kwargs), hidden, self.blocks[index])
+                    output = forward(*args, **kwargs)
+                    self._rewrap = _learn_return(output, hidden, self.blocks[index])
+                    self._returns_more = isinstance(output, (tuple, list)) and any(x is not None for x in output[1:])
             assert self._rewrap is not None
             return self._rewrap(hidden)
 
