@@ -28,7 +28,6 @@ from sparsellm.errors import ModelError
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.shard import TensorSource
 
-
 SHOWN_TOKENS = 8  # that block 0 runs on to show what it returns
 
 
