@@ -33,7 +33,7 @@ from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMEr
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
 from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
-from sparsellm.memory import MemoryPlan, plan_memory
+from sparsellm.memory import MemoryPlan, give_back_freed, plan_memory
 from sparsellm.methods import METHODS, LinearResult
 from sparsellm.methods.base import Method
 from sparsellm.patterns import NM, Pattern, detect
@@ -212,6 +212,9 @@ def prune(
     with clock.phase("calibration"):
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
         windows = parallel.from_main(partial(_windows, chain, recipe, calibration, tokenizer, directory, progress))
+        if directory is not None:
+            tokenizer = None  # its files are copied
+        give_back_freed()
         recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
         _check_processes(method, needs, len(windows))  # there may be fewer than were asked for
         own = windows[parallel.share(len(windows), windows_in_batch(recipe.batch_tokens, windows.shape[1]))]
