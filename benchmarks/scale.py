@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,13 @@ def records(out: Path) -> list[dict[str, float]]:
     return [each["seconds"] for each in facts if "linears" in each]
 
 
-def prune(model: Path, out: Path, options: list[str], stop_after: int | None) -> Run:
-    """Runs the command, and kills it when ``stop_after`` blocks are on the disk."""
+COMMAND = ("-m", "sparsellm")
+
+
+def prune(model: Path, out: Path, options: list[str], stop_after: int | None, program: Sequence[str] = COMMAND) -> Run:
+    """Runs the command, and kills it when ``stop_after`` blocks are on the disk. ``program``: what Python runs."""
     first = len(records(out))
-    command = [sys.executable, "-m", "sparsellm", "prune", str(model), "--out", str(out), *options]
+    command = [sys.executable, *program, "prune", str(model), "--out", str(out), *options]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     memory = PeakMemory(process.pid)
