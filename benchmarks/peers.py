@@ -35,10 +35,13 @@ WORKER = Path(__file__).with_name("peers_llmcompressor.py")
 TOOLS = ("sparsellm", "llmcompressor")
 
 
-def run(arguments: argparse.Namespace, tool: str, method: str, sparsity: float, windows: Path) -> dict[str, Any]:
-    """One run of one tool; the perplexity and the zeros of what it made."""
+def run(
+    arguments: argparse.Namespace, tool: str, method: str, sparsity: float, windows: Path, score: bool
+) -> dict[str, Any]:
+    """One run of one tool; the zeros of what it made and, where that is asked for, the perplexity."""
     out = OUT / "peers" / f"{tool}-{method}-{sparsity}"
-    shutil.rmtree(out, ignore_errors=True)
+    for leftover in (out, out.with_name(f"{out.name}.partial")):  # of a run that was stopped
+        shutil.rmtree(leftover, ignore_errors=True)
     common = [f"--out={out}", f"--method={method}", f"--sparsity={sparsity}"]
     if tool == "sparsellm":
         command = [
@@ -54,9 +57,10 @@ def run(arguments: argparse.Namespace, tool: str, method: str, sparsity: float, 
     linears = sparsellm.inspect(out)
     result = {
         "seconds": found.seconds,
+        "cpu_seconds": found.cpu_seconds,
         "peak_rss_bytes": found.peak_rss,
         "sparsity": sum(x.zeros for x in linears) / sum(x.shape[0] * x.shape[1] for x in linears),
-        "perplexity": measure(arguments, str(out))["perplexity"],
+        "perplexity": measure(arguments, str(out))["perplexity"] if score else None,
         "versions": report["versions"] if tool == "sparsellm" else report,
     }
     shutil.rmtree(out)
@@ -94,7 +98,10 @@ def main() -> None:
             for method in arguments.methods:
                 for tool in TOOLS:  # in turns, so that what else the machine does falls on both
                     key = f"{conditions}/{tool}/{method}/{sparsity}/{repeat}"
-                    cell = cells.get(key, lambda t=tool, m=method, s=sparsity: run(arguments, t, m, s, windows))
+                    score = repeat == 0  # the later ones are for the time
+                    cell = cells.get(
+                        key, lambda t=tool, m=method, s=sparsity, p=score: run(arguments, t, m, s, windows, p)
+                    )
                     found.setdefault((sparsity, method, tool), []).append(cell)
 
     peer = next(iter(found[arguments.sparsities[0], arguments.methods[0], "llmcompressor"]))["versions"]
@@ -107,19 +114,23 @@ def main() -> None:
         f"{peer['threads']} threads, {cpu_name()}.\n"
     )
     print(
-        "| sparsity | method | tool | zeros | perplexity | seconds | peak memory (GB) | time / ours | memory / ours |"
+        "| sparsity | method | tool | zeros | perplexity | seconds | CPU seconds | peak memory (GB) | time / ours "
+        "| CPU time / ours | memory / ours |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for (sparsity, method, tool), rows in found.items():
         ours = found[sparsity, method, "sparsellm"]
         seconds = [row["seconds"] for row in rows]
         peak = max(row["peak_rss_bytes"] for row in rows)
+        computed = [row["cpu_seconds"] for row in rows]
         time_ratio = statistics.median(seconds) / statistics.median(row["seconds"] for row in ours)
+        cpu_ratio = statistics.median(computed) / statistics.median(row["cpu_seconds"] for row in ours)
         memory_ratio = peak / max(row["peak_rss_bytes"] for row in ours)
         print(
             f"| {sparsity:.0%} | {method} | {tool} | {rows[0]['sparsity']:.2%} | {rows[0]['perplexity']:.1f} "
-            f"| {statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f}) | {peak / 1e9:.2f} "
-            f"| {time_ratio:.2f} | {memory_ratio:.2f} |"
+            f"| {statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f}) "
+            f"| {statistics.median(computed):.0f} | {peak / 1e9:.2f} "
+            f"| {time_ratio:.2f} | {cpu_ratio:.2f} | {memory_ratio:.2f} |"
         )
 
 

@@ -2,14 +2,15 @@
 
     python benchmarks/scale.py --model 1.1b
     python benchmarks/scale.py --model 7b --blocks 4
-    python benchmarks/scale.py --model 1.1b --samples 32 256 --seq-len 2048 --memory 2.5GiB --blocks 2
+    python benchmarks/scale.py --model 1.1b --samples 32 256 --seq-len 2048 --memory 2.5GiB --blocks 1 --once
 
 Writes a checkpoint of random weights under a real config, shard by shard, and runs ``sparsellm prune`` on it in a
 process of its own, whose resident memory (of the whole process tree) is sampled. The memory of a process that only
 imports the package is subtracted. With ``--blocks`` the process is killed by SIGKILL when so many blocks are on the
 disk, and started again to show that it goes on: the second run is killed after one block more.
 
-Random weights say nothing about quality, and need not: memory and time do not depend on what the numbers are.
+Random weights say nothing about quality, and need not: memory and time do not depend on what the numbers are. Every
+block has those of the first, since to draw 7B takes longer than to write them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "max_position_embeddings": 4096,
     },
+    "135m": {  # SmolLM2-135M, the demo model
+        **LLAMA,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+    },
 }
 BARS = {"1.1b": 2.0, "7b": 5.0}  # GB of resident memory beyond the imports
 
@@ -101,14 +112,16 @@ def make_checkpoint(directory: Path, config: dict[str, Any], seed: int) -> None:
     )
     generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
+    drawn: dict[str, torch.Tensor] = {}
     for number, shapes in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            key: torch.ones(shape, dtype=torch.bfloat16)
-            if len(shape) == 1
-            else torch.randn(shape, generator=generator).mul_(config["initializer_range"]).to(torch.bfloat16)
-            for key, shape in shapes.items()
-        }
+        tensors = {}
+        for key, shape in shapes.items():
+            part = key.partition(".layers.")[2].partition(".")[2] or key  # all blocks have the numbers of the first
+            if part not in drawn:
+                values = torch.randn(shape, generator=generator).mul_(config["initializer_range"])
+                drawn[part] = (torch.ones(shape) if len(shape) == 1 else values).to(torch.bfloat16)
+            tensors[key] = drawn[part]
         save_file(tensors, directory / name, {"format": "pt"})
         weight_map.update(dict.fromkeys(shapes, name))
         print(f"\rwriting the checkpoint: shard {number}/{len(shards)}", end="", file=sys.stderr)
@@ -160,10 +173,13 @@ def records(out: Path) -> list[dict[str, float]]:
     return [each["seconds"] for each in facts if "linears" in each]
 
 
-def prune(model: Path, out: Path, options: list[str], stop_after: int | None) -> Run:
-    """Runs the command, and kills it when ``stop_after`` blocks are on the disk."""
+COMMAND = ("-m", "sparsellm")
+
+
+def prune(model: Path, out: Path, options: list[str], stop_after: int | None, program: Sequence[str] = COMMAND) -> Run:
+    """Runs the command, and kills it when ``stop_after`` blocks are on the disk. ``program``: what Python runs."""
     first = len(records(out))
-    command = [sys.executable, "-m", "sparsellm", "prune", str(model), "--out", str(out), *options]
+    command = [sys.executable, *program, "prune", str(model), "--out", str(out), *options]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     memory = PeakMemory(process.pid)
@@ -174,11 +190,11 @@ def prune(model: Path, out: Path, options: list[str], stop_after: int | None) ->
     listener.start()
     seen: list[dict[str, float]] = []
     while process.poll() is None:
+        time.sleep(0.2)
         seen = records(out) or seen
         if stop_after is not None and len(seen) >= stop_after:
             process.send_signal(signal.SIGKILL)
             break
-        time.sleep(0.05)
     process.wait()
     listener.join(timeout=5)
     memory.join(timeout=5)
@@ -195,9 +211,9 @@ def row(name: str, what: str, run: Run, imports: int, blocks: int) -> str:
     each = sum(work[1:] or work) / max(1, len(work[1:] or work))
     outside = max(0.0, run.seconds - sum(work))
     peak = (run.peak - imports) / 1e9
-    bar = f"{'within' if peak <= BARS[name] else 'ABOVE'} {BARS[name]:g}"
+    bar = f" ({'within' if peak <= BARS[name] else 'ABOVE'} {BARS[name]:g})" if name in BARS else ""
     return (
-        f"| {name} | {what} | {run.first}…{len(run.blocks)} of {blocks} | {peak:.2f} GB ({bar}) "
+        f"| {name} | {what} | {run.first}…{len(run.blocks)} of {blocks} | {peak:.2f} GB{bar} "
         f"| {run.predicted - imports / 1e9:.2f} GB | {each:.1f} s | {run.seconds:.0f} s "
         f"| {outside + each * blocks:.0f} s |"
     )
@@ -216,6 +232,7 @@ def main() -> None:
     parser.add_argument("--memory", help="as of `sparsellm prune`")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `sparsellm prune`")
     parser.add_argument("--blocks", type=int, help="kill the run when so many are done, and go on for one more")
+    parser.add_argument("--once", action="store_true", help="with --blocks: do not go on after the kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--scratch", type=Path, default=Path(__file__).parent / "out", help="where checkpoints are made"
@@ -245,7 +262,7 @@ def main() -> None:
             options += [part for setting in arguments.set for part in ("--set", setting)]
             what = f"{method}, {samples} × {arguments.seq_len}"
             stops = [None] if arguments.blocks is None else [arguments.blocks, arguments.blocks + 1]
-            for position, stop in enumerate(stops):
+            for position, stop in enumerate(stops[:1] if arguments.once else stops):
                 run = prune(model, out, options, stop)
                 label = f"{what}, killed and gone on" if position else what
                 print(row(arguments.model, label, run, imports, blocks), flush=True)

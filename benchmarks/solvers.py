@@ -24,7 +24,7 @@ from sparsellm.patterns import Pattern, Unstructured, parse_pattern
 from sparsellm.solvers import SOLVERS
 from sparsellm.solvers.admm import RHO_STEPS
 from sparsellm.statistics import Gram, GramAccumulator
-from sparsellm.statistics.gram import PANEL
+from sparsellm.statistics.gram import ENERGY_PANEL
 
 
 def linear(out: int, inputs: int, seed: int, device: str) -> tuple[Tensor, Gram, Gram]:
@@ -45,15 +45,26 @@ def linear(out: int, inputs: int, seed: int, device: str) -> tuple[Tensor, Gram,
 
 def operations(name: str, out: int, inputs: int) -> float:
     """Floating-point operations in matrix products and factorisations of a solver with its default options."""
-    product, cube = 2.0 * out * inputs * inputs, float(inputs * inputs * inputs)
-    errors = product * (1 + min(PANEL / inputs, 1))  # two energies, each half a product and half its diagonal panels
+    return products(name, out, inputs) + factorisations(name, inputs)
+
+
+def products(name: str, out: int, inputs: int) -> float:
+    """Those that are done for every linear."""
+    product = 2.0 * out * inputs * inputs
+    # Two energies, each half a product and half its diagonal panels.
+    errors = product * (1 + min(ENERGY_PANEL / inputs, 1))
     if name == "sparsegpt":
-        return errors + product / 2 + cube / 3 + cube  # factorise, invert a triangle
+        return errors + product / 2
     if name == "admm":
         options = {key: option.default for key, option in SOLVERS["admm"].options.items()}
-        products = int(options["iterations"]) + 2 * (int(options["refine_iterations"]) + 2)
-        return errors + products * product + (1 + RHO_STEPS) * cube
+        return errors + (int(options["iterations"]) + 2 * (int(options["refine_iterations"]) + 2)) * product
     return errors
+
+
+def factorisations(name: str, inputs: int) -> float:
+    """Those that linears with the same inputs share."""
+    cube = float(inputs * inputs * inputs)
+    return {"sparsegpt": cube / 3 + cube, "admm": (1 + RHO_STEPS) * cube}.get(name, 0.0)  # factorise, invert a triangle
 
 
 def seconds(function: Callable[[], Any], device: str) -> tuple[float, Any]:

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import sparsellm
-from sparsellm import Recipe
+from sparsellm import Recipe, api
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.methods import METHODS
+from sparsellm.refine import sweep as sweep_module
 from sparsellm.storage import shard
 from sparsellm.storage.resume import FOLDER
 from sparsellm.storage.writer import partial_of
@@ -104,6 +105,80 @@ def test_killed_in_the_sweep(source: Path, tmp_path: Path) -> None:
             assert victim.run(source, out, SWEPT) == 0
         assert contents(out) == expected, (kind, back)
         assert sorted(path.name for path in tmp_path.glob(f"{out.name}*")) == [out.name]
+
+
+SWEPT_THRICE: dict[str, Any] = {**SWEPT, "options": {"effort": 0, "passes": 3}}
+
+
+def test_killed_in_a_sweep_it_goes_on_after_the_last_pass(source: Path, tmp_path: Path) -> None:
+    """At random steps of the second half, which is the sweeps': the same bytes, whatever pass it was in."""
+    steps = victim.count_steps(source, tmp_path / "whole", SWEPT_THRICE, hidden_in_memory=HALF_ON_DISK)
+    expected = contents(tmp_path / "whole")
+    assert len(expected["pruning.json"]["sweeps"]) == 4
+    found = set()
+    for kind in ("write", "rename", "sync", "remove"):
+        for number in victim.some(2, steps[kind] // 2, seed=len(kind)):
+            out = tmp_path / f"{kind}{number}"
+            at = (kind, steps[kind] // 2 + number)
+            assert victim.run(source, out, SWEPT_THRICE, at, hidden_in_memory=HALF_ON_DISK) == KILLED
+            record = partial_of(out) / FOLDER / "sweep.json"
+            found.add(len(json.loads(record.read_text())["history"]) if record.exists() else 0)
+            finish_swept(source, out)
+            assert contents(out) == expected, at
+    assert len(found) > 2  # they died in different passes
+
+
+def finish_swept(source: Path, out: Path) -> None:
+    if not out.exists():
+        assert victim.run(source, out, SWEPT_THRICE, hidden_in_memory=HALF_ON_DISK) == 0
+    else:
+        with pytest.raises(StorageError, match="exists and is not empty"):
+            sparsellm.prune(source, Recipe(**SWEPT_THRICE), out=out)
+    assert sorted(path.name for path in out.parent.glob(f"{out.name}*")) == [out.name]
+
+
+def test_a_pass_that_is_saved_is_not_swept_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one whose files are damaged is."""
+    steps: list[int] = []
+    step = sweep_module._Run.step
+
+    def counted(self: Any, piece: Any, process: int, rate: float, number: int) -> float:
+        steps.append(number)
+        if len(steps) == die_after:
+            raise NumericalError("the processor caught fire")
+        return step(self, piece, process, rate, number)
+
+    monkeypatch.setattr(sweep_module._Run, "step", counted)
+    recipe, die_after = Recipe(**SWEPT_THRICE), 0
+    result = sparsellm.prune(source, recipe, out=tmp_path / "whole")
+    each = len(steps) // 3
+    for damaged in (False, True):
+        out = tmp_path / f"p{damaged}"
+        steps.clear()
+        die_after = 2 * each + 1  # in the third pass
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, recipe, out=out)
+        if damaged:
+            file = next((partial_of(out) / FOLDER / "sweep").glob("moments-002-*"))
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+        steps.clear()
+        die_after = 0
+        again = sparsellm.prune(source, recipe, out=out)
+        assert steps == list(range(1 if damaged else 2 * each + 1, 3 * each + 1))
+        assert again.sweeps == result.sweeps
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_without_room_for_its_state_a_sweep_runs_and_begins_anew(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(api, "state_bytes", lambda elements: 1 << 60)
+    result = sparsellm.prune(
+        source, Recipe(**SWEPT), out=tmp_path / "p", progress=lambda event: said.append(event.detail)
+    )
+    assert len(result.sweeps) == 2
+    assert any("sweeps that are cut short will begin anew" in detail for detail in said)
 
 
 def test_beginning_anew_forgets_a_sweep_that_was_killed(source: Path, tmp_path: Path) -> None:

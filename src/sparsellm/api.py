@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import platform
 import resource
 import shlex
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,7 +33,7 @@ from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMEr
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
 from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
-from sparsellm.memory import MemoryPlan, plan_memory
+from sparsellm.memory import MemoryPlan, give_back_freed, plan_memory
 from sparsellm.methods import METHODS, LinearResult
 from sparsellm.methods.base import Method
 from sparsellm.patterns import NM, Pattern, detect
@@ -38,10 +41,11 @@ from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ign
 from sparsellm.recipe import Recipe
 from sparsellm.refine.gradients import output_gradient_squares
 from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
+from sparsellm.refine.sweep_state import SweepState, state_bytes
 from sparsellm.registry import Entry, Needs
 from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.resume import unfinished
+from sparsellm.storage.resume import FOLDER, unfinished
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of, shard_names
@@ -208,9 +212,15 @@ def prune(
     with clock.phase("calibration"):
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
         windows = parallel.from_main(partial(_windows, chain, recipe, calibration, tokenizer, directory, progress))
+        if directory is not None:
+            tokenizer = None  # its files are copied
+        give_back_freed()
         recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
         _check_processes(method, needs, len(windows))  # there may be fewer than were asked for
         own = windows[parallel.share(len(windows), windows_in_batch(recipe.batch_tokens, windows.shape[1]))]
+    read_ahead = chain.weights is not None and (
+        chain.device.type == "cuda" if recipe.read_ahead is None else recipe.read_ahead
+    )
     memory = parallel.together(
         partial(
             plan_memory,
@@ -222,6 +232,7 @@ def prune(
             budget=recipe.memory,
             swept_copies=SWEPT_COPIES if needs.passes else 0,
             sharers=parallel.on_this_machine(),
+            read_ahead=read_ahead,
         )
     )
     on_disk = int(parallel.total(memory.hidden_on_disk))
@@ -245,10 +256,13 @@ def prune(
         # Of the model before it is pruned, which may be in place.
         identity = parallel.from_main(lambda: _identity(chain, recipe, windows))
         shards: list[Path] = []  # of the blocks that the walk writes, for every process to read
+        state: SweepState | None = None  # of the sweeps, if there are any
         if out is not None:
             open_writer = partial(CheckpointWriter, out, shards=len(chain) + 1, identity=identity, overwrite=overwrite)
             writer = _in_main(lambda: held.enter_context(open_writer(restart=restart, need_bytes=need_bytes + on_disk)))
             shards = [partial_of(out) / name for name in shard_names(len(chain) + 1)]
+            if needs.passes:
+                state = _sweep_state(chain, out, writer, need_bytes + on_disk, progress)
             records = parallel.from_main(lambda: _finished(writer, chain, progress) if writer is not None else [])
             for facts in records:
                 clock.add(facts["seconds"])
@@ -292,6 +306,7 @@ def prune(
             dense_stream=needs.dense_stream,
             pieces=needs.pieces,
             output_costs=costs,
+            read_ahead=read_ahead,
         )
         sweeps: list[Pass] = []
         walk_writer = writer
@@ -300,6 +315,15 @@ def prune(
             if out is not None:
                 follow = partial(open_writer, need_bytes=_checkpoint_bytes(chain), follows=walk_writer)
                 writer = _in_main(lambda: held.enter_context(follow()))  # and now all shards are there for all to read
+            reached = state.reached if state is not None else None
+            if reached is not None:
+                clock.add({"sweep": reached.facts["seconds"]})
+                peaks.append(reached.facts["peak_rss"])
+            began = time.perf_counter() - clock.seconds.get("sweep", 0.0)
+
+            def so_far() -> dict[str, Any]:
+                return {"seconds": time.perf_counter() - began, "peak_rss": max(peak_rss(), *peaks)}
+
             zeros: dict[str, int] = {}
 
             def write_swept(index: int) -> None:
@@ -319,6 +343,8 @@ def prune(
                     seed=recipe.seed,
                     progress=progress,
                     write_block=write_swept,
+                    state=state,
+                    facts=so_far,
                 )
             walked.dense.close()
             walked = replace(walked, linears=[replace(each, zeros=zeros[each.name]) for each in walked.linears])
@@ -380,6 +406,32 @@ def _in_main(make: Callable[[], CheckpointWriter]) -> CheckpointWriter | None:
     made: list[CheckpointWriter] = []
     parallel.from_main(lambda: made.append(make()))
     return made[0] if made else None
+
+
+def _sweep_state(
+    chain: Chain, out: Path, writer: CheckpointWriter | None, beside: int, progress: ProgressCallback
+) -> SweepState | None:
+    """Where the passes of a sweep are saved; None where the disk has no room for them.
+
+    Args:
+        chain, out, writer: of the run.
+        beside: bytes of disk that the run takes for other things; what its blocks have taken already is taken off.
+        progress: is told if there is no room.
+    """
+    state = SweepState(partial_of(out) / FOLDER, len(chain), writer.state if writer is not None else None)
+    blocks = [chain.block_tensors(index).values() for index in range(len(chain))]
+    need = state_bytes(sum(math.prod(source.shape) for sources in blocks for source in sources))
+
+    def has_room() -> bool:
+        there = sum(shard.stat().st_size for shard in partial_of(out).glob("*.safetensors"))
+        free = shutil.disk_usage(partial_of(out)).free - beside + there
+        if state.begun or free >= need:
+            return True
+        said = f"to save each sweep takes {need / 1e9:.1f} GB of disk, of which {max(free, 0) / 1e9:.1f} GB are left"
+        progress(Progress(NOTE, 1, 1, f"{said}: sweeps that are cut short will begin anew"))
+        return False
+
+    return state if parallel.from_main(has_room) else None
 
 
 def _reader(shard: Path) -> CheckpointReader:
@@ -444,10 +496,10 @@ def _sizes(chain: Chain, recipe: Recipe) -> list[LinearSize]:
 
 
 def _identity(chain: Chain, recipe: Recipe, windows: Tensor) -> dict[str, Any]:
-    """All that the result depends on. Where hidden states are kept is not part of it."""
+    """All that the result depends on. Where hidden states are kept, and when blocks are read, is not part of it."""
     return {
         "format": 1,  # of what is recorded of a block
-        "recipe": recipe.model_dump(exclude={"memory"}),
+        "recipe": recipe.model_dump(exclude={"memory", "read_ahead"}),
         "model": model_fingerprint(chain),
         "calibration tokens": tokens_fingerprint(windows),
         "computing": f"{chain.dtype} on {chain.device.type}",

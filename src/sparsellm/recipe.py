@@ -65,6 +65,11 @@ class Recipe(BaseModel):
         description="What blocks in fp32 multiply in when they only run: 'bfloat16' is several times as fast on CPUs "
         "with bf16 units. Statistics and solvers are always fp32.",
     )
+    read_ahead: bool | None = Field(
+        None,
+        description="Read the next block in a thread while this one is solved; takes the memory of it as well. "
+        "null for where that pays: with a GPU.",
+    )
 
     def __init__(self, **values: Any) -> None:
         try:

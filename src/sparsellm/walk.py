@@ -64,6 +64,7 @@ def walk(
     dense_stream: bool = False,
     pieces: bool = False,
     output_costs: Mapping[str, Tensor] | None = None,
+    read_ahead: bool = False,
 ) -> WalkResult:
     """Prunes the chain block by block; each is captured and solved on what the pruned blocks before it produce.
 
@@ -83,6 +84,7 @@ def walk(
         dense_stream: run the dense model beside the pruned one, from its own hidden states.
         pieces: give the stream its batches in pieces as well.
         output_costs: what an error of each linear's outputs costs, for methods that ask for it.
+        read_ahead: read each block in a thread while the one before it is in work.
     """
     results = [result for block in finished for result in block.results]
     if len(finished) == len(chain) and not dense_stream:
@@ -113,6 +115,8 @@ def walk(
         report("reading")
         with clock.phase("read"):
             chain.load_block(index)
+            if read_ahead:
+                chain.read_ahead(index + 1)
         with clock.phase("prune"):
             linears = [linear for linear in chain.linears(index) if linear.name in patterns]
             task = BlockTask(index, linears, patterns, stream, report, clock, output_costs=output_costs or {})

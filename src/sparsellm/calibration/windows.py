@@ -113,7 +113,8 @@ def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     # verbose=False: that a text is longer than one window is no news here.
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)  # (tokens,)
+    found = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)
+    return torch.tensor(found["input_ids"], dtype=torch.int64)  # (tokens,)
 
 
 def _check_long_enough(source: str, tokens: int, needed: int) -> None:

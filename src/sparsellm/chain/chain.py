@@ -20,12 +20,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.linears import LinearView, iterate_linears
 from sparsellm.chain.open import load_config
+from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
 from sparsellm.errors import ModelError
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.shard import TensorSource
+
+SHOWN_TOKENS = 8  # that block 0 runs on to show what it returns
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ class Chain:
         self.dtype = dtype or fast_dtype(self.storage_dtype, device)
         self.products_in_bf16 = False
         self._rewrap: Callable[[Tensor], Any] | None = None
+        self._returns_more = False
         self._shared: dict[str, Tensor] = {}
+        self._ahead: Prefetcher | None = None
         self._shared_by_blocks = {first for first in self._canonical.values() if first.startswith(f"{list_name}.")}
         if self.weights is not None:
             # Buffers that are not in the checkpoint (rotary frequencies, causal masks) were made on the CPU.
@@ -121,7 +126,17 @@ class Chain:
             index: which block.
             pruned: where a finished block stands, as :meth:`block_tensors` named it; None for the model's own weights.
         """
-        self._load(self._names_of(index), pruned)
+        ahead = self._ahead.take(index) if pruned is None and self._ahead is not None else {}
+        self._load(self._names_of(index), pruned, ahead)
+
+    def read_ahead(self, index: int) -> None:
+        """Begins to read the model's own weights of block ``index`` in a thread, for the next :meth:`load_block`. Where
+        there is no such block, or the model is in memory, it does nothing."""
+        if self.weights is None or index >= len(self):
+            return
+        self._ahead = self._ahead or Prefetcher(pin=self.device.type == "cuda")
+        names = {self._canonical.get(name, name) for name in self._names_of(index)} - self._shared_by_blocks
+        self._ahead.start(index, sorted(names), self.weights.as_stored)
 
     @torch.no_grad()
     def settle_block(self, index: int) -> None:
@@ -225,7 +240,9 @@ class Chain:
         prefix = f"{self.block_names[index]}."
         return [name for name in self._all_names() if name.startswith(prefix)]
 
-    def _load(self, names: list[str], pruned: CheckpointReader | None = None) -> None:
+    def _load(
+        self, names: list[str], pruned: CheckpointReader | None = None, ahead: dict[str, Tensor] | None = None
+    ) -> None:
         if self.weights is None:
             if pruned is not None:
                 for name in names:
@@ -236,7 +253,8 @@ class Chain:
         for name in names:  # one after another: no weight is in memory twice for long
             canonical = self._canonical.get(name, name)
             if canonical not in loaded:
-                loaded[canonical] = self._fetch(canonical, pruned)
+                early = ahead.pop(canonical, None) if ahead else None
+                loaded[canonical] = self._fetch(canonical, pruned) if early is None else self._placed(early)
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
             if leaf in module._parameters:
@@ -252,6 +270,11 @@ class Chain:
         if pruned is not None and self._key(name) in pruned:
             return pruned.get(self._key(name), self.device, self.dtype)
         return self.weights.get(name, self.device, self.dtype)
+
+    def _placed(self, stored: Tensor) -> Tensor:
+        """A weight as stored, on the device in the computing dtype; it is converted there."""
+        moved = stored.to(self.device, non_blocking=stored.is_pinned())
+        return moved.to(self.dtype) if stored.is_floating_point() else moved
 
     def _release(self, names: list[str]) -> None:
         if self.weights is None:
@@ -274,7 +297,8 @@ class Chain:
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """Runs the model's own forward as far as the blocks.
 
-        The embedding and block 0 must be loaded. Block 0 runs once, at the first call, to show what a block returns.
+        The embedding and block 0 must be loaded. At the first call block 0 runs on a few tokens, to show what a block
+        returns; where that is more than hidden states, it runs on all of them.
 
         Args:
             ids: token ids, ``(batch, seq)``.
@@ -283,6 +307,13 @@ class Chain:
             The hidden states that enter block 0, ``(batch, seq, hidden)``, and for every block what else the model's
             forward calls it with.
         """
+        if self._rewrap is None and ids.shape[1] > SHOWN_TOKENS:
+            self._capture(ids[:1, :SHOWN_TOKENS])
+            if self._returns_more:  # and its shape may be that of the tokens
+                self._rewrap = None
+        return self._capture(ids)
+
+    def _capture(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         entering: list[Tensor] = []
         calls: list[Call | None] = [None] * len(self.blocks)
 
@@ -292,7 +323,9 @@ class Chain:
             if not entering:
                 entering.append(hidden)
                 if self._rewrap is None:
-                    self._rewrap = _learn_return(forward(*args, **kwargs), hidden, self.blocks[index])
+                    output = forward(*args, **kwargs)
+                    self._rewrap = _learn_return(output, hidden, self.blocks[index])
+                    self._returns_more = isinstance(output, (tuple, list)) and any(x is not None for x in output[1:])
             assert self._rewrap is not None
             return self._rewrap(hidden)
 

@@ -58,3 +58,7 @@ class CheckpointWeights:
     def get(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """One weight on the device; in ``dtype``, unless it holds integers."""
         return self.reader.get(self.key_of[name], device, dtype)
+
+    def as_stored(self, name: str) -> Tensor:
+        """One weight on the CPU, in the dtype of the checkpoint."""
+        return self.reader.get(self.key_of[name])

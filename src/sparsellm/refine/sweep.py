@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from sparsellm.chain.products import bf16_products
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.refine.head import divergence_from, through_head
+from sparsellm.refine.sweep_state import SweepState
 from sparsellm.refine.training import (
     Adam,
     Float32Calls,
@@ -135,6 +137,8 @@ def sweep(
     seed: int,
     progress: ProgressCallback,
     write_block: Callable[[int], None],
+    state: SweepState | None = None,
+    facts: Callable[[], dict[str, Any]] = dict,
 ) -> list[Pass]:
     """Fits the kept weights, biases and norms of all blocks to the dense model's predictions; zeros stay zero.
 
@@ -153,16 +157,22 @@ def sweep(
         seed: of the windows' order.
         progress: is told how far the sweep is.
         write_block: called for each block, loaded and final, in order.
+        state: where each pass is saved, and the last saved one is gone on from; None for neither.
+        facts: JSON values to save with a pass.
 
     Raises:
         NumericalError: the divergence is not finite at the start.
         ModelError: blocks share weights.
     """
     check_sweepable(chain)
+    reached = state.reached if state is not None else None
     masters = _Masters(chain, scratch)
     for index in range(len(chain)):
         _load(chain, index, blocks)
         masters.add(index)
+        if reached is not None and state is not None and reached.passes < settings.passes:
+            masters.store[2 * index] = state.parameters(reached.passes, index)
+            masters.store[2 * index + 1] = state.moments(reached.passes, index)
         if index:
             chain.release_block(index)
     chain.load_outer()
@@ -179,12 +189,18 @@ def sweep(
         found = of_all([run.divergence(piece) for piece in own])
         return sum(divergence for _, divergence in found) / sum(place.tokens for _, place in judges)
 
-    history = [Pass(0, judge(), None)]
+    history = [Pass(**record) for record in reached.history] if reached is not None else [Pass(0, judge(), None)]
     if not math.isfinite(history[0].held_out):
         raise NumericalError(f"the pruned model diverges from the dense one by {history[0].held_out}; prune less")
-    best = None
-    done = 0
-    for number in range(settings.passes):
+    best, best_pass = None, 0
+    if reached is not None and state is not None and reached.best:
+        best, best_pass = scratch.store(), reached.best
+        for index in range(len(chain)):
+            best.append(state.parameters(best_pass, index))
+    done = (len(history) - 1) * len(train)
+    for _ in range(done):
+        next(order)
+    for number in range(len(history) - 1, settings.passes):
         total = 0.0
         for _ in range(len(train)):
             progress(
@@ -196,13 +212,22 @@ def sweep(
             done += 1
         history.append(Pass(number + 1, judge(), total / sum(place.tokens for _, place in train)))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
-            best = best or scratch.store()
+            best, best_pass = best or scratch.store(), number + 1
             for index in range(len(chain)):
                 flat = masters.store[2 * index].clone()
                 if len(best) > index:
                     best[index] = flat
                 else:
                     best.append(flat)
+        if state is not None:
+            state.save(
+                [asdict(record) for record in history],
+                best_pass,
+                lambda index: masters.store[2 * index],
+                lambda index: masters.store[2 * index + 1],
+                last=number + 1 == settings.passes,
+                facts=facts(),
+            )
     stream.close()
     masters.store.close()
     chain.release_outer()

@@ -55,11 +55,12 @@ class _Elimination:
 
     def __init__(self, weight: Tensor, upper: Tensor, pattern: Pattern) -> None:
         self.columns = weight.T.contiguous()  # (in, out): a column of the weight is one contiguous row here
-        self.errors = torch.empty_like(self.columns)  # (in, out): w_j / U_jj where pruned, 0 where kept
+        self.errors = torch.zeros_like(self.columns)  # (in, out): w_j / U_jj where pruned, 0 where kept
         self.kept = torch.empty_like(self.columns, dtype=torch.bool)  # (in, out)
         self.upper = upper  # (in, in)
         self.pivots = upper.diagonal()  # (in,)
         self.pattern = pattern
+        self.first, self.divisors = 0, self.errors[:0]  # (columns, out) of the columns from the first on; see choose()
 
     def prune(self, start: int, stop: int, step: int) -> None:
         """Choose the mask of ``start:stop``, ``step`` columns at a time, and eliminate what is pruned."""
@@ -73,8 +74,12 @@ class _Elimination:
             self.prune(middle, stop, step)
 
     def choose(self, start: int, stop: int) -> None:
-        scores = (self.columns[start:stop] / self.pivots[start:stop, None]).square()  # (columns, out)
-        self.kept[start:stop] = self.pattern.mask_columns(scores, start, len(self.columns))
+        pivots = self.pivots[start:stop, None]
+        kept = self.pattern.mask_columns((self.columns[start:stop] / pivots).square_(), start, len(self.columns))
+        self.kept[start:stop] = kept
+        # U_jj where pruned, ∞ where kept: an error is w_j divided by it, one operation. By whole numbers of one byte,
+        # since torch selects by a mask, or converts one, several times as slowly.
+        self.first, self.divisors = start, pivots / kept.logical_not().view(torch.uint8)
 
     def eliminate(self, start: int, stop: int) -> None:
         """Prune columns whose mask is chosen, and update those of ``start:stop`` that come after."""
@@ -84,10 +89,16 @@ class _Elimination:
             self.carry(start, middle, stop)
             self.eliminate(middle, stop)
             return
-        for j in range(start, stop):
-            if j > start:
-                self.columns[j].addmv_(self.errors[start:j].T, self.upper[start:j, j], alpha=-1)
-            torch.div(self.columns[j].masked_fill(self.kept[j], 0.0), self.pivots[j], out=self.errors[j])
+        # Two operations a column, on views that are made at once: on narrow weights indexing took longer than the
+        # arithmetic. A column takes in all errors of the leaf; those to come are zero yet, and so are their factors.
+        errors = self.errors[start:stop]
+        before = errors.T  # (out, columns)
+        factors = self.upper[start:stop, start:stop].T.tril(-1)
+        divisors = self.divisors[start - self.first : stop - self.first]
+        rows = (self.columns[start:stop], factors, divisors, errors)
+        for column, factor, divisor, error in zip(*(matrix.unbind() for matrix in rows), strict=True):
+            column.addmv_(before, factor, alpha=-1)
+            torch.div(column, divisor, out=error)
 
     def carry(self, start: int, middle: int, stop: int) -> None:
         """Update columns ``middle:stop`` for the errors of columns ``start:middle``."""

@@ -20,6 +20,7 @@ from sparsellm import parallel
 from sparsellm.errors import NumericalError
 
 PANEL = 512  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
+ENERGY_PANEL = 256  # of a symmetric form: narrower, since nothing has to be kept of it but a sum
 CHUNK_ELEMENTS = 1 << 23  # converted to fp32 at a time: 32 MiB
 REMEMBERED_BYTES = 1 << 29  # of factorisations kept by one Gram; the oldest is dropped beyond this
 DAMPING_TRIES = 8
@@ -91,12 +92,12 @@ class Gram:
     def energy(self, weight: Tensor) -> float:
         """``‖W G^½‖²_F``: the mean over tokens of ``‖W x‖²``, for ``weight`` (out, features)."""
         total = 0.0
-        for start in range(
-            0, self.features, PANEL
-        ):  # G is symmetric: products with what lies past the panel count twice
+        # G is symmetric: products with what lies past the panel count twice.
+        for start in range(0, self.features, ENERGY_PANEL):
             rest = weight[:, start:]  # (out, features - start)
-            products = (rest[:, :PANEL] @ self.matrix[start : start + PANEL, start:]).mul_(rest)
-            total += float(2 * products.sum(dim=1).double().sum() - products[:, :PANEL].sum(dim=1).double().sum())
+            products = (rest[:, :ENERGY_PANEL] @ self.matrix[start : start + ENERGY_PANEL, start:]).mul_(rest)
+            own = products[:, :ENERGY_PANEL]
+            total += float(2 * products.sum(dim=1).double().sum() - own.sum(dim=1).double().sum())
         return max(total, 0.0)
 
     def cholesky(self, damping: float) -> Factor:

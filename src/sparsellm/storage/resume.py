@@ -78,7 +78,7 @@ class RunState:
         try:
             facts = json.loads(record.read_text(encoding="utf-8"))
             with file.open("rb") as opened:
-                sound = _sha256(opened) == facts["sha256"]
+                sound = sha256(opened) == facts["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         assert isinstance(facts, dict)
@@ -179,7 +179,8 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _sha256(file: Any) -> str:
+def sha256(file: Any) -> str:
+    """Of what is left to read of a file, in hexadecimal."""
     digest = hashlib.sha256()
     while piece := file.read(1 << 22):
         digest.update(piece)
