@@ -65,7 +65,7 @@ class Needs:
         dense_stream: the dense model's own hidden states beside the pruned model's.
         pieces: the stream's batches also in the smaller parts that an optimiser steps on.
         passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
-        learning_rate: of those sweeps.
+        learning_rate: of those sweeps; None for what they choose.
         output_costs: what an error of each linear's outputs costs the dense model's loss, from a sweep of its gradient.
         one_process: the option, as it was given, that no more than one process can serve; "" if there is none.
     """
@@ -73,7 +73,7 @@ class Needs:
     dense_stream: bool = False
     pieces: bool = False
     passes: int = 0
-    learning_rate: float = 0.0
+    learning_rate: float | None = None
     output_costs: bool = False
     one_process: str = ""
 

@@ -39,7 +39,7 @@ TOKENS = 96  # in a batch: four windows of 24
 
 
 def swept(
-    chain: Chain, dense: PreTrainedModel, ids: Tensor, passes: int, rate: float, scratch: Scratch | None = None
+    chain: Chain, dense: PreTrainedModel, ids: Tensor, passes: int, rate: float | None, scratch: Scratch | None = None
 ) -> tuple[list[Pass], dict[str, Tensor]]:
     """The history, and every block as it would be written."""
     written: dict[str, Tensor] = {}
@@ -253,3 +253,61 @@ def test_a_linear_that_is_left_out_keeps_the_zeros_it_had() -> None:
     after = model.model.layers[1].mlp.down_proj.weight
     assert torch.equal(after == 0, before == 0)
     assert not torch.equal(after, before)
+
+
+class Steps:
+    """What a sweep asks of its steps: the loss before each, its rate and its number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[float, float, int]] = []
+        step = module._Run.step
+
+        def noted(run: Any, piece: Any, process: int, rate: float, number: int) -> float:
+            loss = step(run, piece, process, rate, number)
+            self.seen.append((loss, rate, number))
+            return loss
+
+        monkeypatch.setattr(module._Run, "step", noted)
+
+
+def test_the_rate_follows_the_square_of_the_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    for mangle in (lambda model: model, lambda model: model.lm_head.weight.data.mul_(30)):
+        model, dense = halved(tiny_llama()), tiny_llama()
+        mangle(model)
+        mangle(dense)
+        steps.seen.clear()
+        history = in_memory(model, dense, ids_of(4), 1, None)
+        assert steps.seen[0][1] == pytest.approx(module.RATE * min(1, history[0].held_out ** 2))
+    assert history[0].held_out > 1  # and before it was less: both sides of the bend were seen
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_pass_that_does_harm_is_undone_and_the_next_is_slower(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One window is all there is: the loss before the first step of each pass is that of where it begins."""
+    steps = Steps(monkeypatch)
+    ids, dense = ids_of(1), tiny_llama()
+    model = halved(tiny_llama())
+    chain = open_chain(model if where == "memory" else save_tiny(model, None, tmp_path / "halved"), device=CPU)
+    history, _ = swept(chain, dense, ids, 8, 1.0)
+    harmful = module.harmful_passes(history)
+    assert 1 in harmful
+    losses, rates, numbers = zip(*steps.seen, strict=True)
+    least, cuts = losses[0], 0
+    for number, record in enumerate(history[1:-1]):
+        cuts += record.passes in harmful
+        least = min(least, record.held_out * ids.numel())
+        assert rates[number + 1] == pytest.approx(module.CUT**cuts * module.schedule(number + 1, 8))
+        if record.passes in harmful:
+            assert losses[number + 1] == pytest.approx(least, rel=1e-5)
+            assert numbers[number + 1] == 1
+        else:
+            assert numbers[number + 1] == numbers[number] + 1
+
+
+def test_what_harm_is() -> None:
+    divergences = [1.0, 1.005, 0.5, 0.6, float("nan"), 0.504, 0.4]
+    history = [Pass(number, value, None) for number, value in enumerate(divergences)]
+    assert module.harmful_passes(history) == [3, 4]

@@ -27,7 +27,6 @@ from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, Stored
 from sparsellm.errors import ModelError
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.refine.reconstruct import reconstruct
-from sparsellm.refine.sweep import RATE
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
 from sparsellm.solvers.divided import divide
@@ -60,7 +59,7 @@ def _needs(options: dict[str, Any]) -> Needs:
         dense_stream=two,
         pieces=options.get("steps", 0) > 0,
         passes=passes,
-        learning_rate=options.get("sweep_rate", RATE),
+        learning_rate=options.get("sweep_rate"),
         output_costs=options.get("output_metric", 0.0) > 0,
         one_process="iterations" if options.get("iterations", 0) else "",
     )
@@ -99,7 +98,9 @@ def sparsellm(
         float, Field(ge=0, le=1), "how far their targets are the dense model's hidden states"
     ] = 0.0,
     passes: Annotated[int | None, Field(ge=0), "sweeps of the whole model at the end; null: by effort"] = None,
-    sweep_rate: Annotated[float, Field(gt=0), "learning rate of the sweeps"] = RATE,
+    sweep_rate: Annotated[
+        float | None, Field(gt=0), "learning rate of the sweeps; null: by the divergence at their start"
+    ] = None,
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):

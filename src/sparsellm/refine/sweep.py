@@ -40,7 +40,12 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import Piece, Stream
 
-RATE = 0.0007  # 0.002 diverges within one pass of steps of 1024 tokens; with more tokens a step it overfits instead
+# For a model at KL = 1 nat from the dense one. In steps of 1024 tokens 0.002 diverges there within one pass, and 0.0007
+# takes a model at KL = 0.6 further away. What a step gains falls with the square of the distance, what its noise costs
+# does not: so the rate follows that square, up to here.
+RATE = 0.0007
+CUT = 1 / 3  # of the rate, after a pass that did harm
+HARM = 1.01  # times the least divergence so far: less is how it wavers near its minimum
 STEP_TOKENS = 1024  # of a step; half as many steps of twice the tokens cost as much and go less far
 SWEPT_COPIES = 4  # of every block in fp32: its parameters, two moments, and the best state so far
 
@@ -51,12 +56,13 @@ class Sweep:
 
     Attributes:
         passes: over the calibration windows; 0 for no sweep.
-        learning_rate: of Adam, relative to the root mean square of each parameter.
+        learning_rate: of Adam, relative to the root mean square of each parameter; None for :data:`RATE` by the
+            square of the divergence at the start.
         held_out: share of the windows that decides which state is kept.
     """
 
     passes: int
-    learning_rate: float = RATE
+    learning_rate: float | None = None
     held_out: float = 0.125
 
 
@@ -92,9 +98,24 @@ class _Masters:
         self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
         self.shapes.append({name: p.shape for name, p in own.items()})
         self._dtypes.append(self.chain.written_dtypes(index))
-        flat = torch.cat([p.detach().float().flatten() for p in own.values()])
+        flat = self._flat(index)
         self.store.append(flat)
         self.store.append(torch.zeros(2, len(flat), device=flat.device))
+
+    def restart(self, best: Sequence[Tensor] | None, blocks: Sequence[CheckpointReader] | None) -> None:
+        """From the best state again, or from the blocks as they were pruned if there is none; Adam knows nothing."""
+        for index in range(len(self.chain)):
+            if best is not None:
+                flat = best[index].clone()
+            else:
+                _load(self.chain, index, blocks)
+                flat = self._flat(index)
+                self.chain.release_block(index)
+            self.store[2 * index] = flat
+            self.store[2 * index + 1] = torch.zeros(2, len(flat), device=flat.device)
+
+    def _flat(self, index: int) -> Tensor:
+        return torch.cat([p.detach().float().flatten() for p in self.chain.block_parameters(index).values()])
 
     def parameters(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
         """Views of a block's flat tensor. All take gradients, so that moments and parameters have the same places."""
@@ -143,7 +164,8 @@ def sweep(
     """Fits the kept weights, biases and norms of all blocks to the dense model's predictions; zeros stay zero.
 
     The state with the least divergence on held-out windows is kept, which may be the one at the start; states are
-    judged as they will be written, rounded. The loss is ``KL(dense ‖ pruned)``, in its mean over tokens.
+    judged as they will be written, rounded. A pass that does harm is undone, and those after it take smaller
+    steps. The loss is ``KL(dense ‖ pruned)``, in its mean over tokens.
 
     Args:
         chain: the pruned model.
@@ -197,18 +219,23 @@ def sweep(
         best, best_pass = scratch.store(), reached.best
         for index in range(len(chain)):
             best.append(state.parameters(best_pass, index))
+    rate = settings.learning_rate
+    if rate is None:
+        rate = RATE * min(1.0, history[0].held_out ** 2)
     done = (len(history) - 1) * len(train)
     for _ in range(done):
         next(order)
     for number in range(len(history) - 1, settings.passes):
         total = 0.0
+        harmful = harmful_passes(history)
+        trusted, fresh = rate * CUT ** len(harmful), harmful[-1] * len(train) if harmful else 0
         for _ in range(len(train)):
             progress(
                 Progress("sweep", done, steps, f"sweep {number + 1}/{settings.passes} · KL {history[-1].held_out:.3f}")
             )
             process, place = train[next(order)]
             piece = stream.pieces[place.number] if process == parallel.rank() else None
-            total += run.step(piece, process, settings.learning_rate * schedule(done, steps), done + 1)
+            total += run.step(piece, process, trusted * schedule(done, steps), done - fresh + 1)
             done += 1
         history.append(Pass(number + 1, judge(), total / sum(place.tokens for _, place in train)))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
@@ -219,6 +246,8 @@ def sweep(
                     best[index] = flat
                 else:
                     best.append(flat)
+        elif number + 1 < settings.passes and number + 1 in harmful_passes(history):
+            masters.restart(best, blocks)
         if state is not None:
             state.save(
                 [asdict(record) for record in history],
@@ -243,6 +272,16 @@ def sweep(
         best.close()
     progress(Progress("sweep", steps, steps))
     return history
+
+
+def harmful_passes(history: Sequence[Pass]) -> list[int]:
+    """The numbers of the passes that took the held-out divergence above the least before, and not by a little."""
+    found, least = [], history[0].held_out
+    for record in history[1:]:
+        if not record.held_out <= HARM * least:  # NaN too
+            found.append(record.passes)
+        least = min(least, record.held_out)  # which NaN is never less than
+    return found
 
 
 def _load(chain: Chain, index: int, blocks: Sequence[CheckpointReader] | None) -> None:
