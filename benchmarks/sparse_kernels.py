@@ -1,6 +1,6 @@
 """How fast the kernels on packed weights are, beside a dense product and a copy of memory.
 
-    python benchmarks/kernels.py [--threads 1] [--tokens 1 4 16] [--values bf16] [--kernel NAME]
+    python benchmarks/sparse_kernels.py [--threads 1] [--tokens 1 4 16] [--values bf16] [--kernel NAME]
 
 For every shape and sparsity, dense, packed and copy take turns, so that all three meet the same machine. Weights take
 turns too, enough of them that none is still in the second-level cache when it is used again. Two rates of the packed

@@ -179,7 +179,7 @@ def measure(
                     )
                 )
                 for name, model in models.items():
-                    prefill, decode = _one_run(model, batch, prompt_tokens, new_tokens)
+                    prefill, decode = one_run(model, batch, prompt_tokens, new_tokens)
                     if turn:  # the first round pays for pages, threads and the choice of kernels
                         seconds.setdefault((name, "prefill"), []).append(prefill)
                         seconds.setdefault((name, "decode"), []).append(decode)
@@ -238,8 +238,8 @@ def _storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 @torch.no_grad()
-def _one_run(model: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds to read a prompt, and seconds to decode after it."""
+def one_run(model: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+    """Seconds to read a prompt of random tokens, and seconds to decode so many tokens after it."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)
