@@ -37,6 +37,7 @@ from sparsellm.evaluation.perplexity import nll_from_logits, perplexity
 from sparsellm.runtime.bench import one_run
 from sparsellm.runtime.packed_linear import PackedLinear, kernel_name
 
+CLOCKS: tuple[Callable[[], float], ...] = (time.perf_counter, time.process_time)
 VALUES = ("keep", "bf16", "int8", "int4")
 
 
@@ -46,7 +47,7 @@ class Form:
 
     linear_bytes: int
     all_bytes: int
-    decode: Callable[[int, int], float]  # (prompt tokens, new tokens) → seconds
+    decode: Callable[[int, int, bool], float]  # (prompt tokens, new tokens, processor's or not) → seconds
     score: Callable[[Tensor], float]  # windows → perplexity
 
 
@@ -73,7 +74,7 @@ def of_transformers(model: PreTrainedModel, score_as: PreTrainedModel | None = N
     return Form(
         stored(weights),
         stored([*model.parameters(), *model.buffers()]),
-        lambda prompt, new: one_run(model, 1, prompt, new)[1],
+        lambda prompt, new, cpu_seconds: one_run(model, 1, prompt, new, CLOCKS[cpu_seconds])[1],
         lambda windows: perplexity(score_as or model, windows).value,
     )
 
@@ -121,13 +122,14 @@ def llama_cpp(source: Path, kind: str, out: Path, threads: int, window: int) -> 
         verbose=False,
     )  # fmt: skip
 
-    def decode(prompt: int, new: int) -> float:
+    def decode(prompt: int, new: int, cpu_seconds: bool) -> float:
+        clock = CLOCKS[cpu_seconds]
         model.reset()
         model.eval(torch.randint(model.n_vocab(), (prompt,), generator=torch.Generator().manual_seed(0)).tolist())
-        start = time.perf_counter()
+        start = clock()
         for _ in range(new):
             model.eval([int(model.scores[model.n_tokens - 1].argmax())])
-        return time.perf_counter() - start
+        return clock() - start
 
     def score(windows: Tensor) -> float:
         total, tokens = 0.0, 0
@@ -175,6 +177,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-seconds", action="store_true", help="processor time: one thread on a shared machine")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
@@ -208,14 +211,15 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for turn in range(arguments.repeats + 1):
         for name, form in rows.items():
-            taken = form.decode(arguments.prompt_tokens, arguments.new_tokens)
+            taken = form.decode(arguments.prompt_tokens, arguments.new_tokens, arguments.cpu_seconds)
             if turn:  # the first round pays for pages and the choice of kernels
                 seconds[name].append(taken)
 
     print(
         f"Model {arguments.model}; {Path(arguments.text).name}, {len(windows)} windows of {arguments.window}; decoding "
         f"{arguments.new_tokens} tokens after {arguments.prompt_tokens}, median of {arguments.repeats} rounds in turns "
-        f"(slowest – fastest); {cpu_name()}, {arguments.threads} thread(s), torch {torch.__version__}, kernel "
+        f"(slowest – fastest), {'processor' if arguments.cpu_seconds else 'wall-clock'} time; {cpu_name()}, "
+        f"{arguments.threads} thread(s), torch {torch.__version__}, kernel "
         f"{kernel_name()}.\n"
     )
     weights = rows["dense fp32"].linear_bytes / 4
