@@ -93,7 +93,23 @@ def torchao(directory: Path, bits: int) -> Form:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     config = Int8WeightOnlyConfig() if bits == 8 else PrototypeInt4WeightOnlyConfig(group_size=32)
     quantize_(find_blocks(model)[1], config)
-    return of_transformers(model)
+    if bits == 8:
+        return of_transformers(model)
+    # Long windows take many minutes in torchao's int4 on a CPU without AVX-512; these are the weights it multiplies by.
+    in_fp32 = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        for plain, linear in zip(in_fp32.modules(), model.modules(), strict=True):
+            if hasattr(getattr(linear, "weight", None), "scale_and_zero"):
+                plain.weight.copy_(rounded(plain.weight, linear.weight.scale_and_zero))
+    return of_transformers(model, in_fp32)
+
+
+def rounded(weight: Tensor, scale_and_zero: Tensor) -> Tensor:
+    """A weight ``(out, in)`` in torchao's int4, (code - 8) · scale + zero; scales, zeros ``(groups, out, 2)``."""
+    groups = len(scale_and_zero)
+    scale, zero = scale_and_zero.transpose(0, 1).unsqueeze(2).unbind(-1)  # (out, groups, 1)
+    codes = ((weight.view(len(weight), groups, -1) - zero) / scale + 8).round().clamp(0, 15)
+    return ((codes - 8) * scale + zero).view_as(weight)
 
 
 def packed(directory: Path, values: str, out: Path) -> Form:
