@@ -26,7 +26,9 @@ from wikipedia import write_wikipedia
 
 import sparsellm
 from sparsellm.calibration.windows import calibration_windows
+from sparsellm.chain.linears import iterate_linears, weight_of
 from sparsellm.chain.open import load_tokenizer
+from sparsellm.chain.structure import find_blocks
 from sparsellm.tuning.full import KeepZeros
 
 RATES = {"full": 1e-4, "lora": 1e-3}  # a low-rank update starts at zero and has further to go
@@ -63,12 +65,7 @@ def tuned(arguments: argparse.Namespace, way: str, windows: Tensor, out: Path) -
     shutil.rmtree(out, ignore_errors=True)
     whole.save_pretrained(out)
     load_tokenizer(arguments.pruned).save_pretrained(out)
-    return {
-        "seconds": seconds,
-        "trained": trained,
-        "same": same_zeros(arguments.pruned, out),
-        **measured(arguments, out),
-    }
+    return {"seconds": seconds, "trained": trained, **measured(arguments, out)}
 
 
 def measured(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
@@ -87,10 +84,11 @@ def measured(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 def same_zeros(first: Path, second: Path) -> bool:
     """Whether every weight that is zero in a linear of the first checkpoint's blocks is zero in the second's."""
-    one, two = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (first, second))
-    after = dict(two.named_parameters())
-    pruned = {name: weight for name, weight in one.named_parameters() if weight.ndim == 2 and bool((weight == 0).any())}
-    return bool(pruned) and all(bool((after[name][weight == 0] == 0).all()) for name, weight in pruned.items())
+    model, other = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (first, second))
+    name, blocks = find_blocks(model)
+    before = {linear_name: weight_of(linear) for linear_name, linear in iterate_linears(blocks, name)}
+    after = {linear_name: weight_of(other.get_submodule(linear_name)) for linear_name in before}
+    return all(bool((after[linear][weight == 0] == 0).all()) for linear, weight in before.items())
 
 
 def main() -> None:
@@ -136,7 +134,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, row in rows.items():
         trained = f"{row['trained']:,} | {row['seconds']:.0f}" if "trained" in row else " | "
-        same = ("yes" if row["same"] else "NO") if "same" in row else ""
+        same = "" if name == "pruned" else "yes" if same_zeros(arguments.pruned, arguments.out / name) else "NO"
         print(f"| {name} | {trained} | {row['perplexity']:.2f} | {row['zeros']:,} of {row['weights']:,} | {same} |")
 
 
