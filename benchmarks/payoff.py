@@ -75,7 +75,11 @@ def prune_at_random(model: nn.Module, sparsity: float) -> None:
 
 def speeds(arguments: argparse.Namespace) -> None:
     print(f"Llama of 1.1B's shape, {arguments.layers} layers; {conditions(arguments.threads)}.")
-    print(f"Prompt {arguments.prompt_tokens}, {arguments.new_tokens} tokens decoded, {arguments.repeats} rounds.\n")
+    clock = "processor" if arguments.cpu_seconds else "wall-clock"
+    print(
+        f"Prompt {arguments.prompt_tokens}, {arguments.new_tokens} tokens decoded, {arguments.repeats} rounds, "
+        f"{clock} time.\n"
+    )
     print(
         "| sparsity | model | MB on disk | MB in memory | linears / dense bf16 | prefill tokens/s | decode tokens/s "
         "| × bf16 | × fp32 | bar |\n|---|---|---|---|---|---|---|---|---|---|"
@@ -98,19 +102,20 @@ def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> l
         "fp32": AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32),
     }
     models.update(quantised(folder / "dense"))
-    packed = []
     for values in arguments.values:
         name = f"packed {values}"
         sparsellm.pack(folder / "dense", out=folder / values, values=values)
         sizes[name] = disk(folder / values)
         models[name] = sparsellm.load(folder / values)
-        packed.append(name)
+        if arguments.fp32:
+            models[f"{name}, fp32 activations"] = sparsellm.load(folder / values, dtype="float32")
     found = measure(
         models,
         threads=[arguments.threads],
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.new_tokens,
         repeats=arguments.repeats,
+        clock=time.process_time if arguments.cpu_seconds else time.perf_counter,
     )
     rates = {(speed.model, speed.phase): speed for speed in found}
     linear_bytes = resident_bytes(models["bf16"], linears_only=True)
@@ -124,7 +129,7 @@ def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> l
         lines.append(
             f"| {sparsity:.0%} | {name} | {on_disk} | {resident_bytes(model) / 1e6:.0f} | {share:.3f} "
             f"| {rates[name, 'prefill'].median:.1f} | {decode.median:.2f}{spread} | {ratios[0]:.2f} | {ratios[1]:.2f} "
-            f"| {bar(sparsity, share, min(ratios)) if name == 'packed keep' else ''} |"
+            f"| {bar(sparsity, share, min(ratios)) if name.startswith('packed keep') else ''} |"
         )
     return lines
 
@@ -173,11 +178,16 @@ def text(directory: Path, tokens: int) -> None:
 
 
 def kernel(arguments: argparse.Namespace) -> None:
-    """One linear, 11008 × 4096 bf16, batch 1: time, and the bytes it reads by the speed of a memory copy."""
+    """One linear, 11008 × 4096 bf16, batch 1: time, and the bytes it reads by the speed of a memory copy.
+
+    A copy reads each byte and writes it: `of copy` is against the bytes copied, `of traffic` against twice those.
+    """
     torch.set_num_threads(arguments.threads)
     print(f"One linear 11008 × 4096, bf16, batch 1; {conditions(arguments.threads)}.\n")
-    print("| sparsity | dense bf16 (ms) | packed (ms) | × | packed GB/s | share of a copy's bandwidth |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| sparsity | dense bf16 (ms) | packed (ms) | × | packed GB/s | dense GB/s | copy GB/s | of copy | of traffic |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     block = torch.empty(1 << 28, dtype=torch.uint8)
     target = torch.empty_like(block)
     for sparsity in arguments.sparsities:
@@ -199,11 +209,12 @@ def kernel(arguments: argparse.Namespace) -> None:
                 task()
                 taken[name].append(time.perf_counter() - start)
         median = {name: statistics.median(values[1:]) for name, values in taken.items()}
-        bandwidth = packed.nbytes / median["packed"]
-        copy = 2 * block.numel() / median["copy"]  # every byte is read and written
+        bandwidth, dense = packed.nbytes / median["packed"], 2 * weight.numel() / median["dense"]
+        copy = block.numel() / median["copy"]
         print(
             f"| {sparsity:.0%} | {1e3 * median['dense']:.2f} | {1e3 * median['packed']:.2f} "
-            f"| {median['dense'] / median['packed']:.2f} | {bandwidth / 1e9:.1f} | {bandwidth / copy:.0%} |",
+            f"| {median['dense'] / median['packed']:.2f} | {bandwidth / 1e9:.1f} | {dense / 1e9:.1f} "
+            f"| {copy / 1e9:.1f} | {bandwidth / copy:.0%} | {bandwidth / copy / 2:.0%} |",
             flush=True,
         )
 
@@ -226,7 +237,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.9])
     parser.add_argument("--values", nargs="+", default=["keep"], help="value types to pack in")
+    parser.add_argument("--fp32", action="store_true", help="packed with activations in fp32 too")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-seconds", action="store_true", help="processor time: one thread on a shared machine")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)

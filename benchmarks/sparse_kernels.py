@@ -1,11 +1,13 @@
 """How fast the kernels on packed weights are, beside a dense product and a copy of memory.
 
-    python benchmarks/kernels.py [--threads 1] [--tokens 1 4 16] [--values bf16] [--kernel NAME]
+    python benchmarks/sparse_kernels.py [--threads 1] [--tokens 1 4 16 128] [--values bf16] [--kernel NAME]
+        [--shapes 11008x4096 5632x2048] [--sparsities 0.5 0.6 0.7 0.8]
 
 For every shape and sparsity, dense, packed and copy take turns, so that all three meet the same machine. Weights take
 turns too, enough of them that none is still in the second-level cache when it is used again. Two rates of the packed
 product follow: its bytes (mask, values, offsets, scales) over its time, and the same as a share of the copy's. A copy
-moves each byte twice, in and out; ``of copy`` is against the bytes copied, ``of traffic`` against twice those.
+moves each byte twice, in and out; ``of copy`` is against the bytes copied, ``of traffic`` against twice those. It is
+made of pieces about as long as a product, so that what interrupts one is as likely to spare the other.
 Shortest of all rounds, since what else the machine does can only add; the median is in brackets.
 """
 
@@ -21,11 +23,13 @@ from collections.abc import Callable
 import torch
 
 from sparsellm.runtime import native
-from sparsellm.runtime.packed import VALUE_TYPES, PackedWeight, pack
+from sparsellm.runtime.packed import FLOAT_TYPES, VALUE_TYPES, PackedWeight, pack
+from sparsellm.runtime.packed_linear import multiply
 
 SHAPES = ((11008, 4096), (5632, 2048))
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 COPIED = 256 << 20  # bytes
+PIECE = 16 << 20  # bytes of it that are copied at once
 HELD = 200 << 20  # bytes of weights that take turns
 
 
@@ -60,40 +64,56 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--values", nargs="+", default=["bf16"], choices=VALUE_TYPES)
     parser.add_argument("--kernel", default=None, help="an instruction set; the best one if not given")
+    parser.add_argument("--activations", default="bf16", choices=FLOAT_TYPES, help="of the dense weight too")
+    parser.add_argument("--shapes", nargs="+", default=[f"{out}x{columns}" for out, columns in SHAPES])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"kernel {options.kernel or native.available()}, {options.threads} threads, bf16 activations")
+    print(
+        f"kernel {options.kernel or native.available()}, {options.threads} threads, {options.activations} activations"
+    )
+    dtype = FLOAT_TYPES[options.activations]
+    shapes = [tuple(int(side) for side in shape.split("x")) for shape in options.shapes]
     source, target = torch.ones(COPIED, dtype=torch.uint8), torch.zeros(COPIED, dtype=torch.uint8)
-    print("| shape | values | sparsity | tokens | dense bf16 ms | packed ms | faster | GB/s | of copy | of traffic |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for (out, columns), value_type, sparsity in itertools.product(SHAPES, options.values, SPARSITIES):
+    pieces = itertools.cycle(list(zip(target.split(PIECE), source.split(PIECE), strict=True)))
+    print(
+        "| shape | values | sparsity | tokens | dense ms | packed ms | faster | GB/s | dense GB/s | copy GB/s "
+        "| of copy | of traffic |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for (out, columns), value_type, sparsity in itertools.product(shapes, options.values, options.sparsities):
         first = random_weight(out, columns, sparsity, value_type)
         size = first.nbytes
         packed = [copy_of(first) for _ in range(max(2, HELD // size))]
-        dense = [torch.randn(out, columns).bfloat16() for _ in range(max(2, HELD // (2 * out * columns)))]
+        dense = [torch.randn(out, columns).to(dtype) for _ in range(max(2, HELD // (dtype.itemsize * out * columns)))]
         for tokens in options.tokens:
-            x = torch.randn(tokens, columns).bfloat16()
+            x = torch.randn(tokens, columns).to(dtype)
             turns, dense_turns = itertools.cycle(packed), itertools.cycle(dense)
 
             def run_dense(x: torch.Tensor = x, turns: itertools.cycle[torch.Tensor] = dense_turns) -> None:
                 torch.nn.functional.linear(x, next(turns))
 
             def run_packed(x: torch.Tensor = x, turns: itertools.cycle[PackedWeight] = turns) -> None:
-                native.multiply(next(turns), x, kernel=options.kernel)
+                if len(x) > native.MAX_TOKENS:  # no kernel's work: unpacked tile by tile
+                    multiply(next(turns), x)
+                else:
+                    native.multiply(next(turns), x, kernel=options.kernel)
 
             def run_copy() -> None:
-                target.copy_(source)
+                to, piece = next(pieces)
+                to.copy_(piece)
 
             interleaved([run_dense, run_packed, run_copy], 3)
             times = interleaved([run_dense, run_packed, run_copy], options.rounds)
             slow, fast, copy = (min(each) for each in times)
             usual = [f"{statistics.median(each) * 1e3:.2f}" for each in times]
-            rate, copied = size / fast, COPIED / copy
+            rate, copied = size / fast, PIECE / copy
             print(
                 f"| {out} × {columns} | {value_type} | {sparsity:.0%} | {tokens} | {slow * 1e3:.2f} ({usual[0]}) "
-                f"| {fast * 1e3:.2f} ({usual[1]}) | {slow / fast:.2f} × | {rate / 1e9:.1f} | {rate / copied:.0%} "
+                f"| {fast * 1e3:.2f} ({usual[1]}) | {slow / fast:.2f} × | {rate / 1e9:.1f} "
+                f"| {dtype.itemsize * out * columns / slow / 1e9:.1f} | {copied / 1e9:.1f} | {rate / copied:.0%} "
                 f"| {rate / copied / 2:.0%} |",
                 flush=True,
             )

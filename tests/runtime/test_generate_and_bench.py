@@ -95,6 +95,15 @@ def test_models_take_turns_and_do_the_same_work(monkeypatch: pytest.MonkeyPatch)
     assert all(0 < speed.slowest <= speed.median <= speed.fastest < math.inf for speed in found)
 
 
+def test_speeds_are_tokens_by_the_given_clock() -> None:
+    """Three readings a run: before the prompt, after it, and after the decoding."""
+    readings = (10.0 * reading * reading for reading in range(100))  # 0, 10, 40 of the warm-up; 90, 160, 250 of the run
+    found = measure(
+        {"a": tiny_llama()}, batches=[2], prompt_tokens=7, new_tokens=3, repeats=1, clock=lambda: next(readings)
+    )
+    assert {speed.phase: speed.median for speed in found} == {"prefill": 2 * 7 / 70, "decode": 2 * 3 / 90}
+
+
 def test_the_verdict_is_plain() -> None:
     def speeds(packed: float) -> list[Speed]:
         return [

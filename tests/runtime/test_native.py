@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sparsellm.errors import KernelError
 from sparsellm.runtime import native
+from sparsellm.runtime.packed import pack
 from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, random_weight
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason=native.reason())
@@ -78,6 +79,25 @@ def test_rows_are_unpacked_exactly(
     native.unpack_rows(packed, first, last, rows, kernel=kernel)
     # A code times its scale is rounded to fp32 first, then to the type asked for; all else is exact.
     assert torch.equal(rows, dense[first:last].float().to(dtype))
+
+
+@every_kernel
+@pytest.mark.parametrize("value_type", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_rows_are_converted_as_torch_does(kernel: str, value_type: str, dtype: torch.dtype) -> None:
+    """Ties, subnormal numbers, overflow, infinities and NaN, in rows long enough for every loop."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
+    numbers = (bits << 16 | torch.tensor([0, 0x7FFF, 0x8000, 0x8001]).repeat(1 << 14).int()).view(torch.float32)
+    dense = numbers.to(FLOATS[value_type]).view(64, 1024)
+    kept = dense != 0
+    packed = pack(kept.to(dense.dtype), layout="bitmask")
+    assert packed is not None
+    packed = dataclasses.replace(packed, values=dense[kept])
+    rows = torch.empty(64, 1024, dtype=dtype)
+    native.unpack_rows(packed, 0, 64, rows, kernel=kernel)
+    wanted = torch.where(kept, dense, 0).to(dtype)
+    assert torch.equal(rows.isnan(), wanted.isnan())
+    assert torch.equal(rows.nan_to_num(7.0), wanted.nan_to_num(7.0))
 
 
 @every_kernel

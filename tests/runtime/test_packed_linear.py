@@ -50,10 +50,10 @@ def test_product_is_that_of_the_dense_weight(values: str, tokens: int, dtype: to
 
 
 @pytest.mark.usefixtures("without_kernels")
-@pytest.mark.parametrize("tile", [1, 130 * 7, 1 << 20])
+@pytest.mark.parametrize("tile", [1, 130 * 7, 130 * 100, 1 << 20])
 def test_tiles_do_not_change_the_product(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_linear, "TILE", tile)
-    weight = sparse_weight(48, 130, 0.6)
+    weight = sparse_weight(148, 130, 0.6)
     x = torch.randn(20, 130)
     assert torch.allclose(multiply(packed_of(weight), x), x @ weight.t(), atol=1e-5)
 

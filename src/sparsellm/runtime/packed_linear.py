@@ -21,7 +21,8 @@ from sparsellm.errors import SparseLLMError, StorageError
 from sparsellm.runtime.packed import FLOAT_TYPES, PackedWeight, as_bitmask, unpack, unpack_rows, validate
 
 SMALL_BATCH = 16  # tokens; the most that the kernels on packed weights take
-TILE = 1 << 19  # weights unpacked at once: 1 MB in bf16, which leaves room in the second-level cache of one core
+TILE = 1 << 20  # weights unpacked at once: a product by fewer rows is slower, in long rows by more than unpacking takes
+ROWS = 64  # a tile has a multiple of so many rows, as products in vectors and blocks like it
 
 PACKED_BUFFERS = ("weight_mask", "weight_values", "weight_offsets", "weight_scales")
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
@@ -64,6 +65,8 @@ def _kernels(device: str) -> ModuleType | None:
 def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., Any] | None) -> Tensor:
     out, columns = packed.shape
     rows = max(1, min(out, TILE // columns))
+    if rows > ROWS:
+        rows -= rows % ROWS
     y = x.new_empty(len(x), out)
     buffer = x.new_empty(rows, columns) if unpack_tile is not None else None
     for first in range(0, out, rows):

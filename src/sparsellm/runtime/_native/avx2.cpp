@@ -19,6 +19,7 @@ constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline float total(Vector v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -33,30 +34,25 @@ inline __m128i eight_halves(uint64_t bits, const uint8_t* values) {
   return _mm_shuffle_epi8(load16(values), load16(kLookup.halves[bits & 255]));
 }
 
-// Sixteen halves; a shuffle of both 128-bit lanes at once.
-inline __m256i sixteen_halves(uint64_t bits, const uint8_t* values) {
-  const uint64_t low = bits & 255, high = bits >> 8 & 255;
-  const uint8_t* second = values + 2 * __builtin_popcount(static_cast<unsigned>(low));
-  const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(load16(values)), load16(second), 1);
-  const __m256i order =
-      _mm256_inserti128_si256(_mm256_castsi128_si256(load16(kLookup.halves[low])), load16(kLookup.halves[high]), 1);
-  return _mm256_shuffle_epi8(both, order);
-}
-
-// Even columns in the low, odd columns in the high half of each 32-bit lane.
+// Even columns in the low, odd columns in the high half of each 32-bit lane. The lookup's offsets are cut out of the
+// mask in place: sixteen bytes an entry, so a byte of the mask is wanted four bits further up.
 struct Bf16 {
-  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2;
-  static constexpr uint64_t kAll = 0xffffu;
-  static int64_t bytes(int64_t n) { return 2 * n; }
-  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    const __m256i pairs = sixteen_halves(bits, values);
+  static constexpr int kColumns = 16, kRowsOfOne = 1, kRowsOfTwo = 1, kRowsOfFour = 1, kChains = 2;
+  static const uint8_t* take(uint64_t word, int step, const uint8_t* values, Vector* out) {
+    const uint64_t low = (step == 0 ? word << 4 : word >> (16 * step - 4)) & 0xff0;
+    const uint64_t high = word >> (16 * step + 4) & 0xff0;
+    const uint8_t* second = values + 2 * __builtin_popcountll(low);
+    const __m128i halves[2] = {_mm_shuffle_epi8(load16(values), load16(kLookup.halves[0] + low)),
+                               _mm_shuffle_epi8(load16(second), load16(kLookup.halves[0] + high))};
+    const __m256i pairs = _mm256_inserti128_si256(_mm256_castsi128_si256(halves[0]), halves[1], 1);
     out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
     out[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+    return second + 2 * __builtin_popcountll(high);
   }
 };
 
 struct Fp16 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2;
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1;
   static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
@@ -73,7 +69,7 @@ inline __m256i eight_words(uint64_t bits, const uint8_t* values) {
 }
 
 struct Fp32 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2;
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1;
   static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return 4 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
@@ -82,12 +78,12 @@ struct Fp32 {
 };
 
 struct Int8 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2;
-  static constexpr uint64_t kAll = 0xffu;
-  static int64_t bytes(int64_t n) { return n; }
-  static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    const __m128i spread = _mm_shuffle_epi8(load8(values), load8(kLookup.bytes[bits & 255]));
+  static constexpr int kColumns = 8, kRowsOfOne = 1, kRowsOfTwo = 1, kRowsOfFour = 1, kChains = 2;
+  static const uint8_t* take(uint64_t word, int step, const uint8_t* values, Vector* out) {
+    const uint64_t some = (step == 0 ? word << 3 : word >> (8 * step - 3)) & 0x7f8;
+    const __m128i spread = _mm_shuffle_epi8(load8(values), load8(kLookup.bytes[0] + some));
     out[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(spread));
+    return values + __builtin_popcountll(some);
   }
 };
 

@@ -16,7 +16,7 @@ inline __m256i sixteen_halves(const uint8_t* values) {
 }
 
 struct Bf16 {
-  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
@@ -27,7 +27,7 @@ struct Bf16 {
 };
 
 struct Fp16 {
-  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
@@ -36,7 +36,7 @@ struct Fp16 {
 };
 
 struct Int8 {
-  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffffu;
   static int64_t bytes(int64_t n) { return n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {

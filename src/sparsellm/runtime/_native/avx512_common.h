@@ -7,6 +7,7 @@ constexpr int kPrefetchSteps = 2;
 
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
+inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
 
@@ -16,7 +17,7 @@ inline bool cpu_has_avx512() {
 }
 
 struct Fp32 {
-  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 16, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffffu;
   static int64_t bytes(int64_t n) { return 4 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {

@@ -14,7 +14,7 @@ namespace {
 // Expanded halves: even columns in the low half of each 32-bit lane, odd columns in the high half. bf16 is fp32 without
 // its low half, so a shift and a mask make two vectors of fp32, with no use of the port that expands.
 struct Bf16 {
-  static constexpr int kColumns = 32, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 32, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffffffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
@@ -27,7 +27,7 @@ struct Bf16 {
 // The exponent and mantissa of a half, moved into those of an fp32, are the number times 2^-112 (subnormals too). The
 // factor is made up for by 2^56 on x and 2^56 on the sum: cheaper than converting, which needs the expanding port.
 struct Fp16 {
-  static constexpr int kColumns = 32, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 32, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffffffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
@@ -40,7 +40,7 @@ struct Fp16 {
 
 // Four columns in each 32-bit lane, taken out by shifts.
 struct Int8 {
-  static constexpr int kColumns = 64, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2;
+  static constexpr int kColumns = 64, kRowsOfOne = 4, kRowsOfTwo = 2, kRowsOfFour = 2, kChains = 1;
   static constexpr uint64_t kAll = ~uint64_t{0};
   static int64_t bytes(int64_t n) { return n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {

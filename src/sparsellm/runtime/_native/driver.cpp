@@ -28,17 +28,40 @@ int64_t bytes_of(ValueType type, int64_t values) {
   }
 }
 
-float read_number(ValueType kind, const void* from, int64_t index) {
-  if (kind == kFp32) return static_cast<const float*>(from)[index];
-  const uint16_t half = static_cast<const uint16_t*>(from)[index];
-  return kind == kBf16 ? bf16_to_fp32(half) : fp16_to_fp32(half);
-}
-
 void write_number(ValueType kind, void* to, int64_t index, float value) {
   if (kind == kFp32) {
     static_cast<float*>(to)[index] = value;
   } else {
     static_cast<uint16_t*>(to)[index] = kind == kBf16 ? fp32_to_bf16(value) : fp32_to_fp16(value);
+  }
+}
+
+// Numbers of one floating type to another. The types are looked at once, so that the loops can be vectorised.
+template <class Read>
+void convert(const Read& read, ValueType kind, int64_t count, void* to) {
+  if (kind == kFp32) {
+    float* out = static_cast<float*>(to);
+    for (int64_t i = 0; i < count; ++i) out[i] = read(i);
+  } else {
+    uint16_t* out = static_cast<uint16_t*>(to);
+    if (kind == kBf16) {
+      for (int64_t i = 0; i < count; ++i) out[i] = fp32_to_bf16(read(i));
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] = fp32_to_fp16(read(i));
+    }
+  }
+}
+
+void convert(ValueType type, const void* from, ValueType kind, int64_t count, void* to) {
+  if (type == kFp32) {
+    const float* numbers = static_cast<const float*>(from);
+    convert([=](int64_t i) { return numbers[i]; }, kind, count, to);
+  } else if (type == kBf16) {
+    const uint16_t* numbers = static_cast<const uint16_t*>(from);
+    convert([=](int64_t i) { return bf16_to_fp32(numbers[i]); }, kind, count, to);
+  } else {
+    const uint16_t* numbers = static_cast<const uint16_t*>(from);
+    convert([=](int64_t i) { return fp16_to_fp32(numbers[i]); }, kind, count, to);
   }
 }
 
@@ -253,7 +276,7 @@ void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first,
         }
         source = decoded;
         if (type != kind) {
-          for (int64_t i = 0; i < count; ++i) write_number(kind, values, i, read_number(type, numbers, i));
+          convert(type, numbers, kind, count, values);
           source = values;
         }
       }

@@ -16,6 +16,7 @@ constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return vdupq_n_f32(0); }
 inline Vector load(const float* from) { return vld1q_f32(from); }
+inline Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 inline float total(Vector v) { return vaddvq_f32(v); }
 
@@ -29,7 +30,7 @@ inline uint32x4_t four_words(uint64_t bits, const uint8_t* values) {
 }
 
 struct Bf16 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
@@ -40,7 +41,7 @@ struct Bf16 {
 };
 
 struct Fp16 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
@@ -51,7 +52,7 @@ struct Fp16 {
 };
 
 struct Fp32 {
-  static constexpr int kColumns = 4, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 4, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xfu;
   static int64_t bytes(int64_t n) { return 4 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
@@ -60,7 +61,7 @@ struct Fp32 {
 };
 
 struct Int8 {
-  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4;
+  static constexpr int kColumns = 8, kRowsOfOne = 4, kRowsOfTwo = 4, kRowsOfFour = 4, kChains = 1;
   static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {

@@ -23,8 +23,8 @@ inline float bf16_to_fp32(uint16_t value) { return from_bits(static_cast<uint32_
 // Round to nearest, ties to even; NaN stays NaN.
 inline uint16_t fp32_to_bf16(float value) {
   const uint32_t bits = to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 inline float fp16_to_fp32(uint16_t value) {

@@ -1,23 +1,42 @@
 // The loop that all vector kernels share. An instruction set includes this inside its own anonymous namespace (and its
 // own target attributes) after defining, for its vector type `Vector` of kLanes floats:
-//   zero(), load(const float*), multiply_add(a, b, c) = a * b + c, total(v)
+//   zero(), load(const float*), add(a, b), multiply_add(a, b, c) = a * b + c, total(v)
 // and one class for each value type with
 //   kColumns  columns expanded at once (a divisor of 64), as kColumns / kLanes vectors
 //   expand(bits, values, out)  the next popcount(bits) values spread over the columns whose bits are set
 //   bytes(n)  storage of n values
+//   kChains  accumulators of a sum, which take turns: with few rows at once, a single one would wait for itself
+// or, where the bits are better cut out of the mask word in its own way,
+//   take(word, step, values, out)  the same for step `step` of the word; returns where the values after these begin
+
+template <class Values>
+inline __attribute__((always_inline)) auto next(uint64_t word, int step, const uint8_t* values, Vector* out, int)
+    -> decltype(Values::take(word, step, values, out)) {
+  return Values::take(word, step, values, out);
+}
+
+template <class Values>
+inline __attribute__((always_inline)) const uint8_t* next(uint64_t word, int step, const uint8_t* values, Vector* out,
+                                                          long) {
+  const uint64_t some = Values::kColumns == 64 ? word : (word >> (step * Values::kColumns)) & Values::kAll;
+  Values::expand(some, values, out);
+  return values + Values::bytes(__builtin_popcountll(some));
+}
 
 template <class Values, int R, int T>
 inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x, int64_t pitch, int tokens,
                                                 float* sums) {
   constexpr int kVectors = Values::kColumns / kLanes;
   constexpr int kSteps = 64 / Values::kColumns;
-  Vector accumulators[R][T];
+  Vector accumulators[R][T][Values::kChains];
   const uint8_t* values[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     values[r] = rows.values[r];
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) accumulators[r][t] = zero();
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int chain = 0; chain < Values::kChains; ++chain) accumulators[r][t][chain] = zero();
   }
   for (int64_t word = 0; word < rows.words; ++word) {
     uint64_t bits[R];
@@ -31,10 +50,8 @@ inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x
       Vector weights[R][kVectors];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const uint64_t some = kSteps == 1 ? bits[r] : (bits[r] >> (step * Values::kColumns)) & Values::kAll;
-        Values::expand(some, values[r], weights[r]);
         if (step % kPrefetchSteps == 0) __builtin_prefetch(values[r] + rows.values_ahead[r], 0, kLocality);
-        values[r] += Values::bytes(__builtin_popcountll(some));
+        values[r] = next<Values>(bits[r], step, values[r], weights[r], 0);
       }
       const float* at = x + 64 * word + step * Values::kColumns;
 #pragma GCC unroll 16
@@ -43,8 +60,10 @@ inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x
         for (int v = 0; v < kVectors; ++v) {
           const Vector activation = load(at + t * pitch + v * kLanes);
 #pragma GCC unroll 16
-          for (int r = 0; r < R; ++r)
-            accumulators[r][t] = multiply_add(weights[r][v], activation, accumulators[r][t]);
+          for (int r = 0; r < R; ++r) {
+            Vector& accumulator = accumulators[r][t][(step * kVectors + v) % Values::kChains];
+            accumulator = multiply_add(weights[r][v], activation, accumulator);
+          }
         }
       }
     }
@@ -52,7 +71,11 @@ inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) sums[r * tokens + t] = total(accumulators[r][t]);
+    for (int t = 0; t < T; ++t) {
+      Vector sum = accumulators[r][t][0];
+      if (Values::kChains == 2) sum = add(sum, accumulators[r][t][Values::kChains - 1]);
+      sums[r * tokens + t] = total(sum);
+    }
   }
 }
 

@@ -1,0 +1,262 @@
+"""What else one could run: a model dense, quantised by others, and pruned and packed; one table.
+
+    pip install 'sparsellm[bench,instead]'
+    python benchmarks/instead.py --text wikitext2:wikitext2-raw-test.txt --pruned 0.5=DIR 0.7=DIR [--threads 1]
+
+Every form is of the same weights: the dense model, its linears in torchao's int8 and int4 for weights, llama.cpp's Q8_0
+and Q4_0 (made by llama.cpp from the model's GGUF file), and checkpoints pruned by `sparsellm prune`, packed with each
+type of value. Speeds are of one sequence, a token at a time; the forms take turns, and medians are printed. Perplexity
+is of the same windows of token ids for all, llama.cpp's from its own logits. Activations are fp32 (llama.cpp chooses
+its own), except for the speed of the row that is bf16 throughout. Perplexities are kept in a file: stop it, and run it
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from quality import OUT, Cells, cpu_name
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import sparsellm
+from sparsellm.calibration.windows import evaluation_windows
+from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+from sparsellm.chain.structure import find_blocks
+from sparsellm.demo_model import demo_gguf
+from sparsellm.evaluation.perplexity import nll_from_logits, perplexity
+from sparsellm.runtime.bench import one_run
+from sparsellm.runtime.packed_linear import PackedLinear, kernel_name
+
+CLOCKS: tuple[Callable[[], float], ...] = (time.perf_counter, time.process_time)
+VALUES = ("keep", "bf16", "int8", "int4")
+
+
+@dataclass
+class Form:
+    """A model in one form: bytes of its linears and of everything, and what is measured when it is called."""
+
+    linear_bytes: int
+    all_bytes: int
+    decode: Callable[[int, int, bool], float]  # (prompt tokens, new tokens, processor's or not) → seconds
+    score: Callable[[Tensor], float]  # windows → perplexity
+
+
+def stored(tensors: list[Tensor]) -> int:
+    """Bytes of tensors as they stand in memory; of torchao's, the bytes of what they are made of."""
+    total = 0
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        names = getattr(tensor, "tensor_data_names", None)
+        parts = [tensor] if names is None else [getattr(tensor, name) for name in names]
+        total += sum(part.numel() * part.element_size() for part in parts)
+    return total
+
+
+def of_transformers(model: PreTrainedModel, score_as: PreTrainedModel | None = None) -> Form:
+    """A model of transformers; ``score_as`` has the same weights and computes the perplexity."""
+    weights = [
+        tensor
+        for blocks in model.modules()
+        if isinstance(blocks, nn.ModuleList)
+        for module in blocks.modules()
+        if isinstance(module, (nn.Linear, PackedLinear))
+        for tensor in (*module.parameters(), *module.buffers())
+    ]
+    return Form(
+        stored(weights),
+        stored([*model.parameters(), *model.buffers()]),
+        lambda prompt, new, cpu_seconds: one_run(model, 1, prompt, new, CLOCKS[cpu_seconds])[1],
+        lambda windows: perplexity(score_as or model, windows).value,
+    )
+
+
+def dense(directory: Path, dtype: torch.dtype) -> Form:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    # Where a CPU has no arithmetic in bf16, a long window takes minutes in it; these are the same weights in fp32.
+    in_fp32 = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).float()
+    return of_transformers(model, in_fp32)
+
+
+def torchao(directory: Path, bits: int) -> Form:
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    config = Int8WeightOnlyConfig() if bits == 8 else PrototypeInt4WeightOnlyConfig(group_size=32)
+    quantize_(find_blocks(model)[1], config)
+    if bits == 8:
+        return of_transformers(model)
+    # Long windows take many minutes in torchao's int4 on a CPU without AVX-512; these are the weights it multiplies by.
+    in_fp32 = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    replaced = 0
+    with torch.no_grad():
+        for plain, linear in zip(in_fp32.modules(), model.modules(), strict=True):
+            scales: Any = getattr(getattr(linear, "weight", None), "scale_and_zero", None)
+            if scales is not None:
+                weight: Any = plain.weight
+                weight.copy_(rounded(weight, scales))
+                replaced += 1
+    if not replaced:
+        raise RuntimeError("torchao keeps its int4 scales elsewhere in this release: its weights cannot be scored")
+    return of_transformers(model, in_fp32)
+
+
+def rounded(weight: Tensor, scale_and_zero: Tensor) -> Tensor:
+    """A weight ``(out, in)`` in torchao's int4, (code - 8) · scale + zero; scales, zeros ``(groups, out, 2)``."""
+    groups = len(scale_and_zero)
+    scale, zero = scale_and_zero.transpose(0, 1).unsqueeze(2).unbind(-1)  # (out, groups, 1)
+    codes = ((weight.view(len(weight), groups, -1) - zero) / scale + 8).round().clamp(0, 15)
+    return ((codes - 8) * scale + zero).view_as(weight)
+
+
+def packed(directory: Path, values: str, out: Path) -> Form:
+    if not out.is_dir():
+        sparsellm.pack(directory, out=out, values=values)
+    return of_transformers(sparsellm.load(out, dtype="float32"))
+
+
+def llama_cpp(source: Path, kind: str, out: Path, threads: int, window: int) -> Form:
+    import llama_cpp
+    from llama_cpp import Llama
+
+    if kind == "as shipped":
+        path = source
+    else:
+        path = out / f"{source.stem}.{kind}.gguf"
+        if not path.is_file():
+            settings = llama_cpp.llama_model_quantize_default_params()
+            settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+            settings.allow_requantize = True  # from the model's own values, which are what every other row starts from
+            settings.nthread = threads
+            if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(settings)) != 0:
+                raise RuntimeError(f"llama.cpp could not quantise {source} to {kind}")
+    model = Llama(
+        str(path), n_ctx=window, n_batch=window, n_threads=threads, n_threads_batch=threads, logits_all=True,
+        verbose=False,
+    )  # fmt: skip
+
+    def decode(prompt: int, new: int, cpu_seconds: bool) -> float:
+        clock = CLOCKS[cpu_seconds]
+        model.reset()
+        model.eval(torch.randint(model.n_vocab(), (prompt,), generator=torch.Generator().manual_seed(0)).tolist())
+        start = clock()
+        for _ in range(new):
+            model.eval([int(model.scores[model.n_tokens - 1].argmax())])
+        return clock() - start
+
+    def score(windows: Tensor) -> float:
+        total, tokens = 0.0, 0
+        for ids in windows:
+            model.reset()
+            model.eval(ids.tolist())
+            nll, count = nll_from_logits(torch.from_numpy(model.scores[: len(ids)]), ids)
+            total, tokens = total + nll, tokens + count
+        return float(torch.tensor(total / tokens, dtype=torch.float64).exp())
+
+    tensors = GGUFReader(path).tensors
+    linears = [tensor for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
+    return Form(
+        sum(int(tensor.n_bytes) for tensor in linears), sum(int(tensor.n_bytes) for tensor in tensors), decode, score
+    )
+
+
+def forms(arguments: argparse.Namespace) -> dict[str, Callable[[], Form]]:
+    directory, out = checkpoint_directory(arguments.model), arguments.out
+    found: dict[str, Callable[[], Form]] = {
+        "dense fp32": partial(dense, directory, torch.float32),
+        "dense bf16": partial(dense, directory, torch.bfloat16),
+        "torchao int8, weights only": partial(torchao, directory, 8),
+        "torchao int4, weights only, groups of 32": partial(torchao, directory, 4),
+    }
+    source = demo_gguf() if arguments.model == "demo" else Path(arguments.model)
+    if source.suffix == ".gguf":
+        for kind in ("as shipped", "Q8_0", "Q4_0"):
+            name = source.suffixes[-2].lstrip(".") + " " + kind if kind == "as shipped" else kind
+            found[f"llama.cpp {name}"] = partial(llama_cpp, source, kind, out, arguments.threads, arguments.window)
+    for pruned in arguments.pruned:
+        sparsity, _, where = pruned.partition("=")
+        for values in arguments.values:
+            path = out / f"packed-{sparsity}-{values}"
+            found[f"packed {float(sparsity):.0%}, {values}"] = partial(packed, Path(where), values, path)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="what perplexity is measured on")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--pruned", nargs="*", default=[], metavar="SPARSITY=DIR", help="checkpoints to pack")
+    parser.add_argument("--values", nargs="+", default=VALUES)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-seconds", action="store_true", help="processor time: one thread on a shared machine")
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out rows whose name begins so")
+    parser.add_argument("--out", type=Path, default=OUT / "instead", help="for packed and quantised files")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after a perplexity when so much time is gone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+
+    tokenizer = load_tokenizer(checkpoint_directory(arguments.model))
+    windows = evaluation_windows(arguments.text, tokenizer, arguments.window, arguments.windows * arguments.window)
+    cells = Cells(arguments.out / "perplexity.json")
+    conditions = f"{arguments.model}/{Path(arguments.text).name}/{len(windows)}x{arguments.window}"
+    rows, missing = {}, {}
+    for name, opened in forms(arguments).items():
+        if any(name.startswith(skipped) for skipped in arguments.skip):
+            continue
+        try:
+            rows[name] = opened()
+        except ImportError as error:
+            missing[name] = str(error)
+    scores = {}
+    for name, form in rows.items():
+        key = f"{conditions}/{name}"
+        if key not in cells.read() and time.perf_counter() - started > 60 * arguments.minutes:
+            raise SystemExit(f"stopped before the perplexity of {name}; run it again to go on")
+        scores[name] = cells.get(key, partial(form.score, windows))
+
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for turn in range(arguments.repeats + 1):
+        for name, form in rows.items():
+            taken = form.decode(arguments.prompt_tokens, arguments.new_tokens, arguments.cpu_seconds)
+            if turn:  # the first round pays for pages and the choice of kernels
+                seconds[name].append(taken)
+
+    print(
+        f"Model {arguments.model}; {Path(arguments.text).name}, {len(windows)} windows of {arguments.window}; decoding "
+        f"{arguments.new_tokens} tokens after {arguments.prompt_tokens}, median of {arguments.repeats} rounds in turns "
+        f"(slowest – fastest), {'processor' if arguments.cpu_seconds else 'wall-clock'} time; {cpu_name()}, "
+        f"{arguments.threads} thread(s), torch {torch.__version__}, kernel "
+        f"{kernel_name()}.\n"
+    )
+    weights = rows["dense fp32"].linear_bytes / 4
+    print("| form | linears (MB) | bits per weight | all weights (MB) | tokens/s | perplexity |")
+    print("|---|---|---|---|---|---|")
+    for name, form in rows.items():
+        rates = [arguments.new_tokens / taken for taken in seconds[name]]
+        print(
+            f"| {name} | {form.linear_bytes / 1e6:.1f} | {8 * form.linear_bytes / weights:.2f} "
+            f"| {form.all_bytes / 1e6:.1f} | {statistics.median(rates):.1f} ({min(rates):.1f} – {max(rates):.1f}) "
+            f"| {scores[name]:.2f} |"
+        )
+    for name, reason in missing.items():
+        print(f"\nno row {name}: {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The scripts behind the tables, on tiny models: that they say what is so. Their times are nobody's business here."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparsellm.runtime.bench import resident_bytes
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models.pruned import prune_tiny
+
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+pytest.importorskip("gensim")
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    model = prune_tiny(tiny_llama())
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5:9] = 0  # type: ignore[operator]  # no zeros that pruning made
+    return save_tiny(model, tiny_tokenizer(), tmp_path / "pruned")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"Line {line} of a text that is neither long nor about anything." for line in range(80)))
+    return str(path)
+
+
+def table(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    """The rows under the heading that a script prints, by their first cell."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_tuning_keeps_zeros_and_says_so(
+    pruned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--train-window", "16", "--window", "16", "--windows", "4", "--steps", "4", "--rate", "0.01")
+    rows = table(
+        "tuning.py", monkeypatch, capsys, str(pruned), "--text", text, "--train", text, *common, "--out", str(tmp_path)
+    )
+    assert rows.keys() == {"pruned", "full", "lora"}
+    for way in ("full", "lora"):
+        _, _, perplexity, zeros, same = rows[way]
+        assert same == "yes"
+        assert zeros == rows["pruned"][3]
+        assert float(perplexity) != float(rows["pruned"][2])
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / way) is not None
+
+
+def test_the_forms_of_a_model_are_counted_and_scored(
+    pruned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--window", "16", "--windows", "4", "--new-tokens", "2", "--prompt-tokens", "3", "--repeats", "1")
+    rows = table(
+        "instead.py", monkeypatch, capsys, "--text", text, "--model", str(pruned), "--pruned", f"0.6={pruned}",
+        *common, "--values", "keep", "int8", "--skip", "torchao", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert rows.keys() == {"dense fp32", "dense bf16", "packed 60%, keep", "packed 60%, int8"}
+    dense = AutoModelForCausalLM.from_pretrained(pruned)
+    megabytes = resident_bytes(dense, linears_only=True) / 1e6
+    assert float(rows["dense fp32"][0]) == pytest.approx(megabytes, abs=0.05)
+    assert [float(rows[name][1]) for name in ("dense fp32", "dense bf16")] == [32, 16]
+    assert float(rows["packed 60%, int8"][1]) < float(rows["packed 60%, keep"][1]) < 16
+    assert float(rows["packed 60%, keep"][4]) == pytest.approx(float(rows["dense fp32"][4]), rel=1e-3)
