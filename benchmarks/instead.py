@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGUFReader
@@ -98,9 +99,10 @@ def torchao(directory: Path, bits: int) -> Form:
     # Long windows take many minutes in torchao's int4 on a CPU without AVX-512; these are the weights it multiplies by.
     in_fp32 = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
-        for plain, linear in zip(in_fp32.modules(), model.modules(), strict=True):
-            if hasattr(getattr(linear, "weight", None), "scale_and_zero"):
-                plain.weight.copy_(rounded(plain.weight, linear.weight.scale_and_zero))
+        quantised: dict[str, Any] = dict(model.named_parameters())
+        for name, weight in in_fp32.named_parameters():
+            if hasattr(quantised[name], "scale_and_zero"):
+                weight.copy_(rounded(weight, quantised[name].scale_and_zero))
     return of_transformers(model, in_fp32)
 
 
