@@ -100,11 +100,10 @@ def torchao(directory: Path, bits: int) -> Form:
     in_fp32 = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     replaced = 0
     with torch.no_grad():
-        for plain, linear in zip(in_fp32.modules(), model.modules(), strict=True):
-            scales: Any = getattr(getattr(linear, "weight", None), "scale_and_zero", None)
-            if scales is not None:
-                weight: Any = plain.weight
-                weight.copy_(rounded(weight, scales))
+        quantised: dict[str, Any] = dict(model.named_parameters())
+        for name, weight in in_fp32.named_parameters():
+            if hasattr(quantised[name], "scale_and_zero"):
+                weight.copy_(rounded(weight, quantised[name].scale_and_zero))
                 replaced += 1
     if not replaced:
         raise RuntimeError("torchao keeps its int4 scales elsewhere in this release: its weights cannot be scored")
