@@ -19,11 +19,6 @@ from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokeni
 Family = Callable[..., PreTrainedModel]
 
 
-@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
-def family(request: pytest.FixtureRequest) -> Family:
-    return request.param
-
-
 def metrics_of(model: PreTrainedModel, survey: Survey) -> dict[int, Tensor]:
     """All Wanda metrics of each block in one vector, with the norm over the tokens as the papers have it."""
     record = Record(model, survey.windows, [linear.name for linear in survey.linears])

@@ -15,14 +15,9 @@ from sparsellm.allocation import ALLOCATIONS, Survey
 from sparsellm.allocation.saliency import BINS, HIGHEST, LOWEST, saliency_histograms
 from sparsellm.allocation.threshold import from_histograms
 from tests.allocation.helpers import Record, bare_survey, survey_of, weight_of, windows
-from tests.models import tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import tiny_llama, tiny_opt
 
 Family = Callable[..., PreTrainedModel]
-
-
-@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
-def family(request: pytest.FixtureRequest) -> Family:
-    return request.param
 
 
 def saliencies(model: PreTrainedModel, survey: Survey) -> dict[str, Tensor]:

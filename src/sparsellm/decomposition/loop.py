@@ -116,18 +116,36 @@ class StoredChunks(Sequence[Chunk]):
         inputs: (tokens, d) for each chunk.
         targets: (tokens, d_out) for each chunk.
         token_weights: (tokens,) for each chunk, or None for equal ones.
-        places: which of them these chunks are, in order; None for all.
     """
 
     def __init__(
-        self,
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        token_weights: Sequence[Tensor] | None = None,
-        places: Sequence[int] | None = None,
+        self, inputs: Sequence[Tensor], targets: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None
     ) -> None:
-        self._parts = (inputs, targets, token_weights)
-        self._places = range(len(inputs)) if places is None else places
+        self._inputs, self._targets, self._weights = inputs, targets, token_weights
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Chunk]: ...
+    def __getitem__(self, index: int | slice) -> Chunk | Sequence[Chunk]:
+        if isinstance(index, slice):
+            return _Chosen([(self, place) for place in range(len(self))[index]])
+        weights = None if self._weights is None else self._weights[index]
+        return Chunk(self._inputs[index], self._targets[index], weights)
+
+
+class _Chosen(Sequence[Chunk]):
+    """Some chunks of some sequences, read when they are asked for.
+
+    Args:
+        places: of each, the sequence that has it and its number there.
+    """
+
+    def __init__(self, places: Sequence[tuple[Sequence[Chunk], int]]) -> None:
+        self._places = places
 
     def __len__(self) -> int:
         return len(self._places)
@@ -135,17 +153,12 @@ class StoredChunks(Sequence[Chunk]):
     @overload
     def __getitem__(self, index: int) -> Chunk: ...
     @overload
-    def __getitem__(self, index: slice) -> StoredChunks: ...
-    def __getitem__(self, index: int | slice) -> Chunk | StoredChunks:
+    def __getitem__(self, index: slice) -> Sequence[Chunk]: ...
+    def __getitem__(self, index: int | slice) -> Chunk | Sequence[Chunk]:
         if isinstance(index, slice):
-            return StoredChunks(*self._parts, self._places[index])
-        inputs, targets, weights = self._parts
-        place = self._places[index]
-        return Chunk(inputs[place], targets[place], None if weights is None else weights[place])
-
-    def of(self, places: Sequence[int]) -> StoredChunks:
-        """Some of them, by their numbers here."""
-        return StoredChunks(*self._parts, [self._places[place] for place in places])
+            return _Chosen(self._places[index])
+        chunks, place = self._places[index]
+        return chunks[place]
 
 
 def split(chunks: Sequence[Chunk], fraction: float = 0.125) -> tuple[Sequence[Chunk], Sequence[Chunk]]:
@@ -163,10 +176,8 @@ def split(chunks: Sequence[Chunk], fraction: float = 0.125) -> tuple[Sequence[Ch
         return [parts[0]], [part for part in parts[1:] if len(part.inputs)]
     count = min(max(round(len(chunks) * fraction), 1 if fraction > 0 else 0), len(chunks) - 1)
     chosen = {(2 * i + 1) * len(chunks) // (2 * count) for i in range(count)}
-    places = [i for i in range(len(chunks)) if i not in chosen], sorted(chosen)
-    if isinstance(chunks, StoredChunks):
-        return chunks.of(places[0]), chunks.of(places[1])
-    return [chunks[i] for i in places[0]], [chunks[i] for i in places[1]]
+    train, held_out = ([(chunks, i) for i in range(len(chunks)) if (i in chosen) is held] for held in (False, True))
+    return _Chosen(train), _Chosen(held_out)
 
 
 def true_error(unit: FeedForward, chunks: Sequence[Chunk]) -> float:
@@ -245,30 +256,9 @@ def prune_feed_forward(
                 gamma=coefficients.gamma * factor,
             )
     if settings.refit != "none" and len(held_out):
-        best = _refit(best, best_iteration, run, _Joined(train, held_out))
+        everything = _Chosen([(part, place) for part in (train, held_out) for place in range(len(part))])
+        best = _refit(best, best_iteration, run, everything)
     return Result(best.unit, best.masks, best_iteration, history)
-
-
-class _Joined(Sequence[Chunk]):
-    """Two sequences one after the other, without reading either."""
-
-    def __init__(self, first: Sequence[Chunk], second: Sequence[Chunk]) -> None:
-        self._parts = first, second
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
-
-    @overload
-    def __getitem__(self, index: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Chunk]: ...
-    def __getitem__(self, index: int | slice) -> Chunk | Sequence[Chunk]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        first, second = self._parts
-        return first[index] if index < len(first) else second[index - len(first)]
 
 
 def _refit(best: _Iterate, best_iteration: int, run: _Run, everything: Sequence[Chunk]) -> _Iterate:

@@ -101,33 +101,26 @@ class SweepState:
         Raises:
             StorageError: the disk is full.
         """
-        parallel.from_main(lambda: self._save(history, best, parameters, moments, last, dict(facts)))
-
-    def _save(
-        self,
-        history: list[dict[str, Any]],
-        best: int,
-        parameters: Callable[[int], Tensor],
-        moments: Callable[[int], Tensor],
-        last: bool,
-        facts: dict[str, Any],
-    ) -> None:
-        assert self._run is not None, "the main process writes"
         number = len(history) - 1
-        with explained(self.folder):
-            self.folder.mkdir(exist_ok=True)
-        for block in range(self.blocks):
-            if best == number or not last:
-                self._write(_parameters(number, block), parameters(block))
-            if not last:
-                self._write(_moments(number, block), moments(block))
-        needed = set(self._files(number, best, last))
-        self._digests = {name: digest for name, digest in self._digests.items() if name in needed}
-        self._run.keep(RECORD, {"history": history, "best": best, "files": self._digests, "facts": facts})
-        with explained(self.folder):
-            for file in self.folder.iterdir():
-                if file.name not in needed:
-                    file.unlink()
+
+        def write() -> None:
+            assert self._run is not None, "the main process writes"
+            with explained(self.folder):
+                self.folder.mkdir(exist_ok=True)
+            for block in range(self.blocks):
+                if best == number or not last:
+                    self._write(_parameters(number, block), parameters(block))
+                if not last:
+                    self._write(_moments(number, block), moments(block))
+            needed = set(self._files(number, best, last))
+            self._digests = {name: digest for name, digest in self._digests.items() if name in needed}
+            self._run.keep(RECORD, {"history": history, "best": best, "files": self._digests, "facts": dict(facts)})
+            with explained(self.folder):
+                for file in self.folder.iterdir():
+                    if file.name not in needed:
+                        file.unlink()
+
+        parallel.from_main(write)
 
     def _files(self, number: int, best: int, last: bool) -> Iterable[str]:
         for block in range(self.blocks):
