@@ -474,6 +474,10 @@ def main() -> None:
         # them now and then aborts the process ("terminate called without an active exception").
         sys.stdout.flush()
         sys.stderr.flush()
+        if code:
+            from sparsellm import parallel
+
+            parallel.await_other_failures()
         os._exit(code)
     if code:
         sys.exit(code)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # A process that dies is noticed at once; this is for one that hangs, and longer than any may wait for another: while
 # the main process writes the calibration text, or tries allocations, alone.
 TIMEOUT = timedelta(hours=12)
+LAST_WORDS = 10.0  # seconds; the others find out at once, but on a busy machine they take a while to end
 CHUNK_ELEMENTS = 1 << 24  # converted to fp64 at a time: 128 MiB
 
 T = TypeVar("T")
@@ -106,8 +108,19 @@ def claims_failure() -> bool:
         return int(os.environ.get("RANK", "0")) == 0 if launched() > 1 else True
     try:
         return int(_failures.add("count", 1)) == 1
-    except RuntimeError:  # whoever kept the count is gone
+    except RuntimeError:  # whoever kept the count was killed, and said nothing
         return True
+
+
+def await_other_failures() -> None:
+    """For a process that has failed, before it ends: it may keep the count that :func:`claims_failure` reads, and the
+    others must read it first. Waits until all have failed, and for :data:`LAST_WORDS` at most: one may have been killed."""
+    if _failures is None or int(os.environ.get("RANK", "0")) != 0:
+        return
+    deadline = time.monotonic() + LAST_WORDS
+    with contextlib.suppress(RuntimeError):
+        while int(_failures.add("count", 0)) < launched() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def own_device(name: str) -> str:
