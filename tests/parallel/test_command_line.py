@@ -23,8 +23,7 @@ import sparsellm
 from sparsellm import Recipe
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
-# Once in several runs on a busy machine, a process of torchrun aborted while it left the interpreter ("terminate called
-# without an active exception"). Until the cause is found these tests are run by hand; test_parallel.py always runs.
+# Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
 pytestmark = pytest.mark.slow
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
