@@ -114,7 +114,7 @@ def claims_failure() -> bool:
 
 def await_other_failures() -> None:
     """For a process that has failed, before it ends: it may keep the count that :func:`claims_failure` reads, and the
-    others must read it first. Waits until all have failed, and for :data:`LAST_WORDS` at most: one may have been killed."""
+    others must read it first. Waits until all have failed, but :data:`LAST_WORDS` at most: one may have been killed."""
     if _failures is None or int(os.environ.get("RANK", "0")) != 0:
         return
     deadline = time.monotonic() + LAST_WORDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -142,3 +143,29 @@ def test_each_process_takes_the_gpu_with_its_number(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(RecipeError, match="process 2 of this machine has no GPU of its own: there are 2"):
         parallel.own_device("cuda")
+
+
+@pytest.fixture
+def two_with_a_count(monkeypatch: pytest.MonkeyPatch) -> Any:
+    store = torch.distributed.HashStore()
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel, "_failures", store)
+    return store
+
+
+def test_who_keeps_the_count_of_failures_ends_after_the_others_asked(two_with_a_count: Any) -> None:
+    assert parallel.claims_failure()
+    second = threading.Timer(0.3, lambda: two_with_a_count.add("count", 1))
+    second.start()
+    parallel.await_other_failures()
+    assert two_with_a_count.add("count", 0) == 2
+    second.join()
+    assert not parallel.claims_failure()
+
+
+def test_it_does_not_wait_for_ever(two_with_a_count: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "LAST_WORDS", 0.1)
+    assert parallel.claims_failure()
+    parallel.await_other_failures()
+    assert two_with_a_count.add("count", 0) == 1
