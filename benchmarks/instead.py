@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader
-from quality import OUT, Cells, cpu_name
-from torch import Tensor, nn
+from measure import cpu_name
+from quality import OUT, Cells
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
@@ -35,8 +37,8 @@ from sparsellm.chain.open import checkpoint_directory, load_tokenizer
 from sparsellm.chain.structure import find_blocks
 from sparsellm.demo_model import demo_gguf
 from sparsellm.evaluation.perplexity import nll_from_logits, perplexity
-from sparsellm.runtime.bench import one_run
-from sparsellm.runtime.packed_linear import PackedLinear, kernel_name
+from sparsellm.runtime.bench import one_run, resident_bytes
+from sparsellm.runtime.packed_linear import kernel_name
 
 CLOCKS: tuple[Callable[[], float], ...] = (time.perf_counter, time.process_time)
 VALUES = ("keep", "bf16", "int8", "int4")
@@ -52,29 +54,11 @@ class Form:
     score: Callable[[Tensor], float]  # windows → perplexity
 
 
-def stored(tensors: list[Tensor]) -> int:
-    """Bytes of tensors as they stand in memory; of torchao's, the bytes of what they are made of."""
-    total = 0
-    for tensor in {id(tensor): tensor for tensor in tensors}.values():
-        names = getattr(tensor, "tensor_data_names", None)
-        parts = [tensor] if names is None else [getattr(tensor, name) for name in names]
-        total += sum(part.numel() * part.element_size() for part in parts)
-    return total
-
-
 def of_transformers(model: PreTrainedModel, score_as: PreTrainedModel | None = None) -> Form:
     """A model of transformers; ``score_as`` has the same weights and computes the perplexity."""
-    weights = [
-        tensor
-        for blocks in model.modules()
-        if isinstance(blocks, nn.ModuleList)
-        for module in blocks.modules()
-        if isinstance(module, (nn.Linear, PackedLinear))
-        for tensor in (*module.parameters(), *module.buffers())
-    ]
     return Form(
-        stored(weights),
-        stored([*model.parameters(), *model.buffers()]),
+        resident_bytes(model, linears_only=True),
+        resident_bytes(model),
         lambda prompt, new, cpu_seconds: one_run(model, 1, prompt, new, CLOCKS[cpu_seconds])[1],
         lambda windows: perplexity(score_as or model, windows).value,
     )
@@ -160,7 +144,7 @@ def llama_cpp(source: Path, kind: str, out: Path, threads: int, window: int) -> 
             model.eval(ids.tolist())
             nll, count = nll_from_logits(torch.from_numpy(model.scores[: len(ids)]), ids)
             total, tokens = total + nll, tokens + count
-        return float(torch.tensor(total / tokens, dtype=torch.float64).exp())
+        return math.exp(total / tokens)
 
     tensors = GGUFReader(path).tensors
     linears = [tensor for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import platform
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import cpu_name
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -224,12 +224,7 @@ def disk(directory: Path) -> int:
 
 
 def conditions(threads: int) -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {threads} threads, torch {torch.__version__}, kernel {kernel_name()}"
+    return f"{cpu_name()}, {threads} threads, torch {torch.__version__}, kernel {kernel_name()}"
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import measured
-from quality import OUT, Cells, add_conditions, cpu_name, measure
+from measure import cpu_name, measured
+from quality import OUT, Cells, add_conditions, measure
 from safetensors.torch import save_file
 from wikipedia import write_wikipedia
 

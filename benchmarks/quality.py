@@ -13,7 +13,6 @@ import argparse
 import fcntl
 import json
 import math
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import cpu_name
 from wikipedia import write_wikipedia
 
 OUT = Path(__file__).parent / "out"
@@ -219,14 +219,6 @@ def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str,
             f"| {name} | {row['perplexity']:.1f} | {ratio:.3f} | {row['seconds'] / base['seconds']:.2f} "
             f"| {row['peak_rss_bytes'] / 1e9:.2f} |"
         )
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 if __name__ == "__main__":

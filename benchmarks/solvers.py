@@ -12,12 +12,12 @@ weight and Gram matrix, timed on the same machine in the same run, before and af
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from measure import cpu_name
 from torch import Tensor
 
 from sparsellm.patterns import Pattern, Unstructured, parse_pattern
@@ -80,16 +80,8 @@ def seconds(function: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 
 def conditions(device: str) -> str:
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32"
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def rows(out: int, inputs: int, pattern: Pattern, names: list[str], repeats: int, seed: int, device: str) -> list[str]:

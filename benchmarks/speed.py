@@ -25,8 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from measure import measured
-from quality import OUT, cpu_name
+from measure import cpu_name, measured
+from quality import OUT
 from scale import COMMAND, CONFIGS, make_checkpoint, prune
 from solvers import factorisations, products
 

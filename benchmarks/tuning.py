@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import OUT, Cells, cpu_name
+from measure import cpu_name
+from quality import OUT, Cells
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from wikipedia import write_wikipedia

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -109,8 +110,24 @@ class _Iterate:
     notes: tuple[str, ...]
 
 
-class StoredChunks(Sequence[Chunk]):
-    """Chunks that are read when they are asked for, from sequences that may lie on disk.
+class _Unread(Sequence[Chunk]):
+    """Chunks of which each is read when it is asked for; a slice of them reads none."""
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Chunk]: ...
+    def __getitem__(self, index: int | slice) -> Chunk | Sequence[Chunk]:
+        if isinstance(index, slice):
+            return _Chosen([(self, place) for place in range(len(self))[index]])
+        return self._read(index)
+
+    @abstractmethod
+    def _read(self, place: int) -> Chunk: ...
+
+
+class StoredChunks(_Unread):
+    """Chunks of sequences that may lie on disk.
 
     Args:
         inputs: (tokens, d) for each chunk.
@@ -126,19 +143,13 @@ class StoredChunks(Sequence[Chunk]):
     def __len__(self) -> int:
         return len(self._inputs)
 
-    @overload
-    def __getitem__(self, index: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Chunk]: ...
-    def __getitem__(self, index: int | slice) -> Chunk | Sequence[Chunk]:
-        if isinstance(index, slice):
-            return _Chosen([(self, place) for place in range(len(self))[index]])
-        weights = None if self._weights is None else self._weights[index]
-        return Chunk(self._inputs[index], self._targets[index], weights)
+    def _read(self, place: int) -> Chunk:
+        weights = None if self._weights is None else self._weights[place]
+        return Chunk(self._inputs[place], self._targets[place], weights)
 
 
-class _Chosen(Sequence[Chunk]):
-    """Some chunks of some sequences, read when they are asked for.
+class _Chosen(_Unread):
+    """Some chunks of some sequences.
 
     Args:
         places: of each, the sequence that has it and its number there.
@@ -150,15 +161,9 @@ class _Chosen(Sequence[Chunk]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> Chunk: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Chunk]: ...
-    def __getitem__(self, index: int | slice) -> Chunk | Sequence[Chunk]:
-        if isinstance(index, slice):
-            return _Chosen(self._places[index])
-        chunks, place = self._places[index]
-        return chunks[place]
+    def _read(self, place: int) -> Chunk:
+        chunks, number = self._places[place]
+        return chunks[number]
 
 
 def split(chunks: Sequence[Chunk], fraction: float = 0.125) -> tuple[Sequence[Chunk], Sequence[Chunk]]:

@@ -235,8 +235,17 @@ def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:
 
 
 def _storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    parts = [part for tensor in tensors for part in _made_of(tensor)]
+    sizes = {part.data_ptr(): part.numel() * part.element_size() for part in parts}
     return sum(sizes.values())
+
+
+def _made_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A plain tensor itself; of one that stands for others, as torchao's quantised weights do, those."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in _made_of(getattr(tensor, name))]
 
 
 @torch.no_grad()
