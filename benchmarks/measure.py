@@ -56,7 +56,7 @@ def measured(command: list[str], log: Path) -> Measured:
         RuntimeError: it failed; the last lines of the log are in the message.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    start, computed = time.perf_counter(), _children_computed()
+    start, computed = time.perf_counter(), children_computed()
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     memory = PeakMemory(process.pid)
@@ -67,10 +67,10 @@ def measured(command: list[str], log: Path) -> Measured:
     if process.returncode != 0:
         tail = "\n".join(log.read_text().splitlines()[-20:])
         raise RuntimeError(f"{command[:6]} ended with exit code {process.returncode}; the end of {log}:\n{tail}")
-    return Measured(stdout, seconds, _children_computed() - computed, memory.peak)
+    return Measured(stdout, seconds, children_computed() - computed, memory.peak)
 
 
-def _children_computed() -> float:
+def children_computed() -> float:
     """CPU seconds of all children that have ended and been waited for, and of theirs."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import cpu_name
+from measure import children_computed, cpu_name
 from wikipedia import write_wikipedia
 
 OUT = Path(__file__).parent / "out"
@@ -93,17 +93,20 @@ def run_cell(
     arguments: argparse.Namespace, method: str, target: str, seed: int, settings: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     directory = Path(tempfile.mkdtemp(prefix="pruned-", dir=OUT)) / "model"
+    computed = children_computed()
     goal = ["--pattern", target] if ":" in target else ["--sparsity", target]
     pruned = command(
         "prune", arguments.model, "--out", str(directory), "--method", method, *goal, "--calibration",
         arguments.calibration, "--samples", str(arguments.samples), "--seq-len", str(arguments.window),
         "--seed", str(seed), *[f"--set={setting}" for setting in (*arguments.set, *settings)],
     )  # fmt: skip
+    computed = children_computed() - computed
     scored = measure(arguments, str(directory))
     shutil.rmtree(directory.parent)
     return {
         "perplexity": scored["perplexity"],
         "seconds": sum(value for name, value in pruned["seconds"].items() if "/" not in name),
+        "cpu_seconds": computed,  # of the whole process, imports as well: what other jobs on the machine change least
         "phases": pruned["seconds"],
         "peak_rss_bytes": pruned["peak_rss_bytes"],
         "sparsity": pruned["sparsity_reached"],
@@ -169,36 +172,50 @@ def main() -> None:
                         key, lambda m=method, t=target, s=seed, x=settings: run_cell(arguments, m, t, s, x)
                     )
     print(title)
-    print("| target | method | perplexity | excess / sparsegpt's | time / sparsegpt's | peak memory (GB) |")
-    print("|---|---|---|---|---|---|")
+    print(f"| target | method | perplexity | excess / sparsegpt's | {TIMES} | peak memory (GB) |")
+    print("|---|---|---|---|---|---|---|")
     for target in arguments.targets:
         for method in arguments.methods:
             rows = [table[method, target, seed] for seed in arguments.seeds if (method, target, seed) in table]
             if not rows:
                 continue
-            base = [table.get(("sparsegpt", target, seed)) for seed in arguments.seeds]
+            base = [
+                table["sparsegpt", target, seed] for seed in arguments.seeds if ("sparsegpt", target, seed) in table
+            ]
             values = [row["perplexity"] for row in rows]
             shown = f"{statistics.mean(values):.1f}"
             if len(values) > 1:
                 shown += f" ± {statistics.stdev(values):.1f}"
-            excess = time = "–"
-            if all(base):
+            excess, times = "–", "– | –"
+            if len(base) == len(rows):
                 ratios = [
                     math.log(row["perplexity"] / dense["perplexity"]) / math.log(b["perplexity"] / dense["perplexity"])
                     for row, b in zip(rows, base, strict=True)
-                    if b
                 ]
                 excess = f"{statistics.mean(ratios):.3f}"
-                time = (
-                    f"{statistics.mean(r['seconds'] / b['seconds'] for r, b in zip(rows, base, strict=True) if b):.2f}"
-                )
+                if len(ratios) > 1:
+                    excess += f" ± {statistics.stdev(ratios):.3f}"
+                times = time_ratios(rows, base)
             peak = max(row["peak_rss_bytes"] for row in rows) / 1e9
             label = (
                 f"{method}, effort {arguments.effort}"
                 if method == "sparsellm" and arguments.effort is not None
                 else method
             )
-            print(f"| {target} | {label} | {shown} | {excess} | {time} | {peak:.2f} |")
+            print(f"| {target} | {label} | {shown} | {excess} | {times} | {peak:.2f} |")
+
+
+TIMES = "wall time / sparsegpt's | CPU time / sparsegpt's"
+
+
+def time_ratios(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """Two columns: means over the seeds. A cell of before CPU time was measured leaves the second out."""
+    columns = []
+    for name in ("seconds", "cpu_seconds"):
+        known = all(name in cell for cell in (*rows, *base))
+        ratios = [row[name] / other[name] for row, other in zip(rows, base, strict=True)] if known else []
+        columns.append(f"{statistics.mean(ratios):.2f}" if ratios else "–")
+    return " | ".join(columns)
 
 
 def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str, dense: float, title: str) -> None:
@@ -210,13 +227,13 @@ def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str,
         key = "/".join((conditions, method, *settings, target, str(seed)))
         rows[name] = cells.get(key, lambda m=method, x=settings: run_cell(arguments, m, target, seed, x))
     print(title)
-    print(f"| at {target} | perplexity | excess / sparsegpt's | time / sparsegpt's | peak memory (GB) |")
-    print("|---|---|---|---|---|")
+    print(f"| at {target} | perplexity | excess / sparsegpt's | {TIMES} | peak memory (GB) |")
+    print("|---|---|---|---|---|---|")
     base = rows["sparsegpt"]
     for name, row in rows.items():
         ratio = math.log(row["perplexity"] / dense) / math.log(base["perplexity"] / dense)
         print(
-            f"| {name} | {row['perplexity']:.1f} | {ratio:.3f} | {row['seconds'] / base['seconds']:.2f} "
+            f"| {name} | {row['perplexity']:.1f} | {ratio:.3f} | {time_ratios([row], [base])} "
             f"| {row['peak_rss_bytes'] / 1e9:.2f} |"
         )
 
