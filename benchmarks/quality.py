@@ -92,6 +92,7 @@ class Cells:
 def run_cell(
     arguments: argparse.Namespace, method: str, target: str, seed: int, settings: tuple[str, ...] = ()
 ) -> dict[str, Any]:
+    OUT.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="pruned-", dir=OUT)) / "model"
     computed = children_computed()
     goal = ["--pattern", target] if ":" in target else ["--sparsity", target]

@@ -19,7 +19,7 @@ from sparsellm.statistics.gram import CHUNK_ELEMENTS, REMEMBERED_BYTES, accumula
 
 DEFAULT_SHARE = 0.8  # of the memory that is free now: the rest is for the page cache and for others
 SLACK = 0.05  # of the budget, which hidden states leave free: a prediction is not exact
-LIBRARIES = 64 << 20  # what torch, its kernels and the allocator take when they are first used
+LIBRARIES = 128 << 20  # what torch, its kernels and the allocator take beside what is counted here
 
 
 def free_memory() -> int:

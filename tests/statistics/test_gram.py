@@ -153,6 +153,13 @@ def test_energy_is_the_mean_square_of_the_output():
     )
 
 
+def test_energy_by_rows_is_that_of_the_whole(monkeypatch):
+    x, weight, other = normal(200, 300), normal(64, 300, seed=1), normal(64, 300, seed=2)
+    expected = float((x.double() @ (weight.double() - other.double()).T).square().sum() / 200)
+    monkeypatch.setattr(gram, "CHUNK_ELEMENTS", 300 * 7)  # nine times seven rows, and one
+    assert gram_of(x).energy(weight, minus=other) == pytest.approx(expected, rel=1e-5)
+
+
 def test_factors_are_of_the_damped_matrix():
     found = gram_of(normal(300, 40))
     damped = found.matrix.double() + 0.1 * found.matrix.diagonal().double().mean() * torch.eye(40)

@@ -89,15 +89,22 @@ class Gram:
         """The Gram matrix of the inputs divided by ``scale``: unit diagonal, so that weights compare. Made anew."""
         return Gram((self.matrix / self.scale).div_(self.scale[:, None]), self.tokens)
 
-    def energy(self, weight: Tensor) -> float:
-        """``‖W G^½‖²_F``: the mean over tokens of ``‖W x‖²``, for ``weight`` (out, features)."""
+    def energy(self, weight: Tensor, minus: Tensor | None = None) -> float:
+        """``‖W G^½‖²_F``: the mean over tokens of ``‖W x‖²``, for ``weight`` (out, features); with ``minus``, of the
+        same shape, that of the difference. In fp64 beyond the products, some rows at a time: no copy of a weight is
+        made, which for a large one would be most of what a solver needs."""
         total = 0.0
-        # G is symmetric: products with what lies past the panel count twice.
-        for start in range(0, self.features, ENERGY_PANEL):
-            rest = weight[:, start:]  # (out, features - start)
-            products = (rest[:, :ENERGY_PANEL] @ self.matrix[start : start + ENERGY_PANEL, start:]).mul_(rest)
-            own = products[:, :ENERGY_PANEL]
-            total += float(2 * products.sum(dim=1).double().sum() - own.sum(dim=1).double().sum())
+        rows = max(1, CHUNK_ELEMENTS // max(1, self.features))
+        for top in range(0, weight.shape[0], rows):
+            part = weight[top : top + rows]
+            if minus is not None:
+                part = part - minus[top : top + rows]
+            # G is symmetric: products with what lies past the panel count twice.
+            for start in range(0, self.features, ENERGY_PANEL):
+                rest = part[:, start:]  # (rows, features - start)
+                products = (rest[:, :ENERGY_PANEL] @ self.matrix[start : start + ENERGY_PANEL, start:]).mul_(rest)
+                own = products[:, :ENERGY_PANEL]
+                total += float(2 * products.sum(dim=1).double().sum() - own.sum(dim=1).double().sum())
         return max(total, 0.0)
 
     def cholesky(self, damping: float) -> Factor:
