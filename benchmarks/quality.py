@@ -46,6 +46,8 @@ ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
       for name in ("atp", "owl", "dlp", "threshold", "auto")),
     *((f"effort 0, variables, {n} iterations", "sparsellm", ("options.effort=0", f"options.iterations={n}"))
       for n in (1, 2, 4, 8)),
+    *((f"effort 0, variables of values and output, {n} iterations", "sparsellm",
+       ("options.effort=0", f"options.value_iterations={n}")) for n in (1, 2)),
     ("effort 0, reconstruction of each block, 64 steps", "sparsellm", ("options.effort=0", "options.steps=64")),
     ("effort 1: one sweep", "sparsellm", ("options.effort=1",)),
     ("effort 2: three sweeps", "sparsellm", ("options.effort=2",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import open_chain
+from sparsellm.decomposition.values import Moved, update_values
 from sparsellm.errors import ModelError
 from sparsellm.methods.sparsellm import token_weights
 from sparsellm.refine.gradients import output_gradient_squares
@@ -105,6 +107,47 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse(family: Fa
     for linear in result.linears:
         assert linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1])
     assert error(model, family()) < error(pruned(family, "admm"), family())
+
+
+@pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["grouped queries", "biases"])
+def test_coordinated_values_record_their_history_and_never_end_worse(family: Family) -> None:
+    options = {"value_iterations": 2, "effort": 0}
+    recipe = Recipe(method="sparsellm", sparsity=0.6, options=options, batch_tokens=200)
+    results = []
+    for _ in range(2):
+        model = family()
+        results.append((sparsellm.prune(model, recipe, calibration=windows(1)), model))
+    (result, model), (_, again) = results
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    histories = {linear.name: linear.history for linear in result.linears if linear.history}
+    assert {name.rpartition(".")[2] for name in histories} <= {"o_proj", "out_proj"}
+    assert len(histories) == model.config.num_hidden_layers
+    for history in histories.values():
+        (chosen,) = (record for record in history if record["chosen"])
+        assert chosen["held_out_error"] == min(record["held_out_error"] for record in history)
+        assert [record["iteration"] for record in history] == [0, 1, 2]
+    for linear in result.linears:
+        assert linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1])
+        weight = model.get_parameter(f"{linear.name}.weight")
+        assert int((weight == 0).sum()) == linear.zeros
+    assert error(model, family()) < error(pruned(family, "admm"), family())
+
+
+def test_values_that_no_iteration_helps_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver that ruins the values whenever they are wanted elsewhere: iteration 0 must win, bit for bit."""
+    plain = pruned(tiny_llama, "sparsellm", effort=0)
+
+    def wild(*arguments: Any, **options: Any) -> Moved:
+        moved = update_values(*arguments, **options)
+        return Moved(moved.values * 1000, moved.mixed)
+
+    monkeypatch.setattr("sparsellm.methods.values.update_values", wild)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            pruned(tiny_llama, "sparsellm", effort=0, value_iterations=2).parameters(), plain.parameters(), strict=True
+        )
+    )
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["gated", "relu"])

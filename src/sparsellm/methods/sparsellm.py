@@ -10,7 +10,7 @@ of the block are polished together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -22,10 +22,12 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
-from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
+from sparsellm.chain.units import FeedForwardUnit, find_feed_forward, find_value_output
 from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, StoredChunks, prune_feed_forward, split
 from sparsellm.errors import ModelError
 from sparsellm.methods.base import METHODS, BlockTask
+from sparsellm.methods.values import CoordinatedValues
+from sparsellm.patterns import Pattern
 from sparsellm.refine.reconstruct import reconstruct
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
@@ -61,7 +63,7 @@ def _needs(options: dict[str, Any]) -> Needs:
         passes=passes,
         learning_rate=options.get("sweep_rate"),
         output_costs=options.get("output_metric", 0.0) > 0,
-        one_process="iterations" if options.get("iterations", 0) else "",
+        one_process=next((name for name in ("iterations", "value_iterations") if options.get(name, 0)), ""),
     )
 
 
@@ -90,6 +92,7 @@ def sparsellm(
         float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
     ] = 1.5,
     iterations: Annotated[int, Field(ge=0), "alternations of the feed-forward unit's auxiliary variables"] = 0,
+    value_iterations: Annotated[int, Field(ge=0), "alternations of those of attention's values and output"] = 0,
     variables: Annotated[Literal["float32", "bfloat16"], "dtype in which those variables are kept"] = "float32",
     variables_on_disk: Annotated[bool, "in memory-mapped files; else in memory, beside what is predicted"] = False,
     steps: Annotated[int, Field(ge=0), "steps of Adam in each block; no effort includes them"] = 0,
@@ -122,6 +125,7 @@ def sparsellm(
         if blend or residual:
             with task.clock.phase("prune/targets"):
                 pull = _dense_targets(task, _writers(sublayers, width), width, blend, residual, held.enter_context)
+        fitting = _Fitting(weights, divide(SOLVERS[solver]), refit_damping, pull, order)
         keeping = _Keeping(iterations, getattr(torch, variables), variables_on_disk)
         units = {unit.down.name: unit for unit in find_units(task)} if iterations else {}
         for sublayer in sublayers:
@@ -132,9 +136,8 @@ def sparsellm(
             else:
                 writer = _writer(sublayer, width) if refit else None
                 costs = _relative_costs(task, _writer(sublayer, width), output_metric)
-                _prune_in_order(
-                    task, sublayer, writer, weights, divide(SOLVERS[solver]), refit_damping, pull, order, costs
-                )
+                with _coordinating_values(task, sublayer, writer, fitting, costs, value_iterations):
+                    _prune_in_order(task, sublayer, writer, fitting, costs)
         _prune_rest(task, sublayers, weights, divide(SOLVERS[solver]))
         if steps:
             assert outputs is not None
@@ -158,6 +161,25 @@ class _Pull:
         if self.error is None:
             return moved
         return moved.add(self.error[position].reshape(moved.shape), alpha=self.residual)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """How the linears of a block are fitted and pruned.
+
+    Attributes:
+        weights: of tokens, batches ``(batch, seq)``, or None where all count alike.
+        solver: the local solver inside.
+        damping: ridge of a writer's fit.
+        pull: by writer, what moves its target.
+        order: in which the block's linears run.
+    """
+
+    weights: list[Tensor] | None
+    solver: Solver
+    damping: float
+    pull: dict[str, _Pull]
+    order: RunOrder
 
 
 def _dense_targets(
@@ -246,11 +268,7 @@ def _prune_in_order(
     task: BlockTask,
     sublayer: list[list[LinearView]],
     writer: LinearView | None,
-    weights: list[Tensor] | None,
-    solver: Solver,
-    damping: float,
-    pull: dict[str, _Pull],
-    order: RunOrder,
+    fitting: _Fitting,
     costs: dict[str, Tensor],
 ) -> None:
     """One group after the other; the writer, where there is one, is fitted to what it gave before the first."""
@@ -259,16 +277,49 @@ def _prune_in_order(
             task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
             recorded = writer if position == 0 else None
             fitted = group[0] is writer
-            moved = pull.get(group[0].name) if fitted else None
-            unread = order.unread(
+            moved = fitting.pull.get(group[0].name) if fitted else None
+            unread = fitting.order.unread(
                 task.stream.chain.linears(task.index),
                 inputs=[group[0]],
                 outputs=[recorded] if recorded is not None else [],
             )
             with skipping(unread):
-                moments = _moments(task, group[0], weights, target, moved, recorded=recorded, fitted=fitted)
+                moments = _moments(task, group[0], fitting.weights, target, moved, recorded=recorded, fitted=fitted)
             for linear in group:
-                _solve(task, solver, linear, moments, damping, costs.get(linear.name))
+                _solve(task, fitting.solver, linear, moments, fitting.damping, costs.get(linear.name))
+
+
+@contextlib.contextmanager
+def _coordinating_values(
+    task: BlockTask,
+    sublayer: list[list[LinearView]],
+    writer: LinearView | None,
+    fitting: _Fitting,
+    costs: dict[str, Tensor],
+    iterations: int,
+) -> Iterator[None]:
+    """Around the pruning of a sublayer: where it is attention, its values and its writer are then coordinated."""
+    pair = None
+    if iterations and writer is not None:
+        earlier = [linear for group in sublayer[:-1] for linear in group]
+        pair = find_value_output(earlier, writer, lambda: task.stream.run_window(task.index))
+    if pair is None:
+        yield
+        return
+    pull = fitting.pull.get(pair.output.name)
+    with task.stream.store() as targets:
+
+        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+            wanted = leaving if pull is None else pull.on(leaving, len(targets))
+            targets.append(wanted.detach().clone())
+
+        with task.clock.phase("prune/variables"), watch([pair.output], see):
+            task.run()
+        solvers = (fitting.solver, _weighed(fitting.solver, costs.get(pair.output.name)))
+        values = CoordinatedValues(task, pair, fitting.order, targets, fitting.weights, solvers, fitting.damping)
+        yield
+        with task.clock.phase("prune/variables"):
+            values.improve(iterations)
 
 
 def _prune_rest(
@@ -380,8 +431,6 @@ def _relative_costs(task: BlockTask, writer: LinearView | None, power: float) ->
 def _solve(
     task: BlockTask, solver: Solver, linear: LinearView, moments: _Moments, damping: float, costs: Tensor | None
 ) -> None:
-    """``costs (out,)`` weigh the squared errors of the outputs: ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²`` is the plain objective
-    of ``√c_i w_i``, so rows that cost more win weights where rows compete for them."""
     dense = linear.weight()
     wanted = dense
     notes: tuple[str, ...] = ()
@@ -389,13 +438,22 @@ def _solve(
         if moments.cross is not None:
             fit = least_squares(moments.gram, moments.cross, damping, prior=dense)
             wanted, notes = fit.weight, fit.notes
-        if costs is None:
-            solution = solver(wanted, moments.gram, task.patterns[linear.name])
-        else:
-            root = costs.sqrt()[:, None]  # (out, 1)
-            scaled = solver(wanted * root, moments.gram, task.patterns[linear.name])
-            solution = Solution(scaled.weight / root, scaled.mask, scaled.error, scaled.notes)
+        solution = _weighed(solver, costs)(wanted, moments.gram, task.patterns[linear.name])
     task.accept(linear, Solution(solution.weight, solution.mask, solution.error, (*notes, *solution.notes)))
+
+
+def _weighed(solver: Solver, costs: Tensor | None) -> Solver:
+    """``costs (out,)`` weigh the squared errors of the outputs: ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²`` is the plain objective
+    of ``√c_i w_i``, so rows that cost more win weights where rows compete for them."""
+    if costs is None:
+        return solver
+    root = costs.sqrt()[:, None]  # (out, 1)
+
+    def solve(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
+        scaled = solver(weight * root, gram, pattern)
+        return Solution(scaled.weight / root, scaled.mask, scaled.error, scaled.notes)
+
+    return solve
 
 
 def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
