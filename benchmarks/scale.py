@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py --model 1.1b
     python benchmarks/scale.py --model 7b --blocks 4
+    python benchmarks/scale.py --model 1.1b --layers 2 --methods sparsellm --memory 2.3GiB
     python benchmarks/scale.py --model 1.1b --samples 32 256 --seq-len 2048 --memory 2.5GiB --blocks 1 --once
 
 Writes a checkpoint of random weights under a real config, shard by shard, and runs ``sparsellm prune`` on it in a
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--memory", help="as of `sparsellm prune`")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `sparsellm prune`")
+    parser.add_argument("--layers", type=int, help="cut the model to so many blocks")
     parser.add_argument("--blocks", type=int, help="kill the run when so many are done, and go on for one more")
     parser.add_argument("--once", action="store_true", help="with --blocks: do not go on after the kill")
     parser.add_argument("--seed", type=int, default=0)
@@ -240,9 +242,10 @@ def main() -> None:
     parser.add_argument("--restart", action="store_true", help="forget what an unfinished run of this script has left")
     parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoint")
     arguments = parser.parse_args()
-    config = CONFIGS[arguments.model]
-    blocks = config["num_hidden_layers"]
-    model = arguments.scratch / f"random-{arguments.model}-{arguments.seed}"
+    config = dict(CONFIGS[arguments.model])
+    config["num_hidden_layers"] = blocks = arguments.layers or config["num_hidden_layers"]
+    name = arguments.model + (f"-{arguments.layers}-layers" if arguments.layers else "")
+    model = arguments.scratch / f"random-{name}-{arguments.seed}"
     make_checkpoint(model, config, arguments.seed)
     imports = import_memory()
     print(
@@ -253,7 +256,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for method in arguments.methods:
         for samples in arguments.samples:
-            out = arguments.scratch / f"pruned-{arguments.model}-{method}-{samples}"
+            out = arguments.scratch / f"pruned-{name}-{method}-{samples}"
             for leftover in (out, *([out.with_name(f"{out.name}.partial")] if arguments.restart else [])):
                 shutil.rmtree(leftover, ignore_errors=True)
             options = ["--method", method, "--sparsity", str(arguments.sparsity), "--samples", str(samples)]
