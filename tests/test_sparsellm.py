@@ -14,8 +14,9 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import open_chain
 from sparsellm.decomposition.values import Moved, update_values
-from sparsellm.errors import ModelError
+from sparsellm.errors import ModelError, NumericalError
 from sparsellm.methods.sparsellm import token_weights
+from sparsellm.methods.values import CoordinatedValues
 from sparsellm.refine.gradients import output_gradient_squares
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
@@ -109,45 +110,83 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse(family: Fa
     assert error(model, family()) < error(pruned(family, "admm"), family())
 
 
-@pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["grouped queries", "biases"])
-def test_coordinated_values_record_their_history_and_never_end_worse(family: Family) -> None:
+def histories(result: sparsellm.PruneResult) -> list[tuple[dict[str, Any], ...]]:
+    return [linear.history for linear in result.linears if linear.history]
+
+
+with_values = pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["grouped queries", "biases"])
+
+
+def coordinated(family: Family) -> tuple[PreTrainedModel, list[tuple[dict[str, Any], ...]]]:
+    """A model of which values and outputs have been alternated twice, and the history of each pair."""
+    model = family()
     options = {"value_iterations": 2, "effort": 0}
     recipe = Recipe(method="sparsellm", sparsity=0.6, options=options, batch_tokens=200)
-    results = []
-    for _ in range(2):
-        model = family()
-        results.append((sparsellm.prune(model, recipe, calibration=windows(1)), model))
-    (result, model), (_, again) = results
+    result = sparsellm.prune(model, recipe, calibration=windows(1))
+    found = histories(result)
+    assert {x.name.rpartition(".")[2] for x in result.linears if x.history} <= {"o_proj", "out_proj"}
+    assert len(found) == model.config.num_hidden_layers
+    for linear in result.linears:
+        assert int((model.get_parameter(f"{linear.name}.weight") == 0).sum()) == linear.zeros
+        assert linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1])
+    return model, found
+
+
+@with_values
+def test_coordinated_values_record_their_history_and_repeat_to_the_bit(family: Family) -> None:
+    (model, found), (again, _) = (coordinated(family) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    histories = {linear.name: linear.history for linear in result.linears if linear.history}
-    assert {name.rpartition(".")[2] for name in histories} <= {"o_proj", "out_proj"}
-    assert len(histories) == model.config.num_hidden_layers
-    for history in histories.values():
+    for history in found:
         (chosen,) = (record for record in history if record["chosen"])
         assert chosen["held_out_error"] == min(record["held_out_error"] for record in history)
         assert [record["iteration"] for record in history] == [0, 1, 2]
-    for linear in result.linears:
-        assert linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1])
-        weight = model.get_parameter(f"{linear.name}.weight")
-        assert int((weight == 0).sum()) == linear.zeros
-    assert error(model, family()) < error(pruned(family, "admm"), family())
+        assert all(0 < record["train_error"] < 1 for record in history)
+    # Where an iteration wins by a hair on held-out windows, windows of another kind may have it otherwise.
+    assert error(model, family()) < 1.05 * error(pruned(family, "sparsellm", effort=0), family())
 
 
-def test_values_that_no_iteration_helps_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A solver that ruins the values whenever they are wanted elsewhere: iteration 0 must win, bit for bit."""
-    plain = pruned(tiny_llama, "sparsellm", effort=0)
-
+@with_values
+@pytest.mark.parametrize("ruin", ["values far off", "failure"])
+def test_values_that_no_iteration_helps_keep_their_bits(
+    family: Family, ruin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wild(*arguments: Any, **options: Any) -> Moved:
+        if ruin == "failure":
+            raise NumericalError("no damping helps")
         moved = update_values(*arguments, **options)
         return Moved(moved.values * 1000, moved.mixed)
 
+    plain = pruned(family, "sparsellm", effort=0)
     monkeypatch.setattr("sparsellm.methods.values.update_values", wild)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            pruned(tiny_llama, "sparsellm", effort=0, value_iterations=2).parameters(), plain.parameters(), strict=True
-        )
-    )
+    model, found = coordinated(family)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    for history in found:
+        assert history[0]["chosen"]
+        assert history[1]["held_out_error"] > 10 * history[0]["held_out_error"]
+        assert len(history) == (2 if ruin == "failure" else 3)
+
+
+@with_values
+def test_the_chosen_iterate_is_made_again_on_all_windows(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that likes each error better than the one before: the last iterate wins, and is fitted to all windows."""
+    liked = iter(range(1000, 0, -1))
+    monkeypatch.setattr("sparsellm.methods.values._relative", lambda moments, weight: float(next(liked)))
+    moves: list[bool] = []
+    move = CoordinatedValues._move_values
+
+    def counted(self: CoordinatedValues, *arguments: Any, everything: bool) -> Any:
+        moves.append(everything)
+        return move(self, *arguments, everything=everything)
+
+    monkeypatch.setattr(CoordinatedValues, "_move_values", counted)
+    dense = family()
+    model = family()
+    options = {"value_iterations": 2, "effort": 0}
+    recipe = Recipe(method="sparsellm", sparsity=0.6, options=options, batch_tokens=200)
+    found = histories(sparsellm.prune(model, recipe, calibration=windows(1)))
+    assert all(history[-1]["chosen"] for history in found)
+    assert moves == [False, False, True, True] * model.config.num_hidden_layers
+    assert error(model, dense) < error(pruned(family, "admm"), dense)
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["gated", "relu"])

@@ -123,3 +123,25 @@ def test_what_lies_between_is_attention_and_its_adjoint() -> None:
     heads = v.view(3, 20, 2, 8).repeat_interleave(2, dim=2)  # grouped queries: two heads share one of the values
     expected = torch.einsum("whts,wshf->wthf", patterns, heads).flatten(2)
     torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_failure_leaves_the_block_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    ids = torch.randint(VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(1))
+    chain = open_chain(model, device=torch.device("cpu"))
+    stream = Stream(chain, ids, batch_tokens=20)
+    linears = {linear.name.rpartition(".")[2]: linear for linear in chain.linears(0)}
+    task = BlockTask(0, list(linears.values()), {}, stream, lambda text: None, PhaseClock())
+    attention = _Attention(task, linears["v_proj"], linears["o_proj"], 0, [linears["o_proj"]])
+
+    def fail(*arguments: object) -> Tensor:
+        raise MemoryError
+
+    plain = stream.run_batch(0, 0)
+    monkeypatch.setattr(chain, "apply", fail)
+    with pytest.raises(MemoryError), attention:
+        pass
+    monkeypatch.undo()
+    assert torch.equal(stream.run_batch(0, 0), plain)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(linear.module._forward_hooks for linear in linears.values())

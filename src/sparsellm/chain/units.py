@@ -110,7 +110,7 @@ def _entering(
     with contextlib.ExitStack() as hooks:
         if replaced is not None and by is not None:
             hooks.enter_context(giving(replaced, by))
-        hooks.enter_context(watch([output], lambda linear, entering, leaving: seen.append(entering.detach().float())))
+        hooks.enter_context(watch([output], lambda linear, entering, leaving: seen.append(_copied(entering))))
         run()
     return seen[0]
 
@@ -135,8 +135,13 @@ def _match(
 
 
 def _rows(values: Tensor) -> Tensor:
-    """A copy ``(tokens, features)`` in fp32: what runs later may work in place."""
-    return values.detach().flatten(0, -2).to(torch.float32, copy=True)
+    """A copy ``(tokens, features)`` in fp32."""
+    return _copied(values).flatten(0, -2)
+
+
+def _copied(values: Tensor) -> Tensor:
+    """fp32: what runs later may work in place."""
+    return values.detach().to(torch.float32, copy=True)
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:

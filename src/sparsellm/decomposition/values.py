@@ -42,8 +42,8 @@ def update_values(
 ) -> Moved:
     """V = argmin Σ_t ω_t (α‖V_t − m_t‖² + γ‖A_t − (𝒫V)_t‖²), by conjugate gradients, each window by itself.
 
-    ``steps`` at most ``seq · f_v`` of them reach the minimiser; the objective falls with each, since patterns have few
-    large eigenvalues (tokens that all others look at) most of all in the first. No window ends worse than it started.
+    ``seq · f_v`` steps reach the minimiser, but the first ones come near it: the objective falls with each, and of a
+    pattern few eigenvalues are large (tokens that all others look at). No window ends worse than it started.
 
     Args:
         m: (windows, seq, f_v), what the weights make of the values.
@@ -72,10 +72,10 @@ def update_values(
         curvature = dot(direction, curved)
         length = torch.where(curvature > 0, square / curvature, 0.0).to(m)
         values = values + length * direction
-        mixed = mixed + length * image
         residual = residual - length * curved
         before, square = square, dot(residual, residual)
         direction = residual + torch.where(before > 0, square / before, 0.0).to(m) * direction
+    mixed = mix(values)  # anew: in half precision a sum of the images would be another map's
     better = value(values, mixed) <= value(*start)  # rounding can make the minimiser worse than a start that is near it
     return Moved(torch.where(better, values, start.values), torch.where(better, mixed, start.mixed))
 

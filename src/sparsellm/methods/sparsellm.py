@@ -313,7 +313,8 @@ def _coordinating_values(
             wanted = leaving if pull is None else pull.on(leaving, len(targets))
             targets.append(wanted.detach().clone())
 
-        with task.clock.phase("prune/variables"), watch([pair.output], see):
+        unread = fitting.order.unread(task.stream.chain.linears(task.index), inputs=[], outputs=[pair.output])
+        with task.clock.phase("prune/variables"), watch([pair.output], see), skipping(unread):
             task.run()
         solvers = (fitting.solver, _weighed(fitting.solver, costs.get(pair.output.name)))
         values = CoordinatedValues(task, pair, fitting.order, targets, fitting.weights, solvers, fitting.damping)

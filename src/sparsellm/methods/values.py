@@ -1,14 +1,15 @@
 """The auxiliary variables of attention's values and output, on one block (``decomposition/values.py``).
 
-Iteration 0 is both linears as they are when pruned in the order they run, with ``output`` refitted. Each further
-iteration moves V and A between what the pruned ``value`` gives and what ``output`` should give, fits ``value`` to V and
-prunes it again, then fits ``output`` to what attention really makes of that. The iterate with the least error on
+Iteration 0 is both linears pruned in the order they run, with ``output`` refitted. Each further iteration moves V and A
+between what the pruned ``value`` gives and what ``output`` should give, fits ``value`` to V and prunes it again, then
+fits ``output`` to what attention really makes of that. Biases stay as they are. The iterate with the least error on
 held-out windows wins, and is then made again on all windows; if that is iteration 0, the block keeps its bits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import RunOrder, giving, skipping, watch
+from sparsellm.chain.products import bf16_products
 from sparsellm.chain.units import ValueOutput
 from sparsellm.decomposition import Coefficients, Linear, Terms
 from sparsellm.decomposition.updates import activation_factor, update_activation
 from sparsellm.decomposition.values import Moved, default_value_coefficients, update_values, value_terms
-from sparsellm.decomposition.weights import Moments, MomentsAccumulator, wanted_weight, with_bias
+from sparsellm.decomposition.weights import Moments, MomentsAccumulator, wanted_weight
+from sparsellm.errors import NumericalError
 from sparsellm.methods.base import BlockTask
 from sparsellm.solvers import Solution, Solver
+from sparsellm.statistics import GramAccumulator
 from sparsellm.storage.scratch import TensorStore
 
 HELD_OUT = 0.125  # of the windows
@@ -54,48 +58,76 @@ class CoordinatedValues:
         self._task, self._value, self._output, self._targets = task, pair.value, pair.output, targets
         self._value_solver, self._output_solver = solvers
         self._damping = damping
-        self._unread = order.unread(task.stream.chain.linears(task.index), inputs=[pair.output], outputs=[])
+        self._order = order
         self._dense_value, self._dense_output = _plain(pair.value), _plain(pair.output)
         device = task.stream.chain.device
-        self._everything = weights or [torch.ones(hidden.shape[:2], device=device) for hidden in task.stream.hidden]
-        self._train, self._held_out = _split(self._everything)
+        self._weights = weights or [torch.ones(hidden.shape[:2], device=device) for hidden in task.stream.hidden]
+        self._held_out = [rows.to(device) for rows in _chosen([len(part) for part in self._weights])]
 
     def improve(self, iterations: int) -> None:
         """Alternates, beginning with both linears as they stand, pruned; leaves the best iterate in place and the
         history in the record of ``output``."""
-        task = self._task
-        local = {linear: _plain(linear) for linear in (self._value, self._output)}
-        _, history = self._fit_output(self._train)
-        records: list[dict[str, Any]] = [{**history, "objective": None}]
+        task, linears = self._task, (self._value, self._output)
+        local = [linear.weight() for linear in linears]
+        records: list[dict[str, Any]] = []
         prices: Coefficients | None = None
-        for iteration in range(1, iterations + 1):
+        for iteration in range(iterations + 1):
             task.report(f"values and output, {iteration}")
-            prices, terms, _ = self._move_values(prices, self._train)
-            _, history = self._fit_output(self._train)
-            records.append({**history, "objective": terms.total})
+            terms: Terms | None = None
+            try:
+                if iteration:
+                    prices, terms, _ = self._move_values(prices, everything=False)
+                else:
+                    self._prune_values()
+                errors = self._fit_output(everything=False)[1]
+            except NumericalError as failure:  # a diverged iterate; everything before it stands
+                if not iteration:
+                    raise
+                records.append({"held_out_error": math.inf, "train_error": math.inf, "notes": [str(failure)]})
+                break
+            records.append({**errors, "objective": terms.total if terms is not None else None})
         best = min(range(len(records)), key=lambda i: records[i]["held_out_error"])
-        for linear, plain in local.items():
-            _put(linear, plain)
-        solutions: dict[LinearView, Solution] = {}
+        for linear, weight in zip(linears, local, strict=True):
+            linear.assign(weight)
+        solutions: dict[str, Solution] = {}
         for _ in range(best):
-            prices, _, solutions[self._value] = self._move_values(prices, self._everything)
-            solutions[self._output], _ = self._fit_output(self._everything)
-        for linear, solution in solutions.items():
-            task.accept(linear, solution)
+            prices, _, solutions[self._value.name] = self._move_values(prices, everything=True)
+            solutions[self._output.name], _ = self._fit_output(everything=True)
+        for linear in linears if best else ():
+            task.accept(linear, solutions[linear.name])
         task.history[self._output.name] = [
             {"iteration": iteration, **record, "chosen": iteration == best} for iteration, record in enumerate(records)
         ]
 
-    def _move_values(self, prices: Coefficients | None, weights: list[Tensor]) -> tuple[Coefficients, Terms, Solution]:
+    def _prune_values(self) -> None:
+        """Iteration 0 without the windows held out: it is to be judged on what nothing was fitted to."""
+        gram = GramAccumulator(self._value.in_features, self._task.stream.chain.device)
+        position = 0
+
+        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+            rows = ~self._held_out[position]
+            gram.update(entering[rows], self._weights[position][rows])
+
+        with watch([self._value], see), skipping(self._unread(self._value)):
+            for position in range(len(self._task.stream)):
+                self._task.stream.run_batch(self._task.index, position)
+        pattern = self._task.patterns[self._value.name]
+        self._value.assign(self._value_solver(self._dense_value.weight, gram.finish(), pattern).weight)
+
+    def _move_values(self, prices: Coefficients | None, *, everything: bool) -> tuple[Coefficients, Terms, Solution]:
         """V and A to their minimisers, batch by batch, and ``value`` fitted to V and pruned."""
         now, output = _plain(self._value), _plain(self._output)
-        moments = MomentsAccumulator(now)
+        moments = MomentsAccumulator(Linear(now.weight))
         terms = Terms()
-        for position, token_weights in enumerate(weights):
-            attention = _Attention(self._task, self._value, self._output, position, self._unread)
-            with attention:
-                entering, made = attention.entering.float(), attention.given.float()
-                y = self._targets[position].float()
+        unread = self._unread(self._output)
+        for position, token_weights in enumerate(self._weights):
+            rows = self._rows(position, everything)
+            if not bool(rows.any()):
+                continue
+            counted = token_weights * rows[:, None]
+            y = self._targets[position].float()
+            with _Attention(self._task, self._value, self._output, position, unread) as attention:
+                entering, made = attention.entering, attention.given
                 start = self._dense_value(entering)
                 mixed = attention.linearised(start)
                 if prices is None:
@@ -104,46 +136,63 @@ class CoordinatedValues:
                 a = update_activation(mixed.flatten(0, 1), y.flatten(0, 1), factor).view_as(mixed)
                 moved = update_values(
                     made, a, Moved(start, mixed), attention.mix, attention.adjoint,
-                    alpha=prices.alpha, gamma=prices.gamma, token_weights=token_weights,
+                    alpha=prices.alpha, gamma=prices.gamma, token_weights=counted,
                 )  # fmt: skip
-            terms = terms + value_terms(output, made, y, moved, a, prices, token_weights)
-            moments.update(entering.flatten(0, 1), moved.values.flatten(0, 1), token_weights.flatten())
+            terms = terms + value_terms(output, made, y, moved, a, prices, counted)
+            wanted = moved.values if now.bias is None else moved.values - now.bias
+            moments.update(entering[rows].flatten(0, 1), wanted[rows].flatten(0, 1), token_weights[rows].flatten())
         assert prices is not None
         solution = self._fit(self._value, moments.finish(), now.weight, self._value_solver)
         return prices, terms, solution
 
-    def _fit_output(self, weights: list[Tensor]) -> tuple[Solution, dict[str, float]]:
-        """``output`` fitted to its targets on what it is really given, pruned; and its errors."""
-        train, held_out = (MomentsAccumulator(self._dense_output) for _ in range(2))
+    def _fit_output(self, *, everything: bool) -> tuple[Solution, dict[str, float]]:
+        """``output`` fitted to its targets on what it is really given, pruned; and its errors ‖Y − Ŷ‖² / ‖Y − b‖²."""
+        fitted, judging = (MomentsAccumulator(Linear(self._dense_output.weight)) for _ in range(2))
+        bias = self._output.bias
         position = 0
 
         def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-            x, y = entering.float().flatten(0, 1), self._targets[position].float().flatten(0, 1)
-            train.update(x, y, weights[position].flatten())
-            held_out.update(x, y, self._held_out[position].flatten())
+            y = self._targets[position].float()
+            y = y if bias is None else y - bias
+            for moments, rows in (
+                (fitted, self._rows(position, everything)),
+                (judging, self._held_out[position] & (not everything)),
+            ):
+                if bool(rows.any()):
+                    weights = self._weights[position][rows].flatten()
+                    moments.update(entering[rows].float().flatten(0, 1), y[rows].flatten(0, 1), weights)
 
-        with watch([self._output], see), skipping(self._unread):
+        with watch([self._output], see), skipping(self._unread(self._output)):
             for position in range(len(self._task.stream)):
                 self._task.stream.run_batch(self._task.index, position)
-        fitted, judging = train.finish(), held_out.finish()
-        solution = self._fit(self._output, fitted, self._dense_output.weight, self._output_solver)
-        return solution, {
-            "held_out_error": _relative(judging, solution.weight),
-            "train_error": _relative(fitted, solution.weight),
-        }
+        found = fitted.finish()
+        solution = self._fit(self._output, found, self._dense_output.weight, self._output_solver)
+        train = _relative(found, solution.weight)
+        alone = everything or not any(bool(rows.any()) for rows in self._held_out)
+        held_out = train if alone else _relative(judging.finish(), solution.weight)
+        return solution, {"held_out_error": held_out, "train_error": train}
 
     def _fit(self, linear: LinearView, moments: Moments, reference: Tensor, solver: Solver) -> Solution:
         wanted = wanted_weight(moments, reference, damping=self._damping)
         found = solver(wanted.weight, moments.gram, self._task.patterns[linear.name])
-        _put(linear, with_bias(found.weight, moments))
+        linear.assign(found.weight)
         return Solution(found.weight, found.mask, found.error, (*wanted.notes, *found.notes))
+
+    def _rows(self, position: int, everything: bool) -> Tensor:
+        """Windows of one batch to fit to, bool (batch,)."""
+        held_out = self._held_out[position]
+        return torch.ones_like(held_out) if everything else ~held_out
+
+    def _unread(self, last: LinearView) -> list[LinearView]:
+        linears = self._task.stream.chain.linears(self._task.index)
+        return self._order.unread(linears, inputs=[last], outputs=[])
 
 
 class _Attention:
     """What lies between ``value`` and ``output`` on one batch, as a linear map of the values and its adjoint.
 
     Attributes:
-        entering: what ``value`` is given, (windows, seq, in).
+        entering: what ``value`` is given, (windows, seq, in), fp32.
         given: what it gives.
     """
 
@@ -155,13 +204,19 @@ class _Attention:
         self._value, self._output, self._unread = value, output, unread
         self._held = contextlib.ExitStack()
         self._graph: tuple[Tensor, Tensor] | None = None
-        self._seen: dict[LinearView, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> _Attention:
-        self._held.enter_context(skipping(self._unread))
-        with torch.no_grad(), watch([self._value], self._see):
-            self._chain.apply(self._index, self._hidden, self._call)
-        self.entering, self.given = self._seen.pop(self._value)
+        with contextlib.ExitStack() as held:
+            held.enter_context(skipping(self._unread))
+            for parameter in self._chain.block_parameters(self._index).values():
+                if parameter.requires_grad:  # only the way of the values is to be remembered
+                    held.callback(parameter.requires_grad_, True)
+                    parameter.requires_grad_(False)
+            with torch.no_grad(), watch([self._value], self._see):
+                self._chain.apply(self._index, self._hidden, self._call)
+            self.entering, self.given = self._seen.pop(self._value.name)
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -183,44 +238,33 @@ class _Attention:
     def adjoint(self, residual: Tensor) -> Tensor:
         assert self._graph is not None, "linearised() comes before adjoint()"
         leaf, mixed = self._graph
-        (found,) = torch.autograd.grad(mixed, leaf, residual, retain_graph=True)
+        with bf16_products(self._chain.products_in_bf16):
+            (found,) = torch.autograd.grad(mixed, leaf, residual, retain_graph=True)
         return found
 
     def _run(self, values: Tensor) -> Tensor:
         with giving(self._value, lambda given: values.to(given.dtype)), watch([self._output], self._see):
             self._chain.apply(self._index, self._hidden, self._call)
-        return self._seen.pop(self._output)[0].float()
+        return self._seen.pop(self._output.name)[0]
 
     def _see(self, linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        self._seen[linear] = entering, leaving
+        # Copies: what runs later may work in place.
+        self._seen[linear.name] = entering.to(torch.float32, copy=True), leaving.to(torch.float32, copy=True)
 
 
 def _plain(linear: LinearView) -> Linear:
     return Linear(linear.weight(), linear.bias)
 
 
-def _put(linear: LinearView, plain: Linear) -> None:
-    linear.assign(plain.weight)
-    if plain.bias is not None:
-        linear.assign_bias(plain.bias)
-
-
 def _relative(moments: Moments, weight: Tensor) -> float:
     return moments.error(weight) / moments.target_square if moments.target_square > 0 else 0.0
 
 
-def _split(weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Token weights with zeros in the windows held out, spread evenly, and with zeros in all others. With a single
-    window both are all of it."""
-    windows = sum(len(part) for part in weights)
+def _chosen(sizes: list[int]) -> list[Tensor]:
+    """Which windows of each batch are held out, bool (batch,), spread evenly; of a single window none is, and it is
+    judged by what it was fitted to."""
+    windows = sum(sizes)
     count = min(max(1, round(windows * HELD_OUT)), windows - 1)
-    chosen = {(2 * i + 1) * windows // (2 * count) for i in range(count)}
-    if not chosen:
-        return weights, weights
-    train, held_out, first = [], [], 0
-    for part in weights:
-        out = torch.tensor([first + row in chosen for row in range(len(part))], device=part.device)[:, None]
-        train.append(part * ~out)
-        held_out.append(part * out)
-        first += len(part)
-    return train, held_out
+    chosen = torch.zeros(windows, dtype=torch.bool)
+    chosen[[(2 * i + 1) * windows // (2 * count) for i in range(count)]] = True
+    return list(chosen.split(sizes))
