@@ -9,8 +9,10 @@ process is killed when the first of two blocks is on the disk, so that what coun
 
 Plain products are timed in the same run, before and after the command, and the faster counts: those of a linear on a
 batch of tokens, of the batch with itself (a Gram matrix), of a weight with a Gram matrix. ``reached`` is the time that
-the operations of a phase would take at that speed, divided by the time they took. Operations are those that the result
-needs: half of the attention's, since it is causal, and half of a symmetric product's.
+the operations of a phase would take at that speed, divided by the time they took. Products of forward passes are timed
+in the dtype that a block computes in, which is bf16 for bf16 checkpoints where the CPU has it; all others are in fp32.
+Operations are those that the result needs: half of the attention's, since it is causal, and half of a symmetric
+product's.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from measure import cpu_name, measured
@@ -30,6 +32,7 @@ from quality import OUT
 from scale import COMMAND, CONFIGS, make_checkpoint, prune
 from solvers import factorisations, products
 
+from sparsellm.chain.products import bf16_is_native
 from sparsellm.methods import METHODS
 from sparsellm.recipe import Recipe
 from sparsellm.statistics.gram import PANEL
@@ -41,32 +44,39 @@ CPU_COMMAND = ("-c", "import time; time.perf_counter = time.process_time; from s
 VOCABULARY = 1024  # of the models of two blocks: embedding and head are no part of a block
 
 
+class Product(NamedTuple):
+    rows: int
+    inner: int
+    columns: int
+    dtype: torch.dtype
+
+
 class Plain:
-    """Speeds of plain fp32 products in operations a second, by their sizes; each is timed again by :meth:`again`."""
+    """Speeds of plain products in operations a second, by sizes and dtype; each is timed again by :meth:`again`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._fastest: dict[tuple[int, int, int], float] = {}
+        self._fastest: dict[Product, float] = {}
 
-    def speed(self, rows: int, inner: int, columns: int) -> float:
+    def speed(self, product: Product) -> float:
         """Of ``(rows, inner) @ (inner, columns)``."""
-        return self._fastest.get((rows, inner, columns)) or self._time((rows, inner, columns))
+        return self._fastest.get(product) or self._time(product)
 
     def again(self) -> None:
-        for sizes in list(self._fastest):
-            self._time(sizes)
+        for product in list(self._fastest):
+            self._time(product)
 
-    def _time(self, sizes: tuple[int, int, int]) -> float:
-        rows, inner, columns = sizes
-        left, right = torch.randn(rows, inner), torch.randn(columns, inner).T
+    def _time(self, product: Product) -> float:
+        rows, inner, columns, dtype = product
+        left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype).T
         left[:64] @ right[:, :64]  # wakes threads
         start, runs = self._clock(), 0
         while runs == 0 or self._clock() - start < 0.3:
             left @ right
             runs += 1
         speed = 2.0 * rows * inner * columns * runs / (self._clock() - start)
-        self._fastest[sizes] = max(speed, self._fastest.get(sizes, 0.0))
-        return self._fastest[sizes]
+        self._fastest[product] = max(speed, self._fastest.get(product, 0.0))
+        return self._fastest[product]
 
 
 class Work:
@@ -74,12 +84,13 @@ class Work:
 
     def __init__(self, plain: Plain) -> None:
         self.plain = plain
-        self._parts: list[tuple[float, tuple[int, int, int]]] = []
+        self._parts: list[tuple[float, Product]] = []
 
-    def add(self, operations: float, rows: int, inner: int, columns: int) -> None:
+    def add(self, operations: float, rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32) -> None:
         """Operations that a plain product of these sizes is the measure of."""
-        self._parts.append((operations, (rows, inner, columns)))
-        self.plain.speed(rows, inner, columns)
+        product = Product(rows, inner, columns, dtype)
+        self._parts.append((operations, product))
+        self.plain.speed(product)
 
     def plus(self, other: Work) -> Work:
         both = Work(self.plain)
@@ -92,7 +103,7 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        return sum(operations / self.plain.speed(*sizes) for operations, sizes in self._parts)
+        return sum(operations / self.plain.speed(product) for operations, product in self._parts)
 
 
 def groups_of(config: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
@@ -102,20 +113,22 @@ def groups_of(config: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
     return [[(width, width), (keys, width), (keys, width)], [(width, width)], [(inner, width)] * 2, [(width, inner)]]
 
 
-def work_of_block(plain: Plain, config: Mapping[str, Any], method: str, samples: int, seq_len: int) -> dict[str, Work]:
-    """Matrix products in each phase of one block."""
+def work_of_block(
+    plain: Plain, config: Mapping[str, Any], method: str, samples: int, seq_len: int, computing: torch.dtype
+) -> dict[str, Work]:
+    """Matrix products in each phase of one block, whose forward passes compute in ``computing``."""
     tokens = samples * seq_len
     batch = min(samples, windows_in_batch(Recipe().batch_tokens, seq_len)) * seq_len
     width, heads = config["hidden_size"], config["num_attention_heads"]
     forward, grams, solve = Work(plain), Work(plain), Work(plain)
-    forward.add(2.0 * tokens * seq_len * width, seq_len, width // heads, seq_len)  # queries by keys, and by values
+    forward.add(2.0 * tokens * seq_len * width, seq_len, width // heads, seq_len, computing)  # by keys and values
     for group in groups_of(config):
         inputs = group[0][1]
         panels = sum(min(PANEL, inputs - start) * (inputs - start) for start in range(0, inputs, PANEL))
         grams.add(2.0 * tokens * panels, inputs, batch, inputs)
         solve.add(factorisations(method, inputs), inputs, inputs, inputs)
         for out, _ in group:
-            forward.add(2.0 * tokens * out * inputs, batch, inputs, out)
+            forward.add(2.0 * tokens * out * inputs, batch, inputs, out, computing)
             solve.add(products(method, out, inputs), out, inputs, inputs)
     return {"prune/statistics": forward.plus(grams), "prune/solve": solve, "forward": forward}
 
@@ -177,7 +190,8 @@ def run_block(arguments: argparse.Namespace, config: Mapping[str, Any]) -> tuple
 def report(arguments: argparse.Namespace, case: str) -> Sequence[str]:
     config = CONFIGS[SHAPE_OF.get(case, case)]
     plain = Plain(time.process_time if arguments.cpu_seconds else time.perf_counter)
-    work = work_of_block(plain, config, arguments.method, arguments.samples, arguments.seq_len)
+    computing = torch.bfloat16 if case != "demo" and bf16_is_native() else torch.float32  # the demo's file has fp32
+    work = work_of_block(plain, config, arguments.method, arguments.samples, arguments.seq_len, computing)
     if case == "demo":
         blocks = config["num_hidden_layers"]
         seconds, total = run_demo(arguments)
@@ -214,7 +228,7 @@ def main() -> None:
     assert arguments.method in METHODS
     print(
         f"{arguments.method}, sparsity {arguments.sparsity:g}, {arguments.samples} × {arguments.seq_len} calibration "
-        f"tokens; {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, fp32; "
+        f"tokens; {cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"{'CPU seconds' if arguments.cpu_seconds else 'seconds by wall clock'}.\n"
     )
     print("| model | phase | seconds | of the time | GFLOP/s | plain products, GFLOP/s | reached |")
