@@ -57,10 +57,16 @@ ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 
+class RefusedError(Exception):
+    """The command ended with one error, exit code 2; this is its text."""
+
+
 def command(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "sparsellm", *arguments, "--json"], stdout=subprocess.PIPE, check=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "sparsellm", *arguments, "--json"], capture_output=True, text=True)
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    if done.returncode == 2:
+        raise RefusedError(done.stderr.strip().splitlines()[-1])
+    done.check_returncode()
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -98,11 +104,17 @@ def run_cell(
     directory = Path(tempfile.mkdtemp(prefix="pruned-", dir=OUT)) / "model"
     computed = children_computed()
     goal = ["--pattern", target] if ":" in target else ["--sparsity", target]
-    pruned = command(
+    prune = (
         "prune", arguments.model, "--out", str(directory), "--method", method, *goal, "--calibration",
         arguments.calibration, "--samples", str(arguments.samples), "--seq-len", str(arguments.window),
         "--seed", str(seed), *[f"--set={setting}" for setting in (*arguments.set, *settings)],
     )  # fmt: skip
+    try:
+        pruned = command(*prune)
+    except RefusedError as refusal:
+        if method != "sparsellm-paper":
+            raise
+        return {"failed": str(refusal)}  # it diverges, and that is its result
     computed = children_computed() - computed
     scored = measure(arguments, str(directory))
     shutil.rmtree(directory.parent)
@@ -234,6 +246,9 @@ def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str,
     print("|---|---|---|---|---|---|")
     base = rows["sparsegpt"]
     for name, row in rows.items():
+        if "failed" in row:
+            print(f"| {name} | {row['failed']} | – | – | – | – |")
+            continue
         ratio = math.log(row["perplexity"] / dense) / math.log(base["perplexity"] / dense)
         print(
             f"| {name} | {row['perplexity']:.1f} | {ratio:.3f} | {time_ratios([row], [base])} "

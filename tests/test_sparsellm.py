@@ -199,6 +199,15 @@ def test_the_published_algorithm_runs_on_the_whole_model_and_shows_its_errors(fa
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
+def test_the_published_algorithm_says_where_it_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    with torch.no_grad():  # its gradient steps overshoot where the other branch is large
+        model.model.layers[1].mlp.up_proj.weight *= 1e6
+    recipe = Recipe(method="sparsellm-paper", sparsity=0.5, options={"epochs": 30})
+    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.down_proj: .*diverged in epoch \d+ .*0\.\d+"):
+        sparsellm.prune(model, recipe, calibration=windows(1))
+
+
 def test_the_published_algorithm_says_what_it_does_not_know() -> None:
     with pytest.raises(ModelError, match="ReLU"):
         sparsellm.prune(tiny_gpt2(), Recipe(method="sparsellm-paper"), calibration=windows(1))

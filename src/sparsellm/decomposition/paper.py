@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsellm.decomposition.feed_forward import FeedForward, Linear
 from sparsellm.decomposition.objective import Coefficients, squares
 from sparsellm.decomposition.updates import activation_factor, update_activation, update_preactivation_relu
-from sparsellm.errors import ModelError
+from sparsellm.errors import ModelError, NumericalError
 from sparsellm.patterns import Pattern
 from sparsellm.solvers import Solver
 from sparsellm.statistics import Gram, GramAccumulator
@@ -62,6 +62,7 @@ def prune_as_published(
 
     Raises:
         ModelError: a two-layer unit whose activation is not ReLU; the paper has no update for it.
+        NumericalError: it diverged to numbers that are not finite; the message has the errors of the epochs before.
     """
     if dense.gate is None and dense.activation.name != "relu":
         raise ModelError(f"the published algorithm knows ReLU in a two-layer unit, not {dense.activation.name!r}")
@@ -70,7 +71,8 @@ def prune_as_published(
     y = dense(x)
     z, s = dense.up(x), dense.gate(x) if dense.gate else None
     a = dense.activations(x)
-    unit, errors = dense, []
+    unit = dense
+    errors: list[float] = []
     gram_x = _gram(x)
     for epoch in range(epochs):
         if epoch > 0:
@@ -80,10 +82,19 @@ def prune_as_published(
                 down=_fit(unit.down, a, y),
                 gate=_fit(unit.gate, x, s) if unit.gate and s is not None else None,
             )
-        pruned = {
-            role: replace(linear, weight=solver(linear.weight, _gram(a) if role == "down" else gram_x, pattern).weight)
-            for role, linear in unit.linears().items()
-        }
+        try:
+            pruned = {
+                role: replace(
+                    linear, weight=solver(linear.weight, _gram(a) if role == "down" else gram_x, pattern).weight
+                )
+                for role, linear in unit.linears().items()
+            }
+        except NumericalError as failure:
+            shown = ", ".join(f"{error:.3g}" for error in errors)
+            raise NumericalError(
+                f"the published algorithm diverged in epoch {epoch} (relative errors of the epochs before it: "
+                f"{shown or 'none'}): {failure}"
+            ) from failure
         unit = replace(unit, up=pruned["up"], down=pruned["down"], gate=pruned.get("gate"))
         gram_x = _damped(gram_x)
         errors.append(squares(y - unit(x)) / squares(y))

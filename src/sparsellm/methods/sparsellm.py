@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -38,14 +38,6 @@ from sparsellm.storage.scratch import TensorStore
 EFFORT = 1
 SOLVER = "admm"
 ROUNDING = 1e-2  # of half precision, in sums of what a block's linears give
-
-
-@dataclass
-class _Moments:
-    """Of one group: the Gram matrix of its input, and the cross moment with the target if there is one."""
-
-    gram: Gram
-    cross: Tensor | None
 
 
 # By effort. Reconstruction block by block buys far less for its time than sweeps of the whole model: none includes it.
@@ -284,9 +276,20 @@ def _prune_in_order(
                 outputs=[recorded] if recorded is not None else [],
             )
             with skipping(unread):
-                moments = _moments(task, group[0], fitting.weights, target, moved, recorded=recorded, fitted=fitted)
+                gram, cross = _moments(task, group[0], fitting.weights, target, moved, recorded=recorded, fitted=fitted)
+            fit = None
+            if cross is not None:
+                with task.clock.phase("prune/solve"):
+                    fit = least_squares(gram, cross, fitting.damping, prior=group[0].weight())
+            del cross
+            gram.forget()  # the solver, which takes the most memory, has no use for what the fit was made of
             for linear in group:
-                _solve(task, fitting.solver, linear, moments, fitting.damping, costs.get(linear.name))
+                solver = _weighed(fitting.solver, costs.get(linear.name))
+                with task.clock.phase("prune/solve"):
+                    wanted = linear.weight() if fit is None else fit.weight
+                    solution = solver(wanted, gram, task.patterns[linear.name])
+                notes = (*(fit.notes if fit is not None else ()), *solution.notes)
+                task.accept(linear, replace(solution, notes=notes))
 
 
 @contextlib.contextmanager
@@ -429,20 +432,6 @@ def _relative_costs(task: BlockTask, writer: LinearView | None, power: float) ->
     return {writer.name: (costs / costs.mean().clamp(min=1e-30)).clamp(min=1e-4)}
 
 
-def _solve(
-    task: BlockTask, solver: Solver, linear: LinearView, moments: _Moments, damping: float, costs: Tensor | None
-) -> None:
-    dense = linear.weight()
-    wanted = dense
-    notes: tuple[str, ...] = ()
-    with task.clock.phase("prune/solve"):
-        if moments.cross is not None:
-            fit = least_squares(moments.gram, moments.cross, damping, prior=dense)
-            wanted, notes = fit.weight, fit.notes
-        solution = _weighed(solver, costs)(wanted, moments.gram, task.patterns[linear.name])
-    task.accept(linear, Solution(solution.weight, solution.mask, solution.error, (*notes, *solution.notes)))
-
-
 def _weighed(solver: Solver, costs: Tensor | None) -> Solver:
     """``costs (out,)`` weigh the squared errors of the outputs: ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²`` is the plain objective
     of ``√c_i w_i``, so rows that cost more win weights where rows compete for them."""
@@ -501,9 +490,9 @@ def _moments(
     *,
     recorded: LinearView | None,
     fitted: bool,
-) -> _Moments:
-    """One pass: moments of the input of ``head``; what ``recorded`` gives goes into ``target``, or the cross moment
-    with ``target``, moved by ``pull``, comes out of it."""
+) -> tuple[Gram, Tensor | None]:
+    """One pass: the Gram matrix of the input of ``head``; what ``recorded`` gives goes into ``target``, or the cross
+    moment with ``target``, moved by ``pull``, comes out of it."""
     device = task.stream.chain.device
     gram = GramAccumulator(head.in_features, device)
     cross = CrossAccumulator(head.out_features, head.in_features, device) if fitted else None
@@ -526,4 +515,4 @@ def _moments(
         gram.reduce()
         if cross is not None:
             cross.reduce()
-    return _Moments(gram.finish(), cross.finish() if cross is not None else None)
+    return gram.finish(), cross.finish() if cross is not None else None

@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import watch
 from sparsellm.decomposition.paper import prune_as_published
+from sparsellm.errors import NumericalError
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.methods.sparsellm import feed_forward_of, find_units
 from sparsellm.patterns import Pattern
@@ -51,7 +52,10 @@ def sparsellm_paper(
             dense, roles = feed_forward_of(unit)
             x = torch.cat(inputs[unit.up.name])  # (tokens, d)
             pattern: Pattern = task.patterns[unit.up.name]
-            published = prune_as_published(dense, x, sparsegpt, pattern, epochs=epochs or None)
+            try:
+                published = prune_as_published(dense, x, sparsegpt, pattern, epochs=epochs or None)
+            except NumericalError as failure:
+                raise NumericalError(f"{unit.down.name}: {failure}; options.epochs stops it earlier") from failure
             history = [{"epoch": epoch, "error": error} for epoch, error in enumerate(published.errors)]
             task.history[unit.down.name] = history
             for role, pruned in published.unit.linears().items():

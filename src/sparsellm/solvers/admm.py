@@ -73,6 +73,7 @@ def admm(
         state = torch.addmm(dense, pull, inverse.matrix, alpha=inverse.damping * metric.mean_diagonal).add_(multiplier)
         kept = pattern.mask(state.abs(), scope)
         last_rho = rho
+        del sparse, multiplier, pull, inverse  # the fit that follows takes the most memory
 
     if iterations:
         # Where inputs are few or singular the mask may end worse than it began: the better of both counts.

@@ -143,6 +143,10 @@ class Gram:
         found: T = self._memory[key]
         return found
 
+    def forget(self) -> None:
+        """Frees what is remembered; whoever asks for it again makes it again."""
+        self._memory.clear()
+
     def _factorise(self, damping: float, flipped: bool = False) -> Factor:
         """Lower Cholesky factor, in the memory of one matrix; ``flipped``: with the inputs in reverse order."""
         asked = damping
