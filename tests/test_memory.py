@@ -16,8 +16,10 @@ from sparsellm import Recipe, memory
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.memory import plan_memory, working_bytes
+from sparsellm.methods import METHODS
 from sparsellm.registry import Workspace
 from sparsellm.sizes import parse_bytes
+from sparsellm.solvers import SOLVERS
 from sparsellm.streams import Stream
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
@@ -95,6 +97,17 @@ def test_what_a_block_needs_by_hand() -> None:
     assert found["solving"] == max(*solving, activations)
 
 
+@pytest.mark.parametrize("solver", ["admm", "sparsegpt", "wanda"])
+@pytest.mark.parametrize("effort", [0, 1])
+def test_the_solver_inside_a_method_counts(solver: str, effort: int) -> None:
+    inside, method = SOLVERS[solver].workspace, METHODS["sparsellm"]
+    whole = method.workspace.beside(method.needs_of({"solver": solver, "effort": effort}).workspace)
+    assert whole.weights >= inside.weights
+    assert whole.grams >= inside.grams
+    assert whole.remembered == inside.remembered
+    assert (whole.blocks > 0) == (effort > 0)  # a sweep's moments
+
+
 def test_more_windows_need_no_more_calls(chain: Chain) -> None:
     def calls(samples: int) -> int:
         ids = torch.randint(VOCABULARY, (samples, 16), generator=torch.Generator().manual_seed(0))
@@ -132,7 +145,7 @@ def test_a_small_budget_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
 def test_the_prediction_is_within_a_quarter_of_a_real_process(method: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparsellm", "prune", "demo", "--out", str(tmp_path / "p"), "--method", method]
     command += ["--samples", "4", "--seq-len", "512", "--json"]

@@ -228,7 +228,7 @@ def prune(
             len(windows) if parallel.is_main() and _allocates(recipe) else len(own),
             windows.shape[1],
             recipe.batch_tokens,
-            method.workspace.beside(allocator.workspace),
+            method.workspace.beside(needs.workspace).beside(allocator.workspace),
             budget=recipe.memory,
             swept_copies=SWEPT_COPIES if needs.passes else 0,
             sharers=parallel.on_this_machine(),

@@ -68,6 +68,7 @@ class Needs:
         learning_rate: of those sweeps; None for what they choose.
         output_costs: what an error of each linear's outputs costs the dense model's loss, from a sweep of its gradient.
         one_process: the option, as it was given, that no more than one process can serve; "" if there is none.
+        workspace: of what runs inside by these options, such as a solver, beside the method's own.
     """
 
     dense_stream: bool = False
@@ -76,6 +77,7 @@ class Needs:
     learning_rate: float | None = None
     output_costs: bool = False
     one_process: str = ""
+    workspace: Workspace = Workspace(weights=0, grams=0)
 
 
 @dataclass(frozen=True)

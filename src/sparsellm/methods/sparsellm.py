@@ -45,17 +45,19 @@ PASSES = (0, 1, 3, 8)
 
 
 def _needs(options: dict[str, Any]) -> Needs:
-    SOLVERS[options.get("solver", SOLVER)]  # an unknown one is refused before the work
+    solver = SOLVERS[options.get("solver", SOLVER)]  # an unknown one is refused before the work
     passes = options.get("passes")
     passes = PASSES[options.get("effort", EFFORT)] if passes is None else passes
     two = passes > 0 or any(options.get(name, 0.0) > 0 for name in ("blend", "residual", "refine_blend"))
+    steps = options.get("steps", 0)
     return Needs(
         dense_stream=two,
-        pieces=options.get("steps", 0) > 0,
+        pieces=steps > 0,
         passes=passes,
         learning_rate=options.get("sweep_rate"),
         output_costs=options.get("output_metric", 0.0) > 0,
         one_process=next((name for name in ("iterations", "value_iterations") if options.get(name, 0)), ""),
+        workspace=replace(solver.workspace, blocks=5.0 if passes or steps else 0.0),  # an optimiser's copies
     )
 
 
@@ -63,7 +65,7 @@ def _needs(options: dict[str, Any]) -> Needs:
     "sparsellm",
     paper="arXiv 2402.17946, with the solver of 2406.07831 and the refinement of 2510.14444",
     needs=_needs,
-    workspace=Workspace(blocks=5.0, streams=2),
+    workspace=Workspace(weights=7, grams=2, streams=2),  # a writer's fit
     distributed=True,
 )
 def sparsellm(

@@ -38,7 +38,7 @@ RHO_STEPS = 5  # each needs an inverse
 
 
 @SOLVERS.register(
-    "admm", paper="arXiv 2406.07831", workspace=Workspace(weights=15.5, grams=4, remembered=5), distributed=True
+    "admm", paper="arXiv 2406.07831", workspace=Workspace(weights=12, grams=3, remembered=5), distributed=True
 )
 def admm(
     weight: Tensor,

@@ -55,6 +55,7 @@ def refine_on_support(
         before, square = square, residual.square().sum(dim=1, keepdim=True)
         direction.mul_(torch.where(before > noise, square / before, 0.0)).add_(residual)
 
+    del image, residual, direction
     missing = target - weight
     loss = (missing * (missing @ matrix).add_(missing, alpha=damping)).sum(dim=1, keepdim=True)  # (out, 1)
     weight = torch.where(loss <= begin_loss, weight, begin)
