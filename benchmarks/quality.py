@@ -57,6 +57,9 @@ ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 
+COLUMNS = "perplexity | excess / sparsegpt's | wall time / sparsegpt's | CPU time / sparsegpt's | peak memory (GB)"
+
+
 class RefusedError(Exception):
     """The command ended with one error, exit code 2; this is its text."""
 
@@ -114,6 +117,7 @@ def run_cell(
     except RefusedError as refusal:
         if method != "sparsellm-paper":
             raise
+        shutil.rmtree(directory.parent)
         return {"failed": str(refusal)}  # it diverges, and that is its result
     computed = children_computed() - computed
     scored = measure(arguments, str(directory))
@@ -187,7 +191,7 @@ def main() -> None:
                         key, lambda m=method, t=target, s=seed, x=settings: run_cell(arguments, m, t, s, x)
                     )
     print(title)
-    print(f"| target | method | perplexity | excess / sparsegpt's | {TIMES} | peak memory (GB) |")
+    print(f"| target | method | {COLUMNS} |")
     print("|---|---|---|---|---|---|---|")
     for target in arguments.targets:
         for method in arguments.methods:
@@ -197,40 +201,48 @@ def main() -> None:
             base = [
                 table["sparsegpt", target, seed] for seed in arguments.seeds if ("sparsegpt", target, seed) in table
             ]
-            values = [row["perplexity"] for row in rows]
-            shown = f"{statistics.mean(values):.1f}"
-            if len(values) > 1:
-                shown += f" ± {statistics.stdev(values):.1f}"
-            excess, times = "–", "– | –"
-            if len(base) == len(rows):
-                ratios = [
-                    math.log(row["perplexity"] / dense["perplexity"]) / math.log(b["perplexity"] / dense["perplexity"])
-                    for row, b in zip(rows, base, strict=True)
-                ]
-                excess = f"{statistics.mean(ratios):.3f}"
-                if len(ratios) > 1:
-                    excess += f" ± {statistics.stdev(ratios):.3f}"
-                times = time_ratios(rows, base)
-            peak = max(row["peak_rss_bytes"] for row in rows) / 1e9
             label = (
                 f"{method}, effort {arguments.effort}"
                 if method == "sparsellm" and arguments.effort is not None
                 else method
             )
-            print(f"| {target} | {label} | {shown} | {excess} | {times} | {peak:.2f} |")
+            print(f"| {target} | {label} | {columns(rows, base, dense['perplexity'])} |")
 
 
-TIMES = "wall time / sparsegpt's | CPU time / sparsegpt's"
+def columns(rows: list[dict[str, Any]], base: list[dict[str, Any]], dense: float) -> str:
+    """What :data:`COLUMNS` names, for the cells of all seeds; ``base`` are sparsegpt's, where there are any."""
+    failed = next((row["failed"] for row in rows if "failed" in row), None)
+    if failed is not None:
+        return f"{failed} | – | – | – | –"
+    ratios: list[float] = []
+    times = "– | –"
+    if len(base) == len(rows):
+        ratios = [
+            math.log(row["perplexity"] / dense) / math.log(other["perplexity"] / dense)
+            for row, other in zip(rows, base, strict=True)
+        ]
+        times = time_ratios(rows, base)
+    perplexity = spread([row["perplexity"] for row in rows], 1)
+    peak = max(row["peak_rss_bytes"] for row in rows) / 1e9
+    return f"{perplexity} | {spread(ratios, 3)} | {times} | {peak:.2f}"
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The mean, and the standard deviation of several."""
+    if not values:
+        return "–"
+    shown = f"{statistics.mean(values):.{digits}f}"
+    return shown + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def time_ratios(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     """Two columns: means over the seeds. A cell of before CPU time was measured leaves the second out."""
-    columns = []
+    means = []
     for name in ("seconds", "cpu_seconds"):
         known = all(name in cell for cell in (*rows, *base))
         ratios = [row[name] / other[name] for row, other in zip(rows, base, strict=True)] if known else []
-        columns.append(f"{statistics.mean(ratios):.2f}" if ratios else "–")
-    return " | ".join(columns)
+        means.append(f"{statistics.mean(ratios):.2f}" if ratios else "–")
+    return " | ".join(means)
 
 
 def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str, dense: float, title: str) -> None:
@@ -242,18 +254,10 @@ def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str,
         key = "/".join((conditions, method, *settings, target, str(seed)))
         rows[name] = cells.get(key, lambda m=method, x=settings: run_cell(arguments, m, target, seed, x))
     print(title)
-    print(f"| at {target} | perplexity | excess / sparsegpt's | {TIMES} | peak memory (GB) |")
+    print(f"| at {target} | {COLUMNS} |")
     print("|---|---|---|---|---|---|")
-    base = rows["sparsegpt"]
     for name, row in rows.items():
-        if "failed" in row:
-            print(f"| {name} | {row['failed']} | – | – | – | – |")
-            continue
-        ratio = math.log(row["perplexity"] / dense) / math.log(base["perplexity"] / dense)
-        print(
-            f"| {name} | {row['perplexity']:.1f} | {ratio:.3f} | {time_ratios([row], [base])} "
-            f"| {row['peak_rss_bytes'] / 1e9:.2f} |"
-        )
+        print(f"| {name} | {columns([row], [rows['sparsegpt']], dense)} |")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from quality import OUT
 from scale import COMMAND, CONFIGS, make_checkpoint, prune
 from solvers import factorisations, products
 
-from sparsellm.chain.products import bf16_is_native
+from sparsellm.chain.chain import fast_dtype
 from sparsellm.methods import METHODS
 from sparsellm.recipe import Recipe
 from sparsellm.statistics.gram import PANEL
@@ -190,7 +190,8 @@ def run_block(arguments: argparse.Namespace, config: Mapping[str, Any]) -> tuple
 def report(arguments: argparse.Namespace, case: str) -> Sequence[str]:
     config = CONFIGS[SHAPE_OF.get(case, case)]
     plain = Plain(time.process_time if arguments.cpu_seconds else time.perf_counter)
-    computing = torch.bfloat16 if case != "demo" and bf16_is_native() else torch.float32  # the demo's file has fp32
+    stored = torch.float32 if case == "demo" else torch.bfloat16  # as in the file
+    computing = fast_dtype(stored, torch.device("cpu"))
     work = work_of_block(plain, config, arguments.method, arguments.samples, arguments.seq_len, computing)
     if case == "demo":
         blocks = config["num_hidden_layers"]

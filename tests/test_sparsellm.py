@@ -110,10 +110,6 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse(family: Fa
     assert error(model, family()) < error(pruned(family, "admm"), family())
 
 
-def histories(result: sparsellm.PruneResult) -> list[tuple[dict[str, Any], ...]]:
-    return [linear.history for linear in result.linears if linear.history]
-
-
 with_values = pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["grouped queries", "biases"])
 
 
@@ -123,7 +119,7 @@ def coordinated(family: Family) -> tuple[PreTrainedModel, list[tuple[dict[str, A
     options = {"value_iterations": 2, "effort": 0}
     recipe = Recipe(method="sparsellm", sparsity=0.6, options=options, batch_tokens=200)
     result = sparsellm.prune(model, recipe, calibration=windows(1))
-    found = histories(result)
+    found = [linear.history for linear in result.linears if linear.history]
     assert {x.name.rpartition(".")[2] for x in result.linears if x.history} <= {"o_proj", "out_proj"}
     assert len(found) == model.config.num_hidden_layers
     for linear in result.linears:
@@ -180,10 +176,7 @@ def test_the_chosen_iterate_is_made_again_on_all_windows(family: Family, monkeyp
 
     monkeypatch.setattr(CoordinatedValues, "_move_values", counted)
     dense = family()
-    model = family()
-    options = {"value_iterations": 2, "effort": 0}
-    recipe = Recipe(method="sparsellm", sparsity=0.6, options=options, batch_tokens=200)
-    found = histories(sparsellm.prune(model, recipe, calibration=windows(1)))
+    model, found = coordinated(family)
     assert all(history[-1]["chosen"] for history in found)
     assert moves == [False, False, True, True] * model.config.num_hidden_layers
     assert error(model, dense) < error(pruned(family, "admm"), dense)
@@ -199,7 +192,7 @@ def test_the_published_algorithm_runs_on_the_whole_model_and_shows_its_errors(fa
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
-def test_the_published_algorithm_says_where_it_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_algorithm_says_where_it_diverged() -> None:
     model = tiny_llama()
     with torch.no_grad():  # its gradient steps overshoot where the other branch is large
         model.model.layers[1].mlp.up_proj.weight *= 1e6

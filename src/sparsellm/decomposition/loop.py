@@ -27,6 +27,7 @@ from sparsellm.decomposition.objective import Coefficients, Terms, Variables, ch
 from sparsellm.decomposition.store import VariableStore
 from sparsellm.decomposition.weights import Moments, MomentsAccumulator, wanted_weight, with_bias
 from sparsellm.errors import DataError, NumericalError
+from sparsellm.held_out import spread_evenly
 from sparsellm.patterns import Pattern
 from sparsellm.solvers import Solution, Solver
 from sparsellm.solvers.support import refine_on_support
@@ -180,7 +181,7 @@ def split(chunks: Sequence[Chunk], fraction: float = 0.125) -> tuple[Sequence[Ch
         ]
         return [parts[0]], [part for part in parts[1:] if len(part.inputs)]
     count = min(max(round(len(chunks) * fraction), 1 if fraction > 0 else 0), len(chunks) - 1)
-    chosen = {(2 * i + 1) * len(chunks) // (2 * count) for i in range(count)}
+    chosen = spread_evenly(count, len(chunks))
     train, held_out = ([(chunks, i) for i in range(len(chunks)) if (i in chosen) is held] for held in (False, True))
     return _Chosen(train), _Chosen(held_out)
 

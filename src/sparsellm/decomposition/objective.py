@@ -99,6 +99,15 @@ def objective(
     return total
 
 
+def output_prices(down: Linear, y: Tensor) -> tuple[float, float]:
+    """β, which makes the output term the relative error, and β times the mean squared column norm of ``down``: what a
+    unit change of one of its inputs costs there. y (tokens, d_out)."""
+    tiny = torch.finfo(torch.float32).tiny
+    beta = 1 / max(squares(y) / len(y), tiny)
+    column = float(down.weight.double().square().sum()) / down.weight.shape[1]
+    return beta, max(beta * column, tiny)
+
+
 def default_coefficients(
     unit: FeedForward, x: Tensor, y: Tensor, *, producer: float = 3.0, coupling: float = 3.0
 ) -> Coefficients:
@@ -116,10 +125,7 @@ def default_coefficients(
     Args:
         x: (tokens, d), y: (tokens, d_out): one chunk is enough.
     """
-    tiny = torch.finfo(torch.float32).tiny
-    beta = 1 / max(squares(y) / len(y), tiny)
-    column = float(unit.down.weight.double().square().sum()) / unit.hidden
-    price = max(beta * column, tiny)
+    beta, price = output_prices(unit.down, y)
     z = unit.up(x)
     if unit.gate is None:
         slope, gate_slope = unit.activation.derivatives(z)[1], None

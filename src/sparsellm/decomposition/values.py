@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.decomposition.feed_forward import Linear
-from sparsellm.decomposition.objective import Coefficients, Terms, squares
+from sparsellm.decomposition.objective import Coefficients, Terms, output_prices, squares
 
 Map = Callable[[Tensor], Tensor]
 
@@ -114,9 +114,7 @@ def default_value_coefficients(
         y: (windows, seq, d): the targets of some windows.
         values: (windows, seq, f_v): of the shape that ``mix`` takes.
     """
-    tiny = torch.finfo(torch.float32).tiny
-    beta = 1 / max(squares(y.flatten(0, -2)) / y.shape[:-1].numel(), tiny)
-    price = max(beta * float(output.weight.double().square().sum()) / output.weight.shape[1], tiny)
+    beta, price = output_prices(output, y.flatten(0, -2))
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, values.shape, generator=generator).to(values).mul_(2).sub_(1)
     slope = max(float(mix(signs).double().square().sum()) / signs.numel(), 1e-20)

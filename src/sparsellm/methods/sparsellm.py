@@ -10,7 +10,7 @@ of the block are polished together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -119,20 +119,20 @@ def sparsellm(
         if blend or residual:
             with task.clock.phase("prune/targets"):
                 pull = _dense_targets(task, _writers(sublayers, width), width, blend, residual, held.enter_context)
-        fitting = _Fitting(weights, divide(SOLVERS[solver]), refit_damping, pull, order)
+        inside = divide(SOLVERS[solver])
+        fitting = _Fitting(weights, inside, refit_damping, pull, order, value_iterations)
         keeping = _Keeping(iterations, getattr(torch, variables), variables_on_disk)
         units = {unit.down.name: unit for unit in find_units(task)} if iterations else {}
         for sublayer in sublayers:
             unit = units.get(sublayer[-1][0].name)
             if unit is not None and all(linear in unit.linears() for group in sublayer for linear in group):
                 with task.clock.phase("prune/variables"):
-                    prune_unit(task, unit, weights, divide(SOLVERS[solver]), keeping)
+                    prune_unit(task, unit, weights, inside, keeping)
             else:
                 writer = _writer(sublayer, width) if refit else None
                 costs = _relative_costs(task, _writer(sublayer, width), output_metric)
-                with _coordinating_values(task, sublayer, writer, fitting, costs, value_iterations):
-                    _prune_in_order(task, sublayer, writer, fitting, costs)
-        _prune_rest(task, sublayers, weights, divide(SOLVERS[solver]))
+                _prune_in_order(task, sublayer, writer, fitting, costs)
+        _prune_rest(task, sublayers, weights, inside)
         if steps:
             assert outputs is not None
             task.report("refine")
@@ -167,6 +167,7 @@ class _Fitting:
         damping: ridge of a writer's fit.
         pull: by writer, what moves its target.
         order: in which the block's linears run.
+        value_iterations: alternations of the variables of attention's values and output.
     """
 
     weights: list[Tensor] | None
@@ -174,6 +175,7 @@ class _Fitting:
     damping: float
     pull: dict[str, _Pull]
     order: RunOrder
+    value_iterations: int
 
 
 def _dense_targets(
@@ -267,6 +269,10 @@ def _prune_in_order(
 ) -> None:
     """One group after the other; the writer, where there is one, is fitted to what it gave before the first."""
     with task.stream.store() as target:
+        values = None
+        if fitting.value_iterations and writer is not None:
+            earlier = [linear for group in sublayer[:-1] for linear in group]
+            values = _coordinated_values(task, earlier, writer, fitting, costs.get(writer.name), target)
         for position, group in enumerate(sublayer):
             task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
             recorded = writer if position == 0 else None
@@ -292,40 +298,31 @@ def _prune_in_order(
                     solution = solver(wanted, gram, task.patterns[linear.name])
                 notes = (*(fit.notes if fit is not None else ()), *solution.notes)
                 task.accept(linear, replace(solution, notes=notes))
+        if values is not None:
+            with task.clock.phase("prune/variables"):
+                values.improve(fitting.value_iterations)
 
 
-@contextlib.contextmanager
-def _coordinating_values(
+def _coordinated_values(
     task: BlockTask,
-    sublayer: list[list[LinearView]],
-    writer: LinearView | None,
+    earlier: list[LinearView],
+    writer: LinearView,
     fitting: _Fitting,
-    costs: dict[str, Tensor],
-    iterations: int,
-) -> Iterator[None]:
-    """Around the pruning of a sublayer: where it is attention, its values and its writer are then coordinated."""
-    pair = None
-    if iterations and writer is not None:
-        earlier = [linear for group in sublayer[:-1] for linear in group]
-        pair = find_value_output(earlier, writer, lambda: task.stream.run_window(task.index))
+    costs: Tensor | None,
+    target: TensorStore,
+) -> CoordinatedValues | None:
+    """Where the sublayer is attention: its values and its writer, to be coordinated when both are pruned."""
+    pair = find_value_output(earlier, writer, lambda: task.stream.run_window(task.index))
     if pair is None:
-        yield
-        return
-    pull = fitting.pull.get(pair.output.name)
-    with task.stream.store() as targets:
+        return None
+    wanted = partial(_wanted, target, fitting.pull.get(writer.name))
+    solvers = (fitting.solver, _weighed(fitting.solver, costs))
+    return CoordinatedValues(task, pair, fitting.order, wanted, fitting.weights, solvers, fitting.damping)
 
-        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-            wanted = leaving if pull is None else pull.on(leaving, len(targets))
-            targets.append(wanted.detach().clone())
 
-        unread = fitting.order.unread(task.stream.chain.linears(task.index), inputs=[], outputs=[pair.output])
-        with task.clock.phase("prune/variables"), watch([pair.output], see), skipping(unread):
-            task.run()
-        solvers = (fitting.solver, _weighed(fitting.solver, costs.get(pair.output.name)))
-        values = CoordinatedValues(task, pair, fitting.order, targets, fitting.weights, solvers, fitting.damping)
-        yield
-        with task.clock.phase("prune/variables"):
-            values.improve(iterations)
+def _wanted(target: TensorStore, pull: _Pull | None, position: int) -> Tensor:
+    """Of a writer, for one batch: what it gave before, moved by what the dense model's stream adds."""
+    return target[position] if pull is None else pull.on(target[position], position)
 
 
 def _prune_rest(
@@ -505,7 +502,7 @@ def _moments(
             token_weights = weights[position] if weights is not None else None
             gram.update(entering, token_weights)
             if cross is not None:
-                wanted = target[position] if pull is None else pull.on(target[position], position)
+                wanted = _wanted(target, pull, position)
                 bias = linear.bias
                 cross.update(wanted if bias is None else wanted - bias, entering, token_weights)
         if linear is recorded:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ from sparsellm.chain.capture import RunOrder, giving, skipping, watch
 from sparsellm.chain.products import bf16_products
 from sparsellm.chain.units import ValueOutput
 from sparsellm.decomposition import Coefficients, Linear, Terms
-from sparsellm.decomposition.updates import activation_factor, update_activation
+from sparsellm.decomposition.updates import ActivationFactor, activation_factor, update_activation
 from sparsellm.decomposition.values import Moved, default_value_coefficients, update_values, value_terms
 from sparsellm.decomposition.weights import Moments, MomentsAccumulator, wanted_weight
 from sparsellm.errors import NumericalError
+from sparsellm.held_out import spread_evenly
 from sparsellm.methods.base import BlockTask
 from sparsellm.solvers import Solution, Solver
 from sparsellm.statistics import GramAccumulator
-from sparsellm.storage.scratch import TensorStore
 
 HELD_OUT = 0.125  # of the windows
 
@@ -39,7 +40,7 @@ class CoordinatedValues:
         task: the block.
         pair: its values and output.
         order: in which the block's linears run.
-        targets: what ``output`` should give, batches ``(batch, seq, hidden)``.
+        targets: what ``output`` should give, ``(batch, seq, hidden)``, by the number of the batch.
         weights: of tokens, batches ``(batch, seq)``, or None for equal ones.
         solvers: of ``value`` and of ``output``.
         damping: ridge of the fits, relative to the mean of the Gram matrix's diagonal.
@@ -50,7 +51,7 @@ class CoordinatedValues:
         task: BlockTask,
         pair: ValueOutput,
         order: RunOrder,
-        targets: TensorStore,
+        targets: Callable[[int], Tensor],
         weights: list[Tensor] | None,
         solvers: tuple[Solver, Solver],
         damping: float,
@@ -102,15 +103,12 @@ class CoordinatedValues:
     def _prune_values(self) -> None:
         """Iteration 0 without the windows held out: it is to be judged on what nothing was fitted to."""
         gram = GramAccumulator(self._value.in_features, self._task.stream.chain.device)
-        position = 0
 
-        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+        def see(position: int, entering: Tensor) -> None:
             rows = ~self._held_out[position]
             gram.update(entering[rows], self._weights[position][rows])
 
-        with watch([self._value], see), skipping(self._unread(self._value)):
-            for position in range(len(self._task.stream)):
-                self._task.stream.run_batch(self._task.index, position)
+        self._pass(self._value, see)
         pattern = self._task.patterns[self._value.name]
         self._value.assign(self._value_solver(self._dense_value.weight, gram.finish(), pattern).weight)
 
@@ -120,19 +118,21 @@ class CoordinatedValues:
         moments = MomentsAccumulator(Linear(now.weight))
         terms = Terms()
         unread = self._unread(self._output)
+        factor: ActivationFactor | None = None  # of the weights as they are: one for all batches
         for position, token_weights in enumerate(self._weights):
             rows = self._rows(position, everything)
             if not bool(rows.any()):
                 continue
             counted = token_weights * rows[:, None]
-            y = self._targets[position].float()
+            y = self._targets(position).float()
             with _Attention(self._task, self._value, self._output, position, unread) as attention:
                 entering, made = attention.entering, attention.given
                 start = self._dense_value(entering)
                 mixed = attention.linearised(start)
                 if prices is None:
                     prices = default_value_coefficients(output, y, attention.mix, start)
-                factor = activation_factor(output, beta=prices.beta, gamma=prices.gamma)
+                if factor is None:
+                    factor = activation_factor(output, beta=prices.beta, gamma=prices.gamma)
                 a = update_activation(mixed.flatten(0, 1), y.flatten(0, 1), factor).view_as(mixed)
                 moved = update_values(
                     made, a, Moved(start, mixed), attention.mix, attention.adjoint,
@@ -149,10 +149,9 @@ class CoordinatedValues:
         """``output`` fitted to its targets on what it is really given, pruned; and its errors ‖Y − Ŷ‖² / ‖Y − b‖²."""
         fitted, judging = (MomentsAccumulator(Linear(self._dense_output.weight)) for _ in range(2))
         bias = self._output.bias
-        position = 0
 
-        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-            y = self._targets[position].float()
+        def see(position: int, entering: Tensor) -> None:
+            y = self._targets(position).float()
             y = y if bias is None else y - bias
             for moments, rows in (
                 (fitted, self._rows(position, everything)),
@@ -162,9 +161,7 @@ class CoordinatedValues:
                     weights = self._weights[position][rows].flatten()
                     moments.update(entering[rows].float().flatten(0, 1), y[rows].flatten(0, 1), weights)
 
-        with watch([self._output], see), skipping(self._unread(self._output)):
-            for position in range(len(self._task.stream)):
-                self._task.stream.run_batch(self._task.index, position)
+        self._pass(self._output, see)
         found = fitted.finish()
         solution = self._fit(self._output, found, self._dense_output.weight, self._output_solver)
         train = _relative(found, solution.weight)
@@ -182,6 +179,13 @@ class CoordinatedValues:
         """Windows of one batch to fit to, bool (batch,)."""
         held_out = self._held_out[position]
         return torch.ones_like(held_out) if everything else ~held_out
+
+    def _pass(self, linear: LinearView, see: Callable[[int, Tensor], None]) -> None:
+        """Shows what the linear is given, batch by batch, each with its number."""
+        position = 0
+        with watch([linear], lambda _, entering, leaving: see(position, entering)), skipping(self._unread(linear)):
+            for position in range(len(self._task.stream)):  # the hook reads where the pass is
+                self._task.stream.run_batch(self._task.index, position)
 
     def _unread(self, last: LinearView) -> list[LinearView]:
         linears = self._task.stream.chain.linears(self._task.index)
@@ -266,5 +270,5 @@ def _chosen(sizes: list[int]) -> list[Tensor]:
     windows = sum(sizes)
     count = min(max(1, round(windows * HELD_OUT)), windows - 1)
     chosen = torch.zeros(windows, dtype=torch.bool)
-    chosen[[(2 * i + 1) * windows // (2 * count) for i in range(count)]] = True
+    chosen[list(spread_evenly(count, windows))] = True
     return list(chosen.split(sizes))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain import Call, Chain
+from sparsellm.held_out import spread_evenly
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
@@ -114,7 +115,7 @@ def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
     """(to train on, to judge by): a share spread evenly is held out, :data:`MOST_HELD_OUT` at most; fewer than four are
     all trained on and judged."""
     count = min(MOST_HELD_OUT, max(1, round(len(steps) * fraction))) if len(steps) >= 4 and fraction > 0 else 0
-    held = {(2 * i + 1) * len(steps) // (2 * count) for i in range(count)}
+    held = spread_evenly(count, len(steps))
     judges = [step for i, step in enumerate(steps) if i in held]
     return [step for i, step in enumerate(steps) if i not in held], judges or list(steps)
 
