@@ -31,24 +31,25 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "sparsellm")
 # Hopeless beyond these, as the papers found; the machine's time is worth more elsewhere.
 ONLY = {"magnitude": ("0.5", "0.7", "2:4"), "wanda": ("0.5", "0.7", "2:4")}
 # What each part buys: a name, the method, and the settings of the run. Parts that stay off by default are rows as well.
+UNIFORM = ("options.effort=0", "allocation=uniform")
 ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("sparsegpt", "sparsegpt", ()),
     ("admm", "admm", ()),
-    ("admm, in the order they run, no refit", "sparsellm", ("options.effort=0", "options.refit=false")),
-    ("the same, every token counts alike", "sparsellm",
-     ("options.effort=0", "options.refit=false", "options.norm_weighting=0")),
-    ("refit of the writers (effort 0)", "sparsellm", ("options.effort=0",)),
-    ("effort 0 with sparsegpt inside", "sparsellm", ("options.effort=0", "options.solver=sparsegpt")),
-    ("effort 0, targets 0.2 of the dense stream's", "sparsellm", ("options.effort=0", "options.blend=0.2")),
-    ("effort 0, residual target 0.3", "sparsellm", ("options.effort=0", "options.residual=0.3")),
-    ("effort 0, writers' outputs weighed by E[g²]^½", "sparsellm", ("options.effort=0", "options.output_metric=0.5")),
-    *((f"effort 0, allocation {name}", "sparsellm", ("options.effort=0", f"allocation={name}"))
-      for name in ("atp", "owl", "dlp", "threshold", "auto")),
-    *((f"effort 0, variables, {n} iterations", "sparsellm", ("options.effort=0", f"options.iterations={n}"))
-      for n in (1, 2, 4, 8)),
-    *((f"effort 0, variables of values and output, {n} iterations", "sparsellm",
-       ("options.effort=0", f"options.value_iterations={n}")) for n in (1, 2)),
-    ("effort 0, reconstruction of each block, 64 steps", "sparsellm", ("options.effort=0", "options.steps=64")),
+    ("admm, in the order they run, no refit", "sparsellm", (*UNIFORM, "options.refit=false")),
+    ("the same, every token counts alike", "sparsellm", (*UNIFORM, "options.refit=false", "options.norm_weighting=0")),
+    ("refit of the writers", "sparsellm", UNIFORM),
+    ("refit, with sparsegpt inside", "sparsellm", (*UNIFORM, "options.solver=sparsegpt")),
+    ("refit, targets 0.2 of the dense stream's", "sparsellm", (*UNIFORM, "options.blend=0.2")),
+    ("refit, residual target 0.3", "sparsellm", (*UNIFORM, "options.residual=0.3")),
+    ("refit, writers' outputs weighed by E[g²]^½", "sparsellm", (*UNIFORM, "options.output_metric=0.5")),
+    *((f"refit, variables, {n} iterations", "sparsellm", (*UNIFORM, f"options.iterations={n}")) for n in (1, 2, 4, 8)),
+    *((f"refit, variables of values, {n} iterations", "sparsellm", (*UNIFORM, f"options.value_iterations={n}"))
+      for n in (1, 2)),
+    ("refit, reconstruction of each block, 64 steps", "sparsellm", (*UNIFORM, "options.steps=64")),
+    *((f"refit, allocation {name}", "sparsellm", ("options.effort=0", f"allocation={name}"))
+      for name in ("atp", "owl", "dlp", "auto")),
+    ("refit, allocation threshold (effort 0)", "sparsellm", ("options.effort=0",)),
+    ("effort 1, allocation uniform", "sparsellm", ("options.effort=1", "allocation=uniform")),
     ("effort 1: one sweep", "sparsellm", ("options.effort=1",)),
     ("effort 2: three sweeps", "sparsellm", ("options.effort=2",)),
     ("effort 3: eight sweeps", "sparsellm", ("options.effort=3",)),

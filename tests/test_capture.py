@@ -105,7 +105,7 @@ def test_experts_are_pruned_on_the_tokens_routed_to_them(method: str) -> None:
     torch.manual_seed(0)
     for layer in model.model.layers:
         layer.mlp = Experts(32, 4)
-    recipe = Recipe(method=method, sparsity=0.5, exclude=["*.router"], batch_tokens=64)
+    recipe = Recipe(method=method, sparsity=0.5, allocation="uniform", exclude=["*.router"], batch_tokens=64)
     result = sparsellm.prune(model, recipe, calibration=windows())
     for linear in result.linears:
         unreached = ".experts.3." in linear.name

@@ -231,7 +231,7 @@ def test_every_method_goes_on_with_the_same_bits(
     method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process: an error in block 2 in place of a signal."""
-    recipe = Recipe(**{**RECIPE, "method": method, "dtype": "float32"})
+    recipe = Recipe(**{**RECIPE, "method": method, "dtype": "float32", "allocation": "uniform"})
     sparsellm.prune(source, recipe, out=tmp_path / "whole")
     with monkeypatch.context() as patched:
         fail_in_block(1, patched)

@@ -167,6 +167,7 @@ def test_one_group_without_auxiliary_variables_is_the_local_solver(left_in: list
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     settings: dict[str, Any] = {
         "sparsity": 0.6,
+        "allocation": "uniform",
         "exclude": [f"*.{name}" for name in every if name not in left_in],
         "batch_tokens": BATCH,
     }

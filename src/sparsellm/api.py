@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sparsellm import __version__, parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, LinearSize, Survey
 from sparsellm.allocation.base import pattern_of
+from sparsellm.allocation.survey import windows_of
 from sparsellm.calibration import calibration_windows, check_seq_len, evaluation_windows
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
@@ -39,7 +40,7 @@ from sparsellm.methods.base import Method
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.refine.gradients import output_gradient_squares
+from sparsellm.refine.gradients import kept_bytes, output_gradient_squares
 from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
 from sparsellm.refine.sweep_state import SweepState, state_bytes
 from sparsellm.registry import Entry, Needs
@@ -177,8 +178,9 @@ def prune(
         recipe = recipe.updated(calibration=calibration)
     method = METHODS[recipe.method]
     options = method.check(recipe.options)
-    allocator = ALLOCATIONS[recipe.allocation]
-    allocator.check(recipe.allocation_options)
+    recipe = recipe.with_allocation(method.allocation)
+    allocator = ALLOCATIONS[str(recipe.allocation)]
+    allocating = allocator.needs_of(allocator.check(recipe.allocation_options))
     needs = method.needs_of(options)
     _check_processes(method, needs, len(calibration) if isinstance(calibration, Tensor) else recipe.samples)
     if not parallel.is_main():
@@ -221,11 +223,12 @@ def prune(
     read_ahead = chain.weights is not None and (
         chain.device.type == "cuda" if recipe.read_ahead is None else recipe.read_ahead
     )
+    surveyed, swept_tokens = _surveyed(recipe, needs, allocating, windows)
     memory = parallel.together(
         partial(
             plan_memory,
             chain,
-            len(windows) if parallel.is_main() and _allocates(recipe) else len(own),
+            max(surveyed, len(own)) if parallel.is_main() else len(own),
             windows.shape[1],
             recipe.batch_tokens,
             method.workspace.beside(needs.workspace).beside(allocator.workspace),
@@ -235,7 +238,8 @@ def prune(
             read_ahead=read_ahead,
         )
     )
-    on_disk = int(parallel.total(memory.hidden_on_disk))
+    # Gradients are swept before the walk keeps anything.
+    on_disk = max(int(parallel.total(memory.hidden_on_disk)), kept_bytes(chain, swept_tokens) - memory.hidden_in_memory)
     progress(Progress(NOTE, 1, 1, str(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1, "checking the weights"))
@@ -442,6 +446,20 @@ def _allocates(recipe: Recipe) -> bool:
     return recipe.allocation != "uniform" and recipe.sparsity != 0
 
 
+def _surveyed(recipe: Recipe, needs: Needs, allocating: Needs, windows: Tensor) -> tuple[int, int]:
+    """What the first process alone does before the walk: windows that it runs, tokens that it takes gradients of."""
+    samples, seq_len = windows.shape
+    surveyed = gradients = 0
+    if _allocates(recipe):
+        tokens = allocating.surveyed_tokens
+        surveyed = samples if tokens is None else min(samples, windows_of(tokens, seq_len))
+        if allocating.gradient_tokens:
+            gradients = min(samples, windows_of(allocating.gradient_tokens, seq_len))
+    if needs.output_costs:
+        surveyed = gradients = samples
+    return surveyed, gradients * seq_len
+
+
 def _allocated(
     chain: Chain,
     recipe: Recipe,
@@ -466,7 +484,7 @@ def _allocated(
         scratch=scratch,
         progress=progress,
     )
-    entry = ALLOCATIONS[recipe.allocation]
+    entry = ALLOCATIONS[str(recipe.allocation)]
     found = entry.function(survey, **entry.check(recipe.allocation_options))
     if writer is not None:
         writer.state.keep("allocation", asdict(found))

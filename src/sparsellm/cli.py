@@ -71,7 +71,7 @@ def prune(
     ] = None,
     allocation: Annotated[
         str | None,
-        typer.Option(help="What each block gives; see `sparsellm methods`. [default: uniform]", show_default=False),
+        typer.Option(help="What each block gives; see `sparsellm methods`. [default: method's]", show_default=False),
     ] = None,
     effort: Annotated[
         int | None,
@@ -267,7 +267,8 @@ def methods(as_json: JsonOption = False) -> None:
 
     if as_json:
         allocations = {entry.name: _described(entry) for entry in ALLOCATIONS}
-        _print_json({**{entry.name: _described(entry) for entry in METHODS}, "allocations": allocations})
+        chosen = {entry.name: {**_described(entry), "allocation": entry.allocation} for entry in METHODS}
+        _print_json({**chosen, "allocations": allocations})
         return
     for title, entries, prefix in (
         ("--method", METHODS, "options"),
@@ -277,6 +278,8 @@ def methods(as_json: JsonOption = False) -> None:
         for entry in entries:
             out_console.print(f"[bold]{entry.name}[/bold]  ({entry.paper})")
             out_console.print(f"  {entry.summary}", markup=False)
+            if entries is METHODS:
+                out_console.print(f"  Without --allocation or --pattern: {entry.allocation}.", markup=False)
             for option in entry.options.values():
                 out_console.print(
                     f"    {prefix}.{option.name}: {option.type_name} = {option.default}  {option.description}",

@@ -30,8 +30,10 @@ class Recipe(BaseModel):
     )
     pattern: str | None = Field(None, description="N:M: N weights kept of every M consecutive inputs, e.g. '2:4'.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the method, by name.")
-    allocation: str = Field(
-        "uniform", description="How much each block and each linear gives; `sparsellm methods` lists the ways."
+    allocation: str | None = Field(
+        None,
+        description="How much each block and each linear gives; `sparsellm methods` lists the ways. null for the "
+        "method's own: 'threshold' of sparsellm, 'uniform' of the others and wherever a pattern fixes the sparsity.",
     )
     allocation_options: dict[str, Any] = Field(default_factory=dict, description="Options of the allocation, by name.")
     exclude: list[str] = Field(
@@ -106,12 +108,18 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fixed_patterns_are_uniform(self) -> Recipe:
-        if self.pattern is not None and self.allocation != "uniform":
+        if self.pattern is not None and self.allocation not in (None, "uniform"):
             raise RecipeError(
                 f"allocation {self.allocation} cannot go with pattern {self.pattern}, which fixes the sparsity of "
                 "every linear; take allocation uniform, or sparsity in place of the pattern"
             )
         return self
+
+    def with_allocation(self, preferred: str) -> Recipe:
+        """With ``preferred`` where no allocation is named, or with ``uniform`` where a pattern leaves no choice."""
+        if self.allocation is not None:
+            return self
+        return self.updated(allocation=preferred if self.pattern is None else "uniform")
 
     def weight_pattern(self) -> Pattern:
         """The pattern every pruned linear gets before allocation."""

@@ -59,7 +59,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks for beside the walk over the blocks.
+    """What a method or an allocation asks for beside the walk over the blocks.
 
     Attributes:
         dense_stream: the dense model's own hidden states beside the pruned model's.
@@ -67,6 +67,8 @@ class Needs:
         passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
         learning_rate: of those sweeps; None for what they choose.
         output_costs: what an error of each linear's outputs costs the dense model's loss, from a sweep of its gradient.
+        surveyed_tokens: calibration tokens that an allocation looks at, in whole windows; None for all.
+        gradient_tokens: of those, the ones that it wants gradients of.
         one_process: the option, as it was given, that no more than one process can serve; "" if there is none.
         workspace: of what runs inside by these options, such as a solver, beside the method's own.
     """
@@ -76,6 +78,8 @@ class Needs:
     passes: int = 0
     learning_rate: float | None = None
     output_costs: bool = False
+    surveyed_tokens: int | None = None
+    gradient_tokens: int = 0
     one_process: str = ""
     workspace: Workspace = Workspace(weights=0, grams=0)
 
@@ -86,6 +90,7 @@ class Entry(Generic[F]):
 
     ``distributed`` says that it is written for several processes: of a solver, that rows may be solved apart (it
     compares them through its pattern only); of a method, that every process may run it on its share of the windows.
+    ``allocation`` names what a method takes where the recipe names none and no pattern fixes the sparsity.
     """
 
     name: str
@@ -96,6 +101,7 @@ class Entry(Generic[F]):
     workspace: Workspace = Workspace()
     needs: Callable[[dict[str, Any]], Needs] | None = None
     distributed: bool = False
+    allocation: str = "uniform"
 
     def needs_of(self, options: dict[str, Any]) -> Needs:
         """What a run with these options asks of the walk."""
@@ -136,11 +142,12 @@ class Registry(Generic[F]):
         workspace: Workspace | None = None,
         needs: Callable[[dict[str, Any]], Needs] | None = None,
         distributed: bool = False,
+        allocation: str = "uniform",
     ) -> Callable[[F], F]:
         """Decorator. Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``: what
         pydantic knows of the type is checked, and the text is shown to users. ``workspace`` is what the prediction of
-        memory goes by; ``needs`` tells from the options what the walk has to provide; ``distributed``: see
-        :class:`Entry`."""
+        memory goes by; ``needs`` tells from the options what the walk has to provide; ``distributed`` and
+        ``allocation``: see :class:`Entry`."""
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
@@ -152,7 +159,8 @@ class Registry(Generic[F]):
                 description = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, str)), "")
                 options[parameter.name] = Option(parameter.name, hint, parameter.default, description)
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-            self.add(Entry(name, function, paper, summary, options, workspace or Workspace(), needs, distributed))
+            room = workspace or Workspace()
+            self.add(Entry(name, function, paper, summary, options, room, needs, distributed, allocation))
             return function
 
         return add

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sparsellm.chain import LinearView, open_chain
 from sparsellm.errors import DataError, ModelError
 from sparsellm.refine import head
-from sparsellm.refine.gradients import Visitor, backward_sweep, output_gradient_squares
+from sparsellm.refine.gradients import Visitor, backward_sweep, kept_bytes, output_gradient_squares
 from sparsellm.statistics import GramAccumulator
 from sparsellm.storage.scratch import Scratch
 from tests.allocation.helpers import Record, sizes_of, windows
@@ -73,6 +73,24 @@ def test_every_gradient_is_that_of_the_whole_model(
     for index, (gradient, hidden) in enumerate(zip(record.boundaries, record.hidden, strict=True)):
         torch.testing.assert_close(torch.cat(seen.boundaries[index]), gradient, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(torch.cat(seen.hidden[index]), hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_what_it_keeps_is_known_before_it_runs(family: Family) -> None:
+    class Counting(Scratch):
+        held = most = 0
+
+        def take(self, size: int) -> bool:
+            self.held += size
+            self.most = max(self.most, self.held)
+            return True
+
+        def give_back(self, size: int) -> None:
+            self.held -= size
+
+    chain, scratch = open_chain(family(), device=CPU), Counting()
+    backward_sweep(chain, windows(), Visitor(), batch_tokens=45, scratch=scratch)
+    assert scratch.most == kept_bytes(chain, windows().numel())
+    assert scratch.held == 0
 
 
 def test_only_the_named_linears_are_shown_and_squares_are_means_over_tokens(family: Family) -> None:

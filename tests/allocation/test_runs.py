@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import sparsellm
 from sparsellm import Recipe, api, cli
 from sparsellm.allocation import ALLOCATIONS
 from sparsellm.chain import open_chain
-from sparsellm.errors import RecipeError
+from sparsellm.errors import RecipeError, StorageError
 from sparsellm.patterns import Unstructured
 from tests.allocation.helpers import survey_of, windows
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
@@ -102,6 +103,38 @@ def test_a_fixed_pattern_takes_uniform_only(tmp_path: Path, run: Any) -> None:
     code, _, stderr = run("prune", "demo", "--out", tmp_path / "p", "--pattern", "2:4", "--allocation", "owl")
     assert code == 2
     assert "which fixes the sparsity of every linear" in stderr
+
+
+def test_a_method_has_an_allocation_of_its_own(tmp_path: Path) -> None:
+    def shares(recipe: Recipe) -> tuple[str | None, list[int]]:
+        result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+        return result.recipe.allocation, [linear.zeros for linear in result.linears]
+
+    effort = {"effort": 0}
+    own = shares(Recipe(sparsity=0.6, options=effort))
+    assert own == shares(Recipe(sparsity=0.6, options=effort, allocation="threshold"))
+    assert own[0] == "threshold"
+    alike = shares(Recipe(sparsity=0.6, options=effort, allocation="uniform"))
+    assert own[1] != alike[1]
+    assert shares(Recipe(method="sparsegpt", sparsity=0.6)) == ("uniform", alike[1])
+    assert shares(Recipe(pattern="2:4", options=effort)) == shares(
+        Recipe(pattern="2:4", options=effort, allocation="uniform")
+    )
+    recipe = Recipe(options=effort, allocation_options={"span": 0.0})
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    with pytest.raises(RecipeError, match="uniform has no option 'span'"):
+        sparsellm.prune(tiny_llama(), recipe.updated(pattern="2:4"), calibration=windows())
+
+
+def test_disk_for_the_gradients_is_asked_for_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    many = windows(200, 40)  # of which the sweep keeps 5 MB, more than the 3 MB that the walk has in memory
+    disk = shutil.disk_usage(tmp_path)._replace(free=1_500_000)  # many times the checkpoint
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    recipe = Recipe(sparsity=0.6, options={"effort": 0})
+    with pytest.raises(StorageError, match=r"needs 0\.00 GB and its disk has 0\.00 GB free"):
+        sparsellm.prune(source, recipe, calibration=many, out=tmp_path / "out")
+    sparsellm.prune(source, recipe.updated(allocation="uniform"), calibration=many, out=tmp_path / "out")
 
 
 def test_nothing_to_prune_asks_nothing_of_the_model() -> None:

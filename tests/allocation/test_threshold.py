@@ -102,7 +102,7 @@ def test_histograms_count_every_weight_and_what_costs_nothing_comes_first() -> N
 
 def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
     model = tiny_opt()
-    some = ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)), samples=2)
+    some = ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)), tokens=2 * 20 + 19)
     assert some == ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)[:2]))
     assert some != ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)))
 

@@ -9,10 +9,11 @@ from pydantic import Field
 
 from sparsellm.allocation.base import ALLOCATIONS, Allocation
 from sparsellm.allocation.survey import Survey
+from sparsellm.allocation.threshold import TOKENS
 from sparsellm.allocation.trial import Trials
 from sparsellm.errors import DataError
 from sparsellm.progress import Progress
-from sparsellm.registry import Workspace
+from sparsellm.registry import Needs, Workspace
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ def candidates(blocks: int, spread: float) -> list[Candidate]:
 
 
 @ALLOCATIONS.register(
-    "auto", paper="measured: held-out divergence of trial runs", workspace=Workspace(weights=8, grams=4, blocks=3)
+    "auto",
+    paper="measured: held-out divergence of trial runs",
+    workspace=Workspace(weights=8, grams=4, blocks=3),
+    needs=lambda options: Needs(gradient_tokens=TOKENS),
 )
 def auto(
     survey: Survey,

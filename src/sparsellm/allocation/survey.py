@@ -17,6 +17,11 @@ from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import PIECE_TOKENS, Stream
 
 
+def windows_of(tokens: int, seq_len: int) -> int:
+    """How many whole windows so many tokens are; one at least."""
+    return max(1, tokens // seq_len)
+
+
 @dataclass(frozen=True)
 class LinearSize:
     """A linear to prune: its name, its block's number, and its shape ``(out, in)``."""

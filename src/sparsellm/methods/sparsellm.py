@@ -67,6 +67,7 @@ def _needs(options: dict[str, Any]) -> Needs:
     needs=_needs,
     workspace=Workspace(weights=7, grams=2, streams=2),  # a writer's fit
     distributed=True,
+    allocation="threshold",
 )
 def sparsellm(
     task: BlockTask,

@@ -45,6 +45,12 @@ class Visitor:
         """All tokens went through block ``index``, which is still loaded, on fp32 weights that nobody may change."""
 
 
+def kept_bytes(chain: Chain, tokens: int) -> int:
+    """What :func:`backward_sweep` of so many tokens keeps: what enters each block, what leaves the last, a gradient."""
+    width = int(chain.config.get_text_config().hidden_size)
+    return tokens * width * ((len(chain) + 1) * chain.dtype.itemsize + torch.float32.itemsize)
+
+
 @torch.no_grad()
 def backward_sweep(
     chain: Chain,
@@ -158,7 +164,10 @@ def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor]
 
         def arrived(gradient: Tensor) -> None:
             if given._version != version:
-                raise ModelError(f"what {linear.name} was given is changed in place afterwards: no gradient of it")
+                raise ModelError(
+                    f"what {linear.name} was given is changed in place afterwards: no gradient of it; take allocation "
+                    "uniform and output_metric 0"
+                )
             visitor.linear(index, linear, given, gradient.detach())
 
         leaving.register_hook(arrived)
