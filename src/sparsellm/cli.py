@@ -602,16 +602,21 @@ def _share(linears: list[Any]) -> float:
 
 
 def _print_pruned(result: PruneResult) -> None:
-    table = Table("kind of linear", "weights", "zeros", "sparsity", "mean error", title="Pruned")
+    shared = result.recipe.allocation == "uniform"
+    spread = () if shared else ("least", "most")  # of one linear
+    table = Table("kind of linear", "weights", "zeros", "sparsity", *spread, "mean error", title="Pruned")
     kinds: dict[str, list[Any]] = {}
     for linear in result.linears:
         kinds.setdefault(linear.name.rpartition(".")[2], []).append(linear)
     for kind, part in kinds.items():
         weights = sum(x.shape[0] * x.shape[1] for x in part)
         error = sum(x.error for x in part) / len(part)
-        table.add_row(kind, f"{weights:,}", f"{sum(x.zeros for x in part):,}", f"{_share(part):.2%}", f"{error:.4f}")
+        shares = [_share([linear]) for linear in part]
+        ends = () if shared else (f"{min(shares):.1%}", f"{max(shares):.1%}")
+        zeros = sum(x.zeros for x in part)
+        table.add_row(kind, f"{weights:,}", f"{zeros:,}", f"{_share(part):.2%}", *ends, f"{error:.4f}")
     table.add_section()
-    table.add_row("all", f"{result.weights:,}", f"{result.zeros:,}", f"{result.sparsity:.2%}", "", style="bold")
+    table.add_row("all", f"{result.weights:,}", f"{result.zeros:,}", f"{result.sparsity:.2%}", style="bold")
     out_console.print(table)
     for linear in result.linears:
         for note in linear.notes:
@@ -627,4 +632,5 @@ def _print_pruned(result: PruneResult) -> None:
 
 def _recipe_line(recipe: Recipe) -> str:
     wanted = recipe.pattern or f"{recipe.sparsity:.0%}"
-    return f"{recipe.method} {wanted} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"
+    shares = "" if recipe.pattern or recipe.allocation == "uniform" else f" by {recipe.allocation}"
+    return f"{recipe.method} {wanted}{shares} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"

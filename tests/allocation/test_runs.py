@@ -126,6 +126,23 @@ def test_a_method_has_an_allocation_of_its_own(tmp_path: Path) -> None:
         sparsellm.prune(tiny_llama(), recipe.updated(pattern="2:4"), calibration=windows())
 
 
+def test_the_summary_says_how_far_shares_are_apart(tmp_path: Path, run: Any) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    size = ("--samples", "4", "--seq-len", "24", "--effort", "0")
+    code, stdout, _ = run("prune", source, "--out", tmp_path / "p", "--sparsity", "0.6", *size)
+    assert code == 0
+    assert "sparsellm 60% by threshold" in stdout
+    linears = json.loads((tmp_path / "p" / "pruning.json").read_text())["linears"]
+    keys = [linear["sparsity"] for linear in linears if linear["name"].endswith("k_proj")]
+    (row,) = (line for line in stdout.splitlines() if "k_proj" in line)
+    assert f"{min(keys):.1%}" in row
+    assert f"{max(keys):.1%}" in row
+    code, stdout, _ = run("prune", source, "--out", tmp_path / "q", "--pattern", "2:4", *size)
+    assert code == 0
+    assert "sparsellm 2:4 · calibrated" in stdout
+    assert "least" not in stdout
+
+
 def test_disk_for_the_gradients_is_asked_for_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     many = windows(200, 40)  # of which the sweep keeps 5 MB, more than the 3 MB that the walk has in memory
