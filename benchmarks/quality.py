@@ -130,6 +130,7 @@ def run_cell(
         "phases": pruned["seconds"],
         "peak_rss_bytes": pruned["peak_rss_bytes"],
         "sparsity": pruned["sparsity_reached"],
+        "allocation": pruned["allocation"].get("name", "uniform"),
         "sweeps": pruned.get("sweeps", []),
     }
 
@@ -202,11 +203,10 @@ def main() -> None:
             base = [
                 table["sparsegpt", target, seed] for seed in arguments.seeds if ("sparsegpt", target, seed) in table
             ]
-            label = (
-                f"{method}, effort {arguments.effort}"
-                if method == "sparsellm" and arguments.effort is not None
-                else method
-            )
+            label = method
+            if method == "sparsellm":
+                effort = "" if arguments.effort is None else f", effort {arguments.effort}"
+                label += f"{effort}, {rows[0].get('allocation', 'uniform')}"
             print(f"| {target} | {label} | {columns(rows, base, dense['perplexity'])} |")
 
 

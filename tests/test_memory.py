@@ -70,6 +70,20 @@ def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: C
         plan(1 << 20)
 
 
+def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chain) -> None:
+    plain = plan_memory(chain, 4, 128, 4096, Workspace(), 1 << 50)
+    swept = plan_memory(chain, 4, 128, 4096, Workspace(), 1 << 50, gradient_tokens=512)
+    blocks = chain.config.num_hidden_layers
+    assert plain.hidden_in_memory == 512 * 32 * 4
+    assert swept.hidden_in_memory == 512 * 32 * 4 * (blocks + 2)
+    large = open_chain(tiny_llama(vocab_size=100_000), device=CPU)
+    logits = 256 * 100_000 * 4
+    for given, copies in (({"gradient_tokens": 512}, 3), ({"swept_copies": 4}, 6)):
+        plan = plan_memory(large, 4, 128, 4096, Workspace(), 1 << 50, **given)  # type: ignore[arg-type]
+        assert plan.worst == ("gradients" if copies == 3 else "sweeps")
+        assert plan.working - memory.LIBRARIES == copies * logits  # the model, given as an object, is there already
+
+
 def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda: 10 << 30)
     plan = plan_memory(chain, 4, 32, 4096, Workspace(), None)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import __version__, parallel
-from sparsellm.allocation import ALLOCATIONS, Allocation, LinearSize, Survey
+from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize, Survey
 from sparsellm.allocation.base import pattern_of
 from sparsellm.allocation.survey import windows_of
 from sparsellm.calibration import calibration_windows, check_seq_len, evaluation_windows
@@ -40,13 +40,13 @@ from sparsellm.methods.base import Method
 from sparsellm.patterns import NM, Pattern, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.refine.gradients import kept_bytes, output_gradient_squares
+from sparsellm.refine.gradients import output_gradient_squares
 from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
 from sparsellm.refine.sweep_state import SweepState, state_bytes
 from sparsellm.registry import Entry, Needs
 from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.resume import FOLDER, unfinished
+from sparsellm.storage.resume import FOLDER, has_kept, unfinished
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of, shard_names
@@ -54,6 +54,7 @@ from sparsellm.streams import PIECE_TOKENS, windows_in_batch
 from sparsellm.walk import FinishedBlock, selected_linears, walk
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
+ALLOCATION = "allocation"  # the name under which a run keeps it
 
 
 @dataclass
@@ -73,7 +74,8 @@ class PruneResult:
         command: the command line that ran.
         memory: what was predicted before the start, of the first process.
         resumed: blocks that an earlier process had finished.
-        allocation: how sparsities were chosen, where they are not uniform; for ``auto`` the table of its trials.
+        allocation: how sparsities were chosen, where they are not uniform: ``name``, and what that allocation tells;
+            for ``auto`` the table of its trials.
         sweeps: of the whole model at the end, if the method asks for them: divergence from the dense model after each.
         processes: that ran together.
     """
@@ -178,9 +180,10 @@ def prune(
         recipe = recipe.updated(calibration=calibration)
     method = METHODS[recipe.method]
     options = method.check(recipe.options)
-    recipe = recipe.with_allocation(method.allocation)
-    allocator = ALLOCATIONS[str(recipe.allocation)]
-    allocating = allocator.needs_of(allocator.check(recipe.allocation_options))
+    allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
+    allocation_options = allocator.check(recipe.allocation_options)
+    allocating = allocator.needs_of(allocation_options)
+    allocates = allocator.name != "uniform" and recipe.sparsity != 0
     needs = method.needs_of(options)
     _check_processes(method, needs, len(calibration) if isinstance(calibration, Tensor) else recipe.samples)
     if not parallel.is_main():
@@ -223,12 +226,15 @@ def prune(
     read_ahead = chain.weights is not None and (
         chain.device.type == "cuda" if recipe.read_ahead is None else recipe.read_ahead
     )
-    surveyed, swept_tokens = _surveyed(recipe, needs, allocating, windows)
+    known = out is not None and not restart and has_kept(partial_of(out), ALLOCATION)
+    surveyed, gradient_tokens = _surveyed(allocating if allocates and not known else None, needs, windows)
+    if not parallel.is_main():
+        surveyed = gradient_tokens = 0
     memory = parallel.together(
         partial(
             plan_memory,
             chain,
-            max(surveyed, len(own)) if parallel.is_main() else len(own),
+            max(surveyed, len(own)),
             windows.shape[1],
             recipe.batch_tokens,
             method.workspace.beside(needs.workspace).beside(allocator.workspace),
@@ -236,10 +242,10 @@ def prune(
             swept_copies=SWEPT_COPIES if needs.passes else 0,
             sharers=parallel.on_this_machine(),
             read_ahead=read_ahead,
+            gradient_tokens=gradient_tokens,
         )
     )
-    # Gradients are swept before the walk keeps anything.
-    on_disk = max(int(parallel.total(memory.hidden_on_disk)), kept_bytes(chain, swept_tokens) - memory.hidden_in_memory)
+    on_disk = int(parallel.total(memory.hidden_on_disk))
     progress(Progress(NOTE, 1, 1, str(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1, "checking the weights"))
@@ -258,7 +264,7 @@ def prune(
         finished: list[FinishedBlock] = []
         peaks = [0]
         # Of the model before it is pruned, which may be in place.
-        identity = parallel.from_main(lambda: _identity(chain, recipe, windows))
+        identity = parallel.from_main(lambda: _identity(chain, recipe, allocator.name, windows))
         shards: list[Path] = []  # of the blocks that the walk writes, for every process to read
         state: SweepState | None = None  # of the sweeps, if there are any
         if out is not None:
@@ -280,7 +286,11 @@ def prune(
                 writer.write_shard(len(chain), chain.outer_tensors())
         scratch = Scratch(memory.hidden_in_memory, partial_of(out) if out is not None else None)
         with clock.phase("allocation"):
-            allocation = parallel.main_alone(lambda: _allocated(chain, recipe, windows, writer, scratch, progress))
+            allocation = None
+            if allocates:
+                allocate = partial(allocator.function, **allocation_options)
+                found = partial(_allocated, chain, recipe, allocate, windows, writer, scratch, progress)
+                allocation = parallel.main_alone(found)
         patterns = plan(chain, recipe, allocation)
         costs: dict[str, Tensor] = {}
         if needs.output_costs and len(finished) < len(chain):
@@ -366,7 +376,7 @@ def prune(
             memory=memory,
             resumed=len(finished),
             sweeps=sweeps,
-            allocation=allocation.report if allocation is not None else {},
+            allocation={"name": allocator.name, **allocation.report} if allocation is not None else {},
             processes=parallel.size(),
         )
 
@@ -442,15 +452,17 @@ def _reader(shard: Path) -> CheckpointReader:
     return CheckpointReader(shard.parent, [shard])
 
 
-def _allocates(recipe: Recipe) -> bool:
-    return recipe.allocation != "uniform" and recipe.sparsity != 0
+def _surveyed(allocating: Needs | None, needs: Needs, windows: Tensor) -> tuple[int, int]:
+    """What comes before the walk: windows that are run through the dense model, tokens that gradients are taken of.
 
-
-def _surveyed(recipe: Recipe, needs: Needs, allocating: Needs, windows: Tensor) -> tuple[int, int]:
-    """What the first process alone does before the walk: windows that it runs, tokens that it takes gradients of."""
+    Args:
+        allocating: what the allocation asks for; None where it looks at nothing.
+        needs: what the method asks for.
+        windows: of the calibration.
+    """
     samples, seq_len = windows.shape
     surveyed = gradients = 0
-    if _allocates(recipe):
+    if allocating is not None:
         tokens = allocating.surveyed_tokens
         surveyed = samples if tokens is None else min(samples, windows_of(tokens, seq_len))
         if allocating.gradient_tokens:
@@ -463,16 +475,14 @@ def _surveyed(recipe: Recipe, needs: Needs, allocating: Needs, windows: Tensor) 
 def _allocated(
     chain: Chain,
     recipe: Recipe,
+    allocate: Allocator,
     windows: Tensor,
     writer: CheckpointWriter | None,
     scratch: Scratch,
     progress: ProgressCallback,
-) -> Allocation | None:
-    """How many zeros each linear gets; None where all give the same share. A run that goes on finds what the first
-    process found."""
-    if not _allocates(recipe):
-        return None
-    kept = writer.state.kept("allocation") if writer is not None else None
+) -> Allocation:
+    """How many zeros each linear gets. A run that goes on finds what the first process found."""
+    kept = writer.state.kept(ALLOCATION) if writer is not None else None
     if kept is not None:
         return Allocation(**kept)
     survey = Survey(
@@ -484,10 +494,9 @@ def _allocated(
         scratch=scratch,
         progress=progress,
     )
-    entry = ALLOCATIONS[str(recipe.allocation)]
-    found = entry.function(survey, **entry.check(recipe.allocation_options))
+    found = allocate(survey)
     if writer is not None:
-        writer.state.keep("allocation", asdict(found))
+        writer.state.keep(ALLOCATION, asdict(found))
     return found
 
 
@@ -513,11 +522,11 @@ def _sizes(chain: Chain, recipe: Recipe) -> list[LinearSize]:
     ]
 
 
-def _identity(chain: Chain, recipe: Recipe, windows: Tensor) -> dict[str, Any]:
+def _identity(chain: Chain, recipe: Recipe, allocation: str, windows: Tensor) -> dict[str, Any]:
     """All that the result depends on. Where hidden states are kept, and when blocks are read, is not part of it."""
     return {
         "format": 1,  # of what is recorded of a block
-        "recipe": recipe.model_dump(exclude={"memory", "read_ahead"}),
+        "recipe": {**recipe.model_dump(exclude={"memory", "read_ahead"}), "allocation": allocation},
         "model": model_fingerprint(chain),
         "calibration tokens": tokens_fingerprint(windows),
         "computing": f"{chain.dtype} on {chain.device.type}",

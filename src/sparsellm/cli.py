@@ -602,8 +602,8 @@ def _share(linears: list[Any]) -> float:
 
 
 def _print_pruned(result: PruneResult) -> None:
-    shared = result.recipe.allocation == "uniform"
-    spread = () if shared else ("least", "most")  # of one linear
+    allocation = result.allocation.get("name")
+    spread = () if allocation is None else ("least", "most")  # of one linear
     table = Table("kind of linear", "weights", "zeros", "sparsity", *spread, "mean error", title="Pruned")
     kinds: dict[str, list[Any]] = {}
     for linear in result.linears:
@@ -612,7 +612,7 @@ def _print_pruned(result: PruneResult) -> None:
         weights = sum(x.shape[0] * x.shape[1] for x in part)
         error = sum(x.error for x in part) / len(part)
         shares = [_share([linear]) for linear in part]
-        ends = () if shared else (f"{min(shares):.1%}", f"{max(shares):.1%}")
+        ends = () if allocation is None else (f"{min(shares):.1%}", f"{max(shares):.1%}")
         zeros = sum(x.zeros for x in part)
         table.add_row(kind, f"{weights:,}", f"{zeros:,}", f"{_share(part):.2%}", *ends, f"{error:.4f}")
     table.add_section()
@@ -624,13 +624,13 @@ def _print_pruned(result: PruneResult) -> None:
     phases = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
     out_console.print(f"seconds: {phases}")
     out_console.print(
-        f"{_recipe_line(result.recipe)} · {result.calibration_tokens} calibration tokens · "
+        f"{_recipe_line(result.recipe, allocation)} · {result.calibration_tokens} calibration tokens · "
         f"peak memory {result.peak_rss / 1e9:.2f} GB"
     )
     out_console.print(f"written to {result.path}", soft_wrap=True)
 
 
-def _recipe_line(recipe: Recipe) -> str:
+def _recipe_line(recipe: Recipe, allocation: str | None) -> str:
     wanted = recipe.pattern or f"{recipe.sparsity:.0%}"
-    shares = "" if recipe.pattern or recipe.allocation == "uniform" else f" by {recipe.allocation}"
+    shares = f" by {allocation}" if allocation is not None else ""
     return f"{recipe.method} {wanted}{shares} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"

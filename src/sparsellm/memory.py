@@ -13,6 +13,8 @@ import psutil
 
 from sparsellm.chain import Chain
 from sparsellm.errors import MemoryBudgetError
+from sparsellm.refine.gradients import kept_bytes
+from sparsellm.refine.head import DIVERGENCE_COPIES, HEAD_TOKENS, NEXT_TOKEN_COPIES
 from sparsellm.registry import Workspace
 from sparsellm.sizes import parse_bytes
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, REMEMBERED_BYTES, accumulator_bytes
@@ -59,7 +61,7 @@ class MemoryPlan:
         working: what the worst moment adds: a block, statistics, the solver's workspace, activations.
         worst: which moment that is.
         hidden_in_memory: hidden states of the calibration windows, and what a sweep keeps of the weights, that stay in
-            memory.
+            memory; or those of every block, for gradients before the walk, where that is more.
         hidden_on_disk: those that are read from files, batch by batch.
         device: what the worst moment takes on an accelerator, in its own memory; 0 on the CPU.
     """
@@ -110,6 +112,7 @@ def plan_memory(
     swept_copies: int = 0,
     sharers: int = 1,
     read_ahead: bool = False,
+    gradient_tokens: int = 0,
 ) -> MemoryPlan:
     """Predicts the peak, and shares the budget: first what the work needs, then hidden states, the rest to disk.
 
@@ -124,6 +127,7 @@ def plan_memory(
             process holds already.
         sharers: processes that share what the machine has free.
         read_ahead: whether the next block, as it is stored, is in memory beside the one in work.
+        gradient_tokens: calibration tokens that a sweep of the dense model's gradient takes before the walk.
 
     Raises:
         MemoryBudgetError: the run needs more than the budget.
@@ -136,7 +140,12 @@ def plan_memory(
     if swept_copies:
         sizes = (source.shape for index in range(len(chain)) for source in chain.block_tensors(index).values())
         hidden += swept_copies * 4 * sum(math.prod(shape) for shape in sizes)
+    hidden = max(hidden, kept_bytes(chain, gradient_tokens))  # which is over when the walk begins
     moments = working_bytes(chain, samples, seq_len, batch_tokens, workspace)
+    if gradient_tokens:
+        moments["gradients"] = head_bytes(chain, NEXT_TOKEN_COPIES)
+    if swept_copies:
+        moments["sweeps"] = head_bytes(chain, DIVERGENCE_COPIES)
     worst = max(moments, key=lambda name: moments[name])
     on_device = moments[worst] if chain.device.type != "cpu" else 0
     working = LIBRARIES + (_largest_tensor(chain) if on_device else moments[worst])
@@ -184,6 +193,12 @@ def working_bytes(chain: Chain, samples: int, seq_len: int, batch_tokens: int, w
             outer = computing * chain.outer_elements(head=False) if chain.weights is not None else 0
             moments["embedding"] = outer + loaded + activations
     return moments
+
+
+def head_bytes(chain: Chain, copies: int) -> int:
+    """Of what is outside the blocks, and of so many copies of a chunk of logits in fp32."""
+    outer = chain.dtype.itemsize * chain.outer_elements() if chain.weights is not None else 0
+    return outer + copies * 4 * HEAD_TOKENS * int(chain.config.get_text_config().vocab_size)
 
 
 def _largest_tensor(chain: Chain) -> int:

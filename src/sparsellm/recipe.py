@@ -115,11 +115,11 @@ class Recipe(BaseModel):
             )
         return self
 
-    def with_allocation(self, preferred: str) -> Recipe:
-        """With ``preferred`` where no allocation is named, or with ``uniform`` where a pattern leaves no choice."""
+    def allocation_by(self, preferred: str) -> str:
+        """The one that is named; else ``preferred``, or ``uniform`` where a pattern or sparsity 0 leaves no choice."""
         if self.allocation is not None:
-            return self
-        return self.updated(allocation=preferred if self.pattern is None else "uniform")
+            return self.allocation
+        return preferred if self.pattern is None and self.sparsity else "uniform"
 
     def weight_pattern(self) -> Pattern:
         """The pattern every pruned linear gets before allocation."""

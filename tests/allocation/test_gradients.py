@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from sparsellm import Recipe, prune
 from sparsellm.chain import LinearView, open_chain
 from sparsellm.errors import DataError, ModelError
 from sparsellm.refine import head
@@ -148,6 +150,32 @@ def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
     layer.fc2.register_forward_hook(spoil)
     with pytest.raises(ModelError, match="fc1"):
         backward_sweep(open_chain(model, device=CPU), windows(), Everything())
+
+
+def changing(inplace: bool) -> PreTrainedModel:
+    """Every block doubles its input first."""
+
+    class Doubling(LlamaDecoderLayer):
+        def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
+            return super().forward(hidden_states.mul_(2) if inplace else hidden_states * 2, **call)
+
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.__class__ = Doubling
+    return model
+
+
+def test_a_block_may_change_in_place_what_it_is_given() -> None:
+    """It runs several times on what enters it, and gradients are of what entered."""
+    changed, copied = (
+        output_gradient_squares(open_chain(changing(inplace), device=CPU), windows(), batch_tokens=40)
+        for inplace in (True, False)
+    )
+    assert all(torch.equal(changed[name], copied[name]) for name in copied)
+    one, other = changing(True), changing(False)
+    for model in (one, other):
+        prune(model, Recipe(sparsity=0.5, options={"passes": 1, "steps": 2}), calibration=windows())
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_windows_without_a_next_token_are_refused() -> None:

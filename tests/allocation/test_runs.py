@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import sparsellm
 from sparsellm import Recipe, api, cli
 from sparsellm.allocation import ALLOCATIONS
 from sparsellm.chain import open_chain
-from sparsellm.errors import RecipeError, StorageError
+from sparsellm.errors import RecipeError
 from sparsellm.patterns import Unstructured
+from sparsellm.refine.gradients import kept_bytes
 from tests.allocation.helpers import survey_of, windows
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 
@@ -105,25 +105,28 @@ def test_a_fixed_pattern_takes_uniform_only(tmp_path: Path, run: Any) -> None:
     assert "which fixes the sparsity of every linear" in stderr
 
 
-def test_a_method_has_an_allocation_of_its_own(tmp_path: Path) -> None:
+def test_a_method_has_an_allocation_of_its_own() -> None:
     def shares(recipe: Recipe) -> tuple[str | None, list[int]]:
         result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
-        return result.recipe.allocation, [linear.zeros for linear in result.linears]
+        assert result.recipe.allocation == recipe.allocation  # what was not chosen is still open to the next run
+        assert Recipe.from_yaml(result.recipe.to_yaml()) == result.recipe
+        return result.allocation.get("name"), [linear.zeros for linear in result.linears]
 
     effort = {"effort": 0}
     own = shares(Recipe(sparsity=0.6, options=effort))
     assert own == shares(Recipe(sparsity=0.6, options=effort, allocation="threshold"))
     assert own[0] == "threshold"
     alike = shares(Recipe(sparsity=0.6, options=effort, allocation="uniform"))
+    assert alike[0] is None
     assert own[1] != alike[1]
-    assert shares(Recipe(method="sparsegpt", sparsity=0.6)) == ("uniform", alike[1])
+    assert shares(Recipe(method="sparsegpt", sparsity=0.6)) == alike
     assert shares(Recipe(pattern="2:4", options=effort)) == shares(
         Recipe(pattern="2:4", options=effort, allocation="uniform")
     )
-    recipe = Recipe(options=effort, allocation_options={"span": 0.0})
-    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert shares(Recipe(sparsity=0.0))[0] is None
+    recipe = Recipe(options=effort, allocation_options={"span": 0.0}, pattern="2:4")
     with pytest.raises(RecipeError, match="uniform has no option 'span'"):
-        sparsellm.prune(tiny_llama(), recipe.updated(pattern="2:4"), calibration=windows())
+        sparsellm.prune(tiny_llama(), recipe, calibration=windows())
 
 
 def test_the_summary_says_how_far_shares_are_apart(tmp_path: Path, run: Any) -> None:
@@ -143,15 +146,25 @@ def test_the_summary_says_how_far_shares_are_apart(tmp_path: Path, run: Any) -> 
     assert "least" not in stdout
 
 
-def test_disk_for_the_gradients_is_asked_for_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_for_the_gradients_is_planned_until_the_shares_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    many = windows(200, 40)  # of which the sweep keeps 5 MB, more than the 3 MB that the walk has in memory
-    disk = shutil.disk_usage(tmp_path)._replace(free=1_500_000)  # many times the checkpoint
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    many = windows(200, 40)  # of which the sweep keeps 5 MB, more than the 3 MB of the walk
     recipe = Recipe(sparsity=0.6, options={"effort": 0})
-    with pytest.raises(StorageError, match=r"needs 0\.00 GB and its disk has 0\.00 GB free"):
-        sparsellm.prune(source, recipe, calibration=many, out=tmp_path / "out")
-    sparsellm.prune(source, recipe.updated(allocation="uniform"), calibration=many, out=tmp_path / "out")
+
+    def planned(**changes: Any) -> int:
+        plan = sparsellm.prune(source, recipe.updated(**changes), calibration=many, out=tmp_path / "p", overwrite=True)
+        assert plan.memory is not None
+        return plan.memory.hidden_in_memory + plan.memory.hidden_on_disk
+
+    walk = planned(allocation="uniform")
+    assert planned() == kept_bytes(open_chain(source, device=torch.device("cpu")), many.numel()) > walk
+    with monkeypatch.context() as patched:
+        patched.setattr("sparsellm.api.walk", None)
+        with pytest.raises(TypeError):
+            planned()
+    assert planned() == walk  # the cut run has left what it found
 
 
 def test_nothing_to_prune_asks_nothing_of_the_model() -> None:

@@ -115,6 +115,17 @@ def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
         assert found == {"blocks.0.0": 900, "blocks.0.1": 700, "blocks.1.0": 500}
 
 
+def test_a_weight_in_two_places_keeps_the_target_and_the_report_says_so() -> None:
+    model = tiny_llama()
+    model.model.layers[2].mlp.up_proj = model.model.layers[1].mlp.up_proj
+    survey = survey_of(model, 0.6)
+    found = ALLOCATIONS["threshold"].function(survey)
+    name = "model.layers.1.mlp.up_proj"
+    assert found.report == {"tokens": 6 * 20, "kept_target": [name]}
+    assert abs(found.zeros[name] - 0.6 * 80 * 32) <= 1
+    assert abs(found.zeros["model.layers.0.mlp.up_proj"] - 0.6 * 80 * 32) > 20
+
+
 def test_one_bin_that_holds_everything_is_shared() -> None:
     survey = bare_survey([[(20, 50)], [(40, 50)]], 0.7)
     counts = {"blocks.0.0": histogram(at=5, weights=1000), "blocks.1.0": histogram(at=5, weights=2000)}

@@ -82,6 +82,12 @@ class Survey:
         return frozenset(linear.name for linear in self.linears)
 
     @cached_property
+    def shared(self) -> frozenset[str]:
+        """Those of which the weight stands in several places of the model."""
+        views = (linear for index in self.blocks for linear in self._views(index))
+        return frozenset(linear.name for linear in views if self.chain.is_shared(linear.weight_name))
+
+    @cached_property
     def blocks(self) -> tuple[int, ...]:
         """The blocks that have a linear to prune, in order."""
         return tuple(dict.fromkeys(linear.block for linear in self.linears))

@@ -344,7 +344,8 @@ class Chain:
     def apply(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """As :meth:`run`, and gradients flow where they are enabled."""
         with bf16_products(self.products_in_bf16):
-            return hidden_of(call.on(self.blocks[index], hidden), self.blocks[index])
+            own = hidden.clone()  # a block may change in place what it is given, and will be given it again
+            return hidden_of(call.on(self.blocks[index], own), self.blocks[index])
 
     @torch.no_grad()
     def finish(self, hidden: Tensor, ids: Tensor) -> Tensor:

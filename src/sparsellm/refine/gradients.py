@@ -170,7 +170,8 @@ def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor]
                 )
             visitor.linear(index, linear, given, gradient.detach())
 
-        leaving.register_hook(arrived)
+        if leaving.requires_grad:  # else nothing that the loss depends on goes in, and the linear is not reached
+            leaving.register_hook(arrived)
 
     return see
 

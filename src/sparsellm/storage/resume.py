@@ -122,6 +122,11 @@ class RunState:
         sync(self.partial)
 
 
+def has_kept(partial: Path, name: str) -> bool:
+    """Whether an earlier run has put such values there; see :meth:`RunState.keep`."""
+    return (partial / FOLDER / f"{name}.json").is_file()
+
+
 def unfinished(partial: Path) -> bool:
     """Whether a run that can go on has left something here."""
     return _identity(partial) is not None
