@@ -61,8 +61,9 @@ class MemoryPlan:
         working: what the worst moment adds: a block, statistics, the solver's workspace, activations.
         worst: which moment that is.
         hidden_in_memory: hidden states of the calibration windows, and what a sweep keeps of the weights, that stay in
-            memory; or those of every block, for gradients before the walk, where that is more.
-        hidden_on_disk: those that are read from files, batch by batch.
+            memory.
+        hidden_on_disk: those that are read from files, batch by batch, when they are most: in the walk, or
+            when gradients are taken before it, for which every block's are kept.
         device: what the worst moment takes on an accelerator, in its own memory; 0 on the CPU.
     """
 
@@ -140,7 +141,6 @@ def plan_memory(
     if swept_copies:
         sizes = (source.shape for index in range(len(chain)) for source in chain.block_tensors(index).values())
         hidden += swept_copies * 4 * sum(math.prod(shape) for shape in sizes)
-    hidden = max(hidden, kept_bytes(chain, gradient_tokens))  # which is over when the walk begins
     moments = working_bytes(chain, samples, seq_len, batch_tokens, workspace)
     if gradient_tokens:
         moments["gradients"] = head_bytes(chain, NEXT_TOKEN_COPIES)
@@ -160,7 +160,9 @@ def plan_memory(
             f"{batch_tokens}), or take a method that needs less"
         )
     in_memory = min(hidden, max(0, room))
-    return MemoryPlan(most, start, working, worst, in_memory, hidden - in_memory, on_device)
+    # Gradients are over when the walk begins: they get no more memory than it will need, so the peak is the walk's.
+    on_disk = max(hidden, kept_bytes(chain, gradient_tokens)) - in_memory
+    return MemoryPlan(most, start, working, worst, in_memory, on_disk, on_device)
 
 
 def working_bytes(chain: Chain, samples: int, seq_len: int, batch_tokens: int, workspace: Workspace) -> dict[str, int]:
