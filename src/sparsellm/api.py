@@ -676,10 +676,11 @@ def peak_rss() -> int:
 
 
 def versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "safetensors", "numpy")
+    packages = ("transformers", "safetensors", "numpy")
     return {
         "sparsellm": __version__,
         "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with its build, which the package's metadata may leave out
         **{name: importlib.metadata.version(name) for name in packages},
     }
 
