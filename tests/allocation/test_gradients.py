@@ -178,6 +178,20 @@ def test_a_block_may_change_in_place_what_it_is_given() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_a_block_without_a_gradient_is_named_and_needs_none_where_nobody_asks() -> None:
+    class Closed(LlamaDecoderLayer):
+        def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
+            with torch.no_grad():
+                return super().forward(hidden_states, **call)
+
+    model = tiny_llama()
+    model.model.layers[1].__class__ = Closed
+    recipe = Recipe(sparsity=0.5, options={"effort": 0})
+    with pytest.raises(ModelError, match=r"model\.layers\.1 has no gradient .*; take allocation uniform and effort 0"):
+        prune(model, recipe, calibration=windows())
+    assert prune(model, recipe.updated(allocation="uniform"), calibration=windows()).sparsity > 0.49
+
+
 def test_windows_without_a_next_token_are_refused() -> None:
     with pytest.raises(DataError, match=r"\(3, 1\)"):
         backward_sweep(open_chain(tiny_opt(), device=CPU), windows(3, 1), Visitor())

@@ -82,7 +82,8 @@ def backward_sweep(
     Raises:
         DataError: windows of a single token, of which none is scored.
         NumericalError: the loss is not finite.
-        ModelError: a block changes in place what a linear was given, so that its gradient cannot be paired with it.
+        ModelError: a block changes in place what a linear was given, so that its gradient cannot be paired with it; or
+            it has no gradient.
     """
     if windows.shape[1] < 2:
         raise DataError(f"windows of shape {tuple(windows.shape)} have no next token; give windows of two or more")
@@ -134,8 +135,16 @@ def backward_sweep(
                     hidden = entering[index][position].float().detach().requires_grad_(True)
                     with torch.enable_grad(), watch(linears, _show(visitor, index)):
                         leaving = chain.apply(index, hidden, call)
-                    with bf16_products(chain.products_in_bf16):
-                        (gradient,) = torch.autograd.grad(leaving, hidden, gradients[position])
+                    try:
+                        with bf16_products(chain.products_in_bf16):
+                            (gradient,) = torch.autograd.grad(leaving, hidden, gradients[position])
+                    except torch.OutOfMemoryError:
+                        raise
+                    except RuntimeError as error:  # the model's own code may know no gradient
+                        why = str(error).splitlines()[0]
+                        raise ModelError(
+                            f"{chain.block_names[index]} has no gradient ({why}); take allocation uniform and effort 0"
+                        ) from error
                     gradients[position] = gradient
                     visitor.boundary(index, hidden.detach(), gradient)
                 visitor.block(index, linears)
