@@ -51,8 +51,9 @@ def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
         raise ValueError("a padding bit is set")
     code = numpy.packbits(bits[:, : groups * width].reshape(out, groups, width), axis=2, bitorder="little")[:, :, 0]
     members = _members(pattern)
-    if int(code.max()) >= len(members):
-        raise ValueError(f"code {int(code.max())} is none of the {len(members)} of {pattern}")
+    highest = int(numpy.max(code))
+    if highest >= len(members):
+        raise ValueError(f"code {highest} is none of the {len(members)} of {pattern}")
     number = members[code]  # (out, groups)
     kept = numpy.unpackbits(number[..., None], axis=2, count=pattern.m, bitorder="little")
     return torch.from_numpy(kept.reshape(out, columns)).view(torch.bool)
