@@ -176,7 +176,9 @@ def test_one_group_without_auxiliary_variables_is_the_local_solver(left_in: list
     for options in ({"refit": False}, {"blend": 0.5, "residual": 0.5}):  # a writer alone is fitted to nothing
         other = tiny_llama()
         recipe = Recipe(
-            method="sparsellm", options={"effort": 0, "solver": solver, "norm_weighting": 0, **options}, **settings
+            method="sparsellm",
+            options={"effort": 0, "solver": solver, "norm_weighting": 0, "output_metric": 0, **options},
+            **settings,
         )
         sparsellm.prune(other, recipe, calibration=IDS)
         assert same(one, other)

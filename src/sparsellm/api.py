@@ -37,10 +37,10 @@ from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.memory import MemoryPlan, give_back_freed, plan_memory
 from sparsellm.methods import METHODS, LinearResult
 from sparsellm.methods.base import Method
-from sparsellm.patterns import NM, Pattern, detect
+from sparsellm.patterns import NM, Pattern, Unstructured, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.refine.gradients import output_gradient_squares
+from sparsellm.refine.gradients import TOKENS, WORKSPACE, output_gradient_squares
 from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
 from sparsellm.refine.sweep_state import SweepState, state_bytes
 from sparsellm.registry import Entry, Needs
@@ -54,7 +54,7 @@ from sparsellm.streams import PIECE_TOKENS, windows_in_batch
 from sparsellm.walk import FinishedBlock, selected_linears, walk
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
-ALLOCATION = "allocation"  # the name under which a run keeps it
+ALLOCATION, OUTPUT_COSTS = "allocation", "output-costs"  # names under which a run keeps them
 
 
 @dataclass
@@ -209,6 +209,8 @@ def prune(
         patterns = plan(chain, recipe)  # refuses what does not fit
         if not any(pattern.sparsity for pattern in patterns.values()):
             needs = Needs()  # nothing is lost, so nothing is to be made up for
+        if not any(isinstance(pattern, Unstructured) for pattern in patterns.values()):
+            needs = replace(needs, output_costs=False)  # within a group of N:M, weights of one output compete
         if needs.passes:
             check_sweepable(chain)
         need_bytes = _checkpoint_bytes(chain) * (2 if needs.passes else 1)  # the walk's blocks stay until the end
@@ -227,9 +229,18 @@ def prune(
         chain.device.type == "cuda" if recipe.read_ahead is None else recipe.read_ahead
     )
     known = out is not None and not restart and has_kept(partial_of(out), ALLOCATION)
-    surveyed, gradient_tokens = _surveyed(allocating if allocates and not known else None, needs, windows)
+    cost_windows = windows[: windows_of(allocating.gradient_tokens or TOKENS, windows.shape[1])]
+    costs_known = out is not None and not restart and has_kept(partial_of(out), OUTPUT_COSTS)
+    surveyed, gradient_tokens = _surveyed(
+        allocating if allocates and not known else None,
+        len(cost_windows) if needs.output_costs and not costs_known else 0,
+        windows,
+    )
     if not parallel.is_main():
         surveyed = gradient_tokens = 0
+    workspace = method.workspace.beside(needs.workspace).beside(allocator.workspace)
+    if gradient_tokens:
+        workspace = workspace.beside(WORKSPACE)
     memory = parallel.together(
         partial(
             plan_memory,
@@ -237,7 +248,7 @@ def prune(
             max(surveyed, len(own)),
             windows.shape[1],
             recipe.batch_tokens,
-            method.workspace.beside(needs.workspace).beside(allocator.workspace),
+            workspace,
             budget=recipe.memory,
             swept_copies=SWEPT_COPIES if needs.passes else 0,
             sharers=parallel.on_this_machine(),
@@ -289,13 +300,17 @@ def prune(
             allocation = None
             if allocates:
                 allocate = partial(allocator.function, **allocation_options)
-                found = partial(_allocated, chain, recipe, allocate, windows, writer, scratch, progress)
+                found = partial(
+                    _allocated, chain, recipe, allocate, windows, writer, scratch, progress, needs.output_costs
+                )
                 allocation = parallel.main_alone(found)
         patterns = plan(chain, recipe, allocation)
         costs: dict[str, Tensor] = {}
         if needs.output_costs and len(finished) < len(chain):
             with clock.phase("gradients"):
-                costs = parallel.main_alone(partial(_output_costs, chain, recipe, windows, scratch, progress))
+                known_costs = allocation.output_costs if allocation is not None else {}
+                find = partial(_output_costs, chain, recipe, cost_windows, writer, known_costs, scratch, progress)
+                costs = parallel.main_alone(find)
         clock.lap()
 
         def write_block(index: int, tensors: dict[str, TensorSource], results: list[LinearResult]) -> None:
@@ -452,12 +467,12 @@ def _reader(shard: Path) -> CheckpointReader:
     return CheckpointReader(shard.parent, [shard])
 
 
-def _surveyed(allocating: Needs | None, needs: Needs, windows: Tensor) -> tuple[int, int]:
+def _surveyed(allocating: Needs | None, cost_windows: int, windows: Tensor) -> tuple[int, int]:
     """What comes before the walk: windows that are run through the dense model, tokens that gradients are taken of.
 
     Args:
         allocating: what the allocation asks for; None where it looks at nothing.
-        needs: what the method asks for.
+        cost_windows: that the costs of outputs are found on, by a sweep of their own or the allocation's.
         windows: of the calibration.
     """
     samples, seq_len = windows.shape
@@ -467,9 +482,7 @@ def _surveyed(allocating: Needs | None, needs: Needs, windows: Tensor) -> tuple[
         surveyed = samples if tokens is None else min(samples, windows_of(tokens, seq_len))
         if allocating.gradient_tokens:
             gradients = min(samples, windows_of(allocating.gradient_tokens, seq_len))
-    if needs.output_costs:
-        surveyed = gradients = samples
-    return surveyed, gradients * seq_len
+    return max(surveyed, cost_windows), max(gradients, cost_windows) * seq_len
 
 
 def _allocated(
@@ -480,6 +493,7 @@ def _allocated(
     writer: CheckpointWriter | None,
     scratch: Scratch,
     progress: ProgressCallback,
+    keep_costs: bool,
 ) -> Allocation:
     """How many zeros each linear gets. A run that goes on finds what the first process found."""
     kept = writer.state.kept(ALLOCATION) if writer is not None else None
@@ -496,15 +510,29 @@ def _allocated(
     )
     found = allocate(survey)
     if writer is not None:
-        writer.state.keep(ALLOCATION, asdict(found))
+        if keep_costs and found.output_costs:  # first, so that they are there wherever the allocation is
+            writer.state.keep_tensors(OUTPUT_COSTS, found.output_costs)
+        writer.state.keep(ALLOCATION, {"zeros": found.zeros, "report": found.report})
     return found
 
 
 def _output_costs(
-    chain: Chain, recipe: Recipe, windows: Tensor, scratch: Scratch, progress: ProgressCallback
+    chain: Chain,
+    recipe: Recipe,
+    windows: Tensor,
+    writer: CheckpointWriter | None,
+    known: dict[str, Tensor],
+    scratch: Scratch,
+    progress: ProgressCallback,
 ) -> dict[str, Tensor]:
-    """Of every linear to prune, in the dense model; a run that goes on finds them anew, as that is still there."""
-    return output_gradient_squares(
+    """Of every linear to prune, in the dense model: those that the allocation met, or that the first process of this
+    run found, or by a sweep."""
+    if known:
+        return known
+    kept = writer.state.kept_tensors(OUTPUT_COSTS) if writer is not None else None
+    if kept is not None:
+        return kept
+    found = output_gradient_squares(
         chain,
         windows,
         names={linear.name for linear in _sizes(chain, recipe)},
@@ -512,6 +540,9 @@ def _output_costs(
         scratch=scratch,
         progress=progress,
     )
+    if writer is not None:
+        writer.state.keep_tensors(OUTPUT_COSTS, found)
+    return found
 
 
 def _sizes(chain: Chain, recipe: Recipe) -> list[LinearSize]:

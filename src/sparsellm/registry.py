@@ -66,7 +66,8 @@ class Needs:
         pieces: the stream's batches also in the smaller parts that an optimiser steps on.
         passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
         learning_rate: of those sweeps; None for what they choose.
-        output_costs: what an error of each linear's outputs costs the dense model's loss, from a sweep of its gradient.
+        output_costs: what an error of each linear's outputs costs the dense model's loss, from a sweep of its gradient;
+            not asked for in N:M, where outputs do not compete.
         surveyed_tokens: calibration tokens that an allocation looks at, in whole windows; None for all.
         gradient_tokens: of those, the ones that it wants gradients of.
         one_process: the option, as it was given, that no more than one process can serve; "" if there is none.

@@ -187,9 +187,13 @@ def test_a_block_without_a_gradient_is_named_and_needs_none_where_nobody_asks() 
     model = tiny_llama()
     model.model.layers[1].__class__ = Closed
     recipe = Recipe(sparsity=0.5, options={"effort": 0})
-    with pytest.raises(ModelError, match=r"model\.layers\.1 has no gradient .*; take allocation uniform and effort 0"):
-        prune(model, recipe, calibration=windows())
-    assert prune(model, recipe.updated(allocation="uniform"), calibration=windows()).sparsity > 0.49
+    advice = r"model\.layers\.1 has no gradient .*; take allocation uniform, effort 0 and output_metric 0"
+    for asking in (recipe, recipe.updated(allocation="uniform"), recipe.updated(options={"output_metric": 0})):
+        with pytest.raises(ModelError, match=advice):
+            prune(model, asking, calibration=windows())
+    asking = recipe.updated(allocation="uniform", options={"effort": 0, "output_metric": 0})
+    assert prune(model, asking, calibration=windows()).sparsity > 0.49
+    assert prune(model, Recipe(pattern="2:4", options={"effort": 0}), calibration=windows()).sparsity > 0.49
 
 
 def test_windows_without_a_next_token_are_refused() -> None:

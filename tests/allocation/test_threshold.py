@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sparsellm.allocation import ALLOCATIONS, Survey
 from sparsellm.allocation.saliency import BINS, HIGHEST, LOWEST, saliency_histograms
 from sparsellm.allocation.threshold import from_histograms
+from sparsellm.refine.gradients import output_gradient_squares
 from tests.allocation.helpers import Record, bare_survey, survey_of, weight_of, windows
 from tests.models import tiny_llama, tiny_opt
 
@@ -91,13 +92,21 @@ def test_histograms_count_every_weight_and_what_costs_nothing_comes_first() -> N
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj.weight.data[:16] = 0.0  # half of it is already gone
     survey = survey_of(model, 0.6)
-    counts = saliency_histograms(survey)
+    counts, _ = saliency_histograms(survey)
     for linear in survey.linears:
         assert int(counts[linear.name].sum()) == linear.weights
     down = counts["model.layers.1.mlp.down_proj"]
     assert int(down[0]) == 16 * 80
     found = from_histograms(survey, counts, level="linear", span=1.0).zeros
     assert found["model.layers.1.mlp.down_proj"] >= 16 * 80
+
+
+def test_the_same_sweep_finds_what_errors_of_outputs_cost() -> None:
+    survey = survey_of(tiny_llama(), 0.6)
+    found = ALLOCATIONS["threshold"].function(survey).output_costs
+    alone = output_gradient_squares(survey.chain, survey.windows, batch_tokens=survey.batch_tokens)
+    assert found.keys() == alone.keys() == survey.names
+    assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
 def test_windows_beyond_the_number_asked_for_are_not_read() -> None:

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from sparsellm.allocation.base import ALLOCATIONS, Allocation
 from sparsellm.allocation.survey import Survey
-from sparsellm.allocation.threshold import TOKENS
 from sparsellm.allocation.trial import Trials
 from sparsellm.errors import DataError
 from sparsellm.progress import Progress
+from sparsellm.refine.gradients import TOKENS
 from sparsellm.registry import Needs, Workspace
 
 

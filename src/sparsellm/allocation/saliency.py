@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsellm.allocation.survey import Survey
 from sparsellm.chain import LinearView
 from sparsellm.errors import NumericalError
-from sparsellm.refine.gradients import Visitor
+from sparsellm.refine.gradients import OutputSquares, Visitor
 
 BINS = 1 << 14
 LOWEST, HIGHEST = -160.0, 60.0  # of log₂ of a saliency in nats: all that fp32 factors give; a bin is 1 % wide
@@ -23,14 +23,17 @@ class SaliencyHistograms(Visitor):
 
     Attributes:
         counts: int64 ``(BINS,)`` for each linear that a token reached; bin 0 also holds what costs nothing at all.
+        outputs: what the same sweep says of whole outputs.
     """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
+        self.outputs = OutputSquares(tokens)
         self.counts: dict[str, Tensor] = {}
         self._fisher: dict[str, Tensor] = {}  # (out, in) fp32
 
     def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+        self.outputs.linear(index, linear, entering, gradient)
         rows = entering.flatten(0, -2).float().square()  # (tokens, in)
         if not len(rows):
             return
@@ -62,8 +65,9 @@ def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
     return total
 
 
-def saliency_histograms(survey: Survey) -> dict[str, Tensor]:
-    """The histogram of every linear of the survey that a token reached, by one backward sweep of the dense model."""
+def saliency_histograms(survey: Survey) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The histogram of every linear of the survey that a token reached, and ``E[g_i²]`` of its outputs ``(out,)``, by
+    one backward sweep of the dense model."""
     seen = SaliencyHistograms(survey.windows.numel())
     survey.sweep(seen)
-    return seen.counts
+    return seen.counts, seen.outputs.means()

@@ -14,10 +14,8 @@ from sparsellm.allocation.base import ALLOCATIONS, Allocation
 from sparsellm.allocation.exact import bounds, round_exactly
 from sparsellm.allocation.saliency import BINS, saliency_histograms
 from sparsellm.allocation.survey import Survey, windows_of
-from sparsellm.registry import Needs, Workspace
-
-# The sweep's time is in proportion. Of four times as many tokens it buys little more: docs/results.md.
-TOKENS = 8192
+from sparsellm.refine.gradients import TOKENS, WORKSPACE
+from sparsellm.registry import Needs
 
 
 def _needs(options: dict[str, Any]) -> Needs:
@@ -28,7 +26,7 @@ def _needs(options: dict[str, Any]) -> Needs:
 @ALLOCATIONS.register(
     "threshold",
     paper="optimal brain damage (LeCun et al. 1990) with the empirical Fisher",
-    workspace=Workspace(weights=3, grams=0, blocks=2.5),
+    workspace=WORKSPACE,
     needs=_needs,
 )
 def threshold(
@@ -45,10 +43,11 @@ def threshold(
     one whose weight the model uses in several places, of which the sweep sees one.
     """
     seen = survey.over(survey.windows[: windows_of(tokens, survey.windows.shape[1])])
-    counts = {name: found for name, found in saliency_histograms(seen).items() if name not in survey.shared}
+    found, costs = saliency_histograms(seen)
+    counts = {name: histogram for name, histogram in found.items() if name not in survey.shared}
     unknown = sorted(survey.names - counts.keys())
-    found = from_histograms(survey, counts, level=level, span=span)
-    return replace(found, report={"tokens": seen.windows.numel(), "kept_target": unknown})
+    report = {"tokens": seen.windows.numel(), "kept_target": unknown}
+    return replace(from_histograms(survey, counts, level=level, span=span), report=report, output_costs=costs)
 
 
 def from_histograms(

@@ -37,6 +37,7 @@ REFINE_STEPS = 30  # of conjugate gradients, where masks come from one problem a
 REFINE_DAMPING = 1e-3  # against directions that the tokens do not fill
 
 Patterns = Pattern | Mapping[str, Pattern]
+Solvers = Solver | Mapping[str, Solver]
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def prune_feed_forward(
     dense: FeedForward,
     train: Sequence[Chunk],
     held_out: Sequence[Chunk],
-    solver: Solver,
+    solver: Solvers,
     patterns: Patterns,
     settings: Settings = Settings(),
 ) -> Result:
@@ -212,7 +213,7 @@ def prune_feed_forward(
         dense: the unit before pruning; its weights are what iteration 0 prunes.
         train: streamed once or twice per iteration; a sequence may load its chunks lazily.
         held_out: decides which iterate is kept. Empty: the training error decides, which is no guarantee.
-        solver: ``(weight, gram, pattern) -> Solution``, options bound.
+        solver: ``(weight, gram, pattern) -> Solution``, options bound; one for all linears, or by role.
         patterns: one for all linears, or by role (``up``, ``gate``, ``down``).
 
     Raises:
@@ -290,7 +291,7 @@ class _Run:
         self,
         dense: FeedForward,
         train: Sequence[Chunk],
-        solver: Solver,
+        solver: Solvers,
         patterns: Patterns,
         settings: Settings,
         coefficients: Coefficients | None = None,
@@ -358,7 +359,7 @@ class _Run:
             tokens += len(chunk.inputs)
         moments = accumulator.finish()
         wanted = wanted_weight(moments, self.dense.down.weight, damping=self.settings.damping)
-        solution = self.solver(wanted.weight, moments.gram, self._pattern("down"))
+        solution = self._solver("down")(wanted.weight, moments.gram, self._pattern("down"))
         error = moments.error(solution.weight) * tokens / total if total else 0.0
         down = with_bias(solution.weight, moments)
         notes = (*notes, *wanted.notes, *_notes("down", solution))
@@ -372,7 +373,7 @@ class _Run:
         notes: tuple[str, ...] = ()
         linears: dict[str, Linear] = {}
         for role, weight in wanted.items():
-            solution = self.solver(weight, moments[role].gram, self._pattern(role))
+            solution = self._solver(role)(weight, moments[role].gram, self._pattern(role))
             masks[role], sparse = solution.mask, solution.weight
             notes = (*notes, *_notes(role, solution))
             if mask_only:
@@ -402,6 +403,9 @@ class _Run:
         moments = {role: accumulator.finish() for role, accumulator in accumulators.items()}
         self.grams = {role: moment.gram for role, moment in moments.items()}
         return moments
+
+    def _solver(self, role: str) -> Solver:
+        return self.solver[role] if isinstance(self.solver, Mapping) else self.solver
 
     def _pattern(self, role: str) -> Pattern:
         return self.patterns if isinstance(self.patterns, Pattern) else self.patterns[role]

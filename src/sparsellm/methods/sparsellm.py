@@ -10,7 +10,7 @@ of the block are polished together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -31,11 +31,13 @@ from sparsellm.patterns import Pattern
 from sparsellm.refine.reconstruct import reconstruct
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
+from sparsellm.solvers.base import solution
 from sparsellm.solvers.divided import divide
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
 
 EFFORT = 1
+OUTPUT_METRIC = 0.5  # of 0, 0.5 and 1 the best on a whole model: docs/results.md
 SOLVER = "admm"
 ROUNDING = 1e-2  # of half precision, in sums of what a block's linears give
 
@@ -55,7 +57,7 @@ def _needs(options: dict[str, Any]) -> Needs:
         pieces=steps > 0,
         passes=passes,
         learning_rate=options.get("sweep_rate"),
-        output_costs=options.get("output_metric", 0.0) > 0,
+        output_costs=options.get("output_metric", OUTPUT_METRIC) > 0,
         one_process=next((name for name in ("iterations", "value_iterations") if options.get(name, 0)), ""),
         workspace=replace(solver.workspace, blocks=5.0 if passes or steps else 0.0),  # an optimiser's copies
     )
@@ -81,8 +83,8 @@ def sparsellm(
     ] = 0.0,
     residual: Annotated[float, Field(ge=0, le=1), "share of the residual stream's own error in those targets"] = 0.0,
     output_metric: Annotated[
-        float, Field(ge=0, le=1), "power of E[g²] by which the outputs of those linears compete for weights; 0: alike"
-    ] = 0.0,
+        float, Field(ge=0, le=1), "power of E[g²] by which a linear's outputs compete for weights; 0: alike"
+    ] = OUTPUT_METRIC,
     norm_weighting: Annotated[
         float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
     ] = 1.5,
@@ -120,7 +122,8 @@ def sparsellm(
         if blend or residual:
             with task.clock.phase("prune/targets"):
                 pull = _dense_targets(task, _writers(sublayers, width), width, blend, residual, held.enter_context)
-        inside = divide(SOLVERS[solver])
+        plain = divide(SOLVERS[solver])
+        inside = {linear.name: _weighed(plain, costs) for linear, costs in _costs(task, output_metric)}
         fitting = _Fitting(weights, inside, refit_damping, pull, order, value_iterations)
         keeping = _Keeping(iterations, getattr(torch, variables), variables_on_disk)
         units = {unit.down.name: unit for unit in find_units(task)} if iterations else {}
@@ -131,8 +134,7 @@ def sparsellm(
                     prune_unit(task, unit, weights, inside, keeping)
             else:
                 writer = _writer(sublayer, width) if refit else None
-                costs = _relative_costs(task, _writer(sublayer, width), output_metric)
-                _prune_in_order(task, sublayer, writer, fitting, costs)
+                _prune_in_order(task, sublayer, writer, fitting)
         _prune_rest(task, sublayers, weights, inside)
         if steps:
             assert outputs is not None
@@ -164,7 +166,7 @@ class _Fitting:
 
     Attributes:
         weights: of tokens, batches ``(batch, seq)``, or None where all count alike.
-        solver: the local solver inside.
+        solvers: of each linear, by name.
         damping: ridge of a writer's fit.
         pull: by writer, what moves its target.
         order: in which the block's linears run.
@@ -172,7 +174,7 @@ class _Fitting:
     """
 
     weights: list[Tensor] | None
-    solver: Solver
+    solvers: Mapping[str, Solver]
     damping: float
     pull: dict[str, _Pull]
     order: RunOrder
@@ -266,14 +268,13 @@ def _prune_in_order(
     sublayer: list[list[LinearView]],
     writer: LinearView | None,
     fitting: _Fitting,
-    costs: dict[str, Tensor],
 ) -> None:
     """One group after the other; the writer, where there is one, is fitted to what it gave before the first."""
     with task.stream.store() as target:
         values = None
         if fitting.value_iterations and writer is not None:
             earlier = [linear for group in sublayer[:-1] for linear in group]
-            values = _coordinated_values(task, earlier, writer, fitting, costs.get(writer.name), target)
+            values = _coordinated_values(task, earlier, writer, fitting, target)
         for position, group in enumerate(sublayer):
             task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
             recorded = writer if position == 0 else None
@@ -293,12 +294,11 @@ def _prune_in_order(
             del cross
             gram.forget()  # the solver, which takes the most memory, has no use for what the fit was made of
             for linear in group:
-                solver = _weighed(fitting.solver, costs.get(linear.name))
                 with task.clock.phase("prune/solve"):
                     wanted = linear.weight() if fit is None else fit.weight
-                    solution = solver(wanted, gram, task.patterns[linear.name])
-                notes = (*(fit.notes if fit is not None else ()), *solution.notes)
-                task.accept(linear, replace(solution, notes=notes))
+                    found = fitting.solvers[linear.name](wanted, gram, task.patterns[linear.name])
+                notes = (*(fit.notes if fit is not None else ()), *found.notes)
+                task.accept(linear, replace(found, notes=notes))
         if values is not None:
             with task.clock.phase("prune/variables"):
                 values.improve(fitting.value_iterations)
@@ -309,7 +309,6 @@ def _coordinated_values(
     earlier: list[LinearView],
     writer: LinearView,
     fitting: _Fitting,
-    costs: Tensor | None,
     target: TensorStore,
 ) -> CoordinatedValues | None:
     """Where the sublayer is attention: its values and its writer, to be coordinated when both are pruned."""
@@ -317,7 +316,7 @@ def _coordinated_values(
     if pair is None:
         return None
     wanted = partial(_wanted, target, fitting.pull.get(writer.name))
-    solvers = (fitting.solver, _weighed(fitting.solver, costs))
+    solvers = (fitting.solvers[pair.value.name], fitting.solvers[writer.name])
     return CoordinatedValues(task, pair, fitting.order, wanted, fitting.weights, solvers, fitting.damping)
 
 
@@ -327,7 +326,10 @@ def _wanted(target: TensorStore, pull: _Pull | None, position: int) -> Tensor:
 
 
 def _prune_rest(
-    task: BlockTask, sublayers: list[list[list[LinearView]]], weights: list[Tensor] | None, solver: Solver
+    task: BlockTask,
+    sublayers: list[list[list[LinearView]]],
+    weights: list[Tensor] | None,
+    solvers: Mapping[str, Solver],
 ) -> None:
     """Linears that do not see every token, such as experts: each by itself, on what the windows route to it, in one
     pass. One that none of them reaches stays dense."""
@@ -338,7 +340,7 @@ def _prune_rest(
     task.report("rest")
     for group, gram in task.statistics(rest, weights):
         for linear in group:
-            task.accept(linear, solver(linear.weight(), gram, task.patterns[linear.name]))
+            task.accept(linear, solvers[linear.name](linear.weight(), gram, task.patterns[linear.name]))
 
 
 @dataclass(frozen=True)
@@ -351,7 +353,11 @@ class _Keeping:
 
 
 def prune_unit(
-    task: BlockTask, unit: FeedForwardUnit, weights: list[Tensor] | None, solver: Solver, keeping: _Keeping
+    task: BlockTask,
+    unit: FeedForwardUnit,
+    weights: list[Tensor] | None,
+    solvers: Mapping[str, Solver],
+    keeping: _Keeping,
 ) -> None:
     """The auxiliary variables of one feed-forward unit: targets are what the dense unit gives on the pruned stream.
 
@@ -371,7 +377,7 @@ def prune_unit(
             task.run()
         flat = [weight.flatten() for weight in weights] if weights is not None else None
         train, held_out = split(StoredChunks(inputs, outputs, flat))
-        _alternate(task, unit, train, held_out, solver, keeping)
+        _alternate(task, unit, train, held_out, solvers, keeping)
 
 
 def _alternate(
@@ -379,7 +385,7 @@ def _alternate(
     unit: FeedForwardUnit,
     train: Sequence[Chunk],
     held_out: Sequence[Chunk],
-    solver: Solver,
+    solvers: Mapping[str, Solver],
     keeping: _Keeping,
 ) -> None:
     dense, roles = feed_forward_of(unit)
@@ -391,7 +397,8 @@ def _alternate(
         dtype=keeping.dtype,
         directory=task.stream.scratch.directory if keeping.on_disk else None,
     )
-    result = prune_feed_forward(dense, train, held_out, solver, patterns, settings)
+    by_role = {role: solvers[linear.name] for role, linear in roles.items()}
+    result = prune_feed_forward(dense, train, held_out, by_role, patterns, settings)
     for role, pruned in result.unit.linears().items():
         linear = roles[role]
         weight = torch.where(result.masks[role], pruned.weight, 0.0)
@@ -423,25 +430,28 @@ def find_units(task: BlockTask) -> list[FeedForwardUnit]:
     return find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
 
 
-def _relative_costs(task: BlockTask, writer: LinearView | None, power: float) -> dict[str, Tensor]:
-    """Of the writer, by its name: weights ``(out,)`` of its outputs' squared errors, of mean 1; empty where all count
-    alike."""
-    if writer is None or not power or writer.name not in task.output_costs:
-        return {}
-    costs = task.output_costs[writer.name].to(task.stream.chain.device).pow(power)
-    return {writer.name: (costs / costs.mean().clamp(min=1e-30)).clamp(min=1e-4)}
+def _costs(task: BlockTask, power: float) -> Iterator[tuple[LinearView, Tensor | None]]:
+    """Each linear with weights ``(out,)`` of its outputs' squared errors, of mean 1; None where all count alike: in N:M
+    they do not compete, and of a linear that no token reached nothing is known."""
+    for linear in task.linears:
+        costs = task.output_costs.get(linear.name) if power else None
+        if costs is not None:
+            costs = costs.to(task.stream.chain.device).pow(power)
+            costs = (costs / costs.mean().clamp(min=1e-30)).clamp(min=1e-4)
+        yield linear, costs
 
 
 def _weighed(solver: Solver, costs: Tensor | None) -> Solver:
     """``costs (out,)`` weigh the squared errors of the outputs: ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²`` is the plain objective
-    of ``√c_i w_i``, so rows that cost more win weights where rows compete for them."""
+    of ``√c_i w_i``, so rows that cost more win weights where rows compete for them. The error that the solution names
+    is the plain one."""
     if costs is None:
         return solver
     root = costs.sqrt()[:, None]  # (out, 1)
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
         scaled = solver(weight * root, gram, pattern)
-        return Solution(scaled.weight / root, scaled.mask, scaled.error, scaled.notes)
+        return solution(weight, scaled.weight / root, scaled.mask, gram, scaled.notes)
 
     return solve
 

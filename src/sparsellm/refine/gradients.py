@@ -23,8 +23,12 @@ from sparsellm.progress import Progress as Event
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.refine.head import through_head
 from sparsellm.refine.training import running_on
+from sparsellm.registry import Workspace
 from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import PIECE_TOKENS, Stream
+
+TOKENS = 8192  # of the calibration, that gradients are taken of; the time is in proportion
+WORKSPACE = Workspace(weights=3, grams=0, blocks=2.5)  # of a sweep, beside what it keeps of the tokens
 
 
 class Visitor:
@@ -143,7 +147,8 @@ def backward_sweep(
                     except RuntimeError as error:  # the model's own code may know no gradient
                         why = str(error).splitlines()[0]
                         raise ModelError(
-                            f"{chain.block_names[index]} has no gradient ({why}); take allocation uniform and effort 0"
+                            f"{chain.block_names[index]} has no gradient ({why}); take allocation uniform, effort 0 "
+                            "and output_metric 0"
                         ) from error
                     gradients[position] = gradient
                     visitor.boundary(index, hidden.detach(), gradient)
@@ -175,7 +180,7 @@ def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor]
             if given._version != version:
                 raise ModelError(
                     f"what {linear.name} was given is changed in place afterwards: no gradient of it; take allocation "
-                    "uniform and output_metric 0"
+                    "uniform, effort 0 and output_metric 0"
                 )
             visitor.linear(index, linear, given, gradient.detach())
 
@@ -185,13 +190,24 @@ def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor]
     return see
 
 
-class _OutputSquares(Visitor):
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+class OutputSquares(Visitor):
+    """Adds up the squared gradients at every output of each linear.
+
+    Args:
+        tokens: that the sweep is of, those that a linear is not given included.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._sums: dict[str, Tensor] = {}
 
     def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
         squares = gradient.flatten(0, -2).float().square().sum(0)
-        self.sums[linear.name] = self.sums[linear.name] + squares if linear.name in self.sums else squares
+        self._sums[linear.name] = self._sums[linear.name] + squares if linear.name in self._sums else squares
+
+    def means(self) -> dict[str, Tensor]:
+        """``E[g_i²]`` over all tokens, ``(out,)`` fp32, of each linear that a token reached."""
+        return {name: total / self._tokens for name, total in self._sums.items()}
 
 
 def output_gradient_squares(
@@ -209,6 +225,6 @@ def output_gradient_squares(
         For each linear that a token reached, ``(out,)`` fp32, the mean over all tokens of the squared gradient; the
         arguments and the gradient are those of :func:`backward_sweep`.
     """
-    seen = _OutputSquares()
+    seen = OutputSquares(windows.numel())
     backward_sweep(chain, windows, seen, names=names, batch_tokens=batch_tokens, scratch=scratch, progress=progress)
-    return {name: total / windows.numel() for name, total in seen.sums.items()}
+    return seen.means()

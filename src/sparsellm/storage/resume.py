@@ -9,6 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
 from sparsellm.errors import StorageError
 from sparsellm.storage.files import explained, replace_atomically, sync, write_all
 
@@ -96,6 +100,19 @@ class RunState:
             return None
         return found if isinstance(found, dict) else None
 
+    def keep_tensors(self, name: str, content: dict[str, Tensor]) -> None:
+        """As :meth:`keep`, of small tensors."""
+        data = save({key: tensor.contiguous() for key, tensor in content.items()})
+        replace_atomically(self.folder / f"{name}.safetensors", lambda file: write_all(file, data))
+        sync(self.partial)
+
+    def kept_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What :meth:`keep_tensors` put there, on the CPU, or None."""
+        try:
+            return load((self.folder / f"{name}.safetensors").read_bytes())
+        except (OSError, SafetensorError):
+            return None
+
     def close(self) -> None:
         """Lets another process write the directory."""
         if self._lock is not None:
@@ -123,8 +140,8 @@ class RunState:
 
 
 def has_kept(partial: Path, name: str) -> bool:
-    """Whether an earlier run has put such values there; see :meth:`RunState.keep`."""
-    return (partial / FOLDER / f"{name}.json").is_file()
+    """Whether an earlier run has put such values there; see :meth:`RunState.keep` and ``keep_tensors``."""
+    return any((partial / FOLDER / f"{name}.{kind}").is_file() for kind in ("json", "safetensors"))
 
 
 def unfinished(partial: Path) -> bool:
