@@ -31,7 +31,8 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "sparsellm")
 # Hopeless beyond these, as the papers found; the machine's time is worth more elsewhere.
 ONLY = {"magnitude": ("0.5", "0.7", "2:4"), "wanda": ("0.5", "0.7", "2:4")}
 # What each part buys: a name, the method, and the settings of the run. Parts that stay off by default are rows as well.
-UNIFORM = ("options.effort=0", "allocation=uniform")
+ALIKE = "options.output_metric=0"  # a linear's outputs compete for weights as if errors of all cost the same
+UNIFORM = ("options.effort=0", "allocation=uniform", ALIKE)
 ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("sparsegpt", "sparsegpt", ()),
     ("admm", "admm", ()),
@@ -41,15 +42,19 @@ ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("refit, with sparsegpt inside", "sparsellm", (*UNIFORM, "options.solver=sparsegpt")),
     ("refit, targets 0.2 of the dense stream's", "sparsellm", (*UNIFORM, "options.blend=0.2")),
     ("refit, residual target 0.3", "sparsellm", (*UNIFORM, "options.residual=0.3")),
-    ("refit, writers' outputs weighed by E[g²]^½", "sparsellm", (*UNIFORM, "options.output_metric=0.5")),
+    *((f"refit, outputs compete by E[g²]{power}", "sparsellm",
+       ("options.effort=0", "allocation=uniform", f"options.output_metric={metric}"))
+      for power, metric in (("^½", 0.5), ("", 1.0))),
     *((f"refit, variables, {n} iterations", "sparsellm", (*UNIFORM, f"options.iterations={n}")) for n in (1, 2, 4, 8)),
     *((f"refit, variables of values, {n} iterations", "sparsellm", (*UNIFORM, f"options.value_iterations={n}"))
       for n in (1, 2)),
     ("refit, reconstruction of each block, 64 steps", "sparsellm", (*UNIFORM, "options.steps=64")),
-    *((f"refit, allocation {name}", "sparsellm", ("options.effort=0", f"allocation={name}"))
-      for name in ("atp", "owl", "dlp", "auto")),
-    ("refit, allocation threshold (effort 0)", "sparsellm", ("options.effort=0",)),
-    ("effort 1, allocation uniform", "sparsellm", ("options.effort=1", "allocation=uniform")),
+    *((f"refit, allocation {name}", "sparsellm", ("options.effort=0", f"allocation={name}", ALIKE))
+      for name in ("atp", "owl", "dlp", "auto", "threshold")),
+    ("effort 0: threshold, and outputs compete by E[g²]^½", "sparsellm", ("options.effort=0",)),
+    ("the same, without the refit", "sparsellm", ("options.effort=0", "options.refit=false")),
+    ("the same, with sparsegpt inside", "sparsellm", ("options.effort=0", "options.solver=sparsegpt")),
+    ("effort 1, uniform, outputs alike", "sparsellm", ("options.effort=1", "allocation=uniform", ALIKE)),
     ("effort 1: one sweep", "sparsellm", ("options.effort=1",)),
     ("effort 2: three sweeps", "sparsellm", ("options.effort=2",)),
     ("effort 3: eight sweeps", "sparsellm", ("options.effort=3",)),
