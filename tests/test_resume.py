@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,16 @@ def unfinished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(NumericalError):
             sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "p")
     return tmp_path / "p"
+
+
+def test_a_run_does_not_go_on_with_other_defaults(
+    source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = METHODS[RECIPE["method"]].options
+    name, option = next(iter(options.items()))
+    monkeypatch.setitem(options, name, replace(option, default=option.default * 2))  # as another release may have it
+    with pytest.raises(StorageError, match=name):
+        sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
 
 
 def test_a_damaged_shard_is_pruned_again(source: Path, unfinished: Path, tmp_path: Path) -> None:

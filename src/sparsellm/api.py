@@ -275,7 +275,8 @@ def prune(
         finished: list[FinishedBlock] = []
         peaks = [0]
         # Of the model before it is pruned, which may be in place.
-        identity = parallel.from_main(lambda: _identity(chain, recipe, allocator.name, windows))
+        chosen = ((method, options), (allocator, allocation_options))
+        identity = parallel.from_main(lambda: _identity(chain, recipe, *chosen, windows))
         shards: list[Path] = []  # of the blocks that the walk writes, for every process to read
         state: SweepState | None = None  # of the sweeps, if there are any
         if out is not None:
@@ -553,11 +554,27 @@ def _sizes(chain: Chain, recipe: Recipe) -> list[LinearSize]:
     ]
 
 
-def _identity(chain: Chain, recipe: Recipe, allocation: str, windows: Tensor) -> dict[str, Any]:
-    """All that the result depends on. Where hidden states are kept, and when blocks are read, is not part of it."""
+def _identity(
+    chain: Chain,
+    recipe: Recipe,
+    method: tuple[Entry[Any], dict[str, Any]],
+    allocation: tuple[Entry[Any], dict[str, Any]],
+    windows: Tensor,
+) -> dict[str, Any]:
+    """All that the result depends on, defaults of the options too: another release may have others. Where hidden states
+    are kept, and when blocks are read, is not part of it."""
+
+    def filled(entry: Entry[Any], options: dict[str, Any]) -> dict[str, Any]:
+        return {**{name: option.default for name, option in entry.options.items()}, **options}
+
     return {
         "format": 1,  # of what is recorded of a block
-        "recipe": {**recipe.model_dump(exclude={"memory", "read_ahead"}), "allocation": allocation},
+        "recipe": {
+            **recipe.model_dump(exclude={"memory", "read_ahead"}),
+            "options": filled(*method),
+            "allocation": allocation[0].name,
+            "allocation_options": filled(*allocation),
+        },
         "model": model_fingerprint(chain),
         "calibration tokens": tokens_fingerprint(windows),
         "computing": f"{chain.dtype} on {chain.device.type}",

@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsellm import Recipe, prune
 from sparsellm.chain import LinearView, open_chain
-from sparsellm.errors import DataError, ModelError
+from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.refine import head
-from sparsellm.refine.gradients import Visitor, backward_sweep, kept_bytes, output_gradient_squares
+from sparsellm.refine.gradients import OutputSquares, Visitor, backward_sweep, kept_bytes, output_gradient_squares
 from sparsellm.statistics import GramAccumulator
 from sparsellm.storage.scratch import Scratch
 from tests.allocation.helpers import Record, sizes_of, windows
@@ -150,6 +150,36 @@ def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
     layer.fc2.register_forward_hook(spoil)
     with pytest.raises(ModelError, match="fc1"):
         backward_sweep(open_chain(model, device=CPU), windows(), Everything())
+    assert output_gradient_squares(open_chain(model, device=CPU), windows())  # of outputs alone it is no matter
+
+
+def test_gradients_that_are_not_finite_are_named() -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradient: Tensor) -> Tensor:
+            return gradient[0] * torch.nan
+
+    model = tiny_llama()
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: Broken.apply(output))
+    recipe = Recipe(sparsity=0.5, options={"effort": 0})
+    for asking in (recipe, recipe.updated(allocation="uniform")):
+        with pytest.raises(NumericalError, match=r"gradients at model\.layers\.1\..* not finite; .* do without"):
+            prune(model, asking, calibration=windows())
+
+
+def test_an_output_that_no_token_was_routed_to_is_not_known() -> None:
+    chain = open_chain(tiny_llama(), device=CPU)
+    linear, other = chain.linears(0)[:2]
+    seen = OutputSquares(6)
+    seen.linear(0, linear, torch.zeros(0, linear.in_features), torch.zeros(0, linear.out_features))
+    seen.linear(0, other, torch.zeros(3, other.in_features), torch.full((3, other.out_features), 2.0))
+    found = seen.means()
+    assert found.keys() == {other.name}
+    assert torch.equal(found[other.name], torch.full((other.out_features,), 2.0))
 
 
 def changing(inplace: bool) -> PreTrainedModel:
@@ -187,7 +217,7 @@ def test_a_block_without_a_gradient_is_named_and_needs_none_where_nobody_asks() 
     model = tiny_llama()
     model.model.layers[1].__class__ = Closed
     recipe = Recipe(sparsity=0.5, options={"effort": 0})
-    advice = r"model\.layers\.1 has no gradient .*; take allocation uniform, effort 0 and output_metric 0"
+    advice = r"model\.layers\.1 has no gradient .*; do without: take allocation uniform and, in sparsellm, effort 0 and"
     for asking in (recipe, recipe.updated(allocation="uniform"), recipe.updated(options={"output_metric": 0})):
         with pytest.raises(ModelError, match=advice):
             prune(model, asking, calibration=windows())

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sparsellm.allocation.base import ALLOCATIONS, Allocation
-from sparsellm.allocation.survey import Survey
+from sparsellm.allocation.survey import Survey, windows_of
 from sparsellm.allocation.trial import Trials
 from sparsellm.errors import DataError
 from sparsellm.progress import Progress
@@ -84,7 +84,7 @@ def auto(
     least, winner, chosen = min(table, key=lambda row: row[0])  # the first of equals: uniform stands first
     survey.progress(Progress("trials", len(tried), len(tried), f"{winner} · KL {least:.4f}"))
     rows = [{"allocation": c.name, "options": c.options, "kl": kl, "chosen": c is winner} for kl, c, _ in table]
-    return Allocation(
-        chosen.zeros,
-        {"trials": rows, "fit_windows": len(seen.windows[:fit]), "held_out_windows": measured, **chosen.report},
-    )
+    report = {"trials": rows, "fit_windows": len(seen.windows[:fit]), "held_out_windows": measured, **chosen.report}
+    whole = len(seen.windows) >= windows_of(TOKENS, survey.windows.shape[1])  # else the gradients are of fewer tokens
+    costs = next(allocation.output_costs for _, c, allocation in table if c.name == "threshold") if whole else {}
+    return Allocation(chosen.zeros, report, costs)

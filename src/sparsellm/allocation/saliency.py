@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsellm.allocation.survey import Survey
 from sparsellm.chain import LinearView
 from sparsellm.errors import NumericalError
-from sparsellm.refine.gradients import OutputSquares, Visitor
+from sparsellm.refine.gradients import OutputSquares, Visitor, not_finite
 
 BINS = 1 << 14
 LOWEST, HIGHEST = -160.0, 60.0  # of log₂ of a saliency in nats: all that fp32 factors give; a bin is 1 % wide
@@ -56,7 +56,7 @@ def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
         NumericalError: ``F`` has values that are NaN or infinite.
     """
     if not bool(torch.isfinite(fisher).all()):
-        raise NumericalError(f"gradients at {linear.name} are not finite; try dtype float32 or another allocation")
+        raise NumericalError(not_finite(linear.name))
     logarithm = fisher.log2_().add_(linear.weight().abs_().log2_(), alpha=2).sub_(1)
     bins = logarithm.sub_(LOWEST).mul_(BINS / (HIGHEST - LOWEST)).clamp_(0, BINS - 1)
     total = torch.zeros(BINS, dtype=torch.int64)

@@ -52,14 +52,19 @@ def _needs(options: dict[str, Any]) -> Needs:
     passes = PASSES[options.get("effort", EFFORT)] if passes is None else passes
     two = passes > 0 or any(options.get(name, 0.0) > 0 for name in ("blend", "residual", "refine_blend"))
     steps = options.get("steps", 0)
+    metric = options.get("output_metric", OUTPUT_METRIC)
     return Needs(
         dense_stream=two,
         pieces=steps > 0,
         passes=passes,
         learning_rate=options.get("sweep_rate"),
-        output_costs=options.get("output_metric", OUTPUT_METRIC) > 0,
+        output_costs=metric > 0,
         one_process=next((name for name in ("iterations", "value_iterations") if options.get(name, 0)), ""),
-        workspace=replace(solver.workspace, blocks=5.0 if passes or steps else 0.0),  # an optimiser's copies
+        workspace=replace(
+            solver.workspace,
+            weights=solver.workspace.weights + (metric > 0),  # beside the one that is weighed
+            blocks=5.0 if passes or steps else 0.0,  # an optimiser's copies
+        ),
     )
 
 

@@ -28,6 +28,7 @@ from sparsellm.storage.scratch import Scratch
 from sparsellm.streams import PIECE_TOKENS, Stream
 
 TOKENS = 8192  # of the calibration, that gradients are taken of; the time is in proportion
+WITHOUT = "take allocation uniform and, in sparsellm, effort 0 and options.output_metric 0"
 WORKSPACE = Workspace(weights=3, grams=0, blocks=2.5)  # of a sweep, beside what it keeps of the tokens
 
 
@@ -36,7 +37,12 @@ class Visitor:
 
     Every gradient is that of the *sum* over all scored tokens of the negative log-likelihood, in nats, so it does not
     depend on how many windows there are, and is what the empirical Fisher of a token is made of.
+
+    Attributes:
+        reads_inputs: whether it looks at what linears are given, which the model must then leave as it was.
     """
+
+    reads_inputs = True
 
     def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
         """A linear of block ``index`` was run on ``entering (..., in)``; ``gradient (..., out)`` is at its output."""
@@ -147,8 +153,7 @@ def backward_sweep(
                     except RuntimeError as error:  # the model's own code may know no gradient
                         why = str(error).splitlines()[0]
                         raise ModelError(
-                            f"{chain.block_names[index]} has no gradient ({why}); take allocation uniform, effort 0 "
-                            "and output_metric 0"
+                            f"{chain.block_names[index]} has no gradient ({why}); do without: {WITHOUT}"
                         ) from error
                     gradients[position] = gradient
                     visitor.boundary(index, hidden.detach(), gradient)
@@ -177,10 +182,10 @@ def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor]
         given, version = entering.detach(), entering._version
 
         def arrived(gradient: Tensor) -> None:
-            if given._version != version:
+            if visitor.reads_inputs and given._version != version:
                 raise ModelError(
-                    f"what {linear.name} was given is changed in place afterwards: no gradient of it; take allocation "
-                    "uniform, effort 0 and output_metric 0"
+                    f"what {linear.name} was given is changed in place afterwards: no gradient of it; do without: "
+                    f"{WITHOUT}"
                 )
             visitor.linear(index, linear, given, gradient.detach())
 
@@ -190,6 +195,11 @@ def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor]
     return see
 
 
+def not_finite(name: str) -> str:
+    """What is wrong with the gradients at a linear, and what to do."""
+    return f"gradients at {name} are not finite; try dtype float32, or do without: {WITHOUT}"
+
+
 class OutputSquares(Visitor):
     """Adds up the squared gradients at every output of each linear.
 
@@ -197,17 +207,29 @@ class OutputSquares(Visitor):
         tokens: that the sweep is of, those that a linear is not given included.
     """
 
+    reads_inputs = False
+
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
         self._sums: dict[str, Tensor] = {}
 
     def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+        if not gradient.numel():  # an expert that no token was routed to
+            return
         squares = gradient.flatten(0, -2).float().square().sum(0)
         self._sums[linear.name] = self._sums[linear.name] + squares if linear.name in self._sums else squares
 
     def means(self) -> dict[str, Tensor]:
-        """``E[g_i²]`` over all tokens, ``(out,)`` fp32, of each linear that a token reached."""
-        return {name: total / self._tokens for name, total in self._sums.items()}
+        """``E[g_i²]`` over all tokens, ``(out,)`` fp32 on the CPU, of each linear that a token reached.
+
+        Raises:
+            NumericalError: a gradient was NaN or infinite.
+        """
+        found = {name: (total / self._tokens).cpu() for name, total in self._sums.items()}
+        for name, mean in found.items():
+            if not bool(torch.isfinite(mean).all()):
+                raise NumericalError(not_finite(name))
+        return found
 
 
 def output_gradient_squares(
