@@ -16,7 +16,7 @@ from sparsellm.methods import METHODS
 from sparsellm.patterns import highest
 from sparsellm.solvers import SOLVERS
 from sparsellm.solvers.base import Solution, solution
-from sparsellm.solvers.divided import divide, highest_of_all
+from sparsellm.solvers.divided import divide, divided_solution, highest_of_all
 from sparsellm.statistics import CrossAccumulator, GramAccumulator
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
 
@@ -160,6 +160,12 @@ def fewer_rows_than_processes(folder: Path) -> None:
     assert torch.equal(found.weight, alone.weight)
     assert torch.equal(found.mask, alone.mask)
     assert found.error == alone.error
+    for rows in (1, 5):  # a weight that all have, its error measured by all
+        weight = torch.randn(rows, 9, generator=torch.Generator().manual_seed(rows))
+        alone = entry.function(weight, accumulator.finish(), Unstructured(0.5))
+        again = divided_solution(weight, alone.weight, alone.mask, accumulator.finish())
+        assert abs(again.error - alone.error) <= 1e-5 * alone.error > 0
+        assert torch.equal(again.weight, alone.weight)
 
 
 def everything(folder: Path) -> None:

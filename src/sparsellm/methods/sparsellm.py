@@ -31,8 +31,7 @@ from sparsellm.patterns import Pattern
 from sparsellm.refine.reconstruct import reconstruct
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
-from sparsellm.solvers.base import solution
-from sparsellm.solvers.divided import divide
+from sparsellm.solvers.divided import divide, divided_solution
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
 
@@ -456,7 +455,7 @@ def _weighed(solver: Solver, costs: Tensor | None) -> Solver:
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
         scaled = solver(weight * root, gram, pattern)
-        return solution(weight, scaled.weight / root, scaled.mask, gram, scaled.notes)
+        return divided_solution(weight, scaled.weight / root, scaled.mask, gram, scaled.notes)
 
     return solve
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.patterns import Pattern, Scope, Unstructured, highest_of_rows, require_finite, share
 from sparsellm.registry import Entry
-from sparsellm.solvers.base import Solution, Solver
+from sparsellm.solvers.base import Solution, Solver, solution
 from sparsellm.statistics import Gram
 
 # Bits of a score that are decided at a time, by counting into bins: (shift, bins). Few bins are quick to add up.
@@ -38,17 +38,34 @@ def divide(entry: Entry[Solver]) -> Solver:
             return _in_main(lambda: entry.function(weight, gram, pattern, **options), weight)
         rows = parallel.share(len(weight))
         own = entry.function(weight[rows], gram, DividedRows(pattern, len(weight), rows.start), **options)
-        energy = gram.energy(weight[rows])
-        parts = parallel.gather((energy, own.error * energy, own.notes))
-        energy, lost = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        notes = tuple(dict.fromkeys(note for notes in parallel.gather(own.notes) for note in notes))
         return Solution(
             torch.cat(parallel.gather_list(own.weight)),
             torch.cat(parallel.gather_list(own.mask)),
-            lost / energy if energy > 0 else 0.0,
-            tuple(dict.fromkeys(note for part in parts for note in part[2])),
+            _joined_error(own, gram.energy(weight[rows])),
+            notes,
         )
 
     return solve
+
+
+def divided_solution(
+    original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()
+) -> Solution:
+    """As :func:`~sparsellm.solvers.base.solution`, of a weight that is zero off the mask and that all processes
+    have: each measures the error of some rows."""
+    if parallel.size() == 1:
+        return solution(original, weight, mask, gram, notes)
+    rows = parallel.share(len(weight))
+    own = solution(original[rows], weight[rows], mask[rows], gram)
+    return Solution(weight, mask, _joined_error(own, gram.energy(original[rows])), notes)
+
+
+def _joined_error(own: Solution, energy: float) -> float:
+    """Of the whole weight, from the solution of this process's rows and what their outputs had in all."""
+    parts = parallel.gather((energy, own.error * energy))
+    energy, lost = (sum(part[i] for part in parts) for i in (0, 1))
+    return lost / energy if energy > 0 else 0.0
 
 
 def _in_main(solve: Callable[[], Solution], weight: Tensor) -> Solution:
