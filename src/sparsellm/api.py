@@ -308,10 +308,11 @@ def prune(
         patterns = plan(chain, recipe, allocation)
         costs: dict[str, Tensor] = {}
         if needs.output_costs and len(finished) < len(chain):
-            with clock.phase("gradients"):
-                known_costs = allocation.output_costs if allocation is not None else {}
-                find = partial(_output_costs, chain, recipe, cost_windows, writer, known_costs, scratch, progress)
-                costs = parallel.main_alone(find)
+            costs = allocation.output_costs if allocation is not None else {}
+            if not costs:
+                with clock.phase("gradients"):
+                    find = partial(_output_costs, chain, recipe, cost_windows, writer, scratch, progress)
+                    costs = parallel.main_alone(find)
         clock.lap()
 
         def write_block(index: int, tensors: dict[str, TensorSource], results: list[LinearResult]) -> None:
@@ -522,14 +523,10 @@ def _output_costs(
     recipe: Recipe,
     windows: Tensor,
     writer: CheckpointWriter | None,
-    known: dict[str, Tensor],
     scratch: Scratch,
     progress: ProgressCallback,
 ) -> dict[str, Tensor]:
-    """Of every linear to prune, in the dense model: those that the allocation met, or that the first process of this
-    run found, or by a sweep."""
-    if known:
-        return known
+    """Of every linear to prune, in the dense model. A run that goes on finds what the first process found."""
     kept = writer.state.kept_tensors(OUTPUT_COSTS) if writer is not None else None
     if kept is not None:
         return kept
