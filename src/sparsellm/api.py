@@ -228,9 +228,11 @@ def prune(
     read_ahead = chain.weights is not None and (
         chain.device.type == "cuda" if recipe.read_ahead is None else recipe.read_ahead
     )
-    known = out is not None and not restart and has_kept(partial_of(out), ALLOCATION)
+    partial_run = partial_of(out) if out is not None and not restart else None  # that may be gone on with
+    known, costs_known = (
+        partial_run is not None and has_kept(partial_run, name) for name in (ALLOCATION, OUTPUT_COSTS)
+    )
     cost_windows = windows[: windows_of(allocating.gradient_tokens or TOKENS, windows.shape[1])]
-    costs_known = out is not None and not restart and has_kept(partial_of(out), OUTPUT_COSTS)
     surveyed, gradient_tokens = _surveyed(
         allocating if allocates and not known else None,
         len(cost_windows) if needs.output_costs and not costs_known else 0,

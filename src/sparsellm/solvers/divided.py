@@ -38,12 +38,9 @@ def divide(entry: Entry[Solver]) -> Solver:
             return _in_main(lambda: entry.function(weight, gram, pattern, **options), weight)
         rows = parallel.share(len(weight))
         own = entry.function(weight[rows], gram, DividedRows(pattern, len(weight), rows.start), **options)
-        notes = tuple(dict.fromkeys(note for notes in parallel.gather(own.notes) for note in notes))
+        error, notes = _joined(own, gram.energy(weight[rows]))
         return Solution(
-            torch.cat(parallel.gather_list(own.weight)),
-            torch.cat(parallel.gather_list(own.mask)),
-            _joined_error(own, gram.energy(weight[rows])),
-            notes,
+            torch.cat(parallel.gather_list(own.weight)), torch.cat(parallel.gather_list(own.mask)), error, notes
         )
 
     return solve
@@ -57,15 +54,15 @@ def divided_solution(
     if parallel.size() == 1:
         return solution(original, weight, mask, gram, notes)
     rows = parallel.share(len(weight))
-    own = solution(original[rows], weight[rows], mask[rows], gram)
-    return Solution(weight, mask, _joined_error(own, gram.energy(original[rows])), notes)
+    own = solution(original[rows], weight[rows], mask[rows], gram, notes)
+    return Solution(weight, mask, *_joined(own, gram.energy(original[rows])))
 
 
-def _joined_error(own: Solution, energy: float) -> float:
-    """Of the whole weight, from the solution of this process's rows and what their outputs had in all."""
-    parts = parallel.gather((energy, own.error * energy))
-    energy, lost = (sum(part[i] for part in parts) for i in (0, 1))
-    return lost / energy if energy > 0 else 0.0
+def _joined(own: Solution, energy: float) -> tuple[float, tuple[str, ...]]:
+    """Error and notes of the whole weight, from the solution of this process's rows and what their outputs had."""
+    parts = parallel.gather((energy, own.error * energy, own.notes))
+    energy, lost = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    return lost / energy if energy > 0 else 0.0, tuple(dict.fromkeys(note for part in parts for note in part[2]))
 
 
 def _in_main(solve: Callable[[], Solution], weight: Tensor) -> Solution:
