@@ -1,0 +1,77 @@
+"""Reads JSON that somebody else wrote, within limits: what it refuses is named, and nothing it accepts can hurt later."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsellm.errors import SparseLLMError, StorageError
+
+MOST_BYTES = 256 << 20  # an index of a model with a million tensors has a tenth of it
+MOST_DIGITS = 64  # of an integer: tokenizers write 10^30 for "no limit"
+
+
+def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = StorageError) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        data: the text; bytes are UTF-8, with or without a byte order mark.
+        where: what the text is called in the error, such as its path, or its path and line.
+        error: the kind of error to raise.
+
+    Raises:
+        SparseLLMError: of the kind ``error``: the text is too long, not UTF-8, not JSON, nested too deeply, or holds an
+            integer of more than :data:`MOST_DIGITS` digits or half of a surrogate pair.
+    """
+    if len(data) > MOST_BYTES:
+        raise error(f"{where} has {len(data) / 1e6:.0f} MB; at most {MOST_BYTES / 1e6:.0f} MB of JSON are read")
+    try:
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        value = json.loads(text, parse_int=_integer)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written again
+    except UnicodeDecodeError as bad:
+        raise error(f"{where} is not UTF-8 (byte {bad.start}); save it as UTF-8") from None
+    except UnicodeEncodeError:
+        raise error(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+    except RecursionError:
+        raise error(f"{where} is nested too deeply to be read") from None
+    except json.JSONDecodeError as bad:
+        raise error(f"{where} is not valid JSON ({bad.msg}, line {bad.lineno}, column {bad.colno})") from None
+    except ValueError as bad:
+        raise error(f"{where}: {bad}") from None
+    return value
+
+
+def read_json(path: Path, error: type[SparseLLMError] = StorageError) -> Any:
+    """As :func:`parse_json`, of a file.
+
+    Raises:
+        SparseLLMError: of the kind ``error``, also where the file cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise error(f"{path} has {size / 1e6:.0f} MB; at most {MOST_BYTES / 1e6:.0f} MB of JSON are read")
+        data = path.read_bytes()
+    except OSError as bad:
+        raise error(f"cannot read {path}: {bad.strerror or bad}") from None
+    return parse_json(data, str(path), error)
+
+
+def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[str, Any]:
+    """As :func:`read_json`, of a file that must hold a JSON object.
+
+    Raises:
+        SparseLLMError: of the kind ``error``, also where the value is no object.
+    """
+    value = read_json(path, error)
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits; at most {MOST_DIGITS} are read")
+    return int(digits)

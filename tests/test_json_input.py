@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsellm.errors import DataError, StorageError
+from sparsellm.json_input import parse_json, read_json, read_object
+
+
+def test_reads_what_json_is() -> None:
+    assert parse_json(b'\xef\xbb\xbf{"a": [1, 2.5, null, "\\u00e9"]}', "x") == {"a": [1, 2.5, None, "é"]}
+    assert parse_json('{"model_max_length": 1000000000000000019884624838656}', "x") == {
+        "model_max_length": 1000000000000000019884624838656
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\xff\xfe{\x00}\x00", "not UTF-8"),
+        (b'{"a": }', "not valid JSON"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "integer of 5000 digits"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+        (b"", "not valid JSON"),
+    ],
+)
+def test_refuses_what_could_hurt_later(data: bytes, said: str) -> None:
+    with pytest.raises(DataError, match=said) as caught:
+        parse_json(data, "calibration.jsonl, line 3", DataError)
+    assert str(caught.value).startswith("calibration.jsonl, line 3")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot read"):
+        read_json(tmp_path / "absent.json")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(StorageError, match="not an object"):
+        read_object(tmp_path / "list.json")
