@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.capture import InputGroups, watch
 from sparsellm.errors import ModelError
-from sparsellm.streams import Stream
+from sparsellm.chain.streams import Stream
 from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 
 CPU = torch.device("cpu")

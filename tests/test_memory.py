@@ -20,7 +20,7 @@ from sparsellm.methods import METHODS
 from sparsellm.registry import Workspace
 from sparsellm.sizes import parse_bytes
 from sparsellm.solvers import SOLVERS
-from sparsellm.streams import Stream
+from sparsellm.chain.streams import Stream
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ import sparsellm
 from sparsellm import Recipe, api
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.methods import METHODS
-from sparsellm.refine import sweep as sweep_module
+from sparsellm.sweep import whole_model as sweep_module
 from sparsellm.storage import shard
 from sparsellm.storage.resume import FOLDER
 from sparsellm.storage.writer import partial_of

@@ -17,7 +17,7 @@ from sparsellm.decomposition.values import Moved, update_values
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.methods.sparsellm import token_weights
 from sparsellm.methods.values import CoordinatedValues
-from sparsellm.refine.gradients import output_gradient_squares
+from sparsellm.sweep.gradients import output_gradient_squares
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
 Family = Callable[..., PreTrainedModel]

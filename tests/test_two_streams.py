@@ -22,7 +22,7 @@ from sparsellm.progress import PhaseClock, ignore
 from sparsellm.statistics import CrossAccumulator
 from sparsellm.walk import walk
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
-from tests.refine.helpers import CPU, ids_of, tiny_mistral, tiny_post_norm_opt
+from tests.sweep.helpers import CPU, ids_of, tiny_mistral, tiny_post_norm_opt
 
 IDS = ids_of(6)
 BATCH = 48  # tokens: two windows

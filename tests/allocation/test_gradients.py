@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from sparsellm import Recipe, prune
 from sparsellm.chain import LinearView, open_chain
 from sparsellm.errors import DataError, ModelError, NumericalError
-from sparsellm.refine import head
-from sparsellm.refine.gradients import OutputSquares, Visitor, backward_sweep, kept_bytes, output_gradient_squares
+from sparsellm.sweep import head
+from sparsellm.sweep.gradients import OutputSquares, Visitor, backward_sweep, kept_bytes, output_gradient_squares
 from sparsellm.statistics import GramAccumulator
 from sparsellm.storage.scratch import Scratch
 from tests.allocation.helpers import Record, sizes_of, windows

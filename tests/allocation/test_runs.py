@@ -17,7 +17,7 @@ from sparsellm.allocation import ALLOCATIONS
 from sparsellm.chain import open_chain
 from sparsellm.errors import RecipeError
 from sparsellm.patterns import Unstructured
-from sparsellm.refine.gradients import kept_bytes
+from sparsellm.sweep.gradients import kept_bytes
 from tests.allocation.helpers import survey_of, windows
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm.allocation import ALLOCATIONS, Survey
-from sparsellm.allocation.saliency import BINS, HIGHEST, LOWEST, saliency_histograms
+from sparsellm.sweep.saliency import BINS, HIGHEST, LOWEST, saliency_histograms
 from sparsellm.allocation.threshold import from_histograms
-from sparsellm.refine.gradients import output_gradient_squares
+from sparsellm.sweep.gradients import output_gradient_squares
 from tests.allocation.helpers import Record, bare_survey, survey_of, weight_of, windows
 from tests.models import tiny_llama, tiny_opt
 

@@ -15,13 +15,13 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import ModelError, NumericalError
-from sparsellm.refine import head
-from sparsellm.refine import sweep as module
-from sparsellm.refine.sweep import Pass, Sweep, sweep
-from sparsellm.refine.training import Adam
+from sparsellm.sweep import head
+from sparsellm.sweep import whole_model as module
+from sparsellm.sweep.whole_model import Pass, Sweep, sweep
+from sparsellm.sweep.training import Adam
 from sparsellm.storage.scratch import Scratch
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
-from tests.refine.helpers import (
+from tests.sweep.helpers import (
     CPU,
     FAMILIES,
     Family,
