@@ -37,6 +37,7 @@ from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.memory import MemoryPlan, give_back_freed, plan_memory
 from sparsellm.methods import METHODS, LinearResult
 from sparsellm.methods.base import Method
+from sparsellm.packed.checkpoint import is_packed, read_config
 from sparsellm.patterns import NM, Pattern, Unstructured, detect
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
@@ -44,7 +45,6 @@ from sparsellm.refine.gradients import TOKENS, WORKSPACE, output_gradient_square
 from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
 from sparsellm.refine.sweep_state import SweepState, state_bytes
 from sparsellm.registry import Entry, Needs
-from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.resume import FOLDER, has_kept, unfinished
 from sparsellm.storage.scratch import Scratch

@@ -15,7 +15,7 @@ import sparsellm
 from sparsellm.errors import DataError, RecipeError
 from sparsellm.runtime.bench import Speed, compare, measure, resident_bytes, verdict
 from sparsellm.runtime.generate import generate
-from sparsellm.runtime.packed_linear import PackedLinear
+from sparsellm.runtime.module import PackedLinear
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 

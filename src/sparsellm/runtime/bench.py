@@ -18,7 +18,7 @@ from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import RecipeError
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.runtime.load import load
-from sparsellm.runtime.packed_linear import PackedLinear, kernel_name, to_dense
+from sparsellm.runtime.module import PackedLinear, kernel_name, to_dense
 from sparsellm.runtime.threads import threads_set
 
 _SAME = 0.03  # a difference in speed below this is called none

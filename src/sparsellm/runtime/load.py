@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from sparsellm.chain.open import load_config
 from sparsellm.devices import resolve_device
 from sparsellm.errors import ModelError, SparseLLMError
-from sparsellm.registration import register_when_needed
+from sparsellm.runtime.registration import register_when_needed
 
 
 def load(directory: str | Path, *, device: str = "cpu", dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import KernelError, nearest
-from sparsellm.runtime.packed import FLOAT_TYPES, VALUE_TYPES, PackedWeight, mask_stride
+from sparsellm.packed.layout import FLOAT_TYPES, VALUE_TYPES, PackedWeight, mask_stride
 
 MAX_TOKENS = 16  # that one call takes; the kernels' own limit
 
@@ -73,7 +73,7 @@ def multiply(packed: PackedWeight, x: Tensor, *, kernel: str | None = None) -> T
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.runtime.packed.validate``: what
+        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.packed.layout.validate``: what
             offsets and mask say is trusted here.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
         kernel: an instruction set other than :func:`available`'s.

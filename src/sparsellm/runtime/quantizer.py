@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsellm.errors import ModelError, StorageError
-from sparsellm.runtime.packed_linear import PACKED_BUFFERS, PackedLinear, to_dense
-from sparsellm.storage.packed import QUANT_METHOD, PackedReader, packed_entries
+from sparsellm.packed.checkpoint import QUANT_METHOD, PackedReader, packed_entries
+from sparsellm.runtime.module import PACKED_BUFFERS, PackedLinear, to_dense
 
 _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
 
@@ -33,7 +33,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """Puts :class:`~sparsellm.runtime.packed_linear.PackedLinear` where the checkpoint has packed weights.
+    """Puts :class:`~sparsellm.runtime.module.PackedLinear` where the checkpoint has packed weights.
 
     Raises (while loading):
         StorageError: the files are damaged, or do not fit ``config.json``.

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
+from sparsellm.packed.checkpoint import PackedReader, manifest, read_config
 from sparsellm.patterns import NM
-from sparsellm.runtime.packed_linear import PackedLinear
-from sparsellm.storage.packed import PackedReader, manifest, read_config
+from sparsellm.runtime.module import PackedLinear
 from sparsellm.storage.reader import CheckpointReader
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.pruned import prune_tiny
@@ -333,12 +333,12 @@ def test_random_bytes_in_a_file_never_end_in_another_error(data: st.DataObject, 
 
 
 def test_an_interrupted_pack_leaves_no_directory(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsellm import packing
+    from sparsellm.runtime import convert
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing, "manifest", stop)
+    monkeypatch.setattr(convert, "manifest", stop)
     with pytest.raises(KeyboardInterrupt):
         sparsellm.pack(llama, out=tmp_path / "p")
     assert not (tmp_path / "p").exists()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, RecipeError, StorageError, nearest
+from sparsellm.packed.masks import decode_groups, encode_groups, row_bytes
 from sparsellm.patterns import NM, detect
-from sparsellm.runtime.codes import decode_groups, encode_groups, row_bytes
 
 Layout = Literal["bitmask", "nm"]
 
@@ -43,7 +43,7 @@ class PackedWeight:
         layout: ``bitmask``, or ``nm`` where every ``m`` consecutive inputs keep exactly ``n`` values.
         mask: uint8. ``bitmask``: ``(out, 8·⌈in/64⌉)``; bit ``j`` (the ``j``-th least significant) of byte ``k`` says
             whether column ``8k + j`` is kept; bits from column ``in`` on are 0. ``nm``: ``(out, ⌈in/m·w/8⌉)``, one
-            code of ``w`` bits for each group of ``m``; see :mod:`sparsellm.runtime.codes`.
+            code of ``w`` bits for each group of ``m``; see :mod:`sparsellm.packed.masks`.
         values: the kept values, row by row. One-dimensional bf16, fp16, fp32 or int8; or, for int4, uint8 that holds
             two values, the earlier one in the low nibble, each plus 8, every row beginning on a byte.
         offsets: int64 ``(out + 1,)``: where each row's values begin, counted in values, and where the last row's end.

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, RecipeError, SparseLLMError, StorageError
-from sparsellm.patterns import NM
-from sparsellm.runtime.packed import (
+from sparsellm.packed.layout import (
     FLOAT_TYPES,
     VALUE_TYPES,
     PackedWeight,
@@ -25,7 +24,8 @@ from sparsellm.runtime.packed import (
     unpack_rows,
     validate,
 )
-from tests.runtime.packing_by_hand import bitmask_by_hand, int4_by_hand, nm_by_hand, sparse_weight
+from sparsellm.patterns import NM
+from tests.packed.by_hand import bitmask_by_hand, int4_by_hand, nm_by_hand, sparse_weight
 
 SHAPES = [(1, 1), (3, 8), (5, 63), (4, 64), (7, 65), (9, 200)]
 

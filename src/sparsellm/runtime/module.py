@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import SparseLLMError, StorageError
-from sparsellm.runtime.packed import FLOAT_TYPES, PackedWeight, as_bitmask, unpack, unpack_rows, validate
+from sparsellm.packed.layout import FLOAT_TYPES, PackedWeight, as_bitmask, unpack, unpack_rows, validate
 
 SMALL_BATCH = 16  # tokens; the most that the kernels on packed weights take
 TILE = 1 << 20  # weights unpacked at once: a product by fewer rows is slower, in long rows by more than unpacking takes
@@ -32,7 +32,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)``: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
     Args:
-        packed: a weight in the layout ``bitmask`` that passed :func:`sparsellm.runtime.packed.validate`.
+        packed: a weight in the layout ``bitmask`` that passed :func:`sparsellm.packed.layout.validate`.
         x: fp32, bf16 or fp16, on the weight's device.
     """
     kernels = _kernels(x.device.type)

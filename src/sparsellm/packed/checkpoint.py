@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsellm.cache import sha256
 from sparsellm.errors import StorageError
-from sparsellm.runtime.packed import PackedWeight, unpack, validate
+from sparsellm.packed.layout import PackedWeight, unpack, validate
 from sparsellm.storage.reader import CheckpointReader, raw_bytes
 
 QUANT_METHOD = "sparsellm"
@@ -37,7 +37,7 @@ class PackedEntry:
 
     Attributes:
         shape: ``(out, in)``.
-        layout, value_type, pattern: as of :class:`~sparsellm.runtime.packed.PackedWeight`.
+        layout, value_type, pattern: as of :class:`~sparsellm.packed.layout.PackedWeight`.
         dtype: what the dense weight was stored in, and is again once it is unpacked.
         transposed: the dense weight stands as ``(in, out)``, as GPT-2's does.
     """

@@ -14,10 +14,7 @@ from torch import Tensor
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import checkpoint_directory
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError
-from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.runtime.packed import pack as pack_weight
-from sparsellm.runtime.packed import resolve_value_type
-from sparsellm.storage.packed import (
+from sparsellm.packed.checkpoint import (
     MANIFEST,
     PackedEntry,
     PackedReader,
@@ -26,6 +23,9 @@ from sparsellm.storage.packed import (
     quantization_config,
     read_config,
 )
+from sparsellm.packed.layout import pack as pack_weight
+from sparsellm.packed.layout import resolve_value_type
+from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out
 
