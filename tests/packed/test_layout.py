@@ -55,7 +55,8 @@ def test_bitmask_is_what_the_format_says(shape: tuple[int, int], dtype: torch.dt
 @pytest.mark.parametrize("pattern", [NM(1, 4), NM(2, 4), NM(4, 8)], ids=str)
 @pytest.mark.parametrize("columns", [8, 40, 72])
 def test_codes_are_what_the_format_says(pattern: NM, columns: int) -> None:
-    weight = torch.randn(6, columns)
+    # Unseeded, six groups of 4:8 would all satisfy 2:4 as well in one run of fifty.
+    weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
     kept = pattern.mask(weight.abs())
     packed = packed_of(weight * kept, layout="nm")
     assert packed.pattern == (pattern.n, pattern.m)
