@@ -22,7 +22,8 @@ from collections.abc import Callable
 
 import torch
 
-from sparsellm.packed.layout import FLOAT_TYPES, VALUE_TYPES, PackedWeight, pack
+from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES
+from sparsellm.packed.layout import PackedWeight, pack
 from sparsellm.runtime import native
 from sparsellm.runtime.module import multiply
 

@@ -13,17 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, RecipeError, SparseLLMError, StorageError
-from sparsellm.packed.layout import (
-    FLOAT_TYPES,
-    VALUE_TYPES,
-    PackedWeight,
-    as_bitmask,
-    group_offsets,
-    pack,
-    unpack,
-    unpack_rows,
-    validate,
-)
+from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES, group_offsets
+from sparsellm.packed.layout import PackedWeight, as_bitmask, pack, unpack, unpack_rows
+from sparsellm.packed.validation import validate
 from sparsellm.patterns import NM
 from tests.packed.by_hand import bitmask_by_hand, int4_by_hand, nm_by_hand, sparse_weight
 

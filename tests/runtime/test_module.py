@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import SparseLLMError, StorageError
-from sparsellm.packed.layout import VALUE_TYPES, PackedWeight, pack, unpack
+from sparsellm.packed.codes import VALUE_TYPES
+from sparsellm.packed.layout import PackedWeight, pack, unpack
 from sparsellm.patterns import NM
 from sparsellm.runtime import module as runtime_module
 from sparsellm.runtime.module import PackedLinear, multiply, to_dense

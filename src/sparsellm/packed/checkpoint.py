@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sparsellm.cache import sha256
 from sparsellm.errors import StorageError
-from sparsellm.packed.layout import PackedWeight, unpack, validate
+from sparsellm.packed.layout import PackedWeight, unpack
+from sparsellm.packed.validation import validate
 from sparsellm.storage.reader import CheckpointReader, raw_bytes
 
 QUANT_METHOD = "sparsellm"

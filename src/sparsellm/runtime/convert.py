@@ -23,8 +23,8 @@ from sparsellm.packed.checkpoint import (
     quantization_config,
     read_config,
 )
+from sparsellm.packed.codes import resolve_value_type
 from sparsellm.packed.layout import pack as pack_weight
-from sparsellm.packed.layout import resolve_value_type
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import SparseLLMError, StorageError
-from sparsellm.packed.layout import FLOAT_TYPES, PackedWeight, as_bitmask, unpack, unpack_rows, validate
+from sparsellm.packed.codes import FLOAT_TYPES, type_of_values
+from sparsellm.packed.layout import PackedWeight, as_bitmask, unpack, unpack_rows
+from sparsellm.packed.validation import validate
 
 SMALL_BATCH = 16  # tokens; the most that the kernels on packed weights take
 TILE = 1 << 20  # weights unpacked at once: a product by fewer rows is slower, in long rows by more than unpacking takes
@@ -32,7 +34,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)``: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
     Args:
-        packed: a weight in the layout ``bitmask`` that passed :func:`sparsellm.packed.layout.validate`.
+        packed: a weight in the layout ``bitmask`` that passed :func:`sparsellm.packed.validation.validate`.
         x: fp32, bf16 or fp16, on the weight's device.
     """
     kernels = _kernels(x.device.type)
@@ -295,15 +297,3 @@ def to_dense(model: nn.Module) -> nn.Module:
             if isinstance(child, PackedLinear):
                 setattr(module, name, child.to_linear())
     return model
-
-
-def type_of_values(dtype: torch.dtype) -> str:
-    """The value type that is stored as ``dtype``.
-
-    Raises:
-        StorageError: none is.
-    """
-    names = {torch.int8: "int8", torch.uint8: "int4", **{kind: name for name, kind in FLOAT_TYPES.items()}}
-    if dtype not in names:
-        raise StorageError(f"packed values cannot be {dtype}; pack the model again")
-    return names[dtype]

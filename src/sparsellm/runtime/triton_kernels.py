@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsellm.errors import KernelError
-from sparsellm.packed.layout import PackedWeight, group_offsets
+from sparsellm.packed.codes import group_offsets
+from sparsellm.packed.layout import PackedWeight
 
 MAX_TOKENS = 16
 _WORDS = 32  # mask words of 32 columns that a program takes at once
@@ -94,7 +95,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.packed.layout.validate``, on the
+        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.packed.validation.validate``, on the
             device of ``x``.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
 
