@@ -3,8 +3,9 @@
 A bitmask has one bit for each input, least significant first, and rows of whole 64-bit words.
 
 A code says which ``n`` of ``m`` inputs are kept, in fewer than ``m`` bits. There are C(m, n) possibilities. They are
-numbered in lexicographic order of the kept positions (2:4: 01 02 03 12 13 23 are 0 … 5), and the number takes ⌈log2 C(m, n)⌉ bits: 3 for 2:4, 2 for 1:4, 7 for 4:8. The codes of a row follow one
-another as bits, least significant first, and every row begins on a byte.
+numbered in lexicographic order of the kept positions (2:4: 01 02 03 12 13 23 are 0 … 5), and the number takes
+⌈log2 C(m, n)⌉ bits: 3 for 2:4, 2 for 1:4, 7 for 4:8. The codes of a row follow one another as bits, least significant
+first, and every row begins on a byte.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,9 @@ from sparsellm.packed.checkpoint import (
 )
 from sparsellm.packed.codes import resolve_value_type
 from sparsellm.packed.layout import pack as pack_weight
+from sparsellm.packed.validation import PACK_AGAIN
 from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.storage.files import explained
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out
 
@@ -106,19 +110,7 @@ def pack(
     with CheckpointWriter(
         out, shards=len(chain) + 1, identity=_RUN, restart=True, overwrite=overwrite, need_bytes=size
     ) as writer:
-        writer.write_shard(len(chain), chain.outer_tensors())
-        result = PackResult(writer.out)
-        for index in range(len(chain)):
-            progress(Progress("pack", index, len(chain), chain.block_names[index]))
-            writer.write_shard(index, _sources(_packed_block(chain, index, values, result)))
-        progress(Progress("pack", len(chain), len(chain)))
-        entries = {name: entry for name, entry in result.linears.items() if entry is not None}
-
-        def describe(config: dict[str, Any]) -> None:
-            if entries:
-                config["quantization_config"] = quantization_config(entries)
-
-        return _finish(writer, directory, result, describe)
+        return _finish(writer, lambda: _write_packed(writer, chain, directory, values, progress))
 
 
 def unpack(
@@ -133,27 +125,77 @@ def unpack(
     out, source = Path(out), checkpoint_directory(str(directory))
     check_out(out, overwrite=overwrite, need_bytes=0)
     _not_itself(source, out)
-    config = read_config(source)
-    if not is_packed(config):
+    if not is_packed(read_config(source)):
         raise RecipeError(f"{source} is not packed; there is nothing to unpack")
-    reader = PackedReader(source, config["quantization_config"])
+    reader = _checked_reader(source)
     shards: dict[str, list[str]] = {}
     for name in reader:
         shards.setdefault(reader.file_of(name).name, []).append(name)
     with CheckpointWriter(
         out, shards=len(shards), identity=_RUN, restart=True, overwrite=overwrite, need_bytes=reader.bytes
     ) as writer:
-        for index, names in enumerate(shards.values()):
-            progress(Progress("unpack", index, len(shards)))
-            writer.write_shard(index, _sources(reader.read(names)))
-        progress(Progress("unpack", len(shards), len(shards)))
-        result = PackResult(writer.out, dict.fromkeys(reader.entries))
-        for entry in reader.entries.values():
-            count = entry.shape[0] * entry.shape[1]
-            result.weights += count
-            result.dense_bytes += count * entry.dtype.itemsize
-        result.packed_bytes = result.dense_bytes
-        return _finish(writer, source, result, lambda config: None)
+        return _finish(writer, lambda: _write_dense(writer, reader, list(shards.values()), progress))
+
+
+def _write_packed(
+    writer: CheckpointWriter, chain: Chain, source: Path, values: str, progress: ProgressCallback
+) -> PackResult:
+    """All files of the packed checkpoint."""
+    writer.write_shard(len(chain), chain.outer_tensors())
+    result = PackResult(writer.out)
+    for index in range(len(chain)):
+        progress(Progress("pack", index, len(chain), chain.block_names[index]))
+        writer.write_shard(index, _sources(_packed_block(chain, index, values, result)))
+    progress(Progress("pack", len(chain), len(chain)))
+    _write_companions(writer, source)
+    entries = {name: entry for name, entry in result.linears.items() if entry is not None}
+    if entries:
+        config = {**read_config(writer.partial), "quantization_config": quantization_config(entries)}
+        writer.write_json("config.json", config)
+        writer.write_json(MANIFEST, manifest(writer.partial))
+    return result
+
+
+def _write_dense(
+    writer: CheckpointWriter, reader: PackedReader, shards: list[list[str]], progress: ProgressCallback
+) -> PackResult:
+    """All files of the unpacked checkpoint, the weights divided into ``shards`` by name."""
+    for index, names in enumerate(shards):
+        progress(Progress("unpack", index, len(shards)))
+        writer.write_shard(index, _sources(reader.read(names)))
+    progress(Progress("unpack", len(shards), len(shards)))
+    _write_companions(writer, reader.directory)
+    result = PackResult(writer.out, dict.fromkeys(reader.entries))
+    for entry in reader.entries.values():
+        count = math.prod(entry.shape)
+        result.weights += count
+        result.dense_bytes += count * entry.dtype.itemsize
+    result.packed_bytes = result.dense_bytes
+    return result
+
+
+def _checked_reader(source: Path) -> PackedReader:
+    """A reader of a packed checkpoint whose weights fit the model that its ``config.json`` describes.
+
+    Raises:
+        ModelError: a weight is missing, or has another shape than in the model.
+        StorageError: the files are damaged, or a weight is described as transposed and is not so in the model, or the
+            other way round. In a square weight no shape shows that.
+    """
+    chain = open_chain(source, device=torch.device("cpu"))
+    assert chain.weights is not None
+    reader = chain.weights.reader
+    assert isinstance(reader, PackedReader)
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            name = chain.weights.key_of[linear.weight_name].removesuffix(".weight")
+            entry = reader.entries.get(name)
+            if entry is not None and entry.transposed != linear.transposed:
+                raise StorageError(
+                    f"config.json: quantization_config describes {name!r} with transposed = {entry.transposed}, which "
+                    f"the model's {type(linear.module).__name__} is not; {PACK_AGAIN}"
+                )
+    return reader
 
 
 def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
@@ -190,22 +232,26 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
     return tensors
 
 
-def _finish(
-    writer: CheckpointWriter, source: Path, result: PackResult, describe: Callable[[dict[str, Any]], None]
-) -> PackResult:
-    """Config, tokenizer, reports and checksums, and the final name."""
-    writer.copy_companions(source)
-    for name in _REPORTS:
-        if (source / name).is_file():
-            writer.write_text(name, (source / name).read_text(encoding="utf-8"))
-    config = json.loads((writer.partial / "config.json").read_text(encoding="utf-8"))
-    describe(config)
-    writer.write_json("config.json", config)
-    if is_packed(config):
-        writer.write_json(MANIFEST, manifest(writer.partial))
+def _finish(writer: CheckpointWriter, write: Callable[[], PackResult]) -> PackResult:
+    """Writes all files with ``write``, then renames the directory; if ``write`` fails, nothing is left of it."""
+    try:
+        result = write()
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            writer.discard()
+        raise
     result.checkpoint_bytes = sum(file.stat().st_size for file in writer.partial.glob("*.safetensors"))
     result.path = writer.finish()
     return result
+
+
+def _write_companions(writer: CheckpointWriter, source: Path) -> None:
+    """Config, tokenizer and the reports of the pruning."""
+    writer.copy_companions(source)
+    with explained(writer.partial):
+        for name in _REPORTS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, writer.partial / name)
 
 
 def _not_itself(source: Path, out: Path) -> None:

@@ -52,7 +52,10 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        self._reader = PackedReader(_directory(model, checkpoint_files), self.quantization_config.to_dict())
+        directory = _directory(model, checkpoint_files)
+        self._reader = PackedReader(directory)
+        if self._reader.entries != self._entries:
+            raise ModelError(f"the given config describes other packed weights than {directory / 'config.json'}")
         for name, entry in self._entries.items():
             parent, leaf, linear = _find(model, name)
             out, columns = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
