@@ -172,7 +172,8 @@ def test_what_cannot_be_packed_is_said() -> None:
         pack(torch.randn(4, 8), layout="nm")
     with pytest.raises(StorageError, match="float64"):
         pack(torch.randn(4, 4).double())
-    for wrong in (torch.randn(4), torch.ones(2, 2, dtype=torch.int8), torch.randn(0, 4)):
+    eight_bits = torch.randn(4, 4).to(torch.float8_e4m3fn)
+    for wrong in (torch.randn(4), torch.ones(2, 2, dtype=torch.int8), torch.randn(0, 4), eight_bits):
         with pytest.raises(StorageError, match="cannot be packed"):
             pack(wrong)
 
@@ -235,6 +236,12 @@ def test_damage_is_named_before_anything_computes_with_it(damage: str) -> None:
     damaged = dataclasses.replace(packed, **{field: change(getattr(packed, field))})
     with pytest.raises(StorageError, match=f"(?s)up_proj.*{said}"):
         validate(damaged, "up_proj")
+
+
+def test_a_pattern_that_has_no_codes_is_refused() -> None:
+    packed = dataclasses.replace(packed_of(torch.eye(8), layout="nm"), pattern=(3, 4))
+    with pytest.raises(StorageError, match="3:4 is none of 1:4, 2:4, 4:8"):
+        validate(packed, "w")
 
 
 @pytest.mark.parametrize(("pattern", "code"), [(NM(2, 4), 255), (NM(4, 8), 127)])
