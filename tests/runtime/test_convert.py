@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -204,3 +205,12 @@ def test_an_interrupted_pack_leaves_nothing(llama: Path, tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         sparsellm.pack(llama, out=tmp_path / "p")
     assert not list(tmp_path.iterdir())
+
+
+def test_reports_of_the_pruning_are_copied_byte_for_byte(llama: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(llama, tmp_path / "dense"))
+    (source / "pruning.json").write_bytes(b'{"note": "\xff"}\r\n')
+    packed = sparsellm.pack(source, out=tmp_path / "p").path
+    again = sparsellm.unpack(packed, out=tmp_path / "again").path
+    for directory in (packed, again):
+        assert (directory / "pruning.json").read_bytes() == (source / "pruning.json").read_bytes()

@@ -33,8 +33,8 @@ def copy(packed: Path, out: Path) -> Path:
     return Path(shutil.copytree(packed, out))
 
 
-def copy_of_first_release(packed: Path, out: Path) -> Path:
-    """A copy whose ``packed.json`` does not cover ``config.json``, as the first release wrote it."""
+def copy_without_config_digest(packed: Path, out: Path) -> Path:
+    """A copy whose ``packed.json`` does not cover ``config.json``, as it was at first."""
     directory = copy(packed, out)
     listed = json.loads((directory / "packed.json").read_text())
     del listed["quantization_config_sha256"]
@@ -94,6 +94,8 @@ def test_a_changed_or_missing_file_is_found_by_its_checksum(packed: Path, tmp_pa
         ({**listed, "sha256": {"../x": digest}}, "checksums"),
         ({**listed, "sha256": {name: "0"}}, "checksums"),
         ({**listed, "sha256": {**listed["sha256"], "x.safetensors": digest}}, "x.safetensors"),
+        ({**listed, "sha256": {"x" * 300: digest}}, "xxx"),
+        ({**listed, "sha256": {"x\n": digest}}, "x\\n"),
         ({**listed, "sha256": {name: digest}}, "does not list"),
         ({**listed, "format_version": 2}, "format version 2"),
         ([], "object"),
@@ -111,6 +113,7 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "no linears": (lambda config: config.update(linears=[1]), "linears"),
     "a linear missing": (lambda config: config["linears"].pop(UP), UP),
     "a linear that is none": (lambda config: config["linears"].update(x=config["linears"][UP]), "x"),
+    "a name in two lines": (lambda config: config["linears"].update({"x\ny": config["linears"][UP]}), "x\\ny"),
     "a huge shape": (lambda config: config["linears"][UP].update(shape=[2**40, 2**40]), UP),
     "another shape": (lambda config: config["linears"][UP].update(shape=[80, 33]), "33"),
     "a large shape": (lambda config: config["linears"][UP].update(shape=[2**30, 2**30]), str(2**30)),
@@ -137,7 +140,7 @@ CONFIGS: dict[str, tuple[Change, str]] = {
 def test_a_config_that_does_not_fit_is_refused(case: str, packed: Path, tmp_path: Path) -> None:
     """By structure alone where ``packed.json`` does not cover ``config.json``, and by its checksum where it does."""
     change, said = CONFIGS[case]
-    directory = copy_of_first_release(packed, tmp_path / "p")
+    directory = copy_without_config_digest(packed, tmp_path / "p")
     change_config(directory, change)
     refused(directory, said)
     directory = copy(packed, tmp_path / "p")
@@ -154,14 +157,14 @@ def test_config_is_covered_as_far_as_it_describes_packed_weights(packed: Path, l
     assert PackedReader(directory).entries == PackedReader(packed).entries
     change_config(directory, lambda found: found.update(comment="new"))
     refused(directory, "config.json", "SHA-256")
-    out = sparsellm.unpack(copy_of_first_release(packed, tmp_path / "old"), out=tmp_path / "dense").path
+    out = sparsellm.unpack(copy_without_config_digest(packed, tmp_path / "old"), out=tmp_path / "dense").path
     for name, value in tensors(llama).items():
         assert torch.equal(value, tensors(out)[name]), name
 
 
 def test_a_square_weight_described_as_transposed_is_refused(tmp_path: Path) -> None:
     source = save_tiny(prune_tiny(tiny_gpt2()), None, tmp_path / "dense")
-    directory = copy_of_first_release(sparsellm.pack(source, out=tmp_path / "packed").path, tmp_path / "p")
+    directory = copy_without_config_digest(sparsellm.pack(source, out=tmp_path / "packed").path, tmp_path / "p")
     name = next(name for name, entry in PackedReader(directory).entries.items() if entry.shape[0] == entry.shape[1])
     change_config(directory, lambda config: config["linears"][name].pop("transposed"))
     refused(directory, name)
@@ -248,7 +251,7 @@ def test_no_change_of_an_entry_writes_wrong_numbers(
     data: st.DataObject, packed: Path, llama: Path, tmp_path: Path
 ) -> None:
     """Whatever one field of ``config.json`` is changed to, with a ``packed.json`` that does not cover it."""
-    directory = copy_of_first_release(packed, tmp_path / "p")
+    directory = copy_without_config_digest(packed, tmp_path / "p")
     name = data.draw(st.sampled_from(sorted(PackedReader(directory).entries)))
     field = data.draw(st.sampled_from(sorted(FIELDS)))
     value = data.draw(FIELDS[field] | NONSENSE)

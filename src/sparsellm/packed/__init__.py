@@ -1,1 +1,1 @@
-"""The packed format as data: layout, codes, checkpoint, validation. Modules and kernels stand in ``runtime``."""
+"""The packed format as data: layout, codes, checkpoint, validation. Modules and kernels are in ``runtime``."""

@@ -1,4 +1,4 @@
-"""Packed checkpoints on disk: what ``docs/format.md`` describes, read and checked.
+"""Reads and checks packed checkpoints on disk; ``docs/format.md`` describes the format.
 
 A packed checkpoint is a directory of safetensors files like any other, but a packed linear ``X`` has
 ``X.weight_mask``, ``X.weight_values``, ``X.weight_offsets`` and, for integers, ``X.weight_scales``; ``X.weight`` is a
@@ -12,6 +12,7 @@ import builtins
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _WrittenEntry(BaseModel):
-    """One packed linear as it stands in ``config.json``."""
+    """The fields of one packed linear in ``config.json``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,7 +54,7 @@ class _WrittenEntry(BaseModel):
 
 
 class _WrittenManifest(BaseModel):
-    """``packed.json``. Files of the first release have no digest of ``quantization_config``."""
+    """The fields of ``packed.json``; it had no digest of ``quantization_config`` at first."""
 
     format_version: Any = None
     sha256: dict[str, _Digest]
@@ -62,7 +63,7 @@ class _WrittenManifest(BaseModel):
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """What ``config.json`` says about one packed linear.
+    """The description of one packed linear in ``config.json``.
 
     Attributes:
         shape: ``(out, in)``.
@@ -130,7 +131,12 @@ def packed_entries(quantization_config: dict[str, Any]) -> dict[str, PackedEntry
     linears = quantization_config.get("linears")
     if not isinstance(linears, dict):
         raise StorageError(f"config.json: quantization_config has no table of linears; {PACK_AGAIN}")
-    return {str(name): PackedEntry.from_dict(str(name), content) for name, content in linears.items()}
+    for name in linears:
+        if not name or not name.isprintable():  # names appear in errors of one line
+            raise StorageError(
+                f"config.json: quantization_config describes {name!r:.100}, which is no name; {PACK_AGAIN}"
+            )
+    return {name: PackedEntry.from_dict(name, content) for name, content in linears.items()}
 
 
 class PackedReader(CheckpointReader):
@@ -157,16 +163,16 @@ class PackedReader(CheckpointReader):
         for key in super().__iter__():
             name, _, field = key.rpartition(".weight_")
             if field in FIELDS and f"{name}.weight" in self and key not in self._hidden:
-                raise StorageError(f"{key} in {directory} is not described in config.json; {PACK_AGAIN}")
+                raise StorageError(f"{key!r} in {directory} is not described in config.json; {PACK_AGAIN}")
 
     def _checked_parts(self, name: str, entry: PackedEntry, *, exact_dtype: bool) -> dict[str, str]:
         """The names of a packed linear's tensors by field.
 
         Args:
             name: of the module.
-            entry: what ``config.json`` says of it.
+            entry: its description in ``config.json``.
             exact_dtype: whether the placeholder must have the dtype of the dense weight. It does when ``pack`` wrote
-                it; ``save_pretrained`` gives it the dtype in which the model was loaded.
+                it; ``save_pretrained`` writes the dtype in which the model was loaded.
         """
         parts = {field: f"{name}.weight_{field}" for field in FIELDS if f"{name}.weight_{field}" in self}
         missing = [field for field in FIELDS[:3] if field not in parts]
@@ -187,7 +193,7 @@ class PackedReader(CheckpointReader):
 
     @property
     def bytes(self) -> int:
-        """Size of the weights once unpacked."""
+        """Size of the unpacked weights."""
         return sum(math.prod(self._shapes[name]) * self._dtypes[name].itemsize for name in self)
 
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
@@ -236,7 +242,7 @@ def open_checkpoint(directory: Path) -> CheckpointReader:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint as it stands.
+    """The content of ``config.json`` of a checkpoint.
 
     Raises:
         StorageError: there is none, or it is not a JSON object.
@@ -245,7 +251,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def quantization_config(entries: dict[str, PackedEntry]) -> dict[str, Any]:
-    """What ``config.json`` of a packed checkpoint says under ``quantization_config``."""
+    """The ``quantization_config`` of a packed checkpoint with these linears."""
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -301,9 +307,9 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
     _check_version(listed.format_version)
     for name in listed.sha256:
         if Path(name).name != name:
-            raise StorageError(f"{path} is not a list of checksums: {name!r} is not a file name; {PACK_AGAIN}")
-        if not (directory / name).is_file():
-            raise StorageError(f"{path} lists {name}, which is not there; copy the directory again")
+            raise StorageError(f"{path} is not a list of checksums: {name!r:.100} is not a file name; {PACK_AGAIN}")
+        if not os.path.isfile(directory / name):  # unlike Path.is_file, False for a name that is too long
+            raise StorageError(f"{path} lists {name!r:.100}, which is not there; copy the directory again")
     for file in files:
         if file.name not in listed.sha256:
             raise StorageError(f"{path} does not list {file.name}; copy the directory again, or pack the model again")
@@ -353,7 +359,7 @@ def _hashes(files: list[Path]) -> dict[str, str]:
 
 
 def _first(error: ValidationError) -> str:
-    """The first mistake that pydantic found: where it is, the value, and what it must be."""
+    """The first mistake in pydantic's list: its place, the value, and the value that is expected."""
     mistake = error.errors(include_url=False)[0]
     where = repr(".".join(map(str, mistake["loc"])))[1:-1]  # a key may hold line breaks
     return f"{where + ' is ' if where else ''}{mistake['input']!r:.100} ({mistake['msg']})"

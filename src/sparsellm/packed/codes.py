@@ -61,7 +61,11 @@ def group_offsets(offsets: Tensor) -> Tensor:
 
 
 def encode_values(kept: Tensor, counts: Tensor, value_type: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The kept values ``(kept,)``, ``counts (out,)`` of them in each row, as values, offsets and scales."""
+    """Values, offsets and scales of the kept values ``(kept,)``, of which each row has ``counts (out,)``.
+
+    Raises:
+        NumericalError: a value overflows the type, or is not finite and the type is an integer.
+    """
     offsets = torch.cat((counts.new_zeros(1), (counts + counts % 2 if value_type == "int4" else counts).cumsum(0)))
     if value_type in FLOAT_TYPES:
         values = kept.to(FLOAT_TYPES[value_type])
@@ -147,7 +151,7 @@ def _quantise_groups(grouped: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For each kept value its row, and how many stand before it in that row."""
+    """The row of each kept value, and its rank in that row, from 0."""
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     starts = counts.cumsum(0) - counts
     return rows, torch.arange(len(rows), device=counts.device) - starts[rows]

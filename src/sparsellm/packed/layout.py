@@ -1,4 +1,4 @@
-"""One sparse weight, packed: kept values, a bit or a code for where they stand, and row offsets.
+"""One packed sparse weight: kept values, a bitmask or codes for their positions, and row offsets.
 
 The layout is the one of the files (``docs/format.md``), so that a loaded tensor is used as it is. Everything here is
 plain torch and numpy; the kernels that compute on it read the same tensors.
@@ -53,9 +53,9 @@ class PackedWeight:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by the names of the fields."""
-        found = {"mask": self.mask, "values": self.values, "offsets": self.offsets}
-        return found if self.scales is None else {**found, "scales": self.scales}
+        """The stored tensors, by field."""
+        tensors = {"mask": self.mask, "values": self.values, "offsets": self.offsets}
+        return tensors if self.scales is None else {**tensors, "scales": self.scales}
 
     @property
     def nbytes(self) -> int:
@@ -69,9 +69,9 @@ class PackedWeight:
 
 
 def pack(weight: Tensor, value_type: str = "keep", layout: str = "auto") -> PackedWeight | None:
-    """Packs a weight, or says that it is smaller as it is.
+    """The packed form of a weight, or None if the dense weight is smaller.
 
-    For floating types, :func:`unpack` gives back every value exactly, except that ``-0.0`` returns as ``0.0``. int8 is
+    For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 is
     symmetric with one scale a row, the largest magnitude over 127; int4 (-8 … 7) has a scale for each group of 32,
     chosen among seven for the least squared error.
 
@@ -155,7 +155,7 @@ def _detect(weight: Tensor) -> NM | None:
 
 
 def _bytes(shape: torch.Size, counts: Tensor, value_type: str, pattern: NM | None) -> int:
-    """Bytes of a packed weight with so many values in each row."""
+    """Bytes of a packed weight that has ``counts (out,)`` values in each row."""
     out, columns = shape
     index = out * (row_bytes(pattern, columns) if pattern else mask_stride(columns)) + 8 * (out + 1)
     return index + bytes_of_values(counts, value_type)

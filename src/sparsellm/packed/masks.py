@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsellm.patterns import NM
 
-PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8))  # that have codes in the packed format
+PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8))  # the packed format has codes for these
 
 
 def mask_stride(columns: int) -> int:
@@ -99,6 +99,6 @@ def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
 
 @cache
 def _members(pattern: NM) -> numpy.ndarray:
-    """The bits that each code stands for, as a number: uint8 ``(C(m, n),)``."""
+    """The bits of each code, as a number: uint8 ``(C(m, n),)``."""
     chosen = itertools.combinations(range(pattern.m), pattern.n)
     return numpy.array([sum(1 << place for place in places) for places in chosen], dtype=numpy.uint8)

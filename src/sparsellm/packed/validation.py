@@ -57,7 +57,7 @@ def _check_description(packed: PackedWeight) -> None:
 
 
 def _check_offsets(packed: PackedWeight) -> Tensor:
-    """The offsets on the CPU, once they are known to lie inside the values."""
+    """The offsets, checked, on the CPU."""
     _check_tensor("offsets", packed.offsets, torch.int64, (packed.shape[0] + 1,))
     offsets = packed.offsets.cpu()
     _require(int(offsets[0]) == 0, f"the first offset is {int(offsets[0])}, not 0")

@@ -1,4 +1,4 @@
-"""Packing a pruned checkpoint into the sparse format, and unpacking it again; see ``docs/format.md``."""
+"""Packs and unpacks whole checkpoints; ``docs/format.md`` describes the format."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from sparsellm.storage.files import explained
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out
 
-_RUN = {"run": "pack"}  # quick enough to begin anew where it was cut short
-_REPORTS = ("pruning.json", "recipe.yaml")  # how the weights came to be zero stays true when they are packed
+_RUN = {"run": "pack"}  # fast enough to start again after an interruption
+_REPORTS = ("pruning.json", "recipe.yaml")  # reports of the pruning, which hold for the packed model too
 
 
 @dataclass
 class PackResult:
-    """What packing (or unpacking) did.
+    """The result of packing or unpacking.
 
     Attributes:
         path: the finished checkpoint.
-        linears: what each linear of the blocks became; None for one that is smaller dense.
-        dense_bytes: of the linears' weights as they were stored.
-        packed_bytes: of the same weights now.
-        weights: how many there are.
-        checkpoint_bytes: all weight files now.
+        linears: the packed form of each linear of the blocks; None for one that stays dense because that is smaller.
+        dense_bytes: size of these weights, dense, in the dtypes of the checkpoint.
+        packed_bytes: size of these weights in the new checkpoint.
+        weights: number of these weights.
+        checkpoint_bytes: size of all weight files of the new checkpoint.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class PackResult:
     checkpoint_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; what ``--json`` prints."""
+        """All attributes as plain JSON values, as ``--json`` prints them."""
         return {
             "path": str(self.path),
             "weights": self.weights,
@@ -79,17 +79,17 @@ def pack(
     overwrite: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PackResult:
-    """Writes a checkpoint with every linear of the blocks in its smallest form: dense, bitmask or N:M.
+    """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
 
-    With floating values this loses nothing (``bf16`` and ``fp16`` round once where the checkpoint is finer); ``int8``
-    and ``int4`` quantise the kept values. Embedding, norms, head and biases are stored as they came.
+    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); ``int8`` and ``int4``
+    quantise the kept values. Embedding, norms, head and biases are copied. If it fails, nothing is left behind.
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out: the directory of the packed checkpoint.
         values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``, ``int4``.
         overwrite: replace the checkpoint in ``out``.
-        progress: is told how far the run is.
+        progress: called with the progress of the run.
 
     Raises:
         RecipeError: the value type is unknown, or the checkpoint is packed already.
@@ -105,7 +105,7 @@ def pack(
         raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
     chain = open_chain(directory, device=torch.device("cpu"))
     assert chain.weights is not None
-    # Whatever the values become, no linear takes more room than it does dense.
+    # No linear takes more room packed than dense, whatever its values become.
     size = chain.weights.reader.bytes
     with CheckpointWriter(
         out, shards=len(chain) + 1, identity=_RUN, restart=True, overwrite=overwrite, need_bytes=size
@@ -116,9 +116,10 @@ def pack(
 def unpack(
     directory: str | Path, *, out: str | Path, overwrite: bool = False, progress: ProgressCallback = ignore
 ) -> PackResult:
-    """Writes a packed checkpoint as an ordinary dense one: floating values exactly as they were packed.
+    """Writes the dense checkpoint of a packed one; floating values are exact. If it fails, nothing is left behind.
 
     Raises:
+        ModelError: the weights are not those of the model that ``config.json`` describes.
         StorageError: the checkpoint is damaged, or ``out`` cannot be written.
         RecipeError: the checkpoint is not packed.
     """
@@ -203,7 +204,7 @@ def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
 
 
 def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> dict[str, Tensor]:
-    """The tensors of a block as they will be written; what they are is entered into ``result``."""
+    """The tensors of a block to be written; their sizes and entries are added to ``result``."""
     assert chain.weights is not None
     chain_linears = {chain.weights.key_of[linear.weight_name]: linear for linear in chain.linears(index)}
     tensors = chain.stored_block(index)
@@ -227,7 +228,7 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
             packed.shape, packed.layout, packed.value_type, stored.dtype, packed.pattern, linear.transposed
         )
         result.packed_bytes += packed.nbytes
-        tensors[key] = torch.zeros(1, dtype=stored.dtype)  # a shape that no loader takes for the weight
+        tensors[key] = torch.zeros(1, dtype=stored.dtype)  # no loader accepts this shape for the weight
         tensors.update({f"{key}_{field}": tensor for field, tensor in packed.tensors.items()})
     return tensors
 

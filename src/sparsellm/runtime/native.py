@@ -1,8 +1,8 @@
 """Products with a packed weight by the compiled kernels: one to sixteen tokens at a time, on the CPU.
 
-The kernels are a small C++ extension that knows nothing of torch; this module checks what they are handed and passes
-addresses. They sum in fp32. A row is never split between threads and its order of summation depends on the instruction
-set alone, so neither the number of threads nor the other tokens of a batch change a bit of a result.
+The kernels are a small C++ extension without torch; this module checks the tensors and passes their addresses. They sum
+in fp32. A row is never split between threads and its order of summation depends on the instruction set alone, so
+neither the number of threads nor the other tokens of a batch change a bit of a result.
 
 ``SPARSELLM_KERNEL`` in the environment chooses an instruction set by name, or ``torch`` for none.
 """
@@ -42,7 +42,7 @@ def available() -> str | None:
 
 
 def reason() -> str:
-    """One sentence on why :func:`available` gives what it gives."""
+    """One sentence on why :func:`available` returns this kernel, or none."""
     return _chosen()[1]
 
 
@@ -53,7 +53,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def threads() -> int:
-    """How many threads a product may use: what :func:`set_threads` said, else ``torch.get_num_threads()``."""
+    """Threads of a product: the number of :func:`set_threads`, else ``torch.get_num_threads()``."""
     return torch.get_num_threads() if _threads is None else _threads
 
 
@@ -127,7 +127,7 @@ def _require_cpu(tensor: Tensor, what: str) -> None:
 
 
 def _addresses(packed: PackedWeight) -> tuple[int, ...]:
-    """What the extension is told of a weight, after a check that every tensor is what the kernels will take it for."""
+    """The arguments of the extension for a weight, once type, size, layout and device of every tensor are checked."""
     (out, columns), kind, scales = packed.shape, packed.value_type, packed.scales
     if packed.layout != "bitmask" or kind not in _VALUE_TYPES:
         raise KernelError(

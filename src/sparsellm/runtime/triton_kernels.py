@@ -1,8 +1,8 @@
 """Products with a packed weight on a GPU: one to sixteen tokens at a time, in Triton, on the same bitmask format.
 
-A program computes one row for all tokens. It reads 32 mask bits at a time; where the value of a column stands is the
-number of bits before it, found from a running sum over words and a population count within the word, so nothing is
-stored beside mask, values and row offsets. Sums are in fp32.
+A program computes one row for all tokens. It reads 32 mask bits at a time. The position of a column's value is the
+number of bits before it, a running sum over words plus a population count within the word, so nothing is stored beside
+mask, values and row offsets. Sums are in fp32.
 
 With ``TRITON_INTERPRET=1`` the same kernel runs on the CPU, for tests.
 """
@@ -26,7 +26,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available() -> str | None:
-    """``triton``, or None if there is no GPU that it could run on (nor the interpreter)."""
+    """``triton``, or None if there is neither a GPU nor the interpreter to run on."""
     return "triton" if _INTERPRETED or torch.cuda.is_available() else None
 
 
