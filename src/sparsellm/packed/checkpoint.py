@@ -134,7 +134,7 @@ def packed_entries(quantization_config: dict[str, Any]) -> dict[str, PackedEntry
     for name in linears:
         if not name or not name.isprintable():  # names appear in errors of one line
             raise StorageError(
-                f"config.json: quantization_config describes {name!r:.100}, which is no name; {PACK_AGAIN}"
+                f"config.json: quantization_config describes {name!r:.100}, which cannot be a name; {PACK_AGAIN}"
             )
     return {name: PackedEntry.from_dict(name, content) for name, content in linears.items()}
 

@@ -33,7 +33,7 @@ from sparsellm.storage.files import explained
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out
 
-_RUN = {"run": "pack"}  # fast enough to start again after an interruption
+_RUN = {"run": "pack"}  # quick enough to begin anew where it was cut short
 _REPORTS = ("pruning.json", "recipe.yaml")  # reports of the pruning, which hold for the packed model too
 
 
@@ -89,7 +89,7 @@ def pack(
         out: the directory of the packed checkpoint.
         values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``, ``int4``.
         overwrite: replace the checkpoint in ``out``.
-        progress: called with the progress of the run.
+        progress: is told how far the run is.
 
     Raises:
         RecipeError: the value type is unknown, or the checkpoint is packed already.
@@ -105,7 +105,7 @@ def pack(
         raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
     chain = open_chain(directory, device=torch.device("cpu"))
     assert chain.weights is not None
-    # No linear takes more room packed than dense, whatever its values become.
+    # Whatever the values become, no linear takes more room than it does dense.
     size = chain.weights.reader.bytes
     with CheckpointWriter(
         out, shards=len(chain) + 1, identity=_RUN, restart=True, overwrite=overwrite, need_bytes=size
@@ -228,7 +228,7 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
             packed.shape, packed.layout, packed.value_type, stored.dtype, packed.pattern, linear.transposed
         )
         result.packed_bytes += packed.nbytes
-        tensors[key] = torch.zeros(1, dtype=stored.dtype)  # no loader accepts this shape for the weight
+        tensors[key] = torch.zeros(1, dtype=stored.dtype)  # a shape that no loader takes for the weight
         tensors.update({f"{key}_{field}": tensor for field, tensor in packed.tensors.items()})
     return tensors
 
