@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from sparsellm.packed.codes import resolve_value_type
 from sparsellm.packed.layout import pack as pack_weight
 from sparsellm.packed.validation import PACK_AGAIN
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.storage.files import explained
+from sparsellm.storage.files import replace_atomically, write_all
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out
 
@@ -249,10 +249,17 @@ def _finish(writer: CheckpointWriter, write: Callable[[], PackResult]) -> PackRe
 def _write_companions(writer: CheckpointWriter, source: Path) -> None:
     """Config, tokenizer and the reports of the pruning."""
     writer.copy_companions(source)
-    with explained(writer.partial):
-        for name in _REPORTS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, writer.partial / name)
+    for name in _REPORTS:
+        if (source / name).is_file():
+            try:
+                content = (source / name).read_bytes()
+            except OSError as error:
+                raise StorageError(f"cannot read {source / name}: {error.strerror or error}") from None
+            replace_atomically(writer.partial / name, partial(_write, content))
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    write_all(file, content)
 
 
 def _not_itself(source: Path, out: Path) -> None:
