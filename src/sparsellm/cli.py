@@ -325,10 +325,10 @@ def pack(
     as_json: JsonOption = False,
 ) -> None:
     """Store a pruned MODEL packed: the kept values and a bit for each weight; it stays packed in memory too."""
-    from sparsellm import packing
+    from sparsellm.runtime import convert
 
     with _bar() as progress:
-        result = packing.pack(model, out=out, values=values, overwrite=overwrite, progress=progress)
+        result = convert.pack(model, out=out, values=values, overwrite=overwrite, progress=progress)
     if as_json:
         _print_json(result.to_dict())
         return
@@ -352,10 +352,10 @@ def unpack(
     as_json: JsonOption = False,
 ) -> None:
     """Write a packed checkpoint as an ordinary dense one."""
-    from sparsellm import packing
+    from sparsellm.runtime import convert
 
     with _bar() as progress:
-        result = packing.unpack(directory, out=out, overwrite=overwrite, progress=progress)
+        result = convert.unpack(directory, out=out, overwrite=overwrite, progress=progress)
     if as_json:
         _print_json({"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes})
         return

@@ -26,12 +26,12 @@ from sparsellm.devices import resolve_device
 from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMError
 from sparsellm.methods import METHODS
 from sparsellm.methods.base import Method
+from sparsellm.packed.checkpoint import is_packed, read_config
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.registry import Entry, Needs
 from sparsellm.run.memory import checkpoint_bytes
-from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.writer import check_out, count_zeros
 from sparsellm.sweep.whole_model import check_sweepable
 
