@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -586,8 +586,7 @@ def main() -> None:
     code = _run()
     if _processes() > 1:
         _leave_the_others(code)
-    if interrupts.received() is not None:
-        _drop_what_cannot_be_written()
+    _drop_what_cannot_be_written(sys.stderr, *([sys.stdout] if interrupts.received() is not None else []))
     if code:
         sys.exit(code)
 
@@ -631,8 +630,7 @@ def _called() -> int:
 
 def _interrupted(signum: int) -> int:
     """Says what is kept, and which command goes on; the exit code."""
-    with suppress(OSError, SystemExit):  # a terminal or a pipe that was closed
-        _say_why(interrupts.last_words(signum, _kept))
+    _say_why(interrupts.last_words(signum, _kept))
     return interrupts.exit_code(signum)
 
 
@@ -644,8 +642,7 @@ def _stop_slowly(signum: int) -> None:
     if _processes() == 1:
         from sparsellm import console
 
-        with suppress(OSError):
-            console.say("stopping when this step is done; a second signal stops at once", error=True)
+        console.say("stopping when this step is done; a second signal stops at once", error=True)
         return
     _leave_the_others(_interrupted(signum))
 
@@ -666,9 +663,9 @@ def _leave_the_others(code: int) -> None:
     os._exit(code)
 
 
-def _drop_what_cannot_be_written() -> None:
-    """Where the terminal is gone, the interpreter's last flush would fail and change the exit code."""
-    for stream in (sys.stdout, sys.stderr):
+def _drop_what_cannot_be_written(*streams: TextIO) -> None:
+    """Where a terminal or a reader is gone, the interpreter's last flush would fail and change the exit code."""
+    for stream in streams:
         try:
             stream.flush()
         except OSError:

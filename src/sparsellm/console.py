@@ -61,6 +61,12 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
         return super().render_str(visible(text), **options)
 
+    def on_broken_pipe(self) -> None:
+        """A run is not lost because nobody reads its log any more; without a reader of its result it ends."""
+        if not self.stderr:
+            super().on_broken_pipe()
+        self.quiet = True
+
 
 @cache
 def out() -> PlainConsole:
@@ -86,8 +92,12 @@ def one_line(text: str) -> str:
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """Prints one line that may be longer than the terminal is wide, on stdout or stderr."""
-    (log() if error else out()).print(one_line(line), soft_wrap=True)
+    """Prints one line that may be longer than the terminal is wide, on stdout or stderr.
+
+    What stderr does not take, such as a terminal that was closed, is dropped.
+    """
+    with contextlib.suppress(*((OSError,) if error else ())):
+        (log() if error else out()).print(one_line(line), soft_wrap=True)
 
 
 def write_json(content: Any) -> None:

@@ -71,10 +71,10 @@ def installed(on_slow: Callable[[int], None]) -> Iterator[None]:
             :data:`PATIENCE` seconds.
     """
     global _received
+    _received = None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _received = None
     theirs = {signum: signal.getsignal(signum) for signum in SIGNALS}
     ours = [signum for signum, handler in theirs.items() if handler not in (signal.SIG_IGN, None)]
     with _watched(on_slow, set(ours)):
@@ -99,13 +99,14 @@ def held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    earlier = _received
     _holders += 1
     try:
         with _postponed():
             yield
     finally:
         _holders -= 1
-        if not _holders:
+        if _received != earlier:  # one that came in here, with our own handlers
             check()
 
 

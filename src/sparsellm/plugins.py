@@ -55,11 +55,12 @@ def load_plugin(name_or_path: str | os.PathLike[str], *, installed: bool = False
             file has changed since it was loaded.
     """
     given = os.fspath(name_or_path)
-    if not isinstance(given, str) or not given.strip() or "\0" in given:
-        raise RecipeError(f"plugin {given!r} is neither a file nor a module; name a .py file or an importable module")
-    if given.endswith(".py") or os.sep in given:
-        return _load_file(Path(given).expanduser())
-    return _load_module(given, installed)
+    if isinstance(given, str) and "\0" not in given:
+        if given.endswith(".py") or os.sep in given:
+            return _load_file(Path(given).expanduser())
+        if all(part.isidentifier() for part in given.split(".")):
+            return _load_module(given, installed)
+    raise RecipeError(f"plugin {given!r} is neither a file nor a module; name a .py file or an importable module")
 
 
 def load_installed() -> list[str]:
@@ -184,7 +185,8 @@ def _why(shown: str, error: BaseException) -> str:
             f"no plugin {shown!r}: there is no module {error.name!r}; install its package, or give the path of a file, "
             "such as ./my_solver.py"
         )
-    reason = " ".join(str(error).split()) or "no reason given"
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    reason = " ".join(said.split()) or "no reason given"
     if str(error).endswith("is registered twice"):
         return f"plugin {shown}: {reason}; give it another name"
     line = error.lineno if isinstance(error, SyntaxError) else _line_in(shown, error)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -95,14 +95,14 @@ def print_choices(option: str, registry: Registry[Any], prefix: str, *, allocati
         if allocations:
             lines.append(f"Without --allocation or --pattern: {entry.allocation}.")
         for line in lines:
-            out().print(_indented(line, 2))
+            _print_indented(line, "  ")
         for each in entry.options.values():
-            line = f"{prefix}.{each.name}: {each.type_name} = {each.default}  {each.description}"
-            out().print(_indented(line, 4))
+            _print_indented(f"{prefix}.{each.name}: {each.type_name} = {each.default}  {each.description}", "    ")
 
 
-def _indented(line: str, by: int) -> Padding:
-    return Padding(Text(visible(line)), (0, 0, 0, by), expand=False)
+def _print_indented(line: str, indent: str) -> None:
+    for part in textwrap.wrap(line, out().width, initial_indent=indent, subsequent_indent=indent):
+        out().print(part, soft_wrap=True)
 
 
 def print_demo(result: DemoResult) -> None:
