@@ -17,7 +17,7 @@ def main(model: str = "demo", out: str = "pruned", *settings: str) -> None:
     for warning in result.warnings:
         print("note:", warning)
     print(f"{result.zeros:,} of {result.weights:,} weights are zero, {result.sparsity:.1%}")
-    window = result.recipe.seq_len
+    window = result.recipe.seq_len or 512
     for name, path in (("dense", model), ("pruned", out)):
         found = sparsellm.evaluate(path, "pydoc", seq_len=window, max_tokens=8 * window)
         print(f"{name}: perplexity {found.value:.2f} over {found.tokens} tokens")
