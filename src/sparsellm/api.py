@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm import __version__, parallel
+from sparsellm import __version__, parallel, plugins
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize, Survey
 from sparsellm.allocation.base import pattern_of
 from sparsellm.allocation.survey import windows_of
@@ -178,6 +178,7 @@ def prune(
     recipe = recipe or Recipe()
     if isinstance(calibration, str):
         recipe = recipe.updated(calibration=calibration)
+    broken_plugins = plugins.load_installed()
     method = METHODS[recipe.method]
     options = method.check(recipe.options)
     allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
@@ -190,7 +191,7 @@ def prune(
         progress = ignore
     device = resolve_device(parallel.own_device(recipe.device))
     clock = PhaseClock()
-    warnings: list[str] = []
+    warnings = [*broken_plugins]
     out = Path(out) if out is not None else None
     if out is not None:
         _check_room(out, overwrite, 0)
@@ -577,6 +578,7 @@ def _identity(
         "model": model_fingerprint(chain),
         "calibration tokens": tokens_fingerprint(windows),
         "computing": f"{chain.dtype} on {chain.device.type}",
+        **plugins.identity(recipe.method, allocation[0].name, *method[1].values(), *allocation[1].values()),
     }
 
 

@@ -101,6 +101,12 @@ def fingerprints(*used: object) -> dict[str, str]:
     }
 
 
+def identity(*used: object) -> dict[str, Any]:
+    """The entry ``plugins`` of a run's identity, with what :func:`fingerprints` says; empty where that is empty."""
+    found = fingerprints(*used)
+    return {"plugins": found} if found else {}
+
+
 def _load_file(path: Path) -> Plugin:
     try:
         key = str(path.resolve(strict=True))

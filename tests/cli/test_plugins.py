@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from sparsellm import plugins
+import sparsellm
+from sparsellm import PruneResult, Recipe, plugins
 from sparsellm.allocation import ALLOCATIONS
-from sparsellm.errors import RecipeError
+from sparsellm.errors import NumericalError, RecipeError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.solvers import SOLVERS
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -198,6 +199,36 @@ def test_installed_packages_are_loaded_and_a_broken_one_is_a_warning(run: Any) -
     assert line.startswith("note: the plugin of package their-tricks is left out: ")
     assert "ZeroDivisionError" in line
     assert plugins.load_installed() == []  # once
+
+
+def test_a_run_does_not_go_on_with_a_plugin_that_was_changed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, recipe = tmp_path / "s.py", Recipe(method="mine", samples=2, seq_len=16)
+    entries = [(registry, dict(registry._entries)) for registry in (SOLVERS, METHODS)]  # type: ignore[attr-defined]
+
+    def prune(code: str) -> PruneResult:
+        for registry, known in entries:  # as a new process has them
+            monkeypatch.setattr(registry, "_entries", dict(known))
+        monkeypatch.setattr(plugins, "_loaded", {})
+        plugins.load_plugin(write(source, code))
+        return sparsellm.prune(llama, recipe, out=tmp_path / "p")
+
+    whole = SOLVER.format(name="mine")
+    failing = whole.replace("    return SOLVERS", "    if pattern: raise NumericalError('on fire')\n    return SOLVERS")
+    with pytest.raises(NumericalError, match="on fire"):
+        prune(f"from sparsellm.errors import NumericalError\n{failing}")
+    with pytest.raises(StorageError, match=r"plugins\.s\.py is '\w{64}' there and '\w{64}' here"):
+        prune(whole)
+    plugins.load_plugin(source)
+    assert sparsellm.prune(llama, recipe, out=tmp_path / "p", restart=True).zeros
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_python_program_has_installed_plugins_and_is_warned(llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method="mine", samples=2, seq_len=16)
+    result = sparsellm.prune(llama, recipe, out=tmp_path / "p")
+    assert ["their-tricks" in warning for warning in result.warnings] == [True]
 
 
 @pytest.mark.usefixtures("installed")
