@@ -15,8 +15,11 @@ import pytest
 
 from sparsellm import Recipe, __version__, cli, console, tables
 from sparsellm.api import PruneResult
+from sparsellm.demo import DemoResult
+from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.methods import LinearResult
 from sparsellm.progress import NOTE, Progress
+from sparsellm.runtime.bench import Comparison, Speed
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 NASTY = ("a[/b]", "run[v2]", ":x:", "[bold]b", "\\[x", "%s{0}", "ünï")
@@ -343,3 +346,32 @@ def test_no_console_knows_markup() -> None:
     for made in (console.out(), console.log()):
         assert not made._markup
         assert not made._emoji
+
+
+def test_the_demo_shows_what_the_models_wrote_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    console.out.cache_clear()
+    measured = Perplexity(value=1234.5, tokens=4088, window=512, nll=7.1)
+    texts = (" [b]is[/b] :smile:", " [/] \x1b[2J")
+    seconds = {"prune": 1.0}
+    tables.print_demo(DemoResult(Path("/d"), large_result(), measured, measured, "Python", *texts, seconds, 33_483))
+    shown = capsys.readouterr().out
+    assert "dense: Python [b]is[/b] :smile:\n" in shown
+    assert "pruned: Python [/] \\x1b[2J\n" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+
+
+def test_speeds_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    console.out.cache_clear()
+    speeds = [Speed(model, "prefill", 64, 128, 12_345.6, 9_876.4, 13_000.0) for model in ("dense", "packed")]
+    report = Comparison(speeds, 1, 1, 1, 1, "float32", "float32", "[avx512]", ["packed is [faster]"])
+    tables.print_speeds(report)
+    shown = capsys.readouterr().out
+    table = [line for line in shown.splitlines() if "│" in line]
+    assert "12.3K (9876–13.0K)" in table[0]
+    assert max(map(len, table)) <= 80
+    assert "packed is [faster]\n" in shown
