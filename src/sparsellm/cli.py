@@ -455,6 +455,7 @@ def pack(
 ) -> None:
     """Store a pruned MODEL packed: the kept values and a bit for each weight; it stays packed in memory too."""
     from sparsellm import console, tables
+    from sparsellm.runtime import convert
 
     with console.progress() as progress:
         result = convert.pack(model, out=out, values=values, overwrite=overwrite, progress=progress)
@@ -473,6 +474,7 @@ def unpack(
 ) -> None:
     """Write a packed checkpoint as an ordinary dense one."""
     from sparsellm import console
+    from sparsellm.runtime import convert
 
     with console.progress() as progress:
         result = convert.unpack(directory, out=out, overwrite=overwrite, progress=progress)

@@ -90,16 +90,16 @@ def _command(arguments: list[str], folder: Path, ignore: list[int], blocks_wait:
 
 
 def _let_blocks_wait(folder: Path) -> None:
-    load = Chain.load_block
+    block = Chain.block
 
-    def waiting(self: Chain, index: int, *rest: Any) -> None:
+    def waiting(self: Chain, index: int, *rest: Any) -> Any:
         if index == 1:
             (folder / "reached").touch()
             while not (folder / "go").exists():
                 time.sleep(0.01)
-        load(self, index, *rest)
+        return block(self, index, *rest)
 
-    Chain.load_block = waiting  # type: ignore[method-assign]
+    Chain.block = waiting  # type: ignore[method-assign]
 
 
 def _python(model: Path, out: Path, folder: Path) -> None:
