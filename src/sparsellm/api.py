@@ -28,12 +28,12 @@ from sparsellm.allocation.survey import windows_of
 from sparsellm.calibration import calibration_windows, check_seq_len, evaluation_windows
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
-from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+from sparsellm.chain.open import check_vocabulary, checkpoint_directory, load_tokenizer
 from sparsellm.devices import resolve_device
-from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMError
+from sparsellm.errors import DataError, RecipeError, SparseLLMError
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
-from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
+from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
 from sparsellm.memory import MemoryPlan, give_back_freed, plan_memory
 from sparsellm.methods import METHODS, LinearResult
 from sparsellm.methods.base import Method
@@ -46,7 +46,7 @@ from sparsellm.refine.sweep_state import SweepState, state_bytes
 from sparsellm.registry import Entry, Needs
 from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.resume import FOLDER, has_kept, unfinished
+from sparsellm.storage.resume import FOLDER, has_kept
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of, shard_names
@@ -262,12 +262,10 @@ def prune(
     progress(Progress(NOTE, 1, 1, str(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1, "checking the weights"))
-
-        def check() -> None:
-            if out is None or restart or not unfinished(partial_of(out)):  # else they were checked when the run began
-                _check_finite(chain)
-
-        parallel.from_main(check)
+        digests = parallel.from_main(partial(weight_digests, chain, progress))
+        chain.expect(digests)
+        if (unused := chain.unused()) is not None:
+            warnings.append(unused)
         already = _already_pruned(chain)
         if already is not None:
             warnings.append(already)
@@ -278,7 +276,7 @@ def prune(
         peaks = [0]
         # Of the model before it is pruned, which may be in place.
         chosen = ((method, options), (allocator, allocation_options))
-        identity = parallel.from_main(lambda: _identity(chain, recipe, *chosen, windows))
+        identity = parallel.from_main(lambda: _identity(chain, recipe, *chosen, windows, digests))
         shards: list[Path] = []  # of the blocks that the walk writes, for every process to read
         state: SweepState | None = None  # of the sweeps, if there are any
         if out is not None:
@@ -559,6 +557,7 @@ def _identity(
     method: tuple[Entry[Any], dict[str, Any]],
     allocation: tuple[Entry[Any], dict[str, Any]],
     windows: Tensor,
+    digests: dict[str, str],
 ) -> dict[str, Any]:
     """All that the result depends on, defaults of the options too: another release may have others. Where hidden states
     are kept, and when blocks are read, is not part of it."""
@@ -574,7 +573,7 @@ def _identity(
             "allocation": allocation[0].name,
             "allocation_options": filled(*allocation),
         },
-        "model": model_fingerprint(chain),
+        "model": model_fingerprint(chain, digests),
         "calibration tokens": tokens_fingerprint(windows),
         "computing": f"{chain.dtype} on {chain.device.type}",
     }
@@ -651,7 +650,7 @@ def evaluate(
             tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         if tokenizer is None:
             raise DataError("a model given as an object needs tokenizer=..., or token ids in place of a text")
-        windows = evaluation_windows(text, tokenizer, seq_len, max_tokens)
+        windows = check_vocabulary(evaluation_windows(text, tokenizer, seq_len, max_tokens), chain.config, tokenizer)
     return streamed_perplexity(chain, windows, progress=progress)
 
 
@@ -771,7 +770,7 @@ def _windows(
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
     with _model_that_writes(chain, recipe, directory) as dense:
-        return calibration_windows(
+        windows = calibration_windows(
             recipe.calibration,
             tokenizer,
             recipe.samples,
@@ -780,6 +779,7 @@ def _windows(
             model=dense,
             progress=lambda done, total: progress(Progress("calibration", done, total, "the model writes its text")),
         )
+    return check_vocabulary(windows, chain.config, tokenizer)
 
 
 @contextlib.contextmanager
@@ -804,19 +804,7 @@ def _checked_ids(ids: Tensor, chain: Chain) -> Tensor:
     if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
         raise DataError(f"token ids must be integers of shape (windows, seq); got {ids.dtype} {tuple(ids.shape)}")
     check_seq_len(chain.config, ids.shape[1])
-    vocabulary = chain.config.get_text_config().vocab_size
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise DataError(f"token ids reach from {int(ids.min())} to {int(ids.max())}; the vocabulary has {vocabulary}")
-    return ids
-
-
-def _check_finite(chain: Chain) -> None:
-    if chain.weights is not None:
-        chain.weights.reader.check_finite()
-        return
-    for name, parameter in chain.model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NumericalError(f"weight {name} has NaN or infinite values; load the model again")
+    return check_vocabulary(ids, chain.config)
 
 
 def _already_pruned(chain: Chain) -> str | None:

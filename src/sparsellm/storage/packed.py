@@ -7,7 +7,6 @@ placeholder. What they are stands in ``quantization_config`` of ``config.json``;
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from torch import Tensor
 from sparsellm.cache import sha256
 from sparsellm.errors import StorageError
 from sparsellm.runtime.packed import PackedWeight, unpack, validate
-from sparsellm.storage.reader import CheckpointReader, raw_bytes
+from sparsellm.storage.reader import CheckpointReader
 
 QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 1
@@ -147,12 +146,6 @@ class PackedReader(CheckpointReader):
         entry = self.entries[module]
         dense = unpack(self.packed(module), entry.dtype)
         return (dense.t().contiguous() if entry.transposed else dense).to(device, dtype)
-
-    def sample(self, name: str) -> builtins.bytes:
-        if not name.endswith(".weight") or name.removesuffix(".weight") not in self.entries:
-            return super().sample(name)
-        weight = self.get(name)
-        return raw_bytes(weight[:1]) + raw_bytes(weight[-1:])
 
     def packed(self, name: str) -> PackedWeight:
         """The packed weight of a linear, checked.
