@@ -27,7 +27,7 @@ _OLD_BUFFERS = (
 
 
 def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
-    """Refuses sizes that the weights cannot have, before a model of that size is built: it may take hours, or all memory.
+    """Refuses sizes that the weights cannot have, before a model of such a size is built, which may take hours.
 
     Raises:
         ModelError: the widths, the vocabulary, or the number of layers or experts is below 1 or beyond the weights.

@@ -139,7 +139,7 @@ def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTraine
         raise DataError(f"token ids reach from {least} to {most}; the vocabulary has {vocabulary}")
     token = str(tokenizer.convert_ids_to_tokens(most))
     raise DataError(
-        f"the tokenizer turns the text into ids up to {most} ({token!r:.50}), and the model's vocabulary has {vocabulary} "
+        f"the tokenizer turns the text into ids up to {most} ({token!r:.50}), and the model has {vocabulary} tokens "
         "(vocab_size in config.json); use the tokenizer that belongs to the model"
     )
 
