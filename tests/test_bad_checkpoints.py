@@ -86,10 +86,11 @@ CONFIGS: dict[str, tuple[Break, str]] = {
     "huge feed-forward": (config(intermediate_size=10**15), "config.json"),
     "another feed-forward": (config(intermediate_size=96), "its config asks for (96, 32)"),
     "no heads": (config(num_attention_heads=0), "config.json"),
-    "width as text": (config(hidden_size="wide"), "config.json"),
+    "width as text": (config(hidden_size="wide"), "'wide'"),
     "unknown activation": (config(hidden_act="nonesuch"), "nonesuch"),
     "unknown rope": (config(rope_parameters={"rope_type": "nonesuch", "rope_theta": 1e4}), "config.json"),
     "unknown dtype": (config(dtype="nonesuch"), "config.json"),
+    "text config of another family": (config(text_config={"hidden_size": 32}), "text_config"),
     "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
 }
 

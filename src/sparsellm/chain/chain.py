@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.fit import check_sizes
 from sparsellm.chain.linears import LinearView, iterate_linears
-from sparsellm.chain.open import first_line, load_config
+from sparsellm.chain.open import load_config, one_line
 from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
@@ -449,7 +449,7 @@ def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: b
         empty.tie_weights()
     except Exception as error:  # KeyError, ValueError, RuntimeError, ZeroDivisionError ... as the config is wrong
         raise ModelError(
-            f"transformers cannot build the {config.model_type} of {directory / 'config.json'}: {first_line(error)}"
+            f"transformers cannot build the {config.model_type} of {directory / 'config.json'}: {one_line(error)}"
         ) from None
     assert isinstance(empty, PreTrainedModel)
     return empty

@@ -51,7 +51,7 @@ def _from_hub(model: str) -> Path:
     except HFValidationError:
         reason = "it is no directory here, and no valid hub id (owner/name)"
     except Exception as error:  # the hub client raises requests, httpx and its own errors
-        reason = f"it is no directory here, and the hub did not give it ({first_line(error)})"
+        reason = f"it is no directory here, and the hub did not give it ({one_line(error)})"
     raise ModelError(
         f"model {model!r} not found: {reason}; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
     )
@@ -66,9 +66,11 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     read_object(directory / "config.json", ModelError)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        config.get_text_config()
+        text = config.get_text_config()
     except Exception as error:  # transformers raises ValueError, OSError, KeyError ... for one and the same thing
-        raise ModelError(f"transformers cannot read {directory / 'config.json'}: {first_line(error)}") from None
+        raise ModelError(f"transformers cannot read {directory / 'config.json'}: {one_line(error)}") from None
+    if not isinstance(text, PretrainedConfig):
+        raise ModelError(f"{directory / 'config.json'} has a text_config that a {config.model_type} does not have")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{directory} is a {config.model_type}: an encoder-decoder; only decoder-only models are pruned"
@@ -107,11 +109,11 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"no readable tokenizer in {directory}: {first_line(error)}") from None
+        raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # how Rust's tokenizers fail on some damaged files
             raise
-        raise ModelError(f"no readable tokenizer in {directory}: {first_line(error)}") from None
+        raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if not tokenizer.vocab_size:  # some families' tokenizers are made of nothing where no file is
         raise ModelError(f"no readable tokenizer in {directory}: it has no vocabulary; add the tokenizer's files")
@@ -144,8 +146,8 @@ def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTraine
     )
 
 
-def first_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What an error of another library says, in one line that is not long."""
-    lines = str(error).strip().splitlines()
-    named = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    said = " ".join(str(error).split())  # some put the reason into the second line
+    named = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in named[:300])
