@@ -15,6 +15,8 @@ from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader
 TRIFLING = 0.02  # of all weights: what a config may leave aside, such as a head of another task
 _QUICK = 256  # layers that are built in a moment: whether they are too many is then told by their names
 _MANY = 4096  # experts and the like, likewise
+_SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
+_PROBABILITY = re.compile(r"(^|_)(p?drop|dropout|layerdrop)(_prob|_rate|_p)?$")
 _COUNTS = re.compile(r"^(num|n)_(\w*_)?(layers?|blocks?|experts)$")
 _IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a name such as model.layers.3.mlp.up_proj
 # Buffers of older releases of transformers, which newer ones make themselves.
@@ -30,28 +32,33 @@ def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
     """Refuses sizes that the weights cannot have, before a model of such a size is built, which may take hours.
 
     Raises:
-        ModelError: the widths, the vocabulary, or the number of layers or experts is below 1 or beyond the weights.
+        ModelError: width, vocabulary, or the number of heads, layers or experts is below 1 or beyond the weights; or a
+            probability is none.
     """
     text = config.get_text_config()
-    values = {**text.to_dict(), **{name: getattr(text, name, None) for name in ("hidden_size", "vocab_size")}}
-    layers = getattr(text, "num_hidden_layers", None)
     where = reader.directory / "config.json"
     longest = _longest_list(reader)
     largest = max((size for name in reader for size in reader.shape(name)), default=0)
-    for name, value in {**values, "num_hidden_layers": layers}.items():
+    sizes = {name: getattr(text, name, None) for name in _SIZES}  # whatever the family calls them
+    for name, value in {**text.to_dict(), **sizes}.items():
+        if _PROBABILITY.search(name) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise ModelError(
+                f"{where} says {name} {value}; a probability is from 0 to 1: download the checkpoint again"
+            )
         if type(value) is not int:
             continue
-        counted, width = _COUNTS.match(str(name)), name in ("hidden_size", "vocab_size")
-        if value < 1 and (width or name == "num_hidden_layers"):
+        if abs(value) >= 1 << 63:
+            raise ModelError(f"{where} says {name} {value:.3g}, which no model has: download the checkpoint again")
+        if value < 1 and name in _SIZES:
             raise ModelError(f"{where} says {name} {value}; it must be 1 or more: download the checkpoint again")
-        if width and value > largest:
+        if value > largest and name in ("hidden_size", "vocab_size"):
             raise ModelError(
                 f"{where} says {name} {value}, and no weight beside it has more than {largest} rows or columns; "
                 "config and weights are of different models"
             )
-        if name == "num_hidden_layers" and value > max(_QUICK, longest):
+        if value > max(_QUICK, longest) and name == "num_hidden_layers":
             raise ModelError(_other_depth(where, value, longest))
-        if counted and value > max(_MANY, longest, largest):
+        if value > max(_MANY, longest, largest) and _COUNTS.match(name):
             raise ModelError(
                 f"{where} says {name} {value}, and the weights have no more than {longest} of a kind; "
                 "config and weights are of different models"

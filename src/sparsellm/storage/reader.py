@@ -177,7 +177,7 @@ class CheckpointReader:
                 raise StorageError(f"{stored.file}: {_CHANGED} {_GO_ON}")
             _fill(file, data, stored.file)
         if name in self._digests and not (same and name in self._verified):
-            if hashlib.sha256(data.numpy()).hexdigest() != self._digests[name]:
+            if hashlib.sha256(_memory(data)).hexdigest() != self._digests[name]:
                 raise StorageError(
                     f"tensor {name} in {stored.file} is not what it was when the run began: the checkpoint changed "
                     f"while the run was reading it; put the old file back {_GO_ON}"
@@ -194,7 +194,7 @@ class CheckpointReader:
             for start in range(0, stored.bytes, size):
                 data = torch.empty(min(size, stored.bytes - start), dtype=torch.uint8)
                 _fill(file, data, stored.file)
-                digest.update(data.numpy())
+                digest.update(_memory(data))
                 bad += not_finite(data.view(stored.dtype))
         if bad:
             raise NumericalError(
@@ -221,9 +221,14 @@ def raw_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def _memory(data: Tensor) -> memoryview:
+    """The bytes of a tensor of uint8, not copied."""
+    return memoryview(data.numpy())  # type: ignore[arg-type]
+
+
 def _fill(file: FileIO, data: Tensor, path: Path) -> None:
     """Reads as many bytes as ``data`` has room for: one call may read less."""
-    rest = memoryview(data.numpy())
+    rest = _memory(data)
     while rest:
         count = file.readinto(rest)
         if not count:
