@@ -262,6 +262,18 @@ def test_layers_that_guess_further_tokens_do_not_count(copy: Path) -> None:
     assert len(open_chain(copy, device=CPU)) == 3
 
 
+# ---------------------------------------------------------------------- names of models
+
+
+@pytest.mark.parametrize("name", ["", " ", "x" * 5000, "a/" * 3000, "a\0b", "~no-such-user-anywhere/model"])
+def test_a_name_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        sparsellm.prune(name, Recipe(method="magnitude"), out=tmp_path / "p", calibration=IDS)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------- tokenizer
 
 

@@ -28,7 +28,17 @@ def checkpoint_directory(model: str) -> Path:
     """
     if model == "demo":
         return gguf_checkpoint(demo_gguf())
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        path.lstat()
+    except FileNotFoundError:
+        pass  # a hub id, perhaps
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, an unknown user after the ~
+        raise ModelError(f"model {model!r:.100} cannot be looked up: {one_line(error)}") from None
+    if not model.strip():
+        raise ModelError(
+            "the name of the model is empty; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
+        )
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no file {model}; give the path of a .gguf file")
