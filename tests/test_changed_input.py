@@ -91,6 +91,16 @@ def test_every_number_of_a_model_in_memory_counts(dtype: torch.dtype) -> None:
     assert fingerprint() != fingerprint(changed)
 
 
+def test_a_parameter_in_memory_must_be_finite_and_a_mask_need_not() -> None:
+    model = tiny_llama()
+    model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    chain = open_chain(model, device=torch.device("cpu"))
+    assert "mask" in weight_digests(chain)
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(NumericalError, match=r"weight model\.norm\.weight has NaN"):
+        weight_digests(chain)
+
+
 def rewritten_in_place(source: Path) -> None:
     """As large as before, the same file, and its times put back: only the numbers tell."""
     file = source / WEIGHTS

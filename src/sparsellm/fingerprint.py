@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsellm.chain import Chain
 from sparsellm.errors import NumericalError
@@ -37,11 +37,11 @@ def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[st
 
     if chain.weights is not None:
         return chain.weights.reader.digests(report)
-    values = chain.model.state_dict()
+    values = chain.model.state_dict(keep_vars=True)
     total, done = sum(value.nbytes for value in values.values()), 0
     digests: dict[str, str] = {}
     for name, value in values.items():
-        if not_finite(value):
+        if isinstance(value, nn.Parameter) and not_finite(value.detach()):  # a mask may well be infinite
             raise NumericalError(f"weight {name} has NaN or infinite values; load the model again")
         digests[name] = _sha256(value)
         done += value.nbytes
