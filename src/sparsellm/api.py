@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm.calibration import check_seq_len, evaluation_windows
 from sparsellm.chain import open_chain
-from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+from sparsellm.chain.open import check_vocabulary, checkpoint_directory, load_tokenizer
 from sparsellm.errors import DataError
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
@@ -104,7 +104,7 @@ def evaluate(
             tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         if tokenizer is None:
             raise DataError("a model given as an object needs tokenizer=..., or token ids in place of a text")
-        windows = evaluation_windows(text, tokenizer, seq_len, max_tokens)
+        windows = check_vocabulary(evaluation_windows(text, tokenizer, seq_len, max_tokens), chain.config, tokenizer)
     return streamed_perplexity(chain, windows, progress=progress)
 
 

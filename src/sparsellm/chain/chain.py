@@ -18,14 +18,16 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sparsellm.chain.fit import check_sizes
 from sparsellm.chain.linears import LinearView, iterate_linears
-from sparsellm.chain.open import load_config
+from sparsellm.chain.open import load_config, one_line
 from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
-from sparsellm.errors import ModelError
-from sparsellm.storage.reader import CheckpointReader
+from sparsellm.errors import ModelError, NumericalError
+from sparsellm.packed.checkpoint import open_checkpoint
+from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
 from sparsellm.storage.shard import TensorSource
 
 SHOWN_TOKENS = 8  # that block 0 runs on to show what it returns
@@ -64,20 +66,23 @@ class Chain:
     def __init__(
         self,
         model: PreTrainedModel,
-        directory: Path | None,
+        reader: CheckpointReader | None,
         *,
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> None:
         self.model = model.eval()
-        self.directory = directory
         self.device = device
         list_name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names = [f"{list_name}.{index}" for index in range(len(blocks))]
         self._canonical = _canonical_names(model)
         self._outer = [name for name in self._all_names() if not name.startswith(f"{list_name}.")]
-        self.weights = CheckpointWeights(directory, model, self._canonical) if directory is not None else None
+        self.weights: CheckpointWeights | None = None
+        if reader is not None:
+            self.weights = CheckpointWeights(reader, model, self._canonical, (list_name, len(blocks)))
+        else:
+            _check_parameters(model)
         first = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
         self.storage_dtype = self._stored_dtype(f"{first[0]}.weight")
         self.dtype = dtype or fast_dtype(self.storage_dtype, device)
@@ -108,6 +113,20 @@ class Chain:
         config = self.model.config
         assert isinstance(config, PretrainedConfig)
         return config
+
+    def expect(self, digests: dict[str, str]) -> None:
+        """Compares what is read from now on with the digests of the checkpoint's tensors, which any process may have
+        found; see :meth:`CheckpointReader.get`. A model in memory is not read again."""
+        if self.weights is not None:
+            self.weights.reader.expect(digests)
+
+    def unused(self) -> str | None:
+        """What to say of tensors in the checkpoint that the model does not take, and that are copied as they are."""
+        names = self.weights.unused if self.weights is not None else []
+        if not names:
+            return None
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"the model of config.json does not use {names[0]}{more}; copied as they are, not pruned"
 
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` that are pruned here: none that is tied to the embedding, the head, or an
@@ -157,7 +176,11 @@ class Chain:
     @torch.no_grad()
     def settle_block(self, index: int) -> None:
         """Rounds every weight of the loaded block to the dtype it is written in, so that the block that runs on is the
-        block that is read again."""
+        block that is read again.
+
+        Raises:
+            NumericalError: a weight is NaN, or too large for that dtype; nothing of the block has been written.
+        """
         for name in self._names_of(index):
             value, stored = self._value(name), self._stored_dtype(name)
             if value.is_floating_point():
@@ -165,6 +188,8 @@ class Chain:
                     value.copy_(value.to(stored))
                 if stored.itemsize > 1:
                     value.add_(0.0)  # no negative zero is written
+            if isinstance(value, nn.Parameter) and (bad := not_finite(value.detach())):
+                raise _not_writable(name, bad, stored)
 
     def block_parameters(self, index: int) -> dict[str, nn.Parameter]:
         """The floating-point parameters of the loaded block ``index``, by name."""
@@ -416,10 +441,42 @@ def open_chain(
     if isinstance(model, PreTrainedModel):
         return Chain(model, None, device=device, dtype=dtype)
     config = load_config(model, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    empty.tie_weights()
-    return Chain(empty, model, device=device, dtype=dtype)
+    reader = open_checkpoint(model)
+    check_sizes(config, reader)
+    return Chain(_empty_model(config, model, trust_remote_code), reader, device=device, dtype=dtype)
+
+
+def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a config, its weights on the meta device."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        empty.tie_weights()
+    except Exception as error:  # KeyError, ValueError, RuntimeError, ZeroDivisionError ... as the config is wrong
+        raise ModelError(
+            f"transformers cannot build the {config.model_type} of {directory / 'config.json'}: {one_line(error)}"
+        ) from None
+    assert isinstance(empty, PreTrainedModel)
+    return empty
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in WEIGHT_DTYPES:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"weight {name} of the model is {dtype}; load the model in bfloat16, float16, float32 or float64"
+            )
+
+
+def _not_writable(name: str, values: int, stored: torch.dtype) -> NumericalError:
+    dtype, largest = str(stored).removeprefix("torch."), torch.finfo(stored).max
+    wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(stored)
+    cure = f"store the model in {wider} and prune that" if wider else "raise the method's damping"
+    return NumericalError(
+        f"weight {name} would get {values} infinite or NaN values once pruned and rounded to {dtype}, whose largest "
+        f"number is {largest:.5g}; {cure}, or exclude it. The block was not written; blocks before it are kept"
+    )
 
 
 def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

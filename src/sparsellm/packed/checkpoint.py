@@ -8,7 +8,6 @@ files and of that description.
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import json
 import math
@@ -29,7 +28,7 @@ from sparsellm.json_input import read_object
 from sparsellm.packed.codes import FLOAT_TYPES
 from sparsellm.packed.layout import PackedWeight, unpack
 from sparsellm.packed.validation import PACK_AGAIN, validate
-from sparsellm.storage.reader import CheckpointReader, raw_bytes
+from sparsellm.storage.reader import CheckpointReader
 
 QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 1
@@ -203,12 +202,6 @@ class PackedReader(CheckpointReader):
         entry = self.entries[module]
         dense = _dense(self.packed(module), entry.dtype, module)
         return (dense.t().contiguous() if entry.transposed else dense).to(device, dtype)
-
-    def sample(self, name: str) -> builtins.bytes:
-        if not name.endswith(".weight") or name.removesuffix(".weight") not in self.entries:
-            return super().sample(name)
-        weight = self.get(name)
-        return raw_bytes(weight[:1]) + raw_bytes(weight[-1:])
 
     def packed(self, name: str) -> PackedWeight:
         """The packed weight of a linear, checked.

@@ -25,7 +25,7 @@ from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.run.result import versions
 from sparsellm.storage.files import explained, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.resume import FOLDER, RunState, has_kept, sha256, unfinished
+from sparsellm.storage.resume import FOLDER, RunState, has_kept, sha256
 from sparsellm.storage.shard import TensorSource, write_shard
 from sparsellm.storage.writer import CheckpointWriter, partial_of, shard_names
 from sparsellm.sweep.whole_model import Parameters, Pass, Reached
@@ -105,11 +105,6 @@ class Journal:
         self._writer: CheckpointWriter | None = None  # writes the result: the walk's, or that of the sweep
 
     # ------------------------------------------------------------------ before it is opened
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether an unfinished run stands there that will be gone on with."""
-        return self.out is not None and not self._restart and unfinished(partial_of(self.out))
 
     def knows(self, record: str) -> bool:
         """Whether that unfinished run has kept a record of this name."""

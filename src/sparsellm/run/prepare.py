@@ -20,10 +20,10 @@ from sparsellm.allocation.base import pattern_of
 from sparsellm.calibration import calibration_windows, check_seq_len
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
-from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+from sparsellm.chain.open import check_vocabulary, checkpoint_directory, load_tokenizer
 from sparsellm.chain.streams import windows_in_batch
 from sparsellm.devices import resolve_device
-from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMError
+from sparsellm.errors import DataError, RecipeError, SparseLLMError
 from sparsellm.methods import METHODS
 from sparsellm.methods.base import Method
 from sparsellm.packed.checkpoint import is_packed, read_config
@@ -269,24 +269,7 @@ def check_ids(ids: Tensor, chain: Chain) -> Tensor:
     if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
         raise DataError(f"token ids must be integers of shape (windows, seq); got {ids.dtype} {tuple(ids.shape)}")
     check_seq_len(chain.config, ids.shape[1])
-    vocabulary = chain.config.get_text_config().vocab_size
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise DataError(f"token ids reach from {int(ids.min())} to {int(ids.max())}; the vocabulary has {vocabulary}")
-    return ids
-
-
-def check_finite(chain: Chain) -> None:
-    """Reads every weight once.
-
-    Raises:
-        NumericalError: a weight is NaN or infinite; it is named.
-    """
-    if chain.weights is not None:
-        chain.weights.reader.check_finite()
-        return
-    for name, parameter in chain.model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NumericalError(f"weight {name} has NaN or infinite values; load the model again")
+    return check_vocabulary(ids, chain.config)
 
 
 def already_pruned(chain: Chain) -> str | None:
@@ -336,7 +319,7 @@ def _windows(
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
     with _model_that_writes(chain, recipe, directory) as dense:
-        return calibration_windows(
+        windows = calibration_windows(
             recipe.calibration,
             tokenizer,
             recipe.samples,
@@ -345,6 +328,7 @@ def _windows(
             model=dense,
             progress=lambda done, total: progress(Progress("calibration", done, total, "the model writes its text")),
         )
+    return check_vocabulary(windows, chain.config, tokenizer)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ from torch import Tensor
 from sparsellm import heap, parallel, plugins
 from sparsellm.allocation import Allocation, Survey
 from sparsellm.chain.streams import Feed, Stream, windows_of
-from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.run import prepare as before
+from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identity, Journal, other_conditions
 from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sweep_bytes
 from sparsellm.run.result import PruneResult
@@ -83,7 +83,11 @@ class Run:
         self.read_ahead = demand.read_ahead
         with self.clock.phase("check"):
             self.progress(Progress("check", 0, 1, "checking the weights"))
-            parallel.from_main(lambda: None if self.journal.goes_on else before.check_finite(self.chain))
+            self.digests = parallel.from_main(partial(weight_digests, self.chain, self.progress))
+            self.chain.expect(self.digests)  # what is read later is compared with them
+            unused = self.chain.unused()
+            if unused is not None:
+                self.warnings.append(unused)
             already = before.already_pruned(self.chain)
             if already is not None:
                 self.warnings.append(already)
@@ -223,7 +227,9 @@ class Run:
         names = (choice.method.name, choice.allocator.name)
         used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
         computing = f"{self.chain.dtype} on {self.chain.device.type}"
-        return Identity(recipe, model_fingerprint(self.chain), tokens_fingerprint(self.windows), computing, used)
+        return Identity(
+            recipe, model_fingerprint(self.chain, self.digests), tokens_fingerprint(self.windows), computing, used
+        )
 
     def _survey(self) -> tuple[Allocation | None, dict[str, Tensor]]:
         """The allocation, if there is one, and the costs of outputs, if the method asks for them. A run that goes on
