@@ -28,7 +28,9 @@ from sparsellm.allocation.survey import windows_of
 from sparsellm.calibration import calibration_windows, check_seq_len, evaluation_windows
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
+from sparsellm.chain.matrices import refuse_silent_dense, unmatched_patterns
 from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+from sparsellm.counts import DenseMatrix, MatrixZeros, Totals, inspect_block, left_dense, shortfall, totals, unreached
 from sparsellm.devices import resolve_device
 from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMError
 from sparsellm.evaluation.perplexity import Perplexity
@@ -37,7 +39,7 @@ from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.memory import MemoryPlan, give_back_freed, plan_memory
 from sparsellm.methods import METHODS, LinearResult
 from sparsellm.methods.base import Method
-from sparsellm.patterns import NM, Pattern, Unstructured, detect
+from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.refine.gradients import TOKENS, WORKSPACE, output_gradient_squares
@@ -66,6 +68,7 @@ class PruneResult:
         model: the pruned model if it is in memory, else None.
         recipe: all settings, as used.
         linears: what became of each pruned linear.
+        dense: matrices of the blocks that were not pruned: name, shape, zeros, and the reason.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
         peak_rss: the most memory that one process, of this run or of an earlier start of it, has held, in bytes.
         calibration_tokens: tokens the statistics come from.
@@ -95,9 +98,11 @@ class PruneResult:
     sweeps: list[Pass] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
+    dense: list[DenseMatrix] = field(default_factory=list)
 
     @property
     def zeros(self) -> int:
+        """Zeros in all pruned linears."""
         return sum(linear.zeros for linear in self.linears)
 
     @property
@@ -106,8 +111,18 @@ class PruneResult:
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
 
     @property
+    def matrices(self) -> Totals:
+        """Zeros and weights over every matrix of the blocks, pruned or not."""
+        return totals(self.linears, self.dense)
+
+    @property
     def sparsity(self) -> float:
-        """Fraction of zeros over all pruned linears."""
+        """Fraction of zeros over every matrix of the blocks, pruned or not."""
+        return self.matrices.sparsity
+
+    @property
+    def sparsity_pruned(self) -> float:
+        """Fraction of zeros over the pruned linears alone, which the recipe's ``sparsity`` asks for."""
         return self.zeros / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,8 +132,10 @@ class PruneResult:
             "path": str(self.path) if self.path else None,
             "sparsity_asked": self.recipe.sparsity,
             "sparsity_reached": self.sparsity,
+            "sparsity_pruned": self.sparsity_pruned,
             "zeros": self.zeros,
             "weights": self.weights,
+            "matrices": asdict(self.matrices),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_rss_bytes": self.peak_rss,
             "memory": self.memory.to_dict() if self.memory else None,
@@ -132,6 +149,7 @@ class PruneResult:
             "allocation": self.allocation,
             "sweeps": [asdict(record) for record in self.sweeps],
             "linears": [linear.to_dict() for linear in self.linears],
+            "dense": [matrix.to_dict() for matrix in self.dense],
         }
 
 
@@ -207,6 +225,7 @@ def prune(
             tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         chain, memory_model = _open(model, directory, recipe, device, in_memory=out is None, trust=trust_remote_code)
         patterns = plan(chain, recipe)  # refuses what does not fit
+        warnings += unmatched_patterns(chain, recipe.exclude)
         if not any(pattern.sparsity for pattern in patterns.values()):
             needs = Needs()  # nothing is lost, so nothing is to be made up for
         if not any(isinstance(pattern, Unstructured) for pattern in patterns.values()):
@@ -383,6 +402,12 @@ def prune(
             walked = replace(walked, linears=[replace(each, zeros=zeros[each.name]) for each in walked.linears])
             if writer is not None:
                 writer.write_shard(len(chain), chain.outer_tensors())
+        written = shards[: len(chain)]
+        if needs.passes:
+            written = [partial_of(out, second=True) / shard.name for shard in written] if out is not None else []
+        with clock.phase("count"):
+            dense = parallel.from_main(partial(left_dense, chain, recipe.exclude, walked.linears, written))
+        warnings += unreached(walked.linears) + shortfall(walked.linears, dense, recipe.sparsity)
         result = PruneResult(
             None if out is None else out.absolute(),
             memory_model,
@@ -397,6 +422,7 @@ def prune(
             sweeps=sweeps,
             allocation={"name": allocator.name, **allocation.report} if allocation is not None else {},
             processes=parallel.size(),
+            dense=dense,
         )
 
         def finish() -> None:
@@ -655,36 +681,18 @@ def evaluate(
     return streamed_perplexity(chain, windows, progress=progress)
 
 
-@dataclass(frozen=True)
-class LinearZeros:
-    """Zeros of one linear of a checkpoint, and the N:M pattern it satisfies (of 1:4, 2:4 and 4:8 the strictest)."""
-
-    name: str
-    block: int
-    shape: tuple[int, int]
-    zeros: int
-    pattern: NM | None
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / (self.shape[0] * self.shape[1])
-
-
-def inspect(model: str | Path, *, trust_remote_code: bool = False) -> list[LinearZeros]:
-    """Counts the zeros of every linear in the blocks of a checkpoint, read one block at a time.
+def inspect(model: str | Path, *, trust_remote_code: bool = False) -> list[MatrixZeros]:
+    """The zeros of every matrix in the blocks of a checkpoint, linear or not; it is read one block at a time.
 
     Raises:
         SparseLLMError: there is no such checkpoint, or it cannot be read.
     """
     directory = checkpoint_directory(str(model))
     chain = open_chain(directory, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
-    found = []
+    found: list[MatrixZeros] = []
     for index in range(len(chain)):
         chain.load_block(index)
-        for linear in chain.linears(index):
-            weight = linear.weight()
-            shape = (linear.out_features, linear.in_features)
-            found.append(LinearZeros(linear.name, index, shape, count_zeros(weight), detect(weight)))
+        found += inspect_block(chain, index)
         chain.release_block(index)
     return found
 
@@ -699,6 +707,7 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
 
     Raises:
         RecipeError: the pattern does not fit a weight, or nothing is left to prune.
+        ModelError: a large part of a block is not in linears, and the recipe does not exclude it.
     """
     pattern = recipe.weight_pattern()
     patterns: dict[str, Pattern] = {}
@@ -708,6 +717,8 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
         patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
         raise RecipeError(f"exclude {recipe.exclude} leaves nothing to prune; name fewer linears")
+    if recipe.sparsity:  # at 0 nothing was to be pruned
+        refuse_silent_dense(chain, recipe.exclude)
     return patterns
 
 
@@ -855,7 +866,7 @@ def _write_companions(
 
 
 __all__ = [
-    "LinearZeros",
+    "MatrixZeros",
     "PruneResult",
     "evaluate",
     "inspect",

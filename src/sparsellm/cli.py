@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -212,16 +213,16 @@ def inspect(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Count the zeros of a checkpoint per linear, per block, and in all, and check N:M."""
+    """Count the zeros of a checkpoint per matrix, per block, and in all, and check N:M."""
     from sparsellm import api
 
-    linears = api.inspect(directory, trust_remote_code=trust_remote_code)
-    blocks: dict[int, list[api.LinearZeros]] = {}
-    for linear in linears:
-        blocks.setdefault(linear.block, []).append(linear)
-    zeros = sum(linear.zeros for linear in linears)
-    weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
-    held = {linear.pattern for linear in linears}
+    matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
+    blocks: dict[int, list[api.MatrixZeros]] = {}
+    for matrix in matrices:
+        blocks.setdefault(matrix.block, []).append(matrix)
+    zeros = sum(matrix.zeros for matrix in matrices)
+    weights = sum(matrix.weights for matrix in matrices)
+    held = {matrix.pattern for matrix in matrices}
     common = str(held.pop()) if len(held) == 1 and None not in held else None
     if as_json:
         _print_json(
@@ -231,28 +232,22 @@ def inspect(
                 "sparsity": zeros / weights,
                 "pattern": common,
                 "blocks": [
-                    {"block": index, "sparsity": _share(part), "zeros": sum(linear.zeros for linear in part)}
+                    {"block": index, "sparsity": _share(part), "zeros": sum(matrix.zeros for matrix in part)}
                     for index, part in blocks.items()
                 ],
-                "linears": [
-                    {
-                        "name": linear.name,
-                        "block": linear.block,
-                        "shape": list(linear.shape),
-                        "zeros": linear.zeros,
-                        "sparsity": linear.sparsity,
-                        "pattern": str(linear.pattern) if linear.pattern else None,
-                    }
-                    for linear in linears
-                ],
+                "linears": [matrix.to_dict() for matrix in matrices if matrix.linear],
+                "others": [matrix.to_dict() for matrix in matrices if not matrix.linear],
             }
         )
         return
-    table = Table("linear", "shape", "zeros", "sparsity", "N:M")
+    table = Table("matrix", "shape", "zeros", "sparsity", "N:M")
     for index, part in blocks.items():
-        for linear in part:
-            shape = "×".join(map(str, linear.shape))
-            table.add_row(linear.name, shape, str(linear.zeros), f"{linear.sparsity:.2%}", str(linear.pattern or "–"))
+        for matrix in part:
+            shape, name = (
+                "×".join(map(str, matrix.shape)),
+                matrix.name if matrix.linear else f"{matrix.name} (no linear)",
+            )
+            table.add_row(name, shape, str(matrix.zeros), f"{matrix.sparsity:.2%}", str(matrix.pattern or "–"))
         table.add_row(f"block {index}", "", str(sum(x.zeros for x in part)), f"{_share(part):.2%}", "", style="bold")
         table.add_section()
     table.add_row("all", "", str(zeros), f"{zeros / weights:.2%}", common or "–", style="bold")
@@ -597,8 +592,8 @@ def _described(entry: Entry[Any]) -> dict[str, Any]:
     }
 
 
-def _share(linears: list[Any]) -> float:
-    return float(sum(x.zeros for x in linears) / sum(x.shape[0] * x.shape[1] for x in linears))
+def _share(matrices: list[Any]) -> float:
+    return float(sum(x.zeros for x in matrices) / sum(math.prod(x.shape) for x in matrices))
 
 
 def _print_pruned(result: PruneResult) -> None:
@@ -616,7 +611,13 @@ def _print_pruned(result: PruneResult) -> None:
         zeros = sum(x.zeros for x in part)
         table.add_row(kind, f"{weights:,}", f"{zeros:,}", f"{_share(part):.2%}", *ends, f"{error:.4f}")
     table.add_section()
-    table.add_row("all", f"{result.weights:,}", f"{result.zeros:,}", f"{result.sparsity:.2%}", style="bold")
+    if result.dense:
+        share = f"{result.sparsity_pruned:.2%}"
+        table.add_row("all pruned linears", f"{result.weights:,}", f"{result.zeros:,}", share)
+        weights, zeros = (sum(getattr(x, name) for x in result.dense) for name in ("weights", "zeros"))
+        table.add_row("left dense", f"{weights:,}", f"{zeros:,}", f"{zeros / weights:.2%}")
+    whole = result.matrices
+    table.add_row("all", f"{whole.weights:,}", f"{whole.zeros:,}", f"{whole.sparsity:.2%}", style="bold")
     out_console.print(table)
     for linear in result.linears:
         for note in linear.notes:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsellm.chain import Chain, LinearView
+from sparsellm.chain.matrices import is_excluded
 from sparsellm.methods import BlockTask, LinearResult
 from sparsellm.methods.base import DensePair, Method
 from sparsellm.patterns import Pattern
@@ -43,7 +43,7 @@ WriteBlock = Callable[[int, dict[str, TensorSource], list[LinearResult]], None]
 
 def selected_linears(chain: Chain, index: int, exclude: list[str]) -> list[LinearView]:
     """The linears of block ``index`` that are to be pruned."""
-    return [linear for linear in chain.linears(index) if not any(fnmatch(linear.name, pattern) for pattern in exclude)]
+    return [linear for linear in chain.linears(index) if not is_excluded(linear.weight_name, exclude)]
 
 
 def walk(

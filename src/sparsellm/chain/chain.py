@@ -115,7 +115,7 @@ class Chain:
         prefix = self.block_names[index]
         views = []
         for name, module in iterate_linears(self.blocks[index], prefix):
-            if self._canonical.get(f"{name}.weight", f"{name}.weight") == f"{name}.weight":
+            if self.owns(f"{name}.weight"):
                 views.append(LinearView(name, module, self._stored_dtype(f"{name}.weight")))
         return views
 
@@ -162,6 +162,14 @@ class Chain:
     def is_shared(self, name: str) -> bool:
         """Whether a parameter stands in several places: in two blocks, or in a block and the embedding."""
         return name in self._canonical
+
+    def owns(self, name: str) -> bool:
+        """Whether this is the first name of a parameter: one that stands in several places is counted there alone."""
+        return self._canonical.get(name, name) == name
+
+    def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
+        """The values of one parameter: as it was written to ``pruned``, or as it is loaded now if that is None."""
+        return self._value(name).detach() if pruned is None else pruned.get(self._key(name))
 
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
         """Puts a parameter in place of the one of this name."""
