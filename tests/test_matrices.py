@@ -18,6 +18,7 @@ from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.matrices import all_matrices, block_matrices, is_excluded, refuse_silent_dense
 from sparsellm.errors import ModelError
+from sparsellm.refine.gradients import output_gradient_squares
 from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 
 CPU = torch.device("cpu")
@@ -331,3 +332,86 @@ def test_a_linear_that_is_never_called_is_pruned_by_magnitude_and_named() -> Non
     (told,) = [warning for warning in result.warnings if "no calibration token reached" in warning]
     assert "2 of 8 linears" in told
     assert "backbone.layers.1.mixer.dt_proj" in told
+
+
+GEMMA3N = {
+    **COMMON,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["full_attention"] * 2,
+    "activation_sparsity_pattern": [0.0, 0.0],
+}
+CPMANT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "dim_head": 8,
+    "dim_ff": 80,
+    "num_hidden_layers": 2,
+    "prompt_types": 4,
+    "prompt_length": 4,
+    "segment_types": 4,
+}
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "cpmant"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"allocation": "uniform", "options": {"effort": 0, "output_metric": 0.0}},
+        {"method": "sparsellm-paper"},
+        {"method": "sparsegpt", "allocation": "auto"},
+    ],
+)
+def test_other_hidden_states_are_refused_before_the_work(
+    model_type: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Gemma 3n carries several states for each token, CPM-Ant more tokens than the window has."""
+    model = built(model_type, **{"gemma3n_text": GEMMA3N, "cpmant": CPMANT}[model_type])
+    with pytest.raises(ModelError, match=r"take hidden states of shape \(.*method sparsegpt"):
+        sparsellm.prune(model, Recipe(sparsity=0.5, **settings), calibration=IDS, out=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "cpmant"])
+def test_methods_that_look_at_linears_alone_prune_such_models(model_type: str) -> None:
+    model = built(model_type, **{"gemma3n_text": GEMMA3N, "cpmant": CPMANT}[model_type])
+    result = sparsellm.prune(model, Recipe(method="sparsegpt", sparsity=0.5), calibration=IDS)
+    assert result.sparsity_pruned >= 0.5
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "cpmant"])
+def test_gradients_refuse_such_states_themselves(model_type: str) -> None:
+    chain = open_chain(built(model_type, **{"gemma3n_text": GEMMA3N, "cpmant": CPMANT}[model_type]), device=CPU)
+    with pytest.raises(ModelError, match="hidden states of shape"):
+        output_gradient_squares(chain, IDS)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama4_text", MIXTURES["llama4_text"][0]),
+        ("phimoe", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    ],
+)
+def test_a_router_that_returns_more_than_its_outputs_is_no_linear(model_type: str, settings: dict[str, Any]) -> None:
+    model = built(model_type, **settings)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "router" in name}
+    assert before
+    recipe = Recipe(sparsity=0.5, exclude=["*.experts.*"], options={"effort": 0})
+    result = sparsellm.prune(model, recipe, calibration=IDS)
+    assert not [linear.name for linear in result.linears if "router" in linear.name]
+    assert [matrix.reason for matrix in result.dense if "router" in matrix.name] == ["small"] * 2
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_linear_with_a_forward_of_its_own_is_still_one() -> None:
+    """Falcon's linears multiply and add in two steps."""
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    chain = open_chain(built("falcon", **settings), device=CPU)
+    assert type(chain.linears(0)[0].module) is not nn.Linear
+    assert len(chain.linears(0)) == 4

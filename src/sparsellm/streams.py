@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsellm.chain import Call, Chain
+from sparsellm.chain.chain import SHOWN_TOKENS
+from sparsellm.errors import ModelError
 from sparsellm.storage.scratch import Scratch, TensorStore
 
 PIECE_TOKENS = 2048
@@ -65,12 +67,15 @@ class Stream:
         self.hidden = self.store()
         self._calls: list[list[Call]] = []
         self._first_window: list[Call] = []
+        self._first_ids = windows[:size]
         self.pieces: list[Piece] = []
         rows = max(1, round(pieces / windows.shape[1]))
         share = _Interning()
         for start in range(0, len(windows), size):
             batch = windows[start : start + size]
             hidden, calls = chain.start(batch)
+            if pieces:
+                require_token_states(chain, hidden, batch)
             self.hidden.append(hidden)
             self._calls.append(share.call_all(calls))
             for first in range(0, len(batch) if pieces else 0, rows):
@@ -120,12 +125,50 @@ class Stream:
 
     def run_window(self, index: int) -> Tensor:
         """Runs the loaded block ``index`` on the first window alone, for what is to be seen of how a block runs."""
+        self.require_token_states()
         return self.chain.run(index, self.hidden[0][:1], self._first_window[index])
+
+    def require_token_states(self) -> None:
+        """As :func:`require_token_states`, of the first batch."""
+        require_token_states(self.chain, self.hidden[0], self._first_ids)
 
     def advance(self, index: int) -> None:
         """Replaces what enters block ``index`` by what leaves it."""
         for position, leaving in enumerate(self.run(index)):
             self.hidden[position] = leaving
+
+
+def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:
+    """Refuses hidden states that are not ``(windows, seq, width)``: whoever picks windows or tokens out of them, or
+    pairs them with token ids, would take others.
+
+    Raises:
+        ModelError: Gemma 3n and models with hyper-connections carry several states for each token; CPM-Ant carries
+            more tokens than the window has.
+    """
+    if hidden.dim() == 3 and hidden.shape[:2] == ids.shape:
+        return
+    raise ModelError(
+        f"the blocks of {type(chain.model).__name__} take hidden states of shape {tuple(hidden.shape)} for "
+        f"{ids.shape[0]} windows of {ids.shape[1]} tokens, not (windows, tokens, width), which gradients and sweeps "
+        "need; take method sparsegpt, wanda or magnitude, and an allocation other than threshold and auto"
+    )
+
+
+def check_token_states(chain: Chain, windows: Tensor) -> None:
+    """:func:`require_token_states` before the work: two short windows are embedded; nothing need be loaded.
+
+    Args:
+        chain: the model.
+        windows: token ids of the calibration, ``(samples, seq)``.
+    """
+    few = windows[:2, : SHOWN_TOKENS + 1]
+    chain.load_outer(head=False)
+    chain.load_block(0)
+    hidden, _ = chain.start(few)
+    chain.release_outer()
+    chain.release_block(0)
+    require_token_states(chain, hidden, few)
 
 
 def windows_in_batch(batch_tokens: int, seq_len: int) -> int:

@@ -45,7 +45,7 @@ def candidates(blocks: int, spread: float) -> list[Candidate]:
     "auto",
     paper="measured: held-out divergence of trial runs",
     workspace=Workspace(weights=8, grams=4, blocks=3),
-    needs=lambda options: Needs(gradient_tokens=TOKENS),
+    needs=lambda options: Needs(gradient_tokens=TOKENS, token_states=True),
 )
 def auto(
     survey: Survey,

@@ -93,7 +93,7 @@ def backward_sweep(
         DataError: windows of a single token, of which none is scored.
         NumericalError: the loss is not finite.
         ModelError: a block changes in place what a linear was given, so that its gradient cannot be paired with it; or
-            it has no gradient.
+            it has no gradient; or hidden states are not ``(windows, seq, width)``.
     """
     if windows.shape[1] < 2:
         raise DataError(f"windows of shape {tuple(windows.shape)} have no next token; give windows of two or more")
@@ -108,6 +108,7 @@ def backward_sweep(
     chain.release_outer()
     with contextlib.ExitStack() as held:
         held.callback(stream.close)
+        stream.require_token_states()
         entering = []
         for index in range(len(chain)):
             report(index, f"block {index + 1}/{len(chain)} forward")
