@@ -415,3 +415,13 @@ def test_a_linear_with_a_forward_of_its_own_is_still_one() -> None:
     chain = open_chain(built("falcon", **settings), device=CPU)
     assert type(chain.linears(0)[0].module) is not nn.Linear
     assert len(chain.linears(0)) == 4
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsellm"])
+def test_a_forward_that_fails_is_one_line_before_the_work(method: str, tmp_path: Path) -> None:
+    """Rotary angles of another width than the heads: transformers builds such a model, and cannot run it."""
+    model = built("codegen", vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=64)
+    with pytest.raises(ModelError, match=r"forward of CodeGenForCausalLM fails .*RuntimeError.*config\.json") as caught:
+        sparsellm.prune(model, Recipe(method=method, sparsity=0.5), calibration=IDS, out=tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not any(tmp_path.iterdir())

@@ -52,7 +52,7 @@ from sparsellm.storage.resume import FOLDER, has_kept, unfinished
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of, shard_names
-from sparsellm.streams import PIECE_TOKENS, check_token_states, windows_in_batch
+from sparsellm.streams import PIECE_TOKENS, check_forward, windows_in_batch
 from sparsellm.walk import FinishedBlock, selected_linears, walk
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
@@ -241,8 +241,8 @@ def prune(
         if directory is not None:
             tokenizer = None  # its files are copied
         give_back_freed()
-        if needs.token_states or (allocates and allocating.token_states):
-            check_token_states(chain, windows)
+        token_states = needs.token_states or (allocates and allocating.token_states)
+        check_forward(chain, windows, token_states=token_states)
         recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
         _check_processes(method, needs, len(windows))  # there may be fewer than were asked for
         own = windows[parallel.share(len(windows), windows_in_batch(recipe.batch_tokens, windows.shape[1]))]

@@ -155,20 +155,27 @@ def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:
     )
 
 
-def check_token_states(chain: Chain, windows: Tensor) -> None:
-    """:func:`require_token_states` before the work: two short windows are embedded; nothing need be loaded.
+def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
+    """Runs the model's own forward as far as block 0 on a few tokens, before the work; nothing need be loaded.
 
     Args:
         chain: the model.
         windows: token ids of the calibration, ``(samples, seq)``.
+        token_states: whether the run needs what :func:`require_token_states` asks for.
+
+    Raises:
+        ModelError: the forward fails, is not a plain chain of the blocks, or has other hidden states.
     """
     few = windows[:2, : SHOWN_TOKENS + 1]
     chain.load_outer(head=False)
     chain.load_block(0)
-    hidden, _ = chain.start(few)
-    chain.release_outer()
-    chain.release_block(0)
-    require_token_states(chain, hidden, few)
+    try:
+        hidden, _ = chain.start(few)
+    finally:
+        chain.release_outer()
+        chain.release_block(0)
+    if token_states:
+        require_token_states(chain, hidden, few)
 
 
 def windows_in_batch(batch_tokens: int, seq_len: int) -> int:

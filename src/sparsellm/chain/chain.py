@@ -24,7 +24,7 @@ from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
-from sparsellm.errors import ModelError
+from sparsellm.errors import ModelError, SparseLLMError
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.shard import TensorSource
 
@@ -314,6 +314,9 @@ class Chain:
         Returns:
             The hidden states that enter block 0, ``(batch, seq, hidden)``, and for every block what else the model's
             forward calls it with.
+
+        Raises:
+            ModelError: the model's own forward fails, or is not a plain chain of the blocks.
         """
         if self._rewrap is None and ids.shape[1] > SHOWN_TOKENS:
             self._capture(ids[:1, :SHOWN_TOKENS])
@@ -337,8 +340,17 @@ class Chain:
             assert self._rewrap is not None
             return self._rewrap(hidden)
 
-        with self._intercepted(record):
-            self.model.base_model(ids.to(self.device), use_cache=False)
+        try:
+            with self._intercepted(record):
+                self.model.base_model(ids.to(self.device), use_cache=False)
+        except (SparseLLMError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the model's own code: a config whose numbers do not go together ends here
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"the forward of {type(self.model).__name__} fails on token ids of shape {tuple(ids.shape)} "
+                f"({type(error).__name__}: {why[:200]}); check its config.json, and that transformers runs it"
+            ) from error
         if any(call is None for call in calls):
             skipped = [name for name, call in zip(self.block_names, calls, strict=True) if call is None]
             raise ModelError(f"the forward of {type(self.model).__name__} does not call {skipped[0]}")

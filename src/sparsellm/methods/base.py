@@ -192,9 +192,8 @@ class BlockTask:
         if pattern.sparsity:
             linear.assign(weight * pattern.mask(weight.abs()))
             notes = (UNREACHED,)
-        return LinearResult(
-            linear.name, tuple(weight.shape), count_zeros(linear.parameter), pattern.sparsity, 0.0, notes
-        )
+        shape = (linear.out_features, linear.in_features)
+        return LinearResult(linear.name, shape, count_zeros(linear.parameter), pattern.sparsity, 0.0, notes)
 
 
 Method = Callable[..., None]
