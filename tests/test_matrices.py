@@ -17,8 +17,9 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.matrices import all_matrices, block_matrices, is_excluded, refuse_silent_dense
+from sparsellm.chain.streams import Feed
 from sparsellm.errors import ModelError
-from sparsellm.refine.gradients import output_gradient_squares
+from sparsellm.sweep.saliency import loss_gradients
 from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 
 CPU = torch.device("cpu")
@@ -364,7 +365,7 @@ CPMANT = {
         {},
         {"allocation": "uniform", "options": {"effort": 0, "output_metric": 0.0}},
         {"method": "sparsellm-paper"},
-        {"method": "sparsegpt", "allocation": "auto"},
+        {"method": "sparsegpt", "allocation": "threshold"},
     ],
 )
 def test_other_hidden_states_are_refused_before_the_work(
@@ -388,7 +389,7 @@ def test_methods_that_look_at_linears_alone_prune_such_models(model_type: str) -
 def test_gradients_refuse_such_states_themselves(model_type: str) -> None:
     chain = open_chain(built(model_type, **{"gemma3n_text": GEMMA3N, "cpmant": CPMANT}[model_type]), device=CPU)
     with pytest.raises(ModelError, match="hidden states of shape"):
-        output_gradient_squares(chain, IDS)
+        loss_gradients(Feed(chain, IDS, 64), set())
 
 
 @pytest.mark.parametrize(

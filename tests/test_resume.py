@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import sparsellm
-from sparsellm import Recipe, api
+from sparsellm import Recipe
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.methods import METHODS
-from sparsellm.refine import sweep as sweep_module
 from sparsellm.storage import shard
 from sparsellm.storage.resume import FOLDER
 from sparsellm.storage.writer import partial_of
+from sparsellm.sweep import whole_model as sweep_module
 from tests import victim
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 
@@ -175,12 +175,12 @@ def test_without_room_for_its_state_a_sweep_runs_and_begins_anew(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(api, "state_bytes", lambda elements: 1 << 60)
+    monkeypatch.setattr("sparsellm.run.run.saved_sweep_bytes", lambda chain: 1 << 60)
     result = sparsellm.prune(
         source, Recipe(**SWEPT), out=tmp_path / "p", progress=lambda event: said.append(event.detail)
     )
     assert len(result.sweeps) == 2
-    assert any("sweeps that are cut short will begin anew" in detail for detail in said)
+    assert any("a sweep that is cut short will begin again" in detail for detail in said)
 
 
 def test_beginning_anew_forgets_a_sweep_that_was_killed(source: Path, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_every_method_goes_on_with_the_same_bits(
             sparsellm.prune(source, recipe, out=tmp_path / "p")
     torch.manual_seed(12345)  # nothing may depend on what was drawn before
     with monkeypatch.context() as patched:
-        patched.setattr(api, "output_gradient_squares", None)  # what it found is there
+        patched.setattr("sparsellm.run.run.loss_gradients", None)  # what it found is there
         result = sparsellm.prune(source, recipe, out=tmp_path / "p")
     assert result.resumed == 1
     assert contents(tmp_path / "p") == contents(tmp_path / "whole")
@@ -250,17 +250,17 @@ def test_every_method_goes_on_with_the_same_bits(
 def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> None:
     from sparsellm.chain import Chain
 
-    load = Chain.load_block
+    block = Chain.block
     times = 0
 
-    def failing(self: Chain, at: int, *rest: Any) -> None:
+    def failing(self: Chain, at: int, *rest: Any) -> Any:
         nonlocal times
         times += at == index and not rest
         if times > after:
             raise NumericalError("the processor caught fire")
-        load(self, at, *rest)
+        return block(self, at, *rest)
 
-    patched.setattr(Chain, "load_block", failing)
+    patched.setattr(Chain, "block", failing)
 
 
 def test_a_model_in_memory_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,10 +243,8 @@ def inspect(
     table = Table("matrix", "shape", "zeros", "sparsity", "N:M")
     for index, part in blocks.items():
         for matrix in part:
-            shape, name = (
-                "×".join(map(str, matrix.shape)),
-                matrix.name if matrix.linear else f"{matrix.name} (no linear)",
-            )
+            name = matrix.name if matrix.linear else f"{matrix.name} (not a linear)"
+            shape = "×".join(map(str, matrix.shape))
             table.add_row(name, shape, str(matrix.zeros), f"{matrix.sparsity:.2%}", str(matrix.pattern or "–"))
         table.add_row(f"block {index}", "", str(sum(x.zeros for x in part)), f"{_share(part):.2%}", "", style="bold")
         table.add_section()
@@ -320,10 +318,10 @@ def pack(
     as_json: JsonOption = False,
 ) -> None:
     """Store a pruned MODEL packed: the kept values and a bit for each weight; it stays packed in memory too."""
-    from sparsellm import packing
+    from sparsellm.runtime import convert
 
     with _bar() as progress:
-        result = packing.pack(model, out=out, values=values, overwrite=overwrite, progress=progress)
+        result = convert.pack(model, out=out, values=values, overwrite=overwrite, progress=progress)
     if as_json:
         _print_json(result.to_dict())
         return
@@ -347,10 +345,10 @@ def unpack(
     as_json: JsonOption = False,
 ) -> None:
     """Write a packed checkpoint as an ordinary dense one."""
-    from sparsellm import packing
+    from sparsellm.runtime import convert
 
     with _bar() as progress:
-        result = packing.unpack(directory, out=out, overwrite=overwrite, progress=progress)
+        result = convert.unpack(directory, out=out, overwrite=overwrite, progress=progress)
     if as_json:
         _print_json({"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes})
         return

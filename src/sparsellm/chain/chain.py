@@ -119,18 +119,34 @@ class Chain:
                 views.append(LinearView(name, module, self._stored_dtype(f"{name}.weight")))
         return views
 
-    def load_block(self, index: int, pruned: CheckpointReader | None = None) -> None:
-        """Brings the weights of block ``index`` to the device, in the computing dtype.
+    @contextlib.contextmanager
+    def block(self, index: int, pruned: CheckpointReader | None = None) -> Iterator[nn.Module]:
+        """Holds the weights of block ``index`` on the device, in the computing dtype, while this lasts.
+
+        A model that the caller holds in memory keeps its weights afterwards.
 
         Args:
             index: which block.
             pruned: where a finished block stands, as :meth:`block_tensors` named it; None for the model's own weights.
         """
         ahead = self._ahead.take(index) if pruned is None and self._ahead is not None else {}
-        self._load(self._names_of(index), pruned, ahead)
+        try:
+            self._load(self._names_of(index), pruned, ahead)
+            yield self.blocks[index]
+        finally:
+            self._release(self._names_of(index))
+
+    @contextlib.contextmanager
+    def outer(self, *, head: bool = True) -> Iterator[None]:
+        """Holds embedding, final norm and head while this lasts; without the head where only the blocks are run."""
+        try:
+            self._load(self._outer_names(head))
+            yield
+        finally:
+            self._release(self._outer)
 
     def read_ahead(self, index: int) -> None:
-        """Begins to read the model's own weights of block ``index`` in a thread, for the next :meth:`load_block`. Where
+        """Begins to read the model's own weights of block ``index`` in a thread, for the next :meth:`block`. Where
         there is no such block, or the model is in memory, it does nothing."""
         if self.weights is None or index >= len(self):
             return
@@ -176,16 +192,8 @@ class Chain:
         owner, _, leaf = name.rpartition(".")
         self.model.get_submodule(owner)._parameters[leaf] = value
 
-    def release_block(self, index: int) -> None:
-        """Forgets the weights of block ``index``; a model that the caller holds in memory keeps them."""
-        self._release(self._names_of(index))
-
-    def load_outer(self, *, head: bool = True) -> None:
-        """Brings embedding, final norm and head from the checkpoint; without the head if only the blocks are run."""
-        self._load(self._outer_names(head))
-
     def outer_elements(self, *, head: bool = True) -> int:
-        """Numbers in what :meth:`load_outer` brings."""
+        """Numbers in what :meth:`outer` holds."""
         first = {self._canonical.get(name, name): self._value(name).numel() for name in self._outer_names(head)}
         return sum(first.values())
 
@@ -193,9 +201,6 @@ class Chain:
         base = f"{self.model.base_model_prefix}."
         bare = not head and any(name.startswith(base) for name in self._outer)
         return [name for name in self._outer if not bare or name.startswith(base)]
-
-    def release_outer(self) -> None:
-        self._release(self._outer)
 
     def block_tensors(self, index: int) -> dict[str, TensorSource]:
         """The weights of a loaded block as they are written: under the checkpoint's names, in its dtypes."""
@@ -272,11 +277,11 @@ class Chain:
 
     def _fetch(self, name: str, pruned: CheckpointReader | None) -> Tensor:
         assert self.weights is not None
+        if pruned is not None and self._key(name) in pruned:
+            return pruned.get(self._key(name), self.device, self.dtype)
         if name in self._shared:
             shared = self._shared[name]
             return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
-        if pruned is not None and self._key(name) in pruned:
-            return pruned.get(self._key(name), self.device, self.dtype)
         return self.weights.get(name, self.device, self.dtype)
 
     def _placed(self, stored: Tensor) -> Tensor:

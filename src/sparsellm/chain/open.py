@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from sparsellm.demo_model import demo_gguf
 from sparsellm.errors import ModelError
 from sparsellm.gguf import gguf_checkpoint
-from sparsellm.storage.packed import is_packed
+from sparsellm.packed.checkpoint import is_packed
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import ModelError
-from sparsellm.storage.packed import open_checkpoint
+from sparsellm.packed.checkpoint import open_checkpoint
 
 
 class CheckpointWeights:

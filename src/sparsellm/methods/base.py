@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsellm.chain import LinearView
+from sparsellm import heap
+from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
-from sparsellm.memory import give_back_freed
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry
@@ -18,7 +18,6 @@ from sparsellm.solvers import Solution
 from sparsellm.statistics import Gram, GramAccumulator
 from sparsellm.storage.scratch import TensorStore
 from sparsellm.storage.writer import count_zeros
-from sparsellm.streams import Stream
 
 # A copy of a weight this large never lies in glibc's heap (its threshold for pages of its own is 32 MiB at most), so
 # what smaller pieces leave there is of no use to it: 0.1 GB in a block of 7B. Below, holes are used again, and to give
@@ -169,7 +168,7 @@ class BlockTask:
         )
         self.results.append(result)
         if solution.weight.nbytes >= OWN_PAGES:
-            give_back_freed()
+            heap.trim()
         return result
 
     def finish(self) -> list[LinearResult]:

@@ -28,12 +28,12 @@ from sparsellm.errors import ModelError
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.methods.values import CoordinatedValues
 from sparsellm.patterns import Pattern
-from sparsellm.refine.reconstruct import reconstruct
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
 from sparsellm.solvers.divided import divide, divided_solution
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
+from sparsellm.sweep.reconstruct import reconstruct
 
 EFFORT = 1
 OUTPUT_METRIC = 0.5  # of 0, 0.5 and 1 the best on a whole model: docs/results.md

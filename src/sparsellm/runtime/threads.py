@@ -1,4 +1,4 @@
-"""How many threads of the CPU are used."""
+"""The number of CPU threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsellm.errors import RecipeError
 
 
 def use_threads(count: int | None) -> None:
-    """Sets torch's threads, which the kernels on packed weights follow; None leaves torch's choice.
+    """Sets the threads of torch, and so those of the kernels on packed weights; None leaves torch's choice.
 
     Raises:
         RecipeError: not 1 or more.
@@ -25,7 +25,7 @@ def use_threads(count: int | None) -> None:
 
 @contextmanager
 def threads_set(count: int) -> Iterator[None]:
-    """So many threads while this lasts."""
+    """Uses ``count`` threads inside the context, and the former number after it."""
     before = torch.get_num_threads()
     use_threads(count)
     try:

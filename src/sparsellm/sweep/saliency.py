@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
-from sparsellm.allocation.survey import Survey
-from sparsellm.chain import LinearView
+from sparsellm.chain import Feed, LinearView
 from sparsellm.errors import NumericalError
-from sparsellm.refine.gradients import OutputSquares, Visitor, not_finite
+from sparsellm.sweep.gradients import OutputSquares, Visitor, backward_sweep, not_finite
 
 BINS = 1 << 14
 LOWEST, HIGHEST = -160.0, 60.0  # of log₂ of a saliency in nats: all that fp32 factors give; a bin is 1 % wide
@@ -65,9 +67,37 @@ def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
     return total
 
 
-def saliency_histograms(survey: Survey) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The histogram of every linear of the survey that a token reached, and ``E[g_i²]`` of its outputs ``(out,)``, by
-    one backward sweep of the dense model."""
-    seen = SaliencyHistograms(survey.windows.numel())
-    survey.sweep(seen)
-    return seen.counts, seen.outputs.means()
+@dataclass(frozen=True)
+class LossGradients:
+    """What one backward sweep of the dense model says of its linears. A linear that no token reached is in neither.
+
+    Attributes:
+        tokens: that gradients were taken of.
+        output_squares: ``E[g_i²]`` of each output i of a linear, ``(out,)`` fp32: what an error of that output costs
+            the loss, to second order.
+        saliency: a histogram of each linear, see :class:`SaliencyHistograms`; empty where nobody asked for it.
+    """
+
+    tokens: int
+    output_squares: dict[str, Tensor]
+    saliency: dict[str, Tensor] = field(default_factory=dict)
+
+
+def loss_gradients(feed: Feed, names: Collection[str], *, saliency: bool = False) -> LossGradients:
+    """Sweeps the dense model backward once, and sums up what the methods and allocations ask for.
+
+    Args:
+        feed: the chain, and the windows that gradients are taken of.
+        names: of the linears to look at.
+        saliency: also count the saliency of every single weight.
+
+    Raises:
+        NumericalError: a gradient is NaN or infinite.
+        ModelError: the model has no gradient.
+    """
+    tokens = feed.windows.numel()
+    seen = SaliencyHistograms(tokens) if saliency else OutputSquares(tokens)
+    backward_sweep(feed.in_pieces(), seen, names)
+    if isinstance(seen, SaliencyHistograms):
+        return LossGradients(tokens, seen.outputs.means(), seen.counts)
+    return LossGradients(tokens, seen.means())

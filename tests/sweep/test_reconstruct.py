@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsellm import streams
-from sparsellm.chain import open_chain
+from sparsellm.chain import open_chain, streams
+from sparsellm.chain.streams import Stream
 from sparsellm.chain.structure import find_blocks
 from sparsellm.methods.base import BlockTask
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import PhaseClock
-from sparsellm.refine import reconstruct as module
-from sparsellm.refine.reconstruct import reconstruct
-from sparsellm.refine.training import Adam, held_out_of
-from sparsellm.streams import Stream
+from sparsellm.sweep import reconstruct as module
+from sparsellm.sweep.reconstruct import reconstruct
+from sparsellm.sweep.training import Adam, held_out_of
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
-from tests.refine.helpers import CPU, FAMILIES, Family, halved, ids_of, linear_weights, tiny_mistral
+from tests.sweep.helpers import CPU, FAMILIES, Family, halved, ids_of, linear_weights, tiny_mistral
 
 TOKENS = 96
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import SparseLLMError, StorageError
+from sparsellm.packed.codes import VALUE_TYPES
+from sparsellm.packed.layout import PackedWeight, pack, unpack
 from sparsellm.patterns import NM
-from sparsellm.runtime import packed_linear
-from sparsellm.runtime.packed import VALUE_TYPES, PackedWeight, pack, unpack
-from sparsellm.runtime.packed_linear import PackedLinear, multiply, to_dense
-from tests.runtime.packing_by_hand import sparse_weight
+from sparsellm.runtime import module as runtime_module
+from sparsellm.runtime.module import PackedLinear, multiply, to_dense
+from tests.packed.by_hand import sparse_weight
 
 
 def packed_of(weight: Tensor, values: str = "keep", layout: str = "bitmask") -> PackedWeight:
@@ -30,7 +31,7 @@ def layer(values: str = "keep", *, bias: bool = True, dtype: torch.dtype = torch
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_linear, "_kernels", lambda device: None)
+    monkeypatch.setattr(runtime_module, "_kernels", lambda device: None)
 
 
 @pytest.mark.parametrize("values", VALUE_TYPES)
@@ -52,7 +53,7 @@ def test_product_is_that_of_the_dense_weight(values: str, tokens: int, dtype: to
 @pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("tile", [1, 130 * 7, 130 * 100, 1 << 20])
 def test_tiles_do_not_change_the_product(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_linear, "TILE", tile)
+    monkeypatch.setattr(runtime_module, "TILE", tile)
     weight = sparse_weight(148, 130, 0.6)
     x = torch.randn(20, 130)
     assert torch.allclose(multiply(packed_of(weight), x), x @ weight.t(), atol=1e-5)
@@ -70,7 +71,7 @@ def test_small_batches_go_to_the_kernel_and_large_ones_use_its_tiles(monkeypatch
         out.copy_(unpack(packed, out.dtype)[first:last])
 
     kernels = SimpleNamespace(multiply=product, unpack_rows=rows, available=lambda: "abacus")
-    monkeypatch.setattr(packed_linear, "_kernels", lambda device: kernels)
+    monkeypatch.setattr(runtime_module, "_kernels", lambda device: kernels)
     module = layer()
     dense = copy.deepcopy(module).to_linear()
     for tokens, called in ((1, ("multiply", 1)), (16, ("multiply", 16)), (17, ("rows", 48))):
@@ -78,7 +79,7 @@ def test_small_batches_go_to_the_kernel_and_large_ones_use_its_tiles(monkeypatch
         x = torch.randn(tokens, 130)
         assert torch.allclose(module(x), dense(x), atol=1e-5)
         assert asked == [called]
-    assert packed_linear.kernel_name() == "abacus"
+    assert runtime_module.kernel_name() == "abacus"
 
 
 @pytest.mark.parametrize("shape", [(130,), (0, 130), (2, 5, 130), (2, 3, 4, 130)])
@@ -149,7 +150,7 @@ def test_the_operator_keeps_torch_s_rules() -> None:
     packed = packed_of(sparse_weight(24, 70, 0.5), "int8")
     x = torch.randn(5, 70, requires_grad=True)
     arguments = (x, packed.mask, packed.values, packed.offsets, packed.scales, "int8")
-    torch.library.opcheck(packed_linear.packed_linear, arguments)
+    torch.library.opcheck(runtime_module.packed_linear, arguments)
 
 
 def test_gradient_of_the_input_is_that_of_the_dense_layer() -> None:

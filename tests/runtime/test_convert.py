@@ -1,8 +1,7 @@
-"""Whole checkpoints: packed, opened by transformers, unpacked bit for bit, and damaged in every file."""
+"""Whole checkpoints: packed, opened by transformers, and unpacked bit for bit."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,18 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
-from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
+from sparsellm.errors import ModelError, RecipeError, StorageError
+from sparsellm.packed.checkpoint import read_config
 from sparsellm.patterns import NM
-from sparsellm.runtime.packed_linear import PackedLinear
-from sparsellm.storage.packed import PackedReader, manifest, read_config
-from sparsellm.storage.reader import CheckpointReader
+from sparsellm.runtime.module import PackedLinear
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
@@ -35,16 +31,6 @@ IDS = torch.arange(2, 42).view(2, 20)
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family: Callable[..., PreTrainedModel] = request.param
     return save_tiny(prune_tiny(family()), tiny_tokenizer(), tmp_path_factory.mktemp("pruned") / "dense")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(prune_tiny(tiny_llama()), tiny_tokenizer(), tmp_path_factory.mktemp("llama") / "dense")
-
-
-@pytest.fixture(scope="module")
-def packed(llama: Path) -> Path:
-    return sparsellm.pack(llama, out=llama.parent / "packed").path
 
 
 @torch.no_grad()
@@ -209,136 +195,22 @@ def test_mistakes_are_named(llama: Path, packed: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "p").exists()
 
 
-def copy(packed: Path, out: Path) -> Path:
-    shutil.rmtree(out, ignore_errors=True)
-    return Path(shutil.copytree(packed, out))
-
-
-def change_config(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    config = read_config(directory)
-    change(config["quantization_config"])
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-UP = "model.layers.0.mlp.up_proj"
-
-
-def refused(directory: Path, *said: str) -> None:
-    """By every door, with this library's error."""
-    for open_it in (
-        sparsellm.load,
-        AutoModelForCausalLM.from_pretrained,
-        lambda path: sparsellm.unpack(path, out=directory.parent / "unpacked", overwrite=True),
-    ):
-        with pytest.raises(SparseLLMError) as raised:
-            open_it(directory)
-        assert all(part in str(raised.value) for part in said), str(raised.value)
-
-
-def test_a_changed_or_missing_file_is_found_by_its_checksum(packed: Path, tmp_path: Path) -> None:
-    directory = copy(packed, tmp_path / "p")
-    victim = sorted(directory.glob("*.safetensors"))[0]
-    content = bytearray(victim.read_bytes())
-    content[-1] ^= 1
-    victim.write_bytes(content)
-    refused(directory, victim.name, "SHA-256")
-    directory = copy(packed, tmp_path / "p")
-    listed = json.loads((directory / "packed.json").read_text())
-    assert listed == manifest(directory)
-    (directory / "packed.json").write_text(json.dumps({**listed, "sha256": {"../x": "0"}}))
-    refused(directory, "checksums")
-    (directory / "packed.json").write_text("{")
-    refused(directory, "checksums")
-    (directory / "packed.json").write_text(json.dumps({**listed, "sha256": {**listed["sha256"], "x.safetensors": "0"}}))
-    refused(directory, "x.safetensors")
-
-
-CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a version to come": (lambda config: config.update(format_version=99), "99"),
-    "no version": (lambda config: config.pop("format_version"), "version"),
-    "no linears": (lambda config: config.update(linears=[1]), "linears"),
-    "a linear missing": (lambda config: config["linears"].pop(UP), UP),
-    "a linear that is none": (lambda config: config["linears"].update(x=config["linears"][UP]), "x"),
-    "a huge shape": (lambda config: config["linears"][UP].update(shape=[2**40, 2**40]), UP),
-    "another shape": (lambda config: config["linears"][UP].update(shape=[80, 33]), "33"),
-    "a large shape": (lambda config: config["linears"][UP].update(shape=[2**30, 2**30]), str(2**30)),
-    "a shape of words": (lambda config: config["linears"][UP].update(shape="ab"), UP),
-    "a shape of truths": (lambda config: config["linears"][UP].update(shape=[True, True]), UP),
-    "another layout": (lambda config: config["linears"][UP].update(layout="nm", pattern=[2, 4]), UP),
-    "an unknown type": (lambda config: config["linears"][UP].update(value_type="int2"), "int2"),
-    "another type": (lambda config: config["linears"][UP].update(value_type="int8"), UP),
-    "no dtype": (lambda config: config["linears"][UP].update(dtype="save"), UP),
-    "transposed": (lambda config: config["linears"][UP].update(transposed=True), UP),
-}
-
-
-@pytest.mark.parametrize("case", CONFIGS)
-def test_a_config_that_does_not_fit_is_refused(case: str, packed: Path, tmp_path: Path) -> None:
-    change, said = CONFIGS[case]
-    directory = copy(packed, tmp_path / "p")
-    change_config(directory, change)
-    with pytest.raises(SparseLLMError) as raised:
-        sparsellm.load(directory)
-    assert said in str(raised.value)
-
-
-def test_tensors_that_do_not_fit_are_refused_without_checksums_too(packed: Path, tmp_path: Path) -> None:
-    for name, change in {
-        f"{UP}.weight_mask": lambda tensor: tensor ^ 1,
-        f"{UP}.weight_offsets": lambda tensor: tensor * 1000,
-        f"{UP}.weight_values": lambda tensor: tensor[:-1],
-    }.items():
-        directory = copy(packed, tmp_path / "p")
-        (directory / "packed.json").unlink()
-        file = CheckpointReader(directory).file_of(name)
-        held = load_file(file)
-        save_file({**held, name: change(held[name])}, file, {"format": "pt"})  # type: ignore[no-untyped-call]
-        refused(directory, UP)
-        del held[name]
-        save_file(held, file, {"format": "pt"})
-        refused(directory, UP)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999])
-def test_truncated_files_are_refused(keep: float, packed: Path, tmp_path: Path) -> None:
-    directory = copy(packed, tmp_path / "p")
-    (directory / "packed.json").unlink()
-    victim = sorted(directory.glob("*.safetensors"))[1]
-    content = victim.read_bytes()
-    victim.write_bytes(content[: int(keep * len(content)) if 0 < keep < 1 else int(keep)])
-    with pytest.raises(SparseLLMError):
-        sparsellm.load(directory)
-    with pytest.raises(SparseLLMError):
-        sparsellm.unpack(directory, out=tmp_path / "u")
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_random_bytes_in_a_file_never_end_in_another_error(data: st.DataObject, packed: Path, tmp_path: Path) -> None:
-    directory = copy(packed, tmp_path / "p")
-    (directory / "packed.json").unlink()
-    victim = sorted(directory.glob("*.safetensors"))[0]
-    content = bytearray(victim.read_bytes())
-    header = int.from_bytes(content[:8], "little")
-    inside = data.draw(st.sampled_from([(0, 8), (8, 8 + header), (8 + header, len(content))]))
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(inside[0], inside[1] - 1))] = data.draw(st.integers(0, 255))
-    victim.write_bytes(content)
-    try:
-        reader = PackedReader(directory, read_config(directory)["quantization_config"])
-        found = reader.read(list(reader))
-    except SparseLLMError:
-        return
-    assert all(value.shape == reader.shape(name) for name, value in found.items())
-
-
-def test_an_interrupted_pack_leaves_no_directory(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsellm import packing
+def test_an_interrupted_pack_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsellm.runtime import convert
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing, "manifest", stop)
+    monkeypatch.setattr(convert, "manifest", stop)
     with pytest.raises(KeyboardInterrupt):
         sparsellm.pack(llama, out=tmp_path / "p")
-    assert not (tmp_path / "p").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_reports_of_the_pruning_are_copied_byte_for_byte(llama: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(llama, tmp_path / "dense"))
+    (source / "pruning.json").write_bytes(b'{"note": "\xff"}\r\n')
+    packed = sparsellm.pack(source, out=tmp_path / "p").path
+    again = sparsellm.unpack(packed, out=tmp_path / "again").path
+    for directory in (packed, again):
+        assert (directory / "pruning.json").read_bytes() == (source / "pruning.json").read_bytes()

@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Chain, open_chain
+from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import ModelError, NumericalError
-from sparsellm.refine import head
-from sparsellm.refine import sweep as module
-from sparsellm.refine.sweep import Pass, Sweep, sweep
-from sparsellm.refine.training import Adam
 from sparsellm.storage.scratch import Scratch
+from sparsellm.sweep import head
+from sparsellm.sweep import whole_model as module
+from sparsellm.sweep.training import Adam
+from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
-from tests.refine.helpers import (
+from tests.sweep.helpers import (
     CPU,
     FAMILIES,
     Family,
@@ -48,10 +48,8 @@ def swept(
         for name, source in chain.block_tensors(index).items():
             written[name] = source.read().to(source.dtype, copy=True)
 
-    history = sweep(
-        chain, ids, dense_end(dense, ids, TOKENS), Sweep(passes, rate), blocks=None, batch_tokens=TOKENS,
-        scratch=scratch or Scratch(), seed=3, progress=lambda _: None, write_block=write,
-    )  # fmt: skip
+    feed = Feed(chain, ids, TOKENS, scratch or Scratch())
+    history = sweep(SweepTask(feed, dense_end(dense, ids, TOKENS), passes, 3, write, learning_rate=rate))
     return history, written
 
 
@@ -248,7 +246,7 @@ def test_through_the_api_disk_and_memory_are_the_same_and_zeros_are_those_writte
 def test_a_linear_that_is_left_out_keeps_the_zeros_it_had() -> None:
     model = halved(tiny_llama())
     before = model.model.layers[1].mlp.down_proj.weight.detach().clone()
-    recipe = Recipe(method="sparsellm", sparsity=0.6, exclude=["*.down_proj"], options={"passes": 1, "steps": 4})
+    recipe = Recipe(method="sparsellm", sparsity=0.6, exclude=["*.down_proj"], options={"passes": 1})
     sparsellm.prune(model, recipe, calibration=ids_of(6))
     after = model.model.layers[1].mlp.down_proj.weight
     assert torch.equal(after == 0, before == 0)

@@ -1,4 +1,4 @@
-"""Tells transformers about packed checkpoints, without importing transformers (or torch) before the user does."""
+"""Registers packed checkpoints with transformers, without importing transformers or torch before the user does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_HOST = "transformers.quantizers.auto"  # the module that keeps the registry of quantisation methods
+_HOST = "transformers.quantizers.auto"  # the module with the registry of quantisation methods
 
 
 def register_when_needed() -> None:
@@ -26,7 +26,7 @@ def _register() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Answers for one module only: the finders behind this one find it, and registration follows its execution."""
+    """An import hook for one module: the ordinary finder loads it, and registration follows its execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -12,8 +12,6 @@ from sparsellm.chain import Chain
 from sparsellm.chain.products import bf16_products
 
 HEAD_TOKENS = 256  # of all windows together: logits are (tokens, vocabulary), several times over
-# Tensors in fp32 as large as those logits that are in memory at once, of the loss of the next token, of a divergence.
-NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 6
 
 HeadLoss = Callable[[Tensor, slice], Tensor]
 """``loss(logits (batch, span, vocabulary) fp32, span)``: a scalar, the part of the loss that these positions make."""

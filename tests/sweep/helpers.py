@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sparsellm import streams
-from sparsellm.chain import open_chain
+from sparsellm.chain import open_chain, streams
+from sparsellm.chain.streams import Stream
 from sparsellm.chain.structure import find_blocks
-from sparsellm.streams import Stream
 from tests.models import VOCABULARY, _seeded, tiny_gpt2, tiny_llama, tiny_opt
 
 Family = Callable[..., Any]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain.products import bf16_products
-from sparsellm.refine.training import (
+from sparsellm.chain.streams import Piece
+from sparsellm.sweep.training import (
     Adam,
     Float32Calls,
     Shuffled,
@@ -22,7 +23,6 @@ from sparsellm.refine.training import (
     share_gradients,
     trained_elements,
 )
-from sparsellm.streams import Piece
 
 if TYPE_CHECKING:
     from sparsellm.methods.base import BlockTask

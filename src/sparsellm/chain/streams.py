@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsellm.chain import Call, Chain
-from sparsellm.chain.chain import SHOWN_TOKENS
+from sparsellm.chain.chain import SHOWN_TOKENS, Call, Chain
 from sparsellm.errors import ModelError
+from sparsellm.progress import ProgressCallback, ignore
+from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch, TensorStore
 
-PIECE_TOKENS = 2048
+PIECE_TOKENS = 2048  # in one forward call of a pass that takes gradients, which keep every activation
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,53 @@ class Piece:
     calls: list[Call]
 
 
+@dataclass(frozen=True)
+class Feed:
+    """Calibration windows and how they are fed through a chain: what every traversal of the chain takes.
+
+    Attributes:
+        chain: the model.
+        windows: token ids, ``(samples, seq)``.
+        batch_tokens: tokens in one forward call, at least one window.
+        scratch: where hidden states are kept: in memory, or in files beyond its limit.
+        progress: is told how far each traversal is.
+    """
+
+    chain: Chain
+    windows: Tensor
+    batch_tokens: int
+    scratch: Scratch = field(default_factory=Scratch)
+    progress: ProgressCallback = ignore
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a window."""
+        return self.windows.shape[1]
+
+    def first(self, tokens: int) -> Feed:
+        """The first whole windows that make up so many tokens, at least one."""
+        return replace(self, windows=self.windows[: windows_of(tokens, self.seq_len)])
+
+    def in_pieces(self) -> Feed:
+        """The same windows in calls small enough for gradients."""
+        return replace(self, batch_tokens=min(self.batch_tokens, PIECE_TOKENS))
+
+    def stream(self, weights: CheckpointReader | None = None, *, pieces: int = 0) -> Stream:
+        """The hidden states that enter block 0. Embedding and block 0 are read for it and released again.
+
+        Args:
+            weights: where a pruned block 0 stands, which a chain read from disk must show; None for the model's own.
+            pieces: as of :class:`Stream`.
+        """
+        with self.chain.outer(head=False), self.chain.block(0, weights):
+            return Stream(self.chain, self.windows, batch_tokens=self.batch_tokens, scratch=self.scratch, pieces=pieces)
+
+
+def windows_of(tokens: int, seq_len: int) -> int:
+    """How many whole windows make up so many tokens; at least one."""
+    return max(1, tokens // seq_len)
+
+
 class Stream:
     """What enters the current block, batch by batch, with the arguments each block is called with.
 
@@ -43,7 +91,6 @@ class Stream:
         scratch: where hidden states are kept; None for memory without a limit.
         pieces: tokens in a piece, at least one window: cut the batches into pieces as well, which captures the
             arguments of each anew; 0 for none.
-        progress: called with (windows done, windows in all).
 
     Attributes:
         hidden: batches ``(batch, seq, hidden)``, in memory or on disk: reading one may read a file, so read it once.
@@ -59,7 +106,6 @@ class Stream:
         batch_tokens: int,
         scratch: Scratch | None = None,
         pieces: int = 0,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.chain = chain
         size = windows_in_batch(batch_tokens, windows.shape[1])
@@ -85,8 +131,6 @@ class Stream:
                 self.pieces.append(Piece(len(self._calls) - 1, part, own))
             if not start:  # captured, not cut, like the pieces
                 self._first_window = share.call_all(chain.start(batch[:1])[1]) if len(batch) > 1 else self._calls[0]
-            if progress is not None:
-                progress(min(start + size, len(windows)), len(windows))
 
     def fork(self) -> Stream:
         """A second stream that starts from the same hidden states, with the same calls."""
@@ -151,7 +195,7 @@ def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:
     raise ModelError(
         f"the blocks of {type(chain.model).__name__} take hidden states of shape {tuple(hidden.shape)} for "
         f"{ids.shape[0]} windows of {ids.shape[1]} tokens, not (windows, tokens, width), which gradients and sweeps "
-        "need; take method sparsegpt, wanda or magnitude, and an allocation other than threshold and auto"
+        "need; take method sparsegpt, wanda or magnitude, and an allocation other than threshold"
     )
 
 
@@ -167,13 +211,8 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
         ModelError: the forward fails, is not a plain chain of the blocks, or has other hidden states.
     """
     few = windows[:2, : SHOWN_TOKENS + 1]
-    chain.load_outer(head=False)
-    chain.load_block(0)
-    try:
+    with chain.outer(head=False), chain.block(0):
         hidden, _ = chain.start(few)
-    finally:
-        chain.release_outer()
-        chain.release_block(0)
     if token_states:
         require_token_states(chain, hidden, few)
 

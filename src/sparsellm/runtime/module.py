@@ -1,9 +1,9 @@
 """A linear layer whose weight stays packed, and the product of activations with a packed weight.
 
-A batch of up to 16 tokens goes to a kernel that reads packed weights, where there is one for the device; such a batch
-waits for memory, so reading fewer bytes is what makes it faster. A larger one waits for arithmetic: the weight is
-unpacked tile by tile, each tile is used by all tokens while it is in the cache, and no dense weight is ever held.
-Without a compiled kernel every batch takes the second way, with the same results up to the order of summation.
+A batch of up to 16 tokens is multiplied by a kernel that reads packed weights, if the device has one. Such a batch is
+bound by memory, so fewer bytes make it faster. A larger batch is bound by arithmetic: the weight is unpacked tile by
+tile, all tokens use a tile while it is in the cache, and no dense weight is held. Without a compiled kernel every batch
+is multiplied by tiles; the results differ only by the order of summation.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import SparseLLMError, StorageError
-from sparsellm.runtime.packed import FLOAT_TYPES, PackedWeight, as_bitmask, unpack, unpack_rows, validate
+from sparsellm.packed.codes import FLOAT_TYPES, type_of_values
+from sparsellm.packed.layout import PackedWeight, as_bitmask, unpack, unpack_rows
+from sparsellm.packed.validation import validate
 
 SMALL_BATCH = 16  # tokens; the most that the kernels on packed weights take
-TILE = 1 << 20  # weights unpacked at once: a product by fewer rows is slower, in long rows by more than unpacking takes
-ROWS = 64  # a tile has a multiple of so many rows, as products in vectors and blocks like it
+TILE = 1 << 20  # weights of a tile: smaller tiles slow the product by more than the unpacking takes
+ROWS = 64  # the rows of a tile are a multiple of this, which suits blocked products
 
 PACKED_BUFFERS = ("weight_mask", "weight_values", "weight_offsets", "weight_scales")
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
@@ -32,7 +34,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)``: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
     Args:
-        packed: a weight in the layout ``bitmask`` that passed :func:`sparsellm.runtime.packed.validate`.
+        packed: a weight in the layout ``bitmask`` that passed :func:`sparsellm.packed.validation.validate`.
         x: fp32, bf16 or fp16, on the weight's device.
     """
     kernels = _kernels(x.device.type)
@@ -44,7 +46,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
 
 
 def kernel_name(device: str = "cpu") -> str:
-    """What multiplies small batches on this machine: the kernel's instruction set, or ``torch``."""
+    """The instruction set of the kernel for small batches on this machine, or ``torch`` if there is no kernel."""
     kernels = _kernels(device)
     return "torch" if kernels is None else str(kernels.available())
 
@@ -105,7 +107,7 @@ def _(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor |
 def packed_linear_backward(
     grad: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, columns: int
 ) -> Tensor:
-    """Gradient of the input, ``grad W`` for ``grad (tokens, out)``; an operator, as unpacking cannot be traced."""
+    """Gradient of the input, ``grad W`` for ``grad (tokens, out)``; an operator, since unpacking cannot be traced."""
     shape = (len(offsets) - 1, columns)
     return grad @ unpack(PackedWeight(shape, "bitmask", mask, values, offsets, scales, value_type), grad.dtype)
 
@@ -134,8 +136,8 @@ class PackedLinear(nn.Module):
     """``y = x Wᵀ + b`` with a packed ``W (out, in)``; takes the place of ``nn.Linear``.
 
     ``weight`` is a placeholder with one element: it carries the dtype and the device that other code asks a linear's
-    weight for, and its shape makes a loader that does not know the format stop with an error. The packed weight stands
-    in the buffers ``weight_mask``, ``weight_values``, ``weight_offsets`` and ``weight_scales``. ``.to`` moves them, but
+    weight for, and its shape makes a loader that does not know the format stop with an error. The packed weight is in
+    the buffers ``weight_mask``, ``weight_values``, ``weight_offsets`` and ``weight_scales``. ``.to`` moves them, but
     a change of dtype converts only the placeholder and the bias: values stay in the type they were packed in.
 
     Args:
@@ -184,7 +186,7 @@ class PackedLinear(nn.Module):
         return module
 
     def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
-        """Takes over a packed weight, checked, on the device of the placeholder; N:M codes become a bitmask.
+        """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask.
 
         Raises:
             StorageError: it is inconsistent, or has another shape than this layer.
@@ -262,7 +264,7 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        """Another weight keeps another number of values: buffers take the size of what comes, once it is checked."""
+        """Checks the loaded tensors, then resizes the buffers to them, since weights differ in their kept values."""
         parts = {name: state_dict[prefix + name] for name in PACKED_BUFFERS if prefix + name in state_dict}
         error_messages = rest[-1]
         if {"weight_mask", "weight_values", "weight_offsets"} <= parts.keys():
@@ -295,15 +297,3 @@ def to_dense(model: nn.Module) -> nn.Module:
             if isinstance(child, PackedLinear):
                 setattr(module, name, child.to_linear())
     return model
-
-
-def type_of_values(dtype: torch.dtype) -> str:
-    """The value type that is stored as ``dtype``.
-
-    Raises:
-        StorageError: none is.
-    """
-    names = {torch.int8: "int8", torch.uint8: "int4", **{kind: name for name, kind in FLOAT_TYPES.items()}}
-    if dtype not in names:
-        raise StorageError(f"packed values cannot be {dtype}; pack the model again")
-    return names[dtype]
