@@ -321,6 +321,10 @@ def test_inspect_prints_and_counts_what_no_linear_owns(tmp_path: Path, capsys: p
     ]
     assert len(report["linears"]) == 8
     assert all(len(m["shape"]) == 2 for m in report["linears"])
+    app(["inspect", str(source)], standalone_mode=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "4×32×160" in shown
+    assert shown.count("no linear") == 6  # router, gate_up_proj and down_proj of two blocks
 
 
 def test_a_linear_that_is_never_called_is_pruned_by_magnitude_and_named() -> None:

@@ -43,12 +43,14 @@ class Identity:
         model: digest of the dense model.
         calibration_tokens: digest of the token ids.
         computing: dtype and kind of device.
+        plugins: digests of the plugins that the run uses.
     """
 
     recipe: dict[str, Any]
     model: str
     calibration_tokens: str
     computing: str
+    plugins: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": 2, **{each.name.replace("_", " "): getattr(self, each.name) for each in fields(self)}}

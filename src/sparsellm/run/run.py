@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparsellm import heap, parallel
+from sparsellm import heap, parallel, plugins
 from sparsellm.allocation import Allocation, Survey
 from sparsellm.chain.streams import Feed, Stream, windows_of
 from sparsellm.counts import left_dense, shortfall, unreached
@@ -41,7 +41,7 @@ class Run:
         self.request = request
         self.progress = progress if parallel.is_main() else ignore
         self.clock = PhaseClock()
-        self.warnings: list[str] = []
+        self.warnings: list[str] = plugins.load_installed()
         self.costs: dict[str, Tensor] = {}
         self.allocation: Allocation | None = None
         self.finished: list[BlockRecord] = []
@@ -227,8 +227,10 @@ class Run:
             "allocation": choice.allocator.name,
             "allocation_options": choice.allocation_options,
         }
+        names = (choice.method.name, choice.allocator.name)
+        used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
         computing = f"{self.chain.dtype} on {self.chain.device.type}"
-        return Identity(recipe, model_fingerprint(self.chain), tokens_fingerprint(self.windows), computing)
+        return Identity(recipe, model_fingerprint(self.chain), tokens_fingerprint(self.windows), computing, used)
 
     def _survey(self) -> tuple[Allocation | None, dict[str, Tensor]]:
         """The allocation, if there is one, and the costs of outputs, if the method asks for them. A run that goes on
