@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,17 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsellm.calibration import check_seq_len, evaluation_windows
 from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, checkpoint_directory, load_tokenizer
+from sparsellm.counts import MatrixZeros, inspect_block
 from sparsellm.errors import DataError
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
 from sparsellm.heap import peak_rss
-from sparsellm.patterns import NM, detect
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.run.prepare import Request, check_ids, default_seq_len, open_model
 from sparsellm.run.result import PruneResult, versions
 from sparsellm.run.run import Run
-from sparsellm.storage.writer import count_zeros
 
 
 def prune(
@@ -108,37 +106,19 @@ def evaluate(
     return streamed_perplexity(chain, windows, progress=progress)
 
 
-@dataclass(frozen=True)
-class LinearZeros:
-    """Zeros of one linear of a checkpoint, and the N:M pattern it satisfies (of 1:4, 2:4 and 4:8 the strictest)."""
-
-    name: str
-    block: int
-    shape: tuple[int, int]
-    zeros: int
-    pattern: NM | None
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / (self.shape[0] * self.shape[1])
-
-
-def inspect(model: str | Path, *, trust_remote_code: bool = False) -> list[LinearZeros]:
-    """Counts the zeros of every linear in the blocks of a checkpoint, read one block at a time.
+def inspect(model: str | Path, *, trust_remote_code: bool = False) -> list[MatrixZeros]:
+    """The zeros of every matrix in the blocks of a checkpoint, linear or not; it is read one block at a time.
 
     Raises:
         SparseLLMError: there is no such checkpoint, or it cannot be read.
     """
     directory = checkpoint_directory(str(model))
     chain = open_chain(directory, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
-    found = []
+    found: list[MatrixZeros] = []
     for index in range(len(chain)):
         with chain.block(index):
-            for linear in chain.linears(index):
-                weight = linear.weight()
-                shape = (linear.out_features, linear.in_features)
-                found.append(LinearZeros(linear.name, index, shape, count_zeros(weight), detect(weight)))
+            found += inspect_block(chain, index)
     return found
 
 
-__all__ = ["LinearZeros", "PruneResult", "evaluate", "inspect", "peak_rss", "prune", "versions"]
+__all__ = ["MatrixZeros", "PruneResult", "evaluate", "inspect", "peak_rss", "prune", "versions"]

@@ -359,16 +359,16 @@ def inspect(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Count the zeros of a checkpoint per linear, per block, and in all, and check N:M."""
+    """Count the zeros of a checkpoint per matrix, per block, and in all, and check N:M."""
     from sparsellm import api, console, tables
 
-    linears = api.inspect(directory, trust_remote_code=trust_remote_code)
-    blocks: dict[int, list[api.LinearZeros]] = {}
-    for linear in linears:
-        blocks.setdefault(linear.block, []).append(linear)
-    zeros = sum(linear.zeros for linear in linears)
-    weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
-    held = {linear.pattern for linear in linears}
+    matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
+    blocks: dict[int, list[api.MatrixZeros]] = {}
+    for matrix in matrices:
+        blocks.setdefault(matrix.block, []).append(matrix)
+    zeros = sum(matrix.zeros for matrix in matrices)
+    weights = sum(matrix.weights for matrix in matrices)
+    held = {matrix.pattern for matrix in matrices}
     common = str(held.pop()) if len(held) == 1 and None not in held else None
     if as_json:
         console.write_json(
@@ -378,24 +378,15 @@ def inspect(
                 "sparsity": zeros / weights,
                 "pattern": common,
                 "blocks": [
-                    {"block": index, "sparsity": tables.share(part), "zeros": sum(linear.zeros for linear in part)}
+                    {"block": index, "sparsity": tables.share(part), "zeros": sum(matrix.zeros for matrix in part)}
                     for index, part in blocks.items()
                 ],
-                "linears": [
-                    {
-                        "name": linear.name,
-                        "block": linear.block,
-                        "shape": list(linear.shape),
-                        "zeros": linear.zeros,
-                        "sparsity": linear.sparsity,
-                        "pattern": str(linear.pattern) if linear.pattern else None,
-                    }
-                    for linear in linears
-                ],
+                "linears": [matrix.to_dict() for matrix in matrices if matrix.linear],
+                "others": [matrix.to_dict() for matrix in matrices if not matrix.linear],
             }
         )
         return
-    tables.print_zeros(linears, blocks, common)
+    tables.print_zeros(matrices, blocks, common)
 
 
 @app.command()

@@ -37,7 +37,9 @@ class Recipe(BaseModel):
     )
     allocation_options: dict[str, Any] = Field(default_factory=dict, description="Options of the allocation, by name.")
     exclude: list[str] = Field(
-        default_factory=list, description="Linears to leave dense: shell patterns over names, e.g. '*.down_proj'."
+        default_factory=list,
+        description="What to leave dense: shell patterns over the names of linears, of other parameters, and of the "
+        "modules that hold them, e.g. '*.down_proj' or '*.experts.*'.",
     )
     calibration: str = Field(
         "pydoc", description="Text to calibrate on: a file, a hub data set or alias, 'self', or 'pydoc'."

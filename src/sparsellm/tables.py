@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from rich.text import Text
 from sparsellm.console import count, out, phases, say, speed, table, visible
 
 if TYPE_CHECKING:
-    from sparsellm.api import LinearZeros, PruneResult
+    from sparsellm.api import MatrixZeros, PruneResult
     from sparsellm.demo import DemoResult
     from sparsellm.recipe import Recipe
     from sparsellm.registry import Registry
@@ -39,10 +40,10 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     say(f"written to {result.path}")
 
 
-def share(linears: Iterable[Any]) -> float:
-    """The fraction of zeros over some linears."""
-    each = list(linears)
-    return float(sum(x.zeros for x in each) / sum(x.shape[0] * x.shape[1] for x in each))
+def share(matrices: Iterable[Any]) -> float:
+    """The fraction of zeros over some matrices."""
+    each = list(matrices)
+    return float(sum(x.zeros for x in each) / sum(math.prod(x.shape) for x in each))
 
 
 def _kinds(result: PruneResult, *, spread: bool) -> Table:
@@ -61,7 +62,12 @@ def _kinds(result: PruneResult, *, spread: bool) -> Table:
         error = sum(x.error for x in part) / len(part)
         shown.add_row(kind, count(weights), count(zeros), f"{zeros / weights:.2%}", *ends, f"{error:.4f}")
     shown.add_section()
-    shown.add_row("all", count(result.weights), count(result.zeros), f"{result.sparsity:.2%}", style="bold")
+    whole = result.matrices
+    if result.dense:
+        weights, zeros = whole.weights - result.weights, whole.zeros - result.zeros
+        shown.add_row("pruned linears", count(result.weights), count(result.zeros), f"{result.sparsity_pruned:.2%}")
+        shown.add_row("left dense", count(weights), count(zeros), f"{zeros / weights:.2%}")
+    shown.add_row("all", count(whole.weights), count(whole.zeros), f"{whole.sparsity:.2%}", style="bold")
     return shown
 
 
@@ -71,17 +77,18 @@ def _recipe_line(recipe: Recipe, allocation: str | None) -> str:
     return f"{recipe.method} {wanted}{shares} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"
 
 
-def print_zeros(linears: list[LinearZeros], blocks: dict[int, list[LinearZeros]], pattern: str | None) -> None:
-    """The zeros of every linear, every block, and all."""
-    shown = table(("linear",), ("shape", "zeros", "sparsity", "N:M"))
+def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
+    """The zeros of every matrix, every block, and all; what is not a linear says so in place of a pattern."""
+    shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
     for index, part in blocks.items():
-        for linear in part:
-            shape = "×".join(map(str, linear.shape))
-            shown.add_row(linear.name, shape, count(linear.zeros), f"{linear.sparsity:.2%}", str(linear.pattern or "–"))
+        for matrix in part:
+            shape = "×".join(map(str, matrix.shape))
+            held = str(matrix.pattern or "–") if matrix.linear else "no linear"
+            shown.add_row(matrix.name, shape, count(matrix.zeros), f"{matrix.sparsity:.2%}", held)
         shown.add_row(f"block {index}", "", count(sum(x.zeros for x in part)), f"{share(part):.2%}", "", style="bold")
         shown.add_section()
     shown.add_row(
-        "all", "", count(sum(x.zeros for x in linears)), f"{share(linears):.2%}", pattern or "–", style="bold"
+        "all", "", count(sum(x.zeros for x in matrices)), f"{share(matrices):.2%}", pattern or "–", style="bold"
     )
     out().print(shown)
 

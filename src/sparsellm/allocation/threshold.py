@@ -20,7 +20,7 @@ from sparsellm.sweep.saliency import BINS
 
 def _needs(options: dict[str, Any]) -> Needs:
     tokens = options.get("tokens", TOKENS)
-    return Needs(surveyed_tokens=tokens, gradient_tokens=tokens)
+    return Needs(surveyed_tokens=tokens, gradient_tokens=tokens, token_states=True)
 
 
 @ALLOCATIONS.register(

@@ -25,7 +25,7 @@ from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
-from sparsellm.errors import ModelError, NumericalError
+from sparsellm.errors import ModelError, NumericalError, SparseLLMError
 from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
 from sparsellm.storage.shard import TensorSource
@@ -134,7 +134,7 @@ class Chain:
         prefix = self.block_names[index]
         views = []
         for name, module in iterate_linears(self.blocks[index], prefix):
-            if self._canonical.get(f"{name}.weight", f"{name}.weight") == f"{name}.weight":
+            if self.owns(f"{name}.weight"):
                 views.append(LinearView(name, module, self._stored_dtype(f"{name}.weight")))
         return views
 
@@ -203,6 +203,14 @@ class Chain:
     def is_shared(self, name: str) -> bool:
         """Whether a parameter stands in several places: in two blocks, or in a block and the embedding."""
         return name in self._canonical
+
+    def owns(self, name: str) -> bool:
+        """Whether this is the first name of a parameter: one that stands in several places is counted there alone."""
+        return self._canonical.get(name, name) == name
+
+    def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
+        """The values of one parameter: as it was written to ``pruned``, or as it is loaded now if that is None."""
+        return self._value(name).detach() if pruned is None else pruned.get(self._key(name))
 
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
         """Puts a parameter in place of the one of this name."""
@@ -336,6 +344,9 @@ class Chain:
         Returns:
             The hidden states that enter block 0, ``(batch, seq, hidden)``, and for every block what else the model's
             forward calls it with.
+
+        Raises:
+            ModelError: the model's own forward fails, or is not a plain chain of the blocks.
         """
         if self._rewrap is None and ids.shape[1] > SHOWN_TOKENS:
             self._capture(ids[:1, :SHOWN_TOKENS])
@@ -359,8 +370,17 @@ class Chain:
             assert self._rewrap is not None
             return self._rewrap(hidden)
 
-        with self._intercepted(record):
-            self.model.base_model(ids.to(self.device), use_cache=False)
+        try:
+            with self._intercepted(record):
+                self.model.base_model(ids.to(self.device), use_cache=False)
+        except (SparseLLMError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the model's own code: a config whose numbers do not go together ends here
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"the forward of {type(self.model).__name__} fails on token ids of shape {tuple(ids.shape)} "
+                f"({type(error).__name__}: {why[:200]}); check its config.json, and that transformers runs it"
+            ) from error
         if any(call is None for call in calls):
             skipped = [name for name, call in zip(self.block_names, calls, strict=True) if call is None]
             raise ModelError(f"the forward of {type(self.model).__name__} does not call {skipped[0]}")

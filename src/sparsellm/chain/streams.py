@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm.chain.chain import Call, Chain
+from sparsellm.chain.chain import SHOWN_TOKENS, Call, Chain
+from sparsellm.errors import ModelError
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch, TensorStore
@@ -112,12 +113,15 @@ class Stream:
         self.hidden = self.store()
         self._calls: list[list[Call]] = []
         self._first_window: list[Call] = []
+        self._first_ids = windows[:size]
         self.pieces: list[Piece] = []
         rows = max(1, round(pieces / windows.shape[1]))
         share = _Interning()
         for start in range(0, len(windows), size):
             batch = windows[start : start + size]
             hidden, calls = chain.start(batch)
+            if pieces:
+                require_token_states(chain, hidden, batch)
             self.hidden.append(hidden)
             self._calls.append(share.call_all(calls))
             for first in range(0, len(batch) if pieces else 0, rows):
@@ -165,12 +169,52 @@ class Stream:
 
     def run_window(self, index: int) -> Tensor:
         """Runs the loaded block ``index`` on the first window alone, for what is to be seen of how a block runs."""
+        self.require_token_states()
         return self.chain.run(index, self.hidden[0][:1], self._first_window[index])
+
+    def require_token_states(self) -> None:
+        """As :func:`require_token_states`, of the first batch."""
+        require_token_states(self.chain, self.hidden[0], self._first_ids)
 
     def advance(self, index: int) -> None:
         """Replaces what enters block ``index`` by what leaves it."""
         for position, leaving in enumerate(self.run(index)):
             self.hidden[position] = leaving
+
+
+def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:
+    """Refuses hidden states that are not ``(windows, seq, width)``: whoever picks windows or tokens out of them, or
+    pairs them with token ids, would take others.
+
+    Raises:
+        ModelError: Gemma 3n and models with hyper-connections carry several states for each token; CPM-Ant carries
+            more tokens than the window has.
+    """
+    if hidden.dim() == 3 and hidden.shape[:2] == ids.shape:
+        return
+    raise ModelError(
+        f"the blocks of {type(chain.model).__name__} take hidden states of shape {tuple(hidden.shape)} for "
+        f"{ids.shape[0]} windows of {ids.shape[1]} tokens, not (windows, tokens, width), which gradients and sweeps "
+        "need; take method sparsegpt, wanda or magnitude, and an allocation other than threshold"
+    )
+
+
+def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
+    """Runs the model's own forward as far as block 0 on a few tokens, before the work; nothing need be loaded.
+
+    Args:
+        chain: the model.
+        windows: token ids of the calibration, ``(samples, seq)``.
+        token_states: whether the run needs what :func:`require_token_states` asks for.
+
+    Raises:
+        ModelError: the forward fails, is not a plain chain of the blocks, or has other hidden states.
+    """
+    few = windows[:2, : SHOWN_TOKENS + 1]
+    with chain.outer(head=False), chain.block(0):
+        hidden, _ = chain.start(few)
+    if token_states:
+        require_token_states(chain, hidden, few)
 
 
 def windows_in_batch(batch_tokens: int, seq_len: int) -> int:

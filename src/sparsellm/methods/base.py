@@ -23,6 +23,7 @@ from sparsellm.storage.writer import count_zeros
 # what smaller pieces leave there is of no use to it: 0.1 GB in a block of 7B. Below, holes are used again, and to give
 # them back after every solve took a third of the solver's time on the demo model.
 OWN_PAGES = 32 << 20
+UNREACHED = "pruned by magnitude: no calibration token reached it"  # what the result of such a linear says
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ class BlockTask:
         """The linears that share an input, and its Gram matrix over the tokens of all processes, from one pass of the
         block as it stands.
 
-        A linear that the calibration tokens never reach (an expert nobody is routed to) is left out; see
-        :meth:`finish`.
+        A linear that the calibration tokens never reach (an expert nobody is routed to, a linear whose module is never
+        called) is left out; see :meth:`finish`.
 
         Args:
             linears: which; all that are to be pruned if None.
@@ -171,20 +172,27 @@ class BlockTask:
         return result
 
     def finish(self) -> list[LinearResult]:
-        """The results, with those linears that the method never saw, which stay dense and say so."""
+        """The results. A linear that no calibration token reached is pruned by magnitude, as its pattern asks, and its
+        result says so."""
         done = {result.name for result in self.results}
         for linear in self.linears:
             if linear.name not in done:
-                shape = (linear.out_features, linear.in_features)
-                asked = self.patterns[linear.name].sparsity
-                notes = ("left dense: no calibration token reached it",) if asked else ()
-                zeros = count_zeros(linear.parameter)
-                self.results.append(LinearResult(linear.name, shape, zeros, asked, 0.0, notes))
+                self.results.append(self._by_magnitude(linear))
         weights = {linear.name: linear.parameter for linear in self.linears}  # counted anew: what rounds to zero is one
         return [
             replace(result, zeros=count_zeros(weights[result.name]), history=tuple(self.history.get(result.name, ())))
             for result in self.results
         ]
+
+    def _by_magnitude(self, linear: LinearView) -> LinearResult:
+        """Prunes a linear of which nothing is known but its weights. The error is 0: it was given no input."""
+        pattern, weight = self.patterns[linear.name], linear.weight()
+        notes: tuple[str, ...] = ()
+        if pattern.sparsity:
+            linear.assign(weight * pattern.mask(weight.abs()))
+            notes = (UNREACHED,)
+        shape = (linear.out_features, linear.in_features)
+        return LinearResult(linear.name, shape, count_zeros(linear.parameter), pattern.sparsity, 0.0, notes)
 
 
 Method = Callable[..., None]

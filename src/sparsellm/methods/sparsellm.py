@@ -58,6 +58,7 @@ def _needs(options: dict[str, Any]) -> Needs:
         passes=passes,
         learning_rate=options.get("sweep_rate"),
         output_costs=metric > 0,
+        token_states=True,
         one_process=next((name for name in ("iterations", "value_iterations") if options.get(name, 0)), ""),
         workspace=replace(
             solver.workspace,

@@ -252,6 +252,11 @@ class Journal:
     # ------------------------------------------------------------------ the end
 
     @property
+    def written(self) -> list[Path]:
+        """The blocks as they will be in the result, for the first process to read; empty in others and in memory."""
+        return [self._writer.path(index) for index in range(self.blocks)] if self._writer is not None else []
+
+    @property
     def writer(self) -> CheckpointWriter | None:
         """Of the result; in the first process alone."""
         return self._writer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from sparsellm.allocation.base import pattern_of
 from sparsellm.calibration import calibration_windows, check_seq_len
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
+from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched_patterns
 from sparsellm.chain.open import check_vocabulary, checkpoint_directory, load_tokenizer
-from sparsellm.chain.streams import windows_in_batch
+from sparsellm.chain.streams import check_forward, windows_in_batch
 from sparsellm.devices import resolve_device
 from sparsellm.errors import DataError, RecipeError, SparseLLMError
 from sparsellm.methods import METHODS
@@ -179,11 +179,14 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     with clock.phase("calibration"):
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
         windows = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress))
+        token_states = choice.needs.token_states or choice.allocation_needs.token_states
+        check_forward(chain, windows, token_states=token_states)
         heap.trim()
     recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
     choice.check_processes(len(windows))  # there may be fewer than were asked for
     beside = tokenizer if directory is None else None  # the files of a directory are copied
-    return Prepared(request, recipe, choice, chain, directory, in_memory, beside, windows, [])
+    warnings = unmatched_patterns(chain, recipe.exclude)
+    return Prepared(request, recipe, choice, chain, directory, in_memory, beside, windows, warnings)
 
 
 def open_model(
@@ -227,6 +230,7 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
 
     Raises:
         RecipeError: the pattern does not fit a weight, or nothing is left to prune.
+        ModelError: a large part of a block is not in linears, and the recipe does not exclude it.
     """
     pattern = recipe.weight_pattern()
     patterns: dict[str, Pattern] = {}
@@ -236,6 +240,8 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
         patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
         raise RecipeError(f"exclude {recipe.exclude} leaves nothing to prune; name fewer linears")
+    if recipe.sparsity:  # at 0 nothing was to be pruned
+        refuse_silent_dense(chain, recipe.exclude)
     return patterns
 
 
@@ -245,7 +251,7 @@ def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
         LinearSize(linear.name, index, (linear.out_features, linear.in_features))
         for index in range(len(chain))
         for linear in chain.linears(index)
-        if not any(fnmatch(linear.name, pattern) for pattern in recipe.exclude)
+        if not is_excluded(linear.weight_name, recipe.exclude)
     ]
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsellm import __version__
+from sparsellm.counts import DenseMatrix, Totals, totals
 from sparsellm.methods import LinearResult
 from sparsellm.recipe import Recipe
 from sparsellm.run.memory import MemoryPlan
@@ -45,6 +46,7 @@ class PruneResult:
         model: the pruned model if it is in memory, else None.
         recipe: all settings, as used.
         linears: one record for each pruned linear.
+        dense: matrices of the blocks that were not pruned: name, shape, zeros, and the reason.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
         peak_rss: the most memory that one process has held, in this run or an earlier start of it, in bytes.
         calibration_tokens: tokens the statistics come from.
@@ -74,9 +76,11 @@ class PruneResult:
     sweeps: list[Pass] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
+    dense: list[DenseMatrix] = field(default_factory=list)
 
     @property
     def zeros(self) -> int:
+        """Zeros in all pruned linears."""
         return sum(linear.zeros for linear in self.linears)
 
     @property
@@ -85,8 +89,18 @@ class PruneResult:
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
 
     @property
+    def matrices(self) -> Totals:
+        """Zeros and weights over every matrix of the blocks, pruned or not."""
+        return totals(self.linears, self.dense)
+
+    @property
     def sparsity(self) -> float:
-        """Fraction of zeros over all pruned linears."""
+        """Fraction of zeros over every matrix of the blocks, pruned or not."""
+        return self.matrices.sparsity
+
+    @property
+    def sparsity_pruned(self) -> float:
+        """Fraction of zeros over the pruned linears alone, which the recipe's ``sparsity`` asks for."""
         return self.zeros / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,8 +110,10 @@ class PruneResult:
             "path": str(self.path) if self.path else None,
             "sparsity_asked": self.recipe.sparsity,
             "sparsity_reached": self.sparsity,
+            "sparsity_pruned": self.sparsity_pruned,
             "zeros": self.zeros,
             "weights": self.weights,
+            "matrices": asdict(self.matrices),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_rss_bytes": self.peak_rss,
             "memory": self.memory.to_dict() if self.memory else None,
@@ -111,4 +127,5 @@ class PruneResult:
             "allocation": self.allocation,
             "sweeps": [asdict(record) for record in self.sweeps],
             "linears": [linear.to_dict() for linear in self.linears],
+            "dense": [matrix.to_dict() for matrix in self.dense],
         }

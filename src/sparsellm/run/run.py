@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsellm import heap, parallel, plugins
 from sparsellm.allocation import Allocation, Survey
 from sparsellm.chain.streams import Feed, Stream, windows_of
+from sparsellm.counts import left_dense, shortfall, unreached
 from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
@@ -70,6 +71,7 @@ class Run:
         self.recipe, self.choice, self.chain = prepared.recipe, prepared.choice, prepared.chain
         self.windows, self.own_windows = prepared.windows, prepared.own_windows
         self.prepared = prepared
+        self.warnings += prepared.warnings
         request = self.request
         self.journal = Journal(request.out, len(self.chain), restart=request.restart, overwrite=request.overwrite)
 
@@ -161,6 +163,10 @@ class Run:
     def save(self) -> PruneResult:
         """Writes what stands beside the weights, and gives the checkpoint its name."""
         out = self.request.out
+        with self.clock.phase("count"):
+            written = self.journal.written
+            dense = parallel.from_main(partial(left_dense, self.chain, self.recipe.exclude, self.linears, written))
+        self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
         peak = max(heap.peak_rss(), self.peak_before)
         result = PruneResult(
             None if out is None else out.absolute(),
@@ -176,6 +182,7 @@ class Run:
             sweeps=self.sweeps,
             allocation={"name": self.choice.allocator.name, **self.allocation.report} if self.allocation else {},
             processes=parallel.size(),
+            dense=dense,
         )
         parallel.barrier()  # from here on nobody reads the walk's blocks, which are removed now
         parallel.from_main(lambda: self._finish(result))  # no process goes on before the checkpoint has its name

@@ -70,7 +70,7 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
         DataError: windows of a single token, of which none is scored.
         NumericalError: the loss is not finite.
         ModelError: a block changes in place what a linear was given, so that its gradient cannot be paired with it; or
-            it has no gradient.
+            it has no gradient; or hidden states are not ``(windows, seq, width)``.
     """
     if feed.seq_len < 2:
         raise DataError(f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more")
@@ -78,6 +78,7 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
     stream = feed.stream()
     with contextlib.ExitStack() as held:
         held.callback(stream.close)
+        stream.require_token_states()
         entering: list[TensorStore] = []
         for index in range(blocks):
             feed.progress(Event("gradients", index, 2 * blocks, f"block {index + 1}/{blocks} forward"))
