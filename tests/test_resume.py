@@ -22,8 +22,8 @@ from sparsellm.errors import NumericalError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.refine import sweep as sweep_module
 from sparsellm.storage import shard
-from sparsellm.storage.resume import FOLDER
-from sparsellm.storage.writer import partial_of
+from sparsellm.storage.destination import partial_of
+from sparsellm.storage.resume import FOLDER, read_record, write_record
 from tests import victim
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 
@@ -320,8 +320,9 @@ def test_time_and_work_of_both_processes_count(source: Path, unfinished: Path) -
 
 def test_other_libraries_are_said(source: Path, unfinished: Path) -> None:
     record = sorted(partial_of(unfinished).glob(f"{FOLDER}/model-*.json"))[0]
-    facts = json.loads(record.read_text())
-    record.write_text(json.dumps({**facts, "versions": {**facts["versions"], "torch": "1.0"}, "peak_rss": 1 << 50}))
+    facts = read_record(record)
+    assert facts is not None
+    write_record(record, {**facts, "versions": {**facts["versions"], "torch": "1.0"}, "peak_rss": 1 << 50})
     result = sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
     assert result.resumed == 2
     assert f"up to 1 were pruned with torch 1.0, those after them with torch {torch.__version__}" in result.warnings[0]

@@ -30,7 +30,7 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.open import checkpoint_directory, load_tokenizer
 from sparsellm.devices import resolve_device
-from sparsellm.errors import DataError, NumericalError, RecipeError, SparseLLMError
+from sparsellm.errors import DataError, NumericalError, RecipeError
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
 from sparsellm.fingerprint import model_fingerprint, tokens_fingerprint
@@ -44,12 +44,13 @@ from sparsellm.refine.gradients import TOKENS, WORKSPACE, output_gradient_square
 from sparsellm.refine.sweep import SWEPT_COPIES, Pass, Sweep, check_sweepable, sweep
 from sparsellm.refine.sweep_state import SweepState, state_bytes
 from sparsellm.registry import Entry, Needs
+from sparsellm.storage.destination import check_destination, partial_of
 from sparsellm.storage.packed import is_packed, read_config
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.resume import FOLDER, has_kept, unfinished
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
-from sparsellm.storage.writer import CheckpointWriter, check_out, count_zeros, partial_of, shard_names
+from sparsellm.storage.writer import CheckpointWriter, count_zeros, shard_names
 from sparsellm.streams import PIECE_TOKENS, windows_in_batch
 from sparsellm.walk import FinishedBlock, selected_linears, walk
 
@@ -191,16 +192,15 @@ def prune(
     device = resolve_device(parallel.own_device(recipe.device))
     clock = PhaseClock()
     warnings: list[str] = []
-    out = Path(out) if out is not None else None
-    if out is not None:
-        _check_room(out, overwrite, 0)
+    check_room = partial(check_destination, out, overwrite=overwrite, restart=restart) if out is not None else None
+    out = Path(parallel.from_main(check_room)) if check_room is not None else None
     with clock.phase("open"):
         progress(Progress("open", 0, 1, "opening the model"))
         directory = None
         if not isinstance(model, PreTrainedModel):
             directory = parallel.main_first(lambda: checkpoint_directory(str(model)))
-        if directory is not None and out is not None and out.absolute() == directory.absolute():
-            raise SparseLLMError(f"--out {out} is the model itself; name another directory")
+        if directory is not None and check_room is not None:
+            parallel.from_main(partial(check_room, sources=[directory]))
         if directory is not None and out is None and is_packed(read_config(directory)):
             raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
         if tokenizer is None and directory is not None and not isinstance(calibration, Tensor):
@@ -214,8 +214,8 @@ def prune(
         if needs.passes:
             check_sweepable(chain)
         need_bytes = _checkpoint_bytes(chain) * (2 if needs.passes else 1)  # the walk's blocks stay until the end
-        if out is not None:
-            _check_room(out, overwrite, need_bytes)
+        if check_room is not None:
+            parallel.from_main(partial(check_room, need_bytes=need_bytes))
     with clock.phase("calibration"):
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
         windows = parallel.from_main(partial(_windows, chain, recipe, calibration, tokenizer, directory, progress))
@@ -401,7 +401,10 @@ def prune(
 
         def finish() -> None:
             if writer is not None:
-                _write_companions(writer, chain, directory, tokenizer)
+                left = _write_companions(writer, chain, directory, tokenizer)
+                result.warnings += [
+                    f"{name} of the model was not copied: it is a link out of {directory}" for name in left
+                ]
                 writer.write_text("recipe.yaml", recipe.to_yaml())
                 writer.write_json("pruning.json", result.to_dict())
                 writer.finish()
@@ -427,11 +430,6 @@ def _check_processes(method: Entry[Method], needs: Needs, samples: int) -> None:
             f"{samples} calibration windows cannot be divided among {size} processes; "
             f"ask for {size} samples or more, or start fewer processes"
         )
-
-
-def _check_room(out: Path, overwrite: bool, need_bytes: int) -> None:
-    """By the first process, which puts away what an earlier run has left."""
-    parallel.from_main(partial(check_out, out, overwrite=overwrite, need_bytes=need_bytes))
 
 
 def _in_main(make: Callable[[], CheckpointWriter]) -> CheckpointWriter | None:
@@ -607,7 +605,7 @@ def _other_versions(records: list[dict[str, Any]]) -> list[str]:
 
 def _conditions() -> dict[str, str]:
     """What the last bits of a block may depend on, and a run that goes on may have otherwise."""
-    return {**versions(), "processes": str(parallel.size())}
+    return {**versions(), "processes": str(parallel.size()), "threads": str(torch.get_num_threads())}
 
 
 def evaluate(
@@ -841,10 +839,10 @@ def _checkpoint_bytes(chain: Chain) -> int:
 
 def _write_companions(
     writer: CheckpointWriter, chain: Chain, directory: Path | None, tokenizer: PreTrainedTokenizerBase | None
-) -> None:
+) -> list[str]:
+    """Returns the names of files that were left behind."""
     if directory is not None:
-        writer.copy_companions(directory)
-        return
+        return writer.copy_companions(directory)
     chain.config.save_pretrained(writer.partial)
     generation = getattr(chain.model, "generation_config", None)
     if generation is not None:
@@ -852,6 +850,7 @@ def _write_companions(
     if tokenizer is not None:
         tokenizer.save_pretrained(writer.partial)
     writer.clean_config()
+    return []
 
 
 __all__ = [

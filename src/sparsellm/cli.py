@@ -322,13 +322,16 @@ def pack(
         str, typer.Option(help="keep (as each weight is stored, losing nothing), bf16, fp16, fp32, int8 or int4.")
     ] = "keep",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Store a pruned MODEL packed: the kept values and a bit for each weight; it stays packed in memory too."""
     from sparsellm import packing
 
     with _bar() as progress:
-        result = packing.pack(model, out=out, values=values, overwrite=overwrite, progress=progress)
+        result = packing.pack(model, out=out, values=values, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
         _print_json(result.to_dict())
         return
@@ -349,13 +352,16 @@ def unpack(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a packed checkpoint as an ordinary dense one."""
     from sparsellm import packing
 
     with _bar() as progress:
-        result = packing.unpack(directory, out=out, overwrite=overwrite, progress=progress)
+        result = packing.unpack(directory, out=out, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
         _print_json({"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes})
         return

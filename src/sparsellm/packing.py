@@ -13,10 +13,11 @@ from torch import Tensor
 
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import checkpoint_directory
-from sparsellm.errors import RecipeError, SparseLLMError, StorageError
+from sparsellm.errors import RecipeError, SparseLLMError
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.runtime.packed import pack as pack_weight
 from sparsellm.runtime.packed import resolve_value_type
+from sparsellm.storage.destination import check_destination
 from sparsellm.storage.packed import (
     MANIFEST,
     PackedEntry,
@@ -26,10 +27,10 @@ from sparsellm.storage.packed import (
     quantization_config,
     read_config,
 )
+from sparsellm.storage.resume import PACK, UNPACK
 from sparsellm.storage.shard import TensorSource
-from sparsellm.storage.writer import CheckpointWriter, check_out
+from sparsellm.storage.writer import CheckpointWriter
 
-_RUN = {"run": "pack"}  # quick enough to begin anew where it was cut short
 _REPORTS = ("pruning.json", "recipe.yaml")  # how the weights came to be zero stays true when they are packed
 
 
@@ -73,6 +74,7 @@ def pack(
     out: str | Path,
     values: str = "keep",
     overwrite: bool = False,
+    restart: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PackResult:
     """Writes a checkpoint with every linear of the blocks in its smallest form: dense, bitmask or N:M.
@@ -85,6 +87,7 @@ def pack(
         out: the directory of the packed checkpoint.
         values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``, ``int4``.
         overwrite: replace the checkpoint in ``out``.
+        restart: remove what an unfinished run of another kind left for ``out``; one of packing begins anew anyway.
         progress: is told how far the run is.
 
     Raises:
@@ -93,10 +96,9 @@ def pack(
         NumericalError: a weight does not fit into the value type.
     """
     resolve_value_type(values, torch.float32)
-    out = Path(out)
-    check_out(out, overwrite=overwrite, need_bytes=0)
+    check_destination(out, overwrite=overwrite, restart=restart, kind=PACK)
     directory = checkpoint_directory(str(model))
-    _not_itself(directory, out)
+    out = check_destination(out, sources=[directory], overwrite=overwrite, restart=restart, kind=PACK)
     if is_packed(read_config(directory)):
         raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
     chain = open_chain(directory, device=torch.device("cpu"))
@@ -104,7 +106,7 @@ def pack(
     # Whatever the values become, no linear takes more room than it does dense.
     size = chain.weights.reader.bytes
     with CheckpointWriter(
-        out, shards=len(chain) + 1, identity=_RUN, restart=True, overwrite=overwrite, need_bytes=size
+        out, shards=len(chain) + 1, identity={}, kind=PACK, restart=restart, overwrite=overwrite, need_bytes=size
     ) as writer:
         writer.write_shard(len(chain), chain.outer_tensors())
         result = PackResult(writer.out)
@@ -122,17 +124,26 @@ def pack(
 
 
 def unpack(
-    directory: str | Path, *, out: str | Path, overwrite: bool = False, progress: ProgressCallback = ignore
+    directory: str | Path,
+    *,
+    out: str | Path,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: ProgressCallback = ignore,
 ) -> PackResult:
     """Writes a packed checkpoint as an ordinary dense one: floating values exactly as they were packed.
+
+    Args:
+        directory: of the packed checkpoint.
+        out, overwrite, restart, progress: as of :func:`pack`.
 
     Raises:
         StorageError: the checkpoint is damaged, or ``out`` cannot be written.
         RecipeError: the checkpoint is not packed.
     """
-    out, source = Path(out), checkpoint_directory(str(directory))
-    check_out(out, overwrite=overwrite, need_bytes=0)
-    _not_itself(source, out)
+    check_destination(out, overwrite=overwrite, restart=restart, kind=UNPACK)
+    source = checkpoint_directory(str(directory))
+    out = check_destination(out, sources=[source], overwrite=overwrite, restart=restart, kind=UNPACK)
     config = read_config(source)
     if not is_packed(config):
         raise RecipeError(f"{source} is not packed; there is nothing to unpack")
@@ -141,7 +152,13 @@ def unpack(
     for name in reader:
         shards.setdefault(reader.file_of(name).name, []).append(name)
     with CheckpointWriter(
-        out, shards=len(shards), identity=_RUN, restart=True, overwrite=overwrite, need_bytes=reader.bytes
+        out,
+        shards=len(shards),
+        identity={},
+        kind=UNPACK,
+        restart=restart,
+        overwrite=overwrite,
+        need_bytes=reader.bytes,
     ) as writer:
         for index, names in enumerate(shards.values()):
             progress(Progress("unpack", index, len(shards)))
@@ -206,8 +223,3 @@ def _finish(
     result.checkpoint_bytes = sum(file.stat().st_size for file in writer.partial.glob("*.safetensors"))
     result.path = writer.finish()
     return result
-
-
-def _not_itself(source: Path, out: Path) -> None:
-    if source.absolute() == out.absolute():
-        raise StorageError(f"--out {out} is the model itself; name another directory")

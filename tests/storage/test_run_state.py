@@ -49,14 +49,14 @@ def test_the_same_run_goes_on_and_another_is_refused_by_what_differs(tmp_path: P
 
 def test_restart_forgets_all_that_was_there(tmp_path: Path) -> None:
     with_shard(tmp_path / "p").close()
-    (tmp_path / "p" / FOLDER / "replaced").mkdir()
+    (tmp_path / "p" / FOLDER / "sweep").mkdir()
     state = RunState(tmp_path / "p", {"model": "xyz"}, restart=True)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
         "p",
         f"p/{FOLDER}",
         f"p/{FOLDER}/{RUN}",
     }
-    assert json.loads((tmp_path / "p" / FOLDER / RUN).read_text()) == {"model": "xyz"}
+    assert json.loads((tmp_path / "p" / FOLDER / RUN).read_text())["identity"] == {"model": "xyz"}
     assert state.finished("s") is None
 
 
