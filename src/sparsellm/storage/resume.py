@@ -166,8 +166,8 @@ class RunState:
             raise StorageError(f"{self.partial} holds {some(foreign)}, which no run wrote; move it elsewhere")
         if (self.folder / JOURNAL).exists():
             raise StorageError(
-                f"{self.partial} is of a run into another directory that was cut short at its very end; give the command "
-                "of that run again"
+                f"{self.partial} is of a run into another directory that was cut short at its very end; give "
+                "the command of that run again"
             )
 
     def _check_same(self, left: Left, identity: dict[str, Any]) -> None:
