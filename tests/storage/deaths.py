@@ -66,7 +66,7 @@ def dying(at: int | None, exchanges: bool = True, signalled: bool = False) -> It
 
 
 def write_and_die(at: int, exchanges: bool, out: Path, value: float, model: Path, options: dict[str, Any]) -> None:
-    """:func:`tests.storage.small.write`, by a process of its own, which is killed at step ``at``; none if it has less."""
+    """:func:`tests.storage.small.write`, by a process of its own that is killed at step ``at``, if it comes so far."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.storage.deaths"])
     process = context.Process(target=_write, args=(at, exchanges, out, value, model, options))
@@ -77,5 +77,6 @@ def write_and_die(at: int, exchanges: bool, out: Path, value: float, model: Path
 
 def _write(at: int, exchanges: bool, out: Path, value: float, model: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None
     with dying(at, exchanges, signalled=True):
         write(out, value, model, **options)
