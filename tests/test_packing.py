@@ -22,8 +22,10 @@ import sparsellm
 from sparsellm.errors import ModelError, RecipeError, SparseLLMError, StorageError
 from sparsellm.patterns import NM
 from sparsellm.runtime.packed_linear import PackedLinear
+from sparsellm.storage.destination import partial_of
 from sparsellm.storage.packed import PackedReader, manifest, read_config
 from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.resume import RunState, unfinished
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
@@ -342,3 +344,24 @@ def test_an_interrupted_pack_leaves_no_directory(llama: Path, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         sparsellm.pack(llama, out=tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_an_unfinished_prune_stays_without_restart(llama: Path, packed: Path, tmp_path: Path) -> None:
+    RunState(partial_of(tmp_path / "p"), {"a": 1}).close()
+    for run, model in ((sparsellm.pack, llama), (sparsellm.unpack, packed)):
+        with pytest.raises(StorageError, match="unfinished prune"):
+            run(model, out=tmp_path / "p")
+        assert unfinished(partial_of(tmp_path / "p"))
+    assert sparsellm.pack(llama, out=tmp_path / "p", restart=True).path == tmp_path / "p"
+    assert not partial_of(tmp_path / "p").exists()
+
+
+def test_the_model_is_known_by_any_name(llama: Path, packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(llama)
+    for run, model in ((sparsellm.pack, llama), (sparsellm.unpack, packed)):
+        for out in (tmp_path / "link", llama.parent, model / "a", model.parent / "x" / ".." / model.name, ""):
+            if (run, out) != (sparsellm.unpack, tmp_path / "link"):
+                with pytest.raises(StorageError):
+                    run(model, out=out, overwrite=True, restart=True)
+    assert tensors(llama)
+    assert tensors(packed)

@@ -329,6 +329,30 @@ def test_other_libraries_are_said(source: Path, unfinished: Path) -> None:
     assert result.peak_rss == 1 << 50
 
 
+def test_another_number_of_threads_is_said(source: Path, unfinished: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        result = sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
+    finally:
+        torch.set_num_threads(threads)
+    assert result.resumed == 2
+    said = f"up to 2 were pruned with threads {threads}, those after them with threads {threads + 1}"
+    assert said in result.warnings[0]
+
+
+def test_a_damaged_record_of_a_block_means_that_it_is_pruned_again(
+    source: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    record = sorted(partial_of(unfinished).glob(f"{FOLDER}/model-*.json"))[1]
+    facts = json.loads(record.read_text())
+    del facts["linears"]
+    record.write_text(json.dumps(facts))
+    assert sparsellm.prune(source, Recipe(**RECIPE), out=unfinished).resumed == 1
+    sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "whole")
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
 DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {
     "sparsity": ({"sparsity": 0.5}, ["recipe.sparsity is 0.6 there and 0.5 here"]),
     "seed": ({"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration tokens"]),
