@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsellm import cli
 from sparsellm.errors import StorageError
 from sparsellm.storage import destination, files
 from sparsellm.storage.contents import LISTED
@@ -308,3 +309,19 @@ def test_a_snapshot_of_the_hub_is_copied_from_its_blobs(tmp_path: Path) -> None:
         assert writer.copy_companions(snapshot) == ["NOTICE"]
         assert (writer.partial / "LICENSE").read_text() == "licence"
         assert json.loads((writer.partial / "config.json").read_text()) == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize("command", [["prune", "x"], ["pack", "x"], ["unpack", "x"], ["demo"]], ids=lambda c: c[0])
+def test_an_unset_variable_is_not_the_current_directory(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--out "$UNSET" --overwrite`` in a directory that could be replaced; before the model is looked for."""
+    here = write(tmp_path / "here", 1, source(tmp_path / "model"))
+    monkeypatch.chdir(here)
+    flags = [] if command == ["demo"] else ["--overwrite"]
+    monkeypatch.setattr(sys, "argv", ["sparsellm", *command, "--out", "", *flags])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "--out" in capsys.readouterr().err
+    assert value_of(here) == 1

@@ -69,7 +69,8 @@ class CheckpointWriter:
         else:  # which checked it, and keeps others away
             self.out, kind, restart = follows.out, SWEEP, follows._restart
             check_room(self.out, need_bytes, partial_of(self.out, second=True))
-        self._follows, self._overwrite, self._restart = follows, overwrite, restart
+        self._restart: bool = restart
+        self._follows, self._overwrite = follows, overwrite
         self.partial = partial_of(self.out, second=second)
         self._names = shard_names(shards)
         self.state = RunState(self.partial, identity, kind=kind, restart=restart, resumable=kind == PRUNE)
