@@ -21,8 +21,8 @@ from sparsellm import Recipe
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.storage import shard
-from sparsellm.storage.resume import FOLDER
-from sparsellm.storage.writer import partial_of
+from sparsellm.storage.destination import partial_of
+from sparsellm.storage.resume import FOLDER, read_record, write_record
 from sparsellm.sweep import whole_model as sweep_module
 from tests import victim
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
@@ -320,12 +320,37 @@ def test_time_and_work_of_both_processes_count(source: Path, unfinished: Path) -
 
 def test_other_libraries_are_said(source: Path, unfinished: Path) -> None:
     record = sorted(partial_of(unfinished).glob(f"{FOLDER}/model-*.json"))[0]
-    facts = json.loads(record.read_text())
-    record.write_text(json.dumps({**facts, "versions": {**facts["versions"], "torch": "1.0"}, "peak_rss": 1 << 50}))
+    facts = read_record(record)
+    assert facts is not None
+    write_record(record, {**facts, "versions": {**facts["versions"], "torch": "1.0"}, "peak_rss": 1 << 50})
     result = sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
     assert result.resumed == 2
     assert f"up to 1 were pruned with torch 1.0, those after them with torch {torch.__version__}" in result.warnings[0]
     assert result.peak_rss == 1 << 50
+
+
+def test_another_number_of_threads_is_said(source: Path, unfinished: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        result = sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
+    finally:
+        torch.set_num_threads(threads)
+    assert result.resumed == 2
+    said = f"up to 2 were pruned with threads {threads}, those after them with threads {threads + 1}"
+    assert said in result.warnings[0]
+
+
+def test_a_damaged_record_of_a_block_means_that_it_is_pruned_again(
+    source: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    record = sorted(partial_of(unfinished).glob(f"{FOLDER}/model-*.json"))[1]
+    facts = json.loads(record.read_text())
+    del facts["linears"]
+    record.write_text(json.dumps(facts))
+    assert sparsellm.prune(source, Recipe(**RECIPE), out=unfinished).resumed == 1
+    sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "whole")
+    assert contents(unfinished) == contents(tmp_path / "whole")
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {

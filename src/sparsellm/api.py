@@ -58,7 +58,6 @@ def prune(
     recipe = recipe or Recipe()
     if isinstance(calibration, str):
         recipe, calibration = recipe.updated(calibration=calibration), None
-    out = Path(out) if out is not None else None
     request = Request(model, recipe, out, calibration, tokenizer, overwrite, restart, trust_remote_code)
     return Run(request, progress).execute()
 

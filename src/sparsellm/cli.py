@@ -442,6 +442,9 @@ def pack(
         ),
     ] = "keep",
     overwrite: OverwriteOption = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Store a pruned MODEL packed: the kept values and a bit for each weight; it stays packed in memory too."""
@@ -449,7 +452,7 @@ def pack(
     from sparsellm.runtime import convert
 
     with console.progress() as progress:
-        result = convert.pack(model, out=out, values=values, overwrite=overwrite, progress=progress)
+        result = convert.pack(model, out=out, values=values, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
         console.write_json(result.to_dict())
         return
@@ -461,6 +464,9 @@ def unpack(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.")],
     overwrite: OverwriteOption = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a packed checkpoint as an ordinary dense one."""
@@ -468,7 +474,7 @@ def unpack(
     from sparsellm.runtime import convert
 
     with console.progress() as progress:
-        result = convert.unpack(directory, out=out, overwrite=overwrite, progress=progress)
+        result = convert.unpack(directory, out=out, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
         console.write_json({"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes})
         return

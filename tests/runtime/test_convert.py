@@ -20,6 +20,8 @@ from sparsellm.errors import ModelError, RecipeError, StorageError
 from sparsellm.packed.checkpoint import read_config
 from sparsellm.patterns import NM
 from sparsellm.runtime.module import PackedLinear
+from sparsellm.storage.destination import partial_of
+from sparsellm.storage.resume import RunState, unfinished
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
@@ -214,3 +216,24 @@ def test_reports_of_the_pruning_are_copied_byte_for_byte(llama: Path, tmp_path: 
     again = sparsellm.unpack(packed, out=tmp_path / "again").path
     for directory in (packed, again):
         assert (directory / "pruning.json").read_bytes() == (source / "pruning.json").read_bytes()
+
+
+def test_an_unfinished_prune_stays_without_restart(llama: Path, packed: Path, tmp_path: Path) -> None:
+    RunState(partial_of(tmp_path / "p"), {"a": 1}).close()
+    for run, model in ((sparsellm.pack, llama), (sparsellm.unpack, packed)):
+        with pytest.raises(StorageError, match="unfinished prune"):
+            run(model, out=tmp_path / "p")
+        assert unfinished(partial_of(tmp_path / "p"))
+    assert sparsellm.pack(llama, out=tmp_path / "p", restart=True).path == tmp_path / "p"
+    assert not partial_of(tmp_path / "p").exists()
+
+
+def test_the_model_is_known_by_any_name(llama: Path, packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(llama)
+    for run, model in ((sparsellm.pack, llama), (sparsellm.unpack, packed)):
+        for out in (tmp_path / "link", llama.parent, model / "a", model.parent / "x" / ".." / model.name, ""):
+            if (run, out) != (sparsellm.unpack, tmp_path / "link"):
+                with pytest.raises(StorageError):
+                    run(model, out=out, overwrite=True, restart=True)
+    assert tensors(llama)
+    assert tensors(packed)

@@ -23,11 +23,12 @@ from sparsellm.allocation import Allocation
 from sparsellm.methods import LinearResult
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.run.result import versions
+from sparsellm.storage.destination import partial_of
 from sparsellm.storage.files import explained, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.resume import FOLDER, RunState, has_kept, sha256
 from sparsellm.storage.shard import TensorSource, write_shard
-from sparsellm.storage.writer import CheckpointWriter, partial_of, shard_names
+from sparsellm.storage.writer import CheckpointWriter, shard_names
 from sparsellm.sweep.whole_model import Parameters, Pass, Reached
 
 ALLOCATION, OUTPUT_COSTS, SWEEP = "allocation", "output-costs", "sweep"  # names of the records
@@ -370,7 +371,7 @@ class SavedSweep:
 
 def conditions() -> dict[str, str]:
     """What the last bits of a block may depend on, and a run that goes on may have otherwise."""
-    return {**versions(), "processes": str(parallel.size())}
+    return {**versions(), "processes": str(parallel.size()), "threads": str(torch.get_num_threads())}
 
 
 def other_conditions(records: list[BlockRecord]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched
 from sparsellm.chain.open import check_vocabulary, checkpoint_directory, load_tokenizer
 from sparsellm.chain.streams import check_forward, windows_in_batch
 from sparsellm.devices import resolve_device
-from sparsellm.errors import DataError, RecipeError, SparseLLMError
+from sparsellm.errors import DataError, RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.methods.base import Method
 from sparsellm.packed.checkpoint import is_packed, read_config
@@ -32,7 +32,8 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.registry import Entry, Needs
 from sparsellm.run.memory import checkpoint_bytes
-from sparsellm.storage.writer import check_out, count_zeros
+from sparsellm.storage.destination import check_destination
+from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.whole_model import check_sweepable
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
@@ -44,7 +45,7 @@ class Request:
 
     model: str | Path | PreTrainedModel
     recipe: Recipe
-    out: Path | None = None
+    out: str | Path | None = None
     calibration: Tensor | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     overwrite: bool = False
@@ -126,6 +127,7 @@ class Prepared:
 
     Attributes:
         request: the arguments.
+        out: the directory to write, absolute and without links; None for a model that is pruned in memory only.
         recipe: with the number and length of the calibration windows that there really are.
         choice: method and allocation.
         chain: the model.
@@ -137,6 +139,7 @@ class Prepared:
     """
 
     request: Request
+    out: Path | None
     recipe: Recipe
     choice: Choice
     chain: Chain
@@ -159,23 +162,22 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     Raises:
         SparseLLMError: anything that can be known to be wrong before the work.
     """
-    recipe, out = request.recipe, request.out
+    recipe, whole = request.recipe, request.out is None
     choice = Choice.of(recipe)
     choice.check_processes(recipe.samples if request.calibration is None else len(request.calibration))
-    if out is not None:
-        _check_room(request, 0)
+    _destination(request)
     with clock.phase("open"):
         progress(Progress("open", 0, 1, "opening the model"))
         directory = _directory(request)
         tokenizer = request.tokenizer
         if tokenizer is None and directory is not None and request.calibration is None:
             tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code)
-        chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=out is None)
+        chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=whole)
         choice = choice.on(plan(chain, recipe))
         if choice.needs.passes:
             check_sweepable(chain)
-        if out is not None:
-            _check_room(request, disk_bytes(chain, choice))
+        sources = [directory] if directory is not None else _loaded_from(request.model)
+        out = _destination(request, sources=sources, need_bytes=disk_bytes(chain, choice))
     with clock.phase("calibration"):
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
         windows = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress))
@@ -186,7 +188,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     choice.check_processes(len(windows))  # there may be fewer than were asked for
     beside = tokenizer if directory is None else None  # the files of a directory are copied
     warnings = unmatched_patterns(chain, recipe.exclude)
-    return Prepared(request, recipe, choice, chain, directory, in_memory, beside, windows, warnings)
+    return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, warnings)
 
 
 def open_model(
@@ -296,18 +298,24 @@ def _directory(request: Request) -> Path | None:
     if isinstance(request.model, PreTrainedModel):
         return None
     directory = parallel.main_first(lambda: checkpoint_directory(str(request.model)))
-    out = request.out
-    if out is not None and out.absolute() == directory.absolute():
-        raise SparseLLMError(f"--out {out} is the model itself; name another directory")
-    if out is None and is_packed(read_config(directory)):
+    _destination(request, sources=[directory])
+    if request.out is None and is_packed(read_config(directory)):
         raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
     return directory
 
 
-def _check_room(request: Request, need_bytes: int) -> None:
-    """By the first process, which puts away what an earlier run has left."""
-    assert request.out is not None
-    parallel.from_main(partial(check_out, request.out, overwrite=request.overwrite, need_bytes=need_bytes))
+def _destination(request: Request, *, sources: Sequence[Path] = (), need_bytes: int = 0) -> Path | None:
+    """Where the checkpoint will stand, as the first process sees it; refused before the work if it cannot."""
+    if request.out is None:
+        return None
+    check = partial(check_destination, request.out, overwrite=request.overwrite, restart=request.restart)
+    return Path(parallel.from_main(partial(check, sources=sources, need_bytes=need_bytes)))
+
+
+def _loaded_from(model: object) -> list[Path]:
+    """The directory that a model in memory was loaded from, which must not be replaced under it."""
+    name = getattr(model, "name_or_path", "")
+    return [Path(name)] if name and Path(name).is_dir() else []
 
 
 def _windows(

@@ -22,8 +22,9 @@ from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identit
 from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sweep_bytes
 from sparsellm.run.result import PruneResult
 from sparsellm.run.walk import walk
+from sparsellm.storage.destination import partial_of
 from sparsellm.storage.scratch import Scratch
-from sparsellm.storage.writer import count_zeros, partial_of
+from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.gradients import TOKENS
 from sparsellm.sweep.saliency import LossGradients, loss_gradients
 from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
@@ -72,8 +73,8 @@ class Run:
         self.windows, self.own_windows = prepared.windows, prepared.own_windows
         self.prepared = prepared
         self.warnings += prepared.warnings
-        request = self.request
-        self.journal = Journal(request.out, len(self.chain), restart=request.restart, overwrite=request.overwrite)
+        self.out, request = prepared.out, self.request
+        self.journal = Journal(self.out, len(self.chain), restart=request.restart, overwrite=request.overwrite)
 
     def plan(self) -> None:
         """Predicts the memory, divides it, and checks every weight of the model."""
@@ -107,8 +108,8 @@ class Run:
         self.peak_before = max((record.peak_rss for record in self.finished), default=0)
         self.warnings += other_conditions(self.finished)
         self.journal.write_outer(self.chain.outer_tensors)
-        out = self.request.out
-        self.scratch = Scratch(self.memory.hidden_in_memory, partial_of(out) if out is not None else None)
+        folder = partial_of(self.out) if self.out is not None else None
+        self.scratch = Scratch(self.memory.hidden_in_memory, folder)
         self.feed = Feed(self.chain, self.own_windows, self.recipe.batch_tokens, self.scratch, self.progress)
 
     def survey(self) -> None:
@@ -162,14 +163,13 @@ class Run:
 
     def save(self) -> PruneResult:
         """Writes what stands beside the weights, and gives the checkpoint its name."""
-        out = self.request.out
         with self.clock.phase("count"):
             written = self.journal.written
             dense = parallel.from_main(partial(left_dense, self.chain, self.recipe.exclude, self.linears, written))
         self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
         peak = max(heap.peak_rss(), self.peak_before)
         result = PruneResult(
-            None if out is None else out.absolute(),
+            self.out,
             self.prepared.in_memory,
             self.recipe,
             self.linears,
@@ -267,8 +267,12 @@ class Run:
         writer = self.journal.writer
         if writer is None:
             return
-        if self.prepared.directory is not None:
-            writer.copy_companions(self.prepared.directory)
+        directory = self.prepared.directory
+        if directory is not None:
+            links = writer.copy_companions(directory)
+            result.warnings += [
+                f"{name} of the model was not copied: it is a link out of {directory}" for name in links
+            ]
         else:
             self._save_beside(writer.partial)
             writer.clean_config()

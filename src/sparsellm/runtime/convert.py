@@ -29,11 +29,12 @@ from sparsellm.packed.codes import resolve_value_type
 from sparsellm.packed.layout import pack as pack_weight
 from sparsellm.packed.validation import PACK_AGAIN
 from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.storage.destination import check_destination
 from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.storage.resume import PACK, UNPACK
 from sparsellm.storage.shard import TensorSource
-from sparsellm.storage.writer import CheckpointWriter, check_out
+from sparsellm.storage.writer import CheckpointWriter, belongs_to
 
-_RUN = {"run": "pack"}  # quick enough to begin anew where it was cut short
 _REPORTS = ("pruning.json", "recipe.yaml")  # reports of the pruning, which hold for the packed model too
 
 
@@ -77,6 +78,7 @@ def pack(
     out: str | Path,
     values: str = "keep",
     overwrite: bool = False,
+    restart: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PackResult:
     """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
@@ -89,6 +91,7 @@ def pack(
         out: the directory of the packed checkpoint.
         values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``, ``int4``.
         overwrite: replace the checkpoint in ``out``.
+        restart: remove what an unfinished run of another kind left for ``out``; one of packing begins anew anyway.
         progress: is told how far the run is.
 
     Raises:
@@ -97,10 +100,9 @@ def pack(
         NumericalError: a weight does not fit into the value type.
     """
     resolve_value_type(values, torch.float32)
-    out = Path(out)
-    check_out(out, overwrite=overwrite, need_bytes=0)
+    check_destination(out, overwrite=overwrite, restart=restart, kind=PACK)
     directory = checkpoint_directory(str(model))
-    _not_itself(directory, out)
+    out = check_destination(out, sources=[directory], overwrite=overwrite, restart=restart, kind=PACK)
     if is_packed(read_config(directory)):
         raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
     chain = open_chain(directory, device=torch.device("cpu"))
@@ -108,24 +110,33 @@ def pack(
     # Whatever the values become, no linear takes more room than it does dense.
     size = chain.weights.reader.bytes
     with CheckpointWriter(
-        out, shards=len(chain) + 1, identity=_RUN, restart=True, overwrite=overwrite, need_bytes=size
+        out, shards=len(chain) + 1, identity={}, kind=PACK, restart=restart, overwrite=overwrite, need_bytes=size
     ) as writer:
         return _finish(writer, lambda: _write_packed(writer, chain, directory, values, progress))
 
 
 def unpack(
-    directory: str | Path, *, out: str | Path, overwrite: bool = False, progress: ProgressCallback = ignore
+    directory: str | Path,
+    *,
+    out: str | Path,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: ProgressCallback = ignore,
 ) -> PackResult:
     """Writes the dense checkpoint of a packed one; floating values are exact. If it fails, nothing is left behind.
+
+    Args:
+        directory: of the packed checkpoint.
+        out, overwrite, restart, progress: as of :func:`pack`.
 
     Raises:
         ModelError: the weights are not those of the model that ``config.json`` describes.
         StorageError: the checkpoint is damaged, or ``out`` cannot be written.
         RecipeError: the checkpoint is not packed.
     """
-    out, source = Path(out), checkpoint_directory(str(directory))
-    check_out(out, overwrite=overwrite, need_bytes=0)
-    _not_itself(source, out)
+    check_destination(out, overwrite=overwrite, restart=restart, kind=UNPACK)
+    source = checkpoint_directory(str(directory))
+    out = check_destination(out, sources=[source], overwrite=overwrite, restart=restart, kind=UNPACK)
     if not is_packed(read_config(source)):
         raise RecipeError(f"{source} is not packed; there is nothing to unpack")
     reader = _checked_reader(source)
@@ -133,7 +144,13 @@ def unpack(
     for name in reader:
         shards.setdefault(reader.file_of(name).name, []).append(name)
     with CheckpointWriter(
-        out, shards=len(shards), identity=_RUN, restart=True, overwrite=overwrite, need_bytes=reader.bytes
+        out,
+        shards=len(shards),
+        identity={},
+        kind=UNPACK,
+        restart=restart,
+        overwrite=overwrite,
+        need_bytes=reader.bytes,
     ) as writer:
         return _finish(writer, lambda: _write_dense(writer, reader, list(shards.values()), progress))
 
@@ -250,7 +267,7 @@ def _write_companions(writer: CheckpointWriter, source: Path) -> None:
     """Config, tokenizer and the reports of the pruning."""
     writer.copy_companions(source)
     for name in _REPORTS:
-        if (source / name).is_file():
+        if (source / name).is_file() and belongs_to(source, source / name):
             try:
                 content = (source / name).read_bytes()
             except OSError as error:
@@ -260,8 +277,3 @@ def _write_companions(writer: CheckpointWriter, source: Path) -> None:
 
 def _write(content: bytes, file: BinaryIO) -> None:
     write_all(file, content)
-
-
-def _not_itself(source: Path, out: Path) -> None:
-    if source.absolute() == out.absolute():
-        raise StorageError(f"--out {out} is the model itself; name another directory")
