@@ -17,8 +17,8 @@ from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import NumericalError, SparseLLMError, StorageError
 from sparsellm.run.fingerprint import model_fingerprint, weight_digests
+from sparsellm.storage.destination import partial_of
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.writer import partial_of
 from tests.models import save_tiny, tiny_llama
 
 IDS = torch.arange(96).view(4, 24)

@@ -13,7 +13,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import NumericalError
-from sparsellm.storage.writer import partial_of
+from sparsellm.storage.destination import partial_of
 from tests.models import save_tiny, tiny_llama
 from tests.sweep.helpers import halved
 
