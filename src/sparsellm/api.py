@@ -74,8 +74,7 @@ class PruneResult:
         command: the command line that ran.
         memory: what was predicted before the start, of the first process.
         resumed: blocks that an earlier process had finished.
-        allocation: how sparsities were chosen, where they are not uniform: ``name``, and what that allocation tells;
-            for ``auto`` the table of its trials.
+        allocation: how sparsities were chosen, where they are not uniform: ``name``, and what that allocation tells.
         sweeps: of the whole model at the end, if the method asks for them: divergence from the dense model after each.
         processes: that ran together.
     """
@@ -336,8 +335,7 @@ def prune(
             seed=recipe.seed,
             scratch=scratch,
             finished=finished,
-            dense_stream=needs.dense_stream,
-            pieces=needs.pieces,
+            dense_stream=needs.passes > 0,
             output_costs=costs,
             read_ahead=read_ahead,
         )
@@ -562,17 +560,13 @@ def _identity(
 ) -> dict[str, Any]:
     """All that the result depends on, defaults of the options too: another release may have others. Where hidden states
     are kept, and when blocks are read, is not part of it."""
-
-    def filled(entry: Entry[Any], options: dict[str, Any]) -> dict[str, Any]:
-        return {**{name: option.default for name, option in entry.options.items()}, **options}
-
     return {
         "format": 1,  # of what is recorded of a block
         "recipe": {
             **recipe.model_dump(exclude={"memory", "read_ahead"}),
-            "options": filled(*method),
+            "options": method[1],
             "allocation": allocation[0].name,
-            "allocation_options": filled(*allocation),
+            "allocation_options": allocation[1],
         },
         "model": model_fingerprint(chain),
         "calibration tokens": tokens_fingerprint(windows),

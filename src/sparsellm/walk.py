@@ -12,13 +12,13 @@ from torch import Tensor
 
 from sparsellm.chain import Chain, LinearView
 from sparsellm.methods import BlockTask, LinearResult
-from sparsellm.methods.base import DensePair, Method
+from sparsellm.methods.base import Method
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.shard import TensorSource
-from sparsellm.streams import PIECE_TOKENS, Stream
+from sparsellm.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ def walk(
     scratch: Scratch | None = None,
     finished: Sequence[FinishedBlock] = (),
     dense_stream: bool = False,
-    pieces: bool = False,
     output_costs: Mapping[str, Tensor] | None = None,
     read_ahead: bool = False,
 ) -> WalkResult:
@@ -82,7 +81,6 @@ def walk(
         scratch: where hidden states are kept; None for memory.
         finished: the first blocks, if an earlier process pruned them: they are only run.
         dense_stream: run the dense model beside the pruned one, from its own hidden states.
-        pieces: give the stream its batches in pieces as well.
         output_costs: what an error of each linear's outputs costs, for methods that ask for it.
         read_ahead: read each block in a thread while the one before it is in work.
     """
@@ -98,9 +96,7 @@ def walk(
     with clock.phase("embed"):
         chain.load_outer(head=False)
         chain.load_block(0)
-        stream = Stream(
-            chain, windows, batch_tokens=batch_tokens, scratch=scratch, pieces=PIECE_TOKENS if pieces else 0
-        )
+        stream = Stream(chain, windows, batch_tokens=batch_tokens, scratch=scratch)
         dense = stream.fork() if dense_stream else None
         chain.release_outer()
     for index in range(len(chain)):
@@ -122,16 +118,10 @@ def walk(
             task = BlockTask(index, linears, patterns, stream, report, clock, output_costs=output_costs or {})
             if dense is not None:
                 report("dense forward")
-                leaving = dense.store()
                 with clock.phase("prune/dense"):
-                    for batch in dense.run(index):
-                        leaving.append(batch)
-                task.dense = DensePair(dense.hidden, leaving)
+                    dense.advance(index)  # while the block is dense
             if linears:
                 method(task, **options)
-            if dense is not None:
-                dense.close()
-                dense.hidden = leaving
             chain.settle_block(index)
             pruned = task.finish()
         results += pruned

@@ -19,8 +19,7 @@ from sparsellm.registry import Needs
 
 
 def _needs(options: dict[str, Any]) -> Needs:
-    tokens = options.get("tokens", TOKENS)
-    return Needs(surveyed_tokens=tokens, gradient_tokens=tokens)
+    return Needs(surveyed_tokens=options["tokens"], gradient_tokens=options["tokens"])
 
 
 @ALLOCATIONS.register(

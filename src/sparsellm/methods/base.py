@@ -16,7 +16,6 @@ from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry
 from sparsellm.solvers import Solution
 from sparsellm.statistics import Gram, GramAccumulator
-from sparsellm.storage.scratch import TensorStore
 from sparsellm.storage.writer import count_zeros
 from sparsellm.streams import Stream
 
@@ -70,14 +69,6 @@ class LinearResult:
         )
 
 
-@dataclass(frozen=True)
-class DensePair:
-    """Hidden states of the dense model around one block, batches ``(batch, seq, hidden)``."""
-
-    entering: TensorStore
-    leaving: TensorStore
-
-
 @dataclass
 class BlockTask:
     """One block, loaded, with the hidden states that enter it. A method prunes its linears in place.
@@ -91,7 +82,6 @@ class BlockTask:
         clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
         results: one for each linear done.
         history: of linears that were found by iterations, one record each.
-        dense: the same windows on the dense model; only for methods that ask for two streams.
         output_costs: for methods that ask for them, ``E[g_i²]`` of every output of each linear, ``(out,)``: what an
             error there costs the loss, to second order.
     """
@@ -104,7 +94,6 @@ class BlockTask:
     clock: PhaseClock
     results: list[LinearResult] = field(default_factory=list)
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    dense: DensePair | None = None
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:

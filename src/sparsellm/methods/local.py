@@ -32,5 +32,6 @@ def local_method(entry: Entry[Solver]) -> Method:
 def from_solver(entry: Entry[Solver]) -> Entry[Method]:
     """A solver under its own name, options and paper, as a method."""
     return Entry(
-        entry.name, local_method(entry), entry.paper, entry.summary, entry.options, entry.workspace, distributed=True
-    )
+        entry.name, local_method(entry), entry.paper, entry.summary, entry.options, entry.workspace,
+        validate=entry.validate, distributed=True,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from sparsellm.chain.capture import watch
 from sparsellm.decomposition.paper import prune_as_published
 from sparsellm.errors import NumericalError
 from sparsellm.methods.base import METHODS, BlockTask
-from sparsellm.methods.sparsellm import feed_forward_of, find_units
+from sparsellm.methods.feed_forward import feed_forward_of, find_units
 from sparsellm.patterns import Pattern
 from sparsellm.solvers import SOLVERS, Solution
 
