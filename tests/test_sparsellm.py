@@ -116,21 +116,54 @@ def test_the_published_algorithm_runs_on_the_whole_model_and_shows_its_errors(fa
     recipe = Recipe(method="sparsellm-paper", sparsity=0.5, options={"epochs": 3})
     result = sparsellm.prune(model, recipe, calibration=windows(1))
     histories = [linear.history for linear in result.linears if linear.history]
-    assert [len(history) for history in histories] == [3] * model.config.num_hidden_layers
+    assert len(histories) == model.config.num_hidden_layers
+    for history in histories:
+        assert [record["chosen"] for record in history] == [False, False, True]
+        assert all(record["held_out_error"] is None for record in history)
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
-def test_the_published_algorithm_says_where_it_diverged() -> None:
+@pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["gated", "relu"])
+def test_one_epoch_of_the_published_algorithm_is_sparsegpt(family: Family) -> None:
+    paper, plain = family(), family()
+    one = sparsellm.prune(paper, Recipe(method="sparsellm-paper", options={"epochs": 1}), calibration=windows(1))
+    two = sparsellm.prune(plain, Recipe(method="sparsegpt"), calibration=windows(1))
+    assert [x.zeros for x in one.linears] == [x.zeros for x in two.linears]
+    for a, b in zip(paper.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a != 0, b != 0)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def diverging() -> PreTrainedModel:
+    """Its gradient steps on S overshoot in block 1, where the other branch is large."""
     model = tiny_llama()
-    with torch.no_grad():  # its gradient steps overshoot where the other branch is large
+    with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight *= 1e6
+    return model
+
+
+def test_the_published_algorithm_says_where_it_diverged(diverging: PreTrainedModel) -> None:
     recipe = Recipe(method="sparsellm-paper", sparsity=0.5, options={"epochs": 30})
-    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.down_proj: .*diverged in epoch \d+ .*0\.\d+"):
-        sparsellm.prune(model, recipe, calibration=windows(1))
+    said = r"layers\.1\.mlp\.down_proj: .*diverged in iteration \d+ .*0\.\d+.*options\.safeguard=true"
+    with pytest.raises(NumericalError, match=said):
+        sparsellm.prune(diverging, recipe, calibration=windows(1))
+
+
+def test_the_safeguard_keeps_the_best_epoch_of_each_unit(diverging: PreTrainedModel) -> None:
+    recipe = Recipe(method="sparsellm-paper", sparsity=0.5, options={"epochs": 5, "safeguard": True})
+    result = sparsellm.prune(diverging, recipe, calibration=windows(1))
+    for history in (linear.history for linear in result.linears if linear.history):
+        (chosen,) = (record for record in history if record["chosen"])
+        assert chosen["train_error"] == min(record["train_error"] for record in history)
+    worst = next(x.history for x in result.linears if x.name == "model.layers.1.mlp.down_proj")
+    assert worst[0]["chosen"]
+    assert worst[-1]["train_error"] > 100 * worst[0]["train_error"]
+    assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_published_algorithm_says_what_it_does_not_know() -> None:
-    with pytest.raises(ModelError, match="ReLU"):
+    with pytest.raises(ModelError, match=r"mlp\.c_proj: .*ReLU"):
         sparsellm.prune(tiny_gpt2(), Recipe(method="sparsellm-paper"), calibration=windows(1))
 
 

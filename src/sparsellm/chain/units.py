@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsellm.chain.activations import KNOWN, Activation
 from sparsellm.chain.capture import watch
 from sparsellm.chain.linears import LinearView
-from sparsellm.decomposition.activations import KNOWN, Activation
 
 TOLERANCE = 1e-2  # rounding of half precision; an activation that is not the right one is off by far more
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import RunOrder, skipping, watch
+from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
 from sparsellm.methods.base import METHODS, BlockTask
-from sparsellm.methods.feed_forward import find_units, prune_unit
+from sparsellm.methods.feed_forward import UNIT_STREAMS, find_units, prune_unit
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
 from sparsellm.methods.weighting import token_weights, weighted_solvers
 from sparsellm.registry import Needs, Workspace
@@ -45,6 +46,7 @@ def _needs(options: dict[str, Any]) -> Needs:
             inside,
             weights=inside.weights + weighted,  # the scaled rows beside the weight
             blocks=5.0 if passes else 0.0,  # the sweep's gradients and moments
+            streams=UNIT_STREAMS if options["iterations"] else 0,
         ),
     )
 
@@ -94,7 +96,7 @@ def sparsellm(
     for sublayer in sublayers:
         unit = next((unit for unit in units if _names(unit.linears()) == _names(sublayer.linears())), None)
         if unit is not None:
-            prune_unit(task, unit, weights, fitting.solvers, iterations)
+            prune_unit(task, unit, weights, fitting.solvers, Settings(iterations, damping=refit_damping))
         else:
             _prune_in_order(task, sublayer, fitting)
     _prune_rest(task, sublayers, fitting)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from sparsellm.decomposition.activations import KNOWN, as_activation, generic, identify
+from sparsellm.chain.activations import KNOWN, as_activation, generic, identify
 from sparsellm.decomposition.updates import update_gate_preactivation
 from sparsellm.errors import ModelError
 
