@@ -172,7 +172,7 @@ def test_tokens_and_variables_may_lie_in_files(tmp_path: Path) -> None:
         inputs.append(chunk.inputs)
         targets.append(chunk.targets)
     stored = LazyChunks.stored(inputs, targets)
-    files = prune_feed_forward(unit, stored[:2], stored[2:], by_input_norm, HALF, stores=scratch.store)
+    files = prune_feed_forward(unit, stored[:2], stored[2:], by_input_norm, HALF, scratch=scratch)
     assert inputs.bytes_on_disk == sum(chunk.inputs.nbytes for chunk in chunks)
     assert _same(memory.unit, files.unit)
     assert not list(tmp_path.iterdir())

@@ -11,10 +11,10 @@ iteration and the best iterate is the result: never worse than local pruning.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from sparsellm.patterns import Pattern
 from sparsellm.solvers import Solver
 from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Fit, Gram
+from sparsellm.storage.scratch import Scratch, TensorStore
 
 REFINE_STEPS = 30  # of conjugate gradients, where masks come from one problem and weights from another
 REFINE_DAMPING = 1e-3  # against directions that the tokens do not fill
@@ -128,23 +129,6 @@ class Result:
         return self.history[self.chosen].error
 
 
-class Store(Protocol):
-    """A list of tensors, in memory or in a file."""
-
-    def append(self, value: Tensor, /) -> None: ...
-    def __setitem__(self, index: int, value: Tensor, /) -> None: ...
-    def __getitem__(self, index: int, /) -> Tensor: ...
-    def __len__(self) -> int: ...
-
-
-Stores = Callable[[], AbstractContextManager[Store]]
-
-
-def in_memory() -> AbstractContextManager[Store]:
-    kept: list[Tensor] = []
-    return nullcontext(kept)  # type: ignore[arg-type]
-
-
 @torch.no_grad()
 def prune_feed_forward(
     dense: FeedForward,
@@ -153,7 +137,7 @@ def prune_feed_forward(
     solvers: Mapping[str, Solver],
     patterns: Mapping[str, Pattern],
     settings: Settings = Settings(),
-    stores: Stores = in_memory,
+    scratch: Scratch | None = None,
 ) -> Result:
     """Prunes up, gate (if any) and down of one unit so that its output stays near the targets.
 
@@ -164,7 +148,7 @@ def prune_feed_forward(
         solvers: ``(weight, gram, pattern) -> Solution`` by role (``up``, ``gate``, ``down``), options bound.
         patterns: by role.
         settings: how the loop runs.
-        stores: makes room for a variable of all tokens.
+        scratch: room for the variables of all tokens; None for memory.
 
     Raises:
         DataError: there are no training tokens.
@@ -175,7 +159,9 @@ def prune_feed_forward(
     history: list[Record] = []
     chosen: tuple[_Iterate, int] | None = None
     with ExitStack() as held:
-        run = _Run(dense, train, solvers, patterns, settings, lambda: held.enter_context(stores()))
+        room, device = scratch or Scratch(), dense.up.weight.device
+        variables = {role: held.enter_context(room.store(device)) for role in dense.first_half()}
+        run = _Run(dense, train, solvers, patterns, settings, variables)
         unit = dense
         for iteration in range(settings.iterations + 1):
             try:
@@ -198,7 +184,7 @@ def prune_feed_forward(
     best, number = chosen
     if len(held_out) and settings.safeguard:  # the chosen iterate again, on all tokens
         again = replace(settings, iterations=number, patience=number + 1, coefficients=run.prices)
-        whole = prune_feed_forward(dense, LazyChunks.joined(train, held_out), (), solvers, patterns, again, stores)
+        whole = prune_feed_forward(dense, LazyChunks.joined(train, held_out), (), solvers, patterns, again, scratch)
         return Result(whole.unit, whole.masks, number, history)
     return Result(best.unit, best.masks, number, history)
 
@@ -223,7 +209,7 @@ class _Iterate:
 
 
 class _Run:
-    """One unit, its tokens and what does not change over the iterations."""
+    """One unit, its tokens, and what an iteration leaves to the next beside the unit itself."""
 
     def __init__(
         self,
@@ -232,16 +218,15 @@ class _Run:
         solvers: Mapping[str, Solver],
         patterns: Mapping[str, Pattern],
         settings: Settings,
-        store: Callable[[], Store],
+        variables: dict[str, TensorStore],
     ) -> None:
         self.dense, self.train, self.settings = dense, train, settings
-        self.solvers, self.patterns = solvers, patterns
+        self.solvers, self.patterns, self.variables = solvers, patterns, variables  # a tensor for each chunk
         self.device = dense.up.weight.device
         first = train[0].to(self.device)
         self.prices = settings.coefficients or default_coefficients(dense, first.inputs, first.targets)
         self.energy = 0.0  # Σ ‖Y‖², token-weighted; known after iteration 0
         self.grams: dict[str, Gram] = {}  # of the inputs X, by role; known after iteration 0
-        self.variables = {role: store() for role in dense.first_half()}  # a tensor for each chunk
 
     def iterate(self, unit: FeedForward, iteration: int) -> _Iterate:
         """One iteration: the variables, then the first half, then ``down``. In iteration 0 the variables are what the
@@ -298,8 +283,8 @@ class _Run:
             else:
                 self.energy += squares(chunk.targets, chunk.token_weights)
             for role, accumulator in accumulators.items():
-                pair = (a, chunk.targets) if role == "down" else (chunk.inputs, getattr(variables, role))
-                accumulator.update(*pair, chunk.token_weights)
+                x, target = (a, chunk.targets) if role == "down" else (chunk.inputs, getattr(variables, role))
+                accumulator.update(x, target, chunk.token_weights)
         moments = {role: accumulator.finish() for role, accumulator in accumulators.items()}
         self.grams = {role: moments[role].gram for role in unit.first_half()}
         return moments, terms
@@ -308,7 +293,7 @@ class _Run:
         """Where the variables of a chunk are now: at first, what the dense weights make."""
         if index >= len(self.variables["up"]):
             return self.dense.products(chunk.inputs)
-        kept = {role: store[index].to(self.device) for role, store in self.variables.items()}
+        kept = {role: store[index] for role, store in self.variables.items()}
         return Variables(kept["up"], kept.get("gate"))
 
     def _keep(self, index: int, variables: Variables, iteration: int) -> None:

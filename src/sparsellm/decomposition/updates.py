@@ -17,6 +17,7 @@ The published code takes gradient steps on S and, in OPT, on W₂; they stand he
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -325,9 +326,9 @@ class MomentsAccumulator:
         self._grams = GramAccumulator(inputs, device) if gram is None else None
         self._crosses = CrossAccumulator(outputs, inputs, device)
         self._shift: tuple[Tensor, Tensor] | None = None
-        wide = {"dtype": torch.float64, "device": device}
-        self._sums = [torch.zeros(n, **wide) for n in (inputs, outputs)]
-        self._exact = (torch.zeros(inputs, inputs, **wide), torch.zeros(outputs, inputs, **wide)) if exact else None
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self._sums = [zeros(n) for n in (inputs, outputs)]
+        self._exact = (zeros(inputs, inputs), zeros(outputs, inputs)) if exact else None
         self._square = 0.0
         self._total = 0.0
 

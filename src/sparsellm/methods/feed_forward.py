@@ -84,7 +84,7 @@ def alternate(
         {role: solvers[linear.name] for role, linear in roles.items()},
         {role: task.patterns[linear.name] for role, linear in roles.items()},
         settings,
-        task.stream.store,
+        task.stream.scratch,
     )
     for role, pruned in result.unit.linears().items():
         linear = roles[role]
