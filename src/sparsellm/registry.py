@@ -63,7 +63,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a registered function holds in memory at its worst, beside the block it works on.
+    """The most memory that a registered function holds at a time, beside the block it works on.
 
     Attributes:
         weights: fp32 copies of the weight that is solved.
@@ -71,7 +71,7 @@ class Workspace:
         remembered: factorisations that it keeps for other linears with the same inputs; they are bounded, see
             :meth:`sparsellm.statistics.Gram.remember`.
         blocks: fp32 copies of the whole block, such as gradients and moments of an optimiser.
-        streams: batches of hidden states as many as the calibration has, such as targets.
+        streams: copies of the hidden states of all calibration tokens, such as targets.
     """
 
     weights: float = 8.0
@@ -81,23 +81,23 @@ class Workspace:
     streams: int = 0
 
     def beside(self, other: Workspace) -> Workspace:
-        """What covers either of two that run one after the other."""
+        """Elementwise maximum of two workspaces that never coexist."""
         return Workspace(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method or an allocation asks for beside the walk over the blocks.
+    """What a method or an allocation needs of a run, beside the walk over the blocks.
 
     Attributes:
         passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
-        learning_rate: of those sweeps; None for what they choose.
+        learning_rate: of those sweeps; None to set it by the divergence at their start.
         output_costs: what an error of each linear's outputs costs the dense model's loss, from a sweep of its gradient;
             not asked for in N:M, where outputs do not compete.
-        surveyed_tokens: calibration tokens that an allocation looks at, in whole windows; None for all.
-        gradient_tokens: of those, the ones that it wants gradients of.
-        one_process: the option, as it was given, that no more than one process can serve; "" if there is none.
-        workspace: of what runs inside by these options, such as a solver, beside the method's own.
+        surveyed_tokens: calibration tokens that an allocation reads, in whole windows; None for all.
+        gradient_tokens: the first so many of those, for which it needs gradients.
+        one_process: the name of an option in use that works in one process only; "" if there is none.
+        workspace: of what the options choose to run inside, such as a solver.
     """
 
     passes: int = 0

@@ -1,4 +1,4 @@
-"""The block as a method sees it, and what a method says of each linear that it pruned."""
+"""A block as it is given to a method, and the results of its linears."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sparsellm.statistics import Gram, GramAccumulator
 from sparsellm.storage.writer import count_zeros
 from sparsellm.streams import Stream
 
-# A copy of a weight this large never lies in glibc's heap (its threshold for pages of its own is 32 MiB at most), so
-# what smaller pieces leave there is of no use to it: 0.1 GB in a block of 7B. Below, holes are used again, and to give
-# them back after every solve took a third of the solver's time on the demo model.
+# glibc maps pages of their own for tensors above 32 MiB. Weights that large cannot use the holes that smaller tensors
+# leave in the heap (0.1 GB in a block of a 7B), so the heap is trimmed after each. Smaller weights do use them, and
+# trimming after every solve took a third of the solver's time on the demo model.
 OWN_PAGES = 32 << 20
 
 
 @dataclass(frozen=True)
 class LinearResult:
-    """What became of one linear.
+    """The result of one linear.
 
     Attributes:
         name: the module's name in the model.
@@ -35,7 +35,7 @@ class LinearResult:
         zeros: zeros in the weight as it is stored.
         asked: the fraction of zeros asked for.
         error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
-        notes: what the user should know, such as a damping that had to be raised.
+        notes: messages to the user, such as a damping that had to be raised.
         history: one record for each iteration, for methods that iterate.
     """
 
@@ -57,7 +57,7 @@ class LinearResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LinearResult:
-        """What :meth:`to_dict` gave, after JSON."""
+        """The inverse of :meth:`to_dict`, also after JSON."""
         known = {each.name: values[each.name] for each in fields(cls)}
         return cls(
             **{
@@ -78,12 +78,12 @@ class BlockTask:
         linears: the linears to prune.
         patterns: the pattern of each, by name.
         stream: the hidden states on the pruned model.
-        report: called with a short text when the method goes on to its next step.
+        report: called with a short text at each step of the method.
         clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
         results: one for each linear done.
-        history: of linears that were found by iterations, one record each.
-        output_costs: for methods that ask for them, ``E[g_i²]`` of every output of each linear, ``(out,)``: what an
-            error there costs the loss, to second order.
+        history: by name, one record for each iteration of linears that were pruned iteratively.
+        output_costs: for methods that need them, ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an
+            error there to the loss, to second order.
     """
 
     index: int
@@ -97,23 +97,22 @@ class BlockTask:
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Runs the block on every batch, for what hooks see of it."""
+        """Runs the block on every batch, for the hooks on its linears."""
         for _ in self.stream.run(self.index):
             pass
 
     def statistics(
         self, linears: list[LinearView] | None = None, token_weights: list[Tensor] | None = None
     ) -> list[tuple[list[LinearView], Gram]]:
-        """The linears that share an input, and its Gram matrix over the tokens of all processes, from one pass of the
-        block as it stands.
+        """Groups of linears that share an input, each with the Gram matrix of that input over the tokens of all
+        processes, from one pass of the block as it stands.
 
-        A linear that the calibration tokens never reach (an expert nobody is routed to) is left out; see
-        :meth:`finish`.
+        A linear that no calibration token reaches, such as an unused expert, is left out; see :meth:`finish`.
 
         Args:
             linears: which; all that are to be pruned if None.
-            token_weights: ``(batch, seq)`` for each batch. Tokens that were routed to a linear cannot be told from
-                each other: there all count alike.
+            token_weights: ``(batch, seq)`` for each batch. Not used for linears that see only the tokens routed to
+                them, since their tokens cannot be identified.
         """
         linears = self.linears if linears is None else linears
         device, everything = self.stream.chain.device, self.stream.chain.linears(self.index)
@@ -144,7 +143,7 @@ class BlockTask:
         return [(group, accumulators.pop(group[0].name).finish()) for group in groups]
 
     def accept(self, linear: LinearView, solution: Solution) -> LinearResult:
-        """Puts a solution in place and records it; a later solution of the same linear replaces the record."""
+        """Puts a solution in place and returns its record, which replaces an earlier one of the same linear."""
         linear.assign(solution.weight)
         self.results = [result for result in self.results if result.name != linear.name]
         result = LinearResult(
@@ -161,7 +160,7 @@ class BlockTask:
         return result
 
     def finish(self) -> list[LinearResult]:
-        """The results, with those linears that the method never saw, which stay dense and say so."""
+        """The results of all linears; those that no token reached stay dense, with a note."""
         done = {result.name for result in self.results}
         for linear in self.linears:
             if linear.name not in done:
@@ -170,7 +169,7 @@ class BlockTask:
                 notes = ("left dense: no calibration token reached it",) if asked else ()
                 zeros = count_zeros(linear.parameter)
                 self.results.append(LinearResult(linear.name, shape, zeros, asked, 0.0, notes))
-        weights = {linear.name: linear.parameter for linear in self.linears}  # counted anew: what rounds to zero is one
+        weights = {linear.name: linear.parameter for linear in self.linears}  # with those that rounded to zero
         return [
             replace(result, zeros=count_zeros(weights[result.name]), history=tuple(self.history.get(result.name, ())))
             for result in self.results
@@ -178,6 +177,6 @@ class BlockTask:
 
 
 Method = Callable[..., None]
-"""``method(task, **options)`` prunes the linears of one block in place, and leaves results in ``task.results``."""
+"""``method(task, **options)`` prunes the linears of one block in place and adds to ``task.results``."""
 
 METHODS: Registry[Method] = Registry("method")
