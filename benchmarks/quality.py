@@ -40,17 +40,12 @@ ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("the same, every token counts alike", "sparsellm", (*UNIFORM, "options.refit=false", "options.norm_weighting=0")),
     ("refit of the writers", "sparsellm", UNIFORM),
     ("refit, with sparsegpt inside", "sparsellm", (*UNIFORM, "options.solver=sparsegpt")),
-    ("refit, targets 0.2 of the dense stream's", "sparsellm", (*UNIFORM, "options.blend=0.2")),
-    ("refit, residual target 0.3", "sparsellm", (*UNIFORM, "options.residual=0.3")),
     *((f"refit, outputs compete by E[g²]{power}", "sparsellm",
        ("options.effort=0", "allocation=uniform", f"options.output_metric={metric}"))
       for power, metric in (("^½", 0.5), ("", 1.0))),
     *((f"refit, variables, {n} iterations", "sparsellm", (*UNIFORM, f"options.iterations={n}")) for n in (1, 2, 4, 8)),
-    *((f"refit, variables of values, {n} iterations", "sparsellm", (*UNIFORM, f"options.value_iterations={n}"))
-      for n in (1, 2)),
-    ("refit, reconstruction of each block, 64 steps", "sparsellm", (*UNIFORM, "options.steps=64")),
     *((f"refit, allocation {name}", "sparsellm", ("options.effort=0", f"allocation={name}", ALIKE))
-      for name in ("atp", "owl", "dlp", "auto", "threshold")),
+      for name in ("atp", "owl", "dlp", "threshold")),
     ("effort 0: threshold, and outputs compete by E[g²]^½", "sparsellm", ("options.effort=0",)),
     ("the same, without the refit", "sparsellm", ("options.effort=0", "options.refit=false")),
     ("the same, with sparsegpt inside", "sparsellm", ("options.effort=0", "options.solver=sparsegpt")),
@@ -59,7 +54,12 @@ ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("effort 2: three sweeps", "sparsellm", ("options.effort=2",)),
     ("effort 3: eight sweeps", "sparsellm", ("options.effort=3",)),
     ("effort 1 with sparsegpt inside", "sparsellm", ("options.effort=1", "options.solver=sparsegpt")),
-    ("sparsellm-paper: the published algorithm", "sparsellm-paper", ()),
+    ("sparsellm-paper: the authors' released code", "sparsellm-paper", ()),
+    ("sparsellm-paper, safeguard", "sparsellm-paper", ("options.safeguard=true",)),
+    ("sparsellm-paper, an older state of the code", "sparsellm-paper",
+     ("options.epochs=10", "options.output_update=pseudo-inverse")),
+    ("sparsellm-paper, an older state of the code, safeguard", "sparsellm-paper",
+     ("options.epochs=10", "options.output_update=pseudo-inverse", "options.safeguard=true")),
 )  # fmt: skip
 
 

@@ -18,13 +18,15 @@ from sparsellm.methods import METHODS
 from sparsellm.methods import sparsellm as module
 from sparsellm.methods.base import BlockTask
 from sparsellm.registry import Needs
+from sparsellm.run.prepare import Request
+from sparsellm.run.run import Run
 from sparsellm.statistics import CrossAccumulator
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
-from tests.sweep.helpers import ids_of, tiny_mistral, tiny_post_norm_opt
+from tests.sweep.helpers import ids_of, tiny_mistral
 
 IDS = ids_of(6)
 BATCH = 48  # tokens: two windows
-EVERYTHING = {"blend": 0.5, "residual": 0.5, "refine_blend": 0.5, "steps": 3, "passes": 2, "iterations": 1}
+EVERYTHING = {"passes": 2, "iterations": 1, "norm_weighting": 0, "output_metric": 1.0}
 
 
 def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -42,32 +44,32 @@ def test_nothing_changes_where_nothing_is_pruned(family: Callable[..., Any], opt
 
 
 @pytest.fixture
-def both_streams() -> Iterator[list[Tensor]]:
-    """A method that prunes nothing and looks at both streams; what leaves each block of the dense one."""
-    seen: list[Tensor] = []
+def idle() -> Iterator[str]:
+    """A method that looks at nothing and asks for the dense stream."""
 
     def method(task: BlockTask) -> None:
-        """Compares the dense stream with the pruned one."""
-        assert task.dense is not None
-        for position, leaving in enumerate(task.stream.run(task.index)):
-            assert torch.equal(task.dense.entering[position], task.stream.hidden[position])
-            assert torch.equal(task.dense.leaving[position], leaving)
-        seen.append(torch.cat(list(task.dense.leaving)))
+        """Nothing."""
 
-    METHODS.register("both-streams", paper="none", needs=lambda options: Needs(dense_stream=True))(method)
-    yield seen
-    del METHODS._entries["both-streams"]
+    METHODS.register("idle", paper="none", needs=lambda options: Needs(passes=1))(method)
+    yield "idle"
+    del METHODS._entries["idle"]
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt, tiny_mistral], ids=lambda family: family.__name__)
-def test_two_streams_coincide_until_something_is_pruned(family: Callable[..., Any], both_streams: list[Tensor]) -> None:
-    recipe = Recipe(method="both-streams", sparsity=0.5, batch_tokens=BATCH)
-    sparsellm.prune(family(), recipe, calibration=IDS)
+def test_the_dense_stream_is_that_of_the_dense_model(family: Callable[..., Any], idle: str) -> None:
+    run = Run(Request(family(), Recipe(method=idle, sparsity=0.5, batch_tokens=BATCH), calibration=IDS))
+    run.open()
+    run.plan()
+    run.resume()
+    run.survey()
+    run.walk()
+    assert run.dense is not None
+    chain = run.chain
+    assert not same(chain.model, family())  # it is pruned by now
+    found = torch.cat([chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(run.dense.hidden)])
     with torch.no_grad():
-        wanted = family()(IDS, output_hidden_states=True, use_cache=False).hidden_states
-    assert len(both_streams) == len(wanted) - 1
-    for found, plain in zip(both_streams[:-1], wanted[1:-1], strict=True):  # the last one plain has passed the norm
-        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+        wanted = family()(IDS, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- targets
@@ -100,17 +102,14 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("blend", "residual"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.7), (0.3, 0.7)])
-def test_targets_of_writers_against_hooks_on_plain_models(
-    name: str, blend: float, residual: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fit of each writer in block 1 was given, from a model as it was when that sublayer's turn came."""
     family, blocks, first, last = FAMILIES[name]
-    block, writers = f"{blocks}.1", [f"{blocks}.1.{first}", f"{blocks}.1.{last}"]
-    dense, model = family(), family()
+    writers = [f"{blocks}.1.{first}", f"{blocks}.1.{last}"]
+    model = family()
     targets: list[list[Tensor]] = []
     states: list[PreTrainedModel] = []
-    moments = module._moments
+    gram = module._gram
 
     class Watched(CrossAccumulator):
         def __init__(self, *args: Any) -> None:
@@ -121,38 +120,21 @@ def test_targets_of_writers_against_hooks_on_plain_models(
             targets[-1].append(target.view(-1, IDS.shape[1], target.shape[-1]).clone())
             super().update(target, x, token_weights)
 
-    def see(task: BlockTask, *args: Any, recorded: Any, **kwargs: Any) -> Any:
+    def see(*args: Any, recorded: Any) -> Any:
         if recorded is not None:
             states.append(copy.deepcopy(model))
-        return moments(task, *args, recorded=recorded, **kwargs)
+        return gram(*args, recorded=recorded)
 
     monkeypatch.setattr(module, "CrossAccumulator", Watched)
-    monkeypatch.setattr(module, "_moments", see)
-    options = {"effort": 0, "blend": blend, "residual": residual}
-    sparsellm.prune(
-        model, Recipe(method="sparsellm", sparsity=0.6, options=options, batch_tokens=BATCH), calibration=IDS
-    )
+    monkeypatch.setattr(module, "_gram", see)
+    recipe = Recipe(method="sparsellm", sparsity=0.6, options={"effort": 0}, batch_tokens=BATCH)
+    sparsellm.prune(model, recipe, calibration=IDS)
     at = 2  # sublayers of block 0 come first
-    truth = seen_in(dense, [block, *writers])
-    start = seen_in(states[at], [block, *writers])  # block 1 is dense, block 0 is pruned
-    streams = {  # what each writer adds to, in the dense model and on the pruned stream
-        writers[0]: (truth[block][0], start[block][0]),
-        writers[1]: (truth[block][1] - truth[writers[1]][1], start[block][1] - start[writers[1]][1]),
-    }
     for number, writer in enumerate(writers):
         own = seen_in(states[at + number], [writer])[writer][1]
         bias = model.get_submodule(writer).bias
-        wanted = (1 - blend) * own + blend * truth[writer][1] + residual * (streams[writer][0] - streams[writer][1])
-        wanted = wanted if bias is None else wanted - bias.detach()
+        wanted = own if bias is None else own - bias.detach()
         torch.testing.assert_close(torch.cat(targets[at + number]), wanted, rtol=1e-3, atol=1e-4)
-
-
-def test_the_residual_is_refused_where_a_block_is_no_sum() -> None:
-    recipe = Recipe(method="sparsellm", sparsity=0.6, options={"effort": 0, "residual": 0.5})
-    with pytest.raises(ModelError, match=r"layers\.0 is not its input plus .*residual=0"):
-        sparsellm.prune(tiny_post_norm_opt(), recipe, calibration=IDS)
-    blended = recipe.updated(options={"effort": 0, "blend": 0.5})
-    assert sparsellm.prune(tiny_post_norm_opt(), blended, calibration=IDS).sparsity == pytest.approx(0.6, abs=1e-3)
 
 
 # ---------------------------------------------------------------- what is left out
@@ -173,7 +155,7 @@ def test_one_group_without_auxiliary_variables_is_the_local_solver(left_in: list
     }
     one = tiny_llama()
     sparsellm.prune(one, Recipe(method=solver, **settings), calibration=IDS)
-    for options in ({"refit": False}, {"blend": 0.5, "residual": 0.5}):  # a writer alone is fitted to nothing
+    for options in ({"refit": False}, {}):  # a writer alone is fitted to nothing
         other = tiny_llama()
         recipe = Recipe(
             method="sparsellm",
@@ -194,7 +176,7 @@ def test_a_group_of_several_is_never_taken_for_a_writer() -> None:
     assert same(fitted, plain)
 
 
-@pytest.mark.parametrize("name", ["steps", "passes", "iterations", "blend", "residual"])
+@pytest.mark.parametrize("name", ["effort", "passes", "iterations", "refit_damping", "output_metric"])
 def test_negative_options_are_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=f"option {name} of sparsellm is -1"):
         METHODS["sparsellm"].check({name: -1})
@@ -204,6 +186,11 @@ def test_an_unknown_solver_is_refused_before_the_work(monkeypatch: pytest.Monkey
     monkeypatch.setattr("sparsellm.run.run.walk", None)
     with pytest.raises(RecipeError, match="unknown solver 'adm'; did you mean"):
         sparsellm.prune(tiny_opt(), Recipe(method="sparsellm", options={"solver": "adm"}), calibration=IDS)
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"options.iterations .* leave options.refit at true"):
+        METHODS["sparsellm"].check({"iterations": 2, "refit": False})
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=lambda family: family.__name__)

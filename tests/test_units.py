@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sparsellm.chain import open_chain
 from sparsellm.chain.streams import Stream
-from sparsellm.chain.units import FeedForwardUnit, find_feed_forward, find_value_output
+from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
 
@@ -36,23 +36,3 @@ def test_the_unit_and_its_activation_are_found(family: Any, changes: Any, names:
     found = tuple(x.name.rpartition(".")[2] if x is not None else None for x in (unit.up, unit.gate, unit.down))
     assert found == names
     assert unit.activation.name == activation
-
-
-@pytest.mark.parametrize(
-    ("family", "writers"),
-    [
-        (tiny_llama, {"o_proj": "v_proj", "down_proj": None}),
-        (tiny_opt, {"out_proj": "v_proj", "fc2": None}),
-        (tiny_gpt2, {"attn.c_proj": None, "mlp.c_proj": None}),  # queries, keys and values are one linear there
-    ],
-    ids=["llama", "opt", "gpt2"],
-)
-def test_values_are_known_by_mixing_tokens_linearly(family: Any, writers: dict[str, str | None]) -> None:
-    ids = torch.randint(VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(1))
-    chain = open_chain(family(), device=torch.device("cpu"))
-    stream = Stream(chain, ids, batch_tokens=20)
-    linears = chain.linears(0)
-    for name, value in writers.items():
-        output = next(linear for linear in linears if linear.name.endswith(name))
-        pair = find_value_output([x for x in linears if x is not output], output, lambda: stream.run_batch(0, 0))
-        assert (pair.value.name.rpartition(".")[2] if pair is not None else None) == value

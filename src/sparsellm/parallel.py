@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 # A process that dies is noticed at once; this is for one that hangs, and longer than any may wait for another: while
-# the main process writes the calibration text, or tries allocations, alone.
+# the main process writes the calibration text, or computes an allocation, alone.
 TIMEOUT = timedelta(hours=12)
 LAST_WORDS = 10.0  # seconds; the others find out at once, but on a busy machine they take a while to end
 CHUNK_ELEMENTS = 1 << 24  # converted to fp64 at a time: 128 MiB

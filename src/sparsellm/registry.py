@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any, Generic, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sparsellm.errors import RecipeError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+FINITE = ConfigDict(allow_inf_nan=False)  # of numbers in options: JSON has no others
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,35 @@ class Option:
             return str(bare).replace("typing.", "")
         return getattr(bare, "__name__", str(bare))
 
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    def checked(self, owner: str, values: dict[str, Any]) -> Any:
+        """The value given for this option, coerced to its type, or its default.
+
+        Args:
+            owner: the name of the registered function, for errors.
+            values: all options that were given.
+
+        Raises:
+            RecipeError: the value is of the wrong type or out of range, or is missing and there is no default.
+        """
+        if self.name not in values:
+            if self.required:
+                raise RecipeError(f"{owner} needs option {self.name}: {self.description or self.type_name}")
+            return self.default
+        value = values[self.name]
+        try:
+            return TypeAdapter(self.type, config=FINITE).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise RecipeError(f"option {self.name} of {owner} is {value!r}: {reason}") from None
+
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a registered function holds in memory at its worst, beside the block it works on.
+    """The most memory that a registered function holds at a time, beside the block it works on.
 
     Attributes:
         weights: fp32 copies of the weight that is solved.
@@ -43,7 +71,7 @@ class Workspace:
         remembered: factorisations that it keeps for other linears with the same inputs; they are bounded, see
             :meth:`sparsellm.statistics.Gram.remember`.
         blocks: fp32 copies of the whole block, such as gradients and moments of an optimiser.
-        streams: batches of hidden states as many as the calibration has, such as targets.
+        streams: copies of the hidden states of all calibration tokens, such as targets.
     """
 
     weights: float = 8.0
@@ -53,30 +81,26 @@ class Workspace:
     streams: int = 0
 
     def beside(self, other: Workspace) -> Workspace:
-        """What covers either of two that run one after the other."""
+        """Elementwise maximum of two workspaces that never coexist."""
         return Workspace(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method or an allocation asks for beside the walk over the blocks.
+    """What a method or an allocation needs of a run, beside the walk over the blocks.
 
     Attributes:
-        dense_stream: the dense model's own hidden states beside the pruned model's.
-        pieces: the stream's batches also in the smaller parts that an optimiser steps on.
         passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
-        learning_rate: of those sweeps; None for what they choose.
+        learning_rate: of those sweeps; None to set it by the divergence at their start.
         output_costs: what an error of each linear's outputs costs the dense model's loss, from a sweep of its gradient;
             not asked for in N:M, where outputs do not compete.
-        surveyed_tokens: calibration tokens that an allocation looks at, in whole windows; None for all.
-        gradient_tokens: of those, the ones that it wants gradients of.
+        surveyed_tokens: calibration tokens that an allocation reads, in whole windows; None for all.
+        gradient_tokens: the first so many of those, for which it needs gradients.
         token_states: hidden states ``(windows, seq, width)``, because it picks windows or tokens out of them.
-        one_process: the option, as it was given, that no more than one process can serve; "" if there is none.
-        workspace: of what runs inside by these options, such as a solver, beside the method's own.
+        one_process: the name of an option in use that works in one process only; "" if there is none.
+        workspace: of what the options choose to run inside, such as a solver.
     """
 
-    dense_stream: bool = False
-    pieces: bool = False
     passes: int = 0
     learning_rate: float | None = None
     output_costs: bool = False
@@ -91,6 +115,8 @@ class Needs:
 class Entry(Generic[F]):
     """A registered function with the name users type, its paper, and its options.
 
+    ``needs`` and ``validate`` are called with all options, as :meth:`check` returns them; ``validate`` raises
+    RecipeError where they do not go together.
     ``distributed`` says that it is written for several processes: of a solver, that rows may be solved apart (it
     compares them through its pattern only); of a method, that every process may run it on its share of the windows.
     ``allocation`` names what a method takes where the recipe names none and no pattern fixes the sparsity.
@@ -103,29 +129,29 @@ class Entry(Generic[F]):
     options: dict[str, Option]
     workspace: Workspace = Workspace()
     needs: Callable[[dict[str, Any]], Needs] | None = None
+    validate: Callable[[dict[str, Any]], None] | None = None
     distributed: bool = False
     allocation: str = "uniform"
 
     def needs_of(self, options: dict[str, Any]) -> Needs:
-        """What a run with these options asks of the walk."""
+        """What a run with these options, as :meth:`check` returns them, asks of the walk."""
         return self.needs(options) if self.needs is not None else Needs()
 
     def check(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Options as given, each coerced to its declared type.
+        """All options with their values: those given, coerced to the declared types, and the defaults of the others.
+
+        They are JSON values, in the order of the signature, so they can stand in a report or an identity.
 
         Raises:
-            RecipeError: an option is unknown (the nearest known name is offered) or of the wrong type.
+            RecipeError: an option is unknown (the nearest known name is offered), missing, of the wrong type or out of
+                range, or the options do not go together.
         """
-        checked = {}
-        for key, value in values.items():
+        for key in values:
             if key not in self.options:
                 raise RecipeError(f"{self.name} has no option {key!r}; {nearest(key, self.options)}")
-            option = self.options[key]
-            try:
-                checked[key] = TypeAdapter(option.type).validate_python(value)
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"]
-                raise RecipeError(f"option {key} of {self.name} is {value!r}: {reason}") from None
+        checked = {name: option.checked(self.name, values) for name, option in self.options.items()}
+        if self.validate is not None:
+            self.validate(checked)
         return checked
 
 
@@ -144,13 +170,18 @@ class Registry(Generic[F]):
         paper: str,
         workspace: Workspace | None = None,
         needs: Callable[[dict[str, Any]], Needs] | None = None,
+        validate: Callable[[dict[str, Any]], None] | None = None,
         distributed: bool = False,
         allocation: str = "uniform",
     ) -> Callable[[F], F]:
         """Decorator. Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``: what
         pydantic knows of the type is checked, and the text is shown to users. ``workspace`` is what the prediction of
-        memory goes by; ``needs`` tells from the options what the walk has to provide; ``distributed`` and
-        ``allocation``: see :class:`Entry`."""
+        memory goes by; ``needs`` tells from the options what the walk has to provide; ``validate``, ``distributed`` and
+        ``allocation``: see :class:`Entry`.
+
+        Raises:
+            TypeError: the default of an option is no JSON value.
+        """
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
@@ -160,10 +191,13 @@ class Registry(Generic[F]):
                     continue
                 hint = hints[parameter.name]
                 description = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, str)), "")
-                options[parameter.name] = Option(parameter.name, hint, parameter.default, description)
+                option = Option(parameter.name, hint, parameter.default, description)
+                if not option.required:
+                    json.dumps(option.default)  # raises TypeError: options go into reports and identities
+                options[option.name] = option
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
             room = workspace or Workspace()
-            self.add(Entry(name, function, paper, summary, options, room, needs, distributed, allocation))
+            self.add(Entry(name, function, paper, summary, options, room, needs, validate, distributed, allocation))
             return function
 
         return add

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sparsellm.decomposition.activations import Activation, silu
-from sparsellm.decomposition.feed_forward import FeedForward, Linear
-from sparsellm.decomposition.loop import Chunk
+from sparsellm.chain.activations import Activation, silu
+from sparsellm.decomposition import Chunk, FeedForward, Linear, Result, Settings, loop
 from sparsellm.patterns import Pattern
-from sparsellm.solvers import Solution
+from sparsellm.solvers import Solution, Solver
 from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
 
@@ -24,6 +26,23 @@ def refitted(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     """The same mask, with the least-squares weights on it."""
     local = by_input_norm(weight, gram, pattern)
     return Solution(refine_on_support(weight, gram, local.mask, local.weight, 30, damping=1e-3).weight, local.mask, 0.0)
+
+
+def prune_feed_forward(
+    dense: FeedForward,
+    train: Sequence[Chunk],
+    held_out: Sequence[Chunk],
+    solver: Solver,
+    patterns: Pattern | Mapping[str, Pattern],
+    settings: Settings | None = None,
+    **options: Any,
+) -> Result:
+    """The loop with one solver for all linears, and one pattern or several."""
+    roles = dense.linears()
+    by_role = dict.fromkeys(roles, patterns) if isinstance(patterns, Pattern) else patterns
+    return loop.prune_feed_forward(
+        dense, train, held_out, dict.fromkeys(roles, solver), by_role, settings or Settings(), **options
+    )
 
 
 def random_unit(

@@ -1,9 +1,17 @@
 import pytest
 import torch
 
-from sparsellm.decomposition.activations import gelu, silu
-from sparsellm.decomposition.feed_forward import FeedForward, Linear
-from sparsellm.decomposition.objective import Coefficients, Variables, chunk_terms, default_coefficients, objective
+from sparsellm.chain.activations import gelu, silu
+from sparsellm.decomposition.objective import (
+    Chunk,
+    Coefficients,
+    FeedForward,
+    Linear,
+    Terms,
+    Variables,
+    chunk_terms,
+    default_coefficients,
+)
 from sparsellm.errors import ModelError
 from tests.decomposition.helpers import random_unit
 
@@ -24,16 +32,15 @@ def test_terms_are_the_formula_and_chunks_add_up(gated: bool, weighted: bool) ->
         "activation": 3.0 * ((a - made) * root).square().sum(),
         "output": 2.0 * ((y - a @ unit.down.weight.T - unit.down.bias) * root).square().sum(),
     }
-    terms = chunk_terms(unit, x, y, Variables(up, gate if gated else None), a, price, w)
+    terms = chunk_terms(unit, Chunk(x, y, w), Variables(up, gate if gated else None), a, price)
     for name, value in expected.items():
         assert getattr(terms, name) == pytest.approx(float(value), rel=1e-5)
     assert terms.total == pytest.approx(sum(float(value) for value in expected.values()), rel=1e-5)
     parts = [slice(0, 4), slice(4, 5), slice(5, 11)]
-    streamed = objective(
-        unit,
-        ((x[p], y[p], Variables(up[p], gate[p] if gated else None), a[p], None if w is None else w[p]) for p in parts),
-        price,
-    )
+    streamed = Terms()
+    for p in parts:
+        chunk = Chunk(x[p], y[p], None if w is None else w[p])
+        streamed = streamed + chunk_terms(unit, chunk, Variables(up[p], gate[p] if gated else None), a[p], price)
     assert streamed.total == pytest.approx(terms.total, rel=1e-6)
 
 

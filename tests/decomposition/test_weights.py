@@ -2,8 +2,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsellm.decomposition.feed_forward import Linear
-from sparsellm.decomposition.weights import Moments, MomentsAccumulator, wanted_weight, with_bias
+from sparsellm.decomposition.objective import Linear
+from sparsellm.decomposition.updates import (
+    Moments,
+    MomentsAccumulator,
+    descend_weight,
+    pseudo_inverse_weight,
+    wanted_weight,
+)
 from sparsellm.errors import NumericalError
 
 
@@ -30,7 +36,7 @@ def test_weight_from_moments_is_the_pseudo_inverses(weighted: bool, bias: bool) 
     x, t, w = _data(300, 12, 5, mean=2.0, weighted=weighted)
     linear = Linear(torch.zeros(5, 12), torch.zeros(5) if bias else None)
     moments = _moments(linear, x, t, w, chunk=64)
-    fitted = with_bias(wanted_weight(moments, linear.weight, damping=1e-9).weight, moments)
+    fitted = moments.linear(wanted_weight(moments, linear.weight, damping=1e-9).weight)
 
     rows = torch.cat([x, torch.ones(300, 1)], dim=1).double() if bias else x.double()
     root = (torch.ones(300) if w is None else w).double().sqrt()[:, None]
@@ -68,6 +74,36 @@ def test_a_target_that_the_reference_makes_gives_the_reference_back() -> None:
     reference = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     moments = _moments(Linear(reference), x, x @ reference.T, None, chunk=20)
     torch.testing.assert_close(wanted_weight(moments, reference).weight, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_pseudo_inverse_leaves_the_bias_alone(weighted: bool) -> None:
+    """Also where inputs depend on each other: then it is the least weight of all that fit best."""
+    x, t, w = _data(60, 12, 5, weighted=weighted)
+    x[:, 7] = 2 * x[:, 3]
+    linear = Linear(torch.zeros(5, 12), torch.arange(5.0))
+    accumulator = MomentsAccumulator(linear, fit_bias=False, exact=True)
+    for part in (slice(0, 25), slice(25, 60)):
+        accumulator.update(x[part], t[part], None if w is None else w[part])
+    moments = accumulator.finish()
+    found = moments.linear(pseudo_inverse_weight(moments).weight)
+    assert linear.bias is not None
+    assert found.bias is not None
+    assert torch.equal(found.bias, linear.bias)
+    root = (torch.ones(60) if w is None else w).double().sqrt()[:, None]
+    expected = torch.linalg.pinv(x.double() * root, rtol=1e-6) @ ((t - linear.bias).double() * root)
+    torch.testing.assert_close(found.weight.double(), expected.T, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_on_a_weight_are_those_of_autograd() -> None:
+    x, t, _ = _data(50, 7, 4)
+    start = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+    moments = _moments(Linear(start), x, t, None, chunk=20)
+    weight = start.double().requires_grad_()
+    for _ in range(10):
+        (gradient,) = torch.autograd.grad((x.double() @ weight.T - t.double()).square().mean(), weight)
+        weight = (weight - 0.01 * gradient).detach().requires_grad_()
+    torch.testing.assert_close(descend_weight(moments, start).weight.double(), weight.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_no_tokens_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""DLP: blocks whose median Wanda metric is a smaller share of the model's keep more."""
+"""DLP: sparsity of a block by the median of its Wanda metric."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""From real-valued wishes to whole numbers of zeros that add up exactly."""
+"""Rounds wanted sparsities to whole numbers of zeros that add up exactly."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-LARGEST = 0.99  # of a linear that gives more than the average: one with no weights left cuts its block in two
+LARGEST = 0.99  # sparsity of one linear: one with no weights left would cut its block in two
 _HALVINGS = 200
 
 Limits = tuple[list[int], list[int]]
@@ -13,7 +13,7 @@ Limits = tuple[list[int], list[int]]
 
 
 def bounds(weights: Sequence[int], sparsity: float, span: float = 1.0) -> Limits:
-    """What each linear may give at least and at most: its sparsity is within ``span`` of the target, and in [0, 0.99].
+    """The fewest and the most zeros of each linear: its sparsity is within ``span`` of the target, and in [0, 0.99].
 
     The target itself is always allowed, so there is always a way to meet the total. Limits are whole, rounded outward.
     """

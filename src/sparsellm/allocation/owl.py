@@ -1,4 +1,4 @@
-"""OWL: blocks with more outliers keep more."""
+"""OWL: sparsity of a block by the outliers of its Wanda metric."""
 
 from __future__ import annotations
 

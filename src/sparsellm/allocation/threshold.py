@@ -1,4 +1,4 @@
-"""One threshold over the whole model: the weights whose removal costs the loss least are given first."""
+"""One saliency threshold over the whole model: weights whose removal costs the loss least are pruned first."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from sparsellm.sweep.saliency import BINS
 
 
 def _needs(options: dict[str, Any]) -> Needs:
-    tokens = options.get("tokens", TOKENS)
-    return Needs(surveyed_tokens=tokens, gradient_tokens=tokens, token_states=True)
+    return Needs(surveyed_tokens=options["tokens"], gradient_tokens=options["tokens"], token_states=True)
 
 
 @ALLOCATIONS.register(
@@ -31,15 +30,15 @@ def _needs(options: dict[str, Any]) -> Needs:
 def threshold(
     survey: Survey,
     *,
-    level: Annotated[Literal["block", "linear"], "what gets a share of its own"] = "linear",
+    level: Annotated[Literal["block", "linear"], "what gets a sparsity of its own"] = "linear",
     span: Annotated[float, Field(ge=0, le=1), "how far a linear's sparsity may be from the target"] = 0.15,
     tokens: Annotated[int, Field(ge=1), "calibration tokens that gradients are taken of, in whole windows"] = TOKENS,
 ) -> Allocation:
-    """A linear gives the weights whose saliency ½ w² E[g² x²] is below one threshold of the whole model.
+    """Each linear loses as many weights as have a saliency ½ w² E[g² x²] below one threshold of the whole model.
 
-    See :class:`~sparsellm.sweep.saliency.SaliencyHistograms`. With ``level=block`` a block gives so many weights
-    and all its linears the same share of theirs. A linear that no token reached keeps the target sparsity, and so does
-    one whose weight the model uses in several places, of which the sweep sees one.
+    See :class:`~sparsellm.sweep.saliency.SaliencyHistograms`. With ``level=block`` that is counted for each block,
+    and its linears share one sparsity. A linear that no token reached keeps the target sparsity, and so does one whose
+    weight the model uses in several places, of which the sweep sees one.
     """
     counts = {name: one for name, one in survey.gradients.saliency.items() if name not in survey.shared}
     report = {"tokens": survey.gradients.tokens, "kept_target": sorted(survey.names - counts.keys())}
@@ -51,7 +50,7 @@ def from_histograms(
 ) -> Allocation:
     """As :func:`threshold`, from ``counts``: int64 ``(BINS,)`` of each linear that is known.
 
-    Within the bin where the threshold falls, all linears give the same share of what they have there.
+    Within the bin where the threshold falls, all linears lose the same share of their weights there.
     """
     linears = survey.linears
     weights = [linear.weights for linear in linears]
@@ -59,7 +58,7 @@ def from_histograms(
     for i, linear in enumerate(linears):
         if linear.name not in counts:
             fewest[i], most[i] = math.floor(survey.sparsity * weights[i]), math.ceil(survey.sparsity * weights[i])
-    groups: dict[object, list[int]] = {}  # of linears that give the same share
+    groups: dict[object, list[int]] = {}  # of linears with one sparsity
     for i, linear in enumerate(linears):
         alone = level == "linear" or linear.name not in counts
         groups.setdefault(linear.name if alone else linear.block, []).append(i)

@@ -1,4 +1,4 @@
-"""Every linear gives the same share."""
+"""The same sparsity in every linear."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from sparsellm.registry import Workspace
 
 @ALLOCATIONS.register("uniform", paper="none", workspace=Workspace(weights=0, grams=0))
 def uniform(survey: Survey) -> Allocation:
-    """The same sparsity in every linear, each rounded by itself, as all papers do."""
+    """The same sparsity in every linear, each rounded by itself, as in the pruning papers."""
     pattern = Unstructured(survey.sparsity)
     return Allocation({linear.name: pattern.zeros(linear.shape) for linear in survey.linears})

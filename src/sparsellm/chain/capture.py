@@ -31,20 +31,6 @@ def watch(linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor],
 
 
 @contextlib.contextmanager
-def giving(linear: LinearView, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While this lasts, the linear gives ``change(what it would give)``."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return change(output)
-
-    handle = linear.module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
 def skipping(linears: list[LinearView]) -> Iterator[None]:
     """While this lasts, these linears give zeros and multiply nothing: for runs in which nobody reads what they give.
 

@@ -1,11 +1,7 @@
-"""Units inside a block, recognised by the values that pass between linears: no name is read.
-
-A feed-forward unit is known by its activation, attention's values by what it does to them: it mixes tokens linearly.
-"""
+"""Feed-forward units inside a block, recognised by the values that pass between linears: no name is read."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm.chain.capture import giving, watch
+from sparsellm.chain.activations import KNOWN, Activation
+from sparsellm.chain.capture import watch
 from sparsellm.chain.linears import LinearView
-from sparsellm.decomposition.activations import KNOWN, Activation
 
 TOLERANCE = 1e-2  # rounding of half precision; an activation that is not the right one is off by far more
 
@@ -59,62 +55,6 @@ def find_feed_forward(linears: list[LinearView], run: Callable[[], Any]) -> list
     return units
 
 
-@dataclass(frozen=True)
-class ValueOutput:
-    """Attention's ``value``, and ``output``, whose input is linear in what ``value`` gives, all else fixed."""
-
-    value: LinearView
-    output: LinearView
-
-
-def find_value_output(earlier: list[LinearView], output: LinearView, run: Callable[[], Any]) -> ValueOutput | None:
-    """The one of ``earlier`` of whose results attention mixes tokens linearly on the way to ``output``; None where no
-    linear, or more than one, is such (queries, keys and values of one fused linear are not).
-
-    Twice the values must give twice the input, and the first token's values must reach other tokens.
-
-    Args:
-        earlier: candidates, linears that run before.
-        output: the linear whose input is looked at.
-        run: runs the block once, on little.
-    """
-    plain = _entering(output, run)
-    if plain.dim() != 3:  # tokens of all windows in one row: who mixes with whom cannot be seen
-        return None
-    found = []
-    for linear in earlier:
-        doubled = _entering(output, run, replaced=linear, by=lambda given: given * 2)
-        if _distance(doubled, plain * 2) > TOLERANCE:
-            continue
-        reached = _entering(output, run, replaced=linear, by=_without_first_token)
-        moved = (reached - plain).norm(dim=-1)[:, 1:]  # (windows, seq - 1)
-        if float(moved.norm()) > TOLERANCE * float(plain[:, 1:].norm()):
-            found.append(ValueOutput(linear, output))
-    return found[0] if len(found) == 1 else None
-
-
-def _without_first_token(given: Tensor) -> Tensor:
-    changed = given.clone()
-    changed[:, 0] = 0
-    return changed
-
-
-def _entering(
-    output: LinearView,
-    run: Callable[[], Any],
-    replaced: LinearView | None = None,
-    by: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """What enters ``output``, fp32 (windows, seq, features), while another gives what ``by`` makes of its own."""
-    seen: list[Tensor] = []
-    with contextlib.ExitStack() as hooks:
-        if replaced is not None and by is not None:
-            hooks.enter_context(giving(replaced, by))
-        hooks.enter_context(watch([output], lambda linear, entering, leaving: seen.append(_copied(entering))))
-        run()
-    return seen[0]
-
-
 def _match(
     down: LinearView, entering: Tensor, earlier: list[tuple[LinearView, Tensor, Tensor]]
 ) -> FeedForwardUnit | None:
@@ -135,13 +75,8 @@ def _match(
 
 
 def _rows(values: Tensor) -> Tensor:
-    """A copy ``(tokens, features)`` in fp32."""
-    return _copied(values).flatten(0, -2)
-
-
-def _copied(values: Tensor) -> Tensor:
-    """fp32: what runs later may work in place."""
-    return values.detach().to(torch.float32, copy=True)
+    """A copy ``(tokens, features)`` in fp32: linears that run later may work in place."""
+    return values.detach().to(torch.float32, copy=True).flatten(0, -2)
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:

@@ -1,21 +1,171 @@
-"""The penalty objective of one feed-forward unit, and its coefficients.
+"""The penalty objective of one feed-forward unit, the data it is made of, and its coefficients.
 
     two-layer   α‖Z − m‖² + γ‖A − φ(Z)‖² + β‖Y − (A W₂ᵀ + b₂)‖²
     gated       α‖U − m_u‖² + α_gate‖S − m_s‖² + γ‖A − φ(S)∘U‖² + β‖Y − (A W_dᵀ + b_d)‖²
 
-with m = X Wᵀ + b of the linear in question (SparseLLM, arXiv 2402.17946, eq. 4 and section 3.4). Sums run over tokens
-and features, each token's squares times its weight, in fp64; divide by the tokens for a mean.
+with m = X Wᵀ + b of the linear in question (SparseLLM, arXiv 2402.17946, eq. 4 and section 3.4). Tokens are rows. Sums
+run over tokens and features, each token's squares times its weight, in fp64; divide by the tokens for a mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from sparsellm.decomposition.feed_forward import FeedForward, Linear
+from sparsellm.chain.activations import Activation
+from sparsellm.errors import ModelError
+from sparsellm.held_out import spread_evenly
+
+# ---------------------------------------------------------------------------------------------------------- the unit
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``y = x weightᵀ + bias``: weight (out, in), bias (out,) or None, both fp32."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Two-layer ``down(φ(up(x)))``, or gated ``down(φ(gate(x)) ∘ up(x))`` when ``gate`` is given.
+
+    up and gate (f, d), down (d_out, f).
+
+    Raises:
+        ModelError: the shapes of the linears do not fit each other.
+    """
+
+    up: Linear
+    down: Linear
+    activation: Activation
+    gate: Linear | None = None
+
+    def __post_init__(self) -> None:
+        hidden = self.up.weight.shape[0]
+        if self.down.weight.shape[1] != hidden or (self.gate and self.gate.weight.shape != self.up.weight.shape):
+            shapes = {name: tuple(linear.weight.shape) for name, linear in self.linears().items()}
+            raise ModelError(f"linears of a feed-forward unit do not fit each other: {shapes}")
+
+    def first_half(self) -> dict[str, Linear]:
+        """By role: up, and gate where there is one."""
+        return {"up": self.up, **({"gate": self.gate} if self.gate is not None else {})}
+
+    def linears(self) -> dict[str, Linear]:
+        """By role, in the order they are used: up, gate (where there is one), down."""
+        return {**self.first_half(), "down": self.down}
+
+    def products(self, x: Tensor) -> Variables:
+        """What the weights of the first half make of x (tokens, d): m of each variable."""
+        return Variables(self.up(x), self.gate(x) if self.gate is not None else None)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """(tokens, d) → (tokens, f): the input of ``down``."""
+        if self.gate is None:
+            return self.activation(self.up(x))
+        return self.activation(self.gate(x)).mul_(self.up(x))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(tokens, d) → (tokens, d_out)."""
+        return self.down(self.activations(x))
+
+
+@dataclass(frozen=True)
+class Variables:
+    """Auxiliary variables of a chunk: ``up`` is Z (U in a gated unit), ``gate`` is S; (tokens, f) each."""
+
+    up: Tensor
+    gate: Tensor | None = None
+
+    def made(self, activation: Activation) -> Tensor:
+        """Φ: φ(Z), or φ(S)∘U; (tokens, f)."""
+        return activation(self.up) if self.gate is None else activation(self.gate) * self.up
+
+
+# ------------------------------------------------------------------------------------------------------- the tokens
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some tokens: inputs (tokens, d), target outputs (tokens, d_out), weights of tokens (tokens,) or None."""
+
+    inputs: Tensor
+    targets: Tensor
+    token_weights: Tensor | None = None
+
+    def to(self, device: torch.device) -> Chunk:
+        weights = None if self.token_weights is None else self.token_weights.to(device, torch.float32)
+        return Chunk(self.inputs.to(device, torch.float32), self.targets.to(device, torch.float32), weights)
+
+
+class LazyChunks(Sequence[Chunk]):
+    """Chunks that are read, from disk perhaps, when they are asked for.
+
+    Args:
+        readers: one for each chunk.
+    """
+
+    def __init__(self, readers: Sequence[Callable[[], Chunk]]) -> None:
+        self._readers = readers
+
+    @classmethod
+    def stored(
+        cls, inputs: Sequence[Tensor], targets: Sequence[Tensor], token_weights: Sequence[Tensor] | None = None
+    ) -> LazyChunks:
+        """Chunks of sequences: inputs (tokens, d), targets (tokens, d_out), token_weights (tokens,) for each chunk."""
+
+        def read(place: int) -> Chunk:
+            return Chunk(inputs[place], targets[place], None if token_weights is None else token_weights[place])
+
+        return cls([partial(read, place) for place in range(len(inputs))])
+
+    @classmethod
+    def joined(cls, *parts: Sequence[Chunk]) -> LazyChunks:
+        return cls([partial(part.__getitem__, place) for part in parts for place in range(len(part))])
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyChunks: ...
+    def __getitem__(self, index: int | slice) -> Chunk | LazyChunks:
+        return LazyChunks(self._readers[index]) if isinstance(index, slice) else self._readers[index]()
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def split(chunks: Sequence[Chunk], fraction: float = 0.125) -> tuple[Sequence[Chunk], Sequence[Chunk]]:
+    """(train, held out): whole chunks spread evenly over the stream, or the tail of the only one.
+
+    Whole chunks, because neighbouring tokens resemble each other too much to be a test of one another.
+    """
+    if len(chunks) == 1:
+        only = chunks[0]
+        cut = len(only.inputs) - round(len(only.inputs) * fraction)
+        parts = [
+            Chunk(only.inputs[p], only.targets[p], None if only.token_weights is None else only.token_weights[p])
+            for p in (slice(None, cut), slice(cut, None))
+        ]
+        return [parts[0]], [part for part in parts[1:] if len(part.inputs)]
+    count = min(max(round(len(chunks) * fraction), 1 if fraction > 0 else 0), len(chunks) - 1)
+    chosen = spread_evenly(count, len(chunks))
+    train, held_out = (
+        LazyChunks([partial(chunks.__getitem__, i) for i in range(len(chunks)) if (i in chosen) is held])
+        for held in (False, True)
+    )
+    return train, held_out
+
+
+# ---------------------------------------------------------------------------------------------------- the objective
 
 
 @dataclass(frozen=True)
@@ -45,18 +195,6 @@ class Terms:
         return Terms(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-@dataclass(frozen=True)
-class Variables:
-    """Auxiliary variables of a chunk: ``up`` is Z (U in a gated unit), ``gate`` is S; (tokens, f) each."""
-
-    up: Tensor
-    gate: Tensor | None = None
-
-    def made(self, unit: FeedForward) -> Tensor:
-        """Φ: φ(Z), or φ(S)∘U; (tokens, f)."""
-        return unit.activation(self.up) if self.gate is None else unit.activation(self.gate) * self.up
-
-
 def squares(difference: Tensor, token_weights: Tensor | None = None) -> float:
     """Σ_t w_t ‖difference_t‖² of a (tokens, features) tensor, accumulated in fp64 over tokens."""
     per_token = difference.square().sum(dim=1).double()  # (tokens,)
@@ -65,47 +203,18 @@ def squares(difference: Tensor, token_weights: Tensor | None = None) -> float:
     return float(per_token.sum())
 
 
-def chunk_terms(
-    unit: FeedForward,
-    x: Tensor,
-    y: Tensor,
-    variables: Variables,
-    a: Tensor,
-    coefficients: Coefficients,
-    token_weights: Tensor | None = None,
-) -> Terms:
-    """Terms of one chunk: x (tokens, d), y (tokens, d_out), a (tokens, f)."""
+def chunk_terms(unit: FeedForward, chunk: Chunk, variables: Variables, a: Tensor, prices: Coefficients) -> Terms:
+    """Terms of one chunk; a (tokens, f)."""
 
     def misfit(linear: Linear | None, value: Tensor | None) -> float:
-        return 0.0 if linear is None or value is None else squares(value - linear(x), token_weights)
+        return 0.0 if linear is None or value is None else squares(value - linear(chunk.inputs), chunk.token_weights)
 
     return Terms(
-        up=coefficients.alpha * misfit(unit.up, variables.up),
-        gate=coefficients.alpha_gate * misfit(unit.gate, variables.gate),
-        activation=coefficients.gamma * squares(a - variables.made(unit), token_weights),
-        output=coefficients.beta * squares(y - unit.down(a), token_weights),
+        up=prices.alpha * misfit(unit.up, variables.up),
+        gate=prices.alpha_gate * misfit(unit.gate, variables.gate),
+        activation=prices.gamma * squares(a - variables.made(unit.activation), chunk.token_weights),
+        output=prices.beta * squares(chunk.targets - unit.down(a), chunk.token_weights),
     )
-
-
-def objective(
-    unit: FeedForward,
-    chunks: Iterable[tuple[Tensor, Tensor, Variables, Tensor, Tensor | None]],
-    coefficients: Coefficients,
-) -> Terms:
-    """Terms summed over a stream of chunks (x, y, variables, a, token weights or None)."""
-    total = Terms()
-    for x, y, variables, a, token_weights in chunks:
-        total = total + chunk_terms(unit, x, y, variables, a, coefficients, token_weights)
-    return total
-
-
-def output_prices(down: Linear, y: Tensor) -> tuple[float, float]:
-    """β, which makes the output term the relative error, and β times the mean squared column norm of ``down``: what a
-    unit change of one of its inputs costs there. y (tokens, d_out)."""
-    tiny = torch.finfo(torch.float32).tiny
-    beta = 1 / max(squares(y) / len(y), tiny)
-    column = float(down.weight.double().square().sum()) / down.weight.shape[1]
-    return beta, max(beta * column, tiny)
 
 
 def default_coefficients(
@@ -120,12 +229,16 @@ def default_coefficients(
         γ = coupling · β c,   α = producer · β c · E[slope²],   slope = the factor of δ above, measured on the chunk.
 
     Scaling the inputs, the targets, or a layer's weights against its neighbour's leaves the minimiser as it was, which
-    fixed numbers do not; ``producer`` and ``coupling`` are pure numbers, the same for every model.
+    fixed numbers do not; ``producer`` and ``coupling`` are pure numbers, the same for every model. On two units of a
+    real model at 70 % sparsity, 1 to 10 of each came within 6 % in the error.
 
     Args:
         x: (tokens, d), y: (tokens, d_out): one chunk is enough.
     """
-    beta, price = output_prices(unit.down, y)
+    tiny = torch.finfo(torch.float32).tiny
+    beta = 1 / max(squares(y) / len(y), tiny)
+    column = float(unit.down.weight.double().square().sum()) / unit.down.weight.shape[1]
+    price = max(beta * column, tiny)
     z = unit.up(x)
     if unit.gate is None:
         slope, gate_slope = unit.activation.derivatives(z)[1], None
@@ -143,3 +256,14 @@ def default_coefficients(
         gamma=coupling * price,
         alpha_gate=0.0 if gate_slope is None else producer * price * mean_square(gate_slope),
     )
+
+
+def true_error(unit: FeedForward, chunks: Sequence[Chunk]) -> float:
+    """‖Y − FFN(X)‖² / ‖Y‖² over all tokens of the chunks, token-weighted; inf where a value is not finite."""
+    missed = total = 0.0
+    for chunk in chunks:
+        chunk = chunk.to(unit.up.weight.device)
+        missed += squares(chunk.targets - unit(chunk.inputs), chunk.token_weights)
+        total += squares(chunk.targets, chunk.token_weights)
+    error = missed / total if total else missed
+    return error if error < float("inf") else float("inf")

@@ -8,20 +8,24 @@ and of a gated one, with a coefficient of its own for each branch,
 
     α_u‖U − m_u‖² + α_s‖S − m_s‖² + γ‖A − φ(S)∘U‖² + β‖Y − (A W_dᵀ + b_d)‖².
 
-Every variable is separable by token, so a function here takes any chunk of tokens and nothing of the others. Inputs are
-never changed. The update of the weights is ``weights.fit``: it needs moments over all tokens.
+A, Z, U and S are separable by token, so their updates take any chunk of tokens and nothing of the others. The weights
+are fitted by least squares from moments over all tokens. Inputs are never changed.
+
+The published code takes gradient steps on S and, in OPT, on W₂; they stand here beside the exact updates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from sparsellm.decomposition.activations import Activation
-from sparsellm.decomposition.feed_forward import Linear
+from sparsellm.chain.activations import Activation
+from sparsellm.decomposition.objective import Coefficients, FeedForward, Linear, Variables
 from sparsellm.errors import NumericalError
+from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares
 
 # A tile of 2¹⁶ fp32 elements is 256 KiB: the dozen temporaries of one Newton step then stay in the cache of a CPU core,
 # which is worth a factor of about two over whole chunks. On an accelerator a tile is the whole chunk.
@@ -42,10 +46,8 @@ class ActivationFactor:
     gain: Tensor
 
 
-def activation_factor(down: Linear, *, beta: float, gamma: float, woodbury: bool | None = None) -> ActivationFactor:
+def activation_factor(down: Linear, *, beta: float, gamma: float) -> ActivationFactor:
     """Factorises the smaller of the two Gram matrices of W₂ (d_out, f), in fp64 where the device has it.
-
-    ``woodbury`` forces the d_out × d_out side (True) or the f × f side (False); by default the smaller one is taken.
 
     Raises:
         NumericalError: γ/β is not positive, or a weight is not finite.
@@ -57,8 +59,7 @@ def activation_factor(down: Linear, *, beta: float, gamma: float, woodbury: bool
         raise NumericalError("the weight of down is not finite, so its activations cannot be updated")
     wide = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
     outputs, hidden = weight.shape
-    if woodbury is None:
-        woodbury = hidden > outputs
+    woodbury = hidden > outputs
     square = wide @ wide.T if woodbury else wide.T @ wide
     square.diagonal().add_(gamma / beta)
     factor = torch.linalg.cholesky(square)
@@ -88,16 +89,11 @@ def update_linear_gate_branch(m: Tensor, a: Tensor, gate: Tensor, *, alpha: floa
     return numerator.div_(gate.square().mul_(gamma).add_(alpha))
 
 
-def update_preactivation_relu(m: Tensor, a: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Z for ReLU: the better of max((αm + γA)/(α + γ), 0) and min(m, 0) under α(z − m)² + γ(A − relu(z))².
-
-    The paper's eq. 8 holds for α = γ; this is the general case. All (tokens, f).
-    """
-    return _relu_cases(m, a, None, alpha, gamma)
-
-
 def _relu_cases(m: Tensor, a: Tensor, u: Tensor | None, alpha: float, gamma: float) -> Tensor:
-    """Where s > 0 the problem is α(s − m)² + γ(a − u s)², where s ≤ 0 it is α(s − m)² + γa²: a parabola each."""
+    """The better of max((αm + γA)/(α + γ), 0) and min(m, 0), and likewise with U (the paper's eq. 8, for any α and γ).
+
+    Where s > 0 the problem is α(s − m)² + γ(a − u s)², where s ≤ 0 it is α(s − m)² + γa²: a parabola each.
+    """
     if u is None:
         positive = (m * (alpha / (alpha + gamma))).add_(a, alpha=gamma / (alpha + gamma)).clamp_(min=0)
         made = positive
@@ -155,9 +151,40 @@ def update_gate_preactivation(
 ) -> Tensor:
     """S = argmin α(s − m)² + γ(A − φ(s)∘U)², elementwise; never worse than the given s in any element.
 
-    The paper's code takes two gradient steps here. All (tokens, f).
+    All (tokens, f).
     """
     return _update(m, a, s, u, activation, alpha, gamma, steps)
+
+
+def descend_gate_preactivation(
+    m: Tensor, a: Tensor, s: Tensor, u: Tensor, activation: Activation, *, alpha: float, gamma: float
+) -> Tensor:
+    """S after the published code's two gradient steps of 0.01 on α‖s − m‖² + γ‖A − φ(s)∘U‖². All (tokens, f)."""
+    for _ in range(2):
+        value, first, _ = activation.derivatives(s)
+        slope = alpha * (s - m) + gamma * (value * u - a) * first * u  # half the gradient
+        s = s - 0.01 * 2 * slope
+    return s
+
+
+def move_variables(
+    unit: FeedForward, products: Variables, variables: Variables, a: Tensor, prices: Coefficients, *, exact: bool = True
+) -> Variables:
+    """Z to its minimiser, or U and then S.
+
+    Args:
+        unit: as it is now.
+        products: what its weights make of the inputs: m of each variable.
+        variables: where to begin.
+        a: (tokens, f), A.
+        exact: False for the published code's gradient steps on S.
+    """
+    alpha, gamma, phi = prices.alpha, prices.gamma, unit.activation
+    if variables.gate is None or products.gate is None:
+        return Variables(update_preactivation(products.up, a, variables.up, phi, alpha=alpha, gamma=gamma))
+    u = update_linear_gate_branch(products.up, a, phi(variables.gate), alpha=alpha, gamma=gamma)
+    update = update_gate_preactivation if exact else descend_gate_preactivation
+    return Variables(u, update(products.gate, a, variables.gate, u, phi, alpha=prices.alpha_gate, gamma=gamma))
 
 
 def _update(
@@ -241,3 +268,145 @@ def _other_side(a: Tensor, u: Tensor | None) -> Tensor:
     """A start in the basin that suits a: where the identity, which these φ approach, makes it; else by φ's valley."""
     wanted = a if u is None else a / u
     return torch.where(wanted > 0, wanted, -1.0).clamp_(max=1e4)  # −1 for NaN too
+
+
+# ----------------------------------------------------------------------------------------------------- the weights
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the inputs (in) of a linear and its targets (out): means over tokens of weighted squares.
+
+    Attributes:
+        gram: (in, in).
+        cross: (out, in).
+        target_square: mean of ‖t‖².
+        bias: where it was held fixed, in which case the targets are without it.
+        means: of inputs (in,) and targets (out,) where the bias is fitted, in which case everything is centred.
+        exact: sums ``XᵀX`` and ``TᵀX`` in fp64, for a pseudo-inverse.
+    """
+
+    gram: Gram
+    cross: Tensor
+    target_square: float
+    bias: Tensor | None = None
+    means: tuple[Tensor, Tensor] | None = None
+    exact: tuple[Tensor, Tensor] | None = None
+
+    def error(self, weight: Tensor) -> float:
+        """Mean of ‖t − W x − b‖² over tokens, with the bias of :meth:`linear`: from moments alone, in fp64."""
+        wide = weight.double()
+        explained = 2 * (wide * self.cross.double()).sum() - ((wide @ self.gram.matrix.double()) * wide).sum()
+        return self.target_square - float(explained)
+
+    def linear(self, weight: Tensor) -> Linear:
+        """The linear with this weight: with the best bias for it, ``mean(T) − W mean(X)``, or the one held fixed."""
+        return Linear(weight, self.bias if self.means is None else self.means[1] - weight @ self.means[0])
+
+
+class MomentsAccumulator:
+    """Streams (inputs, targets) of one linear into ``Moments``.
+
+    For a given weight the best bias is mean(T) − W mean(X), so fitting both is the same least squares on centred inputs
+    and targets. A linear without a bias stays without one.
+
+    Args:
+        linear: which.
+        gram: of the same stream of inputs, if it is known.
+        fit_bias: fit the bias together with the weight, where there is one; False holds it fixed.
+        exact: sum in fp64 as well.
+    """
+
+    def __init__(self, linear: Linear, gram: Gram | None = None, *, fit_bias: bool = True, exact: bool = False) -> None:
+        outputs, inputs = linear.weight.shape
+        device = linear.weight.device
+        self._centred = fit_bias and linear.bias is not None
+        self._bias = None if self._centred else linear.bias
+        self._gram = gram
+        self._grams = GramAccumulator(inputs, device) if gram is None else None
+        self._crosses = CrossAccumulator(outputs, inputs, device)
+        self._shift: tuple[Tensor, Tensor] | None = None
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self._sums = [zeros(n) for n in (inputs, outputs)]
+        self._exact = (zeros(inputs, inputs), zeros(outputs, inputs)) if exact else None
+        self._square = 0.0
+        self._total = 0.0
+
+    def update(self, x: Tensor, target: Tensor, token_weights: Tensor | None = None) -> None:
+        """x (tokens, in), target (tokens, out), token_weights (tokens,) or None for equal ones."""
+        weights = torch.ones(len(x), device=x.device) if token_weights is None else token_weights.float()
+        if self._bias is not None:
+            target = target - self._bias
+        if self._centred:
+            if self._shift is None:
+                # Centring around the first chunk's mean at once leaves only a small rank-one term to subtract at the
+                # end: no digits are lost where a feature's mean is large against its spread, as massive ones are.
+                self._shift = (x.mean(dim=0), target.mean(dim=0))
+            x, target = x - self._shift[0], target - self._shift[1]
+            for total, value in zip(self._sums, (x, target), strict=True):
+                total += (weights @ value).double()
+        self._total += float(weights.double().sum())
+        self._square += float((target.square().sum(dim=1).double() * weights).sum())
+        if self._grams is not None:
+            self._grams.update(x, token_weights)
+        self._crosses.update(target, x, token_weights)
+        if self._exact is not None:
+            wide, wanted = x.double(), (target * weights[:, None]).double()
+            self._exact[0].addmm_((wide * weights[:, None]).T, wide)
+            self._exact[1].addmm_(wanted.T, wide)
+
+    def finish(self) -> Moments:
+        """Raises NumericalError where no token was seen or a sum is not finite."""
+        cross = self._crosses.finish()
+        gram = self._gram if self._grams is None else self._grams.finish()
+        assert gram is not None
+        tokens = self._crosses.tokens
+        if self._shift is None or self._total == 0:
+            return Moments(gram, cross, self._square / tokens, self._bias, exact=self._exact)
+        mean_x, mean_t = (total / self._total for total in self._sums)  # weighted means, from the shift
+        share = self._total / tokens
+        if self._grams is not None:
+            gram = Gram(gram.matrix - (share * torch.outer(mean_x, mean_x)).to(gram.matrix), gram.tokens)
+        cross = cross - (share * torch.outer(mean_t, mean_x)).to(cross)
+        square = self._square / tokens - share * float(mean_t.square().sum())
+        shift_x, shift_t = (shift.double() for shift in self._shift)
+        return Moments(gram, cross, square, means=((shift_x + mean_x).to(cross), (shift_t + mean_t).to(cross)))
+
+
+def wanted_weight(moments: Moments, reference: Tensor, *, damping: float = 0.01) -> Fit:
+    """W̃ = R + (C − R G)(G + λI)⁻¹, the least-squares weight (out, in), ridged towards the reference R instead of zero.
+
+    For λ → 0 this is C G⁻¹, the paper's pseudo-inverse (eq. 5). With λ it changes R only in directions in which the
+    inputs vary, so a target that R already makes gives back R exactly, which C(G + λI)⁻¹ does not: a few massive
+    features set the scale of λ, and every other direction would be shrunk.
+
+    Args:
+        damping: λ relative to the mean of the diagonal of G.
+    Raises:
+        NumericalError: moments are not finite, or no damping made G + λI positive definite.
+    """
+    return least_squares(moments.gram, moments.cross, damping, prior=reference)
+
+
+def pseudo_inverse_weight(moments: Moments) -> Fit:
+    """``(T − b)ᵀ · pinv(X)ᵀ`` (out, in), as in the published code: without damping, through the Gram matrix in fp64.
+
+    ``pinv(XᵀX) Xᵀ = pinv(X)``; singular values of the Gram matrix below 1e-12 of the largest are noise of fp32 inputs.
+
+    Raises:
+        NumericalError: a moment is not finite.
+    """
+    assert moments.exact is not None, "accumulate with exact=True"
+    square, cross = moments.exact
+    if not bool(torch.isfinite(square).all() and torch.isfinite(cross).all()):
+        raise NumericalError("the moments of a pseudo-inverse are not finite")
+    inverse = torch.linalg.pinv(square, rtol=1e-12, hermitian=True)
+    return Fit((cross @ inverse).to(moments.cross.dtype))
+
+
+def descend_weight(moments: Moments, weight: Tensor) -> Fit:
+    """The weight after the published code's ten gradient steps of 0.01 on the mean of (t − W x − b)² over tokens and
+    outputs: each step is ``W ← W − 0.01 · 2 (W G − C) / outputs``, so moments are enough."""
+    for _ in range(10):
+        weight = weight - 0.01 * 2 * (weight @ moments.gram.matrix - moments.cross) / len(weight)
+    return Fit(weight)

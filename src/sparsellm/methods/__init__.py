@@ -1,4 +1,4 @@
-"""What is done to one block. A method is one decorated function in a file of this package; nothing else knows of it."""
+"""Pruning methods for one block. Each is one decorated function in a file of this package, and named nowhere else."""
 
 import importlib
 import pkgutil

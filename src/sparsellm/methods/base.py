@@ -1,4 +1,4 @@
-"""The block as a method sees it, and what a method says of each linear that it pruned."""
+"""A block as it is given to a method, and the results of its linears."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry
 from sparsellm.solvers import Solution
 from sparsellm.statistics import Gram, GramAccumulator
-from sparsellm.storage.scratch import TensorStore
 from sparsellm.storage.writer import count_zeros
 
-# A copy of a weight this large never lies in glibc's heap (its threshold for pages of its own is 32 MiB at most), so
-# what smaller pieces leave there is of no use to it: 0.1 GB in a block of 7B. Below, holes are used again, and to give
-# them back after every solve took a third of the solver's time on the demo model.
+# glibc maps pages of their own for tensors above 32 MiB. Weights that large cannot use the holes that smaller tensors
+# leave in the heap (0.1 GB in a block of a 7B), so the heap is trimmed after each. Smaller weights do use them, and
+# trimming after every solve took a third of the solver's time on the demo model.
 OWN_PAGES = 32 << 20
 UNREACHED = "pruned by magnitude: no calibration token reached it"  # what the result of such a linear says
 
 
 @dataclass(frozen=True)
 class LinearResult:
-    """What became of one linear.
+    """The result of one linear.
 
     Attributes:
         name: the module's name in the model.
@@ -36,7 +35,7 @@ class LinearResult:
         zeros: zeros in the weight as it is stored.
         asked: the fraction of zeros asked for.
         error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
-        notes: what the user should know, such as a damping that had to be raised.
+        notes: messages to the user, such as a damping that had to be raised.
         history: one record for each iteration, for methods that iterate.
     """
 
@@ -58,7 +57,7 @@ class LinearResult:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LinearResult:
-        """What :meth:`to_dict` gave, after JSON."""
+        """The inverse of :meth:`to_dict`, also after JSON."""
         known = {each.name: values[each.name] for each in fields(cls)}
         return cls(
             **{
@@ -70,14 +69,6 @@ class LinearResult:
         )
 
 
-@dataclass(frozen=True)
-class DensePair:
-    """Hidden states of the dense model around one block, batches ``(batch, seq, hidden)``."""
-
-    entering: TensorStore
-    leaving: TensorStore
-
-
 @dataclass
 class BlockTask:
     """One block, loaded, with the hidden states that enter it. A method prunes its linears in place.
@@ -87,13 +78,12 @@ class BlockTask:
         linears: the linears to prune.
         patterns: the pattern of each, by name.
         stream: the hidden states on the pruned model.
-        report: called with a short text when the method goes on to its next step.
+        report: called with a short text at each step of the method.
         clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
         results: one for each linear done.
-        history: of linears that were found by iterations, one record each.
-        dense: the same windows on the dense model; only for methods that ask for two streams.
-        output_costs: for methods that ask for them, ``E[g_i²]`` of every output of each linear, ``(out,)``: what an
-            error there costs the loss, to second order.
+        history: by name, one record for each iteration of linears that were pruned iteratively.
+        output_costs: for methods that need them, ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an
+            error there to the loss, to second order.
     """
 
     index: int
@@ -104,27 +94,26 @@ class BlockTask:
     clock: PhaseClock
     results: list[LinearResult] = field(default_factory=list)
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    dense: DensePair | None = None
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Runs the block on every batch, for what hooks see of it."""
+        """Runs the block on every batch, for the hooks on its linears."""
         for _ in self.stream.run(self.index):
             pass
 
     def statistics(
         self, linears: list[LinearView] | None = None, token_weights: list[Tensor] | None = None
     ) -> list[tuple[list[LinearView], Gram]]:
-        """The linears that share an input, and its Gram matrix over the tokens of all processes, from one pass of the
-        block as it stands.
+        """Groups of linears that share an input, each with the Gram matrix of that input over the tokens of all
+        processes, from one pass of the block as it stands.
 
         A linear that the calibration tokens never reach (an expert nobody is routed to, a linear whose module is never
         called) is left out; see :meth:`finish`.
 
         Args:
             linears: which; all that are to be pruned if None.
-            token_weights: ``(batch, seq)`` for each batch. Tokens that were routed to a linear cannot be told from
-                each other: there all count alike.
+            token_weights: ``(batch, seq)`` for each batch. Not used for linears that see only the tokens routed to
+                them, since their tokens cannot be identified.
         """
         linears = self.linears if linears is None else linears
         device, everything = self.stream.chain.device, self.stream.chain.linears(self.index)
@@ -155,7 +144,7 @@ class BlockTask:
         return [(group, accumulators.pop(group[0].name).finish()) for group in groups]
 
     def accept(self, linear: LinearView, solution: Solution) -> LinearResult:
-        """Puts a solution in place and records it; a later solution of the same linear replaces the record."""
+        """Puts a solution in place and returns its record, which replaces an earlier one of the same linear."""
         linear.assign(solution.weight)
         self.results = [result for result in self.results if result.name != linear.name]
         result = LinearResult(
@@ -178,7 +167,7 @@ class BlockTask:
         for linear in self.linears:
             if linear.name not in done:
                 self.results.append(self._by_magnitude(linear))
-        weights = {linear.name: linear.parameter for linear in self.linears}  # counted anew: what rounds to zero is one
+        weights = {linear.name: linear.parameter for linear in self.linears}  # with those that rounded to zero
         return [
             replace(result, zeros=count_zeros(weights[result.name]), history=tuple(self.history.get(result.name, ())))
             for result in self.results
@@ -196,6 +185,6 @@ class BlockTask:
 
 
 Method = Callable[..., None]
-"""``method(task, **options)`` prunes the linears of one block in place, and leaves results in ``task.results``."""
+"""``method(task, **options)`` prunes the linears of one block in place and adds to ``task.results``."""
 
 METHODS: Registry[Method] = Registry("method")

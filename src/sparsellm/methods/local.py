@@ -1,4 +1,4 @@
-"""Every local solver as a method: each linear by itself, on the inputs that the pruned blocks before it produce."""
+"""Local solvers as methods: each linear by itself, on the inputs that the pruned blocks before it produce."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from sparsellm.solvers.divided import divide
 
 
 def local_method(entry: Entry[Solver]) -> Method:
-    """One pass for the statistics of the whole block, one solve for each linear."""
-
+    """A method that takes one pass for the statistics of the whole block and solves each linear on them."""
     solver = divide(entry)
 
     def prune_block(task: BlockTask, **options: Any) -> None:
         task.report("statistics")
         statistics = task.statistics()
         while statistics:
-            group, gram = statistics.pop(0)  # what is solved is forgotten: the widest inputs come last
+            group, gram = statistics.pop(0)  # frees each Gram matrix after its use: the widest inputs come last
             for linear in group:
                 task.report(linear.name.rpartition(".")[2])
                 with task.clock.phase("prune/solve"):
@@ -30,7 +29,8 @@ def local_method(entry: Entry[Solver]) -> Method:
 
 
 def from_solver(entry: Entry[Solver]) -> Entry[Method]:
-    """A solver under its own name, options and paper, as a method."""
+    """The method of a solver, with its name, options and paper."""
     return Entry(
-        entry.name, local_method(entry), entry.paper, entry.summary, entry.options, entry.workspace, distributed=True
-    )
+        entry.name, local_method(entry), entry.paper, entry.summary, entry.options, entry.workspace,
+        validate=entry.validate, distributed=True,
+    )  # fmt: skip

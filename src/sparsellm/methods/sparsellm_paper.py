@@ -1,66 +1,97 @@
-"""The published SparseLLM, for comparison: SparseGPT inside, the last iterate kept, whatever became of it."""
+"""The published SparseLLM, for comparison: SparseGPT inside, the last iterate kept, whatever became of it.
+
+As in the authors' code, the statistics of a block come from one pass before any of its linears is pruned. Attention is
+pruned by SparseGPT; the loop of :meth:`~sparsellm.decomposition.Settings.published` prunes the feed-forward unit, whose
+inputs are those before attention was pruned, and whose targets are the dense unit's outputs on them. Other than there,
+all numbers are fp32, every block of the model is pruned, and variables are kept in chunks that may lie on disk.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from contextlib import ExitStack
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import watch
-from sparsellm.decomposition.paper import prune_as_published
-from sparsellm.errors import NumericalError
+from sparsellm.chain.units import FeedForwardUnit
+from sparsellm.decomposition import LazyChunks, Settings
+from sparsellm.errors import ModelError, NumericalError
 from sparsellm.methods.base import METHODS, BlockTask
-from sparsellm.methods.sparsellm import feed_forward_of, find_units
-from sparsellm.patterns import Pattern
-from sparsellm.registry import Needs
-from sparsellm.solvers import SOLVERS, Solution
+from sparsellm.methods.feed_forward import UNIT_STREAMS, alternate, find_units, plain
+from sparsellm.registry import Needs, Workspace
+from sparsellm.solvers import SOLVERS
+from sparsellm.storage.scratch import TensorStore
 
 
-@METHODS.register("sparsellm-paper", paper="arXiv 2402.17946", needs=lambda options: Needs(token_states=True))
+@METHODS.register(
+    "sparsellm-paper",
+    paper="arXiv 2402.17946",
+    workspace=Workspace(grams=8, streams=UNIT_STREAMS),
+    needs=lambda options: Needs(token_states=True),
+)
 def sparsellm_paper(
     task: BlockTask,
     *,
-    epochs: Annotated[int, Field(ge=0), "rounds over the variables; 0 takes the published ones (8 or 10)"] = 0,
+    epochs: Annotated[int, Field(ge=1), "rounds over the weights; the first is plain SparseGPT"] = 4,
+    penalty: Annotated[
+        float | None, Field(gt=0), "α = β = γ; null: 5.0 for a gated unit, 0.1 for one of two layers"
+    ] = None,
+    output_update: Annotated[
+        Literal["gradient", "pseudo-inverse"] | None,
+        "of the unit's last linear; null: pseudo-inverse for a gated unit, ten gradient steps for one of two layers",
+    ] = None,
+    safeguard: Annotated[bool, "keep the best epoch of each unit in place of the last"] = False,
 ) -> None:
-    """The published algorithm on the whole model in fp32, so that what it does can be seen; it may diverge.
-
-    As published, the inputs of the feed-forward unit are those before the attention of the same block is pruned, the
-    targets are the dense unit's on the pruned stream, and about ten copies of tokens × hidden width are in memory.
-    """
+    """The published algorithm on the whole model in fp32, so that what it does can be seen; it may diverge."""
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):
         return
     sparsegpt = SOLVERS["sparsegpt"].function
     units = find_units(task)
-    inputs: dict[str, list[Tensor]] = {unit.up.name: [] for unit in units}
-
-    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        inputs[linear.name].append(entering.detach().flatten(0, -2).float())
-
-    with watch([unit.up for unit in units], see):
-        statistics = task.statistics()
     inside = {linear.name for unit in units for linear in unit.linears()}
-    with task.clock.phase("prune/solve"):
+    with ExitStack() as held:
+        inputs = {unit.up.name: held.enter_context(task.stream.store()) for unit in units}
+
+        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+            inputs[linear.name].append(entering.detach().flatten(0, -2).clone())
+
+        with watch([unit.up for unit in units], see):
+            statistics = task.statistics()
         for group, gram in statistics:
             for linear in group:
                 if linear.name not in inside:
                     task.report(linear.name.rpartition(".")[2])
-                    task.accept(linear, sparsegpt(linear.weight(), gram, task.patterns[linear.name]))
+                    with task.clock.phase("prune/solve"):
+                        solution = sparsegpt(linear.weight(), gram, task.patterns[linear.name])
+                    task.accept(linear, solution)
+        del statistics
         for unit in units:
-            task.report("alternating")
-            dense, roles = feed_forward_of(unit)
-            x = torch.cat(inputs[unit.up.name])  # (tokens, d)
-            pattern: Pattern = task.patterns[unit.up.name]
-            try:
-                published = prune_as_published(dense, x, sparsegpt, pattern, epochs=epochs or None)
-            except NumericalError as failure:
-                raise NumericalError(f"{unit.down.name}: {failure}; options.epochs stops it earlier") from failure
-            history = [{"epoch": epoch, "error": error} for epoch, error in enumerate(published.errors)]
-            task.history[unit.down.name] = history
-            for role, pruned in published.unit.linears().items():
-                mask = pruned.weight != 0
-                task.accept(roles[role], Solution(pruned.weight, mask, published.errors[-1]))
-                if pruned.bias is not None:
-                    roles[role].assign_bias(pruned.bias)
+            gated = unit.gate is not None
+            settings = Settings.published(
+                epochs,
+                penalty or (5.0 if gated else 0.1),
+                output_update or ("pseudo-inverse" if gated else "gradient"),
+                safeguard=safeguard,
+            )
+            _prune_unit(task, unit, inputs[unit.up.name], settings)
+
+
+def _prune_unit(task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, settings: Settings) -> None:
+    """Raises ModelError for a unit that the paper has no update for, NumericalError where the loop diverges."""
+    if unit.gate is None and unit.activation.name != "relu":
+        raise ModelError(
+            f"{unit.down.name}: the published algorithm knows ReLU in a two-layer unit, not {unit.activation.name!r}"
+        )
+    task.report("alternating")
+    sparsegpt, dense = SOLVERS["sparsegpt"].function, plain(unit)
+    with task.clock.phase("prune/variables"), task.stream.store() as targets:
+        for x in inputs:
+            targets.append(dense(x.float()))
+        train = LazyChunks.stored(inputs, targets)
+        try:
+            alternate(task, unit, train, (), {linear.name: sparsegpt for linear in unit.linears()}, settings)
+        except NumericalError as failure:
+            advice = "options.epochs stops it earlier, options.safeguard=true keeps the best epoch"
+            raise NumericalError(f"{unit.down.name}: {failure}; {advice}") from failure

@@ -11,7 +11,6 @@ import torch
 from sparsellm import heap
 from sparsellm.chain import Stream
 from sparsellm.methods import BlockTask, LinearResult
-from sparsellm.methods.base import DensePair
 from sparsellm.progress import Progress
 from sparsellm.run.journal import BlockRecord, conditions
 from sparsellm.storage.reader import CheckpointReader
@@ -25,15 +24,16 @@ def walk(run: Run) -> None:
 
     Args:
         run: whose ``finished`` blocks are only run. Afterwards it has ``linears``, the results of all, and ``dense``,
-            the dense model's stream behind the last block where the method asks for one.
+            the dense model's stream behind the last block where a sweep follows.
     """
     blocks = len(run.chain)
     run.linears = [result for record in run.finished for result in record.linears]
-    if len(run.finished) == blocks and not run.choice.needs.dense_stream:
+    swept = run.choice.needs.passes > 0
+    if len(run.finished) == blocks and not swept:
         return
     with run.clock.phase("embed"):
         stream = run.feed.stream()
-        dense = stream.fork() if run.choice.needs.dense_stream else None
+        dense = stream.fork() if swept else None  # the sweep fits the pruned model to the dense one
     for index in range(blocks):
         if index < len(run.finished):
             run.progress(Progress("prune", index, blocks, f"block {index + 1}/{blocks} is finished; forward"))
@@ -68,12 +68,10 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
             task = BlockTask(index, linears, run.patterns, stream, report, clock, output_costs=run.costs)
             if dense is not None:
                 report("dense forward")
-                task.dense = _run_dense(run, dense, index)
+                with clock.phase("prune/dense"):
+                    dense.advance(index)  # the block is still dense
             if linears:
                 run.choice.method.function(task, **run.choice.options)
-            if dense is not None and task.dense is not None:
-                dense.close()
-                dense.hidden = task.dense.leaving
             chain.settle_block(index)
             results = task.finish()
         detail = _mean_error(results)
@@ -88,15 +86,6 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
                 run.journal.write_block(index, chain.block_tensors(index), record)
     run.progress(Progress("prune", index + 1, blocks, f"{title}{detail}"))
     return results
-
-
-def _run_dense(run: Run, dense: Stream, index: int) -> DensePair:
-    """The dense model's hidden states around the block, which is still dense."""
-    leaving = dense.store()
-    with run.clock.phase("prune/dense"):
-        for batch in dense.run(index):
-            leaving.append(batch)
-    return DensePair(dense.hidden, leaving)
 
 
 def _mean_error(results: Sequence[LinearResult]) -> str:

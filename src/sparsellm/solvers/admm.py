@@ -1,11 +1,11 @@
-"""ADMM: let the weights and the mask settle on each other, then fit the weights that are left.
+"""ADMM: alternate between weights and mask, then fit the kept weights.
 
 Minimise ``tr (W − W₀) H (W − W₀)ᵀ`` over sparse ``W``, where ``H`` is ``G`` with a ridge, by splitting ``W = D`` with
 ``D`` sparse (ALPS, arXiv 2406.07831, eq. 4; Boža, arXiv 2401.02938). With the scaled multiplier ``V``, an iteration is
 
     W ← W₀ + (D − V − W₀) ρ(H + ρI)⁻¹        the weights, pulled to the last sparse ones
     D ← the pattern's largest of W + V         the sparse ones
-    V ← V + W − D                              what they still disagree on
+    V ← V + W − D                              the multiplier of W = D
 
 ``D`` is ``W + V`` on the support and ``V`` is ``W + V`` off it, so ``W + V`` is all the state there is. An iteration is
 one matrix product; all linears with the same input share ``(H + ρI)⁻¹``, because ρ follows a fixed schedule.
@@ -13,7 +13,7 @@ one matrix product; all linears with the same input share ``(H + ρI)⁻¹``, be
 What differs from the papers was measured on the linears of a 135M model, on tokens held out from the Gram matrix:
 * The projection needs a scale in which weights compare. The papers divide each input by its root mean square. We divide
   by that part of it which the other inputs do not predict, as the optimal brain surgeon would: error 0 to 3 % lower.
-* The support need not grow to the target step by step: from the first iteration on at the target is as good.
+* The support has the target's size from the first iteration on: growing it step by step is no better.
 * ρ rises from 0.2 to 1 in five steps. It has to rise for the support to settle, or the error doubles.
 * The ridge is 0.05, not 0.01, of the mean curvature: a little worse on the tokens of the Gram matrix, better on others.
 * Weights of the whole matrix compete. Within rows only, the error at 70 % is 1 to 23 % higher.

@@ -1,4 +1,4 @@
-"""What every local solver has in common: its registry, its checks, and the solution it hands back."""
+"""The registry of local solvers, their checks, and the solution that they return."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Solution:
     weight: Tensor  # (out, in) fp32; +0.0 wherever the mask is False
     mask: Tensor  # (out, in) bool, True where kept; exactly the pattern's count
     error: float  # ‖(W − W₀) G^½‖²_F / ‖W₀ G^½‖²_F: the share of the output's energy that is lost
-    notes: tuple[str, ...] = ()  # what the user should know, such as a raised damping
+    notes: tuple[str, ...] = ()  # messages to the user, such as a raised damping
 
 
 Solver = Callable[..., Solution]
@@ -32,10 +32,10 @@ SOLVERS: Registry[Solver] = Registry("solver")
 
 
 def check(weight: Tensor, gram: Gram, pattern: Pattern) -> None:
-    """Refuse what no solver can solve.
+    """Checks what every solver needs of its arguments.
 
     Raises:
-        RecipeError: the pattern does not lie over this shape.
+        RecipeError: the pattern does not fit this shape.
         NumericalError: the weight has values that are NaN or infinite.
     """
     pattern.validate(weight.shape)
@@ -49,7 +49,11 @@ def check(weight: Tensor, gram: Gram, pattern: Pattern) -> None:
 
 
 def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()) -> Solution:
-    """Set exact zeros, measure the relative error, and refuse a weight (out, in) that is not finite."""
+    """The solution with exact zeros off the mask and its relative error.
+
+    Raises:
+        NumericalError: the weight (out, in) is not finite.
+    """
     # A product with bytes takes a ninth of the time that torch needs to select by a mask. + 0.0 turns −0.0, which a
     # packed file would store, into 0.0.
     sparse = (weight * mask.view(torch.uint8)).add_(0.0)

@@ -1,7 +1,7 @@
-"""One weight solved by several processes: each takes some of its rows, and a threshold that spans them is agreed on.
+"""One weight solved by several processes: each takes some of its rows, and they agree on thresholds over all rows.
 
-All that rows of a weight have to do with each other, in the solvers here, is that they compete for being kept, and
-that errors are sums over them. Both go through the pattern that a solver is given, so it is written for a whole weight.
+In the solvers here, rows of a weight depend on each other in two ways only: they compete for being kept, and errors are
+sums over them. Both go through the pattern that a solver is given, so a solver is written for a whole weight.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SIGN = -(1 << 31)
 
 
 def divide(entry: Entry[Solver]) -> Solver:
-    """The solver with its work divided over the processes of this run; each is given the same arguments and gets the
-    whole solution. In one process it is the solver itself.
+    """The solver with its work divided over the processes of this run; all call it with the same arguments, and it
+    returns the whole solution to each. In one process it is the solver itself.
 
-    A solver that is not registered as distributed solves in the main process; so does any, a weight with fewer rows
-    than there are processes.
+    The main process solves alone where the solver is not registered as distributed, or the weight has fewer rows than
+    there are processes.
     """
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
@@ -49,8 +49,8 @@ def divide(entry: Entry[Solver]) -> Solver:
 def divided_solution(
     original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()
 ) -> Solution:
-    """As :func:`~sparsellm.solvers.base.solution`, of a weight that is zero off the mask and that all processes
-    have: each measures the error of some rows."""
+    """As :func:`~sparsellm.solvers.base.solution`, for a weight that all processes have and that is zero off the mask:
+    each measures the error of some rows."""
     if parallel.size() == 1:
         return solution(original, weight, mask, gram, notes)
     rows = parallel.share(len(weight))
@@ -59,14 +59,14 @@ def divided_solution(
 
 
 def _joined(own: Solution, energy: float) -> tuple[float, tuple[str, ...]]:
-    """Error and notes of the whole weight, from the solution of this process's rows and what their outputs had."""
+    """Error and notes of the whole weight, from the solution of this process's rows and the energy of their outputs."""
     parts = parallel.gather((energy, own.error * energy, own.notes))
     energy, lost = sum(part[0] for part in parts), sum(part[1] for part in parts)
     return lost / energy if energy > 0 else 0.0, tuple(dict.fromkeys(note for part in parts for note in part[2]))
 
 
 def _in_main(solve: Callable[[], Solution], weight: Tensor) -> Solution:
-    """What the main process finds, in all of them."""
+    """The main process's solution, in all processes."""
     found: list[Solution] = []
 
     def told() -> tuple[float, tuple[str, ...]]:

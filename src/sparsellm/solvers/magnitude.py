@@ -1,4 +1,4 @@
-"""Magnitude pruning: the baseline that looks at nothing but the weight."""
+"""Magnitude pruning: the baseline, which uses the weight alone."""
 
 from __future__ import annotations
 

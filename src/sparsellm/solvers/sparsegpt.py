@@ -4,9 +4,9 @@ With ``UᵀU = (G + λI)⁻¹``, ``U`` upper triangular, pruning weight ``w_j`` 
 best update of the later weights of that output is ``w_k −= (w_j / U_jj) U_jk`` (the optimal brain surgeon,
 arXiv 2301.00774, sections 3.2 to 3.4).
 
-The result is that of the column-by-column algorithm; the order of the work is not. A run of columns is halved again and
-again: the left half is pruned, one matrix product carries its errors to the right half, then the right half is pruned.
-All but a sliver of the work is then large products, and the columns at the bottom touch little memory.
+The result is that of the column-by-column algorithm, in another order. A run of columns is halved recursively: the left
+half is pruned, one matrix product carries its errors to the right half, then the right half is pruned. So nearly all of
+the work is large matrix products.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def sparsegpt(
         int, Field(ge=1), "inputs whose mask is chosen together; N:M always goes by its groups"
     ] = 128,
 ) -> Solution:
-    """Prunes input by input, and updates the inputs to come so that they make up for the loss."""
+    """Prunes input by input, and updates the weights of later inputs to make up for the error."""
     check(weight, gram, pattern)
     factor = gram.inverse_cholesky(damping)
-    # N:M looks at a group's weights as they are when its turn comes, unstructured at those of a whole block.
+    # N:M chooses by a group's weights when the elimination reaches it, unstructured by those of a whole block.
     step = block_size if pattern.step == 1 else pattern.step
     elimination = _Elimination(weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern)
     elimination.prune(0, weight.shape[1], step)
@@ -51,7 +51,7 @@ def sparsegpt(
 
 
 class _Elimination:
-    """The weight while its columns are pruned from left to right."""
+    """State of the elimination, which prunes the columns of a weight from left to right."""
 
     def __init__(self, weight: Tensor, upper: Tensor, pattern: Pattern) -> None:
         self.columns = weight.T.contiguous()  # (in, out): a column of the weight is one contiguous row here

@@ -1,4 +1,4 @@
-"""Wanda: a weight matters as much as what it multiplies."""
+"""Wanda: magnitude of the weight times the root mean square of its input."""
 
 from __future__ import annotations
 

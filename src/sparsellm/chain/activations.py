@@ -1,7 +1,6 @@
-"""Activation functions with the derivatives that the scalar problems of the alternating minimisation need.
+"""The activation functions of feed-forward units, with the derivatives that updates of auxiliary variables need.
 
-A model's activation is recognised *by value*: the callable is evaluated on a grid and compared with each function known
-here. No class name and no configuration key is read, so every spelling of the same function is the same function.
+A model's activation is recognised by its values (see ``units``): no class name and no configuration key is read.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from sparsellm.errors import ModelError
 
 Function = Callable[[Tensor], Tensor]
 Derivatives = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -106,62 +103,3 @@ gelu_tanh = Activation("gelu_tanh", _function_gelu_tanh, _gelu_tanh)
 quick_gelu = Activation("quick_gelu", _function_quick_gelu, _quick_gelu)
 
 KNOWN = (relu, relu2, silu, gelu, gelu_tanh, quick_gelu)
-
-
-def _probe() -> Tensor:
-    # the irregular step keeps the grid off the symmetric points where different functions agree
-    return torch.arange(-20.0, 20.0, 0.0371)
-
-
-def identify(function: Function) -> Activation | None:
-    """The known activation whose values are those of ``function``, or None.
-
-    ``function`` is a module or any callable of one tensor. It is probed with an fp32 tensor on the CPU from −20 to 20;
-    the two GELUs differ there by 5e-4, two roundings of the same function by less than 1e-5.
-    """
-    z = _probe()
-    try:
-        with torch.no_grad():
-            value = function(z.clone())
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return None
-    if not isinstance(value, Tensor) or value.shape != z.shape:
-        return None
-    for known in KNOWN:
-        if torch.allclose(value.float(), known(z), rtol=1e-5, atol=2e-5):
-            return known
-    return None
-
-
-def generic(function: Function, name: str = "generic") -> Activation:
-    """Any smooth elementwise callable as an activation; its derivatives come from autograd.
-
-    Raises:
-        ModelError: the callable does not keep the shape, or an output depends on other elements than its own input.
-    """
-    z = _probe()
-    with torch.no_grad():
-        value, some = function(z.clone()), function(z[::3].flip(0))  # other neighbours, another order
-    if value.shape != z.shape or not torch.allclose(value[::3].flip(0), some, rtol=1e-4, atol=1e-5):
-        raise ModelError(f"activation {name!r} is not elementwise; give one that maps each element by itself")
-
-    def apart(z: Tensor) -> Tensor:
-        return function(z.clone())  # it may work in place, or hand back its very input
-
-    def derivatives(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.enable_grad():
-            x = z.detach().requires_grad_(True)
-            value = apart(x)
-            (first,) = torch.autograd.grad(value.sum(), x, create_graph=True)
-            second = None
-            if first.requires_grad:  # a piecewise linear φ has no graph left
-                (second,) = torch.autograd.grad(first.sum(), x, allow_unused=True)
-        second = torch.zeros_like(z) if second is None else second
-        return value.detach(), first.detach().clone(), second.detach().clone()  # autograd may share or expand them
-
-    return Activation(name, apart, derivatives)
-
-
-def as_activation(function: Function) -> Activation:
-    """``identify(function)``, or its generic wrapping when it is none of the known ones."""
-    return identify(function) or generic(function, getattr(function, "__name__", type(function).__name__))

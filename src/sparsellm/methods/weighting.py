@@ -1,0 +1,64 @@
+"""What counts how much in a squared error: tokens by the norm of their hidden state, outputs by what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsellm import parallel
+from sparsellm.methods.base import BlockTask
+from sparsellm.patterns import Pattern
+from sparsellm.solvers import SOLVERS, Solution, Solver
+from sparsellm.solvers.divided import divide, divided_solution
+from sparsellm.statistics import Gram
+
+
+def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
+    """``min(1, (medians · median norm / norm)²)`` for each token: a few tokens with massive activations (2402.17762)
+    would otherwise dominate every squared error.
+
+    Args:
+        hidden: batches ``(batch, seq, hidden)``.
+        medians: norms up to so many times the median count fully.
+
+    Returns:
+        Weights ``(batch, seq)`` for each batch.
+    """
+    norms = [batch.float().norm(dim=-1) for batch in hidden]
+    limit = medians * torch.cat(parallel.gather_list(torch.cat([norm.flatten() for norm in norms]))).median()
+    return [(limit / norm.clamp(min=1e-30)).square().clamp(max=1.0) for norm in norms]
+
+
+def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, Solver]:
+    """The local solver of each linear, by name; its outputs compete for weights by ``E[g²]^power``.
+
+    Outputs count alike where ``power`` is 0, in N:M, where they do not compete, and in a linear that no token reached.
+    """
+    plain = divide(SOLVERS[solver])
+    solvers = {}
+    for linear in task.linears:
+        costs = task.output_costs.get(linear.name) if power else None
+        if costs is not None:
+            costs = costs.to(task.stream.chain.device).pow(power)
+            costs = (costs / costs.mean().clamp(min=1e-30)).clamp(min=1e-4)
+        solvers[linear.name] = weighted(plain, costs)
+    return solvers
+
+
+def weighted(solver: Solver, costs: Tensor | None) -> Solver:
+    """A solver of ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²`` for weights ``c (out,)`` of the outputs' squared errors.
+
+    This is the plain objective of ``√c_i w_i``, so the plain solver is given scaled rows. The error in the solution is
+    the plain one. None: the solver itself.
+    """
+    if costs is None:
+        return solver
+    root = costs.sqrt()[:, None]  # (out, 1)
+
+    def solve(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
+        scaled = solver(weight * root, gram, pattern)
+        return divided_solution(weight, scaled.weight / root, scaled.mask, gram, scaled.notes)
+
+    return solve

@@ -1,0 +1,38 @@
+"""What an optimiser steps on, and what is held out to judge it by."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsellm.chain import open_chain
+from sparsellm.chain.streams import Stream
+from sparsellm.sweep.training import held_out_of
+from tests.models import tiny_opt
+from tests.sweep.helpers import CPU, ids_of
+
+
+def test_pieces_are_whole_windows_that_cover_each_batch_once() -> None:
+    chain = open_chain(tiny_opt(), device=CPU)
+    stream = Stream(chain, ids_of(100, seq=32), batch_tokens=3200, pieces=2048)
+    assert [(piece.batch, piece.rows) for piece in stream.pieces] == [(0, slice(0, 64)), (0, slice(64, 128))]
+    stream = Stream(chain, ids_of(5), batch_tokens=48, pieces=2048)
+    assert [(piece.batch, piece.rows) for piece in stream.pieces] == [(i, slice(0, 85)) for i in range(3)]
+    assert all(len(piece.calls) == len(chain) for piece in stream.pieces)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "held"),
+    [
+        (3, 0.5, []),
+        (4, 0.125, [2]),
+        (8, 0.125, [4]),
+        (16, 0.125, [4, 12]),
+        (16, 0.0, []),
+        (5, 0.4, [1, 3]),
+        (200, 0.125, [12, 37, 62, 87, 112, 137, 162, 187]),
+    ],
+)
+def test_what_is_held_out(count: int, fraction: float, held: list[int]) -> None:
+    train, judges = held_out_of(list(range(count)), fraction)
+    assert train == [i for i in range(count) if i not in held]
+    assert judges == (held or list(range(count)))

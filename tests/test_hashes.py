@@ -1,0 +1,49 @@
+"""The hashes that prove a move: the same for the same model, another for any other, and a difference is reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import hashes
+from tests.models import tiny_gpt2
+
+
+def test_a_digest_sees_one_bit_of_any_weight() -> None:
+    model = tiny_gpt2()
+    before = hashes.digest(model)
+    assert hashes.digest(tiny_gpt2()) == before
+    with torch.no_grad():
+        bias = model.transformer.h[1].mlp.c_fc.bias
+        bias[3] = torch.nextafter(bias[3], torch.tensor(9.0))
+    assert hashes.digest(model) != before
+
+
+def test_cases_repeat_and_differ_from_each_other() -> None:
+    chosen = ["opt/0.6/magnitude", "opt/2:4/magnitude", "gpt2/0.6/sparsellm-paper"]
+    found = hashes.hashes(chosen)
+    assert found == hashes.hashes(chosen)
+    assert len(set(found.values())) == 3
+    assert found["gpt2/0.6/sparsellm-paper"] == "refused: ModelError"
+
+
+def test_a_difference_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hashes, "hashes", lambda only: {"a": "1", "b": "2"})
+    monkeypatch.setattr(hashes, "run_in", lambda size, function, folder, only: [
+        (folder / f"{rank}.json").write_text('{"a": "1", "b": "2"}') for rank in range(size)
+    ])  # fmt: skip
+    before = tmp_path / "before.json"
+    same = {f"{name} ({count} process{'es' * (count > 1)})": value for name, value in (("a", "1"), ("b", "2"))
+            for count in (1, 2)}  # fmt: skip
+    for kept, code in ((same, 0), ({**same, "b (2 processes)": "3"}, 1)):
+        before.write_text(json.dumps(kept))
+        monkeypatch.setattr("sys.argv", ["hashes", "--compare", str(before)])
+        assert hashes.main() == code
+        printed = capsys.readouterr()
+        assert (printed.out == "differs: b (2 processes)\n  3\n  2\n") == bool(code)
+        assert printed.err == f"4 hashes compared, {code} differ\n"

@@ -1,0 +1,86 @@
+"""Options of registered functions: filled, coerced, refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from pydantic import Field
+
+from sparsellm.allocation import ALLOCATIONS
+from sparsellm.errors import RecipeError
+from sparsellm.methods import METHODS
+from sparsellm.registry import Entry, Needs, Registry
+from sparsellm.solvers import SOLVERS
+
+
+def entry() -> Entry[Any]:
+    registry: Registry[Any] = Registry("thing")
+
+    def validate(options: dict[str, Any]) -> None:
+        if options["low"] > options["high"]:
+            raise RecipeError(f"low {options['low']} is above high {options['high']}")
+
+    @registry.register("mine", paper="none", validate=validate, needs=lambda options: Needs(passes=options["low"]))
+    def mine(
+        weight: object, *, low: Annotated[int, Field(ge=0), "the least"] = 1, high: float = 3.0, name: str | None = None
+    ) -> None:
+        """Does nothing."""
+
+    return registry["mine"]
+
+
+def test_options_are_filled_and_coerced() -> None:
+    assert entry().check({}) == {"low": 1, "high": 3.0, "name": None}
+    filled = entry().check({"high": "2.5", "low": "2"})
+    assert filled == {"low": 2, "high": 2.5, "name": None}
+    assert list(filled) == ["low", "high", "name"]  # of the signature, not of the recipe
+    assert entry().needs_of(filled).passes == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lwo": 1}, "mine has no option 'lwo'; did you mean 'low'"),
+        ({"low": -1}, "option low of mine is -1: "),
+        ({"high": float("inf")}, "option high of mine is inf: .*finite"),
+        ({"high": "nan"}, "option high of mine is 'nan': .*finite"),
+        ({"name": 3}, "option name of mine is 3: "),
+        ({"low": 4}, "low 4 is above high 3.0"),
+    ],
+)
+def test_what_does_not_fit_is_named(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as caught:
+        entry().check(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_option_without_a_default_must_be_given() -> None:
+    registry: Registry[Any] = Registry("thing")
+
+    @registry.register("mine", paper="none")
+    def mine(weight: object, *, path: Annotated[str, "where it lies"]) -> None:
+        """Does nothing."""
+
+    with pytest.raises(RecipeError, match="mine needs option path: where it lies"):
+        registry["mine"].check({})
+    assert registry["mine"].check({"path": "x"}) == {"path": "x"}
+
+
+def test_defaults_that_are_no_json_are_a_mistake_of_the_author() -> None:
+    with pytest.raises(TypeError, match="JSON"):
+
+        @Registry("thing").register("mine", paper="none")
+        def mine(weight: object, *, path: Path = Path()) -> None:
+            """Does nothing."""
+
+
+def test_everything_that_is_registered_has_options_that_json_can_hold_and_needs_of_its_defaults() -> None:
+    for registry in (METHODS, ALLOCATIONS, SOLVERS):
+        for each in registry:
+            filled = each.check({})
+            assert filled.keys() == each.options.keys()
+            assert json.loads(json.dumps(filled)) == filled
+            assert isinstance(each.needs_of(filled), Needs)
