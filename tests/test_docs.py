@@ -1,0 +1,138 @@
+"""The pages: their links lead somewhere, their commands run on a tiny model, their figure is that of their numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparsellm import Recipe, cli
+from sparsellm.allocation import ALLOCATIONS
+from sparsellm.methods import METHODS
+from sparsellm.solvers import SOLVERS
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIGURE = ROOT / "docs" / "figures" / "perplexity.json"
+
+# What makes a command of a page quick; the last value of an option counts.
+SMALL = {
+    "prune": "--samples 4 --seq-len 32",
+    "eval": "--text my-test.txt --seq-len 32 --max-tokens 256",
+    "generate": "--max-new-tokens 2",
+    "bench": "--prompt-tokens 8 --new-tokens 2 --repeats 1",
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """Of the page's shell blocks, those of this tool, in their order."""
+    return [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("sparsellm ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    for target in targets:
+        name, _, heading = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page.name}: {target}"
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+            assert heading in anchors, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "guide.md"], ids=lambda page: page.name)
+def test_every_command_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for registry in (SOLVERS, METHODS, ALLOCATIONS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "path" / "to" / "model")
+    lines = "\n".join(f"Line {number} of a text about nothing in particular." for number in range(400))
+    for name in ("my-text.txt", "my-test.txt"):
+        Path(name).write_text(lines, encoding="utf-8")
+    Path("my_solver.py").write_text(next(block for block in blocks(page, "python") if "SOLVERS.register" in block))
+    Path("my.yaml").write_text("".join(blocks(page, "yaml")))
+    found = commands(page)
+    assert len(found) >= 5
+    for line in found:
+        words = shlex.split(line)[1:]
+        if "--plugin" in words and importlib.util.find_spec("sparsellm.plugins") is None:
+            continue
+        if "--out" in words:  # pages use the same name again and again
+            shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+        monkeypatch.setattr(sys, "argv", ["sparsellm", *words, *SMALL.get(words[0], "").split()])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = int(done.code or 0)
+        assert code == 0, f"{line}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / "guide.md"], ids=lambda page: page.name)
+def test_recipes_of_a_page_are_recipes(page: Path) -> None:
+    found = blocks(page, "yaml")
+    assert found
+    for block in found:
+        recipe = Recipe.from_yaml(block)
+        for key, value in yaml.safe_load(block).items():
+            assert getattr(recipe, key) == value
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_a_page_compiles(page: Path) -> None:
+    for block in blocks(page, "python"):
+        compile(block, page.name, "exec")
+
+
+def test_the_figure_is_drawn_from_its_numbers() -> None:
+    draw = runpy.run_path(str(ROOT / "benchmarks" / "figure.py"))["draw"]
+    assert FIGURE.with_suffix(".svg").read_text(encoding="utf-8") == draw(json.loads(FIGURE.read_text("utf-8")))
+
+
+def test_the_numbers_of_the_figure_stand_in_the_results() -> None:
+    figure = json.loads(FIGURE.read_text("utf-8"))
+    results = (ROOT / "docs" / "results.md").read_text("utf-8")
+    for series in figure["series"]:
+        assert len(series["perplexity"]) == len(figure["sparsities"])
+        for value in series["perplexity"]:
+            assert value is None or f"| {value:,.1f} |" in results, f"{series['name']}: {value}"
+
+
+def test_the_script_of_figures_counts_a_known_source() -> None:
+    script = runpy.run_path(str(ROOT / "tools" / "figures.py"))
+    source = (
+        "class A:\n    def f(self, x: dict[str, Any], *, y=1):\n        def inner(*z): pass\n        return x\n\n"
+        "async def g() -> list[dict[str, Any]]:\n    'dict[str, Any]'\n"
+    )
+    found = [(each.place, each.lines, each.parameters) for each in script["functions"]({"src/sparsellm/a.py": source})]
+    assert found == [
+        ("src/sparsellm/a.py:A.f", 3, 2),
+        ("src/sparsellm/a.py:A.f.inner", 1, 1),
+        ("src/sparsellm/a.py:g", 2, 0),
+    ]
+    method = "def sparsellm(task, *, a=1, b=2): ...\n"
+    figures = script["figures"]({"src/sparsellm/a.py": source, "src/sparsellm/methods/sparsellm.py": method})
+    assert figures["lines of Python in `src`"] == "8"
+    assert figures["options of `sparsellm`"] == "2"
+    assert figures["occurrences of `dict[str, Any]`"] == "2"
+    assert figures["files at the top level of the package"] == "1"
+    assert figures["longest function"] == "3 lines, `a.A.f`"
