@@ -33,12 +33,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm.calibration.windows import evaluation_windows
-from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+from sparsellm.chain.open import load_tokenizer
 from sparsellm.chain.structure import find_blocks
-from sparsellm.demo_model import demo_gguf
 from sparsellm.evaluation.perplexity import nll_from_logits, perplexity
 from sparsellm.runtime.bench import one_run, resident_bytes
 from sparsellm.runtime.module import kernel_name
+from sparsellm.sources.demo_model import demo_gguf
+from sparsellm.sources.resolve import checkpoint_directory
 
 CLOCKS: tuple[Callable[[], float], ...] = (time.perf_counter, time.process_time)
 VALUES = ("keep", "bf16", "int8", "int4")

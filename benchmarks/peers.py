@@ -29,7 +29,8 @@ from wikipedia import write_wikipedia
 
 import sparsellm
 from sparsellm.calibration import calibration_windows
-from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+from sparsellm.chain.open import load_tokenizer
+from sparsellm.sources.resolve import checkpoint_directory
 
 WORKER = Path(__file__).with_name("peers_llmcompressor.py")
 TOOLS = ("sparsellm", "llmcompressor")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsellm.cache import cache_dir
 from sparsellm.calibration import evaluation_windows
-from sparsellm.demo_model import demo_gguf
 from sparsellm.errors import ModelError
 from sparsellm.evaluation import perplexity
-from sparsellm.gguf import gguf_checkpoint
+from sparsellm.sources.cache import cache_dir
+from sparsellm.sources.demo_model import demo_gguf
+from sparsellm.sources.gguf import gguf_checkpoint
 
 
 def test_without_an_index_the_error_quotes_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from sparsellm.cache import put, workspace
 from sparsellm.errors import ModelError
-from sparsellm.gguf import gguf_checkpoint
+from sparsellm.sources.cache import put, workspace
+from sparsellm.sources.gguf import gguf_checkpoint
 from tests.models import tiny_llama, tiny_tokenizer
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -180,7 +180,7 @@ def test_an_architecture_that_is_not_converted_is_named(tmp_path: Path) -> None:
 def test_a_killed_conversion_leaves_nothing_for_ever(tmp_path: Path, own_cache: Path) -> None:
     """Of the same model and of others; what a living process has in work stays."""
     program = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom sparsellm.cache import workspace\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom sparsellm.sources.cache import workspace\n"
         "with workspace(Path(sys.argv[1])) as made:\n"
         "    (made / 'half').write_text('a checkpoint')\n"
         "    print('inside', flush=True)\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sparsellm.errors import DataError, StorageError
-from sparsellm.json_input import parse_json, read_json, read_object
+from sparsellm.inputs.json_input import parse_json, read_json, read_object
 
 
 def test_reads_what_json_is() -> None:

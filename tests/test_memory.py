@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import sparsellm
-from sparsellm import Recipe, heap
+from sparsellm import Recipe
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
+from sparsellm.inputs.sizes import parse_bytes
+from sparsellm.machine import heap
 from sparsellm.methods import METHODS
 from sparsellm.registry import Workspace
 from sparsellm.run import memory
 from sparsellm.run.memory import Demand, plan_memory, working_bytes
-from sparsellm.sizes import parse_bytes
 from sparsellm.solvers import SOLVERS
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 

@@ -10,17 +10,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm.calibration import check_seq_len, evaluation_windows
 from sparsellm.chain import open_chain
-from sparsellm.chain.open import check_vocabulary, checkpoint_directory, load_tokenizer
-from sparsellm.counts import MatrixZeros, inspect_block
+from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import DataError
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
-from sparsellm.heap import peak_rss
+from sparsellm.machine.heap import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
+from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.prepare import Request, check_ids, default_seq_len, open_model
 from sparsellm.run.result import PruneResult, versions
 from sparsellm.run.run import Run
+from sparsellm.sources.resolve import checkpoint_directory
 
 
 def prune(

@@ -417,8 +417,8 @@ def demo(
     """Prune a small real Llama, measure it before and after, save it, and show the result. Needs no hub."""
     global _kept
     from sparsellm import console, tables
-    from sparsellm.cache import cache_dir
     from sparsellm.demo import run_demo
+    from sparsellm.sources.cache import cache_dir
 
     _kept = partial(interrupts.kept_by_prune, out or cache_dir() / "demo-pruned", time.time())
     with console.progress() as progress:

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparsellm import api
-from sparsellm.cache import cache_dir
-from sparsellm.chain.open import checkpoint_directory, load_tokenizer
+from sparsellm.chain.open import load_tokenizer
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
+from sparsellm.sources.cache import cache_dir
+from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 
 # Sized for five minutes on two cores: 4096 calibration tokens, and as many of held-out text.

@@ -47,3 +47,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, in one line that is not long."""
+    said = " ".join(str(error).split())  # some put the reason into the second line
+    named = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in named[:300])

@@ -9,8 +9,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sparsellm.errors import RecipeError, nearest
+from sparsellm.inputs.sizes import parse_bytes
 from sparsellm.patterns import Pattern, Unstructured, parse_pattern
-from sparsellm.sizes import parse_bytes
 
 
 class Recipe(BaseModel):

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.fit import check_sizes
 from sparsellm.chain.linears import LinearView, iterate_linears
-from sparsellm.chain.open import load_config, one_line
+from sparsellm.chain.open import load_config
 from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
-from sparsellm.errors import ModelError, NumericalError, SparseLLMError
+from sparsellm.errors import ModelError, NumericalError, SparseLLMError, one_line
 from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
 from sparsellm.storage.shard import TensorSource

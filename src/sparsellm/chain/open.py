@@ -1,4 +1,4 @@
-"""From what a user names (directory, hub id, ``.gguf`` file, ``demo``) to a checkpoint directory and its config."""
+"""The config, the tokenizer and the vocabulary of a checkpoint directory, checked."""
 
 from __future__ import annotations
 
@@ -8,63 +8,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sparsellm.demo_model import demo_gguf
-from sparsellm.errors import DataError, ModelError
-from sparsellm.gguf import gguf_checkpoint
-from sparsellm.json_input import read_object
+from sparsellm.errors import DataError, ModelError, one_line
+from sparsellm.inputs.json_input import read_object
 from sparsellm.packed.checkpoint import is_packed
-
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
-
-
-def checkpoint_directory(model: str) -> Path:
-    """The directory of a checkpoint that may have to be fetched or converted first.
-
-    Args:
-        model: a directory, a hub id (``owner/name``), a ``.gguf`` file, or ``demo``.
-
-    Raises:
-        ModelError: there is no such model, or it cannot be fetched.
-    """
-    if model == "demo":
-        return gguf_checkpoint(demo_gguf())
-    try:
-        path = Path(model).expanduser()
-        path.lstat()
-    except FileNotFoundError:
-        pass  # a hub id, perhaps
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, an unknown user after the ~
-        raise ModelError(f"model {model!r:.100} cannot be looked up: {one_line(error)}") from None
-    if not model.strip():
-        raise ModelError(
-            "the name of the model is empty; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
-        )
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no file {model}; give the path of a .gguf file")
-        return gguf_checkpoint(path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{model} has no config.json; give a directory saved by save_pretrained")
-        return path
-    if path.exists():
-        raise ModelError(f"{model} is a file; give a checkpoint directory, a hub id, a .gguf file, or 'demo'")
-    return _from_hub(model)
-
-
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
-    except HFValidationError:
-        reason = "it is no directory here, and no valid hub id (owner/name)"
-    except Exception as error:  # the hub client raises requests, httpx and its own errors
-        reason = f"it is no directory here, and the hub did not give it ({one_line(error)})"
-    raise ModelError(
-        f"model {model!r} not found: {reason}; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
-    )
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -154,10 +100,3 @@ def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTraine
         f"the tokenizer turns the text into ids up to {most} ({token!r:.50}), and the model has {vocabulary} tokens "
         "(vocab_size in config.json); use the tokenizer that belongs to the model"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of another library says, in one line that is not long."""
-    said = " ".join(str(error).split())  # some put the reason into the second line
-    named = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    return "".join(character if character.isprintable() else "?" for character in named[:300])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsellm.chain.activations import Activation
 from sparsellm.errors import ModelError
-from sparsellm.held_out import spread_evenly
+from sparsellm.statistics.held_out import spread_evenly
 
 # ---------------------------------------------------------------------------------------------------------- the unit
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsellm import heap
 from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
+from sparsellm.machine import heap
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry

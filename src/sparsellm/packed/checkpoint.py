@@ -22,12 +22,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from torch import Tensor
 
-from sparsellm.cache import sha256
 from sparsellm.errors import StorageError
-from sparsellm.json_input import read_object
+from sparsellm.inputs.json_input import read_object
 from sparsellm.packed.codes import FLOAT_TYPES
 from sparsellm.packed.layout import PackedWeight, unpack
 from sparsellm.packed.validation import PACK_AGAIN, validate
+from sparsellm.sources.cache import sha256
 from sparsellm.storage.reader import CheckpointReader
 
 QUANT_METHOD = "sparsellm"

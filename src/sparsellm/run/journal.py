@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm import heap, parallel
+from sparsellm import parallel
 from sparsellm.allocation import Allocation
+from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.run.result import versions

@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sparsellm import heap
 from sparsellm.chain import Chain
 from sparsellm.errors import MemoryBudgetError
+from sparsellm.inputs.sizes import parse_bytes
+from sparsellm.machine import heap
 from sparsellm.registry import Workspace
-from sparsellm.sizes import parse_bytes
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.head import HEAD_TOKENS
 

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm import heap, parallel
+from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
 from sparsellm.allocation.base import pattern_of
 from sparsellm.calibration import calibration_windows, check_seq_len
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched_patterns
-from sparsellm.chain.open import check_vocabulary, checkpoint_directory, load_tokenizer
+from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.chain.streams import check_forward, windows_in_batch
-from sparsellm.devices import resolve_device
 from sparsellm.errors import DataError, RecipeError
+from sparsellm.machine import heap
+from sparsellm.machine.devices import resolve_device
 from sparsellm.methods import METHODS
 from sparsellm.methods.base import Method
 from sparsellm.packed.checkpoint import is_packed, read_config
@@ -32,6 +33,7 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.registry import Entry, Needs
 from sparsellm.run.memory import checkpoint_bytes
+from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.whole_model import check_sweepable

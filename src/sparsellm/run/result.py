@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsellm import __version__
-from sparsellm.counts import DenseMatrix, Totals, totals
 from sparsellm.methods import LinearResult
 from sparsellm.recipe import Recipe
+from sparsellm.run.counts import DenseMatrix, Totals, totals
 from sparsellm.run.memory import MemoryPlan
 from sparsellm.sweep.whole_model import Pass
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sparsellm import heap, parallel, plugins
+from sparsellm import parallel, plugins
 from sparsellm.allocation import Allocation, Survey
 from sparsellm.chain.streams import Feed, Stream, windows_of
-from sparsellm.counts import left_dense, shortfall, unreached
+from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.run import prepare as before
+from sparsellm.run.counts import left_dense, shortfall, unreached
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identity, Journal, other_conditions
 from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sweep_bytes

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsellm import heap
 from sparsellm.chain import Stream
+from sparsellm.machine import heap
 from sparsellm.methods import BlockTask, LinearResult
 from sparsellm.progress import Progress
 from sparsellm.run.journal import BlockRecord, conditions

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sparsellm.chain import Chain, open_chain
-from sparsellm.chain.open import checkpoint_directory
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError
 from sparsellm.packed.checkpoint import (
     MANIFEST,
@@ -29,6 +28,7 @@ from sparsellm.packed.codes import resolve_value_type
 from sparsellm.packed.layout import pack as pack_weight
 from sparsellm.packed.validation import PACK_AGAIN
 from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.files import replace_atomically, write_all
 from sparsellm.storage.resume import PACK, UNPACK

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm.chain.open import load_config
-from sparsellm.devices import resolve_device
 from sparsellm.errors import ModelError, SparseLLMError
+from sparsellm.machine.devices import resolve_device
 from sparsellm.runtime.registration import register_when_needed
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sparsellm.errors import StorageError
-from sparsellm.json_input import read_object
+from sparsellm.inputs.json_input import read_object
 
 STATE = ".sparsellm-run"  # the folder of a run's state
 LISTED = ".sparsellm-files.json"  # names that a checkpoint took over from its model and that are not known otherwise

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, StorageError
-from sparsellm.json_input import parse_json, read_object
+from sparsellm.inputs.json_input import parse_json, read_object
 
 _PIECE = 1 << 22  # elements looked at at a time
 _READERS = 4  # threads that read, hash and check tensors; hashing leaves the interpreter's lock

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sparsellm.errors import StorageError
-from sparsellm.json_input import read_object
+from sparsellm.inputs.json_input import read_object
 from sparsellm.storage.contents import STATE, foreign_entries
 from sparsellm.storage.files import TEMPORARY, check_own_directory, explained, replace_atomically, sync, write_all
 

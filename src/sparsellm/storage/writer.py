@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsellm import interrupts
-from sparsellm.json_input import read_object
+from sparsellm.inputs.json_input import read_object
 from sparsellm.storage.contents import LISTED, is_known, unusual_files
 from sparsellm.storage.destination import check_destination, check_replaceable, check_room, partial_of
 from sparsellm.storage.files import explained, replace_atomically, write_all

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain import Call, Chain
-from sparsellm.held_out import spread_evenly
+from sparsellm.statistics.held_out import spread_evenly
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from sparsellm.cache import cache_dir, put, sha256, workspace
 from sparsellm.errors import ModelError
+from sparsellm.sources.cache import cache_dir, put, sha256, workspace
 
 # Part of the key of the cache: raise it when this file starts to write something else.
 FORMAT = 1

