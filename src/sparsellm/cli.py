@@ -21,6 +21,7 @@ import typer
 
 from sparsellm import __version__, interrupts
 from sparsellm.errors import RecipeError, SparseLLMError
+from sparsellm.storage.remains import kept_by_prune
 
 if TYPE_CHECKING:
     from sparsellm.registry import Entry
@@ -245,7 +246,7 @@ def prune(
     global _kept
     if quiet and verbose:
         raise RecipeError("--quiet and --verbose contradict each other; give one of them")
-    _kept = partial(interrupts.kept_by_prune, out, time.time())
+    _kept = partial(kept_by_prune, out, time.time())
     from sparsellm import api, console, parallel, tables
     from sparsellm.recipe import Recipe
 
@@ -420,7 +421,7 @@ def demo(
     from sparsellm.demo import run_demo
     from sparsellm.sources.cache import cache_dir
 
-    _kept = partial(interrupts.kept_by_prune, out or cache_dir() / "demo-pruned", time.time())
+    _kept = partial(kept_by_prune, out or cache_dir() / "demo-pruned", time.time())
     with console.progress() as progress:
         result = run_demo(out=out, sparsity=sparsity, progress=progress)
     if as_json:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sparsellm import cli, interrupts
+from sparsellm.storage.remains import kept_by_prune
 from tests.cli import child
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -199,7 +200,7 @@ def test_the_command_line_is_quoted(argv: list[str], expected: str, monkeypatch:
 
 def test_a_result_that_is_complete_is_not_started_again(tmp_path: Path) -> None:
     (tmp_path / "pruning.json").write_text("{}")
-    said, goes_on = interrupts.kept_by_prune(tmp_path, began=0.0)
+    said, goes_on = kept_by_prune(tmp_path, began=0.0)
     assert "is complete" in said
     assert not goes_on
-    assert interrupts.kept_by_prune(tmp_path, began=float("inf"))[1]
+    assert kept_by_prune(tmp_path, began=float("inf"))[1]

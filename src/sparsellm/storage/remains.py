@@ -1,0 +1,44 @@
+"""What an interrupted run leaves, said in a sentence. It imports nothing heavy: a signal may come before torch does."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+
+def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
+    """A sentence on what a run of ``prune`` into ``out`` has left, and whether the run can go on.
+
+    Args:
+        out: the directory of the result.
+        began: when the run began, by ``time.time()``: what lies in ``out`` since is its result.
+    """
+    report = out / "pruning.json"
+    with contextlib.suppress(OSError):
+        if report.stat().st_mtime >= began:
+            return f"the checkpoint in {out} is complete", False
+    if "sparsellm.storage.destination" not in sys.modules:  # loading it, and torch with it, would take seconds
+        return "the run had not begun", True
+    from sparsellm.storage.destination import partial_of
+
+    partial = partial_of(out)
+    blocks = _blocks(partial)
+    if blocks is None:
+        return "no block was finished", True
+    done, of = blocks
+    return f"{done} of {of} blocks are kept in {out.with_name(partial.name)}", True
+
+
+def _blocks(partial: Path) -> tuple[int, int] | None:
+    """How many of the first blocks are recorded as finished there, and how many the model has."""
+    from sparsellm.storage.resume import FOLDER
+
+    names = {path.name for path in (partial / FOLDER).glob("model-*-of-*.safetensors.json")}
+    if not names:
+        return None
+    shards = int(next(iter(names)).split("-of-")[1].split(".")[0])
+    done = 0
+    while done < shards - 1 and f"model-{done + 1:05d}-of-{shards:05d}.safetensors.json" in names:
+        done += 1
+    return done, shards - 1  # the last shard holds what stands outside the blocks
