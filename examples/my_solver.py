@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsellm.patterns import Pattern
-from sparsellm.solvers.base import SOLVERS, Solution, check, solution
+from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
 from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
 

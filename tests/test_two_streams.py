@@ -16,7 +16,7 @@ from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.methods import sparsellm as module
-from sparsellm.methods.base import BlockTask
+from sparsellm.methods.task import BlockTask
 from sparsellm.registry import Needs
 from sparsellm.run.prepare import Request
 from sparsellm.run.run import Run

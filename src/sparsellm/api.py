@@ -24,7 +24,7 @@ from sparsellm.run.run import Run
 from sparsellm.sources.resolve import checkpoint_directory
 
 
-def prune(
+def prune(  # noqa: PLR0913 - the Python door
     model: str | Path | PreTrainedModel,
     recipe: Recipe | None = None,
     *,
@@ -63,7 +63,7 @@ def prune(
     return Run(request, progress).execute()
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - the Python door
     model: str | Path | PreTrainedModel,
     text: str | Tensor,
     *,

@@ -125,7 +125,7 @@ def _begin(
     "  sparsellm prune path/to/model --out pruned --pattern 2:4 --effort 2\n\n"
     "  sparsellm prune demo --out pruned --method wanda --samples 32 --seq-len 512"
 )
-def prune(
+def prune(  # noqa: PLR0913 - a command
     model: ModelArgument,
     *,
     method: Annotated[
@@ -484,7 +484,7 @@ def unpack(
 
 
 @app.command()
-def generate(
+def generate(  # noqa: PLR0913 - a command
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, packed or dense.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to write.")] = 100,
@@ -535,7 +535,7 @@ def generate(
 
 
 @app.command()
-def bench(
+def bench(  # noqa: PLR0913 - a command
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
     dense: Annotated[
         str | None,

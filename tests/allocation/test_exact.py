@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsellm.allocation.base import from_block_importance, from_sparsities, pattern_of
+from sparsellm.allocation.allocator import from_block_importance, from_sparsities, pattern_of
 from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, shift_to_total
 from tests.allocation.helpers import bare_survey
 

@@ -29,7 +29,7 @@ def mine(weight, gram, pattern, *, strength: float = 1.0):
 """
 ALLOCATION = """
 from sparsellm.allocation import ALLOCATIONS
-from sparsellm.allocation.base import from_sparsities
+from sparsellm.allocation.allocator import from_sparsities
 
 @ALLOCATIONS.register("first-less", paper="none")
 def first_less(survey):

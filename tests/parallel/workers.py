@@ -15,8 +15,8 @@ from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.patterns import highest
 from sparsellm.solvers import SOLVERS
-from sparsellm.solvers.base import Solution, solution
 from sparsellm.solvers.divided import divide, divided_solution, highest_of_all
+from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, GramAccumulator
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
 

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from sparsellm.allocation.base import ALLOCATIONS, Allocation, Allocator
+from sparsellm.allocation.allocator import ALLOCATIONS, Allocation, Allocator
 from sparsellm.allocation.survey import LinearSize, Survey
 
 for _module in pkgutil.iter_modules(__path__):

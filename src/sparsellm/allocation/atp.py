@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from sparsellm.allocation.base import ALLOCATIONS, Allocation, from_sparsities
+from sparsellm.allocation.allocator import ALLOCATIONS, Allocation, from_sparsities
 from sparsellm.allocation.survey import Survey
 from sparsellm.registry import Workspace
 

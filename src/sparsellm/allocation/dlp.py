@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsellm.allocation.base import ALLOCATIONS, Allocation, from_block_importance
+from sparsellm.allocation.allocator import ALLOCATIONS, Allocation, from_block_importance
 from sparsellm.allocation.survey import Survey
 from sparsellm.patterns import lowest
 from sparsellm.registry import Workspace
@@ -23,7 +23,7 @@ def dlp(
     """Relative importance by the median: I_l = 1 − median(A^l) / Σ_k median(A^k), A the Wanda metric of a block.
 
     The median is over all linears of a block together (of an even number, the lower of the two in the middle); then
-    the rescaling of :func:`~sparsellm.allocation.base.from_block_importance` with α.
+    the rescaling of :func:`~sparsellm.allocation.allocator.from_block_importance` with α.
     """
     medians = {block: _median(metrics) for block, metrics in survey.wanda_metrics()}
     total = sum(medians.values()) or 1.0

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sparsellm.allocation.base import ALLOCATIONS, Allocation, from_block_importance
+from sparsellm.allocation.allocator import ALLOCATIONS, Allocation, from_block_importance
 from sparsellm.allocation.survey import Survey
 from sparsellm.registry import Workspace
 
@@ -21,7 +21,7 @@ def owl(
     """Layerwise outlier distribution: a block is important by its share of Wanda metrics above M times their mean.
 
     ``D_l = Σ 1(A_ij > M · mean(A^l)) / |A^l|`` over all linears of a block, ``A_ij = |w_ij| ‖x_j‖`` (section 3.2);
-    then the rescaling of :func:`~sparsellm.allocation.base.from_block_importance` with λ.
+    then the rescaling of :func:`~sparsellm.allocation.allocator.from_block_importance` with λ.
     """
     shares = {}
     for block, metrics in survey.wanda_metrics():

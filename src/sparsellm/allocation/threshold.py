@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsellm.allocation.base import ALLOCATIONS, Allocation
+from sparsellm.allocation.allocator import ALLOCATIONS, Allocation
 from sparsellm.allocation.exact import bounds, round_exactly
 from sparsellm.allocation.survey import Survey
 from sparsellm.registry import Needs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsellm.allocation.base import ALLOCATIONS, Allocation
+from sparsellm.allocation.allocator import ALLOCATIONS, Allocation
 from sparsellm.allocation.survey import Survey
 from sparsellm.patterns import Unstructured
 from sparsellm.registry import Workspace

@@ -19,7 +19,7 @@ from sparsellm.decomposition import (
     prune_feed_forward,
     split,
 )
-from sparsellm.methods.base import BlockTask
+from sparsellm.methods.task import BlockTask
 from sparsellm.solvers import Solution, Solver
 
 # What a unit keeps of all tokens, as so many hidden states: inputs, targets, and Z or U and S, four times as wide.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsellm.methods.base import BlockTask, Method
+from sparsellm.methods.task import BlockTask, Method
 from sparsellm.registry import Entry
 from sparsellm.solvers import Solver
 from sparsellm.solvers.divided import divide

@@ -21,9 +21,9 @@ from sparsellm.chain import LinearView
 from sparsellm.chain.capture import RunOrder, skipping, watch
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
-from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.methods.feed_forward import UNIT_STREAMS, find_units, prune_unit
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
+from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.methods.weighting import token_weights, weighted_solvers
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solver
@@ -66,7 +66,7 @@ def _validate(options: dict[str, Any]) -> None:
     distributed=True,
     allocation="threshold",
 )
-def sparsellm(
+def sparsellm(  # noqa: PLR0913 - options
     task: BlockTask,
     *,
     effort: Annotated[int, Field(ge=0, le=3), "sweeps of the whole model at the end: 0, 1, 3 or 8"] = 1,

@@ -19,8 +19,8 @@ from sparsellm.chain.capture import watch
 from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition import LazyChunks, Settings
 from sparsellm.errors import ModelError, NumericalError
-from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.methods.feed_forward import UNIT_STREAMS, alternate, find_units, plain
+from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS
 from sparsellm.storage.scratch import TensorStore

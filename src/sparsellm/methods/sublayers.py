@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, RunOrder, watch
-from sparsellm.methods.base import BlockTask
+from sparsellm.methods.task import BlockTask
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsellm import parallel
-from sparsellm.methods.base import BlockTask
+from sparsellm.methods.task import BlockTask
 from sparsellm.patterns import Pattern
 from sparsellm.solvers import SOLVERS, Solution, Solver
 from sparsellm.solvers.divided import divide, divided_solution

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
 from sparsellm.methods import LinearResult
-from sparsellm.methods.base import UNREACHED
+from sparsellm.methods.task import UNREACHED
 from sparsellm.patterns import NM, detect
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros

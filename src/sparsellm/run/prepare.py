@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
-from sparsellm.allocation.base import pattern_of
+from sparsellm.allocation.allocator import pattern_of
 from sparsellm.calibration import calibration_windows, check_seq_len
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
@@ -26,7 +26,7 @@ from sparsellm.errors import DataError, RecipeError
 from sparsellm.machine import heap
 from sparsellm.machine.devices import resolve_device
 from sparsellm.methods import METHODS
-from sparsellm.methods.base import Method
+from sparsellm.methods.task import Method
 from sparsellm.packed.checkpoint import is_packed, read_config
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback

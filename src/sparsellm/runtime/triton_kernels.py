@@ -41,7 +41,7 @@ def _population_count(word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _multiply(  # type: ignore[no-untyped-def]
+def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     mask_pointer,  # uint32 (out, row_words)
     values_pointer,
     offsets_pointer,  # int64 (out + 1,)

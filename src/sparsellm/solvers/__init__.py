@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from sparsellm.solvers.base import SOLVERS, Solution, Solver
+from sparsellm.solvers.solver import SOLVERS, Solution, Solver
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

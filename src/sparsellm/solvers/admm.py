@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sparsellm.patterns import Pattern, Scope
 from sparsellm.registry import Workspace
-from sparsellm.solvers.base import SOLVERS, Solution, check, solution
+from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
 from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
 
@@ -40,7 +40,7 @@ RHO_STEPS = 5  # each needs an inverse
 @SOLVERS.register(
     "admm", paper="arXiv 2406.07831", workspace=Workspace(weights=12, grams=3, remembered=5), distributed=True
 )
-def admm(
+def admm(  # noqa: PLR0913 - options
     weight: Tensor,
     gram: Gram,
     pattern: Pattern,

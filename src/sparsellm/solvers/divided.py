@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.patterns import Pattern, Scope, Unstructured, highest_of_rows, require_finite, share
 from sparsellm.registry import Entry
-from sparsellm.solvers.base import Solution, Solver, solution
+from sparsellm.solvers.solver import Solution, Solver, solution
 from sparsellm.statistics import Gram
 
 # Bits of a score that are decided at a time, by counting into bins: (shift, bins). Few bins are quick to add up.
@@ -49,8 +49,8 @@ def divide(entry: Entry[Solver]) -> Solver:
 def divided_solution(
     original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()
 ) -> Solution:
-    """As :func:`~sparsellm.solvers.base.solution`, for a weight that all processes have and that is zero off the mask:
-    each measures the error of some rows."""
+    """As :func:`~sparsellm.solvers.solver.solution`, for a weight that all processes have and that is zero off the
+    mask: each measures the error of some rows."""
     if parallel.size() == 1:
         return solution(original, weight, mask, gram, notes)
     rows = parallel.share(len(weight))

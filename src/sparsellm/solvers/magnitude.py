@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sparsellm.patterns import Pattern
 from sparsellm.registry import Workspace
-from sparsellm.solvers.base import SOLVERS, Solution, check, solution
+from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
 from sparsellm.statistics import Gram
 
 

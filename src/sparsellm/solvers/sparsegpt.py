@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsellm.patterns import Pattern
 from sparsellm.registry import Workspace
-from sparsellm.solvers.base import SOLVERS, Solution, check, solution
+from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
 from sparsellm.statistics import Gram
 
 LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough for the rest to be worth a product
