@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsellm.storage.packed import open_checkpoint
 
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import SparseLLMError
+from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.storage import resume, shard, writer
 from sparsellm.storage.reader import raw_bytes
 from tests.storage.deaths import Died, dying
