@@ -47,3 +47,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as an error message writes it: in one line, cut at ``most`` characters, and never an error of its own."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | bytes):
+        value = value[: most + 1]  # no need to write a megabyte that is cut off
+    try:
+        text = repr(value)
+    except Exception:  # the repr of anybody's class, or of a list with a number that is too long
+        return f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
