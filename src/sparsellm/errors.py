@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 
 class SparseLLMError(Exception):
-    """Base of every error this library raises on purpose; the command line prints it as one line, exit code 2."""
+    """Base of every error this library raises on purpose; the command line prints it as one line, exit code 2.
+
+    The message is one printable line whatever names and paths stand in it: line ends, control characters and halves of
+    surrogate pairs are written as escapes.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
 
 
 class RecipeError(SparseLLMError):

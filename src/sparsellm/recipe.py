@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import numbers
 import os
 from collections.abc import Mapping
@@ -172,7 +171,7 @@ class Recipe(BaseModel):
             return values
         implied = parse_pattern(pattern).sparsity
         given = values.get("sparsity")
-        if isinstance(given, int | float) and not isinstance(given, bool) and abs(given) < math.inf:
+        if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < 1:
             if abs(given - implied) > 1e-9:
                 raise RecipeError(f"pattern {pattern} means sparsity {implied:g}, not {shown(given)}; give one of them")
         elif given is not None:

@@ -56,7 +56,7 @@ def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"txt": "x"}\n', "line 1, has no field 'text'"),
-        ("a.jsonl", b'{"text": "x"}\n{oops\n', "line 2, is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{oops\n', "line 2, is not valid JSON"),
         ("a.txt", b"abc\xff", "not UTF-8 text .byte 3."),
         ("a.parquet", b"PAR1 no", "not a readable Parquet file"),
     ],
@@ -77,7 +77,7 @@ def test_a_parquet_file_without_text_lists_its_columns(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ("wikitxt2", "did you mean 'wikitext2'"),
-        ("nowhere.txt", "nowhere.txt does not exist"),
+        ("nowhere.txt", "nowhere.txt' does not exist"),
         ("file:notes.md", "not a kind of file"),
         ("self", "for calibration only"),
         ("hub:", "names no data set"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from sparsellm.calibration.sources import FILE_SUFFIXES, SOURCES, Split, Text
-from sparsellm.errors import DataError
+import psutil
+
+from sparsellm.calibration.sources import FILE_SUFFIXES, SOURCES, Split, Text, reads_file, text_file
+from sparsellm.errors import DataError, shown
+from sparsellm.json_input import parse_json
 
 
+@reads_file("file")
 @SOURCES.register("file", paper="rows joined as in GPTQ, https://arxiv.org/abs/2210.17323")
 def read_file(argument: str, split: Split) -> Text:
     """A file on this machine: every line of a .txt, record of a .jsonl or row of a .parquet is one document.
@@ -20,23 +23,24 @@ def read_file(argument: str, split: Split) -> Text:
     Raises:
         DataError: the file is absent, of another kind, not UTF-8, or without the field ``text``.
     """
-    path = Path(argument).expanduser()
     readers = {".txt": text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    reader = readers.get(path.suffix.lower())
+    reader = readers.get(PurePath(argument).suffix.lower())
     if reader is None:
-        raise DataError(f"{path} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
-    return Text(read_rows(path, reader))
+        raise DataError(f"{shown(argument)} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
+    return Text(read_rows(argument, reader))
 
 
-def read_rows(path: Path, reader: Callable[[Path], list[str]]) -> list[str]:
+def read_rows(argument: str, reader: Callable[[Path], list[str]]) -> list[str]:
     """What ``reader`` finds in a file, with errors that say what is wrong with it.
 
     Raises:
-        DataError: the file is absent, unreadable or not UTF-8.
+        DataError: the file is absent, unreadable, not UTF-8, or larger than the memory that is free.
     """
-    if not path.is_file():
-        raise DataError(f"text file {path} does not exist; check the path, or name another source")
+    path = text_file(argument)
     try:
+        size = path.stat().st_size
+        if size > psutil.virtual_memory().available // 4:  # as bytes, as text, and the tokens of it
+            raise DataError(f"{path} has {size / 1e9:.1f} GB, too much for the memory that is free; give a part of it")
         return reader(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
@@ -46,7 +50,7 @@ def read_rows(path: Path, reader: Callable[[Path], list[str]]) -> list[str]:
 
 def text_rows(path: Path) -> list[str]:
     """The lines of a text file, without their ends; a last line that is empty counts, so joining restores the text."""
-    return path.read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
+    return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
 
 
 def _jsonl_rows(path: Path) -> list[str]:
@@ -54,10 +58,7 @@ def _jsonl_rows(path: Path) -> list[str]:
     for number, line in enumerate(text_rows(path), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}, is not JSON: {error.msg}") from error
+        record = parse_json(line, f"{path}, line {number},", DataError)
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise DataError(f"{path}, line {number}, has no field 'text' that holds a string")
         rows.append(record["text"])
@@ -65,13 +66,25 @@ def _jsonl_rows(path: Path) -> list[str]:
 
 
 def _parquet_rows(path: Path) -> list[str]:
+    """The strings of the column ``text``; rows without one are left out, as a document that is not there."""
     import pyarrow  # here, because it takes a noticeable moment and few runs need it
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column 'text'; its columns: {', '.join(file.schema_arrow.names)}")
-        return [row for row in file.read(["text"]).column("text").to_pylist() if isinstance(row, str)]
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+        schema = file.schema_arrow
+        if "text" not in schema.names:
+            raise DataError(f"{path} has no column 'text'; its columns: {', '.join(schema.names)[:300]}")
+        kind = schema.field("text").type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(f"{path} has a column 'text' of {kind}; it must hold strings")
+        return [row for row in file.read(["text"]).column("text").to_pylist() if row is not None]
+    except DataError:
+        raise
+    except UnicodeDecodeError:
+        raise DataError(f"{path} holds text that is not UTF-8; write the file again") from None
+    except Exception as error:  # a damaged file ends in errors of Arrow, of Thrift, of the system, and in KeyError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DataError(f"{path} is not a readable Parquet file: {reason}") from error
