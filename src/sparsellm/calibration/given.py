@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from sparsellm.calibration.sources import FILE_SUFFIXES, Split, Text, check_source, text_file
+from sparsellm.calibration.sources import FILE_SUFFIXES, SOURCES, Split, Text, check_source
 from sparsellm.errors import DataError, shown
 from sparsellm.recipe import Recipe
 
@@ -74,10 +74,8 @@ def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) 
 
 def _file_source(path: str, split: Split) -> str:
     """A path as a source; what is written like a name or ``name:argument`` is a path all the same."""
-    text_file(path)
-    if os.path.splitext(path)[1].lower() not in FILE_SUFFIXES:
-        raise DataError(f"{shown(path)} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
-    source = f"file:{path}" if ":" in path else path
+    plain = os.path.splitext(path)[1].lower() in FILE_SUFFIXES and path.partition(":")[0] not in SOURCES
+    source = path if plain else f"file:{path}"
     check_source(source, split)
     return source
 

@@ -91,6 +91,8 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
             f"source {source!r} is text that the dense model writes itself, for calibration only; "
             "to evaluate, name a text: a file, 'pydoc' or 'wikitext2'"
         )
+    if name == "file" and PurePath(argument).suffix.lower() not in FILE_SUFFIXES:
+        raise DataError(f"{shown(argument)} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
     if name in _FILE_READERS and (argument or name == "file"):
         text_file(argument)
     return name, argument
