@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
+import os
 import platform
 import resource
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,17 @@ from sparsellm import __version__, parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize, Survey
 from sparsellm.allocation.base import pattern_of
 from sparsellm.allocation.survey import windows_of
-from sparsellm.calibration import calibration_windows, check_seq_len, evaluation_windows
+from sparsellm.arguments import CHECKPOINT, as_recipe, checked_arguments
+from sparsellm.calibration import (
+    Text,
+    TextGiven,
+    as_text,
+    calibration_windows,
+    check_seq_len,
+    evaluation_windows,
+    settle_calibration,
+    windows_of_ids,
+)
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.open import checkpoint_directory, load_tokenizer
@@ -135,12 +146,13 @@ class PruneResult:
         }
 
 
+@checked_arguments()
 def prune(
-    model: str | Path | PreTrainedModel,
-    recipe: Recipe | None = None,
+    model: str | os.PathLike[str] | PreTrainedModel,
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
-    out: str | Path | None = None,
-    calibration: str | Tensor | None = None,
+    out: str | os.PathLike[str] | None = None,
+    calibration: TextGiven | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -162,9 +174,10 @@ def prune(
 
     Args:
         model: a checkpoint directory, a hub id, a ``.gguf`` file, ``demo``, or a transformers model.
-        recipe: what to do; ``Recipe()`` if None.
+        recipe: what to do: a recipe, a mapping of its fields, or the path of a YAML file; ``Recipe()`` if None.
         out: the directory of the pruned checkpoint.
-        calibration: a text source in place of the recipe's, or token ids ``(samples, seq)``.
+        calibration: in place of the recipe's: a text source, the path of a file, token ids ``(samples, seq)`` as a
+            tensor, an array or lists of one length, or a data set with a column ``text`` or ``input_ids``.
         tokenizer: needed only for a model given as an object; not at all if ``calibration`` is token ids.
         overwrite: replace the checkpoint in ``out``.
         restart: begin anew where an unfinished run into ``out`` has left something.
@@ -175,9 +188,8 @@ def prune(
         SparseLLMError: of the kind that names the trouble; all that can be known before the work starts is checked
             before the work starts.
     """
-    recipe = recipe or Recipe()
-    if isinstance(calibration, str):
-        recipe = recipe.updated(calibration=calibration)
+    calibration = as_text(calibration, "calibration", "calibration") if calibration is not None else None
+    recipe = settle_calibration(as_recipe(recipe), calibration)
     method = METHODS[recipe.method]
     options = method.check(recipe.options)
     allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
@@ -610,9 +622,10 @@ def _conditions() -> dict[str, str]:
     return {**versions(), "processes": str(parallel.size())}
 
 
+@checked_arguments()
 def evaluate(
-    model: str | Path | PreTrainedModel,
-    text: str | Tensor,
+    model: str | os.PathLike[str] | PreTrainedModel,
+    text: TextGiven,
     *,
     seq_len: int | None = None,
     max_tokens: int | None = None,
@@ -626,8 +639,8 @@ def evaluate(
 
     Args:
         model: as in :func:`prune`.
-        text: a text source, or token ids ``(windows, seq)``.
-        seq_len: tokens in a window; None for 2048, or what the model can take if less.
+        text: as ``calibration`` in :func:`prune`.
+        seq_len: tokens in a window, 2 or more; None for 2048, or what the model can take if less.
         max_tokens: stop after so many tokens of text.
         tokenizer: needed only for a model given as an object, unless ``text`` is token ids.
         device, dtype: as in :class:`Recipe`.
@@ -642,8 +655,9 @@ def evaluate(
     recipe = Recipe(device=device, dtype=dtype)
     place = resolve_device(parallel.own_device(device))
     chain, _ = _open(model, directory, recipe, place, in_memory=False, trust=trust_remote_code)
+    text = as_text(text, "text", "evaluation")
     if isinstance(text, Tensor):
-        windows = _checked_ids(text, chain)
+        windows = windows_of_ids(text, chain.config, seq_len, max_tokens)
     else:
         seq_len = seq_len or default_seq_len(chain)
         check_seq_len(chain.config, seq_len)
@@ -670,7 +684,8 @@ class LinearZeros:
         return self.zeros / (self.shape[0] * self.shape[1])
 
 
-def inspect(model: str | Path, *, trust_remote_code: bool = False) -> list[LinearZeros]:
+@checked_arguments(model=CHECKPOINT)
+def inspect(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[LinearZeros]:
     """Counts the zeros of every linear in the blocks of a checkpoint, read one block at a time.
 
     Raises:
@@ -733,7 +748,7 @@ def versions() -> dict[str, str]:
 
 
 def _open(
-    model: str | Path | PreTrainedModel,
+    model: str | os.PathLike[str] | PreTrainedModel,
     directory: Path | None,
     recipe: Recipe,
     device: torch.device,
@@ -759,20 +774,20 @@ def _open(
 def _windows(
     chain: Chain,
     recipe: Recipe,
-    calibration: str | Tensor | None,
+    calibration: str | Tensor | Text | None,
     tokenizer: PreTrainedTokenizerBase | None,
     directory: Path | None,
     progress: ProgressCallback,
 ) -> Tensor:
     if isinstance(calibration, Tensor):
-        return _checked_ids(calibration, chain)
+        return windows_of_ids(calibration, chain.config)
     seq_len = recipe.seq_len or default_seq_len(chain)
     check_seq_len(chain.config, seq_len)
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
     with _model_that_writes(chain, recipe, directory) as dense:
         return calibration_windows(
-            recipe.calibration,
+            calibration if isinstance(calibration, Text) else recipe.calibration,
             tokenizer,
             recipe.samples,
             seq_len,
@@ -798,16 +813,6 @@ def _load_whole(directory: Path, dtype: torch.dtype, device: torch.device, trust
     assert isinstance(model, PreTrainedModel)
     torch.nn.Module.to(model, device)
     return model
-
-
-def _checked_ids(ids: Tensor, chain: Chain) -> Tensor:
-    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-        raise DataError(f"token ids must be integers of shape (windows, seq); got {ids.dtype} {tuple(ids.shape)}")
-    check_seq_len(chain.config, ids.shape[1])
-    vocabulary = chain.config.get_text_config().vocab_size
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise DataError(f"token ids reach from {int(ids.min())} to {int(ids.max())}; the vocabulary has {vocabulary}")
-    return ids
 
 
 def _check_finite(chain: Chain) -> None:

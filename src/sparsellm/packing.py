@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsellm.arguments import CHECKPOINT, checked_arguments
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import checkpoint_directory
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError
@@ -67,10 +69,11 @@ class PackResult:
         }
 
 
+@checked_arguments(model=CHECKPOINT)
 def pack(
-    model: str | Path,
+    model: str | os.PathLike[str],
     *,
-    out: str | Path,
+    out: str | os.PathLike[str],
     values: str = "keep",
     overwrite: bool = False,
     progress: ProgressCallback = ignore,
@@ -121,8 +124,13 @@ def pack(
         return _finish(writer, directory, result, describe)
 
 
+@checked_arguments()
 def unpack(
-    directory: str | Path, *, out: str | Path, overwrite: bool = False, progress: ProgressCallback = ignore
+    directory: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    overwrite: bool = False,
+    progress: ProgressCallback = ignore,
 ) -> PackResult:
     """Writes a packed checkpoint as an ordinary dense one: floating values exactly as they were packed.
 

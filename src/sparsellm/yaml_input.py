@@ -83,13 +83,11 @@ def _check_size(text: str) -> None:
             if anchor is not None:
                 sizes[anchor] = nodes - before
             continue
-        if not isinstance(event, yaml.NodeEvent):
-            continue
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 raise ValueError(f"the alias *{event.anchor} stands inside its own anchor, or has none")
             nodes += sizes[event.anchor]
-        else:
+        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
             nodes += 1
             if event.tag is not None:
                 raise ValueError(f"the tag {event.tag[:80]} is not allowed; write plain values")

@@ -1,7 +1,7 @@
 """From a text source that a user names to windows of token ids. A new source is one decorated function."""
 
 from sparsellm.calibration import corpora, files, hub  # noqa: F401  (each registers its sources)
-from sparsellm.calibration.given import as_text, settle_calibration
+from sparsellm.calibration.given import TextGiven, as_text, settle_calibration
 from sparsellm.calibration.self_generated import self_generated_windows
 from sparsellm.calibration.sources import SOURCES, Split, Text, check_source, read_source
 from sparsellm.calibration.windows import calibration_windows, check_seq_len, evaluation_windows, windows_of_ids
@@ -10,6 +10,7 @@ __all__ = [
     "SOURCES",
     "Split",
     "Text",
+    "TextGiven",
     "as_text",
     "calibration_windows",
     "check_seq_len",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor
 from sparsellm.calibration.sources import FILE_SUFFIXES, SOURCES, Split, Text, check_source
 from sparsellm.errors import DataError, shown
 from sparsellm.recipe import Recipe
+
+TextGiven: TypeAlias = str | os.PathLike[str] | Tensor | numpy.ndarray | Sequence[Any] | Mapping[str, Any] | Text
+"""What may be given as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
 
 IDS, DOCUMENTS = "token ids given in Python", "documents given in Python"  # what a recipe then records as calibration
 
@@ -114,7 +117,7 @@ def _rows(rows: Any, name: str) -> numpy.ndarray | Tensor:
         return rows
     if not isinstance(rows, Sequence):
         raise DataError(f"{name} holds ids as a {type(rows).__name__}; {_HINT}")
-    arrays = []
+    arrays: list[numpy.ndarray] = []
     for at, row in enumerate(rows):
         if isinstance(row, int) or not hasattr(row, "__len__") or isinstance(row, str | bytes | Mapping):
             raise DataError(f"{name}, row {at}, is {shown(row)}, not a window of ids; give [[id, id, ...], ...]")

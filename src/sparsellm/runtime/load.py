@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sparsellm.arguments import checked_arguments
 from sparsellm.chain.open import load_config
 from sparsellm.devices import resolve_device
 from sparsellm.errors import ModelError, SparseLLMError
 from sparsellm.registration import register_when_needed
 
 
-def load(directory: str | Path, *, device: str = "cpu", dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
+@checked_arguments()
+def load(
+    directory: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "auto", **kwargs: Any
+) -> PreTrainedModel:
     """A causal language model from a directory that :func:`sparsellm.pack` wrote, its linears packed in memory too.
 
     It is what ``AutoModelForCausalLM.from_pretrained`` gives once sparsellm is imported; a dense directory loads as
