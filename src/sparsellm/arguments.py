@@ -88,6 +88,16 @@ def _checked(checks: Mapping[str, Check], name: str, value: Any) -> Any:
     return checks[name](name, value) if name in checks else value
 
 
+def check_arguments(**values: Any) -> None:
+    """Checks values by the names of arguments that they will be given to, before the work that comes first.
+
+    Raises:
+        SparseLLMError: naming the argument, its value and what to give.
+    """
+    for name, value in values.items():
+        _checked(CHECKS, name, value)
+
+
 def as_recipe(value: Any) -> Recipe:
     """A recipe from a recipe, a mapping of its fields, the path of a YAML file, or None for the defaults.
 
