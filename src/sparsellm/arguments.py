@@ -182,6 +182,16 @@ def _tokenizer(value: Any) -> Any:
     return value
 
 
+def _prompt(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise RecipeError(f"prompt is {shown(value)}; give a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"prompt is {shown(value)}; it holds bytes that are not UTF-8") from None
+    return value
+
+
 def _progress(value: Any) -> Any:
     if value is None:
         return ignore
@@ -241,7 +251,7 @@ CHECKS: dict[str, Check] = {
     ),
     "dtype": _typed(Annotated[_DTYPES, BeforeValidator(_name_of)], "give auto, float32, bfloat16 or float16"),
     "values": _typed(str, "give keep, bf16, fp16, fp32, int8 or int4"),
-    "prompt": _typed(str, "give a text"),
+    "prompt": Check(_prompt),
     "max_new_tokens": _count(1, MOST_TOKENS),
     "temperature": _typed(Annotated[float, Field(ge=0, le=1e6)], "give 0 (greedy) or a number above, up to 1e6"),
     "seed": _count(0, MOST_SEED),

@@ -46,7 +46,7 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
     except SparseLLMError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # transformers and safetensors raise TypeError, KeyError, SafetensorError ... for damage
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"transformers cannot load {directory}: {first_line[:300]}") from error
     assert isinstance(model, PreTrainedModel)
