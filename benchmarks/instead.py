@@ -38,7 +38,7 @@ from sparsellm.chain.structure import find_blocks
 from sparsellm.demo_model import demo_gguf
 from sparsellm.evaluation.perplexity import nll_from_logits, perplexity
 from sparsellm.runtime.bench import one_run, resident_bytes
-from sparsellm.runtime.packed_linear import kernel_name
+from sparsellm.runtime.module import kernel_name
 
 CLOCKS: tuple[Callable[[], float], ...] = (time.perf_counter, time.process_time)
 VALUES = ("keep", "bf16", "int8", "int4")

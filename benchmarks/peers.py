@@ -59,7 +59,7 @@ def run(
         "seconds": found.seconds,
         "cpu_seconds": found.cpu_seconds,
         "peak_rss_bytes": found.peak_rss,
-        "sparsity": sum(x.zeros for x in linears) / sum(x.shape[0] * x.shape[1] for x in linears),
+        "sparsity": sum(x.zeros for x in linears) / sum(x.weights for x in linears),
         "perplexity": measure(arguments, str(out))["perplexity"] if score else None,
         "versions": report["versions"] if tool == "sparsellm" else report,
     }

@@ -22,9 +22,10 @@ from collections.abc import Callable
 
 import torch
 
+from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES
+from sparsellm.packed.layout import PackedWeight, pack
 from sparsellm.runtime import native
-from sparsellm.runtime.packed import FLOAT_TYPES, VALUE_TYPES, PackedWeight, pack
-from sparsellm.runtime.packed_linear import multiply
+from sparsellm.runtime.module import multiply
 
 SHAPES = ((11008, 4096), (5632, 2048))
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)

@@ -33,10 +33,10 @@ from scale import COMMAND, CONFIGS, make_checkpoint, prune
 from solvers import factorisations, products
 
 from sparsellm.chain.chain import fast_dtype
+from sparsellm.chain.streams import windows_in_batch
 from sparsellm.methods import METHODS
 from sparsellm.recipe import Recipe
 from sparsellm.statistics.gram import PANEL
-from sparsellm.streams import windows_in_batch
 
 SHAPE_OF = {"demo": "135m"}
 # The command with a clock that stands still while other processes compute.

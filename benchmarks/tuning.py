@@ -79,7 +79,7 @@ def measured(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "perplexity": score.value,
         "tokens": score.tokens,
         "zeros": sum(linear.zeros for linear in linears),
-        "weights": sum(linear.shape[0] * linear.shape[1] for linear in linears),
+        "weights": sum(linear.weights for linear in linears),
     }
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+
+from sparsellm import cli, console
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +20,28 @@ def one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Runs a command line in this process: its exit code, stdout and stderr, by default 160 columns wide."""
+
+    def call(*arguments: Any, columns: int = 160) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sparsellm", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        for made in (console.out, console.log):
+            made.cache_clear()
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as done:
+            code = int(done.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield call
+    for made in (console.out, console.log):
+        made.cache_clear()

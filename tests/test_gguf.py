@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from sparsellm.cache import put, workspace
 from sparsellm.errors import ModelError
 from sparsellm.gguf import gguf_checkpoint
 from tests.models import tiny_llama, tiny_tokenizer
@@ -171,3 +175,58 @@ def test_an_architecture_that_is_not_converted_is_named(tmp_path: Path) -> None:
     write_gguf(tiny_llama(), tmp_path / "odd.gguf", gguf.GGMLQuantizationType.F32, arch="oddity")
     with pytest.raises(ModelError, match=r"oddity.*give a Hugging Face checkpoint"):
         gguf_checkpoint(tmp_path / "odd.gguf")
+
+
+def test_a_killed_conversion_leaves_nothing_for_ever(tmp_path: Path, own_cache: Path) -> None:
+    """Of the same model and of others; what a living process has in work stays."""
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom sparsellm.cache import workspace\n"
+        "with workspace(Path(sys.argv[1])) as made:\n"
+        "    (made / 'half').write_text('a checkpoint')\n"
+        "    print('inside', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    own_cache.mkdir(parents=True)
+
+    def inside(name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", program, str(own_cache / name)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"inside\n"
+        return process
+
+    processes = [inside(name) for name in ("same-model", "other-model", "living-model")]
+    for process in processes[:2]:
+        process.kill()
+        process.wait()
+    assert len(list(own_cache.glob("*.partial"))) == 3
+    with workspace(own_cache / "same-model") as made:
+        (made / "whole").write_text("a checkpoint")
+        put(made / "whole", own_cache / "same-model")
+        assert {path.name.partition(".")[0] for path in own_cache.glob("*.partial")} == {"same-model", "living-model"}
+    processes[2].communicate(b"")
+    assert [path.name for path in own_cache.iterdir()] == ["same-model"]
+
+
+def test_a_conversion_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32)
+    synced: set[int] = set()
+    fsync, replace = os.fsync, os.replace
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checked(source: Any, target: Any) -> None:
+        if Path(target).parent == own_cache:
+            for path in [Path(source), *Path(source).rglob("*")]:
+                assert path.stat().st_ino in synced, path
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", checked)
+    directory = gguf_checkpoint(tmp_path / "tiny.gguf")
+    assert len(list(directory.iterdir())) > 3
+    assert own_cache.stat().st_ino in synced

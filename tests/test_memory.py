@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import sparsellm
-from sparsellm import Recipe, memory
-from sparsellm.chain import Chain, open_chain
+from sparsellm import Recipe, heap
+from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
-from sparsellm.memory import plan_memory, working_bytes
 from sparsellm.methods import METHODS
 from sparsellm.registry import Workspace
+from sparsellm.run import memory
+from sparsellm.run.memory import Demand, plan_memory, working_bytes
 from sparsellm.sizes import parse_bytes
 from sparsellm.solvers import SOLVERS
-from sparsellm.streams import Stream
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def chain(tmp_path: Path) -> Chain:
 
 def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: Chain) -> None:
     def plan(budget: int | None, streams: int = 0) -> memory.MemoryPlan:
-        return plan_memory(chain, 1_000_000, 128, 4096, Workspace(streams=streams), budget)
+        return plan_memory(chain, Demand(1_000_000, 128, 4096, Workspace(streams=streams)), budget)
 
     hidden = 1_000_000 * 128 * 32 * 4
     free = plan(1 << 50)
@@ -71,36 +71,36 @@ def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: C
 
 
 def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chain) -> None:
-    plain = plan_memory(chain, 4, 128, 4096, Workspace(), 1 << 50)
-    swept = plan_memory(chain, 4, 128, 4096, Workspace(), 1 << 50, gradient_tokens=512)
+    plain = plan_memory(chain, Demand(4, 128, 4096, Workspace()), 1 << 50)
+    swept = plan_memory(chain, Demand(4, 128, 4096, Workspace(), gradient_tokens=512), 1 << 50)
     blocks = chain.config.num_hidden_layers
     assert (plain.hidden_in_memory, plain.hidden_on_disk) == (512 * 32 * 4, 0)
     assert swept.hidden_in_memory == plain.hidden_in_memory
     assert swept.hidden_on_disk == 512 * 32 * 4 * (blocks + 1)  # of blocks + 2 the first is in memory
     large = open_chain(tiny_llama(vocab_size=100_000), device=CPU)
     logits = 256 * 100_000 * 4
-    for given, copies in (({"gradient_tokens": 512}, 3), ({"swept_copies": 4}, 6)):
-        plan = plan_memory(large, 4, 128, 4096, Workspace(), 1 << 50, **given)  # type: ignore[arg-type]
+    for given, copies in (({"gradient_tokens": 512}, 3), ({"swept": True}, 6)):
+        plan = plan_memory(large, Demand(4, 128, 4096, Workspace(), **given), 1 << 50)  # type: ignore[arg-type]
         assert plan.worst == ("gradients" if copies == 3 else "sweeps")
         assert plan.working - memory.LIBRARIES == copies * logits  # the model, given as an object, is there already
 
 
 def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda: 10 << 30)
-    plan = plan_memory(chain, 4, 32, 4096, Workspace(), None)
+    monkeypatch.setattr(heap, "free_memory", lambda: 10 << 30)
+    plan = plan_memory(chain, Demand(4, 32, 4096, Workspace()), None)
     assert plan.budget == pytest.approx(plan.start + 8 * (1 << 30))
 
 
 def test_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_control_group_rooms", lambda: [123])
-    assert memory.free_memory() == 123
+    monkeypatch.setattr(heap, "_control_group_rooms", lambda: [123])
+    assert heap.free_memory() == 123
 
 
 def test_what_a_block_needs_by_hand() -> None:
     """One linear of each kind: the moments against sums written out."""
     config = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 1}
     chain = open_chain(tiny_llama(**config), device=CPU)  # in memory: its weights are there already
-    found = working_bytes(chain, 100, 16, 64, Workspace(weights=3, grams=2))
+    found = working_bytes(chain, Demand(100, 16, 64, Workspace(weights=3, grams=2)))
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (80, 32), (80, 32), (32, 80)]
     activations = 64 * (4 * 80 + 8 * 32) * 4
     grams = sum(8 * inputs**2 for _, inputs in shapes)  # sums are fp64; one panel holds such a small one whole
@@ -120,15 +120,14 @@ def test_the_solver_inside_a_method_counts(solver: str, effort: int) -> None:
     assert whole.weights >= inside.weights + 1  # the weight and the one that its outputs' costs weigh
     assert whole.grams >= inside.grams
     assert whole.remembered == inside.remembered
-    assert (whole.blocks > 0) == (effort > 0)  # a sweep's moments
+    demand = Demand(1, 1, 1, whole, swept=effort > 0)
+    assert (demand.whole_workspace.blocks > 0) == (effort > 0)  # a sweep's moments
 
 
 def test_more_windows_need_no_more_calls(chain: Chain) -> None:
     def calls(samples: int) -> int:
         ids = torch.randint(VOCABULARY, (samples, 16), generator=torch.Generator().manual_seed(0))
-        chain.load_outer(head=False)
-        chain.load_block(0)
-        stream = Stream(chain, ids, batch_tokens=16)
+        stream = Feed(chain, ids, 16).stream()
         assert len(stream) == samples
         return len({id(call) for index in range(len(chain)) for call in stream.calls(index)})
 
@@ -136,22 +135,22 @@ def test_more_windows_need_no_more_calls(chain: Chain) -> None:
 
 
 def test_the_head_is_not_read_to_run_the_blocks(chain: Chain) -> None:
-    chain.load_outer(head=False)
-    assert chain.model.get_input_embeddings().weight.device == CPU
-    assert chain.model.get_output_embeddings().weight.is_meta
+    with chain.outer(head=False):
+        assert chain.model.get_input_embeddings().weight.device == CPU
+        assert chain.model.get_output_embeddings().weight.is_meta
     assert chain.outer_elements() - chain.outer_elements(head=False) == VOCABULARY * 32
 
 
 def test_a_small_budget_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from sparsellm import api
+    from sparsellm.run import run
 
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     recipe = Recipe(method="sparsegpt", sparsity=0.6, samples=6, seq_len=32, batch_tokens=64)
     sparsellm.prune(source, recipe, out=tmp_path / "memory")
-    plan = api.plan_memory
-    monkeypatch.setattr(api, "plan_memory", lambda *a, **k: replace(plan(*a, **k), hidden_in_memory=2 * 64 * 32 * 4))
+    plan = run.plan_memory
+    monkeypatch.setattr(run, "plan_memory", lambda *a, **k: replace(plan(*a, **k), hidden_in_memory=2 * 64 * 32 * 4))
     sparsellm.prune(source, recipe, out=tmp_path / "disk")
     shards = sorted(path.name for path in (tmp_path / "memory").glob("*.safetensors"))
     assert len(shards) == 4

@@ -14,8 +14,8 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import open_chain
 from sparsellm.errors import StorageError
-from sparsellm.memory import plan_memory
 from sparsellm.registry import Workspace
+from sparsellm.run.memory import Demand, plan_memory
 from sparsellm.storage.reader import CheckpointReader
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
@@ -79,17 +79,17 @@ def test_what_was_read_ahead_for_another_block_is_not_used(tmp_path: Path) -> No
     model = tiny_llama()
     chain = open_chain(save_tiny(model, None, tmp_path / "dense"), device=CPU)
     chain.read_ahead(2)
-    chain.load_block(1)
-    chain.read_ahead(3)  # there is none
-    for name, value in chain.block_parameters(1).items():
-        assert torch.equal(value, model.get_parameter(name))
-    chain.load_block(2)
-    for name, value in chain.block_parameters(2).items():
-        assert torch.equal(value, model.get_parameter(name))
+    with chain.block(1):
+        chain.read_ahead(3)  # there is none
+        for name, value in chain.block_parameters(1).items():
+            assert torch.equal(value, model.get_parameter(name))
+    with chain.block(2):
+        for name, value in chain.block_parameters(2).items():
+            assert torch.equal(value, model.get_parameter(name))
 
 
 def test_its_memory_is_counted_as_it_is_stored(tmp_path: Path) -> None:
     chain = open_chain(save_tiny(tiny_llama().to(torch.bfloat16), None, tmp_path / "dense"), device=CPU)
-    plans = [plan_memory(chain, 4, 24, 96, Workspace(), None, read_ahead=ahead) for ahead in (False, True)]
+    plans = [plan_memory(chain, Demand(4, 24, 96, Workspace(), read_ahead=ahead), None) for ahead in (False, True)]
     block = sum(source.bytes for source in chain.block_tensors(0).values())
     assert plans[1].working - plans[0].working == block == 2 * sum(p.numel() for p in chain.blocks[0].parameters())

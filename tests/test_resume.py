@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import sparsellm
-from sparsellm import Recipe, api
+from sparsellm import Recipe
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.methods import METHODS
-from sparsellm.refine import sweep as sweep_module
 from sparsellm.storage import shard
-from sparsellm.storage.resume import FOLDER
-from sparsellm.storage.writer import partial_of
+from sparsellm.storage.destination import partial_of
+from sparsellm.storage.resume import FOLDER, read_record, write_record
+from sparsellm.sweep import whole_model as sweep_module
 from tests import victim
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 
@@ -175,12 +175,12 @@ def test_without_room_for_its_state_a_sweep_runs_and_begins_anew(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(api, "state_bytes", lambda elements: 1 << 60)
+    monkeypatch.setattr("sparsellm.run.run.saved_sweep_bytes", lambda chain: 1 << 60)
     result = sparsellm.prune(
         source, Recipe(**SWEPT), out=tmp_path / "p", progress=lambda event: said.append(event.detail)
     )
     assert len(result.sweeps) == 2
-    assert any("sweeps that are cut short will begin anew" in detail for detail in said)
+    assert any("a sweep that is cut short will begin again" in detail for detail in said)
 
 
 def test_beginning_anew_forgets_a_sweep_that_was_killed(source: Path, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_every_method_goes_on_with_the_same_bits(
             sparsellm.prune(source, recipe, out=tmp_path / "p")
     torch.manual_seed(12345)  # nothing may depend on what was drawn before
     with monkeypatch.context() as patched:
-        patched.setattr(api, "output_gradient_squares", None)  # what it found is there
+        patched.setattr("sparsellm.run.run.loss_gradients", None)  # what it found is there
         result = sparsellm.prune(source, recipe, out=tmp_path / "p")
     assert result.resumed == 1
     assert contents(tmp_path / "p") == contents(tmp_path / "whole")
@@ -250,17 +250,17 @@ def test_every_method_goes_on_with_the_same_bits(
 def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> None:
     from sparsellm.chain import Chain
 
-    load = Chain.load_block
+    block = Chain.block
     times = 0
 
-    def failing(self: Chain, at: int, *rest: Any) -> None:
+    def failing(self: Chain, at: int, *rest: Any) -> Any:
         nonlocal times
         times += at == index and not rest
         if times > after:
             raise NumericalError("the processor caught fire")
-        load(self, at, *rest)
+        return block(self, at, *rest)
 
-    patched.setattr(Chain, "load_block", failing)
+    patched.setattr(Chain, "block", failing)
 
 
 def test_a_model_in_memory_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,12 +320,37 @@ def test_time_and_work_of_both_processes_count(source: Path, unfinished: Path) -
 
 def test_other_libraries_are_said(source: Path, unfinished: Path) -> None:
     record = sorted(partial_of(unfinished).glob(f"{FOLDER}/model-*.json"))[0]
-    facts = json.loads(record.read_text())
-    record.write_text(json.dumps({**facts, "versions": {**facts["versions"], "torch": "1.0"}, "peak_rss": 1 << 50}))
+    facts = read_record(record)
+    assert facts is not None
+    write_record(record, {**facts, "versions": {**facts["versions"], "torch": "1.0"}, "peak_rss": 1 << 50})
     result = sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
     assert result.resumed == 2
     assert f"up to 1 were pruned with torch 1.0, those after them with torch {torch.__version__}" in result.warnings[0]
     assert result.peak_rss == 1 << 50
+
+
+def test_another_number_of_threads_is_said(source: Path, unfinished: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        result = sparsellm.prune(source, Recipe(**RECIPE), out=unfinished)
+    finally:
+        torch.set_num_threads(threads)
+    assert result.resumed == 2
+    said = f"up to 2 were pruned with threads {threads}, those after them with threads {threads + 1}"
+    assert said in result.warnings[0]
+
+
+def test_a_damaged_record_of_a_block_means_that_it_is_pruned_again(
+    source: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    record = sorted(partial_of(unfinished).glob(f"{FOLDER}/model-*.json"))[1]
+    facts = json.loads(record.read_text())
+    del facts["linears"]
+    record.write_text(json.dumps(facts))
+    assert sparsellm.prune(source, Recipe(**RECIPE), out=unfinished).resumed == 1
+    sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "whole")
+    assert contents(unfinished) == contents(tmp_path / "whole")
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {

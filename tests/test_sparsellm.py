@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import open_chain
+from sparsellm.chain import Feed, open_chain
 from sparsellm.decomposition.values import Moved, update_values
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.methods.sparsellm import token_weights
 from sparsellm.methods.values import CoordinatedValues
-from sparsellm.refine.gradients import output_gradient_squares
+from sparsellm.sweep.saliency import loss_gradients
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
 Family = Callable[..., PreTrainedModel]
@@ -239,8 +239,9 @@ def test_outputs_that_cost_more_keep_more_weights(family: Family) -> None:
         return found
 
     model = family()
-    costs = output_gradient_squares(open_chain(model, device=torch.device("cpu")), windows(1))
     plain, weighed = kept(0.0), kept(1.0)
+    chain = open_chain(model, device=torch.device("cpu"))
+    costs = loss_gradients(Feed(chain, windows(1), 2048), plain.keys()).output_squares
     moved = {}
     for name, cost in costs.items():
         bounded = (cost / cost.mean()).clamp(min=1e-4).log()  # a hidden unit that never fires costs nothing

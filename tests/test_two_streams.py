@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,16 +13,14 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import open_chain
 from sparsellm.errors import ModelError, RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.methods import sparsellm as module
 from sparsellm.methods.base import BlockTask
-from sparsellm.progress import PhaseClock, ignore
+from sparsellm.registry import Needs
 from sparsellm.statistics import CrossAccumulator
-from sparsellm.walk import walk
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
-from tests.refine.helpers import CPU, ids_of, tiny_mistral, tiny_post_norm_opt
+from tests.sweep.helpers import ids_of, tiny_mistral, tiny_post_norm_opt
 
 IDS = ids_of(6)
 BATCH = 48  # tokens: two windows
@@ -43,31 +41,33 @@ def test_nothing_changes_where_nothing_is_pruned(family: Callable[..., Any], opt
     assert result.sweeps == []
 
 
-def both_streams(task: BlockTask, **_: Any) -> None:
-    assert task.dense is not None
-    for position, leaving in enumerate(task.stream.run(task.index)):
-        assert torch.equal(task.dense.entering[position], task.stream.hidden[position])
-        assert torch.equal(task.dense.leaving[position], leaving)
+@pytest.fixture
+def both_streams() -> Iterator[list[Tensor]]:
+    """A method that prunes nothing and looks at both streams; what leaves each block of the dense one."""
+    seen: list[Tensor] = []
+
+    def method(task: BlockTask) -> None:
+        """Compares the dense stream with the pruned one."""
+        assert task.dense is not None
+        for position, leaving in enumerate(task.stream.run(task.index)):
+            assert torch.equal(task.dense.entering[position], task.stream.hidden[position])
+            assert torch.equal(task.dense.leaving[position], leaving)
+        seen.append(torch.cat(list(task.dense.leaving)))
+
+    METHODS.register("both-streams", paper="none", needs=lambda options: Needs(dense_stream=True))(method)
+    yield seen
+    del METHODS._entries["both-streams"]
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt, tiny_mistral], ids=lambda family: family.__name__)
-def test_two_streams_coincide_until_something_is_pruned(family: Callable[..., Any]) -> None:
-    model = family()
-    chain = open_chain(model, device=CPU)
-    patterns: dict[str, Any] = {linear.name: None for i in range(len(chain)) for linear in chain.linears(i)}
-
-    class Untouched:
-        sparsity = 0.0
-
-    result = walk(
-        chain, IDS, both_streams, {}, dict.fromkeys(patterns, Untouched()), batch_tokens=BATCH, write_block=None,
-        clock=PhaseClock(), progress=ignore, name="none", seed=0, dense_stream=True,
-    )  # fmt: skip
-    assert result.dense is not None
+def test_two_streams_coincide_until_something_is_pruned(family: Callable[..., Any], both_streams: list[Tensor]) -> None:
+    recipe = Recipe(method="both-streams", sparsity=0.5, batch_tokens=BATCH)
+    sparsellm.prune(family(), recipe, calibration=IDS)
     with torch.no_grad():
-        wanted = family()(IDS, output_hidden_states=True, use_cache=False).logits
-        found = torch.cat([chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(result.dense.hidden)])
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        wanted = family()(IDS, output_hidden_states=True, use_cache=False).hidden_states
+    assert len(both_streams) == len(wanted) - 1
+    for found, plain in zip(both_streams[:-1], wanted[1:-1], strict=True):  # the last one plain has passed the norm
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- targets
@@ -201,7 +201,7 @@ def test_negative_options_are_refused(name: str) -> None:
 
 
 def test_an_unknown_solver_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsellm.api.walk", None)
+    monkeypatch.setattr("sparsellm.run.run.walk", None)
     with pytest.raises(RecipeError, match="unknown solver 'adm'; did you mean"):
         sparsellm.prune(tiny_opt(), Recipe(method="sparsellm", options={"solver": "adm"}), calibration=IDS)
 

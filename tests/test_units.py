@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsellm.chain import open_chain
+from sparsellm.chain.streams import Stream
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward, find_value_output
-from sparsellm.streams import Stream
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
 

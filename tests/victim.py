@@ -20,6 +20,7 @@ import torch
 
 from sparsellm import Recipe, api
 from sparsellm.chain import LinearView
+from sparsellm.run import run as run_module
 from sparsellm.storage import files, resume, scratch, shard
 from sparsellm.storage.reader import CheckpointReader
 
@@ -101,8 +102,8 @@ def prune(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if hidden_in_memory is not None:
-        plan = api.plan_memory
-        api.plan_memory = lambda *a, **k: replace(plan(*a, **k), hidden_in_memory=hidden_in_memory)  # type: ignore[assignment]
+        plan = run_module.plan_memory
+        run_module.plan_memory = lambda *a, **k: replace(plan(*a, **k), hidden_in_memory=hidden_in_memory)  # type: ignore[assignment]
     with watched(counter):
         try:
             api.prune(source, Recipe(**recipe), out=out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsellm.registration import register_when_needed
+from sparsellm.runtime.registration import register_when_needed
 
 __version__ = "0.1.0"
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from sparsellm.api import PruneResult, evaluate, inspect, prune
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.perplexity import Perplexity
-    from sparsellm.packing import PackResult, pack, unpack
     from sparsellm.recipe import Recipe
+    from sparsellm.runtime.convert import PackResult, pack, unpack
     from sparsellm.runtime.load import load
 
 _HOME = {
-    "PackResult": "sparsellm.packing",
+    "PackResult": "sparsellm.runtime.convert",
     "PruneResult": "sparsellm.api",
     "evaluate": "sparsellm.api",
     "inspect": "sparsellm.api",
     "load": "sparsellm.runtime.load",
-    "pack": "sparsellm.packing",
+    "pack": "sparsellm.runtime.convert",
     "prune": "sparsellm.api",
     "SparseLLMError": "sparsellm.errors",
     "Perplexity": "sparsellm.evaluation.perplexity",
     "Recipe": "sparsellm.recipe",
-    "unpack": "sparsellm.packing",
+    "unpack": "sparsellm.runtime.convert",
 }
 
 __all__ = [

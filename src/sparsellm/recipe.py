@@ -70,7 +70,9 @@ class Recipe(BaseModel):
         default_factory=dict, description="Options of the allocation, by name."
     )
     exclude: Annotated[list[str], Field(strict=False)] = Field(
-        default_factory=list, description="Linears to leave dense: shell patterns over names, e.g. '*.down_proj'."
+        default_factory=list,
+        description="What to leave dense: shell patterns over the names of linears, of other parameters, and of the "
+        "modules that hold them, e.g. '*.down_proj' or '*.experts.*'.",
     )
     calibration: str = Field(
         "pydoc",

@@ -70,6 +70,7 @@ class Needs:
             not asked for in N:M, where outputs do not compete.
         surveyed_tokens: calibration tokens that an allocation looks at, in whole windows; None for all.
         gradient_tokens: of those, the ones that it wants gradients of.
+        token_states: hidden states ``(windows, seq, width)``, because it picks windows or tokens out of them.
         one_process: the option, as it was given, that no more than one process can serve; "" if there is none.
         workspace: of what runs inside by these options, such as a solver, beside the method's own.
     """
@@ -81,6 +82,7 @@ class Needs:
     output_costs: bool = False
     surveyed_tokens: int | None = None
     gradient_tokens: int = 0
+    token_states: bool = False
     one_process: str = ""
     workspace: Workspace = Workspace(weights=0, grams=0)
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsellm.allocation import LinearSize, Survey
-from sparsellm.chain import Chain, open_chain
+from sparsellm.chain import Chain, Feed, open_chain
+from sparsellm.sweep.saliency import loss_gradients
 from tests.models import VOCABULARY
 
 
@@ -28,12 +29,15 @@ def sizes_of(chain: Chain) -> list[LinearSize]:
     ]
 
 
-def survey_of(model: PreTrainedModel, sparsity: float, ids: Tensor | None = None, **changes: Any) -> Survey:
+def survey_of(
+    model: PreTrainedModel, sparsity: float, ids: Tensor | None = None, gradients: bool = False, **changes: Any
+) -> Survey:
     """With batches of two windows, so that sums over batches are seen."""
     ids = windows() if ids is None else ids
     chain = open_chain(model, device=torch.device("cpu"))
-    settings = {"batch_tokens": 2 * ids.shape[1], **changes}
-    return Survey(chain, ids, sizes_of(chain), sparsity, **settings)
+    feed = Feed(chain, ids, changes.pop("batch_tokens", 2 * ids.shape[1]), **changes)
+    names = {size.name for size in sizes_of(chain)}
+    return Survey(feed, sizes_of(chain), sparsity, loss_gradients(feed, names, saliency=True) if gradients else None)
 
 
 def bare_survey(shapes: Sequence[Sequence[tuple[int, int]]], sparsity: float) -> Survey:
@@ -43,7 +47,7 @@ def bare_survey(shapes: Sequence[Sequence[tuple[int, int]]], sparsity: float) ->
         for block, inside in enumerate(shapes)
         for i, shape in enumerate(inside)
     ]
-    return Survey(None, torch.zeros(1, 2), linears, sparsity, batch_tokens=2)  # type: ignore[arg-type]
+    return Survey(Feed(None, torch.zeros(1, 2), 2), linears, sparsity)  # type: ignore[arg-type]
 
 
 def linears_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sparsellm import Recipe, prune
-from sparsellm.chain import LinearView, open_chain
+from sparsellm.chain import Chain, Feed, LinearView, open_chain
 from sparsellm.errors import DataError, ModelError, NumericalError
-from sparsellm.refine import head
-from sparsellm.refine.gradients import OutputSquares, Visitor, backward_sweep, kept_bytes, output_gradient_squares
+from sparsellm.run.memory import gradient_bytes
 from sparsellm.statistics import GramAccumulator
 from sparsellm.storage.scratch import Scratch
+from sparsellm.sweep import head
+from sparsellm.sweep.gradients import OutputSquares, Visitor, backward_sweep
+from sparsellm.sweep.saliency import loss_gradients
 from tests.allocation.helpers import Record, sizes_of, windows
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
@@ -29,6 +31,11 @@ CPU = torch.device("cpu")
 @pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
+
+
+def squares(chain: Chain, batch_tokens: int = 2048, names: list[str] | None = None) -> dict[str, Tensor]:
+    chosen = names if names is not None else [linear.name for linear in sizes_of(chain)]
+    return loss_gradients(Feed(chain, windows(), batch_tokens), chosen).output_squares
 
 
 class Everything(Visitor):
@@ -63,8 +70,8 @@ def test_every_gradient_is_that_of_the_whole_model(
     names = [linear.name for linear in sizes_of(chain)]
     record = Record(model, windows(), names)
     seen = Everything()
-    scratch = Scratch(4000, tmp_path) if lazy else None  # most of it on disk
-    loss = backward_sweep(chain, windows(), seen, batch_tokens=45, scratch=scratch)
+    scratch = Scratch(4000, tmp_path) if lazy else Scratch()  # most of it on disk
+    loss = backward_sweep(Feed(chain, windows(), 45, scratch), seen)
     assert loss == pytest.approx(float(record.loss.detach()) / (6 * 19), rel=1e-5)
     assert seen.blocks == list(reversed(range(len(chain))))
     assert seen.gradient.keys() == set(names)
@@ -90,8 +97,8 @@ def test_what_it_keeps_is_known_before_it_runs(family: Family) -> None:
             self.held -= size
 
     chain, scratch = open_chain(family(), device=CPU), Counting()
-    backward_sweep(chain, windows(), Visitor(), batch_tokens=45, scratch=scratch)
-    assert scratch.most == kept_bytes(chain, windows().numel())
+    backward_sweep(Feed(chain, windows(), 45, scratch), Visitor())
+    assert scratch.most == gradient_bytes(chain, windows().numel())
     assert scratch.held == 0
 
 
@@ -100,7 +107,7 @@ def test_only_the_named_linears_are_shown_and_squares_are_means_over_tokens(fami
     chain = open_chain(model, device=CPU)
     names = [linear.name for linear in sizes_of(chain)][1::3]
     record = Record(model, windows(), names)
-    found = output_gradient_squares(chain, windows(), names=names, batch_tokens=40)
+    found = squares(chain, 40, names)
     assert found.keys() == set(names)
     for name in names:
         torch.testing.assert_close(found[name], record.gradient[name].square().mean(0), rtol=1e-3, atol=1e-9)
@@ -118,7 +125,7 @@ def test_a_visitor_may_take_second_moments_at_the_writers_of_the_residual_stream
             self.of[linear.name].update(gradient)
 
     seen = Moments()
-    backward_sweep(open_chain(model, device=CPU), windows(), seen, names=names)
+    backward_sweep(Feed(open_chain(model, device=CPU), windows(), 2048), seen, names)
     record = Record(model, windows(), names)
     for name in names:
         g = record.gradient[name]
@@ -129,7 +136,7 @@ def test_half_precision_is_swept_in_fp32() -> None:
     model = tiny_llama().to(torch.bfloat16)
     chain = open_chain(model, device=CPU)
     names = [linear.name for linear in sizes_of(chain)]
-    found = output_gradient_squares(chain, windows(), batch_tokens=40)
+    found = squares(chain, 40)
     record = Record(model.float(), windows(), names)  # the same weights; only hidden states were rounded on their way
     for name in names:
         assert found[name].dtype == torch.float32
@@ -149,8 +156,8 @@ def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
 
     layer.fc2.register_forward_hook(spoil)
     with pytest.raises(ModelError, match="fc1"):
-        backward_sweep(open_chain(model, device=CPU), windows(), Everything())
-    assert output_gradient_squares(open_chain(model, device=CPU), windows())  # of outputs alone it is no matter
+        backward_sweep(Feed(open_chain(model, device=CPU), windows(), 2048), Everything())
+    assert squares(open_chain(model, device=CPU))  # of outputs alone it is no matter
 
 
 def test_gradients_that_are_not_finite_are_named() -> None:
@@ -197,14 +204,11 @@ def changing(inplace: bool) -> PreTrainedModel:
 
 def test_a_block_may_change_in_place_what_it_is_given() -> None:
     """It runs several times on what enters it, and gradients are of what entered."""
-    changed, copied = (
-        output_gradient_squares(open_chain(changing(inplace), device=CPU), windows(), batch_tokens=40)
-        for inplace in (True, False)
-    )
+    changed, copied = (squares(open_chain(changing(inplace), device=CPU), 40) for inplace in (True, False))
     assert all(torch.equal(changed[name], copied[name]) for name in copied)
     one, other = changing(True), changing(False)
     for model in (one, other):
-        prune(model, Recipe(sparsity=0.5, options={"passes": 1, "steps": 2}), calibration=windows())
+        prune(model, Recipe(sparsity=0.5, options={"passes": 1}), calibration=windows())
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
@@ -228,4 +232,4 @@ def test_a_block_without_a_gradient_is_named_and_needs_none_where_nobody_asks() 
 
 def test_windows_without_a_next_token_are_refused() -> None:
     with pytest.raises(DataError, match=r"\(3, 1\)"):
-        backward_sweep(open_chain(tiny_opt(), device=CPU), windows(3, 1), Visitor())
+        backward_sweep(Feed(open_chain(tiny_opt(), device=CPU), windows(3, 1), 2048), Visitor())

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsellm import Recipe, prune
 from sparsellm.allocation import ALLOCATIONS, Survey
-from sparsellm.allocation.saliency import BINS, HIGHEST, LOWEST, saliency_histograms
 from sparsellm.allocation.threshold import from_histograms
-from sparsellm.refine.gradients import output_gradient_squares
+from sparsellm.sweep.saliency import BINS, HIGHEST, LOWEST, loss_gradients
 from tests.allocation.helpers import Record, bare_survey, survey_of, weight_of, windows
 from tests.models import tiny_llama, tiny_opt
 
@@ -22,7 +22,7 @@ Family = Callable[..., PreTrainedModel]
 
 
 def saliencies(model: PreTrainedModel, survey: Survey) -> dict[str, Tensor]:
-    record = Record(model, survey.windows, [linear.name for linear in survey.linears])
+    record = Record(model, survey.feed.windows, [linear.name for linear in survey.linears])
     return {
         linear.name: 0.5 * weight_of(model.get_submodule(linear.name)).square() * record.fisher(linear.name)
         for linear in survey.linears
@@ -48,7 +48,7 @@ def near(values: Tensor, threshold: float) -> int:
 
 def test_it_gives_what_a_sort_of_all_saliencies_gives(family: Family) -> None:
     model = family()
-    survey = survey_of(model, 0.6)
+    survey = survey_of(model, gradients=True, sparsity=0.6)
     found = ALLOCATIONS["threshold"].function(survey, span=1.0).zeros
     exact = saliencies(model, survey)
     given, threshold = give_in_order(exact, survey.zeros)
@@ -61,7 +61,7 @@ def test_it_gives_what_a_sort_of_all_saliencies_gives(family: Family) -> None:
 
 def test_blocks_give_what_the_sort_gives_and_their_linears_alike(family: Family) -> None:
     model = family()
-    survey = survey_of(model, 0.6)
+    survey = survey_of(model, gradients=True, sparsity=0.6)
     found = ALLOCATIONS["threshold"].function(survey, span=1.0, level="block").zeros
     exact = saliencies(model, survey)
     threshold = float(torch.cat([values.flatten() for values in exact.values()]).sort().values[survey.zeros])
@@ -77,7 +77,7 @@ def test_blocks_give_what_the_sort_gives_and_their_linears_alike(family: Family)
 
 @pytest.mark.parametrize("level", ["linear", "block"])
 def test_span_limits_every_linear(level: str) -> None:
-    survey = survey_of(tiny_llama(), 0.6)
+    survey = survey_of(tiny_llama(), gradients=True, sparsity=0.6)
     found = ALLOCATIONS["threshold"].function(survey, span=0.05, level=level).zeros
     assert sum(found.values()) == survey.zeros
     shares = [found[linear.name] / linear.weights for linear in survey.linears]
@@ -91,8 +91,8 @@ def test_span_limits_every_linear(level: str) -> None:
 def test_histograms_count_every_weight_and_what_costs_nothing_comes_first() -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj.weight.data[:16] = 0.0  # half of it is already gone
-    survey = survey_of(model, 0.6)
-    counts, _ = saliency_histograms(survey)
+    survey = survey_of(model, gradients=True, sparsity=0.6)
+    counts = survey.gradients.saliency
     for linear in survey.linears:
         assert int(counts[linear.name].sum()) == linear.weights
     down = counts["model.layers.1.mlp.down_proj"]
@@ -102,18 +102,21 @@ def test_histograms_count_every_weight_and_what_costs_nothing_comes_first() -> N
 
 
 def test_the_same_sweep_finds_what_errors_of_outputs_cost() -> None:
-    survey = survey_of(tiny_llama(), 0.6)
-    found = ALLOCATIONS["threshold"].function(survey).output_costs
-    alone = output_gradient_squares(survey.chain, survey.windows, batch_tokens=survey.batch_tokens)
+    survey = survey_of(tiny_llama(), gradients=True, sparsity=0.6)
+    found = survey.gradients.output_squares
+    alone = loss_gradients(survey.feed, survey.names).output_squares
     assert found.keys() == alone.keys() == survey.names
     assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
 def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
-    model = tiny_opt()
-    some = ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)), tokens=2 * 20 + 19)
-    assert some == ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)[:2]))
-    assert some != ALLOCATIONS["threshold"].function(survey_of(model, 0.6, windows(6)))
+    def chosen(tokens: int, ids: Tensor) -> dict[str, int]:
+        recipe = Recipe(method="magnitude", sparsity=0.6, allocation="threshold", allocation_options={"tokens": tokens})
+        return {linear.name: linear.zeros for linear in prune(tiny_opt(), recipe, calibration=ids).linears}
+
+    some = chosen(2 * 20 + 19, windows(6))
+    assert some == chosen(120, windows(6)[:2])
+    assert some != chosen(120, windows(6))
 
 
 def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
@@ -127,7 +130,7 @@ def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
 def test_a_weight_in_two_places_keeps_the_target_and_the_report_says_so() -> None:
     model = tiny_llama()
     model.model.layers[2].mlp.up_proj = model.model.layers[1].mlp.up_proj
-    survey = survey_of(model, 0.6)
+    survey = survey_of(model, gradients=True, sparsity=0.6)
     found = ALLOCATIONS["threshold"].function(survey)
     name = "model.layers.1.mlp.up_proj"
     assert found.report == {"tokens": 6 * 20, "kept_target": [name]}

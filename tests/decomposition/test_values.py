@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from sparsellm.chain import open_chain
+from sparsellm.chain.streams import Stream
 from sparsellm.chain.units import find_value_output
 from sparsellm.decomposition import Linear
 from sparsellm.decomposition.values import Moved, default_value_coefficients, update_values, value_terms
 from sparsellm.methods.base import BlockTask
 from sparsellm.methods.values import _Attention
 from sparsellm.progress import PhaseClock
-from sparsellm.streams import Stream
 from tests.models import VOCABULARY, tiny_llama
 
 WINDOWS, SEQ, VALUES, MIXED = 2, 5, 3, 6

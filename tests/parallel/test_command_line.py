@@ -218,3 +218,32 @@ def test_a_mistake_is_told_once(arguments: tuple[str, ...], message: str, checkp
     assert [run.returncode for run in runs] == [2, 2]
     assert printed.count(message) == printed.count("error:") == 1
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_ends_each_and_one_says_what_is_kept(signum: int, long_run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    runs = side_by_side(3, *long_run, f"--out={out}")
+    wait_for_blocks(tmp_path / "pruned.partial", runs[0])
+    for run in runs:
+        run.send_signal(signum)
+    printed = "".join(ended(run)[1] for run in runs)
+    assert [run.returncode for run in runs] == [128 + signum] * 3
+    assert printed.count("interrupted (") == 1, printed
+    assert f"of 40 blocks are kept in {out}.partial" in printed
+    assert "error: " not in printed
+    assert "Traceback" not in printed
+    check_what_is_left(out)
+
+
+def test_a_signal_to_torchrun_is_told_once_with_its_command(long_run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    run = by_torchrun(2, *long_run, f"--out={out}")
+    wait_for_blocks(tmp_path / "pruned.partial", run)
+    run.terminate()
+    _, stderr = ended(run)
+    assert run.returncode != 0
+    (line,) = [line for line in stderr.splitlines() if "interrupted (" in line]
+    assert "blocks are kept in" in line
+    assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m sparsellm prune " in line
+    check_what_is_left(out)

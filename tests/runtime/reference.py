@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsellm.runtime.packed import PackedWeight
+from sparsellm.packed.layout import PackedWeight
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUE_TYPES = (*FLOATS, "int8", "int4")

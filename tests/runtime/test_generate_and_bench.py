@@ -15,21 +15,10 @@ import sparsellm
 from sparsellm.errors import DataError, RecipeError
 from sparsellm.runtime.bench import Speed, compare, measure, resident_bytes, verdict
 from sparsellm.runtime.generate import generate
-from sparsellm.runtime.packed_linear import PackedLinear
-from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
-from tests.models.pruned import prune_tiny
+from sparsellm.runtime.module import PackedLinear
+from tests.models import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 PROMPT = "The while statement"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(prune_tiny(tiny_llama()), tiny_tokenizer(), tmp_path_factory.mktemp("llama") / "dense")
-
-
-@pytest.fixture(scope="module")
-def packed(llama: Path) -> Path:
-    return sparsellm.pack(llama, out=llama.parent / "packed").path
 
 
 def test_greedy_text_is_that_of_transformers_and_streams_whole(llama: Path, packed: Path) -> None:

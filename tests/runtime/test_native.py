@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.errors import KernelError
+from sparsellm.packed.layout import pack
 from sparsellm.runtime import native
-from sparsellm.runtime.packed import pack
 from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, random_weight
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason=native.reason())

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsellm.packed.layout import PackedWeight
 from sparsellm.runtime import native
-from sparsellm.runtime.packed import PackedWeight
 from tests.runtime.reference import VALUE_TYPES, activations, bound, random_weight
 
 pytestmark = [

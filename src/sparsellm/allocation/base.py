@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from sparsellm.allocation.exact import bounds, round_exactly, shift_to_total
 from sparsellm.allocation.survey import Survey
 from sparsellm.patterns import Pattern, Unstructured
@@ -21,14 +19,10 @@ class Allocation:
     Attributes:
         zeros: of each linear, by name.
         report: what the user should see of how they were found; JSON values.
-        output_costs: where the allocation met gradients, ``E[g_i²]`` of the outputs of each linear, ``(out,)`` fp32, as
-            :func:`~sparsellm.refine.gradients.output_gradient_squares` finds them on the first so many tokens as the
-            allocation declares: a method that asks for them is spared a sweep. Else empty.
     """
 
     zeros: dict[str, int]
     report: dict[str, Any] = field(default_factory=dict)
-    output_costs: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def patterns(self, survey: Survey) -> dict[str, Pattern]:
         """The pattern of each linear of the survey, which counts exactly those zeros."""

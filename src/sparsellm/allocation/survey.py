@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-from sparsellm.chain import Chain, LinearView
+from sparsellm.chain import Feed, LinearView
 from sparsellm.chain.capture import watch
-from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.refine.gradients import Visitor, backward_sweep
-from sparsellm.storage.scratch import Scratch
-from sparsellm.streams import PIECE_TOKENS, Stream
-
-
-def windows_of(tokens: int, seq_len: int) -> int:
-    """How many whole windows so many tokens are; one at least."""
-    return max(1, tokens // seq_len)
+from sparsellm.progress import Progress
+from sparsellm.sweep.saliency import LossGradients
 
 
 @dataclass(frozen=True)
@@ -36,36 +28,29 @@ class LinearSize:
 
 
 class Survey:
-    """The dense model in numbers. It is read block by block, and left as it was to the bit.
+    """What is known of the dense model. It is read block by block, and left as it was to the bit.
 
     Args:
-        chain: the dense model.
-        windows: calibration token ids, ``(samples, seq)``.
+        feed: the dense model and the calibration windows.
         linears: those that will be pruned, in the order of the chain.
         sparsity: fraction of zeros over all of them.
-        batch_tokens: tokens in one forward call.
-        scratch: where hidden states are kept; None for memory.
-        progress: is told how far each sweep is.
+        gradients: of the loss, which the run has for an allocation that declares ``gradient_tokens``.
     """
 
     def __init__(
-        self,
-        chain: Chain,
-        windows: Tensor,
-        linears: Sequence[LinearSize],
-        sparsity: float,
-        *,
-        batch_tokens: int,
-        scratch: Scratch | None = None,
-        progress: ProgressCallback = ignore,
+        self, feed: Feed, linears: Sequence[LinearSize], sparsity: float, gradients: LossGradients | None = None
     ) -> None:
-        self.chain = chain
-        self.windows = windows
+        self.feed = feed
+        self.chain = feed.chain
         self.linears = tuple(linears)
         self.sparsity = sparsity
-        self.batch_tokens = batch_tokens
-        self.scratch = scratch or Scratch()
-        self.progress = progress
+        self._gradients = gradients
+
+    @property
+    def gradients(self) -> LossGradients:
+        """Of the loss of the dense model, with the saliency of every weight."""
+        assert self._gradients is not None, "the allocation declares no gradient_tokens"
+        return self._gradients
 
     @property
     def weights(self) -> int:
@@ -92,13 +77,6 @@ class Survey:
         """The blocks that have a linear to prune, in order."""
         return tuple(dict.fromkeys(linear.block for linear in self.linears))
 
-    def over(self, windows: Tensor) -> Survey:
-        """The same model, seen on other windows."""
-        other = copy.copy(self)
-        other.windows = windows
-        other.__dict__.pop("mean_squares", None)
-        return other
-
     @cached_property
     def mean_squares(self) -> dict[str, Tensor]:
         """Mean square of every input over the tokens that reach a linear, ``(in,)`` fp32; absent where none did."""
@@ -111,19 +89,13 @@ class Survey:
             sums[linear.name] = sums[linear.name] + squares if linear.name in sums else squares
             tokens[linear.name] = tokens.get(linear.name, 0) + len(rows)
 
-        chain = self.chain
-        chain.load_outer(head=False)
-        chain.load_block(0)
-        stream = Stream(chain, self.windows, batch_tokens=self.batch_tokens, scratch=self.scratch)
-        chain.release_outer()
-        for index in range(len(chain)):
-            self.progress(Progress("survey", index, len(chain), f"block {index + 1}/{len(chain)} inputs"))
-            chain.load_block(index)
-            with watch(self._views(index), see):
+        stream, blocks = self.feed.stream(), len(self.chain)
+        for index in range(blocks):
+            self.feed.progress(Progress("survey", index, blocks, f"block {index + 1}/{blocks} inputs"))
+            with self.chain.block(index), watch(self._views(index), see):
                 stream.advance(index)
-            chain.release_block(index)
         stream.close()
-        self.progress(Progress("survey", len(chain), len(chain)))
+        self.feed.progress(Progress("survey", blocks, blocks))
         return {name: total / tokens[name] for name, total in sums.items() if tokens[name]}
 
     def wanda_metrics(self) -> Iterator[tuple[int, list[Tensor]]]:
@@ -134,25 +106,13 @@ class Survey:
         """
         mean_squares = self.mean_squares
         for index in self.blocks:
-            self.chain.load_block(index)
-            metrics = []
-            for linear in self._views(index):
-                if linear.name in mean_squares:
-                    metrics.append(linear.weight().abs_().mul_(mean_squares[linear.name].sqrt()))
-            self.chain.release_block(index)
+            with self.chain.block(index):
+                metrics = [
+                    linear.weight().abs_().mul_(mean_squares[linear.name].sqrt())
+                    for linear in self._views(index)
+                    if linear.name in mean_squares
+                ]
             yield index, metrics
-
-    def sweep(self, visitor: Visitor) -> float:
-        """The gradients of the loss; see :func:`sparsellm.refine.gradients.backward_sweep`."""
-        return backward_sweep(
-            self.chain,
-            self.windows,
-            visitor,
-            names=self.names,
-            batch_tokens=min(self.batch_tokens, PIECE_TOKENS),
-            scratch=self.scratch,
-            progress=self.progress,
-        )
 
     def _views(self, index: int) -> list[LinearView]:
         return [linear for linear in self.chain.linears(index) if linear.name in self.names]

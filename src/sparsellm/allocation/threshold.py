@@ -12,21 +12,20 @@ from torch import Tensor
 
 from sparsellm.allocation.base import ALLOCATIONS, Allocation
 from sparsellm.allocation.exact import bounds, round_exactly
-from sparsellm.allocation.saliency import BINS, saliency_histograms
-from sparsellm.allocation.survey import Survey, windows_of
-from sparsellm.refine.gradients import TOKENS, WORKSPACE
+from sparsellm.allocation.survey import Survey
 from sparsellm.registry import Needs
+from sparsellm.sweep.gradients import TOKENS
+from sparsellm.sweep.saliency import BINS
 
 
 def _needs(options: dict[str, Any]) -> Needs:
     tokens = options.get("tokens", TOKENS)
-    return Needs(surveyed_tokens=tokens, gradient_tokens=tokens)
+    return Needs(surveyed_tokens=tokens, gradient_tokens=tokens, token_states=True)
 
 
 @ALLOCATIONS.register(
     "threshold",
     paper="optimal brain damage (LeCun et al. 1990) with the empirical Fisher",
-    workspace=WORKSPACE,
     needs=_needs,
 )
 def threshold(
@@ -38,16 +37,13 @@ def threshold(
 ) -> Allocation:
     """A linear gives the weights whose saliency ½ w² E[g² x²] is below one threshold of the whole model.
 
-    See :class:`~sparsellm.allocation.saliency.SaliencyHistograms`. With ``level=block`` a block gives so many weights
+    See :class:`~sparsellm.sweep.saliency.SaliencyHistograms`. With ``level=block`` a block gives so many weights
     and all its linears the same share of theirs. A linear that no token reached keeps the target sparsity, and so does
     one whose weight the model uses in several places, of which the sweep sees one.
     """
-    seen = survey.over(survey.windows[: windows_of(tokens, survey.windows.shape[1])])
-    found, costs = saliency_histograms(seen)
-    counts = {name: histogram for name, histogram in found.items() if name not in survey.shared}
-    unknown = sorted(survey.names - counts.keys())
-    report = {"tokens": seen.windows.numel(), "kept_target": unknown}
-    return replace(from_histograms(survey, counts, level=level, span=span), report=report, output_costs=costs)
+    counts = {name: one for name, one in survey.gradients.saliency.items() if name not in survey.shared}
+    report = {"tokens": survey.gradients.tokens, "kept_target": sorted(survey.names - counts.keys())}
+    return replace(from_histograms(survey, counts, level=level, span=span), report=report)
 
 
 def from_histograms(

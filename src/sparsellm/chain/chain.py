@@ -18,14 +18,16 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sparsellm.chain.fit import check_sizes
 from sparsellm.chain.linears import LinearView, iterate_linears
-from sparsellm.chain.open import load_config
+from sparsellm.chain.open import load_config, one_line
 from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
-from sparsellm.errors import ModelError
-from sparsellm.storage.reader import CheckpointReader
+from sparsellm.errors import ModelError, NumericalError, SparseLLMError
+from sparsellm.packed.checkpoint import open_checkpoint
+from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
 from sparsellm.storage.shard import TensorSource
 
 SHOWN_TOKENS = 8  # that block 0 runs on to show what it returns
@@ -64,20 +66,23 @@ class Chain:
     def __init__(
         self,
         model: PreTrainedModel,
-        directory: Path | None,
+        reader: CheckpointReader | None,
         *,
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> None:
         self.model = model.eval()
-        self.directory = directory
         self.device = device
         list_name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names = [f"{list_name}.{index}" for index in range(len(blocks))]
         self._canonical = _canonical_names(model)
         self._outer = [name for name in self._all_names() if not name.startswith(f"{list_name}.")]
-        self.weights = CheckpointWeights(directory, model, self._canonical) if directory is not None else None
+        self.weights: CheckpointWeights | None = None
+        if reader is not None:
+            self.weights = CheckpointWeights(reader, model, self._canonical, (list_name, len(blocks)))
+        else:
+            _check_parameters(model)
         first = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
         self.storage_dtype = self._stored_dtype(f"{first[0]}.weight")
         self.dtype = dtype or fast_dtype(self.storage_dtype, device)
@@ -109,28 +114,58 @@ class Chain:
         assert isinstance(config, PretrainedConfig)
         return config
 
+    def expect(self, digests: dict[str, str]) -> None:
+        """Compares what is read from now on with the digests of the checkpoint's tensors, which any process may have
+        found; see :meth:`CheckpointReader.get`. A model in memory is not read again."""
+        if self.weights is not None:
+            self.weights.reader.expect(digests)
+
+    def unused(self) -> str | None:
+        """What to say of tensors in the checkpoint that the model does not take, and that are copied as they are."""
+        names = self.weights.unused if self.weights is not None else []
+        if not names:
+            return None
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"the model of config.json does not use {names[0]}{more}; copied as they are, not pruned"
+
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` that are pruned here: none that is tied to the embedding, the head, or an
         earlier block, which is pruned there."""
         prefix = self.block_names[index]
         views = []
         for name, module in iterate_linears(self.blocks[index], prefix):
-            if self._canonical.get(f"{name}.weight", f"{name}.weight") == f"{name}.weight":
+            if self.owns(f"{name}.weight"):
                 views.append(LinearView(name, module, self._stored_dtype(f"{name}.weight")))
         return views
 
-    def load_block(self, index: int, pruned: CheckpointReader | None = None) -> None:
-        """Brings the weights of block ``index`` to the device, in the computing dtype.
+    @contextlib.contextmanager
+    def block(self, index: int, pruned: CheckpointReader | None = None) -> Iterator[nn.Module]:
+        """Holds the weights of block ``index`` on the device, in the computing dtype, while this lasts.
+
+        A model that the caller holds in memory keeps its weights afterwards.
 
         Args:
             index: which block.
             pruned: where a finished block stands, as :meth:`block_tensors` named it; None for the model's own weights.
         """
         ahead = self._ahead.take(index) if pruned is None and self._ahead is not None else {}
-        self._load(self._names_of(index), pruned, ahead)
+        try:
+            self._load(self._names_of(index), pruned, ahead)
+            yield self.blocks[index]
+        finally:
+            self._release(self._names_of(index))
+
+    @contextlib.contextmanager
+    def outer(self, *, head: bool = True) -> Iterator[None]:
+        """Holds embedding, final norm and head while this lasts; without the head where only the blocks are run."""
+        try:
+            self._load(self._outer_names(head))
+            yield
+        finally:
+            self._release(self._outer)
 
     def read_ahead(self, index: int) -> None:
-        """Begins to read the model's own weights of block ``index`` in a thread, for the next :meth:`load_block`. Where
+        """Begins to read the model's own weights of block ``index`` in a thread, for the next :meth:`block`. Where
         there is no such block, or the model is in memory, it does nothing."""
         if self.weights is None or index >= len(self):
             return
@@ -141,7 +176,11 @@ class Chain:
     @torch.no_grad()
     def settle_block(self, index: int) -> None:
         """Rounds every weight of the loaded block to the dtype it is written in, so that the block that runs on is the
-        block that is read again."""
+        block that is read again.
+
+        Raises:
+            NumericalError: a weight is NaN, or too large for that dtype; nothing of the block has been written.
+        """
         for name in self._names_of(index):
             value, stored = self._value(name), self._stored_dtype(name)
             if value.is_floating_point():
@@ -149,6 +188,8 @@ class Chain:
                     value.copy_(value.to(stored))
                 if stored.itemsize > 1:
                     value.add_(0.0)  # no negative zero is written
+            if isinstance(value, nn.Parameter) and (bad := not_finite(value.detach())):
+                raise _not_writable(name, bad, stored)
 
     def block_parameters(self, index: int) -> dict[str, nn.Parameter]:
         """The floating-point parameters of the loaded block ``index``, by name."""
@@ -163,21 +204,21 @@ class Chain:
         """Whether a parameter stands in several places: in two blocks, or in a block and the embedding."""
         return name in self._canonical
 
+    def owns(self, name: str) -> bool:
+        """Whether this is the first name of a parameter: one that stands in several places is counted there alone."""
+        return self._canonical.get(name, name) == name
+
+    def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
+        """The values of one parameter: as it was written to ``pruned``, or as it is loaded now if that is None."""
+        return self._value(name).detach() if pruned is None else pruned.get(self._key(name))
+
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
         """Puts a parameter in place of the one of this name."""
         owner, _, leaf = name.rpartition(".")
         self.model.get_submodule(owner)._parameters[leaf] = value
 
-    def release_block(self, index: int) -> None:
-        """Forgets the weights of block ``index``; a model that the caller holds in memory keeps them."""
-        self._release(self._names_of(index))
-
-    def load_outer(self, *, head: bool = True) -> None:
-        """Brings embedding, final norm and head from the checkpoint; without the head if only the blocks are run."""
-        self._load(self._outer_names(head))
-
     def outer_elements(self, *, head: bool = True) -> int:
-        """Numbers in what :meth:`load_outer` brings."""
+        """Numbers in what :meth:`outer` holds."""
         first = {self._canonical.get(name, name): self._value(name).numel() for name in self._outer_names(head)}
         return sum(first.values())
 
@@ -185,9 +226,6 @@ class Chain:
         base = f"{self.model.base_model_prefix}."
         bare = not head and any(name.startswith(base) for name in self._outer)
         return [name for name in self._outer if not bare or name.startswith(base)]
-
-    def release_outer(self) -> None:
-        self._release(self._outer)
 
     def block_tensors(self, index: int) -> dict[str, TensorSource]:
         """The weights of a loaded block as they are written: under the checkpoint's names, in its dtypes."""
@@ -264,11 +302,11 @@ class Chain:
 
     def _fetch(self, name: str, pruned: CheckpointReader | None) -> Tensor:
         assert self.weights is not None
+        if pruned is not None and self._key(name) in pruned:
+            return pruned.get(self._key(name), self.device, self.dtype)
         if name in self._shared:
             shared = self._shared[name]
             return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
-        if pruned is not None and self._key(name) in pruned:
-            return pruned.get(self._key(name), self.device, self.dtype)
         return self.weights.get(name, self.device, self.dtype)
 
     def _placed(self, stored: Tensor) -> Tensor:
@@ -306,6 +344,9 @@ class Chain:
         Returns:
             The hidden states that enter block 0, ``(batch, seq, hidden)``, and for every block what else the model's
             forward calls it with.
+
+        Raises:
+            ModelError: the model's own forward fails, or is not a plain chain of the blocks.
         """
         if self._rewrap is None and ids.shape[1] > SHOWN_TOKENS:
             self._capture(ids[:1, :SHOWN_TOKENS])
@@ -329,8 +370,17 @@ class Chain:
             assert self._rewrap is not None
             return self._rewrap(hidden)
 
-        with self._intercepted(record):
-            self.model.base_model(ids.to(self.device), use_cache=False)
+        try:
+            with self._intercepted(record):
+                self.model.base_model(ids.to(self.device), use_cache=False)
+        except (SparseLLMError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the model's own code: a config whose numbers do not go together ends here
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"the forward of {type(self.model).__name__} fails on token ids of shape {tuple(ids.shape)} "
+                f"({type(error).__name__}: {why[:200]}); check its config.json, and that transformers runs it"
+            ) from error
         if any(call is None for call in calls):
             skipped = [name for name, call in zip(self.block_names, calls, strict=True) if call is None]
             raise ModelError(f"the forward of {type(self.model).__name__} does not call {skipped[0]}")
@@ -411,10 +461,42 @@ def open_chain(
     if isinstance(model, PreTrainedModel):
         return Chain(model, None, device=device, dtype=dtype)
     config = load_config(model, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    empty.tie_weights()
-    return Chain(empty, model, device=device, dtype=dtype)
+    reader = open_checkpoint(model)
+    check_sizes(config, reader)
+    return Chain(_empty_model(config, model, trust_remote_code), reader, device=device, dtype=dtype)
+
+
+def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a config, its weights on the meta device."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        empty.tie_weights()
+    except Exception as error:  # KeyError, ValueError, RuntimeError, ZeroDivisionError ... as the config is wrong
+        raise ModelError(
+            f"transformers cannot build the {config.model_type} of {directory / 'config.json'}: {one_line(error)}"
+        ) from None
+    assert isinstance(empty, PreTrainedModel)
+    return empty
+
+
+def _check_parameters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in WEIGHT_DTYPES:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"weight {name} of the model is {dtype}; load the model in bfloat16, float16, float32 or float64"
+            )
+
+
+def _not_writable(name: str, values: int, stored: torch.dtype) -> NumericalError:
+    dtype, largest = str(stored).removeprefix("torch."), torch.finfo(stored).max
+    wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(stored)
+    cure = f"store the model in {wider} and prune that" if wider else "raise the method's damping"
+    return NumericalError(
+        f"weight {name} would get {values} infinite or NaN values once pruned and rounded to {dtype}, whose largest "
+        f"number is {largest:.5g}; {cure}, or exclude it. The block was not written; blocks before it are kept"
+    )
 
 
 def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

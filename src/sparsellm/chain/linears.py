@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,35 @@ def weight_of(module: nn.Module) -> nn.Parameter:
 
 
 def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order."""
+    """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order.
+
+    Routers that are made from a linear and return more than its outputs (Llama 4's returns scores and logits) are left
+    out: they are no linear to whoever reads them.
+    """
     for name, child in module.named_modules():
-        if isinstance(child, (nn.Linear, Conv1D)):
+        if isinstance(child, (nn.Linear, Conv1D)) and _returns_outputs(child):
             yield (f"{prefix}.{name}" if name else prefix), child
+
+
+_RETURNS_OUTPUTS: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
+
+
+def _returns_outputs(module: nn.Linear | Conv1D) -> bool:
+    """Whether a linear returns one tensor. A class with a forward of its own is tried once, on the meta device."""
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if kind not in _RETURNS_OUTPUTS:
+        weight = weight_of(module)
+        on_meta = {name: parameter.to("meta") for name, parameter in module.named_parameters()}
+        inputs = weight.shape[0 if isinstance(module, Conv1D) else 1]
+        entering = torch.empty(2, inputs, device="meta", dtype=weight.dtype)
+        try:
+            with torch.no_grad():
+                returned = torch.func.functional_call(module, on_meta, (entering,))
+        except (
+            Exception
+        ):  # its forward wants another shape, or does what meta tensors cannot: it says nothing against it
+            returned = entering
+        _RETURNS_OUTPUTS[kind] = isinstance(returned, Tensor)
+    return _RETURNS_OUTPUTS[kind]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparsellm.demo_model import demo_gguf
-from sparsellm.errors import ModelError
+from sparsellm.errors import DataError, ModelError
 from sparsellm.gguf import gguf_checkpoint
-from sparsellm.storage.packed import is_packed
+from sparsellm.json_input import read_object
+from sparsellm.packed.checkpoint import is_packed
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 
@@ -26,7 +28,17 @@ def checkpoint_directory(model: str) -> Path:
     """
     if model == "demo":
         return gguf_checkpoint(demo_gguf())
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        path.lstat()
+    except FileNotFoundError:
+        pass  # a hub id, perhaps
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, an unknown user after the ~
+        raise ModelError(f"model {model!r:.100} cannot be looked up: {one_line(error)}") from None
+    if not model.strip():
+        raise ModelError(
+            "the name of the model is empty; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
+        )
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no file {model}; give the path of a .gguf file")
@@ -49,8 +61,7 @@ def _from_hub(model: str) -> Path:
     except HFValidationError:
         reason = "it is no directory here, and no valid hub id (owner/name)"
     except Exception as error:  # the hub client raises requests, httpx and its own errors
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"it is no directory here, and the hub did not give it ({first_line[:200]})"
+        reason = f"it is no directory here, and the hub did not give it ({one_line(error)})"
     raise ModelError(
         f"model {model!r} not found: {reason}; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
     )
@@ -62,18 +73,22 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     Raises:
         ModelError: unreadable, or not a decoder-only language model, or its weights are quantised.
     """
+    read_object(directory / "config.json", ModelError)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        text = config.get_text_config()
     except Exception as error:  # transformers raises ValueError, OSError, KeyError ... for one and the same thing
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelError(f"transformers cannot read {directory / 'config.json'}: {first_line[:300]}") from None
+        raise ModelError(f"transformers cannot read {directory / 'config.json'}: {one_line(error)}") from None
+    if not isinstance(text, PretrainedConfig):
+        raise ModelError(f"{directory / 'config.json'} has a text_config that a {config.model_type} does not have")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{directory} is a {config.model_type}: an encoder-decoder; only decoder-only models are pruned"
         )
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     encoder = known and not _attends_causally(config)
-    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    auto_map = getattr(config, "auto_map", None)
+    remote = trust_remote_code and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
     if encoder or not (known or remote):
         raise ModelError(
             f"{directory} is a {config.model_type}, which is not a decoder; only decoder-only models are pruned"
@@ -104,9 +119,45 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"no readable tokenizer in {directory}: {first_line[:300]}") from None
+        raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how Rust's tokenizers fail on some damaged files
+            raise
+        raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if not tokenizer.vocab_size:  # some families' tokenizers are made of nothing where no file is
         raise ModelError(f"no readable tokenizer in {directory}: it has no vocabulary; add the tokenizer's files")
     return tokenizer
+
+
+def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
+    """The token ids, all of which the embedding has.
+
+    A tokenizer may know more tokens than the model, as long as the text has none of them.
+
+    Args:
+        ids: ``(windows, seq)``.
+        config: of the model.
+        tokenizer: that made them; None for ids that the user gave.
+
+    Raises:
+        DataError: an id is negative, or not below the model's ``vocab_size``.
+    """
+    vocabulary = config.get_text_config().vocab_size
+    least, most = int(ids.min()), int(ids.max())
+    if least >= 0 and most < vocabulary:
+        return ids
+    if tokenizer is None:
+        raise DataError(f"token ids reach from {least} to {most}; the vocabulary has {vocabulary}")
+    token = str(tokenizer.convert_ids_to_tokens(most))
+    raise DataError(
+        f"the tokenizer turns the text into ids up to {most} ({token!r:.50}), and the model has {vocabulary} tokens "
+        "(vocab_size in config.json); use the tokenizer that belongs to the model"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, in one line that is not long."""
+    said = " ".join(str(error).split())  # some put the reason into the second line
+    named = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return "".join(character if character.isprintable() else "?" for character in named[:300])

@@ -7,11 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from sparsellm.chain import Chain
+from sparsellm.chain import Chain, Feed
 from sparsellm.errors import NumericalError
 from sparsellm.evaluation.perplexity import Perplexity, nll_from_logits
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.streams import Stream
 
 _HIDDEN_BYTES = 1 << 30  # hidden states held at once; longer texts sweep the blocks several times
 _BATCH_TOKENS = 4096
@@ -37,26 +36,23 @@ def streamed_perplexity(chain: Chain, windows: Tensor, *, progress: ProgressCall
     for sweep in range(sweeps):
         part = windows[sweep * size : (sweep + 1) * size]
         before = sweep * (len(chain) + 1)
-        chain.load_outer()
-        chain.load_block(0)
-        stream = Stream(chain, part, batch_tokens=_BATCH_TOKENS)
+        stream = Feed(chain, part, _BATCH_TOKENS).stream()
         for index in range(len(chain)):
             progress(Progress("evaluate", before + index, steps, f"block {index + 1}/{len(chain)}"))
-            chain.load_block(index)
-            stream.advance(index)
-            chain.release_block(index)
+            with chain.block(index):
+                stream.advance(index)
         rows = (hidden[row : row + 1] for hidden in stream.hidden for row in range(len(hidden)))
-        for number, hidden in enumerate(rows):  # one window at a time: logits are (seq, vocabulary)
-            progress(Progress("evaluate", before + len(chain) + number / len(part), steps, "head"))
-            ids = part[number : number + 1]
-            window_nll, count = nll_from_logits(chain.finish(hidden, ids), ids)
-            if not math.isfinite(window_nll):
-                raise NumericalError(
-                    f"the loss of window {sweep * size + number} is {window_nll}: weights or activations overflow "
-                    f"in {chain.dtype}; try --dtype float32"
-                )
-            nll, tokens = nll + window_nll, tokens + count
-        chain.release_outer()
+        with chain.outer():
+            for number, hidden in enumerate(rows):  # one window at a time: logits are (seq, vocabulary)
+                progress(Progress("evaluate", before + len(chain) + number / len(part), steps, "head"))
+                ids = part[number : number + 1]
+                window_nll, count = nll_from_logits(chain.finish(hidden, ids), ids)
+                if not math.isfinite(window_nll):
+                    raise NumericalError(
+                        f"the loss of window {sweep * size + number} is {window_nll}: weights or activations overflow "
+                        f"in {chain.dtype}; try --dtype float32"
+                    )
+                nll, tokens = nll + window_nll, tokens + count
     progress(Progress("evaluate", steps, steps))
     mean = nll / tokens
     return Perplexity(math.exp(mean) if mean < 709 else math.inf, tokens, windows.shape[1], mean)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsellm.chain import LinearView
+from sparsellm import heap
+from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
-from sparsellm.memory import give_back_freed
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry
@@ -18,12 +18,12 @@ from sparsellm.solvers import Solution
 from sparsellm.statistics import Gram, GramAccumulator
 from sparsellm.storage.scratch import TensorStore
 from sparsellm.storage.writer import count_zeros
-from sparsellm.streams import Stream
 
 # A copy of a weight this large never lies in glibc's heap (its threshold for pages of its own is 32 MiB at most), so
 # what smaller pieces leave there is of no use to it: 0.1 GB in a block of 7B. Below, holes are used again, and to give
 # them back after every solve took a third of the solver's time on the demo model.
 OWN_PAGES = 32 << 20
+UNREACHED = "pruned by magnitude: no calibration token reached it"  # what the result of such a linear says
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class BlockTask:
         """The linears that share an input, and its Gram matrix over the tokens of all processes, from one pass of the
         block as it stands.
 
-        A linear that the calibration tokens never reach (an expert nobody is routed to) is left out; see
-        :meth:`finish`.
+        A linear that the calibration tokens never reach (an expert nobody is routed to, a linear whose module is never
+        called) is left out; see :meth:`finish`.
 
         Args:
             linears: which; all that are to be pruned if None.
@@ -168,24 +168,31 @@ class BlockTask:
         )
         self.results.append(result)
         if solution.weight.nbytes >= OWN_PAGES:
-            give_back_freed()
+            heap.trim()
         return result
 
     def finish(self) -> list[LinearResult]:
-        """The results, with those linears that the method never saw, which stay dense and say so."""
+        """The results. A linear that no calibration token reached is pruned by magnitude, as its pattern asks, and its
+        result says so."""
         done = {result.name for result in self.results}
         for linear in self.linears:
             if linear.name not in done:
-                shape = (linear.out_features, linear.in_features)
-                asked = self.patterns[linear.name].sparsity
-                notes = ("left dense: no calibration token reached it",) if asked else ()
-                zeros = count_zeros(linear.parameter)
-                self.results.append(LinearResult(linear.name, shape, zeros, asked, 0.0, notes))
+                self.results.append(self._by_magnitude(linear))
         weights = {linear.name: linear.parameter for linear in self.linears}  # counted anew: what rounds to zero is one
         return [
             replace(result, zeros=count_zeros(weights[result.name]), history=tuple(self.history.get(result.name, ())))
             for result in self.results
         ]
+
+    def _by_magnitude(self, linear: LinearView) -> LinearResult:
+        """Prunes a linear of which nothing is known but its weights. The error is 0: it was given no input."""
+        pattern, weight = self.patterns[linear.name], linear.weight()
+        notes: tuple[str, ...] = ()
+        if pattern.sparsity:
+            linear.assign(weight * pattern.mask(weight.abs()))
+            notes = (UNREACHED,)
+        shape = (linear.out_features, linear.in_features)
+        return LinearResult(linear.name, shape, count_zeros(linear.parameter), pattern.sparsity, 0.0, notes)
 
 
 Method = Callable[..., None]

@@ -28,12 +28,12 @@ from sparsellm.errors import ModelError
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.methods.values import CoordinatedValues
 from sparsellm.patterns import Pattern
-from sparsellm.refine.reconstruct import reconstruct
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solution, Solver
 from sparsellm.solvers.divided import divide, divided_solution
 from sparsellm.statistics import CrossAccumulator, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
+from sparsellm.sweep.reconstruct import reconstruct
 
 EFFORT = 1
 OUTPUT_METRIC = 0.5  # of 0, 0.5 and 1 the best on a whole model: docs/results.md
@@ -58,6 +58,7 @@ def _needs(options: dict[str, Any]) -> Needs:
         passes=passes,
         learning_rate=options.get("sweep_rate"),
         output_costs=metric > 0,
+        token_states=True,
         one_process=next((name for name in ("iterations", "value_iterations") if options.get(name, 0)), ""),
         workspace=replace(
             solver.workspace,

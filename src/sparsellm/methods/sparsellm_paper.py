@@ -15,10 +15,11 @@ from sparsellm.errors import NumericalError
 from sparsellm.methods.base import METHODS, BlockTask
 from sparsellm.methods.sparsellm import feed_forward_of, find_units
 from sparsellm.patterns import Pattern
+from sparsellm.registry import Needs
 from sparsellm.solvers import SOLVERS, Solution
 
 
-@METHODS.register("sparsellm-paper", paper="arXiv 2402.17946")
+@METHODS.register("sparsellm-paper", paper="arXiv 2402.17946", needs=lambda options: Needs(token_states=True))
 def sparsellm_paper(
     task: BlockTask,
     *,

@@ -1,1 +1,1 @@
-"""Packed sparse weights in memory: their layout, the modules that compute with them, generation and its speed."""
+"""A packed model in use: module, kernels, loading, conversion of checkpoints, generation and its speed."""

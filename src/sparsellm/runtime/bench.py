@@ -1,4 +1,4 @@
-"""Dense against packed on this machine: the same work in turns, so that a busy moment meets both."""
+"""Speed and memory of packed and dense models; they run in turns, so that a busy moment slows both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import RecipeError
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.runtime.load import load
-from sparsellm.runtime.packed_linear import PackedLinear, kernel_name, to_dense
+from sparsellm.runtime.module import PackedLinear, kernel_name, to_dense
 from sparsellm.runtime.threads import threads_set
 
 _SAME = 0.03  # a difference in speed below this is called none
@@ -31,7 +31,7 @@ class Speed:
 
     Attributes:
         model: its name in the comparison.
-        phase: ``prefill`` (a prompt is read at once) or ``decode`` (a token at a time for each sequence).
+        phase: ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
         batch: sequences side by side.
         threads: of the CPU.
         median, slowest, fastest: tokens per second, over all sequences of the batch.
@@ -55,7 +55,7 @@ class Comparison:
         dense_bytes, packed_bytes: all weights in memory.
         dense_linear_bytes, packed_linear_bytes: those of the linears in the blocks.
         dtype, dense_dtype: of the packed model's activations, and of the dense model.
-        kernel: what multiplies small batches.
+        kernel: the kernel for small batches; see :func:`~sparsellm.runtime.module.kernel_name`.
         verdict: one sentence a setting.
     """
 
@@ -78,7 +78,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; what ``--json`` prints."""
+        """All attributes as plain JSON values, as ``--json`` prints them."""
         return asdict(self)
 
 
@@ -92,13 +92,13 @@ def compare(
     progress: ProgressCallback = ignore,
     **settings: Any,
 ) -> Comparison:
-    """Loads a packed and a dense checkpoint and lets them take turns.
+    """Speed and memory of a packed and a dense checkpoint; the models run in turns.
 
     Args:
         packed: a packed checkpoint.
         dense: a dense one; None for the packed one unpacked in memory, which is the same model with its zeros.
         device, dtype: as in :func:`sparsellm.load`; of both.
-        progress: is told how far the measurement is.
+        progress: called with the progress of the measurement.
         settings: as in :func:`measure`.
 
     Raises:
@@ -144,27 +144,27 @@ def measure(
 ) -> list[Speed]:
     """Speed of several models, which take turns; the first round of each setting is not counted.
 
-    Prompts are random tokens: speed does not depend on what is read.
+    Prompts are random tokens, since speed does not depend on the text.
 
     Args:
-        models: by name; all stand in memory, on the CPU or another device.
+        models: by name, in memory, on the CPU or another device.
         batches: sequences side by side.
-        threads: of the CPU; None for what torch uses now.
+        threads: of the CPU; None for the present setting of torch.
         prompt_tokens: tokens of each prompt.
         new_tokens: tokens decoded after it.
         repeats: rounds that count.
-        clock: seconds; ``time.process_time`` leaves out what other processes took, and is right for one thread.
-        progress: is told how far the measurement is.
+        clock: returns seconds; ``time.process_time`` leaves out other processes, and is right for one thread.
+        progress: called with the progress of the measurement.
 
     Raises:
-        RecipeError: a number is not positive, or prompt and new tokens exceed what a model takes.
+        RecipeError: a number is not positive, or prompt and new tokens exceed the positions of a model.
     """
     threads = threads or (torch.get_num_threads(),)
     for name, model in models.items():
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(limit, int) and limit < prompt_tokens + new_tokens:
             raise RecipeError(f"{prompt_tokens} + {new_tokens} tokens are more than the {limit} that {name} takes")
-    found = []
+    speeds = []
     settings = [(count, batch) for count in threads for batch in batches]
     for index, (count, batch) in enumerate(settings):
         seconds: dict[tuple[str, str], list[float]] = {}
@@ -180,19 +180,19 @@ def measure(
                 )
                 for name, model in models.items():
                     prefill, decode = one_run(model, batch, prompt_tokens, new_tokens, clock)
-                    if turn:  # the first round pays for pages, threads and the choice of kernels
+                    if turn:  # the first round includes page faults, the start of threads and the choice of kernels
                         seconds.setdefault((name, "prefill"), []).append(prefill)
                         seconds.setdefault((name, "decode"), []).append(decode)
         for phase, tokens in (("prefill", prompt_tokens), ("decode", new_tokens)):
             for name in models:
                 rates = [batch * tokens / taken for taken in seconds[name, phase]]
-                found.append(Speed(name, phase, batch, count, statistics.median(rates), min(rates), max(rates)))
+                speeds.append(Speed(name, phase, batch, count, statistics.median(rates), min(rates), max(rates)))
     progress(Progress("bench", len(settings), len(settings)))
-    return found
+    return speeds
 
 
 def verdict(speeds: Sequence[Speed], dense: str, packed: str) -> list[str]:
-    """One plain sentence for each setting, the slower way named as what it is."""
+    """One sentence for each setting, which says whether packed is faster or slower than dense."""
     medians = {(speed.model, speed.phase, speed.batch, speed.threads): speed.median for speed in speeds}
     lines = []
     for speed in speeds:
@@ -216,7 +216,7 @@ def verdict(speeds: Sequence[Speed], dense: str, packed: str) -> list[str]:
 def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:
     """Bytes of a model's weights in memory, shared ones once; ``linears_only`` for those of the linears in its blocks.
 
-    What is counted is what :class:`PackedLinear` and ``nn.Linear`` hold; an output head tied to the embedding, or any
+    Linears are :class:`PackedLinear` and ``nn.Linear``; an output head tied to the embedding, or any
     other linear outside a ``ModuleList``, is no linear of a block.
     """
     if not linears_only:
@@ -239,7 +239,7 @@ def _storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def _made_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """A plain tensor itself; of one that stands for others, as torchao's quantised weights do, those."""
+    """The plain tensors of a tensor: itself, or the parts of a subclass such as torchao's quantised weights."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         return [tensor]
@@ -254,7 +254,7 @@ def one_run(
     new_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
-    """Seconds to read a prompt of random tokens, and seconds to decode so many tokens after it."""
+    """Seconds to read a prompt of random tokens, and seconds to decode ``new_tokens`` after it."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)

@@ -1,4 +1,4 @@
-"""Continuing a prompt, token by token as it is written, with the time it took."""
+"""Continues a prompt, token by token, and measures the time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sparsellm.errors import DataError
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation and the conditions of its speed.
+    """A continuation of a prompt, with its speed.
 
     Attributes:
-        text: what was written, without the prompt.
-        prompt_tokens, new_tokens: how many tokens were read and written.
-        prefill_seconds: until the first token was there.
-        decode_seconds: from the first token to the last.
+        text: the new text, without the prompt.
+        prompt_tokens, new_tokens: number of tokens of the prompt and of the new text.
+        prefill_seconds: from the start to the first new token.
+        decode_seconds: from the first new token to the last.
         threads: of the CPU.
     """
 
@@ -36,11 +36,11 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens after the first, by the seconds that they took; 0 where there is none."""
+        """Speed of decoding: tokens after the first by their seconds; 0 if there are none."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; what ``--json`` prints."""
+        """All attributes as plain JSON values, as ``--json`` prints them."""
         return {**self.__dict__, "tokens_per_second": self.tokens_per_second}
 
 
@@ -55,13 +55,13 @@ def generate(
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Lets a model continue a prompt until it ends its text, or ``max_new_tokens`` are written.
+    """The continuation of a prompt, up to the end-of-text token or ``max_new_tokens``.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        prompt: the text to continue, as it is: no chat template is applied.
-        max_new_tokens: the most to write.
+        prompt: the text to continue; no chat template is applied.
+        max_new_tokens: the most tokens to write.
         temperature: 0 takes the most likely token each time; above, tokens are sampled.
         seed: of the sampling.
         on_text: called with each new piece of text.
@@ -84,7 +84,7 @@ def generate(
     if temperature > 0:
         chosen["temperature"] = temperature
         torch.manual_seed(seed)
-    else:  # what a checkpoint says about sampling would only bring warnings
+    else:  # sampling settings of the checkpoint would only cause warnings
         chosen |= {"temperature": None, "top_p": None, "top_k": None}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad():
@@ -97,7 +97,7 @@ def generate(
 
 
 class _Streamer(TextStreamer):
-    """transformers' own cutting of tokens into printable text, with the time of each token."""
+    """transformers' streamer of printable text, which also records the time of each token."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -13,21 +13,21 @@ from sparsellm.arguments import checked_arguments
 from sparsellm.chain.open import load_config
 from sparsellm.devices import resolve_device
 from sparsellm.errors import ModelError, SparseLLMError
-from sparsellm.registration import register_when_needed
+from sparsellm.runtime.registration import register_when_needed
 
 
 @checked_arguments()
 def load(
     directory: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "auto", **kwargs: Any
 ) -> PreTrainedModel:
-    """A causal language model from a directory that :func:`sparsellm.pack` wrote, its linears packed in memory too.
+    """A causal language model from a directory that :func:`sparsellm.pack` wrote; its linears stay packed in memory.
 
-    It is what ``AutoModelForCausalLM.from_pretrained`` gives once sparsellm is imported; a dense directory loads as
+    ``AutoModelForCausalLM.from_pretrained`` returns the same after ``import sparsellm``. A dense directory loads as
     usual. Only safetensors are read.
 
     Args:
         directory: a checkpoint, packed or dense.
-        device: where the model is put: ``auto``, ``cpu``, ``cuda``, ...
+        device: the device of the model: ``auto``, ``cpu``, ``cuda``, ...
         dtype: of activations and of the weights that are not packed: ``auto`` for the one in ``config.json``.
         kwargs: passed on to ``from_pretrained``.
 

@@ -1,8 +1,8 @@
 """Products with a packed weight by the compiled kernels: one to sixteen tokens at a time, on the CPU.
 
-The kernels are a small C++ extension that knows nothing of torch; this module checks what they are handed and passes
-addresses. They sum in fp32. A row is never split between threads and its order of summation depends on the instruction
-set alone, so neither the number of threads nor the other tokens of a batch change a bit of a result.
+The kernels are a small C++ extension without torch; this module checks the tensors and passes their addresses. They sum
+in fp32. A row is never split between threads and its order of summation depends on the instruction set alone, so
+neither the number of threads nor the other tokens of a batch change a bit of a result.
 
 ``SPARSELLM_KERNEL`` in the environment chooses an instruction set by name, or ``torch`` for none.
 """
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import KernelError, nearest
-from sparsellm.runtime.packed import FLOAT_TYPES, VALUE_TYPES, PackedWeight, mask_stride
+from sparsellm.packed.codes import SCALES_OF, STORED_AS, VALUE_TYPES
+from sparsellm.packed.layout import PackedWeight
+from sparsellm.packed.masks import mask_stride
 
 MAX_TOKENS = 16  # that one call takes; the kernels' own limit
 
 _VALUE_TYPES = {name: number for number, name in enumerate(VALUE_TYPES)}  # bf16, fp16, fp32, int8, int4 in kernels.h
 _ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_STORED = {**FLOAT_TYPES, "int8": torch.int8, "int4": torch.uint8}
-_SCALES = {"int8": torch.float32, "int4": torch.bfloat16}
 
 _threads: int | None = None
 
@@ -42,7 +42,7 @@ def available() -> str | None:
 
 
 def reason() -> str:
-    """One sentence on why :func:`available` gives what it gives."""
+    """One sentence on why :func:`available` returns this kernel, or none."""
     return _chosen()[1]
 
 
@@ -53,7 +53,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def threads() -> int:
-    """How many threads a product may use: what :func:`set_threads` said, else ``torch.get_num_threads()``."""
+    """Threads of a product: the number of :func:`set_threads`, else ``torch.get_num_threads()``."""
     return torch.get_num_threads() if _threads is None else _threads
 
 
@@ -73,7 +73,7 @@ def multiply(packed: PackedWeight, x: Tensor, *, kernel: str | None = None) -> T
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.runtime.packed.validate``: what
+        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.packed.validation.validate``: what
             offsets and mask say is trusted here.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
         kernel: an instruction set other than :func:`available`'s.
@@ -127,17 +127,19 @@ def _require_cpu(tensor: Tensor, what: str) -> None:
 
 
 def _addresses(packed: PackedWeight) -> tuple[int, ...]:
-    """What the extension is told of a weight, after a check that every tensor is what the kernels will take it for."""
+    """The arguments of the extension for a weight, once type, size, layout and device of every tensor are checked."""
     (out, columns), kind, scales = packed.shape, packed.value_type, packed.scales
     if packed.layout != "bitmask" or kind not in _VALUE_TYPES:
-        raise KernelError(f"layout {packed.layout!r}, values {kind!r}: the kernels take bitmasks, {', '.join(_STORED)}")
+        raise KernelError(
+            f"layout {packed.layout!r}, values {kind!r}: the kernels take bitmasks, {', '.join(STORED_AS)}"
+        )
     stride = mask_stride(columns)
     wanted = [(packed.mask, torch.uint8, out * stride), (packed.offsets, torch.int64, out + 1)]
-    wanted.append((packed.values, _STORED[kind], packed.values.numel()))
-    if kind in _SCALES:
+    wanted.append((packed.values, STORED_AS[kind], packed.values.numel()))
+    if kind in SCALES_OF:
         if scales is None:
             raise KernelError(f"values of type {kind} without scales")
-        wanted.append((scales, _SCALES[kind], out if kind == "int8" else scales.numel()))
+        wanted.append((scales, SCALES_OF[kind], out if kind == "int8" else scales.numel()))
     for tensor, dtype, numbers in wanted:
         if tensor.dtype != dtype or tensor.numel() != numbers or not tensor.is_contiguous() or not tensor.is_cpu:
             raise KernelError(

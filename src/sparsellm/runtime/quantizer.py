@@ -1,7 +1,7 @@
-"""Packed checkpoints through ``AutoModelForCausalLM.from_pretrained``: transformers' own door for such formats.
+"""The quantizer by which ``AutoModelForCausalLM.from_pretrained`` loads packed checkpoints.
 
-transformers reads what is dense; what is packed is read here, by the reader that checks it, and put into the modules
-that took the linears' places. So nothing is converted to the model's dtype on the way, in any release.
+transformers reads the dense tensors. The packed ones are read here, checked, and put into the modules that replace the
+linears, so that no release of transformers converts them to the model's dtype.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsellm.errors import ModelError, StorageError
-from sparsellm.runtime.packed_linear import PACKED_BUFFERS, PackedLinear, to_dense
-from sparsellm.storage.packed import QUANT_METHOD, PackedReader, packed_entries
+from sparsellm.packed.checkpoint import QUANT_METHOD, PackedReader, packed_entries
+from sparsellm.runtime.module import PACKED_BUFFERS, PackedLinear, to_dense
 
 _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
 
@@ -33,7 +33,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """Puts :class:`~sparsellm.runtime.packed_linear.PackedLinear` where the checkpoint has packed weights.
+    """Puts :class:`~sparsellm.runtime.module.PackedLinear` where the checkpoint has packed weights.
 
     Raises (while loading):
         StorageError: the files are damaged, or do not fit ``config.json``.
@@ -52,7 +52,10 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        self._reader = PackedReader(_directory(model, checkpoint_files), self.quantization_config.to_dict())
+        directory = _directory(model, checkpoint_files)
+        self._reader = PackedReader(directory)
+        if self._reader.entries != self._entries:
+            raise ModelError(f"the given config describes other packed weights than {directory / 'config.json'}")
         for name, entry in self._entries.items():
             parent, leaf, linear = _find(model, name)
             out, columns = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
@@ -66,8 +69,8 @@ class PackedQuantizer(HfQuantizer):
             )
             packed.requires_grad_(False)
             setattr(parent, leaf, packed)
-        # transformers is to pass over what is loaded below: 5.x asks the model (a list at first, a set in later
-        # releases), 4.x calls update_unexpected_keys.
+        # transformers must ignore the tensors that are loaded below: 5.x reads this attribute of the model (a list at
+        # first, a set in later releases), 4.x calls update_unexpected_keys.
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         ignored = [] if ignored is None else ignored
         model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, _PACKED_KEY.pattern])
@@ -83,7 +86,7 @@ class PackedQuantizer(HfQuantizer):
             module.set_packed(self._reader.packed(name), name)
         self._reader = None
         linears = {name: {**entry.to_dict(), "layout": "bitmask"} for name, entry in self._entries.items()}
-        for entry in linears.values():  # what save_pretrained will find in the modules
+        for entry in linears.values():  # the layout in the modules, which save_pretrained writes
             entry.pop("pattern", None)
         self.quantization_config.linears = linears
         return model
@@ -103,7 +106,7 @@ class PackedQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Makes transformers know ``quant_method: sparsellm``; does nothing the second time."""
+    """Registers ``quant_method: sparsellm`` with transformers; does nothing the second time."""
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(PackedConfig)
         register_quantizer(QUANT_METHOD)(PackedQuantizer)
@@ -126,7 +129,7 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
 
 
 def _directory(model: Any, checkpoint_files: list[str] | None) -> Path:
-    """Where the files are: transformers 5 passes them; before, it leaves the name of the model in its config."""
+    """The directory of the checkpoint: transformers 5 passes its files, transformers 4 has its name in the config."""
     if checkpoint_files:
         return Path(checkpoint_files[0]).parent
     name = str(getattr(model.config, "_name_or_path", ""))

@@ -15,8 +15,8 @@ from sparsellm.patterns import NM
 def to_semi_structured(weight: Tensor) -> Tensor:
     """A 2:4 weight in torch's semi-structured form if its device multiplies in it, else the same dense weight.
 
-    ``torch.nn.functional.linear`` takes either. The dense fallback gives the same results at the speed and size of a
-    dense weight; each reason for it is told once, as a warning.
+    ``torch.nn.functional.linear`` takes either. The dense fallback has the same results at the speed and size of a
+    dense weight; each reason for it is shown once, as a warning.
 
     Args:
         weight: ``(out, in)`` with at most two non-zeros in every four consecutive inputs.

@@ -1,4 +1,4 @@
-"""How many threads of the CPU are used."""
+"""The number of CPU threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsellm.arguments import COUNT_OF_THREADS, checked_arguments
 
 @checked_arguments(threads=COUNT_OF_THREADS)
 def use_threads(threads: int | None = None) -> None:
-    """Sets torch's threads, which the kernels on packed weights follow; None leaves torch's choice.
+    """Sets the threads of torch, and so those of the kernels on packed weights; None leaves torch's choice.
 
     Raises:
         RecipeError: not from 1 to 1,024.
@@ -23,7 +23,7 @@ def use_threads(threads: int | None = None) -> None:
 
 @contextmanager
 def threads_set(count: int) -> Iterator[None]:
-    """So many threads while this lasts."""
+    """Uses ``count`` threads inside the context, and the former number after it."""
     before = torch.get_num_threads()
     use_threads(count)
     try:

@@ -1,8 +1,8 @@
 """Products with a packed weight on a GPU: one to sixteen tokens at a time, in Triton, on the same bitmask format.
 
-A program computes one row for all tokens. It reads 32 mask bits at a time; where the value of a column stands is the
-number of bits before it, found from a running sum over words and a population count within the word, so nothing is
-stored beside mask, values and row offsets. Sums are in fp32.
+A program computes one row for all tokens. It reads 32 mask bits at a time. The position of a column's value is the
+number of bits before it, a running sum over words plus a population count within the word, so nothing is stored beside
+mask, values and row offsets. Sums are in fp32.
 
 With ``TRITON_INTERPRET=1`` the same kernel runs on the CPU, for tests.
 """
@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsellm.errors import KernelError
-from sparsellm.runtime.packed import PackedWeight, group_offsets
+from sparsellm.packed.codes import group_offsets
+from sparsellm.packed.layout import PackedWeight
 
 MAX_TOKENS = 16
 _WORDS = 32  # mask words of 32 columns that a program takes at once
@@ -25,7 +26,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available() -> str | None:
-    """``triton``, or None if there is no GPU that it could run on (nor the interpreter)."""
+    """``triton``, or None if there is neither a GPU nor the interpreter to run on."""
     return "triton" if _INTERPRETED or torch.cuda.is_available() else None
 
 
@@ -94,7 +95,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.runtime.packed.validate``, on the
+        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.packed.validation.validate``, on the
             device of ``x``.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
 

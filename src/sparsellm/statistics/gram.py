@@ -249,12 +249,6 @@ class GramAccumulator:
         return Gram(matrix, self.tokens)
 
 
-def accumulator_bytes(features: int) -> int:
-    """What the sums of a :class:`GramAccumulator` take."""
-    starts = range(0, features, PANEL)
-    return 8 * sum(min(PANEL, features - start) * (features - start) for start in starts)
-
-
 class CrossAccumulator:
     """Sums ``TᵀX (out, features)`` over chunks of tokens: products in fp32, their sum in fp64, as for a Gram."""
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -13,7 +16,13 @@ from sparsellm.errors import StorageError
 
 T = TypeVar("T")
 
+TEMPORARY = ".tmp"  # how the name of a file ends that is being written
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of one file
+# Never through a link, never into a file that is there, never handed on to a child; some systems lack some of them.
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+for _flag in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
+    _NEW |= getattr(os, _flag, 0)
 
 
 def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
@@ -24,10 +33,10 @@ def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
     Raises:
         StorageError: the disk is full, or the directory cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(12)}{TEMPORARY}")  # nobody can put a link there beforehand
     with explained(path.parent):
         try:
-            with temporary.open("wb", buffering=0) as file:
+            with create(temporary) as file:
                 written = write(file)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -37,6 +46,15 @@ def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
                 temporary.unlink(missing_ok=True)
             raise
     return written
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file, unbuffered, for writing; what is there already, a link too, is neither followed nor changed.
+
+    Raises:
+        OSError: something is there, or the directory cannot be written.
+    """
+    return io.FileIO(os.open(path, _NEW, 0o666), "wb")  # type: ignore[return-value]
 
 
 def write_all(file: BinaryIO, data: memoryview | bytes) -> None:
@@ -53,6 +71,49 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Waits until every file below a directory, and every name, is on the disk."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            sync(Path(folder) / name)
+        sync(Path(folder))
+
+
+def check_own_directory(path: Path) -> None:
+    """Refuses a working directory that is a link, or that another user made; none there is fine.
+
+    Raises:
+        StorageError: it is one of them, or a file.
+    """
+    with explained(path):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(found.st_mode):
+            raise StorageError(f"{path} is a link, where a run keeps its unfinished work; remove the link")
+        if not stat.S_ISDIR(found.st_mode):
+            raise StorageError(f"{path} is a file, where a run keeps its unfinished work; remove it")
+        own = _own_user()
+        if own is None or found.st_uid == own:
+            return
+        if found.st_uid != _user_of_new_files(path.parent):  # a file system may give every file one and the same owner
+            raise StorageError(
+                f"{path} belongs to another user (id {found.st_uid}); name another directory for the result"
+            )
+
+
+def _own_user() -> int | None:
+    return os.geteuid() if hasattr(os, "geteuid") else None
+
+
+def _user_of_new_files(folder: Path) -> int:
+    probe = folder / f".{secrets.token_hex(12)}{TEMPORARY}"
+    with create(probe) as file:
+        probe.unlink()
+        return os.fstat(file.fileno()).st_uid
 
 
 @contextlib.contextmanager

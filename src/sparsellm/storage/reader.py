@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +20,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, StorageError
+from sparsellm.json_input import parse_json, read_object
 
 _PIECE = 1 << 22  # elements looked at at a time
+_READERS = 4  # threads that read, hash and check tensors; hashing leaves the interpreter's lock
+_LONGEST_NAME = 255  # of a file, on the file systems in use
+_CHANGED = "the checkpoint has changed since it was opened; put the old files back"
+_GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: ``bytes`` from ``start`` on in ``file``."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
 
 
 class CheckpointReader:
     """The tensors of a directory of safetensors files, by name.
 
-    Only ``*.safetensors`` is read: pickled weights (``*.bin``) can run code when they are opened.
+    Only ``*.safetensors`` is read: pickled weights (``*.bin``) can run code when they are opened. Files are read, never
+    mapped: a mapped file that is cut short ends the process with SIGBUS.
 
     Args:
         directory: of the checkpoint.
@@ -33,20 +56,29 @@ class CheckpointReader:
 
     def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
         self.directory = directory
-        self.files = files if files is not None else _weight_files(directory)
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+        wanted: dict[str, str] = {}
+        if files is None:
+            files, wanted = _weight_files(directory)
+        self.files = files
+        self._stored: dict[str, _Stored] = {}
+        self._stamps: dict[Path, tuple[int, int, int]] = {}
         for file in self.files:
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118 - safe_open is not iterable
-                        part = handle.get_slice(name)
-                        self._file_of[name] = file
-                        self._shapes[name] = tuple(part.get_shape())
-                        self._dtypes[name] = DTYPES.get(part.get_dtype(), torch.float32)
-            except (SafetensorError, OSError) as error:
-                raise StorageError(f"{file} is not a readable safetensors file ({error}); download it again") from None
+            self._stamps[file], tensors = _header(file)
+            for name, stored in tensors.items():
+                if wanted.get(name, file.name) != file.name:
+                    continue  # the index takes it from another shard
+                if name in self._stored:
+                    raise StorageError(
+                        f"tensor {name} stands in both {self._stored[name].file.name} and {file.name} of {directory}; "
+                        "keep the files of one checkpoint only"
+                    )
+                self._stored[name] = stored
+        # What readers of packed weights present in place of what is stored.
+        self._file_of = {name: stored.file for name, stored in self._stored.items()}
+        self._shapes = {name: stored.shape for name, stored in self._stored.items()}
+        self._dtypes = {name: stored.dtype for name, stored in self._stored.items()}
+        self._digests: dict[str, str] = {}
+        self._verified: set[str] = set()
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
@@ -69,8 +101,8 @@ class CheckpointReader:
 
     @property
     def bytes(self) -> int:
-        """Size of the weight files on disk."""
-        return sum(file.stat().st_size for file in self.files)
+        """Size of all tensors."""
+        return sum(stored.bytes for stored in self._stored.values())
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """The named tensors as stored; see :meth:`get`."""
@@ -79,52 +111,109 @@ class CheckpointReader:
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, on ``device``, in ``dtype`` if that is given and the tensor has floating point.
 
-        It owns its memory: a view would keep the file's pages mapped, and they would count as this process's memory
-        for as long as the view lives. The file is opened anew for each tensor, so that no more than one is mapped.
+        Raises:
+            StorageError: its file is gone or cut short, or is not the one that was opened; where :meth:`digests` are
+                known, the numbers themselves decide, at the first reading and whenever the file looks changed.
         """
-        wanted = dtype if dtype is not None and self._dtypes[name].is_floating_point else self._dtypes[name]
-        with safe_open(self._file_of[name], framework="pt") as handle:
-            return _tensor(handle, name).to(device, wanted, copy=True)
+        wanted = dtype if dtype is not None and self._dtypes[name].is_floating_point else None
+        return self._tensor(name).to(device, wanted)
 
-    def sample(self, name: str) -> builtins.bytes:
-        """The first and the last row of a tensor as stored: enough to tell whether training has touched it."""
-        shape = self._shapes[name]
-        with safe_open(self._file_of[name], framework="pt") as handle:
-            if not shape:
-                return raw_bytes(handle.get_tensor(name))
-            part, rows = handle.get_slice(name), 1 if len(shape) > 1 else 1024
-            return raw_bytes(part[:rows]) + raw_bytes(part[max(shape[0] - rows, 0) : shape[0]])
+    def digests(self, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+        """SHA-256 of every tensor as stored, by name. Each file is read once, and all values are checked on the way.
 
-    def check_finite(self) -> None:
-        """Reads every floating tensor once.
+        Later readings are compared with them.
+
+        Args:
+            progress: called with (bytes read, bytes in all).
 
         Raises:
             NumericalError: a weight is NaN or infinite; it is named.
+            StorageError: a file cannot be read, or has changed.
         """
-        for name, dtype in self._dtypes.items():
-            if dtype.is_floating_point and dtype.itemsize > 1:
-                with safe_open(self._file_of[name], framework="pt") as handle:
-                    pieces = handle.get_tensor(name).reshape(-1).split(_PIECE)
-                    bad = sum(map(_not_finite, pieces))
-                    del pieces  # unmaps the file
-                if bad:
-                    raise NumericalError(
-                        f"weight {name} in {self._file_of[name]} has {bad} NaN or infinite values; "
-                        "this checkpoint is damaged: download or convert it again"
-                    )
+        if not self._digests:
+            found: dict[str, str] = {}
+            done, total = 0, sum(stored.bytes for stored in self._stored.values())
+            with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "digest") as pool:
+                coming = pool.map(self._digest, self._stored)
+                try:
+                    for name, digest in zip(self._stored, coming, strict=True):
+                        found[name] = digest
+                        done += self._stored[name].bytes
+                        if progress is not None:
+                            progress(done, total)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            self._digests = found
+        return self._digests
+
+    def expect(self, digests: dict[str, str]) -> None:
+        """Takes digests that another process, or an earlier one, found in the same checkpoint."""
+        self._digests = digests
+
+    def stored_as(self, name: str) -> str:
+        """Dtype and shape of a tensor as it stands in its file."""
+        return f"{self._stored[name].dtype} {self._stored[name].shape}"
+
+    @contextlib.contextmanager
+    def _opened(self, stored: _Stored) -> Iterator[tuple[FileIO, bool]]:
+        """The file of a tensor, at its first byte, and whether it is the file that the header was read from."""
+        try:
+            with stored.file.open("rb", buffering=0) as file:
+                stamp = _stamp(os.fstat(file.fileno()))
+                file.seek(stored.start)
+                yield file, stamp == self._stamps[stored.file]
+        except OSError as error:
+            raise StorageError(
+                f"{stored.file} cannot be read any more ({error.strerror or error}); put it back {_GO_ON}"
+            ) from None
+
+    def _tensor(self, name: str) -> Tensor:
+        """One tensor as stored. It owns its memory."""
+        stored = self._stored[name]
+        data = torch.empty(stored.bytes, dtype=torch.uint8)
+        with self._opened(stored) as (file, same):
+            if not same and name not in self._digests:
+                raise StorageError(f"{stored.file}: {_CHANGED} {_GO_ON}")
+            _fill(file, data, stored.file)
+        if name in self._digests and not (same and name in self._verified):
+            if hashlib.sha256(_memory(data)).hexdigest() != self._digests[name]:
+                raise StorageError(
+                    f"tensor {name} in {stored.file} is not what it was when the run began: the checkpoint changed "
+                    f"while the run was reading it; put the old file back {_GO_ON}"
+                )
+            self._verified.add(name)
+        return data.view(stored.dtype).reshape(stored.shape)
+
+    def _digest(self, name: str) -> str:
+        stored = self._stored[name]
+        digest, bad, size = hashlib.sha256(), 0, _PIECE * stored.dtype.itemsize
+        with self._opened(stored) as (file, same):
+            if not same:
+                raise StorageError(f"{stored.file}: {_CHANGED} {_GO_ON}")
+            for start in range(0, stored.bytes, size):
+                data = torch.empty(min(size, stored.bytes - start), dtype=torch.uint8)
+                _fill(file, data, stored.file)
+                digest.update(_memory(data))
+                bad += not_finite(data.view(stored.dtype))
+        if bad:
+            raise NumericalError(
+                f"weight {name} in {stored.file} has {bad} NaN or infinite values; "
+                "this checkpoint is damaged: download or convert it again"
+            )
+        return digest.hexdigest()
 
 
-def _not_finite(piece: Tensor) -> int:
-    """How many values are NaN or infinite. The extremes tell whether any is, fifty times as fast as torch.isfinite."""
-    if piece.numel() == 0 or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(piece)):  # NaN is passed on
+def not_finite(values: Tensor) -> int:
+    """How many values are NaN or infinite; 0 for whole numbers and for floating point of one byte.
+
+    The extremes tell whether any is, fifty times as fast as torch.isfinite.
+    """
+    if values.dtype not in WEIGHT_DTYPES or values.numel() == 0:
         return 0
-    return int((~torch.isfinite(piece)).sum())
-
-
-def _tensor(handle: Any, name: str) -> Tensor:
-    value = handle.get_tensor(name)
-    assert isinstance(value, Tensor)
-    return value
+    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values)):  # NaN is passed on
+        return 0
+    return int((~torch.isfinite(values)).sum())
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
@@ -132,30 +221,103 @@ def raw_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _memory(data: Tensor) -> memoryview:
+    """The bytes of a tensor of uint8, not copied."""
+    return memoryview(data.numpy())  # type: ignore[arg-type]
+
+
+def _fill(file: FileIO, data: Tensor, path: Path) -> None:
+    """Reads as many bytes as ``data`` has room for: one call may read less."""
+    rest = _memory(data)
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise StorageError(f"{path} was cut short while it was read; put the whole file back {_GO_ON}")
+        rest = rest[count:]
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file is written or replaced."""
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _header(file: Path) -> tuple[tuple[int, int, int], dict[str, _Stored]]:
+    """The stamp of a safetensors file, and its tensors.
+
+    The format's own library checks the header: sizes, overlaps, gaps, the file's length. What it does not tell is where
+    tensors lie, and whether a name stands there twice.
+    """
+    try:
+        with safe_open(file, framework="pt"), file.open("rb") as opened:
+            stamp = _stamp(os.fstat(opened.fileno()))
+            length = int.from_bytes(opened.read(8), "little")
+            text = opened.read(length)
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"{file} is not a readable safetensors file ({error}); download it again") from None
+    parse_json(text, f"the header of {file}")
+    tensors: dict[str, _Stored] = {}
+    for name, entry in _pairs(text, file):
+        if name == "__metadata__":
+            continue
+        if name in tensors:
+            raise StorageError(f"{file} is damaged: its header describes tensor {name} twice; download it again")
+        fields = dict(entry)
+        if fields["dtype"] not in DTYPES:
+            raise StorageError(
+                f"tensor {name} in {file} has dtype {fields['dtype']}, which is not read; "
+                "convert the checkpoint to bfloat16, float16 or float32"
+            )
+        begin, end = fields["data_offsets"]
+        tensors[name] = _Stored(file, DTYPES[fields["dtype"]], tuple(fields["shape"]), 8 + length + begin, end - begin)
+    return stamp, tensors
+
+
+def _pairs(text: builtins.bytes, file: Path) -> list[tuple[str, Any]]:
+    """Names and entries of a header, in order; a name that stands there twice is there twice."""
+    try:
+        pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
+    except ValueError as error:
+        raise StorageError(f"the header of {file} cannot be read ({error}); download it again") from None
+    return pairs
+
+
+def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a checkpoint, and for each tensor that an index names, its file's name."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise StorageError(f"{index} is not a valid index of shards; download it again") from None
-        files = [directory / name for name in names]
-        for name, file in zip(names, files, strict=True):
-            if Path(name).name != name or not file.is_file():
-                raise StorageError(f"{index} names the shard {name!r}, which is not in {directory}; download it again")
-        return files
+        shard_of = _read_index(index)
+        return [directory / name for name in sorted(set(shard_of.values()))], shard_of
     if single.is_file():
-        return [single]
+        return [single], {}
     others = sorted(directory.glob("*.safetensors"))
     if others:
-        return others
+        return others, {}
     if any(directory.glob("*.bin")):
         raise StorageError(
             f"{directory} has only pickled weights (*.bin), which can run code when opened; "
             "convert them with model.save_pretrained(..., safe_serialization=True)"
         )
     raise StorageError(f"{directory} has no *.safetensors weights; give a directory saved by save_pretrained")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The name of the shard that holds each tensor."""
+    shard_of = read_object(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise StorageError(f"{index} is not a valid index of shards: it has no weight_map; download it again")
+    for tensor, name in shard_of.items():
+        if not isinstance(name, str):
+            raise StorageError(
+                f"{index} is not a valid index of shards: {tensor:.100} is in {name!r:.100}; download it again"
+            )
+    for name in sorted(set(shard_of.values())):
+        plain = Path(name).name == name and "\0" not in name and len(os.fsencode(name)) <= _LONGEST_NAME
+        if not plain or not (index.parent / name).is_file():
+            raise StorageError(
+                f"{index} names the shard {name!r:.100}, which is not in {index.parent}; download it again"
+            )
+    return shard_of
 
 
 DTYPES = {
@@ -167,8 +329,14 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What weights may be stored in; other dtypes belong to quantised checkpoints, or to buffers."""

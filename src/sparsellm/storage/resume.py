@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +17,90 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sparsellm.errors import StorageError
-from sparsellm.storage.files import explained, replace_atomically, sync, write_all
+from sparsellm.json_input import read_object
+from sparsellm.storage.contents import STATE, foreign_entries
+from sparsellm.storage.files import TEMPORARY, check_own_directory, explained, replace_atomically, sync, write_all
 
 try:
     import fcntl
 except ImportError:  # Windows has none; there two runs into one directory are not noticed
     fcntl = None  # type: ignore[assignment]
 
-FOLDER = ".sparsellm-run"
+FOLDER = STATE
 RUN = "run.json"
+JOURNAL = "publish.json"  # says that the result is being given its name; see :mod:`sparsellm.storage.publish`
+COMPANIONS = "companions"  # the record of files that were taken over from the model
+PRUNE, SWEEP, PACK, UNPACK = "prune", "sweep", "pack", "unpack"  # kinds of runs
+
+_CHECKSUM = "checksum"
+_VARIABLES = "variables-"  # how the name of a folder begins that a method removes when it ends
+
+
+@dataclass(frozen=True)
+class Left:
+    """An unfinished run that is on the disk; both are None where its own record is damaged."""
+
+    kind: str | None
+    identity: dict[str, Any] | None
 
 
 class RunState:
     """Beside the shards, in ``<partial>/.sparsellm-run``: the run's identity, and one record for each finished shard.
 
-    A shard is finished when its record is there and its checksum holds; the record is written last, atomically. So a
-    process may be killed at any moment, and what it left is either finished or not there.
+    A shard is finished when its record is there and both checksums hold, the record's own and the shard's; the record
+    is written last, atomically. So a process may be killed at any moment, and what it left is either finished or not
+    there.
 
     Args:
         partial: the directory that the shards go to; made if it is not there.
         identity: all that the result depends on, as JSON values; nested mappings are compared value by value.
+        kind: of the run. A run of another kind is never forgotten without ``restart``.
         restart: forget what another run left.
+        resumable: go on with an unfinished run of the same identity; else one of the same kind is forgotten.
 
     Raises:
-        StorageError: the directory holds another run or something else, another process writes it now, or it cannot
-            be written.
+        StorageError: the directory holds another run or something else, belongs to somebody else, another process
+            writes it now, or it cannot be written.
     """
 
-    def __init__(self, partial: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
+    def __init__(
+        self,
+        partial: Path,
+        identity: dict[str, Any],
+        *,
+        kind: str = PRUNE,
+        restart: bool = False,
+        resumable: bool = True,
+    ) -> None:
         self.partial = partial
         self.folder = partial / FOLDER
         identity = json.loads(json.dumps(identity))  # as it will be read
-        found = _identity(partial)
-        if found is None and _holds_anything(partial):
+        check_own_directory(partial)
+        check_own_directory(self.folder)
+        if left_in(partial) is None and not is_bare(partial):
             raise StorageError(
                 f"{partial} is not a run that can go on; remove it, or name another directory for the result"
             )
         with explained(partial):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
+        check_own_directory(partial)  # now that it cannot be made by anybody else
+        check_own_directory(self.folder)
+        self._lock = lock(self.folder)
         try:
-            if found is not None and not restart and (differences := _differences(found, identity)):
-                raise StorageError(
-                    f"{partial} holds an unfinished run that is another one: {'; '.join(differences[:4])}; "
-                    "repeat its settings to go on with it, or give --restart to begin anew"
-                )
-            if found is not None and restart:
+            left = left_in(partial)
+            if left is not None:
+                self._check_entries()
+                if not restart:
+                    refuse_other_kind(partial, left, kind)
+                    if resumable:
+                        self._check_same(left, identity)
+            if left is not None and (restart or not resumable):
                 self._forget()
-            if found is None or restart:
-                self._write(RUN, identity)
+                left = None
+            with explained(partial):
+                _tidy(partial)
+            if left is None:
+                self._write(RUN, {"kind": kind, "identity": identity})
         except BaseException:
             self.close()
             raise
@@ -78,40 +116,30 @@ class RunState:
 
     def finished(self, shard: str) -> dict[str, Any] | None:
         """The facts of a finished shard, or None: not there, cut short, or not what was written."""
-        record, file = self.folder / f"{shard}.json", self.partial / shard
+        facts = read_record(self.folder / f"{shard}.json")
         try:
-            facts = json.loads(record.read_text(encoding="utf-8"))
-            with file.open("rb") as opened:
-                sound = sha256(opened) == facts["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
+            with (self.partial / shard).open("rb") as opened:
+                return facts if facts is not None and sha256(opened) == facts.get("sha256") else None
+        except OSError:
             return None
-        assert isinstance(facts, dict)
-        return facts if sound else None
 
     def keep(self, name: str, content: dict[str, Any]) -> None:
         """Puts JSON values beside the records, for the process that goes on with this run."""
         self._write(f"{name}.json", content)
 
     def kept(self, name: str) -> dict[str, Any] | None:
-        """What :meth:`keep` put there, or None."""
-        try:
-            found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+        """What :meth:`keep` put there, or None where it is absent or damaged."""
+        return read_record(self.folder / f"{name}.json")
 
     def keep_tensors(self, name: str, content: dict[str, Tensor]) -> None:
         """As :meth:`keep`, of small tensors."""
         data = save({key: tensor.contiguous() for key, tensor in content.items()})
         replace_atomically(self.folder / f"{name}.safetensors", lambda file: write_all(file, data))
-        sync(self.partial)
+        self._write(f"{name}.safetensors.json", {"sha256": hashlib.sha256(data).hexdigest()})
 
     def kept_tensors(self, name: str) -> dict[str, Tensor] | None:
-        """What :meth:`keep_tensors` put there, on the CPU, or None."""
-        try:
-            return load((self.folder / f"{name}.safetensors").read_bytes())
-        except (OSError, SafetensorError):
-            return None
+        """What :meth:`keep_tensors` put there, on the CPU, or None where it is absent or damaged."""
+        return _tensors(self.partial, name)
 
     def close(self) -> None:
         """Lets another process write the directory."""
@@ -120,75 +148,132 @@ class RunState:
             self._lock = None
 
     def discard(self) -> None:
-        """Removes the directory, the identity last."""
-        self._forget()
+        """Removes the directory, what tells of the run last."""
+        discard(self.partial)
         self.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _check_entries(self) -> None:
+        """Somebody else's files in the working directory would be removed with it, or end in the result."""
+        with explained(self.partial):
+            recorded = [path.name.removesuffix(".json") for path in self.folder.glob("*.json")]
+            taken = self.kept(COMPANIONS) or {}
+            foreign = [
+                name
+                for name in foreign_entries(self.partial, [*recorded, *taken.get("files", [])])
+                if not name.endswith(TEMPORARY) and not name.startswith(_VARIABLES)
+            ]
+        if foreign:
+            raise StorageError(f"{self.partial} holds {some(foreign)}, which no run wrote; move it elsewhere")
+        if (self.folder / JOURNAL).exists():
+            raise StorageError(
+                f"{self.partial} is of a run into another directory that was cut short at its very end; give "
+                "the command of that run again"
+            )
+
+    def _check_same(self, left: Left, identity: dict[str, Any]) -> None:
+        if left.identity is None:
+            raise StorageError(
+                f"{self.folder / RUN}, the record of an unfinished run, is damaged; give --restart to begin anew"
+            )
+        if differences := _differences(left.identity, identity):
+            raise StorageError(
+                f"{self.partial} holds an unfinished run that is another one: {'; '.join(differences[:4])}; "
+                "repeat its settings to go on with it, or give --restart to begin anew"
+            )
 
     def _forget(self) -> None:
         """Removes all but the identity, by which a process that is killed meanwhile finds the run again."""
         with explained(self.partial):
-            for folder, keep in ((self.partial, FOLDER), (self.folder, RUN)):
-                for entry in folder.iterdir():
-                    if entry.name != keep:
-                        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            _empty(self.partial, (FOLDER,))
+            _empty(self.folder, (RUN,))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        data = json.dumps(content, ensure_ascii=False, indent=1).encode()
-        replace_atomically(self.folder / name, lambda file: write_all(file, data))
-        sync(self.partial)
+        write_record(self.folder / name, content)
+        with explained(self.partial):
+            sync(self.partial)
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Puts JSON values into a file, with a checksum of their own.
+
+    Raises:
+        StorageError: the disk is full, or the directory cannot be written.
+    """
+    content = json.loads(json.dumps(content))  # as it will be read
+    sealed = {**content, _CHECKSUM: _checksum(content)}
+    data = json.dumps(sealed, ensure_ascii=False, indent=1).encode()
+    replace_atomically(path, lambda file: write_all(file, data))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What :func:`write_record` put there, or None where it is absent, damaged or something else."""
+    try:
+        found = read_object(path)
+    except StorageError:
+        return None
+    checksum = found.pop(_CHECKSUM, None)
+    return found if checksum == _checksum(found) else None
 
 
 def has_kept(partial: Path, name: str) -> bool:
     """Whether an earlier run has put such values there; see :meth:`RunState.keep` and ``keep_tensors``."""
-    return any((partial / FOLDER / f"{name}.{kind}").is_file() for kind in ("json", "safetensors"))
+    return read_record(partial / FOLDER / f"{name}.json") is not None or _tensors(partial, name) is not None
+
+
+def left_in(partial: Path) -> Left | None:
+    """The unfinished run in a working directory, if there is one."""
+    path = partial / FOLDER / RUN
+    if not os.path.lexists(path):
+        return None
+    found = read_record(path) or {}
+    kind, identity = found.get("kind"), found.get("identity")
+    return Left(kind, identity) if isinstance(kind, str) and isinstance(identity, dict) else Left(None, None)
 
 
 def unfinished(partial: Path) -> bool:
     """Whether a run that can go on has left something here."""
-    return _identity(partial) is not None
+    left = left_in(partial)
+    return left is not None and left.identity is not None
 
 
-def left_by(partial: Path, finished: Path) -> bool:
-    """Whether ``partial`` is what the run that ended in ``finished`` would have removed."""
-    identity = _identity(partial)
-    return identity == _identity(finished) if identity is not None else not _holds_anything(partial)
+def refuse_other_kind(partial: Path, left: Left, kind: str) -> None:
+    """Refuses a working directory in which a run of another kind was cut short.
+
+    Raises:
+        StorageError: it is so.
+    """
+    if left.kind not in (None, kind):
+        raise StorageError(
+            f"{partial} holds an unfinished {left.kind}, which this {kind} would remove; finish it by the command that "
+            "began it, name another directory, or give --restart to remove it"
+        )
 
 
-def _identity(partial: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((partial / FOLDER / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+def discard(partial: Path) -> None:
+    """Removes a working directory. What tells of the run goes last, so that it can be gone on with at any moment.
+
+    What cannot be removed stays: the result has its name, and is not to fail for it.
+    """
+    folder = partial / FOLDER
+    with contextlib.suppress(OSError):
+        _empty(partial, (FOLDER,))
+        _empty(folder, (RUN, JOURNAL))
+        (folder / RUN).unlink(missing_ok=True)
+        (folder / JOURNAL).unlink(missing_ok=True)
+        folder.rmdir()
+        partial.rmdir()
 
 
-def _holds_anything(partial: Path) -> bool:
-    """Anything but what a process leaves that was killed while it began."""
-    if not partial.exists():
-        return False
-    if not partial.is_dir():
-        return True
-    inside = {str(path.relative_to(partial)) for path in partial.rglob("*")}
-    return bool(inside - {FOLDER, f"{FOLDER}/{RUN}.tmp"})
+def lock(folder: Path) -> int | None:
+    """Keeps other processes out of a run's state until the descriptor is closed.
 
-
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    """Sentences such as ``recipe.seed is 0 there and 1 here``."""
-    found = []
-    for key in {**there, **here}:
-        name, old, new = f"{prefix}{key}", there.get(key), here.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{name}.")
-        elif old != new:
-            found.append(f"{name} is {old!r} there and {new!r} here")
-    return found
-
-
-def _lock(folder: Path) -> int | None:
+    Raises:
+        StorageError: another process keeps this one out.
+    """
     if fcntl is None:
         return None
-    descriptor = os.open(folder, os.O_RDONLY)
+    with explained(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -201,9 +286,84 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
+@contextlib.contextmanager
+def locked(partial: Path) -> Iterator[None]:
+    """Keeps other processes out of a working directory for a while.
+
+    Raises:
+        StorageError: another process keeps this one out.
+    """
+    descriptor = lock(partial / FOLDER)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def is_bare(partial: Path) -> bool:
+    """Whether there is nothing but what a process leaves that was killed while it began or removed the directory."""
+    if not partial.exists():
+        return True
+    if not partial.is_dir():
+        return False
+    inside = {str(path.relative_to(partial)) for path in partial.rglob("*")}
+    return all(name == FOLDER or (name.startswith(FOLDER) and name.endswith(TEMPORARY)) for name in inside)
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def sha256(file: Any) -> str:
     """Of what is left to read of a file, in hexadecimal."""
     digest = hashlib.sha256()
     while piece := file.read(1 << 22):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors(partial: Path, name: str) -> dict[str, Tensor] | None:
+    record = read_record(partial / FOLDER / f"{name}.safetensors.json")
+    try:
+        data = (partial / FOLDER / f"{name}.safetensors").read_bytes()
+        sound = record is not None and hashlib.sha256(data).hexdigest() == record.get("sha256")
+        return load(data) if sound else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def _empty(folder: Path, keep: tuple[str, ...]) -> None:
+    """Removes all entries of a directory but some. Links go, what they lead to does not."""
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if entry.name not in keep:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _tidy(partial: Path) -> None:
+    """Removes what a process that was killed had in work."""
+    for folder in (partial, partial / FOLDER):
+        for entry in folder.iterdir():
+            if entry.name.endswith(TEMPORARY) and not entry.is_dir():
+                entry.unlink()
+            elif entry.name.startswith(_VARIABLES) and entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """Sentences such as ``recipe.seed is 0 there and 1 here``."""
+    found = []
+    for key in {**there, **here}:
+        name, old, new = f"{prefix}{key}", there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{name}.")
+        elif old != new:
+            found.append(f"{name} is {old!r} there and {new!r} here")
+    return found

@@ -7,15 +7,19 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from sparsellm.errors import StorageError
-from sparsellm.storage.files import explained, replace_atomically, sync
+from sparsellm import interrupts
+from sparsellm.json_input import read_object
+from sparsellm.storage.contents import LISTED, is_known, unusual_files
+from sparsellm.storage.destination import check_destination, check_replaceable, check_room, partial_of
+from sparsellm.storage.files import explained, replace_atomically, write_all
+from sparsellm.storage.publish import publish
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.resume import FOLDER, RUN, RunState, left_by, unfinished
+from sparsellm.storage.resume import COMPANIONS, FOLDER, PRUNE, SWEEP, RunState, discard, locked
 from sparsellm.storage.shard import TensorSource, write_shard
 
 # vLLM and transformers refuse a checkpoint whose config names a scheme that they do not know.
@@ -23,10 +27,7 @@ FOREIGN_CONFIG_KEYS = ("sparsity_config", "quantization_config", "compression_co
 
 # What stands beside the weights and belongs to the model. Python files are left behind: loading must run no code.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_COMPANIONS = ("*.index.json", "pruning.json", "packed.json", "adapter_*")
-
-_REPLACED = "replaced"
-_SECOND = ".swept"  # in the name of the directory of a second stage
+_NOT_COMPANIONS = ("*.index.json", "pruning.json", "packed.json", "adapter_*", LISTED)
 
 
 class CheckpointWriter:
@@ -39,8 +40,9 @@ class CheckpointWriter:
         out: the final directory.
         shards: how many shards will be written.
         identity: all that the result depends on, so that a run that was cut short goes on only with the same.
+        kind: of the run; only ``prune`` goes on with what it left, the others begin anew.
         overwrite: replace ``out`` if it exists and is not empty; the old one is kept until the new one is complete.
-        restart: forget what an unfinished run has left.
+        restart: forget what an unfinished run, of any kind, has left.
         need_bytes: room that the whole checkpoint will take.
         follows: the writer of the first stage, if this is the second of the same run. It starts from all finished
             shards of the first and always anew; the first's are removed when the second's have the final name.
@@ -56,21 +58,27 @@ class CheckpointWriter:
         *,
         shards: int,
         identity: dict[str, Any],
+        kind: str = PRUNE,
         overwrite: bool = False,
         restart: bool = False,
         need_bytes: int = 0,
         follows: CheckpointWriter | None = None,
     ) -> None:
-        self.out = out.absolute()
-        self._follows = follows
         second = follows is not None
+        if follows is None:
+            self.out = check_destination(out, overwrite=overwrite, restart=restart, kind=kind, need_bytes=need_bytes)
+        else:  # which checked it, and keeps others away
+            self.out, kind, restart = follows.out, SWEEP, follows._restart
+            check_room(self.out, need_bytes, partial_of(self.out, second=True))
+        self._restart: bool = restart
+        self._follows, self._overwrite = follows, overwrite
         self.partial = partial_of(self.out, second=second)
         self._names = shard_names(shards)
-        check_out(self.out, overwrite=overwrite, need_bytes=need_bytes, second=second)
-        self.state = RunState(self.partial, identity, restart=restart or second)
+        self.state = RunState(self.partial, identity, kind=kind, restart=restart, resumable=kind == PRUNE)
         later = partial_of(self.out, second=True)
-        if restart and not second and unfinished(later):
-            shutil.rmtree(later, ignore_errors=True)
+        if restart and not second and (later / FOLDER).is_dir():
+            with locked(later):
+                discard(later)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -110,27 +118,41 @@ class CheckpointWriter:
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, content: str) -> None:
-        with explained(self.partial):
-            (self.partial / name).write_text(content, encoding="utf-8")
+        replace_atomically(self.partial / name, lambda file: write_all(file, content.encode("utf-8")))
 
-    def copy_companions(self, source: Path) -> None:
-        """Config, tokenizer, generation config and chat template of ``source``; see :data:`FOREIGN_CONFIG_KEYS`."""
-        with explained(self.partial):
-            for pattern in _COMPANIONS:
-                for file in source.glob(pattern):
-                    if file.is_file() and not any(file.match(other) for other in _NOT_COMPANIONS):
-                        shutil.copyfile(file, self.partial / file.name)
-        self.clean_config()
+    def copy_companions(self, source: Path) -> list[str]:
+        """Copies config, tokenizer, generation config and chat template of ``source``, a checkpoint directory.
+
+        A file that is a link out of the model is left behind; in a snapshot of the hub, links lead to the blobs of the
+        same repository, and those are of the model. The config is read and written anew in any case; see
+        :data:`FOREIGN_CONFIG_KEYS`.
+
+        Returns:
+            The names of the files that were left behind.
+
+        Raises:
+            StorageError: one cannot be read or written, or the config is no JSON object.
+        """
+        files = sorted({file for pattern in _COMPANIONS for file in source.glob(pattern)})
+        files = [file for file in files if file.is_file() and not any(file.match(other) for other in _NOT_COMPANIONS)]
+        taken = [file for file in files if file.name != "config.json" and belongs_to(source, file)]
+        # Recorded first: a process that goes on after a kill has to know that they are no stranger's.
+        self.state.keep(COMPANIONS, {"files": [file.name for file in taken if not is_known(file.name)]})
+        for file in taken:
+            self._copy(file)
+        self._write_config(source / "config.json")
+        return [file.name for file in files if file.name != "config.json" and file not in taken]
 
     def clean_config(self) -> None:
-        path = self.partial / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for key in FOREIGN_CONFIG_KEYS:
-            config.pop(key, None)
-        self.write_json("config.json", config)
+        """Removes :data:`FOREIGN_CONFIG_KEYS` from the config that was written."""
+        self._write_config(self.partial / "config.json")
 
     def finish(self) -> Path:
-        """Writes the index and gives the directory its final name."""
+        """Writes the index and gives the directory its final name.
+
+        Raises:
+            StorageError: the disk is full, or there is something in ``out`` now that was not there before.
+        """
         sizes: dict[str, int] = {}
         weight_map: dict[str, str] = {}
         for name in self._names:
@@ -142,27 +164,30 @@ class CheckpointWriter:
             "model.safetensors.index.json",
             {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))},
         )
-        with explained(self.out):
-            for file in self.partial.iterdir():
-                if file.is_file():
-                    sync(file)
-            sync(self.partial)
-            if self.out.exists():
-                # Kept beside the state, so that one and the same step ends the run and puts the old one away.
-                shutil.rmtree(self.state.folder / _REPLACED, ignore_errors=True)
-                os.replace(self.out, self.state.folder / _REPLACED)
-            os.replace(self.partial, self.out)
-            sync(self.out.parent)
-            self.state.close()
+        with explained(self.partial):
+            unusual = unusual_files(self.partial)
+        if unusual:
+            self.write_json(LISTED, {"files": unusual})
+        check_replaceable(self.out, overwrite=self._overwrite)  # much may have happened since the run began
+        with interrupts.held():
+            publish(self.partial, self.out)
             if self._follows is not None:
                 self._follows.discard()
-            shutil.rmtree(self.out / FOLDER, ignore_errors=True)
+            self.state.discard()
         return self.out
 
+    def _write_config(self, path: Path) -> None:
+        config = read_object(path)
+        for key in FOREIGN_CONFIG_KEYS:
+            config.pop(key, None)
+        self.write_json("config.json", config)
 
-def partial_of(out: Path, *, second: bool = False) -> Path:
-    """Where a checkpoint, or the second stage of it, is written until it is complete."""
-    return out.absolute().with_name(f"{out.absolute().name}{_SECOND if second else ''}.partial")
+    def _copy(self, file: Path) -> None:
+        def write(target: BinaryIO) -> None:
+            with file.open("rb") as opened:
+                shutil.copyfileobj(opened, target, 1 << 20)
+
+        replace_atomically(self.partial / file.name, write)
 
 
 def shard_names(shards: int) -> list[str]:
@@ -170,46 +195,13 @@ def shard_names(shards: int) -> list[str]:
     return [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
 
 
-def check_out(out: Path, *, overwrite: bool, need_bytes: int, second: bool = False) -> None:
-    """Refuses an output directory that cannot take the checkpoint, before any work is done.
-
-    Args:
-        out: the directory.
-        overwrite: a checkpoint in it may be replaced.
-        need_bytes: room for the whole; what an unfinished run has written already is taken off.
-        second: of the second stage of a run.
-
-    Raises:
-        StorageError: the directory is not empty, cannot be written, or has too little room.
-    """
-    if out.exists() and not out.is_dir():
-        raise StorageError(f"{out} is a file; name a directory")
-    if (out / FOLDER / RUN).is_file():  # the last process was killed when it had given the directory its name
-        if left_by(partial_of(out), out):
-            shutil.rmtree(partial_of(out), ignore_errors=True)
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise StorageError(f"{out} exists and is not empty; name another directory or give --overwrite")
-        if not _replaceable(out):
-            raise StorageError(f"{out} holds something other than a checkpoint; --overwrite replaces checkpoints only")
-    parent = out.absolute().parent
-    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise StorageError(f"cannot write to {out}: {existing} is not a writable directory; name another directory")
-    free = shutil.disk_usage(existing).free
-    there = partial_of(out, second=second).glob("*.safetensors")
-    need_bytes -= sum(shard.stat().st_size for shard in there)
-    if free < need_bytes:
-        raise StorageError(
-            f"{out} needs {need_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
-            "make room or name another directory"
-        )
-
-
-def _replaceable(out: Path) -> bool:
-    """Overwriting deletes a directory: only one that looks like a checkpoint may go, never somebody's home."""
-    return (out / "config.json").is_file()
+def belongs_to(model: Path, file: Path) -> bool:
+    """Whether a file of a model's directory is in it, or in the blobs that a snapshot of the hub consists of."""
+    home, target = Path(os.path.realpath(model)), Path(os.path.realpath(file))
+    folders = [home]
+    if home.parent.name == "snapshots":
+        folders.append(home.parent.parent / "blobs")
+    return any(target.is_relative_to(folder) for folder in folders)
 
 
 def count_zeros(weight: Tensor) -> int:

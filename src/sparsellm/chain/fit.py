@@ -1,0 +1,140 @@
+"""Whether ``config.json`` and the weights beside it belong together: told before a model is built, and before work."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sparsellm.errors import ModelError
+from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader
+
+TRIFLING = 0.02  # of all weights: what a config may leave aside, such as a head of another task
+_QUICK = 256  # layers that are built in a moment: whether they are too many is then told by their names
+_MANY = 4096  # experts and the like, likewise
+_SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
+_PROBABILITY = re.compile(r"(^|_)(p?drop|dropout|layerdrop)(_prob|_rate|_p)?$")
+_COUNTS = re.compile(r"^(num|n)_(\w*_)?(layers?|blocks?|experts)$")
+_IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a name such as model.layers.3.mlp.up_proj
+# Buffers of older releases of transformers, which newer ones make themselves.
+_OLD_BUFFERS = (
+    r"rotary_emb\.inv_freq",
+    r"(^|\.)position_ids$",
+    r"attn\.(masked_)?bias$",
+    r"attention\.(masked_)?bias$",
+)
+
+
+def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
+    """Refuses sizes that the weights cannot have, before a model of such a size is built, which may take hours.
+
+    Raises:
+        ModelError: width, vocabulary, or the number of heads, layers or experts is below 1 or beyond the weights; or a
+            probability is none.
+    """
+    text = config.get_text_config()
+    where = reader.directory / "config.json"
+    longest = _longest_list(reader)
+    largest = max((size for name in reader for size in reader.shape(name)), default=0)
+    sizes = {name: getattr(text, name, None) for name in _SIZES}  # whatever the family calls them
+    for name, value in {**text.to_dict(), **sizes}.items():
+        if _PROBABILITY.search(name) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise ModelError(
+                f"{where} says {name} {value}; a probability is from 0 to 1: download the checkpoint again"
+            )
+        if type(value) is not int:
+            continue
+        if abs(value) >= 1 << 63:
+            raise ModelError(f"{where} says {name} {value:.3g}, which no model has: download the checkpoint again")
+        if value < 1 and name in _SIZES:
+            raise ModelError(f"{where} says {name} {value}; it must be 1 or more: download the checkpoint again")
+        if value > largest and name in ("hidden_size", "vocab_size"):
+            raise ModelError(
+                f"{where} says {name} {value}, and no weight beside it has more than {largest} rows or columns; "
+                "config and weights are of different models"
+            )
+        if value > max(_QUICK, longest) and name == "num_hidden_layers":
+            raise ModelError(_other_depth(where, value, longest))
+        if value > max(_MANY, longest, largest) and _COUNTS.match(name):
+            raise ModelError(
+                f"{where} says {name} {value}, and the weights have no more than {longest} of a kind; "
+                "config and weights are of different models"
+            )
+
+
+def check_depth(
+    model: PreTrainedModel, reader: CheckpointReader, blocks: tuple[str, int], claimed: Iterable[str], *, complete: bool
+) -> list[str]:
+    """Refuses a checkpoint that has more layers, or much else that the model of its config has no use for.
+
+    Args:
+        model: built from the config.
+        reader: of the checkpoint.
+        blocks: the name of the list of blocks in the model, and its length.
+        claimed: the tensors that the model takes.
+        complete: whether the model lacks none.
+
+    Returns:
+        The names of tensors that the model does not take, where these are few.
+
+    Raises:
+        ModelError: config and weights do not have the same number of layers, or more than :data:`TRIFLING` of the
+            weights would not be pruned, and not even be run.
+    """
+    where, (list_name, depth) = reader.directory / "config.json", blocks
+    ignored = [re.compile(each) for each in (*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)]
+    taken = set(claimed)
+    unused = [name for name in reader if name not in taken and not any(each.search(name) for each in ignored)]
+    prefix = f"{model.base_model_prefix}."
+    in_list = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(list_name.removeprefix(prefix))}\.(\d{{1,9}})\.")
+    number = {name: int(found[1]) for name in (*taken, *unused) if (found := in_list.match(name))}
+    layers = max(number.values(), default=-1) + 1
+    ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
+    most = depth + (ahead if type(ahead) is int and ahead > 0 else 0)  # layers that guess further tokens come last
+    if layers > most or (0 < layers < depth and not complete):
+        raise ModelError(_other_depth(where, depth, layers))
+    weights = {name: math.prod(reader.shape(name)) for name in reader if reader.dtype(name) in WEIGHT_DTYPES}
+    left = {n: weights[n] for n in unused if n in weights and len(reader.shape(n)) > 1 and number.get(n, 0) < depth}
+    if complete and sum(left.values()) > TRIFLING * sum(weights.values()):
+        raise ModelError(
+            f"{reader.directory} has weights that the model of its config does not use: {len(left)} tensors, "
+            f"{sum(left.values()) / sum(weights.values()):.0%} of all, such as {max(left, key=lambda n: left[n])}; "
+            "download the checkpoint again, or load it with transformers and pass the model to prune()"
+        )
+    return unused
+
+
+def check_dtypes(model_values: Mapping[str, Tensor], key_of: Mapping[str, str], reader: CheckpointReader) -> None:
+    """Refuses weights that are stored as anything but floating point of 16 bits or more.
+
+    Args:
+        model_values: the parameters and buffers of the model, by name.
+        key_of: their names in the checkpoint.
+
+    Raises:
+        ModelError: naming the first.
+    """
+    for name, key in key_of.items():
+        value = model_values[name]
+        floating = isinstance(value, nn.Parameter) or value.is_floating_point()
+        if floating and reader.dtype(key) not in WEIGHT_DTYPES:
+            dtype = str(reader.dtype(key)).removeprefix("torch.")
+            raise ModelError(
+                f"weight {key} in {reader.file_of(key)} is stored as {dtype}; weights are read in bfloat16, float16, "
+                "float32 and float64: convert the checkpoint to one of these first"
+            )
+
+
+def _other_depth(where: object, config: int, weights: int) -> str:
+    return (
+        f"{where} says {config} layers, the weights have {weights}; config and weights are of different models: "
+        "download the checkpoint again"
+    )
+
+
+def _longest_list(reader: CheckpointReader) -> int:
+    """The most modules that any list has, judged by the numbers in the names of tensors."""
+    return 1 + max((int(number) for name in reader for number in _IN_THEIR_LISTS.findall(name)), default=-1)

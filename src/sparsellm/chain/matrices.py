@@ -1,0 +1,149 @@
+"""The matrices of a block: which count towards the sparsity, and which of them no linear owns.
+
+A mixture of experts may keep the weights of all experts in one three-dimensional parameter, which no ``nn.Linear``
+owns and which is therefore not pruned. Everything that counts weights asks this module, so that such parameters are
+counted like any other. Only names and shapes are read: nothing needs to be loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from sparsellm.chain.chain import Chain
+from sparsellm.chain.linears import LinearView
+from sparsellm.errors import ModelError
+
+DENSE_LIMIT = 0.02  # of the weights of a block: routers, convolutions and the like stay below it in published models
+_SHOWN = 4  # kinds of parameters that a message names
+
+
+@dataclass(frozen=True)
+class BlockMatrix:
+    """One matrix of a block, or a stack of them in one parameter.
+
+    Attributes:
+        name: of the parameter in the whole model, such as ``model.layers.0.mlp.down_proj.weight``.
+        block: the number of the block.
+        shape: as the parameter is stored.
+        linear: the linear that owns it and can be pruned; None if no linear does.
+    """
+
+    name: str
+    block: int
+    shape: tuple[int, ...]
+    linear: LinearView | None
+
+    @property
+    def label(self) -> str:
+        """The name of the linear, or of the parameter if no linear owns it."""
+        return self.linear.name if self.linear is not None else self.name
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+
+def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
+    """The matrices of block ``index``, in the order of the model's parameters; nothing needs to be loaded.
+
+    A matrix is the weight of a linear, or any other floating-point parameter with two or more dimensions longer than
+    one: fused experts, routers, convolution kernels. Biases never count, nor do stacks of biases, which are known by
+    their name. A parameter that stands in several places counts once, where the model names it first: in the earlier
+    of two blocks, and not at all if that is outside the blocks.
+    """
+    linears = {linear.weight_name: linear for linear in chain.linears(index)}
+    found = []
+    for inner, parameter in chain.blocks[index].named_parameters():
+        name = f"{chain.block_names[index]}.{inner}"
+        if not parameter.is_floating_point() or not chain.owns(name):
+            continue
+        linear = linears.get(name)
+        matrix = sum(length > 1 for length in parameter.shape) > 1 and not inner.endswith("bias")
+        if linear is not None or matrix:
+            found.append(BlockMatrix(name, index, tuple(parameter.shape), linear))
+    return found
+
+
+def all_matrices(chain: Chain) -> list[BlockMatrix]:
+    """:func:`block_matrices` of every block."""
+    return [matrix for index in range(len(chain)) for matrix in block_matrices(chain, index)]
+
+
+def is_excluded(parameter: str, exclude: Iterable[str]) -> bool:
+    """Whether the recipe's ``exclude`` names a parameter, or a module that it belongs to.
+
+    Args:
+        parameter: its name in the whole model.
+        exclude: shell patterns; ``*`` matches dots too.
+    """
+    parts = parameter.split(".")
+    names = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return any(fnmatchcase(name, pattern) for pattern in exclude for name in names)
+
+
+def unmatched_patterns(chain: Chain, exclude: Sequence[str]) -> list[str]:
+    """A warning for each pattern of ``exclude`` that names no matrix of the blocks: it may be misspelt."""
+    names = [matrix.name for matrix in all_matrices(chain)] if exclude else []
+    return [
+        f"exclude {pattern!r} matches no matrix of the blocks; names are like {names[0]!r}"
+        for pattern in exclude
+        if not any(is_excluded(name, [pattern]) for name in names)
+    ]
+
+
+def refuse_silent_dense(chain: Chain, exclude: Sequence[str]) -> None:
+    """Refuses a model of which a large part would stay dense though ``exclude`` does not name it.
+
+    In each block, the matrices that no linear owns and that ``exclude`` does not name may be at most
+    :data:`DENSE_LIMIT` of the weights. Nothing needs to be loaded.
+
+    Raises:
+        ModelError: they are more; names, shapes and shares are listed, with an ``exclude`` that accepts them.
+    """
+    refused: list[BlockMatrix] = []
+    of_block: list[int] = []
+    for index in range(len(chain)):
+        own = block_matrices(chain, index)
+        of_block.append(sum(matrix.weights for matrix in own))
+        dense = [matrix for matrix in own if matrix.linear is None and not is_excluded(matrix.name, exclude)]
+        dense.sort(key=lambda matrix: -matrix.weights)
+        small = 0
+        while dense and small + dense[-1].weights <= DENSE_LIMIT * of_block[index]:
+            small += dense.pop().weights  # once the others are excluded, the rest is within the limit
+        refused += dense
+    if refused:
+        raise ModelError(_would_stay_dense(chain, refused, of_block))
+
+
+def _would_stay_dense(chain: Chain, refused: Sequence[BlockMatrix], of_block: Sequence[int]) -> str:
+    """One line that names the first of each kind, and a way out.
+
+    Args:
+        chain: the model.
+        refused: what would stay dense, the largest of each block first.
+        of_block: weights of each block.
+    """
+    first: dict[str, BlockMatrix] = {}
+    for matrix in refused:
+        first.setdefault(kind_of(chain, matrix.name, matrix.block), matrix)
+    listed = [
+        f"{matrix.name} ({'×'.join(map(str, matrix.shape))}) with {matrix.weights / of_block[matrix.block]:.1%}"
+        for matrix in first.values()
+    ]
+    more = f", and {len(listed) - _SHOWN} more kinds" if len(listed) > _SHOWN else ""
+    share = sum(matrix.weights for matrix in refused) / sum(of_block)
+    return (
+        f"these would stay dense, as only linears are pruned: {', '.join(listed[:_SHOWN])} of the weights of the "
+        f"block{more}; all {len(refused)} of them are {share:.1%} of the weights of all blocks; to leave them dense "
+        f"and prune the rest, set exclude={[f'*.{kind}' for kind in first]}"
+    )
+
+
+def kind_of(chain: Chain, name: str, block: int) -> str:
+    """The name of a parameter inside its block, with ``*`` for numbers: ``mlp.experts.*.w1.weight``."""
+    inner = name.removeprefix(f"{chain.block_names[block]}.")
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)

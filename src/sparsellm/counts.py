@@ -1,0 +1,211 @@
+"""Counts of zeros over every matrix of the blocks, pruned or not, and what to say where they fall short."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsellm.chain import Chain
+from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
+from sparsellm.methods import LinearResult
+from sparsellm.methods.base import UNREACHED
+from sparsellm.patterns import NM, detect
+from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.writer import count_zeros
+
+Reason = Literal["excluded", "small", "not a linear"]
+_SHOWN = 6  # kinds of matrices that a warning names
+
+
+@dataclass(frozen=True)
+class MatrixZeros:
+    """Zeros of one matrix in the blocks of a checkpoint.
+
+    Attributes:
+        name: of the linear, or of the parameter if no linear owns it.
+        block: the number of its block.
+        shape: ``(out, in)`` of a linear; else as the parameter is stored.
+        zeros: weights that are zero.
+        pattern: the N:M pattern that a linear satisfies, of 1:4, 2:4 and 4:8 the strictest; None for any other matrix.
+        linear: whether it is the weight of a linear; no other matrix is pruned.
+    """
+
+    name: str
+    block: int
+    shape: tuple[int, ...]
+    zeros: int
+    pattern: NM | None
+    linear: bool = True
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for linears and other matrices alike."""
+        pattern = str(self.pattern) if self.pattern is not None else None
+        return {
+            "name": self.name,
+            "block": self.block,
+            "shape": list(self.shape),
+            "zeros": self.zeros,
+            "sparsity": self.sparsity,
+            "pattern": pattern,
+        }
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """A matrix of a block that a run did not prune.
+
+    Attributes:
+        name: of the linear, or of the parameter if no linear owns it.
+        block: the number of its block.
+        shape: as the parameter is stored.
+        zeros: that it has nevertheless.
+        reason: ``excluded`` by the recipe; ``small`` and not a linear; or ``not a linear``.
+        kind: the name inside the block, the same for all blocks.
+    """
+
+    name: str
+    block: int
+    shape: tuple[int, ...]
+    zeros: int
+    reason: Reason
+    kind: str
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Zeros and weights over every matrix of the blocks."""
+
+    zeros: int
+    weights: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+def totals(linears: Iterable[LinearResult], dense: Iterable[DenseMatrix]) -> Totals:
+    """Zeros and weights of what was pruned and of what was not."""
+    counts = [(linear.zeros, math.prod(linear.shape)) for linear in linears]
+    counts += [(matrix.zeros, matrix.weights) for matrix in dense]
+    return Totals(sum(zeros for zeros, _ in counts), sum(weights for _, weights in counts))
+
+
+def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
+    """The zeros of every matrix of the loaded block ``index``."""
+    found = []
+    for matrix in block_matrices(chain, index):
+        if matrix.linear is not None:
+            weight = matrix.linear.weight()
+            found.append(MatrixZeros(matrix.label, index, tuple(weight.shape), count_zeros(weight), detect(weight)))
+        else:
+            zeros = count_zeros(chain.parameter(matrix.name))
+            found.append(MatrixZeros(matrix.name, index, matrix.shape, zeros, None, linear=False))
+    return found
+
+
+def left_dense(
+    chain: Chain, exclude: Sequence[str], pruned: Iterable[LinearResult], shards: Sequence[Path] = ()
+) -> list[DenseMatrix]:
+    """Every matrix of the blocks that is not among the pruned linears, with its zeros.
+
+    Args:
+        chain: the pruned model.
+        exclude: of the recipe.
+        pruned: results of the linears that were pruned.
+        shards: where the blocks were written, one file each; empty for a model in memory.
+    """
+    done = {result.name for result in pruned}
+    everything = all_matrices(chain)
+    kept = [matrix for matrix in everything if matrix.linear is None or matrix.linear.name not in done]
+    reasons = _reasons(everything, exclude)
+    found = []
+    reader: CheckpointReader | None = None
+    block = -1
+    for matrix in kept:
+        if shards and matrix.block != block:
+            block = matrix.block
+            reader = CheckpointReader(shards[block].parent, [shards[block]])
+        zeros = count_zeros(chain.parameter(matrix.name, reader))
+        kind = kind_of(chain, matrix.label, matrix.block)
+        found.append(DenseMatrix(matrix.label, matrix.block, matrix.shape, zeros, reasons[matrix.name], kind))
+    return found
+
+
+def _reasons(matrices: Sequence[BlockMatrix], exclude: Sequence[str]) -> dict[str, Reason]:
+    """Why each of the matrices would stay dense, by parameter name."""
+    of_block: dict[int, int] = {}
+    for matrix in matrices:
+        of_block[matrix.block] = of_block.get(matrix.block, 0) + matrix.weights
+    reasons: dict[str, Reason] = {}
+    for matrix in matrices:
+        if is_excluded(matrix.name, exclude):
+            reasons[matrix.name] = "excluded"
+        else:
+            small = matrix.weights <= DENSE_LIMIT * of_block[matrix.block]
+            reasons[matrix.name] = "small" if small else "not a linear"
+    return reasons
+
+
+def unreached(linears: Sequence[LinearResult]) -> list[str]:
+    """A warning that names the linears that no calibration token reached, else nothing."""
+    names = [linear.name for linear in linears if UNREACHED in linear.notes]
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [
+        f"no calibration token reached {len(names)} of {len(linears)} linears, which were pruned by magnitude: "
+        f"{', '.join(names[:_SHOWN])}{more}; if these are experts, more calibration samples may reach them"
+    ]
+
+
+def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], asked: float) -> list[str]:
+    """A warning where the sparsity over every matrix of the blocks is below what was asked, else nothing.
+
+    Every matrix may be one zero short by rounding. The warning names the matrices that stayed dense, largest first,
+    each kind once, and the linears that have fewer zeros than they should.
+
+    Args:
+        linears: that were pruned.
+        dense: matrices that were not.
+        asked: the recipe's sparsity.
+    """
+    whole = totals(linears, dense)
+    if asked * whole.weights - whole.zeros <= len(linears) + len(dense):
+        return []
+    kinds: dict[tuple[str, str], list[DenseMatrix]] = {}
+    for matrix in dense:
+        kinds.setdefault((matrix.kind, matrix.reason), []).append(matrix)
+    ordered = sorted(kinds.items(), key=lambda item: -sum(matrix.weights for matrix in item[1]))
+    causes = []
+    for (kind, reason), part in ordered:
+        where = part[0].name if len(part) == 1 else f"{len(part)} of {kind}"
+        causes.append(f"{where} ({sum(m.weights for m in part) / whole.weights:.2%} of the weights, {reason})")
+    causes += [
+        f"{linear.name} (zeros {linear.sparsity:.2%} of {linear.asked:.2%})"
+        for linear in linears
+        if linear.asked * math.prod(linear.shape) - linear.zeros > 1
+    ]
+    more = f"; and {len(causes) - _SHOWN} more" if len(causes) > _SHOWN else ""
+    return [
+        f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was asked; "
+        f"left dense: {'; '.join(causes[:_SHOWN])}{more}"
+    ]

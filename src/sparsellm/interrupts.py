@@ -1,0 +1,290 @@
+"""SIGINT, SIGTERM and SIGHUP for the command line: stop at a safe point, at once when asked again, never in a rename.
+
+Only the command line installs these handlers. A Python program that calls :func:`sparsellm.prune` keeps its own, and
+gets its own KeyboardInterrupt; :func:`held` works for it as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SAME = 0.5  # seconds; `timeout` and closing terminals send a signal twice, which is one wish
+PATIENCE = 2.0  # seconds from a signal until the user is told that a step has to end first
+
+_received: int | None = None
+_holders = 0  # how many held() are open
+
+
+class Interrupted(BaseException):
+    """A signal asks the process to stop. Not an Exception, so that nothing that handles errors swallows it, and not a
+    KeyboardInterrupt, which typer turns into an exit code of its own.
+
+    Attributes:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def received() -> int | None:
+    """The signal that asked this process to stop, or None."""
+    return _received
+
+
+def exit_code(signum: int) -> int:
+    """What shells show of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
+    return 128 + signum
+
+
+def check() -> None:
+    """Stops here if a signal came and a library swallowed what it raised.
+
+    Raises:
+        Interrupted: a signal was received, and nothing holds it.
+    """
+    if _received is not None and not _holders:
+        raise Interrupted(_received)
+
+
+@contextlib.contextmanager
+def installed(on_slow: Callable[[int], None]) -> Iterator[None]:
+    """In here, a first signal raises :class:`Interrupted` in the main thread, and a second one ends the process.
+
+    A signal that is ignored (``nohup``, a background job) stays ignored. Does nothing outside the main thread, where
+    Python lets nobody install handlers.
+
+    Args:
+        on_slow: called with the signal, in another thread, when the main thread has not come to Python code in
+            :data:`PATIENCE` seconds.
+    """
+    global _received
+    _received = None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    theirs = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    ours = [signum for signum, handler in theirs.items() if handler not in (signal.SIG_IGN, None)]
+    with _watched(on_slow, set(ours)):
+        for signum in ours:
+            signal.signal(signum, _stop)
+        try:
+            yield
+            check()
+        finally:
+            for signum in ours:
+                signal.signal(signum, theirs[signum])
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Postpones signals to the end of the block: around steps that belong together, such as renaming two directories.
+
+    Works with any handlers, the default ones included: each is called when the block has ended. A second signal waits
+    as well. Outside the main thread, which alone handles signals, it does nothing.
+    """
+    global _holders
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = _received
+    _holders += 1
+    try:
+        with _postponed():
+            yield
+    finally:
+        _holders -= 1
+        if _received != earlier:  # one that came in here, with our own handlers
+            check()
+
+
+@contextlib.contextmanager
+def _postponed() -> Iterator[None]:
+    """As :func:`held`, for handlers that are not ours; :func:`_stop` waits by itself."""
+    over = False
+    arrived: list[int] = []
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before = {signum: was for signum, was in before.items() if was not in (signal.SIG_IGN, None, _stop)}
+
+    def note(signum: int, _: FrameType | None) -> None:
+        if over:  # one that came while the handlers are put back
+            signal.signal(signum, before[signum])
+            signal.raise_signal(signum)
+        arrived.append(signum)
+
+    try:
+        for signum in before:
+            signal.signal(signum, note)
+        yield
+    finally:
+        over = True
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for signum in dict.fromkeys(arrived):
+            signal.raise_signal(signum)
+
+
+def _stop(signum: int, _: FrameType | None) -> None:
+    """The handler. Later signals are the watching thread's, which need not wait for this one to reach Python code."""
+    global _received
+    if _received is None:
+        _received = signum
+        if not _holders:
+            raise Interrupted(signum)
+
+
+@contextlib.contextmanager
+def _watched(on_slow: Callable[[int], None], ours: set[int]) -> Iterator[None]:
+    """A thread that reads the numbers of signals as they arrive, also while the main thread is in a library's loop."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reading, on_slow, ours), daemon=True)
+    thread.start()
+    _to_forget.update(ours)
+    try:
+        yield
+    finally:
+        _to_forget.clear()
+        signal.set_wakeup_fd(before)
+        writing.close()  # ends the thread
+        thread.join()
+        reading.close()
+
+
+def _watch(reading: socket.socket, on_slow: Callable[[int], None], ours: set[int]) -> None:
+    first = told = 0
+    since = 0.0
+    while True:
+        reading.settimeout(PATIENCE if first and not told else None)
+        try:
+            data = reading.recv(64)
+        except TimeoutError:
+            if _received is not None:
+                told = first
+            elif not _holders:
+                told = first
+                on_slow(first)
+            continue
+        if not data:
+            return
+        for signum in ours.intersection(data):
+            if not first:
+                first, since = signum, time.monotonic()
+            elif time.monotonic() - since > SAME and not _holders:
+                _end_at_once(signum)
+
+
+def _end_at_once(signum: int) -> None:
+    show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
+    with contextlib.suppress(OSError):
+        os.write(2, show_cursor + b"\nstopped at once\n")
+    os._exit(exit_code(signum))
+
+
+def _forget() -> None:
+    """In a forked child: its signals are its own, and do what they do to any program."""
+    if _to_forget:
+        signal.set_wakeup_fd(-1)
+    for signum in _to_forget:
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+
+
+_to_forget: set[int] = set()  # signals that installed() handles now
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+# ---------------------------------------------------------------------- what to say
+
+
+def command_line(*, without: tuple[str, ...] = ()) -> str:
+    """The command that runs, quoted for a shell; of torchrun's processes, torchrun's.
+
+    Args:
+        without: options to leave out, such as ``--restart``, with which a run would begin anew.
+    """
+    words = _launcher_words() or _own_words()
+    return shlex.join(word for word in words if word not in without)
+
+
+def _own_words() -> list[str]:
+    if Path(sys.argv[0]).name != "__main__.py":
+        return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return [sys.orig_argv[0], "-m", "sparsellm", *sys.argv[1:]]
+
+
+def _launcher_words() -> list[str]:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        words: list[str] = psutil.Process(os.getppid()).cmdline()
+        if "sparsellm" in words:  # python .../torchrun, or python -m torch.distributed.run
+            return ["torchrun", *words[2:]] if len(words) > 1 and Path(words[1]).name == "torchrun" else words
+    return []
+
+
+def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
+    """A sentence on what a run of ``prune`` into ``out`` has left, and whether the run can go on.
+
+    Args:
+        out: the directory of the result.
+        began: when the run began, by ``time.time()``: what lies in ``out`` since is its result.
+    """
+    report = out / "pruning.json"
+    with contextlib.suppress(OSError):
+        if report.stat().st_mtime >= began:
+            return f"the checkpoint in {out} is complete", False
+    partial_of = getattr(sys.modules.get("sparsellm.storage.writer"), "partial_of", None)
+    if partial_of is None:  # its import, which loads torch, is not done
+        return "the run had not begun", True
+    partial: Path = partial_of(out)
+    blocks = _blocks(partial)
+    if blocks is None:
+        return "no block was finished", True
+    done, of = blocks
+    return f"{done} of {of} blocks are kept in {out.with_name(partial.name)}", True
+
+
+def _blocks(partial: Path) -> tuple[int, int] | None:
+    """How many of the first blocks are recorded as finished there, and how many the model has."""
+    from sparsellm.storage.resume import FOLDER
+
+    names = {path.name for path in (partial / FOLDER).glob("model-*-of-*.safetensors.json")}
+    if not names:
+        return None
+    shards = int(next(iter(names)).split("-of-")[1].split(".")[0])
+    done = 0
+    while done < shards - 1 and f"model-{done + 1:05d}-of-{shards:05d}.safetensors.json" in names:
+        done += 1
+    return done, shards - 1  # the last shard holds what stands outside the blocks
+
+
+def last_words(signum: int, kept: Callable[[], tuple[str, bool]] | None) -> str:
+    """The line on what is kept and which command goes on.
+
+    Args:
+        signum: the signal that ended the command.
+        kept: what the command leaves, and whether it can go on; None for a command that keeps nothing.
+    """
+    name = signal.Signals(signum).name
+    if kept is None:
+        return f"interrupted ({name}); this command keeps nothing: start it again with  {command_line()}"
+    sentence, goes_on = kept()
+    if not goes_on:
+        return f"interrupted ({name}); {sentence}"
+    return f"interrupted ({name}); {sentence}; the same command goes on:  {command_line(without=('--restart',))}"

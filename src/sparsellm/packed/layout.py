@@ -1,0 +1,161 @@
+"""One packed sparse weight: kept values, a bitmask or codes for their positions, and row offsets.
+
+The layout is the one of the files (``docs/format.md``), so that a loaded tensor is used as it is. Everything here is
+plain torch and numpy; the kernels that compute on it read the same tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsellm.errors import RecipeError, StorageError, nearest
+from sparsellm.packed.codes import FLOAT_TYPES, bytes_of_values, decode_values, encode_values, resolve_value_type
+from sparsellm.packed.masks import decode_groups, encode_groups, from_bits, mask_stride, popcount, row_bytes, to_bits
+from sparsellm.patterns import NM, detect
+
+LAYOUTS = ("bitmask", "nm")
+_DENSE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A sparse matrix ``W (out, in)``.
+
+    Attributes:
+        shape: ``(out, in)``.
+        layout: ``bitmask``, or ``nm`` where every ``m`` consecutive inputs keep exactly ``n`` values.
+        mask: uint8. ``bitmask``: ``(out, 8·⌈in/64⌉)``; bit ``j`` (the ``j``-th least significant) of byte ``k`` says
+            whether column ``8k + j`` is kept; bits from column ``in`` on are 0. ``nm``: ``(out, ⌈in/m·w/8⌉)``, one
+            code of ``w`` bits for each group of ``m``; see :mod:`sparsellm.packed.masks`.
+        values: the kept values, row by row. One-dimensional bf16, fp16, fp32 or int8; or, for int4, uint8 that holds
+            two values, the earlier one in the low nibble, each plus 8, every row beginning on a byte.
+        offsets: int64 ``(out + 1,)``: where each row's values begin, counted in values, and where the last row's end.
+            For int4, a row with an odd number of values counts one more, so that every offset is even.
+        scales: None for floating types. int8: fp32 ``(out,)``, one for each row. int4: bf16 ``(groups,)``, one for
+            each 32 consecutive values of a row, the last group of a row possibly shorter; row ``r`` has
+            ``⌈(offsets[r + 1] - offsets[r]) / 32⌉`` of them, and the rows' follow one another.
+        value_type: ``bf16``, ``fp16``, ``fp32``, ``int8`` or ``int4``.
+        pattern: ``(n, m)`` of the layout ``nm``, else None.
+    """
+
+    shape: tuple[int, int]
+    layout: str
+    mask: Tensor
+    values: Tensor
+    offsets: Tensor
+    scales: Tensor | None
+    value_type: str
+    pattern: tuple[int, int] | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors, by field."""
+        tensors = {"mask": self.mask, "values": self.values, "offsets": self.offsets}
+        return tensors if self.scales is None else {**tensors, "scales": self.scales}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, in memory as on disk."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
+
+
+def pack(weight: Tensor, value_type: str = "keep", layout: str = "auto") -> PackedWeight | None:
+    """The packed form of a weight, or None if the dense weight is smaller.
+
+    For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 is
+    symmetric with one scale a row, the largest magnitude over 127; int4 (-8 … 7) has a scale for each group of 32,
+    chosen among seven for the least squared error.
+
+    Args:
+        weight: ``(out, in)``, floating; it is read on the CPU.
+        value_type: one of :data:`VALUE_TYPES`, or ``keep`` for the weight's own type.
+        layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), or ``auto`` for the smaller one.
+
+    Returns:
+        The packed weight on the CPU; None if ``layout`` is ``auto`` and the dense weight takes no more bytes.
+
+    Raises:
+        RecipeError: the value type or the layout is unknown, or the weight satisfies no N:M pattern.
+        StorageError: the weight is no floating matrix, or ``keep`` meets a type that has no packed form.
+        NumericalError: a value is not finite, and integers were asked for; or it overflows the type asked for.
+    """
+    if weight.dim() != 2 or weight.dtype not in _DENSE_TYPES or weight.numel() == 0:
+        raise StorageError(
+            f"a weight of {weight.dtype} and shape {tuple(weight.shape)} cannot be packed; "
+            "only matrices of fp64, fp32, fp16 and bf16 are"
+        )
+    if layout not in ("auto", "bitmask", "nm"):
+        raise RecipeError(f"unknown layout {layout!r}; {nearest(layout, ('auto', 'bitmask', 'nm'))}")
+    value_type = resolve_value_type(value_type, weight.dtype)
+    weight = weight.detach().cpu()
+    kept = weight != 0
+    pattern = _detect(weight) if layout != "bitmask" else None
+    if layout == "nm" and pattern is None:
+        raise RecipeError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
+    mask = to_bits(kept)
+    pair: tuple[int, int] | None = None
+    counts = popcount(mask)
+    sizes = {"bitmask": _bytes(weight.shape, counts, value_type, None)}
+    if pattern is not None:
+        full = torch.full_like(counts, weight.shape[1] // pattern.m * pattern.n)
+        sizes["nm"] = _bytes(weight.shape, full, value_type, pattern)
+    if layout == "auto":
+        layout = min(sizes, key=lambda name: sizes[name])
+        if sizes[layout] >= weight.numel() * weight.element_size():
+            return None
+    if layout == "nm":
+        assert pattern is not None
+        # A group with more zeros than it must have keeps its lowest-numbered ones as values.
+        kept = pattern.mask(kept.to(torch.float32))
+        counts, mask, pair = full, encode_groups(kept, pattern), (pattern.n, pattern.m)
+    values, offsets, scales = encode_values(weight[kept], counts, value_type)
+    shape = (weight.shape[0], weight.shape[1])
+    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, pair)
+
+
+def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense weight ``(out, in)``, on the device of the packed one; ``dtype`` None for the type of the values, fp32
+    for integers. Exact if the values' type is floating and ``dtype`` can hold it."""
+    dtype = dtype or FLOAT_TYPES.get(packed.value_type, torch.float32)
+    return unpack_rows(as_bitmask(packed), 0, packed.shape[0], dtype)
+
+
+def unpack_rows(packed: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Rows ``first:last`` of a weight in the layout ``bitmask``, dense: ``(last - first, in)``."""
+    kept = from_bits(packed.mask[first:last], packed.shape[1])
+    values = decode_values(
+        packed.value_type, packed.values, packed.offsets, packed.scales, slice(first, last), kept.count_nonzero(dim=1)
+    )
+    dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
+    return dense.masked_scatter_(kept, values.to(dtype))
+
+
+def as_bitmask(packed: PackedWeight) -> PackedWeight:
+    """The same weight in the layout that kernels compute with: codes of N:M become bits, values stay as they are."""
+    if packed.layout == "bitmask":
+        return packed
+    assert packed.pattern is not None
+    kept = decode_groups(packed.mask, NM(*packed.pattern), packed.shape[1])
+    mask = to_bits(kept).to(packed.mask.device)
+    return dataclasses.replace(packed, layout="bitmask", mask=mask, pattern=None)
+
+
+def _detect(weight: Tensor) -> NM | None:
+    """:func:`detect`, but an unstructured weight, which hardly passes in its first rows, is not read through."""
+    return detect(weight) if detect(weight[:16]) is not None else None
+
+
+def _bytes(shape: torch.Size, counts: Tensor, value_type: str, pattern: NM | None) -> int:
+    """Bytes of a packed weight that has ``counts (out,)`` values in each row."""
+    out, columns = shape
+    index = out * (row_bytes(pattern, columns) if pattern else mask_stride(columns)) + 8 * (out + 1)
+    return index + bytes_of_values(counts, value_type)

@@ -1,0 +1,81 @@
+"""Short digests that tell one model, or one set of calibration tokens, from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm.chain import Chain
+from sparsellm.errors import NumericalError
+from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.storage.reader import not_finite, raw_bytes
+
+_PIECE = 1 << 22  # elements hashed at a time
+_LENGTH = 16  # hexadecimal digits: enough against chance, short enough for a message
+
+# What transformers writes into a config that says nothing of the model.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version")
+
+
+def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[str, str]:
+    """SHA-256 of every weight of the model by name: all of it is read once, and every value checked on the way.
+
+    Where the model is read from disk, what is read later is compared with them.
+
+    Raises:
+        NumericalError: a weight is NaN or infinite; it is named.
+        StorageError: the checkpoint cannot be read.
+    """
+
+    def report(done: int, total: int) -> None:
+        said = f"reading all weights once, for their checksums: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        progress(Progress("check", done, max(total, 1), said))
+
+    if chain.weights is not None:
+        return chain.weights.reader.digests(report)
+    values = chain.model.state_dict(keep_vars=True)
+    total, done = sum(value.nbytes for value in values.values()), 0
+    digests: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, nn.Parameter) and not_finite(value.detach()):  # a mask may well be infinite
+            raise NumericalError(f"weight {name} has NaN or infinite values; load the model again")
+        digests[name] = _sha256(value)
+        done += value.nbytes
+        report(done, total)
+    return digests
+
+
+def model_fingerprint(chain: Chain, digests: dict[str, str]) -> str:
+    """Of the config, and of every weight its name, dtype, shape and numbers.
+
+    It does not depend on paths, dates or the way the weights are divided into files.
+
+    Args:
+        chain: the model.
+        digests: of its weights, as :func:`weight_digests` found them before anything was changed.
+    """
+    config: dict[str, Any] = {key: value for key, value in chain.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    reader = chain.weights.reader if chain.weights is not None else None
+    values = chain.model.state_dict()
+    for name in sorted(digests):
+        kind = f"{values[name].dtype} {tuple(values[name].shape)}" if reader is None else reader.stored_as(name)
+        digest.update(f"{name} {kind} {digests[name]}".encode())
+    return digest.hexdigest()[:_LENGTH]
+
+
+def _sha256(value: Tensor) -> str:
+    """Of the numbers of a tensor, a piece at a time."""
+    digest = hashlib.sha256()
+    for piece in value.detach().reshape(-1).split(_PIECE):
+        digest.update(piece.cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokens_fingerprint(windows: Tensor) -> str:
+    """Of token ids ``(windows, seq)``."""
+    return hashlib.sha256(str(tuple(windows.shape)).encode() + raw_bytes(windows.long())).hexdigest()[:_LENGTH]

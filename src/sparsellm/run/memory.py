@@ -1,0 +1,258 @@
+"""Predicts a run's memory before it starts. Every formula of bytes is in this file.
+
+Solvers, methods and allocations declare what they hold in a :class:`~sparsellm.registry.Workspace`; here those
+declarations, the model's shapes and the number of calibration tokens become bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from sparsellm import heap
+from sparsellm.chain import Chain
+from sparsellm.errors import MemoryBudgetError
+from sparsellm.registry import Workspace
+from sparsellm.sizes import parse_bytes
+from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
+from sparsellm.sweep.head import HEAD_TOKENS
+
+DEFAULT_SHARE = 0.8  # of the memory that is free now: the rest is for the page cache and for others
+SLACK = 0.05  # of the budget, which hidden states leave free: a prediction is not exact
+LIBRARIES = 128 << 20  # what torch, its kernels and the allocator take beside what is counted here
+
+GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its activations, one weight's Fisher diagonal
+SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
+SWEPT_COPIES = 4  # of every block in fp32 during a sweep: parameters, two moments, the best state so far
+SAVED_COPIES = 7  # of every block in fp32 on disk: the best, and parameters and moments of two passes
+# Tensors in fp32 as large as a chunk of logits that are in memory at once, by what the head's loss is.
+NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 6
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run asks of the memory of one process.
+
+    Attributes:
+        samples: calibration windows that this process runs.
+        seq_len: tokens in each.
+        batch_tokens: tokens in one forward call.
+        workspace: of the method, of what runs inside it, and of the allocation.
+        gradient_tokens: calibration tokens that gradients of the dense model are taken of.
+        swept: whether the whole model is swept at the end.
+        read_ahead: whether the next block is read while one is in work.
+    """
+
+    samples: int
+    seq_len: int
+    batch_tokens: int
+    workspace: Workspace
+    gradient_tokens: int = 0
+    swept: bool = False
+    read_ahead: bool = False
+
+    @property
+    def whole_workspace(self) -> Workspace:
+        """Also that of the gradients and of the sweep."""
+        whole = self.workspace.beside(GRADIENTS) if self.gradient_tokens else self.workspace
+        return whole.beside(SWEEP) if self.swept else whole
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of resident memory, as predicted.
+
+    Attributes:
+        budget: the most that the process may hold.
+        start: what it holds before the run, Python and libraries included.
+        working: what the worst moment adds: a block, statistics, the solver's workspace, activations.
+        worst: which moment that is.
+        hidden_in_memory: hidden states of the calibration windows, and the sweep's copies of the weights, that stay in
+            memory.
+        hidden_on_disk: those that are kept in files, at the moment when they are most: in the walk, or while gradients
+            are taken, for which the hidden states before every block are kept.
+        device: what the worst moment takes on an accelerator, in its own memory; 0 on the CPU.
+    """
+
+    budget: int
+    start: int
+    working: int
+    worst: str
+    hidden_in_memory: int
+    hidden_on_disk: int
+    device: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak of resident memory."""
+        return self.start + self.working + self.hidden_in_memory
+
+    def __str__(self) -> str:
+        hidden = f"hidden states and swept weights {self.hidden_in_memory / 1e9:.2f} GB in memory"
+        if self.hidden_on_disk:
+            hidden += f", {self.hidden_on_disk / 1e9:.2f} GB on disk"
+        device = f", {self.device / 1e9:.2f} GB on the device" if self.device else ""
+        return (
+            f"predicted peak memory {self.peak / 1e9:.2f} GB of {self.budget / 1e9:.2f} GB{device} "
+            f"({self.start / 1e9:.2f} before the start, {self.working / 1e9:.2f} for {self.worst}; {hidden})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "budget_bytes": self.budget,
+            "predicted_peak_rss_bytes": self.peak,
+            "start_bytes": self.start,
+            "working_bytes": self.working,
+            "worst": self.worst,
+            "hidden_in_memory_bytes": self.hidden_in_memory,
+            "hidden_on_disk_bytes": self.hidden_on_disk,
+            "predicted_peak_device_bytes": self.device,
+        }
+
+
+def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, sharers: int = 1) -> MemoryPlan:
+    """Predicts the peak and divides the budget: first what the work needs, then hidden states; the rest goes to disk.
+
+    Args:
+        chain: the model, nothing loaded.
+        demand: what the run asks for.
+        budget: the most that the process may hold; None for a share of what the machine has free, on top of what the
+            process holds already.
+        sharers: processes that share the machine.
+
+    Raises:
+        MemoryBudgetError: the run needs more than the budget.
+        RecipeError: the budget is no number of bytes.
+    """
+    start = heap.resident()
+    most = int(start + DEFAULT_SHARE * heap.free_memory() / sharers) if budget is None else parse_bytes(budget)
+    moments = working_bytes(chain, demand)
+    worst = max(moments, key=lambda name: moments[name])
+    on_device = moments[worst] if chain.device.type != "cpu" else 0
+    working = LIBRARIES + (_largest_tensor(chain) if on_device else moments[worst])
+    if demand.read_ahead:
+        working += max(stored_block_bytes(chain, index) for index in range(len(chain)))
+    if start + working > most:
+        raise MemoryBudgetError(
+            f"this run needs {(start + working) / 1e9:.2f} GB ({start / 1e9:.2f} before the start, {working / 1e9:.2f} "
+            f"for {worst}) and may take {most / 1e9:.2f} GB; allow more with --memory, lower batch_tokens (now "
+            f"{demand.batch_tokens}), or take a method that needs less"
+        )
+    hidden = hidden_bytes(chain, demand)
+    in_memory = min(hidden, max(0, int(most * (1 - SLACK)) - start - working))
+    # Gradients end before the walk begins and get no more memory than the walk will need, so the peak is the walk's.
+    on_disk = max(hidden, gradient_bytes(chain, demand.gradient_tokens)) - in_memory
+    return MemoryPlan(most, start, working, worst, in_memory, on_disk, on_device)
+
+
+def hidden_bytes(chain: Chain, demand: Demand) -> int:
+    """Hidden states of the calibration windows, and what a sweep keeps of all blocks."""
+    states = (1 + demand.workspace.streams) * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
+    copies = SWEPT_COPIES * 4 * all_block_elements(chain) if demand.swept else 0
+    return states + copies
+
+
+def gradient_bytes(chain: Chain, tokens: int) -> int:
+    """What a backward sweep keeps of so many tokens: the states before every block and after the last, a gradient."""
+    return tokens * _width(chain) * ((len(chain) + 1) * chain.dtype.itemsize + 4)
+
+
+def saved_sweep_bytes(chain: Chain) -> int:
+    """Room on the disk that the saved passes of a sweep take at their worst."""
+    return SAVED_COPIES * 4 * all_block_elements(chain)
+
+
+def checkpoint_bytes(chain: Chain) -> int:
+    """The weight files of the checkpoint; of a model in memory, its parameters and buffers."""
+    if chain.weights is not None:
+        return chain.weights.reader.bytes
+    return sum(value.numel() * value.element_size() for value in chain.model.state_dict().values())
+
+
+def stored_block_bytes(chain: Chain, index: int) -> int:
+    """The weights of a block in the dtypes of the checkpoint."""
+    return sum(source.bytes for source in chain.block_tensors(index).values())
+
+
+def block_elements(chain: Chain, index: int) -> int:
+    """Numbers in a block."""
+    return sum(math.prod(source.shape) for source in chain.block_tensors(index).values())
+
+
+def all_block_elements(chain: Chain) -> int:
+    """Numbers in all blocks."""
+    return sum(block_elements(chain, index) for index in range(len(chain)))
+
+
+def accumulator_bytes(features: int) -> int:
+    """The sums of a :class:`~sparsellm.statistics.GramAccumulator`: fp64 panels of its upper triangle."""
+    starts = range(0, features, PANEL)
+    return 8 * sum(min(PANEL, features - start) * (features - start) for start in starts)
+
+
+def head_bytes(chain: Chain, copies: int) -> int:
+    """The weights outside the blocks, and so many copies of a chunk of logits in fp32."""
+    outer = chain.dtype.itemsize * chain.outer_elements() if chain.weights is not None else 0
+    return outer + copies * 4 * HEAD_TOKENS * int(chain.config.get_text_config().vocab_size)
+
+
+def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
+    """Bytes that each moment of a run holds at its worst, in the block where that is most."""
+    workspace = demand.whole_workspace
+    tokens = min(demand.samples, max(1, demand.batch_tokens // demand.seq_len)) * demand.seq_len
+    moments = {"checking": _largest_tensor(chain), "embedding": 0, "statistics": 0, "solving": 0}
+    for index in range(len(chain)):
+        elements = block_elements(chain, index)
+        loaded = chain.dtype.itemsize * elements if chain.weights is not None else 0
+        running = loaded + _activation_bytes(chain, index, tokens)
+        if index == 0:
+            outer = chain.dtype.itemsize * chain.outer_elements(head=False) if chain.weights is not None else 0
+            moments["embedding"] = outer + running
+        moments["statistics"] = max(moments["statistics"], running + _statistics_bytes(chain, index, workspace))
+        optimised = running + int(workspace.blocks * 4 * elements)
+        moments["solving"] = max(moments["solving"], optimised, loaded + _solver_bytes(chain, index, workspace))
+    if demand.gradient_tokens:
+        moments["gradients"] = head_bytes(chain, NEXT_TOKEN_COPIES)
+    if demand.swept:
+        moments["sweeps"] = head_bytes(chain, DIVERGENCE_COPIES)
+    return moments
+
+
+def _activation_bytes(chain: Chain, index: int, tokens: int) -> int:
+    """A feed-forward unit holds gate, up, their product and one more; attention and norms hold copies of inputs."""
+    width = _width(chain)
+    widest = max((linear.out_features for linear in chain.linears(index)), default=width)
+    return tokens * (4 * widest + 8 * width) * chain.dtype.itemsize
+
+
+def _statistics_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
+    """Sums for every linear (which of them share an input is known only when the block runs), the largest Gram matrix,
+    and a chunk of tokens in fp32 on its way into the sums."""
+    linears = chain.linears(index)
+    sums = sum(accumulator_bytes(linear.in_features) for linear in linears)
+    largest = max((4 * linear.in_features**2 for linear in linears), default=0)
+    return 2 * 4 * CHUNK_ELEMENTS + (sums + largest if workspace.grams else 0)
+
+
+def _solver_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
+    """The worst linear of a block: copies of its weight, its Gram matrices, factorisations, and the Gram matrices of
+    the linears that follow."""
+    linears = chain.linears(index)
+    squares = [4 * linear.in_features**2 for linear in linears]
+    worst = 0
+    for position, linear in enumerate(linears):
+        solved = int(workspace.weights * 4 * linear.in_features * linear.out_features)
+        square = squares[position]
+        remembered = min(workspace.remembered * square, max(REMEMBERED_BYTES, square))
+        held = int(workspace.grams * square) + remembered + sum(squares[position + 1 :]) if workspace.grams else 0
+        worst = max(worst, solved + held)
+    return worst
+
+
+def _largest_tensor(chain: Chain) -> int:
+    return max(source.bytes for source in [*chain.outer_tensors().values(), *chain.block_tensors(0).values()])
+
+
+def _width(chain: Chain) -> int:
+    return int(chain.config.get_text_config().hidden_size)

@@ -1,0 +1,352 @@
+"""Everything before the work: the model, the calibration windows, and all that is refused before hours are spent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsellm import heap, parallel
+from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
+from sparsellm.allocation.base import pattern_of
+from sparsellm.calibration import Text, calibration_windows, check_seq_len, windows_of_ids
+from sparsellm.chain import Chain, open_chain
+from sparsellm.chain.linears import iterate_linears
+from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched_patterns
+from sparsellm.chain.open import check_vocabulary, checkpoint_directory, load_tokenizer
+from sparsellm.chain.streams import check_forward, windows_in_batch
+from sparsellm.devices import resolve_device
+from sparsellm.errors import DataError, RecipeError
+from sparsellm.methods import METHODS
+from sparsellm.methods.base import Method
+from sparsellm.packed.checkpoint import is_packed, read_config
+from sparsellm.patterns import Pattern, Unstructured
+from sparsellm.progress import PhaseClock, Progress, ProgressCallback
+from sparsellm.recipe import Recipe
+from sparsellm.registry import Entry, Needs
+from sparsellm.run.memory import checkpoint_bytes
+from sparsellm.storage.destination import check_destination
+from sparsellm.storage.writer import count_zeros
+from sparsellm.sweep.whole_model import check_sweepable
+
+DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of :func:`sparsellm.prune`, which explains them."""
+
+    model: str | os.PathLike[str] | PreTrainedModel
+    recipe: Recipe
+    out: str | os.PathLike[str] | None = None
+    calibration: Tensor | Text | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    overwrite: bool = False
+    restart: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method and the allocation of a run, their options filled in, and what they need.
+
+    Attributes:
+        method: prunes each block.
+        options: of the method, defaults included.
+        needs: what the method needs beside the walk.
+        allocator: chooses per-layer sparsities.
+        allocation_options: of the allocation, defaults included.
+        allocation_needs: what the allocation looks at.
+    """
+
+    method: Entry[Method]
+    options: dict[str, Any]
+    needs: Needs
+    allocator: Entry[Allocator]
+    allocation_options: dict[str, Any]
+    allocation_needs: Needs
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Choice:
+        """By the names in a recipe.
+
+        Raises:
+            RecipeError: a name or an option is unknown, or an option does not fit.
+        """
+        method = METHODS[recipe.method]
+        options = method.check(recipe.options)
+        allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
+        allocation_options = allocator.check(recipe.allocation_options)
+        uniform = allocator.name == "uniform" or recipe.sparsity == 0
+        allocation_needs = Needs() if uniform else allocator.needs_of(allocation_options)
+        return cls(method, options, method.needs_of(options), allocator, allocation_options, allocation_needs)
+
+    def on(self, patterns: dict[str, Pattern]) -> Choice:
+        """The same, without needs that these patterns have no use for."""
+        needs = self.needs
+        if not any(pattern.sparsity for pattern in patterns.values()):
+            needs = Needs()  # no weight is pruned, so nothing has to be compensated
+        if not any(isinstance(pattern, Unstructured) for pattern in patterns.values()):
+            needs = replace(needs, output_costs=False)  # within a group of N:M, only weights of one output compete
+        return replace(self, needs=needs)
+
+    def check_processes(self, samples: int) -> None:
+        """Refuses to divide the run among the processes that were started.
+
+        Raises:
+            RecipeError: the method or an option runs in one process only, or there are fewer windows than processes.
+        """
+        size = parallel.size()
+        if size == 1:
+            return
+        name = self.method.name
+        if not self.method.distributed:
+            raise RecipeError(f"method {name} runs in one process, not in {size}; start it without torchrun")
+        if self.needs.one_process:
+            raise RecipeError(
+                f"option {self.needs.one_process} of {name} runs in one process, not in {size}; leave it out, or "
+                "start without torchrun"
+            )
+        if samples < size:
+            raise RecipeError(
+                f"{samples} calibration windows cannot be divided among {size} processes; "
+                f"ask for {size} samples or more, or start fewer processes"
+            )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has been checked and can start.
+
+    Attributes:
+        request: the arguments.
+        out: the directory to write, absolute and without links; None for a model that is pruned in memory only.
+        recipe: with the number and length of the calibration windows that there really are.
+        choice: method and allocation.
+        chain: the model.
+        directory: of the checkpoint; None for a model given as an object.
+        in_memory: the model that is pruned in memory; None if it is read and written block by block.
+        tokenizer: to be saved beside a model given as an object.
+        windows: calibration token ids ``(samples, seq)`` of all processes.
+        warnings: what the user should know.
+    """
+
+    request: Request
+    out: Path | None
+    recipe: Recipe
+    choice: Choice
+    chain: Chain
+    directory: Path | None
+    in_memory: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    windows: Tensor
+    warnings: list[str]
+
+    @property
+    def own_windows(self) -> Tensor:
+        """This process's share of the calibration windows."""
+        unit = windows_in_batch(self.recipe.batch_tokens, self.windows.shape[1])
+        return self.windows[parallel.share(len(self.windows), unit)]
+
+
+def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Prepared:
+    """Opens the model and reads the calibration text.
+
+    Raises:
+        SparseLLMError: anything that can be known to be wrong before the work.
+    """
+    recipe, whole = request.recipe, request.out is None
+    choice = Choice.of(recipe)
+    choice.check_processes(len(request.calibration) if isinstance(request.calibration, Tensor) else recipe.samples)
+    _destination(request)
+    with clock.phase("open"):
+        progress(Progress("open", 0, 1, "opening the model"))
+        directory = _directory(request)
+        tokenizer = request.tokenizer
+        if tokenizer is None and directory is not None and not isinstance(request.calibration, Tensor):
+            tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code)
+        chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=whole)
+        choice = choice.on(plan(chain, recipe))
+        if choice.needs.passes:
+            check_sweepable(chain)
+        sources = [directory] if directory is not None else _loaded_from(request.model)
+        out = _destination(request, sources=sources, need_bytes=disk_bytes(chain, choice))
+    with clock.phase("calibration"):
+        progress(Progress("calibration", 0, 1, "reading the calibration text"))
+        windows = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress))
+        token_states = choice.needs.token_states or choice.allocation_needs.token_states
+        check_forward(chain, windows, token_states=token_states)
+        heap.trim()
+    recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
+    choice.check_processes(len(windows))  # there may be fewer than were asked for
+    beside = tokenizer if directory is None else None  # the files of a directory are copied
+    warnings = unmatched_patterns(chain, recipe.exclude)
+    return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, warnings)
+
+
+def open_model(
+    model: str | os.PathLike[str] | PreTrainedModel, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
+) -> tuple[Chain, PreTrainedModel | None]:
+    """A chain over a model, and the model itself where it is in memory.
+
+    Args:
+        model: as of :func:`sparsellm.prune`.
+        directory: of its checkpoint, if it is not an object.
+        recipe: for device, dtype and products.
+        trust: whether modelling code of the checkpoint may run.
+        whole: load a checkpoint as a whole.
+
+    Raises:
+        RecipeError: device or dtype are given for a model that is in memory already.
+    """
+    device = resolve_device(parallel.own_device(recipe.device))
+    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    if isinstance(model, PreTrainedModel):
+        if recipe.device != "auto" or dtype is not None:
+            raise RecipeError("a model given as an object is pruned where and as it is: leave device and dtype 'auto'")
+        chain, loaded = open_chain(model, device=device), model
+    else:
+        assert directory is not None
+        chain, loaded = open_chain(directory, device=device, dtype=dtype, trust_remote_code=trust), None
+        if whole:
+            loaded = _load_whole(directory, chain.dtype, device, trust)
+            chain = open_chain(loaded, device=device)
+    chain.products_in_bf16 = recipe.products == "bfloat16"
+    return chain, loaded
+
+
+def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> dict[str, Pattern]:
+    """The pattern of every linear that will be pruned, by name.
+
+    Args:
+        chain: the model.
+        recipe: says which linears.
+        allocation: how many zeros each linear gets; None for the recipe's pattern in every linear.
+
+    Raises:
+        RecipeError: the pattern does not fit a weight, or nothing is left to prune.
+        ModelError: a large part of a block is not in linears, and the recipe does not exclude it.
+    """
+    pattern = recipe.weight_pattern()
+    patterns: dict[str, Pattern] = {}
+    for linear in sizes_of(chain, recipe):
+        zeros = allocation.zeros[linear.name] if allocation is not None else None
+        patterns[linear.name] = pattern if zeros is None else pattern_of(zeros, linear.weights)
+        patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
+    if not patterns:
+        raise RecipeError(f"exclude {recipe.exclude} leaves nothing to prune; name fewer linears")
+    if recipe.sparsity:  # at 0 nothing was to be pruned
+        refuse_silent_dense(chain, recipe.exclude)
+    return patterns
+
+
+def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
+    """The linears to prune, in the order of the chain."""
+    return [
+        LinearSize(linear.name, index, (linear.out_features, linear.in_features))
+        for index in range(len(chain))
+        for linear in chain.linears(index)
+        if not is_excluded(linear.weight_name, recipe.exclude)
+    ]
+
+
+def disk_bytes(chain: Chain, choice: Choice) -> int:
+    """Room on the disk for the checkpoint; where a sweep follows, the walk's blocks stay beside it until the end."""
+    return checkpoint_bytes(chain) * (2 if choice.needs.passes else 1)
+
+
+def default_seq_len(chain: Chain) -> int:
+    """2048 tokens, or what the model can take if less."""
+    limit = getattr(chain.config.get_text_config(), "max_position_embeddings", None)
+    return min(DEFAULT_SEQ_LEN, limit) if isinstance(limit, int) and limit > 0 else DEFAULT_SEQ_LEN
+
+
+def already_pruned(chain: Chain) -> str | None:
+    """A warning where a fifth of the weights of block 0 are zero: a dense weight has hardly any zeros."""
+    zeros = weights = 0
+    with chain.block(0) as block:
+        for _, module in iterate_linears(block, chain.block_names[0]):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            zeros, weights = zeros + count_zeros(weight), weights + weight.numel()
+    if zeros < 0.2 * weights:
+        return None
+    return f"the model is already pruned: {zeros / weights:.1%} of the weights of block 1 are zero; pruning it further"
+
+
+def _directory(request: Request) -> Path | None:
+    """Of the checkpoint, which may have to be fetched or converted first; None for a model given as an object."""
+    if isinstance(request.model, PreTrainedModel):
+        return None
+    directory = parallel.main_first(lambda: checkpoint_directory(str(request.model)))
+    _destination(request, sources=[directory])
+    if request.out is None and is_packed(read_config(directory)):
+        raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
+    return directory
+
+
+def _destination(request: Request, *, sources: Sequence[Path] = (), need_bytes: int = 0) -> Path | None:
+    """Where the checkpoint will stand, as the first process sees it; refused before the work if it cannot."""
+    if request.out is None:
+        return None
+    check = partial(check_destination, request.out, overwrite=request.overwrite, restart=request.restart)
+    return Path(parallel.from_main(partial(check, sources=sources, need_bytes=need_bytes)))
+
+
+def _loaded_from(model: object) -> list[Path]:
+    """The directory that a model in memory was loaded from, which must not be replaced under it."""
+    name = getattr(model, "name_or_path", "")
+    return [Path(name)] if name and Path(name).is_dir() else []
+
+
+def _windows(
+    request: Request,
+    chain: Chain,
+    directory: Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    progress: ProgressCallback,
+) -> Tensor:
+    if isinstance(request.calibration, Tensor):
+        return check_vocabulary(windows_of_ids(request.calibration, chain.config), chain.config)
+    recipe = request.recipe
+    seq_len = recipe.seq_len or default_seq_len(chain)
+    check_seq_len(chain.config, seq_len)
+    if tokenizer is None:
+        raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
+    with _model_that_writes(chain, recipe, directory) as dense:
+        windows = calibration_windows(
+            request.calibration or recipe.calibration,
+            tokenizer,
+            recipe.samples,
+            seq_len,
+            recipe.seed,
+            model=dense,
+            progress=lambda done, total: progress(Progress("calibration", done, total, "the model writes its text")),
+        )
+    return check_vocabulary(windows, chain.config, tokenizer)
+
+
+@contextlib.contextmanager
+def _model_that_writes(chain: Chain, recipe: Recipe, directory: Path | None) -> Iterator[PreTrainedModel | None]:
+    """The whole dense model, only where the calibration text is the model's own."""
+    if recipe.calibration != "self":
+        yield None
+    elif directory is None:
+        yield chain.model
+    else:
+        yield _load_whole(directory, chain.dtype, chain.device, trust=False)
+
+
+def _load_whole(directory: Path, dtype: torch.dtype, device: torch.device, trust: bool) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust, use_safetensors=True)
+    assert isinstance(model, PreTrainedModel)
+    torch.nn.Module.to(model, device)
+    return model

@@ -1,0 +1,131 @@
+"""What a run reports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sparsellm import __version__
+from sparsellm.counts import DenseMatrix, Totals, totals
+from sparsellm.methods import LinearResult
+from sparsellm.recipe import Recipe
+from sparsellm.run.memory import MemoryPlan
+from sparsellm.sweep.whole_model import Pass
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that shape a result."""
+    packages = ("transformers", "safetensors", "numpy")
+    return {
+        "sparsellm": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # with its build, which the package's metadata may leave out
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def command_line() -> str:
+    """The command that runs now, as a shell takes it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+@dataclass
+class PruneResult:
+    """What a pruning run did.
+
+    Attributes:
+        path: the finished checkpoint, or None if the model was pruned in memory only.
+        model: the pruned model if it is in memory, else None.
+        recipe: all settings, as used.
+        linears: one record for each pruned linear.
+        dense: matrices of the blocks that were not pruned: name, shape, zeros, and the reason.
+        seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
+        peak_rss: the most memory that one process has held, in this run or an earlier start of it, in bytes.
+        calibration_tokens: tokens the statistics come from.
+        versions: of Python and the libraries that shape the result.
+        warnings: what the user should know.
+        command: the command line that ran.
+        memory: the prediction that was made before the start, of the first process.
+        resumed: blocks that an earlier process had finished.
+        sweeps: of the whole model at the end, if the method asks for them: divergence from the dense model after each.
+        allocation: how per-layer sparsities were chosen, where they are not uniform: ``name``, and the allocation's own
+            report.
+        processes: that ran together.
+    """
+
+    path: Path | None
+    model: PreTrainedModel | None
+    recipe: Recipe
+    linears: list[LinearResult]
+    seconds: dict[str, float]
+    peak_rss: int
+    calibration_tokens: int
+    versions: dict[str, str] = field(default_factory=versions)
+    warnings: list[str] = field(default_factory=list)
+    command: str = field(default_factory=command_line)
+    memory: MemoryPlan | None = None
+    resumed: int = 0
+    sweeps: list[Pass] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    dense: list[DenseMatrix] = field(default_factory=list)
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in all pruned linears."""
+        return sum(linear.zeros for linear in self.linears)
+
+    @property
+    def weights(self) -> int:
+        """Weights in all pruned linears."""
+        return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
+
+    @property
+    def matrices(self) -> Totals:
+        """Zeros and weights over every matrix of the blocks, pruned or not."""
+        return totals(self.linears, self.dense)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over every matrix of the blocks, pruned or not."""
+        return self.matrices.sparsity
+
+    @property
+    def sparsity_pruned(self) -> float:
+        """Fraction of zeros over the pruned linears alone, which the recipe's ``sparsity`` asks for."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; what ``--json`` prints and ``pruning.json`` holds."""
+        return {
+            "format": 1,
+            "path": str(self.path) if self.path else None,
+            "sparsity_asked": self.recipe.sparsity,
+            "sparsity_reached": self.sparsity,
+            "sparsity_pruned": self.sparsity_pruned,
+            "zeros": self.zeros,
+            "weights": self.weights,
+            "matrices": asdict(self.matrices),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "peak_rss_bytes": self.peak_rss,
+            "memory": self.memory.to_dict() if self.memory else None,
+            "calibration_tokens": self.calibration_tokens,
+            "processes": self.processes,
+            "seed": self.recipe.seed,
+            "recipe": self.recipe.model_dump(),
+            "versions": self.versions,
+            "command": self.command,
+            "warnings": self.warnings,
+            "allocation": self.allocation,
+            "sweeps": [asdict(record) for record in self.sweeps],
+            "linears": [linear.to_dict() for linear in self.linears],
+            "dense": [matrix.to_dict() for matrix in self.dense],
+        }

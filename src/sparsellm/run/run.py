@@ -1,0 +1,290 @@
+"""A pruning run, told in order: open, plan, survey, walk, sweep, save."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from sparsellm import heap, parallel, plugins
+from sparsellm.allocation import Allocation, Survey
+from sparsellm.chain.streams import Feed, Stream, windows_of
+from sparsellm.counts import left_dense, shortfall, unreached
+from sparsellm.methods import LinearResult
+from sparsellm.patterns import Pattern
+from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
+from sparsellm.run import prepare as before
+from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
+from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identity, Journal, other_conditions
+from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sweep_bytes
+from sparsellm.run.result import PruneResult
+from sparsellm.run.walk import walk
+from sparsellm.storage.destination import partial_of
+from sparsellm.storage.scratch import Scratch
+from sparsellm.storage.writer import count_zeros
+from sparsellm.sweep.gradients import TOKENS
+from sparsellm.sweep.saliency import LossGradients, loss_gradients
+from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
+
+
+class Run:
+    """One run over one model. :meth:`execute` is the whole of it.
+
+    Args:
+        request: the arguments of :func:`sparsellm.prune`.
+        progress: is told how far the run is.
+    """
+
+    def __init__(self, request: before.Request, progress: ProgressCallback = ignore) -> None:
+        self.request = request
+        self.progress = progress if parallel.is_main() else ignore
+        self.clock = PhaseClock()
+        self.warnings: list[str] = plugins.load_installed()
+        self.costs: dict[str, Tensor] = {}
+        self.allocation: Allocation | None = None
+        self.finished: list[BlockRecord] = []
+        self.linears: list[LinearResult] = []
+        self.sweeps: list[Pass] = []
+        self.dense: Stream | None = None  # behind the last block, where the method asks for the dense model's stream
+        self.peak_before = 0  # the most memory that an earlier start of this run has held
+
+    def execute(self) -> PruneResult:
+        """Prunes the model and, where the request names a directory, writes it there.
+
+        Raises:
+            SparseLLMError: of the kind that names the trouble.
+        """
+        self.open()
+        self.plan()
+        with self.journal:
+            self.resume()
+            self.survey()
+            self.walk()
+            self.sweep()
+            return self.save()
+
+    def open(self) -> None:
+        """Opens the model and reads the calibration text; refuses what cannot work."""
+        prepared = before.prepare(self.request, self.clock, self.progress)
+        self.recipe, self.choice, self.chain = prepared.recipe, prepared.choice, prepared.chain
+        self.windows, self.own_windows = prepared.windows, prepared.own_windows
+        self.prepared = prepared
+        self.warnings += prepared.warnings
+        self.out, request = prepared.out, self.request
+        self.journal = Journal(self.out, len(self.chain), restart=request.restart, overwrite=request.overwrite)
+
+    def plan(self) -> None:
+        """Predicts the memory, divides it, and checks every weight of the model."""
+        demand = self._demand()
+        sharers = parallel.on_this_machine()
+        plan = partial(plan_memory, self.chain, demand, self.recipe.memory, sharers=sharers)
+        self.memory = parallel.together(plan)
+        self.progress(Progress(NOTE, 1, 1, str(self.memory)))
+        self.read_ahead = demand.read_ahead
+        with self.clock.phase("check"):
+            self.progress(Progress("check", 0, 1, "checking the weights"))
+            self.digests = parallel.from_main(partial(weight_digests, self.chain, self.progress))
+            self.chain.expect(self.digests)  # what is read later is compared with them
+            unused = self.chain.unused()
+            if unused is not None:
+                self.warnings.append(unused)
+            already = before.already_pruned(self.chain)
+            if already is not None:
+                self.warnings.append(already)
+                self.progress(Progress("check", 1, 1, already))
+        self.identity = parallel.from_main(self._identity)
+
+    def resume(self) -> None:
+        """Opens the output, and finds the blocks that an earlier start of this run has finished."""
+        on_disk = int(parallel.total(self.memory.hidden_on_disk))
+        self.disk = before.disk_bytes(self.chain, self.choice) + on_disk
+        self.journal.open(self.identity, self.disk)
+        self.finished = self.journal.finished(self.progress)
+        for record in self.finished:
+            self.clock.add(record.seconds)
+        self.peak_before = max((record.peak_rss for record in self.finished), default=0)
+        self.warnings += other_conditions(self.finished)
+        self.journal.write_outer(self.chain.outer_tensors)
+        folder = partial_of(self.out) if self.out is not None else None
+        self.scratch = Scratch(self.memory.hidden_in_memory, folder)
+        self.feed = Feed(self.chain, self.own_windows, self.recipe.batch_tokens, self.scratch, self.progress)
+
+    def survey(self) -> None:
+        """Looks at the dense model: gradients of its loss, if the method or the allocation needs them, and then the
+        per-layer sparsities. The first process does it alone, and all get what it found."""
+        self.allocation, self.costs = parallel.main_alone(self._survey)
+        self.patterns: dict[str, Pattern] = before.plan(self.chain, self.recipe, self.allocation)
+        self.clock.lap()
+
+    def walk(self) -> None:
+        """Prunes and writes block after block, each on what the pruned blocks before it produce."""
+        walk(self)
+
+    def sweep(self) -> None:
+        """Fits all kept weights of the pruned model to the dense model's predictions, where the method asks for it."""
+        needs = self.choice.needs
+        if not needs.passes:
+            return
+        assert self.dense is not None
+        saved = self.journal.saved_passes(saved_sweep_bytes(self.chain), self.disk, self.progress)
+        self.journal.open_sweep(checkpoint_bytes(self.chain))
+        if saved is not None:
+            spent, peak = saved.spent
+            self.clock.add({"sweep": spent})
+            self.peak_before = max(self.peak_before, peak)
+            began = time.perf_counter() - spent
+            saved.seconds = lambda: time.perf_counter() - began
+        zeros: dict[str, int] = {}
+
+        def write(index: int) -> None:
+            zeros.update({linear.name: count_zeros(linear.parameter) for linear in self.chain.linears(index)})
+            self.journal.write_swept(index, self.chain.block_tensors(index))
+
+        blocks = [self.journal.block(index) for index in range(len(self.chain))]
+        with self.clock.phase("sweep"):
+            self.sweeps = sweep(
+                SweepTask(
+                    self.feed,
+                    self.dense.hidden,
+                    needs.passes,
+                    self.recipe.seed,
+                    write,
+                    learning_rate=needs.learning_rate,
+                    blocks=[block for block in blocks if block is not None] or None,
+                    saved=saved,
+                )
+            )
+        self.dense.close()
+        self.linears = [replace(each, zeros=zeros[each.name]) for each in self.linears]
+        self.journal.write_outer(self.chain.outer_tensors)
+
+    def save(self) -> PruneResult:
+        """Writes what stands beside the weights, and gives the checkpoint its name."""
+        with self.clock.phase("count"):
+            written = self.journal.written
+            dense = parallel.from_main(partial(left_dense, self.chain, self.recipe.exclude, self.linears, written))
+        self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
+        peak = max(heap.peak_rss(), self.peak_before)
+        result = PruneResult(
+            self.out,
+            self.prepared.in_memory,
+            self.recipe,
+            self.linears,
+            self.clock.seconds,
+            max(parallel.gather(peak)),
+            self.windows.numel(),
+            warnings=self.warnings,
+            memory=self.memory,
+            resumed=len(self.finished),
+            sweeps=self.sweeps,
+            allocation={"name": self.choice.allocator.name, **self.allocation.report} if self.allocation else {},
+            processes=parallel.size(),
+            dense=dense,
+        )
+        parallel.barrier()  # from here on nobody reads the walk's blocks, which are removed now
+        parallel.from_main(lambda: self._finish(result))  # no process goes on before the checkpoint has its name
+        return result
+
+    # ------------------------------------------------------------------ parts of the steps above
+
+    @property
+    def _allocates(self) -> bool:
+        return self.choice.allocator.name != "uniform" and self.recipe.sparsity != 0
+
+    def _demand(self) -> Demand:
+        """What this process will hold: the first one also surveys the dense model."""
+        choice, chain, seq_len = self.choice, self.chain, self.windows.shape[1]
+        surveyed = gradient_tokens = 0
+        if parallel.is_main():
+            if self._allocates and not self.journal.knows(ALLOCATION):
+                tokens = choice.allocation_needs.surveyed_tokens
+                most = len(self.windows)
+                surveyed = most if tokens is None else min(most, windows_of(tokens, seq_len))
+                if choice.allocation_needs.gradient_tokens:
+                    gradient_tokens = self._gradient_feed().windows.numel()
+            if choice.needs.output_costs and not self.journal.knows(OUTPUT_COSTS):
+                gradient_tokens = self._gradient_feed().windows.numel()
+        read_ahead = chain.device.type == "cuda" if self.recipe.read_ahead is None else self.recipe.read_ahead
+        return Demand(
+            samples=max(surveyed, len(self.own_windows), gradient_tokens // seq_len),
+            seq_len=seq_len,
+            batch_tokens=self.recipe.batch_tokens,
+            workspace=choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace),
+            gradient_tokens=gradient_tokens,
+            swept=bool(choice.needs.passes),
+            read_ahead=read_ahead and chain.weights is not None,
+        )
+
+    def _gradient_feed(self) -> Feed:
+        """The first calibration windows of the whole run, of which gradients are taken."""
+        whole = Feed(self.chain, self.windows, self.recipe.batch_tokens, progress=self.progress)
+        return whole.first(self.choice.allocation_needs.gradient_tokens or TOKENS)
+
+    def _identity(self) -> Identity:
+        choice = self.choice
+        recipe = {
+            **self.recipe.model_dump(exclude={"memory", "read_ahead"}),
+            "options": choice.options,
+            "allocation": choice.allocator.name,
+            "allocation_options": choice.allocation_options,
+        }
+        names = (choice.method.name, choice.allocator.name)
+        used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
+        computing = f"{self.chain.dtype} on {self.chain.device.type}"
+        return Identity(
+            recipe, model_fingerprint(self.chain, self.digests), tokens_fingerprint(self.windows), computing, used
+        )
+
+    def _survey(self) -> tuple[Allocation | None, dict[str, Tensor]]:
+        """The allocation, if there is one, and the costs of outputs, if the method asks for them. A run that goes on
+        takes those of its first start."""
+        choice, sizes = self.choice, before.sizes_of(self.chain, self.recipe)
+        allocation = self.journal.allocation() if self._allocates else None
+        costs: dict[str, Tensor] | None = {}
+        if choice.needs.output_costs and len(self.finished) < len(self.chain):
+            costs = self.journal.output_costs()
+        allocates = self._allocates and allocation is None
+        saliency = allocates and choice.allocation_needs.gradient_tokens > 0
+        gradients: LossGradients | None = None
+        if saliency or costs is None:
+            with self.clock.phase("gradients"):
+                feed = replace(self._gradient_feed(), scratch=self.scratch)
+                gradients = loss_gradients(feed, {size.name for size in sizes}, saliency=saliency)
+            if choice.needs.output_costs:
+                costs = gradients.output_squares
+                self.journal.keep_output_costs(costs)  # before the allocation: where that is kept, these are
+        if allocates:
+            with self.clock.phase("allocation"):
+                survey = Survey(replace(self.feed, windows=self.windows), sizes, self.recipe.sparsity, gradients)
+                allocation = choice.allocator.function(survey, **choice.allocation_options)
+                self.journal.keep_allocation(allocation)
+        return allocation, costs or {}
+
+    def _finish(self, result: PruneResult) -> None:
+        writer = self.journal.writer
+        if writer is None:
+            return
+        directory = self.prepared.directory
+        if directory is not None:
+            links = writer.copy_companions(directory)
+            result.warnings += [
+                f"{name} of the model was not copied: it is a link out of {directory}" for name in links
+            ]
+        else:
+            self._save_beside(writer.partial)
+            writer.clean_config()
+        writer.write_text("recipe.yaml", self.recipe.to_yaml())
+        writer.write_json("pruning.json", result.to_dict())
+        writer.finish()
+
+    def _save_beside(self, folder: Path) -> None:
+        """Config, generation config and tokenizer of a model that was given as an object."""
+        self.chain.config.save_pretrained(folder)
+        generation = getattr(self.chain.model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+        if self.prepared.tokenizer is not None:
+            self.prepared.tokenizer.save_pretrained(folder)

@@ -1,0 +1,122 @@
+"""The walk over the chain: read a block, prune it, run it, write it. No method and no model family is named here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsellm import heap
+from sparsellm.chain import Stream
+from sparsellm.methods import BlockTask, LinearResult
+from sparsellm.methods.base import DensePair
+from sparsellm.progress import Progress
+from sparsellm.run.journal import BlockRecord, conditions
+from sparsellm.storage.reader import CheckpointReader
+
+if TYPE_CHECKING:
+    from sparsellm.run.run import Run
+
+
+def walk(run: Run) -> None:
+    """Prunes the chain block by block; each is solved on what the pruned blocks before it produce.
+
+    Args:
+        run: whose ``finished`` blocks are only run. Afterwards it has ``linears``, the results of all, and ``dense``,
+            the dense model's stream behind the last block where the method asks for one.
+    """
+    blocks = len(run.chain)
+    run.linears = [result for record in run.finished for result in record.linears]
+    if len(run.finished) == blocks and not run.choice.needs.dense_stream:
+        return
+    with run.clock.phase("embed"):
+        stream = run.feed.stream()
+        dense = stream.fork() if run.choice.needs.dense_stream else None
+    for index in range(blocks):
+        if index < len(run.finished):
+            run.progress(Progress("prune", index, blocks, f"block {index + 1}/{blocks} is finished; forward"))
+            with run.clock.phase("replay"):
+                if dense is not None:
+                    replay(dense, index, None)
+                replay(stream, index, run.journal.block(index))
+        else:
+            run.linears += _prune_block(run, index, stream, dense)
+    stream.close()
+    run.dense = dense
+
+
+def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> list[LinearResult]:
+    """Reads one block, prunes it, runs the streams through it, and writes it."""
+    chain, clock, blocks, name = run.chain, run.clock, len(run.chain), run.recipe.method
+    title = f"block {index + 1}/{blocks} {name}"
+    detail = ""
+
+    def report(step: str) -> None:
+        run.progress(Progress("prune", index, blocks, f"{title} {step}{detail}"))
+
+    torch.manual_seed(block_seed(run.recipe.seed, index))
+    with contextlib.ExitStack() as held:
+        report("reading")
+        with clock.phase("read"):
+            held.enter_context(chain.block(index))
+            if run.read_ahead:
+                chain.read_ahead(index + 1)
+        with clock.phase("prune"):
+            linears = [linear for linear in chain.linears(index) if linear.name in run.patterns]
+            task = BlockTask(index, linears, run.patterns, stream, report, clock, output_costs=run.costs)
+            if dense is not None:
+                report("dense forward")
+                task.dense = _run_dense(run, dense, index)
+            if linears:
+                run.choice.method.function(task, **run.choice.options)
+            if dense is not None and task.dense is not None:
+                dense.close()
+                dense.hidden = task.dense.leaving
+            chain.settle_block(index)
+            results = task.finish()
+        detail = _mean_error(results)
+        if index + 1 < blocks:  # nobody reads what leaves the last block
+            report("forward")
+            with clock.phase("forward"):
+                stream.advance(index)
+        if run.journal.writes:
+            report("writing")
+            with clock.phase("write"):
+                record = BlockRecord(results, conditions(), clock.lap(), heap.peak_rss())
+                run.journal.write_block(index, chain.block_tensors(index), record)
+    run.progress(Progress("prune", index + 1, blocks, f"{title}{detail}"))
+    return results
+
+
+def _run_dense(run: Run, dense: Stream, index: int) -> DensePair:
+    """The dense model's hidden states around the block, which is still dense."""
+    leaving = dense.store()
+    with run.clock.phase("prune/dense"):
+        for batch in dense.run(index):
+            leaving.append(batch)
+    return DensePair(dense.hidden, leaving)
+
+
+def _mean_error(results: Sequence[LinearResult]) -> str:
+    """For the progress: of the block that was pruned last."""
+    errors = [result.error for result in results]
+    return f" · error {sum(errors) / len(errors):.3f}" if errors else ""
+
+
+def replay(stream: Stream, index: int, weights: CheckpointReader | None) -> None:
+    """Runs a stream through a block that was pruned before.
+
+    Args:
+        stream: what enters the block; afterwards, what leaves it.
+        index: which block.
+        weights: where the pruned block stands; None for the dense one.
+    """
+    with stream.chain.block(index, weights):
+        stream.advance(index)
+
+
+def block_seed(seed: int, index: int) -> int:
+    """A seed for each block that depends on nothing that happened before it."""
+    return (seed * 1_000_003 + index) % (1 << 63)

@@ -1,0 +1,283 @@
+"""Packs and unpacks whole checkpoints; ``docs/format.md`` describes the format."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from sparsellm.arguments import CHECKPOINT, checked_arguments
+from sparsellm.chain import Chain, open_chain
+from sparsellm.chain.open import checkpoint_directory
+from sparsellm.errors import RecipeError, SparseLLMError, StorageError
+from sparsellm.packed.checkpoint import (
+    MANIFEST,
+    PackedEntry,
+    PackedReader,
+    is_packed,
+    manifest,
+    quantization_config,
+    read_config,
+)
+from sparsellm.packed.codes import resolve_value_type
+from sparsellm.packed.layout import pack as pack_weight
+from sparsellm.packed.validation import PACK_AGAIN
+from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.storage.destination import check_destination
+from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.storage.resume import PACK, UNPACK
+from sparsellm.storage.shard import TensorSource
+from sparsellm.storage.writer import CheckpointWriter, belongs_to
+
+_REPORTS = ("pruning.json", "recipe.yaml")  # reports of the pruning, which hold for the packed model too
+
+
+@dataclass
+class PackResult:
+    """The result of packing or unpacking.
+
+    Attributes:
+        path: the finished checkpoint.
+        linears: the packed form of each linear of the blocks; None for one that stays dense because that is smaller.
+        dense_bytes: size of these weights, dense, in the dtypes of the checkpoint.
+        packed_bytes: size of these weights in the new checkpoint.
+        weights: number of these weights.
+        checkpoint_bytes: size of all weight files of the new checkpoint.
+    """
+
+    path: Path
+    linears: dict[str, PackedEntry | None] = field(default_factory=dict)
+    dense_bytes: int = 0
+    packed_bytes: int = 0
+    weights: int = 0
+    checkpoint_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes as plain JSON values, as ``--json`` prints them."""
+        return {
+            "path": str(self.path),
+            "weights": self.weights,
+            "dense_bytes": self.dense_bytes,
+            "packed_bytes": self.packed_bytes,
+            "bits_per_weight": 8 * self.packed_bytes / self.weights,
+            "of_bf16": self.packed_bytes / (2 * self.weights),
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "linears": {name: entry.to_dict() if entry else "dense" for name, entry in self.linears.items()},
+        }
+
+
+@checked_arguments(model=CHECKPOINT)
+def pack(
+    model: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    values: str = "keep",
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: ProgressCallback = ignore,
+) -> PackResult:
+    """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
+
+    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); ``int8`` and ``int4``
+    quantise the kept values. Embedding, norms, head and biases are copied. If it fails, nothing is left behind.
+
+    Args:
+        model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
+        out: the directory of the packed checkpoint.
+        values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``, ``int4``.
+        overwrite: replace the checkpoint in ``out``.
+        restart: remove what an unfinished run of another kind left for ``out``; one of packing begins anew anyway.
+        progress: is told how far the run is.
+
+    Raises:
+        RecipeError: the value type is unknown, or the checkpoint is packed already.
+        ModelError, StorageError: the checkpoint cannot be read, or ``out`` cannot be written.
+        NumericalError: a weight does not fit into the value type.
+    """
+    resolve_value_type(values, torch.float32)
+    check_destination(out, overwrite=overwrite, restart=restart, kind=PACK)
+    directory = checkpoint_directory(str(model))
+    out = check_destination(out, sources=[directory], overwrite=overwrite, restart=restart, kind=PACK)
+    if is_packed(read_config(directory)):
+        raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
+    chain = open_chain(directory, device=torch.device("cpu"))
+    assert chain.weights is not None
+    # Whatever the values become, no linear takes more room than it does dense.
+    size = chain.weights.reader.bytes
+    with CheckpointWriter(
+        out, shards=len(chain) + 1, identity={}, kind=PACK, restart=restart, overwrite=overwrite, need_bytes=size
+    ) as writer:
+        return _finish(writer, lambda: _write_packed(writer, chain, directory, values, progress))
+
+
+@checked_arguments()
+def unpack(
+    directory: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: ProgressCallback = ignore,
+) -> PackResult:
+    """Writes the dense checkpoint of a packed one; floating values are exact. If it fails, nothing is left behind.
+
+    Args:
+        directory: of the packed checkpoint.
+        out, overwrite, restart, progress: as of :func:`pack`.
+
+    Raises:
+        ModelError: the weights are not those of the model that ``config.json`` describes.
+        StorageError: the checkpoint is damaged, or ``out`` cannot be written.
+        RecipeError: the checkpoint is not packed.
+    """
+    check_destination(out, overwrite=overwrite, restart=restart, kind=UNPACK)
+    source = checkpoint_directory(str(directory))
+    out = check_destination(out, sources=[source], overwrite=overwrite, restart=restart, kind=UNPACK)
+    if not is_packed(read_config(source)):
+        raise RecipeError(f"{source} is not packed; there is nothing to unpack")
+    reader = _checked_reader(source)
+    shards: dict[str, list[str]] = {}
+    for name in reader:
+        shards.setdefault(reader.file_of(name).name, []).append(name)
+    with CheckpointWriter(
+        out,
+        shards=len(shards),
+        identity={},
+        kind=UNPACK,
+        restart=restart,
+        overwrite=overwrite,
+        need_bytes=reader.bytes,
+    ) as writer:
+        return _finish(writer, lambda: _write_dense(writer, reader, list(shards.values()), progress))
+
+
+def _write_packed(
+    writer: CheckpointWriter, chain: Chain, source: Path, values: str, progress: ProgressCallback
+) -> PackResult:
+    """All files of the packed checkpoint."""
+    writer.write_shard(len(chain), chain.outer_tensors())
+    result = PackResult(writer.out)
+    for index in range(len(chain)):
+        progress(Progress("pack", index, len(chain), chain.block_names[index]))
+        writer.write_shard(index, _sources(_packed_block(chain, index, values, result)))
+    progress(Progress("pack", len(chain), len(chain)))
+    _write_companions(writer, source)
+    entries = {name: entry for name, entry in result.linears.items() if entry is not None}
+    if entries:
+        config = {**read_config(writer.partial), "quantization_config": quantization_config(entries)}
+        writer.write_json("config.json", config)
+        writer.write_json(MANIFEST, manifest(writer.partial))
+    return result
+
+
+def _write_dense(
+    writer: CheckpointWriter, reader: PackedReader, shards: list[list[str]], progress: ProgressCallback
+) -> PackResult:
+    """All files of the unpacked checkpoint, the weights divided into ``shards`` by name."""
+    for index, names in enumerate(shards):
+        progress(Progress("unpack", index, len(shards)))
+        writer.write_shard(index, _sources(reader.read(names)))
+    progress(Progress("unpack", len(shards), len(shards)))
+    _write_companions(writer, reader.directory)
+    result = PackResult(writer.out, dict.fromkeys(reader.entries))
+    for entry in reader.entries.values():
+        count = math.prod(entry.shape)
+        result.weights += count
+        result.dense_bytes += count * entry.dtype.itemsize
+    result.packed_bytes = result.dense_bytes
+    return result
+
+
+def _checked_reader(source: Path) -> PackedReader:
+    """A reader of a packed checkpoint whose weights fit the model that its ``config.json`` describes.
+
+    Raises:
+        ModelError: a weight is missing, or has another shape than in the model.
+        StorageError: the files are damaged, or a weight is described as transposed and is not so in the model, or the
+            other way round. In a square weight no shape shows that.
+    """
+    chain = open_chain(source, device=torch.device("cpu"))
+    assert chain.weights is not None
+    reader = chain.weights.reader
+    assert isinstance(reader, PackedReader)
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            name = chain.weights.key_of[linear.weight_name].removesuffix(".weight")
+            entry = reader.entries.get(name)
+            if entry is not None and entry.transposed != linear.transposed:
+                raise StorageError(
+                    f"config.json: quantization_config describes {name!r} with transposed = {entry.transposed}, which "
+                    f"the model's {type(linear.module).__name__} is not; {PACK_AGAIN}"
+                )
+    return reader
+
+
+def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
+    return {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
+
+
+def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> dict[str, Tensor]:
+    """The tensors of a block to be written; their sizes and entries are added to ``result``."""
+    assert chain.weights is not None
+    chain_linears = {chain.weights.key_of[linear.weight_name]: linear for linear in chain.linears(index)}
+    tensors = chain.stored_block(index)
+    for key, linear in chain_linears.items():
+        stored = tensors.pop(key)
+        weight = stored.t().contiguous() if linear.transposed else stored
+        name = key.removesuffix(".weight")
+        try:
+            packed = pack_weight(weight, values)
+        except SparseLLMError as error:
+            raise type(error)(f"{key}: {error}") from None
+        dense = stored.numel() * stored.element_size()
+        result.weights += stored.numel()
+        result.dense_bytes += dense
+        if packed is None:
+            tensors[key] = stored
+            result.linears[name] = None
+            result.packed_bytes += dense
+            continue
+        result.linears[name] = PackedEntry(
+            packed.shape, packed.layout, packed.value_type, stored.dtype, packed.pattern, linear.transposed
+        )
+        result.packed_bytes += packed.nbytes
+        tensors[key] = torch.zeros(1, dtype=stored.dtype)  # a shape that no loader takes for the weight
+        tensors.update({f"{key}_{field}": tensor for field, tensor in packed.tensors.items()})
+    return tensors
+
+
+def _finish(writer: CheckpointWriter, write: Callable[[], PackResult]) -> PackResult:
+    """Writes all files with ``write``, then renames the directory; if ``write`` fails, nothing is left of it."""
+    try:
+        result = write()
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            writer.discard()
+        raise
+    result.checkpoint_bytes = sum(file.stat().st_size for file in writer.partial.glob("*.safetensors"))
+    result.path = writer.finish()
+    return result
+
+
+def _write_companions(writer: CheckpointWriter, source: Path) -> None:
+    """Config, tokenizer and the reports of the pruning."""
+    writer.copy_companions(source)
+    for name in _REPORTS:
+        if (source / name).is_file() and belongs_to(source, source / name):
+            try:
+                content = (source / name).read_bytes()
+            except OSError as error:
+                raise StorageError(f"cannot read {source / name}: {error.strerror or error}") from None
+            replace_atomically(writer.partial / name, partial(_write, content))
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    write_all(file, content)

@@ -1,0 +1,299 @@
+"""A linear layer whose weight stays packed, and the product of activations with a packed weight.
+
+A batch of up to 16 tokens is multiplied by a kernel that reads packed weights, if the device has one. Such a batch is
+bound by memory, so fewer bytes make it faster. A larger batch is bound by arithmetic: the weight is unpacked tile by
+tile, all tokens use a tile while it is in the cache, and no dense weight is held. Without a compiled kernel every batch
+is multiplied by tiles; the results differ only by the order of summation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm.errors import SparseLLMError, StorageError
+from sparsellm.packed.codes import FLOAT_TYPES, type_of_values
+from sparsellm.packed.layout import PackedWeight, as_bitmask, unpack, unpack_rows
+from sparsellm.packed.validation import validate
+
+SMALL_BATCH = 16  # tokens; the most that the kernels on packed weights take
+TILE = 1 << 20  # weights of a tile: smaller tiles slow the product by more than the unpacking takes
+ROWS = 64  # the rows of a tile are a multiple of this, which suits blocked products
+
+PACKED_BUFFERS = ("weight_mask", "weight_values", "weight_offsets", "weight_scales")
+_SAME_SIZE = {2: torch.int16, 4: torch.int32}
+
+
+def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
+    """``x Wᵀ`` for ``x (tokens, in)``: ``(tokens, out)`` in the type of ``x``, summed in fp32.
+
+    Args:
+        packed: a weight in the layout ``bitmask`` that passed :func:`sparsellm.packed.validation.validate`.
+        x: fp32, bf16 or fp16, on the weight's device.
+    """
+    kernels = _kernels(x.device.type)
+    if kernels is not None and 0 < len(x) <= SMALL_BATCH and x.dtype in FLOAT_TYPES.values():
+        product = kernels.multiply(packed, x.contiguous())
+        assert isinstance(product, Tensor)
+        return product
+    return _multiply_tiled(packed, x, None if kernels is None else getattr(kernels, "unpack_rows", None))
+
+
+def kernel_name(device: str = "cpu") -> str:
+    """The instruction set of the kernel for small batches on this machine, or ``torch`` if there is no kernel."""
+    kernels = _kernels(device)
+    return "torch" if kernels is None else str(kernels.available())
+
+
+@cache
+def _kernels(device: str) -> ModuleType | None:
+    """The compiled kernels for a kind of device, if they were built and this machine can run them."""
+    name = {"cpu": "native", "cuda": "triton_kernels"}.get(device)
+    if name is None:
+        return None
+    try:
+        module = importlib.import_module(f"sparsellm.runtime.{name}")
+    except ImportError:  # built without a compiler, or no Triton for this platform
+        return None
+    return module if module.available() else None
+
+
+def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., Any] | None) -> Tensor:
+    out, columns = packed.shape
+    rows = max(1, min(out, TILE // columns))
+    if rows > ROWS:
+        rows -= rows % ROWS
+    y = x.new_empty(len(x), out)
+    buffer = x.new_empty(rows, columns) if unpack_tile is not None else None
+    for first in range(0, out, rows):
+        last = min(first + rows, out)
+        if unpack_tile is not None:
+            assert buffer is not None
+            tile = buffer[: last - first]
+            unpack_tile(packed, first, last, tile)
+        else:
+            tile = unpack_rows(packed, first, last, x.dtype)
+        y[:, first:last] = nn.functional.linear(x, tile)
+    return y
+
+
+def _assemble(
+    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str
+) -> PackedWeight:
+    shape = (offsets.shape[0] - 1, x.shape[-1])
+    return PackedWeight(shape, "bitmask", mask, values, offsets, scales, value_type)
+
+
+@torch.library.custom_op("sparsellm::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str
+) -> Tensor:
+    """:func:`multiply` as an operator that torch.compile and autograd know; ``x (tokens, in)``."""
+    return multiply(_assemble(x, mask, values, offsets, scales, value_type), x)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str) -> Tensor:
+    return x.new_empty(x.shape[0], offsets.shape[0] - 1)
+
+
+@torch.library.custom_op("sparsellm::packed_linear_backward", mutates_args=())
+def packed_linear_backward(
+    grad: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, columns: int
+) -> Tensor:
+    """Gradient of the input, ``grad W`` for ``grad (tokens, out)``; an operator, since unpacking cannot be traced."""
+    shape = (len(offsets) - 1, columns)
+    return grad @ unpack(PackedWeight(shape, "bitmask", mask, values, offsets, scales, value_type), grad.dtype)
+
+
+@packed_linear_backward.register_fake
+def _(
+    grad: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, columns: int
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.parts = inputs
+    ctx.columns = x.shape[-1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Only the input has a gradient: a packed weight is not trained."""
+    return packed_linear_backward(grad, *ctx.parts, ctx.columns), None, None, None, None, None
+
+
+packed_linear.register_autograd(_backward, setup_context=_remember)
+
+
+class PackedLinear(nn.Module):
+    """``y = x Wᵀ + b`` with a packed ``W (out, in)``; takes the place of ``nn.Linear``.
+
+    ``weight`` is a placeholder with one element: it carries the dtype and the device that other code asks a linear's
+    weight for, and its shape makes a loader that does not know the format stop with an error. The packed weight is in
+    the buffers ``weight_mask``, ``weight_values``, ``weight_offsets`` and ``weight_scales``. ``.to`` moves them, but
+    a change of dtype converts only the placeholder and the bias: values stay in the type they were packed in.
+
+    Args:
+        in_features, out_features: as of ``nn.Linear``.
+        bias: whether there is one.
+        dtype: of the placeholder and the bias.
+        device: of the placeholder and the bias.
+    """
+
+    weight: Tensor
+    weight_mask: Tensor | None
+    weight_values: Tensor | None
+    weight_offsets: Tensor | None
+    weight_scales: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.value_type = ""
+        self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
+        for name in PACKED_BUFFERS:
+            self.register_buffer(name, None)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_packed(
+        cls, packed: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> PackedLinear:
+        """A layer around a packed weight, on its device.
+
+        Raises:
+            StorageError: the packed weight is inconsistent.
+        """
+        module = cls(packed.shape[1], packed.shape[0], bias is not None, dtype=dtype, device=packed.mask.device)
+        module.set_packed(packed)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().to(module.weight), requires_grad=False)
+        return module
+
+    def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
+        """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask.
+
+        Raises:
+            StorageError: it is inconsistent, or has another shape than this layer.
+        """
+        if packed.shape != (self.out_features, self.in_features):
+            raise StorageError(
+                f"packed weight {name} has shape {packed.shape}, where the model has "
+                f"{(self.out_features, self.in_features)}; config.json and the weight files do not belong together"
+            )
+        validate(packed, name)
+        packed = as_bitmask(packed).to(self.weight.device)
+        for field in ("mask", "values", "offsets", "scales"):
+            setattr(self, f"weight_{field}", getattr(packed, field))
+        self.value_type = packed.value_type
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight, without a copy.
+
+        Raises:
+            SparseLLMError: none was loaded.
+        """
+        if self.weight_mask is None or self.weight_values is None or self.weight_offsets is None:
+            raise SparseLLMError("this PackedLinear has no weight yet; load it with sparsellm.load(DIR)")
+        return PackedWeight(
+            (self.out_features, self.in_features),
+            "bitmask",
+            self.weight_mask,
+            self.weight_values,
+            self.weight_offsets,
+            self.weight_scales,
+            self.value_type,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
+        flat = x.reshape(-1, self.in_features)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            y: Tensor = packed_linear(
+                flat, self.weight_mask, self.weight_values, self.weight_offsets, self.weight_scales, self.value_type
+            )
+        else:
+            y = multiply(self.packed, flat)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def to_linear(self) -> nn.Linear:
+        """The same layer with a dense weight, in the dtype of the placeholder."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(unpack(self.packed, self.weight.dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        kept = "no weight" if self.weight_values is None else f"{self.value_type}, {self.packed.nbytes / 1e6:.2f} MB"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        # Seen as whole numbers, values and scales move with .to(device) and pass unchanged through .to(dtype), .half().
+        kinds = {}
+        for name in ("weight_values", "weight_scales"):
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.is_floating_point():
+                kinds[name] = buffer.dtype
+                self._buffers[name] = buffer.view(_SAME_SIZE[buffer.dtype.itemsize])
+        super()._apply(fn, recurse)
+        for name, dtype in kinds.items():
+            buffer = self._buffers[name]
+            assert buffer is not None
+            self._buffers[name] = buffer.view(dtype)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        """Checks the loaded tensors, then resizes the buffers to them, since weights differ in their kept values."""
+        parts = {name: state_dict[prefix + name] for name in PACKED_BUFFERS if prefix + name in state_dict}
+        error_messages = rest[-1]
+        if {"weight_mask", "weight_values", "weight_offsets"} <= parts.keys():
+            try:
+                value_type = type_of_values(parts["weight_values"].dtype)
+                packed = PackedWeight(
+                    (self.out_features, self.in_features),
+                    "bitmask",
+                    parts["weight_mask"],
+                    parts["weight_values"],
+                    parts["weight_offsets"],
+                    parts.get("weight_scales"),
+                    value_type,
+                )
+                validate(packed, prefix.rstrip("."))
+            except StorageError as error:
+                error_messages.append(str(error))
+                return
+            for name in PACKED_BUFFERS:
+                part = parts.get(name)
+                self._buffers[name] = None if part is None else torch.empty_like(part, device=self.weight.device)
+            self.value_type = value_type
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Replaces every :class:`PackedLinear` of a model, in place, by an ``nn.Linear`` with the same weights."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, PackedLinear):
+                setattr(module, name, child.to_linear())
+    return model

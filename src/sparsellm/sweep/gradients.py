@@ -1,0 +1,219 @@
+"""The gradient of the dense model's loss at every linear, one block in memory at a time.
+
+The forward pass stores what enters each block. The loss of the next token is differentiated through the head. Then each
+block, from the last to the first, runs again from what entered it and passes the gradient on. Hidden states and
+gradients are in memory or in files, as the scratch has room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparsellm.chain import Chain, Feed, LinearView, Stream
+from sparsellm.chain.capture import watch
+from sparsellm.chain.products import bf16_products
+from sparsellm.errors import DataError, ModelError, NumericalError
+from sparsellm.progress import Progress as Event
+from sparsellm.storage.scratch import TensorStore
+from sparsellm.sweep.head import through_head
+from sparsellm.sweep.training import running_on
+
+TOKENS = 8192  # of the calibration, that gradients are taken of; the time is in proportion
+WITHOUT = "take allocation uniform and, in sparsellm, effort 0 and options.output_metric 0"
+
+
+class Visitor:
+    """Is shown the gradients as the sweep meets them; a subclass overrides what it wants to see.
+
+    Every gradient is that of the *sum* over all scored tokens of the negative log-likelihood, in nats, so it does not
+    depend on how many windows there are, and is what the empirical Fisher of a token is made of.
+
+    Attributes:
+        reads_inputs: whether it looks at what linears are given, which the model must then leave as it was.
+    """
+
+    reads_inputs = True
+
+    def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+        """A linear of block ``index`` was run on ``entering (..., in)``; ``gradient (..., out)`` is at its output."""
+
+    def boundary(self, index: int, hidden: Tensor, gradient: Tensor) -> None:
+        """Between blocks: what enters block ``index`` (the number of blocks: what leaves the last), both fp32
+        ``(batch, seq, hidden)``."""
+
+    def block(self, index: int, linears: list[LinearView]) -> None:
+        """All tokens went through block ``index``, which is still loaded, on fp32 weights that nobody may change."""
+
+
+@torch.no_grad()
+def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None = None) -> float:
+    """Shows a visitor the gradient of the next-token loss at the outputs of linears and between the blocks.
+
+    Blocks run in fp32, whatever dtype they are stored in. The model is left as it was to the bit, with no gradient in
+    any parameter. The scratch holds hidden states of ``blocks + 2`` times as many tokens as the windows have.
+
+    Args:
+        feed: the chain, of which nothing need be loaded, and the windows; the first token of each is not scored.
+        visitor: is shown everything, block by block from the last to the first.
+        names: of the linears to show; None for all.
+
+    Returns:
+        The mean loss of a scored token, in nats.
+
+    Raises:
+        DataError: windows of a single token, of which none is scored.
+        NumericalError: the loss is not finite.
+        ModelError: a block changes in place what a linear was given, so that its gradient cannot be paired with it; or
+            it has no gradient; or hidden states are not ``(windows, seq, width)``.
+    """
+    if feed.seq_len < 2:
+        raise DataError(f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more")
+    chain, blocks = feed.chain, len(feed.chain)
+    stream = feed.stream()
+    with contextlib.ExitStack() as held:
+        held.callback(stream.close)
+        stream.require_token_states()
+        entering: list[TensorStore] = []
+        for index in range(blocks):
+            feed.progress(Event("gradients", index, 2 * blocks, f"block {index + 1}/{blocks} forward"))
+            before = held.enter_context(stream.store())
+            with chain.block(index):
+                for position, leaving in enumerate(stream.run(index)):
+                    before.append(stream.hidden[position])
+                    stream.hidden[position] = leaving
+            entering.append(before)
+        gradients = held.enter_context(stream.store())
+        with chain.outer():
+            total = _through_the_end(feed, stream, gradients, visitor)
+        for index in reversed(range(blocks)):
+            done = 2 * blocks - 1 - index
+            feed.progress(Event("gradients", done, 2 * blocks, f"block {index + 1}/{blocks} backward"))
+            with chain.block(index):
+                _back_through(stream, index, entering[index], gradients, visitor, names)
+            entering[index].close()
+    feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
+    return total / (len(feed.windows) * (feed.seq_len - 1))
+
+
+def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, visitor: Visitor) -> float:
+    """The summed loss of all windows; puts its gradient in what left the last block into ``gradients``."""
+    chain, total, start = feed.chain, 0.0, 0
+    for hidden in stream.hidden:
+        ids = feed.windows[start : start + len(hidden)].to(chain.device)
+        start += len(hidden)
+        loss, gradient = _end(chain, hidden.float(), ids)
+        total += loss
+        gradients.append(gradient)
+        visitor.boundary(len(chain), hidden.float(), gradient)
+    if not math.isfinite(total):
+        raise NumericalError(f"the loss of the dense model is {total} in {chain.dtype}; try dtype float32")
+    return total
+
+
+def _back_through(
+    stream: Stream,
+    index: int,
+    entering: TensorStore,
+    gradients: TensorStore,
+    visitor: Visitor,
+    names: Collection[str] | None,
+) -> None:
+    """Runs the loaded block on what entered it, and turns ``gradients`` at its output into those at its input."""
+    chain = stream.chain
+    weights = {
+        name: nn.Parameter(parameter.detach().float(), requires_grad=False)
+        for name, parameter in chain.block_parameters(index).items()
+    }
+    with running_on(chain, index, weights):
+        linears = [linear for linear in chain.linears(index) if names is None or linear.name in names]
+        calls = [call.to(torch.float32) for call in stream.calls(index)]
+        for position, call in enumerate(calls):
+            hidden = entering[position].float().detach().requires_grad_(True)
+            with torch.enable_grad(), watch(linears, _show(visitor, index)):
+                leaving = chain.apply(index, hidden, call)
+            try:
+                with bf16_products(chain.products_in_bf16):
+                    (gradient,) = torch.autograd.grad(leaving, hidden, gradients[position])
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # the model's own code may have no derivative
+                why = str(error).splitlines()[0]
+                block = chain.block_names[index]
+                raise ModelError(f"{block} has no gradient ({why}); do without: {WITHOUT}") from error
+            gradients[position] = gradient
+            visitor.boundary(index, hidden.detach(), gradient)
+        visitor.block(index, linears)
+
+
+def _end(chain: Chain, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
+    """The summed loss of some windows, and its gradient in what left the last block ``(batch, seq, hidden)``."""
+
+    def next_token(logits: Tensor, span: slice) -> Tensor:
+        targets = ids[:, span.start + 1 : span.stop + 1]  # the last position of a window predicts nothing
+        predicted = logits[:, : targets.shape[1]]
+        return functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="sum")
+
+    return through_head(chain, hidden, ids, next_token, gradient=True)
+
+
+def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor], None]:
+    """A hook at the output's own place in the graph: what later works on the output in place does not disturb it."""
+
+    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+        given, version = entering.detach(), entering._version
+
+        def arrived(gradient: Tensor) -> None:
+            if visitor.reads_inputs and given._version != version:
+                raise ModelError(
+                    f"what {linear.name} was given is changed in place afterwards: no gradient of it; do without: "
+                    f"{WITHOUT}"
+                )
+            visitor.linear(index, linear, given, gradient.detach())
+
+        if leaving.requires_grad:  # else nothing that the loss depends on goes in, and the linear is not reached
+            leaving.register_hook(arrived)
+
+    return see
+
+
+def not_finite(name: str) -> str:
+    """What is wrong with the gradients at a linear, and what to do."""
+    return f"gradients at {name} are not finite; try dtype float32, or do without: {WITHOUT}"
+
+
+class OutputSquares(Visitor):
+    """Adds up the squared gradients at every output of each linear.
+
+    Args:
+        tokens: that the sweep is of, those that a linear is not given included.
+    """
+
+    reads_inputs = False
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._sums: dict[str, Tensor] = {}
+
+    def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+        if not gradient.numel():  # an expert that no token was routed to
+            return
+        squares = gradient.flatten(0, -2).float().square().sum(0)
+        self._sums[linear.name] = self._sums[linear.name] + squares if linear.name in self._sums else squares
+
+    def means(self) -> dict[str, Tensor]:
+        """``E[g_i²]`` over all tokens, ``(out,)`` fp32 on the CPU, of each linear that a token reached.
+
+        Raises:
+            NumericalError: a gradient was NaN or infinite.
+        """
+        found = {name: (total / self._tokens).cpu() for name, total in self._sums.items()}
+        for name, mean in found.items():
+            if not bool(torch.isfinite(mean).all()):
+                raise NumericalError(not_finite(name))
+        return found

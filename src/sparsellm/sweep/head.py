@@ -1,0 +1,61 @@
+"""The chain's end, by chunks: a loss on the logits, and its gradient in what left the last block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsellm.chain import Chain
+from sparsellm.chain.products import bf16_products
+
+HEAD_TOKENS = 256  # of all windows together: logits are (tokens, vocabulary), several times over
+
+HeadLoss = Callable[[Tensor, slice], Tensor]
+"""``loss(logits (batch, span, vocabulary) fp32, span)``: a scalar, the part of the loss that these positions make."""
+
+
+def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, gradient: bool) -> tuple[float, Tensor]:
+    """A loss that is a sum over positions, and its gradient; a few positions' logits are in memory at a time.
+
+    Args:
+        chain: with its outer weights loaded.
+        hidden: what leaves the last block, ``(batch, seq, hidden)``.
+        ids: the token ids that it came from, ``(batch, seq)``.
+        loss: of the logits of a span of positions.
+        gradient: whether it is wanted; ``hidden`` itself is returned in its place if not.
+
+    Returns:
+        The loss, and its gradient ``(batch, seq, hidden)`` in the dtype of ``hidden``.
+    """
+    total, parts = 0.0, []
+    step = max(1, HEAD_TOKENS // len(ids))
+    for first in range(0, ids.shape[1], step):
+        span = slice(first, min(first + step, ids.shape[1]))
+        part = hidden[:, span].detach()
+        with torch.set_grad_enabled(gradient):
+            part = part.requires_grad_(gradient)
+            value = loss(chain.logits(part.to(chain.dtype), ids[:, span]).float(), span)
+            if gradient:
+                with bf16_products(chain.products_in_bf16):
+                    parts.append(torch.autograd.grad(value, part)[0])
+        total += float(value.detach())
+    return total, torch.cat(parts, dim=1) if gradient else hidden
+
+
+def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
+    """``KL(dense ‖ pruned)`` in nats, summed over positions.
+
+    Args:
+        chain: with its outer weights loaded.
+        dense: what leaves the dense model's last block, ``(batch, seq, hidden)``.
+        ids: the token ids that it came from, ``(batch, seq)``.
+    """
+
+    def divergence(logits: Tensor, span: slice) -> Tensor:
+        target = functional.log_softmax(chain.finish(dense[:, span], ids[:, span]).float(), -1)
+        return functional.kl_div(functional.log_softmax(logits, -1), target, log_target=True, reduction="sum")
+
+    return divergence

@@ -1,0 +1,205 @@
+"""SIGINT, SIGTERM and SIGHUP, in real processes: what is said, what is kept, and how the process ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsellm import cli, interrupts
+from tests.cli import child
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+ODD_NAME = "it's [b]out[/b] :x:"
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
+
+
+def pruning(llama: Path, out: Path, solver: Path) -> list[str]:
+    words = ["prune", llama, "--out", out, "--plugin", solver, "--method", "waiting", "--samples", 2, "--seq-len", 16]
+    return [str(word) for word in words]
+
+
+@pytest.mark.parametrize("signum", CODES)
+def test_a_signal_stops_the_run_and_says_what_is_kept_and_what_goes_on(
+    signum: signal.Signals, llama: Path, tmp_path: Path, run: Any
+) -> None:
+    out = tmp_path / ODD_NAME
+    with child.command(tmp_path, *pruning(llama, out, child.waiting_solver(tmp_path)), "--json") as process:
+        child.send(process, signum)
+        assert child.ended(process) == CODES[signum]
+    assert (tmp_path / "stdout").read_text() == ""
+    line = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert line.startswith(f"interrupted ({signum.name}); 1 of 3 blocks are kept in {out}.partial; ")
+    assert not out.exists()
+    (tmp_path / "go").touch()
+    program, *again = shlex.split(line.partition("the same command goes on:")[2])
+    assert program == "sparsellm"
+    code, _, stderr = run(*again)
+    assert code == 0, stderr
+    assert "going on with an unfinished run: 1 of 3 blocks are done" in stderr
+    assert (out / "pruning.json").is_file()
+
+
+def test_the_command_that_goes_on_does_not_begin_anew(llama: Path, tmp_path: Path) -> None:
+    with child.command(tmp_path, *pruning(llama, tmp_path / "p", child.waiting_solver(tmp_path)), "--restart") as run:
+        child.send(run, signal.SIGTERM)
+        assert child.ended(run) == 143
+    said = (tmp_path / "stderr").read_text()
+    assert "the same command goes on:" in said
+    assert "--restart" not in said
+
+
+@pytest.mark.parametrize("words", [["eval", "{llama}", "--text", "pydoc"], ["inspect", "{llama}"]])
+def test_a_command_that_keeps_nothing_says_so(words: list[str], llama: Path, tmp_path: Path) -> None:
+    command = [word.format(llama=llama) for word in words]
+    with child.command(tmp_path, *command, blocks_wait=True) as process:
+        child.send(process, signal.SIGINT)
+        assert child.ended(process) == 130
+    line = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert line == (
+        "interrupted (SIGINT); this command keeps nothing: start it again with  " + shlex.join(["sparsellm", *command])
+    )
+
+
+def test_what_a_library_swallows_stops_the_run_at_its_next_step(llama: Path, tmp_path: Path) -> None:
+    with child.command(tmp_path, *pruning(llama, tmp_path / "p", child.waiting_solver(tmp_path, "swallow"))) as process:
+        child.send(process, signal.SIGINT)
+        assert child.ended(process) == 130
+    assert (tmp_path / "swallowed").exists()
+    assert "1 of 3 blocks are kept" in (tmp_path / "stderr").read_text()
+
+
+def test_a_second_signal_stops_at_once(llama: Path, tmp_path: Path) -> None:
+    solver = child.waiting_solver(tmp_path, "swallow_for_ever")
+    with child.command(tmp_path, *pruning(llama, tmp_path / "p", solver)) as process:
+        child.send(process, signal.SIGINT)
+        child.await_file(tmp_path / "swallowed", process)
+        child.send(process, signal.SIGTERM)
+        assert child.ended(process) == 143
+    assert "stopped at once" in (tmp_path / "stderr").read_text()
+
+
+def test_a_step_in_c_is_told_of_and_a_second_signal_ends_it(llama: Path, tmp_path: Path) -> None:
+    solver = child.waiting_solver(tmp_path, "deadlock")
+    with child.command(tmp_path, *pruning(llama, tmp_path / "p", solver)) as process:
+        child.send(process, signal.SIGINT)
+        child.await_text(tmp_path / "stderr", "a second signal stops at once", process)
+        child.send(process, signal.SIGINT)
+        assert child.ended(process) == 130
+
+
+def test_a_signal_that_is_ignored_stays_ignored(llama: Path, tmp_path: Path) -> None:
+    """As under nohup."""
+    solver = child.waiting_solver(tmp_path)
+    with child.command(tmp_path, *pruning(llama, tmp_path / "p", solver), ignore=(signal.SIGHUP,)) as process:
+        child.send(process, signal.SIGHUP)
+        (tmp_path / "go").touch()
+        assert child.ended(process) == 0
+    assert (tmp_path / "p" / "pruning.json").is_file()
+
+
+def test_a_terminal_that_is_gone_does_not_change_the_exit_code(llama: Path, tmp_path: Path) -> None:
+    solver = child.waiting_solver(tmp_path)
+    with child.command(tmp_path, *pruning(llama, tmp_path / "p", solver), closed=True) as process:
+        child.send(process, signal.SIGHUP)
+        assert child.ended(process) == 129
+
+
+def test_a_python_program_gets_its_own_keyboard_interrupt(llama: Path, tmp_path: Path) -> None:
+    with child.python(tmp_path, llama, tmp_path / "p") as process:
+        child.send(process, signal.SIGINT)
+        assert child.ended(process) == 0
+    assert (tmp_path / "caught").read_text() == "KeyboardInterrupt"
+
+
+def test_what_the_application_returns_is_the_exit_code(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", lambda **_: 7)
+    assert run("methods")[0] == 7
+    monkeypatch.setattr(cli, "app", lambda **_: None)
+    assert run("methods")[0] == 0
+
+
+def test_handlers_are_put_back(run: Any) -> None:
+    before, threads = [signal.getsignal(signum) for signum in CODES], threading.active_count()
+    assert run("--version")[0] == 0
+    assert [signal.getsignal(signum) for signum in CODES] == before
+    assert threading.active_count() == threads
+
+
+def held(reached: list[str], signum: int, error: Exception | None = None) -> None:
+    with interrupts.held():
+        with interrupts.held():
+            signal.raise_signal(signum)
+            reached.append("inner")
+        reached.append("outer")
+        if error is not None:
+            raise error
+    reached.append("after")
+
+
+@pytest.mark.parametrize("signum", CODES)
+def test_held_postpones_to_its_end(signum: signal.Signals) -> None:
+    reached: list[str] = []
+    with pytest.raises(interrupts.Interrupted) as stopped, interrupts.installed(lambda _: None):
+        held(reached, signum)
+    assert reached == ["inner", "outer"]
+    assert stopped.value.signum == signum
+
+
+def test_held_postpones_what_python_itself_would_do() -> None:
+    reached: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        held(reached, signal.SIGINT)
+    assert reached == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_held_after_an_error_still_delivers() -> None:
+    with pytest.raises(interrupts.Interrupted) as stopped, interrupts.installed(lambda _: None):
+        held([], signal.SIGINT, OSError("the disk is gone"))
+    assert isinstance(stopped.value.__context__, OSError)
+
+
+def test_no_handler_of_errors_swallows_an_interruption() -> None:
+    assert not issubclass(interrupts.Interrupted, Exception)
+
+
+def test_a_forked_child_is_left_its_own_signals() -> None:
+    with interrupts.installed(lambda _: None):
+        process = os.fork()
+        if not process:
+            os._exit(0 if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else 1)
+        assert os.waitpid(process, 0)[1] == 0
+        assert signal.getsignal(signal.SIGTERM) is interrupts._stop
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/opt/bin/sparsellm", "prune", "a b"], "sparsellm prune 'a b'"),
+        (["/x/sparsellm/__main__.py", "prune", "m"], f"{shlex.quote(sys.orig_argv[0])} -m sparsellm prune m"),
+    ],
+)
+def test_the_command_line_is_quoted(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    assert interrupts.command_line() == expected
+
+
+def test_a_result_that_is_complete_is_not_started_again(tmp_path: Path) -> None:
+    (tmp_path / "pruning.json").write_text("{}")
+    said, goes_on = interrupts.kept_by_prune(tmp_path, began=0.0)
+    assert "is complete" in said
+    assert not goes_on
+    assert interrupts.kept_by_prune(tmp_path, began=float("inf"))[1]

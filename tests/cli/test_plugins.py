@@ -1,0 +1,241 @@
+"""Plugins: by file, by module, by entry point; what is wrong with one is one line."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sparsellm
+from sparsellm import PruneResult, Recipe, plugins
+from sparsellm.allocation import ALLOCATIONS
+from sparsellm.errors import NumericalError, RecipeError, StorageError
+from sparsellm.methods import METHODS
+from sparsellm.solvers import SOLVERS
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+SOLVER = """
+from sparsellm.solvers import SOLVERS
+
+@SOLVERS.register("{name}", paper="none")
+def mine(weight, gram, pattern, *, strength: float = 1.0):
+    '''Keeps what [b]magnitude[/b] keeps.'''
+    return SOLVERS["magnitude"].function(weight, gram, pattern)
+"""
+ALLOCATION = """
+from sparsellm.allocation import ALLOCATIONS
+from sparsellm.allocation.base import from_sparsities
+
+@ALLOCATIONS.register("first-less", paper="none")
+def first_less(survey):
+    '''Block 1 gives less.'''
+    return from_sparsities(survey, {x.name: 0.3 if x.block == 0 else 0.7 for x in survey.linears})
+"""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
+
+
+def write(path: Path, source: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source)
+    return path
+
+
+def test_a_file_registers_what_prune_and_methods_then_know(llama: Path, tmp_path: Path, run: Any) -> None:
+    solver = write(tmp_path / "s.py", SOLVER.format(name="mine"))
+    allocation = write(tmp_path / "a.py", ALLOCATION)
+    code, stdout, stderr = run("methods", "--plugin", solver, "--plugin", allocation, "--json")
+    assert code == 0, stderr
+    listed = json.loads(stdout)
+    assert listed["mine"]["options"]["strength"]["default"] == 1.0
+    assert "first-less" in listed["allocations"]
+    assert "[b]magnitude[/b]" in run("methods", "--plugin", solver)[1]
+
+    code, stdout, stderr = run(
+        "prune", llama, "--out", tmp_path / "p", "--plugin", solver, "--plugin", allocation, "--method", "mine",
+        "--allocation", "first-less", "--set", "options.strength=2", "--samples", 2, "--seq-len", 16, "--json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert (report["recipe"]["method"], report["allocation"]["name"]) == ("mine", "first-less")
+    first, last = report["linears"][0], report["linears"][-1]
+    assert first["sparsity"] < 0.5 < last["sparsity"]
+
+
+def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "pruning_tricks" / "__init__.py", "")
+    source = write(tmp_path / "pruning_tricks" / "solvers.py", SOLVER.format(name="mine"))
+    monkeypatch.syspath_prepend(tmp_path)
+    found = plugins.load_plugin("pruning_tricks.solvers")
+    assert found.registered == {"mine"}
+    assert "mine" in METHODS
+    assert plugins.loaded() == {"pruning_tricks.solvers": hashlib.sha256(source.read_bytes()).hexdigest()}
+
+
+def test_a_package_is_known_by_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = []
+    for number, inner in enumerate(("x = 1", "x = 2")):
+        root = tmp_path / str(number)
+        write(root / f"package_{number}" / "__init__.py", f"from package_{number} import inner")
+        write(root / f"package_{number}" / "inner.py", inner)
+        monkeypatch.syspath_prepend(root)
+        source = (root / f"package_{number}" / "__init__.py").read_text()
+        (root / f"package_{number}" / "__init__.py").write_text(source)
+        digests.append(plugins.load_plugin(f"package_{number}").sha256)
+    assert digests[0] != digests[1]
+
+
+def test_a_file_is_loaded_once_and_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "s.py", SOLVER.format(name="mine"))
+    (tmp_path / "link.py").symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    found = plugins.load_plugin(source)
+    assert found.sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert plugins.load_plugin("./s.py") is plugins.load_plugin(tmp_path / "link.py") is found
+    source.write_text(source.read_text() + "\n# changed")
+    with pytest.raises(RecipeError, match=r"s\.py has changed since it was loaded"):
+        plugins.load_plugin(source)
+
+
+def test_two_files_of_one_name_are_two_plugins(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        plugins.load_plugin(write(tmp_path / name / "s.py", SOLVER.format(name=name)))
+    assert list(plugins.loaded()) == ["s.py", "s.py (2)"]
+
+
+def test_what_is_defined_in_a_file_has_a_module(tmp_path: Path) -> None:
+    """Where dataclasses and pickle look for it."""
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+    plugins.load_plugin(write(tmp_path / "with_class.py", source))
+    (module,) = [module for name, module in sys.modules.items() if name.startswith("sparsellm_plugin_with_class_")]
+    assert module.A(1).x == 1
+    assert module.__file__ == str(tmp_path / "with_class.py")
+
+
+BROKEN: dict[str, tuple[str, list[str]]] = {
+    "a name twice": (SOLVER.format(name="wanda"), ["solver 'wanda' is registered twice", "another name"]),
+    "the name of a method": (SOLVER.format(name="sparsellm"), ["'sparsellm' is registered twice"]),
+    "a syntax error": ("x = 1\ndef (", ["SyntaxError", "line 2"]),
+    "an error": ("import json\njson.loads('')", ["JSONDecodeError", "line 2"]),
+    "lines in the error": ("raise ValueError('[red]a\\nb[/red]')", ["ValueError: [red]a b[/red]"]),
+    "an exit": ("raise SystemExit(0)", ["SystemExit"]),
+    "a module that is missing": ("import not_there", ["ModuleNotFoundError", "not_there", "line 1"]),
+    "a null byte": ("x = '\0'", ["null bytes"]),
+    "half of it": (SOLVER.format(name="mine") + "\n1 / 0", ["ZeroDivisionError", "line 9"]),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("command", ["methods", "prune"])
+def test_a_broken_plugin_is_one_line(command: str, what: str, llama: Path, tmp_path: Path, run: Any) -> None:
+    source, said = BROKEN[what]
+    path = write(tmp_path / "broken.py", source)
+    arguments = ["prune", llama, "--out", tmp_path / "p"] if command == "prune" else ["methods"]
+    before = [list(registry._entries) for registry in (SOLVERS, METHODS, ALLOCATIONS)]  # type: ignore[attr-defined]
+    code, stdout, stderr = run(*arguments, "--plugin", path)
+    assert (code, stdout) == (2, "")
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: plugin ")
+    assert all(part in line for part in ["broken.py", *said]), line
+    assert [list(registry._entries) for registry in (SOLVERS, METHODS, ALLOCATIONS)] == before  # type: ignore[attr-defined]
+    assert not (tmp_path / "p").exists()
+    assert not any(name.startswith("sparsellm_plugin_broken") for name in sys.modules)
+
+
+@pytest.mark.parametrize(
+    "name", ["no.py", "{tmp}", "{tmp}/.py", "not_there", "sparsellm.not_there", "..x", "", " ", "a\0b"]
+)
+def test_a_plugin_that_is_not_there_is_one_line(name: str, tmp_path: Path, run: Any) -> None:
+    code, stdout, stderr = run("methods", "--plugin", name.format(tmp=tmp_path))
+    assert (code, stdout) == (2, "")
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: ")
+    assert ".py" in line  # what to give instead
+
+
+class Points:
+    """Entry points as installed packages declare them."""
+
+    def __init__(self, **modules: str) -> None:
+        self.points = [
+            importlib.metadata.EntryPoint(package, module, plugins.GROUP) for package, module in modules.items()
+        ]
+
+    def __call__(self, *, group: str) -> Any:
+        assert group == "sparsellm.plugins"
+        return [_Installed(point) for point in self.points]
+
+
+class _Installed:
+    def __init__(self, point: importlib.metadata.EntryPoint) -> None:
+        self.module, self.value = point.module, point.value
+        self.dist = type("Distribution", (), {"name": point.name})()
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "tricks_of_mine.py", SOLVER.format(name="mine"))
+    write(tmp_path / "tricks_of_others.py", "1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    points = Points(**{"my-tricks": "tricks_of_mine", "their-tricks": "tricks_of_others"})
+    monkeypatch.setattr(importlib.metadata, "entry_points", points)
+    monkeypatch.delitem(sys.modules, "tricks_of_mine", raising=False)
+
+
+@pytest.mark.usefixtures("installed")
+def test_installed_packages_are_loaded_and_a_broken_one_is_a_warning(run: Any) -> None:
+    code, stdout, stderr = run("methods", "--json")
+    assert code == 0
+    assert "mine" in json.loads(stdout)
+    (line,) = stderr.splitlines()
+    assert line.startswith("note: the plugin of package their-tricks is left out: ")
+    assert "ZeroDivisionError" in line
+    assert plugins.load_installed() == []  # once
+
+
+def test_a_run_does_not_go_on_with_a_plugin_that_was_changed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, recipe = tmp_path / "s.py", Recipe(method="mine", samples=2, seq_len=16)
+    entries = [(registry, dict(registry._entries)) for registry in (SOLVERS, METHODS)]  # type: ignore[attr-defined]
+
+    def prune(code: str) -> PruneResult:
+        for registry, known in entries:  # as a new process has them
+            monkeypatch.setattr(registry, "_entries", dict(known))
+        monkeypatch.setattr(plugins, "_loaded", {})
+        plugins.load_plugin(write(source, code))
+        return sparsellm.prune(llama, recipe, out=tmp_path / "p")
+
+    whole = SOLVER.format(name="mine")
+    failing = whole.replace("    return SOLVERS", "    if pattern: raise NumericalError('on fire')\n    return SOLVERS")
+    with pytest.raises(NumericalError, match="on fire"):
+        prune(f"from sparsellm.errors import NumericalError\n{failing}")
+    with pytest.raises(StorageError, match=r"plugins\.s\.py is '\w{64}' there and '\w{64}' here"):
+        prune(whole)
+    plugins.load_plugin(source)
+    assert sparsellm.prune(llama, recipe, out=tmp_path / "p", restart=True).zeros
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_python_program_has_installed_plugins_and_is_warned(llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method="mine", samples=2, seq_len=16)
+    result = sparsellm.prune(llama, recipe, out=tmp_path / "p")
+    assert ["their-tricks" in warning for warning in result.warnings] == [True]
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_run_depends_on_named_plugins_and_on_installed_ones_that_it_uses(tmp_path: Path) -> None:
+    plugins.load_installed()
+    assert plugins.fingerprints("sparsellm", "threshold", "admm", 0.5, None) == {}
+    assert set(plugins.fingerprints("mine", "uniform")) == {"tricks_of_mine"}
+    assert set(plugins.fingerprints("sparsellm", "threshold", "mine")) == {"tricks_of_mine"}  # the solver inside
+    plugins.load_plugin(write(tmp_path / "s.py", "x = 1"))
+    assert set(plugins.fingerprints("sparsellm", "threshold")) == {"s.py"}

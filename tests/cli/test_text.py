@@ -1,0 +1,377 @@
+"""What users read: names that look like markup, help, tables and progress at 80 columns, JSON on a clean stdout."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsellm import Recipe, __version__, cli, console, tables
+from sparsellm.api import PruneResult
+from sparsellm.demo import DemoResult
+from sparsellm.evaluation.perplexity import Perplexity
+from sparsellm.methods import LinearResult
+from sparsellm.progress import NOTE, Progress
+from sparsellm.runtime.bench import Comparison, Speed
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+NASTY = ("a[/b]", "run[v2]", ":x:", "[bold]b", "\\[x", "%s{0}", "ünï")
+SMALL = ("--samples", 2, "--seq-len", 16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("x") / "".join(NASTY))
+
+
+def test_names_that_look_like_markup_go_through_every_command(model: Path, tmp_path: Path, run: Any) -> None:
+    name = model.name
+    text = tmp_path / f"{name}.txt"
+    text.write_text("some words of no importance\n" * 200)
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text("method: magnitude\n")
+    pruned, packed, again = (tmp_path / kind / name for kind in ("pruned", "packed", "again"))
+    commands = [
+        ("prune", model, "--out", pruned, "--calibration", text, "--recipe", recipe, *SMALL),
+        ("eval", pruned, "--text", text, "--seq-len", 32),
+        ("inspect", pruned),
+        ("pack", pruned, "--out", packed),
+        ("unpack", packed, "--out", again),
+        ("bench", packed, "--dense", pruned, "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1),
+    ]
+    shown = {}
+    for command in commands:
+        code, shown[command[0]], stderr = run(*command, columns=80)
+        assert code == 0, (command, stderr)
+    assert f"written to {pruned}\n" in shown["prune"]
+    assert f"calibrated on {text} " in shown["prune"]
+    assert f"written to {packed}\n" in shown["pack"]
+    assert f"written to {again}\n" in shown["unpack"]
+
+
+@pytest.mark.parametrize("name", NASTY)
+@pytest.mark.parametrize("command", ["prune", "eval", "inspect", "pack", "unpack", "generate", "bench"])
+def test_errors_show_names_as_they_are(command: str, name: str, tmp_path: Path, run: Any) -> None:
+    missing = tmp_path / name / "model"
+    more = {
+        "prune": ["--out", tmp_path / "o"], "eval": ["--text", "pydoc"], "pack": ["--out", tmp_path / "o"],
+        "unpack": ["--out", tmp_path / "o"], "generate": ["prompt"],
+    }  # fmt: skip
+    code, stdout, stderr = run(command, missing, *more.get(command, []), columns=80)
+    assert (code, stdout) == (2, "")
+    (line,) = stderr.splitlines()
+    assert str(missing) in line or repr(str(missing)) in line
+
+
+def test_generated_text_is_shown_as_it_is(model: Path, run: Any) -> None:
+    prompt = "see [bold]x[/bold] :smile: [/]"
+    code, stdout, stderr = run("generate", model, prompt, "--max-new-tokens", 2)
+    assert code == 0, stderr
+    assert stdout.startswith(prompt)
+
+
+def test_what_a_terminal_would_obey_is_shown_as_an_escape() -> None:
+    assert console.visible("a\x1b[31mb\x07\r\tc\nd\x9b\u202e") == "a\\x1b[31mb\\x07\\r\tc\nd\\x9b\\u202e"
+    assert console.one_line("a\nb\u2028c") == "a\\nb\\u2028c"
+
+
+def test_a_name_with_an_end_of_line_is_one_line(tmp_path: Path, run: Any) -> None:
+    code, _, stderr = run("inspect", tmp_path / "a\nb\x1b[2Jc")
+    assert code == 2
+    (line,) = stderr.splitlines()
+    assert "a\\nb\\x1b[2Jc" in line
+
+
+def test_plain_text_in_tables_and_titles(capsys: pytest.CaptureFixture[str]) -> None:
+    console.out.cache_clear()
+    shown = console.table(("[b]:x:",), ("[/b]",), title="[i]:x:")
+    shown.add_row("[red]:x:[/red]", "[/]")
+    console.out().print(shown)
+    found = capsys.readouterr().out
+    assert all(part in found for part in ("[b]:x:", "[/b]", "[i]:x:", "[red]:x:[/red]", "[/]"))
+
+
+# ---------------------------------------------------------------------- help, version, completion
+
+
+def test_help_fits_80_columns_and_shows_defaults_in_groups(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, stdout, _ = run("prune", "--help", columns=80)
+    assert code == 0
+    assert max(map(len, stdout.splitlines())) <= 80
+    words = " ".join(stdout.replace("│", " ").split())
+    recipe = Recipe()
+    for default in (recipe.method, recipe.sparsity, recipe.samples, recipe.seed, recipe.calibration, "2048, or"):
+        assert f"[default: {default}" in words
+    for group in ("Model", "What to prune", "Calibration", "Resources", "Output"):
+        assert f"─ {group} ─" in stdout
+    assert "Examples:" in words
+    assert "sparsellm prune demo --out pruned --method wanda" in words
+    assert "…" not in stdout
+
+
+@pytest.mark.parametrize("command", ["eval", "inspect", "methods", "demo", "pack", "unpack", "generate", "bench"])
+def test_every_help_fits_80_columns(command: str, run: Any) -> None:
+    code, stdout, _ = run(command, "--help", columns=80)
+    assert code == 0
+    assert f"Usage: sparsellm {command}" in stdout
+    assert max(map(len, stdout.splitlines())) <= 80
+    assert "…" not in stdout
+
+
+def test_the_examples_of_the_help_are_commands(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [part for part in _epilog().split("\n\n") if "sparsellm prune" in part]
+    assert len(examples) >= 2
+    given: list[Any] = []
+    from sparsellm import api
+
+    def stop(*args: Any, **options: Any) -> None:
+        given.append(args[1])
+        raise cli.RecipeError("enough")
+
+    monkeypatch.setattr(api, "prune", stop)
+    for example in examples:
+        assert run(*example.split()[1:])[2] == "error: enough\n"
+    assert all(isinstance(recipe, Recipe) for recipe in given)
+
+
+def _epilog() -> str:
+    (command,) = [each for each in cli.app.registered_commands if each.callback is cli.prune]
+    assert command.epilog
+    return command.epilog
+
+
+def test_version_and_completion_need_no_torch() -> None:
+    program = (
+        "import sys\nfrom sparsellm import cli\nsys.argv = ['sparsellm', *{arguments}]\n"
+        "try:\n    cli.main()\nexcept SystemExit as done:\n    assert not done.code, done.code\n"
+        "assert 'torch' not in sys.modules\nassert 'transformers' not in sys.modules\n"
+    )
+
+    def shown(*arguments: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace("{arguments}", repr(arguments))],
+            env={**os.environ, **environment}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    assert shown("--version") == f"sparsellm {__version__}\n"
+    script = shown("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert "complete -o default -F _sparsellm_completion sparsellm" in script
+    asked = {"_SPARSELLM_COMPLETE": "complete_bash", "COMP_WORDS": "sparsellm prune m --ca", "COMP_CWORD": "3"}
+    assert shown(**asked) == "--calibration\n"
+    asked |= {"COMP_WORDS": "sparsellm prune m --dtype ", "COMP_CWORD": "4"}
+    assert shown(**asked).split() == ["auto", "float32", "bfloat16", "float16"]
+
+
+def test_no_arguments_show_the_help_and_no_empty_error(run: Any) -> None:
+    code, stdout, stderr = run()
+    assert code == 2
+    assert "Usage: sparsellm" in stdout + stderr
+    assert "error" not in stderr
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def large_result() -> PruneResult:
+    kinds = ("q_proj", "a_kind_of_linear_with_a_very_long_name_that_must_be_folded", "down_proj")
+    linears = [
+        LinearResult(f"model.layers.{block}.{kind}", (53_084_160, 100), 3_715_891_200, 0.7, 0.0123)
+        for block in range(2)
+        for kind in kinds
+    ]
+    seconds = {"open": 81.3, "calibration": 0.4, "allocation": 133.4, "prune": 593.2, "prune/solve": 472.2, "odd": 1.0}
+    return PruneResult(Path("/x"), None, Recipe(), linears, seconds, 1 << 30, 4096, allocation={"name": "threshold"})
+
+
+def test_the_report_fits_80_columns_and_cuts_no_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    console.out.cache_clear()
+    tables.print_pruned(large_result())
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    assert "10.6B" in shown
+    assert "31.9B" in shown
+    assert "70.00%" in shown
+
+
+def test_the_time_of_phases_is_told_by_share() -> None:
+    console.out.cache_clear()
+    with console.out().capture() as captured:
+        console.out().print(console.phases(large_result().seconds))
+    lines = [" ".join(line.replace("│", " ").split()) for line in captured.get().splitlines()]
+    assert lines[3:6] == [
+        "prune blocks 9 min 53 s 73%",
+        "choose sparsities 2 min 13 s 16%",
+        "open the model 1 min 21 s 10%",
+    ]
+    assert "everything else 1.4 s 0%" in lines
+    assert "all 13 min 29 s" in lines
+    assert not any("solve" in line for line in lines)
+    with console.out().capture() as captured:
+        console.out().print(console.phases(large_result().seconds, parts=True))
+    assert "solve" in captured.get()
+    assert "odd" in captured.get()
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(0, "0"), (999, "999"), (999.96, "1.0K"), (10_500, "10.5K"), (106_168_320, "106.2M"), (2e13, "20.0T")],
+)  # fmt: skip
+def test_counts(number: float, shown: str) -> None:
+    assert console.count(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (1033, "17 min 13 s"), (11_100, "3 h 05 min")],
+)  # fmt: skip
+def test_durations(seconds: float, shown: str) -> None:
+    assert console.duration(seconds) == shown
+
+
+def test_speeds_are_short() -> None:
+    assert console.speed(41.23, 40.0, 99.96) == "41.2 (40.0–100)"
+    assert console.speed(12_345, 9_999.6, 13_000) == "12.3K (10.0K–13.0K)"
+
+
+# ---------------------------------------------------------------------- progress
+
+
+def test_quiet_prints_nothing_and_verbose_every_step(model: Path, tmp_path: Path, run: Any) -> None:
+    given = ("prune", model, "--method", "magnitude", *SMALL, "--out")
+    assert run(*given, tmp_path / "q", "--quiet") == (0, "", "")
+    code, stdout, _ = run(*given, tmp_path / "j", "--quiet", "--json")
+    assert (code, json.loads(stdout)["path"]) == (0, str(tmp_path / "j"))
+    code, stdout, stderr = run(*given, tmp_path / "v", "--verbose")
+    assert code == 0
+    assert "block 2/3 magnitude down_proj" in stderr
+    assert "\nprune: " in stderr  # the phase is over
+    assert "gather statistics" in stdout
+    code, _, stderr = run(*given, tmp_path / "b", "--quiet", "--verbose")
+    assert code == 2
+    assert "contradict" in stderr
+
+
+def test_a_quiet_run_still_warns(model: Path, tmp_path: Path, run: Any) -> None:
+    given = ("--method", "magnitude", *SMALL, "--quiet", "--out")
+    assert run("prune", model, *given, tmp_path / "a")[0] == 0
+    code, stdout, stderr = run("prune", tmp_path / "a", *given, tmp_path / "b")
+    assert (code, stdout) == (0, "")
+    assert stderr.startswith("note: the model is already pruned")
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> io.StringIO:
+    """The console of stderr as on a terminal of 80 columns."""
+    screen = io.StringIO()
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"COLUMNS": "80", "TERM": "xterm-256color", **environment}.items():
+        monkeypatch.setenv(name, value)
+    made = console.PlainConsole(stderr=True)
+    made.file = screen
+    made._force_terminal = True
+    made._color_system = None if environment.get("NO_COLOR") else made._detect_color_system()
+    monkeypatch.setattr(console, "log", lambda: made)
+    return screen
+
+
+def show_a_run() -> None:
+    with console.progress() as show:
+        show(Progress("open", 0, 1, "opening [b]the[/b] model"))
+        show(Progress(NOTE, 1, 1, "predicted [peak] memory"))
+        show(Progress("prune", 0, 2, "block 1/2 :x: " + "very long " * 20))
+        show(Progress("prune", 1, 2, "block 2/2 :x:"))
+
+
+def test_finished_phases_become_a_line_with_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_terminal(monkeypatch)
+    show_a_run()
+    shown = screen.getvalue()
+    assert "predicted [peak] memory" in shown
+    assert "-:--:--" not in shown
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).rstrip().splitlines()[-2:]
+    assert [line.split()[:2] for line in last] == [["open", "✓"], ["prune", "✓"]]
+    assert all(line.split()[-1] == "s" for line in last)
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_terminal(monkeypatch)
+    show_a_run()
+    assert "\x1b[32m" in screen.getvalue()
+    screen = on_terminal(monkeypatch, NO_COLOR="1")
+    show_a_run()
+    assert "\x1b[3" not in screen.getvalue()
+
+
+def test_a_pipe_gets_lines_without_escapes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    console.log.cache_clear()
+    monkeypatch.setattr(console, "LONG_PHASE", 0.0)
+    show_a_run()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == ["predicted [peak] memory", "open: 0.0 s", "prune: 0.0 s"]
+
+
+# ---------------------------------------------------------------------- bytes
+
+
+def test_json_is_readable_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding in ("utf-8", "ascii", "latin-1"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+        monkeypatch.setattr(sys, "stdout", stream)
+        console.write_json({"path": "ü–\udcff[b]"})
+        stream.flush()
+        assert json.loads(stream.buffer.getvalue().decode(encoding)) == {"path": "ü–\udcff[b]"}  # type: ignore[attr-defined]
+
+
+def test_a_name_that_is_not_text_is_shown_and_not_a_crash(run: Any) -> None:
+    code, _, stderr = run("inspect", os.fsdecode(b"/nowhere/\xff"))
+    assert code == 2
+    (line,) = stderr.splitlines()
+    assert "/nowhere/\\udcff" in line
+
+
+def test_no_console_knows_markup() -> None:
+    for made in (console.out(), console.log()):
+        assert not made._markup
+        assert not made._emoji
+
+
+def test_the_demo_shows_what_the_models_wrote_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    console.out.cache_clear()
+    measured = Perplexity(value=1234.5, tokens=4088, window=512, nll=7.1)
+    texts = (" [b]is[/b] :smile:", " [/] \x1b[2J")
+    seconds = {"prune": 1.0}
+    tables.print_demo(DemoResult(Path("/d"), large_result(), measured, measured, "Python", *texts, seconds, 33_483))
+    shown = capsys.readouterr().out
+    assert "dense: Python [b]is[/b] :smile:\n" in shown
+    assert "pruned: Python [/] \\x1b[2J\n" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+
+
+def test_speeds_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    console.out.cache_clear()
+    speeds = [Speed(model, "prefill", 64, 128, 12_345.6, 9_876.4, 13_000.0) for model in ("dense", "packed")]
+    report = Comparison(speeds, 1, 1, 1, 1, "float32", "float32", "[avx512]", ["packed is [faster]"])
+    tables.print_speeds(report)
+    shown = capsys.readouterr().out
+    table = [line for line in shown.splitlines() if "│" in line]
+    assert "12.3K (9876–13.0K)" in table[0]
+    assert max(map(len, table)) <= 80
+    assert "packed is [faster]\n" in shown

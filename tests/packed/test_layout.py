@@ -1,0 +1,286 @@
+"""The packed layout against a second writing of it, exact round trips, bytes counted by hand, and damaged tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsellm.errors import NumericalError, RecipeError, SparseLLMError, StorageError
+from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES, group_offsets
+from sparsellm.packed.layout import PackedWeight, as_bitmask, pack, unpack, unpack_rows
+from sparsellm.packed.validation import validate
+from sparsellm.patterns import NM
+from tests.packed.by_hand import bitmask_by_hand, int4_by_hand, nm_by_hand, sparse_weight
+
+SHAPES = [(1, 1), (3, 8), (5, 63), (4, 64), (7, 65), (9, 200)]
+
+
+def packed_of(weight: Tensor, values: str = "keep", layout: str = "bitmask") -> PackedWeight:
+    packed = pack(weight, values, layout)
+    assert packed is not None
+    validate(packed, "w")
+    return packed
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", FLOAT_TYPES.values())
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
+def test_bitmask_is_what_the_format_says(shape: tuple[int, int], dtype: torch.dtype, sparsity: float) -> None:
+    weight = sparse_weight(*shape, sparsity, dtype)
+    packed = packed_of(weight)
+    mask, values, offsets = bitmask_by_hand(weight)
+    assert packed.mask.tolist() == mask
+    assert packed.values.tolist() == values
+    assert packed.values.dtype == dtype
+    assert packed.offsets.tolist() == offsets
+    assert torch.equal(unpack(packed), weight)
+    assert unpack(packed).dtype == dtype
+
+
+@pytest.mark.parametrize("pattern", [NM(1, 4), NM(2, 4), NM(4, 8)], ids=str)
+@pytest.mark.parametrize("columns", [8, 40, 72])
+def test_codes_are_what_the_format_says(pattern: NM, columns: int) -> None:
+    # Unseeded, six groups of 4:8 would all satisfy 2:4 as well in one run of fifty.
+    weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(0))
+    kept = pattern.mask(weight.abs())
+    packed = packed_of(weight * kept, layout="nm")
+    assert packed.pattern == (pattern.n, pattern.m)
+    assert packed.mask.tolist() == nm_by_hand(kept.tolist(), pattern.n, pattern.m)
+    assert torch.equal(unpack(packed), weight * kept)
+    assert torch.equal(unpack(as_bitmask(packed)), weight * kept)
+    validate(as_bitmask(packed), "w")
+
+
+def test_the_documented_codes_of_2_4() -> None:
+    """01 02 03 12 13 23 are 0 … 5, three bits each, least significant first."""
+    groups = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    weight = torch.zeros(1, 24)
+    for index, places in enumerate(groups):
+        weight[0, [4 * index + place for place in places]] = 1
+    stream = sum(code << 3 * code for code in range(6))  # 18 bits
+    assert packed_of(weight, layout="nm").mask.tolist() == [[stream & 255, stream >> 8 & 255, stream >> 16]]
+
+
+def test_groups_with_more_zeros_than_they_need() -> None:
+    weight = torch.zeros(4, 16)
+    weight[0, 3], weight[2, 5], weight[2, 6] = 1.0, 2.0, 3.0
+    packed = packed_of(weight, layout="nm")
+    assert packed.pattern == (1, 4) or packed.pattern == (2, 4)
+    assert torch.equal(unpack(packed), weight)
+
+
+@pytest.mark.parametrize("layout", ["bitmask", "nm"])
+@pytest.mark.parametrize("columns", [40, 96, 264])
+def test_int4_is_what_the_format_says(layout: str, columns: int) -> None:
+    weight = sparse_weight(6, columns, 0.3)
+    if layout == "nm":
+        weight = weight * NM(2, 4).mask(weight.abs())
+    packed = packed_of(weight, "int4", layout)
+    assert torch.equal(unpack(packed), int4_by_hand(as_bitmask(packed)))
+    assert not unpack(packed)[weight == 0].any()
+
+
+def test_int4_error_is_within_half_a_step_unless_it_saturates() -> None:
+    """The best of the scales tried is never worse than the one at which nothing saturates."""
+    weight = sparse_weight(16, 512, 0.5)
+    packed = packed_of(weight, "int4")
+    found = unpack(packed)
+    for row in range(len(weight)):
+        kept = weight[row][weight[row] != 0]
+        error = (found[row] - weight[row])[weight[row] != 0]
+        for start in range(0, len(kept), 32):
+            group, wrong = kept[start : start + 32], error[start : start + 32]
+            extreme = group[group.abs().argmax()]
+            scale = (extreme / -8).bfloat16().float()
+            plain = ((group / scale).round().clamp(-8, 7) * scale - group).square().sum()
+            assert wrong.square().sum() <= plain * (1 + 1e-5)
+
+
+def test_int8_error_is_within_half_a_step() -> None:
+    weight = sparse_weight(16, 300, 0.5)
+    packed = packed_of(weight, "int8")
+    assert packed.scales is not None
+    step = weight.abs().amax(dim=1) / 127
+    assert torch.allclose(packed.scales, step)
+    assert ((unpack(packed) - weight).abs() <= step.unsqueeze(1) * 0.5001).all()
+    assert not unpack(packed)[weight == 0].any()
+
+
+@pytest.mark.parametrize("values", VALUE_TYPES)
+@pytest.mark.parametrize("layout", ["bitmask", "nm"])
+def test_bytes_are_those_of_the_arithmetic(values: str, layout: str) -> None:
+    rows, columns = 32, 640
+    weight = sparse_weight(rows, columns, 0.6)
+    if layout == "nm":
+        weight = torch.randn(rows, columns)
+        weight = weight * NM(2, 4).mask(weight.abs())
+    packed = packed_of(weight, values, layout)
+    counts = [int(count) for count in (weight != 0).sum(dim=1)]
+    index = rows * (columns // 8 if layout == "bitmask" else columns // 4 * 3 // 8) + 8 * (rows + 1)
+    if values == "int4":
+        wanted = index + sum(math.ceil(count / 2) + 2 * math.ceil(count / 32) for count in counts)
+    else:
+        width = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1}[values]
+        wanted = index + width * sum(counts) + (4 * rows if values == "int8" else 0)
+    assert packed.nbytes == wanted
+
+
+def test_the_smallest_form_is_chosen() -> None:
+    dense = torch.randn(64, 256).bfloat16()
+    assert pack(dense) is None
+    unstructured = sparse_weight(64, 256, 0.5, torch.bfloat16)
+    assert pack(unstructured).layout == "bitmask"  # type: ignore[union-attr]
+    half = dense * NM(2, 4).mask(dense.float().abs())
+    assert pack(half).layout == "nm"  # type: ignore[union-attr]
+    emptied = half.clone()
+    emptied[:, 64:] = 0  # still 2:4, but nm would store zeros as values
+    assert pack(emptied).layout == "bitmask"  # type: ignore[union-attr]
+    assert pack(torch.randn(64, 256), "int4") is not None  # dense fp32 is larger than int4 with a mask
+
+
+@pytest.mark.parametrize("values", VALUE_TYPES)
+def test_rows_are_unpacked_on_their_own(values: str) -> None:
+    packed = packed_of(sparse_weight(11, 130, 0.5), values)
+    whole = unpack(packed, torch.float32)
+    for first, last in ((0, 11), (0, 1), (3, 7), (10, 11), (1, 2)):
+        assert torch.equal(unpack_rows(packed, first, last, torch.float32), whole[first:last])
+
+
+def test_signs_of_zeros_and_values_that_are_not_finite() -> None:
+    weight = torch.tensor([[0.0, -0.0, math.nan, math.inf, 1.0, 0.0, 0.0, 0.0]])
+    back = unpack(packed_of(weight))
+    assert torch.equal(torch.nan_to_num(back, 7.0, 8.0), torch.tensor([[0.0, 0.0, 7.0, 8.0, 1.0, 0.0, 0.0, 0.0]]))
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        pack(weight, "int8", "bitmask")
+    with pytest.raises(NumericalError, match="fp16"):
+        pack(torch.tensor([[1e6, 0.0, 0.0, 0.0]]), "fp16", "bitmask")
+
+
+def test_what_cannot_be_packed_is_said() -> None:
+    with pytest.raises(RecipeError, match=r"int44.*'int4'"):
+        pack(torch.randn(4, 4), "int44")
+    with pytest.raises(RecipeError, match="layout"):
+        pack(torch.randn(4, 4), layout="csr")
+    with pytest.raises(RecipeError, match="2:4"):
+        pack(torch.randn(4, 8), layout="nm")
+    with pytest.raises(StorageError, match="float64"):
+        pack(torch.randn(4, 4).double())
+    eight_bits = torch.randn(4, 4).to(torch.float8_e4m3fn)
+    for wrong in (torch.randn(4), torch.ones(2, 2, dtype=torch.int8), torch.randn(0, 4), eight_bits):
+        with pytest.raises(StorageError, match="cannot be packed"):
+            pack(wrong)
+
+
+def flip_bit(mask: Tensor) -> Tensor:
+    changed = mask.clone()
+    changed[2, 0] ^= 1
+    return changed
+
+
+def set_at(index: int, value: int) -> Any:
+    def change(tensor: Tensor) -> Tensor:
+        changed = tensor.clone()
+        changed[index] = value
+        return changed
+
+    return change
+
+
+def padding_bit(mask: Tensor) -> Tensor:
+    changed = mask.clone()
+    changed[0, -1] |= 128
+    return changed
+
+
+DAMAGE: dict[str, tuple[str, str, Any, str]] = {
+    "a flipped bit": ("keep", "mask", flip_bit, "row 2"),
+    "a padding bit": ("keep", "mask", padding_bit, "padding"),
+    "a mask too narrow": ("keep", "mask", lambda mask: mask[:, :-1].contiguous(), "mask is"),
+    "a mask of another type": ("keep", "mask", lambda mask: mask.to(torch.int32), "mask is torch.int32"),
+    "a first offset": ("keep", "offsets", set_at(0, 1), "first offset"),
+    "a negative offset": ("keep", "offsets", set_at(1, -5), "decrease"),
+    "a huge offset": ("keep", "offsets", set_at(3, 2**62), "decrease"),
+    "a huge last offset": ("keep", "offsets", set_at(-1, 2**62), "values, where offsets end"),
+    "decreasing offsets": ("keep", "offsets", lambda offsets: offsets.flip(0), "first offset"),
+    "short offsets": ("keep", "offsets", lambda offsets: offsets[:-1], "offsets is"),
+    "offsets of another type": ("keep", "offsets", lambda offsets: offsets.int(), "offsets is torch.int32"),
+    "too few values": ("keep", "values", lambda values: values[:-1], "values, where offsets end"),
+    "values of another type": ("keep", "values", lambda values: values.double(), "values are torch.float64"),
+    "values in a matrix": ("keep", "values", lambda values: values.unsqueeze(0), "values, where"),
+    "scales with floats": ("keep", "scales", lambda _: torch.ones(5), "scales with values"),
+    "no scales": ("int8", "scales", lambda _: None, "no scales"),
+    "too few scales": ("int8", "scales", lambda scales: scales[:-1], "scales is"),
+    "a scale that is no number": ("int8", "scales", lambda scales: scales * math.nan, "not finite"),
+    "int4 with a scale missing": ("int4", "scales", lambda scales: scales[1:], "scales is"),
+    "int4 with half a row": ("int4", "values", lambda values: values[1:], "values, where offsets end"),
+    "an unknown type": ("keep", "value_type", lambda _: "fp8", "fp8"),
+    "an unknown layout": ("keep", "layout", lambda _: "csr", "csr"),
+    "nm without numbers": ("keep", "layout", lambda _: "nm", "without n and m"),
+    "numbers without nm": ("keep", "pattern", lambda _: (2, 4), "with n and m"),
+    "another shape": ("keep", "shape", lambda _: (5, 2**40), "mask is"),
+    "a negative shape": ("keep", "shape", lambda _: (-5, 100), "negative"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_before_anything_computes_with_it(damage: str) -> None:
+    values, field, change, said = DAMAGE[damage]
+    packed = packed_of(sparse_weight(5, 100, 0.5), values)
+    damaged = dataclasses.replace(packed, **{field: change(getattr(packed, field))})
+    with pytest.raises(StorageError, match=f"(?s)up_proj.*{said}"):
+        validate(damaged, "up_proj")
+
+
+def test_a_pattern_that_has_no_codes_is_refused() -> None:
+    packed = dataclasses.replace(packed_of(torch.eye(8), layout="nm"), pattern=(3, 4))
+    with pytest.raises(StorageError, match="3:4 is none of 1:4, 2:4, 4:8"):
+        validate(packed, "w")
+
+
+@pytest.mark.parametrize(("pattern", "code"), [(NM(2, 4), 255), (NM(4, 8), 127)])
+def test_codes_that_are_none_are_refused(pattern: NM, code: int) -> None:
+    weight = torch.randn(3, 64)
+    packed = packed_of(weight * pattern.mask(weight.abs()), layout="nm")
+    mask = packed.mask.clone()
+    mask[1, 0] = code
+    with pytest.raises(StorageError, match="code"):
+        validate(dataclasses.replace(packed, mask=mask), "w")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_bytes_in_a_tensor_are_refused_or_unpack_inside_their_bounds(data: st.DataObject) -> None:
+    """What passes the check must unpack to the shape it claims; what does not raises this library's error."""
+    values = data.draw(st.sampled_from(VALUE_TYPES))
+    packed = packed_of(sparse_weight(4, 70, 0.5, seed=data.draw(st.integers(0, 5))), values)
+    field = data.draw(st.sampled_from(["mask", "offsets"]))
+    tensor = getattr(packed, field).clone()
+    raw = tensor.view(-1).view(torch.uint8)
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    changed = dataclasses.replace(packed, **{field: tensor})
+    try:
+        validate(changed, "w")
+    except SparseLLMError:
+        return
+    assert unpack(changed).shape == (4, 70)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 150), st.floats(0, 1), st.sampled_from(VALUE_TYPES), st.integers(0, 99))
+def test_packing_round_trips(rows: int, columns: int, sparsity: float, values: str, seed: int) -> None:
+    weight = sparse_weight(rows, columns, sparsity, FLOAT_TYPES.get(values, torch.float32), seed)
+    packed = packed_of(weight, values)
+    if values in FLOAT_TYPES:
+        assert torch.equal(unpack(packed), weight)
+    again = packed_of(unpack(packed, torch.float32), values if values in FLOAT_TYPES else "fp32")
+    assert torch.equal(unpack(again, torch.float32), unpack(packed, torch.float32))
+    if values == "int4":
+        assert len(packed.scales) == int(group_offsets(packed.offsets)[-1])  # type: ignore[arg-type]

@@ -1,0 +1,183 @@
+"""The module against the dense linear it stands for: products, moves, state, compilation, gradients."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsellm.errors import SparseLLMError, StorageError
+from sparsellm.packed.codes import VALUE_TYPES
+from sparsellm.packed.layout import PackedWeight, pack, unpack
+from sparsellm.patterns import NM
+from sparsellm.runtime import module as runtime_module
+from sparsellm.runtime.module import PackedLinear, multiply, to_dense
+from tests.packed.by_hand import sparse_weight
+
+
+def packed_of(weight: Tensor, values: str = "keep", layout: str = "bitmask") -> PackedWeight:
+    packed = pack(weight, values, layout)
+    assert packed is not None
+    return packed
+
+
+def layer(values: str = "keep", *, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
+    weight = sparse_weight(48, 130, 0.6).to(dtype)
+    return PackedLinear.from_packed(packed_of(weight, values), torch.randn(48).to(dtype) if bias else None, dtype)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_module, "_kernels", lambda device: None)
+
+
+@pytest.mark.parametrize("values", VALUE_TYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_is_that_of_the_dense_weight(values: str, tokens: int, dtype: torch.dtype) -> None:
+    """In fp64; fp32 sums and one rounding to the output's type are what may differ."""
+    packed = packed_of(sparse_weight(48, 130, 0.6), values)
+    x = torch.randn(tokens, 130).to(dtype)
+    exact = x.double() @ unpack(packed).double().t()
+    found = multiply(packed, x)
+    assert found.dtype == dtype
+    # bf16 keeps 8 bits: the unpacked weight of a larger batch and the result are rounded to it
+    bound = 2e-6 if dtype == torch.float32 else 2.0**-7
+    scale = x.double().abs() @ unpack(packed).double().abs().t()
+    assert ((found.double() - exact).abs() <= bound * scale + 1e-12).all()
+
+
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.parametrize("tile", [1, 130 * 7, 130 * 100, 1 << 20])
+def test_tiles_do_not_change_the_product(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_module, "TILE", tile)
+    weight = sparse_weight(148, 130, 0.6)
+    x = torch.randn(20, 130)
+    assert torch.allclose(multiply(packed_of(weight), x), x @ weight.t(), atol=1e-5)
+
+
+def test_small_batches_go_to_the_kernel_and_large_ones_use_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def product(packed: PackedWeight, x: Tensor) -> Tensor:
+        asked.append(("multiply", len(x)))
+        return x @ unpack(packed, x.dtype).t()
+
+    def rows(packed: PackedWeight, first: int, last: int, out: Tensor) -> None:
+        asked.append(("rows", last - first))
+        out.copy_(unpack(packed, out.dtype)[first:last])
+
+    kernels = SimpleNamespace(multiply=product, unpack_rows=rows, available=lambda: "abacus")
+    monkeypatch.setattr(runtime_module, "_kernels", lambda device: kernels)
+    module = layer()
+    dense = copy.deepcopy(module).to_linear()
+    for tokens, called in ((1, ("multiply", 1)), (16, ("multiply", 16)), (17, ("rows", 48))):
+        asked.clear()
+        x = torch.randn(tokens, 130)
+        assert torch.allclose(module(x), dense(x), atol=1e-5)
+        assert asked == [called]
+    assert runtime_module.kernel_name() == "abacus"
+
+
+@pytest.mark.parametrize("shape", [(130,), (0, 130), (2, 5, 130), (2, 3, 4, 130)])
+def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
+    module = layer()
+    x = torch.randn(shape)
+    assert module(x).shape == (*shape[:-1], 48)
+    assert torch.allclose(module(x), module.to_linear()(x), atol=1e-5)
+
+
+def test_dtype_changes_leave_the_values_alone() -> None:
+    module = layer("fp32")
+    before = unpack(module.packed)
+    for changed in (module.bfloat16(), module.half(), module.double(), module.to(torch.bfloat16)):
+        assert changed is module
+        assert torch.equal(unpack(module.packed), before)
+        assert module.weight_values.dtype == torch.float32  # type: ignore[union-attr]
+        assert module.weight_offsets.dtype == torch.int64  # type: ignore[union-attr]
+    assert module.weight.dtype == module.bias.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert module(torch.randn(2, 130).bfloat16()).dtype == torch.bfloat16
+    assert module.to("meta").weight_mask.is_meta  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("values", VALUE_TYPES)
+def test_state_goes_into_a_layer_that_holds_another_weight(values: str) -> None:
+    module, other = layer(values), PackedLinear(130, 48)
+    other.set_packed(packed_of(sparse_weight(48, 130, 0.9, seed=5)))
+    result = other.load_state_dict(module.state_dict())
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    x = torch.randn(3, 130)
+    assert torch.equal(other(x), module(x))
+    fresh = PackedLinear(130, 48)
+    fresh.load_state_dict(module.state_dict(), assign=True)
+    assert torch.equal(fresh(x), module(x))
+
+
+def test_damaged_state_is_refused_and_changes_nothing() -> None:
+    module = layer()
+    state = module.state_dict()
+    state["weight_offsets"] = state["weight_offsets"] + 1
+    before = unpack(module.packed)
+    with pytest.raises(RuntimeError, match="first offset is 1"):
+        module.load_state_dict(state)
+    assert torch.equal(unpack(module.packed), before)
+    with pytest.raises(RuntimeError, match="weight_mask"):
+        module.load_state_dict({"weight": torch.zeros(1), "bias": torch.zeros(48)})
+
+
+def test_a_layer_without_a_weight_says_so() -> None:
+    with pytest.raises(SparseLLMError, match="no weight yet"):
+        PackedLinear(8, 8)(torch.randn(1, 8))
+    assert "no weight" in repr(PackedLinear(8, 8))
+    with pytest.raises(StorageError, match="shape"):
+        PackedLinear(8, 8).set_packed(layer().packed)
+
+
+def test_codes_of_n_m_are_computed_with_as_bits() -> None:
+    weight = torch.randn(16, 64)
+    weight = weight * NM(2, 4).mask(weight.abs())
+    module = PackedLinear.from_packed(packed_of(weight, layout="nm"))
+    x = torch.randn(4, 64)
+    assert module.packed.layout == "bitmask"
+    assert torch.allclose(module(x), x @ weight.t(), atol=1e-5)
+
+
+def test_the_operator_keeps_torch_s_rules() -> None:
+    packed = packed_of(sparse_weight(24, 70, 0.5), "int8")
+    x = torch.randn(5, 70, requires_grad=True)
+    arguments = (x, packed.mask, packed.values, packed.offsets, packed.scales, "int8")
+    torch.library.opcheck(runtime_module.packed_linear, arguments)
+
+
+def test_gradient_of_the_input_is_that_of_the_dense_layer() -> None:
+    module = layer("bf16")
+    module.requires_grad_(False)
+    dense = copy.deepcopy(module).to_linear()
+    x = torch.randn(2, 3, 130, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    module(x).square().sum().backward()
+    dense(y).square().sum().backward()
+    assert torch.allclose(x.grad, y.grad, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+
+
+def test_compiled_without_a_break_in_the_graph() -> None:
+    model = nn.Sequential(layer(), nn.ReLU(), PackedLinear.from_packed(packed_of(sparse_weight(16, 48, 0.5), "int4")))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for tokens in (1, 20):
+            x = torch.randn(tokens, 130)
+            assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+def test_to_dense_replaces_every_layer() -> None:
+    model = nn.Sequential(layer(), nn.Sequential(layer(bias=False), nn.ReLU()))
+    x = torch.randn(2, 130)
+    expected = [model[0](x), model[1](x)]
+    to_dense(model)
+    assert not [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert torch.allclose(model[0](x), expected[0], atol=1e-5)
+    assert torch.allclose(model[1](x), expected[1], atol=1e-5)

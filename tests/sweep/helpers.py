@@ -1,0 +1,102 @@
+"""Pruned models by the hand of nobody, and what the whole model says, computed by plain transformers and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from sparsellm.chain import open_chain, streams
+from sparsellm.chain.streams import Stream
+from sparsellm.chain.structure import find_blocks
+from tests.models import VOCABULARY, _seeded, tiny_gpt2, tiny_llama, tiny_opt
+
+Family = Callable[..., Any]
+CPU = torch.device("cpu")
+
+
+def tiny_qwen2(seed: int = 0) -> PreTrainedModel:
+    """Biases on q, k, v alone, two blocks."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    model: PreTrainedModel = _seeded(Qwen2ForCausalLM, config, seed)
+    return model
+
+
+def tiny_mistral(seed: int = 0) -> PreTrainedModel:
+    """A sliding window shorter than the text: its blocks are called with a mask that has a row for each window."""
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, sliding_window=8,
+    )  # fmt: skip
+    model: PreTrainedModel = _seeded(MistralForCausalLM, config, seed)
+    return model
+
+
+def tiny_post_norm_opt(seed: int = 0) -> PreTrainedModel:
+    """As OPT-350m: norms after the sums, the embedding projected."""
+    return tiny_opt(seed, do_layer_norm_before=False, word_embed_proj_dim=40)
+
+
+def eager_llama(seed: int = 0) -> PreTrainedModel:
+    """Attention that is always given a mask."""
+    return tiny_llama(seed, num_hidden_layers=2, attn_implementation="eager")
+
+
+FAMILIES = [tiny_llama, tiny_gpt2, tiny_qwen2, tiny_post_norm_opt, tiny_mistral, eager_llama]
+
+
+def ids_of(count: int, seq: int = 24, seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, (count, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of all linears in the blocks."""
+    name, blocks = find_blocks(model)
+    return {
+        f"{name}.{inner}.weight": module.weight  # type: ignore[misc]
+        for inner, module in blocks.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+
+
+def block_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    name, _ = find_blocks(model)
+    return {each: value for each, value in model.named_parameters() if each.startswith(f"{name}.")}
+
+
+@torch.no_grad()
+def halved(model: PreTrainedModel, two_of_four: bool = False) -> PreTrainedModel:
+    """Half of the weights of every linear at zero, the smallest, of all or of every four."""
+    for weight in linear_weights(model).values():
+        groups = weight.view(-1, 4) if two_of_four else weight.view(1, -1)
+        lowest = groups.abs().argsort(1)[:, : groups.shape[1] // 2]
+        groups.scatter_(1, lowest, 0.0)
+    return model
+
+
+def dense_end(model: PreTrainedModel, ids: Tensor, batch_tokens: int) -> list[Tensor]:
+    """What leaves the last block, in the batches of the walk."""
+    chain = open_chain(model, device=CPU)
+    stream = Stream(chain, ids, batch_tokens=batch_tokens, pieces=streams.PIECE_TOKENS)
+    for index in range(len(chain)):
+        stream.advance(index)
+    return list(stream.hidden)
+
+
+def divergence(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor) -> Tensor:
+    """A scalar, with gradients: mean over all tokens of ``Σ p (log p − log q)``."""
+    with torch.no_grad():
+        p = torch.log_softmax(dense(ids, use_cache=False).logits.float(), -1)
+    q = torch.log_softmax(pruned(ids, use_cache=False).logits.float(), -1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+def same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())

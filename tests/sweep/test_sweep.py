@@ -1,0 +1,311 @@
+"""The sweep against autograd and ``torch.optim.Adam`` on the whole model; what must not change; where state is kept."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import Chain, Feed, open_chain
+from sparsellm.errors import ModelError, NumericalError
+from sparsellm.storage.scratch import Scratch
+from sparsellm.sweep import head
+from sparsellm.sweep import whole_model as module
+from sparsellm.sweep.training import Adam
+from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.sweep.helpers import (
+    CPU,
+    FAMILIES,
+    Family,
+    block_parameters,
+    dense_end,
+    divergence,
+    halved,
+    ids_of,
+    linear_weights,
+    same_bits,
+    tiny_mistral,
+)
+
+TOKENS = 96  # in a batch: four windows of 24
+
+
+def swept(
+    chain: Chain, dense: PreTrainedModel, ids: Tensor, passes: int, rate: float | None, scratch: Scratch | None = None
+) -> tuple[list[Pass], dict[str, Tensor]]:
+    """The history, and every block as it would be written."""
+    written: dict[str, Tensor] = {}
+
+    def write(index: int) -> None:
+        for name, source in chain.block_tensors(index).items():
+            written[name] = source.read().to(source.dtype, copy=True)
+
+    feed = Feed(chain, ids, TOKENS, scratch or Scratch())
+    history = sweep(SweepTask(feed, dense_end(dense, ids, TOKENS), passes, 3, write, learning_rate=rate))
+    return history, written
+
+
+def in_memory(model: PreTrainedModel, dense: PreTrainedModel, *args: Any) -> list[Pass]:
+    return swept(open_chain(model, device=CPU), dense, *args)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+@pytest.mark.parametrize("head_tokens", [1 << 20, 12])
+def test_gradients_are_those_of_the_whole_model(
+    family: Family, head_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with the head in chunks of three positions, and with two windows of a batch of four in a step."""
+    monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(module, "STEP_TOKENS", 48)
+    found: list[dict[str, Tensor]] = []
+
+    class Recorded(Adam):
+        def step(self, rate: float, number: int) -> None:
+            found.append({name: p.grad.clone() for name, p in self._parameters.items() if p.grad is not None})
+
+    monkeypatch.setattr(module, "Adam", Recorded)
+    dense, model, ids = family(), halved(family()), ids_of(4)
+    history = in_memory(model, dense, ids, 1, 0.01)
+    blocks = len(found) // 2
+    # Nothing moved, so what the two steps saw, in whatever order, are the halves of the one mean.
+    steps = [{k: v for part in found[:blocks] for k, v in part.items()}]
+    steps.append({k: v for part in found[blocks:] for k, v in part.items()})
+    loss = divergence(dense, model, ids)
+    loss.backward()
+    wanted = {name: p.grad for name, p in block_parameters(model).items() if p.grad is not None}
+    assert steps[0].keys() == wanted.keys() == steps[1].keys()
+    for name, gradient in wanted.items():
+        mean = (steps[0][name] + steps[1][name]) / 2
+        torch.testing.assert_close(mean, gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()) + 1e-9, msg=name)
+    assert history[0].held_out == pytest.approx(loss.item(), rel=1e-4)
+    assert history[1].train == pytest.approx(history[0].held_out, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", [tiny_llama, tiny_gpt2, tiny_opt], ids=lambda family: family.__name__)
+def test_steps_are_those_of_adam_on_the_whole_model(family: Family) -> None:
+    dense, model, ids = family(), halved(family()), ids_of(4)
+    plain = copy.deepcopy(model)
+    parameters, pruned = block_parameters(plain), linear_weights(plain)
+    optimiser = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=(0.9, 0.95), eps=1e-8)
+    certain = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    rate, losses = 0.002, []
+    for factor in (1.0, 1.0, 0.5):  # of three steps the first is warm; then the cosine begins
+        optimiser.zero_grad()
+        loss = divergence(dense, plain, ids)
+        loss.backward()
+        losses.append(float(loss))
+        for group, (name, p) in zip(optimiser.param_groups, parameters.items(), strict=True):
+            assert p.grad is not None
+            if name in pruned:
+                p.grad[p == 0] = 0.0
+            # The direction of a step where the gradient is rounding noise (a key's bias) is chance.
+            certain[name] &= (p.grad.abs() > 1e-3 * p.grad.abs().max()) & (p.grad.abs().max() > 1e-7)
+            group["lr"] = rate * factor * float(p.detach().square().mean().sqrt())
+        optimiser.step()
+    before = {name: p.detach().clone() for name, p in block_parameters(model).items()}
+    history = in_memory(model, dense, ids, 3, rate)
+    assert [record.train for record in history[1:]] == pytest.approx(losses, rel=1e-4)
+    assert min(record.held_out for record in history) == history[-1].held_out  # so the last state is what is kept
+    for name, found in block_parameters(model).items():
+        moved = certain[name]
+        moves, wanted = (found - before[name])[moved], (parameters[name] - before[name])[moved]
+        assert float((moves - wanted).norm()) <= 0.01 * float(wanted.norm()), name
+    assert sum(int(each.sum()) for each in certain.values()) > 10_000
+
+
+@pytest.mark.parametrize("two_of_four", [False, True])
+def test_zeros_stay_and_the_rest_moves(two_of_four: bool) -> None:
+    dense, model = tiny_gpt2(), halved(tiny_gpt2(), two_of_four)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    in_memory(model, dense, ids_of(4), 2, 0.003)
+    weights = linear_weights(model)
+    for name, after in model.named_parameters():
+        if name in weights:
+            zero = before[name] == 0
+            assert int(zero.sum()) == zero.numel() // 2
+            assert torch.equal(after == 0, zero)
+            assert not bool(torch.signbit(after[zero]).any())
+        assert torch.equal(after, before[name]) == (name not in block_parameters(model)), name
+
+
+def test_it_judges_by_windows_it_does_not_train_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP_TOKENS", 24)
+    dense, model, ids = tiny_llama(), halved(tiny_llama()), ids_of(8)
+    held = ids[4:5]  # the middle one of eight
+    start = divergence(dense, model, held).item()
+    history = in_memory(model, dense, ids, 4, 0.003)
+    assert history[0].held_out == pytest.approx(start, rel=1e-4)
+    least = min(record.held_out for record in history)
+    assert least < start
+    assert divergence(dense, model, held).item() == pytest.approx(least, rel=1e-4)
+
+
+@pytest.mark.parametrize("rate", [30.0, 1e30], ids=["absurd", "overflowing"])
+def test_a_state_that_was_better_at_the_start_is_kept_to_the_bit(rate: float) -> None:
+    dense, model = tiny_opt(), halved(tiny_opt())
+    before = copy.deepcopy(model.state_dict())
+    history = in_memory(model, dense, ids_of(4), 2, rate)
+    assert not any(record.held_out < history[0].held_out for record in history)
+    assert same_bits(model.state_dict(), before)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_windows_of_the_last_smaller_batch_count_by_their_tokens() -> None:
+    """Three windows in batches of two: the mean is over tokens, not over batches."""
+    dense, model, ids = tiny_llama(), halved(tiny_llama()), ids_of(3, seq=48)
+    history = in_memory(model, dense, ids, 1, 1e-9)
+    assert history[0].held_out == pytest.approx(divergence(dense, model, ids).item(), rel=1e-5)
+
+
+def test_on_disk_in_memory_and_twice_are_the_same_bits(tmp_path: Path) -> None:
+    dense, model, ids = tiny_mistral(), halved(tiny_mistral()), ids_of(8)
+    path = save_tiny(model, None, tmp_path / "halved")
+    runs = [
+        swept(open_chain(copy.deepcopy(model), device=CPU), dense, ids, 2, 0.003),
+        swept(open_chain(path, device=CPU), dense, ids, 2, 0.003),
+        swept(open_chain(path, device=CPU), dense, ids, 2, 0.003, Scratch(0, tmp_path)),
+        swept(open_chain(path, device=CPU), dense, ids, 2, 0.003, Scratch(50_000, tmp_path)),
+    ]
+    for history, written in runs[1:]:
+        assert history == runs[0][0]
+        assert same_bits(written, runs[0][1])
+    assert min(record.held_out for record in runs[0][0]) < runs[0][0][0].held_out
+
+
+def test_bfloat16_is_rounded_at_the_end_only_and_judged_as_rounded(tmp_path: Path) -> None:
+    ids, source = ids_of(4), save_tiny(tiny_llama().to(torch.bfloat16), None, tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    path = save_tiny(halved(tiny_llama().to(torch.bfloat16)), None, tmp_path / "halved")
+    exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # the same numbers
+    # 24 steps of at most a thousandth: each is less than half a unit in the last place of most weights of bf16.
+    in_fp32 = swept(open_chain(copy.deepcopy(exact), device=CPU), dense, ids, 24, 0.001)
+    in_bf16 = swept(open_chain(path, device=CPU, dtype=torch.float32), dense, ids, 24, 0.001)
+    least = [min(record.held_out for record in history) for history, _ in (in_fp32, in_bf16)]
+    assert least[1] < 0.9 * in_bf16[0][0].held_out
+    assert least[1] != least[0]
+    for name, value in in_bf16[1].items():
+        assert value.dtype == torch.bfloat16
+        assert float((value != in_fp32[1][name].to(torch.bfloat16)).float().mean()) < 0.02, name
+    exact.load_state_dict({name: value.float() for name, value in in_bf16[1].items()}, strict=False)
+    assert divergence(dense, exact, ids).item() == pytest.approx(least[1], rel=1e-4)
+
+
+def test_shared_weights_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    recipe = Recipe(method="sparsellm", sparsity=0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight stands in several places.*passes=0"):
+        sparsellm.prune(model, recipe, calibration=ids_of(2))
+    assert same_bits(model.state_dict(), before)
+    sparsellm.prune(model, recipe.updated(options={"passes": 0}), calibration=ids_of(2))
+
+
+def test_a_divergence_that_is_not_finite_is_said() -> None:
+    dense, model = tiny_llama(), halved(tiny_llama())
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(NumericalError, match="diverges"):
+        in_memory(model, dense, ids_of(2), 1, 0.001)
+
+
+def test_a_gradient_that_is_not_finite_moves_no_zero() -> None:
+    weight = nn.Parameter(torch.tensor([[0.0, 2.0]]))
+    weight.grad = torch.tensor([[torch.inf, 1.0]])
+    Adam({"w": weight}, {"w"}, torch.zeros(2, 2)).step(0.1, 1)
+    assert weight[0, 0] == 0
+    assert weight[0, 1] < 2
+
+
+def test_through_the_api_disk_and_memory_are_the_same_and_zeros_are_those_written(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(method="sparsellm", sparsity=0.6, batch_tokens=48, options={"effort": 0, "passes": 2})
+    in_memory = sparsellm.prune(source, recipe, calibration=ids_of(6))
+    on_disk = sparsellm.prune(source, recipe, calibration=ids_of(6), out=tmp_path / "pruned")
+    assert in_memory.model is not None
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert same_bits(loaded.state_dict(), in_memory.model.state_dict())
+    assert on_disk.sweeps == in_memory.sweeps
+    assert len(on_disk.sweeps) == 3
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    least = min(record.held_out for record in on_disk.sweeps)
+    assert divergence(dense, loaded, ids_of(6)).item() == pytest.approx(least, rel=1e-4)  # three steps: all judge
+    zeros = {name: int((weight == 0).sum()) for name, weight in linear_weights(loaded).items()}
+    assert {f"{linear.name}.weight": linear.zeros for linear in on_disk.linears} == zeros
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "pruned"]
+
+
+def test_a_linear_that_is_left_out_keeps_the_zeros_it_had() -> None:
+    model = halved(tiny_llama())
+    before = model.model.layers[1].mlp.down_proj.weight.detach().clone()
+    recipe = Recipe(method="sparsellm", sparsity=0.6, exclude=["*.down_proj"], options={"passes": 1})
+    sparsellm.prune(model, recipe, calibration=ids_of(6))
+    after = model.model.layers[1].mlp.down_proj.weight
+    assert torch.equal(after == 0, before == 0)
+    assert not torch.equal(after, before)
+
+
+class Steps:
+    """What a sweep asks of its steps: the loss before each, its rate and its number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[float, float, int]] = []
+        step = module._Run.step
+
+        def noted(run: Any, piece: Any, process: int, rate: float, number: int) -> float:
+            loss = step(run, piece, process, rate, number)
+            self.seen.append((loss, rate, number))
+            return loss
+
+        monkeypatch.setattr(module._Run, "step", noted)
+
+
+def test_the_rate_follows_the_square_of_the_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    for mangle in (lambda model: model, lambda model: model.lm_head.weight.data.mul_(30)):
+        model, dense = halved(tiny_llama()), tiny_llama()
+        mangle(model)
+        mangle(dense)
+        steps.seen.clear()
+        history = in_memory(model, dense, ids_of(4), 1, None)
+        assert steps.seen[0][1] == pytest.approx(module.RATE * min(1, history[0].held_out ** 2))
+    assert history[0].held_out > 1  # and before it was less: both sides of the bend were seen
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_pass_that_does_harm_is_undone_and_the_next_is_slower(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One window is all there is: the loss before the first step of each pass is that of where it begins."""
+    steps = Steps(monkeypatch)
+    ids, dense = ids_of(1), tiny_llama()
+    model = halved(tiny_llama())
+    chain = open_chain(model if where == "memory" else save_tiny(model, None, tmp_path / "halved"), device=CPU)
+    history, _ = swept(chain, dense, ids, 8, 1.0)
+    harmful = module.harmful_passes(history)
+    assert 1 in harmful
+    losses, rates, numbers = zip(*steps.seen, strict=True)
+    least, cuts = losses[0], 0
+    for number, record in enumerate(history[1:-1]):
+        cuts += record.passes in harmful
+        least = min(least, record.held_out * ids.numel())
+        assert rates[number + 1] == pytest.approx(module.CUT**cuts * module.schedule(number + 1, 8))
+        if record.passes in harmful:
+            assert losses[number + 1] == pytest.approx(least, rel=1e-5)
+            assert numbers[number + 1] == 1
+        else:
+            assert numbers[number + 1] == numbers[number] + 1
+
+
+def test_what_harm_is() -> None:
+    divergences = [1.0, 1.005, 0.5, 0.6, float("nan"), 0.504, 0.4]
+    history = [Pass(number, value, None) for number, value in enumerate(divergences)]
+    assert module.harmful_passes(history) == [3, 4]

@@ -1,0 +1,308 @@
+"""Checkpoints that are damaged, or of which the parts do not fit: one line that says so, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import open_chain
+from sparsellm.errors import DataError, ModelError, SparseLLMError, StorageError
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
+
+CPU = torch.device("cpu")
+IDS = torch.arange(96).view(4, 24)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+Break = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), None, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def refused(directory: Path, out: Path, calibration: Any = IDS) -> SparseLLMError:
+    """The error of a run that leaves nothing behind."""
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    with pytest.raises(SparseLLMError) as caught:
+        sparsellm.prune(directory, Recipe(method="magnitude", samples=2, seq_len=24), out=out, calibration=calibration)
+    assert not list(out.parent.glob(f"{out.name}*"))
+    assert before == {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+    return caught.value
+
+
+# ---------------------------------------------------------------------- config.json
+
+
+def config(**changes: Any) -> Break:
+    def change(directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def content(file: str, data: bytes) -> Break:
+    return lambda directory: (directory / file).write_bytes(data) and None
+
+
+CONFIGS: dict[str, tuple[Break, str]] = {
+    "not JSON": (content("config.json", b"{"), "not valid JSON"),
+    "UTF-16": (content("config.json", '{"model_type": "llama"}'.encode("utf-16")), "not UTF-8"),
+    "deep": (content("config.json", b'{"a":' * 100_000), "nested too deeply"),
+    "a list": (content("config.json", b"[]"), "not an object"),
+    "huge integer": (content("config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}"), "5000 digits"),
+    "no model": (content("config.json", b'{"model_type": "nonesuch"}'), "cannot read"),
+    "odd model type": (config(model_type=["llama"]), "cannot read"),
+    "no width": (config(hidden_size=0), "hidden_size 0"),
+    "negative width": (config(hidden_size=-32), "hidden_size -32"),
+    "huge width": (config(hidden_size=10**9), "hidden_size 1000000000"),
+    "negative vocabulary": (config(vocab_size=-1), "vocab_size -1"),
+    "huge vocabulary": (config(vocab_size=10**12), "vocab_size 1000000000000"),
+    "another vocabulary": (config(vocab_size=299), "its config asks for (299, 32)"),
+    "no layers": (config(num_hidden_layers=0), "num_hidden_layers 0"),
+    "negative layers": (config(num_hidden_layers=-3), "num_hidden_layers -3"),
+    "100,000 layers": (config(num_hidden_layers=100_000), "says 100000 layers, the weights have 3"),
+    "a layer too many": (config(num_hidden_layers=4), "says 4 layers, the weights have 3"),
+    "a layer too few": (config(num_hidden_layers=2), "says 2 layers, the weights have 3"),
+    "huge feed-forward": (config(intermediate_size=10**15), "config.json"),
+    "another feed-forward": (config(intermediate_size=96), "its config asks for (96, 32)"),
+    "negative heads": (config(num_attention_heads=-4), "num_attention_heads -4"),
+    "huge token id": (config(pad_token_id=10**30), "pad_token_id 1e+30"),
+    "dropout above 1": (config(attention_dropout=5.0), "attention_dropout 5.0"),
+    "dropout that is no number": (config(attention_dropout=float("nan")), "attention_dropout nan"),
+    "no heads": (config(num_attention_heads=0), "config.json"),
+    "width as text": (config(hidden_size="wide"), "'wide'"),
+    "unknown activation": (config(hidden_act="nonesuch"), "nonesuch"),
+    "unknown rope": (config(rope_parameters={"rope_type": "nonesuch", "rope_theta": 1e4}), "config.json"),
+    "unknown dtype": (config(dtype="nonesuch"), "config.json"),
+    "text config of another family": (config(text_config={"hidden_size": 32}), "text_config"),
+    "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_bad_config(case: str, copy: Path, tmp_path: Path) -> None:
+    damage, said = CONFIGS[case]
+    damage(copy)
+    error = refused(copy, tmp_path / "p")
+    assert isinstance(error, ModelError)
+    assert said in str(error)
+
+
+# ---------------------------------------------------------------------- the index of shards
+
+
+def index(weight_map: Any, **rest: Any) -> Break:
+    return content(INDEX, json.dumps({"weight_map": weight_map, **rest}).encode())
+
+
+INDICES: dict[str, tuple[Break, str]] = {
+    "not JSON": (content(INDEX, b"{"), "not valid JSON"),
+    "deep": (content(INDEX, b"[" * 100_000), "nested too deeply"),
+    "a list": (content(INDEX, b"[]"), "not an object"),
+    "no map": (content(INDEX, b"{}"), "no weight_map"),
+    "map is a list": (index([WEIGHTS]), "no weight_map"),
+    "empty map": (index({}), "no weight_map"),
+    "integers": (index({"a": 1, "b": WEIGHTS}), "a is in 1"),
+    "lists": (index({"a": [WEIGHTS]}), "a is in ["),
+    "null": (index({"a": None}), "a is in None"),
+    "huge integer": (content(INDEX, b'{"weight_map": {"a": ' + b"1" * 5000 + b"}}"), "5000 digits"),
+    "overlong name": (index({"a": "x" * 5000}), "names the shard"),
+    "NUL": (index({"a": "x\0y"}), "names the shard"),
+    "elsewhere": (index({"a": f"../model/{WEIGHTS}"}), "names the shard"),
+    "missing": (index({"a": "model-00001-of-00002.safetensors"}), "names the shard"),
+    "directory": (index({"a": "."}), "names the shard"),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_a_bad_index(case: str, copy: Path, tmp_path: Path) -> None:
+    damage, said = INDICES[case]
+    damage(copy)
+    error = refused(copy, tmp_path / "p")
+    assert isinstance(error, StorageError)
+    assert said in str(error)
+
+
+# ---------------------------------------------------------------------- the header of a weight file
+
+
+def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def header(text: Any, data: int, length: int | None = None) -> Break:
+    encoded = text if isinstance(text, bytes) else json.dumps(text).encode()
+    prefix = struct.pack("<Q", len(encoded) if length is None else length)
+    return content(WEIGHTS, prefix + encoded + bytes(data))
+
+
+ONE = entry("F32", [2], 0, 8)
+HEADERS: dict[str, tuple[Break, str]] = {
+    "empty": (content(WEIGHTS, b""), "not a readable safetensors file"),
+    "text": (content(WEIGHTS, b"hello, I am no weights"), "not a readable safetensors file"),
+    "huge length": (header({"a": ONE}, 8, 1 << 60), "not a readable safetensors file"),
+    "too long a length": (header({"a": ONE}, 8, 500), "not a readable safetensors file"),
+    "not JSON": (header(b"{{{{", 8), "not a readable safetensors file"),
+    "deep": (header(b'{"a":' * 10_000, 8), "not a readable safetensors file"),
+    "overlap": (header({"a": ONE, "b": entry("F32", [2], 4, 12)}, 12), "not a readable safetensors file"),
+    "gap": (header({"a": ONE, "b": entry("F32", [2], 12, 20)}, 20), "not a readable safetensors file"),
+    "cut short": (header({"a": ONE}, 7), "not a readable safetensors file"),
+    "too long": (header({"a": ONE}, 9), "not a readable safetensors file"),
+    "wrong size": (header({"a": entry("F32", [3], 0, 8)}, 8), "not a readable safetensors file"),
+    "negative": (header({"a": entry("F32", [-2], 0, 8)}, 8), "not a readable safetensors file"),
+    "overflow": (header({"a": entry("F32", [1 << 62, 8], 0, 8)}, 8), "not a readable safetensors file"),
+    "twice": (header(f'{{"a": {json.dumps(ONE)}, "a": {json.dumps(ONE)}}}'.encode(), 8), "describes tensor a twice"),
+    "dtype of tomorrow": (header({"a": entry("F4", [8], 0, 4)}, 4), "tensor a"),
+    "other weights": (header({"a": ONE}, 8), "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_bad_header(case: str, copy: Path, tmp_path: Path) -> None:
+    damage, said = HEADERS[case]
+    damage(copy)
+    error = refused(copy, tmp_path / "p")
+    assert isinstance(error, ModelError if case == "other weights" else StorageError)
+    assert said in str(error)
+
+
+def test_a_tensor_in_two_files_is_refused_unless_an_index_chooses(copy: Path, tmp_path: Path) -> None:
+    (copy / WEIGHTS).rename(copy / "one.safetensors")
+    tensors = load_file(copy / "one.safetensors")
+    save_file({Q_PROJ: torch.zeros_like(tensors[Q_PROJ])}, copy / "two.safetensors")
+    error = refused(copy, tmp_path / "p")
+    assert f"tensor {Q_PROJ} stands in both one.safetensors and two.safetensors" in str(error)
+    weight_map = {**dict.fromkeys(tensors, "one.safetensors"), Q_PROJ: "two.safetensors"}
+    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    chain = open_chain(copy, device=CPU)
+    assert chain.weights is not None
+    assert not chain.weights.as_stored(Q_PROJ).any()
+
+
+# ---------------------------------------------------------------------- dtypes
+
+
+NO_WEIGHTS = ["float8_e4m3fn", "float8_e5m2", "int8", "int16", "int32", "int64", "uint8", "uint16", "bool", "complex64"]
+
+
+@pytest.mark.parametrize("dtype", NO_WEIGHTS)
+@pytest.mark.parametrize("name", [Q_PROJ, "model.norm.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_no_floating_point_are_named_before_the_work(
+    dtype: str, name: str, copy: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(copy / WEIGHTS)
+    tensors[name] = tensors[name].to(getattr(torch, dtype))
+    save_file(tensors, copy / WEIGHTS)
+    error = refused(copy, tmp_path / "p")
+    assert isinstance(error, ModelError)
+    assert f"weight {name} in" in str(error)
+    assert f"is stored as {dtype};" in str(error)
+
+
+def test_so_are_those_of_a_model_in_memory() -> None:
+    model = tiny_llama()
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ModelError, match=r"model\.norm\.weight of the model is float8_e4m3fn"):
+        sparsellm.prune(model, Recipe(method="magnitude"), calibration=IDS)
+
+
+# ---------------------------------------------------------------------- what the config leaves aside
+
+
+def test_much_that_the_model_does_not_use_is_refused_and_a_little_is_told(copy: Path, tmp_path: Path) -> None:
+    tensors = load_file(copy / WEIGHTS)
+    save_file({**tensors, "vision.proj.weight": torch.ones(64, 64)}, copy / WEIGHTS)
+    error = refused(copy, tmp_path / "p")
+    assert "does not use: 1 tensors" in str(error)
+    assert "vision.proj.weight" in str(error)
+    save_file({**tensors, "score.weight": torch.ones(2, 32)}, copy / WEIGHTS)
+    result = sparsellm.prune(copy, Recipe(method="magnitude"), out=tmp_path / "p", calibration=IDS)
+    assert "does not use score.weight; copied as they are" in result.warnings[0]
+
+
+def test_buffers_of_older_releases_do_not_matter(tmp_path: Path) -> None:
+    directory = save_tiny(tiny_gpt2(), None, tmp_path / "model")
+    tensors = load_file(directory / WEIGHTS)
+    for block in range(2):  # as in the hub's gpt2, where they are a tenth of all numbers
+        tensors[f"transformer.h.{block}.attn.bias"] = torch.ones(1, 1, 128, 128)
+        tensors[f"transformer.h.{block}.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors[f"transformer.h.{block}.attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, directory / WEIGHTS)
+    assert open_chain(directory, device=CPU).unused() is None
+
+
+def test_layers_that_guess_further_tokens_do_not_count(copy: Path) -> None:
+    """They come behind the last layer, and transformers leaves them aside."""
+    tensors = load_file(copy / WEIGHTS)
+    extra = {name.replace("layers.2", "layers.3"): value.clone() for name, value in tensors.items() if "rs.2." in name}
+    save_file({**tensors, **extra}, copy / WEIGHTS)
+    with pytest.raises(ModelError, match="says 3 layers, the weights have 4"):
+        open_chain(copy, device=CPU)
+    config(num_nextn_predict_layers=1)(copy)
+    assert len(open_chain(copy, device=CPU)) == 3
+
+
+# ---------------------------------------------------------------------- names of models
+
+
+@pytest.mark.parametrize("name", ["", " ", "x" * 5000, "a/" * 3000, "a\0b", "~no-such-user-anywhere/model"])
+def test_a_name_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        sparsellm.prune(name, Recipe(method="magnitude"), out=tmp_path / "p", calibration=IDS)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- tokenizer
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
+    """What matters is what it makes of the text: tokens that never occur may be beyond."""
+    text = tmp_path / "text.txt"
+    text.write_text("plain words, again and again. " * 40)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.add_tokens(["\u2603\u2603"])
+    assert len(tokenizer) == 301
+    directory = save_tiny(tiny_llama(), tokenizer, tmp_path / "model")
+    recipe = Recipe(method="magnitude", samples=2, seq_len=24, calibration=str(text))
+    assert sparsellm.prune(directory, recipe, out=tmp_path / "p").sparsity > 0
+    text.write_text("snow \u2603\u2603 falls " * 60)
+    error = refused(directory, tmp_path / "q", str(text))
+    assert isinstance(error, DataError)
+    assert "ids up to 300 ('\u2603\u2603'), and the model has 300 tokens" in str(error)
+    with pytest.raises(DataError, match="ids up to 300"):
+        sparsellm.evaluate(directory, str(text), seq_len=24)
+
+
+@pytest.mark.parametrize(
+    "data", [b"{", b"[]", b'{"a":' * 50_000, b"\xff\xfe", b'{"version": "1.0", "model": {"type": "X"}}']
+)
+def test_a_damaged_tokenizer(data: bytes, copy: Path, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(copy)
+    (copy / "tokenizer.json").write_bytes(data)
+    error = refused(copy, tmp_path / "p", None)
+    assert isinstance(error, ModelError)
+    assert "no readable tokenizer" in str(error)

@@ -1,0 +1,197 @@
+"""A checkpoint that changes, is cut short or goes away: between two starts of a run, and while one reads it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import Chain, open_chain
+from sparsellm.errors import NumericalError, SparseLLMError, StorageError
+from sparsellm.run.fingerprint import model_fingerprint, weight_digests
+from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.writer import partial_of
+from tests.models import save_tiny, tiny_llama
+
+IDS = torch.arange(96).view(4, 24)
+RECIPE = Recipe(method="magnitude", sparsity=0.5)
+WEIGHTS = "model.safetensors"
+MIDDLE = "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save_tiny(tiny_llama(), None, tmp_path / "model")
+
+
+def prune(source: Path, out: Path, **more: Any) -> sparsellm.PruneResult:
+    return sparsellm.prune(source, RECIPE, out=out, calibration=IDS, **more)
+
+
+def once_in_block(index: int, patched: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
+    """Something happens when the walk is about to read this block."""
+    load, done = Chain.load_block, False
+
+    def loading(self: Chain, at: int, *rest: Any) -> None:
+        nonlocal done
+        if at == index and not done:
+            done = True
+            do()
+        load(self, at, *rest)
+
+    patched.setattr(Chain, "load_block", loading)
+
+
+def fail() -> None:
+    raise NumericalError("the processor caught fire")
+
+
+def change_a_middle_row(source: Path) -> None:
+    tensors = load_file(source / WEIGHTS)
+    tensors[MIDDLE][40] *= 1.5  # neither the first row nor the last
+    save_file(tensors, source / WEIGHTS, {"format": "pt"})
+
+
+def test_a_middle_row_that_changed_between_two_starts_is_another_model(source: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        once_in_block(1, patched, fail)
+        with pytest.raises(NumericalError):
+            prune(source, tmp_path / "p")
+    kept = {path.name: path.read_bytes() for path in partial_of(tmp_path / "p").glob("*.safetensors")}
+    change_a_middle_row(source)
+    with pytest.raises(StorageError, match="model is"):
+        prune(source, tmp_path / "p")
+    assert {path.name: path.read_bytes() for path in partial_of(tmp_path / "p").glob("*.safetensors")} == kept
+    said: list[str] = []
+    save_tiny(tiny_llama(), None, source)  # as it was, though written anew
+    assert prune(source, tmp_path / "p", progress=lambda event: said.append(event.detail)).resumed == 1
+    assert any("reading all weights once, for their checksums" in detail for detail in said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_number_of_a_model_in_memory_counts(dtype: torch.dtype) -> None:
+    def fingerprint(change: Callable[[Any], None] = lambda model: None) -> str:
+        model = tiny_llama().to(dtype)
+        change(model)
+        chain = open_chain(model, device=torch.device("cpu"))
+        return model_fingerprint(chain, weight_digests(chain))
+
+    def changed(model: Any) -> None:
+        model.model.layers[1].mlp.up_proj.weight.data[40, 16] *= 1.5
+
+    assert fingerprint() == fingerprint()
+    assert fingerprint() != fingerprint(changed)
+
+
+def test_a_parameter_in_memory_must_be_finite_and_a_mask_need_not() -> None:
+    model = tiny_llama()
+    model.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+    chain = open_chain(model, device=torch.device("cpu"))
+    assert "mask" in weight_digests(chain)
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(NumericalError, match=r"weight model\.norm\.weight has NaN"):
+        weight_digests(chain)
+
+
+def rewritten_in_place(source: Path) -> None:
+    """As large as before, the same file, and its times put back: only the numbers tell."""
+    file = source / WEIGHTS
+    before = file.stat()
+    reader = CheckpointReader(source)
+    with file.open("r+b") as opened:
+        opened.seek(reader._stored[MIDDLE].start + 5000)
+        opened.write(b"\x01\x02\x03\x04")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def cut_short(source: Path) -> None:
+    os.truncate(source / WEIGHTS, (source / WEIGHTS).stat().st_size // 3)
+
+
+def deleted(source: Path) -> None:
+    (source / WEIGHTS).unlink()
+
+
+def all_deleted(source: Path) -> None:
+    shutil.rmtree(source)
+
+
+CHANGES = {
+    change_a_middle_row: f"tensor {MIDDLE} in .* is not what it was when the run began",
+    rewritten_in_place: f"tensor {MIDDLE} in .* is not what it was when the run began",
+    cut_short: "model.safetensors was cut short while it was read",
+    deleted: "model.safetensors cannot be read any more",
+    all_deleted: "model.safetensors cannot be read any more",
+}
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_while_the_run_reads_is_one_line_and_finished_blocks_are_kept(
+    change: Callable[[Path], None], read_ahead: bool, source: Path, tmp_path: Path
+) -> None:
+    recipe = RECIPE.updated(read_ahead=read_ahead)
+    with pytest.MonkeyPatch.context() as patched:
+        once_in_block(1, patched, lambda: change(source))
+        with pytest.raises(StorageError, match=CHANGES[change]) as caught:
+            sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=IDS)
+    assert "a pruning run keeps the blocks that are done" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    save_tiny(tiny_llama(), None, source)
+    assert prune(source, tmp_path / "p").resumed >= 1
+    whole = prune(source, tmp_path / "whole")
+    assert whole.path is not None
+    for shard in whole.path.glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "p" / shard.name).read_bytes()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_file_that_only_looks_changed_is_read_on(
+    anew: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touch() -> None:
+        if anew:
+            shutil.copyfile(source / WEIGHTS, tmp_path / "copy")
+            os.replace(tmp_path / "copy", source / WEIGHTS)
+        os.utime(source / WEIGHTS)
+
+    once_in_block(1, monkeypatch, touch)
+    assert prune(source, tmp_path / "p").resumed == 0
+
+
+def test_a_change_between_the_header_and_the_checksums_is_seen(source: Path) -> None:
+    reader = CheckpointReader(source)
+    change_a_middle_row(source)
+    with pytest.raises(StorageError, match="has changed since it was opened"):
+        reader.digests()
+
+
+@pytest.mark.parametrize("change", [change_a_middle_row, cut_short, deleted], ids=lambda change: change.__name__)
+def test_evaluation_stops_as_well(
+    change: Callable[[Path], None], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once_in_block(1, monkeypatch, lambda: change(source))
+    with pytest.raises(SparseLLMError, match=WEIGHTS) as caught:
+        sparsellm.evaluate(source, IDS)
+    assert isinstance(caught.value, StorageError)
+
+
+def test_digests_are_those_of_the_stored_bytes_and_progress_ends(source: Path) -> None:
+    import hashlib
+
+    seen: list[tuple[int, int]] = []
+    reader = CheckpointReader(source)
+    digests = reader.digests(lambda done, total: seen.append((done, total)))
+    tensors = load_file(source / WEIGHTS)
+    assert digests == {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
+    assert seen[-1][0] == seen[-1][1] == sum(value.nbytes for value in tensors.values())
+    assert len(seen) == len(tensors)

@@ -1,0 +1,432 @@
+"""Every matrix of the blocks is counted; what would stay dense without the user's word is refused before the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import Chain, open_chain
+from sparsellm.chain.matrices import all_matrices, block_matrices, is_excluded, refuse_silent_dense
+from sparsellm.chain.streams import Feed
+from sparsellm.errors import ModelError
+from sparsellm.sweep.saliency import loss_gradients
+from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+
+CPU = torch.device("cpu")
+IDS = torch.randint(VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(5))
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+DBRX = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 64,
+    "vocab_size": VOCABULARY,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
+    "ffn_config": {"ffn_hidden_size": 80, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+}
+GEMMA4 = {
+    **COMMON,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 40,
+    "enable_moe_block": True,
+    "global_head_dim": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+}
+MIXTURES: dict[str, tuple[dict[str, Any], str, str]] = {  # settings; the largest parameter; its share of its block
+    "mixtral": ({**COMMON, "num_local_experts": 4}, "model.layers.0.mlp.experts.gate_up_proj", "60.4%"),
+    "gpt_oss": (
+        {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "60.4%",
+    ),
+    "qwen3_moe": (
+        {**COMMON, "moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2},
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "55.2%",
+    ),
+    "dbrx": (DBRX, "transformer.blocks.0.ffn.experts.mlp.w1", "30.2%"),
+    "llama4_text": (
+        {**COMMON, "intermediate_size_mlp": 80, "num_local_experts": 4, "num_experts_per_tok": 1},
+        "model.layers.0.feed_forward.experts.gate_up_proj",
+        "49.2%",
+    ),
+    "gemma4_text": (GEMMA4, "model.layers.0.experts.gate_up_proj", "38.3%"),
+}
+
+
+def built(model_type: str, **settings: Any) -> PreTrainedModel:
+    if model_type not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {model_type}")
+    config = AutoConfig.for_model(model_type, **settings)
+    if model_type == "dbrx":
+        config.attn_config.rope_theta = 1e4  # its attention reads it there, and its config drops it
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, str, str]:
+    settings, name, share = MIXTURES[request.param]
+    return built(request.param, **settings), name, share
+
+
+def by_hand(model: PreTrainedModel, blocks: list[nn.Module]) -> tuple[int, int]:
+    """Zeros and weights over all parameters of the blocks with two or more dimensions, stacks of biases left out."""
+    own = [p for block in blocks for name, p in block.named_parameters() if p.dim() > 1 and not name.endswith("bias")]
+    return sum(int((p == 0).sum()) for p in own), sum(p.numel() for p in own)
+
+
+def test_fused_experts_are_refused_before_the_work(mixture: tuple[PreTrainedModel, str, str], tmp_path: Path) -> None:
+    model, name, share = mixture
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ModelError) as caught:
+        sparsellm.prune(model, Recipe(method="magnitude", sparsity=0.5), calibration=IDS, out=tmp_path / "out")
+    line = str(caught.value)
+    assert f"{name} (" in line
+    assert f"with {share}" in line
+    assert "exclude=[" in line
+    assert "\n" not in line
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_way_out_that_the_refusal_names_is_one(mixture: tuple[PreTrainedModel, str, str]) -> None:
+    chain = open_chain(mixture[0], device=CPU)
+    with pytest.raises(ModelError) as caught:
+        refuse_silent_dense(chain, [])
+    exclude = json.loads(str(caught.value).partition("exclude=")[2].replace("'", '"'))
+    refuse_silent_dense(chain, exclude)
+    with pytest.raises(ModelError):
+        refuse_silent_dense(chain, exclude[1:])
+
+
+def test_with_exclude_the_rest_is_pruned_and_every_matrix_is_counted(
+    mixture: tuple[PreTrainedModel, str, str],
+) -> None:
+    model, name, _ = mixture
+    recipe = Recipe(method="magnitude", sparsity=0.5, exclude=["*.experts.*"])
+    result = sparsellm.prune(model, recipe, calibration=IDS)
+    zeros, weights = by_hand(model, open_chain(model, device=CPU).blocks)
+    assert (result.matrices.zeros, result.matrices.weights) == (zeros, weights)
+    report = result.to_dict()
+    assert report["sparsity_reached"] == result.sparsity == zeros / weights < 0.49
+    assert report["sparsity_pruned"] == result.sparsity_pruned == result.zeros / result.weights == 0.5
+    assert report["matrices"] == {"zeros": zeros, "weights": weights}
+    named = next(matrix for matrix in report["dense"] if matrix["name"] == name)
+    assert named["reason"] == "excluded"
+    assert named["shape"] == list(model.get_parameter(name).shape)
+    assert {matrix["reason"] for matrix in report["dense"]} <= {"excluded", "small"}
+    (warning,) = result.warnings
+    assert f"sparsity {zeros / weights:.2%} was reached" in warning
+    assert "50.00% was asked" in warning
+    assert f"{name.rpartition('.')[2]} (" in warning
+
+
+def test_a_directory_is_counted_as_it_was_written_and_inspect_agrees(tmp_path: Path) -> None:
+    settings = MIXTURES["gpt_oss"][0]
+    source = save_tiny(built("gpt_oss", **settings), None, tmp_path / "model")
+    with pytest.raises(ModelError, match=r"gate_up_proj \(4×32×160\) with 60\.4%"):
+        sparsellm.prune(source, Recipe(method="magnitude"), calibration=IDS, out=tmp_path / "out")
+    recipe = Recipe(method="sparsegpt", sparsity=0.5, exclude=["*.experts"])
+    result = sparsellm.prune(source, recipe, calibration=IDS, out=tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    counted = by_hand(model, open_chain(model, device=CPU).blocks)
+    assert (result.matrices.zeros, result.matrices.weights) == counted
+    found = sparsellm.inspect(tmp_path / "out")
+    assert (sum(matrix.zeros for matrix in found), sum(matrix.weights for matrix in found)) == counted
+    assert [matrix.name for matrix in found if not matrix.linear] == [matrix.name for matrix in result.dense]
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["sparsity_reached"] == result.sparsity
+
+
+def test_zeros_that_stayed_dense_matrices_have_are_counted_after_a_sweep(tmp_path: Path) -> None:
+    """The sweep writes its blocks to another place than the walk: the last ones written count."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:, :8] = 0
+    source = save_tiny(model, None, tmp_path / "model")
+    recipe = Recipe(sparsity=0.6, exclude=["*.down_proj"], options={"effort": 1})
+    result = sparsellm.prune(source, recipe, calibration=IDS, out=tmp_path / "out")
+    assert [matrix.zeros for matrix in result.dense] == [0, 32 * 8, 0]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (result.matrices.zeros, result.matrices.weights) == by_hand(written, list(written.model.layers))
+
+
+@pytest.mark.parametrize("family", [tiny_llama, tiny_gpt2, tiny_opt], ids=lambda family: family.__name__)
+def test_a_model_of_linears_reaches_what_was_asked(family: Any) -> None:
+    result = sparsellm.prune(family(), Recipe(method="magnitude", sparsity=0.5), calibration=IDS)
+    assert result.sparsity == result.sparsity_pruned == 0.5
+    assert result.dense == []
+    assert result.warnings == []
+
+
+def test_excluded_linears_lower_the_sparsity_over_all_and_not_the_one_of_the_pruned() -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.5, exclude=["*.down_proj"])
+    result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
+    share = 32 * 80 / (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 80)
+    assert result.sparsity_pruned == 0.5
+    assert result.sparsity == pytest.approx(0.5 * (1 - share))
+    assert [(matrix.name, matrix.reason) for matrix in result.dense] == [
+        (f"model.layers.{index}.mlp.down_proj", "excluded") for index in range(3)
+    ]
+    assert f"3 of mlp.down_proj ({share:.2%} of the weights, excluded)" in result.warnings[0]
+
+
+def test_rounding_is_no_shortfall() -> None:
+    """0.333 of no matrix is a whole number of zeros."""
+    result = sparsellm.prune(tiny_llama(), Recipe(method="magnitude", sparsity=0.333), calibration=IDS)
+    assert result.sparsity != 0.333
+    assert result.warnings == []
+
+
+def test_nothing_is_refused_where_nothing_is_to_be_pruned() -> None:
+    model = built("mixtral", **MIXTURES["mixtral"][0])
+    result = sparsellm.prune(model, Recipe(method="magnitude", sparsity=0), calibration=IDS)
+    assert result.sparsity == 0
+    assert result.warnings == []
+
+
+class Router(nn.Module):
+    """A gate beside a linear: one matrix that no linear owns, biases, and a vector with dimensions of length one."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(experts, 32))
+        self.stack_bias = nn.Parameter(torch.randn(4, 32))
+        self.mix = nn.Parameter(torch.randn(1, 1, 32))
+        self.norm = nn.Parameter(torch.randn(32))
+        self.map = nn.Linear(32, 32)
+        self.single = nn.Linear(32, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scale = self.single(hidden) + (hidden @ self.gate.T).mean(-1, keepdim=True)
+        return self.map(hidden * self.mix + self.stack_bias.sum(0) * self.norm) * scale
+
+
+def with_router(experts: int) -> PreTrainedModel:
+    model = tiny_llama()
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Router(experts)
+    return model
+
+
+def test_biases_and_vectors_do_not_count_and_small_matrices_are_named() -> None:
+    result = sparsellm.prune(with_router(2), Recipe(method="magnitude", sparsity=0.5), calibration=IDS)
+    block = 3 * 32 * 32 + 2 * 16 * 32 + 32 + 2 * 32  # q, o, map; k, v; single; gate
+    assert result.matrices.weights == 3 * block
+    assert [(matrix.name, matrix.reason) for matrix in result.dense] == [
+        (f"model.layers.{index}.mlp.gate", "small") for index in range(3)
+    ]
+    assert "3 of mlp.gate (1.53% of the weights, small)" in result.warnings[0]
+
+
+def test_the_limit_is_two_percent_of_a_block() -> None:
+    refuse_silent_dense(open_chain(with_router(2), device=CPU), [])
+    with pytest.raises(ModelError, match=r"mlp\.gate \(3×32\) with 2\.3%"):
+        refuse_silent_dense(open_chain(with_router(3), device=CPU), [])
+
+
+def test_many_small_parameters_are_refused_for_their_sum() -> None:
+    model = tiny_llama()
+    layer = model.model.layers[1]
+    layer.scales = nn.ParameterList(nn.Parameter(torch.ones(3, 32)) for _ in range(8))  # 0.9 % of the block each
+    with pytest.raises(ModelError, match=r"layers\.1\.scales\.\d .*'\*\.scales\.\*'"):
+        refuse_silent_dense(open_chain(model, device=CPU), [])
+    refuse_silent_dense(open_chain(model, device=CPU), ["*.scales.*"])
+
+
+def test_a_parameter_in_two_blocks_counts_once_and_one_of_the_embedding_not_at_all() -> None:
+    model = tiny_llama()
+    shared = nn.Parameter(torch.randn(2, 32))
+    for layer in model.model.layers[:2]:
+        layer.table = shared
+    model.model.layers[2].table = model.model.embed_tokens.weight
+    chain = open_chain(model, device=CPU)
+    assert [m.name for m in all_matrices(chain) if m.linear is None] == ["model.layers.0.table"]
+
+
+def test_names_and_shapes_need_no_weights() -> None:
+    settings = MIXTURES["mixtral"][0]
+    with init_empty_weights(include_buffers=False):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **settings))
+    on_meta, real = (Chain(m, None, device=CPU, dtype=None) for m in (empty, built("mixtral", **settings)))
+    assert [(m.name, m.shape) for m in block_matrices(on_meta, 1)] == [
+        (m.name, m.shape) for m in block_matrices(real, 1)
+    ]
+    with pytest.raises(ModelError, match=r"experts\.gate_up_proj \(4×160×32\)"):
+        refuse_silent_dense(on_meta, [])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "excluded"),
+    [
+        ("*.down_proj", True),
+        ("*.down_proj.weight", True),
+        ("*.mlp", True),
+        ("model.layers.3", True),
+        ("model.layers.?.mlp.*", True),
+        ("*.up_proj", False),
+        ("down_proj", False),
+        ("layers.3", False),
+        ("*.DOWN_proj", False),
+    ],
+)
+def test_exclude_names_parameters_and_the_modules_that_hold_them(pattern: str, excluded: bool) -> None:
+    assert is_excluded("model.layers.3.mlp.down_proj.weight", [pattern]) == excluded
+
+
+def test_a_pattern_of_exclude_that_matches_nothing_is_told() -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.5, exclude=["*.down_porj", "*.down_proj"])
+    result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
+    assert [w for w in result.warnings if "down_porj" in w and "matches no matrix" in w]
+    assert not [w for w in result.warnings if "'*.down_proj'" in w]
+
+
+def test_inspect_prints_and_counts_what_no_linear_owns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sparsellm.cli import app
+
+    source = save_tiny(built("gpt_oss", **MIXTURES["gpt_oss"][0]), None, tmp_path / "model")
+    app(["inspect", str(source), "--json"], standalone_mode=False)
+    report = json.loads(capsys.readouterr().out)
+    assert report["weights"] == sum(m.weights for m in sparsellm.inspect(source))
+    assert [m["name"] for m in report["others"]][:2] == [
+        "model.layers.0.mlp.router.weight",
+        "model.layers.0.mlp.experts.gate_up_proj",
+    ]
+    assert len(report["linears"]) == 8
+    assert all(len(m["shape"]) == 2 for m in report["linears"])
+    app(["inspect", str(source)], standalone_mode=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "4×32×160" in shown
+    assert shown.count("no linear") == 6  # router, gate_up_proj and down_proj of two blocks
+
+
+def test_a_linear_that_is_never_called_is_pruned_by_magnitude_and_named() -> None:
+    """Mamba reads the weight of ``dt_proj`` and does not call it."""
+    model = built("mamba", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8)
+    recipe = Recipe(method="sparsegpt", sparsity=0.5, exclude=["*.A_log", "*.conv1d"])
+    result = sparsellm.prune(model, recipe, calibration=IDS)
+    assert result.sparsity_pruned == 0.5
+    assert int((model.backbone.layers[1].mixer.dt_proj.weight == 0).sum()) == 64 * 2 // 2
+    (told,) = [warning for warning in result.warnings if "no calibration token reached" in warning]
+    assert "2 of 8 linears" in told
+    assert "backbone.layers.1.mixer.dt_proj" in told
+
+
+GEMMA3N = {
+    **COMMON,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["full_attention"] * 2,
+    "activation_sparsity_pattern": [0.0, 0.0],
+}
+CPMANT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "dim_head": 8,
+    "dim_ff": 80,
+    "num_hidden_layers": 2,
+    "prompt_types": 4,
+    "prompt_length": 4,
+    "segment_types": 4,
+}
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "cpmant"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"allocation": "uniform", "options": {"effort": 0, "output_metric": 0.0}},
+        {"method": "sparsellm-paper"},
+        {"method": "sparsegpt", "allocation": "threshold"},
+    ],
+)
+def test_other_hidden_states_are_refused_before_the_work(
+    model_type: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Gemma 3n carries several states for each token, CPM-Ant more tokens than the window has."""
+    model = built(model_type, **{"gemma3n_text": GEMMA3N, "cpmant": CPMANT}[model_type])
+    with pytest.raises(ModelError, match=r"take hidden states of shape \(.*method sparsegpt"):
+        sparsellm.prune(model, Recipe(sparsity=0.5, **settings), calibration=IDS, out=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "cpmant"])
+def test_methods_that_look_at_linears_alone_prune_such_models(model_type: str) -> None:
+    model = built(model_type, **{"gemma3n_text": GEMMA3N, "cpmant": CPMANT}[model_type])
+    result = sparsellm.prune(model, Recipe(method="sparsegpt", sparsity=0.5), calibration=IDS)
+    assert result.sparsity_pruned >= 0.5
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "cpmant"])
+def test_gradients_refuse_such_states_themselves(model_type: str) -> None:
+    chain = open_chain(built(model_type, **{"gemma3n_text": GEMMA3N, "cpmant": CPMANT}[model_type]), device=CPU)
+    with pytest.raises(ModelError, match="hidden states of shape"):
+        loss_gradients(Feed(chain, IDS, 64), set())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama4_text", MIXTURES["llama4_text"][0]),
+        ("phimoe", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    ],
+)
+def test_a_router_that_returns_more_than_its_outputs_is_no_linear(model_type: str, settings: dict[str, Any]) -> None:
+    model = built(model_type, **settings)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "router" in name}
+    assert before
+    recipe = Recipe(sparsity=0.5, exclude=["*.experts.*"], options={"effort": 0})
+    result = sparsellm.prune(model, recipe, calibration=IDS)
+    assert not [linear.name for linear in result.linears if "router" in linear.name]
+    assert [matrix.reason for matrix in result.dense if "router" in matrix.name] == ["small"] * 2
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_linear_with_a_forward_of_its_own_is_still_one() -> None:
+    """Falcon's linears multiply and add in two steps."""
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    chain = open_chain(built("falcon", **settings), device=CPU)
+    assert type(chain.linears(0)[0].module) is not nn.Linear
+    assert len(chain.linears(0)) == 4
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsellm"])
+def test_a_forward_that_fails_is_one_line_before_the_work(method: str, tmp_path: Path) -> None:
+    """Rotary angles of another width than the heads: transformers builds such a model, and cannot run it."""
+    model = built("codegen", vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=64)
+    with pytest.raises(ModelError, match=r"forward of CodeGenForCausalLM fails .*RuntimeError.*config\.json") as caught:
+        sparsellm.prune(model, Recipe(method=method, sparsity=0.5), calibration=IDS, out=tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not any(tmp_path.iterdir())

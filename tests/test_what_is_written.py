@@ -1,0 +1,92 @@
+"""No weight that is written is NaN or infinite, in any dtype, from the walk or from the sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import Chain, open_chain
+from sparsellm.errors import NumericalError
+from sparsellm.storage.writer import partial_of
+from tests.models import save_tiny, tiny_llama
+from tests.sweep.helpers import halved
+
+CPU = torch.device("cpu")
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "sparsellm"])
+def test_weights_near_the_largest_of_fp16_stop_the_run_and_name_the_linear(method: str, tmp_path: Path) -> None:
+    """What is left makes up for what was pruned, and so grows beyond 65504."""
+    model = tiny_llama().half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(60_000.0)
+    source = save_tiny(model, None, tmp_path / "model")
+    recipe, ids = Recipe(method=method, sparsity=0.6), torch.arange(96).view(4, 24)
+    with pytest.raises(NumericalError) as caught:
+        sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=ids)
+    said = str(caught.value)
+    assert f"weight {DOWN}.weight would get " in said
+    assert "float16, whose largest number is 65504; store the model in bfloat16 or float32" in said
+    shards = list(partial_of(tmp_path / "p").glob("*.safetensors"))
+    written = {name: value for shard in shards for name, value in load_file(shard).items()}
+    assert any(name.startswith("model.layers.0.") for name in written)  # the block before is kept
+    assert all(bool(value.isfinite().all()) for value in written.values())
+    assert not any(name.startswith("model.layers.1.") for name in written)
+    excluded = recipe.updated(exclude=[DOWN])
+    assert sparsellm.prune(source, excluded, out=tmp_path / "q", calibration=ids).sparsity > 0.5
+
+
+TOO_LARGE = [
+    (torch.float16, torch.float32, 65_520.0, "bfloat16 or float32"),
+    (torch.float16, torch.float16, torch.inf, "bfloat16 or float32"),
+    (torch.float16, torch.bfloat16, -70_000.0, "bfloat16 or float32"),
+    (torch.bfloat16, torch.float32, 3.4e38, "float32"),
+    (torch.float32, torch.float64, 1e300, "damping"),
+    (torch.float32, torch.float32, torch.nan, "damping"),
+    (torch.float64, torch.float64, -torch.inf, "damping"),
+]
+
+
+@pytest.mark.parametrize(("stored", "computed", "value", "cure"), TOO_LARGE)
+@pytest.mark.parametrize("name", [f"{DOWN}.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_block_is_settled_only_if_all_of_it_can_be_written(
+    stored: torch.dtype, computed: torch.dtype, value: float, cure: str, name: str, tmp_path: Path
+) -> None:
+    chain = open_chain(save_tiny(tiny_llama().to(stored), None, tmp_path), device=CPU, dtype=computed)
+    chain.load_block(1)
+    chain.settle_block(1)
+    with torch.no_grad():
+        chain.block_parameters(1)[name].view(-1)[3:5] = value
+    dtype = str(stored).removeprefix("torch.")
+    with pytest.raises(NumericalError, match=rf"{name} would get 2 infinite .* rounded to {dtype}, .*{cure}"):
+        chain.settle_block(1)
+
+
+def test_so_is_a_block_after_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.sweep.test_sweep import swept
+
+    ids = torch.arange(96).view(4, 24)
+    chain = open_chain(save_tiny(halved(tiny_llama().half()), None, tmp_path), device=CPU, dtype=torch.float32)
+    load, release, ended = Chain.load_block, Chain.release_outer, False
+
+    def released(self: Chain) -> None:
+        nonlocal ended
+        release(self)
+        ended = True  # what is loaded from now on is written
+
+    def loading(self: Chain, index: int, *rest: Any) -> None:
+        load(self, index, *rest)
+        if ended and index == 1:
+            self.block_parameters(1)[f"{DOWN}.weight"].data.view(-1)[7] = 65_520.0
+
+    monkeypatch.setattr(Chain, "release_outer", released)
+    monkeypatch.setattr(Chain, "load_block", loading)
+    with pytest.raises(NumericalError, match=f"{DOWN}.weight would get 1 infinite"):
+        swept(chain, tiny_llama(), ids, 1, 1e-9)
