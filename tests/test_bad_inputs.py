@@ -32,10 +32,6 @@ from sparsellm import Recipe, cli
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
-# Cases that still fail, to be taken out of here as they are mended: names of CASES, and OVER_THE_MODEL.
-OVER_THE_MODEL = "--out that is the model by another spelling"
-NOT_YET: frozenset[str] = frozenset({OVER_THE_MODEL, "index"})
-
 SMALL = ["--samples=2", "--seq-len=16", "--method=magnitude"]
 
 
@@ -116,7 +112,7 @@ def options(**values: Any) -> st.SearchStrategy[list[str]]:
 
 # ---- command lines
 
-outs = ["note.txt", "note.txt/x", "model", "full", *([] if OVER_THE_MODEL in NOT_YET else ["./x/../model", "model/x"])]
+outs = ["note.txt", "note.txt/x", "model", "full", "./x/../model", "model/x"]
 prune_options = options(
     out=st.one_of(st.just("out"), garbage, st.sampled_from(outs)),
     method=st.one_of(st.sampled_from(["wanda", "magnitude"]), garbage),
@@ -543,12 +539,12 @@ def checked(case: str, examples: int, *, repeatable: bool) -> None:
     each()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_YET])
+@pytest.mark.parametrize("case", CASES)
 def test_a_bad_input_is_one_line_and_leaves_nothing(case: str) -> None:
     checked(case, 7, repeatable=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_YET])
+@pytest.mark.parametrize("case", CASES)
 def test_a_thousand_bad_inputs_are_one_line_each(case: str) -> None:
     checked(case, 84, repeatable=False)
