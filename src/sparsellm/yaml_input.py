@@ -59,7 +59,7 @@ def read_yaml(path: Path, error: type[SparseLLMError] = RecipeError) -> Any:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as bad:  # ValueError: a null byte in the path
-        raise error(f"cannot read {path}: {getattr(bad, 'strerror', None) or bad}") from None
+        raise error(f"cannot read {str(path)[:200]}: {getattr(bad, 'strerror', None) or bad}") from None
     return parse_yaml(data, str(path), error)
 
 
