@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy
 import pytest
 
 from sparsellm import Recipe
@@ -52,6 +53,32 @@ def test_settings_reach_fields_and_options() -> None:
         ("dtype: int8", "dtype"),
         ("- 1", "mapping"),
         ("a: [", "not valid YAML"),
+        ("{sparsity: [1], pattern: '2:4'}", "sparsity is [1]"),
+        ("{sparsity: true, pattern: '2:4'}", "sparsity is True"),
+        ("{sparsity: .nan, pattern: '2:4'}", "sparsity is nan"),
+        ("sparsity: true", "sparsity is True"),
+        ("sparsity: .inf", "finite"),
+        ("sparsity: '0.5'", "sparsity is '0.5'"),
+        ("sparsity: 2024-99-99", "sparsity is '2024-99-99'"),
+        ("samples: yes", "samples is True"),
+        ("samples: 2.5", "samples is 2.5"),
+        ("samples: 1e10", "samples is 10000000000"),
+        ("{samples: 1e9, seq_len: 16}", "more than 2147483648 calibration tokens"),
+        ("seed: 9223372036854775808", "less than or equal to 9223372036854775807"),
+        (f"seed: {'9' * 5000}", "5000 characters"),
+        (f"seed: {2**64}", "seed is 18446744073709551616"),
+        (f"memory: {10**30}", "such as 4GiB"),
+        ("memory: true", "memory is True"),
+        (f"pattern: '{'9' * 5000}:4'", "n:m"),
+        ("pattern: 24", "pattern is 24"),
+        ("exclude: x", "exclude is 'x'"),
+        ("options: [1]", "options is [1]"),
+        ("options: {a: .inf}", "options.a is inf"),
+        ("device: ''", "empty"),
+        ("calibration: ' '", "empty"),
+        ("read_ahead: 1", "read_ahead is 1"),
+        ("self: 1", "unknown recipe field 'self'"),
+        ("{" + "x" * 300 + ": 1}", "unknown recipe field"),
     ],
 )
 def test_a_bad_recipe_is_refused_in_one_line(text: str, said: str) -> None:
@@ -59,6 +86,72 @@ def test_a_bad_recipe_is_refused_in_one_line(text: str, said: str) -> None:
         Recipe.from_yaml(text)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_and_patterns_are_read_as_people_write_them() -> None:
+    recipe = Recipe.from_yaml("{pattern: 2:4, samples: 1e3, options: {damping: 1e-3}, seed: 010}")
+    assert (recipe.pattern, recipe.samples, recipe.options, recipe.seed) == ("2:4", 1000, {"damping": 1e-3}, 10)
+    assert Recipe().with_settings(["pattern=1:4"]).sparsity == 0.75
+    assert Recipe(samples=numpy.int64(5), exclude=("a", "b")).exclude == ["a", "b"]
+    assert Recipe(pattern=NM(2, 4), calibration=Path("a.txt")).calibration == "a.txt"
+    strange = Recipe(calibration="1e-3", exclude=["2:4", "yes", "a\nb", "010", "~"], options={"a": "1e3", "b": 1e-7})
+    assert Recipe.from_yaml(strange.to_yaml()) == strange
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["options=3", "options.x=1"], "options to 3 and options.x too"),
+        (["options={x: 1}", "options.x=1"], "and options.x too"),
+        (["options=3"], "options is 3"),
+        (["seed=1", "seed=2"], "'seed' is given twice"),
+        (["options.x=1", "options.x=1"], "'options.x' is given twice"),
+        (["=1"], "no key"),
+        (["options.=1"], "no key"),
+        ([".x=1"], "no key"),
+        (["seed.x=1"], "unknown recipe field 'seed.x'"),
+        ([f"seed={'9' * 5000}"], "5000 characters"),
+        (["seed=18446744073709551616"], "seed is 18446744073709551616"),
+        (["seed=" + "[" * 5000], "deeper than"),
+        (["seed=!!int 3"], "tag"),
+        (["sparsity=[1]", "pattern='2:4'"], "sparsity is [1]"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_one_line(settings: list[str], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe().with_settings(settings)
+    assert said in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_settings_join_the_options_that_are_there() -> None:
+    recipe = Recipe(options={"a": 1})
+    assert recipe.with_settings(["options.b=2"]).options == {"a": 1, "b": 2}
+    assert recipe.with_settings(["options={c: 3}", "options.b=2"]).options == {"c": 3, "b": 2}
+    assert recipe.with_settings(["options={c: 3}"]).options == {"c": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfes\x00", "not UTF-8 (byte 0)"),
+        ("seed: 1".encode("utf-16"), "not UTF-8"),
+        (b"\x00", "not valid YAML"),
+        (b"# " + b"x" * 300_000, "more than 256 KiB"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_yaml(tmp_path / "r.yaml")
+    assert said in str(caught.value)
+    assert "r.yaml" in str(caught.value)
+
+
+def test_paths_that_the_system_does_not_take() -> None:
+    for path in ("x" * 5000, "a\0b"):
+        with pytest.raises(RecipeError, match="cannot read"):
+            Recipe.from_yaml(Path(path))
 
 
 def test_bad_settings_and_files(tmp_path: Path) -> None:

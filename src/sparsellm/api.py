@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm.calibration import check_seq_len, evaluation_windows
+from sparsellm.arguments import CHECKPOINT, as_recipe, checked_arguments
+from sparsellm.calibration import (
+    TextGiven,
+    as_text,
+    check_seq_len,
+    evaluation_windows,
+    settle_calibration,
+    windows_of_ids,
+)
 from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import DataError
@@ -18,18 +28,19 @@ from sparsellm.machine.heap import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.run.counts import MatrixZeros, inspect_block
-from sparsellm.run.prepare import Request, check_ids, default_seq_len, open_model
+from sparsellm.run.prepare import Request, default_seq_len, open_model
 from sparsellm.run.result import PruneResult, versions
 from sparsellm.run.run import Run
 from sparsellm.sources.resolve import checkpoint_directory
 
 
+@checked_arguments()
 def prune(  # noqa: PLR0913 - the Python door
-    model: str | Path | PreTrainedModel,
-    recipe: Recipe | None = None,
+    model: str | os.PathLike[str] | PreTrainedModel,
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
-    out: str | Path | None = None,
-    calibration: str | Tensor | None = None,
+    out: str | os.PathLike[str] | None = None,
+    calibration: TextGiven | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -44,9 +55,10 @@ def prune(  # noqa: PLR0913 - the Python door
 
     Args:
         model: a checkpoint directory, a hub id, a ``.gguf`` file, ``demo``, or a transformers model.
-        recipe: all settings; ``Recipe()`` if None.
+        recipe: all settings: a recipe, a mapping of its fields, or the path of a YAML file; ``Recipe()`` if None.
         out: the directory of the pruned checkpoint.
-        calibration: a text source in place of the recipe's, or token ids ``(samples, seq)``.
+        calibration: in place of the recipe's: a text source, the path of a file, token ids ``(samples, seq)`` as a
+            tensor, an array or lists of one length, or a data set with a column ``text`` or ``input_ids``.
         tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
         overwrite: replace the checkpoint in ``out``.
         restart: begin anew where an unfinished run into ``out`` has left something.
@@ -56,16 +68,17 @@ def prune(  # noqa: PLR0913 - the Python door
     Raises:
         SparseLLMError: of the kind that names the trouble; what can be known before the work is checked before it.
     """
-    recipe = recipe or Recipe()
-    if isinstance(calibration, str):
-        recipe, calibration = recipe.updated(calibration=calibration), None
-    request = Request(model, recipe, out, calibration, tokenizer, overwrite, restart, trust_remote_code)
+    given = as_text(calibration, "calibration", "calibration") if calibration is not None else None
+    recipe = settle_calibration(as_recipe(recipe), given)
+    beside = None if isinstance(given, str) else given  # a source stands in the recipe
+    request = Request(model, recipe, out, beside, tokenizer, overwrite, restart, trust_remote_code)
     return Run(request, progress).execute()
 
 
+@checked_arguments()
 def evaluate(  # noqa: PLR0913 - the Python door
-    model: str | Path | PreTrainedModel,
-    text: str | Tensor,
+    model: str | os.PathLike[str] | PreTrainedModel,
+    text: TextGiven,
     *,
     seq_len: int | None = None,
     max_tokens: int | None = None,
@@ -79,8 +92,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
 
     Args:
         model: as in :func:`prune`.
-        text: a text source, or token ids ``(windows, seq)``.
-        seq_len: tokens in a window; None for 2048, or what the model can take if less.
+        text: as ``calibration`` in :func:`prune`.
+        seq_len: tokens in a window, 2 or more; None for 2048, or what the model can take if less.
         max_tokens: stop after so many tokens of text.
         tokenizer: needed only for a model given as an object, unless ``text`` is token ids.
         device, dtype: as in :class:`Recipe`.
@@ -93,8 +106,9 @@ def evaluate(  # noqa: PLR0913 - the Python door
     progress(Progress("open", 0, 1, "opening the model"))
     directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(str(model))
     chain, _ = open_model(model, directory, Recipe(device=device, dtype=dtype), trust_remote_code, whole=False)
+    text = as_text(text, "text", "evaluation")
     if isinstance(text, Tensor):
-        windows = check_ids(text, chain)
+        windows = check_vocabulary(windows_of_ids(text, chain.config, seq_len, max_tokens), chain.config)
     else:
         seq_len = seq_len or default_seq_len(chain)
         check_seq_len(chain.config, seq_len)
@@ -106,7 +120,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
     return streamed_perplexity(chain, windows, progress=progress)
 
 
-def inspect(model: str | Path, *, trust_remote_code: bool = False) -> list[MatrixZeros]:
+@checked_arguments(model=CHECKPOINT)
+def inspect(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[MatrixZeros]:
     """The zeros of every matrix in the blocks of a checkpoint, linear or not; it is read one block at a time.
 
     Raises:

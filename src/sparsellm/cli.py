@@ -331,8 +331,8 @@ def evaluate(
             text,
             seq_len=seq_len,
             max_tokens=max_tokens,
-            device=device or "auto",
-            dtype=dtype or "auto",
+            device="auto" if device is None else device,
+            dtype="auto" if dtype is None else dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -501,13 +501,15 @@ def generate(  # noqa: PLR0913 - a command
 ) -> None:
     """Continue PROMPT, token by token, and print how fast that was."""
     from sparsellm import console
+    from sparsellm.arguments import check_arguments
     from sparsellm.chain.open import load_tokenizer
     from sparsellm.runtime.generate import generate as continue_prompt
     from sparsellm.runtime.load import load
     from sparsellm.runtime.threads import use_threads
 
     use_threads(threads)
-    model = load(directory, device=device, dtype=dtype or "auto")
+    check_arguments(prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    model = load(directory, device=device, dtype="auto" if dtype is None else dtype)
     tokenizer = load_tokenizer(Path(directory).expanduser())
     pieces = itertools.chain([prompt], itertools.repeat(""))  # the prompt goes before the first piece, once
 
@@ -570,7 +572,7 @@ def bench(  # noqa: PLR0913 - a command
             new_tokens=new_tokens,
             repeats=repeats,
             device=device,
-            dtype=dtype or "auto",
+            dtype="auto" if dtype is None else dtype,
             progress=progress,
         )
     if as_json:

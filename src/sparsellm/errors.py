@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 
 class SparseLLMError(Exception):
-    """Base of every error this library raises on purpose; the command line prints it as one line, exit code 2."""
+    """Base of every error this library raises on purpose; the command line prints it as one line, exit code 2.
+
+    The message is one printable line whatever names and paths stand in it: line ends, control characters and halves of
+    surrogate pairs are written as escapes.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
 
 
 class RecipeError(SparseLLMError):
@@ -54,3 +61,17 @@ def one_line(error: BaseException) -> str:
     said = " ".join(str(error).split())  # some put the reason into the second line
     named = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in named[:300])
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as an error message writes it: in one line, cut at ``most`` characters, and never an error of its own."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | bytes):
+        value = value[: most + 1]  # no need to write a megabyte that is cut off
+    try:
+        text = repr(value)
+    except Exception:  # the repr of anybody's class, or of a list with a number that is too long
+        return f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"

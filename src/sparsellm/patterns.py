@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from sparsellm.errors import NumericalError, RecipeError
+from sparsellm.errors import NumericalError, RecipeError, shown
 
 Scope = Literal["matrix", "row"]
 
@@ -187,9 +187,11 @@ def parse_pattern(text: str) -> NM:
     Raises:
         RecipeError: the text is not two whole numbers with a colon, or not ``0 < n < m``.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", text, re.ASCII)
     if match is None:
-        raise RecipeError(f"pattern is {text!r}; write n:m with whole numbers, such as 2:4 for two kept of every four")
+        raise RecipeError(
+            f"pattern is {shown(text)}; write n:m with whole numbers, such as 2:4 for two kept of every four"
+        )
     return NM(int(match[1]), int(match[2]))
 
 

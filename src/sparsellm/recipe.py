@@ -2,62 +2,105 @@
 
 from __future__ import annotations
 
+import json
+import numbers
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from sparsellm.errors import RecipeError, nearest
+from sparsellm.errors import RecipeError, nearest, shown
 from sparsellm.inputs.sizes import parse_bytes
-from sparsellm.patterns import Pattern, Unstructured, parse_pattern
+from sparsellm.inputs.yaml_input import dump_yaml, parse_yaml, read_yaml
+from sparsellm.patterns import NM, Pattern, Unstructured, parse_pattern
+
+MOST_TOKENS = 1 << 31  # of all calibration windows together: their ids alone take 16 GiB
+MOST_SEED = (1 << 63) - 1
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers of any kind as ``int``: ``1e3`` in YAML and numpy's own; a bool stays what it is, to be refused."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Recipe(BaseModel):
     """All settings of one pruning run. Unknown keys are refused.
 
+    Types are strict: a bool is no number, and a string of digits is none either.
+
     Raises:
         RecipeError: a key is unknown (the nearest known one is offered), or a value has the wrong type or range.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    method: str = Field("sparsellm", description="How weights are chosen and refitted; `sparsellm methods` lists them.")
+    method: str = Field(
+        "sparsellm", max_length=200, description="How weights are chosen and refitted; `sparsellm methods` lists them."
+    )
     sparsity: float = Field(
         0.7,
         description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; `allocation` says "
         "which gives how much.",
     )
     pattern: str | None = Field(None, description="N:M: N weights kept of every M consecutive inputs, e.g. '2:4'.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the method, by name.")
+    options: dict[str, JsonValue] = Field(default_factory=dict, description="Options of the method, by name.")
     allocation: str | None = Field(
         None,
+        max_length=200,
         description="How much each block and each linear gives; `sparsellm methods` lists the ways. null for the "
         "method's own: 'threshold' of sparsellm, 'uniform' of the others and wherever a pattern fixes the sparsity.",
     )
-    allocation_options: dict[str, Any] = Field(default_factory=dict, description="Options of the allocation, by name.")
-    exclude: list[str] = Field(
+    allocation_options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Options of the allocation, by name."
+    )
+    exclude: Annotated[list[str], Field(strict=False)] = Field(
         default_factory=list,
         description="What to leave dense: shell patterns over the names of linears, of other parameters, and of the "
         "modules that hold them, e.g. '*.down_proj' or '*.experts.*'.",
     )
     calibration: str = Field(
-        "pydoc", description="Text to calibrate on: a file, a hub data set or alias, 'self', or 'pydoc'."
+        "pydoc",
+        max_length=5000,
+        description="Text to calibrate on: a file, a hub data set or alias, 'self', or 'pydoc'.",
     )
-    samples: int = Field(128, ge=1, description="Calibration windows.")
-    seq_len: int | None = Field(
-        None, ge=2, description="Tokens in a calibration window; null for 2048, or what the model can take if less."
+    samples: Whole = Field(128, ge=1, le=MOST_TOKENS // 2, description="Calibration windows.")
+    seq_len: Whole | None = Field(
+        None,
+        ge=2,
+        le=MOST_TOKENS,
+        description="Tokens in a calibration window; null for 2048, or what the model can take if less.",
     )
-    batch_tokens: int = Field(
-        4096, ge=1, description="Calibration tokens in one forward call of a block; more needs more memory."
+    batch_tokens: Whole = Field(
+        4096,
+        ge=1,
+        le=MOST_TOKENS,
+        description="Calibration tokens in one forward call of a block; more needs more memory.",
     )
-    memory: str | int | None = Field(
+    memory: str | Whole | None = Field(
         None,
         description="Most resident memory of the whole run, such as '4GiB'; hidden states that do not fit go to disk. "
         "null for a share of what the machine has free.",
     )
-    seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
-    device: str = Field("auto", description="'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' for a GPU where there is one.")
+    seed: Whole = Field(0, ge=0, le=MOST_SEED, description="Seed of everything that is drawn at random.")
+    device: str = Field(
+        "auto", max_length=200, description="'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' for a GPU where there is one."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="What blocks compute in; 'auto' for the stored dtype, or fp32 where the device emulates it. "
@@ -75,7 +118,7 @@ class Recipe(BaseModel):
         "null for where that pays: with a GPU.",
     )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -95,18 +138,56 @@ class Recipe(BaseModel):
             parse_bytes(value)
         return value
 
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("calibration", "method", "device")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("it is empty; leave the field out for the default")
+        return value
+
+    @field_validator("options", "allocation_options")
+    @classmethod
+    def _can_be_written(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:  # an integer too long, half of a surrogate pair, a list in itself
+            raise ValueError(f"it cannot be written as JSON ({error})") from None
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _sparsity_follows_pattern(cls, values: Any) -> Any:
-        """The fraction that a pattern implies stands in the recipe, so that no reader is misled by a default."""
-        if isinstance(values, dict) and values.get("pattern") is not None:
-            text = str(values["pattern"])
-            implied = parse_pattern(text).sparsity
-            given = values.get("sparsity")
-            if given is not None and abs(float(given) - implied) > 1e-9:
-                raise RecipeError(f"pattern {text} means sparsity {implied:g}, not {given}; give one of them")
-            return {**values, "pattern": text, "sparsity": implied}
-        return values
+        """The fraction that a pattern implies stands in the recipe, so that no reader is misled by a default.
+
+        A pattern or a sparsity of another type is left for its field to refuse.
+        """
+        pattern = values.get("pattern")
+        if isinstance(pattern, NM):
+            pattern = str(pattern)
+        if not isinstance(pattern, str):
+            return values
+        implied = parse_pattern(pattern).sparsity
+        given = values.get("sparsity")
+        if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < 1:
+            if abs(given - implied) > 1e-9:
+                raise RecipeError(f"pattern {pattern} means sparsity {implied:g}, not {shown(given)}; give one of them")
+        elif given is not None:
+            return {**values, "pattern": pattern}
+        return {**values, "pattern": pattern, "sparsity": implied}
+
+    @model_validator(mode="after")
+    def _tokens_within_limit(self) -> Recipe:
+        if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
+            raise RecipeError(
+                f"{self.samples} samples of {self.seq_len} tokens are more than {MOST_TOKENS} calibration tokens; "
+                "lower samples or seq_len"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fixed_patterns_are_uniform(self) -> Recipe:
@@ -127,7 +208,7 @@ class Recipe(BaseModel):
         """The pattern every pruned linear gets before allocation."""
         return parse_pattern(self.pattern) if self.pattern else Unstructured(self.sparsity)
 
-    def updated(self, **changes: Any) -> Recipe:
+    def updated(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again."""
         values = {**self.model_dump(), **changes}
         if "pattern" in changes and "sparsity" not in changes:
@@ -141,26 +222,27 @@ class Recipe(BaseModel):
         ``allocation_options.b=0.01`` one of the allocation. Values are YAML.
 
         Raises:
-            RecipeError: a setting has no ``=``, or its key or value does not fit.
+            RecipeError: a setting has no ``=`` or no key, one key is set twice, or a key or value does not fit.
         """
         changes: dict[str, Any] = {}
-        mappings = {"options": dict(self.options), "allocation_options": dict(self.allocation_options)}
+        options: dict[str, dict[str, Any]] = {}
         for setting in settings:
             key, equals, text = setting.partition("=")
-            if not equals:
-                raise RecipeError(f"--set {setting!r} has no '='; write key=value")
-            try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
-                raise RecipeError(f"--set {setting!r}: {text!r} is not valid YAML") from None
+            key = key.strip()
             field, dot, name = key.partition(".")
-            if dot and field in mappings:
-                mappings[field][name] = value
-            else:
-                changes[key] = value
-        for field, options in mappings.items():
-            if options != getattr(self, field):
-                changes[field] = {**options, **changes.get(field, {})}
+            if not equals or not field or (dot and not name):
+                raise RecipeError(f"--set {shown(setting)} has no {'key' if equals else repr('=')}; write key=value")
+            value = parse_yaml(text, f"the value of --set {shown(setting)}")
+            into, entry = (options.setdefault(field, {}), name) if dot and field in _MAPPINGS else (changes, key)
+            if entry in into:
+                raise RecipeError(f"--set {shown(key)} is given twice; give it once")
+            into[entry] = value
+        for field, named in options.items():
+            whole = changes.get(field, getattr(self, field))
+            if field in changes and (not isinstance(whole, dict) or not named.keys().isdisjoint(whole)):
+                name = next(iter(named))
+                raise RecipeError(f"--set sets {field} to {shown(whole)} and {field}.{name} too; give one of them")
+            changes[field] = {**whole, **named}
         return self.updated(**changes) if changes else self
 
     def to_yaml(self) -> str:
@@ -168,36 +250,41 @@ class Recipe(BaseModel):
         lines = []
         for name, field in type(self).model_fields.items():
             lines.append(f"# {field.description}")
-            lines.append(yaml.safe_dump({name: getattr(self, name)}, sort_keys=False).rstrip())
+            lines.append(dump_yaml({name: getattr(self, name)}).rstrip())
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def from_yaml(cls, source: str | Path) -> Recipe:
-        """A recipe from YAML text or from a file.
+    def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:
+        """A recipe from YAML text, if ``source`` is a string, or from a file, if it is a path.
 
         Raises:
             RecipeError: no such file, not a mapping, or a field does not fit.
         """
-        if isinstance(source, Path):
-            try:
-                text = source.read_text(encoding="utf-8")
-            except OSError as error:
-                raise RecipeError(f"cannot read recipe {source}: {error.strerror}") from None
-        else:
-            text = source
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"the recipe is not valid YAML: {str(error).splitlines()[0]}") from None
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        if isinstance(source, str):
+            return cls.of(parse_yaml(source, "the recipe"))
+        return cls.of(read_yaml(Path(source)))
+
+    @classmethod
+    def of(cls, values: Any) -> Recipe:
+        """A recipe from a mapping of fields.
+
+        Raises:
+            RecipeError: not a mapping of fields, or a field does not fit.
+        """
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
             raise RecipeError("the recipe is not a mapping of fields; write lines like 'sparsity: 0.7'")
         return cls(**values)
 
 
+_MAPPINGS = ("options", "allocation_options")
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    first = error.errors(include_url=False, include_context=False)[0]
+    key = str(first["loc"][0]) if first["loc"] else "recipe"
     if first["type"] == "extra_forbidden":
-        return f"unknown recipe field {key!r}; {nearest(key, model.model_fields)}"
+        return f"unknown recipe field {shown(key)}; {nearest(key[:100], model.model_fields)}"
+    if key in _MAPPINGS and len(first["loc"]) > 1:
+        key = f"{key}.{shown(first['loc'][1]).strip(chr(39))}"
     reason = first["msg"].removeprefix("Value error, ")
-    return f"recipe field {key} is {first['input']!r}: {reason}"
+    return f"recipe field {key} is {shown(first['input'])}: {reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sparsellm.calibration import (
     evaluation_windows,
     read_source,
     self_generated_windows,
+    windows,
 )
 from sparsellm.errors import DataError
 from tests.models import POSITIONS, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
@@ -110,6 +112,27 @@ def test_calibration_sizes_are_checked() -> None:
         calibration_windows("pydoc", tiny_tokenizer(), 0, 8, 0)
     with pytest.raises(DataError, match="needs the dense model"):
         calibration_windows("self", tiny_tokenizer(), 1, 8, 0)
+
+
+def test_more_windows_than_any_machine_holds_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the text is read, and before anything is allocated for them."""
+    monkeypatch.setattr(windows, "read_source", lambda *_: pytest.fail("the text was read"))
+    with pytest.raises(DataError, match="1000000000 samples of 16 tokens are more than 2147483648"):
+        calibration_windows("pydoc", tiny_tokenizer(), 10**9, 16, 0)
+    monkeypatch.setattr(windows.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(DataError, match="of memory are free"):
+        calibration_windows("pydoc", tiny_tokenizer(), 8, 16, 0)
+    for seed in (-1, 2**63):
+        with pytest.raises(DataError, match=f"seed is {seed}"):
+            calibration_windows("pydoc", tiny_tokenizer(), 1, 2, seed)
+
+
+def test_more_windows_than_the_text_has_are_refused(counting: tuple[str, list[int]]) -> None:
+    source, ids = counting
+    most = max(len(ids) - 16, 1024)
+    with pytest.raises(DataError, match=f"{most} windows of 16 may be drawn, not {most + 1}"):
+        calibration_windows(source, tiny_tokenizer(), most + 1, 16, 0)
+    assert calibration_windows(source, tiny_tokenizer(), most, 16, 0).shape == (most, 16)
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2])

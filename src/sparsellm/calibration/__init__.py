@@ -1,17 +1,23 @@
 """From a text source that a user names to windows of token ids. A new source is one decorated function."""
 
-from sparsellm.calibration import corpora, files, hub  # noqa: F401  (each registers its sources)
+from sparsellm.calibration import corpora, hub, text_files  # noqa: F401  (each registers its sources)
+from sparsellm.calibration.given import TextGiven, as_text, settle_calibration
 from sparsellm.calibration.self_generated import self_generated_windows
-from sparsellm.calibration.sources import SOURCES, Split, Text, read_source
-from sparsellm.calibration.windows import calibration_windows, check_seq_len, evaluation_windows
+from sparsellm.calibration.sources import SOURCES, Split, Text, check_source, read_source
+from sparsellm.calibration.windows import calibration_windows, check_seq_len, evaluation_windows, windows_of_ids
 
 __all__ = [
     "SOURCES",
     "Split",
     "Text",
+    "TextGiven",
+    "as_text",
     "calibration_windows",
     "check_seq_len",
+    "check_source",
     "evaluation_windows",
     "read_source",
     "self_generated_windows",
+    "settle_calibration",
+    "windows_of_ids",
 ]

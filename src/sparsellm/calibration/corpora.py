@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from pydoc_data.topics import topics
 
-from sparsellm.calibration.files import read_rows, text_rows
 from sparsellm.calibration.hub import hub_column
-from sparsellm.calibration.sources import SOURCES, Split, Text
+from sparsellm.calibration.sources import SOURCES, Split, Text, reads_file, takes_no_argument
+from sparsellm.calibration.text_files import read_rows, text_rows
 
 # At most this share of the characters of pydoc is held out; calibration needs the rest more.
 _HELD_OUT = 0.2
@@ -16,6 +15,7 @@ _HELD_OUT = 0.2
 _C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
 
 
+@takes_no_argument("pydoc")
 @SOURCES.register("pydoc", paper="https://docs.python.org/3/library/pydoc.html")
 def read_pydoc(argument: str, split: Split) -> Text:
     """The English documentation inside every Python: no download, about 90,000 tokens, a sixth of them held out.
@@ -54,6 +54,7 @@ def _is_rule(line: str) -> bool:
     return len(stripped) >= 3 and stripped[0] in "=*-~^" and len(set(stripped)) == 1
 
 
+@reads_file("wikitext2")
 @SOURCES.register("wikitext2", paper="Merity et al. 2016, https://arxiv.org/abs/1609.07843")
 def read_wikitext2(argument: str, split: Split) -> Text:
     """WikiText-2 raw, train or test, rows joined with a blank line; wikitext2:PATH reads a raw file instead of the Hub.
@@ -63,7 +64,7 @@ def read_wikitext2(argument: str, split: Split) -> Text:
     test split has 287,644 tokens of GPT-2's vocabulary.
     """
     if argument:
-        lines = read_rows(Path(argument).expanduser(), text_rows)
+        lines = read_rows(argument, text_rows)
         if not lines[-1]:  # the end of the last line begins no further row
             lines.pop()
         return Text([f"{line}\n" if line.strip() else "" for line in lines])
@@ -71,6 +72,7 @@ def read_wikitext2(argument: str, split: Split) -> Text:
     return Text(hub_column("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=part))
 
 
+@takes_no_argument("ptb")
 @SOURCES.register("ptb", paper="Marcus et al. 1993, https://aclanthology.org/J93-2004; joined as in SparseGPT")
 def read_ptb(argument: str, split: Split) -> Text:
     """Penn Treebank, train or test, sentences joined with a space."""
@@ -82,6 +84,7 @@ def read_ptb(argument: str, split: Split) -> Text:
     return Text(sentences, joiner=" ")
 
 
+@takes_no_argument("c4")
 @SOURCES.register("c4", paper="Raffel et al. 2019, https://arxiv.org/abs/1910.10683; drawn as in SparseGPT")
 def read_c4(argument: str, split: Split) -> Text:
     """C4 (English): windows inside random documents of the first train shard; evaluation on the validation shard."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsellm.calibration.sources import SOURCES, Split, Text
-from sparsellm.errors import DataError
+from sparsellm.errors import DataError, shown
 
 
 @SOURCES.register("hub", paper="https://huggingface.co/docs/datasets")
@@ -21,7 +21,7 @@ def read_hub(argument: str, split: Split) -> Text:
     name, _, rest = argument.partition(":")
     config, _, chosen = rest.partition(":")
     if not name or ":" in chosen:
-        raise DataError(f"source 'hub:{argument}' names no data set; write hub:owner/name[:config[:split]]")
+        raise DataError(f"source {shown(f'hub:{argument}')} names no data set; write hub:owner/name[:config[:split]]")
     default = "train" if split == "calibration" else "test"
     return Text(hub_column(f"hub:{argument}", name, config or None, split=chosen or default))
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Literal
+from pathlib import Path, PurePath
+from typing import Literal, NoReturn, TypeVar
 
-from sparsellm.errors import DataError, nearest
+from sparsellm.errors import DataError, nearest, shown
 from sparsellm.registry import Registry
 
 Split = Literal["calibration", "evaluation"]
@@ -45,22 +45,88 @@ class Text:
 TextSource = Callable[[str, Split], Text]
 SOURCES: Registry[TextSource] = Registry("text source")
 
+# Names of the sources that take nothing after their name, and of those that read the file that is named there.
+_WITHOUT_ARGUMENT: set[str] = {SELF}
+_FILE_READERS: set[str] = set()
+
+F = TypeVar("F", bound=TextSource)
+
+
+def takes_no_argument(name: str) -> Callable[[F], F]:
+    """Decorator beside ``SOURCES.register``: ``name:anything`` is refused."""
+    return _noting(_WITHOUT_ARGUMENT, name)
+
+
+def reads_file(name: str) -> Callable[[F], F]:
+    """Decorator beside ``SOURCES.register``: what stands after the colon, if anything, is the path of a file."""
+    return _noting(_FILE_READERS, name)
+
+
+def _noting(names: set[str], name: str) -> Callable[[F], F]:
+    def note(function: F) -> F:
+        names.add(name)
+        return function
+
+    return note
+
+
+def check_source(source: str, split: Split) -> tuple[str, str]:
+    """The name of a source and its argument; nothing is read, so that a mistake is told before any work.
+
+    Raises:
+        DataError: no source has this name and it is no path of a known kind; the file is not there; the source takes
+            no argument; or it is ``self``, for evaluation.
+    """
+    name, colon, argument = source.partition(":")
+    if not source.strip():
+        raise DataError(f"the text source is empty; name a file ({', '.join(FILE_SUFFIXES)}), or 'pydoc'")
+    if name not in SOURCES and name != SELF:
+        name, argument = "file", source
+        if PurePath(source).suffix.lower() not in FILE_SUFFIXES:
+            _refuse_unknown(source)
+    elif colon and name in _WITHOUT_ARGUMENT:
+        raise DataError(f"source {shown(source)}: {name} takes nothing after its name; write {name!r}")
+    if name == SELF and split == "evaluation":
+        raise DataError(
+            f"source {source!r} is text that the dense model writes itself, for calibration only; "
+            "to evaluate, name a text: a file, 'pydoc' or 'wikitext2'"
+        )
+    if name == "file" and PurePath(argument).suffix.lower() not in FILE_SUFFIXES:
+        raise DataError(f"{shown(argument)} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
+    if name in _FILE_READERS and (argument or name == "file"):
+        text_file(argument)
+    return name, argument
+
 
 def read_source(source: str, split: Split) -> Text:
     """The text that a source string names.
 
     Raises:
-        DataError: no source has this name and it is no path of a known kind, or the source itself cannot be read.
+        DataError: see :func:`check_source`; or the source itself cannot be read.
     """
-    name, _, argument = source.partition(":")
-    if name == SELF:
-        raise DataError(
-            f"source {source!r} is text that the dense model writes itself, for calibration only; "
-            "to evaluate, name a text: a file, 'pydoc' or 'wikitext2'"
-        )
-    if name in SOURCES:
-        return SOURCES[name].function(argument, split)
-    if PurePath(source).suffix.lower() in FILE_SUFFIXES:
-        return SOURCES["file"].function(source, split)
-    hint = nearest(name, [*(entry.name for entry in SOURCES), SELF])
-    raise DataError(f"unknown text source {source!r}; {hint}, or a path ending in {', '.join(FILE_SUFFIXES)}")
+    name, argument = check_source(source, split)
+    return SOURCES[name].function(argument, split)
+
+
+def text_file(path: str) -> Path:
+    """The path of a file that exists.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    try:
+        file = Path(path).expanduser()
+        if file.is_file():
+            return file
+        reason = "is a directory" if file.is_dir() else "is no ordinary file" if file.exists() else "does not exist"
+    except (OSError, RuntimeError, ValueError) as error:  # too long; no such user after '~'; a null byte
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    raise DataError(f"text file {shown(path)} {reason}; check the path, or name another source")
+
+
+def _refuse_unknown(source: str) -> NoReturn:
+    if any(separator in source for separator in ("/", "\\")) or source.startswith(("~", ".")):
+        file = text_file(source)  # refuses what is not there
+        raise DataError(f"{shown(str(file))} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
+    hint = nearest(source.partition(":")[0][:100], [*(entry.name for entry in SOURCES), SELF])
+    raise DataError(f"unknown text source {shown(source)}; {hint}, or a path ending in {', '.join(FILE_SUFFIXES)}")

@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from sparsellm.calibration.self_generated import self_generated_windows
 from sparsellm.calibration.sources import SELF, Text, read_source
-from sparsellm.errors import DataError
+from sparsellm.errors import DataError, shown
+from sparsellm.recipe import MOST_SEED, MOST_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Documents tried, per window asked for, before a per-document source counts as having none that is long enough.
 _TRIES_PER_WINDOW = 2000
+_MOST_MISSES = 50_000  # documents in a row that are too short
+
+# Windows that may be drawn from a text of any length. More than these, and more than the text has, only repeat it.
+_MOST_REPEATED = 1024
 
 
 def calibration_windows(
-    source: str,
+    source: str | Text,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     seq_len: int,
@@ -35,7 +41,7 @@ def calibration_windows(
     weight, so disjoint windows carry more information for the same cost. A shorter text falls back to the papers' draw.
 
     Args:
-        source: ``self``, a registered name, or a path; see :mod:`sparsellm.calibration.sources`.
+        source: ``self``, a registered name, or a path, see :mod:`sparsellm.calibration.sources`; or the text itself.
         tokenizer: called once on the joined text with its defaults, so a beginning-of-text token, if it adds one,
             stands once at the very start, as in the papers.
         samples: windows to draw.
@@ -48,10 +54,10 @@ def calibration_windows(
         ``(samples, seq_len)`` int64 token ids, on the CPU.
 
     Raises:
-        DataError: the source cannot be read, the text has fewer than ``seq_len + 1`` tokens, or a size is below 1.
+        DataError: the source cannot be read, the text has fewer than ``seq_len + 1`` tokens, a size is out of range,
+            or the windows are more than the text or the memory can give.
     """
-    if samples < 1 or seq_len < 1:
-        raise DataError(f"calibration needs 1 or more samples of 1 or more tokens; got {samples} of {seq_len}")
+    _check_sizes(samples, seq_len, seed)
     if model is not None:
         check_seq_len(model.config, seq_len)
     if source == SELF:
@@ -59,21 +65,52 @@ def calibration_windows(
             raise DataError("source 'self' needs the dense model, to write the text; pass model=, or name a text")
         return self_generated_windows(model, tokenizer, samples, seq_len, seed, progress=progress)
     generator = torch.Generator().manual_seed(seed)
-    text = read_source(source, "calibration")
+    text = source if isinstance(source, Text) else read_source(source, "calibration")
     if text.per_document:
         return _windows_of_documents(source, text, tokenizer, samples, seq_len, generator)
     ids = _tokens(tokenizer, text.joined())
     _check_long_enough(source, len(ids), seq_len + 1)
-    return torch.stack([ids[offset : offset + seq_len] for offset in _offsets(len(ids), samples, seq_len, generator)])
+    most = max(len(ids) - seq_len, _MOST_REPEATED)
+    if samples > most:
+        raise DataError(
+            f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn, not "
+            f"{samples}; lower samples, or name a longer text"
+        )
+    return ids.unfold(0, seq_len, 1)[_offsets(len(ids), samples, seq_len, generator)]
+
+
+def windows_of_ids(
+    ids: Tensor, config: PretrainedConfig, seq_len: int | None = None, max_tokens: int | None = None
+) -> Tensor:
+    """Token ids given in place of a text, as windows for a model of this configuration.
+
+    Args:
+        ids: ``(windows, tokens)`` as :func:`sparsellm.calibration.as_text` returns them.
+        config: of the model.
+        seq_len: the width that was asked for, if any.
+        max_tokens: use only the first windows that fit in this many tokens.
+
+    Raises:
+        DataError: the windows are longer than the model takes, or of another width than was asked for.
+    """
+    width = ids.shape[1]
+    if seq_len is not None and seq_len != width:
+        raise DataError(f"seq_len is {seq_len}, and the token ids are windows of {width}; leave seq_len out")
+    check_seq_len(config, width)
+    if max_tokens is None:
+        return ids
+    if max_tokens < width:
+        raise DataError(f"max_tokens is {max_tokens}, less than one window of {width}; raise it")
+    return ids[: max_tokens // width]
 
 
 def evaluation_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, max_tokens: int | None = None
+    source: str | Text, tokenizer: PreTrainedTokenizerBase, seq_len: int, max_tokens: int | None = None
 ) -> Tensor:
     """The whole text cut into windows one after the other; what is left at the end is dropped, as in the papers.
 
     Args:
-        source: a registered name or a path; ``self`` is refused.
+        source: a registered name, a path, or the text itself; ``self`` is refused.
         tokenizer: called once on the joined text with its defaults.
         seq_len: tokens in a window, 2 or more.
         max_tokens: use only the first windows that fit in this many tokens.
@@ -88,7 +125,7 @@ def evaluation_windows(
         raise DataError(f"a window of {seq_len} tokens predicts nothing; evaluate with a seq_len of 2 or more")
     if max_tokens is not None and max_tokens < seq_len:
         raise DataError(f"max_tokens is {max_tokens}, less than one window of {seq_len}; raise it or lower seq_len")
-    text = read_source(source, "evaluation")
+    text = source if isinstance(source, Text) else read_source(source, "evaluation")
     ids = _tokens(tokenizer, text.joined())
     _check_long_enough(source, len(ids), seq_len)
     windows = len(ids) // seq_len
@@ -117,15 +154,38 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(found["input_ids"], dtype=torch.int64)  # (tokens,)
 
 
-def _check_long_enough(source: str, tokens: int, needed: int) -> None:
+def _check_sizes(samples: int, seq_len: int, seed: int) -> None:
+    """Refuses what no machine, or not this one, can hold, before anything is allocated."""
+    if samples < 1 or seq_len < 1:
+        raise DataError(f"calibration needs 1 or more samples of 1 or more tokens; got {samples} of {seq_len}")
+    if samples * seq_len > MOST_TOKENS:
+        raise DataError(
+            f"{shown(samples)} samples of {shown(seq_len)} tokens are more than {MOST_TOKENS} calibration tokens; "
+            "lower samples or seq_len"
+        )
+    needed, free = 8 * samples * seq_len, psutil.virtual_memory().available
+    if needed > free:
+        raise DataError(
+            f"{samples} samples of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and {free / 1e9:.1f} GB "
+            "of memory are free; lower samples or seq_len"
+        )
+    if not 0 <= seed <= MOST_SEED:
+        raise DataError(f"seed is {shown(seed)}; it is from 0 to {MOST_SEED}")
+
+
+def _called(source: str | Text) -> str:
+    return "the text" if isinstance(source, Text) else f"source {shown(source)}"
+
+
+def _check_long_enough(source: str | Text, tokens: int, needed: int) -> None:
     if tokens < needed:
         raise DataError(
-            f"source {source!r} has {tokens} tokens and {needed} are needed for one window; "
+            f"{_called(source)} has {tokens} tokens and {needed} are needed for one window; "
             "lower seq_len, or name a longer text"
         )
 
 
-def _offsets(tokens: int, samples: int, seq_len: int, generator: torch.Generator) -> list[int]:
+def _offsets(tokens: int, samples: int, seq_len: int, generator: torch.Generator) -> Tensor:
     """Where the windows begin: disjoint if they fit, else independent draws, as in the papers.
 
     Disjoint ones: the tokens that no window takes are shared out at random into the gaps before, between and after.
@@ -133,14 +193,14 @@ def _offsets(tokens: int, samples: int, seq_len: int, generator: torch.Generator
     """
     spare = tokens - samples * seq_len
     if spare < 0:
-        return torch.randint(0, tokens - seq_len, (samples,), generator=generator).tolist()
+        return torch.randint(0, tokens - seq_len, (samples,), generator=generator)
     gaps = torch.randint(0, spare + 1, (samples,), generator=generator).sort().values
     offsets = gaps + seq_len * torch.arange(samples)
-    return offsets[torch.randperm(samples, generator=generator)].tolist()
+    return offsets[torch.randperm(samples, generator=generator)]
 
 
 def _windows_of_documents(
-    source: str,
+    source: str | Text,
     text: Text,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
@@ -149,16 +209,20 @@ def _windows_of_documents(
 ) -> Tensor:
     """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4."""
     windows: list[Tensor] = []
-    for _ in range(samples * _TRIES_PER_WINDOW):
+    draws = misses = 0
+    while draws < samples * _TRIES_PER_WINDOW and misses < _MOST_MISSES and len(text.documents):
+        draws += 1
         document = int(torch.randint(len(text.documents), (), generator=generator))
         ids = _tokens(tokenizer, text.documents[document])
         if len(ids) <= seq_len:
+            misses += 1
             continue
+        misses = 0
         offset = int(torch.randint(len(ids) - seq_len, (), generator=generator))
         windows.append(ids[offset : offset + seq_len])
         if len(windows) == samples:
             return torch.stack(windows)
     raise DataError(
-        f"source {source!r} has too few documents longer than {seq_len} tokens ({len(windows)} of {samples} found in "
-        f"{samples * _TRIES_PER_WINDOW} draws); lower seq_len"
+        f"{_called(source)} has too few documents longer than {seq_len} tokens ({len(windows)} of {samples} found in "
+        f"{draws} draws); lower seq_len"
     )

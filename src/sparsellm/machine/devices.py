@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import torch
 
-from sparsellm.errors import RecipeError
+from sparsellm.errors import RecipeError, shown
+
+
+def available_devices() -> list[str]:
+    """The names of the devices of this machine that torch can use, ``cpu`` first."""
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        names += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
+    return names
 
 
 def resolve_device(name: str) -> torch.device:
     """The device that a recipe or a command names.
 
     Raises:
-        RecipeError: no such device here.
+        RecipeError: no such device here, or it takes no tensor.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = available_devices()
+    if name.removesuffix(":0") not in {*here, *(known.partition(":")[0] for known in here)}:
+        raise RecipeError(f"device {shown(name)} does not exist here; here: {', '.join(here)}, or 'auto'")
+    device = torch.device(name)
     try:
-        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RecipeError(f"device {name!r} cannot be used here ({reason[:160]}); try 'cpu' or 'auto'") from None
-    if device.type == "meta":
-        raise RecipeError("device 'meta' holds no numbers; try 'cpu' or 'auto'")
     return device

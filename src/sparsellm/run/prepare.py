@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
 from sparsellm.allocation.allocator import pattern_of
-from sparsellm.calibration import calibration_windows, check_seq_len
+from sparsellm.calibration import Text, calibration_windows, check_seq_len, windows_of_ids
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched_patterns
@@ -45,10 +46,10 @@ DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 class Request:
     """The arguments of :func:`sparsellm.prune`, which explains them."""
 
-    model: str | Path | PreTrainedModel
+    model: str | os.PathLike[str] | PreTrainedModel
     recipe: Recipe
-    out: str | Path | None = None
-    calibration: Tensor | None = None
+    out: str | os.PathLike[str] | None = None
+    calibration: Tensor | Text | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     overwrite: bool = False
     restart: bool = False
@@ -166,13 +167,13 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     """
     recipe, whole = request.recipe, request.out is None
     choice = Choice.of(recipe)
-    choice.check_processes(recipe.samples if request.calibration is None else len(request.calibration))
+    choice.check_processes(len(request.calibration) if isinstance(request.calibration, Tensor) else recipe.samples)
     _destination(request)
     with clock.phase("open"):
         progress(Progress("open", 0, 1, "opening the model"))
         directory = _directory(request)
         tokenizer = request.tokenizer
-        if tokenizer is None and directory is not None and request.calibration is None:
+        if tokenizer is None and directory is not None and not isinstance(request.calibration, Tensor):
             tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code)
         chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=whole)
         choice = choice.on(plan(chain, recipe))
@@ -194,7 +195,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
 
 
 def open_model(
-    model: str | Path | PreTrainedModel, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
+    model: str | os.PathLike[str] | PreTrainedModel, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
 ) -> tuple[Chain, PreTrainedModel | None]:
     """A chain over a model, and the model itself where it is in memory.
 
@@ -270,18 +271,6 @@ def default_seq_len(chain: Chain) -> int:
     return min(DEFAULT_SEQ_LEN, limit) if isinstance(limit, int) and limit > 0 else DEFAULT_SEQ_LEN
 
 
-def check_ids(ids: Tensor, chain: Chain) -> Tensor:
-    """Token ids as they were given.
-
-    Raises:
-        DataError: they are not integers of shape ``(windows, seq)`` in the model's vocabulary.
-    """
-    if ids.dim() != 2 or ids.is_floating_point() or ids.numel() == 0:
-        raise DataError(f"token ids must be integers of shape (windows, seq); got {ids.dtype} {tuple(ids.shape)}")
-    check_seq_len(chain.config, ids.shape[1])
-    return check_vocabulary(ids, chain.config)
-
-
 def already_pruned(chain: Chain) -> str | None:
     """A warning where a fifth of the weights of block 0 are zero: a dense weight has hardly any zeros."""
     zeros = weights = 0
@@ -327,8 +316,8 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase | None,
     progress: ProgressCallback,
 ) -> Tensor:
-    if request.calibration is not None:
-        return check_ids(request.calibration, chain)
+    if isinstance(request.calibration, Tensor):
+        return check_vocabulary(windows_of_ids(request.calibration, chain.config), chain.config)
     recipe = request.recipe
     seq_len = recipe.seq_len or default_seq_len(chain)
     check_seq_len(chain.config, seq_len)
@@ -336,7 +325,7 @@ def _windows(
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
     with _model_that_writes(chain, recipe, directory) as dense:
         windows = calibration_windows(
-            recipe.calibration,
+            request.calibration or recipe.calibration,
             tokenizer,
             recipe.samples,
             seq_len,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparsellm.arguments import checked_arguments
 from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import RecipeError
 from sparsellm.progress import Progress, ProgressCallback, ignore
@@ -81,9 +82,10 @@ class Comparison:
         return asdict(self)
 
 
+@checked_arguments()
 def compare(
-    packed: str | Path,
-    dense: str | Path | None = None,
+    packed: str | os.PathLike[str],
+    dense: str | os.PathLike[str] | None = None,
     *,
     device: str = "cpu",
     dtype: str = "auto",
@@ -128,6 +130,7 @@ def compare(
     )
 
 
+@checked_arguments()
 def measure(
     models: dict[str, PreTrainedModel],
     *,
@@ -157,11 +160,6 @@ def measure(
         RecipeError: a number is not positive, or prompt and new tokens exceed the positions of a model.
     """
     threads = threads or (torch.get_num_threads(),)
-    for name, numbers in (("batch", batches), ("threads", threads), ("prompt tokens", (prompt_tokens,))):
-        if not numbers or min(numbers) < 1:
-            raise RecipeError(f"{name} is {min(numbers, default=0)}; it must be 1 or more")
-    if new_tokens < 1 or repeats < 1:
-        raise RecipeError(f"new tokens ({new_tokens}) and repeats ({repeats}) must be 1 or more")
     for name, model in models.items():
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(limit, int) and limit < prompt_tokens + new_tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sparsellm.arguments import CHECKPOINT, checked_arguments
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError
 from sparsellm.packed.checkpoint import (
@@ -72,10 +74,11 @@ class PackResult:
         }
 
 
+@checked_arguments(model=CHECKPOINT)
 def pack(
-    model: str | Path,
+    model: str | os.PathLike[str],
     *,
-    out: str | Path,
+    out: str | os.PathLike[str],
     values: str = "keep",
     overwrite: bool = False,
     restart: bool = False,
@@ -115,10 +118,11 @@ def pack(
         return _finish(writer, lambda: _write_packed(writer, chain, directory, values, progress))
 
 
+@checked_arguments()
 def unpack(
-    directory: str | Path,
+    directory: str | os.PathLike[str],
     *,
-    out: str | Path,
+    out: str | os.PathLike[str],
     overwrite: bool = False,
     restart: bool = False,
     progress: ProgressCallback = ignore,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from sparsellm.errors import DataError, RecipeError
+from sparsellm.arguments import LOADED, checked_arguments
+from sparsellm.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Generation:
         return {**self.__dict__, "tokens_per_second": self.tokens_per_second}
 
 
+@checked_arguments(model=LOADED)
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,10 +70,6 @@ def generate(
         DataError: the prompt has no token, or is too long for the model.
         RecipeError: ``max_new_tokens`` or ``temperature`` is out of range.
     """
-    if max_new_tokens < 1:
-        raise RecipeError(f"max_new_tokens is {max_new_tokens}; write one token at least")
-    if not 0 <= temperature < float("inf"):
-        raise RecipeError(f"temperature is {temperature}; it is 0 (greedy) or above")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = int(inputs["input_ids"].shape[1])
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

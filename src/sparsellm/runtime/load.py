@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sparsellm.arguments import checked_arguments
 from sparsellm.chain.open import load_config
 from sparsellm.errors import ModelError, SparseLLMError
 from sparsellm.machine.devices import resolve_device
 from sparsellm.runtime.registration import register_when_needed
 
 
-def load(directory: str | Path, *, device: str = "cpu", dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
+@checked_arguments()
+def load(
+    directory: str | os.PathLike[str], *, device: str = "cpu", dtype: str = "auto", **kwargs: Any
+) -> PreTrainedModel:
     """A causal language model from a directory that :func:`sparsellm.pack` wrote; its linears stay packed in memory.
 
     ``AutoModelForCausalLM.from_pretrained`` returns the same after ``import sparsellm``. A dense directory loads as
@@ -41,7 +46,7 @@ def load(directory: str | Path, *, device: str = "cpu", dtype: str = "auto", **k
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
     except SparseLLMError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # transformers and safetensors raise TypeError, KeyError, SafetensorError ... for damage
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"transformers cannot load {directory}: {first_line[:300]}") from error
     assert isinstance(model, PreTrainedModel)

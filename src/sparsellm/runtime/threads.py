@@ -7,20 +7,18 @@ from contextlib import contextmanager
 
 import torch
 
-from sparsellm.errors import RecipeError
+from sparsellm.arguments import COUNT_OF_THREADS, checked_arguments
 
 
-def use_threads(count: int | None) -> None:
+@checked_arguments(threads=COUNT_OF_THREADS)
+def use_threads(threads: int | None = None) -> None:
     """Sets the threads of torch, and so those of the kernels on packed weights; None leaves torch's choice.
 
     Raises:
-        RecipeError: not 1 or more.
+        RecipeError: not from 1 to 1,024.
     """
-    if count is None:
-        return
-    if count < 1:
-        raise RecipeError(f"threads is {count}; it must be 1 or more")
-    torch.set_num_threads(count)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

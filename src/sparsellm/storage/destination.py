@@ -31,14 +31,14 @@ _PARTIAL = ".partial"
 _SECOND = ".swept"  # in the name of the directory of a second stage
 
 
-def partial_of(out: str | Path, *, second: bool = False) -> Path:
+def partial_of(out: str | os.PathLike[str], *, second: bool = False) -> Path:
     """Where a checkpoint, or the second stage of it, is written until it is complete: beside what ``out`` leads to."""
     place = Path(os.path.realpath(out))
     return place.with_name(f"{place.name}{_SECOND if second else ''}{_PARTIAL}")
 
 
 def check_destination(
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     sources: Iterable[Path] = (),
     overwrite: bool = False,
@@ -112,7 +112,7 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
             )
 
 
-def _resolved(out: str | Path) -> Path:
+def _resolved(out: str | os.PathLike[str]) -> Path:
     text = os.fspath(out)
     if not text:
         raise StorageError("--out is empty; name a directory")
@@ -131,7 +131,7 @@ def _resolved(out: str | Path) -> Path:
     return place
 
 
-def _check_apart(out: str | Path, place: Path, source: Path, partials: Iterable[Path]) -> None:
+def _check_apart(out: str | os.PathLike[str], place: Path, source: Path, partials: Iterable[Path]) -> None:
     """Files are compared by what they are, not by how they are spelled."""
     source = Path(os.path.realpath(source))
     if _same(place, source):

@@ -1,0 +1,156 @@
+"""What a Python user gives as text: a source, a file, token ids, or a data set; checked before any model is opened.
+
+Token ids are windows of equal length, one a row. Rows of several lengths are refused rather than cut or joined: only
+the user knows where a text may be cut.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy
+import torch
+from torch import Tensor
+
+from sparsellm.calibration.sources import FILE_SUFFIXES, SOURCES, Split, Text, check_source
+from sparsellm.errors import DataError, shown
+from sparsellm.recipe import Recipe
+
+TextGiven: TypeAlias = str | os.PathLike[str] | Tensor | numpy.ndarray | Sequence[Any] | Mapping[str, Any] | Text
+"""What may be given as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
+
+IDS, DOCUMENTS = "token ids given in Python", "documents given in Python"  # what a recipe then records as calibration
+
+_HINT = (
+    "give a source such as 'pydoc', the path of a file, token ids (windows, tokens), or a data set with a column "
+    "'text' or 'input_ids'"
+)
+
+
+def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
+    """A text source that exists, token ids ``(windows, tokens)`` int64 on the CPU, or the documents of a data set.
+
+    Args:
+        value: a source, a path, a tensor or numpy array of ids, a sequence of id sequences of one length, or a data
+            set: a sequence of mappings with ``text`` or ``input_ids``, such as ``datasets.Dataset``.
+        name: of the argument, for the error.
+        split: what the text is for.
+
+    Raises:
+        DataError: it is none of these, the source or file does not exist, or the ids are not integers of one length
+            of 2 or more.
+    """
+    if isinstance(value, Text):
+        return value
+    if isinstance(value, str):
+        check_source(value, split)
+        return value
+    if isinstance(value, os.PathLike):
+        return _file_source(os.fsdecode(value), split)
+    if isinstance(value, Tensor | numpy.ndarray):
+        return _ids(value, name)
+    if isinstance(value, Mapping) and "input_ids" in value:  # what a tokenizer returns
+        return _ids(_rows(value["input_ids"], name), name)
+    if isinstance(value, Mapping | bytes | bytearray) or not isinstance(value, Iterable):
+        detail = f" with the keys {shown(list(value))}" if isinstance(value, Mapping) else ""
+        raise DataError(f"{name} is a {type(value).__name__}{detail}; {_HINT}")
+    if not hasattr(value, "__len__"):
+        raise DataError(f"{name} is a {type(value).__name__} without a length; give a list of its first rows")
+    return _sequence(value, name)
+
+
+def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) -> Recipe:
+    """The recipe with the calibration that is used, by name; a source is checked to exist.
+
+    Raises:
+        DataError: see :func:`as_text`.
+    """
+    if calibration is None:
+        check_source(recipe.calibration, "calibration")
+        return recipe
+    if isinstance(calibration, str):
+        return recipe.updated(calibration=calibration)
+    return recipe.updated(calibration=IDS if isinstance(calibration, Tensor) else DOCUMENTS)
+
+
+def _file_source(path: str, split: Split) -> str:
+    """A path as a source; what is written like a name or ``name:argument`` is a path all the same."""
+    plain = os.path.splitext(path)[1].lower() in FILE_SUFFIXES and path.partition(":")[0] not in SOURCES
+    source = path if plain else f"file:{path}"
+    check_source(source, split)
+    return source
+
+
+def _sequence(value: Any, name: str) -> Tensor | Text:
+    rows = list(value)
+    if not rows:
+        raise DataError(f"{name} is empty; {_HINT}")
+    first = rows[0]
+    if isinstance(first, Mapping):
+        if not all(isinstance(row, Mapping) for row in rows):
+            raise DataError(f"{name} has rows that are no mappings beside rows that are")
+        if "input_ids" in first:
+            return _ids(_rows([_field(row, "input_ids", name, at) for at, row in enumerate(rows)], name), name)
+        documents = [_field(row, "text", name, at) for at, row in enumerate(rows)]
+        for at, document in enumerate(documents):
+            if not isinstance(document, str):
+                raise DataError(f"{name}, row {at}: 'text' is {shown(document)}, not a string")
+        return Text(documents)
+    if isinstance(first, str | bytes):
+        raise DataError(
+            f"{name} holds {type(first).__name__}; give documents as [{{'text': ...}}, ...], or the path of a file"
+        )
+    return _ids(_rows(rows, name), name)
+
+
+def _field(row: Mapping[str, Any], field: str, name: str, at: int) -> Any:
+    if field not in row:
+        raise DataError(f"{name}, row {at}, has no 'text' and no 'input_ids'; its columns: {shown(list(row), 200)}")
+    return row[field]
+
+
+def _rows(rows: Any, name: str) -> numpy.ndarray | Tensor:
+    """Rows of ids as one array, if they are of one length."""
+    if isinstance(rows, Tensor | numpy.ndarray):
+        return rows
+    if not isinstance(rows, Sequence):
+        raise DataError(f"{name} holds ids as a {type(rows).__name__}; {_HINT}")
+    arrays: list[numpy.ndarray] = []
+    for at, row in enumerate(rows):
+        if isinstance(row, int) or not hasattr(row, "__len__") or isinstance(row, str | bytes | Mapping):
+            raise DataError(f"{name}, row {at}, is {shown(row)}, not a window of ids; give [[id, id, ...], ...]")
+        try:
+            array = row.detach().cpu().numpy() if isinstance(row, Tensor) else numpy.asarray(row)
+        except (ValueError, TypeError, OverflowError, RuntimeError):  # of several lengths, of a strange dtype
+            array = numpy.empty((0, 0))
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise DataError(f"{name}, row {at}, is {shown(row)}; a window of ids is a list of integers")
+        if len(array) != len(arrays[0] if arrays else array):
+            raise DataError(
+                f"{name} has windows of {len(arrays[0])} and {len(array)} ids (row {at}); cut them to one length"
+            )
+        arrays.append(array)
+    if not arrays:
+        raise DataError(f"{name} is empty; {_HINT}")
+    return numpy.stack(arrays)
+
+
+def _ids(value: Tensor | numpy.ndarray, name: str) -> Tensor:
+    described = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    whole = value.dtype.kind in "iu" if isinstance(value, numpy.ndarray) else value.dtype in _WHOLE
+    if not whole or value.ndim != 2 or value.shape[0] < 1 or value.shape[1] < 2:
+        raise DataError(f"{name}: token ids must be integers of shape (windows, 2 or more); got {described}")
+    if isinstance(value, numpy.ndarray):
+        if value.dtype == numpy.uint64 and int(value.max()) >= 1 << 63:
+            raise DataError(f"{name}: token id {int(value.max())} is beyond every vocabulary")
+        return torch.from_numpy(value.astype(numpy.int64))
+    if value.is_meta or value.layout != torch.strided:
+        raise DataError(
+            f"{name}: token ids must be an ordinary tensor; got {described} on {value.device}, {value.layout}"
+        )
+    return value.detach().to("cpu", torch.int64)
+
+
+_WHOLE = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}

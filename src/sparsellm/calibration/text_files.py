@@ -1,0 +1,90 @@
+"""Text from a file: ``.txt``, ``.jsonl`` (field ``text``) or ``.parquet`` (column ``text``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path, PurePath
+
+import psutil
+
+from sparsellm.calibration.sources import FILE_SUFFIXES, SOURCES, Split, Text, reads_file, text_file
+from sparsellm.errors import DataError, shown
+from sparsellm.inputs.json_input import parse_json
+
+
+@reads_file("file")
+@SOURCES.register("file", paper="rows joined as in GPTQ, https://arxiv.org/abs/2210.17323")
+def read_file(argument: str, split: Split) -> Text:
+    """A file on this machine: every line of a .txt, record of a .jsonl or row of a .parquet is one document.
+
+    Documents are joined with a blank line, as the papers join the rows of WikiText-2. A file has no splits: to
+    calibrate and to evaluate, give two files, or the evaluation flatters.
+
+    Raises:
+        DataError: the file is absent, of another kind, not UTF-8, or without the field ``text``.
+    """
+    readers = {".txt": text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    reader = readers.get(PurePath(argument).suffix.lower())
+    if reader is None:
+        raise DataError(f"{shown(argument)} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
+    return Text(read_rows(argument, reader))
+
+
+def read_rows(argument: str, reader: Callable[[Path], list[str]]) -> list[str]:
+    """What ``reader`` finds in a file, with errors that say what is wrong with it.
+
+    Raises:
+        DataError: the file is absent, unreadable, not UTF-8, or larger than the memory that is free.
+    """
+    path = text_file(argument)
+    try:
+        size = path.stat().st_size
+        if size > psutil.virtual_memory().available // 4:  # as bytes, as text, and the tokens of it
+            raise DataError(f"{path} has {size / 1e9:.1f} GB, too much for the memory that is free; give a part of it")
+        return reader(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def text_rows(path: Path) -> list[str]:
+    """The lines of a text file, without their ends; a last line that is empty counts, so joining restores the text."""
+    return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+
+
+def _jsonl_rows(path: Path) -> list[str]:
+    rows = []
+    for number, line in enumerate(text_rows(path), start=1):
+        if not line.strip():
+            continue
+        record = parse_json(line, f"{path}, line {number},", DataError)
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise DataError(f"{path}, line {number}, has no field 'text' that holds a string")
+        rows.append(record["text"])
+    return rows
+
+
+def _parquet_rows(path: Path) -> list[str]:
+    """The strings of the column ``text``; rows without one are left out, as a document that is not there."""
+    import pyarrow  # here, because it takes a noticeable moment and few runs need it
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        schema = file.schema_arrow
+        if "text" not in schema.names:
+            raise DataError(f"{path} has no column 'text'; its columns: {', '.join(schema.names)[:300]}")
+        kind = schema.field("text").type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(f"{path} has a column 'text' of {kind}; it must hold strings")
+        return [row for row in file.read(["text"]).column("text").to_pylist() if row is not None]
+    except DataError:
+        raise
+    except UnicodeDecodeError:
+        raise DataError(f"{path} holds text that is not UTF-8; write the file again") from None
+    except Exception as error:  # a damaged file ends in errors of Arrow, of Thrift, of the system, and in KeyError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DataError(f"{path} is not a readable Parquet file: {reason}") from error

@@ -1,0 +1,159 @@
+"""Reads YAML that somebody else wrote, within limits: plain values only, and small enough for whatever reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsellm.errors import RecipeError, SparseLLMError
+
+MOST_BYTES = 256 << 10  # a recipe has a hundredth of it
+MOST_DEPTH = 32
+MOST_DIGITS = 64  # of a number
+MOST_NODES = 20_000  # after aliases are written out
+
+
+def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
+    """The value of a YAML text: null, booleans, numbers, strings, lists and mappings.
+
+    Numbers are those of YAML 1.2: ``1e-3`` is a number, and ``2:4`` and ``2024-01-01`` are strings, where YAML 1.1
+    reads a number of base 60 and a date. Tags are refused, and so is a key that stands twice in one mapping.
+
+    Args:
+        data: the text; bytes are UTF-8, with or without a byte order mark.
+        where: what the text is called in the error, such as its path.
+        error: the kind of error to raise.
+
+    Raises:
+        SparseLLMError: of the kind ``error``: the text is not UTF-8 or not YAML, or beyond a limit of this module.
+    """
+    if len(data) > MOST_BYTES:
+        raise error(f"{where} has more than {MOST_BYTES >> 10} KiB; give a shorter one")
+    try:
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        _check_size(text)
+        return yaml.load(text, Loader=_Loader)
+    except UnicodeDecodeError as bad:
+        raise error(f"{where} is not UTF-8 (byte {bad.start}); save it as UTF-8") from None
+    except yaml.MarkedYAMLError as bad:
+        mark = bad.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise error(
+            f"{where} is not valid YAML ({_first_line(bad.problem or bad.context or 'syntax')}{place})"
+        ) from None
+    except (yaml.YAMLError, ValueError, OverflowError) as bad:
+        raise error(f"{where} is not valid YAML ({_first_line(str(bad))})") from None
+
+
+def read_yaml(path: Path, error: type[SparseLLMError] = RecipeError) -> Any:
+    """As :func:`parse_yaml`, of a file.
+
+    Raises:
+        SparseLLMError: of the kind ``error``, also where the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as bad:  # ValueError: a null byte in the path
+        raise error(f"cannot read {str(path)[:200]}: {getattr(bad, 'strerror', None) or bad}") from None
+    return parse_yaml(data, str(path), error)
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML text that :func:`parse_yaml` reads back as the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _first_line(text: str) -> str:
+    return (text.strip() or "syntax").splitlines()[0][:200]
+
+
+def _check_size(text: str) -> None:
+    """Refuses, before a value is made, what is nested too deeply, too large with its aliases written out, or tagged."""
+    sizes: dict[str, int] = {}  # nodes below each anchor whose node is complete
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and the nodes that came before it
+    nodes = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = nodes - before
+            continue
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"the alias *{event.anchor} stands inside its own anchor, or has none")
+            nodes += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
+            nodes += 1
+            _check_plain(event)
+        if isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
+            sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, nodes - 1))
+            if len(open_nodes) > MOST_DEPTH:
+                raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+        if nodes > MOST_NODES:
+            raise ValueError(f"it has more than {MOST_NODES} values")
+
+
+def _check_plain(event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
+    """Refuses a tag, which asks for an object of some class, and half of a surrogate pair."""
+    if event.tag is not None:
+        raise ValueError(f"the tag {event.tag[:80]} is not allowed; write plain values")
+    if isinstance(event, yaml.ScalarEvent) and any("\ud800" <= each <= "\udfff" for each in event.value):
+        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader with the numbers of YAML 1.2, without dates, and without keys that stand twice."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value[:80]!r} stands twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper, which quotes what either version of YAML reads as something other than a string."""
+
+
+def _number(loader: yaml.SafeLoader, node: Any) -> int | float:
+    text: str = node.value
+    if len(text) > MOST_DIGITS:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(text)} characters; at most {MOST_DIGITS} are read", node.start_mark
+        )
+    if node.tag == _INT:
+        return int(text, 0) if text.lower().startswith(("0x", "0o")) else int(text)
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_RESOLVERS = {
+    "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "tag:yaml.org,2002:bool": (r"(?:yes|no|true|false|on|off)", list("yYnNtTfFoO")),
+    _INT: (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    _FLOAT: (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+0123456789."),
+    ),
+    "tag:yaml.org,2002:merge": (r"<<", ["<"]),
+}
+for _tag, (_expression, _first) in _RESOLVERS.items():
+    _flags = re.ASCII | (re.IGNORECASE if _tag.endswith("bool") else 0)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_expression})\Z", _flags), _first)
+for _tag in (_INT, _FLOAT):
+    _Loader.add_constructor(_tag, _number)

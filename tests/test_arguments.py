@@ -1,0 +1,287 @@
+"""Arguments of the public functions: what is accepted, and one line for everything else, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.arguments import as_path, check_arguments
+from sparsellm.errors import DataError, ModelError, RecipeError, SparseLLMError, StorageError, shown
+from sparsellm.runtime.bench import compare
+from sparsellm.runtime.generate import generate
+from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 12
+FAST = {"method": "magnitude", "sparsity": 0.5, "samples": 2, "seq_len": 16}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_llama(num_hidden_layers=1)
+    return save_tiny(model, tiny_tokenizer(), tmp_path_factory.mktemp("llama") / "dense")
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_llama(num_hidden_layers=1)
+
+
+def refused(call: Callable[[], Any], error: type[SparseLLMError], *said: str) -> None:
+    with pytest.raises(SparseLLMError) as caught:
+        call()
+    assert isinstance(caught.value, error), repr(caught.value)
+    assert all(part in str(caught.value) for part in said), str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_path_calibrates_on_its_file(llama: Path, tmp_path: Path) -> None:
+    """Statistics of the file, not of pydoc: the weights are those of the same text given by its name."""
+    (tmp_path / "my.txt").write_text(TEXT)
+    recipe = {**FAST, "method": "wanda"}
+    by_path = sparsellm.prune(llama, recipe, calibration=tmp_path / "my.txt")
+    by_name = sparsellm.prune(llama, recipe, calibration=str(tmp_path / "my.txt"))
+    assert by_path.recipe.calibration == str(tmp_path / "my.txt")
+    assert by_path.model is not None
+    assert by_name.model is not None
+    other = by_name.model.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in by_path.model.state_dict().items())
+
+
+IDS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
+ROWS = IDS.tolist()
+
+
+class Rows:
+    """As ``datasets.Dataset``: a length, and rows as dicts by number."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        return self.rows[at]
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        IDS,
+        IDS.int(),
+        IDS.numpy(),
+        IDS.numpy().astype(numpy.uint16),
+        ROWS,
+        tuple(map(tuple, ROWS)),
+        list(IDS),
+        list(IDS.numpy()),
+        {"input_ids": IDS, "attention_mask": IDS},
+        Rows([{"input_ids": row} for row in ROWS]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_token_ids_of_every_kind_are_the_same_windows(ids: Any, llama: Path, model: PreTrainedModel) -> None:
+    expected = sparsellm.evaluate(llama, IDS)
+    assert sparsellm.evaluate(llama, ids) == expected
+    result = sparsellm.prune(model, {**FAST, "method": "wanda"}, calibration=ids)
+    assert (result.recipe.samples, result.recipe.seq_len) == (3, 12)
+    assert result.recipe.calibration == "token ids given in Python"
+
+
+def test_rows_with_text_are_documents(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three four"}\n{"text": "five six seven eight nine"}\n')
+    rows = [{"text": "one two three four", "id": 1}, {"text": "five six seven eight nine"}]
+    for given in (rows, Rows(rows)):
+        expected = sparsellm.evaluate(llama, tmp_path / "a.jsonl", seq_len=8)
+        assert sparsellm.evaluate(llama, given, seq_len=8) == expected
+    result = sparsellm.prune(llama, {**FAST, "seq_len": 8}, calibration=rows)
+    assert result.recipe.calibration == "documents given in Python"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (5, "is a int"),
+        (None, "is a NoneType"),
+        (b"pydoc", "is a bytes"),
+        ("", "is empty"),
+        ("  ", "is empty"),
+        ("self", "for calibration only"),
+        ("pydoc:foo", "takes nothing after its name"),
+        ("pydoc:", "takes nothing after its name"),
+        ("ptb:x", "takes nothing after its name"),
+        ("nowhere.txt", "does not exist"),
+        ("data/nowhere", "does not exist"),
+        ("~no-such-user/a.txt", "cannot be read"),
+        ("x" * 5000 + ".txt", "cannot be read"),
+        ("a\0.txt", "text file 'a\\x00.txt'"),
+        (Path("nowhere.txt"), "does not exist"),
+        (Path("pydoc"), "not a kind of file"),
+        (["a text", "another"], "holds str"),
+        ([], "is empty"),
+        ([1, 2, 3], "not a window of ids"),
+        ([[1, 2], [3]], "windows of 2 and 1 ids"),
+        ([[1.0, 2.0]], "a list of integers"),
+        ([[True, False]], "a list of integers"),
+        ([[1, 10**30]], "a list of integers"),
+        ([["a", "b"]], "a list of integers"),
+        ([[1, VOCABULARY]], "the vocabulary has"),
+        ([[-1, 2]], "the vocabulary has"),
+        ([[1], [2]], "2 or more"),
+        (torch.ones(3), "2 or more"),
+        (torch.ones(2, 4), "must be integers"),
+        (torch.ones(2, 4, dtype=torch.bool), "must be integers"),
+        (torch.ones(2, 4, dtype=torch.int64, device="meta"), "ordinary tensor"),
+        (torch.ones(2, 1, dtype=torch.int64), "2 or more"),
+        (torch.ones(0, 4, dtype=torch.int64), "2 or more"),
+        (numpy.full((2, 4), 2**64 - 1, dtype=numpy.uint64), "beyond every vocabulary"),
+        (numpy.ones((2, 4)), "must be integers"),
+        ({"train": [], "test": []}, "with the keys ['train', 'test']"),
+        (({"text": "a"} for _ in range(3)), "without a length"),
+        ([{"body": "a"}], "no 'text' and no 'input_ids'"),
+        ([{"text": 3}], "not a string"),
+        ([{"text": "a"}, "b"], "no mappings"),
+        (torch.ones(2, 200, dtype=torch.int64), "128 positions"),
+    ],
+    ids=lambda value: shown(value, 30),
+)
+def test_what_is_no_text_is_refused(text: Any, said: str, llama: Path, model: PreTrainedModel) -> None:
+    refused(lambda: sparsellm.evaluate(llama, text), DataError, said)
+    if text is not None and said != "for calibration only":
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        again = ({"text": "a"} for _ in range(3)) if said == "without a length" else text
+        refused(lambda: sparsellm.prune(model, FAST, calibration=again), DataError, said)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_ids_decide_the_window(llama: Path) -> None:
+    refused(lambda: sparsellm.evaluate(llama, IDS, seq_len=16), DataError, "seq_len is 16", "12")
+    refused(lambda: sparsellm.evaluate(llama, IDS, max_tokens=11), DataError, "max_tokens is 11")
+    assert sparsellm.evaluate(llama, IDS, seq_len=12, max_tokens=25).tokens == 2 * 11
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"model": None}, ModelError, "model is a NoneType"),
+        ({"model": 5}, ModelError, "model is a int"),
+        ({"model": ""}, ModelError, "model is empty"),
+        ({"model": torch.nn.Linear(2, 2)}, ModelError, "model is a Linear"),
+        ({"model": "x" * 5000}, ModelError, "5000 bytes"),
+        ({"model": "a\0b"}, ModelError, "null byte"),
+        ({"model": "~no-such-user/x"}, ModelError, "no such user"),
+        ({"recipe": 5}, RecipeError, "recipe is 5"),
+        ({"recipe": {"sparsty": 0.5}}, RecipeError, "did you mean 'sparsity'"),
+        ({"recipe": {1: 2}}, RecipeError, "not a mapping of fields"),
+        ({"recipe": Path("none.yaml")}, RecipeError, "cannot read none.yaml"),
+        ({"recipe": "none.yaml"}, RecipeError, "cannot read none.yaml"),
+        ({"out": ""}, StorageError, "out is empty"),
+        ({"out": 5}, StorageError, "out is 5"),
+        ({"out": b"x"}, StorageError, "out is b'x'"),
+        ({"out": "a\0b"}, StorageError, "null byte"),
+        ({"out": "x" * 250}, StorageError, "250 bytes"),
+        ({"out": "x/" * 3000}, StorageError, "6000 bytes"),
+        ({"overwrite": "yes"}, RecipeError, "overwrite is 'yes': give True or False"),
+        ({"overwrite": 1}, RecipeError, "overwrite is 1"),
+        ({"restart": None}, RecipeError, "restart is None"),
+        ({"trust_remote_code": "no"}, RecipeError, "trust_remote_code"),
+        ({"progress": "x"}, RecipeError, "progress is 'x'"),
+        ({"tokenizer": "gpt2"}, DataError, "tokenizer is a str"),
+    ],
+    ids=lambda value: shown(value, 30),
+)
+def test_prune_refuses_each_argument_before_the_work(
+    changes: dict[str, Any], error: type[SparseLLMError], said: str, llama: Path, tmp_path: Path
+) -> None:
+    arguments = {"model": llama, "recipe": FAST, "out": tmp_path / "out", **changes}
+    refused(lambda: sparsellm.prune(**arguments), error, said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seq_len": 0}, "seq_len is 0: give a whole number from 2"),
+        ({"seq_len": 1}, "seq_len is 1"),
+        ({"seq_len": True}, "seq_len is True"),
+        ({"seq_len": "16"}, "seq_len is '16'"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 10**5000}, "max_tokens is an integer of"),
+        ({"device": ""}, "device is ''"),
+        ({"device": "abacus"}, "here: cpu"),
+        ({"device": "meta"}, "here: cpu"),
+        ({"device": "opencl"}, "here: cpu"),
+        ({"device": 0}, "device is 0"),
+        ({"dtype": "int8"}, "dtype is 'int8': give auto, float32"),
+        ({"dtype": torch.int8}, "dtype is"),
+    ],
+    ids=lambda value: shown(value, 40),
+)
+def test_evaluate_refuses_each_argument(changes: dict[str, Any], said: str, llama: Path) -> None:
+    refused(lambda: sparsellm.evaluate(llama, "pydoc", **changes), RecipeError, said)
+
+
+def test_types_of_torch_and_numpy_are_taken_by_name(llama: Path) -> None:
+    plain = sparsellm.evaluate(llama, IDS, device="cpu", dtype="float32")
+    assert sparsellm.evaluate(llama, IDS, device=torch.device("cpu"), dtype=torch.float32) == plain  # type: ignore[arg-type]
+    assert sparsellm.evaluate(str(llama), IDS, seq_len=numpy.int64(12), progress=None) == plain  # type: ignore[arg-type]
+
+
+def test_a_recipe_is_taken_as_mapping_and_as_file(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(Recipe(**FAST).to_yaml())
+    for recipe in (Recipe(**FAST), FAST, tmp_path / "r.yaml", str(tmp_path / "r.yaml")):
+        result = sparsellm.prune(llama, recipe, calibration=IDS)
+        assert result.recipe == Recipe(
+            **{**FAST, "samples": 3, "seq_len": 12, "calibration": result.recipe.calibration}
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda path: sparsellm.inspect(None), "model is None"),  # type: ignore[arg-type]
+        (lambda path: sparsellm.inspect(tiny_llama()), "give a checkpoint directory"),  # type: ignore[arg-type]
+        (lambda path: sparsellm.pack(path, out=""), "out is empty"),
+        (lambda path: sparsellm.pack(path, out=path / "x", values=8), "values is 8"),
+        (lambda path: sparsellm.pack(path, out=path / "x", overwrite="yes"), "overwrite is 'yes'"),
+        (lambda path: sparsellm.unpack(5, out=path / "x"), "directory is 5"),  # type: ignore[arg-type]
+        (lambda path: sparsellm.unpack(path, out=None), "out is None"),  # type: ignore[arg-type]
+        (lambda path: sparsellm.load(""), "directory is empty"),
+        (lambda path: sparsellm.load(path, device=None), "device is None"),  # type: ignore[arg-type]
+        (lambda path: compare(path, repeats=0), "repeats is 0"),
+        (lambda path: compare(path, batches=[1, 0]), "batches[1] is 0"),
+        (lambda path: compare(5), "packed is 5"),  # type: ignore[arg-type]
+        (lambda path: generate("m", tiny_tokenizer(), "x"), "model is a str"),  # type: ignore[arg-type]
+        (lambda path: generate(tiny_llama(), tiny_tokenizer(), "x", seed=2**63), "seed is 9223372036854775808"),
+        (lambda path: generate(tiny_llama(), tiny_tokenizer(), 5), "prompt is 5"),  # type: ignore[arg-type]
+        (lambda path: generate(tiny_llama(), tiny_tokenizer(), "x", temperature=float("nan")), "temperature is nan"),
+        (lambda path: check_arguments(prompt="\ud800"), "not UTF-8"),
+    ],
+)
+def test_the_other_functions_refuse_their_arguments(call: Callable[[Path], Any], said: str, llama: Path) -> None:
+    before = sorted(llama.iterdir())
+    refused(lambda: call(llama), SparseLLMError, said)
+    assert sorted(llama.iterdir()) == before
+
+
+def test_a_message_is_one_printable_line() -> None:
+    assert str(SparseLLMError("a\nb\x1b[31m \udcff é")) == "a\\nb\\x1b[31m \\udcff é"
+    refused(lambda: as_path("a\nb" * 200, "out"), StorageError, "a\\nb")
+    deep: list[Any] = []
+    for _ in range(10_000):
+        deep = [deep]
+    assert shown(deep) == "a list"
+    assert shown([10**5000]) == "a list"
+    assert shown(10**5000) == "an integer of 16610 bits"
+    assert len(shown("x" * 10**6)) <= 80

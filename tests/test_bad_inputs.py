@@ -1,0 +1,550 @@
+"""Generated inputs at every command: each ends in exit code 0, or in exit code 2 with one line, and leaves no trace.
+
+An example is a directory with a tiny model, a packed one, and generated files, in which one command line runs in this
+process. Afterwards everything that was there is as it was, to the byte; only a finished ``--out`` is new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pyarrow
+import pyarrow.parquet
+import pytest
+import transformers
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sparsellm
+from sparsellm import Recipe, cli
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models.pruned import prune_tiny
+
+SMALL = ["--samples=2", "--seq-len=16", "--method=magnitude"]
+
+
+@dataclass
+class Example:
+    """A command line, and files (by name) that stand in the directory where it runs."""
+
+    arguments: list[str]
+    files: dict[str, bytes] = field(default_factory=dict)
+    packed: bool = False
+
+
+# Values that are wrong almost everywhere.
+NUMBERS = ["0", "-1", "1.5", "1e9", "nan", "inf", "-inf", "1e400", "true", "9" * 5000, str(2**63), str(2**64), "0x10"]
+STRANGE = [
+    "",
+    " ",
+    ".",
+    "..",
+    "/",
+    "a/b",
+    "x" * 300,
+    "x" * 5000,
+    "~no-such-user/x",
+    "a\nb",
+    "a[/b]",
+    "run[v2]",
+    "\x1b[31m",
+]
+STRANGE += [
+    "é",
+    "\u2028",
+    "\udcff",
+    "{a: b}",
+    "[",
+    "*a",
+    "!!int x",
+    "%s",
+    "self:x",
+    "pydoc:",
+    "pydoc:foo",
+    "hub:",
+    "file:",
+]
+STRANGE += ["missing.txt", "dir.txt", "model", "model/config.json", "2:4", "4:2", "1:1", "0:0", "9" * 400 + ":4"]
+
+garbage = st.one_of(
+    st.sampled_from(STRANGE),
+    st.sampled_from(NUMBERS),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
+)
+whole = st.one_of(st.sampled_from(NUMBERS), st.integers(-(2**65), -1).map(str))
+
+json_values: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**70), 2**70),
+        st.sampled_from([0, -1, 1, 2**31, 10**12, 10**30, 0.5, -0.0, 1e300, "", "x", "float8", "\ud83d\ude00"]),
+        st.text(max_size=8),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=5,
+)
+DEEP = "[" * 50_000
+
+
+def options(**values: Any) -> st.SearchStrategy[list[str]]:
+    """Up to three of these options, each as ``--name=value``."""
+    one = st.one_of(
+        *(
+            strategy.map(lambda value, name=name: f"--{name.replace('_', '-')}={value}")
+            for name, strategy in values.items()
+        )
+    )
+    return st.lists(one, min_size=1, max_size=3)
+
+
+# ---- command lines
+
+outs = ["note.txt", "note.txt/x", "model", "full", "./x/../model", "model/x"]
+prune_options = options(
+    out=st.one_of(st.just("out"), garbage, st.sampled_from(outs)),
+    method=st.one_of(st.sampled_from(["wanda", "magnitude"]), garbage),
+    sparsity=st.one_of(st.sampled_from(["0", "0.5", "1", "0.999999", "1e-9"]), garbage),
+    pattern=st.one_of(st.sampled_from(["2:4", "1:4", "4:8", "3:7"]), garbage),
+    allocation=st.one_of(st.just("uniform"), garbage),
+    effort=whole,
+    calibration=st.one_of(st.just("note.txt"), garbage),
+    samples=whole,
+    seq_len=whole,
+    seed=st.one_of(st.just("7"), whole),
+    memory=st.one_of(st.sampled_from(["4GiB", "1B", "1e9", "-4GiB", "9" * 500 + "TB", "٣GiB"]), garbage),
+    device=st.one_of(st.sampled_from(["cpu", "cuda:99", "meta", "xla", "opencl", "cuda:-1"]), garbage),
+    dtype=st.one_of(st.sampled_from(["float32", "int8", "bfloat16"]), garbage),
+    recipe=garbage,
+    set=st.one_of(
+        st.tuples(
+            st.sampled_from([*Recipe.model_fields, "options.x", "options.", ".x", "", "self", "allocation_options.b"]),
+            st.one_of(garbage, st.sampled_from([DEEP, "&a [*a]", "2024-99-99", "yes", "{a: 1, a: 2}", "3"])),
+        ).map("=".join),
+        garbage,
+    ),
+)
+other_options = {
+    "eval": (
+        ["eval", "model", "--text=note.txt", "--seq-len=16", "--max-tokens=64"],
+        options(
+            text=st.one_of(st.just("pydoc"), garbage),
+            seq_len=st.one_of(st.just("2"), whole),
+            max_tokens=st.one_of(st.just("64"), whole),
+            device=garbage,
+            dtype=garbage,
+        ),
+    ),
+    "inspect": (["inspect", "model"], options(json=garbage, device=garbage)),
+    "methods": (["methods"], options(json=garbage, method=garbage)),
+    "pack": (
+        ["pack", "model", "--out=out"],
+        options(out=garbage, values=st.one_of(st.sampled_from(["keep", "int8", "int4", "fp16", "int3"]), garbage)),
+    ),
+    "unpack": (["unpack", "packed", "--out=out"], options(out=garbage, values=garbage)),
+    "generate": (
+        ["generate", "packed", "The", "--max-new-tokens=2"],
+        options(
+            max_new_tokens=st.one_of(st.just("3"), whole),
+            temperature=st.one_of(st.sampled_from(["0.5", "1e-30", "1e30"]), garbage),
+            threads=st.one_of(st.just("1"), whole),
+            seed=st.one_of(st.just("7"), whole),
+            device=garbage,
+            dtype=garbage,
+        ),
+    ),
+    "bench": (
+        ["bench", "packed", "--prompt-tokens=4", "--new-tokens=2", "--repeats=1"],
+        options(
+            dense=st.one_of(st.just("model"), garbage),
+            batch=st.one_of(st.just("2"), st.sampled_from(["0", "-1", str(2**40), "9" * 30, "1.5", "nan"])),
+            threads=st.one_of(st.just("1"), whole),
+            prompt_tokens=whole,
+            new_tokens=whole,
+            device=garbage,
+            dtype=garbage,
+        ),
+    ),
+}
+positional = {
+    "prune": lambda word: ["prune", *SMALL, "--out=out", "--", word],
+    "eval": lambda word: ["eval", "--text=note.txt", "--seq-len=16", "--", word],
+    "inspect": lambda word: ["inspect", "--", word],
+    "pack": lambda word: ["pack", "--out=out", "--", word],
+    "unpack": lambda word: ["unpack", "--out=out", "--", word],
+    "generate": lambda word: ["generate", "--max-new-tokens=2", "--", word, "The"],
+    "prompt": lambda word: ["generate", "--max-new-tokens=2", "--", "packed", word],
+    "bench": lambda word: ["bench", "--repeats=1", "--", word],
+}
+
+
+@st.composite
+def prune_lines(draw: st.DrawFn) -> Example:
+    return Example(["prune", "model", "--out=out", *SMALL, *draw(prune_options)])
+
+
+@st.composite
+def other_lines(draw: st.DrawFn) -> Example:
+    begin, more = other_options[draw(st.sampled_from(sorted(other_options)))]
+    return Example([*begin, *draw(more)], packed=True)
+
+
+@st.composite
+def positional_lines(draw: st.DrawFn) -> Example:
+    line = positional[draw(st.sampled_from(sorted(positional)))](draw(garbage))
+    return Example(line, packed=True)
+
+
+# ---- files that users write
+
+
+def mutated(data: bytes) -> st.SearchStrategy[bytes]:
+    """Cut short, with a byte replaced, in another encoding, or with bytes in front."""
+    return st.one_of(
+        st.integers(0, max(len(data) - 1, 0)).map(lambda stop: data[:stop]),
+        st.tuples(st.integers(0, max(len(data) - 1, 0)), st.binary(min_size=1, max_size=3)).map(
+            lambda change: data[: change[0]] + change[1] + data[change[0] + 1 :]
+        ),
+        st.just(data.decode("latin-1").encode("utf-16")),
+        st.binary(max_size=30).map(lambda front: front + data),
+    )
+
+
+RECIPE = "sparsity: 0.5\nsamples: 2\nseq_len: 16\nmethod: magnitude\n"
+raw_recipes = [
+    "sparsity: [1]\npattern: '2:4'\n",
+    "seed: " + "9" * 5000,
+    "seed: 18446744073709551616",
+    "sparsity: 2024-99-99",
+    "a: " + DEEP,
+    "- " * 1000,
+    "options: " + "{a: " * 500,
+    "a: &a [1,1,1,1,1,1,1,1]\n"
+    + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 8)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "options: &x {a: *x}",
+    "sparsity: !!python/object/apply:os.getcwd []",
+    "sparsity: !!int ''",
+    "sparsity: .nan",
+    "sparsity: true",
+    "samples: yes",
+    "samples: 1e9",
+    'device: "\\ud800"',
+    "sparsity: 0.5\nsparsity: 0.6",
+    "? [a]\n: b",
+    "a\0b",
+    "",
+    "null",
+    "---\n---\n",
+]
+
+
+@st.composite
+def recipe_files(draw: st.DrawFn) -> Example:
+    fields = st.one_of(st.sampled_from(sorted(Recipe.model_fields)), st.text(max_size=5))
+    written = st.dictionaries(fields, json_values, max_size=3).map(
+        lambda values: (RECIPE + yaml.safe_dump(values, allow_unicode=True)).encode("utf-8", "surrogatepass")
+    )
+    content = draw(
+        st.one_of(
+            st.sampled_from(raw_recipes).map(str.encode), written, mutated(RECIPE.encode()), st.binary(max_size=40)
+        )
+    )
+    return Example(["prune", "model", "--out=out", "--recipe=r.yaml", *SMALL], {"r.yaml": content})
+
+
+def parquet(column: str, values: list[Any]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({column: values}), file)
+    return file.getvalue()
+
+
+TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
+LINE = json.dumps({"text": TEXT})
+raw_lines = [
+    '{"text": "\\ud800"}',
+    '{"text": "x", "n": ' + "9" * 5000 + "}",
+    '{"text": ' + DEEP,
+    '{"text": null}',
+    '{"text": ["a"]}',
+    "[1]",
+    "{",
+    "NaN",
+    "\ufeff" + LINE,
+    '{"text": "' + "x" * 100_000 + '"}',
+]
+
+
+@st.composite
+def text_files(draw: st.DrawFn) -> Example:
+    kind = draw(st.sampled_from(["jsonl", "txt", "parquet"]))
+    if kind == "jsonl":
+        record = st.dictionaries(st.sampled_from(["text", "id"]), json_values, max_size=2).map(json.dumps)
+        lines = st.lists(st.one_of(st.just(LINE), st.sampled_from(raw_lines), record), min_size=1, max_size=3)
+        content = draw(st.one_of(lines.map(lambda parts: "\n".join(parts).encode()), mutated(f"{LINE}\n".encode())))
+    elif kind == "txt":
+        content = draw(st.one_of(st.binary(max_size=60), mutated(TEXT.encode()), st.just(b"\0" * 200)))
+    else:
+        tables = [("text", [TEXT]), ("text", [None, TEXT]), ("text", [1, 2]), ("text", [[TEXT]]), ("body", [TEXT])]
+        whole_file = parquet(*draw(st.sampled_from(tables)))
+        content = draw(st.one_of(st.just(whole_file), mutated(whole_file)))
+    name = f"data.{kind}"
+    line = draw(
+        st.sampled_from(
+            [
+                ["prune", "model", "--out=out", *SMALL, f"--calibration={name}"],
+                ["eval", "model", f"--text={name}", "--seq-len=16"],
+            ]
+        )
+    )
+    return Example(line, {name: content})
+
+
+# ---- files of a checkpoint that somebody else wrote
+
+ON_MODEL = [
+    ["prune", "model", "--out=out", *SMALL, "--calibration=note.txt"],
+    ["eval", "model", "--text=note.txt", "--seq-len=16"],
+    ["inspect", "model"],
+    ["pack", "model", "--out=out"],
+    ["generate", "model", "The", "--max-new-tokens=2"],
+]
+ON_PACKED = [
+    ["eval", "packed", "--text=note.txt", "--seq-len=16"],
+    ["inspect", "packed"],
+    ["unpack", "packed", "--out=out"],
+    ["generate", "packed", "The", "--max-new-tokens=2"],
+    ["bench", "packed", "--prompt-tokens=4", "--new-tokens=2", "--repeats=1"],
+]
+HUGE = [
+    -1,
+    0,
+    1,
+    3,
+    2**31,
+    10**5,
+    10**12,
+    10**30,
+    "32",
+    None,
+    True,
+    0.5,
+    -0.5,
+    [],
+    [32],
+    {},
+    "nonsense",
+    {"rope_type": "x"},
+]
+
+
+@st.composite
+def changed_object(draw: st.DrawFn, data: bytes) -> bytes:
+    """A JSON object with one to three of its values, at any depth, replaced, removed or added; or bytes mutated."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(mutated(data))
+    content = json.loads(data)
+    for _ in range(draw(st.integers(1, 3))):
+        inside = content
+        while True:
+            key = draw(st.sampled_from([*sorted(inside), "added"]))
+            if isinstance(inside.get(key), dict) and inside[key] and draw(st.booleans()):
+                inside = inside[key]
+                continue
+            break
+        action = draw(st.sampled_from(["replace", "replace", "replace", "remove", "nest"]))
+        if action == "replace":
+            inside[key] = draw(st.one_of(st.sampled_from(HUGE), json_values))
+        elif action == "remove":
+            inside.pop(key, None)
+        else:
+            inside[key] = {key: [inside.get(key)]}
+    return json.dumps(content).encode()
+
+
+def changed_header(data: bytes) -> st.SearchStrategy[bytes]:
+    """A safetensors file with another header, another length of it, or cut short."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header, rest = data[8 : 8 + length], data[8 + length :]
+
+    def with_header(new: bytes) -> bytes:
+        return struct.pack("<Q", len(new)) + new + rest
+
+    kinds = ["F8_E4M3", "F8_E5M2", "I8", "I64", "BOOL", "U16", "C64", "F64", "BF16", "F16", "NOPE"]
+    retyped = st.sampled_from(kinds).map(lambda kind: with_header(header.replace(b'"F32"', f'"{kind}"'.encode())))
+    lengths = st.sampled_from([0, 1, 2**31, 2**63, 2**64 - 1]).map(lambda size: struct.pack("<Q", size) + data[8:])
+    return st.one_of(changed_object(header).map(with_header), retyped, lengths, mutated(data))
+
+
+@st.composite
+def checkpoint_files(draw: st.DrawFn, name: str, packed: bool = False) -> Example:
+    folder = "packed" if packed else "model"
+    data = STORE.files(packed)[name]
+    if name.endswith(".safetensors"):
+        content = draw(changed_header(data))
+    elif name == "tokenizer.json":
+        content = draw(mutated(data))
+    else:
+        content = draw(changed_object(data))
+    line = draw(st.sampled_from(ON_PACKED if packed else ON_MODEL))
+    return Example(line, {f"{folder}/{name}": content}, packed)
+
+
+class Store:
+    """The tiny models that examples are made from, written once."""
+
+    def __init__(self) -> None:
+        self._files: dict[bool, dict[str, bytes]] = {}
+
+    def files(self, packed: bool) -> dict[str, bytes]:
+        """All files of the dense (with an index) or the packed model, by name."""
+        if not self._files:
+            with tempfile.TemporaryDirectory() as folder:
+                root = Path(folder)
+                model = prune_tiny(tiny_llama(num_hidden_layers=1, hidden_size=16, intermediate_size=24))
+                save_tiny(model, tiny_tokenizer(), root / "model")
+                (root / "model" / "model.safetensors").unlink()
+                model.save_pretrained(root / "model", max_shard_size="20KB")
+                sparsellm.pack(root / "model", out=root / "packed")
+                for name in ("model", "packed"):
+                    self._files[name == "packed"] = {file.name: file.read_bytes() for file in (root / name).iterdir()}
+        return self._files[packed]
+
+
+STORE = Store()
+INDEX = "model.safetensors.index.json"
+
+CASES: dict[str, Callable[[], st.SearchStrategy[Example]]] = {
+    "prune": prune_lines,
+    "other commands": other_lines,
+    "positional": positional_lines,
+    "recipe": recipe_files,
+    "text": text_files,
+    "config.json": lambda: checkpoint_files("config.json"),
+    "index": lambda: checkpoint_files(INDEX),
+    "weights": lambda: st.sampled_from(
+        sorted(name for name in STORE.files(False) if name.endswith(".safetensors"))
+    ).flatmap(checkpoint_files),
+    "tokenizer": lambda: checkpoint_files("tokenizer.json"),
+    "packed config.json": lambda: checkpoint_files("config.json", True),
+    "packed.json": lambda: checkpoint_files("packed.json", True),
+    "packed weights": lambda: st.sampled_from(
+        sorted(name for name in STORE.files(True) if name.endswith(".safetensors"))
+    ).flatmap(lambda name: checkpoint_files(name, True)),
+}
+
+
+@contextlib.contextmanager
+def laid_out(example: Example) -> Iterator[Path]:
+    """A fresh current directory with the models and the files of an example."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder) / "outer" / "work"
+        work.mkdir(parents=True)
+        for name, packed in (("model", False), ("packed", True)):
+            if packed and not example.packed:
+                continue
+            (work / name).mkdir()
+            for file, content in STORE.files(packed).items():
+                (work / name / file).write_bytes(content)
+        (work / "note.txt").write_text(TEXT)
+        (work / "dir.txt").mkdir()
+        (work / "full").mkdir()
+        (work / "full" / "mine.txt").write_text("mine")
+        for path, content in example.files.items():
+            (work / path).write_bytes(content)
+        os.chdir(work)
+        try:
+            yield Path(folder)
+        finally:
+            os.chdir(before)
+
+
+def everything(root: Path) -> dict[str, bytes | None]:
+    """What stands below a directory: the content of files, None for directories."""
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def run(arguments: list[str]) -> tuple[int, str]:
+    """The exit code of a command line in this process, and what it wrote to stderr."""
+    stderr, argv = io.StringIO(), sys.argv
+    sys.argv = ["sparsellm", *arguments]
+    try:
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as done:
+                code = done.code if isinstance(done.code, int) else 1
+    finally:
+        sys.argv = argv
+    return code, stderr.getvalue()
+
+
+def check(example: Example) -> None:
+    with laid_out(example) as root:
+        before = everything(root)
+        code, stderr = run(example.arguments)
+        after = everything(root)
+    assert code in (0, 2), (code, stderr)
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert "Traceback" not in stderr
+    if code == 2:
+        assert len(lines) == 1, stderr
+        assert lines[0].startswith("error: ")
+        assert len(lines[0]) < 2000
+        assert after == before, sorted(after.keys() ^ before.keys())
+        return
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    out = next((word.partition("=")[2] for word in reversed(example.arguments) if word.startswith("--out=")), "/")
+    inside = Path("outer/work") / out
+    assert all(Path(path) == inside or inside in Path(path).parents for path in changed), changed
+    assert not any(name.endswith(".partial") for name in after)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No network; and no bars of transformers, which the command line silences before it imports transformers."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+def checked(case: str, examples: int, *, repeatable: bool) -> None:
+    strategy = CASES[case]()
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=repeatable,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def each(example: Example) -> None:
+        check(example)
+
+    each()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_input_is_one_line_and_leaves_nothing(case: str) -> None:
+    checked(case, 7, repeatable=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_thousand_bad_inputs_are_one_line_each(case: str) -> None:
+    checked(case, 84, repeatable=False)
