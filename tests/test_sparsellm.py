@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,30 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse(family: Fa
     for linear in result.linears:
         assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
     assert error(model, family()) < error(pruned(family, "admm"), family())
+
+
+@pytest.mark.parametrize(
+    ("family", "goal", "solver", "taken"),
+    [
+        (tiny_opt, {"sparsity": 0.9}, "admm", True),
+        (tiny_opt, {"pattern": "1:4"}, "admm", True),
+        (tiny_opt, {"sparsity": 0.8}, "sparsegpt", True),
+        (tiny_opt, {"sparsity": 0.8}, "admm", False),
+        (tiny_opt, {"sparsity": 0.7}, "sparsegpt", False),
+        (tiny_llama, {"sparsity": 0.9}, "sparsegpt", False),  # gated
+        (tiny_gpt2, {"sparsity": 0.9}, "sparsegpt", False),  # GELU
+    ],
+)
+def test_auxiliary_variables_are_taken_where_they_pay(
+    family: Family, goal: dict[str, Any], solver: str, taken: bool
+) -> None:
+    def histories(**options: Any) -> list[Any]:
+        recipe = Recipe(options={"effort": 0, "solver": solver, **options}, allocation="uniform", **goal)
+        return [x.history for x in sparsellm.prune(family(), recipe, calibration=windows(1)).linears if x.history]
+
+    assert bool(histories()) == taken
+    assert not histories(iterations=0)
+    assert not histories(refit=False)
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=["gated", "relu"])

@@ -4,7 +4,8 @@
    The block runs again before each, so every statistic is of the inputs that the linear will really get.
 2. The last linear of a sublayer writes into the residual stream. Before it is pruned, it is fitted by least squares to
    what the sublayer produced before its first linear was pruned, so it makes up for the losses of the others.
-3. In place of 1 and 2, a feed-forward unit can be pruned by its auxiliary variables (``options.iterations``).
+3. In place of 1 and 2, a feed-forward unit is pruned by its auxiliary variables where that pays: in two-layer ReLU
+   units at high sparsity, or wherever ``options.iterations`` asks for it.
 4. When all blocks are done, the run sweeps the whole model towards the dense model's predictions (``effort``).
 """
 
@@ -17,20 +18,26 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
+from sparsellm import parallel
 from sparsellm.chain import LinearView
+from sparsellm.chain.activations import relu
 from sparsellm.chain.capture import RunOrder, skipping, watch
+from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
 from sparsellm.methods.feed_forward import UNIT_STREAMS, find_units, prune_unit
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.methods.weighting import token_weights, weighted_solvers
+from sparsellm.patterns import NM
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS, Solver
 from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
 
 PASSES = (0, 1, 3, 8)  # sweeps of the whole model, by effort
+ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
+PAYS, PAYS_WITH_ADMM = 0.75, 0.85  # sparsity from which they do: in N:M or with weaker solvers, and with ADMM
 
 
 def _needs(options: dict[str, Any]) -> Needs:
@@ -79,7 +86,11 @@ def sparsellm(  # noqa: PLR0913 - options
     norm_weighting: Annotated[
         float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
     ] = 1.5,
-    iterations: Annotated[int, Field(ge=0), "alternations of the feed-forward unit's auxiliary variables"] = 0,
+    iterations: Annotated[
+        int | None,
+        Field(ge=0),
+        "alternations of the feed-forward units' auxiliary variables; null: 2 in sparse two-layer ReLU units",
+    ] = None,
     passes: Annotated[int | None, Field(ge=0), "sweeps of the whole model at the end; null: by effort"] = None,
     sweep_rate: Annotated[
         float | None, Field(gt=0), "learning rate of the sweeps; null: by the divergence at their start"
@@ -92,14 +103,36 @@ def sparsellm(  # noqa: PLR0913 - options
     sublayers = find_sublayers(task, order)
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
     fitting = _Fitting(weights, weighted_solvers(task, solver, output_metric), refit, refit_damping, order)
-    units = find_units(task) if iterations else []
+    sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
+    wanted = iterations if iterations is not None else refit and sparsest >= PAYS
+    units = find_units(task) if wanted else []
     for sublayer in sublayers:
         unit = next((unit for unit in units if _names(unit.linears()) == _names(sublayer.linears())), None)
-        if unit is not None:
-            prune_unit(task, unit, weights, fitting.solvers, Settings(iterations, damping=refit_damping))
+        rounds = _rounds(task, unit, solver) if iterations is None else iterations
+        if unit is not None and rounds:
+            prune_unit(task, unit, weights, fitting.solvers, Settings(rounds, damping=refit_damping))
         else:
             _prune_in_order(task, sublayer, fitting)
     _prune_rest(task, sublayers, fitting)
+
+
+def _rounds(task: BlockTask, unit: FeedForwardUnit | None, solver: str) -> int:
+    """Alternations where the user leaves them open, by the structure of the unit, the solver and the sparsity.
+
+    The variables lower the excess of a ReLU model by 6 to 20 % (docs/results.md, *What the auxiliary variables are
+    worth*): from :data:`PAYS` or :data:`PAYS_WITH_ADMM` on. They gain nothing in gated units.
+    """
+    if unit is None or unit.gate is not None or unit.activation is not relu:
+        return 0
+    patterns = [task.patterns[linear.name] for linear in unit.linears()]
+    sparsity = sum(pattern.sparsity for pattern in patterns) / len(patterns)
+    fixed = all(isinstance(pattern, NM) for pattern in patterns)
+    if sparsity < (PAYS if fixed or solver != "admm" else PAYS_WITH_ADMM):
+        return 0
+    if parallel.size() > 1:
+        task.notes[unit.down.name] = ("pruned without auxiliary variables, which work in one process only",)
+        return 0
+    return ROUNDS
 
 
 @dataclass(frozen=True)

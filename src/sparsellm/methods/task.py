@@ -82,6 +82,7 @@ class BlockTask:
         clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
         results: one for each linear done.
         history: by name, one record for each iteration of linears that were pruned iteratively.
+        notes: by name, messages to the user beside those of the solver.
         output_costs: for methods that need them, ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an
             error there to the loss, to second order.
     """
@@ -94,6 +95,7 @@ class BlockTask:
     clock: PhaseClock
     results: list[LinearResult] = field(default_factory=list)
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -169,7 +171,12 @@ class BlockTask:
                 self.results.append(self._by_magnitude(linear))
         weights = {linear.name: linear.parameter for linear in self.linears}  # with those that rounded to zero
         return [
-            replace(result, zeros=count_zeros(weights[result.name]), history=tuple(self.history.get(result.name, ())))
+            replace(
+                result,
+                zeros=count_zeros(weights[result.name]),
+                notes=(*result.notes, *self.notes.get(result.name, ())),
+                history=tuple(self.history.get(result.name, ())),
+            )
             for result in self.results
         ]
 
