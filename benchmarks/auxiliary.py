@@ -1,0 +1,129 @@
+"""What the auxiliary variables of the feed-forward units are worth on a whole model: the hearing in docs/results.md.
+
+Every cell prunes a model, writes it, and measures it, in this process. Finished cells are kept in a file: stop the
+script and run it on whenever you like. By default with ``sparsellm``'s own allocation and competing outputs, at effort
+0; ``--uniform`` gives every linear the same share and lets all outputs count alike.
+
+    python benchmarks/train_opt.py --out out/opt --layers 4 --width 128 --vocabulary 2048 --minutes 12
+    python benchmarks/auxiliary.py --model out/opt --text out/opt/heldout.txt --calibration out/opt/train.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import cpu_name
+from quality import OUT, Cells
+
+import sparsellm
+from sparsellm.errors import NumericalError
+
+LOCAL = "local"  # the solver alone, each linear by itself
+
+
+def run_cell(arguments: argparse.Namespace, target: str, solver: str, rounds: str, seed: int) -> dict[str, Any]:
+    goal: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": float(target)}
+    method, options = solver, {}
+    extra: dict[str, Any] = {}
+    if rounds != LOCAL:
+        method, options = "sparsellm", {"effort": arguments.effort, "solver": solver, "iterations": int(rounds)}
+        if arguments.uniform:
+            options["output_metric"] = 0.0
+            extra = {"allocation": "uniform"}
+    recipe = sparsellm.Recipe(
+        method=method, options=options, calibration=str(arguments.calibration), samples=arguments.samples,
+        seq_len=arguments.window, seed=seed, **goal, **extra,
+    )  # fmt: skip
+    began = time.process_time()
+    with tempfile.TemporaryDirectory(prefix="pruned-", dir=OUT) as folder:
+        try:
+            result = sparsellm.prune(str(arguments.model), recipe, out=Path(folder) / "model")
+        except NumericalError as error:
+            return {"failed": str(error)}
+        seconds = time.process_time() - began
+        found = sparsellm.evaluate(
+            str(result.path), str(arguments.text), seq_len=arguments.window, max_tokens=arguments.max_tokens or None
+        )
+    return {"perplexity": found.value, "cpu_seconds": seconds, "sparsity": result.sparsity}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--targets", nargs="*", default=("0.7", "0.8", "0.9", "1:4", "3:4"))
+    parser.add_argument("--solvers", nargs="*", default=("sparsegpt", "admm"))
+    parser.add_argument("--rounds", nargs="*", default=(LOCAL, "0", "2", "4", "8"), help="'local' is the solver alone")
+    parser.add_argument("--seeds", nargs="*", type=int, default=(0, 1, 2))
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=16384)
+    parser.add_argument("--effort", type=int, default=0, help="of sparsellm")
+    parser.add_argument("--uniform", action="store_true")
+    parser.add_argument("--cells", type=Path, default=OUT / "auxiliary.json")
+    arguments = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    cells = Cells(arguments.cells)
+    how = "uniform" if arguments.uniform else "threshold"
+    how += f" effort {arguments.effort}" if arguments.effort else ""
+    conditions = f"{arguments.model.name}/{arguments.samples}x{arguments.window}/{arguments.max_tokens}/{how}"
+
+    def dense() -> dict[str, Any]:
+        found = sparsellm.evaluate(
+            str(arguments.model), str(arguments.text), seq_len=arguments.window,
+            max_tokens=arguments.max_tokens or None,
+        )  # fmt: skip
+        return {"perplexity": found.value, "tokens": found.tokens}
+
+    base = cells.get(f"{conditions}/dense", dense)
+    table: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for seed in arguments.seeds:
+        for target in arguments.targets:
+            for solver in arguments.solvers:
+                for rounds in arguments.rounds:
+                    key = f"{conditions}/{target}/{solver}/{rounds}/{seed}"
+                    cell = cells.get(key, lambda t=target, s=solver, r=rounds, x=seed: run_cell(arguments, t, s, r, x))
+                    table.setdefault((target, solver, rounds), []).append(cell)
+    print(
+        f"Model {arguments.model.name}, dense perplexity {base['perplexity']:.2f}, {base['tokens']} tokens scored in "
+        f"windows of {arguments.window}; calibration {arguments.samples} × {arguments.window} tokens; {how}; seeds "
+        f"{list(arguments.seeds)}; sparsellm {sparsellm.__version__}, torch {torch.__version__}, 1 thread, {cpu_name()}\n"
+    )
+    print("| target | solver inside | iterations | perplexity | excess / solver alone | CPU s |")
+    print("|---|---|---|---|---|---|")
+    for (target, solver, rounds), row in table.items():
+        print(f"| {target} | {solver} | {rounds} | {columns(row, table.get((target, solver, LOCAL)), base)} |")
+
+
+def columns(row: list[dict[str, Any]], alone: list[dict[str, Any]] | None, base: dict[str, Any]) -> str:
+    """Perplexity, its excess in log perplexity over the dense model's as a ratio, CPU seconds; means over seeds."""
+    failed = next((cell["failed"] for cell in row if "failed" in cell), None)
+    if failed is not None:
+        return f"{failed} | – | –"
+
+    def excess(cell: dict[str, Any]) -> float:
+        return math.log(cell["perplexity"] / base["perplexity"])
+
+    ratios = [excess(cell) / excess(other) for cell, other in zip(row, alone or [], strict=False)]
+    seconds = statistics.mean(cell["cpu_seconds"] for cell in row)
+    return f"{_spread([cell['perplexity'] for cell in row], 2)} | {_spread(ratios, 3)} | {seconds:.1f}"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return "–"
+    shown = f"{statistics.mean(values):.{digits}f}"
+    return shown + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()
