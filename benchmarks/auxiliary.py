@@ -96,7 +96,8 @@ def main() -> None:
     print(
         f"Model {arguments.model.name}, dense perplexity {base['perplexity']:.2f}, {base['tokens']} tokens scored in "
         f"windows of {arguments.window}; calibration {arguments.samples} × {arguments.window} tokens; {how}; seeds "
-        f"{list(arguments.seeds)}; sparsellm {sparsellm.__version__}, torch {torch.__version__}, 1 thread, {cpu_name()}\n"
+        f"{list(arguments.seeds)}; sparsellm {sparsellm.__version__}, torch {torch.__version__}, 1 thread, "
+        f"{cpu_name()}\n"
     )
     print("| target | solver inside | iterations | perplexity | excess / solver alone | CPU s |")
     print("|---|---|---|---|---|---|")
