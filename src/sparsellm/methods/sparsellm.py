@@ -37,7 +37,7 @@ from sparsellm.storage.scratch import TensorStore
 
 PASSES = (0, 1, 3, 8)  # sweeps of the whole model, by effort
 ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
-PAYS, PAYS_WITH_ADMM = 0.75, 0.85  # sparsity from which they do: in N:M or with weaker solvers, and with ADMM
+PAYS = 0.75  # sparsity from which they do
 
 
 def _needs(options: dict[str, Any]) -> Needs:
@@ -119,15 +119,16 @@ def sparsellm(  # noqa: PLR0913 - options
 def _rounds(task: BlockTask, unit: FeedForwardUnit | None, solver: str) -> int:
     """Alternations where the user leaves them open, by the structure of the unit, the solver and the sparsity.
 
-    The variables lower the excess of a ReLU model by 6 to 20 % (docs/results.md, *What the auxiliary variables are
-    worth*): from :data:`PAYS` or :data:`PAYS_WITH_ADMM` on. They gain nothing in gated units.
+    The variables lower the excess of a ReLU model by about a tenth (docs/results.md, *What the auxiliary variables are
+    worth*): from :data:`PAYS` on, in N:M with any solver and unstructured with solvers weaker than ADMM. They gain nothing with
+    ADMM in unstructured weights, and nothing in gated units.
     """
     if unit is None or unit.gate is not None or unit.activation is not relu:
         return 0
     patterns = [task.patterns[linear.name] for linear in unit.linears()]
     sparsity = sum(pattern.sparsity for pattern in patterns) / len(patterns)
     fixed = all(isinstance(pattern, NM) for pattern in patterns)
-    if sparsity < (PAYS if fixed or solver != "admm" else PAYS_WITH_ADMM):
+    if sparsity < PAYS or (solver == "admm" and not fixed):
         return 0
     if parallel.size() > 1:
         task.notes[unit.down.name] = ("pruned without auxiliary variables, which work in one process only",)
