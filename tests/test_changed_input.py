@@ -38,16 +38,16 @@ def prune(source: Path, out: Path, **more: Any) -> sparsellm.PruneResult:
 
 def once_in_block(index: int, patched: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
     """Something happens when the walk is about to read this block."""
-    load, done = Chain.load_block, False
+    block, done = Chain.block, False
 
-    def loading(self: Chain, at: int, *rest: Any) -> None:
+    def reading(self: Chain, at: int, *rest: Any) -> Any:
         nonlocal done
         if at == index and not done:
             done = True
             do()
-        load(self, at, *rest)
+        return block(self, at, *rest)
 
-    patched.setattr(Chain, "load_block", loading)
+    patched.setattr(Chain, "block", reading)
 
 
 def fail() -> None:

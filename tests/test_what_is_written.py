@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +64,13 @@ def test_a_block_is_settled_only_if_all_of_it_can_be_written(
     stored: torch.dtype, computed: torch.dtype, value: float, cure: str, name: str, tmp_path: Path
 ) -> None:
     chain = open_chain(save_tiny(tiny_llama().to(stored), None, tmp_path), device=CPU, dtype=computed)
-    chain.load_block(1)
-    chain.settle_block(1)
-    with torch.no_grad():
-        chain.block_parameters(1)[name].view(-1)[3:5] = value
     dtype = str(stored).removeprefix("torch.")
-    with pytest.raises(NumericalError, match=rf"{name} would get 2 infinite .* rounded to {dtype}, .*{cure}"):
+    with chain.block(1):
         chain.settle_block(1)
+        with torch.no_grad():
+            chain.block_parameters(1)[name].view(-1)[3:5] = value
+        with pytest.raises(NumericalError, match=rf"{name} would get 2 infinite .* rounded to {dtype}, .*{cure}"):
+            chain.settle_block(1)
 
 
 def test_so_is_a_block_after_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,19 +78,30 @@ def test_so_is_a_block_after_the_sweep(tmp_path: Path, monkeypatch: pytest.Monke
 
     ids = torch.arange(96).view(4, 24)
     chain = open_chain(save_tiny(halved(tiny_llama().half()), None, tmp_path), device=CPU, dtype=torch.float32)
-    load, release, ended = Chain.load_block, Chain.release_outer, False
+    block, outer, swept_all = Chain.block, Chain.outer, False
 
-    def released(self: Chain) -> None:
-        nonlocal ended
-        release(self)
-        ended = True  # what is loaded from now on is written
+    @contextlib.contextmanager
+    def whole_model(self: Chain, *, head: bool = True) -> Iterator[None]:
+        nonlocal swept_all
+        with outer(self, head=head):
+            yield
+        swept_all = head  # what is loaded from now on is written
 
-    def loading(self: Chain, index: int, *rest: Any) -> None:
-        load(self, index, *rest)
-        if ended and index == 1:
-            self.block_parameters(1)[f"{DOWN}.weight"].data.view(-1)[7] = 65_520.0
+    @contextlib.contextmanager
+    def too_large(self: Chain, index: int, *rest: Any) -> Iterator[torch.nn.Module]:
+        with block(self, index, *rest) as held:
+            if swept_all and index == 1:
+                self.block_parameters(1)[f"{DOWN}.weight"].data.view(-1)[7] = 65_520.0
+            yield held
 
-    monkeypatch.setattr(Chain, "release_outer", released)
-    monkeypatch.setattr(Chain, "load_block", loading)
+    monkeypatch.setattr(Chain, "outer", whole_model)
+    monkeypatch.setattr(Chain, "block", too_large)
     with pytest.raises(NumericalError, match=f"{DOWN}.weight would get 1 infinite"):
         swept(chain, tiny_llama(), ids, 1, 1e-9)
+
+
+def test_a_command_line_that_is_no_utf_8_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sparsellm", "prune", "--recipe", "caf\udce9.yaml"])
+    ids = torch.arange(32).view(2, 16)
+    sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=ids, out=tmp_path / "p")
+    assert json.loads((tmp_path / "p" / "pruning.json").read_text())["command"].endswith("'caf\udce9.yaml'")
