@@ -23,6 +23,7 @@ from sparsellm.methods import METHODS
 from sparsellm.storage import shard
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.resume import FOLDER, read_record, write_record
+from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.sweep import whole_model as sweep_module
 from tests import victim
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
@@ -276,6 +277,38 @@ def test_a_model_in_memory_goes_on_too(tmp_path: Path, monkeypatch: pytest.Monke
     assert sparsellm.prune(found, recipe, calibration=ids, out=tmp_path / "p").resumed == 1
     assert contents(tmp_path / "p") == contents(tmp_path / "whole")
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def test_a_model_in_memory_is_pruned_though_all_its_blocks_were_finished_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(96).view(4, 24)
+    recipe = Recipe(method="sparsegpt", sparsity=0.6)
+    expected = tiny_opt()
+    sparsellm.prune(expected, recipe, calibration=ids, out=tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointWriter, "finish", raises_at_the_end)
+        with pytest.raises(StorageError, match="the very end"):
+            sparsellm.prune(tiny_opt(), recipe, calibration=ids, out=tmp_path / "p")
+    found = tiny_opt()
+    assert sparsellm.prune(found, recipe, calibration=ids, out=tmp_path / "p").resumed == 2
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def raises_at_the_end(_: CheckpointWriter) -> Path:
+    raise StorageError("the very end")
+
+
+def test_what_stands_beside_a_model_in_memory_finds_the_disk_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = tiny_opt()
+    monkeypatch.setattr(model.config, "save_pretrained", full)
+    with pytest.raises(StorageError, match=r"disk of .* is full"):
+        sparsellm.prune(model, Recipe(method="magnitude"), calibration=torch.arange(96).view(4, 24), out=tmp_path / "p")
 
 
 @pytest.fixture

@@ -126,7 +126,8 @@ def _load_file(path: Path) -> Plugin:
             del sys.modules[module.__name__]
             raise
 
-    return _keep(key, path.name, digest, run, str(path))
+    name = path.name.encode("utf-8", "backslashreplace").decode("utf-8")  # records and reports are UTF-8
+    return _keep(key, name, digest, run, str(path))
 
 
 def _load_module(name: str, installed: bool) -> Plugin:

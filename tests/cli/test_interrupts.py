@@ -14,6 +14,7 @@ import pytest
 
 from sparsellm import cli, interrupts
 from sparsellm.storage.remains import kept_by_prune
+from sparsellm.storage.resume import FOLDER
 from tests.cli import child
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -196,6 +197,15 @@ def test_a_forked_child_is_left_its_own_signals() -> None:
 def test_the_command_line_is_quoted(argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", argv)
     assert interrupts.command_line() == expected
+
+
+def test_what_is_kept_is_named_where_it_is_if_the_destination_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real.partial" / FOLDER).mkdir(parents=True)
+    (tmp_path / "real.partial" / FOLDER / "model-00001-of-00003.safetensors.json").write_text("{}")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "p").symlink_to(tmp_path / "real")
+    said, _ = kept_by_prune(tmp_path / "links" / "p", began=0.0)
+    assert said == f"1 of 2 blocks are kept in {tmp_path / 'real.partial'}"
 
 
 def test_a_result_that_is_complete_is_not_started_again(tmp_path: Path) -> None:

@@ -105,6 +105,11 @@ def test_a_file_is_loaded_once_and_known_by_its_content(tmp_path: Path, monkeypa
         plugins.load_plugin(source)
 
 
+def test_a_name_that_is_no_utf_8_can_be_recorded(tmp_path: Path) -> None:
+    found = plugins.load_plugin(write(tmp_path / "s\udcff.py", SOLVER.format(name="odd")))
+    assert found.name == r"s\udcff.py"
+
+
 def test_two_files_of_one_name_are_two_plugins(tmp_path: Path) -> None:
     for name in ("a", "b"):
         plugins.load_plugin(write(tmp_path / name / "s.py", SOLVER.format(name=name)))

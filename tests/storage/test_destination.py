@@ -15,7 +15,7 @@ from sparsellm.errors import StorageError
 from sparsellm.storage import destination, files
 from sparsellm.storage.contents import LISTED
 from sparsellm.storage.destination import check_destination, partial_of
-from sparsellm.storage.resume import FOLDER, RunState
+from sparsellm.storage.resume import FOLDER, PACK, RUN, RunState
 from tests.storage.small import source, value_of, write
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -43,7 +43,7 @@ def tree(directory: Path) -> dict[str, bytes | str | None]:
     }
 
 
-@pytest.mark.parametrize("out", ["", Path(""), ".", "a/..", "/", "a\0b", "x" * 250, "y/" * 3000])
+@pytest.mark.parametrize("out", ["", Path(""), ".", "a/..", "/", "a\0b", "x" * 250, "y/" * 3000, "z\udcff"])
 def test_what_is_no_name_for_a_checkpoint(out: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``x`` times 250 is a name that the system takes, but not with what is added to it while it is written."""
     (tmp_path / "a").mkdir()
@@ -205,6 +205,19 @@ def test_what_another_kind_of_run_left_stays_without_restart(
         state.close()
     write(tmp_path / "p", 1, model, restart=True)
     assert value_of(tmp_path / "p") == 1
+
+
+def test_a_run_of_which_the_kind_is_not_known_is_not_removed_by_packing(tmp_path: Path) -> None:
+    state = RunState(partial_of(tmp_path / "p"), {"a": 1})
+    state.close()
+    (state.folder / RUN).write_text("damaged")
+    before = tree(tmp_path)
+    with pytest.raises(StorageError, match=r"run\.json, the record of an unfinished run, is damaged; give --restart"):
+        check_destination(tmp_path / "p", kind=PACK)
+    with pytest.raises(StorageError, match=r"is damaged; give --restart"):
+        RunState(state.partial, {}, kind=PACK, resumable=False)
+    assert tree(tmp_path) == before
+    RunState(state.partial, {}, kind=PACK, resumable=False, restart=True).close()
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,6 @@ def test_what_a_killed_process_had_in_work_is_removed(tmp_path: Path) -> None:
     with_shard(tmp_path / "p").close()
     (tmp_path / "p" / ".0a1b.tmp").write_text("half a shard")
     (tmp_path / "p" / FOLDER / ".0a1b.tmp").write_text("half a record")
-    (tmp_path / "p" / "variables-x").mkdir()
-    (tmp_path / "p" / "variables-x" / "0.z").write_text("of a method")
     state = RunState(tmp_path / "p", IDENTITY)
     assert {path.name for path in (tmp_path / "p").rglob("*")} == {FOLDER, RUN, "s", "s.json"}
     assert state.finished("s") is not None

@@ -119,9 +119,9 @@ def sparsellm(  # noqa: PLR0913 - options
 def _rounds(task: BlockTask, unit: FeedForwardUnit | None, solver: str) -> int:
     """Alternations where the user leaves them open, by the structure of the unit, the solver and the sparsity.
 
-    The variables lower the excess of a ReLU model by about a tenth (docs/results.md, *What the auxiliary variables are
-    worth*): from :data:`PAYS` on, in N:M with any solver and unstructured with solvers weaker than ADMM. They gain nothing with
-    ADMM in unstructured weights, and nothing in gated units.
+    The variables lower the excess of a ReLU model by about a tenth from :data:`PAYS` on, in N:M with any solver, and
+    unstructured with solvers weaker than ADMM (docs/results.md, *What the auxiliary variables are worth*). They gain
+    nothing with ADMM in unstructured weights, and nothing in gated units.
     """
     if unit is None or unit.gate is not None or unit.activation is not relu:
         return 0

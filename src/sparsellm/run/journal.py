@@ -172,12 +172,12 @@ class Journal:
         def verified() -> list[dict[str, Any]]:
             records: list[dict[str, Any]] = []
             for index in range(self.blocks if self._walked is not None else 0):
-                progress(Progress("verify", index, self.blocks, "checking the blocks of an earlier run"))
                 assert self._walked is not None
                 facts = self._walked.finished(index)
                 if facts is None:
                     break
                 records.append(facts)
+                progress(Progress("verify", len(records), self.blocks, "checking the blocks of an earlier run"))
             if records:
                 said = f"going on with an unfinished run: {len(records)} of {self.blocks} blocks are done"
                 progress(Progress(NOTE, 1, 1, said))

@@ -24,6 +24,7 @@ from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sw
 from sparsellm.run.result import PruneResult
 from sparsellm.run.walk import walk
 from sparsellm.storage.destination import partial_of
+from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.gradients import TOKENS
@@ -283,9 +284,8 @@ class Run:
 
     def _save_beside(self, folder: Path) -> None:
         """Config, generation config and tokenizer of a model that was given as an object."""
-        self.chain.config.save_pretrained(folder)
         generation = getattr(self.chain.model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
-        if self.prepared.tokenizer is not None:
-            self.prepared.tokenizer.save_pretrained(folder)
+        with explained(folder):
+            for part in (self.chain.config, generation, self.prepared.tokenizer):
+                if part is not None:
+                    part.save_pretrained(folder)

@@ -30,6 +30,7 @@ def walk(run: Run) -> None:
     run.linears = [result for record in run.finished for result in record.linears]
     swept = run.choice.needs.passes > 0
     if len(run.finished) == blocks and not swept:
+        _take_finished(run)
         return
     with run.clock.phase("embed"):
         stream = run.feed.stream()
@@ -86,6 +87,15 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
                 run.journal.write_block(index, chain.block_tensors(index), record)
     run.progress(Progress("prune", index + 1, blocks, f"{title}{detail}"))
     return results
+
+
+def _take_finished(run: Run) -> None:
+    """Puts the finished blocks into a model in memory, which is dense as the user gave it; a chain on disk has them."""
+    if run.chain.weights is not None:
+        return
+    for index in range(len(run.chain)):
+        with run.chain.block(index, run.journal.block(index)):
+            pass
 
 
 def _mean_error(results: Sequence[LinearResult]) -> str:

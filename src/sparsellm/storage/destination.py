@@ -119,6 +119,10 @@ def _resolved(out: str | os.PathLike[str]) -> Path:
     if "\0" in text:
         raise StorageError(f"--out {text!r} has a NUL character; name another directory")
     place = Path(os.path.realpath(text))
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:  # records and reports are UTF-8, and transformers reads no tokenizer from there
+        raise StorageError(f"--out {place} holds bytes that are not UTF-8; name another directory") from None
     with contextlib.suppress(OSError):  # there may be no current directory any more
         if place == Path(os.path.realpath(os.getcwd())):
             raise StorageError(f"--out {text} is the current directory (or empty); name a directory in it")

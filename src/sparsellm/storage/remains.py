@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
     if blocks is None:
         return "no block was finished", True
     done, of = blocks
-    return f"{done} of {of} blocks are kept in {out.with_name(partial.name)}", True
+    beside = out.with_name(partial.name)  # shorter, but another place where ``out`` is a link
+    return f"{done} of {of} blocks are kept in {beside if os.path.realpath(beside) == str(partial) else partial}", True
 
 
 def _blocks(partial: Path) -> tuple[int, int] | None:

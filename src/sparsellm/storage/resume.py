@@ -33,7 +33,6 @@ COMPANIONS = "companions"  # the record of files that were taken over from the m
 PRUNE, SWEEP, PACK, UNPACK = "prune", "sweep", "pack", "unpack"  # kinds of runs
 
 _CHECKSUM = "checksum"
-_VARIABLES = "variables-"  # how the name of a folder begins that a method removes when it ends
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class RunState:
             foreign = [
                 name
                 for name in foreign_entries(self.partial, [*recorded, *taken.get("files", [])])
-                if not name.endswith(TEMPORARY) and not name.startswith(_VARIABLES)
+                if not name.endswith(TEMPORARY)
             ]
         if foreign:
             raise StorageError(f"{self.partial} holds {some(foreign)}, which no run wrote; move it elsewhere")
@@ -172,9 +171,7 @@ class RunState:
 
     def _check_same(self, left: Left, identity: dict[str, Any]) -> None:
         if left.identity is None:
-            raise StorageError(
-                f"{self.folder / RUN}, the record of an unfinished run, is damaged; give --restart to begin anew"
-            )
+            raise _damaged(self.partial)
         if differences := _differences(left.identity, identity):
             raise StorageError(
                 f"{self.partial} holds an unfinished run that is another one: {'; '.join(differences[:4])}; "
@@ -237,16 +234,24 @@ def unfinished(partial: Path) -> bool:
 
 
 def refuse_other_kind(partial: Path, left: Left, kind: str) -> None:
-    """Refuses a working directory in which a run of another kind was cut short.
+    """Refuses a working directory in which a run of another kind was cut short, or one of a kind that is not known.
 
     Raises:
         StorageError: it is so.
     """
+    if left.kind is None and kind in (PACK, UNPACK):  # they begin anew; the other kinds refuse it when they compare
+        raise _damaged(partial)
     if left.kind not in (None, kind):
         raise StorageError(
             f"{partial} holds an unfinished {left.kind}, which this {kind} would remove; finish it by the command that "
             "began it, name another directory, or give --restart to remove it"
         )
+
+
+def _damaged(partial: Path) -> StorageError:
+    return StorageError(
+        f"{partial / FOLDER / RUN}, the record of an unfinished run, is damaged; give --restart to begin anew"
+    )
 
 
 def discard(partial: Path) -> None:
@@ -353,8 +358,6 @@ def _tidy(partial: Path) -> None:
         for entry in folder.iterdir():
             if entry.name.endswith(TEMPORARY) and not entry.is_dir():
                 entry.unlink()
-            elif entry.name.startswith(_VARIABLES) and entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

@@ -115,7 +115,9 @@ class CheckpointWriter:
         self.state.discard()
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        # A name that is no UTF-8, as one in the command line may be, stands there as JSON escapes it.
+        self.write_text(name, text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def write_text(self, name: str, content: str) -> None:
         replace_atomically(self.partial / name, lambda file: write_all(file, content.encode("utf-8")))
