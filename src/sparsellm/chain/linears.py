@@ -104,9 +104,7 @@ def _returns_outputs(module: nn.Linear | Conv1D) -> bool:
         try:
             with torch.no_grad():
                 returned = torch.func.functional_call(module, on_meta, (entering,))
-        except (
-            Exception
-        ):  # its forward wants another shape, or does what meta tensors cannot: it says nothing against it
+        except Exception:  # needs another shape, or fails on meta tensors: neither shows that it is no linear
             returned = entering
         _RETURNS_OUTPUTS[kind] = isinstance(returned, Tensor)
     return _RETURNS_OUTPUTS[kind]
