@@ -1,4 +1,4 @@
-"""Checks of a packed weight: everything that a kernel relies on to stay inside the tensors."""
+"""Checks of a packed weight: all conditions that keep a kernel's memory accesses inside the tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACK_AGAIN = "the checkpoint is damaged or was not written by sparsellm: pack th
 
 
 def validate(packed: PackedWeight, name: str) -> None:
-    """Checks that a packed weight is consistent. No kernel may see a weight that did not pass.
+    """Checks that a packed weight is consistent. Kernels must only get weights that pass.
 
     Raises:
         StorageError: value type, layout or pattern is unknown; types or shapes of the tensors do not fit together; an
@@ -72,7 +72,7 @@ def _check_offsets(packed: PackedWeight) -> Tensor:
 
 
 def _counts(packed: PackedWeight) -> Tensor:
-    """How many inputs each row keeps, int64 ``(out,)``."""
+    """The number of kept inputs of each row, int64 ``(out,)``."""
     out, columns = packed.shape
     if packed.pattern is not None:
         pattern = NM(*packed.pattern)
