@@ -27,7 +27,7 @@ from sparsellm.storage.resume import FOLDER, JOURNAL, read_record, write_record
 FINISHED = "finished"  # the folder, beside the records, in which the new checkpoint's files are gathered
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux, on every processor
-_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)  # not in the kernel, the file system, or a sandbox
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)  # the kernel, file system or sandbox lacks it
 
 
 def publish(partial: Path, out: Path) -> None:
