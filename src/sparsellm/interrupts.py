@@ -254,4 +254,4 @@ def last_words(signum: int, kept: Callable[[], tuple[str, bool]] | None) -> str:
     sentence, goes_on = kept()
     if not goes_on:
         return f"interrupted ({name}); {sentence}"
-    return f"interrupted ({name}); {sentence}; the same command goes on:  {command_line(without=('--restart',))}"
+    return f"interrupted ({name}); {sentence}; the same command resumes it:  {command_line(without=('--restart',))}"

@@ -115,7 +115,7 @@ class Recipe(BaseModel):
     read_ahead: bool | None = Field(
         None,
         description="Read the next block in a thread while the current one is pruned; takes the memory of one more "
-        "block. null for yes with a GPU, else no.",
+        "block. null reads ahead only with a GPU.",
     )
 
     def __init__(self, /, **values: Any) -> None:

@@ -43,7 +43,7 @@ def calibration_windows(
     Args:
         source: ``self``, a registered name, or a path, see :mod:`sparsellm.calibration.sources`; or the text itself.
         tokenizer: called once on the joined text with its defaults, so a beginning-of-text token, if it adds one,
-            stands once at the very start, as in the papers.
+            is once at the very start, as in the papers.
         samples: the number of windows.
         seq_len: tokens in each.
         seed: of the draw, and of the sampling if the source is ``self``.

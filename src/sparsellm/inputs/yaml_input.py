@@ -85,7 +85,7 @@ def _check_size(text: str) -> None:
             continue
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ValueError(f"the alias *{event.anchor} stands inside its own anchor, or has none")
+                raise ValueError(f"the alias *{event.anchor} is inside its own anchor, or has none")
             nodes += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
             nodes += 1
@@ -119,7 +119,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value[:80]!r} stands twice", key.start_mark
+                        None, None, f"the key {key.value[:80]!r} occurs twice", key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)

@@ -2,9 +2,9 @@
 
 1. The groups of linears that share an input are pruned in the order in which they run (q,k,v → o → up,gate → down).
    The block runs again before each group, so every statistic is of the inputs that the pruned model produces.
-2. The last linear of a sublayer is its output projection (the *writer*), which adds to the residual stream. It is refit
-   before it is pruned: least squares towards the output that the sublayer had before any of its linears was pruned. So
-   it compensates the errors of the other linears.
+2. The last linear of a sublayer is its output projection (the *writer*), which adds to the residual stream. It is
+   refitted before it is pruned: least squares towards the output that the sublayer had before any of its linears was
+   pruned. So it compensates the errors of the other linears.
 3. Instead of 1 and 2, a feed-forward unit can be pruned by its auxiliary variables (``options.iterations``).
 4. After all blocks, the run sweeps the whole model towards the dense model's predictions (``effort``).
 """

@@ -206,6 +206,6 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
     ]
     more = f"; and {len(causes) - _SHOWN} more" if len(causes) > _SHOWN else ""
     return [
-        f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was asked; "
+        f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; "
         f"left dense: {'; '.join(causes[:_SHOWN])}{more}"
     ]

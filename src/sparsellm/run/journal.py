@@ -179,7 +179,7 @@ class Journal:
                     break
                 records.append(facts)
             if records:
-                said = f"going on with an unfinished run: {len(records)} of {self.blocks} blocks are done"
+                said = f"resuming an unfinished run: {len(records)} of {self.blocks} blocks are done"
                 progress(Progress(NOTE, 1, 1, said))
             return records
 
@@ -246,7 +246,7 @@ class Journal:
                 return True
             needs, left = f"{state_bytes / 1e9:.1f} GB", f"{max(free, 0) / 1e9:.1f} GB"
             said = f"saving each pass of the sweep takes {needs} of disk and {left} are left"
-            progress(Progress(NOTE, 1, 1, f"{said}: a sweep that is cut short will begin again"))
+            progress(Progress(NOTE, 1, 1, f"{said}: an interrupted sweep will start again"))
             return False
 
         return saved if parallel.from_main(has_room) else None

@@ -183,7 +183,7 @@ def _index(name: str) -> int:
 def _chosen() -> tuple[str | None, str]:
     asked = os.environ.get("SPARSELLM_KERNEL", "").strip()
     if asked == "torch":
-        return None, "SPARSELLM_KERNEL=torch says so"
+        return None, "SPARSELLM_KERNEL=torch is set"
     if _library() is None:
         hint = "install a C++ compiler and install sparsellm again"
         if asked:
@@ -191,7 +191,7 @@ def _chosen() -> tuple[str | None, str]:
         return None, f"the kernels were not built; {hint}"
     if asked:
         _index(asked)
-        return asked, f"SPARSELLM_KERNEL={asked} says so"
+        return asked, f"SPARSELLM_KERNEL={asked} is set"
     best = instruction_sets()[0]
     return best, f"{best} is the best that this machine has"
 

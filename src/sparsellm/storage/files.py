@@ -124,6 +124,6 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise StorageError(
-                f"the disk of {path} is full; make room and run the same command again: it goes on where it was"
+                f"the disk of {path} is full; make room and run the same command again to resume it"
             ) from error
         raise StorageError(f"cannot write {path}: {error.strerror or error}; name another directory") from error

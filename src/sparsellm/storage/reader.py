@@ -69,7 +69,7 @@ class CheckpointReader:
                     continue  # the index names another shard for it
                 if name in self._stored:
                     raise StorageError(
-                        f"tensor {name} stands in both {self._stored[name].file.name} and {file.name} of {directory}; "
+                        f"tensor {name} is in both {self._stored[name].file.name} and {file.name} of {directory}; "
                         "keep the files of one checkpoint only"
                     )
                 self._stored[name] = stored

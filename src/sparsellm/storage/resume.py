@@ -78,7 +78,7 @@ class RunState:
         check_own_directory(self.folder)
         if left_in(partial) is None and not is_bare(partial):
             raise StorageError(
-                f"{partial} is not a run that can go on; remove it, or name another directory for the result"
+                f"{partial} is not a run that can be resumed; remove it, or name another directory for the result"
             )
         with explained(partial):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -172,12 +172,12 @@ class RunState:
     def _check_same(self, left: Left, identity: dict[str, Any]) -> None:
         if left.identity is None:
             raise StorageError(
-                f"{self.folder / RUN}, the record of an unfinished run, is damaged; give --restart to begin anew"
+                f"{self.folder / RUN}, the record of an unfinished run, is damaged; give --restart to start again"
             )
         if differences := _differences(left.identity, identity):
             raise StorageError(
-                f"{self.partial} holds an unfinished run that is another one: {'; '.join(differences[:4])}; "
-                "repeat its settings to go on with it, or give --restart to begin anew"
+                f"{self.partial} holds another unfinished run: {'; '.join(differences[:4])}; "
+                "repeat its settings to resume it, or give --restart to start again"
             )
 
     def _forget(self) -> None:

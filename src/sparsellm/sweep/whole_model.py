@@ -245,7 +245,7 @@ def check_sweepable(chain: Chain) -> None:
         shared = next((name for name in chain.block_parameters(index) if chain.is_shared(name)), None)
         if shared is not None:
             raise ModelError(
-                f"{shared} stands in several places of the model, which a sweep cannot train; set passes=0"
+                f"{shared} is used in several places of the model, which a sweep cannot train; set passes=0"
             )
 
 
