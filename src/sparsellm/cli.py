@@ -444,7 +444,7 @@ def pack(
     ] = "keep",
     overwrite: OverwriteOption = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+        bool, typer.Option("--restart", help="Remove the files that another unfinished run left for DIR.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -466,7 +466,7 @@ def unpack(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.")],
     overwrite: OverwriteOption = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+        bool, typer.Option("--restart", help="Remove the files that another unfinished run left for DIR.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -709,7 +709,7 @@ def _say_why(line: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Silences bars and warnings of libraries, which would break our progress bars."""
+    """Silences bars and warnings of libraries, which would break our progress bars or mix with results on stdout."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP for the command line: the first stops at a safe point, the second at once.
+"""SIGINT, SIGTERM and SIGHUP for the command line: a first stops at a safe point, a second at once, none in a rename.
 
 Only the command line installs these handlers. A Python program that calls :func:`sparsellm.prune` keeps its own, and
 gets its own KeyboardInterrupt; :func:`held` works for it as well.

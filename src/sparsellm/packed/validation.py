@@ -90,7 +90,7 @@ def _check_counts(counts: Tensor, offsets: Tensor, value_type: str) -> None:
     wrong = (counts != offsets.diff()).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        _require(False, f"row {row} has {int(offsets.diff()[row])} values, its mask says {int(counts[row])}")
+        _require(False, f"row {row} has {int(offsets.diff()[row])} values, its mask keeps {int(counts[row])}")
 
 
 def _check_scales(packed: PackedWeight, offsets: Tensor) -> None:

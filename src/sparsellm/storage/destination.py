@@ -139,10 +139,10 @@ def _check_apart(out: str | os.PathLike[str], place: Path, source: Path, partial
     if any(_same(place, folder) for folder in source.parents):
         raise StorageError(f"--out {out} holds the model {source}; name another directory")
     if any(_same(source, folder) for folder in place.parents):
-        raise StorageError(f"--out {out} lies in the model {source}; name another directory")
+        raise StorageError(f"--out {out} is inside the model {source}; name another directory")
     for partial in partials:
         if any(_same(partial, folder) for folder in (source, *source.parents)):
-            raise StorageError(f"the model {source} lies in {partial}, where a run into --out {out} writes; move it")
+            raise StorageError(f"the model {source} is inside {partial}, where a run into --out {out} writes; move it")
 
 
 def _same(first: Path, second: Path) -> bool:

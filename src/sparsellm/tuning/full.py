@@ -18,8 +18,8 @@ class ZeroKeeper:
     """Records the zeros in the weights of a model's blocks, and keeps them at zero during training.
 
     Gradients of pruned weights are set to zero as they are computed, so that they affect neither the gradient norm nor
-    an optimiser's moments. :meth:`restore`, after each step, undoes changes that an optimiser makes without a gradient,
-    such as weight decay. The masks take one byte per weight.
+    an optimiser's moments. :meth:`restore`, after each step, undoes changes that an optimiser makes without a gradient.
+    The masks take one byte per weight.
 
     Example, in a training loop::
 

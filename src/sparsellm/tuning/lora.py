@@ -123,4 +123,4 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
 
 def _refuse_packed(model: nn.Module) -> None:
     if getattr(model, "quantization_method", None) == "sparsellm":
-        raise ModelError("a packed model is not trained; train what `sparsellm unpack` writes, then pack that")
+        raise ModelError("a packed model cannot be trained; unpack it with `sparsellm unpack`, train, and pack again")
