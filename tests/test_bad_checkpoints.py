@@ -191,7 +191,7 @@ def test_a_tensor_in_two_files_is_refused_unless_an_index_chooses(copy: Path, tm
     tensors = load_file(copy / "one.safetensors")
     save_file({Q_PROJ: torch.zeros_like(tensors[Q_PROJ])}, copy / "two.safetensors")
     error = refused(copy, tmp_path / "p")
-    assert f"tensor {Q_PROJ} stands in both one.safetensors and two.safetensors" in str(error)
+    assert f"tensor {Q_PROJ} is in both one.safetensors and two.safetensors" in str(error)
     weight_map = {**dict.fromkeys(tensors, "one.safetensors"), Q_PROJ: "two.safetensors"}
     (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     chain = open_chain(copy, device=CPU)

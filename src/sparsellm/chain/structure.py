@@ -1,4 +1,4 @@
-"""Finding the parts of a decoder by structure: no list of families, no names of attributes."""
+"""Locates the blocks of a decoder by structure, without a list of families or names of attributes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sparsellm.errors import ModelError
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks: the ``ModuleList`` that holds most of the weights of linears.
 
-    A list nested in another (the experts of a block, say) holds no more than its parent does, so the outermost of
-    equals is taken.
+    A list nested in another (such as the experts of a block) holds no more than its parent. If two hold equally many,
+    the outer one is returned.
 
     Returns:
         The list's name in the model, and the list.
@@ -34,5 +34,5 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def cache_keyword(model: nn.Module) -> str:
-    """How a model's forward, and its output, call the cache of keys and values: transformers 5 renames it."""
+    """The name of the key-value cache in a model's forward and its output, which transformers 5 renames."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

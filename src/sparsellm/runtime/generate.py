@@ -1,4 +1,4 @@
-"""Continues a prompt, token by token, and measures the time."""
+"""Generates the continuation of a prompt and measures the time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of decoding: tokens after the first by their seconds; 0 if there are none."""
+        """Speed of decoding: tokens after the first, divided by their seconds; 0 if there are none."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,8 +61,8 @@ def generate(
         model: a causal language model.
         tokenizer: its tokenizer.
         prompt: the text to continue; no chat template is applied.
-        max_new_tokens: the most tokens to write.
-        temperature: 0 takes the most likely token each time; above, tokens are sampled.
+        max_new_tokens: the most tokens to generate.
+        temperature: 0 takes the most likely token each time; above 0, tokens are sampled.
         seed: of the sampling.
         on_text: called with each new piece of text.
 

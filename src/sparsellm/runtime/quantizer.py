@@ -33,11 +33,11 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """Puts :class:`~sparsellm.runtime.module.PackedLinear` where the checkpoint has packed weights.
+    """Replaces the linears with packed weights by :class:`~sparsellm.runtime.module.PackedLinear`.
 
     Raises (while loading):
         StorageError: the files are damaged, or do not fit ``config.json``.
-        ModelError: a packed linear is not in the model, or is none there.
+        ModelError: a packed linear does not exist in the model, or is another kind of module there.
     """
 
     requires_calibration = True  # a dense checkpoint is packed by `sparsellm pack`, not while loading
@@ -86,7 +86,7 @@ class PackedQuantizer(HfQuantizer):
             module.set_packed(self._reader.packed(name), name)
         self._reader = None
         linears = {name: {**entry.to_dict(), "layout": "bitmask"} for name, entry in self._entries.items()}
-        for entry in linears.values():  # the layout in the modules, which save_pretrained writes
+        for entry in linears.values():  # the modules hold bitmasks, and save_pretrained writes those
             entry.pop("pattern", None)
         self.quantization_config.linears = linears
         return model
@@ -113,8 +113,7 @@ def register() -> None:
 
 
 def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
-    """The parent, the attribute and the module of a linear that the checkpoint names with or without the base model's
-    prefix."""
+    """The parent module, attribute name and module of a linear; ``name`` may lack the base model's prefix."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for candidate in (name, prefix + name, name.removeprefix(prefix)):
         parent_name, _, leaf = candidate.rpartition(".")
