@@ -17,9 +17,11 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     """The config of a decoder-only language model.
 
     Raises:
-        ModelError: unreadable, or not a decoder-only language model, or its weights are quantised.
+        ModelError: unreadable, or not a decoder-only language model, or its weights are quantised; or the generation
+            config beside it is unreadable.
     """
     read_object(directory / "config.json", ModelError)
+    _check_readable(directory / "generation_config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
@@ -46,6 +48,12 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     return config
 
 
+def _check_readable(path: Path) -> None:
+    """transformers takes its defaults, without a word, in place of some files that it cannot read."""
+    if path.exists():
+        read_object(path, ModelError)
+
+
 def _attends_causally(config: PretrainedConfig) -> bool:
     """BERT and its kin have a causal head too, but their published weights are encoders (``is_decoder`` false).
 
@@ -60,10 +68,12 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     """The tokenizer beside the weights.
 
     Raises:
-        ModelError: there is none, or transformers cannot read it.
+        ModelError: there is none, or transformers cannot read it or use it.
     """
+    _check_readable(directory / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer.decode(tokenizer("a text")["input_ids"])  # some settings are only looked at when they are used
     except Exception as error:
         raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
     except BaseException as error:
