@@ -306,3 +306,27 @@ def test_a_damaged_tokenizer(data: bytes, copy: Path, tmp_path: Path) -> None:
     error = refused(copy, tmp_path / "p", None)
     assert isinstance(error, ModelError)
     assert "no readable tokenizer" in str(error)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_file_that_transformers_would_ignore_is_refused(name: str, copy: Path, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(copy)
+    (copy / name).write_text("{")
+    error = refused(copy, tmp_path / "p", None)
+    assert isinstance(error, ModelError)
+    assert f"{name} is not valid JSON" in str(error)
+
+
+def test_a_tokenizer_that_fails_when_it_is_used(copy: Path, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(copy)
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": []}))
+    error = refused(copy, tmp_path / "p", None)
+    assert isinstance(error, ModelError)
+    assert "no readable tokenizer" in str(error)
+
+
+def test_a_bad_config_is_not_called_a_bad_tokenizer(copy: Path, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(copy)
+    (copy / "config.json").write_text("{")
+    assert "config.json is not valid JSON" in str(refused(copy, tmp_path / "p", None))

@@ -17,9 +17,11 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     """The config of a decoder-only language model.
 
     Raises:
-        ModelError: it cannot be read, is not of a decoder-only language model, or says that weights are quantised.
+        ModelError: it cannot be read, is not of a decoder-only language model, or says that weights are quantised; or
+            the generation config beside it cannot be read.
     """
     read_object(directory / "config.json", ModelError)
+    _check_readable(directory / "generation_config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
@@ -46,6 +48,12 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     return config
 
 
+def _check_readable(path: Path) -> None:
+    """transformers takes its defaults, without a word, in place of some files that it cannot read."""
+    if path.exists():
+        read_object(path, ModelError)
+
+
 def _attends_causally(config: PretrainedConfig) -> bool:
     """Whether a config is of a decoder. BERT and similar families have a causal head too, but are encoders.
 
@@ -60,10 +68,12 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     """The tokenizer beside the weights.
 
     Raises:
-        ModelError: there is none, or transformers cannot read it.
+        ModelError: there is none, or transformers cannot read it or use it.
     """
+    _check_readable(directory / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer.decode(tokenizer("a text")["input_ids"])  # some settings are only looked at when they are used
     except Exception as error:
         raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
     except BaseException as error:

@@ -172,10 +172,10 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     with clock.phase("open"):
         progress(Progress("open", 0, 1, "opening the model"))
         directory = _directory(request)
+        chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=whole)
         tokenizer = request.tokenizer
         if tokenizer is None and directory is not None and not isinstance(request.calibration, Tensor):
             tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code)
-        chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=whole)
         choice = choice.on(plan(chain, recipe))
         if choice.needs.passes:
             check_sweepable(chain)
