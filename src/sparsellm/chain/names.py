@@ -9,6 +9,7 @@ of the checkpoint, so that every other tool still reads it.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,8 +71,9 @@ def published_names(model: PreTrainedModel) -> dict[str, str]:
     published = _reverted(model, values)
     written = [published.get(name, name) for name in values]
     read_back = checkpoint_names(model, written, values).key_of
+    times = Counter(written)
     return {
-        name: key if read_back.get(name) == key and written.count(key) == 1 else name
+        name: key if read_back.get(name) == key and times[key] == 1 else name
         for name, key in zip(values, written, strict=True)
     }
 
@@ -111,7 +113,7 @@ def architecture_keys(model: PreTrainedModel, reader: CheckpointReader) -> set[s
         return set()
     found: set[str] = set()
     for architecture in getattr(config, "architectures", None) or []:
-        family = getattr(transformers, str(architecture), None)
+        family: Any = getattr(transformers, str(architecture), None)
         known = isinstance(family, type) and issubclass(family, PreTrainedModel)
         if not known or family is type(model) or type(config) is type(model.config):
             continue
