@@ -54,7 +54,9 @@ _TEXT: dict[str, dict[str, Any]] = {
     "Falcon": {"multi_query": True, "parallel_attn": True},
     "StableLm": {},
     "Starcoder2": {},
+    "Olmo": {},
     "Olmo2": {},
+    "Olmo3": {"sliding_window": 16},
     "SmolLM3": {"no_rope_layers": [1, 0]},
     "Granite": {},
     "Cohere": {},
@@ -88,6 +90,17 @@ def qwen3_5() -> PreTrainedModel:
     return _model("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", settings)
 
 
+def mpt() -> PreTrainedModel:
+    settings = {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": POSITIONS}
+    return _model("MptConfig", "MptForCausalLM", settings)
+
+
+def opt_350m() -> PreTrainedModel:
+    """OPT 350M: norms after the blocks, and linears between the embedding and the blocks."""
+    changes = {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
+    return _model("OPTConfig", "OPTForCausalLM", {**_LLAMA, **changes})
+
+
 def mixtral() -> PreTrainedModel:
     """Published with a matrix for each expert, which transformers stacks."""
     return _model("MixtralConfig", "MixtralForCausalLM", {**_LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1})
@@ -105,11 +118,11 @@ def family(name: str) -> PreTrainedModel:
     return _model(f"{name}Config", causal, settings)
 
 
-_SPECIAL = {"Gemma3Text": gemma3_text, "Gemma3": gemma3, "Qwen3_5": qwen3_5}
+_SPECIAL = {"Gemma3Text": gemma3_text, "Gemma3": gemma3, "Qwen3_5": qwen3_5, "Mpt": mpt, "OPT 350M": opt_350m}
 FAMILIES = [
     name
     for name in (*_TEXT, *_SPECIAL)
-    if hasattr(transformers, f"{name.removesuffix('Text')}Config")  # older releases lack the latest
+    if hasattr(transformers, f"{name.split()[0].removesuffix('Text')}Config")  # older releases lack the latest
 ]
 
 
