@@ -21,7 +21,7 @@ from sparsellm.errors import ModelError
 from sparsellm.progress import Progress
 from sparsellm.storage.reader import CheckpointReader
 from tests.models import save_tiny
-from tests.models.families import FAMILIES, family, gemma3, mixtral, qwen3_5
+from tests.models.families import FAMILIES, family, gemma3, git, mixtral, qwen3_5
 
 IDS = torch.arange(4, 100).view(4, 24)
 RECIPE = Recipe(method="sparsegpt", samples=4, seq_len=24, sparsity=0.5)
@@ -122,16 +122,16 @@ def test_a_model_given_as_an_object_is_saved_under_published_names(name: str, so
     assert set(CheckpointReader(tmp_path / "p")) == set(CheckpointReader(source))
 
 
-@pytest.mark.parametrize("build", [gemma3, pytest.param(qwen3_5, marks=needs_qwen3_5)])
+@pytest.mark.parametrize("build", [gemma3, git, pytest.param(qwen3_5, marks=needs_qwen3_5)])
 def test_a_vision_tower_is_copied_and_said_so(build: Any, tmp_path: Path) -> None:
     source = save_tiny(build(), None, tmp_path / "dense")
     result = sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS)
     before, after = tensors(source), tensors(tmp_path / "p")
-    tower = {key for key in before if "vision" in key or "visual" in key}
+    tower = {key for key in before if "vision" in key or "visual" in key or "image" in key}
     assert len(tower) > 5
     assert same({key: before[key] for key in tower}, {key: after[key] for key in tower})
-    assert any("copied as they are, not pruned" in warning and "vis" in warning for warning in result.warnings)
-    assert all("vis" not in linear.name for linear in result.linears)
+    assert any("copied as they are, not pruned" in warning for warning in result.warnings)
+    assert all("vision" not in linear.name for linear in result.linears)
 
 
 def test_a_packed_model_is_saved_again_under_the_same_names(tmp_path: Path) -> None:

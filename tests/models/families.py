@@ -90,6 +90,12 @@ def qwen3_5() -> PreTrainedModel:
     return _model("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", settings)
 
 
+def git() -> PreTrainedModel:
+    """A config that is the text's own, with that of a vision tower inside."""
+    settings = {"vision_config": {**_VISION, "projection_dim": 16}, "hidden_dropout_prob": 0.0}
+    return _model("GitConfig", "GitForCausalLM", {**_LLAMA, **settings})
+
+
 def mpt() -> PreTrainedModel:
     settings = {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": POSITIONS}
     return _model("MptConfig", "MptForCausalLM", settings)

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsellm.errors import ModelError
 from sparsellm.storage.reader import CheckpointReader
+
+_SENSES = re.compile("vision|audio")  # in the name of a config inside one that is the text's own
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,15 @@ def tower_names(model: PreTrainedModel) -> list[str]:
 
     They are the models inside it that have a config of their own other than that of the text.
     """
-    text = model.config.get_text_config()
-    if text is model.config:
-        return []
+    whole = model.config
+    text = whole.get_text_config()
+    own = [getattr(whole, key, None) for key in getattr(whole, "sub_configs", {}) if _SENSES.search(key)]
+    kinds = (PretrainedConfig,) if text is not whole else tuple({type(each) for each in own if each is not None})
     towers: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or isinstance(module.config, (type(text), type(model.config))):
+        if not isinstance(module, PreTrainedModel) or isinstance(module.config, (type(text), type(whole))):
             continue
-        if not any(name.startswith(f"{tower}.") for tower in towers):
+        if isinstance(module.config, kinds) and not any(name.startswith(f"{tower}.") for tower in towers):
             towers.append(name)
     return towers
 
