@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.fit import check_sizes
 from sparsellm.chain.linears import LinearView, iterate_linears
+from sparsellm.chain.names import published_names, tower_names
 from sparsellm.chain.open import load_config
 from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
@@ -61,6 +62,7 @@ class Chain:
         block_names: their names in the model.
         device: where blocks run.
         dtype: the dtype in which they compute.
+        towers: names of modules of a multimodal model that read no text. They are copied, neither run nor pruned.
         products_in_bf16: whether forward passes multiply fp32 matrices in bf16; see :mod:`sparsellm.chain.products`.
     """
 
@@ -79,11 +81,16 @@ class Chain:
         self.block_names = [f"{list_name}.{index}" for index in range(len(blocks))]
         self._canonical = _canonical_names(model)
         self._outer = [name for name in self._all_names() if not name.startswith(f"{list_name}.")]
+        self.towers = tower_names(model)
+        towers = tuple(f"{tower}." for tower in self.towers)
+        self._run_outer = [name for name in self._outer if not name.startswith(towers)]
         self.weights: CheckpointWeights | None = None
+        self._published: dict[str, str] = {}
         if reader is not None:
             self.weights = CheckpointWeights(reader, model, self._canonical, (list_name, len(blocks)))
         else:
             _check_parameters(model)
+            self._published = published_names(model)
         first = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
         self.storage_dtype = self._stored_dtype(f"{first[0]}.weight")
         self.dtype = dtype or fast_dtype(self.storage_dtype, device)
@@ -124,12 +131,16 @@ class Chain:
             self.weights.reader.expect(digests)
 
     def unused(self) -> str | None:
-        """A warning that names tensors of the checkpoint that the model does not use; None if there are none."""
+        """A warning that names tensors which the model does not use, or not for text; None if there are none."""
+        said = []
+        if self.towers:
+            tensors = sum(name.startswith(tuple(f"{tower}." for tower in self.towers)) for name in self._outer)
+            said.append(f"{' and '.join(self.towers)} ({tensors} tensors) read no text; copied as they are, not pruned")
         names = self.weights.unused if self.weights is not None else []
-        if not names:
-            return None
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"the model of config.json does not use {names[0]}{more}; copied as they are, not pruned"
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            said.append(f"the model of config.json does not use {names[0]}{more}; copied as they are, not pruned")
+        return "; ".join(said) or None
 
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` that are pruned with it.
@@ -168,7 +179,7 @@ class Chain:
             self._load(self._outer_names(head))
             yield
         finally:
-            self._release(self._outer)
+            self._release(self._run_outer)
 
     def read_ahead(self, index: int) -> None:
         """Starts to read the model's own weights of block ``index`` in a thread, for the next :meth:`block`.
@@ -232,8 +243,8 @@ class Chain:
 
     def _outer_names(self, head: bool) -> list[str]:
         base = f"{self.model.base_model_prefix}."
-        bare = not head and any(name.startswith(base) for name in self._outer)
-        return [name for name in self._outer if not bare or name.startswith(base)]
+        bare = not head and any(name.startswith(base) for name in self._run_outer)
+        return [name for name in self._run_outer if not bare or name.startswith(base)]
 
     def block_tensors(self, index: int) -> dict[str, TensorSource]:
         """The weights of a loaded block under the checkpoint's names and in its dtypes, ready to be written."""
@@ -265,8 +276,8 @@ class Chain:
         return written
 
     def _key(self, name: str) -> str:
-        """The name of a weight in the checkpoint."""
-        return self.weights.key_of[name] if self.weights is not None else name
+        """The name of a weight in the checkpoint that is read, or that is written of a model in memory."""
+        return self.weights.key_of[name] if self.weights is not None else self._published[name]
 
     def _value(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sparsellm.chain.names import Names, architecture_keys
 from sparsellm.errors import ModelError
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader
 
@@ -20,12 +21,15 @@ _PROBABILITY = re.compile(r"(^|_)(p?drop|dropout|layerdrop)(_prob|_rate|_p)?$")
 _COUNTS = re.compile(r"^(num|n)_(\w*_)?(layers?|blocks?|experts)$")
 _IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a name such as model.layers.3.mlp.up_proj
 # Buffers of older releases of transformers, which newer ones make themselves.
-_OLD_BUFFERS = (
-    r"rotary_emb\.inv_freq",
-    r"(^|\.)position_ids$",
-    r"attn\.(masked_)?bias$",
-    r"attention\.(masked_)?bias$",
-)
+_OLD_BUFFERS = [
+    re.compile(each)
+    for each in (
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+        r"attn\.(masked_)?bias$",
+        r"attention\.(masked_)?bias$",
+    )
+]
 
 
 def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
@@ -66,7 +70,7 @@ def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
 
 
 def check_depth(
-    model: PreTrainedModel, reader: CheckpointReader, blocks: tuple[str, int], claimed: Iterable[str], *, complete: bool
+    model: PreTrainedModel, reader: CheckpointReader, blocks: tuple[str, int], names: Names, *, complete: bool
 ) -> list[str]:
     """Refuses a checkpoint that has more layers than its config says, or many weights that the model does not use.
 
@@ -74,23 +78,30 @@ def check_depth(
         model: built from the config.
         reader: of the checkpoint.
         blocks: the name of the list of blocks in the model, and its length.
-        claimed: the tensors that the model uses.
+        names: what each tensor of the checkpoint is in the model.
         complete: whether the checkpoint has every weight of the model.
 
     Returns:
-        The names of the tensors that the model does not use, if these are few.
+        The names of the tensors that the model does not use, if these are few or belong to the config's architecture.
 
     Raises:
         ModelError: config and weights differ in the number of layers, or the model does not use more than
-            :data:`TRIFLING` of the weights.
+            :data:`TRIFLING` of the weights, and these belong to no tower of the config's architecture.
     """
     where, (list_name, depth) = reader.directory / "config.json", blocks
-    ignored = [re.compile(each) for each in (*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)]
-    taken = set(claimed)
-    unused = [name for name in reader if name not in taken and not any(each.search(name) for each in ignored)]
+    taken = {*names.key_of.values(), *(key for keys in names.converted.values() for key in keys)}
+    apart = [name for name in reader if name not in taken and not any(each.search(name) for each in _OLD_BUFFERS)]
+    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
+    # The model's class may ignore a whole tower: its matrices are worth a word, other tensors are not.
+    unused = [
+        name
+        for name in apart
+        if len(reader.shape(name)) > 1
+        or not any(each.search(name) or each.search(names.name_of[name]) for each in ignored)
+    ]
     prefix = f"{model.base_model_prefix}."
     in_list = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(list_name.removeprefix(prefix))}\.(\d{{1,9}})\.")
-    number = {name: int(match[1]) for name in (*taken, *unused) if (match := in_list.match(name))}
+    number = {key: int(match[1]) for key in (*taken, *unused) if (match := in_list.match(names.name_of[key]))}
     layers = max(number.values(), default=-1) + 1
     ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
     most = depth + (ahead if type(ahead) is int and ahead > 0 else 0)  # layers that predict further tokens come last
@@ -98,6 +109,10 @@ def check_depth(
         raise ModelError(_other_depth(where, depth, layers))
     weights = {name: math.prod(reader.shape(name)) for name in reader if reader.dtype(name) in WEIGHT_DTYPES}
     left = {n: weights[n] for n in unused if n in weights and len(reader.shape(n)) > 1 and number.get(n, 0) < depth}
+    left = {n: size for n, size in left.items() if not any(e.search(n) or e.search(names.name_of[n]) for e in ignored)}
+    if complete and sum(left.values()) > TRIFLING * sum(weights.values()):
+        whole = architecture_keys(model, reader)
+        left = {name: size for name, size in left.items() if name not in whole}
     if complete and sum(left.values()) > TRIFLING * sum(weights.values()):
         raise ModelError(
             f"{reader.directory} has weights that the model of its config does not use: {len(left)} tensors, "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from sparsellm.chain.linears import iterate_linears, weight_of
+from sparsellm.chain.names import tower_names
 from sparsellm.errors import ModelError
 
 
@@ -14,7 +16,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks: the ``ModuleList`` that holds most of the weights of linears.
 
     A list nested in another (such as the experts of a block) holds no more than its parent. If two hold equally many,
-    the outer one is returned.
+    the outer one is returned. The vision and audio towers of a multimodal model are left out.
 
     Returns:
         The list's name in the model, and the list.
@@ -23,8 +25,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         ModelError: no ``ModuleList`` holds linears.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
+    towers = tuple(f"{tower}." for tower in tower_names(model)) if isinstance(model, PreTrainedModel) else ()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 0:
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and not name.startswith(towers):
             size = sum(weight_of(linear).numel() for _, linear in iterate_linears(module, name))
             if size and (best is None or size > best[0]):
                 best = (size, name, module)

@@ -234,7 +234,8 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
         weight = stored.t().contiguous() if linear.transposed else stored
         name = key.removesuffix(".weight")
         try:
-            packed = pack_weight(weight, values)
+            # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
+            packed = pack_weight(weight, values) if key.endswith(".weight") else None
         except SparseLLMError as error:
             raise type(error)(f"{key}: {error}") from None
         dense = stored.numel() * stored.element_size()
