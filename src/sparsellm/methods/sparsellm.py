@@ -82,10 +82,10 @@ def sparsellm(  # noqa: PLR0913 - options
     refit: Annotated[bool, "fit the last linear of each sublayer to the dense sublayer's output"] = True,
     refit_damping: Annotated[float, Field(ge=0), "ridge of that fit towards the dense weight"] = 0.1,
     output_metric: Annotated[
-        float, Field(ge=0, le=1), "power of E[g²] by which a linear's outputs compete for weights; 0: alike"
+        float, Field(ge=0, le=1), "exponent of E[g²] in the weights of outputs; 0: equal weights"
     ] = 0.5,
     norm_weighting: Annotated[
-        float, Field(ge=0), "tokens of a norm above so many medians count less; 0: all count"
+        float, Field(ge=0), "tokens whose norm is above this many medians get less weight; 0: equal weights"
     ] = 1.5,
     iterations: Annotated[
         int | None,
