@@ -126,7 +126,7 @@ def child(sender: Connection, kind: str, methods: list[str]) -> None:
     try:
         result = tried(kind, methods)
     except SparseLLMError as error:
-        result = "refused", str(error)
+        result = "refused", re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/ ]+/", "", str(error))
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
