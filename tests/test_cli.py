@@ -289,21 +289,6 @@ def test_an_out_that_no_system_lets_be_written_is_said(llama: Path, run: Any) ->
     assert "/proc" in stderr
 
 
-def test_a_killed_run_leaves_no_finished_looking_directory(llama: Path, tmp_path: Path) -> None:
-    """A real process, killed after its first shard is on disk."""
-    command = [sys.executable, "-m", "sparsellm", "prune", str(llama), "--out", str(tmp_path / "p"), "--samples", "128"]
-    command += ["--seq-len", "128", "--method", "sparsegpt"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and not list(tmp_path.glob("p.partial/*.safetensors")):
-            pass
-    finally:
-        process.kill()
-        process.wait()
-    assert list(tmp_path.glob("p*"))
-    assert not (tmp_path / "p").exists() or (tmp_path / "p" / "model.safetensors.index.json").is_file()
-
-
 def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparsellm", "prune", str(llama), "--out", str(tmp_path / "p"), "--samples", "2"]
     done = subprocess.run([*command, "--seq-len", "16", "--method", "wanda", "--json"], capture_output=True, check=True)

@@ -6,7 +6,6 @@ import errno
 import json
 import random
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -26,6 +25,7 @@ from sparsellm.storage.resume import FOLDER, read_record, write_record
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.sweep import whole_model as sweep_module
 from tests import victim
+from tests.cli import child
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
@@ -210,21 +210,25 @@ def test_killed_again_and_again(source: Path, whole: tuple[dict[str, Any], dict[
 def test_the_command_line_killed_at_any_time(source: Path, tmp_path: Path) -> None:
     """By the clock, not by a step: the process does not know."""
 
-    def command(out: Path) -> list[str]:
+    def started(out: Path) -> Any:
         options = [
             f"--{name.replace('_', '-')}={RECIPE[name]}" for name in ("method", "sparsity", "samples", "seq_len")
         ]
-        return [sys.executable, "-m", "sparsellm", "prune", str(source), "--out", str(out), *options]
+        return child.started(child.command_line, ["prune", str(source), "--out", str(out), *options], tmp_path)
 
+    with child.started(child.command_line, ["--version"], tmp_path) as process:  # the server's start takes seconds
+        assert child.ended(process) == 0
     start = time.monotonic()
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    with started(tmp_path / "whole") as process:
+        assert child.ended(process) == 0
     length = time.monotonic() - start
-    process = subprocess.Popen(command(tmp_path / "p"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(length * random.Random(3).uniform(0.7, 0.95))
-    process.kill()
-    process.wait()
+    with started(tmp_path / "p") as process:
+        time.sleep(length * random.Random(3).uniform(0.7, 0.95))
+        process.kill()
+        child.ended(process)
     if not (tmp_path / "p").exists():
-        subprocess.run(command(tmp_path / "p"), check=True, capture_output=True)
+        with started(tmp_path / "p") as process:
+            assert child.ended(process) == 0
     assert contents(tmp_path / "p") == contents(tmp_path / "whole")
 
 

@@ -69,7 +69,10 @@ def waiting_solver(folder: Path, how: str = "wait") -> Path:
     return path
 
 
-def _command(arguments: list[str], folder: Path, ignore: list[int], blocks_wait: bool, closed: bool) -> None:
+def command_line(
+    arguments: list[str], folder: Path, ignore: tuple[int, ...] = (), blocks_wait: bool = False, closed: bool = False
+) -> None:
+    """What the process of a command runs; arguments as of :func:`command`."""
     torch.set_num_threads(1)
     interrupts.PATIENCE, interrupts.SAME = 0.1, 0.0
     for signum in ignore:
@@ -140,7 +143,7 @@ def command(
         closed: nobody reads its stdout and stderr.
     """
     words = [str(word) for word in arguments]
-    with started(_command, words, folder, list(ignore), blocks_wait, closed) as process:
+    with started(command_line, words, folder, ignore, blocks_wait, closed) as process:
         await_file(folder / "reached", process)
         yield process
 
