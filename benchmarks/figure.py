@@ -1,9 +1,9 @@
-"""Draws the figure of the README: perplexity by sparsity, from numbers that docs/results.md has too.
+"""Draws the figure of the README: perplexity by sparsity, with numbers from docs/results.md.
 
     python benchmarks/figure.py            # docs/figures/perplexity.json → docs/figures/perplexity.svg
 
-A value that was not measured is null in the JSON file; a line then skips it. The SVG needs no fonts of its own and no
-library; it has a white background, so that it can be read on dark pages too.
+A value that was not measured is null in the JSON file, and the line skips it. The SVG needs neither fonts nor a
+library. Its background is white, so that it is readable on dark pages too.
 """
 
 from __future__ import annotations

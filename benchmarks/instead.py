@@ -1,14 +1,14 @@
-"""What else one could run: a model dense, quantised by others, and pruned and packed; one table.
+"""Compares the alternatives in one table: a model dense, quantised by other tools, and pruned and packed.
 
     pip install 'sparsellm[bench,instead]'
     python benchmarks/instead.py --text wikitext2:wikitext2-raw-test.txt --pruned 0.5=DIR 0.7=DIR [--threads 1]
 
-Every form is of the same weights: the dense model, its linears in torchao's int8 and int4 for weights, llama.cpp's Q8_0
+All forms have the same weights: the dense model, its linears in torchao's int8 and int4 for weights, llama.cpp's Q8_0
 and Q4_0 (made by llama.cpp from the model's GGUF file), and checkpoints pruned by `sparsellm prune`, packed with each
-type of value. Speeds are of one sequence, a token at a time; the forms take turns, and medians are printed. Perplexity
-is of the same windows of token ids for all, llama.cpp's from its own logits. Activations are fp32 (llama.cpp chooses
-its own), except for the speed of the row that is bf16 throughout. Perplexities are kept in a file: stop it, and run it
-again.
+type of value. Speed is that of decoding one sequence; the forms run in turns, and medians are printed. Perplexity is on
+the same windows of token ids for all; llama.cpp's is from its own logits. Activations are fp32 (llama.cpp chooses its
+own), except for the speed of the row that is bf16 throughout. Perplexities are kept in a file, so that a stopped script
+continues when it is run again.
 """
 
 from __future__ import annotations

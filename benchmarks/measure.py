@@ -1,4 +1,4 @@
-"""Running a command and watching what it takes: wall time, and the memory of the whole process tree."""
+"""Runs a command and measures its wall time and the memory of its whole process tree."""
 
 from __future__ import annotations
 

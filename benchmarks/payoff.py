@@ -1,4 +1,4 @@
-"""What sparsity pays: bytes and tokens per second of a packed model against the same model dense.
+"""Bytes and tokens per second of a packed model, compared with the same model dense.
 
     python benchmarks/payoff.py [--layers 22] [--sparsities 0.5 0.7 0.9] [--threads 1] [--values keep int4]
     python benchmarks/payoff.py --text demo-pruned-dir          # is greedy text the same, dense and packed?
@@ -6,7 +6,7 @@
 
 The model has the shape of a 1.1B Llama (TinyLlama: 22 layers, 2048 wide, 5632 inside, 4 of 32 heads for keys and
 values, vocabulary 32000) and random weights with random zeros: speed does not depend on their values. The models of one
-sparsity take turns, so that a busy moment meets all of them; medians are printed, with the range in --verbose.
+sparsity run in turns, so that other load on the machine affects all; medians are printed, with the range in --verbose.
 """
 
 from __future__ import annotations

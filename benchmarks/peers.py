@@ -1,14 +1,14 @@
-"""sparsellm beside llmcompressor: time, memory and perplexity of the same method on the same windows.
+"""Compares sparsellm with llmcompressor: time, memory and perplexity of the same method on the same windows.
 
-llmcompressor lives in an environment of its own, so that neither dictates the other's dependencies:
+llmcompressor is installed in a separate environment, because its dependencies may conflict:
 
     python -m venv peers && peers/bin/pip install 'llmcompressor>=0.14'
     python benchmarks/peers.py --python peers/bin/python --text wikitext2-raw-test.txt
 
-Every run is a process of its own, from the start of Python to the finished checkpoint; ours and theirs take turns. Both
-prune the linears of all blocks and leave embedding and head dense. Theirs is given the token ids; ours makes them, in
-its own time. Both perplexities are by ``sparsellm eval``. Finished cells are kept in a file: stop the script and
-run it on whenever you like.
+Every run is a separate process, measured from the start of Python to the finished checkpoint; the two run in turns.
+Both prune the linears of all blocks and leave embedding and head dense. llmcompressor reads the token ids; sparsellm
+tokenises the text within its measured time. Both perplexities are by ``sparsellm eval``. Finished cells are kept in a
+file, so that a stopped script continues when it is run again.
 """
 
 from __future__ import annotations

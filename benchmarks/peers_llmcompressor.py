@@ -1,6 +1,6 @@
 """Prunes a model with llmcompressor on given windows. ``peers.py`` runs this in llmcompressor's own environment.
 
-Nothing of sparsellm is imported here: what is measured is llmcompressor alone, with its defaults.
+It does not import sparsellm, so that llmcompressor alone is measured, with its defaults.
 """
 
 from __future__ import annotations

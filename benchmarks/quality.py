@@ -1,7 +1,7 @@
-"""Perplexities of methods by sparsities on one real model: the table in docs/results.md.
+"""Perplexity of each method at each sparsity on one real model: the table in docs/results.md.
 
 Every cell is a run of ``sparsellm prune`` and one of ``sparsellm eval``, each in its own process, so that peak memory
-is the cell's own. Finished cells are kept in a file: stop the script and run it on whenever you like.
+is that of the cell. Finished cells are kept in a file, so that a stopped script continues when it is run again.
 
     python benchmarks/quality.py --text wikitext2-raw-test.txt                # the table
     python benchmarks/quality.py --text ... --methods sparsegpt admm --targets 0.7 --seeds 0 1 2

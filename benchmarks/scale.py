@@ -1,4 +1,4 @@
-"""Peak memory and time per block of a model as large as one asks for, and proof that a killed run goes on.
+"""Peak memory and time per block of a model of any size, and a check that a killed run is resumed.
 
     python benchmarks/scale.py --model 1.1b
     python benchmarks/scale.py --model 7b --blocks 4
@@ -8,10 +8,10 @@
 Writes a checkpoint of random weights under a real config, shard by shard, and runs ``sparsellm prune`` on it in a
 process of its own, whose resident memory (of the whole process tree) is sampled. The memory of a process that only
 imports the package is subtracted. With ``--blocks`` the process is killed by SIGKILL when so many blocks are on the
-disk, and started again to show that it goes on: the second run is killed after one block more.
+disk, and started again to check that it resumes; the second run is killed after one more block.
 
-Random weights say nothing about quality, and need not: memory and time do not depend on what the numbers are. Every
-block has those of the first, since to draw 7B takes longer than to write them.
+Memory and time do not depend on the values of weights, so random ones suffice. Every block has the weights of the
+first, since drawing 7B random numbers takes longer than writing them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Time and error of each local solver, and the share it reaches of what plain matrix products would allow.
+"""Time and error of each local solver, and its speed as a share of the limit set by plain matrix products.
 
     python benchmarks/solvers.py
     python benchmarks/solvers.py --sizes 576x576 1536x576 576x1536 --pattern 2:4 --device cuda
 
-A synthetic linear: Gaussian weights; inputs that correlate, with a spectrum decaying as a power and one input in
-sixty-four ten times as large as the rest, which is what hidden states of language models look like to a solver. The
-limit of a solver is the time its matrix products and factorisations would take at the speed of a plain product of
-weight and Gram matrix, timed on the same machine in the same run, before and after each solver.
+The linear is synthetic: Gaussian weights, and correlated inputs with a spectrum that decays as a power law, one input
+in sixty-four ten times as large as the rest, similar to hidden states of language models. The limit of a solver is the
+time that its matrix products and factorisations would take at the speed of a plain product of weight and Gram matrix.
+That product is timed on the same machine in the same run, before and after each solver.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""How fast the kernels on packed weights are, beside a dense product and a copy of memory.
+"""Speed of the kernels on packed weights, compared with a dense product and a memory copy.
 
     python benchmarks/sparse_kernels.py [--threads 1] [--tokens 1 4 16 128] [--values bf16] [--kernel NAME]
         [--shapes 11008x4096 5632x2048] [--sparsities 0.5 0.6 0.7 0.8]
 
-For every shape and sparsity, dense, packed and copy take turns, so that all three meet the same machine. Weights take
-turns too, enough of them that none is still in the second-level cache when it is used again. Two rates of the packed
-product follow: its bytes (mask, values, offsets, scales) over its time, and the same as a share of the copy's. A copy
-moves each byte twice, in and out; ``of copy`` is against the bytes copied, ``of traffic`` against twice those. It is
-made of pieces about as long as a product, so that what interrupts one is as likely to spare the other.
-Shortest of all rounds, since what else the machine does can only add; the median is in brackets.
+For every shape and sparsity, dense, packed and copy run in turns, so that all three meet the same load on the machine.
+Weights are used in turns too, enough of them that none is still in the second-level cache when it is used again. Two
+rates of the packed product are printed: its bytes (mask, values, offsets, scales) divided by its time, and that as a
+share of the copy's rate. A copy moves each byte twice, in and out: ``of copy`` is relative to the bytes copied,
+``of traffic`` to twice those. The copy is made of pieces that take about as long as a product, so that interruptions
+affect both alike. Times are the shortest of all rounds, since other load can only add; the median is in brackets.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Where the time of a run goes, and how close its matrix products come to plain ones of the same size.
+"""Time of each phase of a run, and its speed as a share of that of plain matrix products of the same size.
 
     python benchmarks/speed.py
     python benchmarks/speed.py --cases 1.1b --method wanda --samples 16 --seq-len 1024
 
 ``demo`` is the whole process of ``sparsellm prune demo``, from the start of Python to the finished checkpoint. The
-others are one block of the shape of TinyLlama-1.1B or Llama-2-7B, of random weights, with a small vocabulary: the
-process is killed when the first of two blocks is on the disk, so that what counts is the work on a block.
+others are one block of the shape of TinyLlama-1.1B or Llama-2-7B, of random weights, with a small vocabulary. The
+process is killed when the first of two blocks is on the disk, so that only the work on a block is measured.
 
-Plain products are timed in the same run, before and after the command, and the faster counts: those of a linear on a
-batch of tokens, of the batch with itself (a Gram matrix), of a weight with a Gram matrix. ``reached`` is the time that
-the operations of a phase would take at that speed, divided by the time they took. Products of forward passes are timed
-in the dtype that a block computes in, which is bf16 for bf16 checkpoints where the CPU has it; all others are in fp32.
-Operations are those that the result needs: half of the attention's, since it is causal, and half of a symmetric
+Plain products are timed in the same run, before and after the command, and the faster time counts: those of a linear on
+a batch of tokens, of the batch with itself (a Gram matrix), of a weight with a Gram matrix. ``reached`` is the time
+that the operations of a phase would take at that speed, divided by their actual time. Products of forward passes are
+timed in the computing dtype of a block, which is bf16 for bf16 checkpoints if the CPU supports it; others are in fp32.
+Only operations that the result needs are counted: half of the attention's, since it is causal, and half of a symmetric
 product's.
 """
 

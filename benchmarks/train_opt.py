@@ -1,8 +1,8 @@
-"""Trains a small OPT (ReLU) from scratch, on text that every Python installation has: the reference of a ReLU model.
+"""Trains a small OPT (ReLU) from scratch, on text that every Python installation has, as a reference model with ReLU.
 
-Writes DIR with a checkpoint and its tokenizer, which ``sparsellm prune DIR`` takes, ``train.txt`` to calibrate on and
-``heldout.txt``, other documents, to measure on. The seed fixes weights, text and the order of batches; how many steps
-fit into the minutes depends on the machine and is printed.
+Writes DIR with a checkpoint and its tokenizer for ``sparsellm prune DIR``, ``train.txt`` for calibration, and
+``heldout.txt``, other documents, for evaluation. The seed determines weights, text and the order of batches. The number
+of steps within the given minutes depends on the machine and is printed.
 
     python benchmarks/train_opt.py --out out/opt                    # ten minutes
     python benchmarks/quality.py --model out/opt --text out/opt/heldout.txt --calibration out/opt/train.txt --window 256

@@ -4,9 +4,9 @@
     sparsellm prune demo --out pruned --sparsity 0.7
     python benchmarks/tuning.py pruned --text wikitext2:wikitext2-raw-test.txt [--steps 32] [--ways full lora]
 
-The training text is the Wikipedia sample (`--train` for another source); perplexity is of other text. Both ways use
-transformers' Trainer as the guide shows it, AdamW at a constant rate after a short rise, the same windows in the same
-order. What is tuned is loaded, trained, saved and measured as any checkpoint is.
+The training text is the Wikipedia sample (`--train` for another source); perplexity is on other text. Both ways use
+transformers' Trainer as in the guide, AdamW at a constant rate after a short warm-up, and the same windows in the same
+order. The tuned model is loaded, trained, saved and measured like any checkpoint.
 """
 
 from __future__ import annotations

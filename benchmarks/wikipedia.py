@@ -1,6 +1,6 @@
 """Calibration text for the benchmarks: a sample of English Wikipedia that ships inside the gensim package.
 
-The text is CC BY-SA, by Wikipedia's authors; it is read from the installed package and not stored here.
+The text is by Wikipedia's authors, under CC BY-SA. It is read from the installed package and not stored here.
 """
 
 from __future__ import annotations

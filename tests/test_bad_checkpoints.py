@@ -191,7 +191,7 @@ def test_a_tensor_in_two_files_is_refused_unless_an_index_chooses(copy: Path, tm
     tensors = load_file(copy / "one.safetensors")
     save_file({Q_PROJ: torch.zeros_like(tensors[Q_PROJ])}, copy / "two.safetensors")
     error = refused(copy, tmp_path / "p")
-    assert f"tensor {Q_PROJ} stands in both one.safetensors and two.safetensors" in str(error)
+    assert f"tensor {Q_PROJ} is in both one.safetensors and two.safetensors" in str(error)
     weight_map = {**dict.fromkeys(tensors, "one.safetensors"), Q_PROJ: "two.safetensors"}
     (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     chain = open_chain(copy, device=CPU)
@@ -306,3 +306,27 @@ def test_a_damaged_tokenizer(data: bytes, copy: Path, tmp_path: Path) -> None:
     error = refused(copy, tmp_path / "p", None)
     assert isinstance(error, ModelError)
     assert "no readable tokenizer" in str(error)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_file_that_transformers_would_ignore_is_refused(name: str, copy: Path, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(copy)
+    (copy / name).write_text("{")
+    error = refused(copy, tmp_path / "p", None)
+    assert isinstance(error, ModelError)
+    assert f"{name} is not valid JSON" in str(error)
+
+
+def test_a_tokenizer_that_fails_when_it_is_used(copy: Path, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(copy)
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": []}))
+    error = refused(copy, tmp_path / "p", None)
+    assert isinstance(error, ModelError)
+    assert "no readable tokenizer" in str(error)
+
+
+def test_a_bad_config_is_not_called_a_bad_tokenizer(copy: Path, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(copy)
+    (copy / "config.json").write_text("{")
+    assert "config.json is not valid JSON" in str(refused(copy, tmp_path / "p", None))

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 import sparsellm
 from sparsellm import Recipe, cli
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
 SMALL = ["--samples=2", "--seq-len=16", "--method=magnitude"]
@@ -37,11 +37,12 @@ SMALL = ["--samples=2", "--seq-len=16", "--method=magnitude"]
 
 @dataclass
 class Example:
-    """A command line, and files (by name) that stand in the directory where it runs."""
+    """A command line, and files (by name) that stand in the directory where it runs; None where one is missing."""
 
     arguments: list[str]
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes | None] = field(default_factory=dict)
     packed: bool = False
+    family: str = "llama"
 
 
 # Values that are wrong almost everywhere.
@@ -110,9 +111,12 @@ def options(**values: Any) -> st.SearchStrategy[list[str]]:
     return st.lists(one, min_size=1, max_size=3)
 
 
+flags = st.lists(st.sampled_from(["--overwrite", "--restart", "--json"]), max_size=2, unique=True)
+
+
 # ---- command lines
 
-outs = ["note.txt", "note.txt/x", "model", "full", "./x/../model", "model/x"]
+outs = ["note.txt", "note.txt/x", "model", "full", "./x/../model", "model/x", "packed", "dir.txt", "model/..", "new/.."]
 prune_options = options(
     out=st.one_of(st.just("out"), garbage, st.sampled_from(outs)),
     method=st.one_of(st.sampled_from(["wanda", "magnitude"]), garbage),
@@ -151,9 +155,15 @@ other_options = {
     "methods": (["methods"], options(json=garbage, method=garbage)),
     "pack": (
         ["pack", "model", "--out=out"],
-        options(out=garbage, values=st.one_of(st.sampled_from(["keep", "int8", "int4", "fp16", "int3"]), garbage)),
+        options(
+            out=st.one_of(st.sampled_from(outs), garbage),
+            values=st.one_of(st.sampled_from(["keep", "int8", "int4", "fp16", "int3"]), garbage),
+        ),
     ),
-    "unpack": (["unpack", "packed", "--out=out"], options(out=garbage, values=garbage)),
+    "unpack": (
+        ["unpack", "packed", "--out=out"],
+        options(out=st.one_of(st.sampled_from(outs), garbage), values=garbage),
+    ),
     "generate": (
         ["generate", "packed", "The", "--max-new-tokens=2"],
         options(
@@ -192,13 +202,14 @@ positional = {
 
 @st.composite
 def prune_lines(draw: st.DrawFn) -> Example:
-    return Example(["prune", "model", "--out=out", *SMALL, *draw(prune_options)])
+    return Example(["prune", "model", "--out=out", *SMALL, *draw(prune_options), *draw(flags)])
 
 
 @st.composite
 def other_lines(draw: st.DrawFn) -> Example:
-    begin, more = other_options[draw(st.sampled_from(sorted(other_options)))]
-    return Example([*begin, *draw(more)], packed=True)
+    name = draw(st.sampled_from(sorted(other_options)))
+    begin, more = other_options[name]
+    return Example([*begin, *draw(more), *(draw(flags) if name in ("pack", "unpack") else [])], packed=True)
 
 
 @st.composite
@@ -311,6 +322,40 @@ def text_files(draw: st.DrawFn) -> Example:
     return Example(line, {name: content})
 
 
+raw_plugins = [
+    "",
+    "import",
+    "x = (",
+    "\0",
+    "import no_such_module",
+    "raise SystemExit(0)",
+    "raise KeyError('a\\nb')",
+    "assert False",
+    "1 / 0",
+    "def f(): f()\nf()",
+    "from sparsellm.solvers import SOLVERS\nSOLVERS.register('wanda', paper='x')(lambda weight, gram, pattern: 0)",
+    "from sparsellm.solvers import SOLVERS\nSOLVERS.register('a[/b]', paper='x')(lambda: None)",
+    "from sparsellm.solvers import SOLVERS\nSOLVERS.register(3)(3)",
+    "from sparsellm.methods import METHODS\nMETHODS.register('x')(print)",
+    "(" * 300 + ")" * 300,
+    "x = " + "-" * 5000 + "1",
+    "# coding: nonsense",
+    "\tx = 1\n  y = 2",
+]
+
+
+@st.composite
+def plugin_files(draw: st.DrawFn) -> Example:
+    content = draw(
+        st.one_of(
+            st.sampled_from(raw_plugins).map(str.encode), st.binary(max_size=20), mutated(raw_plugins[-7].encode())
+        )
+    )
+    name = draw(st.sampled_from(["p.py", "p.py", "a/p.py", "no.such.module", "p", "sparsellm", "dir.txt", ""]))
+    begin = draw(st.sampled_from([["prune", "model", "--out=out", *SMALL], ["methods"]]))
+    return Example([*begin, f"--plugin={name}"], {"p.py": content})
+
+
 # ---- files of a checkpoint that somebody else wrote
 
 ON_MODEL = [
@@ -346,6 +391,7 @@ HUGE = [
     {},
     "nonsense",
     {"rope_type": "x"},
+    *("llama", "opt", "gpt2", "bert", "t5", "mixtral", "mamba", "qwen2_vl"),
 ]
 
 
@@ -388,38 +434,48 @@ def changed_header(data: bytes) -> st.SearchStrategy[bytes]:
 
 
 @st.composite
-def checkpoint_files(draw: st.DrawFn, name: str, packed: bool = False) -> Example:
+def checkpoint_files(draw: st.DrawFn, name: str, packed: bool = False, family: str = "llama") -> Example:
     folder = "packed" if packed else "model"
-    data = STORE.files(packed)[name]
-    if name.endswith(".safetensors"):
+    data = STORE.files(packed, family)[name]
+    if draw(st.integers(0, 20)) == 0:
+        content = None
+    elif name.endswith(".safetensors"):
         content = draw(changed_header(data))
     elif name == "tokenizer.json":
         content = draw(mutated(data))
     else:
         content = draw(changed_object(data))
     line = draw(st.sampled_from(ON_PACKED if packed else ON_MODEL))
-    return Example(line, {f"{folder}/{name}": content}, packed)
+    return Example(line, {f"{folder}/{name}": content}, packed, family)
+
+
+FAMILIES = {
+    "llama": lambda: tiny_llama(num_hidden_layers=1, hidden_size=16, intermediate_size=24),
+    "opt": lambda: tiny_opt(num_hidden_layers=1),
+    "gpt2": lambda: tiny_gpt2(n_layer=1),
+}
 
 
 class Store:
     """The tiny models that examples are made from, written once."""
 
     def __init__(self) -> None:
-        self._files: dict[bool, dict[str, bytes]] = {}
+        self._files: dict[tuple[bool, str], dict[str, bytes]] = {}
 
-    def files(self, packed: bool) -> dict[str, bytes]:
+    def files(self, packed: bool, family: str = "llama") -> dict[str, bytes]:
         """All files of the dense (with an index) or the packed model, by name."""
-        if not self._files:
+        if (packed, family) not in self._files:
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(folder)
-                model = prune_tiny(tiny_llama(num_hidden_layers=1, hidden_size=16, intermediate_size=24))
+                model = prune_tiny(FAMILIES[family]())
                 save_tiny(model, tiny_tokenizer(), root / "model")
                 (root / "model" / "model.safetensors").unlink()
                 model.save_pretrained(root / "model", max_shard_size="20KB")
                 sparsellm.pack(root / "model", out=root / "packed")
                 for name in ("model", "packed"):
-                    self._files[name == "packed"] = {file.name: file.read_bytes() for file in (root / name).iterdir()}
-        return self._files[packed]
+                    files = {file.name: file.read_bytes() for file in (root / name).iterdir()}
+                    self._files[name == "packed", family] = files
+        return self._files[packed, family]
 
 
 STORE = Store()
@@ -431,7 +487,12 @@ CASES: dict[str, Callable[[], st.SearchStrategy[Example]]] = {
     "positional": positional_lines,
     "recipe": recipe_files,
     "text": text_files,
+    "plugin": plugin_files,
     "config.json": lambda: checkpoint_files("config.json"),
+    "config.json of OPT": lambda: checkpoint_files("config.json", family="opt"),
+    "config.json of GPT-2": lambda: checkpoint_files("config.json", family="gpt2"),
+    "generation_config.json": lambda: checkpoint_files("generation_config.json"),
+    "tokenizer_config.json": lambda: checkpoint_files("tokenizer_config.json"),
     "index": lambda: checkpoint_files(INDEX),
     "weights": lambda: st.sampled_from(
         sorted(name for name in STORE.files(False) if name.endswith(".safetensors"))
@@ -456,14 +517,17 @@ def laid_out(example: Example) -> Iterator[Path]:
             if packed and not example.packed:
                 continue
             (work / name).mkdir()
-            for file, content in STORE.files(packed).items():
-                (work / name / file).write_bytes(content)
+            for file, data in STORE.files(packed, example.family).items():
+                (work / name / file).write_bytes(data)
         (work / "note.txt").write_text(TEXT)
         (work / "dir.txt").mkdir()
         (work / "full").mkdir()
         (work / "full" / "mine.txt").write_text("mine")
         for path, content in example.files.items():
-            (work / path).write_bytes(content)
+            if content is None:
+                (work / path).unlink()
+            else:
+                (work / path).write_bytes(content)
         os.chdir(work)
         try:
             yield Path(folder)

@@ -40,14 +40,14 @@ def once_in_block(index: int, patched: pytest.MonkeyPatch, do: Callable[[], None
     """Something happens when the walk is about to read this block."""
     block, done = Chain.block, False
 
-    def reading(self: Chain, at: int, *rest: Any) -> Any:
+    def loading(self: Chain, at: int, *rest: Any) -> Any:
         nonlocal done
         if at == index and not done:
             done = True
             do()
         return block(self, at, *rest)
 
-    patched.setattr(Chain, "block", reading)
+    patched.setattr(Chain, "block", loading)
 
 
 def fail() -> None:

@@ -144,7 +144,7 @@ def test_with_exclude_the_rest_is_pruned_and_every_matrix_is_counted(
     assert {matrix["reason"] for matrix in report["dense"]} <= {"excluded", "small"}
     (warning,) = result.warnings
     assert f"sparsity {zeros / weights:.2%} was reached" in warning
-    assert "50.00% was asked" in warning
+    assert "50.00% was requested" in warning
     assert f"{name.rpartition('.')[2]} (" in warning
 
 

@@ -181,7 +181,7 @@ def test_without_room_for_its_state_a_sweep_runs_and_begins_anew(
         source, Recipe(**SWEPT), out=tmp_path / "p", progress=lambda event: said.append(event.detail)
     )
     assert len(result.sweeps) == 2
-    assert any("a sweep that is cut short will begin again" in detail for detail in said)
+    assert any("an interrupted sweep will start again" in detail for detail in said)
 
 
 def test_beginning_anew_forgets_a_sweep_that_was_killed(source: Path, tmp_path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,30 +76,23 @@ def test_so_is_a_block_after_the_sweep(tmp_path: Path, monkeypatch: pytest.Monke
 
     ids = torch.arange(96).view(4, 24)
     chain = open_chain(save_tiny(halved(tiny_llama().half()), None, tmp_path), device=CPU, dtype=torch.float32)
-    block, outer, swept_all = Chain.block, Chain.outer, False
+    outer, block, ended = Chain.outer, Chain.block, False
 
-    @contextlib.contextmanager
-    def whole_model(self: Chain, *, head: bool = True) -> Iterator[None]:
-        nonlocal swept_all
+    @contextmanager
+    def released(self: Chain, *, head: bool = True) -> Iterator[None]:
+        nonlocal ended
         with outer(self, head=head):
             yield
-        swept_all = head  # what is loaded from now on is written
+        ended = head  # the passes hold the head; what is read after them is written
 
-    @contextlib.contextmanager
-    def too_large(self: Chain, index: int, *rest: Any) -> Iterator[torch.nn.Module]:
+    @contextmanager
+    def loading(self: Chain, index: int, *rest: Any) -> Iterator[Any]:
         with block(self, index, *rest) as held:
-            if swept_all and index == 1:
+            if ended and index == 1:
                 self.block_parameters(1)[f"{DOWN}.weight"].data.view(-1)[7] = 65_520.0
             yield held
 
-    monkeypatch.setattr(Chain, "outer", whole_model)
-    monkeypatch.setattr(Chain, "block", too_large)
+    monkeypatch.setattr(Chain, "outer", released)
+    monkeypatch.setattr(Chain, "block", loading)
     with pytest.raises(NumericalError, match=f"{DOWN}.weight would get 1 infinite"):
         swept(chain, tiny_llama(), ids, 1, 1e-9)
-
-
-def test_a_command_line_that_is_no_utf_8_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["sparsellm", "prune", "--recipe", "caf\udce9.yaml"])
-    ids = torch.arange(32).view(2, 16)
-    sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=ids, out=tmp_path / "p")
-    assert json.loads((tmp_path / "p" / "pruning.json").read_text())["command"].endswith("'caf\udce9.yaml'")

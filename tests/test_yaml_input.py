@@ -37,7 +37,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
         ("a: " + "9" * 5000, "5000 characters"),
         ("a: 0x" + "f" * 5000, "5002 characters"),
         ("a: 0." + "1" * 5000, "5002 characters"),
-        ("a: 1\na: 2", "stands twice"),
+        ("a: 1\na: 2", "occurs twice"),
         ("a: !!python/object/apply:os.getcwd []", "tag"),
         ("a: !!int ''", "tag"),
         ("!", "tag"),

@@ -5,7 +5,6 @@ It lives in a module of its own, so that a server process can import it once and
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import resource
@@ -23,6 +22,7 @@ from sparsellm.chain import LinearView
 from sparsellm.run import run as run_module
 from sparsellm.storage import files, resume, scratch, shard
 from sparsellm.storage.reader import CheckpointReader
+from tests import forking
 
 STEPS = ("read", "solve", "write", "sync", "rename", "remove")
 
@@ -114,7 +114,7 @@ def prune(
 
 def run(*args: Any, **kwargs: Any) -> int | None:
     """:func:`prune` in a process of its own: its exit code, minus the signal if it was killed."""
-    process = _context().Process(target=prune, args=args, kwargs=kwargs)
+    process = forking.context().Process(target=prune, args=args, kwargs=kwargs)
     process.start()
     process.join(120)
     assert process.exitcode is not None, "the victim hangs"
@@ -123,8 +123,8 @@ def run(*args: Any, **kwargs: Any) -> int | None:
 
 def count_steps(*args: Any, **kwargs: Any) -> dict[str, int]:
     """How many steps of each kind an uninterrupted run takes."""
-    queue = _context().Queue()
-    process = _context().Process(target=prune, args=args, kwargs={**kwargs, "counts": queue})
+    queue = forking.context().Queue()
+    process = forking.context().Process(target=prune, args=args, kwargs={**kwargs, "counts": queue})
     process.start()
     counts: dict[str, int] = queue.get(timeout=120)
     process.join(120)
@@ -135,9 +135,3 @@ def count_steps(*args: Any, **kwargs: Any) -> dict[str, int]:
 def some(count: int, of: int, seed: int) -> list[int]:
     """So many different numbers from 1 to ``of``, in order."""
     return sorted(random.Random(seed).sample(range(1, of + 1), min(count, of)))
-
-
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.victim"])
-    return context

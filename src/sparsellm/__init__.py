@@ -51,11 +51,11 @@ __all__ = [
     "unpack",
 ]
 
-register_when_needed()  # so that from_pretrained knows packed checkpoints
+register_when_needed()  # so that from_pretrained loads packed checkpoints
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers when they are first needed: ``sparsellm --help`` should not wait for them."""
+    """Imports torch and transformers when they are first needed, so that ``sparsellm --help`` is fast."""
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'sparsellm' has no attribute {name!r}")

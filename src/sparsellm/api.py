@@ -1,4 +1,4 @@
-"""The Python door: :func:`prune`, :func:`evaluate`, :func:`inspect`."""
+"""The Python interface: :func:`prune`, :func:`evaluate`, :func:`inspect`."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ def prune(  # noqa: PLR0913 - the Python door
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PruneResult:
-    """Prunes a model block by block; the same call again goes on where a killed one was, with the same bits.
+    """Prunes a model block by block; after a kill, the same call resumes the run, with the same bits.
 
     A model given by name is read and written one block at a time; without ``out`` it is loaded whole and returned in
-    ``result.model``. A model given as an object is pruned in place, and also saved if ``out`` is given. Where several
-    processes of torch.distributed call this, all with the same arguments, they divide the work.
+    ``result.model``. A model given as an object is pruned in place, and also saved if ``out`` is given. If several
+    processes of torch.distributed call this with the same arguments, they divide the work.
 
     Args:
         model: a checkpoint directory, a hub id, a ``.gguf`` file, ``demo``, or a transformers model.
         recipe: all settings: a recipe, a mapping of its fields, or the path of a YAML file; ``Recipe()`` if None.
         out: the directory of the pruned checkpoint.
-        calibration: in place of the recipe's: a text source, the path of a file, token ids ``(samples, seq)`` as a
+        calibration: replaces the recipe's: a text source, the path of a file, token ids ``(samples, seq)`` as a
             tensor, an array or lists of one length, or a data set with a column ``text`` or ``input_ids``.
         tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
         overwrite: replace the checkpoint in ``out``.
-        restart: begin anew where an unfinished run into ``out`` has left something.
+        restart: start again instead of resuming an unfinished run into ``out``.
         trust_remote_code: run modelling code that comes with the checkpoint.
-        progress: is told how far the run is.
+        progress: called with the progress of the run.
 
     Raises:
-        SparseLLMError: of the kind that names the trouble; what can be known before the work is checked before it.
+        SparseLLMError: a subclass of it that names the cause. All input is checked before the work.
     """
     given = as_text(calibration, "calibration", "calibration") if calibration is not None else None
     recipe = settle_calibration(as_recipe(recipe), given)
-    beside = None if isinstance(given, str) else given  # a source stands in the recipe
+    beside = None if isinstance(given, str) else given  # the recipe contains a source
     request = Request(model, recipe, out, beside, tokenizer, overwrite, restart, trust_remote_code)
     return Run(request, progress).execute()
 
@@ -88,17 +88,17 @@ def evaluate(  # noqa: PLR0913 - the Python door
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> Perplexity:
-    """Perplexity of a model, which is read block by block: it need not fit into memory.
+    """Perplexity of a model, which is read block by block and need not fit into memory.
 
     Args:
         model: as in :func:`prune`.
         text: as ``calibration`` in :func:`prune`.
-        seq_len: tokens in a window, 2 or more; None for 2048, or what the model can take if less.
-        max_tokens: stop after so many tokens of text.
+        seq_len: tokens in a window, 2 or more; None for 2048, or the limit of the model if that is less.
+        max_tokens: the most tokens of the text to use.
         tokenizer: needed only for a model given as an object, unless ``text`` is token ids.
         device, dtype: as in :class:`Recipe`.
         trust_remote_code: run modelling code that comes with the checkpoint.
-        progress: is told how far the run is.
+        progress: called with the progress of the run.
 
     Raises:
         SparseLLMError: the model or the text cannot be read, or the text is too short.
@@ -129,11 +129,11 @@ def inspect(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -
     """
     directory = checkpoint_directory(str(model))
     chain = open_chain(directory, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
-    found: list[MatrixZeros] = []
+    zeros: list[MatrixZeros] = []
     for index in range(len(chain)):
         with chain.block(index):
-            found += inspect_block(chain, index)
-    return found
+            zeros += inspect_block(chain, index)
+    return zeros
 
 
 __all__ = ["MatrixZeros", "PruneResult", "evaluate", "inspect", "peak_rss", "prune", "versions"]

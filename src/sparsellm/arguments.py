@@ -1,6 +1,6 @@
 """Checks the arguments of the public functions by types and limits, in one place, before any work.
 
-An argument of one name means the same in every function, so a check belongs to a name. A check may convert: a path
+An argument has the same meaning in every function, so there is one check for each name. A check may convert: a path
 becomes a :class:`~pathlib.Path`, a mapping a :class:`~sparsellm.recipe.Recipe`.
 """
 
@@ -25,18 +25,18 @@ from sparsellm.recipe import MOST_SEED, MOST_TOKENS, Recipe, Whole
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MOST_NAME, MOST_PATH = 255, 4096  # bytes of one name, and of a path, that Linux and macOS take
+MOST_NAME, MOST_PATH = 255, 4096  # in bytes: limits of one name, and of a path, on Linux and macOS
 MOST_THREADS = 1024
-_ROOM_IN_NAME = 24  # for what is appended to the name of an output while it is written, such as '.partial'
+_ROOM_IN_NAME = 24  # for suffixes of an output that is being written, such as '.partial'
 
 
 @dataclass(frozen=True)
 class Check:
-    """How one argument is checked.
+    """The check of one argument.
 
     Attributes:
-        convert: the checked value; raises a :class:`SparseLLMError` by itself, or pydantic's ``ValidationError``.
-        wanted: what to give instead, said after the value.
+        convert: returns the checked value; raises a :class:`SparseLLMError` or pydantic's ``ValidationError``.
+        wanted: what to give instead; follows the value in the error message.
     """
 
     convert: Callable[[Any], Any]
@@ -53,14 +53,14 @@ class Check:
 
 
 def checked_arguments(**special: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: checks each argument of a public function by its name before the function runs.
+    """A decorator that checks each argument of a public function by its name before the function runs.
 
     Args:
-        special: checks of this function's own, in place of those in :data:`CHECKS`.
+        special: checks that replace those in :data:`CHECKS` for this function.
 
     Raises:
-        SparseLLMError: from the decorated function, naming the argument, its value and what to give.
-        TypeError: as Python raises it, where an argument is missing or unknown.
+        SparseLLMError: from the decorated function, with the argument, its value and what to give.
+        TypeError: from the decorated function, as in Python, if an argument is missing or unknown.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -71,7 +71,7 @@ def checked_arguments(**special: Check) -> Callable[[Callable[P, R]], Callable[P
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             given = signature.bind(*args, **kwargs)
             for name, value in given.arguments.items():
-                if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:  # handed on to another function
+                if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:  # passed on to another function
                     given.arguments[name] = {
                         key: entry if entry is None else _checked(CHECKS, key, entry) for key, entry in value.items()
                     }
@@ -89,10 +89,10 @@ def _checked(checks: Mapping[str, Check], name: str, value: Any) -> Any:
 
 
 def check_arguments(**values: Any) -> None:
-    """Checks values by the names of arguments that they will be given to, before the work that comes first.
+    """Checks values that will become arguments later, by name, before earlier work starts.
 
     Raises:
-        SparseLLMError: naming the argument, its value and what to give.
+        SparseLLMError: with the argument, its value and what to give.
     """
     for name, value in values.items():
         _checked(CHECKS, name, value)
@@ -116,11 +116,11 @@ def as_recipe(value: Any) -> Recipe:
 
 
 def as_path(value: Any, name: str, error: type[SparseLLMError] = StorageError, most_name: int = MOST_NAME) -> Path:
-    """A path that the system can take: not empty, no null byte, no name and no path that is too long.
+    """A path that the system accepts: not empty, without null bytes, and not too long.
 
     Args:
         value: a string or a path.
-        name: of the argument, for the error.
+        name: the name of the argument, for the error message.
         error: the kind of error to raise.
         most_name: bytes of the last name.
 
@@ -144,7 +144,7 @@ def as_path(value: Any, name: str, error: type[SparseLLMError] = StorageError, m
 
 
 def _checkpoint(value: Any, name: str = "model") -> str | Path:
-    """A model by name: a string stays one, as it may be a hub id."""
+    """A model by name; a string stays a string, because it may be a hub id."""
     if not isinstance(value, str | os.PathLike):
         raise ModelError(f"{name} is {shown(value)}; give a checkpoint directory, a hub id, a .gguf file, or 'demo'")
     path = as_path(value, name, ModelError)
@@ -201,7 +201,7 @@ def _progress(value: Any) -> Any:
 
 
 def _name_of(value: Any) -> Any:
-    """``torch.float32`` and ``torch.device('cuda')`` as users of torch write them, by name."""
+    """The name of a torch dtype or device, such as ``torch.float32`` or ``torch.device('cuda')``."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype | torch.device) else value
 
 
@@ -219,10 +219,10 @@ def _counts(least: int, most: int) -> Check:
 
 
 CHECKPOINT = Check(_checkpoint)
-"""Of an argument ``model`` that must be a name, since the files are needed."""
+"""The check of an argument ``model`` that must be a name, because the files are needed."""
 
 LOADED = Check(_loaded)
-"""Of an argument ``model`` that must be a model in memory."""
+"""The check of an argument ``model`` that must be a model in memory."""
 
 COUNT_OF_THREADS = _count(1, MOST_THREADS)
 
@@ -261,4 +261,4 @@ CHECKS: dict[str, Check] = {
     "new_tokens": _count(1, MOST_TOKENS),
     "repeats": _count(1, 1_000_000),
 }
-"""The check of each argument that a public function has, by name."""
+"""The checks of all arguments of public functions, by name."""

@@ -1,4 +1,4 @@
-"""The commands: parse, call the API, print. Everything of substance is in :mod:`sparsellm.api`."""
+"""The commands: each parses its options, calls :mod:`sparsellm.api` or :mod:`sparsellm.runtime`, and prints."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ app = typer.Typer(
     help="Prune Hugging Face language models after training, globally, and make the sparsity pay.",
 )
 
-_kept: Callable[[], tuple[str, bool]] | None = None  # of the command that runs: what it leaves if it is stopped
+_kept: Callable[[], tuple[str, bool]] | None = None  # describes the files of a stopped command
 
 
 def _default(text: str) -> str:
-    """The default of an option that is left to the recipe, as typer shows other defaults; the bracket is no markup."""
+    """The default of an option that the recipe sets, in typer's style; the bracket is escaped, as it is no markup."""
     return f" [dim]\\[default: {text}][/dim]"
 
 
 def _one_of(*values: str) -> Callable[[], list[str]]:
-    """What a shell completes an option with."""
+    """The values with which a shell completes an option."""
     return lambda: list(values)
 
 
@@ -73,7 +73,7 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help=f"What blocks compute in: float32, bfloat16 or float16.{_default('as the weights are stored')}",
+        help=f"Dtype in which blocks compute: float32, bfloat16 or float16.{_default('as the weights are stored')}",
         autocompletion=_one_of(*DTYPES),
         rich_help_panel=RESOURCES,
     ),
@@ -161,7 +161,7 @@ def prune(  # noqa: PLR0913 - a command
         int | None,
         typer.Option(
             metavar="0-3",
-            help="Sweeps of the whole model at the end, by method sparsellm: 0 none, 1 one, 2 three, 3 eight. More "
+            help="Sweeps of the whole model at the end, for method sparsellm: 0 none, 1 one, 2 three, 3 eight. More "
             f"sweeps take longer and lose less.{_default('1')}",
             rich_help_panel=WHAT,
         ),
@@ -197,7 +197,7 @@ def prune(  # noqa: PLR0913 - a command
         typer.Option(
             metavar="SIZE",
             help="Most memory of the run, such as 4GiB; hidden states beyond it go to disk."
-            f"{_default('80 % of what is free')}",
+            f"{_default('80 % of the free memory')}",
             rich_help_panel=RESOURCES,
         ),
     ] = None,
@@ -226,7 +226,7 @@ def prune(  # noqa: PLR0913 - a command
         bool,
         typer.Option(
             "--restart",
-            help="Start from block 1, even where an unfinished run could go on.",
+            help="Start from block 1, even if an unfinished run could be resumed.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
@@ -241,7 +241,7 @@ def prune(  # noqa: PLR0913 - a command
 ) -> None:
     """Prune MODEL and save a checkpoint that plain transformers loads.
 
-    If the run is stopped, the same command goes on. Processes started by torchrun share the work.
+    If the run is stopped, the same command resumes it. Processes started by torchrun share the work.
     """
     global _kept
     if quiet and verbose:
@@ -287,7 +287,7 @@ def prune(  # noqa: PLR0913 - a command
 
 
 def _load_plugins(named: list[str] | None) -> None:
-    """Those that are named, then those of installed packages; one of these that fails is a warning."""
+    """Loads the named plugins, then those of installed packages; a failure of the latter is a warning."""
     from sparsellm import console, parallel, plugins
 
     for each in named or []:
@@ -304,7 +304,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="SOURCE",
-            help="As --calibration of prune; of pydoc, the part that is never calibrated on.",
+            help="As --calibration of prune; for pydoc, the part that is never used for calibration.",
             autocompletion=_one_of(*SOURCES),
         ),
     ],
@@ -326,7 +326,7 @@ def evaluate(
 
     clock = PhaseClock()
     with console.progress() as progress, clock.phase("evaluate"):
-        found = api.evaluate(
+        result = api.evaluate(
             model,
             text,
             seq_len=seq_len,
@@ -339,10 +339,10 @@ def evaluate(
     if as_json:
         console.write_json(
             {
-                "perplexity": found.value,
-                "nll": found.nll,
-                "tokens_scored": found.tokens,
-                "window": found.window,
+                "perplexity": result.value,
+                "nll": result.nll,
+                "tokens_scored": result.tokens,
+                "window": result.window,
                 "model": model,
                 "text": text,
                 "seconds": clock.seconds,
@@ -351,7 +351,7 @@ def evaluate(
             }
         )
     else:
-        console.say(f"perplexity {found.value:.4f} · {found.tokens} tokens scored in windows of {found.window}")
+        console.say(f"perplexity {result.value:.4f} · {result.tokens} tokens scored in windows of {result.window}")
 
 
 @app.command()
@@ -392,7 +392,7 @@ def inspect(
 
 @app.command()
 def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
-    """List what can be chosen as --method and as --allocation, with options and papers."""
+    """List the values of --method and --allocation, with options and papers."""
     from sparsellm import console, tables
     from sparsellm.allocation import ALLOCATIONS
     from sparsellm.methods import METHODS
@@ -441,17 +441,17 @@ def pack(
         str,
         typer.Option(
             metavar="TYPE",
-            help="Type of the kept values: keep (as they are stored, nothing is lost), bf16, fp16, fp32, int8 or int4.",
+            help="Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8 or int4.",
             autocompletion=_one_of(*VALUES),
         ),
     ] = "keep",
     overwrite: OverwriteOption = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+        bool, typer.Option("--restart", help="Remove the files that another unfinished run left for DIR.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Store a pruned MODEL packed: the kept values and a bit for each weight; it stays packed in memory too."""
+    """Pack a pruned MODEL: store the kept values and a bit for each weight. It stays packed in memory too."""
     from sparsellm import console, tables
     from sparsellm.runtime import convert
 
@@ -469,7 +469,7 @@ def unpack(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.")],
     overwrite: OverwriteOption = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Remove what another unfinished run left for DIR.")
+        bool, typer.Option("--restart", help="Remove the files that another unfinished run left for DIR.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -490,10 +490,10 @@ def unpack(
 def generate(  # noqa: PLR0913 - a command
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, packed or dense.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to write.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate.")] = 100,
     threads: ThreadsOption = None,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 takes the likeliest token; above, tokens are sampled.")
+        float, typer.Option(metavar="T", help="0 takes the likeliest token; above 0, tokens are sampled.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
     device: Annotated[
@@ -502,7 +502,7 @@ def generate(  # noqa: PLR0913 - a command
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue PROMPT, token by token, and print how fast that was."""
+    """Continue PROMPT, token by token, and print the speed."""
     from sparsellm import console
     from sparsellm.arguments import check_arguments
     from sparsellm.chain.open import load_tokenizer
@@ -554,7 +554,7 @@ def bench(  # noqa: PLR0913 - a command
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens read before decoding.")] = 128,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.")] = 32,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds, of which the median is shown.")] = 5,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; the median is shown.")] = 5,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
     ] = "cpu",
@@ -585,7 +585,7 @@ def bench(  # noqa: PLR0913 - a command
 
 
 def main() -> None:
-    """The command line. A mistake of the user's ends in one line on stderr and exit code 2, never a traceback."""
+    """Runs the command line. A user's mistake prints one line on stderr and exits with code 2, without a traceback."""
     global _kept
     _kept = None
     code = _run()
@@ -597,7 +597,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Runs the command line; the exit code."""
+    """Runs the command line and returns the exit code."""
     _quiet_libraries()
     try:
         with interrupts.installed(_stop_slowly):
@@ -607,7 +607,7 @@ def _run() -> int:
 
 
 def _called() -> int:
-    """What the command returns, or the exit code of its error."""
+    """The exit code of the command, or of its error."""
     _tolerate_any_text()
     try:
         with _joined():
@@ -618,12 +618,12 @@ def _called() -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted(signal.SIGINT)
     except Exception as error:
-        interrupts.check()  # an error that a signal led to, such as another process that has ended of it
+        interrupts.check()  # the error may follow from a signal, which has ended another process for example
         if isinstance(error, SparseLLMError):
             _say_why(f"error: {error}")
             return 2
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
-            if message := error.format_message():  # none where the help was shown in place of it
+            if message := error.format_message():  # empty if the help was shown instead
                 _say_why(f"error: {message}")
             return 2
         if _processes() == 1:
@@ -634,15 +634,16 @@ def _called() -> int:
 
 
 def _interrupted(signum: int) -> int:
-    """Says what is kept, and which command goes on; the exit code."""
+    """Prints which files are kept and which command resumes the run; returns the exit code."""
     _say_why(interrupts.last_words(signum, _kept))
     return interrupts.exit_code(signum)
 
 
 def _stop_slowly(signum: int) -> None:
-    """Of a step that does not end: on its own it may; one that waits for other processes, which have stopped, may not.
+    """Called when the current step has not ended some time after a signal.
 
-    Such a process ends here, in whatever it does: what it has written is whole at any moment.
+    A single process prints a note and lets the step end. With several processes, the step may wait for others that have
+    stopped, so the process ends here. Its files are complete at any moment.
     """
     if _processes() == 1:
         from sparsellm import console
@@ -653,10 +654,10 @@ def _stop_slowly(signum: int) -> None:
 
 
 def _leave_the_others(code: int) -> None:
-    """Ends a process of torchrun's.
+    """Ends a process that torchrun started, without the interpreter's usual shutdown.
 
-    What a failure leaves of the group has threads that nobody joins: on the interpreter's ordinary way out one of them
-    now and then aborts the process ("terminate called without an active exception").
+    After a failure, the process group has threads that are not joined. During a usual shutdown one of them sometimes
+    aborts the process ("terminate called without an active exception").
     """
     with suppress(OSError):
         sys.stdout.flush()
@@ -669,7 +670,7 @@ def _leave_the_others(code: int) -> None:
 
 
 def _drop_what_cannot_be_written(*streams: TextIO) -> None:
-    """Where a terminal or a reader is gone, the interpreter's last flush would fail and change the exit code."""
+    """Discards output for a closed terminal or pipe, so that the last flush does not fail and change the exit code."""
     for stream in streams:
         try:
             stream.flush()
@@ -678,7 +679,7 @@ def _drop_what_cannot_be_written(*streams: TextIO) -> None:
 
 
 def _processes() -> int:
-    """How many torchrun started; without it, torch need not be imported to know."""
+    """The number of processes that torchrun started; does not import torch if there is only one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 1
     from sparsellm import parallel
@@ -698,7 +699,7 @@ def _joined() -> Iterator[None]:
 
 
 def _say_why(line: str) -> None:
-    """Of processes that fail together, the first says why."""
+    """Prints an error line; if several processes fail, only the first does."""
     from sparsellm import console
 
     if _processes() > 1:
@@ -711,7 +712,7 @@ def _say_why(line: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Libraries' own bars and warnings would tear ours, and stdout belongs to the result."""
+    """Silences bars and warnings of libraries, which would break our progress bars or mix with results on stdout."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -719,7 +720,7 @@ def _quiet_libraries() -> None:
 
 
 def _tolerate_any_text() -> None:
-    """Lets stdout and stderr write what their encoding lacks as escapes: a result is not lost to a file's name."""
+    """Makes stdout and stderr write characters that their encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

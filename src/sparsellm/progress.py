@@ -1,4 +1,4 @@
-"""How far a run is, as plain events; whoever shows them decides how."""
+"""The progress of a run as plain events, independent of their display."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """One event: ``done`` of ``total`` steps of ``phase``, and what is being done now."""
+    """One event: ``done`` of ``total`` steps of ``phase``, and a text on the current step."""
 
     phase: str
     done: float
@@ -19,17 +19,17 @@ class Progress:
 
 
 NOTE = "note"
-"""The phase of an event whose ``detail`` is a line to be shown once, such as the memory that is predicted."""
+"""The phase of an event whose ``detail`` is a line to show once, such as the predicted memory."""
 
 ProgressCallback = Callable[[Progress], None]
 
 
 def ignore(_: Progress) -> None:
-    """Shows nothing."""
+    """Ignores an event."""
 
 
 class PhaseClock:
-    """Seconds spent in each phase, by wall clock; a phase entered again goes on where it was."""
+    """Wall-clock seconds of each phase; the times of a phase that is entered again add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -42,7 +42,7 @@ class PhaseClock:
         return passed
 
     def add(self, seconds: dict[str, float]) -> None:
-        """Counts seconds that an earlier process spent; they are in no lap."""
+        """Adds seconds that an earlier process spent; laps do not include them."""
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
             self._lapped[name] = self._lapped.get(name, 0.0) + value

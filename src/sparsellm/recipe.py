@@ -1,4 +1,4 @@
-"""What to prune and how: one typed model, YAML in and out, every field described."""
+"""The recipe: all settings of a pruning run as one typed model, read from and written to YAML."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from sparsellm.inputs.sizes import parse_bytes
 from sparsellm.inputs.yaml_input import dump_yaml, parse_yaml, read_yaml
 from sparsellm.patterns import NM, Pattern, Unstructured, parse_pattern
 
-MOST_TOKENS = 1 << 31  # of all calibration windows together: their ids alone take 16 GiB
+MOST_TOKENS = 1 << 31  # in all calibration windows together, whose ids alone take 16 GiB
 MOST_SEED = (1 << 63) - 1
 
 
 def _whole(value: Any) -> Any:
-    """Whole numbers of any kind as ``int``: ``1e3`` in YAML and numpy's own; a bool stays what it is, to be refused."""
+    """Converts whole numbers, such as ``1e3`` in YAML or numpy's types, to ``int``; a bool stays and is refused."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -42,10 +42,10 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 class Recipe(BaseModel):
     """All settings of one pruning run. Unknown keys are refused.
 
-    Types are strict: a bool is no number, and a string of digits is none either.
+    Types are strict: neither a bool nor a string of digits is accepted as a number.
 
     Raises:
-        RecipeError: a key is unknown (the nearest known one is offered), or a value has the wrong type or range.
+        RecipeError: a key is unknown (the message has the nearest known one), or a value has the wrong type or range.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -55,24 +55,24 @@ class Recipe(BaseModel):
     )
     sparsity: float = Field(
         0.7,
-        description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; `allocation` says "
-        "which gives how much.",
+        description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; `allocation` divides "
+        "them among the linears.",
     )
     pattern: str | None = Field(None, description="N:M: N weights kept of every M consecutive inputs, e.g. '2:4'.")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Options of the method, by name.")
     allocation: str | None = Field(
         None,
         max_length=200,
-        description="How much each block and each linear gives; `sparsellm methods` lists the ways. null for the "
-        "method's own: 'threshold' of sparsellm, 'uniform' of the others and wherever a pattern fixes the sparsity.",
+        description="How zeros are divided among blocks and linears; `sparsellm methods` lists the allocations. null "
+        "for the method's default: 'threshold' for sparsellm, 'uniform' for others and if a pattern is set.",
     )
     allocation_options: dict[str, JsonValue] = Field(
         default_factory=dict, description="Options of the allocation, by name."
     )
     exclude: Annotated[list[str], Field(strict=False)] = Field(
         default_factory=list,
-        description="What to leave dense: shell patterns over the names of linears, of other parameters, and of the "
-        "modules that hold them, e.g. '*.down_proj' or '*.experts.*'.",
+        description="Names of linears, other parameters or modules that stay dense, as shell patterns, e.g. "
+        "'*.down_proj' or '*.experts.*'.",
     )
     calibration: str = Field(
         "pydoc",
@@ -84,38 +84,38 @@ class Recipe(BaseModel):
         None,
         ge=2,
         le=MOST_TOKENS,
-        description="Tokens in a calibration window; null for 2048, or what the model can take if less.",
+        description="Tokens in a calibration window; null for 2048, or the limit of the model if that is less.",
     )
     batch_tokens: Whole = Field(
         4096,
         ge=1,
         le=MOST_TOKENS,
-        description="Calibration tokens in one forward call of a block; more needs more memory.",
+        description="Calibration tokens in one forward call of a block; more take more memory.",
     )
     memory: str | Whole | None = Field(
         None,
         description="Most resident memory of the whole run, such as '4GiB'; hidden states that do not fit go to disk. "
-        "null for a share of what the machine has free.",
+        "null for a share of the machine's free memory.",
     )
-    seed: Whole = Field(0, ge=0, le=MOST_SEED, description="Seed of everything that is drawn at random.")
+    seed: Whole = Field(0, ge=0, le=MOST_SEED, description="Seed of all random choices.")
     device: str = Field(
-        "auto", max_length=200, description="'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' for a GPU where there is one."
+        "auto", max_length=200, description="'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' for a GPU if there is one."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="What blocks compute in; 'auto' for the stored dtype, or fp32 where the device emulates it. "
-        "Weights are always saved in the dtype they came in.",
+        description="Dtype in which blocks compute; 'auto' for the stored dtype, or fp32 if the device emulates that. "
+        "Weights are always saved in their stored dtype.",
     )
 
     products: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="What blocks in fp32 multiply in when they only run: 'bfloat16' is several times as fast on CPUs "
-        "with bf16 units. Statistics and solvers are always fp32.",
+        description="Dtype of matrix products when fp32 blocks only run forward: 'bfloat16' is several times as fast "
+        "on CPUs with bf16 units. Statistics and solvers are always fp32.",
     )
     read_ahead: bool | None = Field(
         None,
-        description="Read the next block in a thread while this one is solved; takes the memory of it as well. "
-        "null for where that pays: with a GPU.",
+        description="Read the next block in a thread while the current one is pruned; takes the memory of one more "
+        "block. null reads ahead only with a GPU.",
     )
 
     def __init__(self, /, **values: Any) -> None:
@@ -155,16 +155,16 @@ class Recipe(BaseModel):
     def _can_be_written(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(value, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:  # an integer too long, half of a surrogate pair, a list in itself
+        except (ValueError, RecursionError) as error:  # a long integer, half a surrogate pair, a list in itself
             raise ValueError(f"it cannot be written as JSON ({error})") from None
         return value
 
     @model_validator(mode="before")
     @classmethod
     def _sparsity_follows_pattern(cls, values: Any) -> Any:
-        """The fraction that a pattern implies stands in the recipe, so that no reader is misled by a default.
+        """Sets ``sparsity`` to the fraction that a pattern implies, so that the recipe does not show a wrong default.
 
-        A pattern or a sparsity of another type is left for its field to refuse.
+        A pattern or sparsity of another type is left to its field's own validation.
         """
         pattern = values.get("pattern")
         if isinstance(pattern, NM):
@@ -199,13 +199,13 @@ class Recipe(BaseModel):
         return self
 
     def allocation_by(self, preferred: str) -> str:
-        """The one that is named; else ``preferred``, or ``uniform`` where a pattern or sparsity 0 leaves no choice."""
+        """The allocation that the recipe names; else ``preferred``, or ``uniform`` with a pattern or sparsity 0."""
         if self.allocation is not None:
             return self.allocation
         return preferred if self.pattern is None and self.sparsity else "uniform"
 
     def weight_pattern(self) -> Pattern:
-        """The pattern every pruned linear gets before allocation."""
+        """The pattern of every pruned linear before allocation."""
         return parse_pattern(self.pattern) if self.pattern else Unstructured(self.sparsity)
 
     def updated(self, /, **changes: Any) -> Recipe:

@@ -1,4 +1,4 @@
-"""Named things a user can choose: one decorated function each, options read from its signature."""
+"""Registries of functions that a user chooses by name; each function's options are read from its signature."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsellm.errors import RecipeError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FINITE = ConfigDict(allow_inf_nan=False)  # of numbers in options: JSON has no others
+FINITE = ConfigDict(allow_inf_nan=False)  # for numbers in options: JSON has no NaN or infinity
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Option:
         return self.default is inspect.Parameter.empty
 
     def checked(self, owner: str, values: dict[str, Any]) -> Any:
-        """The value given for this option, coerced to its type, or its default.
+        """The value of this option, coerced to its type, or its default.
 
         Args:
-            owner: the name of the registered function, for errors.
-            values: all options that were given.
+            owner: the name of the registered function, for error messages.
+            values: all options that the user set.
 
         Raises:
             RecipeError: the value is of the wrong type or out of range, or is missing and there is no default.
@@ -63,12 +63,12 @@ class Option:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The most memory that a registered function holds at a time, beside the block it works on.
+    """The most memory that a registered function holds at a time, besides the block it works on.
 
     Attributes:
-        weights: fp32 copies of the weight that is solved.
-        grams: matrices as large as the Gram matrix of its inputs, that matrix included.
-        remembered: factorisations that it keeps for other linears with the same inputs; they are bounded, see
+        weights: fp32 copies of the weight that is pruned.
+        grams: matrices as large as the Gram matrix of its inputs, including that matrix.
+        remembered: factorisations that it caches for other linears with the same inputs; they are bounded, see
             :meth:`sparsellm.statistics.Gram.remember`.
         blocks: fp32 copies of the whole block, such as gradients and moments of an optimiser.
         streams: copies of the hidden states of all calibration tokens, such as targets.
@@ -87,18 +87,18 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method or an allocation needs of a run, beside the walk over the blocks.
+    """The needs of a method or an allocation, besides the walk over the blocks.
 
     Attributes:
-        passes: sweeps of the whole pruned model over the calibration windows, when all blocks are done.
+        passes: sweeps of the whole pruned model over the calibration windows, after all blocks.
         learning_rate: of those sweeps; None to set it by the divergence at their start.
-        output_costs: what an error of each linear's outputs costs the dense model's loss, from a sweep of its gradient;
-            not asked for in N:M, where outputs do not compete.
+        output_costs: whether it needs the cost of an error of each output to the dense model's loss, from a backward
+            sweep. Not needed for N:M, where outputs do not compete.
         surveyed_tokens: calibration tokens that an allocation reads, in whole windows; None for all.
-        gradient_tokens: the first so many of those, for which it needs gradients.
-        token_states: hidden states ``(windows, seq, width)``, because it picks windows or tokens out of them.
+        gradient_tokens: the number of these, from the first, for which it needs gradients.
+        token_states: whether it needs hidden states ``(windows, seq, width)``, to select windows or tokens by position.
         one_process: the name of an option in use that works in one process only; "" if there is none.
-        workspace: of what the options choose to run inside, such as a solver.
+        workspace: of functions that the options choose, such as a solver.
     """
 
     passes: int = 0
@@ -116,10 +116,10 @@ class Entry(Generic[F]):
     """A registered function with the name users type, its paper, and its options.
 
     ``needs`` and ``validate`` are called with all options, as :meth:`check` returns them; ``validate`` raises
-    RecipeError where they do not go together.
-    ``distributed`` says that it is written for several processes: of a solver, that rows may be solved apart (it
-    compares them through its pattern only); of a method, that every process may run it on its share of the windows.
-    ``allocation`` names what a method takes where the recipe names none and no pattern fixes the sparsity.
+    RecipeError if they contradict each other.
+    ``distributed`` declares support for several processes. For a solver: rows may be solved apart, because it compares
+    them through its pattern only. For a method: every process may run it on its share of the windows.
+    ``allocation`` is the default allocation of a method, unless a pattern fixes the sparsity.
     """
 
     name: str
@@ -134,17 +134,17 @@ class Entry(Generic[F]):
     allocation: str = "uniform"
 
     def needs_of(self, options: dict[str, Any]) -> Needs:
-        """What a run with these options, as :meth:`check` returns them, asks of the walk."""
+        """The needs of a run with these options, as :meth:`check` returns them."""
         return self.needs(options) if self.needs is not None else Needs()
 
     def check(self, values: dict[str, Any]) -> dict[str, Any]:
-        """All options with their values: those given, coerced to the declared types, and the defaults of the others.
+        """All options with their values: those that the user set, coerced to the declared types, and defaults.
 
-        They are JSON values, in the order of the signature, so they can stand in a report or an identity.
+        They are JSON values, in the order of the signature, so that reports and identities can contain them.
 
         Raises:
-            RecipeError: an option is unknown (the nearest known name is offered), missing, of the wrong type or out of
-                range, or the options do not go together.
+            RecipeError: an option is unknown (the message has the nearest known name), missing, of the wrong type or
+                out of range, or the options contradict each other.
         """
         for key in values:
             if key not in self.options:
@@ -156,7 +156,7 @@ class Entry(Generic[F]):
 
 
 class Registry(Generic[F]):
-    """Maps names to entries. A module registers itself by being imported from its package's ``__init__``."""
+    """Maps names to entries. A package's ``__init__`` imports its modules, which register their functions."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -174,10 +174,11 @@ class Registry(Generic[F]):
         distributed: bool = False,
         allocation: str = "uniform",
     ) -> Callable[[F], F]:
-        """Decorator. Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``: what
-        pydantic knows of the type is checked, and the text is shown to users. ``workspace`` is what the prediction of
-        memory goes by; ``needs`` tells from the options what the walk has to provide; ``validate``, ``distributed`` and
-        ``allocation``: see :class:`Entry`.
+        """A decorator that registers a function.
+
+        Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``. pydantic checks values
+        against the type, and users see the description. ``workspace`` is for the memory prediction; ``needs`` returns
+        the :class:`Needs` for given options; ``validate``, ``distributed`` and ``allocation``: see :class:`Entry`.
 
         Raises:
             TypeError: the default of an option is no JSON value.
@@ -203,7 +204,7 @@ class Registry(Generic[F]):
         return add
 
     def add(self, entry: Entry[F]) -> None:
-        """Registers an entry that was made by hand."""
+        """Registers an entry."""
         if entry.name in self._entries:
             raise ValueError(f"{self.kind} {entry.name!r} is registered twice")
         self._entries[entry.name] = entry
@@ -211,7 +212,7 @@ class Registry(Generic[F]):
             listener(entry)
 
     def on_add(self, listener: Callable[[Entry[F]], None]) -> None:
-        """Calls ``listener`` with every entry there is and every one to come."""
+        """Calls ``listener`` with every registered entry, and with each later one when it is registered."""
         self._listeners.append(listener)
         for entry in self._entries.values():
             listener(entry)

@@ -1,4 +1,4 @@
-"""Results as the command line shows them, in tables that fit 80 columns; exact numbers are in ``--json``."""
+"""Tables of results for the command line, within 80 columns; exact numbers are in ``--json``."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def print_warnings(result: PruneResult) -> None:
-    """What the user should know, on stderr."""
+    """Prints the warnings of a run on stderr."""
     for warning in result.warnings:
         say(f"note: {warning}", error=True)
 
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
-    """What became of each kind of linear, where the time went, and where the result is."""
+    """Prints zeros and error of each kind of linear, the time of each phase, and the path of the result."""
     allocation = result.allocation.get("name")
     out().print(_kinds(result, spread=allocation is not None))
     for linear in result.linears:
@@ -78,7 +78,7 @@ def _recipe_line(recipe: Recipe, allocation: str | None) -> str:
 
 
 def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
-    """The zeros of every matrix, every block, and all; what is not a linear says so in place of a pattern."""
+    """Prints the zeros of every matrix, every block, and all; the pattern of other matrices is "no linear"."""
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
     for index, part in blocks.items():
         for matrix in part:
@@ -94,7 +94,7 @@ def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]
 
 
 def print_choices(option: str, registry: Registry[Any], prefix: str, *, allocations: bool) -> None:
-    """What one option of ``prune`` can be: each name with its paper, summary and options."""
+    """Prints the values of one option of ``prune``: each name with its paper, summary and options."""
     out().print(f"{option}:")
     for entry in registry:
         out().print(Text(visible(entry.name), style="bold").append(f"  ({visible(entry.paper)})", style="not bold"))
@@ -113,7 +113,7 @@ def _print_indented(line: str, indent: str) -> None:
 
 
 def print_demo(result: DemoResult) -> None:
-    """Both models of the demo side by side."""
+    """Prints the demo's results for both models side by side."""
     print_pruned(result.pruned)
     shown = table(("SmolLM2-135M-Instruct",), ("dense", "pruned"))
     for name, dense, pruned in result.rows():
@@ -128,7 +128,7 @@ def print_demo(result: DemoResult) -> None:
 
 
 def print_packed(result: PackResult) -> None:
-    """Bytes before and after packing."""
+    """Prints the bytes before and after packing."""
     report = result.to_dict()
     dense = sum(entry is None for entry in result.linears.values())
     say(
@@ -136,13 +136,13 @@ def print_packed(result: PackResult) -> None:
         f"({report['bits_per_weight']:.2f} bits a weight, {report['of_bf16']:.3f} of dense bf16)"
     )
     if dense:
-        say(f"{dense} of {len(result.linears)} linears are smaller dense and were left so")
-    say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, with embedding and head as they came")
+        say(f"{dense} of {len(result.linears)} linears are smaller dense and were not packed")
+    say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, including embedding and head, unchanged")
     say(f"written to {result.path}")
 
 
 def print_speeds(report: Comparison) -> None:
-    """Tokens per second of a packed checkpoint beside a dense one: the median, and the slowest and fastest round."""
+    """Prints tokens per second of a packed and a dense checkpoint: the median, and the slowest and fastest round."""
     shown = table(("",), ("batch", "threads", "dense tok/s", "packed tok/s", "ratio"))
     for first, second in report.pairs():
         shown.add_row(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ import torch
 import sparsellm
 from sparsellm import cli, interrupts
 from sparsellm.chain import Chain
+from tests import forking
 
 LIMIT = 120.0  # seconds, far beyond what any command here takes
 
@@ -116,10 +116,8 @@ def _python(model: Path, out: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def started(target: Any, *arguments: Any) -> Iterator[BaseProcess]:
-    """A process, forked from one that has imported this module; killed at the end if it still runs."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.cli.child"])
-    process = context.Process(target=target, args=arguments)
+    """A process, forked from one that has imported all that a run imports; killed at the end if it still runs."""
+    process = forking.context().Process(target=target, args=arguments)
     process.start()
     try:
         yield process

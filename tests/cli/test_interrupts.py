@@ -45,11 +45,11 @@ def test_a_signal_stops_the_run_and_says_what_is_kept_and_what_goes_on(
     assert line.startswith(f"interrupted ({signum.name}); 1 of 3 blocks are kept in {out}.partial; ")
     assert not out.exists()
     (tmp_path / "go").touch()
-    program, *again = shlex.split(line.partition("the same command goes on:")[2])
+    program, *again = shlex.split(line.partition("the same command resumes it:")[2])
     assert program == "sparsellm"
     code, _, stderr = run(*again)
     assert code == 0, stderr
-    assert "going on with an unfinished run: 1 of 3 blocks are done" in stderr
+    assert "resuming an unfinished run: 1 of 3 blocks are done" in stderr
     assert (out / "pruning.json").is_file()
 
 
@@ -58,7 +58,7 @@ def test_the_command_that_goes_on_does_not_begin_anew(llama: Path, tmp_path: Pat
         child.send(run, signal.SIGTERM)
         assert child.ended(run) == 143
     said = (tmp_path / "stderr").read_text()
-    assert "the same command goes on:" in said
+    assert "the same command resumes it:" in said
     assert "--restart" not in said
 
 

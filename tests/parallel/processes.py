@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests import forking
+
 LIMIT = 400  # seconds, far beyond what any test here takes: one that hangs is ended, not waited for
 
 
 def run_in(size: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
     """Calls ``function(folder, *arguments)`` in each of ``size`` joined processes; fails if one of them does."""
-    # Fork of a clean server: torch and transformers are imported once, not once a process.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.workers"])
     workers = [
-        context.Process(target=_join, args=(rank, size, function, folder, *arguments), daemon=True)
+        forking.context().Process(target=_join, args=(rank, size, function, folder, *arguments), daemon=True)
         for rank in range(size)
     ]
     for worker in workers:

@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_the_same_bits(short_run: Any, cut_short: Path, tmp_p
         run = by_torchrun(2, *short_run, f"--out={folder}")
         _, stderr = ended(run)
         assert run.returncode == 0, stderr
-        assert stderr.count("going on with an unfinished run") == (folder == out)
+        assert stderr.count("resuming an unfinished run") == (folder == out)
     found, expected = tensors(out), tensors(whole)
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())

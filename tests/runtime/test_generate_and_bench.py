@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import sparsellm
-from sparsellm.errors import DataError, RecipeError
+from sparsellm.errors import DataError, ModelError, RecipeError
 from sparsellm.runtime.bench import Speed, compare, measure, resident_bytes, verdict
 from sparsellm.runtime.generate import generate
 from sparsellm.runtime.module import PackedLinear
@@ -58,6 +58,29 @@ def test_what_cannot_be_generated_is_said(
 ) -> None:
     with pytest.raises(error, match=said):
         generate(sparsellm.load(llama), tiny_tokenizer(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eos_token_id", "1"), ("eos_token_id", [10**30]), ("top_p", 2.0), ("top_k", True), ("repetition_penalty", 0.0)],
+)
+def test_a_bad_generation_config_is_named(name: str, value: Any, llama: Path) -> None:
+    model = sparsellm.load(llama)
+    setattr(model.generation_config, name, value)
+    with pytest.raises(ModelError, match=f"{name} of the model's generation config is"):
+        generate(model, tiny_tokenizer(), PROMPT)
+
+
+def test_of_the_generation_config_only_what_is_of_use_here_is_used(llama: Path) -> None:
+    model, tokenizer = sparsellm.load(llama), tiny_tokenizer()
+    expected = generate(model, tokenizer, PROMPT, max_new_tokens=8)
+    before = model.generation_config
+    for name, value in {"output_hidden_states": "32", "return_dict_in_generate": True, "num_beams": 3}.items():
+        setattr(before, name, value)
+    assert generate(model, tokenizer, PROMPT, max_new_tokens=8).text == expected.text
+    assert model.generation_config is before
+    before.eos_token_id = list(range(model.config.vocab_size))
+    assert generate(model, tokenizer, PROMPT, max_new_tokens=8).new_tokens == 1
 
 
 def test_models_take_turns_and_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:

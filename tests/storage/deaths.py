@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from sparsellm.storage import publish
+from tests import forking
 from tests.storage.small import write
 
 CALLS = ("replace", "unlink", "rmdir", "mkdir", "fsync")
@@ -67,9 +67,7 @@ def dying(at: int | None, exchanges: bool = True, signalled: bool = False) -> It
 
 def write_and_die(at: int, exchanges: bool, out: Path, value: float, model: Path, options: dict[str, Any]) -> None:
     """:func:`tests.storage.small.write`, by a process of its own that is killed at step ``at``, if it comes so far."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.storage.deaths"])
-    process = context.Process(target=_write, args=(at, exchanges, out, value, model, options))
+    process = forking.context().Process(target=_write, args=(at, exchanges, out, value, model, options))
     process.start()
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import multiprocessing
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from sparsellm.errors import SparseLLMError
 from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.storage import resume, shard, writer
 from sparsellm.storage.reader import raw_bytes
+from tests import forking
 from tests.storage.deaths import Died, dying
 
 IDS = torch.arange(16).view(2, 8)
@@ -216,8 +216,7 @@ def full_disk(after: int | None) -> Iterator[None]:
 
 
 def in_a_process_of_its_own(function: Callable[..., None], *args: Any) -> str:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.storage.lives"])
+    context = forking.context()
     queue = context.SimpleQueue()
     process = context.Process(target=function, args=(queue, *args))
     process.start()

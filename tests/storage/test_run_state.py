@@ -65,7 +65,7 @@ def test_somebody_else_s_directory_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "thesis.txt").write_text("years of work")
     for restart in (False, True):
-        with pytest.raises(StorageError, match="not a run that can go on"):
+        with pytest.raises(StorageError, match="not a run that can be resumed"):
             RunState(tmp_path / "p", IDENTITY, restart=restart)
     assert (tmp_path / "p" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "q").write_text("a file")

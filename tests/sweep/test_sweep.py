@@ -203,7 +203,7 @@ def test_shared_weights_are_refused_before_the_work(monkeypatch: pytest.MonkeyPa
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     recipe = Recipe(method="sparsellm", sparsity=0.5)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight stands in several places.*passes=0"):
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight is used in several places.*passes=0"):
         sparsellm.prune(model, recipe, calibration=ids_of(2))
     assert same_bits(model.state_dict(), before)
     sparsellm.prune(model, recipe.updated(options={"passes": 0}), calibration=ids_of(2))

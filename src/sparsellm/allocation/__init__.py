@@ -1,4 +1,4 @@
-"""How much each block and each linear gives. An allocation is one decorated function in a file of this package."""
+"""Allocations choose the sparsity of each block or linear. Each is one decorated function in this package."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""The registry of allocations, what one gives back, and how published scores of blocks become sparsities."""
+"""The registry of allocations, their return type, and the rescaling of block scores to sparsities."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from sparsellm.registry import Registry
 
 @dataclass(frozen=True)
 class Allocation:
-    """How many zeros each linear gets.
+    """The number of zeros of each linear.
 
     Attributes:
-        zeros: of each linear, by name.
-        report: what the user should see of how they were found; JSON values.
+        zeros: by the name of the linear.
+        report: JSON values for the user that explain the choice.
     """
 
     zeros: dict[str, int]
     report: dict[str, Any] = field(default_factory=dict)
 
     def patterns(self, survey: Survey) -> dict[str, Pattern]:
-        """The pattern of each linear of the survey, which counts exactly those zeros."""
+        """The pattern of each linear of the survey, with exactly that number of zeros."""
         return {linear.name: pattern_of(self.zeros[linear.name], linear.weights) for linear in survey.linears}
 
 
 Allocator = Callable[..., Allocation]
-"""``allocator(survey, **options) -> Allocation``. The model behind the survey is left as it was."""
+"""``allocator(survey, **options) -> Allocation``. It must not change the model of the survey."""
 
 ALLOCATIONS: Registry[Allocator] = Registry("allocation")
 
 
 def pattern_of(zeros: int, weights: int) -> Unstructured:
-    """The pattern with this very count: the quotient is off by half a unit in the last place, far less than one."""
-    largest = 1 - 2.0**-53  # the fraction of a pattern is below 1, also where it rounds to every weight
+    """The pattern with exactly ``zeros`` zeros: the rounding of the quotient is far less than one zero."""
+    largest = 1 - 2.0**-53  # a pattern's sparsity must be below 1, even if it rounds to every weight
     return Unstructured(min(zeros / weights, largest))
 
 
 def from_sparsities(
     survey: Survey, sparsities: Mapping[str, float], report: dict[str, Any] | None = None
 ) -> Allocation:
-    """Whole zeros from wanted sparsities of all linears, the total exact.
+    """The allocation nearest to wanted sparsities, with the exact total.
 
-    All are shifted by one number, so that the mean over the weights is right, and clipped to [0, 0.99].
+    One number is added to all sparsities, so that the mean over the weights is right; they are clipped to [0, 0.99].
     """
     weights = [linear.weights for linear in survey.linears]
     limits = bounds(weights, survey.sparsity)
@@ -58,15 +58,16 @@ def from_sparsities(
 def from_block_importance(
     survey: Survey, importance: Mapping[int, float], reach: float, report: dict[str, Any]
 ) -> Allocation:
-    """The rescaling that OWL (2310.05175, section 3.2) and DLP (2505.23807) share: importance to densities.
+    """The allocation from the importance of blocks, by the rescaling of OWL (2310.05175, section 3.2) and DLP
+    (2505.23807).
 
-    With ``d_l = 2 reach (I_l − min I) / (max I − min I)``, block l keeps ``1 − S + d_l − mean(d)``: so sparsities are
-    ``2 reach`` apart at most, in a straight line with importance, and the block of most importance keeps most.
+    With ``d_l = 2 reach (I_l − min I) / (max I − min I)``, block l keeps the fraction ``1 − S + d_l − mean(d)``. So
+    sparsity falls linearly with importance, and the most and least important block are ``2 reach`` apart.
 
     Args:
         survey: the linears.
         importance: of each block.
-        reach: half the distance between the densest and the sparsest block.
+        reach: half the difference in sparsity between the sparsest and the densest block.
     """
     least, most = min(importance.values()), max(importance.values())
     unit = 2 * reach / (most - least) if most > least else 0.0

@@ -1,4 +1,4 @@
-"""Sparsity that rises (or falls) in a straight line with depth."""
+"""ATP: sparsity that rises (or falls) linearly with depth."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ from sparsellm.registry import Workspace
 def dlp(
     survey: Survey,
     *,
-    alpha: Annotated[float, Field(ge=0), "α: sparsities are 2α apart at most"] = 0.15,
+    alpha: Annotated[float, Field(ge=0), "α: sparsities of blocks differ by 2α at most"] = 0.15,
 ) -> Allocation:
     """Relative importance by the median: I_l = 1 − median(A^l) / Σ_k median(A^k), A the Wanda metric of a block.
 
-    The median is over all linears of a block together (of an even number, the lower of the two in the middle); then
-    the rescaling of :func:`~sparsellm.allocation.allocator.from_block_importance` with α.
+    The median is over all linears of a block together (of an even number, the lower of the two in the middle). Then
+    :func:`~sparsellm.allocation.allocator.from_block_importance` rescales with α.
     """
     medians = {block: _median(metrics) for block, metrics in survey.wanda_metrics()}
     total = sum(medians.values()) or 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-LARGEST = 0.99  # sparsity of one linear: one with no weights left would cut its block in two
+LARGEST = 0.99  # sparsity of one linear; without any weights it would cut its block in two
 _HALVINGS = 200
 
 Limits = tuple[list[int], list[int]]
@@ -15,7 +15,7 @@ Limits = tuple[list[int], list[int]]
 def bounds(weights: Sequence[int], sparsity: float, span: float = 1.0) -> Limits:
     """The fewest and the most zeros of each linear: its sparsity is within ``span`` of the target, and in [0, 0.99].
 
-    The target itself is always allowed, so there is always a way to meet the total. Limits are whole, rounded outward.
+    The target itself is always within the limits, so the total can always be met. Limits are whole, rounded outward.
     """
     fewest = [math.floor(max(0.0, sparsity - span) * count) for count in weights]
     most = [
@@ -31,7 +31,7 @@ def shift_to_total(weights: Sequence[int], wanted: Sequence[float], total: int, 
     Args:
         weights: ``n_i``.
         wanted: sparsities ``s_i``, any real numbers.
-        total: the sum; between the sums of the limits.
+        total: the sum, between the sums of the limits.
         limits: fewest and most.
     """
 
@@ -54,8 +54,8 @@ def shift_to_total(weights: Sequence[int], wanted: Sequence[float], total: int, 
 def round_exactly(wanted: Sequence[float], total: int, limits: Limits) -> list[int]:
     """Whole numbers near ``wanted``, within the limits, that add up to ``total``; the largest remainders round up.
 
-    Where ``wanted`` adds up to ``total``, each number is within one of what was wanted. Among equal remainders the
-    first is raised.
+    If ``wanted`` adds up to ``total``, each number is within one of its wanted value. Among equal remainders the first
+    is raised.
 
     Raises:
         ValueError: the limits do not allow this total.
@@ -63,11 +63,11 @@ def round_exactly(wanted: Sequence[float], total: int, limits: Limits) -> list[i
     fewest, most = limits
     if not sum(fewest) <= total <= sum(most):
         raise ValueError(f"{total} zeros are not between {sum(fewest)} and {sum(most)}")
-    found = [min(max(math.floor(value), low), high) for value, low, high in zip(wanted, fewest, most, strict=True)]
-    while (missing := total - sum(found)) != 0:
+    zeros = [min(max(math.floor(value), low), high) for value, low, high in zip(wanted, fewest, most, strict=True)]
+    while (missing := total - sum(zeros)) != 0:
         step = 1 if missing > 0 else -1
-        room = [i for i in range(len(found)) if fewest[i] <= found[i] + step <= most[i]]
-        room.sort(key=lambda i: (step * (found[i] - wanted[i]), i))  # those furthest behind what was wanted come first
+        room = [i for i in range(len(zeros)) if fewest[i] <= zeros[i] + step <= most[i]]
+        room.sort(key=lambda i: (step * (zeros[i] - wanted[i]), i))  # the furthest from its wanted value comes first
         for i in room[: abs(missing)]:
-            found[i] += step
-    return found
+            zeros[i] += step
+    return zeros

@@ -15,13 +15,13 @@ from sparsellm.registry import Workspace
 def owl(
     survey: Survey,
     *,
-    M: Annotated[float, Field(gt=0), "an outlier is so many times the block's mean"] = 5.0,
-    lam: Annotated[float, Field(ge=0), "λ: sparsities are 2λ apart at most"] = 0.08,
+    M: Annotated[float, Field(gt=0), "an outlier is above M times the mean of its block"] = 5.0,
+    lam: Annotated[float, Field(ge=0), "λ: sparsities of blocks differ by 2λ at most"] = 0.08,
 ) -> Allocation:
-    """Layerwise outlier distribution: a block is important by its share of Wanda metrics above M times their mean.
+    """Importance of a block by its outliers: the share of its Wanda metrics above M times their mean.
 
-    ``D_l = Σ 1(A_ij > M · mean(A^l)) / |A^l|`` over all linears of a block, ``A_ij = |w_ij| ‖x_j‖`` (section 3.2);
-    then the rescaling of :func:`~sparsellm.allocation.allocator.from_block_importance` with λ.
+    ``D_l = Σ 1(A_ij > M · mean(A^l)) / |A^l|`` over all linears of a block, ``A_ij = |w_ij| ‖x_j‖`` (section 3.2).
+    Then :func:`~sparsellm.allocation.allocator.from_block_importance` rescales with λ.
     """
     shares = {}
     for block, metrics in survey.wanda_metrics():

@@ -1,4 +1,4 @@
-"""What an allocation may know of the dense model: sizes at once, statistics when they are asked for."""
+"""The survey of the dense model that an allocation gets: sizes at once, statistics on demand."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class LinearSize:
 
 
 class Survey:
-    """What is known of the dense model. It is read block by block, and left as it was to the bit.
+    """Sizes and statistics of the dense model. It is read block by block, and not changed by a bit.
 
     Args:
         feed: the dense model and the calibration windows.
-        linears: those that will be pruned, in the order of the chain.
+        linears: the linears to prune, in the order of the chain.
         sparsity: fraction of zeros over all of them.
-        gradients: of the loss, which the run has for an allocation that declares ``gradient_tokens``.
+        gradients: of the loss, for an allocation that declares ``gradient_tokens``; else None.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class Survey:
 
     @property
     def gradients(self) -> LossGradients:
-        """Of the loss of the dense model, with the saliency of every weight."""
+        """The gradients of the dense model's loss, with the saliency of every weight."""
         assert self._gradients is not None, "the allocation declares no gradient_tokens"
         return self._gradients
 
     @property
     def weights(self) -> int:
-        """In all linears."""
+        """The number of weights in all linears."""
         return sum(linear.weights for linear in self.linears)
 
     @property
     def zeros(self) -> int:
-        """In all linears together: ``round(sparsity · weights)``."""
+        """The number of zeros in all linears together: ``round(sparsity · weights)``."""
         return round(self.sparsity * self.weights)
 
     @cached_property
@@ -68,7 +68,7 @@ class Survey:
 
     @cached_property
     def shared(self) -> frozenset[str]:
-        """Those of which the weight stands in several places of the model."""
+        """The names of linears whose weight is used in several places of the model."""
         views = (linear for index in self.blocks for linear in self._views(index))
         return frozenset(linear.name for linear in views if self.chain.is_shared(linear.weight_name))
 
@@ -79,7 +79,7 @@ class Survey:
 
     @cached_property
     def mean_squares(self) -> dict[str, Tensor]:
-        """Mean square of every input over the tokens that reach a linear, ``(in,)`` fp32; absent where none did."""
+        """Mean square of every input over the tokens that reach a linear, ``(in,)`` fp32; without unreached linears."""
         sums: dict[str, Tensor] = {}
         tokens: dict[str, int] = {}
 
@@ -101,8 +101,8 @@ class Survey:
     def wanda_metrics(self) -> Iterator[tuple[int, list[Tensor]]]:
         """For each block, ``|w_ij| · √E[x_j²]`` (2306.11695) of its linears, ``(out, in)`` fp32.
 
-        The papers take the norm over the tokens in place of the root of the mean: a factor that all share. A linear
-        that no token reached is left out.
+        The papers take the norm over the tokens instead of the root mean square, which differs by a common factor. A
+        linear that no token reached is left out.
         """
         mean_squares = self.mean_squares
         for index in self.blocks:

@@ -30,15 +30,15 @@ def _needs(options: dict[str, Any]) -> Needs:
 def threshold(
     survey: Survey,
     *,
-    level: Annotated[Literal["block", "linear"], "what gets a sparsity of its own"] = "linear",
+    level: Annotated[Literal["block", "linear"], "whether each block or each linear has its own sparsity"] = "linear",
     span: Annotated[float, Field(ge=0, le=1), "how far a linear's sparsity may be from the target"] = 0.15,
-    tokens: Annotated[int, Field(ge=1), "calibration tokens that gradients are taken of, in whole windows"] = TOKENS,
+    tokens: Annotated[int, Field(ge=1), "calibration tokens for the gradients, in whole windows"] = TOKENS,
 ) -> Allocation:
-    """Each linear loses as many weights as have a saliency ½ w² E[g² x²] below one threshold of the whole model.
+    """Zeros of each linear: its weights whose saliency ½ w² E[g² x²] is below one threshold for the whole model.
 
-    See :class:`~sparsellm.sweep.saliency.SaliencyHistograms`. With ``level=block`` that is counted for each block,
-    and its linears share one sparsity. A linear that no token reached keeps the target sparsity, and so does one whose
-    weight the model uses in several places, of which the sweep sees one.
+    See :class:`~sparsellm.sweep.saliency.SaliencyHistograms`. With ``level=block`` the weights are counted for each
+    block, and its linears share one sparsity. A linear that no token reached has the target sparsity, and so has one
+    whose weight the model uses in several places, because the sweep covers only one of them.
     """
     counts = {name: one for name, one in survey.gradients.saliency.items() if name not in survey.shared}
     report = {"tokens": survey.gradients.tokens, "kept_target": sorted(survey.names - counts.keys())}
@@ -48,9 +48,9 @@ def threshold(
 def from_histograms(
     survey: Survey, counts: dict[str, Tensor], *, level: Literal["block", "linear"], span: float
 ) -> Allocation:
-    """As :func:`threshold`, from ``counts``: int64 ``(BINS,)`` of each linear that is known.
+    """As :func:`threshold`, from the histograms ``counts``, int64 ``(BINS,)``, of the linears that have one.
 
-    Within the bin where the threshold falls, all linears lose the same share of their weights there.
+    In the bin that contains the threshold, all linears lose the same share of the weights in that bin.
     """
     linears = survey.linears
     weights = [linear.weights for linear in linears]
@@ -58,7 +58,7 @@ def from_histograms(
     for i, linear in enumerate(linears):
         if linear.name not in counts:
             fewest[i], most[i] = math.floor(survey.sparsity * weights[i]), math.ceil(survey.sparsity * weights[i])
-    groups: dict[object, list[int]] = {}  # of linears with one sparsity
+    groups: dict[object, list[int]] = {}  # indices of the linears that share one sparsity
     for i, linear in enumerate(linears):
         alone = level == "linear" or linear.name not in counts
         groups.setdefault(linear.name if alone else linear.block, []).append(i)
@@ -83,5 +83,5 @@ def from_histograms(
         size = sum(weights[i] for i in group)
         for i in group:
             wanted[i] = zeros * weights[i] / size
-    found = round_exactly(wanted, survey.zeros, (fewest, most))
-    return Allocation(dict(zip((linear.name for linear in linears), found, strict=True)))
+    rounded = round_exactly(wanted, survey.zeros, (fewest, most))
+    return Allocation(dict(zip((linear.name for linear in linears), rounded, strict=True)))

@@ -1,4 +1,4 @@
-"""From a text source that a user names to windows of token ids. A new source is one decorated function."""
+"""Turns the text source that a user names into windows of token ids. A new source is one decorated function."""
 
 from sparsellm.calibration import corpora, hub, text_files  # noqa: F401  (each registers its sources)
 from sparsellm.calibration.given import TextGiven, as_text, settle_calibration

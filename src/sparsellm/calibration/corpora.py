@@ -1,4 +1,4 @@
-"""The corpora that have a name: those of the papers, by the papers' own protocol, and one that needs no download."""
+"""The named corpora: those of the papers, by the papers' own protocol, and one that needs no download."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sparsellm.calibration.hub import hub_column
 from sparsellm.calibration.sources import SOURCES, Split, Text, reads_file, takes_no_argument
 from sparsellm.calibration.text_files import read_rows, text_rows
 
-# At most this share of the characters of pydoc is held out; calibration needs the rest more.
+# At most this share of the characters of pydoc is held out for evaluation; calibration gets the rest.
 _HELD_OUT = 0.2
 
 # SparseGPT's evaluation on C4 reads this many documents and at most this many windows.
@@ -20,9 +20,9 @@ _C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
 def read_pydoc(argument: str, split: Split) -> Text:
     """The English documentation inside every Python: no download, about 90,000 tokens, a sixth of them held out.
 
-    It is technical prose of one kind, so it calibrates worse than a broad corpus, and its text changes with the version
-    of Python: numbers compare only within one version. Topics quote each other, so a paragraph counts once, where it
-    comes first in order of topic: no paragraph is in both parts.
+    It is technical prose of one kind, so it calibrates worse than a broad corpus. Its text changes with the version of
+    Python, so results compare only within one version. Topics quote each other; a repeated paragraph counts only in the
+    first topic, so that no paragraph is in both parts.
     """
     parts: dict[Split, list[str]] = {"calibration": [], "evaluation": []}
     held_out = total = 0  # characters
@@ -59,13 +59,13 @@ def _is_rule(line: str) -> bool:
 def read_wikitext2(argument: str, split: Split) -> Text:
     """WikiText-2 raw, train or test, rows joined with a blank line; wikitext2:PATH reads a raw file instead of the Hub.
 
-    The Hub's rows keep the line's own end unless the line is blank, and those ends are part of the string that the
-    papers tokenise. ``wikitext2:PATH`` does the same to the lines of ``wiki.test.raw``, so both give one string: the
-    test split has 287,644 tokens of GPT-2's vocabulary.
+    The Hub's rows keep the line break of each line that is not blank, and these breaks are part of the string that the
+    papers tokenise. ``wikitext2:PATH`` treats the lines of ``wiki.test.raw`` in the same way, so both yield one string:
+    the test split has 287,644 tokens of GPT-2's vocabulary.
     """
     if argument:
         lines = read_rows(argument, text_rows)
-        if not lines[-1]:  # the end of the last line begins no further row
+        if not lines[-1]:  # the line break at the end of the file starts no further row
             lines.pop()
         return Text([f"{line}\n" if line.strip() else "" for line in lines])
     part = "train" if split == "calibration" else "test"
@@ -77,7 +77,7 @@ def read_wikitext2(argument: str, split: Split) -> Text:
 def read_ptb(argument: str, split: Split) -> Text:
     """Penn Treebank, train or test, sentences joined with a space."""
     part = "train" if split == "calibration" else "test"
-    # The main branch of this data set is a script; the Hub's own conversion of it holds only data.
+    # The main branch of this data set holds a script; the Hub's own conversion of it holds only data.
     sentences = hub_column(
         "ptb", "ptb-text-only/ptb_text_only", split=part, revision="refs/convert/parquet", column="sentence"
     )

@@ -1,7 +1,7 @@
-"""What a Python user gives as text: a source, a file, token ids, or a data set; checked before any model is opened.
+"""Checks the text that a Python user passes: a source, a file, token ids, or a data set, before any model is opened.
 
-Token ids are windows of equal length, one a row. Rows of several lengths are refused rather than cut or joined: only
-the user knows where a text may be cut.
+Token ids are windows of equal length, one per row. Rows of different lengths are refused rather than cut or joined,
+because only the user can decide where a text may be cut.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from sparsellm.errors import DataError, shown
 from sparsellm.recipe import Recipe
 
 TextGiven: TypeAlias = str | os.PathLike[str] | Tensor | numpy.ndarray | Sequence[Any] | Mapping[str, Any] | Text
-"""What may be given as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
+"""The types accepted as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
 
-IDS, DOCUMENTS = "token ids given in Python", "documents given in Python"  # what a recipe then records as calibration
+IDS, DOCUMENTS = "token ids given in Python", "documents given in Python"  # recorded in the recipe as ``calibration``
 
 _HINT = (
     "give a source such as 'pydoc', the path of a file, token ids (windows, tokens), or a data set with a column "
@@ -30,17 +30,19 @@ _HINT = (
 
 
 def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
-    """A text source that exists, token ids ``(windows, tokens)`` int64 on the CPU, or the documents of a data set.
+    """Checks a text argument and returns the name of a source, token ids, or the documents of a data set.
+
+    Token ids are returned as ``(windows, tokens)`` int64 on the CPU.
 
     Args:
         value: a source, a path, a tensor or numpy array of ids, a sequence of id sequences of one length, or a data
             set: a sequence of mappings with ``text`` or ``input_ids``, such as ``datasets.Dataset``.
-        name: of the argument, for the error.
-        split: what the text is for.
+        name: the name of the argument, for error messages.
+        split: whether the text is for calibration or evaluation.
 
     Raises:
-        DataError: it is none of these, the source or file does not exist, or the ids are not integers of one length
-            of 2 or more.
+        DataError: the value is none of these, the source or file does not exist, or the ids are not integers in rows
+            of one length of 2 or more.
     """
     if isinstance(value, Text):
         return value
@@ -51,7 +53,7 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
         return _file_source(os.fsdecode(value), split)
     if isinstance(value, Tensor | numpy.ndarray):
         return _ids(value, name)
-    if isinstance(value, Mapping) and "input_ids" in value:  # what a tokenizer returns
+    if isinstance(value, Mapping) and "input_ids" in value:  # the return value of a tokenizer
         return _ids(_rows(value["input_ids"], name), name)
     if isinstance(value, Mapping | bytes | bytearray) or not isinstance(value, Iterable):
         detail = f" with the keys {shown(list(value))}" if isinstance(value, Mapping) else ""
@@ -62,7 +64,7 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
 
 
 def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) -> Recipe:
-    """The recipe with the calibration that is used, by name; a source is checked to exist.
+    """The recipe with ``calibration`` set to the name of the text that is used; checks that a source exists.
 
     Raises:
         DataError: see :func:`as_text`.
@@ -76,7 +78,7 @@ def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) 
 
 
 def _file_source(path: str, split: Split) -> str:
-    """A path as a source; what is written like a name or ``name:argument`` is a path all the same."""
+    """The source string for a path, also if the path looks like a name or ``name:argument``."""
     plain = os.path.splitext(path)[1].lower() in FILE_SUFFIXES and path.partition(":")[0] not in SOURCES
     source = path if plain else f"file:{path}"
     check_source(source, split)
@@ -112,7 +114,7 @@ def _field(row: Mapping[str, Any], field: str, name: str, at: int) -> Any:
 
 
 def _rows(rows: Any, name: str) -> numpy.ndarray | Tensor:
-    """Rows of ids as one array, if they are of one length."""
+    """Rows of ids of one length as one array."""
     if isinstance(rows, Tensor | numpy.ndarray):
         return rows
     if not isinstance(rows, Sequence):
@@ -123,7 +125,7 @@ def _rows(rows: Any, name: str) -> numpy.ndarray | Tensor:
             raise DataError(f"{name}, row {at}, is {shown(row)}, not a window of ids; give [[id, id, ...], ...]")
         try:
             array = row.detach().cpu().numpy() if isinstance(row, Tensor) else numpy.asarray(row)
-        except (ValueError, TypeError, OverflowError, RuntimeError):  # of several lengths, of a strange dtype
+        except (ValueError, TypeError, OverflowError, RuntimeError):  # different lengths, or another dtype
             array = numpy.empty((0, 0))
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise DataError(f"{name}, row {at}, is {shown(row)}; a window of ids is a list of integers")

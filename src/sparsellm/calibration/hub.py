@@ -1,4 +1,4 @@
-"""Text from the Hugging Face Hub, through the optional package ``datasets``. No code from the Hub is ever run."""
+"""Text from the Hugging Face Hub, through the optional package ``datasets``. No code from the Hub is run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsellm.errors import DataError, shown
 def read_hub(argument: str, split: Split) -> Text:
     """Any data set with a column 'text', as hub:owner/name[:config[:split]]; by default split train, or test.
 
-    Naming a split uses it for whatever is asked, so name different ones to calibrate and to evaluate.
+    A named split is used for calibration and evaluation alike, so name different ones for the two.
 
     Raises:
         DataError: see :func:`hub_column`; or no data set is named.
@@ -30,10 +30,10 @@ def hub_column(source: str, *arguments: Any, column: str = "text", **settings: A
     """One column of a data set; the other arguments are those of ``datasets.load_dataset``.
 
     Args:
-        source: what the user typed, named in errors.
+        source: the source string that the user typed, for error messages.
 
     Raises:
-        DataError: ``datasets`` is not installed, the data set cannot be reached or found, or it has no such column.
+        DataError: ``datasets`` is not installed, the data set cannot be loaded, or it has no such column.
     """
     instead = "or give a file of your own (.txt, .jsonl, .parquet), or 'pydoc', which needs no download"
     try:
@@ -44,7 +44,7 @@ def hub_column(source: str, *arguments: Any, column: str = "text", **settings: A
         ) from error
     try:
         data = datasets.load_dataset(*arguments, **settings)
-    except Exception as error:  # network, Hub and format errors of several packages that share no base class
+    except Exception as error:  # errors of network, Hub and format, from several packages without a common base class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"source {source!r} cannot be loaded: {reason}; check name and network, {instead}") from error
     if column not in data.column_names:

@@ -1,4 +1,4 @@
-"""Calibration text that the dense model writes itself, so that pruning needs no data at all."""
+"""Calibration text sampled from the dense model, so that pruning needs no data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsellm.errors import NumericalError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Windows written side by side: enough to fill the matrix products, few enough for the cache of keys and values.
+# Windows sampled in one batch: enough for efficient matrix products, few enough for the memory of the key-value cache.
 BATCH = 16
 
 
@@ -30,21 +30,21 @@ def self_generated_windows(
     greedy_tokens: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Sample windows from a model in the manner of LLM-QAT (2305.17888, section 2.1).
+    """Samples windows of text from a model as in LLM-QAT (2305.17888, section 2.1).
 
-    Each window starts from a random token of the vocabulary, after the beginning-of-text token if this tokenizer adds
-    one. The next few are the most likely ones, which settles on a subject that the model knows; the rest are sampled.
-    After an end-of-text token a new text starts in the same way, so no window holds padding.
+    Each window starts with a random token of the vocabulary, after the beginning-of-text token if the tokenizer adds
+    one. The next few tokens are the most likely ones, so that the text has a subject from the training data; the rest
+    are sampled. After an end-of-text token a new text starts in the same way, so no window holds padding.
 
-    The random numbers are drawn on the CPU from ``seed``; on one machine the same arguments give the same windows.
+    The random numbers are drawn on the CPU from ``seed``. On one machine the same arguments return the same windows.
 
     Args:
         model: the dense model.
         tokenizer: its tokenizer.
-        samples: windows to write.
+        samples: the number of windows.
         seq_len: tokens in each.
         seed: of the sampling.
-        temperature: 1 samples what the model believes; lower is less varied.
+        temperature: 1 samples from the model's own distribution; lower is less varied.
         greedy_tokens: tokens after the random one that are chosen greedily; LLM-QAT uses 3 to 5.
         progress: called with (tokens written, ``samples · seq_len``).
 
@@ -59,7 +59,7 @@ def self_generated_windows(
     model.train(False)
     generator = torch.Generator().manual_seed(seed)
     starts = _start_tokens(tokenizer)
-    known = len(tokenizer)  # many models pad the vocabulary with rows that no text ever uses
+    known = len(tokenizer)  # many models pad the vocabulary with rows that no token uses
     end = tokenizer.eos_token_id
     prefix: list[int] = tokenizer("", verbose=False)["input_ids"][:1]  # the beginning-of-text token, or nothing
 
@@ -81,7 +81,7 @@ def self_generated_windows(
                     raise NumericalError(f"the model's logits are not finite after {len(columns)} tokens; try float32")
                 sampled = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
                 token = torch.where(age < greedy_tokens, logits.argmax(-1), sampled)
-                fresh = _pick(starts, rows, generator)  # drawn every time, so a row's text never shifts another's
+                fresh = _pick(starts, rows, generator)  # at every step, so that rows do not affect each other
                 ended = columns[-1] == end if end is not None else torch.zeros(rows, dtype=torch.bool)
                 token, age = torch.where(ended, fresh, token), torch.where(ended, 0, age + 1)
                 columns.append(token)
@@ -98,7 +98,7 @@ def self_generated_windows(
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Ids that may begin a text: all but the special ones."""
+    """The token ids that may begin a text: all except the special ones."""
     special = set(tokenizer.all_special_ids)
     return torch.tensor([token for token in range(len(tokenizer)) if token not in special])
 

@@ -1,4 +1,4 @@
-"""What a text source is, and how the string that a user types finds its function.
+"""Text sources: their registry, and the look-up of the source string that a user types.
 
 A source string is ``name`` or ``name:argument`` (``wikitext2``, ``hub:owner/name``), or the path of a file.
 """
@@ -15,7 +15,7 @@ from sparsellm.registry import Registry
 
 Split = Literal["calibration", "evaluation"]
 
-# The one source that is no text: the dense model writes its own. See self_generated.py.
+# The only source that reads no text: the dense model writes its own. See self_generated.py.
 SELF = "self"
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -23,13 +23,13 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, and how a paper's protocol makes token windows of them.
+    """Documents, and the protocol that turns them into token windows.
 
     Attributes:
         documents: may be lazy (a column of a data set on disk).
-        joiner: what stands between two documents when all are tokenised as one string.
+        joiner: the string between two documents when all are tokenised as one string.
         per_document: calibration windows are drawn inside single long documents, not from the joined string.
-        most_windows: the protocol evaluates on no more windows than this.
+        most_windows: the most windows that the protocol evaluates on.
     """
 
     documents: Sequence[str]
@@ -45,7 +45,7 @@ class Text:
 TextSource = Callable[[str, Split], Text]
 SOURCES: Registry[TextSource] = Registry("text source")
 
-# Names of the sources that take nothing after their name, and of those that read the file that is named there.
+# Names of the sources without an argument, and of those whose argument is the path of a file.
 _WITHOUT_ARGUMENT: set[str] = {SELF}
 _FILE_READERS: set[str] = set()
 
@@ -58,7 +58,7 @@ def takes_no_argument(name: str) -> Callable[[F], F]:
 
 
 def reads_file(name: str) -> Callable[[F], F]:
-    """Decorator beside ``SOURCES.register``: what stands after the colon, if anything, is the path of a file."""
+    """Decorator beside ``SOURCES.register``: the text after the colon, if any, is the path of a file."""
     return _noting(_FILE_READERS, name)
 
 
@@ -71,10 +71,10 @@ def _noting(names: set[str], name: str) -> Callable[[F], F]:
 
 
 def check_source(source: str, split: Split) -> tuple[str, str]:
-    """The name of a source and its argument; nothing is read, so that a mistake is told before any work.
+    """The name and the argument of a source. Nothing is read, so that a mistake is reported before any work.
 
     Raises:
-        DataError: no source has this name and it is no path of a known kind; the file is not there; the source takes
+        DataError: no source has this name and it is no path of a known kind; the file does not exist; the source takes
             no argument; or it is ``self``, for evaluation.
     """
     name, colon, argument = source.partition(":")
@@ -126,7 +126,7 @@ def text_file(path: str) -> Path:
 
 def _refuse_unknown(source: str) -> NoReturn:
     if any(separator in source for separator in ("/", "\\")) or source.startswith(("~", ".")):
-        file = text_file(source)  # refuses what is not there
+        file = text_file(source)  # raises if it does not exist
         raise DataError(f"{shown(str(file))} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
     hint = nearest(source.partition(":")[0][:100], [*(entry.name for entry in SOURCES), SELF])
     raise DataError(f"unknown text source {shown(source)}; {hint}, or a path ending in {', '.join(FILE_SUFFIXES)}")

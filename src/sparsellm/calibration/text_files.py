@@ -17,8 +17,8 @@ from sparsellm.inputs.json_input import parse_json
 def read_file(argument: str, split: Split) -> Text:
     """A file on this machine: every line of a .txt, record of a .jsonl or row of a .parquet is one document.
 
-    Documents are joined with a blank line, as the papers join the rows of WikiText-2. A file has no splits: to
-    calibrate and to evaluate, give two files, or the evaluation flatters.
+    Documents are joined with a blank line, as the papers join the rows of WikiText-2. A file has no splits: use
+    different files to calibrate and to evaluate, or the perplexity will be too low.
 
     Raises:
         DataError: the file is absent, of another kind, not UTF-8, or without the field ``text``.
@@ -31,15 +31,15 @@ def read_file(argument: str, split: Split) -> Text:
 
 
 def read_rows(argument: str, reader: Callable[[Path], list[str]]) -> list[str]:
-    """What ``reader`` finds in a file, with errors that say what is wrong with it.
+    """The documents that ``reader`` returns for a file, with clear errors.
 
     Raises:
-        DataError: the file is absent, unreadable, not UTF-8, or larger than the memory that is free.
+        DataError: the file is absent, unreadable, not UTF-8, or too large for the free memory.
     """
     path = text_file(argument)
     try:
         size = path.stat().st_size
-        if size > psutil.virtual_memory().available // 4:  # as bytes, as text, and the tokens of it
+        if size > psutil.virtual_memory().available // 4:  # room for bytes, text and token ids
             raise DataError(f"{path} has {size / 1e9:.1f} GB, too much for the memory that is free; give a part of it")
         return reader(path)
     except UnicodeDecodeError as error:
@@ -49,7 +49,7 @@ def read_rows(argument: str, reader: Callable[[Path], list[str]]) -> list[str]:
 
 
 def text_rows(path: Path) -> list[str]:
-    """The lines of a text file, without their ends; a last line that is empty counts, so joining restores the text."""
+    """The lines of a text file without line breaks; an empty last line counts, so that joining restores the text."""
     return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
 
 
@@ -66,8 +66,8 @@ def _jsonl_rows(path: Path) -> list[str]:
 
 
 def _parquet_rows(path: Path) -> list[str]:
-    """The strings of the column ``text``; rows without one are left out, as a document that is not there."""
-    import pyarrow  # here, because it takes a noticeable moment and few runs need it
+    """The strings of the column ``text``; rows without a string are left out."""
+    import pyarrow  # here, because the import is slow and few runs need it
     import pyarrow.parquet
 
     try:
@@ -85,6 +85,6 @@ def _parquet_rows(path: Path) -> list[str]:
         raise
     except UnicodeDecodeError:
         raise DataError(f"{path} holds text that is not UTF-8; write the file again") from None
-    except Exception as error:  # a damaged file ends in errors of Arrow, of Thrift, of the system, and in KeyError
+    except Exception as error:  # a damaged file raises errors of Arrow, of Thrift, of the system, or KeyError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise DataError(f"{path} is not a readable Parquet file: {reason}") from error

@@ -1,4 +1,4 @@
-"""Text to windows of token ids, ``(windows, seq_len)``."""
+"""Turns text into windows of token ids, ``(windows, seq_len)``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sparsellm.recipe import MOST_SEED, MOST_TOKENS
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Documents tried, per window asked for, before a per-document source counts as having none that is long enough.
+# Documents tried per requested window before a per-document source is refused for having too few long ones.
 _TRIES_PER_WINDOW = 2000
 _MOST_MISSES = 50_000  # documents in a row that are too short
 
-# Windows that may be drawn from a text of any length. More than these, and more than the text has, only repeat it.
+# Windows that may be drawn from a text of any length. Beyond this number, windows that overlap only repeat the text.
 _MOST_REPEATED = 1024
 
 
@@ -34,17 +34,17 @@ def calibration_windows(
     model: PreTrainedModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Windows to calibrate on, drawn at random; the same arguments give the same windows.
+    """Calibration windows, drawn at random; the same arguments return the same windows.
 
     The papers draw offsets into the joined text independently (SparseGPT 2301.00774, GPTQ 2210.17323), so windows may
-    overlap. Here they do not whenever the text is long enough: a token seen twice adds nothing to a Gram matrix but
-    weight, so disjoint windows carry more information for the same cost. A shorter text falls back to the papers' draw.
+    overlap. Here they do not overlap if the text is long enough: disjoint windows carry more information at the same
+    cost, because a repeated token only adds weight in a Gram matrix. A shorter text is drawn from as in the papers.
 
     Args:
         source: ``self``, a registered name, or a path, see :mod:`sparsellm.calibration.sources`; or the text itself.
         tokenizer: called once on the joined text with its defaults, so a beginning-of-text token, if it adds one,
-            stands once at the very start, as in the papers.
-        samples: windows to draw.
+            is once at the very start, as in the papers.
+        samples: the number of windows.
         seq_len: tokens in each.
         seed: of the draw, and of the sampling if the source is ``self``.
         model: the dense model; needed by the source ``self`` only.
@@ -55,7 +55,7 @@ def calibration_windows(
 
     Raises:
         DataError: the source cannot be read, the text has fewer than ``seq_len + 1`` tokens, a size is out of range,
-            or the windows are more than the text or the memory can give.
+            or the text or the memory is too small for so many windows.
     """
     _check_sizes(samples, seq_len, seed)
     if model is not None:
@@ -82,16 +82,16 @@ def calibration_windows(
 def windows_of_ids(
     ids: Tensor, config: PretrainedConfig, seq_len: int | None = None, max_tokens: int | None = None
 ) -> Tensor:
-    """Token ids given in place of a text, as windows for a model of this configuration.
+    """The windows of token ids that a user passed instead of a text, checked against the model's config.
 
     Args:
         ids: ``(windows, tokens)`` as :func:`sparsellm.calibration.as_text` returns them.
         config: of the model.
-        seq_len: the width that was asked for, if any.
+        seq_len: the requested window length, if any.
         max_tokens: use only the first windows that fit in this many tokens.
 
     Raises:
-        DataError: the windows are longer than the model takes, or of another width than was asked for.
+        DataError: the windows are longer than the model's positions, or not of the requested length.
     """
     width = ids.shape[1]
     if seq_len is not None and seq_len != width:
@@ -107,7 +107,7 @@ def windows_of_ids(
 def evaluation_windows(
     source: str | Text, tokenizer: PreTrainedTokenizerBase, seq_len: int, max_tokens: int | None = None
 ) -> Tensor:
-    """The whole text cut into windows one after the other; what is left at the end is dropped, as in the papers.
+    """The whole text cut into consecutive windows; the remainder at the end is dropped, as in the papers.
 
     Args:
         source: a registered name, a path, or the text itself; ``self`` is refused.
@@ -137,7 +137,7 @@ def evaluation_windows(
 
 
 def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
-    """Refuses a window longer than the positions a model has; a model that names no limit takes any.
+    """Refuses windows longer than the number of positions of a model; a config without a limit takes any.
 
     Raises:
         DataError: ``seq_len`` is above the configuration's ``max_position_embeddings``.
@@ -149,13 +149,13 @@ def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    # verbose=False: that a text is longer than one window is no news here.
-    found = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)
-    return torch.tensor(found["input_ids"], dtype=torch.int64)  # (tokens,)
+    # verbose=False: the warning that a text is longer than the model's positions does not apply here.
+    encoding = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)
+    return torch.tensor(encoding["input_ids"], dtype=torch.int64)  # (tokens,)
 
 
 def _check_sizes(samples: int, seq_len: int, seed: int) -> None:
-    """Refuses what no machine, or not this one, can hold, before anything is allocated."""
+    """Refuses sizes that are out of range or too large for the memory, before anything is allocated."""
     if samples < 1 or seq_len < 1:
         raise DataError(f"calibration needs 1 or more samples of 1 or more tokens; got {samples} of {seq_len}")
     if samples * seq_len > MOST_TOKENS:
@@ -186,10 +186,10 @@ def _check_long_enough(source: str | Text, tokens: int, needed: int) -> None:
 
 
 def _offsets(tokens: int, samples: int, seq_len: int, generator: torch.Generator) -> Tensor:
-    """Where the windows begin: disjoint if they fit, else independent draws, as in the papers.
+    """The offsets of the windows: disjoint if they fit, else independent draws, as in the papers.
 
-    Disjoint ones: the tokens that no window takes are shared out at random into the gaps before, between and after.
-    They come in random order, so that any few of them, held out, are not all from one end of the text.
+    For disjoint windows, the remaining tokens are divided at random among the gaps before, between and after them.
+    Windows are in random order, so that a few held-out ones are not all from one end of the text.
     """
     spare = tokens - samples * seq_len
     if spare < 0:

@@ -1,4 +1,4 @@
-"""Watching the linears of a block while it runs: who shares whose input, and what the inputs are."""
+"""Hooks on the linears of a running block: inputs and outputs, which inputs are shared, and the order of calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsellm.chain.linears import LinearView
 
 @contextlib.contextmanager
 def watch(linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor], None]) -> Iterator[None]:
-    """While this lasts, ``see(linear, input, output)`` is called whenever one of the linears runs."""
+    """Calls ``see(linear, input, output)`` whenever one of the linears runs, until the context ends."""
 
     def hook_for(linear: LinearView) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -32,9 +32,10 @@ def watch(linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor],
 
 @contextlib.contextmanager
 def skipping(linears: list[LinearView]) -> Iterator[None]:
-    """While this lasts, these linears give zeros and multiply nothing: for runs in which nobody reads what they give.
+    """Replaces these linears by functions that return zeros, until the context ends: for runs that need no output of
+    theirs.
 
-    The attribute is set on the instance, over one that somebody else may have set, which then stands there again.
+    ``forward`` is set on each instance. A ``forward`` that was already set on an instance is restored afterwards.
     """
 
     def zeros_of(linear: LinearView) -> Callable[..., Tensor]:
@@ -55,7 +56,7 @@ def skipping(linears: list[LinearView]) -> Iterator[None]:
 
 
 class RunOrder:
-    """When each linear ran: :meth:`see` is called in the order of a run of the block."""
+    """The order in which linears run. Call :meth:`see` for each call of a linear during one run of the block."""
 
     def __init__(self) -> None:
         self._first: dict[str, int] = {}
@@ -70,15 +71,15 @@ class RunOrder:
     def unread(
         self, linears: list[LinearView], *, inputs: list[LinearView], outputs: list[LinearView]
     ) -> list[LinearView]:
-        """Those of the linears that ran only when all that is wanted was known, so that nothing wanted depends on them.
+        """The linears that first ran after all wanted inputs and outputs existed: none of those depends on them.
 
-        Of what was not seen nothing is known: a linear that did not run is not among them, and where one that is wanted
-        did not run, none is.
+        A linear that did not run is not returned. If a linear in ``inputs`` or ``outputs`` did not run, the list is
+        empty.
 
         Args:
             linears: candidates.
-            inputs: linears of which the input is wanted.
-            outputs: linears of which the output is wanted.
+            inputs: linears whose input is wanted.
+            outputs: linears whose output is wanted.
         """
         if any(linear.name not in self._last for linear in (*inputs, *outputs)):
             return []
@@ -87,10 +88,10 @@ class RunOrder:
 
 
 class InputGroups:
-    """Groups linears that are given the very same tensor, in the order in which they run.
+    """Groups linears whose input is the very same tensor, in the order in which they run.
 
     For a Llama block: ``[q, k, v], [o], [gate, up], [down]``. The linears of a group share one Gram matrix, and one
-    factorisation. Groups are found on the first batch (:meth:`add` until :meth:`freeze`) and then stay.
+    factorisation. The first batch decides the groups (:meth:`add` until :meth:`freeze`); they do not change afterwards.
     """
 
     def __init__(self) -> None:
@@ -100,7 +101,7 @@ class InputGroups:
         self._frozen = False
 
     def add(self, linear: LinearView, entering: Tensor) -> bool:
-        """Whether the linear stands for its group: the first of those that are given this tensor."""
+        """Adds a linear to its group; returns whether it is the group's first, whose statistics serve all of them."""
         if linear.name not in self._head_of:
             for tensor, group in zip(self._inputs, self.groups, strict=False):
                 if _same(tensor, entering):
@@ -115,12 +116,12 @@ class InputGroups:
         return self._head_of[linear.name] == linear.name
 
     def freeze(self) -> None:
-        """The first batch is over: forget its tensors. A linear first reached later makes a group of its own."""
+        """Ends the first batch and drops its tensors. A linear that runs for the first time later is a group alone."""
         self._frozen = True
         self._inputs.clear()
 
     def agreed(self, linears: list[LinearView]) -> list[list[LinearView]]:
-        """The groups that all processes saw together: the tokens of one may reach experts that another's do not."""
+        """The groups of all processes, merged: tokens of one process may reach experts that another's do not reach."""
         if parallel.size() == 1:
             return self.groups
         by_name = {linear.name: linear for linear in linears}
@@ -129,17 +130,19 @@ class InputGroups:
 
 
 def merged(views: list[list[list[str]]]) -> list[list[str]]:
-    """One grouping of names out of several. Two that any view puts together belong together: a view that has them apart
-    met them after its first batch."""
+    """One grouping of names from the groupings of several processes.
+
+    Two names that share a group in any view share one here. A view that separates them met them after its first batch.
+    """
     head_of: dict[str, str] = {}
     for groups in views:
         for head, *others in groups:
             head_of.setdefault(head, head)
             head_of.update(dict.fromkeys(others, head))
-    found: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for name, head in head_of.items():
-        found.setdefault(head, []).append(name)
-    return list(found.values())
+        names_of.setdefault(head, []).append(name)
+    return list(names_of.values())
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

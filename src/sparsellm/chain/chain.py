@@ -1,7 +1,8 @@
-"""The chain of modular functions: embedding → block 1 → … → block L → norm and head.
+"""The model as a chain: embedding → block 1 → … → block L → norm and head.
 
-Blocks are run one at a time with the very arguments that the model's own forward gives them: these are captured, never
-guessed, so a new release of transformers that adds one does not break the walk. Only one block's weights are in memory.
+Blocks run one at a time, with the arguments that the model's own forward passes to them. These arguments are captured,
+never guessed, so a release of transformers that adds one does not break the walk. Only one block's weights are in
+memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.fit import check_sizes
 from sparsellm.chain.linears import LinearView, iterate_linears
+from sparsellm.chain.names import published_names, tower_names
 from sparsellm.chain.open import load_config
 from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
@@ -30,16 +32,16 @@ from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
 from sparsellm.storage.shard import TensorSource
 
-SHOWN_TOKENS = 8  # that block 0 runs on to show what it returns
+SHOWN_TOKENS = 8  # block 0 runs on this many to reveal the type of its return value
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with, beside the hidden states: captured from the model's own forward."""
+    """The arguments of a block besides the hidden states, as captured from the model's own forward."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    hidden_keyword: str | None  # the keyword of the hidden states, or None when they come first by position
+    hidden_keyword: str | None  # the keyword of the hidden states; None if they are the first positional argument
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call with floating-point tensors in another dtype."""
@@ -55,11 +57,12 @@ class Chain:
     """A decoder-only model, block by block. Build one with :func:`open_chain`.
 
     Attributes:
-        model: the transformers model; weights that are not loaded now are on the meta device.
+        model: the transformers model; weights that are not loaded are on the meta device.
         blocks: the decoder blocks, in order.
         block_names: their names in the model.
         device: where blocks run.
-        dtype: what they compute in.
+        dtype: the dtype in which they compute.
+        towers: names of modules of a multimodal model that read no text. They are copied, neither run nor pruned.
         products_in_bf16: whether forward passes multiply fp32 matrices in bf16; see :mod:`sparsellm.chain.products`.
     """
 
@@ -78,11 +81,16 @@ class Chain:
         self.block_names = [f"{list_name}.{index}" for index in range(len(blocks))]
         self._canonical = _canonical_names(model)
         self._outer = [name for name in self._all_names() if not name.startswith(f"{list_name}.")]
+        self.towers = tower_names(model)
+        towers = tuple(f"{tower}." for tower in self.towers)
+        self._run_outer = [name for name in self._outer if not name.startswith(towers)]
         self.weights: CheckpointWeights | None = None
+        self._published: dict[str, str] = {}
         if reader is not None:
             self.weights = CheckpointWeights(reader, model, self._canonical, (list_name, len(blocks)))
         else:
             _check_parameters(model)
+            self._published = published_names(model)
         first = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
         self.storage_dtype = self._stored_dtype(f"{first[0]}.weight")
         self.dtype = dtype or fast_dtype(self.storage_dtype, device)
@@ -99,7 +107,7 @@ class Chain:
                     if buffer is not None and not buffer.is_meta:
                         module._buffers[name] = buffer.to(device)
         else:
-            # A caller's model runs where and as it is: moving it would change it behind the caller's back.
+            # A caller's model keeps its device and dtype: moving it would change an object that the caller owns.
             parameter = next(self.blocks[0].parameters())
             self.device, self.dtype = parameter.device, parameter.dtype
 
@@ -115,22 +123,31 @@ class Chain:
         return config
 
     def expect(self, digests: dict[str, str]) -> None:
-        """Compares what is read from now on with the digests of the checkpoint's tensors, which any process may have
-        found; see :meth:`CheckpointReader.get`. A model in memory is not read again."""
+        """Compares every tensor read from now on with these digests, which any process may have computed.
+
+        See :meth:`CheckpointReader.get`. It has no effect on a model in memory, which is not read again.
+        """
         if self.weights is not None:
             self.weights.reader.expect(digests)
 
     def unused(self) -> str | None:
-        """What to say of tensors in the checkpoint that the model does not take, and that are copied as they are."""
+        """A warning that names tensors which the model does not use, or not for text; None if there are none."""
+        said = []
+        if self.towers:
+            tensors = sum(name.startswith(tuple(f"{tower}." for tower in self.towers)) for name in self._outer)
+            said.append(f"{' and '.join(self.towers)} ({tensors} tensors) read no text; copied as they are, not pruned")
         names = self.weights.unused if self.weights is not None else []
-        if not names:
-            return None
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"the model of config.json does not use {names[0]}{more}; copied as they are, not pruned"
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            said.append(f"the model of config.json does not use {names[0]}{more}; copied as they are, not pruned")
+        return "; ".join(said) or None
 
     def linears(self, index: int) -> list[LinearView]:
-        """The linears of block ``index`` that are pruned here: none that is tied to the embedding, the head, or an
-        earlier block, which is pruned there."""
+        """The linears of block ``index`` that are pruned with it.
+
+        A linear tied to the embedding or the head is left out, and so is one tied to an earlier block, with which it is
+        pruned.
+        """
         prefix = self.block_names[index]
         views = []
         for name, module in iterate_linears(self.blocks[index], prefix):
@@ -140,13 +157,13 @@ class Chain:
 
     @contextlib.contextmanager
     def block(self, index: int, pruned: CheckpointReader | None = None) -> Iterator[nn.Module]:
-        """Holds the weights of block ``index`` on the device, in the computing dtype, while this lasts.
+        """Loads the weights of block ``index`` onto the device, in the computing dtype, until the context ends.
 
         A model that the caller holds in memory keeps its weights afterwards.
 
         Args:
             index: which block.
-            pruned: where a finished block stands, as :meth:`block_tensors` named it; None for the model's own weights.
+            pruned: the shard with the pruned weights, named as in :meth:`block_tensors`; None for the model's own.
         """
         ahead = self._ahead.take(index) if pruned is None and self._ahead is not None else {}
         try:
@@ -157,16 +174,18 @@ class Chain:
 
     @contextlib.contextmanager
     def outer(self, *, head: bool = True) -> Iterator[None]:
-        """Holds embedding, final norm and head while this lasts; without the head where only the blocks are run."""
+        """Loads embedding, final norm and head until the context ends; ``head=False`` leaves out the head."""
         try:
             self._load(self._outer_names(head))
             yield
         finally:
-            self._release(self._outer)
+            self._release(self._run_outer)
 
     def read_ahead(self, index: int) -> None:
-        """Begins to read the model's own weights of block ``index`` in a thread, for the next :meth:`block`. Where
-        there is no such block, or the model is in memory, it does nothing."""
+        """Starts to read the model's own weights of block ``index`` in a thread, for the next :meth:`block`.
+
+        Does nothing if there is no such block or the model is in memory.
+        """
         if self.weights is None or index >= len(self):
             return
         self._ahead = self._ahead or Prefetcher(pin=self.device.type == "cuda")
@@ -175,8 +194,8 @@ class Chain:
 
     @torch.no_grad()
     def settle_block(self, index: int) -> None:
-        """Rounds every weight of the loaded block to the dtype it is written in, so that the block that runs on is the
-        block that is read again.
+        """Rounds every weight of the loaded block to its storage dtype, so that the block in memory equals the block
+        on disk.
 
         Raises:
             NumericalError: a weight is NaN, or too large for that dtype; nothing of the block has been written.
@@ -197,48 +216,48 @@ class Chain:
         return {name: v for name, v in values.items() if isinstance(v, nn.Parameter) and v.is_floating_point()}
 
     def written_dtypes(self, index: int) -> dict[str, tuple[torch.dtype, torch.dtype]]:
-        """For each of :meth:`block_parameters`, the dtype it runs in and the one it is written in."""
+        """For each of :meth:`block_parameters`, its computing dtype and its storage dtype."""
         return {name: (p.dtype, self._stored_dtype(name)) for name, p in self.block_parameters(index).items()}
 
     def is_shared(self, name: str) -> bool:
-        """Whether a parameter stands in several places: in two blocks, or in a block and the embedding."""
+        """Whether a parameter is used in several places: in two blocks, or in a block and the embedding."""
         return name in self._canonical
 
     def owns(self, name: str) -> bool:
-        """Whether this is the first name of a parameter: one that stands in several places is counted there alone."""
+        """Whether this is the first name of a parameter. A parameter with several names counts under its first only."""
         return self._canonical.get(name, name) == name
 
     def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
-        """The values of one parameter: as it was written to ``pruned``, or as it is loaded now if that is None."""
+        """The values of one parameter, from ``pruned``, or as currently loaded if that is None."""
         return self._value(name).detach() if pruned is None else pruned.get(self._key(name))
 
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
-        """Puts a parameter in place of the one of this name."""
+        """Replaces the parameter of this name."""
         owner, _, leaf = name.rpartition(".")
         self.model.get_submodule(owner)._parameters[leaf] = value
 
     def outer_elements(self, *, head: bool = True) -> int:
-        """Numbers in what :meth:`outer` holds."""
+        """The number of elements that :meth:`outer` loads."""
         first = {self._canonical.get(name, name): self._value(name).numel() for name in self._outer_names(head)}
         return sum(first.values())
 
     def _outer_names(self, head: bool) -> list[str]:
         base = f"{self.model.base_model_prefix}."
-        bare = not head and any(name.startswith(base) for name in self._outer)
-        return [name for name in self._outer if not bare or name.startswith(base)]
+        bare = not head and any(name.startswith(base) for name in self._run_outer)
+        return [name for name in self._run_outer if not bare or name.startswith(base)]
 
     def block_tensors(self, index: int) -> dict[str, TensorSource]:
-        """The weights of a loaded block as they are written: under the checkpoint's names, in its dtypes."""
+        """The weights of a loaded block under the checkpoint's names and in its dtypes, ready to be written."""
         return self._tensors(self._names_of(index))
 
     def stored_block(self, index: int) -> dict[str, Tensor]:
-        """The weights of a block straight from the checkpoint, loaded or not, under its names; tied weights once."""
+        """The weights of a block read from the checkpoint, under its names, loaded or not; tied weights once."""
         assert self.weights is not None, "a model in memory has no checkpoint"
         names = [name for name in self._names_of(index) if self._canonical.get(name, name) == name]
         return self.weights.reader.read([self._key(name) for name in names])
 
     def outer_tensors(self) -> dict[str, TensorSource]:
-        """Everything outside the blocks as it stands in the checkpoint, tied weights once; read when it is written."""
+        """Every tensor outside the blocks, unchanged, tied weights once. Each is read only when it is written."""
         if self.weights is None:
             return self._tensors(self._outer)
         blocks = {self.weights.key_of[name] for index in range(len(self)) for name in self._names_of(index)}
@@ -257,8 +276,8 @@ class Chain:
         return written
 
     def _key(self, name: str) -> str:
-        """The name of a weight in the checkpoint."""
-        return self.weights.key_of[name] if self.weights is not None else name
+        """The name of a weight in the checkpoint that is read, or that is written of a model in memory."""
+        return self.weights.key_of[name] if self.weights is not None else self._published[name]
 
     def _value(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -288,7 +307,7 @@ class Chain:
                         self._value(name).detach().copy_(pruned.get(self._key(name)))
             return
         loaded: dict[str, Tensor] = {}
-        for name in names:  # one after another: no weight is in memory twice for long
+        for name in names:  # one at a time, so that at most one weight is in memory twice
             canonical = self._canonical.get(name, name)
             if canonical not in loaded:
                 early = ahead.pop(canonical, None) if ahead else None
@@ -310,7 +329,7 @@ class Chain:
         return self.weights.get(name, self.device, self.dtype)
 
     def _placed(self, stored: Tensor) -> Tensor:
-        """A weight as stored, on the device in the computing dtype; it is converted there."""
+        """A stored weight on the device, in the computing dtype; the conversion runs on the device."""
         moved = stored.to(self.device, non_blocking=stored.is_pinned())
         return moved.to(self.dtype) if stored.is_floating_point() else moved
 
@@ -325,7 +344,7 @@ class Chain:
                 assert value is not None
                 canonical = self._canonical.get(name, name)
                 if canonical in self._shared_by_blocks and not value.is_meta:
-                    # A weight that several blocks share was pruned in the first: the others must see it pruned.
+                    # A weight shared by several blocks is pruned in the first; later blocks must load the pruned one.
                     self._shared[canonical] = value.detach().to(self.weights.dtype(canonical), copy=True)
                 module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
 
@@ -333,24 +352,23 @@ class Chain:
 
     @torch.no_grad()
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        """Runs the model's own forward as far as the blocks.
+        """Runs the model's own forward up to the blocks.
 
-        The embedding and block 0 must be loaded. At the first call block 0 runs on a few tokens, to show what a block
-        returns; where that is more than hidden states, it runs on all of them.
+        The embedding and block 0 must be loaded. The first call runs block 0 on a few tokens, to learn the type of its
+        return value. If it returns more than hidden states, block 0 runs on all tokens.
 
         Args:
             ids: token ids, ``(batch, seq)``.
 
         Returns:
-            The hidden states that enter block 0, ``(batch, seq, hidden)``, and for every block what else the model's
-            forward calls it with.
+            The hidden states that enter block 0, ``(batch, seq, hidden)``, and the other arguments of every block.
 
         Raises:
             ModelError: the model's own forward fails, or is not a plain chain of the blocks.
         """
         if self._rewrap is None and ids.shape[1] > SHOWN_TOKENS:
             self._capture(ids[:1, :SHOWN_TOKENS])
-            if self._returns_more:  # and its shape may be that of the tokens
+            if self._returns_more:  # the shapes of the other values may depend on the tokens
                 self._rewrap = None
         return self._capture(ids)
 
@@ -375,7 +393,7 @@ class Chain:
                 self.model.base_model(ids.to(self.device), use_cache=False)
         except (SparseLLMError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # the model's own code: a config whose numbers do not go together ends here
+        except Exception as error:  # from the model's own code, for example if numbers in the config contradict
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
                 f"the forward of {type(self.model).__name__} fails on token ids of shape {tuple(ids.shape)} "
@@ -392,9 +410,9 @@ class Chain:
         return self.apply(index, hidden, call)
 
     def apply(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """As :meth:`run`, and gradients flow where they are enabled."""
+        """As :meth:`run`, but with gradients where they are enabled."""
         with bf16_products(self.products_in_bf16):
-            own = hidden.clone()  # a block may change in place what it is given, and will be given it again
+            own = hidden.clone()  # a block may change its input in place, and the caller uses the input again
             return hidden_of(call.on(self.blocks[index], own), self.blocks[index])
 
     @torch.no_grad()
@@ -406,8 +424,8 @@ class Chain:
         """Norm and head, through the model's own forward: logits ``(batch, seq, vocabulary)``.
 
         Args:
-            hidden: what the last block gave, ``(batch, seq, hidden)``.
-            ids: the token ids that it came from.
+            hidden: the output of the last block, ``(batch, seq, hidden)``.
+            ids: the token ids that belong to it.
         """
 
         def replay(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -421,10 +439,10 @@ class Chain:
 
     @contextlib.contextmanager
     def _intercepted(self, handle: Callable[..., Any]) -> Iterator[None]:
-        """Every block's forward goes to ``handle(index, forward, args, kwargs)`` while this lasts.
+        """Redirects every block's forward to ``handle(index, forward, args, kwargs)`` until the context ends.
 
-        The attribute is set on the instance and deleted again, so that the block stays in place with all its other
-        attributes, which some models' forwards read (Qwen asks a layer for its kind of attention).
+        ``forward`` is set on the instance and deleted afterwards. The block itself stays in the model, because the
+        forwards of some models read its other attributes (Qwen reads the type of attention).
         """
 
         def divert(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -449,9 +467,9 @@ def open_chain(
     """A chain over a checkpoint directory (weights read lazily) or over a model in memory.
 
     Args:
-        model: the directory, or the model, whose weights the walk will then change.
+        model: the directory, or the model. The walk changes the weights of a model in memory.
         device: where blocks run; a model in memory runs where it is.
-        dtype: what blocks compute in; None for the fastest that is not coarser than the stored one.
+        dtype: the computing dtype of blocks; None for the fastest that is at least as precise as the stored one.
         trust_remote_code: run the modelling code that comes with the checkpoint.
 
     Raises:
@@ -472,7 +490,7 @@ def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: b
         with init_empty_weights(include_buffers=False):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         empty.tie_weights()
-    except Exception as error:  # KeyError, ValueError, RuntimeError, ZeroDivisionError ... as the config is wrong
+    except Exception as error:  # a wrong config raises KeyError, ValueError, RuntimeError, ZeroDivisionError, ...
         raise ModelError(
             f"transformers cannot build the {config.model_type} of {directory / 'config.json'}: {one_line(error)}"
         ) from None
@@ -500,15 +518,17 @@ def _not_writable(name: str, values: int, stored: torch.dtype) -> NumericalError
 
 
 def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The stored dtype where the device multiplies matrices in it, else fp32: many CPUs emulate half precision, at a
-    fifth of the speed and with less accuracy."""
+    """The stored dtype if the device multiplies matrices in it, else fp32.
+
+    Many CPUs emulate half precision, at a fifth of the speed and with less accuracy.
+    """
     if stored not in (torch.bfloat16, torch.float16) or device.type != "cpu":
         return stored
     return stored if stored is torch.bfloat16 and bf16_is_native() else torch.float32
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:
-    """For every name of a parameter that has several, the first of them."""
+    """The first name of each parameter that has several, keyed by every one of its names."""
     first: dict[int, str] = {}
     groups: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -517,7 +537,7 @@ def _canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The hidden states and the rest: they are the first tensor a block is given."""
+    """The hidden states, which are the first tensor among a block's arguments, and the other arguments."""
     if args and isinstance(args[0], Tensor):
         return args[0], Call(args[1:], kwargs, None)
     for key, value in kwargs.items():
@@ -537,7 +557,7 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
 
 
 def hidden_of(output: Any, block: nn.Module) -> Tensor:
-    """The hidden states among what a block returns."""
+    """The hidden states in the return value of a block."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(hidden, Tensor):
         raise ModelError(f"{type(block).__name__} returns {type(output).__name__}, not hidden states")

@@ -1,45 +1,49 @@
-"""Whether ``config.json`` and the weights beside it belong together: told before a model is built, and before work."""
+"""Checks that ``config.json`` and the weights beside it belong together, before a model is built from them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sparsellm.chain.names import Names, architecture_keys
 from sparsellm.errors import ModelError
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader
 
-TRIFLING = 0.02  # of all weights: what a config may leave aside, such as a head of another task
-_QUICK = 256  # layers that are built in a moment: whether they are too many is then told by their names
-_MANY = 4096  # experts and the like, likewise
+TRIFLING = 0.02  # share of the weights that a config may leave unused, such as the head of another task
+_QUICK = 256  # layers that are built in a moment; up to here, the names of the weights decide if they are too many
+_MANY = 4096  # the same limit for experts and the like
 _SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
 _PROBABILITY = re.compile(r"(^|_)(p?drop|dropout|layerdrop)(_prob|_rate|_p)?$")
 _COUNTS = re.compile(r"^(num|n)_(\w*_)?(layers?|blocks?|experts)$")
 _IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a name such as model.layers.3.mlp.up_proj
 # Buffers of older releases of transformers, which newer ones make themselves.
-_OLD_BUFFERS = (
-    r"rotary_emb\.inv_freq",
-    r"(^|\.)position_ids$",
-    r"attn\.(masked_)?bias$",
-    r"attention\.(masked_)?bias$",
-)
+_OLD_BUFFERS = [
+    re.compile(each)
+    for each in (
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+        r"attn\.(masked_)?bias$",
+        r"attention\.(masked_)?bias$",
+    )
+]
 
 
 def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
-    """Refuses sizes that the weights cannot have, before a model of such a size is built, which may take hours.
+    """Refuses sizes in the config that the weights cannot have, before hours are spent on building such a model.
 
     Raises:
-        ModelError: width, vocabulary, or the number of heads, layers or experts is below 1 or beyond the weights; or a
-            probability is none.
+        ModelError: width, vocabulary, or the number of heads, layers or experts is below 1 or more than the weights
+            have; or a probability is not from 0 to 1.
     """
     text = config.get_text_config()
     where = reader.directory / "config.json"
     longest = _longest_list(reader)
     largest = max((size for name in reader for size in reader.shape(name)), default=0)
-    sizes = {name: getattr(text, name, None) for name in _SIZES}  # whatever the family calls them
+    sizes = {name: getattr(text, name, None) for name in _SIZES}  # transformers maps the family's own names to these
     for name, value in {**text.to_dict(), **sizes}.items():
         if _PROBABILITY.search(name) and isinstance(value, int | float) and not 0 <= value <= 1:
             raise ModelError(
@@ -66,38 +70,49 @@ def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
 
 
 def check_depth(
-    model: PreTrainedModel, reader: CheckpointReader, blocks: tuple[str, int], claimed: Iterable[str], *, complete: bool
+    model: PreTrainedModel, reader: CheckpointReader, blocks: tuple[str, int], names: Names, *, complete: bool
 ) -> list[str]:
-    """Refuses a checkpoint that has more layers, or much else that the model of its config has no use for.
+    """Refuses a checkpoint that has more layers than its config says, or many weights that the model does not use.
 
     Args:
         model: built from the config.
         reader: of the checkpoint.
         blocks: the name of the list of blocks in the model, and its length.
-        claimed: the tensors that the model takes.
-        complete: whether the model lacks none.
+        names: what each tensor of the checkpoint is in the model.
+        complete: whether the checkpoint has every weight of the model.
 
     Returns:
-        The names of tensors that the model does not take, where these are few.
+        The names of the tensors that the model does not use, if these are few or belong to the config's architecture.
 
     Raises:
-        ModelError: config and weights do not have the same number of layers, or more than :data:`TRIFLING` of the
-            weights would not be pruned, and not even be run.
+        ModelError: config and weights differ in the number of layers, or the model does not use more than
+            :data:`TRIFLING` of the weights, and these belong to no tower of the config's architecture.
     """
     where, (list_name, depth) = reader.directory / "config.json", blocks
-    ignored = [re.compile(each) for each in (*(model._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS)]
-    taken = set(claimed)
-    unused = [name for name in reader if name not in taken and not any(each.search(name) for each in ignored)]
+    taken = {*names.key_of.values(), *(key for keys in names.converted.values() for key in keys)}
+    apart = [name for name in reader if name not in taken and not any(each.search(name) for each in _OLD_BUFFERS)]
+    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
+    # The model's class may ignore a whole tower: its matrices are worth a word, other tensors are not.
+    unused = [
+        name
+        for name in apart
+        if len(reader.shape(name)) > 1
+        or not any(each.search(name) or each.search(names.name_of[name]) for each in ignored)
+    ]
     prefix = f"{model.base_model_prefix}."
     in_list = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(list_name.removeprefix(prefix))}\.(\d{{1,9}})\.")
-    number = {name: int(found[1]) for name in (*taken, *unused) if (found := in_list.match(name))}
+    number = {key: int(match[1]) for key in (*taken, *unused) if (match := in_list.match(names.name_of[key]))}
     layers = max(number.values(), default=-1) + 1
     ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
-    most = depth + (ahead if type(ahead) is int and ahead > 0 else 0)  # layers that guess further tokens come last
+    most = depth + (ahead if type(ahead) is int and ahead > 0 else 0)  # layers that predict further tokens come last
     if layers > most or (0 < layers < depth and not complete):
         raise ModelError(_other_depth(where, depth, layers))
     weights = {name: math.prod(reader.shape(name)) for name in reader if reader.dtype(name) in WEIGHT_DTYPES}
     left = {n: weights[n] for n in unused if n in weights and len(reader.shape(n)) > 1 and number.get(n, 0) < depth}
+    left = {n: size for n, size in left.items() if not any(e.search(n) or e.search(names.name_of[n]) for e in ignored)}
+    if complete and sum(left.values()) > TRIFLING * sum(weights.values()):
+        whole = architecture_keys(model, reader)
+        left = {name: size for name, size in left.items() if name not in whole}
     if complete and sum(left.values()) > TRIFLING * sum(weights.values()):
         raise ModelError(
             f"{reader.directory} has weights that the model of its config does not use: {len(left)} tensors, "
@@ -115,7 +130,7 @@ def check_dtypes(model_values: Mapping[str, Tensor], key_of: Mapping[str, str], 
         key_of: their names in the checkpoint.
 
     Raises:
-        ModelError: naming the first.
+        ModelError: a weight has another dtype; the first is named.
     """
     for name, key in key_of.items():
         value = model_values[name]
@@ -136,5 +151,5 @@ def _other_depth(where: object, config: int, weights: int) -> str:
 
 
 def _longest_list(reader: CheckpointReader) -> int:
-    """The most modules that any list has, judged by the numbers in the names of tensors."""
+    """The length of the longest list of modules, judged by the numbers in the names of tensors."""
     return 1 + max((int(number) for name in reader for number in _IN_THEIR_LISTS.findall(name)), default=-1)

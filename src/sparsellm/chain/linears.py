@@ -1,4 +1,4 @@
-"""The linear maps inside a block, whatever class they are written in."""
+"""The linears of a block, seen alike whatever class they are written in."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class LinearView:
     Args:
         name: the name of the module inside the whole model.
         module: an ``nn.Linear``, or the ``Conv1D`` of GPT-2, which stores ``Wᵀ``.
-        storage_dtype: the dtype in which the weight will be written; what is assigned is rounded to it at once, so
-            that the model in memory is the model on disk.
+        storage_dtype: the dtype in which the weight will be written. Assigned values are rounded to it at once, so
+            that the model in memory equals the model on disk.
     """
 
     name: str
@@ -58,13 +58,13 @@ class LinearView:
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
-        """Puts ``weight (out, in)`` in place, rounded to the storage dtype, with no negative zero."""
+        """Overwrites the weight with ``weight (out, in)``, rounded to the storage dtype, without negative zeros."""
         stored = (weight.t() if self.transposed else weight).to(self.storage_dtype) + 0.0
         self.parameter.copy_(stored.to(self.parameter.dtype))
 
     @torch.no_grad()
     def assign_bias(self, bias: Tensor) -> None:
-        """Puts ``bias (out,)`` in place, rounded to the storage dtype."""
+        """Overwrites the bias with ``bias (out,)``, rounded to the storage dtype."""
         target = self.module.bias
         assert isinstance(target, Tensor)
         target.copy_(bias.to(self.storage_dtype).to(target.dtype))
@@ -80,8 +80,8 @@ def weight_of(module: nn.Module) -> nn.Parameter:
 def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order.
 
-    Routers that are made from a linear and return more than its outputs (Llama 4's returns scores and logits) are left
-    out: they are no linear to whoever reads them.
+    Routers that subclass a linear and return more than its outputs (Llama 4's returns scores and logits) are left out:
+    the model does not use them as linears.
     """
     for name, child in module.named_modules():
         if isinstance(child, (nn.Linear, Conv1D)) and _returns_outputs(child):
@@ -92,7 +92,7 @@ _RETURNS_OUTPUTS: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
 
 
 def _returns_outputs(module: nn.Linear | Conv1D) -> bool:
-    """Whether a linear returns one tensor. A class with a forward of its own is tried once, on the meta device."""
+    """Whether a linear returns one tensor. A class with its own forward is tried once, on the meta device."""
     kind = type(module)
     if kind.forward in (nn.Linear.forward, Conv1D.forward):
         return True
@@ -104,9 +104,7 @@ def _returns_outputs(module: nn.Linear | Conv1D) -> bool:
         try:
             with torch.no_grad():
                 returned = torch.func.functional_call(module, on_meta, (entering,))
-        except (
-            Exception
-        ):  # its forward wants another shape, or does what meta tensors cannot: it says nothing against it
+        except Exception:  # needs another shape, or fails on meta tensors: neither shows that it is no linear
             returned = entering
         _RETURNS_OUTPUTS[kind] = isinstance(returned, Tensor)
     return _RETURNS_OUTPUTS[kind]

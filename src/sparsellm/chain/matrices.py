@@ -1,8 +1,8 @@
-"""The matrices of a block: which count towards the sparsity, and which of them no linear owns.
+"""The matrices of a block: those that count towards the sparsity, and those among them that no linear owns.
 
 A mixture of experts may keep the weights of all experts in one three-dimensional parameter, which no ``nn.Linear``
-owns and which is therefore not pruned. Everything that counts weights asks this module, so that such parameters are
-counted like any other. Only names and shapes are read: nothing needs to be loaded.
+owns and which is therefore not pruned. All code that counts weights uses this module, so that such parameters are
+counted like any other. It reads names and shapes only, so no weights need be loaded.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class BlockMatrix:
 
 
 def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
-    """The matrices of block ``index``, in the order of the model's parameters; nothing needs to be loaded.
+    """The matrices of block ``index``, in the order of the model's parameters; no weights need be loaded.
 
     A matrix is the weight of a linear, or any other floating-point parameter with two or more dimensions longer than
-    one: fused experts, routers, convolution kernels. Biases never count, nor do stacks of biases, which are known by
-    their name. A parameter that stands in several places counts once, where the model names it first: in the earlier
-    of two blocks, and not at all if that is outside the blocks.
+    one: fused experts, routers, convolution kernels. Biases do not count, nor do stacks of biases, whose names end in
+    ``bias``. A parameter used in several places counts once, under its first name: in the earlier of two blocks, or not
+    at all if the first name is outside the blocks.
     """
     linears = {linear.weight_name: linear for linear in chain.linears(index)}
-    found = []
+    matrices = []
     for inner, parameter in chain.blocks[index].named_parameters():
         name = f"{chain.block_names[index]}.{inner}"
         if not parameter.is_floating_point() or not chain.owns(name):
@@ -64,8 +64,8 @@ def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
         linear = linears.get(name)
         matrix = sum(length > 1 for length in parameter.shape) > 1 and not inner.endswith("bias")
         if linear is not None or matrix:
-            found.append(BlockMatrix(name, index, tuple(parameter.shape), linear))
-    return found
+            matrices.append(BlockMatrix(name, index, tuple(parameter.shape), linear))
+    return matrices
 
 
 def all_matrices(chain: Chain) -> list[BlockMatrix]:
@@ -86,7 +86,7 @@ def is_excluded(parameter: str, exclude: Iterable[str]) -> bool:
 
 
 def unmatched_patterns(chain: Chain, exclude: Sequence[str]) -> list[str]:
-    """A warning for each pattern of ``exclude`` that names no matrix of the blocks: it may be misspelt."""
+    """A warning for each pattern of ``exclude`` that matches no matrix of the blocks and may be misspelt."""
     names = [matrix.name for matrix in all_matrices(chain)] if exclude else []
     return [
         f"exclude {pattern!r} matches no matrix of the blocks; names are like {names[0]!r}"
@@ -96,13 +96,13 @@ def unmatched_patterns(chain: Chain, exclude: Sequence[str]) -> list[str]:
 
 
 def refuse_silent_dense(chain: Chain, exclude: Sequence[str]) -> None:
-    """Refuses a model of which a large part would stay dense though ``exclude`` does not name it.
+    """Refuses a model if a large part of it would stay dense although ``exclude`` does not name that part.
 
     In each block, the matrices that no linear owns and that ``exclude`` does not name may be at most
-    :data:`DENSE_LIMIT` of the weights. Nothing needs to be loaded.
+    :data:`DENSE_LIMIT` of the weights. No weights need be loaded.
 
     Raises:
-        ModelError: they are more; names, shapes and shares are listed, with an ``exclude`` that accepts them.
+        ModelError: they are more. The message lists names, shapes and shares, and an ``exclude`` that accepts them.
     """
     refused: list[BlockMatrix] = []
     of_block: list[int] = []
@@ -113,18 +113,18 @@ def refuse_silent_dense(chain: Chain, exclude: Sequence[str]) -> None:
         dense.sort(key=lambda matrix: -matrix.weights)
         small = 0
         while dense and small + dense[-1].weights <= DENSE_LIMIT * of_block[index]:
-            small += dense.pop().weights  # once the others are excluded, the rest is within the limit
+            small += dense.pop().weights  # the smallest ones, which stay within the limit once the others are excluded
         refused += dense
     if refused:
         raise ModelError(_would_stay_dense(chain, refused, of_block))
 
 
 def _would_stay_dense(chain: Chain, refused: Sequence[BlockMatrix], of_block: Sequence[int]) -> str:
-    """One line that names the first of each kind, and a way out.
+    """The error message: one line that names the first matrix of each kind, and the ``exclude`` that accepts them.
 
     Args:
         chain: the model.
-        refused: what would stay dense, the largest of each block first.
+        refused: the matrices that would stay dense, the largest of each block first.
         of_block: weights of each block.
     """
     first: dict[str, BlockMatrix] = {}

@@ -17,13 +17,15 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     """The config of a decoder-only language model.
 
     Raises:
-        ModelError: unreadable, or not a decoder-only language model, or its weights are quantised.
+        ModelError: it cannot be read, is not of a decoder-only language model, or says that weights are quantised; or
+            the generation config beside it cannot be read.
     """
     read_object(directory / "config.json", ModelError)
+    _check_readable(directory / "generation_config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
-    except Exception as error:  # transformers raises ValueError, OSError, KeyError ... for one and the same thing
+    except Exception as error:  # transformers raises ValueError, OSError, KeyError, ... for the same fault
         raise ModelError(f"transformers cannot read {directory / 'config.json'}: {one_line(error)}") from None
     if not isinstance(text, PretrainedConfig):
         raise ModelError(f"{directory / 'config.json'} has a text_config that a {config.model_type} does not have")
@@ -46,10 +48,16 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     return config
 
 
-def _attends_causally(config: PretrainedConfig) -> bool:
-    """BERT and its kin have a causal head too, but their published weights are encoders (``is_decoder`` false).
+def _check_readable(path: Path) -> None:
+    """transformers takes its defaults, without a word, in place of some files that it cannot read."""
+    if path.exists():
+        read_object(path, ModelError)
 
-    A decoder-only family has no ``...ForMaskedLM``; a family that has both says which it is by ``is_decoder``.
+
+def _attends_causally(config: PretrainedConfig) -> bool:
+    """Whether a config is of a decoder. BERT and similar families have a causal head too, but are encoders.
+
+    A decoder-only family has no ``...ForMaskedLM``. In a family that has both heads, ``is_decoder`` decides.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -60,31 +68,33 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     """The tokenizer beside the weights.
 
     Raises:
-        ModelError: there is none, or transformers cannot read it.
+        ModelError: there is none, or transformers cannot read it or use it.
     """
+    _check_readable(directory / "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer.decode(tokenizer("a text")["input_ids"])  # some settings are only looked at when they are used
     except Exception as error:
         raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # how Rust's tokenizers fail on some damaged files
+        if type(error).__name__ != "PanicException":  # raised by the Rust tokenizers for some damaged files
             raise
         raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if not tokenizer.vocab_size:  # some families' tokenizers are made of nothing where no file is
+    if not tokenizer.vocab_size:  # without files, the tokenizers of some families load with an empty vocabulary
         raise ModelError(f"no readable tokenizer in {directory}: it has no vocabulary; add the tokenizer's files")
     return tokenizer
 
 
 def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
-    """The token ids, all of which the embedding has.
+    """Returns the token ids unchanged, after a check that the embedding has a row for each.
 
-    A tokenizer may know more tokens than the model, as long as the text has none of them.
+    A tokenizer may have more tokens than the model, as long as the text uses none of those.
 
     Args:
         ids: ``(windows, seq)``.
         config: of the model.
-        tokenizer: that made them; None for ids that the user gave.
+        tokenizer: the one that produced the ids; None for ids that the user passed.
 
     Raises:
         DataError: an id is negative, or not below the model's ``vocab_size``.

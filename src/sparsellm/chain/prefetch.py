@@ -1,7 +1,7 @@
-"""Reading the weights of the next block in a thread, while this one is solved.
+"""Reads the weights of the next block in a thread while the current block is pruned.
 
-It pays where reading and solving use different parts of the machine: a GPU that computes, a disk that is slow. What a
-thread reads are the numbers as they are stored, in memory that a GPU can copy from by itself where there is one.
+This saves time if reading and pruning use different parts of the machine: a slow disk, and a GPU that computes. The
+thread reads the weights in their stored dtype, into page-locked memory if there is a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Prefetcher:
         self._coming: Future[dict[str, Tensor]] | None = None
 
     def start(self, index: int, names: Iterable[str], read: Read) -> None:
-        """Begins to read the weights of block ``index``; what was read before and not taken is forgotten."""
+        """Starts to read the weights of block ``index``; drops weights that were read before and not taken."""
         self.forget()
         self._thread = self._thread or ThreadPoolExecutor(1, "prefetch")
         names = list(names)
@@ -39,9 +39,9 @@ class Prefetcher:
         self._index, self._coming = index, self._thread.submit(all_of_them)
 
     def take(self, index: int) -> dict[str, Tensor]:
-        """The weights of block ``index``, as stored; none where something else was read ahead.
+        """The weights of block ``index`` in their stored dtype; empty if another block, or none, was read ahead.
 
-        Raises what the reading raised, such as StorageError.
+        Raises the exception that the thread met, such as StorageError.
         """
         if self._index != index or self._coming is None:
             return {}
@@ -49,8 +49,8 @@ class Prefetcher:
         return coming.result()
 
     def forget(self) -> None:
-        """Waits for the thread, and drops what it has read."""
+        """Waits for the thread and drops the weights that it has read."""
         if self._coming is not None:
             if not self._coming.cancel():
-                self._coming.exception()  # whoever needs the weights reads them again, and meets the error
+                self._coming.exception()  # ignored here: the next read of these weights raises it again
             self._coming, self._index = None, None

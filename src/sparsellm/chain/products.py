@@ -1,7 +1,7 @@
-"""Matrix products of fp32 tensors in bf16, for the passes that only run blocks.
+"""Matrix products of fp32 tensors in bf16, for passes that only run blocks.
 
-Processors with bf16 units (AMX, AVX-512 BF16) multiply rounded fp32 factors several times as fast and still add up in
-fp32. Hidden states and weights stay fp32; statistics and solvers never run like this.
+Processors with bf16 units (AMX, AVX-512 BF16) multiply fp32 factors rounded to bf16 several times as fast, and add up
+in fp32. Hidden states and weights stay fp32. Statistics and solvers always use full fp32 products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 
 @contextmanager
 def bf16_products(active: bool) -> Iterator[None]:
-    """While this lasts, torch may multiply fp32 matrices in bf16 (on CUDA: TF32 or bf16). Not active: as it was."""
+    """Allows torch to multiply fp32 matrices in bf16 (on CUDA: TF32 or bf16) until the context ends.
+
+    With ``active`` false, nothing changes.
+    """
     if not active:
         yield
         return
@@ -27,6 +30,6 @@ def bf16_products(active: bool) -> Iterator[None]:
 
 
 def bf16_is_native() -> bool:
-    """Whether this CPU multiplies in bf16 itself."""
+    """Whether this CPU has instructions for products in bf16."""
     probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(probe is not None and probe() for probe in probes)  # absent in older releases: then no
+    return any(probe is not None and probe() for probe in probes)  # no, if torch is too old to have the probes

@@ -1,4 +1,4 @@
-"""Hidden states of the calibration windows on their way through the chain."""
+"""The hidden states of the calibration windows, between the blocks of the chain."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch, TensorStore
 
-PIECE_TOKENS = 2048  # in one forward call of a pass that takes gradients, which keep every activation
+PIECE_TOKENS = 2048  # in one forward call of a pass with gradients, which keeps every activation in memory
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some whole windows of one batch, about as many tokens as were asked for: what a step of an optimiser runs on.
+    """Some whole windows of one batch, with about the requested number of tokens: one optimiser step runs on them.
 
     Attributes:
         batch: the number of the batch.
-        rows: which windows of it.
-        calls: the arguments of every block for these windows alone; a mask may have a row for each.
+        rows: the windows of that batch.
+        calls: the arguments of every block for these windows alone, since a mask may have a row for each window.
     """
 
     batch: int
@@ -36,14 +36,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Feed:
-    """Calibration windows and how they are fed through a chain: what every traversal of the chain takes.
+    """Calibration windows and the settings for running them through a chain. Every pass over the chain takes one.
 
     Attributes:
         chain: the model.
         windows: token ids, ``(samples, seq)``.
         batch_tokens: tokens in one forward call, at least one window.
         scratch: where hidden states are kept: in memory, or in files beyond its limit.
-        progress: is told how far each traversal is.
+        progress: called with the progress of each pass.
     """
 
     chain: Chain
@@ -58,18 +58,18 @@ class Feed:
         return self.windows.shape[1]
 
     def first(self, tokens: int) -> Feed:
-        """The first whole windows that make up so many tokens, at least one."""
+        """A feed of the first whole windows, as many as ``tokens`` holds; at least one."""
         return replace(self, windows=self.windows[: windows_of(tokens, self.seq_len)])
 
     def in_pieces(self) -> Feed:
-        """The same windows in calls small enough for gradients."""
+        """A feed of the same windows, in forward calls small enough for gradients."""
         return replace(self, batch_tokens=min(self.batch_tokens, PIECE_TOKENS))
 
     def stream(self, weights: CheckpointReader | None = None, *, pieces: int = 0) -> Stream:
-        """The hidden states that enter block 0. Embedding and block 0 are read for it and released again.
+        """The hidden states that enter block 0. Embedding and block 0 are loaded for it and released again.
 
         Args:
-            weights: where a pruned block 0 stands, which a chain read from disk must show; None for the model's own.
+            weights: the shard with the pruned block 0, for a chain read from disk; None for the model's own weights.
             pieces: as of :class:`Stream`.
         """
         with self.chain.outer(head=False), self.chain.block(0, weights):
@@ -77,25 +77,25 @@ class Feed:
 
 
 def windows_of(tokens: int, seq_len: int) -> int:
-    """How many whole windows make up so many tokens; at least one."""
+    """The number of whole windows in so many tokens; at least one."""
     return max(1, tokens // seq_len)
 
 
 class Stream:
-    """What enters the current block, batch by batch, with the arguments each block is called with.
+    """The hidden states that enter the current block, batch by batch, and the other arguments of every block.
 
     Args:
         chain: the chain, with its outer weights and block 0 loaded.
         windows: token ids, ``(samples, seq)``.
         batch_tokens: tokens in one forward call, at least one window.
         scratch: where hidden states are kept; None for memory without a limit.
-        pieces: tokens in a piece, at least one window: cut the batches into pieces as well, which captures the
-            arguments of each anew; 0 for none.
+        pieces: tokens in a piece, at least one window. The batches are also cut into pieces, and the arguments of each
+            piece are captured anew. 0 for no pieces.
 
     Attributes:
-        hidden: batches ``(batch, seq, hidden)``, in memory or on disk: reading one may read a file, so read it once.
-        pieces: the batches in smaller parts, in order, where they were asked for.
-        scratch: where they, and all that grows with the tokens, are kept.
+        hidden: batches ``(batch, seq, hidden)``, in memory or on disk. Each access may read a file, so access it once.
+        pieces: the batches in smaller parts, in order; empty without pieces.
+        scratch: where hidden states, and other data that grows with the tokens, are kept.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class Stream:
             self._calls.append(share.call_all(calls))
             for first in range(0, len(batch) if pieces else 0, rows):
                 part = slice(first, first + rows)
-                # Captured again, not cut: which dimension of an argument counts windows is the model's own affair.
+                # Captured again rather than cut: only the model defines which dimension of an argument is windows.
                 own = self._calls[-1] if rows >= len(batch) else share.call_all(chain.start(batch[part])[1])
                 self.pieces.append(Piece(len(self._calls) - 1, part, own))
-            if not start:  # captured, not cut, like the pieces
+            if not start:  # captured rather than cut, like the pieces
                 self._first_window = share.call_all(chain.start(batch[:1])[1]) if len(batch) > 1 else self._calls[0]
 
     def fork(self) -> Stream:
@@ -144,14 +144,14 @@ class Stream:
         return len(self.hidden)
 
     def store(self) -> TensorStore:
-        """An empty list for as many batches, such as the targets of a block, in the room that all of them share.
+        """An empty store for as many batches, such as the targets of a block, within the limit of the scratch.
 
-        Close it when it is not needed any more, or use it in a ``with`` block.
+        Close it after use, or use it in a ``with`` block.
         """
         return self.scratch.store(self.chain.device)
 
     def close(self) -> None:
-        """Forgets the hidden states."""
+        """Drops the hidden states."""
         self.hidden.close()
 
     def calls(self, index: int) -> list[Call]:
@@ -159,32 +159,32 @@ class Stream:
         return [calls[index] for calls in self._calls]
 
     def run(self, index: int) -> Iterator[Tensor]:
-        """Runs the loaded block ``index`` on every batch; the stream itself stays where it is."""
+        """Runs the loaded block ``index`` on every batch and yields the outputs; the stream does not advance."""
         for position in range(len(self)):
             yield self.run_batch(index, position)
 
     def run_batch(self, index: int, position: int) -> Tensor:
-        """What leaves the loaded block ``index`` for one batch."""
+        """The output of the loaded block ``index`` for one batch."""
         return self.chain.run(index, self.hidden[position], self._calls[position][index])
 
     def run_window(self, index: int) -> Tensor:
-        """Runs the loaded block ``index`` on the first window alone, for what is to be seen of how a block runs."""
+        """The output of the loaded block ``index`` for the first window; enough to observe how a block runs."""
         self.require_token_states()
         return self.chain.run(index, self.hidden[0][:1], self._first_window[index])
 
     def require_token_states(self) -> None:
-        """As :func:`require_token_states`, of the first batch."""
+        """Applies :func:`require_token_states` to the first batch."""
         require_token_states(self.chain, self.hidden[0], self._first_ids)
 
     def advance(self, index: int) -> None:
-        """Replaces what enters block ``index`` by what leaves it."""
+        """Replaces the input of block ``index`` by its output."""
         for position, leaving in enumerate(self.run(index)):
             self.hidden[position] = leaving
 
 
 def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:
-    """Refuses hidden states that are not ``(windows, seq, width)``: whoever picks windows or tokens out of them, or
-    pairs them with token ids, would take others.
+    """Refuses hidden states that are not ``(windows, seq, width)``: code that selects windows or tokens by position, or
+    pairs them with token ids, would select the wrong ones.
 
     Raises:
         ModelError: Gemma 3n and models with hyper-connections carry several states for each token; CPM-Ant carries
@@ -200,15 +200,15 @@ def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:
 
 
 def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
-    """Runs the model's own forward as far as block 0 on a few tokens, before the work; nothing need be loaded.
+    """Runs the model's own forward up to block 0 on a few tokens, so that it fails early; nothing need be loaded.
 
     Args:
         chain: the model.
         windows: token ids of the calibration, ``(samples, seq)``.
-        token_states: whether the run needs what :func:`require_token_states` asks for.
+        token_states: whether to apply :func:`require_token_states` as well.
 
     Raises:
-        ModelError: the forward fails, is not a plain chain of the blocks, or has other hidden states.
+        ModelError: the forward fails, is not a plain chain of the blocks, or the hidden states have another shape.
     """
     few = windows[:2, : SHOWN_TOKENS + 1]
     with chain.outer(head=False), chain.block(0):
@@ -218,13 +218,16 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
 
 
 def windows_in_batch(batch_tokens: int, seq_len: int) -> int:
-    """Windows in one forward call: at least one, whatever its length."""
+    """The number of windows in one forward call; at least one, however long."""
     return max(1, batch_tokens // seq_len)
 
 
 class _Interning:
-    """Keeps one copy of equal calls: every batch of equal windows has the same masks and rotary angles, and a mask of
-    2048 × 2048 for each of 256 windows would outweigh the model."""
+    """Keeps one copy of equal calls.
+
+    Batches of one shape have the same masks and rotary angles. A mask of 2048 × 2048 for each of 256 windows would take
+    more memory than the model.
+    """
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -253,7 +256,7 @@ class _Interning:
 
 
 def _key(value: Any) -> Any:
-    """Equal for two arguments that hold the very same things. What it names lives as long as the first call with it."""
+    """A key that is equal for two arguments that hold the same objects. The first call keeps those objects alive."""
     if type(value) in (tuple, list):
         return (type(value), *map(_key, value))
     if type(value) is dict:

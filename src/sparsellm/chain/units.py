@@ -1,4 +1,4 @@
-"""Feed-forward units inside a block, recognised by the values that pass between linears: no name is read."""
+"""Feed-forward units of a block, recognised by the values that pass between linears, not by names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsellm.chain.activations import KNOWN, Activation
 from sparsellm.chain.capture import watch
 from sparsellm.chain.linears import LinearView
 
-TOLERANCE = 1e-2  # rounding of half precision; an activation that is not the right one is off by far more
+TOLERANCE = 1e-2  # above the rounding of half precision, far below the distance of a wrong activation
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class FeedForwardUnit:
 
 
 def find_feed_forward(linears: list[LinearView], run: Callable[[], Any]) -> list[FeedForwardUnit]:
-    """The feed-forward units among the linears of a block, found by running it once.
+    """The feed-forward units among the linears of a block, recognised during one run of it.
 
-    A linear is ``down`` of a unit if its input equals φ of what one earlier linear gave, or φ of what one gave times
-    what another gave, for a known φ. A block whose feed-forward network is something else simply has no unit.
+    A linear is ``down`` of a unit if its input equals φ(output of an earlier linear), or φ(output of an earlier linear)
+    times the output of another, for a known φ. A block with another kind of feed-forward network has no unit.
 
     Args:
         linears: the linears of one block.
-        run: runs the block once, on little.
+        run: runs the block once, on few tokens.
     """
     seen: list[tuple[LinearView, Tensor, Tensor]] = []
 
@@ -58,26 +58,30 @@ def find_feed_forward(linears: list[LinearView], run: Callable[[], Any]) -> list
 def _match(
     down: LinearView, entering: Tensor, earlier: list[tuple[LinearView, Tensor, Tensor]]
 ) -> FeedForwardUnit | None:
-    """The closest of all that fit: two functions such as the GELUs may both be within rounding of half precision."""
-    found: list[tuple[float, int, FeedForwardUnit]] = []
+    """The unit that reproduces the input of ``down`` best; None if none is within :data:`TOLERANCE`.
+
+    Several may be: the GELUs, for example, differ by no more than the rounding of half precision.
+    """
+    candidates: list[tuple[float, int, FeedForwardUnit]] = []
     for activation in KNOWN:
         for first, given, out in earlier:
             value = activation(out.clone())
-            found.append((_distance(value, entering), len(found), FeedForwardUnit(first, down, activation)))
+            candidates.append((_distance(value, entering), len(candidates), FeedForwardUnit(first, down, activation)))
             for second, other, factor in earlier:
                 if second is not first and given.shape == other.shape and torch.equal(given, other):
                     unit = FeedForwardUnit(second, down, activation, gate=first)
-                    found.append((_distance(value * factor, entering), len(found), unit))
-    if not found:
+                    candidates.append((_distance(value * factor, entering), len(candidates), unit))
+    if not candidates:
         return None
-    distance, _, unit = min(found)
+    distance, _, unit = min(candidates)
     return unit if distance <= TOLERANCE else None
 
 
 def _rows(values: Tensor) -> Tensor:
-    """A copy ``(tokens, features)`` in fp32: linears that run later may work in place."""
+    """A copy ``(tokens, features)`` in fp32, since later operations may change the tensor in place."""
     return values.detach().to(torch.float32, copy=True).flatten(0, -2)
 
 
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+def _distance(value: Tensor, wanted: Tensor) -> float:
+    """``‖value − wanted‖ / ‖wanted‖``."""
+    return float((value - wanted).norm() / wanted.norm().clamp(min=1e-30))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm.chain.fit import check_depth, check_dtypes
+from sparsellm.chain.names import checkpoint_names, refuse_converted, tower_names
 from sparsellm.errors import ModelError
 from sparsellm.storage.reader import CheckpointReader
 
@@ -16,8 +15,7 @@ from sparsellm.storage.reader import CheckpointReader
 class CheckpointWeights:
     """Weights of a checkpoint on disk, under the names of the model built from its config.
 
-    A checkpoint saved from the bare base model lacks its prefix (the hub's gpt2 says ``h.0...`` for
-    ``transformer.h.0...``), so a name is looked up as it is, without the prefix, and with it.
+    Which tensor is which weight is told by :mod:`sparsellm.chain.names`.
 
     Args:
         reader: of the checkpoint.
@@ -26,11 +24,13 @@ class CheckpointWeights:
         blocks: the name of the list of blocks in the model, and its length.
 
     Attributes:
+        key_of: the name in the checkpoint of each weight of the model.
         unused: tensors of the checkpoint that the model does not take.
 
     Raises:
         ModelError: weights are missing from the checkpoint, or have another shape or a dtype that is no weight's; the
-            first is named. Or the checkpoint has many weights that the model does not take.
+            first is named. Or transformers makes weights out of several tensors. Or the checkpoint has many weights
+            that neither the model nor the architecture of its config takes.
     """
 
     def __init__(
@@ -38,7 +38,13 @@ class CheckpointWeights:
     ) -> None:
         self.reader = reader
         values = model.state_dict(keep_vars=True)
-        self.key_of, missing = _keys(reader, model, values)
+        names = checkpoint_names(model, reader, values)
+        towers = tuple(f"{tower}." for tower in tower_names(model))  # they are copied, and never loaded
+        refuse_converted(
+            {name: keys for name, keys in names.converted.items() if not name.startswith(towers)}, model, reader
+        )
+        self.key_of = names.key_of
+        missing = [name for name in values if name not in self.key_of and not name.startswith(towers)]
         for name in list(missing):
             canonical = tied.get(name, name)
             same = [canonical, *(other for other, first in tied.items() if first == canonical)]
@@ -46,11 +52,10 @@ class CheckpointWeights:
             if found is not None:
                 self.key_of[name] = self.key_of[found]
                 missing.remove(name)
-        self.unused = check_depth(model, reader, blocks, self.key_of.values(), complete=not missing)
+        self.unused = check_depth(model, reader, blocks, names, complete=not missing)
         if missing:
             raise ModelError(
-                f"weight {missing[0]} is not in {reader.directory}; the checkpoint is incomplete, or its layout is one "
-                "that transformers converts while loading: load it with transformers and pass the model to prune()"
+                f"weight {missing[0]} is not in {reader.directory}; the checkpoint is incomplete: download it again"
             )
         for name, key in self.key_of.items():
             if reader.shape(key) != tuple(values[name].shape):
@@ -70,19 +75,3 @@ class CheckpointWeights:
     def as_stored(self, name: str) -> Tensor:
         """One weight on the CPU, in the dtype of the checkpoint."""
         return self.reader.get(self.key_of[name])
-
-
-def _keys(
-    reader: CheckpointReader, model: PreTrainedModel, values: Mapping[str, Tensor]
-) -> tuple[dict[str, str], list[str]]:
-    """The names in the checkpoint of the model's weights, and those that are not there under a name of their own."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    key_of: dict[str, str] = {}
-    missing = []
-    for name in values:
-        key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in reader), None)
-        if key is None:
-            missing.append(name)
-        else:
-            key_of[name] = key
-    return key_of, missing

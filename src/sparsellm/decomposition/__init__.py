@@ -1,6 +1,6 @@
 """Auxiliary variables: the alternating minimisation that prunes a feed-forward unit as a whole.
 
-``objective`` is what is minimised, ``updates`` has one function for each variable, ``loop`` alternates them.
+``objective`` defines the function to minimise, ``updates`` has one update for each variable, ``loop`` alternates them.
 """
 
 from sparsellm.decomposition.loop import Record, Result, Settings, prune_feed_forward

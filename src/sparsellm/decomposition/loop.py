@@ -1,11 +1,11 @@
 """The alternating minimisation of one feed-forward unit by auxiliary variables.
 
-Read :func:`prune_feed_forward` first, then ``_Run.iterate``. Iteration 0 is local pruning. Each further iteration moves
-the auxiliary variables to where both sides of them want them, fits the first half to them, prunes it again, and fits
-and prunes ``down``. The published algorithm is a setting of this loop: see :class:`Settings`.
+Read :func:`prune_feed_forward` first, then ``_Run.iterate``. Iteration 0 is local pruning. Each further iteration
+minimises the penalty objective over the auxiliary variables, fits the first half to them, prunes it again, and fits and
+prunes ``down``. The published algorithm is a setting of this loop: see :class:`Settings`.
 
-Pruning is part of an iteration, so the true error need not fall. With the safeguard, it is measured after every
-iteration and the best iterate is the result: never worse than local pruning.
+An iteration includes pruning, so the true error may rise. With the safeguard, the error is measured after every
+iteration and the best iterate is the result, which is never worse than local pruning.
 """
 
 from __future__ import annotations
@@ -41,29 +41,30 @@ from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Fit, Gram
 from sparsellm.storage.scratch import Scratch, TensorStore
 
-REFINE_STEPS = 30  # of conjugate gradients, where masks come from one problem and weights from another
-REFINE_DAMPING = 1e-3  # against directions that the tokens do not fill
+REFINE_STEPS = 30  # of conjugate gradients, if masks come from one problem and weights from another
+REFINE_DAMPING = 1e-3  # for directions that the tokens do not excite
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the loop runs; the defaults are what paid at 70 % sparsity, :meth:`published` is the authors' code.
+    """The settings of the loop. The defaults worked best at 70 % sparsity; :meth:`published` is the authors' code.
 
     Attributes:
-        iterations: after the local solution, which is iteration 0.
-        safeguard: keep the iterate with the least true error, on held-out tokens where there are some; False keeps the
-            last, and an iterate that is not finite is an error.
-        patience: iterations without a lesser error before the loop stops, with the safeguard.
+        iterations: the number after the local solution, which is iteration 0.
+        safeguard: keep the iterate with the least true error, on held-out tokens if there are any. False keeps the
+            last, and raises an error for an iterate that is not finite.
+        patience: iterations without a lower error before the loop stops, with the safeguard.
         coefficients: α, β, γ; None: :func:`~sparsellm.decomposition.objective.default_coefficients`.
         damping: ridge of the least squares towards the current weight (the dense one for ``down``), relative to the
             mean of the Gram matrix's diagonal. At 2.3 tokens per hidden unit 0.1 in place of 0.01 lowered the error of
             the local solution on held-out tokens by 6 to 9 %; 1 was too much. More tokens need less.
-        first_half: what the variables decide of it. ``masks``: they choose the masks by that least squares, and the
-            weights on them are fitted to the dense products. ``weights``: the pseudo-inverse's weights are pruned.
-        down_inputs: what ``down`` is fitted on: what the pruned first half ``produced``, or the ``auxiliary`` A.
-        down_fit: how it is fitted. ``ridge``: as above.
-        exact_gate: S to its minimiser, or by two gradient steps.
-        fit_biases: together with the weights, or held fixed.
+        first_half: how the variables determine it. ``masks``: the least squares above choose the masks, and the kept
+            weights are fitted to the dense products. ``weights``: the pseudo-inverse's weights are pruned.
+        down_inputs: the inputs that ``down`` is fitted on: those that the pruned first half ``produced``, or the
+            ``auxiliary`` A.
+        down_fit: the fit of ``down``; ``ridge`` is the least squares above.
+        exact_gate: move S to its minimiser; False takes two gradient steps.
+        fit_biases: fit biases together with the weights; False holds them fixed.
         accumulated_damping: added to the Gram matrix of the inputs after each iteration, relative to its mean diagonal.
     """
 
@@ -83,16 +84,16 @@ class Settings:
     def published(
         cls, epochs: int, penalty: float, down_fit: Literal["pseudo-inverse", "gradient"], *, safeguard: bool = False
     ) -> Settings:
-        """The loop of the authors' code (2402.17946), of which the first epoch is local pruning.
+        """The loop of the authors' code (2402.17946), whose first epoch is local pruning.
 
-        The target is the dense unit on the inputs given. The solver there is SparseGPT, which adds its damping of 0.01
-        to the stored Gram matrix of the inputs, once an epoch.
+        The targets are the dense unit's outputs. The solver is SparseGPT, which adds its damping of 0.01 to the stored
+        Gram matrix of the inputs once per epoch.
 
         Args:
-            epochs: local pruning included.
+            epochs: including local pruning.
             penalty: α = β = γ.
-            down_fit: of ``down``.
-            safeguard: False there.
+            down_fit: the fit of ``down``.
+            safeguard: the authors' code has none.
         """
         return cls(
             epochs - 1, safeguard, epochs, Coefficients(penalty, penalty, penalty, penalty), first_half="weights",
@@ -102,9 +103,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """One iteration. Errors are ‖Y − FFN(X)‖² / ‖Y‖², token-weighted; ``error`` is the one that the safeguard goes by.
+    """One iteration. Errors are ‖Y − FFN(X)‖² / ‖Y‖², token-weighted; the safeguard compares ``error``.
 
-    ``terms`` are those after the variables moved; None in iteration 0.
+    ``terms`` is the objective after the update of the variables; None in iteration 0.
     """
 
     iteration: int
@@ -125,7 +126,7 @@ class Result:
 
     @property
     def error(self) -> float:
-        """Of the chosen iterate, before it is fitted to the held-out tokens too."""
+        """The error of the chosen iterate, before its fit to the held-out tokens."""
         return self.history[self.chosen].error
 
 
@@ -142,13 +143,14 @@ def prune_feed_forward(
     """Prunes up, gate (if any) and down of one unit so that its output stays near the targets.
 
     Args:
-        dense: the unit before pruning; its weights are what iteration 0 prunes.
-        train: streamed once or twice per iteration; a sequence may read its chunks when they are asked for.
-        held_out: decides which iterate is kept, and is then fitted to as well. Empty: the training error decides.
+        dense: the unit before pruning; iteration 0 prunes its weights.
+        train: read once or twice per iteration; the sequence may be lazy.
+        held_out: decides which iterate is kept; the result is then fitted to it as well. If empty, the training error
+            decides.
         solvers: ``(weight, gram, pattern) -> Solution`` by role (``up``, ``gate``, ``down``), options bound.
         patterns: by role.
-        settings: how the loop runs.
-        scratch: room for the variables of all tokens; None for memory.
+        settings: of the loop.
+        scratch: storage for the variables of all tokens; None for memory.
 
     Raises:
         DataError: there are no training tokens.
@@ -182,7 +184,7 @@ def prune_feed_forward(
             unit = iterate.unit
     assert chosen is not None
     best, number = chosen
-    if len(held_out) and settings.safeguard:  # the chosen iterate again, on all tokens
+    if len(held_out) and settings.safeguard:  # fit the chosen iterate again, to all tokens
         again = replace(settings, iterations=number, patience=number + 1, coefficients=run.prices)
         whole = prune_feed_forward(dense, LazyChunks.joined(train, held_out), (), solvers, patterns, again, scratch)
         return Result(whole.unit, whole.masks, number, history)
@@ -209,7 +211,7 @@ class _Iterate:
 
 
 class _Run:
-    """One unit, its tokens, and what an iteration leaves to the next beside the unit itself."""
+    """One unit, its tokens, and the state that iterations share besides the unit itself."""
 
     def __init__(
         self,
@@ -221,7 +223,7 @@ class _Run:
         variables: dict[str, TensorStore],
     ) -> None:
         self.dense, self.train, self.settings = dense, train, settings
-        self.solvers, self.patterns, self.variables = solvers, patterns, variables  # a tensor for each chunk
+        self.solvers, self.patterns, self.variables = solvers, patterns, variables  # stores with a tensor per chunk
         self.device = dense.up.weight.device
         first = train[0].to(self.device)
         self.prices = settings.coefficients or default_coefficients(dense, first.inputs, first.targets)
@@ -229,8 +231,10 @@ class _Run:
         self.grams: dict[str, Gram] = {}  # of the inputs X, by role; known after iteration 0
 
     def iterate(self, unit: FeedForward, iteration: int) -> _Iterate:
-        """One iteration: the variables, then the first half, then ``down``. In iteration 0 the variables are what the
-        dense weights make, so the first half's fit is the dense weights themselves."""
+        """One iteration: updates the variables, then the first half, then ``down``.
+
+        In iteration 0 the variables are the dense products, so the fit of the first half is its dense weights.
+        """
         moments, terms = self._move_variables(unit, iteration)
         masks: dict[str, Tensor] = {}
         linears: dict[str, Linear] = {}
@@ -258,7 +262,7 @@ class _Run:
         return _Iterate(unit, masks, self._train_error(unit, moments["down"]), terms, tuple(dict.fromkeys(notes)))
 
     def _move_variables(self, unit: FeedForward, iteration: int) -> tuple[dict[str, Moments], Terms | None]:
-        """A, then Z or U and S, of every token, and the moments that the weights are fitted from."""
+        """Updates A, then Z or U and S, for every token; returns the moments for the fit of the weights."""
         auxiliary = self.settings.down_inputs == "auxiliary"
         accumulators = {
             role: self._accumulator(linear, self.grams.get(role), exact=self.settings.first_half == "weights")
@@ -290,7 +294,7 @@ class _Run:
         return moments, terms
 
     def _variables(self, index: int, chunk: Chunk) -> Variables:
-        """Where the variables of a chunk are now: at first, what the dense weights make."""
+        """The current variables of a chunk; at first, the dense products."""
         if index >= len(self.variables["up"]):
             return self.dense.products(chunk.inputs)
         kept = {role: store[index] for role, store in self.variables.items()}
@@ -298,7 +302,7 @@ class _Run:
 
     def _keep(self, index: int, variables: Variables, iteration: int) -> None:
         if iteration == self.settings.iterations:
-            return  # nobody will read them
+            return  # they are not read again
         for role, store in self.variables.items():
             if index < len(store):
                 store[index] = getattr(variables, role)
@@ -306,7 +310,7 @@ class _Run:
                 store.append(getattr(variables, role))
 
     def _produced(self, unit: FeedForward) -> Moments:
-        """Of ``down`` on what the pruned first half produces."""
+        """The moments of ``down`` on the outputs of the pruned first half."""
         accumulator = self._accumulator(self.dense.down)
         for index in range(len(self.train)):
             chunk = self.train[index].to(self.device)

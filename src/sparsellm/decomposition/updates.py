@@ -1,4 +1,4 @@
-"""The updates of the alternating minimisation: each is the exact minimiser over its own variable, all else fixed.
+"""The updates of the alternating minimisation. Each is the exact minimiser over its own variable, the others fixed.
 
 Tokens are rows. The objective of a two-layer unit (SparseLLM, arXiv 2402.17946, eq. 4, with biases) is
 
@@ -8,10 +8,10 @@ and of a gated one, with a coefficient of its own for each branch,
 
     α_u‖U − m_u‖² + α_s‖S − m_s‖² + γ‖A − φ(S)∘U‖² + β‖Y − (A W_dᵀ + b_d)‖².
 
-A, Z, U and S are separable by token, so their updates take any chunk of tokens and nothing of the others. The weights
-are fitted by least squares from moments over all tokens. Inputs are never changed.
+A, Z, U and S are separable by token, so their updates work on any chunk of tokens. The weights are fitted by least
+squares from moments over all tokens. Inputs are never changed.
 
-The published code takes gradient steps on S and, in OPT, on W₂; they stand here beside the exact updates.
+The published code takes gradient steps on S and, in OPT, on W₂; they are here beside the exact updates.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sparsellm.decomposition.objective import Coefficients, FeedForward, Linear,
 from sparsellm.errors import NumericalError
 from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares
 
-# A tile of 2¹⁶ fp32 elements is 256 KiB: the dozen temporaries of one Newton step then stay in the cache of a CPU core,
-# which is worth a factor of about two over whole chunks. On an accelerator a tile is the whole chunk.
+# A tile of 2¹⁶ fp32 elements is 256 KiB, so the dozen temporaries of a Newton step stay in the cache of a CPU core.
+# That is about twice as fast as whole chunks. On an accelerator a tile is the whole chunk.
 TILE = 1 << 16
 
 
@@ -37,7 +37,7 @@ TILE = 1 << 16
 
 @dataclass(frozen=True)
 class ActivationFactor:
-    """What the update of A needs of ``down``; computed once per weight, used for every chunk.
+    """The factor of ``down`` in the update of A; computed once per weight, used for every chunk.
 
     ``gain`` (d_out, f) is ``W₂ (γ/β I + W₂ᵀW₂)⁻¹ = (γ/β I + W₂W₂ᵀ)⁻¹ W₂``.
     """
@@ -47,7 +47,7 @@ class ActivationFactor:
 
 
 def activation_factor(down: Linear, *, beta: float, gamma: float) -> ActivationFactor:
-    """Factorises the smaller of the two Gram matrices of W₂ (d_out, f), in fp64 where the device has it.
+    """Factorises the smaller of the two Gram matrices of W₂ (d_out, f), in fp64 if the device has it.
 
     Raises:
         NumericalError: γ/β is not positive, or a weight is not finite.
@@ -70,7 +70,7 @@ def activation_factor(down: Linear, *, beta: float, gamma: float) -> ActivationF
 def update_activation(phi: Tensor, target: Tensor, factor: ActivationFactor) -> Tensor:
     """A = (γΦ + β(Y − b₂)W₂)(γI + βW₂ᵀW₂)⁻¹ (paper, eq. 6), written Φ + (Y − b₂ − ΦW₂ᵀ) · gain.
 
-    The second form moves Φ by what the residual asks for: it loses no digits where Φ is already right.
+    The second form adds a correction from the residual to Φ, so it loses no digits if Φ is already right.
 
     Args:
         phi: (tokens, f), φ(Z) or φ(S)∘U.
@@ -92,7 +92,7 @@ def update_linear_gate_branch(m: Tensor, a: Tensor, gate: Tensor, *, alpha: floa
 def _relu_cases(m: Tensor, a: Tensor, u: Tensor | None, alpha: float, gamma: float) -> Tensor:
     """The better of max((αm + γA)/(α + γ), 0) and min(m, 0), and likewise with U (the paper's eq. 8, for any α and γ).
 
-    Where s > 0 the problem is α(s − m)² + γ(a − u s)², where s ≤ 0 it is α(s − m)² + γa²: a parabola each.
+    For s > 0 the objective is α(s − m)² + γ(a − u s)², for s ≤ 0 it is α(s − m)² + γa²: a parabola each.
     """
     if u is None:
         positive = (m * (alpha / (alpha + gamma))).add_(a, alpha=gamma / (alpha + gamma)).clamp_(min=0)
@@ -101,7 +101,7 @@ def _relu_cases(m: Tensor, a: Tensor, u: Tensor | None, alpha: float, gamma: flo
         positive = (u * a).mul_(gamma).add_(m, alpha=alpha).div_(u.square().mul_(gamma).add_(alpha)).clamp_(min=0)
         made = positive * u
     negative = m.clamp(max=0)
-    # γ(a² − (a − made)²) = γ made (2a − made) is what the positive side saves; exact where both sides are zero
+    # The positive side is better by γ(a² − (a − made)²) = γ made (2a − made); exact where both sides are zero.
     saved = (2 * a - made).mul_(made).mul_(gamma)
     costs = (positive - m).square_().sub_((negative - m).square_()).mul_(alpha)
     return torch.where(costs <= saved, positive, negative)
@@ -110,8 +110,8 @@ def _relu_cases(m: Tensor, a: Tensor, u: Tensor | None, alpha: float, gamma: flo
 def _relu2_cases(m: Tensor, a: Tensor, u: Tensor | None, alpha: float, gamma: float) -> Tensor:
     """φ(s) = max(s, 0)². For s > 0, half the derivative is the cubic g(s) = c₃s³ + c₁s + c₀ below, convex on s > 0.
 
-    Its largest root is the only candidate besides s = 0 and s = min(m, 0). Newton's method from an upper bound of that
-    root on a convex function comes down to it monotonically, so nothing has to be safeguarded.
+    Its largest root is the only candidate besides s = 0 and s = min(m, 0). Since g is convex, Newton's method from an
+    upper bound decreases monotonically to that root, so no safeguard is needed.
     """
     u = torch.ones_like(m) if u is None else u
     cubic = u.square().mul_(2 * gamma).clamp_(min=torch.finfo(m.dtype).tiny)  # c₃
@@ -120,7 +120,7 @@ def _relu2_cases(m: Tensor, a: Tensor, u: Tensor | None, alpha: float, gamma: fl
     bound = (-linear).clamp_(min=0).div_(cubic).sqrt_().add_((-constant).clamp_(min=0).div_(cubic).pow_(1 / 3))
     easier = torch.where(linear > 0, (-constant).clamp_(min=0) / linear, torch.inf)  # there c₃s³ ≥ 0 bounds it too
     s = torch.minimum(bound, easier)
-    for _ in range(12):  # the bound is within a factor of two; each step gains at least a third, near the root all
+    for _ in range(12):  # the bound is within a factor of two; a step gains a third or more, near the root all
         square = s.square()
         slope = (square * cubic).mul_(3).add_(linear)
         step = (square.mul_(cubic).add_(linear).mul_(s).add_(constant)).div_(slope)
@@ -138,7 +138,7 @@ def _relu2_cases(m: Tensor, a: Tensor, u: Tensor | None, alpha: float, gamma: fl
 def update_preactivation(
     m: Tensor, a: Tensor, z: Tensor, activation: Activation, *, alpha: float, gamma: float, steps: int = 2
 ) -> Tensor:
-    """Z = argmin α(z − m)² + γ(A − φ(z))², elementwise; never worse than the given z in any element.
+    """Z = argmin α(z − m)² + γ(A − φ(z))², elementwise; never worse than the start z in any element.
 
     ReLU and ReLU² are solved exactly by cases; any other φ by ``steps`` safeguarded Newton steps from the best of
     three starts. All (tokens, f).
@@ -149,7 +149,7 @@ def update_preactivation(
 def update_gate_preactivation(
     m: Tensor, a: Tensor, s: Tensor, u: Tensor, activation: Activation, *, alpha: float, gamma: float, steps: int = 2
 ) -> Tensor:
-    """S = argmin α(s − m)² + γ(A − φ(s)∘U)², elementwise; never worse than the given s in any element.
+    """S = argmin α(s − m)² + γ(A − φ(s)∘U)², elementwise; never worse than the start s in any element.
 
     All (tokens, f).
     """
@@ -170,12 +170,12 @@ def descend_gate_preactivation(
 def move_variables(
     unit: FeedForward, products: Variables, variables: Variables, a: Tensor, prices: Coefficients, *, exact: bool = True
 ) -> Variables:
-    """Z to its minimiser, or U and then S.
+    """The variables after one update: Z at its minimiser, or U and then S.
 
     Args:
-        unit: as it is now.
-        products: what its weights make of the inputs: m of each variable.
-        variables: where to begin.
+        unit: with its current weights.
+        products: the outputs m of its first half's linears, one for each variable.
+        variables: the current values.
         a: (tokens, f), A.
         exact: False for the published code's gradient steps on S.
     """
@@ -205,12 +205,12 @@ def _update(
         m_, a_, z_ = (t[part] for t in flat)
         u_ = None if flat_u is None else flat_u[part]
         if solve is not None:
-            found = solve(m_, a_, u_, alpha, gamma)
-            before, after = (_value(t, m_, a_, u_, activation, alpha, gamma) for t in (z_, found))
-            found = torch.where(after <= before, found, z_)  # rounding can make the exact minimiser worse by an ulp
+            minimiser = solve(m_, a_, u_, alpha, gamma)
+            before, after = (_value(t, m_, a_, u_, activation, alpha, gamma) for t in (z_, minimiser))
+            minimiser = torch.where(after <= before, minimiser, z_)  # rounding may make it worse than z by an ulp
         else:
-            found = _newton(m_, a_, z_, u_, activation, alpha, gamma, steps)
-        out.view(-1)[part] = found
+            minimiser = _newton(m_, a_, z_, u_, activation, alpha, gamma, steps)
+        out.view(-1)[part] = minimiser
     return out
 
 
@@ -228,11 +228,11 @@ def _newton(
 ) -> Tensor:
     """Newton's method on F(z) = α(z − m)² + γ(a − φ(z)u)², elementwise, accepted only where F falls.
 
-    Where F curves down, the Gauss–Newton curvature α + γ(uφ')² ≥ α > 0 takes the place of F''. A step that does not
-    lower F is retried from the same point at a quarter of its length, so one evaluation of φ is spent per step.
+    Where F'' is not positive, the Gauss–Newton curvature α + γ(uφ')² ≥ α > 0 replaces it. A step that does not lower F
+    is retried from the same point at a quarter of its length, so each step takes one evaluation of φ.
 
     On gated units of a real model (SiLU) two steps come within 0.1 % of the global minimum of the sum, three within
-    0.03 %, and z and m would be starts enough; the third one is for data in which A and m disagree more than there.
+    0.03 %. The starts z and m were enough there; the third is for data in which A and m disagree more.
     """
     best, least = z, _value(z, m, a, u, activation, alpha, gamma)
     for start in (m, _other_side(a, u)):
@@ -265,7 +265,8 @@ def _newton(
 
 
 def _other_side(a: Tensor, u: Tensor | None) -> Tensor:
-    """A start in the basin that suits a: where the identity, which these φ approach, makes it; else by φ's valley."""
+    """A start for Newton's method: a/u if that is positive, since these φ approach the identity; else −1, near their
+    minimum."""
     wanted = a if u is None else a / u
     return torch.where(wanted > 0, wanted, -1.0).clamp_(max=1e4)  # −1 for NaN too
 
@@ -275,14 +276,14 @@ def _other_side(a: Tensor, u: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the inputs (in) of a linear and its targets (out): means over tokens of weighted squares.
+    """Weighted second moments of a linear's inputs (in) and targets (out), averaged over tokens.
 
     Attributes:
         gram: (in, in).
         cross: (out, in).
         target_square: mean of ‖t‖².
-        bias: where it was held fixed, in which case the targets are without it.
-        means: of inputs (in,) and targets (out,) where the bias is fitted, in which case everything is centred.
+        bias: the fixed bias, which is subtracted from the targets; None if there is none or it is fitted.
+        means: of inputs (in,) and targets (out,) if the bias is fitted; all moments are then centred.
         exact: sums ``XᵀX`` and ``TᵀX`` in fp64, for a pseudo-inverse.
     """
 
@@ -294,27 +295,27 @@ class Moments:
     exact: tuple[Tensor, Tensor] | None = None
 
     def error(self, weight: Tensor) -> float:
-        """Mean of ‖t − W x − b‖² over tokens, with the bias of :meth:`linear`: from moments alone, in fp64."""
+        """Mean of ‖t − W x − b‖² over tokens, with the bias of :meth:`linear`; from the moments, in fp64."""
         wide = weight.double()
         explained = 2 * (wide * self.cross.double()).sum() - ((wide @ self.gram.matrix.double()) * wide).sum()
         return self.target_square - float(explained)
 
     def linear(self, weight: Tensor) -> Linear:
-        """The linear with this weight: with the best bias for it, ``mean(T) − W mean(X)``, or the one held fixed."""
+        """The linear with this weight, and with the optimal bias ``mean(T) − W mean(X)`` or the fixed one."""
         return Linear(weight, self.bias if self.means is None else self.means[1] - weight @ self.means[0])
 
 
 class MomentsAccumulator:
-    """Streams (inputs, targets) of one linear into ``Moments``.
+    """Accumulates inputs and targets of one linear into ``Moments``.
 
     For a given weight the best bias is mean(T) − W mean(X), so fitting both is the same least squares on centred inputs
     and targets. A linear without a bias stays without one.
 
     Args:
-        linear: which.
-        gram: of the same stream of inputs, if it is known.
-        fit_bias: fit the bias together with the weight, where there is one; False holds it fixed.
-        exact: sum in fp64 as well.
+        linear: the linear.
+        gram: of the same inputs, if it is known already.
+        fit_bias: fit the bias, if there is one, together with the weight; False holds it fixed.
+        exact: also sum in fp64.
     """
 
     def __init__(self, linear: Linear, gram: Gram | None = None, *, fit_bias: bool = True, exact: bool = False) -> None:
@@ -339,8 +340,8 @@ class MomentsAccumulator:
             target = target - self._bias
         if self._centred:
             if self._shift is None:
-                # Centring around the first chunk's mean at once leaves only a small rank-one term to subtract at the
-                # end: no digits are lost where a feature's mean is large against its spread, as massive ones are.
+                # Inputs are centred around the first chunk's mean at once, so that only a small rank-one term is
+                # subtracted at the end. So no digits are lost for features whose mean is large against their spread.
                 self._shift = (x.mean(dim=0), target.mean(dim=0))
             x, target = x - self._shift[0], target - self._shift[1]
             for total, value in zip(self._sums, (x, target), strict=True):
@@ -356,7 +357,11 @@ class MomentsAccumulator:
             self._exact[1].addmm_(wanted.T, wide)
 
     def finish(self) -> Moments:
-        """Raises NumericalError where no token was seen or a sum is not finite."""
+        """The moments of all tokens so far.
+
+        Raises:
+            NumericalError: there was no token, or a sum is not finite.
+        """
         cross = self._crosses.finish()
         gram = self._gram if self._grams is None else self._grams.finish()
         assert gram is not None
@@ -377,8 +382,8 @@ def wanted_weight(moments: Moments, reference: Tensor, *, damping: float = 0.01)
     """W̃ = R + (C − R G)(G + λI)⁻¹, the least-squares weight (out, in), ridged towards the reference R instead of zero.
 
     For λ → 0 this is C G⁻¹, the paper's pseudo-inverse (eq. 5). With λ it changes R only in directions in which the
-    inputs vary, so a target that R already makes gives back R exactly, which C(G + λI)⁻¹ does not: a few massive
-    features set the scale of λ, and every other direction would be shrunk.
+    inputs vary. If R already reproduces the targets, the result is exactly R. C(G + λI)⁻¹ would not be: a few massive
+    features set the scale of λ, and all other directions would shrink.
 
     Args:
         damping: λ relative to the mean of the diagonal of G.
@@ -406,7 +411,10 @@ def pseudo_inverse_weight(moments: Moments) -> Fit:
 
 def descend_weight(moments: Moments, weight: Tensor) -> Fit:
     """The weight after the published code's ten gradient steps of 0.01 on the mean of (t − W x − b)² over tokens and
-    outputs: each step is ``W ← W − 0.01 · 2 (W G − C) / outputs``, so moments are enough."""
+    outputs.
+
+    Each step is ``W ← W − 0.01 · 2 (W G − C) / outputs``, so the moments suffice.
+    """
     for _ in range(10):
         weight = weight - 0.01 * 2 * (weight @ moments.gram.matrix - moments.cross) / len(weight)
     return Fit(weight)

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity, and the divergence of one model's predictions from another's."""
+"""Perplexity, and the divergence of one model's predictions from another's."""
 
 from sparsellm.evaluation.perplexity import Perplexity, kl_divergence, nll_from_logits, perplexity
 

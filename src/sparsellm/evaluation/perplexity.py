@@ -1,7 +1,7 @@
 """Perplexity by the protocol of the pruning papers (GPTQ 2210.17323, SparseGPT 2301.00774).
 
-Every window is read on its own, and the model is scored on the tokens 1 … T-1 of the window: the first token has no
-context and is not scored. So ``windows · (T - 1)`` tokens are scored, and all windows weigh the same.
+Every window is evaluated by itself, and the tokens 1 … T-1 of the window are scored; the first token has no context and
+is not scored. So ``windows · (T - 1)`` tokens are scored, and all windows have the same weight.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsellm.errors import DataError, NumericalError
 
-# Positions whose log-probabilities stand in memory at once, in fp32: 256 × 128k vocabulary entries take 128 MB.
+# Positions whose fp32 log-probabilities are in memory at once: 256 × 128k vocabulary entries take 128 MB.
 CHUNK = 256
 
 
@@ -26,7 +26,7 @@ class Perplexity:
     Attributes:
         value: ``exp(nll)``.
         tokens: tokens scored, ``windows · (window - 1)``.
-        window: tokens in a window; a number measured with another window cannot be compared with this one.
+        window: tokens in a window; perplexities of different windows do not compare.
         nll: mean negative log-likelihood of a scored token, in nats.
     """
 
@@ -81,12 +81,12 @@ def perplexity(
     finally:
         model.train(was_training)
     mean = nll / tokens
-    # exp overflows a double above 709 nats; a model that bad has, for every purpose, infinite perplexity.
+    # exp overflows a double above 709 nats; such a perplexity is reported as infinite.
     return Perplexity(math.exp(mean) if mean < 709 else math.inf, tokens, windows.shape[1], mean)
 
 
 def nll_from_logits(logits: Tensor, ids: Tensor) -> tuple[float, int]:
-    """Negative log-likelihood, in nats, of each token given those before it: its sum, and how many were scored.
+    """The summed negative log-likelihood of the tokens, in nats, and the number of tokens scored.
 
     Position ``t`` of the logits predicts token ``t + 1``. The fp32 log-probabilities of 256 positions are in memory at
     a time; the sum is kept in fp64.
@@ -104,7 +104,7 @@ def nll_from_logits(logits: Tensor, ids: Tensor) -> tuple[float, int]:
             torch.split(sequence_logits[:-1], CHUNK), torch.split(targets, CHUNK), strict=True
         ):
             losses = nn.functional.cross_entropy(chunk.float().view(-1, vocabulary), chunk_targets, reduction="none")
-            total += losses.cpu().double().sum().item()  # on the CPU, as not every device has fp64
+            total += losses.cpu().double().sum().item()  # on the CPU, because some devices have no fp64
             count += len(chunk_targets)
     return total, count
 
@@ -112,11 +112,11 @@ def nll_from_logits(logits: Tensor, ids: Tensor) -> tuple[float, int]:
 def kl_divergence(dense_logits: Tensor, logits: Tensor) -> float:
     """Mean over positions of ``KL(dense ‖ other) = Σ p_dense (log p_dense - log p_other)``, in nats, computed in fp32.
 
-    Unlike perplexity it needs no reference text to be right: it is zero only if every prediction is unchanged.
+    Unlike perplexity, it does not depend on the tokens of the text: it is zero only if every prediction is unchanged.
 
     Args:
-        dense_logits: ``(..., vocabulary)``, of the model that is the reference.
-        logits: the same shape, of the model compared with it.
+        dense_logits: ``(..., vocabulary)``, of the reference model.
+        logits: the same shape, of the other model.
 
     Raises:
         DataError: the shapes differ, or there is no position.

@@ -1,4 +1,4 @@
-"""Perplexity of a chain, block by block: the model need not fit into memory."""
+"""Perplexity of a chain, block by block, for models that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsellm.errors import NumericalError
 from sparsellm.evaluation.perplexity import Perplexity, nll_from_logits
 from sparsellm.progress import Progress, ProgressCallback, ignore
 
-_HIDDEN_BYTES = 1 << 30  # hidden states held at once; longer texts sweep the blocks several times
+_HIDDEN_BYTES = 1 << 30  # of hidden states held at once; a longer text runs through the blocks in several passes
 _BATCH_TOKENS = 4096
 
 
@@ -22,7 +22,7 @@ def streamed_perplexity(chain: Chain, windows: Tensor, *, progress: ProgressCall
     Args:
         chain: the model.
         windows: token ids, ``(windows, seq)``.
-        progress: is told how far the sweep is.
+        progress: called with the progress of the passes over the blocks.
 
     Raises:
         NumericalError: the loss of a window is not finite.

@@ -1,1 +1,1 @@
-"""What users and other tools hand in, read and checked within limits before any work."""
+"""Readers of input from users and other tools, which check it against limits before any work."""

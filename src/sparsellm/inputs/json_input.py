@@ -1,4 +1,4 @@
-"""Reads JSON that somebody else wrote, within limits of size, depth and digits."""
+"""Reads JSON from outside, within limits of size, depth and digits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from sparsellm.errors import SparseLLMError, StorageError
 
-MOST_BYTES = 256 << 20  # an index of a model with a million tensors has a tenth of it
-MOST_DIGITS = 64  # of an integer: tokenizers write 10^30 for "no limit"
+MOST_BYTES = 256 << 20  # ten times the index of a model with a million tensors
+MOST_DIGITS = 64  # of an integer; tokenizers write 10^30 for "no limit"
 
 
 def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = StorageError) -> Any:
@@ -17,7 +17,7 @@ def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = Stor
 
     Args:
         data: the text; bytes are UTF-8, with or without a byte order mark.
-        where: what the text is called in the error, such as its path, or its path and line.
+        where: the name of the text in error messages, such as its path, or its path and line.
         error: the kind of error to raise.
 
     Raises:
@@ -44,10 +44,10 @@ def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = Stor
 
 
 def read_json(path: Path, error: type[SparseLLMError] = StorageError) -> Any:
-    """As :func:`parse_json`, of a file.
+    """As :func:`parse_json`, for a file.
 
     Raises:
-        SparseLLMError: of the kind ``error``, also where the file cannot be read.
+        SparseLLMError: of the kind ``error``, also if the file cannot be read.
     """
     try:
         size = path.stat().st_size
@@ -60,10 +60,10 @@ def read_json(path: Path, error: type[SparseLLMError] = StorageError) -> Any:
 
 
 def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[str, Any]:
-    """As :func:`read_json`, of a file that must hold a JSON object.
+    """As :func:`read_json`, for a file that must hold a JSON object.
 
     Raises:
-        SparseLLMError: of the kind ``error``, also where the value is no object.
+        SparseLLMError: of the kind ``error``, also if the value is no object.
     """
     value = read_json(path, error)
     if not isinstance(value, dict):

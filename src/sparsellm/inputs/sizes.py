@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Parses sizes of memory such as ``4GiB``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCI
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes from ``4GiB``, ``500 MB`` or a plain number of bytes; upper and lower case are the same.
+    """The bytes in ``4GiB``, ``500 MB`` or a plain number of bytes; case does not matter.
 
     Raises:
         RecipeError: not a positive number, or not a known unit.

@@ -1,4 +1,4 @@
-"""Reads YAML that somebody else wrote, within limits: plain values only, and small enough for whatever reads them."""
+"""Reads YAML from outside, within limits of size, depth and digits; plain values only."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import yaml
 
 from sparsellm.errors import RecipeError, SparseLLMError
 
-MOST_BYTES = 256 << 10  # a recipe has a hundredth of it
+MOST_BYTES = 256 << 10  # a hundred times a recipe
 MOST_DEPTH = 32
 MOST_DIGITS = 64  # of a number
-MOST_NODES = 20_000  # after aliases are written out
+MOST_NODES = 20_000  # with aliases expanded
 
 
 def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
     """The value of a YAML text: null, booleans, numbers, strings, lists and mappings.
 
-    Numbers are those of YAML 1.2: ``1e-3`` is a number, and ``2:4`` and ``2024-01-01`` are strings, where YAML 1.1
-    reads a number of base 60 and a date. Tags are refused, and so is a key that stands twice in one mapping.
+    Numbers are those of YAML 1.2: ``1e-3`` is a number; ``2:4`` and ``2024-01-01`` are strings, while YAML 1.1 reads a
+    number of base 60 and a date. Tags and repeated keys in a mapping are refused.
 
     Args:
         data: the text; bytes are UTF-8, with or without a byte order mark.
-        where: what the text is called in the error, such as its path.
+        where: the name of the text in error messages, such as its path.
         error: the kind of error to raise.
 
     Raises:
@@ -50,10 +50,10 @@ def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = Reci
 
 
 def read_yaml(path: Path, error: type[SparseLLMError] = RecipeError) -> Any:
-    """As :func:`parse_yaml`, of a file.
+    """As :func:`parse_yaml`, for a file.
 
     Raises:
-        SparseLLMError: of the kind ``error``, also where the file cannot be read.
+        SparseLLMError: of the kind ``error``, also if the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -64,7 +64,7 @@ def read_yaml(path: Path, error: type[SparseLLMError] = RecipeError) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """YAML text that :func:`parse_yaml` reads back as the same value."""
+    """YAML text from which :func:`parse_yaml` reads the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -73,7 +73,7 @@ def _first_line(text: str) -> str:
 
 
 def _check_size(text: str) -> None:
-    """Refuses, before a value is made, what is nested too deeply, too large with its aliases written out, or tagged."""
+    """Refuses a text, before it is loaded, that is nested too deeply, too large with aliases expanded, or has tags."""
     sizes: dict[str, int] = {}  # nodes below each anchor whose node is complete
     open_nodes: list[tuple[str | None, int]] = []  # anchor, and the nodes that came before it
     nodes = 0
@@ -85,7 +85,7 @@ def _check_size(text: str) -> None:
             continue
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ValueError(f"the alias *{event.anchor} stands inside its own anchor, or has none")
+                raise ValueError(f"the alias *{event.anchor} is inside its own anchor, or has none")
             nodes += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
             nodes += 1
@@ -101,7 +101,7 @@ def _check_size(text: str) -> None:
 
 
 def _check_plain(event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
-    """Refuses a tag, which asks for an object of some class, and half of a surrogate pair."""
+    """Refuses a tag, which would create an object of some class, and half of a surrogate pair."""
     if event.tag is not None:
         raise ValueError(f"the tag {event.tag[:80]} is not allowed; write plain values")
     if isinstance(event, yaml.ScalarEvent) and any("\ud800" <= each <= "\udfff" for each in event.value):
@@ -109,7 +109,7 @@ def _check_plain(event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with the numbers of YAML 1.2, without dates, and without keys that stand twice."""
+    """YAML's safe loader with the numbers of YAML 1.2, without dates, and without repeated keys."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
@@ -119,14 +119,14 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value[:80]!r} stands twice", key.start_mark
+                        None, None, f"the key {key.value[:80]!r} occurs twice", key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML's safe dumper, which quotes what either version of YAML reads as something other than a string."""
+    """YAML's safe dumper, which quotes strings that YAML 1.1 or 1.2 would read as another type."""
 
 
 def _number(loader: yaml.SafeLoader, node: Any) -> int | float:

@@ -1,4 +1,4 @@
-"""Where things are computed."""
+"""The devices of this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def resolve_device(name: str) -> torch.device:
     """The device that a recipe or a command names.
 
     Raises:
-        RecipeError: no such device here, or it takes no tensor.
+        RecipeError: the machine has no such device, or it cannot hold a tensor.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Memory of this process: what it holds, what it can still get, and what the C library keeps back."""
+"""Memory of this process: held now, at its peak, still available, and kept back by the C library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 
 
 def peak_rss() -> int:
-    """The most memory this process has held so far, in bytes."""
+    """The peak memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -24,21 +24,21 @@ def resident() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still get: what the machine has free, or what its control group allows."""
+    """Bytes that this process can still allocate: the machine's free memory, or the limit of its control group."""
     return min([psutil.virtual_memory().available, *_control_group_rooms()])
 
 
 def trim() -> None:
-    """Returns the free part of the C heap to the system, where the C library can.
+    """Returns the free part of the C heap to the system, if the C library supports it.
 
     Tokenising a text leaves a hundred times its size in holes that no tensor fits into.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone has the function
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has the function
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _control_group_rooms() -> list[int]:
-    """What a container may still take, from the files of cgroup version 2 and 1; empty where there is no limit."""
+    """Bytes that a container may still allocate, by cgroup versions 2 and 1; empty if there is no limit."""
     rooms = []
     for folder, limit, usage in (
         ("/sys/fs/cgroup", "memory.max", "memory.current"),

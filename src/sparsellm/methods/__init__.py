@@ -1,4 +1,4 @@
-"""Pruning methods for one block. Each is one decorated function in a file of this package, and named nowhere else."""
+"""Pruning methods for one block. Each is one decorated function in this package; no other code names it."""
 
 import importlib
 import pkgutil

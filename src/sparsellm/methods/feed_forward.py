@@ -1,4 +1,4 @@
-"""The auxiliary variables of a block's feed-forward units: what the two methods that use them share."""
+"""Pruning a block's feed-forward units by auxiliary variables: the code that two methods share."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from sparsellm.decomposition import (
 from sparsellm.methods.task import BlockTask
 from sparsellm.solvers import Solution, Solver
 
-# What a unit keeps of all tokens, as so many hidden states: inputs, targets, and Z or U and S, four times as wide.
+# Memory of a unit for all tokens, in units of the hidden states: inputs, targets, and Z (or U and S), four times as
+# wide.
 UNIT_STREAMS = 10
 
 
 def find_units(task: BlockTask) -> list[FeedForwardUnit]:
-    """The feed-forward units of the block, from one window."""
+    """The feed-forward units of the block, recognised on one window."""
     return find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
 
 
@@ -38,9 +39,9 @@ def prune_unit(
     solvers: Mapping[str, Solver],
     settings: Settings,
 ) -> None:
-    """Prunes one unit of a block by its auxiliary variables; the targets are its outputs in the block as it stands.
+    """Prunes one unit of a block by its auxiliary variables; the targets are its current outputs.
 
-    The iterate with the least error on held-out tokens wins, and its weights are then fitted to all tokens.
+    The result is the iterate with the least error on held-out tokens, with its weights then fitted to all tokens.
 
     Args:
         weights: of tokens, batches ``(batch, seq)``, or None for equal ones.
@@ -75,7 +76,7 @@ def alternate(
     solvers: Mapping[str, Solver],
     settings: Settings,
 ) -> None:
-    """Runs the loop, puts its result in place, and leaves its history in the record of ``down``."""
+    """Runs the loop, writes its result to the linears, and adds its history to the record of ``down``."""
     roles = roles_of(unit)
     result = prune_feed_forward(
         plain(unit),
@@ -96,7 +97,7 @@ def alternate(
 
 
 def history_of(result: Result, *, judged: bool) -> list[dict[str, object]]:
-    """One JSON record for each iteration; ``held_out_error`` is null where nothing was held out."""
+    """One JSON record for each iteration; ``held_out_error`` is null if nothing was held out."""
     return [
         {
             "iteration": record.iteration,
@@ -110,12 +111,12 @@ def history_of(result: Result, *, judged: bool) -> list[dict[str, object]]:
 
 
 def roles_of(unit: FeedForwardUnit) -> dict[str, LinearView]:
-    """The linears of the unit by role, in the order they are used."""
+    """The linears of the unit by role, in the order in which they run."""
     gate = {"gate": unit.gate} if unit.gate is not None else {}
     return {"up": unit.up, **gate, "down": unit.down}
 
 
 def plain(unit: FeedForwardUnit) -> FeedForward:
-    """The unit as it stands, as plain tensors."""
+    """The current weights of the unit, as plain tensors."""
     linears = {role: Linear(linear.weight(), linear.bias) for role, linear in roles_of(unit).items()}
     return FeedForward(linears["up"], linears["down"], unit.activation, linears.get("gate"))

@@ -1,4 +1,4 @@
-"""Local solvers as methods: each linear by itself, on the inputs that the pruned blocks before it produce."""
+"""Local solvers as methods: each linear is pruned by itself, on the inputs that the pruned blocks before it produce."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sparsellm.solvers.divided import divide
 
 
 def local_method(entry: Entry[Solver]) -> Method:
-    """A method that takes one pass for the statistics of the whole block and solves each linear on them."""
+    """The method that collects the statistics of a block in one pass and solves each linear on them."""
     solver = divide(entry)
 
     def prune_block(task: BlockTask, **options: Any) -> None:
         task.report("statistics")
         statistics = task.statistics()
         while statistics:
-            group, gram = statistics.pop(0)  # frees each Gram matrix after its use: the widest inputs come last
+            group, gram = statistics.pop(0)  # frees each Gram matrix after use; the widest inputs come last
             for linear in group:
                 task.report(linear.name.rpartition(".")[2])
                 with task.clock.phase("prune/solve"):

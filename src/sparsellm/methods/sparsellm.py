@@ -1,12 +1,13 @@
-"""SparseLLM: one block as small coordinated problems, each fitted to what the pruned linears before it produce.
+"""SparseLLM: prunes the linears of a block in the order in which they run, each fitted to the outputs of those before.
 
 1. The groups of linears that share an input are pruned in the order in which they run (q,k,v → o → up,gate → down).
-   The block runs again before each, so every statistic is of the inputs that the linear will really get.
-2. The last linear of a sublayer writes into the residual stream. Before it is pruned, it is fitted by least squares to
-   what the sublayer produced before its first linear was pruned, so it makes up for the losses of the others.
-3. In place of 1 and 2, a feed-forward unit is pruned by its auxiliary variables where that pays: in two-layer ReLU
+   The block runs again before each group, so every statistic is of the inputs that the pruned model produces.
+2. The last linear of a sublayer is its output projection (the *writer*), which adds to the residual stream. It is
+   refitted before it is pruned: least squares towards the output that the sublayer had before any of its linears was
+   pruned. So it compensates the errors of the other linears.
+3. Instead of 1 and 2, a feed-forward unit is pruned by its auxiliary variables where that pays: in two-layer ReLU
    units at high sparsity, or wherever ``options.iterations`` asks for it.
-4. When all blocks are done, the run sweeps the whole model towards the dense model's predictions (``effort``).
+4. After all blocks, the run sweeps the whole model towards the dense model's predictions (``effort``).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from sparsellm.storage.scratch import TensorStore
 
 PASSES = (0, 1, 3, 8)  # sweeps of the whole model, by effort
 ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
-PAYS, PAYS_WITH_ADMM = 0.75, 0.85  # sparsity from which they do: in N:M or with weaker solvers, and with ADMM
+PAYS = 0.75  # sparsity from which they do
 
 
 def _needs(options: dict[str, Any]) -> Needs:
@@ -52,14 +53,14 @@ def _needs(options: dict[str, Any]) -> Needs:
         one_process="iterations" if options["iterations"] else "",
         workspace=replace(
             inside,
-            weights=inside.weights + weighted,  # the scaled rows beside the weight
+            weights=inside.weights + weighted,  # plus a copy of the weight with scaled rows
             streams=UNIT_STREAMS if options["iterations"] else 0,
         ),
     )
 
 
 def _validate(options: dict[str, Any]) -> None:
-    SOLVERS[options["solver"]]  # raises RecipeError for an unknown one
+    SOLVERS[options["solver"]]  # raises RecipeError for an unknown name
     if options["iterations"] and not options["refit"]:
         raise RecipeError("options.iterations of sparsellm includes the refit; leave options.refit at true")
 
@@ -69,7 +70,7 @@ def _validate(options: dict[str, Any]) -> None:
     paper="arXiv 2402.17946, with the solver of 2406.07831",
     needs=_needs,
     validate=_validate,
-    workspace=Workspace(weights=7, grams=2, streams=2),  # a writer's fit
+    workspace=Workspace(weights=7, grams=2, streams=2),  # of the refit
     distributed=True,
     allocation="threshold",
 )
@@ -98,7 +99,7 @@ def sparsellm(  # noqa: PLR0913 - options
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):
-        return  # nothing is lost, so nothing is to be made up for: every bit stays
+        return  # without zeros there is no error to compensate: the weights keep every bit
     order = RunOrder()
     sublayers = find_sublayers(task, order)
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
@@ -119,15 +120,16 @@ def sparsellm(  # noqa: PLR0913 - options
 def _rounds(task: BlockTask, unit: FeedForwardUnit | None, solver: str) -> int:
     """Alternations where the user leaves them open, by the structure of the unit, the solver and the sparsity.
 
-    The variables lower the excess of a ReLU model by 6 to 20 % (docs/results.md, *What the auxiliary variables are
-    worth*): from :data:`PAYS` or :data:`PAYS_WITH_ADMM` on. They gain nothing in gated units.
+    The variables lower the excess of a ReLU model by about a tenth from :data:`PAYS` on, in N:M with any solver, and
+    unstructured with solvers weaker than ADMM (docs/results.md, *What the auxiliary variables are worth*). They gain
+    nothing with ADMM in unstructured weights, and nothing in gated units.
     """
     if unit is None or unit.gate is not None or unit.activation is not relu:
         return 0
     patterns = [task.patterns[linear.name] for linear in unit.linears()]
     sparsity = sum(pattern.sparsity for pattern in patterns) / len(patterns)
     fixed = all(isinstance(pattern, NM) for pattern in patterns)
-    if sparsity < (PAYS if fixed or solver != "admm" else PAYS_WITH_ADMM):
+    if sparsity < PAYS or (solver == "admm" and not fixed):
         return 0
     if parallel.size() > 1:
         task.notes[unit.down.name] = ("pruned without auxiliary variables, which work in one process only",)
@@ -137,14 +139,14 @@ def _rounds(task: BlockTask, unit: FeedForwardUnit | None, solver: str) -> int:
 
 @dataclass(frozen=True)
 class _Fitting:
-    """How the linears of a block are fitted and pruned.
+    """The settings for fitting and pruning the linears of a block.
 
     Attributes:
-        weights: of tokens, batches ``(batch, seq)``, or None where all count alike.
+        weights: of tokens, batches ``(batch, seq)``, or None for equal ones.
         solvers: of each linear, by name.
-        refit: whether writers are fitted before they are pruned.
-        damping: ridge of that fit.
-        order: in which the block's linears run.
+        refit: whether output projections are refitted before they are pruned.
+        damping: ridge of the refit.
+        order: the order in which the block's linears run.
     """
 
     weights: list[Tensor] | None
@@ -155,9 +157,9 @@ class _Fitting:
 
 
 def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> None:
-    """Prunes one group after the other; the writer is fitted to what it produced before the first was pruned."""
+    """Prunes one group after another; the refit's target is the writer's output before the first group was pruned."""
     writer = sublayer.writer if fitting.refit else None
-    with task.stream.store() as target:  # batches of the writer's output in the block as it was
+    with task.stream.store() as target:  # batches of the writer's output before pruning
         for group in sublayer.groups:
             task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
             if group[0] is writer:
@@ -165,7 +167,7 @@ def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> N
                 with task.clock.phase("prune/solve"):
                     fit = least_squares(gram, cross, fitting.damping, prior=writer.weight())
                 del cross
-                gram.forget()  # the solver, which takes the most memory, has no use for the factors of the fit
+                gram.forget()  # frees the factors of the refit before the solver, which takes the most memory
                 _solve(task, writer, gram, fitting, fit)
                 continue
             gram = _gram(task, group[0], fitting, target, recorded=writer if group is sublayer.groups[0] else None)
@@ -174,7 +176,7 @@ def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> N
 
 
 def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, fit: Fit | None = None) -> None:
-    """Prunes one linear, or the weight that was fitted for it, and puts the result in place."""
+    """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result."""
     with task.clock.phase("prune/solve"):
         wanted = linear.weight() if fit is None else fit.weight
         solution = fitting.solvers[linear.name](wanted, gram, task.patterns[linear.name])
@@ -184,14 +186,15 @@ def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, f
 def _gram(
     task: BlockTask, head: LinearView, fitting: _Fitting, target: TensorStore, recorded: LinearView | None
 ) -> Gram:
-    """The Gram matrix of the input of ``head`` from one pass, which also stores what ``recorded`` puts out."""
+    """The Gram matrix of the input of ``head``, from one pass that also appends the outputs of ``recorded`` to
+    ``target``."""
     gram = GramAccumulator(head.in_features, task.stream.chain.device)
 
     def see(position: int, linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         if linear is head:
             gram.update(entering, fitting.weights[position] if fitting.weights is not None else None)
         if linear is recorded:
-            target.append(leaving.detach().clone())  # linears that run later may work in place
+            target.append(leaving.detach().clone())  # later operations may change it in place
 
     _pass(task, head, recorded, fitting, see)
     gram.reduce()
@@ -201,7 +204,7 @@ def _gram(
 def _moments_of_writer(
     task: BlockTask, writer: LinearView, target: TensorStore, fitting: _Fitting
 ) -> tuple[Gram, Tensor]:
-    """The Gram matrix of a writer's input, and its cross moment with the target ``(out, in)``, from one pass."""
+    """The Gram matrix of a writer's input, and its cross-moment with the target ``(out, in)``, from one pass."""
     gram = GramAccumulator(writer.in_features, task.stream.chain.device)
     cross = CrossAccumulator(writer.out_features, writer.in_features, task.stream.chain.device)
     bias = writer.bias
@@ -225,19 +228,23 @@ def _pass(
     fitting: _Fitting,
     see: Callable[[int, LinearView, Tensor, Tensor], None],
 ) -> None:
-    """Runs the block on every batch: ``see(batch number, linear, input, output)`` of the two linears. Linears that run
-    only after both multiply nothing."""
+    """Runs the block on every batch and calls ``see(batch number, linear, input, output)`` for the two linears.
+
+    Linears that only run after both are skipped.
+    """
     seen = [head, *([recorded] if recorded is not None else [])]
     unread = fitting.order.unread(task.stream.chain.linears(task.index), inputs=[head], outputs=seen[1:])
-    position = 0  # the hook reads where the pass is
+    position = 0  # the number of the batch, read by the hook
     with task.clock.phase("prune/statistics"), watch(seen, lambda *args: see(position, *args)), skipping(unread):
         for position in range(len(task.stream)):
             task.stream.run_batch(task.index, position)
 
 
 def _prune_rest(task: BlockTask, sublayers: list[Sublayer], fitting: _Fitting) -> None:
-    """Prunes linears that do not see every token, such as experts: each by itself, on the tokens that are routed to it,
-    in one pass. One that no token reaches stays dense."""
+    """Prunes linears that do not get every token, such as experts: each by itself, on the tokens routed to it.
+
+    The statistics take one pass. A linear that no token reaches is left to :meth:`BlockTask.finish`.
+    """
     known = {name for sublayer in sublayers for name in _names(sublayer.linears())}
     rest = [linear for linear in task.linears if linear.name not in known]
     if not rest:

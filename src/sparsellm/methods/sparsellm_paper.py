@@ -1,9 +1,10 @@
-"""The published SparseLLM, for comparison: SparseGPT inside, the last iterate kept, whatever became of it.
+"""The published SparseLLM, for comparison: with SparseGPT as solver, and the last iterate as the result.
 
-As in the authors' code, the statistics of a block come from one pass before any of its linears is pruned. Attention is
-pruned by SparseGPT; the loop of :meth:`~sparsellm.decomposition.Settings.published` prunes the feed-forward unit, whose
-inputs are those before attention was pruned, and whose targets are the dense unit's outputs on them. Other than there,
-all numbers are fp32, every block of the model is pruned, and variables are kept in chunks that may lie on disk.
+As in the authors' code, the statistics of a block come from one pass before any of its linears is pruned. SparseGPT
+prunes attention. The loop of :meth:`~sparsellm.decomposition.Settings.published` prunes the feed-forward unit: its
+inputs are those from before attention was pruned, and its targets are the dense unit's outputs on them. Differences
+from the authors' code: all numbers are fp32, every block of the model is pruned, and variables are kept in chunks that
+may be on disk.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def sparsellm_paper(
     ] = None,
     output_update: Annotated[
         Literal["gradient", "pseudo-inverse"] | None,
-        "of the unit's last linear; null: pseudo-inverse for a gated unit, ten gradient steps for one of two layers",
+        "fit of the unit's last linear; null: pseudo-inverse for a gated unit, ten gradient steps for a two-layer one",
     ] = None,
-    safeguard: Annotated[bool, "keep the best epoch of each unit in place of the last"] = False,
+    safeguard: Annotated[bool, "keep the best epoch of each unit instead of the last"] = False,
 ) -> None:
-    """The published algorithm on the whole model in fp32, so that what it does can be seen; it may diverge."""
+    """The published algorithm on the whole model, in fp32, for comparison; it may diverge."""
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):
         return
     sparsegpt = SOLVERS["sparsegpt"].function
@@ -79,10 +80,16 @@ def sparsellm_paper(
 
 
 def _prune_unit(task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, settings: Settings) -> None:
-    """Raises ModelError for a unit that the paper has no update for, NumericalError where the loop diverges."""
+    """Prunes one unit by the published loop.
+
+    Raises:
+        ModelError: the paper has no update for the activation of this unit.
+        NumericalError: the loop diverges.
+    """
     if unit.gate is None and unit.activation.name != "relu":
         raise ModelError(
-            f"{unit.down.name}: the published algorithm knows ReLU in a two-layer unit, not {unit.activation.name!r}"
+            f"{unit.down.name}: the published algorithm updates only ReLU in a two-layer unit, "
+            f"not {unit.activation.name!r}"
         )
     task.report("alternating")
     sparsegpt, dense = SOLVERS["sparsegpt"].function, plain(unit)

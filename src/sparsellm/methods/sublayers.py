@@ -1,4 +1,4 @@
-"""The sublayers of a block, such as attention and the feed-forward unit: groups of linears, and the one that writes."""
+"""The sublayers of a block, such as attention and the feed-forward unit: groups of linears and an output projection."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Sublayer:
 
     Attributes:
         groups: at least one, none empty.
-        writer: the linear that writes into the residual stream: last, after others, alone on its input, as wide as the
-            stream. None where that linear is not pruned, or is the only one of the sublayer.
+        writer: the output projection, which adds to the residual stream: the last linear, alone on its input, with as
+            many outputs as the stream is wide. None if it is not pruned, or is the only linear of the sublayer.
     """
 
     groups: list[list[LinearView]]
@@ -29,10 +29,11 @@ class Sublayer:
 
 
 def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
-    """The sublayers of a block, from one window. Linears that are not given all its tokens (experts) are left out.
+    """The sublayers of a block, recognised on one window. Linears that do not get all its tokens (experts) are left
+    out.
 
     Args:
-        order: learns in which order all linears of the block run.
+        order: records the order in which all linears of the block run.
     """
     width = task.stream.hidden[0].shape[-1]
     sublayers: list[Sublayer] = []

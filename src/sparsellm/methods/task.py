@@ -1,4 +1,4 @@
-"""A block as it is given to a method, and the results of its linears."""
+"""The block that a method prunes, with its inputs, and the results of its linears."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sparsellm.solvers import Solution
 from sparsellm.statistics import Gram, GramAccumulator
 from sparsellm.storage.writer import count_zeros
 
-# glibc maps pages of their own for tensors above 32 MiB. Weights that large cannot use the holes that smaller tensors
-# leave in the heap (0.1 GB in a block of a 7B), so the heap is trimmed after each. Smaller weights do use them, and
-# trimming after every solve took a third of the solver's time on the demo model.
+# glibc maps separate pages for tensors above 32 MiB. Weights that large cannot use the holes that smaller tensors leave
+# in the heap (0.1 GB in a block of a 7B), so the heap is trimmed after each of them. Smaller weights do use the holes,
+# and trimming after every solve took a third of the solver's time on the demo model.
 OWN_PAGES = 32 << 20
-UNREACHED = "pruned by magnitude: no calibration token reached it"  # what the result of such a linear says
+UNREACHED = "pruned by magnitude: no calibration token reached it"  # note in the result of such a linear
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class LinearResult:
     Attributes:
         name: the module's name in the model.
         shape: ``(out, in)``.
-        zeros: zeros in the weight as it is stored.
-        asked: the fraction of zeros asked for.
+        zeros: zeros in the stored weight.
+        asked: the requested fraction of zeros.
         error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
         notes: messages to the user, such as a damping that had to be raised.
         history: one record for each iteration, for methods that iterate.
@@ -74,17 +74,17 @@ class BlockTask:
     """One block, loaded, with the hidden states that enter it. A method prunes its linears in place.
 
     Attributes:
-        index: which block, from 0.
+        index: the number of the block, from 0.
         linears: the linears to prune.
         patterns: the pattern of each, by name.
-        stream: the hidden states on the pruned model.
+        stream: the hidden states of the pruned model that enter the block.
         report: called with a short text at each step of the method.
         clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
         results: one for each linear done.
-        history: by name, one record for each iteration of linears that were pruned iteratively.
+        history: by name, one record per iteration for linears that were pruned iteratively.
         notes: by name, messages to the user beside those of the solver.
-        output_costs: for methods that need them, ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an
-            error there to the loss, to second order.
+        output_costs: ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an error there to the loss, to
+            second order. For methods that need them.
     """
 
     index: int
@@ -99,23 +99,22 @@ class BlockTask:
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Runs the block on every batch, for the hooks on its linears."""
+        """Runs the block on every batch, to call the hooks on its linears."""
         for _ in self.stream.run(self.index):
             pass
 
     def statistics(
         self, linears: list[LinearView] | None = None, token_weights: list[Tensor] | None = None
     ) -> list[tuple[list[LinearView], Gram]]:
-        """Groups of linears that share an input, each with the Gram matrix of that input over the tokens of all
-        processes, from one pass of the block as it stands.
+        """Groups of linears that share an input, each with the Gram matrix of that input, from one pass of the block.
 
-        A linear that the calibration tokens never reach (an expert nobody is routed to, a linear whose module is never
-        called) is left out; see :meth:`finish`.
+        The tokens are those of all processes. A linear that no calibration token reaches (an expert without tokens, a
+        module that is never called) is left out; see :meth:`finish`.
 
         Args:
-            linears: which; all that are to be pruned if None.
-            token_weights: ``(batch, seq)`` for each batch. Not used for linears that see only the tokens routed to
-                them, since their tokens cannot be identified.
+            linears: the linears to include; None for all that are to be pruned.
+            token_weights: ``(batch, seq)`` for each batch. Not used for linears that get only the tokens routed to
+                them, since those tokens cannot be identified.
         """
         linears = self.linears if linears is None else linears
         device, everything = self.stream.chain.device, self.stream.chain.linears(self.index)
@@ -146,7 +145,7 @@ class BlockTask:
         return [(group, accumulators.pop(group[0].name).finish()) for group in groups]
 
     def accept(self, linear: LinearView, solution: Solution) -> LinearResult:
-        """Puts a solution in place and returns its record, which replaces an earlier one of the same linear."""
+        """Assigns a solution to a linear and returns its result, which replaces an earlier one of the same linear."""
         linear.assign(solution.weight)
         self.results = [result for result in self.results if result.name != linear.name]
         result = LinearResult(
@@ -163,13 +162,15 @@ class BlockTask:
         return result
 
     def finish(self) -> list[LinearResult]:
-        """The results. A linear that no calibration token reached is pruned by magnitude, as its pattern asks, and its
-        result says so."""
+        """The results of all linears.
+
+        A linear that no calibration token reached is pruned by magnitude to its pattern; its result has a note on it.
+        """
         done = {result.name for result in self.results}
         for linear in self.linears:
             if linear.name not in done:
                 self.results.append(self._by_magnitude(linear))
-        weights = {linear.name: linear.parameter for linear in self.linears}  # with those that rounded to zero
+        weights = {linear.name: linear.parameter for linear in self.linears}  # zeros by rounding included
         return [
             replace(
                 result,
@@ -181,7 +182,7 @@ class BlockTask:
         ]
 
     def _by_magnitude(self, linear: LinearView) -> LinearResult:
-        """Prunes a linear of which nothing is known but its weights. The error is 0: it was given no input."""
+        """Prunes a linear that got no input, by its weights alone. Its error is 0, since it has no outputs."""
         pattern, weight = self.patterns[linear.name], linear.weight()
         notes: tuple[str, ...] = ()
         if pattern.sparsity:

@@ -1,4 +1,4 @@
-"""What counts how much in a squared error: tokens by the norm of their hidden state, outputs by what they cost."""
+"""Weights in a squared error: of tokens by the norm of their hidden state, of outputs by their cost to the loss."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from sparsellm.statistics import Gram
 
 
 def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
-    """``min(1, (medians · median norm / norm)²)`` for each token: a few tokens with massive activations (2402.17762)
-    would otherwise dominate every squared error.
+    """The weight ``min(1, (medians · median norm / norm)²)`` of each token.
+
+    Without weights, a few tokens with massive activations (2402.17762) would dominate every squared error.
 
     Args:
         hidden: batches ``(batch, seq, hidden)``.
-        medians: norms up to so many times the median count fully.
+        medians: tokens with norms up to so many times the median have weight 1.
 
     Returns:
         Weights ``(batch, seq)`` for each batch.
@@ -34,7 +35,8 @@ def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
 def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, Solver]:
     """The local solver of each linear, by name; its outputs compete for weights by ``E[g²]^power``.
 
-    Outputs count alike where ``power`` is 0, in N:M, where they do not compete, and in a linear that no token reached.
+    Outputs have equal weight if ``power`` is 0, for N:M, where outputs do not compete, and in a linear that no token
+    reached.
     """
     plain = divide(SOLVERS[solver])
     solvers = {}
@@ -50,8 +52,8 @@ def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, So
 def weighted(solver: Solver, costs: Tensor | None) -> Solver:
     """A solver of ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²`` for weights ``c (out,)`` of the outputs' squared errors.
 
-    This is the plain objective of ``√c_i w_i``, so the plain solver is given scaled rows. The error in the solution is
-    the plain one. None: the solver itself.
+    This is the plain objective of ``√c_i w_i``, so the plain solver gets rows scaled by ``√c_i``. The error in the
+    solution is the unweighted one. With ``costs`` None it is the solver itself.
     """
     if costs is None:
         return solver

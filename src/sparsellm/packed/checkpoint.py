@@ -139,7 +139,7 @@ def packed_entries(quantization_config: dict[str, Any]) -> dict[str, PackedEntry
 
 
 class PackedReader(CheckpointReader):
-    """A packed checkpoint read as a dense one: each weight is unpacked when it is asked for.
+    """Reads a packed checkpoint as a dense one: each weight is unpacked when it is read.
 
     Raises:
         StorageError: the files or ``quantization_config`` have changed since they were written (SHA-256), the
@@ -153,7 +153,7 @@ class PackedReader(CheckpointReader):
             raise StorageError(f"{directory / 'config.json'} has no quantization_config of sparsellm; {PACK_AGAIN}")
         self.entries = packed_entries(config["quantization_config"])
         listed = check_files(directory, self.files, config["quantization_config"])
-        self._parts: dict[str, dict[str, str]] = {}  # of each packed linear, the names of its tensors by field
+        self._parts: dict[str, dict[str, str]] = {}  # for each packed linear, the names of its tensors by field
         for name, entry in self.entries.items():
             self._parts[name] = self._checked_parts(name, entry, exact_dtype=listed)
             self._shapes[f"{name}.weight"] = entry.stored_shape

@@ -1,4 +1,4 @@
-"""Kept values as they are stored: floating types unchanged, int8 with a scale a row, int4 with a scale for each 32.
+"""Storage of kept values: floating types unchanged, int8 with one scale per row, int4 with one scale per 32 values.
 
 int4 values are stored plus 8, two to a byte, the earlier one in the low nibble; every row begins on a byte.
 """
@@ -21,8 +21,8 @@ _NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 GROUP = 32  # kept int4 values that share a scale
 _ZERO_NIBBLE = 8  # an int4 value is stored plus 8
 
-# Fractions of the smallest scale at which nothing saturates. Letting an outlier saturate makes the step finer for all
-# the others; below 0.7 that never paid on normal or Laplace weights.
+# Fractions of the smallest scale at which nothing saturates. If an outlier saturates, the step is finer for all other
+# values; below 0.7 that never lowered the error on normal or Laplace weights.
 _SCALE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -61,7 +61,7 @@ def group_offsets(offsets: Tensor) -> Tensor:
 
 
 def encode_values(kept: Tensor, counts: Tensor, value_type: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Values, offsets and scales of the kept values ``(kept,)``, of which each row has ``counts (out,)``.
+    """Values, offsets and scales of the kept values ``(kept,)``; each row has ``counts (out,)`` of them.
 
     Raises:
         NumericalError: a value overflows the type, or is not finite and the type is an integer.
@@ -122,7 +122,7 @@ def decode_values(
 
 
 def bytes_of_values(counts: Tensor, value_type: str) -> int:
-    """Bytes of values and scales, ``counts (out,)`` of them in each row."""
+    """Bytes of values and scales, for ``counts (out,)`` values in each row."""
     kept = int(counts.sum())
     if value_type == "int8":
         return kept + 4 * len(counts)
@@ -132,15 +132,15 @@ def bytes_of_values(counts: Tensor, value_type: str) -> int:
 
 
 def _quantise_groups(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers -8 … 7 ``(groups, 32)`` and bf16 scales ``(groups,)``, of the scales tried the best for each group.
+    """Integers -8 … 7 ``(groups, 32)`` and bf16 scales ``(groups,)``: the best of the scales tried for each group.
 
-    The value of largest magnitude takes -8, the number without a mirror image, so a scale may be negative.
+    The value of largest magnitude becomes -8, which has no positive counterpart, so a scale may be negative.
     """
     extreme = grouped.gather(1, grouped.abs().argmax(dim=1, keepdim=True))  # (groups, 1)
     best = torch.full_like(extreme, math.inf)
     whole, scales = torch.zeros_like(grouped), torch.zeros_like(extreme)
     for fraction in _SCALE_FRACTIONS:
-        scale = (extreme / -8 * fraction).bfloat16().float()  # as it will be read
+        scale = (extreme / -8 * fraction).bfloat16().float()  # rounded as it will be read
         tried = torch.where(scale == 0, 0.0, grouped / scale).round_().clamp_(-8, 7)
         error = (tried * scale - grouped).square().sum(dim=1, keepdim=True)
         better = error < best

@@ -1,7 +1,7 @@
 """One packed sparse weight: kept values, a bitmask or codes for their positions, and row offsets.
 
-The layout is the one of the files (``docs/format.md``), so that a loaded tensor is used as it is. Everything here is
-plain torch and numpy; the kernels that compute on it read the same tensors.
+The layout is that of the files (``docs/format.md``), so that a loaded tensor needs no conversion. This file is plain
+torch and numpy; the kernels read the same tensors.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class PackedWeight:
 
     Attributes:
         shape: ``(out, in)``.
-        layout: ``bitmask``, or ``nm`` where every ``m`` consecutive inputs keep exactly ``n`` values.
-        mask: uint8. ``bitmask``: ``(out, 8·⌈in/64⌉)``; bit ``j`` (the ``j``-th least significant) of byte ``k`` says
-            whether column ``8k + j`` is kept; bits from column ``in`` on are 0. ``nm``: ``(out, ⌈in/m·w/8⌉)``, one
+        layout: ``bitmask``, or ``nm`` if every ``m`` consecutive inputs keep exactly ``n`` values.
+        mask: uint8. ``bitmask``: ``(out, 8·⌈in/64⌉)``; bit ``j`` (the ``j``-th least significant) of byte ``k`` is set
+            if column ``8k + j`` is kept; bits from column ``in`` on are 0. ``nm``: ``(out, ⌈in/m·w/8⌉)``, one
             code of ``w`` bits for each group of ``m``; see :mod:`sparsellm.packed.masks`.
         values: the kept values, row by row. One-dimensional bf16, fp16, fp32 or int8; or, for int4, uint8 that holds
             two values, the earlier one in the low nibble, each plus 8, every row beginning on a byte.
@@ -85,8 +85,8 @@ def pack(weight: Tensor, value_type: str = "keep", layout: str = "auto") -> Pack
 
     Raises:
         RecipeError: the value type or the layout is unknown, or the weight satisfies no N:M pattern.
-        StorageError: the weight is no floating matrix, or ``keep`` meets a type that has no packed form.
-        NumericalError: a value is not finite, and integers were asked for; or it overflows the type asked for.
+        StorageError: the weight is no floating matrix, or ``keep`` is given for a type that has no packed form.
+        NumericalError: a value is not finite and the value type is an integer; or it overflows the value type.
     """
     if weight.dim() != 2 or weight.dtype not in _DENSE_TYPES or weight.numel() == 0:
         raise StorageError(
@@ -114,7 +114,7 @@ def pack(weight: Tensor, value_type: str = "keep", layout: str = "auto") -> Pack
             return None
     if layout == "nm":
         assert pattern is not None
-        # A group with more zeros than it must have keeps its lowest-numbered ones as values.
+        # A group with more zeros than the pattern requires stores the first of them as kept values.
         kept = pattern.mask(kept.to(torch.float32))
         counts, mask, pair = full, encode_groups(kept, pattern), (pattern.n, pattern.m)
     values, offsets, scales = encode_values(weight[kept], counts, value_type)
@@ -123,8 +123,11 @@ def pack(weight: Tensor, value_type: str = "keep", layout: str = "auto") -> Pack
 
 
 def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight ``(out, in)``, on the device of the packed one; ``dtype`` None for the type of the values, fp32
-    for integers. Exact if the values' type is floating and ``dtype`` can hold it."""
+    """The dense weight ``(out, in)``, on the device of the packed one.
+
+    With ``dtype`` None it has the type of the values, or fp32 for integers. The result is exact if the values' type is
+    floating and ``dtype`` can represent it.
+    """
     dtype = dtype or FLOAT_TYPES.get(packed.value_type, torch.float32)
     return unpack_rows(as_bitmask(packed), 0, packed.shape[0], dtype)
 
@@ -140,7 +143,7 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, dtype: torch.dtype)
 
 
 def as_bitmask(packed: PackedWeight) -> PackedWeight:
-    """The same weight in the layout that kernels compute with: codes of N:M become bits, values stay as they are."""
+    """The same weight in the layout of the kernels: codes of N:M become a bitmask, values do not change."""
     if packed.layout == "bitmask":
         return packed
     assert packed.pattern is not None
@@ -150,12 +153,12 @@ def as_bitmask(packed: PackedWeight) -> PackedWeight:
 
 
 def _detect(weight: Tensor) -> NM | None:
-    """:func:`detect`, but an unstructured weight, which hardly passes in its first rows, is not read through."""
+    """As :func:`detect`, but faster for an unstructured weight, which the first rows nearly always rule out."""
     return detect(weight) if detect(weight[:16]) is not None else None
 
 
 def _bytes(shape: torch.Size, counts: Tensor, value_type: str, pattern: NM | None) -> int:
-    """Bytes of a packed weight that has ``counts (out,)`` values in each row."""
+    """Bytes of a packed weight with ``counts (out,)`` values in each row."""
     out, columns = shape
     index = out * (row_bytes(pattern, columns) if pattern else mask_stride(columns)) + 8 * (out + 1)
     return index + bytes_of_values(counts, value_type)

@@ -2,9 +2,9 @@
 
 A bitmask has one bit for each input, least significant first, and rows of whole 64-bit words.
 
-A code says which ``n`` of ``m`` inputs are kept, in fewer than ``m`` bits. There are C(m, n) possibilities. They are
+A code encodes which ``n`` of ``m`` inputs are kept, in fewer than ``m`` bits. There are C(m, n) possibilities. They are
 numbered in lexicographic order of the kept positions (2:4: 01 02 03 12 13 23 are 0 … 5), and the number takes
-⌈log2 C(m, n)⌉ bits: 3 for 2:4, 2 for 1:4, 7 for 4:8. The codes of a row follow one another as bits, least significant
+⌈log2 C(m, n)⌉ bits: 3 for 2:4, 2 for 1:4, 7 for 4:8. The codes of a row are concatenated as bits, least significant
 first, and every row begins on a byte.
 """
 
@@ -47,7 +47,7 @@ def from_bits(mask: Tensor, columns: int) -> Tensor:
 
 
 def popcount(mask: Tensor) -> Tensor:
-    """Bits set in each row of a bitmask, int64 ``(rows,)``: 64 at a time, by adding up pairs, nibbles, bytes."""
+    """The number of set bits in each row of a bitmask, int64 ``(rows,)``; adds 64 bits at a time."""
     words = numpy.ascontiguousarray(mask.cpu().numpy()).view(numpy.uint64)
     words = words - ((words >> numpy.uint64(1)) & numpy.uint64(0x5555555555555555))
     quads = numpy.uint64(0x3333333333333333)
@@ -78,10 +78,10 @@ def encode_groups(kept: Tensor, pattern: NM) -> Tensor:
 
 
 def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
-    """The inverse: bool ``(out, columns)``, on the CPU.
+    """The inverse of :func:`encode_groups`: bool ``(out, columns)``, on the CPU.
 
     Raises:
-        ValueError: a code is not below C(m, n), or a bit behind a row's last code is set.
+        ValueError: a code is not below C(m, n), or a bit after a row's last code is set.
     """
     out, width, groups = len(codes), code_bits(pattern), columns // pattern.m
     bits = numpy.unpackbits(codes.cpu().numpy(), axis=1, bitorder="little")

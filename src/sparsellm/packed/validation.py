@@ -1,4 +1,4 @@
-"""Checks of a packed weight: everything that a kernel relies on to stay inside the tensors."""
+"""Checks of a packed weight: all conditions that keep a kernel's memory accesses inside the tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACK_AGAIN = "the checkpoint is damaged or was not written by sparsellm: pack th
 
 
 def validate(packed: PackedWeight, name: str) -> None:
-    """Checks that a packed weight is consistent. No kernel may see a weight that did not pass.
+    """Checks that a packed weight is consistent. Kernels must only get weights that pass.
 
     Raises:
         StorageError: value type, layout or pattern is unknown; types or shapes of the tensors do not fit together; an
@@ -72,7 +72,7 @@ def _check_offsets(packed: PackedWeight) -> Tensor:
 
 
 def _counts(packed: PackedWeight) -> Tensor:
-    """How many inputs each row keeps, int64 ``(out,)``."""
+    """The number of kept inputs of each row, int64 ``(out,)``."""
     out, columns = packed.shape
     if packed.pattern is not None:
         pattern = NM(*packed.pattern)
@@ -90,7 +90,7 @@ def _check_counts(counts: Tensor, offsets: Tensor, value_type: str) -> None:
     wrong = (counts != offsets.diff()).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        _require(False, f"row {row} has {int(offsets.diff()[row])} values, its mask says {int(counts[row])}")
+        _require(False, f"row {row} has {int(offsets.diff()[row])} values, its mask keeps {int(counts[row])}")
 
 
 def _check_scales(packed: PackedWeight, offsets: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""One pruning run from start to end: :class:`~sparsellm.run.run.Run` tells it in order."""
+"""One pruning run from start to end: :class:`~sparsellm.run.run.Run` has its steps in order."""

@@ -1,4 +1,4 @@
-"""Counts of zeros over every matrix of the blocks, pruned or not, and what to say where they fall short."""
+"""Counts of zeros over every matrix of the blocks, pruned or not, and warnings where they are too few."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class MatrixZeros:
         block: the number of its block.
         shape: ``(out, in)`` of a linear; else as the parameter is stored.
         zeros: weights that are zero.
-        pattern: the N:M pattern that a linear satisfies, of 1:4, 2:4 and 4:8 the strictest; None for any other matrix.
-        linear: whether it is the weight of a linear; no other matrix is pruned.
+        pattern: the strictest N:M pattern among 1:4, 2:4 and 4:8 that a linear satisfies; None for other matrices.
+        linear: whether it is the weight of a linear; other matrices are not pruned.
     """
 
     name: str
@@ -69,7 +69,7 @@ class DenseMatrix:
         name: of the linear, or of the parameter if no linear owns it.
         block: the number of its block.
         shape: as the parameter is stored.
-        zeros: that it has nevertheless.
+        zeros: the number of its zeros.
         reason: ``excluded`` by the recipe; ``small`` and not a linear; or ``not a linear``.
         kind: the name inside the block, the same for all blocks.
     """
@@ -103,7 +103,7 @@ class Totals:
 
 
 def totals(linears: Iterable[LinearResult], dense: Iterable[DenseMatrix]) -> Totals:
-    """Zeros and weights of what was pruned and of what was not."""
+    """Zeros and weights of the pruned linears and the dense matrices together."""
     counts = [(linear.zeros, math.prod(linear.shape)) for linear in linears]
     counts += [(matrix.zeros, matrix.weights) for matrix in dense]
     return Totals(sum(zeros for zeros, _ in counts), sum(weights for _, weights in counts))
@@ -111,15 +111,15 @@ def totals(linears: Iterable[LinearResult], dense: Iterable[DenseMatrix]) -> Tot
 
 def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
     """The zeros of every matrix of the loaded block ``index``."""
-    found = []
+    counts = []
     for matrix in block_matrices(chain, index):
         if matrix.linear is not None:
             weight = matrix.linear.weight()
-            found.append(MatrixZeros(matrix.label, index, tuple(weight.shape), count_zeros(weight), detect(weight)))
+            counts.append(MatrixZeros(matrix.label, index, tuple(weight.shape), count_zeros(weight), detect(weight)))
         else:
             zeros = count_zeros(chain.parameter(matrix.name))
-            found.append(MatrixZeros(matrix.name, index, matrix.shape, zeros, None, linear=False))
-    return found
+            counts.append(MatrixZeros(matrix.name, index, matrix.shape, zeros, None, linear=False))
+    return counts
 
 
 def left_dense(
@@ -130,14 +130,14 @@ def left_dense(
     Args:
         chain: the pruned model.
         exclude: of the recipe.
-        pruned: results of the linears that were pruned.
-        shards: where the blocks were written, one file each; empty for a model in memory.
+        pruned: the results of the pruned linears.
+        shards: the files of the written blocks, one each; empty for a model in memory.
     """
     done = {result.name for result in pruned}
     everything = all_matrices(chain)
     kept = [matrix for matrix in everything if matrix.linear is None or matrix.linear.name not in done]
     reasons = _reasons(everything, exclude)
-    found = []
+    dense = []
     reader: CheckpointReader | None = None
     block = -1
     for matrix in kept:
@@ -146,12 +146,12 @@ def left_dense(
             reader = CheckpointReader(shards[block].parent, [shards[block]])
         zeros = count_zeros(chain.parameter(matrix.name, reader))
         kind = kind_of(chain, matrix.label, matrix.block)
-        found.append(DenseMatrix(matrix.label, matrix.block, matrix.shape, zeros, reasons[matrix.name], kind))
-    return found
+        dense.append(DenseMatrix(matrix.label, matrix.block, matrix.shape, zeros, reasons[matrix.name], kind))
+    return dense
 
 
 def _reasons(matrices: Sequence[BlockMatrix], exclude: Sequence[str]) -> dict[str, Reason]:
-    """Why each of the matrices would stay dense, by parameter name."""
+    """The reason why each of the matrices would stay dense, by parameter name."""
     of_block: dict[int, int] = {}
     for matrix in matrices:
         of_block[matrix.block] = of_block.get(matrix.block, 0) + matrix.weights
@@ -166,7 +166,7 @@ def _reasons(matrices: Sequence[BlockMatrix], exclude: Sequence[str]) -> dict[st
 
 
 def unreached(linears: Sequence[LinearResult]) -> list[str]:
-    """A warning that names the linears that no calibration token reached, else nothing."""
+    """A warning that names the linears that no calibration token reached; empty if there are none."""
     names = [linear.name for linear in linears if UNREACHED in linear.notes]
     if not names:
         return []
@@ -178,14 +178,14 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
 
 
 def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], asked: float) -> list[str]:
-    """A warning where the sparsity over every matrix of the blocks is below what was asked, else nothing.
+    """A warning if the sparsity over every matrix of the blocks is below the requested one; else empty.
 
-    Every matrix may be one zero short by rounding. The warning names the matrices that stayed dense, largest first,
-    each kind once, and the linears that have fewer zeros than they should.
+    Rounding may leave each matrix one zero short, which is no shortfall. The warning names the matrices that stayed
+    dense, largest first, each kind once, and the linears with too few zeros.
 
     Args:
-        linears: that were pruned.
-        dense: matrices that were not.
+        linears: the results of the pruned linears.
+        dense: the matrices that were not pruned.
         asked: the recipe's sparsity.
     """
     whole = totals(linears, dense)
@@ -206,6 +206,6 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
     ]
     more = f"; and {len(causes) - _SHOWN} more" if len(causes) > _SHOWN else ""
     return [
-        f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was asked; "
+        f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; "
         f"left dense: {'; '.join(causes[:_SHOWN])}{more}"
     ]

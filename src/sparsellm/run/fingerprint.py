@@ -1,4 +1,4 @@
-"""Short digests that tell one model, or one set of calibration tokens, from another."""
+"""Short digests that identify a model or a set of calibration tokens."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.storage.reader import not_finite, raw_bytes
 
 _PIECE = 1 << 22  # elements hashed at a time
-_LENGTH = 16  # hexadecimal digits: enough against chance, short enough for a message
+_LENGTH = 16  # hexadecimal digits: enough to avoid collisions, short enough for a message
 
-# What transformers writes into a config that says nothing of the model.
+# Keys that transformers writes into a config and that do not describe the model.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
 def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[str, str]:
-    """SHA-256 of every weight of the model by name: all of it is read once, and every value checked on the way.
+    """SHA-256 of every weight of the model, by name. The whole model is read once, and every value checked.
 
-    Where the model is read from disk, what is read later is compared with them.
+    For a model on disk, later reads are compared with these digests.
 
     Raises:
-        NumericalError: a weight is NaN or infinite; it is named.
+        NumericalError: a weight is NaN or infinite; the message names it.
         StorageError: the checkpoint cannot be read.
     """
 
@@ -41,7 +41,7 @@ def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[st
     total, done = sum(value.nbytes for value in values.values()), 0
     digests: dict[str, str] = {}
     for name, value in values.items():
-        if isinstance(value, nn.Parameter) and not_finite(value.detach()):  # a mask may well be infinite
+        if isinstance(value, nn.Parameter) and not_finite(value.detach()):  # buffers such as masks may be infinite
             raise NumericalError(f"weight {name} has NaN or infinite values; load the model again")
         digests[name] = _sha256(value)
         done += value.nbytes
@@ -50,13 +50,13 @@ def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[st
 
 
 def model_fingerprint(chain: Chain, digests: dict[str, str]) -> str:
-    """Of the config, and of every weight its name, dtype, shape and numbers.
+    """A digest of the config, and of the name, dtype, shape and values of every weight.
 
-    It does not depend on paths, dates or the way the weights are divided into files.
+    It does not depend on paths, dates, or how the weights are divided into files.
 
     Args:
         chain: the model.
-        digests: of its weights, as :func:`weight_digests` found them before anything was changed.
+        digests: the result of :func:`weight_digests` for the unchanged model.
     """
     config: dict[str, Any] = {key: value for key, value in chain.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -69,7 +69,7 @@ def model_fingerprint(chain: Chain, digests: dict[str, str]) -> str:
 
 
 def _sha256(value: Tensor) -> str:
-    """Of the numbers of a tensor, a piece at a time."""
+    """SHA-256 of the values of a tensor, computed a piece at a time."""
     digest = hashlib.sha256()
     for piece in value.detach().reshape(-1).split(_PIECE):
         digest.update(piece.cpu().view(torch.uint8).numpy())
@@ -77,5 +77,5 @@ def _sha256(value: Tensor) -> str:
 
 
 def tokens_fingerprint(windows: Tensor) -> str:
-    """Of token ids ``(windows, seq)``."""
+    """A digest of token ids ``(windows, seq)``."""
     return hashlib.sha256(str(tuple(windows.shape)).encode() + raw_bytes(windows.long())).hexdigest()[:_LENGTH]

@@ -1,8 +1,8 @@
-"""All of resuming: what a run leaves on the disk so that the same command goes on where a killed one was.
+"""All of resuming: the files of an unfinished run, from which the same command continues after a kill.
 
-Beside the finished shards stand records: the run's identity, one for each finished block, the allocation, the costs of
-outputs, and the last pass of a sweep. Each record is written after the file it speaks of, atomically, with a checksum.
-So a process may be killed at any moment, and everything it left is either finished or not there.
+Beside the finished shards are records: the run's identity, one for each finished block, the allocation, the output
+costs, and the last pass of a sweep. Each record is written after the file that it describes, atomically, with a
+checksum. So a process may be killed at any moment: every file it leaves is complete, or is ignored.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Identity:
     """Everything that the bits of a result depend on.
 
     Attributes:
-        recipe: every setting, defaults of the options too: another release may have others.
+        recipe: every setting, including the defaults of options, which may differ in another release.
         model: digest of the dense model.
         calibration_tokens: digest of the token ids.
         computing: dtype and kind of device.
@@ -60,13 +60,13 @@ class Identity:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What is recorded of a finished block.
+    """The record of a finished block.
 
     Attributes:
         linears: the results of its linears.
-        versions: of the libraries that pruned it, and how many processes did.
-        seconds: of each phase since the block before.
-        peak_rss: the most memory that the process had held by then, in bytes.
+        versions: of the libraries that pruned it, and the number of processes.
+        seconds: of each phase since the previous block.
+        peak_rss: the peak memory of the process so far, in bytes.
     """
 
     linears: list[LinearResult]
@@ -87,12 +87,12 @@ class Journal:
     """The records of one run, and the checkpoint that it writes.
 
     Every process of a run has one. The first process writes; the others read the finished shards. Without ``out``
-    nothing is written and nothing is found.
+    nothing is written, and there is nothing to resume.
 
     Args:
         out: the final directory; None for a model that is pruned in memory only.
-        blocks: of the model.
-        restart: forget what an unfinished run has left.
+        blocks: the number of blocks of the model.
+        restart: discard the files of an unfinished run.
         overwrite: replace the checkpoint in ``out``.
     """
 
@@ -103,26 +103,26 @@ class Journal:
         self._overwrite = overwrite
         self._open: Callable[..., CheckpointWriter] | None = None
         self._held = contextlib.ExitStack()
-        self._walked: CheckpointWriter | None = None  # writes what the walk makes; in the first process alone
-        self._writer: CheckpointWriter | None = None  # writes the result: the walk's, or that of the sweep
+        self._walked: CheckpointWriter | None = None  # writes the walk's blocks; in the first process only
+        self._writer: CheckpointWriter | None = None  # writes the result: of the walk, or of the sweep
 
     # ------------------------------------------------------------------ before it is opened
 
     def knows(self, record: str) -> bool:
-        """Whether that unfinished run has kept a record of this name."""
+        """Whether the unfinished run has a record of this name."""
         return self.out is not None and not self._restart and has_kept(partial_of(self.out), record)
 
     # ------------------------------------------------------------------ opening and closing
 
     def open(self, identity: Identity, need_bytes: int) -> None:
-        """Begins a run, or finds the same one again.
+        """Begins a run, or continues an unfinished one with the same identity.
 
         Args:
             identity: of the run.
-            need_bytes: room on the disk for all that it writes.
+            need_bytes: disk space for everything that it writes.
 
         Raises:
-            StorageError: the directory cannot be written, or an unfinished run there is another one.
+            StorageError: the directory cannot be written, or holds an unfinished run with another identity.
         """
         if self.out is None:
             return
@@ -137,7 +137,7 @@ class Journal:
         self._writer = self._walked
 
     def open_sweep(self, need_bytes: int) -> None:
-        """Begins the second stage: the sweep writes every block anew, beside the walk's, which stay until the end."""
+        """Begins the second stage: the sweep writes every block again. The walk's blocks are kept until the end."""
         if self._open is not None:
             self._writer = self._in_main(partial(self._open, need_bytes=need_bytes, follows=self._walked))
 
@@ -148,7 +148,7 @@ class Journal:
         self._held.close()
 
     def _in_main(self, make: Callable[[], CheckpointWriter]) -> CheckpointWriter | None:
-        """A writer that the first process makes and keeps to itself; if it fails, all do."""
+        """Makes a writer in the first process; None in the others. If it fails there, it fails in all processes."""
         made: list[CheckpointWriter] = []
         parallel.from_main(lambda: made.append(self._held.enter_context(make())))
         return made[0] if made else None
@@ -157,7 +157,7 @@ class Journal:
 
     @property
     def shards(self) -> list[Path]:
-        """Of the blocks that the walk writes, for every process to read; empty for a model in memory."""
+        """The shards of the blocks that the walk wrote, readable by every process; empty for a model in memory."""
         if self.out is None:
             return []
         return [partial_of(self.out) / name for name in shard_names(self.blocks + 1)[: self.blocks]]
@@ -167,7 +167,7 @@ class Journal:
         return CheckpointReader(self.shards[index].parent, [self.shards[index]]) if self.out is not None else None
 
     def finished(self, progress: ProgressCallback) -> list[BlockRecord]:
-        """The records of the first blocks, which an earlier process wrote; each shard is verified."""
+        """The records of the first blocks that an earlier process finished; the shard of each is verified."""
 
         def verified() -> list[dict[str, Any]]:
             records: list[dict[str, Any]] = []
@@ -179,7 +179,7 @@ class Journal:
                 records.append(facts)
                 progress(Progress("verify", len(records), self.blocks, "checking the blocks of an earlier run"))
             if records:
-                said = f"going on with an unfinished run: {len(records)} of {self.blocks} blocks are done"
+                said = f"resuming an unfinished run: {len(records)} of {self.blocks} blocks are done"
                 progress(Progress(NOTE, 1, 1, said))
             return records
 
@@ -187,28 +187,28 @@ class Journal:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes blocks."""
+        """Whether this process writes the blocks."""
         return self._walked is not None
 
     def write_block(self, index: int, tensors: Mapping[str, TensorSource], record: BlockRecord) -> None:
-        """Writes a block that the walk has finished, and then its record."""
+        """Writes a block that the walk has finished, then its record."""
         assert self._walked is not None
         self._walked.write_shard(index, tensors, record.to_dict())
 
     def write_outer(self, tensors: Callable[[], Mapping[str, TensorSource]]) -> None:
-        """Writes embedding, final norm and head, unless an earlier process has."""
+        """Writes embedding, final norm and head, unless an earlier process wrote them."""
         if self._writer is not None and self._writer.finished(self.blocks) is None:
             self._writer.write_shard(self.blocks, tensors())
 
     def write_swept(self, index: int, tensors: Mapping[str, TensorSource]) -> None:
-        """Writes a block as the sweep leaves it."""
+        """Writes a block after the sweep."""
         if self._writer is not None:
             self._writer.write_shard(index, tensors)
 
     # ------------------------------------------------------------------ before the walk
 
     def allocation(self) -> Allocation | None:
-        """The one that an earlier process chose. Of the first process."""
+        """The allocation that an earlier process chose, or None. Call it in the first process only."""
         kept = self._walked.state.kept(ALLOCATION) if self._walked is not None else None
         return Allocation(**kept) if kept is not None else None
 
@@ -217,7 +217,7 @@ class Journal:
             self._walked.state.keep(ALLOCATION, {"zeros": allocation.zeros, "report": allocation.report})
 
     def output_costs(self) -> dict[str, Tensor] | None:
-        """``E[g_i²]`` of every linear's outputs as an earlier process took them. Of the first process."""
+        """``E[g_i²]`` of every linear's outputs from an earlier process, or None. Call it in the first process only."""
         return self._walked.state.kept_tensors(OUTPUT_COSTS) if self._walked is not None else None
 
     def keep_output_costs(self, costs: dict[str, Tensor]) -> None:
@@ -227,12 +227,12 @@ class Journal:
     # ------------------------------------------------------------------ the sweep
 
     def saved_passes(self, state_bytes: int, beside: int, progress: ProgressCallback) -> SavedSweep | None:
-        """Where the passes of a sweep are saved; None where the disk has no room for them, or nothing is written.
+        """The storage for the passes of a sweep; None if the disk has no room for them, or nothing is written.
 
         Args:
-            state_bytes: room that they take at their worst.
-            beside: bytes of disk that the run takes for other things; those that its blocks have taken are taken off.
-            progress: is told if there is no room.
+            state_bytes: the most disk space that they take.
+            beside: all disk space that the run takes for other files; the part that is written already is subtracted.
+            progress: called with a note if there is no room.
         """
         if self.out is None:
             return None
@@ -246,7 +246,7 @@ class Journal:
                 return True
             needs, left = f"{state_bytes / 1e9:.1f} GB", f"{max(free, 0) / 1e9:.1f} GB"
             said = f"saving each pass of the sweep takes {needs} of disk and {left} are left"
-            progress(Progress(NOTE, 1, 1, f"{said}: a sweep that is cut short will begin again"))
+            progress(Progress(NOTE, 1, 1, f"{said}: an interrupted sweep will start again"))
             return False
 
         return saved if parallel.from_main(has_room) else None
@@ -255,25 +255,25 @@ class Journal:
 
     @property
     def written(self) -> list[Path]:
-        """The blocks as they will be in the result, for the first process to read; empty in others and in memory."""
+        """The shards of the result's blocks, in the first process; empty in others and for a model in memory."""
         return [self._writer.path(index) for index in range(self.blocks)] if self._writer is not None else []
 
     @property
     def writer(self) -> CheckpointWriter | None:
-        """Of the result; in the first process alone."""
+        """The writer of the result, in the first process; None in others."""
         return self._writer
 
 
 class SavedSweep:
     """The saved passes of one run. Every process reads them, the first writes.
 
-    The parameters after each pass, and Adam's moments, are one file a block; one record, written last, names the pass
-    that is in force and the checksums of its files. Files that no record names any more are removed.
+    The parameters after each pass, and Adam's moments, are one file per block. One record, written last, has the number
+    of the current pass and the checksums of its files. Files of earlier passes are then removed.
 
     Args:
         folder: of the records of the run.
-        blocks: of the model.
-        run: the records themselves; in the first process alone.
+        blocks: the number of blocks of the model.
+        run: the records themselves, in the first process; None in others.
     """
 
     def __init__(self, folder: Path, blocks: int, run: RunState | None) -> None:
@@ -285,17 +285,17 @@ class SavedSweep:
 
     @property
     def begun(self) -> bool:
-        """Whether a pass has been saved. Of the first process."""
+        """Whether a pass has been saved. Call it in the first process only."""
         return self._run is not None and self._run.kept(SWEEP) is not None
 
     @property
     def reached(self) -> Reached | None:
-        """The last pass that stands on the disk as it was written; None if there is none, and the sweep begins."""
+        """The last saved pass whose files are intact; None if there is none and the sweep must begin."""
         return self._found[0] if self._found is not None else None
 
     @property
     def spent(self) -> tuple[float, int]:
-        """Seconds that earlier processes swept, and the most memory that one of them held, in bytes."""
+        """Seconds that earlier processes spent on the sweep, and their peak memory in bytes."""
         return self._found[1:] if self._found is not None else (0.0, 0)
 
     @cached_property
@@ -309,7 +309,7 @@ class SavedSweep:
         return self._read(_file("moments", number, block))
 
     def save(self, history: list[Pass], best: int, state: Parameters, *, last: bool) -> None:
-        """Writes the state after the newest pass of ``history``, and then removes the one before.
+        """Writes the state after the newest pass of ``history``, then removes the previous one.
 
         Raises:
             StorageError: the disk is full.
@@ -346,7 +346,7 @@ class SavedSweep:
                 yield _file("moments", number, block)
 
     def _write(self, name: str, value: Tensor) -> None:
-        # As integers: a file of floating-point numbers would lose the sign of zeros, and with it the very same bits.
+        # As integers: the writer of floating-point tensors drops the sign of zeros, and the bits must stay the same.
         tensors = {_KEY: TensorSource.of(value.contiguous().view(torch.int32))}
         self._digests[name] = replace_atomically(self.folder / name, lambda file: write_shard(file, tensors))
 
@@ -371,12 +371,12 @@ class SavedSweep:
 
 
 def conditions() -> dict[str, str]:
-    """What the last bits of a block may depend on, and a run that goes on may have otherwise."""
+    """The versions, processes and threads, which may differ when a run is resumed and affect the last bits."""
     return {**versions(), "processes": str(parallel.size()), "threads": str(torch.get_num_threads())}
 
 
 def other_conditions(records: list[BlockRecord]) -> list[str]:
-    """A warning where other libraries pruned the first blocks: the bits may differ from those of one run."""
+    """A warning if the first blocks were pruned under other :func:`conditions`: the last bits may then differ."""
     here = conditions()
     for index, record in reversed(list(enumerate(records))):
         other = {name: version for name, version in record.versions.items() if here.get(name) != version}

@@ -1,7 +1,7 @@
 """Predicts a run's memory before it starts. Every formula of bytes is in this file.
 
-Solvers, methods and allocations declare what they hold in a :class:`~sparsellm.registry.Workspace`; here those
-declarations, the model's shapes and the number of calibration tokens become bytes.
+Solvers, methods and allocations declare the tensors they hold in a :class:`~sparsellm.registry.Workspace`. This file
+computes bytes from those declarations, the model's shapes and the number of calibration tokens.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from sparsellm.registry import Workspace
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.head import HEAD_TOKENS
 
-DEFAULT_SHARE = 0.8  # of the memory that is free now: the rest is for the page cache and for others
-SLACK = 0.05  # of the budget, which hidden states leave free: a prediction is not exact
-LIBRARIES = 128 << 20  # what torch, its kernels and the allocator take beside what is counted here
+DEFAULT_SHARE = 0.8  # of the memory that is free now; the rest is for the page cache and other processes
+SLACK = 0.05  # of the budget, not used for hidden states, because the prediction is not exact
+LIBRARIES = 128 << 20  # memory of torch, its kernels and the allocator that is not counted otherwise
 
 GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its activations, one weight's Fisher diagonal
 SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
 SWEPT_COPIES = 4  # of every block in fp32 during a sweep: parameters, two moments, the best state so far
 SAVED_COPIES = 7  # of every block in fp32 on disk: the best, and parameters and moments of two passes
-# Tensors in fp32 as large as a chunk of logits that are in memory at once, by what the head's loss is.
+# fp32 tensors of the size of a chunk of logits that are in memory at once, for each loss of the head.
 NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 6
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run asks of the memory of one process.
+    """The properties of a run that determine the memory of one process.
 
     Attributes:
         samples: calibration windows that this process runs.
         seq_len: tokens in each.
         batch_tokens: tokens in one forward call.
-        workspace: of the method, of what runs inside it, and of the allocation.
-        gradient_tokens: calibration tokens that gradients of the dense model are taken of.
+        workspace: of the method, the solver inside it, and the allocation.
+        gradient_tokens: calibration tokens for the gradients of the dense model.
         swept: whether the whole model is swept at the end.
-        read_ahead: whether the next block is read while one is in work.
+        read_ahead: whether the next block is read while the current one is pruned.
     """
 
     samples: int
@@ -54,25 +54,25 @@ class Demand:
 
     @property
     def whole_workspace(self) -> Workspace:
-        """Also that of the gradients and of the sweep."""
+        """The workspace including that of the gradients and of the sweep."""
         whole = self.workspace.beside(GRADIENTS) if self.gradient_tokens else self.workspace
         return whole.beside(SWEEP) if self.swept else whole
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of resident memory, as predicted.
+    """The predicted resident memory, in bytes.
 
     Attributes:
         budget: the most that the process may hold.
-        start: what it holds before the run, Python and libraries included.
-        working: what the worst moment adds: a block, statistics, the solver's workspace, activations.
-        worst: which moment that is.
+        start: held before the run, including Python and libraries.
+        working: added at the peak: a block, statistics, the solver's workspace, activations.
+        worst: the step of the run at the peak.
         hidden_in_memory: hidden states of the calibration windows, and the sweep's copies of the weights, that stay in
             memory.
-        hidden_on_disk: those that are kept in files, at the moment when they are most: in the walk, or while gradients
-            are taken, for which the hidden states before every block are kept.
-        device: what the worst moment takes on an accelerator, in its own memory; 0 on the CPU.
+        hidden_on_disk: the most of these in files at any time: during the walk, or during the backward sweep, which
+            keeps the hidden states before every block.
+        device: needed in the memory of an accelerator at the peak; 0 on the CPU.
     """
 
     budget: int
@@ -112,14 +112,14 @@ class MemoryPlan:
 
 
 def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, sharers: int = 1) -> MemoryPlan:
-    """Predicts the peak and divides the budget: first what the work needs, then hidden states; the rest goes to disk.
+    """Predicts the peak and divides the budget: first the working memory, then hidden states; the rest goes to disk.
 
     Args:
         chain: the model, nothing loaded.
-        demand: what the run asks for.
-        budget: the most that the process may hold; None for a share of what the machine has free, on top of what the
+        demand: of the run.
+        budget: the most that the process may hold; None for a share of the machine's free memory, on top of what the
             process holds already.
-        sharers: processes that share the machine.
+        sharers: the number of processes that share the machine.
 
     Raises:
         MemoryBudgetError: the run needs more than the budget.
@@ -141,64 +141,64 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
         )
     hidden = hidden_bytes(chain, demand)
     in_memory = min(hidden, max(0, int(most * (1 - SLACK)) - start - working))
-    # Gradients end before the walk begins and get no more memory than the walk will need, so the peak is the walk's.
+    # The backward sweep ends before the walk and gets no more memory than the walk needs, so the peak is the walk's.
     on_disk = max(hidden, gradient_bytes(chain, demand.gradient_tokens)) - in_memory
     return MemoryPlan(most, start, working, worst, in_memory, on_disk, on_device)
 
 
 def hidden_bytes(chain: Chain, demand: Demand) -> int:
-    """Hidden states of the calibration windows, and what a sweep keeps of all blocks."""
+    """Bytes of the hidden states of the calibration windows, and of a sweep's copies of all blocks."""
     states = (1 + demand.workspace.streams) * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
     copies = SWEPT_COPIES * 4 * all_block_elements(chain) if demand.swept else 0
     return states + copies
 
 
 def gradient_bytes(chain: Chain, tokens: int) -> int:
-    """What a backward sweep keeps of so many tokens: the states before every block and after the last, a gradient."""
+    """Bytes that a backward sweep keeps for so many tokens: hidden states around every block, and a gradient."""
     return tokens * _width(chain) * ((len(chain) + 1) * chain.dtype.itemsize + 4)
 
 
 def saved_sweep_bytes(chain: Chain) -> int:
-    """Room on the disk that the saved passes of a sweep take at their worst."""
+    """The most disk space that the saved passes of a sweep take."""
     return SAVED_COPIES * 4 * all_block_elements(chain)
 
 
 def checkpoint_bytes(chain: Chain) -> int:
-    """The weight files of the checkpoint; of a model in memory, its parameters and buffers."""
+    """Bytes of the checkpoint's weight files; for a model in memory, of its parameters and buffers."""
     if chain.weights is not None:
         return chain.weights.reader.bytes
     return sum(value.numel() * value.element_size() for value in chain.model.state_dict().values())
 
 
 def stored_block_bytes(chain: Chain, index: int) -> int:
-    """The weights of a block in the dtypes of the checkpoint."""
+    """Bytes of a block in the dtypes of the checkpoint."""
     return sum(source.bytes for source in chain.block_tensors(index).values())
 
 
 def block_elements(chain: Chain, index: int) -> int:
-    """Numbers in a block."""
+    """The number of elements of a block."""
     return sum(math.prod(source.shape) for source in chain.block_tensors(index).values())
 
 
 def all_block_elements(chain: Chain) -> int:
-    """Numbers in all blocks."""
+    """The number of elements of all blocks."""
     return sum(block_elements(chain, index) for index in range(len(chain)))
 
 
 def accumulator_bytes(features: int) -> int:
-    """The sums of a :class:`~sparsellm.statistics.GramAccumulator`: fp64 panels of its upper triangle."""
+    """Bytes of a :class:`~sparsellm.statistics.GramAccumulator`: fp64 panels of its upper triangle."""
     starts = range(0, features, PANEL)
     return 8 * sum(min(PANEL, features - start) * (features - start) for start in starts)
 
 
 def head_bytes(chain: Chain, copies: int) -> int:
-    """The weights outside the blocks, and so many copies of a chunk of logits in fp32."""
+    """Bytes of the weights outside the blocks, and of so many fp32 copies of a chunk of logits."""
     outer = chain.dtype.itemsize * chain.outer_elements() if chain.weights is not None else 0
     return outer + copies * 4 * HEAD_TOKENS * int(chain.config.get_text_config().vocab_size)
 
 
 def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
-    """Bytes that each moment of a run holds at its worst, in the block where that is most."""
+    """The most bytes that each step of a run holds, in the block where that is largest."""
     workspace = demand.whole_workspace
     tokens = min(demand.samples, max(1, demand.batch_tokens // demand.seq_len)) * demand.seq_len
     moments = {"checking": _largest_tensor(chain), "embedding": 0, "statistics": 0, "solving": 0}
@@ -220,15 +220,17 @@ def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
 
 
 def _activation_bytes(chain: Chain, index: int, tokens: int) -> int:
-    """A feed-forward unit holds gate, up, their product and one more; attention and norms hold copies of inputs."""
+    """Bytes of a block's activations: gate, up, their product and one more; copies of inputs in attention and norms."""
     width = _width(chain)
     widest = max((linear.out_features for linear in chain.linears(index)), default=width)
     return tokens * (4 * widest + 8 * width) * chain.dtype.itemsize
 
 
 def _statistics_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
-    """Sums for every linear (which of them share an input is known only when the block runs), the largest Gram matrix,
-    and a chunk of tokens in fp32 on its way into the sums."""
+    """Bytes of the statistics: sums for every linear, the largest Gram matrix, and a chunk of tokens in fp32.
+
+    Linears that share an input are only known when the block runs, so none is assumed here.
+    """
     linears = chain.linears(index)
     sums = sum(accumulator_bytes(linear.in_features) for linear in linears)
     largest = max((4 * linear.in_features**2 for linear in linears), default=0)
@@ -236,8 +238,8 @@ def _statistics_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
 
 
 def _solver_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
-    """The worst linear of a block: copies of its weight, its Gram matrices, factorisations, and the Gram matrices of
-    the linears that follow."""
+    """Bytes for the most expensive linear of a block: copies of its weight, its Gram matrices and factorisations, and
+    the Gram matrices of later linears."""
     linears = chain.linears(index)
     squares = [4 * linear.in_features**2 for linear in linears]
     worst = 0

@@ -1,4 +1,4 @@
-"""Everything before the work: the model, the calibration windows, and all that is refused before hours are spent."""
+"""Preparation of a run: opens the model, reads the calibration windows, and refuses bad input before any work."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`sparsellm.prune`, which explains them."""
+    """The arguments of :func:`sparsellm.prune`, documented there."""
 
     model: str | os.PathLike[str] | PreTrainedModel
     recipe: Recipe
@@ -58,15 +58,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Choice:
-    """The method and the allocation of a run, their options filled in, and what they need.
+    """The method and the allocation of a run, with all options, and their needs.
 
     Attributes:
         method: prunes each block.
-        options: of the method, defaults included.
-        needs: what the method needs beside the walk.
+        options: of the method, including defaults.
+        needs: of the method, besides the walk.
         allocator: chooses per-layer sparsities.
-        allocation_options: of the allocation, defaults included.
-        allocation_needs: what the allocation looks at.
+        allocation_options: of the allocation, including defaults.
+        allocation_needs: of the allocation.
     """
 
     method: Entry[Method]
@@ -78,7 +78,7 @@ class Choice:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Choice:
-        """By the names in a recipe.
+        """The method and allocation that a recipe names.
 
         Raises:
             RecipeError: a name or an option is unknown, or an option does not fit.
@@ -92,16 +92,16 @@ class Choice:
         return cls(method, options, method.needs_of(options), allocator, allocation_options, allocation_needs)
 
     def on(self, patterns: dict[str, Pattern]) -> Choice:
-        """The same, without needs that these patterns have no use for."""
+        """The same choice, without needs that are useless for these patterns."""
         needs = self.needs
         if not any(pattern.sparsity for pattern in patterns.values()):
             needs = Needs()  # no weight is pruned, so nothing has to be compensated
         if not any(isinstance(pattern, Unstructured) for pattern in patterns.values()):
-            needs = replace(needs, output_costs=False)  # within a group of N:M, only weights of one output compete
+            needs = replace(needs, output_costs=False)  # in N:M, weights of different outputs do not compete
         return replace(self, needs=needs)
 
     def check_processes(self, samples: int) -> None:
-        """Refuses to divide the run among the processes that were started.
+        """Checks that the run can be divided among the processes that were started.
 
         Raises:
             RecipeError: the method or an option runs in one process only, or there are fewer windows than processes.
@@ -131,14 +131,14 @@ class Prepared:
     Attributes:
         request: the arguments.
         out: the directory to write, absolute and without links; None for a model that is pruned in memory only.
-        recipe: with the number and length of the calibration windows that there really are.
+        recipe: with the actual number and length of the calibration windows.
         choice: method and allocation.
         chain: the model.
         directory: of the checkpoint; None for a model given as an object.
         in_memory: the model that is pruned in memory; None if it is read and written block by block.
-        tokenizer: to be saved beside a model given as an object.
+        tokenizer: saved with a model given as an object; else None.
         windows: calibration token ids ``(samples, seq)`` of all processes.
-        warnings: what the user should know.
+        warnings: messages for the user.
     """
 
     request: Request
@@ -163,7 +163,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     """Opens the model and reads the calibration text.
 
     Raises:
-        SparseLLMError: anything that can be known to be wrong before the work.
+        SparseLLMError: model, text, recipe or destination are wrong in a way that shows before the work.
     """
     recipe, whole = request.recipe, request.out is None
     choice = Choice.of(recipe)
@@ -172,10 +172,10 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     with clock.phase("open"):
         progress(Progress("open", 0, 1, "opening the model"))
         directory = _directory(request)
+        chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=whole)
         tokenizer = request.tokenizer
         if tokenizer is None and directory is not None and not isinstance(request.calibration, Tensor):
             tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code)
-        chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=whole)
         choice = choice.on(plan(chain, recipe))
         if choice.needs.passes:
             check_sweepable(chain)
@@ -188,8 +188,8 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         check_forward(chain, windows, token_states=token_states)
         heap.trim()
     recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
-    choice.check_processes(len(windows))  # there may be fewer than were asked for
-    beside = tokenizer if directory is None else None  # the files of a directory are copied
+    choice.check_processes(len(windows))  # there may be fewer than requested
+    beside = tokenizer if directory is None else None  # a directory's own files are copied
     warnings = unmatched_patterns(chain, recipe.exclude)
     return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, warnings)
 
@@ -197,17 +197,17 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
 def open_model(
     model: str | os.PathLike[str] | PreTrainedModel, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
 ) -> tuple[Chain, PreTrainedModel | None]:
-    """A chain over a model, and the model itself where it is in memory.
+    """A chain over a model, and the model itself if it is in memory.
 
     Args:
-        model: as of :func:`sparsellm.prune`.
-        directory: of its checkpoint, if it is not an object.
+        model: as in :func:`sparsellm.prune`.
+        directory: of its checkpoint; None for a model given as an object.
         recipe: for device, dtype and products.
         trust: whether modelling code of the checkpoint may run.
-        whole: load a checkpoint as a whole.
+        whole: load the whole checkpoint into memory.
 
     Raises:
-        RecipeError: device or dtype are given for a model that is in memory already.
+        RecipeError: the recipe sets device or dtype for a model that is in memory already.
     """
     device = resolve_device(parallel.own_device(recipe.device))
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -230,11 +230,11 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
 
     Args:
         chain: the model.
-        recipe: says which linears.
-        allocation: how many zeros each linear gets; None for the recipe's pattern in every linear.
+        recipe: for the pattern and ``exclude``.
+        allocation: the zeros of each linear; None for the recipe's pattern in every linear.
 
     Raises:
-        RecipeError: the pattern does not fit a weight, or nothing is left to prune.
+        RecipeError: the pattern does not fit a weight, or every linear is excluded.
         ModelError: a large part of a block is not in linears, and the recipe does not exclude it.
     """
     pattern = recipe.weight_pattern()
@@ -245,7 +245,7 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
         patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
         raise RecipeError(f"exclude {recipe.exclude} leaves nothing to prune; name fewer linears")
-    if recipe.sparsity:  # at 0 nothing was to be pruned
+    if recipe.sparsity:  # at 0, no pruning was requested
         refuse_silent_dense(chain, recipe.exclude)
     return patterns
 
@@ -261,18 +261,18 @@ def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
 
 
 def disk_bytes(chain: Chain, choice: Choice) -> int:
-    """Room on the disk for the checkpoint; where a sweep follows, the walk's blocks stay beside it until the end."""
+    """Disk space for the checkpoint, and for the walk's blocks, which are kept until the end if a sweep follows."""
     return checkpoint_bytes(chain) * (2 if choice.needs.passes else 1)
 
 
 def default_seq_len(chain: Chain) -> int:
-    """2048 tokens, or what the model can take if less."""
+    """2048 tokens, or the number of the model's positions if that is less."""
     limit = getattr(chain.config.get_text_config(), "max_position_embeddings", None)
     return min(DEFAULT_SEQ_LEN, limit) if isinstance(limit, int) and limit > 0 else DEFAULT_SEQ_LEN
 
 
 def already_pruned(chain: Chain) -> str | None:
-    """A warning where a fifth of the weights of block 0 are zero: a dense weight has hardly any zeros."""
+    """A warning if a fifth of the weights of the first block are zero, since dense weights have hardly any zeros."""
     zeros = weights = 0
     with chain.block(0) as block:
         for _, module in iterate_linears(block, chain.block_names[0]):
@@ -285,7 +285,7 @@ def already_pruned(chain: Chain) -> str | None:
 
 
 def _directory(request: Request) -> Path | None:
-    """Of the checkpoint, which may have to be fetched or converted first; None for a model given as an object."""
+    """The directory of the checkpoint, fetched or converted first if needed; None for a model given as an object."""
     if isinstance(request.model, PreTrainedModel):
         return None
     directory = parallel.main_first(lambda: checkpoint_directory(str(request.model)))
@@ -296,7 +296,7 @@ def _directory(request: Request) -> Path | None:
 
 
 def _destination(request: Request, *, sources: Sequence[Path] = (), need_bytes: int = 0) -> Path | None:
-    """Where the checkpoint will stand, as the first process sees it; refused before the work if it cannot."""
+    """The directory of the result, resolved and checked by the first process; None if the result stays in memory."""
     if request.out is None:
         return None
     check = partial(check_destination, request.out, overwrite=request.overwrite, restart=request.restart)
@@ -304,7 +304,7 @@ def _destination(request: Request, *, sources: Sequence[Path] = (), need_bytes: 
 
 
 def _loaded_from(model: object) -> list[Path]:
-    """The directory that a model in memory was loaded from, which must not be replaced under it."""
+    """The directory that a model in memory was loaded from; the result must not replace it."""
     name = getattr(model, "name_or_path", "")
     return [Path(name)] if name and Path(name).is_dir() else []
 
@@ -338,7 +338,7 @@ def _windows(
 
 @contextlib.contextmanager
 def _model_that_writes(chain: Chain, recipe: Recipe, directory: Path | None) -> Iterator[PreTrainedModel | None]:
-    """The whole dense model, only where the calibration text is the model's own."""
+    """The whole dense model if it writes the calibration text itself; else None."""
     if recipe.calibration != "self":
         yield None
     elif directory is None:

@@ -1,4 +1,4 @@
-"""What a run reports."""
+"""The result of a run: its report, the versions of libraries, and the command line."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from sparsellm.sweep.whole_model import Pass
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that shape a result."""
+    """The versions of Python and the libraries that affect a result."""
     packages = ("transformers", "safetensors", "numpy")
     return {
         "sparsellm": __version__,
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # with its build, which the package's metadata may leave out
+        "torch": str(torch.__version__),  # with the build, which the package's metadata may omit
         **{name: importlib.metadata.version(name) for name in packages},
     }
 
 
 def command_line() -> str:
-    """The command that runs now, as a shell takes it."""
+    """The current command line, quoted for a shell."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 @dataclass
 class PruneResult:
-    """What a pruning run did.
+    """The result of a pruning run.
 
     Attributes:
         path: the finished checkpoint, or None if the model was pruned in memory only.
@@ -48,17 +48,16 @@ class PruneResult:
         linears: one record for each pruned linear.
         dense: matrices of the blocks that were not pruned: name, shape, zeros, and the reason.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
-        peak_rss: the most memory that one process has held, in this run or an earlier start of it, in bytes.
-        calibration_tokens: tokens the statistics come from.
-        versions: of Python and the libraries that shape the result.
-        warnings: what the user should know.
-        command: the command line that ran.
-        memory: the prediction that was made before the start, of the first process.
-        resumed: blocks that an earlier process had finished.
-        sweeps: of the whole model at the end, if the method asks for them: divergence from the dense model after each.
-        allocation: how per-layer sparsities were chosen, where they are not uniform: ``name``, and the allocation's own
-            report.
-        processes: that ran together.
+        peak_rss: the peak memory of one process, in this run or an earlier start of it, in bytes.
+        calibration_tokens: tokens of the statistics.
+        versions: of Python and the libraries that affect the result.
+        warnings: messages for the user.
+        command: the command line.
+        memory: the memory prediction of the first process.
+        resumed: the number of blocks that an earlier process had finished.
+        sweeps: the divergence from the dense model after each sweep of the whole model; empty without sweeps.
+        allocation: for per-layer sparsities that are not uniform: ``name``, and the allocation's own report.
+        processes: the number of processes.
     """
 
     path: Path | None
@@ -100,11 +99,11 @@ class PruneResult:
 
     @property
     def sparsity_pruned(self) -> float:
-        """Fraction of zeros over the pruned linears alone, which the recipe's ``sparsity`` asks for."""
+        """Fraction of zeros over the pruned linears alone; the recipe's ``sparsity`` sets this one."""
         return self.zeros / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values; what ``--json`` prints and ``pruning.json`` holds."""
+        """All fields as plain JSON values, as in ``--json`` and ``pruning.json``."""
         return {
             "format": 1,
             "path": str(self.path) if self.path else None,

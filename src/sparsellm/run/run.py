@@ -1,4 +1,4 @@
-"""A pruning run, told in order: open, plan, survey, walk, sweep, save."""
+"""A pruning run, step by step: open, plan, resume, survey, walk, sweep, save."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
 
 
 class Run:
-    """One run over one model. :meth:`execute` is the whole of it.
+    """One run over one model. :meth:`execute` runs all steps.
 
     Args:
         request: the arguments of :func:`sparsellm.prune`.
-        progress: is told how far the run is.
+        progress: called with the progress of the run.
     """
 
     def __init__(self, request: before.Request, progress: ProgressCallback = ignore) -> None:
@@ -50,14 +50,14 @@ class Run:
         self.finished: list[BlockRecord] = []
         self.linears: list[LinearResult] = []
         self.sweeps: list[Pass] = []
-        self.dense: Stream | None = None  # behind the last block, where the method asks for the dense model's stream
-        self.peak_before = 0  # the most memory that an earlier start of this run has held
+        self.dense: Stream | None = None  # after the walk, behind the last block, if a sweep follows
+        self.peak_before = 0  # the peak memory of earlier starts of this run
 
     def execute(self) -> PruneResult:
-        """Prunes the model and, where the request names a directory, writes it there.
+        """Prunes the model and, if the request names a directory, writes it there.
 
         Raises:
-            SparseLLMError: of the kind that names the trouble.
+            SparseLLMError: a subclass of it that names the cause.
         """
         self.open()
         self.plan()
@@ -69,7 +69,7 @@ class Run:
             return self.save()
 
     def open(self) -> None:
-        """Opens the model and reads the calibration text; refuses what cannot work."""
+        """Opens the model and reads the calibration text; refuses bad input."""
         prepared = before.prepare(self.request, self.clock, self.progress)
         self.recipe, self.choice, self.chain = prepared.recipe, prepared.choice, prepared.chain
         self.windows, self.own_windows = prepared.windows, prepared.own_windows
@@ -79,7 +79,7 @@ class Run:
         self.journal = Journal(self.out, len(self.chain), restart=request.restart, overwrite=request.overwrite)
 
     def plan(self) -> None:
-        """Predicts the memory, divides it, and checks every weight of the model."""
+        """Predicts the memory, divides the budget, and checks every weight of the model."""
         demand = self._demand()
         sharers = parallel.on_this_machine()
         plan = partial(plan_memory, self.chain, demand, self.recipe.memory, sharers=sharers)
@@ -89,7 +89,7 @@ class Run:
         with self.clock.phase("check"):
             self.progress(Progress("check", 0, 1, "checking the weights"))
             self.digests = parallel.from_main(partial(weight_digests, self.chain, self.progress))
-            self.chain.expect(self.digests)  # what is read later is compared with them
+            self.chain.expect(self.digests)  # later reads are compared with them
             unused = self.chain.unused()
             if unused is not None:
                 self.warnings.append(unused)
@@ -100,7 +100,7 @@ class Run:
         self.identity = parallel.from_main(self._identity)
 
     def resume(self) -> None:
-        """Opens the output, and finds the blocks that an earlier start of this run has finished."""
+        """Opens the output directory, and reads the records of blocks that an earlier start has finished."""
         on_disk = int(parallel.total(self.memory.hidden_on_disk))
         self.disk = before.disk_bytes(self.chain, self.choice) + on_disk
         self.journal.open(self.identity, self.disk)
@@ -115,8 +115,8 @@ class Run:
         self.feed = Feed(self.chain, self.own_windows, self.recipe.batch_tokens, self.scratch, self.progress)
 
     def survey(self) -> None:
-        """Looks at the dense model: gradients of its loss, if the method or the allocation needs them, and then the
-        per-layer sparsities. The first process does it alone, and all get what it found."""
+        """Surveys the dense model: gradients of its loss, if the method or the allocation needs them, then the
+        allocation. The first process does it alone and shares the results."""
         self.allocation, self.costs = parallel.main_alone(self._survey)
         self.patterns: dict[str, Pattern] = before.plan(self.chain, self.recipe, self.allocation)
         self.clock.lap()
@@ -126,7 +126,7 @@ class Run:
         walk(self)
 
     def sweep(self) -> None:
-        """Fits all kept weights of the pruned model to the dense model's predictions, where the method asks for it."""
+        """Trains all kept weights of the pruned model towards the dense model's predictions, if the method needs it."""
         needs = self.choice.needs
         if not needs.passes:
             return
@@ -164,7 +164,7 @@ class Run:
         self.journal.write_outer(self.chain.outer_tensors)
 
     def save(self) -> PruneResult:
-        """Writes what stands beside the weights, and gives the checkpoint its name."""
+        """Writes the files beside the weights, and renames the checkpoint to its final name."""
         with self.clock.phase("count"):
             written = self.journal.written
             dense = parallel.from_main(partial(left_dense, self.chain, self.recipe.exclude, self.linears, written))
@@ -186,8 +186,8 @@ class Run:
             processes=parallel.size(),
             dense=dense,
         )
-        parallel.barrier()  # from here on nobody reads the walk's blocks, which are removed now
-        parallel.from_main(lambda: self._finish(result))  # no process goes on before the checkpoint has its name
+        parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
+        parallel.from_main(lambda: self._finish(result))  # no process returns before the checkpoint has its name
         return result
 
     # ------------------------------------------------------------------ parts of the steps above
@@ -197,7 +197,7 @@ class Run:
         return self.choice.allocator.name != "uniform" and self.recipe.sparsity != 0
 
     def _demand(self) -> Demand:
-        """What this process will hold: the first one also surveys the dense model."""
+        """The memory demand of this process; the first one also surveys the dense model."""
         choice, chain, seq_len = self.choice, self.chain, self.windows.shape[1]
         surveyed = gradient_tokens = 0
         if parallel.is_main():
@@ -221,7 +221,7 @@ class Run:
         )
 
     def _gradient_feed(self) -> Feed:
-        """The first calibration windows of the whole run, of which gradients are taken."""
+        """The first calibration windows of the whole run, as the feed for gradients."""
         whole = Feed(self.chain, self.windows, self.recipe.batch_tokens, progress=self.progress)
         return whole.first(self.choice.allocation_needs.gradient_tokens or TOKENS)
 
@@ -241,8 +241,10 @@ class Run:
         )
 
     def _survey(self) -> tuple[Allocation | None, dict[str, Tensor]]:
-        """The allocation, if there is one, and the costs of outputs, if the method asks for them. A run that goes on
-        takes those of its first start."""
+        """The allocation, if it is not uniform, and the output costs, if the method needs them.
+
+        A resumed run takes those of its first start.
+        """
         choice, sizes = self.choice, before.sizes_of(self.chain, self.recipe)
         allocation = self.journal.allocation() if self._allocates else None
         costs: dict[str, Tensor] | None = {}
@@ -257,7 +259,7 @@ class Run:
                 gradients = loss_gradients(feed, {size.name for size in sizes}, saliency=saliency)
             if choice.needs.output_costs:
                 costs = gradients.output_squares
-                self.journal.keep_output_costs(costs)  # before the allocation: where that is kept, these are
+                self.journal.keep_output_costs(costs)  # first: a saved allocation implies saved costs
         if allocates:
             with self.clock.phase("allocation"):
                 survey = Survey(replace(self.feed, windows=self.windows), sizes, self.recipe.sparsity, gradients)

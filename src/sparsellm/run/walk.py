@@ -1,4 +1,4 @@
-"""The walk over the chain: read a block, prune it, run it, write it. No method and no model family is named here."""
+"""The walk over the chain: read a block, prune it, run it, write it. It depends on no method and no model family."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def walk(run: Run) -> None:
-    """Prunes the chain block by block; each is solved on what the pruned blocks before it produce.
+    """Prunes the chain block by block, each on the outputs of the pruned blocks before it.
 
     Args:
-        run: whose ``finished`` blocks are only run. Afterwards it has ``linears``, the results of all, and ``dense``,
-            the dense model's stream behind the last block where a sweep follows.
+        run: its ``finished`` blocks are only run. Afterwards ``run.linears`` holds the results of all linears, and, if
+            a sweep follows, ``run.dense`` the dense model's stream behind the last block.
     """
     blocks = len(run.chain)
     run.linears = [result for record in run.finished for result in record.linears]
@@ -70,13 +70,13 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
             if dense is not None:
                 report("dense forward")
                 with clock.phase("prune/dense"):
-                    dense.advance(index)  # the block is still dense
+                    dense.advance(index)  # before pruning, while the block is dense
             if linears:
                 run.choice.method.function(task, **run.choice.options)
             chain.settle_block(index)
             results = task.finish()
         detail = _mean_error(results)
-        if index + 1 < blocks:  # nobody reads what leaves the last block
+        if index + 1 < blocks:  # the output of the last block is not needed
             report("forward")
             with clock.phase("forward"):
                 stream.advance(index)
@@ -99,23 +99,23 @@ def _take_finished(run: Run) -> None:
 
 
 def _mean_error(results: Sequence[LinearResult]) -> str:
-    """For the progress: of the block that was pruned last."""
+    """The mean error of a block's linears, as text for the progress."""
     errors = [result.error for result in results]
     return f" · error {sum(errors) / len(errors):.3f}" if errors else ""
 
 
 def replay(stream: Stream, index: int, weights: CheckpointReader | None) -> None:
-    """Runs a stream through a block that was pruned before.
+    """Advances a stream through a block that was pruned before.
 
     Args:
-        stream: what enters the block; afterwards, what leaves it.
-        index: which block.
-        weights: where the pruned block stands; None for the dense one.
+        stream: the inputs of the block; afterwards, its outputs.
+        index: the number of the block.
+        weights: the shard of the pruned block; None for the dense one.
     """
     with stream.chain.block(index, weights):
         stream.advance(index)
 
 
 def block_seed(seed: int, index: int) -> int:
-    """A seed for each block that depends on nothing that happened before it."""
+    """The seed of a block, independent of everything that ran before it."""
     return (seed * 1_000_003 + index) % (1 << 63)

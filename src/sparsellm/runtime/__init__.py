@@ -1,1 +1,1 @@
-"""A packed model in use: module, kernels, loading, conversion of checkpoints, generation and its speed."""
+"""Running packed models: module, kernels, loading, conversion of checkpoints, generation and its speed."""

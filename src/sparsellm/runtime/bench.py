@@ -1,4 +1,4 @@
-"""Speed and memory of packed and dense models; they run in turns, so that a busy moment slows both."""
+"""Speed and memory of packed and dense models. They run in turns, so that other load on the machine slows both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsellm.runtime.load import load
 from sparsellm.runtime.module import PackedLinear, kernel_name, to_dense
 from sparsellm.runtime.threads import threads_set
 
-_SAME = 0.03  # a difference in speed below this is called none
+_SAME = 0.03  # relative difference in speed below which two models count as equally fast
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def compare(
 
     Args:
         packed: a packed checkpoint.
-        dense: a dense one; None for the packed one unpacked in memory, which is the same model with its zeros.
+        dense: a dense one; None for the packed one unpacked in memory, which is the same model with stored zeros.
         device, dtype: as in :func:`sparsellm.load`; of both.
         progress: called with the progress of the measurement.
         settings: as in :func:`measure`.
@@ -149,11 +149,11 @@ def measure(
     Args:
         models: by name, in memory, on the CPU or another device.
         batches: sequences side by side.
-        threads: of the CPU; None for the present setting of torch.
+        threads: of the CPU; None for the current setting of torch.
         prompt_tokens: tokens of each prompt.
         new_tokens: tokens decoded after it.
         repeats: rounds that count.
-        clock: returns seconds; ``time.process_time`` leaves out other processes, and is right for one thread.
+        clock: returns seconds; ``time.process_time`` excludes other processes, but is only right for one thread.
         progress: called with the progress of the measurement.
 
     Raises:
@@ -214,7 +214,7 @@ def verdict(speeds: Sequence[Speed], dense: str, packed: str) -> list[str]:
 
 
 def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:
-    """Bytes of a model's weights in memory, shared ones once; ``linears_only`` for those of the linears in its blocks.
+    """Bytes of a model's weights in memory, shared ones once; with ``linears_only``, of the linears in its blocks.
 
     Linears are :class:`PackedLinear` and ``nn.Linear``; an output head tied to the embedding, or any
     other linear outside a ``ModuleList``, is no linear of a block.

@@ -37,7 +37,7 @@ from sparsellm.storage.resume import PACK, UNPACK
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, belongs_to
 
-_REPORTS = ("pruning.json", "recipe.yaml")  # reports of the pruning, which hold for the packed model too
+_REPORTS = ("pruning.json", "recipe.yaml")  # reports of the pruning, which are valid for the packed model too
 
 
 @dataclass
@@ -87,15 +87,15 @@ def pack(
     """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
 
     Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); ``int8`` and ``int4``
-    quantise the kept values. Embedding, norms, head and biases are copied. If it fails, nothing is left behind.
+    quantise the kept values. Embedding, norms, head and biases are copied. If it fails, no files are left.
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out: the directory of the packed checkpoint.
         values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``, ``int4``.
         overwrite: replace the checkpoint in ``out``.
-        restart: remove what an unfinished run of another kind left for ``out``; one of packing begins anew anyway.
-        progress: is told how far the run is.
+        restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
+        progress: called with the progress of the run.
 
     Raises:
         RecipeError: the value type is unknown, or the checkpoint is packed already.
@@ -110,7 +110,7 @@ def pack(
         raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
     chain = open_chain(directory, device=torch.device("cpu"))
     assert chain.weights is not None
-    # Whatever the values become, no linear takes more room than it does dense.
+    # With any value type, no linear takes more space than its dense weight.
     size = chain.weights.reader.bytes
     with CheckpointWriter(
         out, shards=len(chain) + 1, identity={}, kind=PACK, restart=restart, overwrite=overwrite, need_bytes=size
@@ -127,11 +127,11 @@ def unpack(
     restart: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PackResult:
-    """Writes the dense checkpoint of a packed one; floating values are exact. If it fails, nothing is left behind.
+    """Writes the dense checkpoint of a packed one; floating values are exact. If it fails, no files are left.
 
     Args:
         directory: of the packed checkpoint.
-        out, overwrite, restart, progress: as of :func:`pack`.
+        out, overwrite, restart, progress: as in :func:`pack`.
 
     Raises:
         ModelError: the weights are not those of the model that ``config.json`` describes.
@@ -162,7 +162,7 @@ def unpack(
 def _write_packed(
     writer: CheckpointWriter, chain: Chain, source: Path, values: str, progress: ProgressCallback
 ) -> PackResult:
-    """All files of the packed checkpoint."""
+    """Writes all files of the packed checkpoint."""
     writer.write_shard(len(chain), chain.outer_tensors())
     result = PackResult(writer.out)
     for index in range(len(chain)):
@@ -181,7 +181,7 @@ def _write_packed(
 def _write_dense(
     writer: CheckpointWriter, reader: PackedReader, shards: list[list[str]], progress: ProgressCallback
 ) -> PackResult:
-    """All files of the unpacked checkpoint, the weights divided into ``shards`` by name."""
+    """Writes all files of the unpacked checkpoint, the weights divided into ``shards`` by name."""
     for index, names in enumerate(shards):
         progress(Progress("unpack", index, len(shards)))
         writer.write_shard(index, _sources(reader.read(names)))
@@ -201,8 +201,8 @@ def _checked_reader(source: Path) -> PackedReader:
 
     Raises:
         ModelError: a weight is missing, or has another shape than in the model.
-        StorageError: the files are damaged, or a weight is described as transposed and is not so in the model, or the
-            other way round. In a square weight no shape shows that.
+        StorageError: the files are damaged, or config and model disagree on whether a weight is transposed, which the
+            shape of a square weight does not show.
     """
     chain = open_chain(source, device=torch.device("cpu"))
     assert chain.weights is not None
@@ -225,7 +225,7 @@ def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
 
 
 def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> dict[str, Tensor]:
-    """The tensors of a block to be written; their sizes and entries are added to ``result``."""
+    """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
     assert chain.weights is not None
     chain_linears = {chain.weights.key_of[linear.weight_name]: linear for linear in chain.linears(index)}
     tensors = chain.stored_block(index)
@@ -234,7 +234,8 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
         weight = stored.t().contiguous() if linear.transposed else stored
         name = key.removesuffix(".weight")
         try:
-            packed = pack_weight(weight, values)
+            # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
+            packed = pack_weight(weight, values) if key.endswith(".weight") else None
         except SparseLLMError as error:
             raise type(error)(f"{key}: {error}") from None
         dense = stored.numel() * stored.element_size()
@@ -249,13 +250,13 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
             packed.shape, packed.layout, packed.value_type, stored.dtype, packed.pattern, linear.transposed
         )
         result.packed_bytes += packed.nbytes
-        tensors[key] = torch.zeros(1, dtype=stored.dtype)  # a shape that no loader takes for the weight
+        tensors[key] = torch.zeros(1, dtype=stored.dtype)  # loaders refuse this shape for the weight
         tensors.update({f"{key}_{field}": tensor for field, tensor in packed.tensors.items()})
     return tensors
 
 
 def _finish(writer: CheckpointWriter, write: Callable[[], PackResult]) -> PackResult:
-    """Writes all files with ``write``, then renames the directory; if ``write`` fails, nothing is left of it."""
+    """Writes all files with ``write``, then renames the directory; if ``write`` fails, its files are removed."""
     try:
         result = write()
     except BaseException:
@@ -268,7 +269,7 @@ def _finish(writer: CheckpointWriter, write: Callable[[], PackResult]) -> PackRe
 
 
 def _write_companions(writer: CheckpointWriter, source: Path) -> None:
-    """Config, tokenizer and the reports of the pruning."""
+    """Writes config, tokenizer and the reports of the pruning."""
     writer.copy_companions(source)
     for name in _REPORTS:
         if (source / name).is_file() and belongs_to(source, source / name):

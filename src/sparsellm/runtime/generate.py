@@ -1,18 +1,22 @@
-"""Continues a prompt, token by token, and measures the time."""
+"""Generates the continuation of a prompt and measures the time."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from sparsellm.arguments import LOADED, checked_arguments
-from sparsellm.errors import DataError
+from sparsellm.errors import DataError, ModelError, shown
+
+TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints write that there is none
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,24 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of decoding: tokens after the first by their seconds; 0 if there are none."""
+        """Speed of decoding: tokens after the first, divided by their seconds; 0 if there are none."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
         return {**self.__dict__, "tokens_per_second": self.tokens_per_second}
+
+
+class _Settings(BaseModel):
+    """What is taken from the generation config of a checkpoint: where a text ends, and how tokens are sampled."""
+
+    model_config = ConfigDict(strict=True, from_attributes=True, allow_inf_nan=False)
+
+    eos_token_id: TokenId | list[TokenId] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
 
 
 @checked_arguments(model=LOADED)
@@ -57,19 +73,24 @@ def generate(
 ) -> Generation:
     """The continuation of a prompt, up to the end-of-text token or ``max_new_tokens``.
 
+    Of the model's generation config, the end-of-text tokens, ``top_k``, ``top_p``, ``min_p`` and
+    ``repetition_penalty`` are used.
+
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         prompt: the text to continue; no chat template is applied.
-        max_new_tokens: the most tokens to write.
-        temperature: 0 takes the most likely token each time; above, tokens are sampled.
+        max_new_tokens: the most tokens to generate.
+        temperature: 0 takes the most likely token each time; above 0, tokens are sampled.
         seed: of the sampling.
         on_text: called with each new piece of text.
 
     Raises:
         DataError: the prompt has no token, or is too long for the model.
+        ModelError: a setting of the generation config that is used has another type or is out of range.
         RecipeError: ``max_new_tokens`` or ``temperature`` is out of range.
     """
+    settings = _settings(model, temperature)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = int(inputs["input_ids"].shape[1])
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -80,20 +101,44 @@ def generate(
             f"the prompt has {length} tokens and {max_new_tokens} are to follow; the model takes {limit} in all"
         )
     streamer = _Streamer(tokenizer, on_text)
-    chosen: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-    if temperature > 0:
-        chosen["temperature"] = temperature
-        torch.manual_seed(seed)
-    else:  # sampling settings of the checkpoint would only cause warnings
-        chosen |= {"temperature": None, "top_p": None, "top_k": None}
+    torch.manual_seed(seed)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
+    chosen = {"max_new_tokens": max_new_tokens, "pad_token_id": padding}
+    with torch.no_grad(), _generation_config(model, settings):
         start = time.perf_counter()
-        output = model.generate(**inputs, **chosen, pad_token_id=padding, streamer=streamer)  # type: ignore[operator]
+        output = model.generate(**inputs, **chosen, streamer=streamer)  # type: ignore[operator]
     new = output[0, length:]
     first, last = streamer.times[0], streamer.times[-1]
     text = tokenizer.decode(new, skip_special_tokens=True)
     return Generation(str(text), length, len(new), first - start, last - first, torch.get_num_threads())
+
+
+def _settings(model: PreTrainedModel, temperature: float) -> GenerationConfig:
+    try:
+        used = _Settings.model_validate(model.generation_config)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise ModelError(
+            f"{first['loc'][0]} of the model's generation config is {shown(first['input'])}: {first['msg']}; "
+            "correct generation_config.json, or remove it"
+        ) from None
+    if temperature > 0:
+        return GenerationConfig(do_sample=True, temperature=temperature, **used.model_dump())
+    sampling = {"top_k", "top_p", "min_p"}  # they would only cause warnings
+    return GenerationConfig(
+        do_sample=False, temperature=None, top_k=None, top_p=None, **used.model_dump(exclude=sampling)
+    )
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Puts a config in place of the model's: what is passed to ``generate`` is filled up from the model's own."""
+    before = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 class _Streamer(TextStreamer):

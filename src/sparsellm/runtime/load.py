@@ -1,4 +1,4 @@
-"""Opening a checkpoint for use, packed or not."""
+"""Loads a checkpoint, packed or dense, into memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load(
         kwargs: passed on to ``from_pretrained``.
 
     Raises:
-        RecipeError: no such device here.
+        RecipeError: the machine has no such device.
         ModelError: there is no checkpoint, or it is not a decoder-only model.
         StorageError: the files are damaged.
     """
@@ -46,7 +46,7 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
     except SparseLLMError:
         raise
-    except Exception as error:  # transformers and safetensors raise TypeError, KeyError, SafetensorError ... for damage
+    except Exception as error:  # damage raises TypeError, KeyError, SafetensorError, ...
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"transformers cannot load {directory}: {first_line[:300]}") from error
     assert isinstance(model, PreTrainedModel)

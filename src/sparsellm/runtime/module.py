@@ -22,9 +22,9 @@ from sparsellm.packed.codes import FLOAT_TYPES, type_of_values
 from sparsellm.packed.layout import PackedWeight, as_bitmask, unpack, unpack_rows
 from sparsellm.packed.validation import validate
 
-SMALL_BATCH = 16  # tokens; the most that the kernels on packed weights take
-TILE = 1 << 20  # weights of a tile: smaller tiles slow the product by more than the unpacking takes
-ROWS = 64  # the rows of a tile are a multiple of this, which suits blocked products
+SMALL_BATCH = 16  # tokens; the limit of the kernels on packed weights
+TILE = 1 << 20  # weights in a tile; smaller tiles slow the product by more than the time of unpacking
+ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
 
 PACKED_BUFFERS = ("weight_mask", "weight_values", "weight_offsets", "weight_scales")
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
@@ -94,7 +94,7 @@ def _assemble(
 def packed_linear(
     x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str
 ) -> Tensor:
-    """:func:`multiply` as an operator that torch.compile and autograd know; ``x (tokens, in)``."""
+    """:func:`multiply` as an operator for torch.compile and autograd; ``x (tokens, in)``."""
     return multiply(_assemble(x, mask, values, offsets, scales, value_type), x)
 
 
@@ -107,7 +107,7 @@ def _(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor |
 def packed_linear_backward(
     grad: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, columns: int
 ) -> Tensor:
-    """Gradient of the input, ``grad W`` for ``grad (tokens, out)``; an operator, since unpacking cannot be traced."""
+    """The gradient of the input, ``grad W`` for ``grad (tokens, out)``. An operator, as unpacking cannot be traced."""
     shape = (len(offsets) - 1, columns)
     return grad @ unpack(PackedWeight(shape, "bitmask", mask, values, offsets, scales, value_type), grad.dtype)
 
@@ -133,15 +133,15 @@ packed_linear.register_autograd(_backward, setup_context=_remember)
 
 
 class PackedLinear(nn.Module):
-    """``y = x Wᵀ + b`` with a packed ``W (out, in)``; takes the place of ``nn.Linear``.
+    """``y = x Wᵀ + b`` with a packed ``W (out, in)``; replaces ``nn.Linear``.
 
-    ``weight`` is a placeholder with one element: it carries the dtype and the device that other code asks a linear's
-    weight for, and its shape makes a loader that does not know the format stop with an error. The packed weight is in
-    the buffers ``weight_mask``, ``weight_values``, ``weight_offsets`` and ``weight_scales``. ``.to`` moves them, but
-    a change of dtype converts only the placeholder and the bias: values stay in the type they were packed in.
+    ``weight`` is a placeholder with one element. It has the dtype and device that other code reads from a linear's
+    weight, and its shape makes loaders without support for the format raise an error. The packed weight is in the
+    buffers ``weight_mask``, ``weight_values``, ``weight_offsets`` and ``weight_scales``. ``.to`` moves them, but a
+    change of dtype converts only the placeholder and the bias: values keep the type in which they were packed.
 
     Args:
-        in_features, out_features: as of ``nn.Linear``.
+        in_features, out_features: as in ``nn.Linear``.
         bias: whether there is one.
         dtype: of the placeholder and the bias.
         device: of the placeholder and the bias.
@@ -247,7 +247,7 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        # Seen as whole numbers, values and scales move with .to(device) and pass unchanged through .to(dtype), .half().
+        # Viewed as integers, values and scales move with .to(device) and do not change in .to(dtype) or .half().
         kinds = {}
         for name in ("weight_values", "weight_scales"):
             buffer = self._buffers[name]
@@ -264,7 +264,7 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        """Checks the loaded tensors, then resizes the buffers to them, since weights differ in their kept values."""
+        """Checks the loaded tensors, then resizes the buffers, since each weight has another number of kept values."""
         parts = {name: state_dict[prefix + name] for name in PACKED_BUFFERS if prefix + name in state_dict}
         error_messages = rest[-1]
         if {"weight_mask", "weight_values", "weight_offsets"} <= parts.keys():

@@ -1,8 +1,8 @@
 """Products with a packed weight by the compiled kernels: one to sixteen tokens at a time, on the CPU.
 
-The kernels are a small C++ extension without torch; this module checks the tensors and passes their addresses. They sum
-in fp32. A row is never split between threads and its order of summation depends on the instruction set alone, so
-neither the number of threads nor the other tokens of a batch change a bit of a result.
+The kernels are a small C++ extension without torch; this module checks the tensors and passes their addresses. Kernels
+sum in fp32. A row is never split between threads, and its order of summation depends only on the instruction set. So
+the number of threads and the other tokens of a batch do not change a bit of a result.
 
 ``SPARSELLM_KERNEL`` in the environment chooses an instruction set by name, or ``torch`` for none.
 """
@@ -24,7 +24,7 @@ from sparsellm.packed.codes import SCALES_OF, STORED_AS, VALUE_TYPES
 from sparsellm.packed.layout import PackedWeight
 from sparsellm.packed.masks import mask_stride
 
-MAX_TOKENS = 16  # that one call takes; the kernels' own limit
+MAX_TOKENS = 16  # in one call; the kernels' own limit
 
 _VALUE_TYPES = {name: number for number, name in enumerate(VALUE_TYPES)}  # bf16, fp16, fp32, int8, int4 in kernels.h
 _ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -42,7 +42,7 @@ def available() -> str | None:
 
 
 def reason() -> str:
-    """One sentence on why :func:`available` returns this kernel, or none."""
+    """One sentence that explains the result of :func:`available`."""
     return _chosen()[1]
 
 
@@ -53,12 +53,12 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def threads() -> int:
-    """Threads of a product: the number of :func:`set_threads`, else ``torch.get_num_threads()``."""
+    """The threads of a product: the number set by :func:`set_threads`, else ``torch.get_num_threads()``."""
     return torch.get_num_threads() if _threads is None else _threads
 
 
 def set_threads(count: int | None) -> None:
-    """Sets :func:`threads`; None follows torch.
+    """Sets the number of :func:`threads`; None for torch's.
 
     Raises:
         KernelError: ``count`` is less than 1.
@@ -73,8 +73,8 @@ def multiply(packed: PackedWeight, x: Tensor, *, kernel: str | None = None) -> T
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.packed.validation.validate``: what
-            offsets and mask say is trusted here.
+        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.packed.validation.validate``; offsets
+            and mask are not checked again.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
         kernel: an instruction set other than :func:`available`'s.
 
@@ -127,7 +127,7 @@ def _require_cpu(tensor: Tensor, what: str) -> None:
 
 
 def _addresses(packed: PackedWeight) -> tuple[int, ...]:
-    """The arguments of the extension for a weight, once type, size, layout and device of every tensor are checked."""
+    """The arguments of the extension for a weight, after checks of type, size, layout and device of every tensor."""
     (out, columns), kind, scales = packed.shape, packed.value_type, packed.scales
     if packed.layout != "bitmask" or kind not in _VALUE_TYPES:
         raise KernelError(
@@ -183,7 +183,7 @@ def _index(name: str) -> int:
 def _chosen() -> tuple[str | None, str]:
     asked = os.environ.get("SPARSELLM_KERNEL", "").strip()
     if asked == "torch":
-        return None, "SPARSELLM_KERNEL=torch says so"
+        return None, "SPARSELLM_KERNEL=torch is set"
     if _library() is None:
         hint = "install a C++ compiler and install sparsellm again"
         if asked:
@@ -191,7 +191,7 @@ def _chosen() -> tuple[str | None, str]:
         return None, f"the kernels were not built; {hint}"
     if asked:
         _index(asked)
-        return asked, f"SPARSELLM_KERNEL={asked} says so"
+        return asked, f"SPARSELLM_KERNEL={asked} is set"
     best = instruction_sets()[0]
     return best, f"{best} is the best that this machine has"
 
@@ -209,10 +209,10 @@ def _library() -> ModuleType | None:
 
 
 def _openmp_of_torch() -> int | None:
-    """Address of ``GOMP_parallel`` in the OpenMP library that torch runs on, so that kernels and torch share threads.
+    """The address of ``GOMP_parallel`` in the OpenMP library of torch, so that kernels and torch share threads.
 
-    LLVM's and Intel's libraries have the function too. None where it cannot be found (macOS, Windows): the kernels then
-    bring a pool of their own.
+    LLVM's and Intel's libraries have the function too. None if it is not available (macOS, Windows); the kernels then
+    use their own threads.
     """
     if "OpenMP" not in torch.__config__.parallel_info():
         return None
@@ -224,7 +224,7 @@ def _openmp_of_torch() -> int | None:
     beside_torch = str(Path(torch.__file__).parent)
     for path in sorted(paths, key=lambda path: (not path.startswith(beside_torch), path)):
         try:
-            # RTLD_NOLOAD: only what is loaded already; a second OpenMP would be a second pool.
+            # RTLD_NOLOAD: only a library that is loaded already; a second OpenMP would have its own threads.
             function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
         except (OSError, AttributeError):
             continue

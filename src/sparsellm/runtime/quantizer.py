@@ -33,11 +33,11 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """Puts :class:`~sparsellm.runtime.module.PackedLinear` where the checkpoint has packed weights.
+    """Replaces the linears with packed weights by :class:`~sparsellm.runtime.module.PackedLinear`.
 
     Raises (while loading):
         StorageError: the files are damaged, or do not fit ``config.json``.
-        ModelError: a packed linear is not in the model, or is none there.
+        ModelError: a packed linear does not exist in the model, or is another kind of module there.
     """
 
     requires_calibration = True  # a dense checkpoint is packed by `sparsellm pack`, not while loading
@@ -48,16 +48,21 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._entries = packed_entries(quantization_config.to_dict())
         self._reader: PackedReader | None = None
+        self._modules: dict[str, str] = {}  # the linear in the model, by its name in the checkpoint
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
+        from sparsellm.chain.names import checkpoint_names  # this module may be imported while transformers is
+
         directory = _directory(model, checkpoint_files)
         self._reader = PackedReader(directory)
         if self._reader.entries != self._entries:
             raise ModelError(f"the given config describes other packed weights than {directory / 'config.json'}")
+        names = checkpoint_names(model, self._reader, model.state_dict(keep_vars=True))
+        self._modules = {name: names.name_of[f"{name}.weight"].removesuffix(".weight") for name in self._entries}
         for name, entry in self._entries.items():
-            parent, leaf, linear = _find(model, name)
+            parent, leaf, linear = _find(model, self._modules[name])
             out, columns = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
             if entry.shape != (out, columns) or entry.transposed != isinstance(linear, Conv1D):
                 raise ModelError(
@@ -79,14 +84,14 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._reader is not None
         for name in self._entries:
-            _, _, module = _find(model, name)
+            _, _, module = _find(model, self._modules[name])
             assert isinstance(module, PackedLinear)
             if module.weight.is_meta:
                 raise ModelError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
             module.set_packed(self._reader.packed(name), name)
         self._reader = None
         linears = {name: {**entry.to_dict(), "layout": "bitmask"} for name, entry in self._entries.items()}
-        for entry in linears.values():  # the layout in the modules, which save_pretrained writes
+        for entry in linears.values():  # the modules hold bitmasks, and save_pretrained writes those
             entry.pop("pattern", None)
         self.quantization_config.linears = linears
         return model
@@ -113,18 +118,15 @@ def register() -> None:
 
 
 def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
-    """The parent, the attribute and the module of a linear that the checkpoint names with or without the base model's
-    prefix."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for candidate in (name, prefix + name, name.removeprefix(prefix)):
-        parent_name, _, leaf = candidate.rpartition(".")
-        try:
-            parent = model.get_submodule(parent_name)
-            module = parent.get_submodule(leaf)
-        except AttributeError:
-            continue
-        if isinstance(module, (nn.Linear, Conv1D, PackedLinear)):
-            return parent, leaf, module
+    """The parent module, attribute name and module of a linear."""
+    parent_name, _, leaf = name.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_name)
+        module = parent.get_submodule(leaf)
+    except AttributeError:
+        module = None
+    if isinstance(module, (nn.Linear, Conv1D, PackedLinear)):
+        return parent, leaf, module
     raise ModelError(f"packed weight {name} is no linear of {type(model).__name__}; config.json is not this model's")
 
 

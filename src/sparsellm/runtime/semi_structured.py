@@ -13,7 +13,7 @@ from sparsellm.patterns import NM
 
 
 def to_semi_structured(weight: Tensor) -> Tensor:
-    """A 2:4 weight in torch's semi-structured form if its device multiplies in it, else the same dense weight.
+    """A 2:4 weight in torch's semi-structured form if its device supports that, else the same dense weight.
 
     ``torch.nn.functional.linear`` takes either. The dense fallback has the same results at the speed and size of a
     dense weight; each reason for it is shown once, as a warning.
@@ -42,7 +42,7 @@ def _is_two_of_four(weight: Tensor) -> bool:
 
 
 def _obstacle(weight: Tensor) -> str | None:
-    """Why torch has no 2:4 product for this weight, or None; sizes as for bf16 and fp16 in torch's documentation."""
+    """The reason why torch has no 2:4 product for this weight, or None. Sizes as documented for bf16 and fp16."""
     if weight.device.type != "cuda":
         return f"2:4 tensor cores need an NVIDIA GPU, not {weight.device.type}"
     if torch.cuda.get_device_capability(weight.device) < (8, 0):

@@ -15,7 +15,7 @@ def use_threads(threads: int | None = None) -> None:
     """Sets the threads of torch, and so those of the kernels on packed weights; None leaves torch's choice.
 
     Raises:
-        RecipeError: not from 1 to 1,024.
+        RecipeError: the number is not from 1 to 1,024.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -23,7 +23,7 @@ def use_threads(threads: int | None = None) -> None:
 
 @contextmanager
 def threads_set(count: int) -> Iterator[None]:
-    """Uses ``count`` threads inside the context, and the former number after it."""
+    """Uses ``count`` threads inside the context, then restores the previous number."""
     before = torch.get_num_threads()
     use_threads(count)
     try:

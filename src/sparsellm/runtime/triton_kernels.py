@@ -1,8 +1,8 @@
 """Products with a packed weight on a GPU: one to sixteen tokens at a time, in Triton, on the same bitmask format.
 
 A program computes one row for all tokens. It reads 32 mask bits at a time. The position of a column's value is the
-number of bits before it, a running sum over words plus a population count within the word, so nothing is stored beside
-mask, values and row offsets. Sums are in fp32.
+number of set bits before it: a running sum over words plus a population count within the word. So only mask, values and
+row offsets are stored. Sums are in fp32.
 
 With ``TRITON_INTERPRET=1`` the same kernel runs on the CPU, for tests.
 """
@@ -32,7 +32,7 @@ def available() -> str | None:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _population_count(word):  # type: ignore[no-untyped-def]
-    """Bits set in each uint32."""
+    """The number of set bits of each uint32."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
@@ -61,7 +61,7 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     begin = tl.load(offsets_pointer + row)
     token = tl.arange(0, TOKENS)
     lane = tl.arange(0, 32)
-    below = ((1 << lane.to(tl.int64)) - 1).to(tl.uint32)  # the bits of a word before each lane's own
+    below = ((1 << lane.to(tl.int64)) - 1).to(tl.uint32)  # the bits of a word below that of each lane
     sums = tl.zeros([TOKENS], dtype=tl.float32)
     for first in range(0, row_words, WORDS):
         index = first + tl.arange(0, WORDS)

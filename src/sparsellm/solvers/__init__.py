@@ -1,4 +1,4 @@
-"""Local solvers: (weight, Gram matrix, pattern) → sparse weight. A module registers its solver by being imported."""
+"""Local solvers: (weight, Gram matrix, pattern) → sparse weight. Importing a module registers its solver."""
 
 import importlib
 import pkgutil

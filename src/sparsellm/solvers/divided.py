@@ -1,7 +1,7 @@
-"""One weight solved by several processes: each takes some of its rows, and they agree on thresholds over all rows.
+"""One weight solved by several processes: each solves some rows, and they agree on thresholds over all rows.
 
-In the solvers here, rows of a weight depend on each other in two ways only: they compete for being kept, and errors are
-sums over them. Both go through the pattern that a solver is given, so a solver is written for a whole weight.
+In these solvers, rows of a weight depend on each other in two ways only: they compete for a number of zeros, and errors
+are sums over them. The pattern does both, so a solver is written as if it had the whole weight.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from sparsellm.registry import Entry
 from sparsellm.solvers.solver import Solution, Solver, solution
 from sparsellm.statistics import Gram
 
-# Bits of a score that are decided at a time, by counting into bins: (shift, bins). Few bins are quick to add up.
+# Digits of a score as (shift, bins), the highest first. Each digit is decided by counting scores into bins; few bins
+# are quick to sum over processes.
 DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
 SIGN = -(1 << 31)
 
 
 def divide(entry: Entry[Solver]) -> Solver:
-    """The solver with its work divided over the processes of this run; all call it with the same arguments, and it
-    returns the whole solution to each. In one process it is the solver itself.
+    """The solver with its work divided over the processes of this run.
 
-    The main process solves alone where the solver is not registered as distributed, or the weight has fewer rows than
-    there are processes.
+    All processes call it with the same arguments, and each gets the whole solution. In one process it is the solver
+    itself. The main process solves alone if the solver is not registered as distributed, or if the weight has fewer
+    rows than there are processes.
     """
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
@@ -49,8 +50,10 @@ def divide(entry: Entry[Solver]) -> Solver:
 def divided_solution(
     original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()
 ) -> Solution:
-    """As :func:`~sparsellm.solvers.solver.solution`, for a weight that all processes have and that is zero off the
-    mask: each measures the error of some rows."""
+    """As :func:`~sparsellm.solvers.solver.solution`, with the error computed by all processes, each for some rows.
+
+    Every process has the whole weight, which is zero off the mask.
+    """
     if parallel.size() == 1:
         return solution(original, weight, mask, gram, notes)
     rows = parallel.share(len(weight))
@@ -59,34 +62,34 @@ def divided_solution(
 
 
 def _joined(own: Solution, energy: float) -> tuple[float, tuple[str, ...]]:
-    """Error and notes of the whole weight, from the solution of this process's rows and the energy of their outputs."""
+    """Error and notes of the whole weight, from each process's solution of its rows and their outputs' energy."""
     parts = parallel.gather((energy, own.error * energy, own.notes))
     energy, lost = sum(part[0] for part in parts), sum(part[1] for part in parts)
     return lost / energy if energy > 0 else 0.0, tuple(dict.fromkeys(note for part in parts for note in part[2]))
 
 
 def _in_main(solve: Callable[[], Solution], weight: Tensor) -> Solution:
-    """The main process's solution, in all processes."""
-    found: list[Solution] = []
+    """Solves in the main process and returns the solution in all."""
+    solutions: list[Solution] = []  # of the main process; empty in the others
 
-    def told() -> tuple[float, tuple[str, ...]]:
-        found.append(solve())
-        return found[0].error, found[0].notes
+    def error_and_notes() -> tuple[float, tuple[str, ...]]:
+        solutions.append(solve())
+        return solutions[0].error, solutions[0].notes
 
-    error, notes = parallel.from_main(told)
-    sparse = found[0].weight.contiguous() if found else torch.empty_like(weight)
-    mask = found[0].mask.contiguous() if found else torch.empty_like(weight, dtype=torch.bool)
+    error, notes = parallel.from_main(error_and_notes)
+    sparse = solutions[0].weight.contiguous() if solutions else torch.empty_like(weight)
+    mask = solutions[0].mask.contiguous() if solutions else torch.empty_like(weight, dtype=torch.bool)
     return Solution(parallel.broadcast_(sparse), parallel.broadcast_(mask), error, notes)
 
 
 @dataclass(frozen=True)
 class DividedRows(Pattern):
-    """A pattern over a weight of which every process holds some rows, in order.
+    """The pattern of a weight whose rows are divided over the processes, in order.
 
     Args:
-        whole: the pattern.
-        all_rows: of the weight.
-        first: the number of this process's first row.
+        whole: the pattern of the whole weight.
+        all_rows: the number of rows of the whole weight.
+        first: the index of this process's first row.
     """
 
     whole: Pattern
@@ -102,7 +105,7 @@ class DividedRows(Pattern):
         return self.whole.step
 
     def zeros(self, shape: tuple[int, ...] | torch.Size) -> int:
-        """Zeros of the whole weight, from the shape of some of its rows."""
+        """The number of zeros of the whole weight, from the shape of some of its rows."""
         return self.whole.zeros((self.all_rows, shape[1]))
 
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
@@ -127,7 +130,7 @@ class DividedRows(Pattern):
         return parallel.total(value)
 
     def violations(self, weight: Tensor) -> int:
-        """Zeros missing in the whole weight; of N:M, in its groups."""
+        """The number of zeros missing in the whole weight; for N:M, in its groups."""
         if isinstance(self.whole, Unstructured):
             zeros = int(parallel.total(weight.numel() - int(weight.count_nonzero())))
             return max(0, self.zeros(weight.shape) - zeros)
@@ -135,15 +138,15 @@ class DividedRows(Pattern):
 
 
 def highest_of_all(scores: Tensor, zeros: int) -> Tensor:
-    """All but the ``zeros`` lowest scores of all processes together; of equals the lowest index is kept.
+    """The mask that is False for the ``zeros`` lowest scores of all processes; among equal scores the first are kept.
 
     Args:
         scores: ``(outer, inner)``, fp32 or coarser; indices run over outer, then the processes, then inner.
-        zeros: of all processes.
+        zeros: in all processes together.
 
     Returns:
-        Bool ``(outer, inner)``, just what :func:`~sparsellm.patterns.highest` chooses from the scores joined along
-        inner and flattened.
+        Bool ``(outer, inner)``, equal to the part of :func:`~sparsellm.patterns.highest` for the scores of all
+        processes, joined along inner and flattened.
     """
     if zeros <= 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -163,7 +166,7 @@ def highest_of_all(scores: Tensor, zeros: int) -> Tensor:
 
 
 def _ordered(scores: Tensor) -> Tensor:
-    """Integers in the same order, equal where the scores are: a float's bits, with those of negative ones reversed."""
+    """Integers in the same order as the scores: the bits of each float, reversed for negative ones."""
     if scores.dtype == torch.float64:
         raise TypeError("scores of fp64 are not compared over processes; a solver's scores are fp32")
     bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: −0.0 equals 0.0, and its bits must too
@@ -171,7 +174,7 @@ def _ordered(scores: Tensor) -> Tensor:
 
 
 def _lowest_of_all(keys: Tensor, rank: int) -> tuple[int, int]:
-    """The ``rank``-th lowest key (from 1) of all processes, digit by digit, and how many equal ones come after it."""
+    """The ``rank``-th lowest key (from 1) of all processes, and the number of equal keys after it. Goes by digits."""
     threshold, after = SIGN, 0
     pool = keys.flatten()
     for shift, bins in DIGITS:

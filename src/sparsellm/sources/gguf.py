@@ -1,4 +1,4 @@
-"""A ``.gguf`` file as an ordinary Hugging Face checkpoint, converted once and kept in the cache."""
+"""Converts a ``.gguf`` file to an ordinary Hugging Face checkpoint, once, and keeps it in the cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from sparsellm.errors import ModelError
 from sparsellm.sources.cache import cache_dir, put, sha256, workspace
 
-# Part of the key of the cache: raise it when this file starts to write something else.
+# Part of the cache key: raise it when the output of this file changes.
 FORMAT = 1
 
 _MAGIC = b"GGUF"
@@ -27,21 +27,21 @@ _HEADER_BYTES = struct.calcsize("<4sIQQ")
 def gguf_checkpoint(
     path: Path, *, dtype: torch.dtype = torch.float32, progress: Callable[[str], None] | None = None
 ) -> Path:
-    """The checkpoint directory for a GGUF file: converted on the first call, found in the cache on every other.
+    """The checkpoint directory for a GGUF file: converted on the first call, taken from the cache on later ones.
 
-    It holds safetensors shards, a configuration that names no quantisation, the tokenizer with its chat template, and
-    the generation configuration. transformers reads the file and maps its tensors; no code from a checkpoint runs.
+    It holds safetensors shards, a config without quantisation, the tokenizer with its chat template, and the generation
+    config. transformers reads the file and maps its tensors; no code from a checkpoint runs.
 
     A block-quantised weight is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, and rounded in
     bf16 or fp16 (8 and 11 bits of mantissa). So fp32 is the default, at twice the space on disk.
 
-    The key is the SHA-256 of the contents, so a file may move; the directory appears under its name only when complete
-    and on the disk. Of two processes that want the same file at once, one converts it and the other waits.
+    The cache key is the SHA-256 of the contents, so the file may be moved. The directory appears under its name only
+    when it is complete and on the disk. If two processes convert the same file at once, one of them waits.
 
     Args:
         path: the file.
-        dtype: what the weights are stored as.
-        progress: called with a line about what is being done, if anything is.
+        dtype: the dtype in which weights are stored.
+        progress: called with a line of text before a conversion.
 
     Raises:
         ModelError: the file is absent, is not GGUF, is cut short, or is of an architecture that transformers does not
@@ -57,7 +57,7 @@ def gguf_checkpoint(
         progress(f"converting {path.name} to a Hugging Face checkpoint, once")
     try:
         with workspace(final) as temporary:
-            if not final.is_dir():  # else another process was first, with the same contents
+            if not final.is_dir():  # else another process has made the same
                 _convert(path, temporary / "checkpoint", dtype)
                 put(temporary / "checkpoint", final)
     except OSError as error:
@@ -87,15 +87,15 @@ def _convert(path: Path, directory: Path, dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     settings: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-    if hasattr(transformers, "GgufConfig"):  # later versions can leave weights packed; here they must be dense
+    if hasattr(transformers, "GgufConfig"):  # later versions can keep weights quantised; they must be dense here
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with _quiet():
-            # Not AutoTokenizer: it would parse the whole file again, only to pick this class.
+            # Not AutoTokenizer, which would parse the whole file again to choose this class.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
             model: Any = AutoModelForCausalLM.from_pretrained(path.parent, **settings)
             model = model.to(dtype)
-    except Exception as error:  # a damaged file surfaces as any of numpy's, gguf's or transformers' own errors
+    except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{path} cannot be converted: {reason}; the file is damaged or cut short (fetch it again), or transformers "
@@ -108,14 +108,14 @@ def _convert(path: Path, directory: Path, dtype: torch.dtype) -> None:
 
 
 def _name_tokenizer_class(path: Path) -> None:
-    """Every version of transformers knows this name for the class; version 5 writes one that version 4 refuses."""
+    """Writes a class name that every version of transformers accepts; that of version 5 is refused by version 4."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _without_quantization(model: Any) -> Any:
-    """The same weights in a model that was never quantised; transformers refuses to save the one it dequantised."""
+    """The same weights in a model without quantisation, since transformers does not save the model it dequantised."""
     from transformers import AutoModelForCausalLM
 
     config = model.config
@@ -131,7 +131,7 @@ def _without_quantization(model: Any) -> Any:
 
 
 class _Swallow(io.StringIO):
-    """A stderr that keeps nothing, except what a rich console writes: rich looks for this attribute."""
+    """A stderr that discards all text except that of a rich console, which goes through ``rich_proxied_file``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class _Swallow(io.StringIO):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers: some go through a switch of its own, some straight to stderr."""
+    """Hides the progress bars of transformers: some obey a setting of its own, some are written to stderr directly."""
     from transformers.utils import logging
 
     was_enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""From what a user names to a checkpoint directory: a directory, a hub id, a ``.gguf`` file, or ``demo``."""
+"""Resolves the model that a user names to a checkpoint directory: a directory, hub id, ``.gguf`` file, or ``demo``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tikto
 
 
 def checkpoint_directory(model: str) -> Path:
-    """The directory of a checkpoint that may have to be fetched or converted first.
+    """The directory of a checkpoint, which is downloaded or converted first if needed.
 
     Args:
         model: a directory, a hub id (``owner/name``), a ``.gguf`` file, or ``demo``.
@@ -26,7 +26,7 @@ def checkpoint_directory(model: str) -> Path:
         path = Path(model).expanduser()
         path.lstat()
     except FileNotFoundError:
-        pass  # a hub id, perhaps
+        pass  # it may be a hub id
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, an unknown user after the ~
         raise ModelError(f"model {model!r:.100} cannot be looked up: {one_line(error)}") from None
     if not model.strip():
@@ -55,7 +55,7 @@ def _from_hub(model: str) -> Path:
     except HFValidationError:
         reason = "it is no directory here, and no valid hub id (owner/name)"
     except Exception as error:  # the hub client raises requests, httpx and its own errors
-        reason = f"it is no directory here, and the hub did not give it ({one_line(error)})"
+        reason = f"it is no directory here, and it cannot be downloaded from the hub ({one_line(error)})"
     raise ModelError(
         f"model {model!r} not found: {reason}; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
     )

@@ -1,4 +1,4 @@
-"""Gram and cross moments, accumulated in chunks, reduced over processes."""
+"""Gram matrices and cross-moments, accumulated in chunks and summed over processes."""
 
 from sparsellm.statistics.gram import CrossAccumulator, Factor, Fit, Gram, GramAccumulator, least_squares
 

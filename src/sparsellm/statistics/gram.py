@@ -1,7 +1,7 @@
-"""Second moments of activations, accumulated in chunks: all that a solver needs to know of the calibration tokens.
+"""Second moments of activations, accumulated in chunks: the only statistics of the calibration tokens that solvers use.
 
 ``G = XᵀX / N`` for inputs ``X (tokens, features)`` and ``C = TᵀX / N`` with targets ``T (tokens, out)``. Memory depends
-on the features only, never on the number of tokens. Sums are additive: accumulators of several processes merge.
+on the features only, never on the number of tokens. Sums are additive, so accumulators of several processes merge.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sparsellm import parallel
 from sparsellm.errors import NumericalError
 
 PANEL = 512  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
-ENERGY_PANEL = 256  # of a symmetric form: narrower, since nothing has to be kept of it but a sum
-CHUNK_ELEMENTS = 1 << 23  # converted to fp32 at a time: 32 MiB
-REMEMBERED_BYTES = 1 << 29  # of factorisations kept by one Gram; the oldest is dropped beyond this
+ENERGY_PANEL = 256  # the same for a quadratic form; narrower, since only a sum is kept
+CHUNK_ELEMENTS = 1 << 23  # elements converted to fp32 at a time: 32 MiB
+REMEMBERED_BYTES = 1 << 29  # limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
 DAMPING_TRIES = 8
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Made by factorising ``G + λI``; the relative damping that made it possible, and what to tell the user."""
+    """A matrix from the factorisation of ``G + λI``, the relative damping it took, and notes for the user."""
 
     matrix: Tensor
     damping: float
@@ -42,8 +42,8 @@ class Gram:
     """Immutable ``G = XᵀX / N``, fp32 ``(features, features)``, over ``tokens`` tokens.
 
     Factorisations are remembered by damping, so that linears that share an input (q, k, v) share one. Damping is
-    relative: ``λ`` is that fraction of the mean diagonal of the live inputs. A dead input, one that was zero in every
-    token, is cut loose: its diagonal counts as one, so it takes no part, and a weight on it costs nothing.
+    relative: ``λ`` is that fraction of the mean diagonal of the live inputs. A dead input (zero in every token) is
+    decoupled: its diagonal counts as one, so it does not affect other inputs, and a weight on it costs nothing.
     """
 
     matrix: Tensor
@@ -86,20 +86,22 @@ class Gram:
 
     @property
     def normalised(self) -> Gram:
-        """The Gram matrix of the inputs divided by ``scale``: unit diagonal, so that weights compare. Made anew."""
+        """The Gram matrix of the inputs divided by ``scale``: unit diagonal, so that weights compare. Not cached."""
         return Gram((self.matrix / self.scale).div_(self.scale[:, None]), self.tokens)
 
     def energy(self, weight: Tensor, minus: Tensor | None = None) -> float:
-        """``‖W G^½‖²_F``: the mean over tokens of ``‖W x‖²``, for ``weight`` (out, features); with ``minus``, of the
-        same shape, that of the difference. In fp64 beyond the products, some rows at a time: no copy of a weight is
-        made, which for a large one would be most of what a solver needs."""
+        """``‖W G^½‖²_F``, the mean over tokens of ``‖W x‖²``, for ``weight`` (out, features).
+
+        With ``minus``, of the same shape, that of ``weight − minus``. Products are fp32, sums fp64. It takes some rows
+        at a time: a copy of a large weight would be most of a solver's memory.
+        """
         total = 0.0
         rows = max(1, CHUNK_ELEMENTS // max(1, self.features))
         for top in range(0, weight.shape[0], rows):
             part = weight[top : top + rows]
             if minus is not None:
                 part = part - minus[top : top + rows]
-            # G is symmetric: products with what lies past the panel count twice.
+            # G is symmetric: products with columns past the panel count twice.
             for start in range(0, self.features, ENERGY_PANEL):
                 rest = part[:, start:]  # (rows, features - start)
                 products = (rest[:, :ENERGY_PANEL] @ self.matrix[start : start + ENERGY_PANEL, start:]).mul_(rest)
@@ -110,7 +112,7 @@ class Gram:
     def cholesky(self, damping: float) -> Factor:
         """Lower triangular ``L`` with ``L Lᵀ = G + λI``.
 
-        Where the factorisation fails, damping is raised tenfold, at most eight times, and a note says so.
+        If the factorisation fails, damping is raised tenfold, at most eight times, and a note says so.
 
         Raises:
             NumericalError: it failed at every damping tried.
@@ -118,37 +120,38 @@ class Gram:
         return self.remember(("cholesky", damping), lambda: self._factorise(damping))
 
     def inverse(self, damping: float) -> Factor:
-        """``(G + λI)⁻¹``, symmetric; damping as in ``cholesky``."""
+        """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`."""
         return self.remember(("inverse", damping), lambda: self._invert(damping))
 
     def inverse_cholesky(self, damping: float) -> Factor:
         """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``, as the optimal brain surgeon needs it.
 
         With the order of inputs reversed, ``G + λI = R Rᵀ`` for an upper triangular ``R``, so ``U = R⁻¹``: one
-        factorisation and a triangular inverse, more accurate than to factorise an explicit inverse. Damping as in
-        ``cholesky``.
+        factorisation and a triangular inverse, which is more accurate than factorising an explicit inverse. Damping as
+        in :meth:`cholesky`.
         """
         return self.remember(("inverse_cholesky", damping), lambda: self._factorise_inverse(damping))
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` returned when first called for this key, so that linears with the same input share the work.
+        """The cached return value of ``make`` for this key, so that linears with the same input share the work.
 
-        It should be about as large as this matrix: memory is bounded, and what was made longest ago is made again.
+        It should be about as large as this matrix. Memory is bounded: the oldest value is dropped and made again when
+        it is next needed.
         """
         if key not in self._memory:
             size = self.matrix.numel() * self.matrix.element_size()
             while self._memory and (len(self._memory) + 1) * size > REMEMBERED_BYTES:
-                self._memory.popitem(last=False)  # before the next is made, which needs the room
+                self._memory.popitem(last=False)  # before the next is made, to make room for it
             self._memory[key] = make()
-        found: T = self._memory[key]
-        return found
+        value: T = self._memory[key]
+        return value
 
     def forget(self) -> None:
-        """Frees what is remembered; whoever asks for it again makes it again."""
+        """Drops all cached values; they are made again when needed."""
         self._memory.clear()
 
     def _factorise(self, damping: float, flipped: bool = False) -> Factor:
-        """Lower Cholesky factor, in the memory of one matrix; ``flipped``: with the inputs in reverse order."""
+        """Lower Cholesky factor, in the memory of one matrix; ``flipped`` reverses the order of inputs first."""
         asked = damping
         for _ in range(DAMPING_TRIES):
             matrix = self.matrix.clone()
@@ -157,11 +160,11 @@ class Gram:
             if flipped:
                 reverse_(matrix)
             diagonal = matrix.diagonal().clone()
-            # In place: of a symmetric matrix the transpose is the same, and in the order of columns that LAPACK wants.
+            # In place: the transpose of a symmetric matrix is equal to it, and has the column order of LAPACK.
             failed = torch.empty((), dtype=torch.int32, device=matrix.device)
             lower = matrix.mT
             torch.linalg.cholesky_ex(lower, out=(lower, failed))
-            # A pivot that lost every digit to cancellation is a failure, even where rounding left its sign positive.
+            # A pivot that lost every digit to cancellation is a failure, even if rounding left its sign positive.
             pivots = lower.diagonal().square() / diagonal
             if not failed and bool((pivots > 4 * torch.finfo(matrix.dtype).eps).all()):
                 notes = (f"damping raised from {asked:g} to {damping:g}: {self._name} could not be factorised",)
@@ -175,7 +178,8 @@ class Gram:
     def _invert(self, damping: float) -> Factor:
         factor = self._factorise(damping)  # not remembered: the inverse takes its place
         torch.cholesky_inverse(factor.matrix, out=factor.matrix)
-        # Symmetric, but for the last bits; LAPACK's columns are rows this way, in one process as in several.
+        # The inverse is symmetric except for the last bits. The transpose turns LAPACK's columns into rows, so that one
+        # process and several get the same bits.
         return Factor(factor.matrix.mT, factor.damping, factor.notes)
 
     def _factorise_inverse(self, damping: float) -> Factor:
@@ -193,9 +197,9 @@ class Gram:
 class GramAccumulator:
     """Sums ``XᵀX`` over chunks of tokens: products in fp32, their sum in fp64.
 
-    So a sum of products is exact for all that fp32 can tell, and the same to the bit in whatever order, and in however
-    many processes, it is made. Only panels of rows from their own diagonal on are computed and kept, and mirrored once
-    at the end: little more than half the products, and the memory of one fp32 matrix ``(features, features)``.
+    The sum is therefore exact to fp32, and equal to the bit for any order of chunks and any number of processes. Only
+    panels of rows, from their own diagonal on, are computed and kept; they are mirrored once at the end. That takes
+    little more than half the products, and the memory of one fp32 matrix ``(features, features)``.
     """
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
@@ -211,7 +215,7 @@ class GramAccumulator:
 
         Args:
             x: ``(..., features)``, any floating dtype.
-            token_weights: ``(...)``, not negative; a token of weight w counts as ``w x xᵀ``. N stays the token count.
+            token_weights: ``(...)``, not negative; a token of weight w adds ``w x xᵀ``. N stays the token count.
         """
         for (rows,) in _chunks((x,), token_weights, self.device):
             for panel in self.panels:
@@ -220,7 +224,7 @@ class GramAccumulator:
             self.tokens += len(rows)
 
     def merge(self, other: GramAccumulator) -> None:
-        """Add the tokens another accumulator saw."""
+        """Add the tokens of another accumulator."""
         for own, its in zip(self.panels, other.panels, strict=True):
             own += its.to(self.device)
         self.tokens += other.tokens
@@ -232,7 +236,7 @@ class GramAccumulator:
         self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Gram:
-        """The mean over the tokens so far. The accumulator is left as it is and may go on.
+        """The mean over the tokens so far. The accumulator does not change and can take more tokens.
 
         Raises:
             NumericalError: no token was seen, or a sum is NaN or infinite.
@@ -244,26 +248,26 @@ class GramAccumulator:
             stop = start + len(panel)
             matrix[start:stop, start:] = panel / tokens
             block = matrix[start:stop, start:stop]
-            block.copy_(block.triu() + block.triu(1).T)  # a product's two halves may differ in the last bit
+            block.copy_(block.triu() + block.triu(1).T)  # the two halves of a product may differ in the last bit
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
         return Gram(matrix, self.tokens)
 
 
 class CrossAccumulator:
-    """Sums ``TᵀX (out, features)`` over chunks of tokens: products in fp32, their sum in fp64, as for a Gram."""
+    """Sums ``TᵀX (out, features)`` over chunks of tokens: products in fp32, their sum in fp64."""
 
     def __init__(self, out: int, features: int, device: torch.device | str | None = None) -> None:
         self.tokens = 0
         self.total = _zeros(out, features, torch.device(device or "cpu"))
 
     def update(self, target: Tensor, x: Tensor, token_weights: Tensor | None = None) -> None:
-        """Add tokens: ``target`` (..., out), ``x`` (..., features), ``token_weights`` (...) as for a Gram."""
+        """Add tokens: ``target`` (..., out), ``x`` (..., features), ``token_weights`` (...) as in GramAccumulator."""
         for target_rows, rows in _chunks((target, x), token_weights, self.total.device):
             self.total += target_rows.T @ rows
             self.tokens += len(rows)
 
     def merge(self, other: CrossAccumulator) -> None:
-        """Add the tokens another accumulator saw."""
+        """Add the tokens of another accumulator."""
         self.total += other.total.to(self.total.device)
         self.tokens += other.tokens
 
@@ -285,13 +289,13 @@ class CrossAccumulator:
 
 
 def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Of fp64, where the device has it."""
+    """A matrix of zeros, in fp64 if the device has it, else fp32."""
     return torch.zeros(rows, columns, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Weights of a damped least-squares problem (out, features), and what to tell the user."""
+    """The weights (out, features) that solve a damped least-squares problem, and notes for the user."""
 
     weight: Tensor
     notes: tuple[str, ...] = ()
@@ -300,8 +304,8 @@ class Fit:
 def least_squares(gram: Gram, cross: Tensor, damping: float = 0.01, prior: Tensor | None = None) -> Fit:
     """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``.
 
-    A prior ``W₀``, such as the dense weight, is what directions that the tokens hardly excite shrink to, and what
-    weights on dead inputs are; without one it is zero.
+    In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀``, such as the dense weight.
+    Weights on dead inputs equal the prior. Without a prior ``W₀`` is zero.
 
     Args:
         gram: of the inputs X.
@@ -319,7 +323,7 @@ def least_squares(gram: Gram, cross: Tensor, damping: float = 0.01, prior: Tenso
 
 
 def reverse_(matrix: Tensor) -> None:
-    """Turns the order of rows and of columns around, in place; ``matrix`` is contiguous."""
+    """Reverses the order of rows and of columns, in place; ``matrix`` must be contiguous."""
     flat = matrix.view(-1)
     size, half = len(flat), len(flat) // 2
     for start in range(0, half, CHUNK_ELEMENTS):
@@ -330,9 +334,9 @@ def reverse_(matrix: Tensor) -> None:
 
 
 def invert_lower_(matrix: Tensor) -> None:
-    """Replaces a lower triangular matrix by its inverse, by halves, so that nearly all of it is matrix products.
+    """Replaces a lower triangular matrix by its inverse, by halves, so that nearly all the work is matrix products.
 
-    ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``. What is above the diagonal must be zero.
+    ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``. Entries above the diagonal must be zero.
     """
     size = len(matrix)
     if size <= PANEL:
@@ -348,7 +352,7 @@ def invert_lower_(matrix: Tensor) -> None:
 
 def require_finite(matrix: Tensor, name: str) -> None:
     if math.isfinite(float(matrix.sum())):
-        return  # one pass and no temporary; a sum that overflows is cleared by the exact test
+        return  # one pass without a temporary; if a finite matrix overflows in the sum, the exact test below decides
     if not bool(torch.isfinite(matrix).all()):
         bad = int((~torch.isfinite(matrix)).sum())
         raise NumericalError(f"{name}: {bad} of {matrix.numel()} values are NaN or infinite; look for such activations")

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint directory this tool or ``save_pretrained`` wrote; only those are ever replaced."""
+"""Tells the files that sparsellm or ``save_pretrained`` wrote from others; only the former are ever replaced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsellm.errors import StorageError
 from sparsellm.inputs.json_input import read_object
 
 STATE = ".sparsellm-run"  # the folder of a run's state
-LISTED = ".sparsellm-files.json"  # names that a checkpoint took over from its model and that are not known otherwise
+LISTED = ".sparsellm-files.json"  # names of files that were copied from the model and that is_known() does not cover
 
 _WEIGHTS = re.compile(r"model([-.][\w-]+)?\.safetensors|pytorch_model([-.][\w-]+)?\.bin")
 _PATTERNS = (
@@ -27,26 +27,26 @@ _NAMES = {
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 }
-_TEMPLATES = "additional_chat_templates"  # the one folder that save_pretrained makes
+_TEMPLATES = "additional_chat_templates"  # the only folder that save_pretrained makes
 
 
 def is_known(name: str) -> bool:
-    """Whether this tool or ``save_pretrained`` writes files of this name."""
+    """Whether sparsellm or ``save_pretrained`` writes files of this name."""
     return name in _NAMES or any(pattern.fullmatch(name) for pattern in _PATTERNS)
 
 
 def foreign_entries(directory: Path, known: Iterable[str] = ()) -> list[str]:
-    """Names in a directory that neither this tool nor ``save_pretrained`` wrote: other files, folders, and any link.
+    """Names in a directory that neither sparsellm nor ``save_pretrained`` wrote: other files, folders, and all links.
 
     Args:
         directory: of a checkpoint.
-        known: further names of files that are ours.
+        known: further names of files that do not count as foreign.
 
     Raises:
         OSError: it cannot be read.
     """
     ours = {*known, *_listed(directory)}
-    found = []
+    names = []
     for entry in os.scandir(directory):
         if entry.is_file(follow_symlinks=False):
             foreign = entry.name not in ours and not is_known(entry.name)
@@ -55,12 +55,12 @@ def foreign_entries(directory: Path, known: Iterable[str] = ()) -> list[str]:
         else:
             foreign = True
         if foreign:
-            found.append(entry.name)
-    return sorted(found)
+            names.append(entry.name)
+    return sorted(names)
 
 
 def unusual_files(directory: Path) -> list[str]:
-    """Files in a directory that :func:`is_known` does not know, to be listed in :data:`LISTED`."""
+    """Files in a directory for which :func:`is_known` is false; they are listed in :data:`LISTED`."""
     return sorted(
         entry.name
         for entry in os.scandir(directory)
@@ -69,7 +69,7 @@ def unusual_files(directory: Path) -> list[str]:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a directory looks like a checkpoint: a config and weights."""
+    """Whether a directory has a config and weights, like a checkpoint."""
     return (directory / "config.json").is_file() and any(_WEIGHTS.fullmatch(name) for name in os.listdir(directory))
 
 
@@ -78,7 +78,7 @@ def _only_templates(folder: Path) -> bool:
 
 
 def _listed(directory: Path) -> list[str]:
-    """What the checkpoint itself says it took over; nothing where the list is absent or damaged."""
+    """The names in the checkpoint's own list of copied files; empty if the list is absent or damaged."""
     path = directory / LISTED
     if path.is_symlink() or not path.is_file():
         return []

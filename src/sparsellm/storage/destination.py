@@ -1,4 +1,4 @@
-"""What is decided about an output directory before the work begins: which it is, and that it can be written."""
+"""Resolves an output directory and checks, before the work, that a checkpoint can be written there."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from sparsellm.storage.resume import (
 )
 
 _PARTIAL = ".partial"
-_SECOND = ".swept"  # in the name of the directory of a second stage
+_SECOND = ".swept"  # part of the name of the second stage's directory
 
 
 def partial_of(out: str | os.PathLike[str], *, second: bool = False) -> Path:
-    """Where a checkpoint, or the second stage of it, is written until it is complete: beside what ``out`` leads to."""
+    """The working directory of a checkpoint, or of its second stage: beside the directory that ``out`` leads to."""
     place = Path(os.path.realpath(out))
     return place.with_name(f"{place.name}{_SECOND if second else ''}{_PARTIAL}")
 
@@ -46,22 +46,22 @@ def check_destination(
     kind: str = PRUNE,
     need_bytes: int = 0,
 ) -> Path:
-    """The directory that ``out`` leads to, absolute and without links, if it can take a checkpoint.
+    """The directory that ``out`` leads to, absolute and without links, after all checks.
 
-    Nothing is changed but what a process began that was killed while it gave a result its name: that is completed, or
-    taken back. Call it before the work, and again when more is known.
+    Nothing is changed, with one exception: if a process was killed while it renamed a result, the renaming is completed
+    or undone. Call it before the work, and again when sources and size are known.
 
     Args:
         out: the directory.
-        sources: directories that are read, which ``out`` must have nothing to do with.
+        sources: directories that are read; ``out`` must be apart from them.
         overwrite: a checkpoint in ``out`` may be replaced.
-        restart: what an unfinished run, of any kind, left for ``out`` may be removed.
+        restart: files that an unfinished run of any kind left for ``out`` may be removed.
         kind: of the run.
-        need_bytes: room for the whole; what an unfinished run has written already is taken off.
+        need_bytes: disk space for the whole result; the part that an unfinished run has written is subtracted.
 
     Raises:
-        StorageError: ``out`` is no path for a checkpoint, has to do with a source or with another run, is a mount
-            point, is not empty or holds foreign files, cannot be written, or its disk has too little room.
+        StorageError: ``out`` is no path for a checkpoint, overlaps with a source or with another run, is a mount
+            point, is not empty or holds foreign files, cannot be written, or its disk has too little space.
     """
     place = _resolved(out)
     partials = (partial_of(place), partial_of(place, second=True))
@@ -92,7 +92,7 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
     """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint.
 
     Raises:
-        StorageError: it is so, or it cannot be read.
+        StorageError: the directory is refused, or cannot be read.
     """
     with explained(out):
         if not out.is_dir() or not any(out.iterdir()):
@@ -123,30 +123,30 @@ def _resolved(out: str | os.PathLike[str]) -> Path:
         str(place).encode()
     except UnicodeEncodeError:  # records and reports are UTF-8, and transformers reads no tokenizer from there
         raise StorageError(f"--out {place} holds bytes that are not UTF-8; name another directory") from None
-    with contextlib.suppress(OSError):  # there may be no current directory any more
+    with contextlib.suppress(OSError):  # the current directory may have been removed
         if place == Path(os.path.realpath(os.getcwd())):
             raise StorageError(f"--out {text} is the current directory (or empty); name a directory in it")
     if place.parent == place:
         raise StorageError(f"--out {text} is the root of the file system; name a directory in it")
     with explained(place):
-        for path in (place, partial_of(place, second=True)):  # too long, or links that lead to each other
+        for path in (place, partial_of(place, second=True)):  # fails for a path that is too long, or links in a loop
             with contextlib.suppress(FileNotFoundError):
                 path.stat()
     return place
 
 
 def _check_apart(out: str | os.PathLike[str], place: Path, source: Path, partials: Iterable[Path]) -> None:
-    """Files are compared by what they are, not by how they are spelled."""
+    """Refuses an output directory that overlaps with a source. Paths are compared by file identity, not by spelling."""
     source = Path(os.path.realpath(source))
     if _same(place, source):
         raise StorageError(f"--out {out} is the model itself; name another directory")
     if any(_same(place, folder) for folder in source.parents):
         raise StorageError(f"--out {out} holds the model {source}; name another directory")
     if any(_same(source, folder) for folder in place.parents):
-        raise StorageError(f"--out {out} lies in the model {source}; name another directory")
+        raise StorageError(f"--out {out} is inside the model {source}; name another directory")
     for partial in partials:
         if any(_same(partial, folder) for folder in (source, *source.parents)):
-            raise StorageError(f"the model {source} lies in {partial}, where a run into --out {out} writes; move it")
+            raise StorageError(f"the model {source} is inside {partial}, where a run into --out {out} writes; move it")
 
 
 def _same(first: Path, second: Path) -> bool:
@@ -173,31 +173,34 @@ def _check_parent(place: Path) -> None:
 
 
 def _settle_all(place: Path, partials: tuple[Path, Path]) -> None:
-    """Completes, or takes back, the end of a run that was killed; refuses if a run is going on."""
+    """Completes or undoes the renaming by a run that was killed; refuses if a run is active."""
     with contextlib.ExitStack() as held:
         there = [each for each, second in zip(partials, (False, True), strict=True) if _may_settle(each, second)]
         for partial in there:
             held.enter_context(locked(partial))
         published = [partial for partial in there if settle(partial, place)]
         for partial in there:
-            if published or is_bare(partial):  # the second stage's result has all of the first's
+            if published or is_bare(partial):  # the result of the second stage includes that of the first
                 discard(partial)
     for partial in partials:
         with contextlib.suppress(OSError):
-            partial.rmdir()  # only if a process was killed when it had removed what was in it
+            partial.rmdir()  # empty only if a process was killed while it removed the directory
 
 
 def _may_settle(partial: Path, second: bool) -> bool:
-    """Whether there is a run's state that is of ``out``: ``a.swept.partial`` may be of ``a`` or of ``a.swept``."""
+    """Whether a working directory has the state of a run into ``out``.
+
+    The name does not decide: ``a.swept.partial`` may belong to ``a`` or to ``a.swept``.
+    """
     left = left_in(partial)
     return (partial / FOLDER).is_dir() and (left is None or (left.kind == SWEEP) == second)
 
 
 def check_room(place: Path, need_bytes: int, partial: Path) -> None:
-    """Refuses a disk with too little room for ``need_bytes``, less what ``partial`` has of them already.
+    """Refuses a disk with too little space for ``need_bytes``, less the bytes that ``partial`` has already.
 
     Raises:
-        StorageError: it is so.
+        StorageError: the space is too little.
     """
     existing = next(folder for folder in place.parents if folder.exists())
     with explained(existing):
@@ -217,7 +220,7 @@ def _is_mount_point(directory: Path) -> bool:
 
 
 def _mount_points() -> set[str]:
-    """Of Linux, where a directory can be mounted that is on the same file system."""
+    """All mount points, on Linux. ``os.path.ismount`` misses directories mounted from the same file system."""
     if sys.platform != "linux":
         return set()
     try:

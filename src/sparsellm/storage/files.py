@@ -1,4 +1,4 @@
-"""Files that are whole or not there: synced, renamed into place, and errors that say what to do."""
+"""Atomic files: written beside, synced and renamed into place, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from sparsellm.errors import StorageError
 
 T = TypeVar("T")
 
-TEMPORARY = ".tmp"  # how the name of a file ends that is being written
+TEMPORARY = ".tmp"  # suffix of a file that is being written
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of one file
-# Never through a link, never into a file that is there, never handed on to a child; some systems lack some of them.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last is a limit on the size of one file
+# Never follow a link, never open an existing file, never pass the descriptor to a child. Some systems lack some flags.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 for _flag in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
     _NEW |= getattr(os, _flag, 0)
 
 
 def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
-    """``path`` with what ``write`` puts into it: the whole of it, on the disk, or as it was before.
+    """Writes ``path`` with ``write`` and returns the latter's result. The file is complete and synced, or unchanged.
 
-    A file that could not be finished is removed, so that its room is free again.
+    A file that could not be completed is removed, to free its space.
 
     Raises:
         StorageError: the disk is full, or the directory cannot be written.
     """
-    temporary = path.with_name(f".{secrets.token_hex(12)}{TEMPORARY}")  # nobody can put a link there beforehand
+    temporary = path.with_name(f".{secrets.token_hex(12)}{TEMPORARY}")  # nobody can put a link there first
     with explained(path.parent):
         try:
             with create(temporary) as file:
@@ -49,16 +49,16 @@ def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file, unbuffered, for writing; what is there already, a link too, is neither followed nor changed.
+    """A new unbuffered file for writing. An existing file or link is neither followed nor changed.
 
     Raises:
-        OSError: something is there, or the directory cannot be written.
+        OSError: the path exists, or the directory cannot be written.
     """
     return io.FileIO(os.open(path, _NEW, 0o666), "wb")  # type: ignore[return-value]
 
 
 def write_all(file: BinaryIO, data: memoryview | bytes) -> None:
-    """Writes all of it to an unbuffered file, which may take less at a time."""
+    """Writes all of ``data`` to an unbuffered file, in as many calls as needed."""
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[file.write(rest) :]
@@ -74,7 +74,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Waits until every file below a directory, and every name, is on the disk."""
+    """Waits until every file and every name below a directory is on the disk."""
     for folder, _, names in os.walk(directory):
         for name in names:
             sync(Path(folder) / name)
@@ -82,26 +82,26 @@ def sync_tree(directory: Path) -> None:
 
 
 def check_own_directory(path: Path) -> None:
-    """Refuses a working directory that is a link, or that another user made; none there is fine.
+    """Refuses a working directory that is a link or a file, or that belongs to another user. It need not exist.
 
     Raises:
-        StorageError: it is one of them, or a file.
+        StorageError: the directory is refused.
     """
     with explained(path):
         try:
-            found = path.lstat()
+            status = path.lstat()
         except FileNotFoundError:
             return
-        if stat.S_ISLNK(found.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             raise StorageError(f"{path} is a link, where a run keeps its unfinished work; remove the link")
-        if not stat.S_ISDIR(found.st_mode):
+        if not stat.S_ISDIR(status.st_mode):
             raise StorageError(f"{path} is a file, where a run keeps its unfinished work; remove it")
         own = _own_user()
-        if own is None or found.st_uid == own:
+        if own is None or status.st_uid == own:
             return
-        if found.st_uid != _user_of_new_files(path.parent):  # a file system may give every file one and the same owner
+        if status.st_uid != _user_of_new_files(path.parent):  # some file systems give all files the same owner
             raise StorageError(
-                f"{path} belongs to another user (id {found.st_uid}); name another directory for the result"
+                f"{path} belongs to another user (id {status.st_uid}); name another directory for the result"
             )
 
 
@@ -118,12 +118,12 @@ def _user_of_new_files(folder: Path) -> int:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns the system's errors into ours: a full disk, or a place that cannot be written."""
+    """Turns the system's errors into StorageError: a full disk, or a path that cannot be written."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise StorageError(
-                f"the disk of {path} is full; make room and run the same command again: it goes on where it was"
+                f"the disk of {path} is full; make room and run the same command again to resume it"
             ) from error
         raise StorageError(f"cannot write {path}: {error.strerror or error}; name another directory") from error

@@ -1,10 +1,10 @@
-"""Giving a finished checkpoint its final name, in place of an older one; a kill at any moment loses neither.
+"""Renames a finished checkpoint to its final name, replacing an older one; a kill at any moment loses neither.
 
-The files are gathered in one folder inside the working directory, away from the run's state. A journal then says which
-folder is the new one. Where the system can exchange two directories in one step, that is what happens, and the older
-checkpoint ends in the working directory, which is removed. Elsewhere the older one is renamed to a name beside, which
-the journal has, and the new one takes its place. A process that was killed between leaves the journal, and
-:func:`settle` completes or takes back what it began, before anything else is done with these directories.
+The files are gathered in one folder inside the working directory, apart from the run's state. A journal then records
+which folder is the new one. If the system can exchange two directories in one step, they are exchanged; the older
+checkpoint is then in the working directory, and is removed with it. Otherwise the older one is renamed to a name in the
+journal, and the new one is renamed into its place. If the process is killed in between, the journal remains, and
+:func:`settle` completes or undoes the renaming before anything else is done with these directories.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from sparsellm.errors import StorageError
 from sparsellm.storage.files import TEMPORARY, explained, sync, sync_tree
 from sparsellm.storage.resume import FOLDER, JOURNAL, read_record, write_record
 
-FINISHED = "finished"  # the folder, beside the records, that the new checkpoint's files are gathered in
+FINISHED = "finished"  # the folder, beside the records, in which the new checkpoint's files are gathered
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux, on every processor
-_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)  # the kernel, the file system, or a sandbox
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)  # the kernel, file system or sandbox lacks it
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Renames all files in the working directory ``partial`` into ``out``, in place of the checkpoint there.
+    """Renames all files in the working directory ``partial`` into ``out``, replacing the checkpoint there.
 
-    The caller has checked that what is in ``out`` may be removed, and removes ``partial`` afterwards: an older
-    checkpoint may be in it by then.
+    The caller has checked that ``out`` may be replaced, and removes ``partial`` afterwards, which may then hold the
+    older checkpoint.
 
     Raises:
-        StorageError: the system does not rename it; the working directory is as it was before.
+        StorageError: the system cannot rename it; the working directory is as before.
     """
     with explained(out):
         _scatter(partial)
@@ -47,7 +47,7 @@ def publish(partial: Path, out: Path) -> None:
         replaces = out.is_dir() and any(out.iterdir())
         if out.is_dir():
             with contextlib.suppress(OSError):
-                shutil.copymode(out, finished)  # others may have been given access to it
+                shutil.copymode(out, finished)  # keeps access that was granted to others
         old = _number(out) if replaces else None
         write_record(journal, {"out": out.name, "new": _number(finished), "old": old, "aside": aside.name})
         try:
@@ -59,19 +59,19 @@ def publish(partial: Path, out: Path) -> None:
         sync(out.parent)
         sync(partial / FOLDER)
         if aside.exists():
-            shutil.rmtree(aside, ignore_errors=True)  # the new one has its name, and is not to fail for this
+            shutil.rmtree(aside, ignore_errors=True)  # the result is complete, so errors here are ignored
 
 
 def settle(partial: Path, out: Path) -> bool:
-    """Completes or takes back what a process had begun that was killed while it published.
+    """Completes or undoes :func:`publish` of a process that was killed.
 
-    The caller keeps other processes out of ``partial``.
+    The caller holds the lock on ``partial``.
 
     Returns:
         Whether ``out`` is the new checkpoint now; the caller then removes ``partial``.
 
     Raises:
-        StorageError: it cannot be told, or the directories cannot be written.
+        StorageError: the newer checkpoint cannot be determined, or the directories cannot be written.
     """
     journal, finished = partial / FOLDER / JOURNAL, partial / FOLDER / FINISHED
     record = read_record(journal)
@@ -80,7 +80,7 @@ def settle(partial: Path, out: Path) -> bool:
             journal.unlink(missing_ok=True)
             _scatter(partial)
             return False
-        if record["out"] != out.name:  # of a run into another directory, whose next start it waits for
+        if record["out"] != out.name:  # of a run into another directory; its next start settles it
             return False
         aside, there = out.with_name(Path(str(record["aside"])).name), _number(finished)
         old = record["old"]
@@ -88,7 +88,7 @@ def settle(partial: Path, out: Path) -> bool:
             journal.unlink()
             _scatter(partial)
             return False
-        if there == record["new"] and not out.exists():  # it died between the two renames
+        if there == record["new"] and not out.exists():  # the process was killed between the two renames
             os.replace(finished, out)
             sync(out.parent)
             there = None
@@ -103,10 +103,10 @@ def settle(partial: Path, out: Path) -> bool:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchanges the names of two directories in one step; False where the system cannot.
+    """Exchanges the names of two directories in one step; False if the system has no such operation.
 
     Raises:
-        OSError: it can, but not these.
+        OSError: the operation exists but failed.
     """
     rename = _renameat2()
     if rename is None:
@@ -121,7 +121,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 @cache
 def _renameat2() -> Any:
-    """The C library's function; None where there is none, as on systems other than Linux."""
+    """The C library's ``renameat2``; None if there is none, as on systems other than Linux."""
     if sys.platform != "linux":
         return None
     try:
@@ -145,12 +145,12 @@ def _swap(finished: Path, out: Path, aside: Path, replaces: bool) -> None:
             raise
         return
     if out.is_dir():
-        out.rmdir()  # empty; some systems rename onto nothing only
+        out.rmdir()  # it is empty; some systems cannot rename onto an existing directory
     os.replace(finished, out)
 
 
 def _gather(partial: Path) -> Path:
-    """Renames the result's files into one folder beside the records, all on the disk."""
+    """Renames the result's files into one folder beside the records, and syncs it."""
     finished = partial / FOLDER / FINISHED
     finished.mkdir()
     for entry in sorted(partial.iterdir()):
@@ -164,7 +164,7 @@ def _gather(partial: Path) -> Path:
 
 
 def _scatter(partial: Path) -> None:
-    """Puts gathered files back to where the run goes on with them."""
+    """Moves gathered files back to the working directory, where a resumed run expects them."""
     finished = partial / FOLDER / FINISHED
     if not finished.is_dir():
         return
@@ -175,7 +175,7 @@ def _scatter(partial: Path) -> None:
 
 
 def _number(directory: Path) -> int | None:
-    """By which the file system knows a directory, whatever its name; None where there is none."""
+    """The inode number of a directory, which does not change by renaming; None if there is no directory."""
     try:
         return directory.lstat().st_ino
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint tensor by tensor; nothing is held that was not asked for."""
+"""Reads a Hugging Face checkpoint tensor by tensor; only requested tensors are in memory."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from torch import Tensor
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.inputs.json_input import parse_json, read_object
 
-_PIECE = 1 << 22  # elements looked at at a time
-_READERS = 4  # threads that read, hash and check tensors; hashing leaves the interpreter's lock
-_LONGEST_NAME = 255  # of a file, on the file systems in use
+_PIECE = 1 << 22  # elements checked at a time
+_READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
+_LONGEST_NAME = 255  # of a file, on common file systems
 _CHANGED = "the checkpoint has changed since it was opened; put the old files back"
 _GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies: ``bytes`` from ``start`` on in ``file``."""
+    """The place of a tensor: ``bytes`` bytes from ``start`` on in ``file``."""
 
     file: Path
     dtype: torch.dtype
@@ -44,11 +44,11 @@ class CheckpointReader:
     """The tensors of a directory of safetensors files, by name.
 
     Only ``*.safetensors`` is read: pickled weights (``*.bin``) can run code when they are opened. Files are read, never
-    mapped: a mapped file that is cut short ends the process with SIGBUS.
+    mapped: a mapped file that is truncated ends the process with SIGBUS.
 
     Args:
         directory: of the checkpoint.
-        files: read these alone; None for all that belong to the checkpoint.
+        files: the only files to read; None for all that belong to the checkpoint.
 
     Raises:
         StorageError: the directory has no safetensors weights, an index names a missing file, or a header is broken.
@@ -66,14 +66,14 @@ class CheckpointReader:
             self._stamps[file], tensors = _header(file)
             for name, stored in tensors.items():
                 if wanted.get(name, file.name) != file.name:
-                    continue  # the index takes it from another shard
+                    continue  # the index names another shard for it
                 if name in self._stored:
                     raise StorageError(
-                        f"tensor {name} stands in both {self._stored[name].file.name} and {file.name} of {directory}; "
+                        f"tensor {name} is in both {self._stored[name].file.name} and {file.name} of {directory}; "
                         "keep the files of one checkpoint only"
                     )
                 self._stored[name] = stored
-        # What readers of packed weights present in place of what is stored.
+        # Shapes and dtypes of unpacked weights, which readers of packed checkpoints report instead of the stored ones.
         self._file_of = {name: stored.file for name, stored in self._stored.items()}
         self._shapes = {name: stored.shape for name, stored in self._stored.items()}
         self._dtypes = {name: stored.dtype for name, stored in self._stored.items()}
@@ -112,52 +112,52 @@ class CheckpointReader:
         """One tensor, on ``device``, in ``dtype`` if that is given and the tensor has floating point.
 
         Raises:
-            StorageError: its file is gone or cut short, or is not the one that was opened; where :meth:`digests` are
-                known, the numbers themselves decide, at the first reading and whenever the file looks changed.
+            StorageError: its file is gone or truncated, or is not the one that was opened. If :meth:`digests` are
+                known, the values are compared instead, at the first read and whenever the file seems changed.
         """
         wanted = dtype if dtype is not None and self._dtypes[name].is_floating_point else None
         return self._tensor(name).to(device, wanted)
 
     def digests(self, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
-        """SHA-256 of every tensor as stored, by name. Each file is read once, and all values are checked on the way.
+        """SHA-256 of every tensor as stored, by name. Each file is read once, and all values are checked.
 
-        Later readings are compared with them.
+        Later reads are compared with these digests.
 
         Args:
             progress: called with (bytes read, bytes in all).
 
         Raises:
-            NumericalError: a weight is NaN or infinite; it is named.
+            NumericalError: a weight is NaN or infinite; the message names it.
             StorageError: a file cannot be read, or has changed.
         """
         if not self._digests:
-            found: dict[str, str] = {}
+            digests: dict[str, str] = {}
             done, total = 0, sum(stored.bytes for stored in self._stored.values())
             with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "digest") as pool:
                 coming = pool.map(self._digest, self._stored)
                 try:
                     for name, digest in zip(self._stored, coming, strict=True):
-                        found[name] = digest
+                        digests[name] = digest
                         done += self._stored[name].bytes
                         if progress is not None:
                             progress(done, total)
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-            self._digests = found
+            self._digests = digests
         return self._digests
 
     def expect(self, digests: dict[str, str]) -> None:
-        """Takes digests that another process, or an earlier one, found in the same checkpoint."""
+        """Sets the digests, from another or an earlier process that read the same checkpoint."""
         self._digests = digests
 
     def stored_as(self, name: str) -> str:
-        """Dtype and shape of a tensor as it stands in its file."""
+        """Dtype and shape of a tensor in its file, as text."""
         return f"{self._stored[name].dtype} {self._stored[name].shape}"
 
     @contextlib.contextmanager
     def _opened(self, stored: _Stored) -> Iterator[tuple[FileIO, bool]]:
-        """The file of a tensor, at its first byte, and whether it is the file that the header was read from."""
+        """The file of a tensor, positioned at its first byte, and whether its header was read from this same file."""
         try:
             with stored.file.open("rb", buffering=0) as file:
                 stamp = _stamp(os.fstat(file.fileno()))
@@ -205,29 +205,29 @@ class CheckpointReader:
 
 
 def not_finite(values: Tensor) -> int:
-    """How many values are NaN or infinite; 0 for whole numbers and for floating point of one byte.
+    """The number of values that are NaN or infinite; 0 for integers and for floating point of one byte.
 
-    The extremes tell whether any is, fifty times as fast as torch.isfinite.
+    The minimum and maximum show whether there are any, fifty times as fast as torch.isfinite.
     """
     if values.dtype not in WEIGHT_DTYPES or values.numel() == 0:
         return 0
-    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values)):  # NaN is passed on
+    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values)):  # aminmax propagates NaN
         return 0
     return int((~torch.isfinite(values)).sum())
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The numbers of a tensor as they lie in memory."""
+    """A copy of the bytes of a tensor."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _memory(data: Tensor) -> memoryview:
-    """The bytes of a tensor of uint8, not copied."""
+    """The bytes of a uint8 tensor, without a copy."""
     return memoryview(data.numpy())  # type: ignore[arg-type]
 
 
 def _fill(file: FileIO, data: Tensor, path: Path) -> None:
-    """Reads as many bytes as ``data`` has room for: one call may read less."""
+    """Reads from ``file`` until ``data`` is full, in as many calls as needed."""
     rest = _memory(data)
     while rest:
         count = file.readinto(rest)
@@ -236,16 +236,16 @@ def _fill(file: FileIO, data: Tensor, path: Path) -> None:
         rest = rest[count:]
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int, int]:
-    """What changes when a file is written or replaced."""
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """Size, time and inode of a file, which change when it is written or replaced."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _header(file: Path) -> tuple[tuple[int, int, int], dict[str, _Stored]]:
     """The stamp of a safetensors file, and its tensors.
 
-    The format's own library checks the header: sizes, overlaps, gaps, the file's length. What it does not tell is where
-    tensors lie, and whether a name stands there twice.
+    The format's own library checks the header: sizes, overlaps, gaps, the file's length. It does not return the offsets
+    of tensors, and does not detect a name that occurs twice.
     """
     try:
         with safe_open(file, framework="pt"), file.open("rb") as opened:
@@ -273,7 +273,7 @@ def _header(file: Path) -> tuple[tuple[int, int, int], dict[str, _Stored]]:
 
 
 def _pairs(text: builtins.bytes, file: Path) -> list[tuple[str, Any]]:
-    """Names and entries of a header, in order; a name that stands there twice is there twice."""
+    """Names and entries of a header, in order, including repeated names."""
     try:
         pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
     except ValueError as error:
@@ -282,7 +282,7 @@ def _pairs(text: builtins.bytes, file: Path) -> list[tuple[str, Any]]:
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files of a checkpoint, and for each tensor that an index names, its file's name."""
+    """The weight files of a checkpoint, and the file name of each tensor in the index, if there is one."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file():
@@ -339,4 +339,4 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""What weights may be stored in; other dtypes belong to quantised checkpoints, or to buffers."""
+"""The dtypes of weights that are read. Other dtypes are those of quantised checkpoints, or of buffers."""

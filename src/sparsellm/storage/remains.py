@@ -1,4 +1,4 @@
-"""What an interrupted run leaves, said in a sentence. It imports nothing heavy: a signal may come before torch does."""
+"""One sentence on the files that an interrupted run leaves. Imports nothing heavy: a signal may come before torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
-    """A sentence on what a run of ``prune`` into ``out`` has left, and whether the run can go on.
+    """A sentence on the files that a run of ``prune`` into ``out`` has left, and whether the run can be resumed.
 
     Args:
         out: the directory of the result.
-        began: when the run began, by ``time.time()``: what lies in ``out`` since is its result.
+        began: the start of the run, by ``time.time()``; a checkpoint in ``out`` from after that is its result.
     """
     report = out / "pruning.json"
     with contextlib.suppress(OSError):
@@ -33,7 +33,7 @@ def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
 
 
 def _blocks(partial: Path) -> tuple[int, int] | None:
-    """How many of the first blocks are recorded as finished there, and how many the model has."""
+    """The number of leading blocks recorded as finished, and the number of blocks of the model."""
     from sparsellm.storage.resume import FOLDER
 
     names = {path.name for path in (partial / FOLDER).glob("model-*-of-*.safetensors.json")}
@@ -43,4 +43,4 @@ def _blocks(partial: Path) -> tuple[int, int] | None:
     done = 0
     while done < shards - 1 and f"model-{done + 1:05d}-of-{shards:05d}.safetensors.json" in names:
         done += 1
-    return done, shards - 1  # the last shard holds what stands outside the blocks
+    return done, shards - 1  # the last shard holds the weights outside the blocks

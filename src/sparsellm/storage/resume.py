@@ -1,4 +1,4 @@
-"""The state of an unfinished run: finished shards with their checksums, and what tells the run from another."""
+"""The state of an unfinished run: finished shards with their checksums, and the identity of the run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from sparsellm.storage.files import TEMPORARY, check_own_directory, explained, r
 
 try:
     import fcntl
-except ImportError:  # Windows has none; there two runs into one directory are not noticed
+except ImportError:  # Windows has no fcntl; two runs into one directory are not detected there
     fcntl = None  # type: ignore[assignment]
 
 FOLDER = STATE
 RUN = "run.json"
-JOURNAL = "publish.json"  # says that the result is being given its name; see :mod:`sparsellm.storage.publish`
-COMPANIONS = "companions"  # the record of files that were taken over from the model
+JOURNAL = "publish.json"  # present while the result is renamed; see :mod:`sparsellm.storage.publish`
+COMPANIONS = "companions"  # the record of files that were copied from the model
 PRUNE, SWEEP, PACK, UNPACK = "prune", "sweep", "pack", "unpack"  # kinds of runs
 
 _CHECKSUM = "checksum"
@@ -37,29 +37,28 @@ _CHECKSUM = "checksum"
 
 @dataclass(frozen=True)
 class Left:
-    """An unfinished run that is on the disk; both are None where its own record is damaged."""
+    """An unfinished run on the disk; both fields are None if its record is damaged."""
 
     kind: str | None
     identity: dict[str, Any] | None
 
 
 class RunState:
-    """Beside the shards, in ``<partial>/.sparsellm-run``: the run's identity, and one record for each finished shard.
+    """The identity of a run and one record for each finished shard, in ``<partial>/.sparsellm-run`` beside the shards.
 
-    A shard is finished when its record is there and both checksums hold, the record's own and the shard's; the record
-    is written last, atomically. So a process may be killed at any moment, and what it left is either finished or not
-    there.
+    A shard is finished if its record exists and both checksums match, the record's own and the shard's. The record is
+    written last, atomically. So a process may be killed at any moment: a shard is either finished or ignored.
 
     Args:
-        partial: the directory that the shards go to; made if it is not there.
-        identity: all that the result depends on, as JSON values; nested mappings are compared value by value.
-        kind: of the run. A run of another kind is never forgotten without ``restart``.
-        restart: forget what another run left.
-        resumable: go on with an unfinished run of the same identity; else one of the same kind is forgotten.
+        partial: the directory of the shards; created if it does not exist.
+        identity: everything that the result depends on, as JSON values; nested mappings are compared value by value.
+        kind: of the run. The files of a run of another kind are only removed with ``restart``.
+        restart: remove the files of another run.
+        resumable: continue an unfinished run of the same identity; False removes the files of one of the same kind.
 
     Raises:
-        StorageError: the directory holds another run or something else, belongs to somebody else, another process
-            writes it now, or it cannot be written.
+        StorageError: the directory holds another run or foreign files, belongs to another user, is being written by
+            another process, or cannot be written.
     """
 
     def __init__(
@@ -73,16 +72,16 @@ class RunState:
     ) -> None:
         self.partial = partial
         self.folder = partial / FOLDER
-        identity = json.loads(json.dumps(identity))  # as it will be read
+        identity = json.loads(json.dumps(identity))  # in the form in which it will be read
         check_own_directory(partial)
         check_own_directory(self.folder)
         if left_in(partial) is None and not is_bare(partial):
             raise StorageError(
-                f"{partial} is not a run that can go on; remove it, or name another directory for the result"
+                f"{partial} is not a run that can be resumed; remove it, or name another directory for the result"
             )
         with explained(partial):
             self.folder.mkdir(parents=True, exist_ok=True)
-        check_own_directory(partial)  # now that it cannot be made by anybody else
+        check_own_directory(partial)  # after creation, so that no other user can create it in between
         check_own_directory(self.folder)
         self._lock = lock(self.folder)
         try:
@@ -109,12 +108,12 @@ class RunState:
 
         Args:
             shard: the name of its file.
-            facts: JSON values to find again, among them its ``sha256``.
+            facts: JSON values that :meth:`finished` will return, including its ``sha256``.
         """
         self._write(f"{shard}.json", facts)
 
     def finished(self, shard: str) -> dict[str, Any] | None:
-        """The facts of a finished shard, or None: not there, cut short, or not what was written."""
+        """The facts of a finished shard; None if it is absent, truncated or changed."""
         facts = read_record(self.folder / f"{shard}.json")
         try:
             with (self.partial / shard).open("rb") as opened:
@@ -123,36 +122,36 @@ class RunState:
             return None
 
     def keep(self, name: str, content: dict[str, Any]) -> None:
-        """Puts JSON values beside the records, for the process that goes on with this run."""
+        """Saves JSON values beside the records, for a process that resumes this run."""
         self._write(f"{name}.json", content)
 
     def kept(self, name: str) -> dict[str, Any] | None:
-        """What :meth:`keep` put there, or None where it is absent or damaged."""
+        """The values that :meth:`keep` saved; None if they are absent or damaged."""
         return read_record(self.folder / f"{name}.json")
 
     def keep_tensors(self, name: str, content: dict[str, Tensor]) -> None:
-        """As :meth:`keep`, of small tensors."""
+        """As :meth:`keep`, for small tensors."""
         data = save({key: tensor.contiguous() for key, tensor in content.items()})
         replace_atomically(self.folder / f"{name}.safetensors", lambda file: write_all(file, data))
         self._write(f"{name}.safetensors.json", {"sha256": hashlib.sha256(data).hexdigest()})
 
     def kept_tensors(self, name: str) -> dict[str, Tensor] | None:
-        """What :meth:`keep_tensors` put there, on the CPU, or None where it is absent or damaged."""
+        """The tensors that :meth:`keep_tensors` saved, on the CPU; None if they are absent or damaged."""
         return _tensors(self.partial, name)
 
     def close(self) -> None:
-        """Lets another process write the directory."""
+        """Releases the lock, so that another process may write the directory."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def discard(self) -> None:
-        """Removes the directory, what tells of the run last."""
+        """Removes the directory, the identity of the run last."""
         discard(self.partial)
         self.close()
 
     def _check_entries(self) -> None:
-        """Somebody else's files in the working directory would be removed with it, or end in the result."""
+        """Refuses foreign files in the working directory, which would be removed with it or end in the result."""
         with explained(self.partial):
             recorded = [path.name.removesuffix(".json") for path in self.folder.glob("*.json")]
             taken = self.kept(COMPANIONS) or {}
@@ -174,12 +173,12 @@ class RunState:
             raise _damaged(self.partial)
         if differences := _differences(left.identity, identity):
             raise StorageError(
-                f"{self.partial} holds an unfinished run that is another one: {'; '.join(differences[:4])}; "
-                "repeat its settings to go on with it, or give --restart to begin anew"
+                f"{self.partial} holds another unfinished run: {'; '.join(differences[:4])}; "
+                "repeat its settings to resume it, or give --restart to start again"
             )
 
     def _forget(self) -> None:
-        """Removes all but the identity, by which a process that is killed meanwhile finds the run again."""
+        """Removes all files but the identity, so that the run is still recognised if this process is killed."""
         with explained(self.partial):
             _empty(self.partial, (FOLDER,))
             _empty(self.folder, (RUN,))
@@ -191,29 +190,29 @@ class RunState:
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Puts JSON values into a file, with a checksum of their own.
+    """Writes JSON values to a file, with a checksum.
 
     Raises:
         StorageError: the disk is full, or the directory cannot be written.
     """
-    content = json.loads(json.dumps(content))  # as it will be read
+    content = json.loads(json.dumps(content))  # in the form in which it will be read
     sealed = {**content, _CHECKSUM: _checksum(content)}
     data = json.dumps(sealed, ensure_ascii=False, indent=1).encode()
     replace_atomically(path, lambda file: write_all(file, data))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What :func:`write_record` put there, or None where it is absent, damaged or something else."""
+    """The values that :func:`write_record` wrote; None if the file is absent, damaged or something else."""
     try:
-        found = read_object(path)
+        record = read_object(path)
     except StorageError:
         return None
-    checksum = found.pop(_CHECKSUM, None)
-    return found if checksum == _checksum(found) else None
+    checksum = record.pop(_CHECKSUM, None)
+    return record if checksum == _checksum(record) else None
 
 
 def has_kept(partial: Path, name: str) -> bool:
-    """Whether an earlier run has put such values there; see :meth:`RunState.keep` and ``keep_tensors``."""
+    """Whether an earlier process saved values of this name; see :meth:`RunState.keep` and ``keep_tensors``."""
     return read_record(partial / FOLDER / f"{name}.json") is not None or _tensors(partial, name) is not None
 
 
@@ -222,13 +221,13 @@ def left_in(partial: Path) -> Left | None:
     path = partial / FOLDER / RUN
     if not os.path.lexists(path):
         return None
-    found = read_record(path) or {}
-    kind, identity = found.get("kind"), found.get("identity")
+    record = read_record(path) or {}
+    kind, identity = record.get("kind"), record.get("identity")
     return Left(kind, identity) if isinstance(kind, str) and isinstance(identity, dict) else Left(None, None)
 
 
 def unfinished(partial: Path) -> bool:
-    """Whether a run that can go on has left something here."""
+    """Whether a working directory holds an unfinished run that can be resumed."""
     left = left_in(partial)
     return left is not None and left.identity is not None
 
@@ -237,7 +236,7 @@ def refuse_other_kind(partial: Path, left: Left, kind: str) -> None:
     """Refuses a working directory in which a run of another kind was cut short, or one of a kind that is not known.
 
     Raises:
-        StorageError: it is so.
+        StorageError: the run is of another kind.
     """
     if left.kind is None and kind in (PACK, UNPACK):  # they begin anew; the other kinds refuse it when they compare
         raise _damaged(partial)
@@ -255,9 +254,9 @@ def _damaged(partial: Path) -> StorageError:
 
 
 def discard(partial: Path) -> None:
-    """Removes a working directory. What tells of the run goes last, so that it can be gone on with at any moment.
+    """Removes a working directory, the identity of the run last, so that an interrupted removal can be repeated.
 
-    What cannot be removed stays: the result has its name, and is not to fail for it.
+    Errors are ignored, because the result is complete at this point.
     """
     folder = partial / FOLDER
     with contextlib.suppress(OSError):
@@ -270,10 +269,10 @@ def discard(partial: Path) -> None:
 
 
 def lock(folder: Path) -> int | None:
-    """Keeps other processes out of a run's state until the descriptor is closed.
+    """Locks a run's state against other processes until the returned descriptor is closed.
 
     Raises:
-        StorageError: another process keeps this one out.
+        StorageError: another process holds the lock.
     """
     if fcntl is None:
         return None
@@ -293,10 +292,10 @@ def lock(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """Keeps other processes out of a working directory for a while.
+    """Locks a working directory against other processes until the context ends.
 
     Raises:
-        StorageError: another process keeps this one out.
+        StorageError: another process holds the lock.
     """
     descriptor = lock(partial / FOLDER)
     try:
@@ -307,7 +306,7 @@ def locked(partial: Path) -> Iterator[None]:
 
 
 def is_bare(partial: Path) -> bool:
-    """Whether there is nothing but what a process leaves that was killed while it began or removed the directory."""
+    """Whether a working directory holds no more than a process leaves if killed while it creates or removes it."""
     if not partial.exists():
         return True
     if not partial.is_dir():
@@ -317,12 +316,12 @@ def is_bare(partial: Path) -> bool:
 
 
 def some(names: list[str]) -> str:
-    """The first few of many names."""
+    """The first five of a list of names, and the number of the others, as text."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def sha256(file: Any) -> str:
-    """Of what is left to read of a file, in hexadecimal."""
+    """SHA-256 of the rest of an open file, in hexadecimal."""
     digest = hashlib.sha256()
     while piece := file.read(1 << 22):
         digest.update(piece)
@@ -344,7 +343,7 @@ def _tensors(partial: Path, name: str) -> dict[str, Tensor] | None:
 
 
 def _empty(folder: Path, keep: tuple[str, ...]) -> None:
-    """Removes all entries of a directory but some. Links go, what they lead to does not."""
+    """Removes all entries of a directory except those in ``keep``. Links are removed, their targets are not."""
     if not folder.is_dir():
         return
     for entry in folder.iterdir():
@@ -353,7 +352,7 @@ def _empty(folder: Path, keep: tuple[str, ...]) -> None:
 
 
 def _tidy(partial: Path) -> None:
-    """Removes what a process that was killed had in work."""
+    """Removes the temporary files of a process that was killed."""
     for folder in (partial, partial / FOLDER):
         for entry in folder.iterdir():
             if entry.name.endswith(TEMPORARY) and not entry.is_dir():
@@ -362,11 +361,11 @@ def _tidy(partial: Path) -> None:
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
     """Sentences such as ``recipe.seed is 0 there and 1 here``."""
-    found = []
+    sentences = []
     for key in {**there, **here}:
         name, old, new = f"{prefix}{key}", there.get(key), here.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{name}.")
+            sentences += _differences(old, new, f"{name}.")
         elif old != new:
-            found.append(f"{name} is {old!r} there and {new!r} here")
-    return found
+            sentences.append(f"{name} is {old!r} there and {new!r} here")
+    return sentences

@@ -1,4 +1,4 @@
-"""What grows with the calibration tokens: in memory up to a budget, beyond it in files that nobody has to remove."""
+"""Storage for data that grows with the calibration tokens: in memory up to a budget, then in unnamed files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sparsellm.storage.files import explained, write_all
 
 
 class Scratch:
-    """Room for tensors that come in batches: ``memory`` bytes of it in memory, shared by all stores, the rest on disk.
+    """Storage for batches of tensors: up to ``memory`` bytes in memory, shared by all stores, the rest on disk.
 
-    Files have no name: the system frees them when the process ends, killed or not. They are read and written, not
-    mapped: a full disk is an error and not a signal, and what the system caches of them is not this process's memory.
+    Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
+    mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
 
     Args:
         memory: bytes that all stores together hold in memory; None for no limit.
-        directory: where files are made; None for the system's temporary directory.
+        directory: the directory for files; None for the system's temporary directory.
     """
 
     def __init__(self, memory: int | None = None, directory: Path | None = None) -> None:
@@ -32,11 +32,11 @@ class Scratch:
         self.directory = directory or Path(tempfile.gettempdir())
 
     def store(self, device: torch.device | str = "cpu") -> TensorStore:
-        """An empty list of tensors, which are on ``device`` when they are read."""
+        """An empty list of tensors, which are moved to ``device`` when they are read."""
         return TensorStore(self, torch.device(device))
 
     def take(self, size: int) -> bool:
-        """Whether there was room for ``size`` more bytes in memory; if so, it is taken."""
+        """Reserves ``size`` bytes of memory; returns False if the budget has no room for them."""
         if self._left is None:
             return True
         if size > self._left:
@@ -60,7 +60,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where in the file a tensor lies."""
+    """The place of a tensor in the file."""
 
     offset: int
     shape: torch.Size
@@ -72,10 +72,10 @@ class _Slot:
 
 
 class TensorStore(Sequence[Tensor]):
-    """A list of tensors, each in memory (on the CPU) or in a file, as :class:`Scratch` has room.
+    """A list of tensors, each in memory (on the CPU), or in a file if :class:`Scratch` has no room.
 
-    Reading one gives it on the store's device, without gradients. Changing what was read does not change the store;
-    assign it. Closing the store gives its room back; so does leaving a ``with`` block.
+    An item is read as a tensor on the store's device, without gradients. Changing that tensor does not change the
+    store; assign it. Closing the store, or leaving its ``with`` block, frees its room.
     """
 
     def __init__(self, scratch: Scratch, device: torch.device) -> None:
@@ -83,7 +83,7 @@ class TensorStore(Sequence[Tensor]):
         self._device = device
         self._items: list[Tensor | _Slot] = []
         self._file: io.FileIO | None = None
-        self._end = 0  # of the file
+        self._end = 0  # end of the file
 
     def append(self, value: Tensor) -> None:
         """Adds a tensor at the end.
@@ -116,11 +116,11 @@ class TensorStore(Sequence[Tensor]):
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the tensors that are in the file now."""
+        """Bytes of the tensors in the file."""
         return sum(item.bytes for item in self._items if isinstance(item, _Slot))
 
     def close(self) -> None:
-        """Forgets everything."""
+        """Drops all tensors and frees their room."""
         self._scratch.give_back(sum(item.nbytes for item in self._items if isinstance(item, Tensor)))
         self._items.clear()
         if self._file is not None:
@@ -137,12 +137,12 @@ class TensorStore(Sequence[Tensor]):
         self.close()
 
     def _keep(self, value: Tensor, slot: _Slot | None) -> Tensor | _Slot:
-        """In the slot where that fits, else in memory where there is room, else at the end of the file."""
+        """Stores a tensor: in its slot if it fits, else in memory if there is room, else at the end of the file."""
         value = value.detach()
         fits = slot is not None and slot.bytes == value.nbytes
         if not fits and self._scratch.take(value.nbytes):
             value = value.to("cpu")
-            # A view would hold all of the tensor that it is a part of.
+            # A view would keep the whole of its base tensor in memory.
             return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
         offset = slot.offset if slot is not None and fits else self._end
         if self._file is None:

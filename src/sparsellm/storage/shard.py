@@ -1,4 +1,4 @@
-"""One safetensors file, written a piece at a time: no second copy of a block in memory, and its checksum on the way."""
+"""Writes one safetensors file a piece at a time, without a second copy of a block in memory, and hashes it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor that is made when it is written: what has to be known before, and how to get it.
+    """A tensor that is read only when it is written: its dtype and shape, and a function that returns it.
 
-    ``read`` may return another dtype, and is then converted piece by piece.
+    ``read`` may return another dtype, which is then converted piece by piece.
     """
 
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class TensorSource:
 
     @classmethod
     def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorSource:
-        """A tensor that is there already, to be written in ``dtype``, or in its own."""
+        """The source of a tensor in memory, to be written in ``dtype``, or in its own if that is None."""
         return cls(dtype or tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
     @property
@@ -42,9 +42,9 @@ class TensorSource:
 
 
 def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource]) -> str:
-    """Writes a safetensors file, in the order that the format's own library writes: wide dtypes first, then by name.
+    """Writes a safetensors file, in the order of the format's own library: wide dtypes first, then by name.
 
-    Zeros are written as +0.0: the sign of one would cost packed formats and confuse bitwise comparison.
+    Zeros are written as +0.0: packed formats would store −0.0 as a kept value, and bitwise comparison would differ.
 
     Returns:
         SHA-256 of the file, in hexadecimal.
@@ -61,7 +61,7 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource]) -> str:
         }
         position += source.bytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight bytes
     digest = hashlib.sha256()
     for data in (len(text).to_bytes(8, "little"), text):
         digest.update(data)

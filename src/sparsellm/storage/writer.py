@@ -1,4 +1,4 @@
-"""Writing a checkpoint shard by shard, so that a block is on disk before the next one is read."""
+"""Writes a checkpoint shard by shard, so that a block is on disk before the next one is read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.resume import COMPANIONS, FOLDER, PRUNE, SWEEP, RunState, discard, locked
 from sparsellm.storage.shard import TensorSource, write_shard
 
-# vLLM and transformers refuse a checkpoint whose config names a scheme that they do not know.
+# Keys of compression schemes: vLLM and transformers refuse a config with a scheme that they do not support.
 FOREIGN_CONFIG_KEYS = ("sparsity_config", "quantization_config", "compression_config")
 
-# What stands beside the weights and belongs to the model. Python files are left behind: loading must run no code.
+# Files beside the weights that belong to the model. Python files are not copied: loading must run no code.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_COMPANIONS = ("*.index.json", "pruning.json", "packed.json", "adapter_*", LISTED)
 
@@ -33,19 +33,20 @@ _NOT_COMPANIONS = ("*.index.json", "pruning.json", "packed.json", "adapter_*", L
 class CheckpointWriter:
     """A directory that appears under its final name only when it is complete.
 
-    Shards go to ``<out>.partial``; :meth:`finish` renames it. So a directory under the final name is a finished one,
-    and an unfinished one says which of its shards are done; see :class:`sparsellm.storage.resume.RunState`.
+    Shards go to ``<out>.partial``; :meth:`finish` renames it. So a directory under the final name is complete, and an
+    unfinished one has records of its finished shards; see :class:`sparsellm.storage.resume.RunState`.
 
     Args:
         out: the final directory.
-        shards: how many shards will be written.
-        identity: all that the result depends on, so that a run that was cut short goes on only with the same.
-        kind: of the run; only ``prune`` goes on with what it left, the others begin anew.
+        shards: the number of shards.
+        identity: everything that the result depends on; an unfinished run is only resumed with an equal one.
+        kind: of the run. Only ``prune`` is resumed; runs of other kinds start again.
         overwrite: replace ``out`` if it exists and is not empty; the old one is kept until the new one is complete.
-        restart: forget what an unfinished run, of any kind, has left.
-        need_bytes: room that the whole checkpoint will take.
-        follows: the writer of the first stage, if this is the second of the same run. It starts from all finished
-            shards of the first and always anew; the first's are removed when the second's have the final name.
+        restart: remove the files of an unfinished run of any kind.
+        need_bytes: disk space of the whole checkpoint.
+        follows: the writer of the first stage, if this is the second of the same run. The second stage needs all
+            finished shards of the first, and always starts again. The first stage's shards are removed when the
+            result has its final name.
 
     Raises:
         StorageError: ``out`` is not empty, cannot be written, or the disk is too full; or ``<out>.partial`` belongs to
@@ -67,7 +68,7 @@ class CheckpointWriter:
         second = follows is not None
         if follows is None:
             self.out = check_destination(out, overwrite=overwrite, restart=restart, kind=kind, need_bytes=need_bytes)
-        else:  # which checked it, and keeps others away
+        else:  # the first stage has checked the directory and holds the lock
             self.out, kind, restart = follows.out, SWEEP, follows._restart
             check_room(self.out, need_bytes, partial_of(self.out, second=True))
         self._restart: bool = restart
@@ -87,7 +88,7 @@ class CheckpointWriter:
         self.state.close()
 
     def finished(self, index: int) -> dict[str, Any] | None:
-        """The facts of shard ``index`` if an earlier process finished it and its checksum still holds."""
+        """The facts of shard ``index`` if an earlier process finished it and its checksum still matches; else None."""
         return self.state.finished(self._names[index])
 
     def path(self, index: int) -> Path:
@@ -97,12 +98,12 @@ class CheckpointWriter:
     def write_shard(
         self, index: int, tensors: Mapping[str, TensorSource], facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes shard ``index`` (from 0) and waits until it is on the disk, then marks it as finished.
+        """Writes shard ``index`` (from 0), waits until it is on the disk, then marks it as finished.
 
         Args:
-            index: which.
+            index: of the shard.
             tensors: by name.
-            facts: JSON values that :meth:`finished` will give back.
+            facts: JSON values that :meth:`finished` will return.
 
         Raises:
             StorageError: the disk is full or the directory cannot be written.
@@ -111,7 +112,7 @@ class CheckpointWriter:
         self.state.record(self._names[index], {**(facts or {}), "sha256": digest})
 
     def discard(self) -> None:
-        """Removes what was written: a later stage holds all of it."""
+        """Removes everything that was written; the later stage has copies."""
         self.state.discard()
 
     def write_json(self, name: str, content: Any) -> None:
@@ -125,12 +126,12 @@ class CheckpointWriter:
     def copy_companions(self, source: Path) -> list[str]:
         """Copies config, tokenizer, generation config and chat template of ``source``, a checkpoint directory.
 
-        A file that is a link out of the model is left behind; in a snapshot of the hub, links lead to the blobs of the
-        same repository, and those are of the model. The config is read and written anew in any case; see
+        A link that leads out of the model's directory is not copied. In a snapshot of the hub, links lead to the blobs
+        of the same repository, which belong to the model. The config is always read and written again; see
         :data:`FOREIGN_CONFIG_KEYS`.
 
         Returns:
-            The names of the files that were left behind.
+            The names of the files that were not copied.
 
         Raises:
             StorageError: one cannot be read or written, or the config is no JSON object.
@@ -138,7 +139,7 @@ class CheckpointWriter:
         files = sorted({file for pattern in _COMPANIONS for file in source.glob(pattern)})
         files = [file for file in files if file.is_file() and not any(file.match(other) for other in _NOT_COMPANIONS)]
         taken = [file for file in files if file.name != "config.json" and belongs_to(source, file)]
-        # Recorded first: a process that goes on after a kill has to know that they are no stranger's.
+        # Recorded first, so that a process that resumes after a kill does not take them for foreign files.
         self.state.keep(COMPANIONS, {"files": [file.name for file in taken if not is_known(file.name)]})
         for file in taken:
             self._copy(file)
@@ -146,14 +147,14 @@ class CheckpointWriter:
         return [file.name for file in files if file.name != "config.json" and file not in taken]
 
     def clean_config(self) -> None:
-        """Removes :data:`FOREIGN_CONFIG_KEYS` from the config that was written."""
+        """Removes :data:`FOREIGN_CONFIG_KEYS` from the written config."""
         self._write_config(self.partial / "config.json")
 
     def finish(self) -> Path:
-        """Writes the index and gives the directory its final name.
+        """Writes the index and renames the directory to its final name.
 
         Raises:
-            StorageError: the disk is full, or there is something in ``out`` now that was not there before.
+            StorageError: the disk is full, or files were added to ``out`` in the meantime.
         """
         sizes: dict[str, int] = {}
         weight_map: dict[str, str] = {}
@@ -170,7 +171,7 @@ class CheckpointWriter:
             unusual = unusual_files(self.partial)
         if unusual:
             self.write_json(LISTED, {"files": unusual})
-        check_replaceable(self.out, overwrite=self._overwrite)  # much may have happened since the run began
+        check_replaceable(self.out, overwrite=self._overwrite)  # it may have changed since the run began
         with interrupts.held():
             publish(self.partial, self.out)
             if self._follows is not None:
@@ -198,7 +199,7 @@ def shard_names(shards: int) -> list[str]:
 
 
 def belongs_to(model: Path, file: Path) -> bool:
-    """Whether a file of a model's directory is in it, or in the blobs that a snapshot of the hub consists of."""
+    """Whether a file resolves to a path inside the model's directory, or among the blobs of its hub snapshot."""
     home, target = Path(os.path.realpath(model)), Path(os.path.realpath(file))
     folders = [home]
     if home.parent.name == "snapshots":

@@ -1,1 +1,1 @@
-"""Refinement: kept weights are polished, zeros stay zero."""
+"""Gradients of the loss block by block, and the sweep, which trains the kept weights of the whole pruned model."""

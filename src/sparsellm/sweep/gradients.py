@@ -1,8 +1,8 @@
 """The gradient of the dense model's loss at every linear, one block in memory at a time.
 
-The forward pass stores what enters each block. The loss of the next token is differentiated through the head. Then each
-block, from the last to the first, runs again from what entered it and passes the gradient on. Hidden states and
-gradients are in memory or in files, as the scratch has room.
+The forward pass stores the input of each block. The next-token loss is differentiated through the head. Then each
+block, from the last to the first, runs again on its stored input and propagates the gradient to it. Hidden states and
+gradients are in memory, or in files where the scratch has no room.
 """
 
 from __future__ import annotations
@@ -24,53 +24,55 @@ from sparsellm.storage.scratch import TensorStore
 from sparsellm.sweep.head import through_head
 from sparsellm.sweep.training import running_on
 
-TOKENS = 8192  # of the calibration, that gradients are taken of; the time is in proportion
+TOKENS = 8192  # calibration tokens for gradients; the time is proportional to them
 WITHOUT = "take allocation uniform and, in sparsellm, effort 0 and options.output_metric 0"
 
 
 class Visitor:
-    """Is shown the gradients as the sweep meets them; a subclass overrides what it wants to see.
+    """Receives the gradients of a backward sweep. A subclass overrides the methods that it needs.
 
-    Every gradient is that of the *sum* over all scored tokens of the negative log-likelihood, in nats, so it does not
-    depend on how many windows there are, and is what the empirical Fisher of a token is made of.
+    Every gradient is that of the *sum* over all scored tokens of the negative log-likelihood, in nats. So it does not
+    depend on the number of windows, and its squares make up the empirical Fisher of a token.
 
     Attributes:
-        reads_inputs: whether it looks at what linears are given, which the model must then leave as it was.
+        reads_inputs: whether :meth:`linear` reads the inputs of linears, which the model must then not change in place.
     """
 
     reads_inputs = True
 
     def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
-        """A linear of block ``index`` was run on ``entering (..., in)``; ``gradient (..., out)`` is at its output."""
+        """Called for a linear of block ``index``: its input ``(..., in)``, and the gradient at its output."""
 
     def boundary(self, index: int, hidden: Tensor, gradient: Tensor) -> None:
-        """Between blocks: what enters block ``index`` (the number of blocks: what leaves the last), both fp32
-        ``(batch, seq, hidden)``."""
+        """Called with the input of block ``index`` and the gradient there, both fp32 ``(batch, seq, hidden)``.
+
+        An ``index`` equal to the number of blocks stands for the output of the last block.
+        """
 
     def block(self, index: int, linears: list[LinearView]) -> None:
-        """All tokens went through block ``index``, which is still loaded, on fp32 weights that nobody may change."""
+        """Called after all tokens of block ``index``, which is still loaded, in fp32. Do not change its weights."""
 
 
 @torch.no_grad()
 def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None = None) -> float:
-    """Shows a visitor the gradient of the next-token loss at the outputs of linears and between the blocks.
+    """Calls a visitor with the gradients of the next-token loss at the outputs of linears and between the blocks.
 
-    Blocks run in fp32, whatever dtype they are stored in. The model is left as it was to the bit, with no gradient in
-    any parameter. The scratch holds hidden states of ``blocks + 2`` times as many tokens as the windows have.
+    Blocks run in fp32, whatever dtype they are stored in. The model stays the same to the bit, without gradients in its
+    parameters. The scratch holds ``blocks + 2`` times the hidden states of the windows.
 
     Args:
         feed: the chain, of which nothing need be loaded, and the windows; the first token of each is not scored.
-        visitor: is shown everything, block by block from the last to the first.
-        names: of the linears to show; None for all.
+        visitor: called block by block, from the last to the first.
+        names: the linears to call it for; None for all.
 
     Returns:
         The mean loss of a scored token, in nats.
 
     Raises:
-        DataError: windows of a single token, of which none is scored.
+        DataError: windows have a single token, which is not scored.
         NumericalError: the loss is not finite.
-        ModelError: a block changes in place what a linear was given, so that its gradient cannot be paired with it; or
-            it has no gradient; or hidden states are not ``(windows, seq, width)``.
+        ModelError: a block changes the input of a linear in place, so that gradient and input cannot be paired; or a
+            block has no gradient; or hidden states are not ``(windows, seq, width)``.
     """
     if feed.seq_len < 2:
         raise DataError(f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more")
@@ -102,7 +104,7 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
 
 
 def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, visitor: Visitor) -> float:
-    """The summed loss of all windows; puts its gradient in what left the last block into ``gradients``."""
+    """The summed loss of all windows; appends its gradient at the output of the last block to ``gradients``."""
     chain, total, start = feed.chain, 0.0, 0
     for hidden in stream.hidden:
         ids = feed.windows[start : start + len(hidden)].to(chain.device)
@@ -124,7 +126,7 @@ def _back_through(
     visitor: Visitor,
     names: Collection[str] | None,
 ) -> None:
-    """Runs the loaded block on what entered it, and turns ``gradients`` at its output into those at its input."""
+    """Runs the loaded block on its stored input, and replaces ``gradients`` at its output by those at its input."""
     chain = stream.chain
     weights = {
         name: nn.Parameter(parameter.detach().float(), requires_grad=False)
@@ -142,7 +144,7 @@ def _back_through(
                     (gradient,) = torch.autograd.grad(leaving, hidden, gradients[position])
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # the model's own code may have no derivative
+            except RuntimeError as error:  # the model's own code may not be differentiable
                 why = str(error).splitlines()[0]
                 block = chain.block_names[index]
                 raise ModelError(f"{block} has no gradient ({why}); do without: {WITHOUT}") from error
@@ -152,7 +154,7 @@ def _back_through(
 
 
 def _end(chain: Chain, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
-    """The summed loss of some windows, and its gradient in what left the last block ``(batch, seq, hidden)``."""
+    """The summed loss of some windows, and its gradient at the output of the last block ``(batch, seq, hidden)``."""
 
     def next_token(logits: Tensor, span: slice) -> Tensor:
         targets = ids[:, span.start + 1 : span.stop + 1]  # the last position of a window predicts nothing
@@ -163,7 +165,7 @@ def _end(chain: Chain, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
 
 
 def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor], None]:
-    """A hook at the output's own place in the graph: what later works on the output in place does not disturb it."""
+    """A hook on a linear's output in the graph; later changes of the output in place do not affect it."""
 
     def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         given, version = entering.detach(), entering._version
@@ -171,27 +173,27 @@ def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor]
         def arrived(gradient: Tensor) -> None:
             if visitor.reads_inputs and given._version != version:
                 raise ModelError(
-                    f"what {linear.name} was given is changed in place afterwards: no gradient of it; do without: "
+                    f"the model changes the input of {linear.name} in place, so it has no gradient; do without: "
                     f"{WITHOUT}"
                 )
             visitor.linear(index, linear, given, gradient.detach())
 
-        if leaving.requires_grad:  # else nothing that the loss depends on goes in, and the linear is not reached
+        if leaving.requires_grad:  # else the loss does not depend on this linear
             leaving.register_hook(arrived)
 
     return see
 
 
 def not_finite(name: str) -> str:
-    """What is wrong with the gradients at a linear, and what to do."""
+    """The error message for gradients at a linear that are not finite."""
     return f"gradients at {name} are not finite; try dtype float32, or do without: {WITHOUT}"
 
 
 class OutputSquares(Visitor):
-    """Adds up the squared gradients at every output of each linear.
+    """Sums the squared gradients at every output of each linear.
 
     Args:
-        tokens: that the sweep is of, those that a linear is not given included.
+        tokens: all tokens of the sweep, including those that a linear does not get.
     """
 
     reads_inputs = False
@@ -212,8 +214,8 @@ class OutputSquares(Visitor):
         Raises:
             NumericalError: a gradient was NaN or infinite.
         """
-        found = {name: (total / self._tokens).cpu() for name, total in self._sums.items()}
-        for name, mean in found.items():
+        means = {name: (total / self._tokens).cpu() for name, total in self._sums.items()}
+        for name, mean in means.items():
             if not bool(torch.isfinite(mean).all()):
                 raise NumericalError(not_finite(name))
-        return found
+        return means

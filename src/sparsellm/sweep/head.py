@@ -1,4 +1,4 @@
-"""The chain's end, by chunks: a loss on the logits, and its gradient in what left the last block."""
+"""A loss on the logits, and its gradient at the output of the last block, a chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.nn import functional
 from sparsellm.chain import Chain
 from sparsellm.chain.products import bf16_products
 
-HEAD_TOKENS = 256  # of all windows together: logits are (tokens, vocabulary), several times over
+HEAD_TOKENS = 256  # in a chunk, over all windows: several tensors of (tokens, vocabulary) are in memory at once
 
 HeadLoss = Callable[[Tensor, slice], Tensor]
-"""``loss(logits (batch, span, vocabulary) fp32, span)``: a scalar, the part of the loss that these positions make."""
+"""``loss(logits (batch, span, vocabulary) fp32, span)`` returns a scalar: the loss of these positions."""
 
 
 def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, gradient: bool) -> tuple[float, Tensor]:
-    """A loss that is a sum over positions, and its gradient; a few positions' logits are in memory at a time.
+    """A loss that is a sum over positions, and its gradient; the logits of a few positions are in memory at a time.
 
     Args:
         chain: with its outer weights loaded.
-        hidden: what leaves the last block, ``(batch, seq, hidden)``.
-        ids: the token ids that it came from, ``(batch, seq)``.
+        hidden: the output of the last block, ``(batch, seq, hidden)``.
+        ids: the token ids that belong to it, ``(batch, seq)``.
         loss: of the logits of a span of positions.
-        gradient: whether it is wanted; ``hidden`` itself is returned in its place if not.
+        gradient: whether to compute the gradient; if not, ``hidden`` itself is returned in its place.
 
     Returns:
         The loss, and its gradient ``(batch, seq, hidden)`` in the dtype of ``hidden``.
@@ -46,12 +46,12 @@ def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, g
 
 
 def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
-    """``KL(dense ‖ pruned)`` in nats, summed over positions.
+    """The loss ``KL(dense ‖ pruned)`` in nats, summed over positions.
 
     Args:
         chain: with its outer weights loaded.
-        dense: what leaves the dense model's last block, ``(batch, seq, hidden)``.
-        ids: the token ids that it came from, ``(batch, seq)``.
+        dense: the output of the dense model's last block, ``(batch, seq, hidden)``.
+        ids: the token ids that belong to it, ``(batch, seq)``.
     """
 
     def divergence(logits: Tensor, span: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a weight's removal costs the loss, counted in histograms: one currency for all weights of the model."""
+"""The saliency of every weight (the loss that its removal adds), as one histogram for each linear."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sparsellm.errors import NumericalError
 from sparsellm.sweep.gradients import OutputSquares, Visitor, backward_sweep, not_finite
 
 BINS = 1 << 14
-LOWEST, HIGHEST = -160.0, 60.0  # of log₂ of a saliency in nats: all that fp32 factors give; a bin is 1 % wide
+LOWEST, HIGHEST = -160.0, 60.0  # of log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
 
 
 class SaliencyHistograms(Visitor):
     """Counts of ``log₂ s_ij``, ``s_ij = ½ w_ij² F_ij``, for each linear.
 
     ``F_ij = Σ_t g_ti² x_tj² / N`` is the exact diagonal of the empirical Fisher of a token, in fp32, one product
-    ``(g∘g)ᵀ(x∘x)`` a batch; ``s_ij`` is then the loss, in nats a token, that the weight's removal adds to second order
+    ``(g∘g)ᵀ(x∘x)`` per batch. ``s_ij`` is the loss, in nats a token, that removing the weight adds, to second order
     (the optimal brain damage of LeCun et al. 1990). Only one block's ``F`` is in memory at a time.
 
     Attributes:
-        counts: int64 ``(BINS,)`` for each linear that a token reached; bin 0 also holds what costs nothing at all.
-        outputs: what the same sweep says of whole outputs.
+        counts: int64 ``(BINS,)`` for each linear that a token reached; bin 0 includes weights of zero saliency.
+        outputs: the squared gradients of whole outputs, from the same sweep.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -52,7 +52,7 @@ class SaliencyHistograms(Visitor):
 
 
 def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
-    """int64 ``(BINS,)`` on the CPU, from ``F (out, in)``, which is used up.
+    """The histogram of a linear, int64 ``(BINS,)`` on the CPU, from ``F (out, in)``, which is overwritten.
 
     Raises:
         NumericalError: ``F`` has values that are NaN or infinite.
@@ -69,13 +69,13 @@ def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossGradients:
-    """What one backward sweep of the dense model says of its linears. A linear that no token reached is in neither.
+    """The results of one backward sweep of the dense model. Linears that no token reached are in neither mapping.
 
     Attributes:
-        tokens: that gradients were taken of.
-        output_squares: ``E[g_i²]`` of each output i of a linear, ``(out,)`` fp32: what an error of that output costs
-            the loss, to second order.
-        saliency: a histogram of each linear, see :class:`SaliencyHistograms`; empty where nobody asked for it.
+        tokens: the number of tokens of the sweep.
+        output_squares: ``E[g_i²]`` of each output i of a linear, ``(out,)`` fp32: the cost of an error of that output
+            to the loss, to second order.
+        saliency: a histogram of each linear, see :class:`SaliencyHistograms`; empty if it was not requested.
     """
 
     tokens: int
@@ -84,12 +84,12 @@ class LossGradients:
 
 
 def loss_gradients(feed: Feed, names: Collection[str], *, saliency: bool = False) -> LossGradients:
-    """Sweeps the dense model backward once, and sums up what the methods and allocations ask for.
+    """The squared gradients at outputs, and optionally the saliency of weights, from one backward sweep.
 
     Args:
-        feed: the chain, and the windows that gradients are taken of.
-        names: of the linears to look at.
-        saliency: also count the saliency of every single weight.
+        feed: the dense chain, and the windows for the gradients.
+        names: the linears to include.
+        saliency: also count the saliency of every weight.
 
     Raises:
         NumericalError: a gradient is NaN or infinite.

@@ -1,4 +1,4 @@
-"""What both refinements share: a block on fp32 parameters of its own, and Adam on those that are kept."""
+"""Training of kept weights: a block that runs on fp32 parameters, Adam for weights with zeros, held-out steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sparsellm.statistics.held_out import spread_evenly
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
-MOST_HELD_OUT = 8  # steps: they tell states apart well enough, and every other one is worth more in the fit
+MOST_HELD_OUT = 8  # steps: enough to compare states; further steps are worth more as training data
 
 T = TypeVar("T")
 
 
 @contextmanager
 def running_on(chain: Chain, index: int, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """While this lasts, block ``index`` runs on these parameters; then its own stand in their places again."""
+    """Replaces the parameters of block ``index`` by these until the context ends, then restores its own."""
     own = chain.block_parameters(index)
     for name, parameter in parameters.items():
         chain.set_parameter(name, parameter)
@@ -37,11 +37,11 @@ def running_on(chain: Chain, index: int, parameters: Mapping[str, nn.Parameter])
 class Adam:
     """Adam whose step is relative to the root mean square of each parameter, and whose zeros stay exactly zero.
 
-    The moments are one flat tensor each, so that a block's state can be put away as a whole.
+    The moments are one flat tensor each, so that a block's state can be stored as a whole.
 
     Args:
-        parameters: fp32, by name; those that need no gradient are left alone.
-        pruned: names of the parameters of which zeros must stay.
+        parameters: fp32, by name; those that need no gradient are not trained.
+        pruned: names of the parameters whose zeros must stay.
         state: ``(2, elements)`` fp32, zeros at first: the two moments; changed in place.
     """
 
@@ -52,7 +52,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, rate: float, number: int) -> None:
-        """One step, from the gradients, which it then drops.
+        """Takes one step from the parameters' gradients, and clears them.
 
         Args:
             rate: the learning rate, relative to each parameter's root mean square.
@@ -68,14 +68,14 @@ class Adam:
             if parameter.grad is None:
                 continue
             if name in self._pruned:
-                parameter.grad.masked_fill_(parameter == 0, 0.0)  # and not times 0: a gradient may be infinite
+                parameter.grad.masked_fill_(parameter == 0, 0.0)  # not times 0: a gradient may be infinite
             size = float(parameter.norm()) / parameter.numel() ** 0.5
             groups.append({"params": [parameter], "lr": rate * max(size, EPSILON)})
             before = torch.tensor(number - 1.0, device=parameter.device)
             state[parameter] = {"step": before, "exp_avg": first, "exp_avg_sq": second}
         if not groups:
             return
-        # Made anew for each step: the moments are put away in between, and the fused step leaves nothing else behind.
+        # Made anew for each step: the moments are stored elsewhere in between, and the fused step has no other state.
         optimiser = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
         optimiser.state.update(state)
         optimiser.step()
@@ -87,7 +87,7 @@ def trained_elements(parameters: Mapping[str, nn.Parameter]) -> int:
 
 
 def schedule(step: int, steps: int, warmup: float = 0.1) -> float:
-    """A factor of the learning rate: rises linearly over ``warmup`` of the steps, then falls to zero by a cosine."""
+    """The factor of the learning rate: a linear rise over the share ``warmup`` of the steps, then a cosine to zero."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
@@ -95,15 +95,15 @@ def schedule(step: int, steps: int, warmup: float = 0.1) -> float:
 
 
 def as_written(value: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
-    """The value that remains of an fp32 one when it is put in place and written; see ``Chain.written_dtypes``."""
+    """An fp32 value rounded as it will be in memory and on disk; see ``Chain.written_dtypes``."""
     return value.detach().to(dtypes[0]).to(dtypes[1]).to(value.dtype)
 
 
 class Float32Calls:
-    """Calls in fp32; a call that stands for many batches or blocks is converted once."""
+    """Converts calls to fp32; a call shared by several batches or blocks is converted once."""
 
     def __init__(self) -> None:
-        self._converted: dict[int, tuple[Call, Call]] = {}  # with the call itself, so that its id stays its own
+        self._converted: dict[int, tuple[Call, Call]] = {}  # by id; the original is kept so that its id is not reused
 
     def __call__(self, call: Call) -> Call:
         if id(call) not in self._converted:
@@ -112,8 +112,10 @@ class Float32Calls:
 
 
 def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
-    """(to train on, to judge by): a share spread evenly is held out, :data:`MOST_HELD_OUT` at most; fewer than four are
-    all trained on and judged."""
+    """The steps to train on, and those held out to judge by.
+
+    A share, spread evenly, is held out, at most :data:`MOST_HELD_OUT`. Fewer than four steps are all in both lists.
+    """
     count = min(MOST_HELD_OUT, max(1, round(len(steps) * fraction))) if len(steps) >= 4 and fraction > 0 else 0
     held = spread_evenly(count, len(steps))
     judges = [step for i, step in enumerate(steps) if i in held]
@@ -121,14 +123,15 @@ def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
 
 
 def of_all(own: Sequence[T]) -> list[tuple[int, T]]:
-    """The steps, or what is said of them, of all processes in order, each with the number of its process. Of small
-    things: they are pickled."""
+    """The items of all processes in order, each with the number of its process. Items are pickled: keep them small."""
     return [(process, item) for process, items in enumerate(parallel.gather(list(own))) for item in items]
 
 
 def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
-    """Gives every process the gradients of one, which has the windows; a parameter without one there has none
-    anywhere."""
+    """Copies the gradients of process ``source``, which has the windows, to every process.
+
+    A parameter without a gradient there has none in any process afterwards.
+    """
     if parallel.size() == 1:
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -140,7 +143,7 @@ def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
 
 
 class Shuffled:
-    """Endless order over ``count`` things: each once before any comes again."""
+    """An endless random order of ``count`` indices; every index comes once before any comes again."""
 
     def __init__(self, count: int, seed: int) -> None:
         self._count = count

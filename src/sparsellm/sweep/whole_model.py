@@ -1,11 +1,11 @@
-"""The chain's end: the kept weights of all blocks against the loss itself, one block in work at a time.
+"""The sweep: trains the kept weights of all blocks towards the dense model's predictions, one block at a time.
 
-The published objective ends in the last feed-forward unit; the global problem (arXiv 2402.17946, eq. 1) ends in what
-the model predicts. Here the pruned model is swept as a whole: forward through the blocks, the divergence of its
-predictions from the dense model's at the end, and its gradient back through the blocks, each of which runs again from
-what entered it, is corrected by Adam, and is put away. So memory is that of one block, and of the windows of one step;
-weights and moments of the others wait in memory or on disk, as there is room. Where there are several processes, the
-one that has the windows of a step computes its gradient, and all take the step.
+The published objective ends at the last feed-forward unit; the global problem (arXiv 2402.17946, eq. 1) ends at the
+model's predictions. A step runs forward through the blocks, computes the divergence of the predictions from the dense
+model's, and propagates its gradient back through the blocks. On the way back each block runs again on its stored input,
+Adam updates it, and it is stored. So a step needs the memory of one block and of the step's windows; weights and
+moments of the other blocks are in memory or on disk, depending on the room. With several processes, the one that has
+the windows of a step computes the gradient, and all take the step.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from sparsellm.sweep.training import (
     share_gradients,
 )
 
-# For a model at KL = 1 nat from the dense one. In steps of 1024 tokens 0.002 diverges there within one pass, and 0.0007
-# takes a model at KL = 0.6 further away. What a step gains falls with the square of the distance, what its noise costs
-# does not: so the rate follows that square, up to here.
+# The learning rate for a model at KL = 1 nat from the dense one. With steps of 1024 tokens, 0.002 diverges there within
+# one pass, and 0.0007 increases the KL of a model at 0.6. The gain of a step falls with the square of the divergence,
+# the cost of its noise does not: so the rate is proportional to that square, up to this value.
 RATE = 0.0007
-CUT = 1 / 3  # of the rate, after a pass that did harm
-HARM = 1.01  # times the least divergence so far: less is how it wavers near its minimum
-STEP_TOKENS = 1024  # of a step; half as many steps of twice the tokens cost as much and go less far
+CUT = 1 / 3  # factor of the rate after a harmful pass
+HARM = 1.01  # a pass is harmful above this multiple of the least divergence so far; smaller rises are noise
+STEP_TOKENS = 1024  # tokens of a step; half as many steps of twice the tokens cost as much and gain less
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Mean divergence KL(dense ‖ pruned) of a predicted token in nats, after so many passes."""
+    """The mean divergence KL(dense ‖ pruned) per predicted token, in nats, after a number of passes."""
 
     passes: int
     held_out: float
@@ -59,7 +59,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class _Place:
-    """Some windows of a process: the number of the piece there, and its tokens."""
+    """A piece of the windows of one process: its number there, and its tokens."""
 
     number: int
     tokens: int
@@ -67,11 +67,11 @@ class _Place:
 
 @dataclass(frozen=True)
 class Reached:
-    """A pass that an earlier process saved.
+    """The last pass that an earlier process saved.
 
     Attributes:
-        history: every pass so far, the state before the first included.
-        best: the pass after which the parameters were the best so far; 0 for those before the first.
+        history: every pass so far, including the state before the first.
+        best: the number of the best pass so far; 0 for the state before the first.
     """
 
     history: list[Pass]
@@ -86,27 +86,27 @@ class Parameters(Protocol):
     """The state of a sweep, block by block."""
 
     def parameters(self, block: int) -> Tensor:
-        """Flat, fp32."""
+        """The parameters of a block, flat, fp32."""
 
     def moments(self, block: int) -> Tensor:
-        """``(2, elements)`` fp32."""
+        """Adam's moments of a block, ``(2, elements)`` fp32."""
 
 
 class SavedPasses(Protocol):
-    """Where each pass is saved, and the last saved one is found again."""
+    """Storage of passes: each is saved, and an interrupted sweep continues from the last one."""
 
     @property
     def reached(self) -> Reached | None:
         """The last pass that was saved; None if there is none."""
 
     def parameters(self, number: int, block: int) -> Tensor:
-        """Of a block after pass ``number``: flat, fp32, on the CPU."""
+        """The parameters of a block after pass ``number``: flat, fp32, on the CPU."""
 
     def moments(self, number: int, block: int) -> Tensor:
-        """Of a block after pass ``number``: ``(2, elements)`` fp32, on the CPU."""
+        """Adam's moments of a block after pass ``number``: ``(2, elements)`` fp32, on the CPU."""
 
     def save(self, history: list[Pass], best: int, state: Parameters, *, last: bool) -> None:
-        """Saves the state after the newest pass of ``history``; of the ``last`` pass only the best parameters."""
+        """Saves the state after the newest pass of ``history``; after the ``last`` pass, only the best parameters."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,15 @@ class SweepTask:
 
     Attributes:
         feed: the pruned chain and this process's calibration windows.
-        dense: what leaves the dense model's last block, ``(batch, seq, hidden)`` in the batches of the feed.
-        passes: over the calibration windows.
+        dense: the output of the dense model's last block, ``(batch, seq, hidden)`` in the batches of the feed.
+        passes: the number of passes over the calibration windows.
         seed: of the windows' order.
-        write_block: called for each block, loaded and final, in order.
-        learning_rate: of Adam, relative to the root mean square of each parameter; None for :data:`RATE` by the
+        write_block: called for each final block in order, while it is loaded.
+        learning_rate: of Adam, relative to the root mean square of each parameter; None for :data:`RATE` times the
             square of the divergence at the start.
-        held_out: share of the windows that decides which state is kept.
-        blocks: where each pruned block stands, or None for a chain that holds its weights.
-        saved: where each pass is saved, and the last saved one is gone on from; None for neither.
+        held_out: share of the windows that is held out to decide which state is kept.
+        blocks: the shard of each pruned block, or None for a chain that holds its weights.
+        saved: storage of the passes, from which an interrupted sweep continues; None to save none.
     """
 
     feed: Feed
@@ -137,22 +137,22 @@ class SweepTask:
     saved: SavedPasses | None = None
 
     def pruned(self, index: int) -> CheckpointReader | None:
-        """Where the pruned block ``index`` stands."""
+        """The shard of the pruned block ``index``; None if the chain holds its weights."""
         return self.blocks[index] if self.blocks is not None else None
 
 
 class _Masters:
-    """The fp32 parameters of every block, and Adam's moments, in a store: block i stands at 2i and 2i + 1."""
+    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1."""
 
     def __init__(self, chain: Chain, scratch: Scratch) -> None:
         self.chain = chain
-        self.pruned: set[str] = set()  # names of the weights of linears, of which zeros stay
+        self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
         self.store = scratch.store(chain.device)
         self.shapes: list[dict[str, torch.Size]] = []
         self._dtypes: list[dict[str, tuple[torch.dtype, torch.dtype]]] = []
 
     def fill(self, task: SweepTask, reached: Reached | None) -> None:
-        """From the pruned blocks, or from the last saved pass where another is to follow."""
+        """Loads the pruned blocks, or the state after the last saved pass if further passes follow."""
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
                 own = self.chain.block_parameters(index)
@@ -168,7 +168,7 @@ class _Masters:
                 self.store.append(torch.zeros(2, len(flat), device=flat.device))
 
     def restart(self, task: SweepTask, best: _Best) -> None:
-        """From the best state again, or from the blocks as they were pruned if there is none; moments are zero."""
+        """Restores the best state, or the blocks as they were pruned if there is none, with moments of zero."""
         for index in range(len(self.chain)):
             if best.number:
                 flat = best[index].clone()
@@ -188,7 +188,7 @@ class _Masters:
         return torch.cat([p.detach().float().flatten() for p in self.chain.block_parameters(index).values()])
 
     def views(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
-        """Views of a block's flat tensor. All take gradients, so that moments and parameters have the same places."""
+        """Views of a block's flat tensor, by parameter. All require gradients, so that moments have the same layout."""
         views, position = {}, 0
         for name, shape in self.shapes[index].items():
             views[name] = nn.Parameter(flat[position : position + shape.numel()].view(shape))
@@ -196,13 +196,13 @@ class _Masters:
         return views
 
     def written(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
-        """The same as they would be read again if they were written now."""
+        """The parameters of a block rounded as they would be written now."""
         dtypes = self._dtypes[index]
         return {n: nn.Parameter(as_written(p, dtypes[n])) for n, p in self.views(flat, index).items()}
 
 
 class _Best:
-    """The parameters after the best pass so far; none where that is the state before the first."""
+    """The parameters after the best pass so far; empty if that is the state before the first."""
 
     def __init__(self, task: SweepTask, masters: _Masters, reached: Reached | None) -> None:
         self._masters = masters
@@ -220,7 +220,7 @@ class _Best:
         return self._store[index]
 
     def take(self, number: int) -> None:
-        """Copies the parameters as they are after pass ``number``."""
+        """Copies the current parameters, which are those after pass ``number``."""
         self.number = number
         self._store = self._store or self._scratch.store()
         for index in range(len(self._masters.chain)):
@@ -236,16 +236,16 @@ class _Best:
 
 
 def check_sweepable(chain: Chain) -> None:
-    """Refuses a model that no sweep can train; nothing need be loaded.
+    """Refuses a model that a sweep cannot train; nothing need be loaded.
 
     Raises:
-        ModelError: a weight stands in two blocks, or in a block and outside.
+        ModelError: a weight is used in two blocks, or in a block and outside.
     """
     for index in range(len(chain)):
         shared = next((name for name in chain.block_parameters(index) if chain.is_shared(name)), None)
         if shared is not None:
             raise ModelError(
-                f"{shared} stands in several places of the model, which a sweep cannot train; set passes=0"
+                f"{shared} is used in several places of the model, which a sweep cannot train; set passes=0"
             )
 
 
@@ -253,9 +253,9 @@ def check_sweepable(chain: Chain) -> None:
 def sweep(task: SweepTask) -> list[Pass]:
     """Fits the kept weights, biases and norms of all blocks to the dense model's predictions; zeros stay zero.
 
-    The state with the least divergence on held-out windows is kept, which may be the one at the start. States are
-    judged as they will be written, rounded. A pass that does harm is undone, and those after it take smaller steps.
-    The loss is ``KL(dense ‖ pruned)``, in its mean over tokens.
+    The result is the state with the least divergence on held-out windows, which may be the one at the start. States are
+    judged with weights rounded as they will be written. A harmful pass is undone, and later passes take smaller steps.
+    The loss is ``KL(dense ‖ pruned)``, averaged over tokens.
 
     Returns:
         The divergence before the first pass and after each.
@@ -280,7 +280,7 @@ def sweep(task: SweepTask) -> list[Pass]:
 
 
 def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) -> list[Pass]:
-    """All passes that are left to do, each judged, kept or undone, and saved."""
+    """Runs the remaining passes: each is judged, kept or undone, and saved. Returns the whole history."""
     places = [_Place(number, run.tokens(piece)) for number, piece in enumerate(run.stream.pieces)]
     train, judges = held_out_of(of_all(places), task.held_out)
     history = list(reached.history) if reached is not None else [Pass(0, run.judge(judges), None)]
@@ -315,7 +315,7 @@ def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) ->
 
 
 def _write(task: SweepTask, masters: _Masters, best: _Best) -> None:
-    """Hands every block, loaded, final and rounded as it is written, to the task's ``write_block``."""
+    """Calls the task's ``write_block`` for every block, loaded with its final weights, rounded as they are written."""
     chain = task.feed.chain
     for index in range(len(chain)):
         with chain.block(index, task.pruned(index)):
@@ -327,13 +327,13 @@ def _write(task: SweepTask, masters: _Masters, best: _Best) -> None:
 
 
 def harmful_passes(history: Sequence[Pass]) -> list[int]:
-    """The numbers of the passes that took the held-out divergence above the least before, and not by a little."""
-    found, least = [], history[0].held_out
+    """The numbers of the passes that raised the held-out divergence above :data:`HARM` times the least before."""
+    harmful, least = [], history[0].held_out
     for record in history[1:]:
         if not record.held_out <= HARM * least:  # NaN too
-            found.append(record.passes)
-        least = min(least, record.held_out)  # which NaN is never less than
-    return found
+            harmful.append(record.passes)
+        least = min(least, record.held_out)  # NaN is never less
+    return harmful
 
 
 class _Run:
@@ -356,22 +356,22 @@ class _Run:
         return self.ids(piece).numel()
 
     def judge(self, judges: Sequence[tuple[int, _Place]]) -> float:
-        """Mean divergence of a token over the held-out pieces of all processes."""
+        """The mean divergence per token over the held-out pieces of all processes."""
         own = [self.stream.pieces[place.number] for process, place in judges if process == parallel.rank()]
         sums = of_all([self.divergence(piece) for piece in own])
         return sum(divergence for _, divergence in sums) / sum(place.tokens for _, place in judges)
 
     def divergence(self, piece: Piece) -> float:
-        """Summed over the tokens, of the weights as they would be written now."""
+        """The divergence summed over the tokens, with the weights as they would be written now."""
         return self._end(self._forward(piece, written=True)[-1], piece, gradient=False)[0]
 
     def step(self, piece: Piece | None, process: int, rate: float, number: int) -> float:
-        """One step of Adam on every block; returns the divergence before it, summed over the tokens.
+        """Takes one step of Adam on every block; returns the divergence before it, summed over the tokens.
 
         Args:
-            piece: the windows of the step, or None where they are in another process.
-            process: the one that has them.
-            rate: of the step.
+            piece: the windows of the step, or None if another process has them.
+            process: the process that has them.
+            rate: the learning rate.
             number: of the step, from 1.
         """
         loss, entering, gradient = 0.0, [], None
@@ -397,7 +397,7 @@ class _Run:
         return parallel.broadcast(loss, process)
 
     def _forward(self, piece: Piece, *, written: bool) -> list[Tensor]:
-        """What enters every block, and what leaves the last."""
+        """The input of every block, and the output of the last."""
         hidden = [self.stream.hidden[piece.batch][piece.rows].float()]
         for index in range(len(self.chain)):
             flat = self.masters.parameters(index)
@@ -407,8 +407,8 @@ class _Run:
         return hidden
 
     def _end(self, hidden: Tensor, piece: Piece, *, gradient: bool) -> tuple[float, Tensor]:
-        """The divergence summed over the tokens, and the gradient of its mean in what left the last block."""
+        """The divergence summed over the tokens, and the gradient of its mean at the output of the last block."""
         ids, wanted = self.ids(piece), self.dense[piece.batch][piece.rows]
         loss = divergence_from(self.chain, wanted, ids)
-        total, found = through_head(self.chain, hidden, ids, loss, gradient=gradient)
-        return total, found / ids.numel() if gradient else found
+        total, slope = through_head(self.chain, hidden, ids, loss, gradient=gradient)
+        return total, slope / ids.numel() if gradient else slope

@@ -1,1 +1,1 @@
-"""Training a pruned model further without losing a zero: in full, or by a low-rank adapter."""
+"""Fine-tuning of a pruned model that keeps every zero: of all weights, or of a low-rank adapter."""

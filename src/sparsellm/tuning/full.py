@@ -1,4 +1,4 @@
-"""Full fine-tuning in which every pruned weight stays zero."""
+"""Full fine-tuning that keeps every pruned weight at zero."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from sparsellm.errors import ModelError
 
 
 class ZeroKeeper:
-    """Remembers where the weights of a model's blocks are zero, and keeps them so while it is trained.
+    """Records the zeros in the weights of a model's blocks, and keeps them at zero during training.
 
-    Gradients of pruned weights are zeroed as they arise, so that neither their norm nor an optimiser's moments feel
-    them; :meth:`restore`, after each step, takes back what an optimiser does without a gradient. One byte a weight.
+    Gradients of pruned weights are set to zero as they are computed, so that they affect neither the gradient norm nor
+    an optimiser's moments. :meth:`restore`, after each step, undoes changes that an optimiser makes without a gradient.
+    The masks take one byte per weight.
 
-    Example, in a loop of one's own::
+    Example, in a training loop::
 
         with ZeroKeeper(model) as keeper:
             for batch in batches:
@@ -30,10 +31,10 @@ class ZeroKeeper:
                 optimizer.zero_grad()
 
     Args:
-        model: the pruned model; every linear of its blocks that has a zero is kept.
+        model: the pruned model; every linear of its blocks that has a zero gets a mask.
 
     Raises:
-        ModelError: no linear of the blocks has a zero, so there is nothing to keep.
+        ModelError: no linear of the blocks has a zero.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,7 +72,7 @@ class ZeroKeeper:
         return lambda gradient: gradient * self._mask(name, gradient)
 
     def _mask(self, name: str, like: Tensor) -> Tensor:
-        if self.masks[name].device != like.device:  # the model was moved after its zeros were noted
+        if self.masks[name].device != like.device:  # the model was moved after the masks were made
             self.masks[name] = self.masks[name].to(like.device)
         return self.masks[name]
 
@@ -79,7 +80,7 @@ class ZeroKeeper:
 class KeepZeros(TrainerCallback):
     """A :class:`ZeroKeeper` for ``transformers.Trainer``: ``Trainer(..., callbacks=[KeepZeros()])``.
 
-    The zeros are those of the model when training begins.
+    It keeps the zeros that the model has when training begins.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,9 @@
-"""LoRA (2106.09685) whose update has the zeros of the weight: ``W + M∘(s·BA)``, with ``M`` the kept weights.
+"""LoRA (2106.09685) whose update has the zeros of the weight: ``W + M∘(s·BA)``, with ``M`` the mask of kept weights.
 
-The mask stands in the forward pass, so what is trained is what is merged: a merge changes no logit beyond rounding,
-and no zero. A plain LoRA would fill every zero when it is merged, or be wrong when it is masked afterwards. The price
-is that ``BA`` is formed in full, ``(out, in)``, once a forward. Built on peft: ``pip install 'sparsellm[tune]'``.
+The mask is applied in the forward pass, so the trained update equals the merged one: merging changes logits by rounding
+only, and keeps every zero. A plain LoRA would fill all zeros when merged, or change its outputs if masked afterwards.
+The cost is that ``BA`` is computed in full, ``(out, in)``, once per forward pass. Built on peft:
+``pip install 'sparsellm[tune]'``.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ try:
 except ImportError as error:
     raise ModelError("adapters need peft; install it: pip install 'sparsellm[tune]'") from error
 
-# Others change the base weight before training begins, and its zeros with it.
+# Other initialisations change the base weight, and its zeros, before training begins.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-# Variants of LoRA whose update is no plain BA, which is what the mask is laid over.
+# Variants of LoRA whose update is not the product BA, to which the mask is applied.
 _VARIANTS = ("use_dora", "arrow_config", "use_bdlora", "alora_invocation_tokens", "velora_config", "monteclora_config",
              "kasa_config", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_bias",
              "layer_replication", "target_parameters")  # fmt: skip
@@ -37,11 +38,11 @@ class MaskedLoraLinear(LoraLinear):
         super().__init__(base_layer, adapter_name, *args, **kwargs)
         base: Any = self.get_base_layer()
         self.fan_in_fan_out = self.is_target_conv_1d_layer = isinstance(base, Conv1D)
-        # Not saved: it is where the base weight is not zero.
+        # Not saved, since it follows from the base weight.
         self.register_buffer("kept", base.weight.detach() != 0, persistent=False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The masked update, in the shape of the weight; what is merged."""
+        """The masked update that is merged, in the shape of the weight."""
         delta = super().get_delta_weight(adapter)
         assert isinstance(self.kept, Tensor)
         return delta * self.kept.to(delta.device)
@@ -66,12 +67,12 @@ class MaskedLoraLinear(LoraLinear):
 
 
 def masked(config: LoraConfig) -> LoraConfig:
-    """Makes a LoRA configuration keep zeros, for ``peft.get_peft_model`` and ``PeftModel.from_pretrained``.
+    """A LoRA configuration that keeps zeros, for ``peft.get_peft_model`` and ``PeftModel.from_pretrained``.
 
-    peft does not save this with the adapter: use :func:`load_adapter`, or pass ``config=masked(...)`` again.
+    peft does not save this property with the adapter: use :func:`load_adapter`, or pass ``config=masked(...)`` again.
 
     Raises:
-        RecipeError: a variant of LoRA, or an initialisation, that cannot keep them.
+        RecipeError: the variant of LoRA, or the initialisation, cannot keep zeros.
     """
     for name in _VARIANTS:
         if getattr(config, name, None):
@@ -88,11 +89,11 @@ def masked(config: LoraConfig) -> LoraConfig:
 def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapter_name: str = "default") -> PeftModel:
     """A pruned model with a fresh masked adapter, ready for ``transformers.Trainer``.
 
-    ``merge_and_unload()`` of the result gives back the model, with the same zeros and the same logits.
+    ``merge_and_unload()`` of the result returns the model with the same zeros and the logits of the adapted model.
 
     Args:
-        model: a dense model with zeros; a packed one has to be unpacked first, since its weights cannot change.
-        config: as peft takes it; None for rank 16 on all linears.
+        model: a dense model with zeros. Unpack a packed one first, since its weights cannot change.
+        config: a configuration of peft; None for rank 16 on all linears.
         adapter_name: peft's name of the adapter.
 
     Raises:
@@ -122,4 +123,4 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
 
 def _refuse_packed(model: nn.Module) -> None:
     if getattr(model, "quantization_method", None) == "sparsellm":
-        raise ModelError("a packed model is not trained; train what `sparsellm unpack` writes, then pack that")
+        raise ModelError("a packed model cannot be trained; unpack it with `sparsellm unpack`, train, and pack again")

@@ -1,0 +1,222 @@
+"""The names of a model's weights in its checkpoint, by transformers' own rules.
+
+transformers renames weights while it loads them: GPT-NeoX is published with ``embed_out.weight`` for
+``lm_head.weight``, and the names in a multimodal directory have prefixes that the text model alone does not have.
+Transformers is asked for the rules of each family, and only names are read. What is written goes back under the names
+of the checkpoint, so that every other tool still reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from sparsellm.errors import ModelError
+from sparsellm.storage.reader import CheckpointReader
+
+_SENSES = re.compile("vision|audio")  # in the name of a config inside one that is the text's own
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the tensors of a checkpoint are to a model.
+
+    Attributes:
+        key_of: for each weight of the model that is one tensor of the checkpoint, the name of that tensor.
+        converted: for each weight that transformers makes of other tensors, or by an operation, their names.
+        name_of: for every tensor of the checkpoint, the name that transformers looks for in the model.
+    """
+
+    key_of: dict[str, str]
+    converted: dict[str, list[str]]
+    name_of: dict[str, str]
+
+
+def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: Mapping[str, Tensor]) -> Names:
+    """Which tensor of a checkpoint is which weight of the model; nothing is read.
+
+    Args:
+        model: may be on the meta device.
+        keys: names of all tensors of the checkpoint.
+        values: the model's ``state_dict()``.
+    """
+    rename = _Renaming(model, values)
+    same: dict[str, str] = {}
+    made: dict[str, list[str]] = {}
+    name_of: dict[str, str] = {}
+    for key in rename.ordered(keys):
+        name, converted = rename(key)
+        name_of[key] = name
+        if converted:
+            made.setdefault(name, []).append(key)
+        else:
+            same.setdefault(name, key)
+    in_order = {name: same[name] for name in values if name in same}
+    return Names(in_order, {name: made[name] for name in values if name in made}, name_of)
+
+
+def published_names(model: PreTrainedModel) -> dict[str, str]:
+    """The names under which ``save_pretrained`` writes the weights of a model, by their names in the model.
+
+    A weight that it splits or merges, and one that would not be read back into its place, keeps the model's name, which
+    transformers reads as well.
+    """
+    values = model.state_dict(keep_vars=True)
+    published = _reverted(model, values)
+    written = [published.get(name, name) for name in values]
+    read_back = checkpoint_names(model, written, values).key_of
+    times = Counter(written)
+    return {
+        name: key if read_back.get(name) == key and times[key] == 1 else name
+        for name, key in zip(values, written, strict=True)
+    }
+
+
+def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel, reader: CheckpointReader) -> None:
+    """Refuses a checkpoint of which some tensors become weights of the model only by an operation, before the work.
+
+    Args:
+        converted: for each such weight of the model, the tensors that it is made of.
+        model: built from the config.
+        reader: of the checkpoint.
+
+    Raises:
+        ModelError: naming one of them.
+    """
+    if not converted:
+        return
+    name, keys = max(converted.items(), key=lambda item: len(item[1]))
+    count = sum(len(each) for each in converted.values())
+    made = f"{len(keys)} tensors such as {keys[0]} become" if len(keys) > 1 else f"{keys[0]} becomes"
+    raise ModelError(
+        f"transformers merges, splits or transposes {count} tensors of {reader.directory} while it loads a "
+        f"{model.config.model_type} ({made} {name}), which is not supported from a directory: load it with "
+        "transformers and pass the model to prune() with an exclude for these weights, or open an issue"
+    )
+
+
+def architecture_keys(model: PreTrainedModel, reader: CheckpointReader) -> set[str]:
+    """The tensors that belong to the whole architecture that ``config.json`` names, where ``model`` is its text part.
+
+    A multimodal directory opened as a language model has towers that the language model lacks. Empty where the config
+    names no other architecture, or one that this transformers has not.
+    """
+    try:
+        config = AutoConfig.from_pretrained(reader.directory)
+    except Exception:  # modelling code of the checkpoint, which is not run for this
+        return set()
+    found: set[str] = set()
+    for architecture in getattr(config, "architectures", None) or []:
+        family: Any = getattr(transformers, str(architecture), None)
+        known = isinstance(family, type) and issubclass(family, PreTrainedModel)
+        if not known or family is type(model) or type(config) is type(model.config):
+            continue
+        try:
+            with torch.device("meta"):
+                whole = family(config)
+        except Exception:  # sizes of a tower that do not go together: then nothing is known of it
+            continue
+        names = checkpoint_names(whole, list(reader), whole.state_dict())
+        found.update(names.key_of.values(), *names.converted.values())
+    return found
+
+
+def tower_names(model: PreTrainedModel) -> list[str]:
+    """The modules of a multimodal model that read no text: vision and audio towers, by name, outermost only.
+
+    They are the models inside it that have a config of their own other than that of the text.
+    """
+    whole = model.config
+    text = whole.get_text_config()
+    own = [getattr(whole, key, None) for key in getattr(whole, "sub_configs", {}) if _SENSES.search(key)]
+    kinds = (PretrainedConfig,) if text is not whole else tuple({type(each) for each in own if each is not None})
+    towers: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or isinstance(module.config, (type(text), type(whole))):
+            continue
+        if isinstance(module.config, kinds) and not any(name.startswith(f"{tower}.") for tower in towers):
+            towers.append(name)
+    return towers
+
+
+class _Renaming:
+    """From the name of a tensor to the name of a weight: the steps of ``from_pretrained``."""
+
+    def __init__(self, model: PreTrainedModel, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+        self._prefix = str(getattr(model, "base_model_prefix", "") or "")
+        self._patterns: dict[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+        self._loading: Any = None
+        try:
+            from transformers import core_model_loading as loading
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        except ImportError:  # transformers 4 has patterns of prefixes in the model's class, and nothing else
+            return
+        rules = get_model_conversion_mapping(model, self._patterns or None)
+        self._loading = loading
+        self._renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+
+    def ordered(self, keys: Iterable[str]) -> list[str]:
+        """In the order in which transformers goes through them: some rules wait for the first tensor of a kind."""
+        by = getattr(self._loading, "dot_natural_key", None)
+        return sorted(keys, key=by)
+
+    def __call__(self, key: str) -> tuple[str, bool]:
+        """The name in the model, and whether more than the name is changed on the way."""
+        if self._loading is None:
+            return self._with_prefix(self._by_patterns(key)), False
+        rename = self._loading.rename_source_key
+        name, converter = rename(key, self._renamings, self._converters, self._prefix, self._values)
+        if name not in self._values:
+            plain = self._with_prefix(key)
+            if plain in self._values:
+                return plain, False
+        return name, converter is not None
+
+    def _by_patterns(self, key: str) -> str:
+        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
+        for pattern, replacement in self._patterns.items():
+            renamed, count = re.subn(pattern, replacement, key)
+            if count:
+                return renamed
+        return key
+
+    def _with_prefix(self, key: str) -> str:
+        """The name with or without the prefix of the base model, whichever the model has."""
+        prefix = f"{self._prefix}."
+        return next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in self._values), key)
+
+
+def _reverted(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, str]:
+    """The published names that transformers gives to weights which it writes as they are."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {name: _reverted_by_patterns(model, name) for name in values}
+    stand_ins = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
+    name_of = {id(tensor): name for name, tensor in stand_ins.items()}
+    try:
+        reverted = revert_weight_conversion(model, dict(stand_ins))
+    except Exception:  # a rule that cannot be reversed: the model's names are read as well
+        return {}
+    return {name_of[id(tensor)]: key for key, tensor in reverted.items() if id(tensor) in name_of}
+
+
+def _reverted_by_patterns(model: PreTrainedModel, name: str) -> str:
+    """As transformers 4 does it."""
+    patterns: dict[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    for replacement, pattern in patterns.items():
+        plain = re.sub(r"\(.*\)", "", replacement.lstrip("^"))
+        renamed, count = re.subn(pattern, plain, name)
+        if count:
+            return renamed
+    return name

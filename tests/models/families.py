@@ -1,0 +1,137 @@
+"""Tiny random models of the families that people use, as transformers saves them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from tests.models import POSITIONS, VOCABULARY, _seeded
+
+LAYERS = 2
+_LLAMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": POSITIONS,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_OPT: dict[str, Any] = {"word_embed_proj_dim": 32, "ffn_dim": 80, "dropout": 0.0}
+_GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": POSITIONS, "n_inner": 80}
+_NEOX: dict[str, Any] = {"tie_word_embeddings": False, "rotary_pct": 0.5}
+_GEMMA: dict[str, Any] = {"sliding_window": 16, "query_pre_attn_scalar": 8}
+_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+# The name of the family's classes, and what its config has that Llama's has not.
+_TEXT: dict[str, dict[str, Any]] = {
+    "Llama": {"tie_word_embeddings": False},
+    "Mistral": {"sliding_window": 16},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma": {},
+    "Gemma2": _GEMMA,
+    "Phi": {},
+    "Phi3": {},
+    "OPT": _OPT,
+    "GPT2": _GPT2,
+    "GPTJ": {**_GPT2, "rotary_dim": 4},
+    "GPTNeoX": _NEOX,
+    "Bloom": {"n_layer": LAYERS, "n_head": 4},
+    "Falcon": {"multi_query": True, "parallel_attn": True},
+    "StableLm": {},
+    "Starcoder2": {},
+    "Olmo": {},
+    "Olmo2": {},
+    "Olmo3": {"sliding_window": 16},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "Granite": {},
+    "Cohere": {},
+    "Exaone4": {"sliding_window": 16},
+    "Glm": {},
+}
+
+
+def gemma3_text() -> PreTrainedModel:
+    return _model("Gemma3TextConfig", "Gemma3ForCausalLM", {**_LLAMA, **_GEMMA})
+
+
+def gemma3() -> PreTrainedModel:
+    """Gemma 3 from 4B on: a directory of the text model, a projector and a vision tower, under prefixes."""
+    settings = {"text_config": {**_LLAMA, **_GEMMA}, "vision_config": _VISION, "mm_tokens_per_image": 4}
+    return _model("Gemma3Config", "Gemma3ForConditionalGeneration", settings)
+
+
+def qwen3_5() -> PreTrainedModel:
+    """Qwen 3.5: opened as a language model, its vision tower is no part of the model. One layer has full attention."""
+    text = {
+        **_LLAMA,
+        "layer_types": ["full_attention", "full_attention"],
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    settings = {"text_config": text, "vision_config": vision}
+    return _model("Qwen3_5Config", "Qwen3_5ForConditionalGeneration", settings)
+
+
+def git() -> PreTrainedModel:
+    """A config that is the text's own, with that of a vision tower inside."""
+    settings = {"vision_config": {**_VISION, "projection_dim": 16}, "hidden_dropout_prob": 0.0}
+    return _model("GitConfig", "GitForCausalLM", {**_LLAMA, **settings})
+
+
+def mpt() -> PreTrainedModel:
+    settings = {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": POSITIONS}
+    return _model("MptConfig", "MptForCausalLM", settings)
+
+
+def opt_350m() -> PreTrainedModel:
+    """OPT 350M: norms after the blocks, and linears between the embedding and the blocks."""
+    changes = {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
+    return _model("OPTConfig", "OPTForCausalLM", {**_LLAMA, **changes})
+
+
+def mixtral() -> PreTrainedModel:
+    """Published with a matrix for each expert, which transformers stacks."""
+    return _model("MixtralConfig", "MixtralForCausalLM", {**_LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1})
+
+
+def family(name: str) -> PreTrainedModel:
+    """One of :data:`FAMILIES`."""
+    if name in _SPECIAL:
+        return _SPECIAL[name]()
+    changes = _TEXT[name]
+    settings = {"vocab_size": VOCABULARY, **changes} if "n_embd" in changes else {**_LLAMA, **changes}
+    if name == "Falcon":
+        del settings["head_dim"]  # which it computes
+    causal = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    return _model(f"{name}Config", causal, settings)
+
+
+_SPECIAL = {"Gemma3Text": gemma3_text, "Gemma3": gemma3, "Qwen3_5": qwen3_5, "Mpt": mpt, "OPT 350M": opt_350m}
+FAMILIES = [
+    name
+    for name in (*_TEXT, *_SPECIAL)
+    if hasattr(transformers, f"{name.split()[0].removesuffix('Text')}Config")  # older releases lack the latest
+]
+
+
+def _model(config: str, causal: str, settings: dict[str, Any]) -> PreTrainedModel:
+    model: PreTrainedModel = _seeded(getattr(transformers, causal), getattr(transformers, config)(**settings), 0)
+    return model

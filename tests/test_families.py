@@ -1,0 +1,195 @@
+"""The families that people use: pruned from a directory, read again by plain transformers, under the names they had."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging import version
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import open_chain
+from sparsellm.errors import ModelError
+from sparsellm.progress import Progress
+from sparsellm.storage.reader import CheckpointReader
+from tests.models import save_tiny
+from tests.models.families import FAMILIES, family, gemma3, git, mixtral, qwen3_5
+
+IDS = torch.arange(4, 100).view(4, 24)
+RECIPE = Recipe(method="sparsegpt", samples=4, seq_len=24, sparsity=0.5)
+
+
+needs_qwen3_5 = pytest.mark.skipif("Qwen3_5" not in FAMILIES, reason="this transformers has no Qwen 3.5")
+stacks_experts = pytest.mark.skipif(
+    version.parse(transformers.__version__).major < 5, reason="transformers 4 stacks none"
+)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> PreTrainedModel:
+    return family(name)
+
+
+@pytest.fixture(scope="module")
+def source(name: str, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(model, None, tmp_path_factory.mktemp(name) / "dense")
+
+
+@pytest.fixture(scope="module")
+def pruned(source: Path) -> sparsellm.PruneResult:
+    return sparsellm.prune(source, RECIPE, out=source.parent / "pruned", calibration=IDS)
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    reader = CheckpointReader(directory)
+    return {key: reader.get(key) for key in reader}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return sorted(first) == sorted(second) and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def read_back(directory: Path) -> tuple[PreTrainedModel, dict[str, set[str]]]:
+    loaded, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    return loaded.eval(), {kind: set(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    found: Tensor = model(IDS, use_cache=False).logits
+    return found
+
+
+def test_half_of_every_matrix_is_zero_under_the_names_of_the_source(source: Path, pruned: Any) -> None:
+    assert pruned.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert set(CheckpointReader(pruned.path)) == set(CheckpointReader(source))
+    index = json.loads((pruned.path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(CheckpointReader(source))
+    loaded, info = read_back(pruned.path)
+    assert info == read_back(source)[1]
+    assert not info["missing_keys"]
+    state = loaded.state_dict()
+    for linear in pruned.linears:
+        assert int((state[f"{linear.name}.weight"] == 0).sum()) == linear.zeros, linear.name
+
+
+def test_at_sparsity_zero_no_bit_changes(source: Path, tmp_path: Path) -> None:
+    recipe = RECIPE.updated(sparsity=0.0, method="magnitude")
+    sparsellm.prune(source, recipe, out=tmp_path / "p", calibration=IDS)
+    assert torch.equal(logits(read_back(tmp_path / "p")[0]), logits(read_back(source)[0]))
+
+
+def test_a_resumed_run_has_the_same_bits(source: Path, pruned: Any, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.phase == "prune" and progress.done == 1:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS, progress=stop)
+    resumed = sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS)
+    assert resumed.resumed == 1
+    assert same(tensors(tmp_path / "p"), tensors(pruned.path))
+
+
+def test_packed_and_unpacked_bit_for_bit(pruned: Any, tmp_path: Path) -> None:
+    packed = sparsellm.pack(pruned.path, out=tmp_path / "packed")
+    assert any(packed.linears.values())
+    sparsellm.unpack(tmp_path / "packed", out=tmp_path / "dense")
+    assert same(tensors(tmp_path / "dense"), tensors(pruned.path))
+    loaded = sparsellm.load(tmp_path / "packed")
+    assert torch.allclose(logits(loaded), logits(read_back(pruned.path)[0]), atol=1e-4)
+
+
+def test_a_model_given_as_an_object_is_saved_under_published_names(name: str, source: Path, tmp_path: Path) -> None:
+    sparsellm.prune(family(name), RECIPE.updated(method="magnitude"), out=tmp_path / "p", calibration=IDS)
+    assert set(CheckpointReader(tmp_path / "p")) == set(CheckpointReader(source))
+
+
+@pytest.mark.parametrize("build", [gemma3, git, pytest.param(qwen3_5, marks=needs_qwen3_5)])
+def test_a_vision_tower_is_copied_and_said_so(build: Any, tmp_path: Path) -> None:
+    source = save_tiny(build(), None, tmp_path / "dense")
+    result = sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS)
+    before, after = tensors(source), tensors(tmp_path / "p")
+    tower = {key for key in before if "vision" in key or "visual" in key or "image" in key}
+    assert len(tower) > 5
+    assert same({key: before[key] for key in tower}, {key: after[key] for key in tower})
+    assert any("copied as they are, not pruned" in warning for warning in result.warnings)
+    assert all("vision" not in linear.name for linear in result.linears)
+
+
+def test_a_packed_model_is_saved_again_under_the_same_names(tmp_path: Path) -> None:
+    source = save_tiny(gemma3(), None, tmp_path / "dense")
+    sparsellm.prune(source, RECIPE.updated(method="magnitude"), out=tmp_path / "p", calibration=IDS)
+    sparsellm.pack(tmp_path / "p", out=tmp_path / "packed")
+    sparsellm.load(tmp_path / "packed").save_pretrained(tmp_path / "again")
+    sparsellm.unpack(tmp_path / "again", out=tmp_path / "unpacked")
+    assert same(tensors(tmp_path / "unpacked"), tensors(tmp_path / "p"))
+
+
+def test_a_tower_is_not_loaded(tmp_path: Path) -> None:
+    source = save_tiny(gemma3(), None, tmp_path / "dense")
+    chain = open_chain(source, device=torch.device("cpu"))
+    with chain.outer():
+        tower = chain.model.get_submodule(chain.towers[0])
+        assert all(parameter.is_meta for parameter in tower.parameters())
+
+
+@needs_qwen3_5
+def test_weights_of_no_tower_are_refused(tmp_path: Path) -> None:
+    source = save_tiny(qwen3_5(), None, tmp_path / "dense")
+    save_file({**tensors(source), "of.another.model": torch.ones(200, 300)}, source / "model.safetensors")
+    with pytest.raises(ModelError, match=r"does not use: 1 tensors, \d+% of all, such as of\.another\.model"):
+        open_chain(source, device=torch.device("cpu"))
+
+
+@needs_qwen3_5
+def test_a_text_model_loaded_from_a_multimodal_directory_is_read_back(tmp_path: Path) -> None:
+    source = save_tiny(qwen3_5(), None, tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path / "saved")
+    sparsellm.prune(model, RECIPE.updated(sparsity=0.0, method="magnitude"), out=tmp_path / "p", calibration=IDS)
+    assert same(tensors(tmp_path / "p"), tensors(tmp_path / "saved"))
+    assert read_back(tmp_path / "p")[1] == read_back(tmp_path / "saved")[1]
+
+
+@stacks_experts
+def test_experts_that_transformers_stacks_are_refused_before_the_work(tmp_path: Path) -> None:
+    source = save_tiny(mixtral(), None, tmp_path / "dense")
+    with pytest.raises(ModelError) as refused:
+        sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS)
+    assert "merges, splits or transposes 12 tensors" in str(refused.value)
+    assert "experts.gate_up_proj" in str(refused.value)
+    assert "pass the model to prune()" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.glob("p*"))
+
+
+@stacks_experts
+def test_a_mixture_given_as_an_object_is_read_back(tmp_path: Path) -> None:
+    exclude = ("*.experts.gate_up_proj", "*.experts.down_proj")
+    model = mixtral()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    recipe = RECIPE.updated(sparsity=0.5, method="magnitude", exclude=exclude)
+    sparsellm.prune(model, recipe, out=tmp_path / "p", calibration=IDS)
+    loaded, info = read_back(tmp_path / "p")
+    assert not any(info.values())
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], dense[name]) for name in dense if "experts" in name)
+    assert any("block_sparse_moe.gate" in key for key in tensors(tmp_path / "p"))
