@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, PreTrainedModel, T5Config
 
-from sparsellm import Recipe
+from sparsellm import Recipe, demo
+from sparsellm.storage.destination import partial_of
+from sparsellm.storage.resume import RunState
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
 FAMILIES = [tiny_llama, tiny_opt, tiny_gpt2]
@@ -293,3 +295,18 @@ def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path
     command = [sys.executable, "-m", "sparsellm", "prune", str(llama), "--out", str(tmp_path / "p"), "--samples", "2"]
     done = subprocess.run([*command, "--seq-len", "16", "--method", "wanda", "--json"], capture_output=True, check=True)
     assert json.loads(done.stdout)["path"] == str(tmp_path / "p")
+
+
+def test_a_demo_that_another_release_left_unfinished_can_begin_anew(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tiny_llama(max_position_embeddings=1024), tiny_tokenizer(), tmp_path / "model")
+    monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)
+    for name, small in {"SAMPLES": 2, "SEQ_LEN": 64, "EVALUATION_TOKENS": 256}.items():
+        monkeypatch.setattr(demo, name, small)
+    RunState(partial_of(tmp_path / "p"), {"a": 1}).close()
+    code, _, stderr = run("demo", "--out", tmp_path / "p", columns=1000)
+    assert code == 2
+    assert "give --restart" in stderr
+    code, _, stderr = run("demo", "--out", tmp_path / "p", "--restart")
+    assert code == 0, stderr

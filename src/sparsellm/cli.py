@@ -413,6 +413,9 @@ def demo(
         Path | None, typer.Option(metavar="DIR", help=f"Directory of the pruned model.{_default('in the cache')}")
     ] = None,
     sparsity: Annotated[float, typer.Option(metavar="SHARE", help="Fraction of zeros.")] = 0.7,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, even where an unfinished run could go on.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prune a small real Llama, measure it before and after, save it, and show the result. Needs no hub."""
@@ -423,7 +426,7 @@ def demo(
 
     _kept = partial(kept_by_prune, out or cache_dir() / "demo-pruned", time.time())
     with console.progress() as progress:
-        result = run_demo(out=out, sparsity=sparsity, progress=progress)
+        result = run_demo(out=out, sparsity=sparsity, restart=restart, progress=progress)
     if as_json:
         console.write_json(result.to_dict())
         return

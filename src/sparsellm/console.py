@@ -42,6 +42,7 @@ _PHASES = {
     "prune": "prune blocks",
     "forward": "run pruned blocks",
     "write": "write blocks",
+    "count": "count zeros",
     "sweep": "sweep the whole model",
     "prune/dense": "run dense blocks",
     "prune/statistics": "gather statistics",

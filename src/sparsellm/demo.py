@@ -67,7 +67,7 @@ class DemoResult:
         }
 
 
-def run_demo(*, out: Path | None, sparsity: float, progress: ProgressCallback) -> DemoResult:
+def run_demo(*, out: Path | None, sparsity: float, progress: ProgressCallback, restart: bool = False) -> DemoResult:
     """Runs the demo. Its model is downloaded from the package index once; its text is part of Python.
 
     Raises:
@@ -75,7 +75,7 @@ def run_demo(*, out: Path | None, sparsity: float, progress: ProgressCallback) -
         StorageError: ``out`` cannot take a checkpoint.
     """
     if out is not None:
-        check_destination(out)
+        check_destination(out, restart=restart)
     recipe = Recipe(sparsity=sparsity, calibration="pydoc", samples=SAMPLES, seq_len=SEQ_LEN)
     clock = PhaseClock()
     with clock.phase("fetch"):
@@ -85,7 +85,7 @@ def run_demo(*, out: Path | None, sparsity: float, progress: ProgressCallback) -
     target = out if out is not None else cache_dir() / "demo-pruned"
     with clock.phase("prune"):
         # The default directory belongs to the demo, so another run replaces its earlier result.
-        pruned = api.prune(dense, recipe, out=target, overwrite=out is None, progress=progress)
+        pruned = api.prune(dense, recipe, out=target, overwrite=out is None, restart=restart, progress=progress)
     measured = []
     for path in (dense, target):
         with clock.phase("evaluate"):
