@@ -250,7 +250,7 @@ def prune(  # noqa: PLR0913 - a command
     from sparsellm import api, console, parallel, tables
     from sparsellm.recipe import Recipe
 
-    _load_plugins(plugin)
+    said = _load_plugins(plugin)
     given = {
         "method": method,
         "sparsity": sparsity,
@@ -286,15 +286,16 @@ def prune(  # noqa: PLR0913 - a command
         tables.print_pruned(result, verbose=verbose)
 
 
-def _load_plugins(named: list[str] | None) -> None:
-    """Loads the named plugins, then those of installed packages; a failure of the latter is a warning."""
+def _load_plugins(named: list[str] | None) -> list[str]:
+    """Loads the named plugins, then those of installed packages; prints and returns the failures of the latter."""
     from sparsellm import console, parallel, plugins
 
     for each in named or []:
         plugins.load_plugin(each)
-    for failure in plugins.load_installed():
-        if parallel.is_main():
-            console.say(f"note: {failure}", error=True)
+    failures = plugins.load_installed()
+    for failure in failures if parallel.is_main() else []:
+        console.say(f"note: {failure}", error=True)
+    return failures
 
 
 @app.command("eval")

@@ -38,7 +38,7 @@ class Plugin:
 
 
 _loaded: dict[str, Plugin] = {}  # by the path of the file, or the name of the module
-_installed_loaded = False
+_installed_failures: list[str] | None = None  # None until they are loaded
 
 
 def load_plugin(name_or_path: str | os.PathLike[str], *, installed: bool = False) -> Plugin:
@@ -64,11 +64,14 @@ def load_plugin(name_or_path: str | os.PathLike[str], *, installed: bool = False
 
 
 def load_installed() -> list[str]:
-    """Loads the plugins of installed packages, once; returns a line for each that failed and is left out."""
-    global _installed_loaded
-    if _installed_loaded:
-        return []
-    _installed_loaded = True
+    """Loads the plugins of installed packages at the first call; returns a line for each that failed and is left out."""
+    global _installed_failures
+    if _installed_failures is None:
+        _installed_failures = _load_entry_points()
+    return list(_installed_failures)
+
+
+def _load_entry_points() -> list[str]:
     failures = []
     for point in importlib.metadata.entry_points(group=GROUP):
         package = point.dist.name if point.dist is not None else point.value

@@ -15,4 +15,4 @@ def forgotten_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     for registry in (SOLVERS, METHODS, ALLOCATIONS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     monkeypatch.setattr(plugins, "_loaded", {})
-    monkeypatch.setattr(plugins, "_installed_loaded", False)
+    monkeypatch.setattr(plugins, "_installed_failures", None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsellm.chain import Feed, LinearView
 from sparsellm.chain.capture import watch
+from sparsellm.errors import RecipeError
 from sparsellm.progress import Progress
 from sparsellm.sweep.saliency import LossGradients
 
@@ -49,7 +50,10 @@ class Survey:
     @property
     def gradients(self) -> LossGradients:
         """The gradients of the dense model's loss, with the saliency of every weight."""
-        assert self._gradients is not None, "the allocation declares no gradient_tokens"
+        if self._gradients is None:
+            raise RecipeError(
+                "the allocation uses survey.gradients and declares no gradient_tokens; add needs=... to it"
+            )
         return self._gradients
 
     @property
