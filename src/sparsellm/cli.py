@@ -250,7 +250,7 @@ def prune(  # noqa: PLR0913 - a command
     from sparsellm import api, console, parallel, tables
     from sparsellm.recipe import Recipe
 
-    said = _load_plugins(plugin)
+    printed = _load_plugins(plugin)
     given = {
         "method": method,
         "sparsity": sparsity,
@@ -279,7 +279,7 @@ def prune(  # noqa: PLR0913 - a command
         )
     if not parallel.is_main():
         return
-    tables.print_warnings(result)
+    tables.print_warnings(result, printed)
     if as_json:
         console.write_json(result.to_dict())
     elif not quiet:

@@ -64,7 +64,7 @@ def load_plugin(name_or_path: str | os.PathLike[str], *, installed: bool = False
 
 
 def load_installed() -> list[str]:
-    """Loads the plugins of installed packages at the first call; returns a line for each that failed and is left out."""
+    """Loads the plugins of installed packages at the first call; returns a line for each that is left out."""
     global _installed_failures
     if _installed_failures is None:
         _installed_failures = _load_entry_points()

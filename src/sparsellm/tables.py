@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from sparsellm.runtime.convert import PackResult
 
 
-def print_warnings(result: PruneResult) -> None:
-    """Prints the warnings of a run on stderr."""
+def print_warnings(result: PruneResult, printed: Iterable[str] = ()) -> None:
+    """Prints the warnings of a run on stderr, except those that were printed before."""
     for warning in result.warnings:
-        say(f"note: {warning}", error=True)
+        if warning not in printed:
+            say(f"note: {warning}", error=True)
 
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
