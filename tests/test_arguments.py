@@ -285,3 +285,11 @@ def test_a_message_is_one_printable_line() -> None:
     assert shown([10**5000]) == "a list"
     assert shown(10**5000) == "an integer of 16610 bits"
     assert len(shown("x" * 10**6)) <= 80
+
+
+def test_a_long_value_is_cut_in_the_middle_and_its_end_stays() -> None:
+    text = shown("/data/" + "x" * 5000 + "/corpus.txt")
+    assert len(text) == 160
+    assert text.startswith("'/data/xx")
+    assert text.endswith("/corpus.txt'")
+    assert shown("/data/corpus.txt") == "'/data/corpus.txt'"

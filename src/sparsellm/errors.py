@@ -63,15 +63,19 @@ def one_line(error: BaseException) -> str:
     return "".join(character if character.isprintable() else "?" for character in named[:300])
 
 
-def shown(value: object, most: int = 80) -> str:
-    """A value as text for an error message: one line, cut at ``most`` characters. It never raises."""
+def shown(value: object, most: int = 160) -> str:
+    """A value as text for an error message: one line of at most ``most`` characters, cut in the middle, since the end
+    of a path says most. It never raises."""
     if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write more than 4,300 digits
         return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str | bytes):
-        value = value[: most + 1]  # so that a megabyte of text is not formatted
+    if isinstance(value, str) and len(value) > 2 * most:  # so that a megabyte of text is not formatted
+        value = value[:most] + value[-most:]
+    if isinstance(value, bytes) and len(value) > 2 * most:
+        value = value[:most] + value[-most:]
     try:
         text = repr(value)
     except Exception:  # from the repr of a user's class, or of a list with a number that is too long
         return f"a {type(value).__name__}"
     text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    head = most // 2
+    return text if len(text) <= most else f"{text[:head]}…{text[head + 1 - most :]}"
