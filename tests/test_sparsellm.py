@@ -115,6 +115,7 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse(family: Fa
     ("family", "goal", "solver", "taken"),
     [
         (tiny_opt, {"pattern": "1:4"}, "admm", True),
+        (tiny_opt, {"pattern": "1:4"}, "sparsegpt", False),
         (tiny_opt, {"sparsity": 0.8}, "sparsegpt", True),
         (tiny_opt, {"sparsity": 0.9}, "admm", False),
         (tiny_opt, {"sparsity": 0.7}, "sparsegpt", False),
