@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from measure import cpu_name
-from quality import OUT, Cells
+from quality import OUT, Cells, spread
 
 import sparsellm
 from sparsellm.errors import NumericalError
@@ -116,14 +116,7 @@ def columns(row: list[dict[str, Any]], alone: list[dict[str, Any]] | None, base:
 
     ratios = [excess(cell) / excess(other) for cell, other in zip(row, alone or [], strict=False)]
     seconds = statistics.mean(cell["cpu_seconds"] for cell in row)
-    return f"{_spread([cell['perplexity'] for cell in row], 2)} | {_spread(ratios, 3)} | {seconds:.1f}"
-
-
-def _spread(values: list[float], digits: int) -> str:
-    if not values:
-        return "–"
-    shown = f"{statistics.mean(values):.{digits}f}"
-    return shown + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{spread([cell['perplexity'] for cell in row], 2)} | {spread(ratios, 3)} | {seconds:.1f}"
 
 
 if __name__ == "__main__":
