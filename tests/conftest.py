@@ -12,10 +12,17 @@ import torch
 
 from sparsellm import cli, console
 
+THREADS = torch.get_num_threads()
+
 
 def pytest_configure() -> None:
-    """Signals that whoever started the tests ignores (``nohup``, a shell's background) are not ignored here: the tests
-    send them, and what is ignored stays so in every child."""
+    """One thread, and signals as usual.
+
+    Distributing work costs a tiny model more than the work, on a busy machine ten times more; and a fixture of a module
+    must compute with as many threads as its tests do, or bits differ. Signals that whoever started the tests ignores
+    (``nohup``, a shell's background) are not ignored here: the tests send them, and every child inherits that.
+    """
+    torch.set_num_threads(1)
     for signum, usual in (
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGTERM, signal.SIG_DFL),
@@ -33,13 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Handing out work costs a tiny model more than the work; on a busy machine, ten times more."""
-    threads = torch.get_num_threads()
-    if "slow" not in request.keywords:
-        torch.set_num_threads(1)
+def threads_for_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Slow tests take as many threads as torch chose; the others one, see :func:`pytest_configure`."""
+    if "slow" in request.keywords:
+        torch.set_num_threads(THREADS)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
