@@ -67,6 +67,7 @@ class Choice:
         allocator: chooses per-layer sparsities.
         allocation_options: of the allocation, including defaults.
         allocation_needs: of the allocation.
+        allocates: whether the allocation is called: it is not uniform, and something is pruned.
     """
 
     method: Entry[Method]
@@ -75,6 +76,7 @@ class Choice:
     allocator: Entry[Allocator]
     allocation_options: dict[str, Any]
     allocation_needs: Needs
+    allocates: bool
 
     @classmethod
     def of(cls, recipe: Recipe) -> Choice:
@@ -87,9 +89,10 @@ class Choice:
         options = method.check(recipe.options)
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
         allocation_options = allocator.check(recipe.allocation_options)
-        uniform = allocator.name == "uniform" or recipe.sparsity == 0
-        allocation_needs = Needs() if uniform else allocator.needs_of(allocation_options)
-        return cls(method, options, method.needs_of(options), allocator, allocation_options, allocation_needs)
+        allocates = allocator.name != "uniform" and recipe.sparsity != 0
+        allocation_needs = allocator.needs_of(allocation_options) if allocates else Needs()
+        needs = method.needs_of(options)
+        return cls(method, options, needs, allocator, allocation_options, allocation_needs, allocates)
 
     def on(self, patterns: dict[str, Pattern]) -> Choice:
         """The same choice, without needs that are useless for these patterns."""

@@ -192,16 +192,12 @@ class Run:
 
     # ------------------------------------------------------------------ parts of the steps above
 
-    @property
-    def _allocates(self) -> bool:
-        return self.choice.allocator.name != "uniform" and self.recipe.sparsity != 0
-
     def _demand(self) -> Demand:
         """The memory demand of this process; the first one also surveys the dense model."""
         choice, chain, seq_len = self.choice, self.chain, self.windows.shape[1]
         surveyed = gradient_tokens = 0
         if parallel.is_main():
-            if self._allocates and not self.journal.knows(ALLOCATION):
+            if choice.allocates and not self.journal.knows(ALLOCATION):
                 tokens = choice.allocation_needs.surveyed_tokens
                 most = len(self.windows)
                 surveyed = most if tokens is None else min(most, windows_of(tokens, seq_len))
@@ -246,11 +242,11 @@ class Run:
         A resumed run takes those of its first start.
         """
         choice, sizes = self.choice, before.sizes_of(self.chain, self.recipe)
-        allocation = self.journal.allocation() if self._allocates else None
+        allocation = self.journal.allocation() if choice.allocates else None
         costs: dict[str, Tensor] | None = {}
         if choice.needs.output_costs and len(self.finished) < len(self.chain):
             costs = self.journal.output_costs()
-        allocates = self._allocates and allocation is None
+        allocates = choice.allocates and allocation is None
         saliency = allocates and choice.allocation_needs.gradient_tokens > 0
         gradients: LossGradients | None = None
         if saliency or costs is None:

@@ -82,10 +82,6 @@ class Adam:
         optimiser.zero_grad(set_to_none=True)
 
 
-def trained_elements(parameters: Mapping[str, nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters.values() if p.requires_grad)
-
-
 def schedule(step: int, steps: int, warmup: float = 0.1) -> float:
     """The factor of the learning rate: a linear rise over the share ``warmup`` of the steps, then a cosine to zero."""
     rising = max(1, round(warmup * steps))
