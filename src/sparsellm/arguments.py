@@ -246,6 +246,12 @@ CHECKS: dict[str, Check] = {
     "seq_len": _count(2, MOST_TOKENS, f"give a whole number from 2 to {MOST_TOKENS}, or leave it out for the default"),
     "max_tokens": _count(2, 1 << 62),
     "bos": _typed(Bos, "give auto, yes or no"),
+    "against": Check(_model),
+    "tasks": _typed(
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(min_length=1, strict=False)],
+        "give a list of names of lm-eval tasks",
+    ),
+    "tasks_dir": Check(lambda value: as_path(value, "tasks_dir", RecipeError)),
     "device": _typed(
         Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_name_of)],
         "give a name such as 'cpu', 'cuda' or 'auto'",

@@ -93,6 +93,14 @@ TrustOption = Annotated[
         "--trust-remote-code", help="Run modelling code that comes with the checkpoint.", rich_help_panel=RESOURCES
     ),
 ]
+SaveOption = Annotated[
+    bool,
+    typer.Option(
+        "--save/--no-save",
+        help="Append the result to results.json in a directory that sparsellm wrote.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.", rich_help_panel=OUTPUT)
 ]
@@ -327,15 +335,31 @@ def evaluate(  # noqa: PLR0913 - a command
         int | None, typer.Option(metavar="N", help=f"Most tokens of the text to use.{_default('all')}")
     ] = None,
     bos: Annotated[str | None, typer.Option(metavar="WHEN", help=BOS_HELP, autocompletion=_one_of(*BOS))] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The dense model to compare with: KL divergence, same first choices, recovery."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks of lm-eval to run on the whole model (needs sparsellm\\[eval])."),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory with further tasks, in lm-eval's YAML files.")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    save: SaveOption = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the perplexity of MODEL on a text, by the protocol of the papers."""
-    from sparsellm import api, console
+    """Measure the perplexity of MODEL on a text, its divergence from a dense model, and tasks of lm-eval."""
+    from sparsellm import api, console, tables
     from sparsellm.progress import PhaseClock
+    from sparsellm.storage import results
 
+    keeps = _keeps(model, save=save)
     clock = PhaseClock()
     with console.progress() as progress, clock.phase("evaluate"):
         result = api.evaluate(
@@ -343,28 +367,49 @@ def evaluate(  # noqa: PLR0913 - a command
             text,
             seq_len=seq_len,
             max_tokens=max_tokens,
-            bos="auto" if bos is None else bos,
+            bos="auto" if bos is None else bos,  # type: ignore[arg-type]  # it is checked there
+            against=against,
+            tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
+            tasks_dir=tasks_dir,
             device="auto" if device is None else device,
             dtype="auto" if dtype is None else dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+    saved = results.append_result(keeps, "evaluations", result.to_dict()) if keeps is not None else None
     if as_json:
         console.write_json(
             {
+                **result.to_dict(),
                 "perplexity": result.value,
+                "interval": [result.low, result.high],
                 "nll": result.nll,
                 "tokens_scored": result.tokens,
                 "window": result.window,
                 "model": model,
                 "text": text,
+                "results": None if saved is None else str(saved),
                 "seconds": clock.seconds,
                 "peak_rss_bytes": api.peak_rss(),
                 "versions": api.versions(),
             }
         )
-    else:
-        console.say(f"perplexity {result.value:.4f} · {result.tokens} tokens scored in windows of {result.window}")
+        return
+    tables.print_evaluation(result)
+    if saved is not None:
+        console.say(f"results in {saved}")
+
+
+def _keeps(directory: str, *, save: bool) -> Path | None:
+    """The directory that keeps the results, checked before the work; None if they are not to be kept."""
+    from sparsellm.storage import results
+
+    with suppress(OSError, RuntimeError, ValueError):  # what cannot be a path is refused as a model
+        place = Path(directory).expanduser()
+        if save and results.keeps_results(place):
+            results.check_results(place)
+            return place
+    return None
 
 
 @app.command()
@@ -572,12 +617,16 @@ def bench(  # noqa: PLR0913 - a command
         str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
     ] = "cpu",
     dtype: DtypeOption = None,
+    save: SaveOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
     from sparsellm import console, tables
+    from sparsellm.machine.devices import resolve_device
     from sparsellm.runtime.bench import compare
+    from sparsellm.storage import results
 
+    keeps = _keeps(directory, save=save)
     with console.progress() as progress:
         report = compare(
             directory,
@@ -591,10 +640,16 @@ def bench(  # noqa: PLR0913 - a command
             dtype="auto" if dtype is None else dtype,
             progress=progress,
         )
+    saved = None
+    if keeps is not None:
+        record: Any = {**report.to_dict(), **results.stamp(resolve_device(device))}
+        saved = results.append_result(keeps, "benchmarks", record)
     if as_json:
-        console.write_json(report.to_dict())
+        console.write_json({**report.to_dict(), "results": None if saved is None else str(saved)})
         return
     tables.print_speeds(report)
+    if saved is not None:
+        console.say(f"results in {saved}")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from sparsellm.console import count, out, phases, say, speed, table, visible
 if TYPE_CHECKING:
     from sparsellm.api import MatrixZeros, PruneResult
     from sparsellm.demo import DemoResult
+    from sparsellm.evaluation.measured import Evaluation, Interval
     from sparsellm.recipe import Recipe
     from sparsellm.registry import Registry
     from sparsellm.runtime.bench import Comparison
@@ -141,6 +142,31 @@ def print_packed(result: PackResult) -> None:
         say(f"{dense} of {len(result.linears)} linears are smaller dense and were not packed")
     say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, including embedding and head, unchanged")
     say(f"written to {result.path}")
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """Prints perplexity and protocol, the comparison with a dense model, and the metrics of the tasks."""
+    protocol = result.protocol
+    begins = {"yes": "each begins with BOS", "no": "cut anywhere", "given": "as given"}[protocol["bos"]]
+    say(
+        f"perplexity {result.value:.4f}{_ends(result.perplexity)} · {result.tokens} tokens scored in "
+        f"{protocol['windows']} windows of {result.window}, {begins}"
+    )
+    if result.against is not None:
+        dense = result.against
+        say(f"dense model {dense.model}: perplexity {dense.perplexity.value:.4f}{_ends(dense.perplexity)}")
+        say(
+            f"recovery {dense.recovery:.2%} · KL divergence {dense.kl.value:.4g} nats a token{_ends(dense.kl)} · same "
+            f"first choice for {dense.agreement:.2%} of the tokens"
+        )
+    for task, metrics in (result.tasks or {}).items():
+        for name, metric in metrics.items():
+            error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.4f}"
+            say(f"{task}: {name} {metric['value']:.4f}{error}")
+
+
+def _ends(interval: Interval) -> str:
+    return f" ({interval})" if interval.low is not None else ""
 
 
 def print_speeds(report: Comparison) -> None:
