@@ -39,6 +39,8 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     say(_recipe_line(result.recipe, allocation))
     say(f"{result.calibration_tokens} calibration tokens · peak memory {result.peak_rss / 1e9:.2f} GB")
     say(f"written to {result.path}")
+    if result.report is not None:
+        say(f"report: {result.report}")
 
 
 def share(matrices: Iterable[Any]) -> float:

@@ -109,6 +109,11 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, **more}
 
 
+def whole_axis(title: str, numbers: Sequence[int], **more: Any) -> dict[str, Any]:
+    """An axis of whole numbers with at most a dozen ticks."""
+    return axis(title, tick0=0, dtick=max(1, math.ceil((max(numbers) - min(numbers) + 1) / 12)), **more)
+
+
 # ---------------------------------------------------------------------- by linear
 
 
@@ -167,7 +172,7 @@ def sparsity_map(linears: Sequence[PrunedLinear]) -> Chart:
         f"The fraction of zeros of each linear, from {percent(low)} to {percent(high)}. Darker is denser.",
         grid.table(values, percent),
         [_heat_map(grid, values, [[percent(_or_nan(v)) for v in row] for row in values], bar, "zeros")],
-        _map_layout(),
+        _map_layout(grid),
         _map_height(grid),
     )
 
@@ -188,7 +193,7 @@ def error_map(linears: Sequence[PrunedLinear]) -> Chart:
         f"from {number(low, 2)} to {number(high, 2)}; the colours are logarithmic, and darker is a smaller error.",
         grid.table(values, lambda value: number(value, 3)),
         [_heat_map(grid, powers, [[number(v, 3) for v in row] for row in values], bar, "error")],
-        _map_layout(),
+        _map_layout(grid),
         _map_height(grid),
     )
 
@@ -219,9 +224,9 @@ def _heat_map(
     }
 
 
-def _map_layout() -> dict[str, Any]:
+def _map_layout(grid: _Grid) -> dict[str, Any]:
     return {
-        "xaxis": axis("block", showgrid=False, zeroline=False),
+        "xaxis": whole_axis("block", grid.blocks, showgrid=False, zeroline=False),
         "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
     }
 
@@ -249,15 +254,15 @@ def allocation_chart(pruning: Pruning) -> Chart:
         Table(("block", "sparsity"), [(str(b), percent(v)) for b, v in zip(grid.blocks, whole, strict=True)]),
         traces,
         {
-            "xaxis": axis("block"),
+            "xaxis": whole_axis("block", grid.blocks),
             "yaxis": axis("zeros", tickformat=".0%"),
-            "shapes": [_reference(pruning.sparsity_asked)],
+            "shapes": [reference_line(pruning.sparsity_asked)],
         },
         400,
     )
 
 
-def _reference(y: float) -> dict[str, Any]:
+def reference_line(y: float) -> dict[str, Any]:
     """A dashed line across the chart; the page gives it the colour of its text."""
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": {"dash": "dash", "width": 1}}
 
@@ -271,12 +276,14 @@ def sweep_chart(pruning: Pruning) -> Chart | None:
     if not passes:
         return None
     numbers = [each.passes for each in passes]
-    first, best = passes[0].held_out, min(each.held_out for each in passes)
+    first, best = passes[0].held_out, min(passes, key=lambda each: (not math.isfinite(each.held_out), each.held_out))
+    kept = f"{number(best.held_out)} after pass {best.passes}, whose weights were kept"
+    if best is passes[0]:
+        kept = "no pass was better, so the weights before it were kept"
     return Chart(
         "sweep",
         "The sweep",
-        f"KL(dense ‖ pruned) in nats a token: {number(first)} on held-out windows before the first pass, "
-        f"{number(best)} after the best one, whose weights were kept.",
+        f"KL(dense ‖ pruned) in nats a token on held-out windows: {number(first)} before the first pass; {kept}.",
         Table(
             ("passes", "held-out windows", "windows of the pass"),
             [(str(each.passes), number(each.held_out), number(each.train)) for each in passes],
@@ -285,7 +292,7 @@ def sweep_chart(pruning: Pruning) -> Chart | None:
             line("held-out windows", numbers, [each.held_out for each in passes], 0),
             line("windows of the pass", numbers, [each.train for each in passes], 1),
         ],
-        {"xaxis": axis("passes", dtick=1), "yaxis": axis("KL, nats", rangemode="tozero")},
+        {"xaxis": whole_axis("passes", numbers), "yaxis": axis("KL, nats", rangemode="tozero")},
     )
 
 
@@ -310,7 +317,10 @@ def decomposition_charts(pruning: Pruning) -> list[Chart]:
             for position, (block, history) in enumerate(runs)
         ]
         most = max(len(history) for _, history in runs)
-        rows = [(str(block), *(number(of(s)) for s in history), *[""] * (most - len(history))) for block, history in runs]
+        rows = [
+            (str(block), *(number(of(step)) for step in history), *[""] * (most - len(history)))
+            for block, history in runs
+        ]
         charts.append(
             Chart(
                 name,
@@ -319,7 +329,7 @@ def decomposition_charts(pruning: Pruning) -> list[Chart]:
                 Table(("block", *(f"iteration {n}" for n in range(most))), rows),
                 traces,
                 {
-                    "xaxis": axis("iteration", dtick=1),
+                    "xaxis": whole_axis("iteration", range(most)),
                     "yaxis": axis(what, type="log"),
                     "showlegend": len(runs) <= 12,
                 },
@@ -346,7 +356,15 @@ def time_chart(pruning: Pruning) -> Chart | None:
         "Time of each phase",
         f"{total:.0f} seconds in all; {order[-1]} took {percent(whole[order[-1]] / total)} of them.",
         Table(("phase", "seconds", "share"), rows),
-        [{"type": "bar", "orientation": "h", "x": [whole[n] for n in order], "y": order, "marker": {"color": COLOURS[0]}}],
+        [
+            {
+                "type": "bar",
+                "orientation": "h",
+                "x": [whole[name] for name in order],
+                "y": order,
+                "marker": {"color": COLOURS[0]},
+            }
+        ],
         {"xaxis": axis("seconds"), "yaxis": {"type": "category"}},
         120 + 26 * len(order),
     )
@@ -365,8 +383,8 @@ def memory_chart(pruning: Pruning) -> Chart | None:
     return Chart(
         "memory",
         "Memory against the prediction",
-        f"Peak {pruning.peak_rss_bytes / 1e9:.2f} GB, predicted {plan.predicted_peak_rss_bytes / 1e9:.2f} GB of a budget "
-        f"of {plan.budget_bytes / 1e9:.2f} GB. Measured is the highest value so far at the end of the step.",
+        f"Peak {pruning.peak_rss_bytes / 1e9:.2f} GB, predicted {plan.predicted_peak_rss_bytes / 1e9:.2f} GB of a "
+        f"budget of {plan.budget_bytes / 1e9:.2f} GB. Measured is the highest value so far at the end of the step.",
         Table(
             ("step", "predicted GB", "measured GB"),
             [(s, f"{p:.2f}", f"{m:.2f}") for s, p, m in zip(steps, predicted, measured, strict=True)],

@@ -18,7 +18,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sparsellm import __version__
-from sparsellm.errors import SparseLLMError, StorageError, shown
+from sparsellm.errors import MissingExtraError, StorageError, shown
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table
 from sparsellm.report.headline import headline
@@ -28,11 +28,8 @@ from sparsellm.storage.files import replace_atomically, write_all
 
 REPORT = "report.html"
 GENERATOR = "sparsellm report"  # how a file of ours is told from others; near its beginning
+NEEDS_EXTRA = "needs the package plotly: pip install 'sparsellm[report]'"
 _HEAD = 2048  # bytes in which that must stand
-
-
-class MissingExtra(SparseLLMError):
-    """The chart library is not installed."""
 
 
 def write_report(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
@@ -44,11 +41,11 @@ def write_report(directory: str | os.PathLike[str], out: str | os.PathLike[str] 
 
     Raises:
         StorageError: the directory has no ``pruning.json``, a file in it cannot be read, or ``out`` is refused.
-        MissingExtra: the chart library is not installed.
+        MissingExtraError: the chart library is not installed.
     """
     place = checked_out(Path(directory).expanduser() / REPORT if out is None else out, exists=out is not None)
     record = read_record(directory)
-    return _write(place, render_run(record))
+    return write_page(place, render_run(record))
 
 
 def checked_out(out: str | os.PathLike[str], *, exists: bool = True) -> Path:
@@ -88,7 +85,8 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _write(place: Path, text: str) -> Path:
+def write_page(place: Path, text: str) -> Path:
+    """Writes a page in one step, and returns its path."""
     replace_atomically(place, lambda file: write_all(file, text.encode("utf-8", "backslashreplace")))
     return place
 
@@ -97,7 +95,7 @@ def render_run(record: PruningRecord) -> str:
     """The report of one run as HTML.
 
     Raises:
-        MissingExtra: the chart library is not installed.
+        MissingExtraError: the chart library is not installed.
     """
     pruning = record.pruning
     rows = headline(record)
@@ -112,6 +110,7 @@ def render_run(record: PruningRecord) -> str:
     sections += [("weights", "Weights"), ("course", "The course of the run"), ("made", "How it was made")]
     if record.results.continuations:
         sections.insert(1, ("continuations", "Continuations"))
+    machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
     return page(
         "run.html.jinja",
         f"{record.model} pruned to {wanted}",
@@ -132,7 +131,7 @@ def render_run(record: PruningRecord) -> str:
         mask=mask_picture(record),
         recipe=yaml.safe_dump(pruning.recipe, sort_keys=False, allow_unicode=True, width=100),
         versions=Table(("package", "version"), sorted(pruning.versions.items())),
-        environment=Table(("", ""), [*pruning.environment.items(), ("processes", str(pruning.processes))]),
+        environment=Table(("of the machine", "value"), machine),
     )
 
 
@@ -146,7 +145,7 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
         context: further values of the template; all text in them is escaped.
 
     Raises:
-        MissingExtra: the chart library is not installed.
+        MissingExtraError: the chart library is not installed.
     """
     library, digest = _library()
     script, style = _part("charts.js"), _part("style.css")
@@ -157,21 +156,26 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
     drawn = json.dumps({chart.name: chart.figure for chart in figures}, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":  # so that no text in it can end the script
         drawn = drawn.replace(character, f"\\u{ord(character):04x}")
-    return _templates().get_template(template).render(
-        title=title,
-        policy=policy,
-        generator=GENERATOR,
-        style=style,
-        script=script,
-        library=library,
-        figures=drawn,
-        version=__version__,
-        **context,
+    return (
+        templates()
+        .get_template(template)
+        .render(
+            title=title,
+            policy=policy,
+            generator=GENERATOR,
+            style=style,
+            script=script,
+            library=library,
+            figures=drawn,
+            version=__version__,
+            **context,
+        )
     )
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of this package; every value in them is escaped."""
     loader = PackageLoader("sparsellm.report", "page")
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     templates.filters["thousands"] = lambda count: f"{count:,}"
@@ -187,13 +191,13 @@ def _library() -> tuple[str, str]:
     """plotly.js, compressed and in base64, and the hash by which the page's policy lets it run.
 
     Raises:
-        MissingExtra: the package plotly is not installed.
+        MissingExtraError: the package plotly is not installed.
     """
     try:
         source = importlib.resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text("utf-8")
     except (ModuleNotFoundError, FileNotFoundError):
-        raise MissingExtra("a report needs the package plotly: pip install 'sparsellm[report]'") from None
-    packed = gzip.compress(source.encode("utf-8"), 9, mtime=0)
+        raise MissingExtraError(f"a report {NEEDS_EXTRA}") from None
+    packed = gzip.compress(source.encode("utf-8"), 6, mtime=0)
     return base64.b64encode(packed).decode("ascii"), _source_hash(source)
 
 

@@ -92,17 +92,13 @@ def _tasks(record: PruningRecord) -> list[Row]:
 
 def _size(record: PruningRecord) -> Row:
     dense, own = record.pruning.base.bytes, record.file_bytes
-    packed = (record.directory / "packed.json").is_file()
-    detail = "packed" if packed else "zeros are stored; packing leaves them out"
-    place = os.fspath(record.directory)
-    command = "" if packed else f"sparsellm pack {shlex.quote(place)} --out {shlex.quote(place.rstrip('/') + '-packed')}"
+    detail = "packed" if _is_packed(record) else "zeros are stored; packing leaves them out"
     return Row(
         "Weight files",
         detail,
         _megabytes(dense) if dense else None,
         _megabytes(own),
         _ratio(own, dense) if dense else "",
-        command,
     )
 
 
@@ -110,12 +106,17 @@ def _speed(record: PruningRecord) -> Row:
     speeds = record.decode_speeds()
     if speeds is None:
         place = os.fspath(record.directory)
-        packed = place if (record.directory / "packed.json").is_file() else place.rstrip("/") + "-packed"
-        return Row("Tokens a second, decoding", command=f"sparsellm bench {shlex.quote(packed)}")
+        packed = shlex.quote(place if _is_packed(record) else place.rstrip("/") + "-packed")
+        pack = "" if _is_packed(record) else f"sparsellm pack {shlex.quote(place)} --out {packed} && "
+        return Row("Tokens a second, decoding", command=f"{pack}sparsellm bench {packed}")
     dense, packed_speed = speeds
     detail = f"packed, batch {packed_speed.batch}, {packed_speed.threads} threads"
     change = _ratio(packed_speed.median, dense.median)
     return Row("Tokens a second, decoding", detail, number(dense.median), number(packed_speed.median), change)
+
+
+def _is_packed(record: PruningRecord) -> bool:
+    return (record.directory / "packed.json").is_file()
 
 
 def _interval(value: Measured | None) -> str | None:

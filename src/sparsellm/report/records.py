@@ -285,7 +285,7 @@ def read_record(directory: str | os.PathLike[str]) -> PruningRecord:
     pruning = _checked(Pruning, place / PRUNING)
     results = _checked(Results, place / RESULTS) if (place / RESULTS).exists() else Results()
     if results.format != 1:
-        raise StorageError(f"{place / RESULTS} has format {results.format}, and this sparsellm reads 1; update sparsellm")
+        raise StorageError(f"{place / RESULTS} has format {results.format}, not 1; update sparsellm")
     return PruningRecord(place, pruning, results, sum(sizes))
 
 
@@ -301,5 +301,5 @@ def _checked(model: type[Any], path: Path) -> Any:
         mistake = error.errors(include_url=False)[0]
         where = ".".join(map(str, mistake["loc"]))
         raise StorageError(
-            f"{path}: {shown(where)} is {shown(mistake['input'])} ({mistake['msg']}); restore the file as it was written"
+            f"{path}: {shown(where)} is {shown(mistake['input'])} ({mistake['msg']}); put the file back as it was"
         ) from None

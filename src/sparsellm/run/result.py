@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from sparsellm import __version__
 from sparsellm.methods import LinearResult
 from sparsellm.recipe import Recipe
+from sparsellm.report.document import REPORT
+from sparsellm.report.notebook import figure_of, summary_html
 from sparsellm.run.counts import DenseMatrix, Totals, totals
 from sparsellm.run.magnitudes import Magnitudes
 from sparsellm.run.memory import MemoryPlan
@@ -136,6 +138,24 @@ class PruneResult:
     def sparsity_pruned(self) -> float:
         """Fraction of zeros over the pruned linears alone; the recipe's ``sparsity`` sets this one."""
         return self.zeros / self.weights if self.weights else 0.0
+
+    @property
+    def report(self) -> Path | None:
+        """The report in HTML beside the checkpoint; None if there is none."""
+        report = self.path / REPORT if self.path is not None else None
+        return report if report is not None and report.is_file() else None
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        return summary_html(self.to_dict())
+
+    def plot(self) -> Any:
+        """A ``plotly.graph_objects.Figure`` with sparsity and error of each linear as heat maps.
+
+        Raises:
+            MissingExtraError: plotly is not installed.
+        """
+        return figure_of(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values, as in ``--json`` and ``pruning.json``."""

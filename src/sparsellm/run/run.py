@@ -15,10 +15,12 @@ from sparsellm import parallel, plugins
 from sparsellm.allocation import Allocation, Survey
 from sparsellm.chain.matrices import kind_of
 from sparsellm.chain.streams import Feed, Stream, windows_of
+from sparsellm.errors import SparseLLMError
 from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
+from sparsellm.report.document import REPORT, write_report
 from sparsellm.run import prepare as before
 from sparsellm.run.counts import left_dense, shortfall, unreached
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
@@ -298,6 +300,11 @@ class Run:
         writer.write_text("recipe.yaml", self.recipe.to_yaml())
         writer.write_json("pruning.json", result.to_dict())
         writer.finish()
+        try:
+            write_report(writer.out)
+        except SparseLLMError as reason:  # the checkpoint is complete, and the report can be written at any time
+            later = f"afterwards `sparsellm report {writer.out}` writes it"
+            self.progress(Progress(NOTE, 1, 1, f"{REPORT} was not written: {reason}; {later}"))
 
     def _save_beside(self, folder: Path) -> None:
         """Config, generation config and tokenizer of a model that was given as an object."""

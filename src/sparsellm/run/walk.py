@@ -55,9 +55,7 @@ def walk(run: Run) -> None:
     run.dense = dense
 
 
-def _prune_block(
-    run: Run, index: int, stream: Stream, dense: Stream | None
-) -> tuple[list[LinearResult], Magnitudes]:
+def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> tuple[list[LinearResult], Magnitudes]:
     """Reads one block, prunes it, runs the streams through it, and writes it."""
     chain, clock, blocks, name = run.chain, run.clock, len(run.chain), run.recipe.method
     title = f"block {index + 1}/{blocks} {name}"

@@ -23,7 +23,7 @@
       font: { color: color("--text"), size: 13, family: getComputedStyle(document.body).fontFamily },
       margin: { l: 10, r: 10, t: 10, b: 10 },
       hoverlabel: { bgcolor: color("--panel"), bordercolor: color("--line"), font: { color: color("--text") } },
-      legend: { orientation: "h", y: -0.2, yanchor: "top", x: 0 },
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
       dragmode: false,
       ...given,
       shapes: (given.shapes || []).map((shape) => ({ ...shape, line: { color: color("--quiet"), ...shape.line } })),
