@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sparsellm import __version__
 from sparsellm.errors import MissingExtraError, StorageError, shown
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table
@@ -167,7 +166,6 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
             script=script,
             library=library,
             figures=drawn,
-            version=__version__,
             **context,
         )
     )
