@@ -58,7 +58,7 @@ def contents(out: Path) -> dict[str, Any]:
     """Every file, bit by bit; of the report all but times, memory and where it was written."""
     found: dict[str, Any] = files(out)
     report = json.loads(found["pruning.json"])
-    for key in ("seconds", "peak_rss_bytes", "memory", "path", "command"):
+    for key in ("seconds", "peak_rss_bytes", "peaks_bytes", "memory", "path", "command"):
         del report[key]
     return {**found, "pruning.json": report}
 

@@ -449,6 +449,29 @@ def inspect(
 
 
 @app.command()
+def report(
+    directories: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Pruned checkpoints: one, or several of one model to compare.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"The HTML file.{_default('report.html in DIR; needed for several')}"),
+    ] = None,
+) -> None:
+    """Write the report of a pruned checkpoint, or compare several, as one HTML file that loads nothing."""
+    from sparsellm import console
+    from sparsellm.report.comparison import write_comparison
+    from sparsellm.report.document import write_report
+
+    if len(directories) == 1:
+        console.say(f"written to {write_report(directories[0], out)}")
+        return
+    if out is None:
+        raise RecipeError(f"{len(directories)} runs are compared in a file of their own; give --out compare.html")
+    console.say(f"written to {write_comparison(directories, out)}")
+
+
+@app.command()
 def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
     """List the values of --method and --allocation, with options and papers."""
     from sparsellm import console, tables

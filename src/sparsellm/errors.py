@@ -45,6 +45,10 @@ class KernelError(SparseLLMError):
     """A requested kernel cannot run on this machine, or does not support its arguments."""
 
 
+class MissingExtraError(SparseLLMError):
+    """An optional package is not installed; the message names the extra to install."""
+
+
 class ProcessError(SparseLLMError):
     """Another process of the same run has died, or cannot be reached."""
 

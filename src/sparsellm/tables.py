@@ -41,6 +41,8 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
     say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss / 1e9:.2f} GB")
     say(f"written to {result.path}")
+    if result.report is not None:
+        say(f"report: {result.report}")
 
 
 def share(matrices: Iterable[Any]) -> float:

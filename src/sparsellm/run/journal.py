@@ -23,6 +23,7 @@ from sparsellm.allocation import Allocation
 from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
 from sparsellm.progress import NOTE, Progress, ProgressCallback
+from sparsellm.run.magnitudes import Magnitudes
 from sparsellm.run.result import versions
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.files import explained, replace_atomically
@@ -67,12 +68,14 @@ class BlockRecord:
         versions: of the libraries that pruned it, and the number of processes.
         seconds: of each phase since the previous block.
         peak_rss: the peak memory of the process so far, in bytes.
+        magnitudes: of its weights before and after; None in records of an older release.
     """
 
     linears: list[LinearResult]
     versions: dict[str, str]
     seconds: dict[str, float]
     peak_rss: int
+    magnitudes: Magnitudes | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "linears": [linear.to_dict() for linear in self.linears]}
@@ -80,7 +83,8 @@ class BlockRecord:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockRecord:
         linears = [LinearResult.from_dict(each) for each in values["linears"]]
-        return cls(linears, values["versions"], values["seconds"], values["peak_rss"])
+        counted = values.get("magnitudes")
+        return cls(linears, values["versions"], values["seconds"], values["peak_rss"], counted)
 
 
 class Journal:

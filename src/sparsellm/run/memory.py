@@ -7,7 +7,7 @@ computes bytes from those declarations, the model's shapes and the number of cal
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsellm.chain import Chain
@@ -73,6 +73,7 @@ class MemoryPlan:
         hidden_on_disk: the most of these in files at any time: during the walk, or during the backward sweep, which
             keeps the hidden states before every block.
         device: needed in the memory of an accelerator at the peak; 0 on the CPU.
+        steps: predicted resident memory at the peak of each step of the run, on the CPU.
     """
 
     budget: int
@@ -82,6 +83,7 @@ class MemoryPlan:
     hidden_in_memory: int
     hidden_on_disk: int
     device: int = 0
+    steps: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -108,6 +110,7 @@ class MemoryPlan:
             "hidden_in_memory_bytes": self.hidden_in_memory,
             "hidden_on_disk_bytes": self.hidden_on_disk,
             "predicted_peak_device_bytes": self.device,
+            "steps_bytes": self.steps,
         }
 
 
@@ -143,7 +146,8 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
     in_memory = min(hidden, max(0, int(most * (1 - SLACK)) - start - working))
     # The backward sweep ends before the walk and gets no more memory than the walk needs, so the peak is the walk's.
     on_disk = max(hidden, gradient_bytes(chain, demand.gradient_tokens)) - in_memory
-    return MemoryPlan(most, start, working, worst, in_memory, on_disk, on_device)
+    steps = {} if on_device else {step: start + LIBRARIES + moments[step] + in_memory for step in moments}
+    return MemoryPlan(most, start, working, worst, in_memory, on_disk, on_device, steps)
 
 
 def hidden_bytes(chain: Chain, demand: Demand) -> int:

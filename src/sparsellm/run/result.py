@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import sys
@@ -10,13 +11,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
 from sparsellm import __version__
 from sparsellm.methods import LinearResult
 from sparsellm.recipe import Recipe
+from sparsellm.report.document import REPORT
+from sparsellm.report.notebook import figure_of, summary_html
 from sparsellm.run.counts import DenseMatrix, Totals, totals
+from sparsellm.run.magnitudes import Magnitudes
 from sparsellm.run.memory import MemoryPlan
 from sparsellm.sweep.whole_model import Pass
 
@@ -30,6 +35,29 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),  # with the build, which the package's metadata may omit
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def environment() -> dict[str, str]:
+    """The system, processor, memory and threads of this machine."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def _processor() -> str:
+    """The model of the processor; Python knows it on few systems, Linux lists it in a file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
 
 
 def command_line() -> str:
@@ -60,6 +88,11 @@ class PruneResult:
         sweeps: the divergence from the dense model after each sweep of the whole model; empty without sweeps.
         allocation: for per-layer sparsities that are not uniform: ``name``, and the allocation's own report.
         processes: the number of processes.
+        base: the dense model: ``name``, ``digest`` of its config and weights, and ``bytes`` of its weights.
+        environment: of the machine.
+        peaks: the peak memory of this process, in bytes, when each phase last ended.
+        magnitudes: histograms of the weights by kind of linear, ``before`` and ``after``; see
+            :mod:`sparsellm.run.magnitudes`.
     """
 
     path: Path | None
@@ -79,6 +112,10 @@ class PruneResult:
     allocation: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
     dense: list[DenseMatrix] = field(default_factory=list)
+    base: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=environment)
+    peaks: dict[str, int] = field(default_factory=dict)
+    magnitudes: Magnitudes = field(default_factory=dict)
 
     @property
     def zeros(self) -> int:
@@ -105,6 +142,24 @@ class PruneResult:
         """Fraction of zeros over the pruned linears alone; the recipe's ``sparsity`` sets this one."""
         return self.zeros / self.weights if self.weights else 0.0
 
+    @property
+    def report(self) -> Path | None:
+        """The report in HTML beside the checkpoint; None if there is none."""
+        report = self.path / REPORT if self.path is not None else None
+        return report if report is not None and report.is_file() else None
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks."""
+        return summary_html(self.to_dict())
+
+    def plot(self) -> Any:
+        """A ``plotly.graph_objects.Figure`` with sparsity and error of each linear as heat maps.
+
+        Raises:
+            MissingExtraError: plotly is not installed.
+        """
+        return figure_of(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values, as in ``--json`` and ``pruning.json``."""
         return {
@@ -118,17 +173,21 @@ class PruneResult:
             "matrices": asdict(self.matrices),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_rss_bytes": self.peak_rss,
+            "peaks_bytes": self.peaks,
             "memory": self.memory.to_dict() if self.memory else None,
             "calibration_tokens": self.calibration_tokens,
             "calibration_bos": self.calibration_bos,
             "processes": self.processes,
             "seed": self.recipe.seed,
+            "base": self.base,
             "recipe": self.recipe.model_dump(),
             "versions": self.versions,
+            "environment": self.environment,
             "command": self.command,
             "warnings": self.warnings,
             "allocation": self.allocation,
             "sweeps": [asdict(record) for record in self.sweeps],
+            "magnitudes": self.magnitudes,
             "linears": [linear.to_dict() for linear in self.linears],
             "dense": [matrix.to_dict() for matrix in self.dense],
         }

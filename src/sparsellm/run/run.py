@@ -6,20 +6,26 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparsellm import parallel, plugins
 from sparsellm.allocation import Allocation, Survey
+from sparsellm.chain.matrices import kind_of
 from sparsellm.chain.streams import Feed, Stream, windows_of
+from sparsellm.errors import SparseLLMError
 from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
+from sparsellm.report.document import REPORT, write_report
 from sparsellm.run import prepare as before
 from sparsellm.run.counts import left_dense, shortfall, unreached
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identity, Journal, other_conditions
+from sparsellm.run.magnitudes import Magnitudes, add, magnitudes
 from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sweep_bytes
 from sparsellm.run.result import PruneResult
 from sparsellm.run.walk import walk
@@ -43,12 +49,13 @@ class Run:
     def __init__(self, request: before.Request, progress: ProgressCallback = ignore) -> None:
         self.request = request
         self.progress = progress if parallel.is_main() else ignore
-        self.clock = PhaseClock()
+        self.clock = PhaseClock(heap.peak_rss)
         self.warnings: list[str] = plugins.load_installed()
         self.costs: dict[str, Tensor] = {}
         self.allocation: Allocation | None = None
         self.finished: list[BlockRecord] = []
         self.linears: list[LinearResult] = []
+        self.magnitudes: Magnitudes = {}
         self.sweeps: list[Pass] = []
         self.dense: Stream | None = None  # after the walk, behind the last block, if a sweep follows
         self.peak_before = 0  # the peak memory of earlier starts of this run
@@ -140,9 +147,13 @@ class Run:
             began = time.perf_counter() - spent
             saved.seconds = lambda: time.perf_counter() - began
         zeros: dict[str, int] = {}
+        after: Magnitudes = {}
 
         def write(index: int) -> None:
-            zeros.update({linear.name: count_zeros(linear.parameter) for linear in self.chain.linears(index)})
+            for linear in self.chain.linears(index):
+                zeros[linear.name] = count_zeros(linear.parameter)
+                if linear.name in self.patterns:
+                    add(after, kind_of(self.chain, linear.name, index), "after", magnitudes(linear.parameter))
             self.journal.write_swept(index, self.chain.block_tensors(index))
 
         blocks = [self.journal.block(index) for index in range(len(self.chain))]
@@ -161,6 +172,7 @@ class Run:
             )
         self.dense.close()
         self.linears = [replace(each, zeros=zeros[each.name]) for each in self.linears]
+        self.magnitudes = {kind: {**counts, **after[kind]} for kind, counts in self.magnitudes.items()}
         self.journal.write_outer(self.chain.outer_tensors)
 
     def save(self) -> PruneResult:
@@ -186,12 +198,21 @@ class Run:
             allocation={"name": self.choice.allocator.name, **self.allocation.report} if self.allocation else {},
             processes=parallel.size(),
             dense=dense,
+            base=self._base(),
+            peaks=self.clock.peaks,
+            magnitudes=self.magnitudes,
         )
         parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
         parallel.from_main(lambda: self._finish(result))  # no process returns before the checkpoint has its name
         return result
 
     # ------------------------------------------------------------------ parts of the steps above
+
+    def _base(self) -> dict[str, Any]:
+        """The name, digest and bytes of the dense model."""
+        model = self.request.model
+        name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
+        return {"name": name, "digest": self.identity.model, "bytes": checkpoint_bytes(self.chain)}
 
     def _demand(self) -> Demand:
         """The memory demand of this process; the first one also surveys the dense model."""
@@ -280,6 +301,11 @@ class Run:
         writer.write_text("recipe.yaml", self.recipe.to_yaml())
         writer.write_json("pruning.json", result.to_dict())
         writer.finish()
+        try:
+            write_report(writer.out)
+        except SparseLLMError as reason:  # the checkpoint is complete, and the report can be written at any time
+            later = f"afterwards `sparsellm report {writer.out}` writes it"
+            self.progress(Progress(NOTE, 1, 1, f"{REPORT} was not written: {reason}; {later}"))
 
     def _save_beside(self, folder: Path) -> None:
         """Config, generation config and tokenizer of a model that was given as an object."""

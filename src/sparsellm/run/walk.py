@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparsellm.chain import Stream
+from sparsellm.chain.matrices import kind_of
 from sparsellm.machine import heap
 from sparsellm.methods import BlockTask, LinearResult
 from sparsellm.progress import Progress
 from sparsellm.run.journal import BlockRecord, conditions
+from sparsellm.run.magnitudes import Magnitudes, add, joined, magnitudes
 from sparsellm.storage.reader import CheckpointReader
 
 if TYPE_CHECKING:
@@ -28,8 +30,10 @@ def walk(run: Run) -> None:
     """
     blocks = len(run.chain)
     run.linears = [result for record in run.finished for result in record.linears]
+    counts = [record.magnitudes for record in run.finished]
     swept = run.choice.needs.passes > 0
     if len(run.finished) == blocks and not swept:
+        run.magnitudes = joined(counts)
         _take_finished(run)
         return
     with run.clock.phase("embed"):
@@ -43,16 +47,20 @@ def walk(run: Run) -> None:
                     replay(dense, index, None)
                 replay(stream, index, run.journal.block(index))
         else:
-            run.linears += _prune_block(run, index, stream, dense)
+            results, counted = _prune_block(run, index, stream, dense)
+            run.linears += results
+            counts.append(counted)
     stream.close()
+    run.magnitudes = joined(counts)
     run.dense = dense
 
 
-def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> list[LinearResult]:
+def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> tuple[list[LinearResult], Magnitudes]:
     """Reads one block, prunes it, runs the streams through it, and writes it."""
     chain, clock, blocks, name = run.chain, run.clock, len(run.chain), run.recipe.method
     title = f"block {index + 1}/{blocks} {name}"
     detail = ""
+    counted: Magnitudes = {}
 
     def report(step: str) -> None:
         run.progress(Progress("prune", index, blocks, f"{title} {step}{detail}"))
@@ -66,6 +74,8 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
                 chain.read_ahead(index + 1)
         with clock.phase("prune"):
             linears = [linear for linear in chain.linears(index) if linear.name in run.patterns]
+            for linear in linears:
+                add(counted, kind_of(chain, linear.name, index), "before", magnitudes(linear.parameter))
             task = BlockTask(index, linears, run.patterns, stream, report, clock, output_costs=run.costs)
             if dense is not None:
                 report("dense forward")
@@ -75,6 +85,8 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
                 run.choice.method.function(task, **run.choice.options)
             chain.settle_block(index)
             results = task.finish()
+            for linear in linears:
+                add(counted, kind_of(chain, linear.name, index), "after", magnitudes(linear.parameter))
         detail = _mean_error(results)
         if index + 1 < blocks:  # the output of the last block is not needed
             report("forward")
@@ -83,10 +95,10 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
         if run.journal.writes:
             report("writing")
             with clock.phase("write"):
-                record = BlockRecord(results, conditions(), clock.lap(), heap.peak_rss())
+                record = BlockRecord(results, conditions(), clock.lap(), heap.peak_rss(), counted)
                 run.journal.write_block(index, chain.block_tensors(index), record)
     run.progress(Progress("prune", index + 1, blocks, f"{title}{detail}"))
-    return results
+    return results, counted
 
 
 def _take_finished(run: Run) -> None:

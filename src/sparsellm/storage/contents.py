@@ -28,6 +28,7 @@ _NAMES = {
         "pruning.json",
         "packed.json",
         "results.json",
+        "report.html",
         "recipe.yaml",
         "README.md",
         LISTED,

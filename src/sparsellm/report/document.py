@@ -1,0 +1,203 @@
+"""Renders and writes the HTML files."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import importlib.resources
+import json
+import os
+import stat
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from sparsellm.errors import MissingExtraError, StorageError, shown
+from sparsellm.report import charts
+from sparsellm.report.charts import Chart, Table
+from sparsellm.report.headline import headline
+from sparsellm.report.mask_picture import mask_picture
+from sparsellm.report.records import PruningRecord, read_record
+from sparsellm.storage.files import replace_atomically, write_all
+
+REPORT = "report.html"
+GENERATOR = "sparsellm report"  # how a file of ours is told from others; near its beginning
+NEEDS_EXTRA = "needs the package plotly: pip install 'sparsellm[report]'"
+_HEAD = 2048  # bytes in which that must stand
+
+
+def write_report(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+    """Writes the report of a pruned checkpoint, and returns its path.
+
+    Args:
+        directory: that ``prune`` wrote, or its packed form.
+        out: the file; ``report.html`` in the directory if None. A report of ours is replaced.
+
+    Raises:
+        StorageError: the directory has no ``pruning.json``, a file in it cannot be read, or ``out`` is refused.
+        MissingExtraError: the chart library is not installed.
+    """
+    place = checked_out(Path(directory).expanduser() / REPORT if out is None else out, exists=out is not None)
+    record = read_record(directory)
+    return write_page(place, render_run(record))
+
+
+def checked_out(out: str | os.PathLike[str], *, exists: bool = True) -> Path:
+    """The path of a report, links resolved; nothing but a report of ours is replaced.
+
+    Args:
+        out: the path.
+        exists: whether its directory must exist.
+
+    Raises:
+        StorageError: it is a directory, another file, or in no directory.
+    """
+    text = os.fspath(out)
+    try:
+        place = Path(os.path.realpath(os.path.expanduser(text)))
+        kind = place.stat().st_mode if place.exists() else None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"--out {shown(text)} cannot be looked up ({error}); name another file") from None
+    if not text or (kind is not None and stat.S_ISDIR(kind)):
+        raise StorageError(f"--out {shown(text)} is a directory; name a file, such as compare.html")
+    if kind is None:
+        if exists and not place.parent.is_dir():
+            raise StorageError(f"--out {shown(text)}: {place.parent} is no directory; create it, or name another file")
+        return place
+    if not stat.S_ISREG(kind) or not _is_ours(place):
+        raise StorageError(
+            f"--out {shown(text)} exists and is no report of sparsellm, so it is not replaced; name another file"
+        )
+    return place
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return f'name="generator" content="{GENERATOR}"'.encode() in file.read(_HEAD)
+    except OSError:
+        return False
+
+
+def write_page(place: Path, text: str) -> Path:
+    """Writes a page in one step, and returns its path."""
+    replace_atomically(place, lambda file: write_all(file, text.encode("utf-8", "backslashreplace")))
+    return place
+
+
+def render_run(record: PruningRecord) -> str:
+    """The report of one run as HTML.
+
+    Raises:
+        MissingExtraError: the chart library is not installed.
+    """
+    pruning = record.pruning
+    rows = headline(record)
+    sparsity, errors = charts.sparsity_map(pruning.linears), charts.error_map(pruning.linears)
+    allocation = charts.allocation_chart(pruning)
+    sweep, decomposition = charts.sweep_chart(pruning), charts.decomposition_charts(pruning)
+    clocks = (charts.time_chart(pruning), charts.memory_chart(pruning))
+    course = [each for each in (sweep, *decomposition, *clocks) if each is not None]
+    magnitudes = charts.magnitude_charts(pruning.magnitudes)
+    wanted = pruning.recipe.get("pattern") or f"{pruning.sparsity_asked:.0%}"
+    sections = [("headline", "Dense against pruned"), ("linears", "Every linear"), ("depth", "Allocation")]
+    sections += [("weights", "Weights"), ("course", "The course of the run"), ("made", "How it was made")]
+    if record.results.continuations:
+        sections.insert(1, ("continuations", "Continuations"))
+    machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
+    return page(
+        "run.html.jinja",
+        f"{record.model} pruned to {wanted}",
+        [sparsity, errors, allocation, *magnitudes, *course],
+        sections=sections,
+        record=record,
+        place=os.fspath(record.directory),
+        wanted=wanted,
+        rows=rows,
+        commands=list(dict.fromkeys(row.command for row in rows if row.command)),
+        sparsity=sparsity,
+        errors=errors,
+        allocation=allocation,
+        magnitudes=magnitudes,
+        course=course,
+        swept=sweep is not None,
+        decomposed=bool(decomposition),
+        mask=mask_picture(record),
+        recipe=yaml.safe_dump(pruning.recipe, sort_keys=False, allow_unicode=True, width=100),
+        versions=Table(("package", "version"), sorted(pruning.versions.items())),
+        environment=Table(("of the machine", "value"), machine),
+    )
+
+
+def page(template: str, title: str, figures: Sequence[Chart], **context: Any) -> str:
+    """One HTML file with everything that it needs.
+
+    Args:
+        template: its name.
+        title: of the document.
+        figures: every chart on the page.
+        context: further values of the template; all text in them is escaped.
+
+    Raises:
+        MissingExtraError: the chart library is not installed.
+    """
+    library, digest = _library()
+    script, style = _part("charts.js"), _part("style.css")
+    policy = (
+        f"default-src 'none'; script-src '{_source_hash(script)}' '{digest}'; style-src 'unsafe-inline'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    drawn = json.dumps({chart.name: chart.figure for chart in figures}, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":  # so that no text in it can end the script
+        drawn = drawn.replace(character, f"\\u{ord(character):04x}")
+    return (
+        templates()
+        .get_template(template)
+        .render(
+            title=title,
+            policy=policy,
+            generator=GENERATOR,
+            style=style,
+            script=script,
+            library=library,
+            figures=drawn,
+            **context,
+        )
+    )
+
+
+@cache
+def templates() -> Environment:
+    """The templates of this package; every value in them is escaped."""
+    loader = PackageLoader("sparsellm.report", "page")
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    templates.filters["thousands"] = lambda count: f"{count:,}"
+    return templates
+
+
+def _part(name: str) -> str:
+    return importlib.resources.files("sparsellm.report").joinpath("page", name).read_text(encoding="utf-8")
+
+
+@cache
+def _library() -> tuple[str, str]:
+    """plotly.js, compressed and in base64, and the hash by which the page's policy lets it run.
+
+    Raises:
+        MissingExtraError: the package plotly is not installed.
+    """
+    try:
+        source = importlib.resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text("utf-8")
+    except (ModuleNotFoundError, FileNotFoundError):
+        raise MissingExtraError(f"a report {NEEDS_EXTRA}") from None
+    packed = gzip.compress(source.encode("utf-8"), 6, mtime=0)
+    return base64.b64encode(packed).decode("ascii"), _source_hash(source)
+
+
+def _source_hash(source: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode("utf-8")).digest()).decode("ascii")

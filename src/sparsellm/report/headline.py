@@ -1,0 +1,135 @@
+"""The first table of a report: the dense model against the pruned one, and the command for what was not measured."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from dataclasses import dataclass
+
+from sparsellm.report.charts import number, percent
+from sparsellm.report.records import Against, Measured, PruningRecord
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity.
+
+    Attributes:
+        name: of the quantity.
+        detail: the conditions under which it holds.
+        dense, pruned: its values; None where it was not measured.
+        change: from dense to pruned.
+        command: what measures it, where a value is missing.
+    """
+
+    name: str
+    detail: str = ""
+    dense: str | None = None
+    pruned: str | None = None
+    change: str = ""
+    command: str = ""
+
+
+def headline(record: PruningRecord) -> list[Row]:
+    """The rows of the table: quality, tasks, size, speed, sparsity."""
+    return [*_sparsity(record), *_quality(record), *_tasks(record), _size(record), _speed(record)]
+
+
+def evaluate_command(record: PruningRecord, more: str = "") -> str:
+    """The command that compares a checkpoint with its dense model."""
+    model = record.pruning.base.name
+    against = shlex.quote(model) if model else "MODEL"
+    text = more or "--text wikitext2"
+    return f"sparsellm eval {shlex.quote(os.fspath(record.directory))} {text} --against {against}"
+
+
+def _sparsity(record: PruningRecord) -> list[Row]:
+    pruning = record.pruning
+    rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
+    if pruning.matrices.weights > sum(linear.weights for linear in pruning.linears):
+        rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
+    return rows
+
+
+def _quality(record: PruningRecord) -> list[Row]:
+    evaluations = record.latest()
+    rows = []
+    for evaluation in evaluations.values():
+        protocol = str(evaluation.protocol)
+        against = evaluation.against or Against()
+        again = "" if evaluation.against is not None else evaluate_command(record)
+        pruned, dense = evaluation.perplexity, against.perplexity
+        if pruned is not None:
+            change = _ratio(pruned.value, dense.value) if dense is not None else ""
+            rows.append(
+                Row("Perplexity", protocol, _interval(dense), _interval(pruned), change, again if dense is None else "")
+            )
+        kl = number(against.kl, 3) if against.kl is not None else None
+        if kl is not None and against.kl_low is not None and against.kl_high is not None:
+            kl += f" ({number(against.kl_low, 3)}–{number(against.kl_high, 3)})"
+        share = percent(against.agreement) if against.agreement is not None else None
+        rows.append(Row("KL(dense ‖ pruned), nats a token", protocol, "0", kl, "", again if kl is None else ""))
+        rows.append(Row("Same likeliest token", protocol, "100%", share, "", again if share is None else ""))
+        if against.recovery is not None:
+            rows.append(Row("Recovery", protocol, "100%", f"{against.recovery:.1f}%"))
+    if rows:
+        return rows
+    command = evaluate_command(record)
+    names = ("Perplexity", "KL(dense ‖ pruned), nats a token", "Same likeliest token")
+    return [Row(name, command=command) for name in names]
+
+
+def _tasks(record: PruningRecord) -> list[Row]:
+    rows = []
+    for (task, metric), value in record.tasks().items():
+        error = f" ± {number(value.stderr, 2)}" if value.stderr is not None else ""
+        rows.append(Row(f"{task}: {metric}", "", None, f"{number(value.value)}{error}"))
+    return rows or [Row("Tasks", command=evaluate_command(record, "--tasks hellaswag,arc_easy"))]
+
+
+def _size(record: PruningRecord) -> Row:
+    dense, own = record.pruning.base.bytes, record.file_bytes
+    detail = "packed" if _is_packed(record) else "zeros are stored; packing leaves them out"
+    return Row(
+        "Weight files",
+        detail,
+        _megabytes(dense) if dense else None,
+        _megabytes(own),
+        _ratio(own, dense) if dense else "",
+    )
+
+
+def _speed(record: PruningRecord) -> Row:
+    speeds = record.decode_speeds()
+    if speeds is None:
+        place = os.fspath(record.directory)
+        packed = shlex.quote(place if _is_packed(record) else place.rstrip("/") + "-packed")
+        pack = "" if _is_packed(record) else f"sparsellm pack {shlex.quote(place)} --out {packed} && "
+        return Row("Tokens a second, decoding", command=f"{pack}sparsellm bench {packed}")
+    dense, packed_speed = speeds
+    detail = f"packed, batch {packed_speed.batch}, {packed_speed.threads} threads"
+    change = _ratio(packed_speed.median, dense.median)
+    return Row("Tokens a second, decoding", detail, number(dense.median), number(packed_speed.median), change)
+
+
+def _is_packed(record: PruningRecord) -> bool:
+    return (record.directory / "packed.json").is_file()
+
+
+def _interval(value: Measured | None) -> str | None:
+    if value is None:
+        return None
+    if value.low is None or value.high is None:
+        return number(value.value)
+    return f"{number(value.value)} ({number(value.low)}–{number(value.high)})"
+
+
+def _ratio(value: float, reference: float) -> str:
+    return f"× {value / reference:.2f}" if reference and math.isfinite(value / reference) else ""
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e10 else f"{size / 1e9:,.1f} GB"

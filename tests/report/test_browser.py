@@ -1,0 +1,116 @@
+"""Both pages in a real headless Chromium: they draw, complain of nothing, load nothing, and axe-core passes them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsellm.report.comparison import write_comparison
+from sparsellm.report.document import write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'sparsellm[test]' brings playwright")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'sparsellm[test]' brings axe")
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    return {
+        "opt": write_report(runs / "opt", folder / "opt.html"),
+        "half": write_report(runs / "half", folder / "half.html"),
+        "comparison": write_comparison([runs / "half", runs / "nm"], folder / "comparison.html"),
+    }
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["opt", "half", "comparison"])
+def test_a_page(name: str, size: str, scheme: str, browser: Any, pages: dict[str, Path]) -> None:
+    width, height = SIZES[size]
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(pages[name].as_uri())
+    page.wait_for_function("document.documentElement.dataset.drawn")
+    assert page.evaluate("document.documentElement.dataset.drawn") == "yes"
+    charts = page.locator("[data-figure]")
+    assert charts.count() > 4
+    assert page.locator("[data-figure] .main-svg").count() >= charts.count()
+    assert page.evaluate("document.documentElement.scrollWidth") == width  # only tables scroll sideways
+    if folder := os.environ.get("SPARSELLM_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}-{size}-{scheme}.png", full_page=True)
+    serious = [
+        (each["id"], [node["html"][:120] for node in each["nodes"]])
+        for each in axe.Axe().run(page).response["violations"]
+        if each["impact"] in ("serious", "critical", "moderate")
+    ]
+    assert serious == []
+    assert said == []
+    assert asked == [pages[name].as_uri()]
+    context.close()
+
+
+def test_text_of_a_model_runs_nothing(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page()
+    opened: list[str] = []
+    page.on("dialog", lambda dialog: (opened.append(dialog.message), dialog.dismiss()))
+    page.goto(pages["half"].as_uri())
+    page.wait_for_function("document.documentElement.dataset.drawn")
+    assert "alert(1)" in page.locator("blockquote").first.inner_text()
+    assert opened == []
+    blocked = "new Promise((done) => { addEventListener('securitypolicyviolation', (e) => done(e.blockedURI));"
+    blocked += "const i = new Image(); i.src = 'http://127.0.0.1:9/x'; })"
+    assert page.evaluate(blocked).startswith("http://127.0.0.1:9")
+    page.close()
+
+
+def test_the_colours_follow_the_scheme_and_tables_open_by_key(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page(color_scheme="light")
+    page.goto(pages["half"].as_uri())
+    page.wait_for_function("document.documentElement.dataset.drawn")
+    colour = "getComputedStyle(document.querySelector('.xtick text')).fill"
+    before = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"{colour} !== {before!r}")
+    page.locator("summary").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("details table").first.is_visible()
+    page.close()
+
+
+def test_without_scripts_the_tables_are_there(browser: Any, pages: dict[str, Path]) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(pages["opt"].as_uri())
+    assert page.locator("noscript p").first.is_visible()
+    page.locator("summary").first.click()
+    assert page.locator("details table").first.is_visible()
+    context.close()

@@ -1,0 +1,107 @@
+"""The comparison of several runs: the table, the reference line, and runs that do not compare."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsellm import pack
+from sparsellm.errors import StorageError
+from sparsellm.report.comparison import write_comparison
+from tests.report.pages import page_of, results, rewrite
+
+SUMMARY = "Quality, size and speed of each run"
+
+
+def test_runs_side_by_side_with_the_dense_model(runs: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "compare.html"
+    code, stdout, stderr = run("report", runs / "half", runs / "nm", "--out", out)
+    assert (code, stderr) == (0, "")
+    assert stdout.strip() == f"written to {out}"
+    page = page_of(out)
+    assert page.one("h1").text == "2 pruned versions of dense-llama"
+    rows = page.rows(SUMMARY)
+    assert [row[0] for row in rows] == ["run", "dense", "half", "nm"]
+    assert [row[3] for row in rows[1:]] == ["20", "31.4", "41.2"]
+    assert [row[7] for row in rows[1:]] == ["20", "33", "33"]
+    assert rows[3][1] == "sparsegpt 2:4"
+    figures = page.figures()
+    assert {"quality-size", "quality-speed", "quality-sparsity", "depth-sparsity", "depth-error"} == figures.keys()
+    size = figures["quality-size"]
+    assert [trace["y"] for trace in size["data"]] == [[31.4], [41.2], [20.0]]
+    assert size["layout"]["shapes"][0]["y0"] == size["layout"]["shapes"][0]["y1"] == 20.0
+    assert size["data"][0]["x"][0] == sum(f.stat().st_size for f in (runs / "half").glob("*.safetensors")) / 1e6
+    assert page.rows("Sparsity by block")[1] == ["0", "50.0%", "50.0%"]
+    code, _, _ = run("report", runs / "half", runs / "nm", "--out", out)  # a report of ours is replaced
+    assert code == 0
+
+
+def test_quality_is_compared_by_one_protocol(runs: Path, tmp_path: Path) -> None:
+    """Of the first run only another window was measured: its quality is not put beside that of the others."""
+    for name in ("half", "nm"):
+        shutil.copytree(runs / name, tmp_path / name)
+    shutil.copytree(runs / "nm", tmp_path / "third")
+    content = results(31.4)
+    content["evaluations"][0]["protocol"]["window"] = 128
+    (tmp_path / "half" / "results.json").write_text(json.dumps(content))
+    page = page_of(write_comparison([tmp_path / "half", tmp_path / "nm", tmp_path / "third"], tmp_path / "c.html"))
+    assert [row[3] for row in page.rows(SUMMARY)[2:]] == ["not measured", "41.2", "41.2"]
+    assert "window 64" in page.one("header").text
+    assert len(page.figures()["quality-size"]["data"]) == 3
+
+
+def test_runs_that_were_never_measured(runs: Path, tmp_path: Path) -> None:
+    for name in ("half", "nm"):
+        shutil.copytree(runs / name, tmp_path / name)
+        (tmp_path / name / "results.json").unlink()
+    page = page_of(write_comparison([tmp_path / "half", tmp_path / "nm"], tmp_path / "c.html"))
+    assert page.figures().keys() == {"depth-sparsity", "depth-error"}
+    assert [row[3] for row in page.rows(SUMMARY)[1:]] == ["not measured"] * 3
+    commands = page.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
+    assert f"sparsellm eval {tmp_path / 'nm'} --text" in commands
+
+
+def test_a_packed_run_beside_its_dense_form(runs: Path, tmp_path: Path) -> None:
+    """The base model is the same; directories of one name are told apart by their paths."""
+    pack(runs / "half", out=tmp_path / "half")
+    page = page_of(write_comparison([runs / "half", tmp_path / "half"], tmp_path / "c.html"))
+    assert [row[0] for row in page.rows(SUMMARY)[2:]] == [str(runs / "half"), str(tmp_path / "half")]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_runs_of_different_models_are_refused(recorded: bool, runs: Path, tmp_path: Path, run: Any) -> None:
+    for name in ("half", "opt"):
+        shutil.copytree(runs / name, tmp_path / name)
+        if not recorded:
+            rewrite(tmp_path / name / "pruning.json", base=None)
+    code, stdout, stderr = run("report", tmp_path / "half", tmp_path / "opt", "--out", tmp_path / "c.html")
+    assert (code, stdout, len(stderr.splitlines())) == (2, "", 1)
+    assert "another base model; compare runs of one model" in stderr
+    assert not (tmp_path / "c.html").exists()
+
+
+def test_the_same_shapes_of_another_model_are_another_model(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "half", tmp_path / "half")
+    base = json.loads((tmp_path / "half" / "pruning.json").read_text())["base"]
+    rewrite(tmp_path / "half" / "pruning.json", base={**base, "digest": "0" * 16})
+    with pytest.raises(StorageError, match="another base model"):
+        write_comparison([runs / "nm", tmp_path / "half"], tmp_path / "c.html")
+
+
+def test_other_refusals(runs: Path, tmp_path: Path, run: Any) -> None:
+    with pytest.raises(StorageError, match="is named twice; name each run once"):
+        write_comparison([runs / "half", runs / "half"], tmp_path / "c.html")
+    with pytest.raises(StorageError, match=r"has no pruning\.json"):
+        write_comparison([runs / "half", runs / "dense-opt"], tmp_path / "c.html")
+    code, _, stderr = run("report", runs / "half", runs / "nm")
+    assert (code, len(stderr.splitlines())) == (2, 1)
+    assert "give --out compare.html" in stderr
+    (tmp_path / "mine.html").write_text("mine")
+    code, _, stderr = run("report", runs / "half", runs / "nm", "--out", tmp_path / "mine.html")
+    assert (code, len(stderr.splitlines())) == (2, 1)
+    assert (tmp_path / "mine.html").read_text() == "mine"
+    assert not (tmp_path / "c.html").exists()

@@ -1,0 +1,334 @@
+"""The report of one run: what it says, that it loads nothing, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import struct
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparsellm import Recipe, pack, prune
+from sparsellm.errors import MissingExtraError, StorageError
+from sparsellm.progress import Progress
+from sparsellm.report import document
+from sparsellm.report.document import write_report
+from sparsellm.report.records import read_record
+from sparsellm.run.result import PruneResult
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.report.pages import LOADS, Page, page_of, results, rewrite
+
+SMALL: dict[str, Any] = {"samples": 4, "seq_len": 32, "method": "wanda", "sparsity": 0.5}
+
+
+@pytest.fixture(scope="module")
+def opt(runs: Path) -> Page:
+    """The report that prune wrote by itself."""
+    return page_of(runs / "opt" / "report.html")
+
+
+@pytest.fixture(scope="module")
+def half(runs: Path) -> Page:
+    return page_of(write_report(runs / "half"))
+
+
+def test_nothing_is_loaded_from_anywhere(opt: Page, half: Page) -> None:
+    for page in (opt, half):
+        for element in page.elements:
+            for name in LOADS:
+                assert element.attributes.get(name, "#").startswith(("#", "data:")), element
+        assert not re.search(r"@import|url\(", page.one("style").text)
+        policy = page.one("meta", **{"http-equiv": "Content-Security-Policy"}).attributes["content"]
+        assert policy.startswith("default-src 'none'; script-src 'sha256-")
+        script = page.all("script")[-1].attributes, "".join(page.all("script")[-1].parts)
+        assert script[0] == {}
+        allowed = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+        assert f"'sha256-{allowed}'" in policy
+        assert "unsafe-inline" not in policy.split("style-src")[0]
+
+
+def test_headings_landmarks_and_language(opt: Page) -> None:
+    assert opt.one("html").attributes["lang"] == "en"
+    assert len(opt.all("main")) == len(opt.all("header")) == len(opt.all("footer")) == len(opt.all("h1")) == 1
+    levels = [int(element.tag[1]) for element in opt.elements if re.fullmatch("h[1-6]", element.tag)]
+    assert levels[0] == 1
+    assert all(later - earlier <= 1 for earlier, later in itertools.pairwise(levels))
+    ids = [element.attributes["id"] for element in opt.elements if "id" in element.attributes]
+    assert len(ids) == len(set(ids))
+    links = [link.attributes["href"].removeprefix("#") for link in opt.all("a")]
+    assert set(links) <= set(ids)
+
+
+def test_every_chart_has_a_text_and_a_table(opt: Page) -> None:
+    charts = opt.all("div", role="img")
+    ids = {element.attributes.get("id"): element for element in opt.elements}
+    assert {chart.attributes["data-figure"] for chart in charts} == opt.figures().keys()
+    for chart in charts:
+        assert ids[chart.attributes["aria-labelledby"]].text
+        assert len(ids[chart.attributes["aria-describedby"]].text) > 20
+    assert len(opt.all("details")) == len(charts)
+
+
+def test_it_shows_the_numbers_of_the_run(opt: Page, runs: Path) -> None:
+    pruning = json.loads((runs / "opt" / "pruning.json").read_text())
+    linears = {linear["name"]: linear for linear in pruning["linears"]}
+    header, *rows = opt.rows("Sparsity of each linear")
+    assert header == ["block", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    of_fc2 = [f"{linears[f'model.decoder.layers.{block}.fc2']['sparsity']:.1%}" for block in (0, 1)]
+    assert [row[6] for row in rows] == of_fc2
+    header, *rows = opt.rows("Error of each linear")
+    assert [row[6] for row in rows] == [f"{linears[f'model.decoder.layers.{b}.fc2']['error']:.3g}" for b in (0, 1)]
+    assert [row[1] for row in opt.rows("The sweep")[1:]] == [f"{each['held_out']:.4g}" for each in pruning["sweeps"]]
+    history = linears["model.decoder.layers.0.fc2"]["history"]
+    assert opt.rows("The decomposition's objective")[1][2] == f"{history[1]['objective']:.4g}"
+    assert opt.figures()["objective"]["data"][0]["y"][0] is None  # local pruning has no objective
+    phases = {row[0] for row in opt.rows("Time of each phase")}
+    assert {"prune", "sweep", "calibration", "– solve"} <= phases
+    assert {row[0] for row in opt.rows("Memory against the prediction")} > {"solving", "sweeps"}
+    text = " ".join(element.text for element in opt.all("pre"))
+    assert "iterations: 2" in text
+    assert pruning["command"] in text
+    assert ["torch", torch.__version__] in opt.rows("Versions")
+
+
+def test_magnitudes_are_those_of_all_weights(runs: Path) -> None:
+    """Of a tiny model all weights are counted, so the sums are known; after a sweep they are those it wrote."""
+    for name in ("opt", "half", "nm"):
+        pruning = json.loads((runs / name / "pruning.json").read_text())
+        for kind, counts in pruning["magnitudes"].items():
+            own = [linear for linear in pruning["linears"] if linear["name"].endswith(kind)]
+            weights = sum(linear["shape"][0] * linear["shape"][1] for linear in own)
+            assert sum(counts["before"]) == weights
+            assert sum(counts["after"]) == weights - sum(linear["zeros"] for linear in own)
+    dense = load_file(runs / "dense-llama" / "model.safetensors")
+    weights = torch.cat([dense[f"model.layers.{block}.mlp.up_proj.weight"].flatten() for block in range(3)])
+    powers = weights.abs().log2()
+    counts = json.loads((runs / "half" / "pruning.json").read_text())["magnitudes"]["mlp.up_proj"]["before"]
+    assert counts[20:26] == [int(((powers >= -6 + n / 2) & (powers < -5.5 + n / 2)).sum()) for n in range(6)]
+
+
+def png_of(source: str) -> torch.Tensor:
+    """The pixels of a PNG of one bit in a data address: its number in the palette."""
+    data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
+    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+    assert (depth, colour) == (1, 3)
+    at = data.index(b"IDAT")
+    lines = zlib.decompress(data[at + 4 : at + 4 + struct.unpack(">I", data[at - 4 : at])[0]])
+    stride = 1 + -(-width // 8)
+    rows = [[lines[y * stride + 1 + x // 8] >> (7 - x % 8) & 1 for x in range(width)] for y in range(height)]
+    return torch.tensor(rows)
+
+
+def test_the_picture_is_of_the_real_mask(half: Page, runs: Path, tmp_path: Path) -> None:
+    weights = load_file(runs / "half" / "model-00002-of-00004.safetensors")
+    picture = half.one("img")
+    shown = weights["model.layers.1.mlp.gate_proj.weight"] != 0
+    assert torch.equal(png_of(picture.attributes["src"]), shown.int())
+    assert f"{int(shown.sum())} of {shown.numel()} weights are kept" in picture.attributes["alt"]
+    # Conv1D stores (in, out), and the picture is (out, in); of a packed model it is the same.
+    save_tiny(tiny_gpt2(), tiny_tokenizer(), tmp_path / "dense")
+    prune(tmp_path / "dense", Recipe(**SMALL), out=tmp_path / "gpt2")
+    pack(tmp_path / "gpt2", out=tmp_path / "packed")
+    weight = load_file(tmp_path / "gpt2" / "model-00002-of-00003.safetensors")["transformer.h.1.attn.c_attn.weight"]
+    for path in (tmp_path / "gpt2" / "report.html", write_report(tmp_path / "packed")):
+        assert torch.equal(png_of(page_of(path).one("img").attributes["src"]), (weight.t()[:128] != 0).int())
+
+
+def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, half: Page, runs: Path) -> None:
+    shown = half.one("table", **{"class": "headline"}).text
+    for part in ("20 (19–21) 31.4 (28.26–34.54) × 1.57", "0.31 (0.3–0.32)", "71.0%", "88.1%", "0.51 ± 0.012"):
+        assert part in shown
+    assert "20 33 × 1.65" in shown
+    assert "not measured" not in shown
+    shown = opt.one("table", **{"class": "headline"}).text
+    assert shown.count("not measured") == 5
+    commands = opt.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
+    assert f"sparsellm eval {runs / 'opt'} --text wikitext2 --against {runs / 'dense-opt'}" in commands
+    assert f"sparsellm bench {runs / 'opt'}-packed" in commands
+
+
+def test_an_evaluation_without_the_dense_model(copied: Path) -> None:
+    (copied / "results.json").write_text(json.dumps(results(31.4, dense=None, benchmarks=[])))
+    page = page_of(write_report(copied))
+    assert "not measured 31.4 (28.26–34.54)" in page.one("table", **{"class": "headline"}).text
+    assert "--against" in page.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
+
+
+def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
+    assert [quote.text for quote in half.all("blockquote")] == ["two </script><script>alert(1)</script>", "three"]
+    assert len(half.all("script")) == 3
+    evil = "</script><img src=x onerror=alert(1)>"
+    linears = json.loads((copied / "pruning.json").read_text())["linears"]
+    linears[0]["name"] = f"model.layers.0.{evil}"
+    environment = {evil: evil}
+    rewrite(copied / "pruning.json", linears=linears, command=evil, warnings=[evil], environment=environment)
+    page = page_of(write_report(copied))
+    assert len(page.all("script")) == 3
+    assert [image.attributes["src"][:5] for image in page.all("img")] == ["data:"]
+    assert evil in page.figures()["sparsity-map"]["data"][0]["y"]
+    assert page.source.count("onerror=alert(1)>") == 0
+
+
+OPTIONAL = (
+    "peaks_bytes", "base", "environment", "magnitudes", "memory", "seconds", "command", "recipe", "matrices", "dense",
+    "versions", "sweeps", "allocation", "warnings",
+)  # fmt: skip
+
+
+def test_a_record_of_an_older_release_is_read(copied: Path) -> None:
+    rewrite(copied / "pruning.json", **dict.fromkeys(OPTIONAL))
+    (copied / "results.json").unlink()
+    page = page_of(write_report(copied))
+    assert "This run recorded no histograms" in page.one("main").text
+    assert page.one("h1").text == "a model, pruned to 50%"
+    assert page.figures().keys() == {"sparsity-map", "error-map", "allocation"}
+
+
+def test_errors_that_are_no_numbers_are_left_out(copied: Path) -> None:
+    linears = json.loads((copied / "pruning.json").read_text())["linears"]
+    linears[0]["error"], linears[1]["error"] = float("nan"), float("inf")
+    rewrite(copied / "pruning.json", linears=linears)
+    page = page_of(write_report(copied))
+    assert page.figures()["error-map"]["data"][0]["z"][0][0] is None
+    assert page.rows("Error of each linear")[1][1] == "–"
+
+
+def test_a_checkpoint_without_weights_says_why_there_is_no_picture(copied: Path) -> None:
+    (copied / "model-00002-of-00004.safetensors").unlink()
+    page = page_of(write_report(copied))
+    assert "No picture of a mask" in page.one("main").text
+    assert page.all("img") == []
+
+
+def test_it_is_rebuilt_in_place_and_counts_as_ours(runs: Path, tmp_path: Path) -> None:
+    prune(runs / "dense-llama", Recipe(**SMALL), out=tmp_path / "p")
+    first = (tmp_path / "p" / "report.html").read_bytes()
+    assert write_report(tmp_path / "p") == tmp_path / "p" / "report.html"
+    assert (tmp_path / "p" / "report.html").read_bytes() == first
+    prune(runs / "dense-llama", Recipe(**SMALL), out=tmp_path / "p", overwrite=True)
+    assert (tmp_path / "p" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("pruning.json", None, "has no pruning.json; give a directory that `sparsellm prune` wrote"),
+        ("pruning.json", "[]", "holds a JSON list, not an object"),
+        ("pruning.json", '{"linears": []}', "'linears' is \\[\\]"),
+        ("results.json", '{"format": 2}', "has format 2, not 1; update sparsellm"),
+        ("results.json", '{"evaluations": [{"perplexity": 3}]}', "'evaluations.0.perplexity' is 3"),
+        ("results.json", "{", "is not valid JSON"),
+    ],
+)
+def test_files_that_are_wrong(name: str, content: str | None, said: str, copied: Path, run: Any) -> None:
+    (copied / "report.html").unlink()
+    (copied / name).unlink()
+    if content is not None:
+        (copied / name).write_text(content)
+    before = sorted(copied.iterdir())
+    with pytest.raises(StorageError, match=said):
+        write_report(copied)
+    code, stdout, stderr = run("report", copied)
+    assert (code, stdout, len(stderr.splitlines())) == (2, "", 1)
+    assert sorted(copied.iterdir()) == before
+
+
+@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "a\0b", "x" * 300, "link"])
+def test_places_that_are_refused(place: str, copied: Path, tmp_path: Path, run: Any) -> None:
+    (tmp_path / "a file").write_text("mine")
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a file")
+    out = tmp_path / place / "x.html" if place == "nowhere" else tmp_path / place if place else ""
+    with pytest.raises(StorageError, match="--out"):
+        write_report(copied, out)
+    if "\0" not in place:
+        code, _, stderr = run("report", copied, "--out", out)
+        assert (code, len(stderr.splitlines())) == (2, 1)
+    assert (tmp_path / "a file").read_text() == "mine"
+
+
+def test_a_report_of_somebody_else_stays(copied: Path) -> None:
+    (copied / "report.html").write_text("<html>mine</html>")
+    with pytest.raises(StorageError, match="is no report of sparsellm"):
+        write_report(copied)
+    assert (copied / "report.html").read_text() == "<html>mine</html>"
+
+
+def test_without_the_extra_the_checkpoint_is_complete(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    notes: list[str] = []
+
+    def note(event: Progress) -> None:
+        if event.phase == "note":
+            notes.append(event.detail)
+
+    result = prune(runs / "dense-llama", Recipe(**SMALL), out=tmp_path / "p", progress=note)
+    assert result.report is None
+    assert not (tmp_path / "p" / "report.html").exists()
+    assert (
+        "report.html was not written: a report needs the package plotly: pip install 'sparsellm[report]'" in notes[-1]
+    )
+    assert f"`sparsellm report {tmp_path / 'p'}`" in notes[-1]
+    with pytest.raises(MissingExtraError, match=r"pip install 'sparsellm\[report\]'"):
+        write_report(tmp_path / "p")
+    with pytest.raises(MissingExtraError, match=r"a plot needs .* pip install 'sparsellm\[report\]'"):
+        result.plot()
+    assert "<table>" in result._repr_html_()
+
+
+def test_the_result_in_a_notebook(tmp_path: Path) -> None:
+    model = tiny_llama()
+    ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))
+    result: PruneResult = prune(model, Recipe(method="wanda", sparsity=0.5, options={}), calibration=ids)
+    page = Page(result._repr_html_())
+    assert page.all("script") == page.all("style") == []
+    assert page.rows("wanda 50%: 50.0% zeros in the blocks")[-1][:3] == [
+        "all pruned linears",
+        f"{result.weights:,}",
+        "50.0%",
+    ]
+    first, second = result.plot().data
+    assert first.type == second.type == "heatmap"
+    assert list(first.y) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [row[0] for row in first.z] == [linear.sparsity for linear in result.linears[:7]]
+
+
+def test_experts_are_one_cell_of_a_block(copied: Path) -> None:
+    linears = [
+        {"name": f"model.layers.{b}.mlp.experts.{e}.w1", "shape": [2, 8], "zeros": 4 * e, "error": 0.1 * (e + 1)}
+        for b in range(2)
+        for e in range(4)
+    ]
+    rewrite(copied / "pruning.json", linears=linears)
+    record = read_record(copied)
+    assert {linear.kind for linear in record.pruning.linears} == {"mlp.experts.*.w1"}
+    assert record.blocks == 2
+    page = page_of(write_report(copied))
+    assert page.rows("Sparsity of each linear") == [["block", "w1"], ["0", "37.5%"], ["1", "37.5%"]]
+    assert page.rows("Error of each linear")[1] == ["0", "0.25"]
+
+
+def test_the_command_line(runs: Path, tmp_path: Path, run: Any) -> None:
+    shutil.copytree(runs / "half", tmp_path / "half")
+    code, stdout, stderr = run("report", tmp_path / "half", "--out", tmp_path / "r.html")
+    assert (code, stderr) == (0, "")
+    assert stdout.strip() == f"written to {tmp_path / 'r.html'}"
+    assert page_of(tmp_path / "r.html").one("h1").text == "dense-llama, pruned to 50%"
+    code, stdout, _ = run(
+        "prune", runs / "dense-llama", "--out", tmp_path / "p", "--method", "magnitude", "--samples", 2
+    )
+    assert code == 0
+    assert f"report: {tmp_path / 'p' / 'report.html'}" in stdout
