@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import DataError, RecipeError
 from sparsellm.evaluation.measured import Evaluation, Interval, compared
-from sparsellm.evaluation.streamed import streamed_scores
+from sparsellm.evaluation.streamed import Kept, streamed_scores
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.machine.heap import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
@@ -93,7 +93,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     seq_len: int | None = None,
     max_tokens: int | None = None,
     bos: Bos = "auto",
-    against: str | os.PathLike[str] | PreTrainedModel | None = None,
+    against: str | os.PathLike[str] | PreTrainedModel | Dense | None = None,
     tasks: Sequence[str] | None = None,
     tasks_dir: str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -112,7 +112,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
         seq_len: tokens in a window, 2 or more; None for 2048, or the limit of the model if that is less.
         max_tokens: the most tokens of the text to use.
         bos: as in :class:`Recipe`: whether every window begins with BOS, which is not scored.
-        against: the dense model, with the same tokenizer, to compare with on the same windows.
+        against: the dense model, with the same tokenizer, to compare with on the same windows; a :class:`Dense` runs
+            only once for several evaluations.
         tasks: names of tasks, groups or tags of lm-eval.
         tasks_dir: a directory with further tasks in lm-eval's YAML files.
         tokenizer: needed only for a model given as an object, unless ``text`` is token ids.
@@ -133,10 +134,11 @@ def evaluate(  # noqa: PLR0913 - the Python door
     own = open_one(model, tokenizer, with_tokenizer=not isinstance(text, Tensor) or manager is not None)
     windows = own.windows(text, seq_len, max_tokens, bos)
     leads = own.leads(bos, exactly=manager is not None)
-    dense = None if against is None else open_one(against, None, with_tokenizer=not isinstance(text, Tensor))
+    kept = against if against is None or isinstance(against, Dense) else Dense(against)
+    dense = None if kept is None else kept.open(partial(open_one, with_tokenizer=not isinstance(text, Tensor)))
     if dense is not None:
         own.check_comparable(dense, windows)
-    scores = streamed_scores(own.chain, windows, None if dense is None else dense.chain, progress=progress)
+    scores = streamed_scores(own.chain, windows, None if kept is None else kept.outputs, progress=progress)
     results = None
     if manager is not None and tasks:
         progress(Progress("evaluate", 0, 1, "tasks"))
@@ -163,6 +165,26 @@ def evaluate(  # noqa: PLR0913 - the Python door
         tasks=results,
         stamp=stamp(own.chain.device),
     )
+
+
+class Dense:
+    """A dense model to evaluate others against: it is opened once, and its outputs on the windows are kept.
+
+    Args:
+        model: as in :func:`evaluate`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | PreTrainedModel) -> None:
+        self.model = model
+        self.outputs: Kept | None = None
+        self._opened: _Opened | None = None
+
+    def open(self, open_one: Callable[..., _Opened]) -> _Opened:
+        """The opened model."""
+        if self._opened is None:
+            self._opened = open_one(self.model, None)
+            self.outputs = Kept(self._opened.chain)
+        return self._opened
 
 
 @dataclass(frozen=True)

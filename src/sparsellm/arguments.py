@@ -163,6 +163,11 @@ def _loaded(value: Any) -> Any:
     return value
 
 
+def _dense(value: Any) -> Any:
+    """A model, or an opened one to evaluate several others against."""
+    return value if hasattr(value, "outputs") else _model(value)
+
+
 def _model(value: Any) -> Any:
     """A model by name, or a transformers model."""
     from transformers import PreTrainedModel
@@ -246,7 +251,7 @@ CHECKS: dict[str, Check] = {
     "seq_len": _count(2, MOST_TOKENS, f"give a whole number from 2 to {MOST_TOKENS}, or leave it out for the default"),
     "max_tokens": _count(2, 1 << 62),
     "bos": _typed(Bos, "give auto, yes or no"),
-    "against": Check(_model),
+    "against": Check(_dense),
     "tasks": _typed(
         Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(min_length=1, strict=False)],
         "give a list of names of lm-eval tasks",

@@ -472,6 +472,112 @@ def report(
 
 
 @app.command()
+def compare(  # noqa: PLR0913 - a command
+    model: ModelArgument,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Directory of the comparison; an earlier one goes on.", rich_help_panel=OUTPUT
+        ),
+    ],
+    text: Annotated[
+        str, typer.Option(metavar="SOURCE", help="Text to measure on, as of eval.", autocompletion=_one_of(*SOURCES))
+    ] = "pydoc",
+    method: Annotated[
+        str,
+        typer.Option(metavar="NAMES", help=f"Methods, with commas.{_default('sparsellm')}", rich_help_panel=WHAT),
+    ] = "sparsellm",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(metavar="FRACTIONS", help="Sparsities, with commas: 0.5,0.7.", rich_help_panel=WHAT),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="N:M", help="Patterns, with commas: 2:4,4:8.", rich_help_panel=WHAT)
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Calibration text, as of prune.",
+            autocompletion=_one_of(*SOURCES),
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A recipe with the other settings.", rich_help_panel=WHAT)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="As of prune. Repeatable.", rich_help_panel=WHAT),
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window of the text.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Most tokens of the text to use.")] = None,
+    values: Annotated[
+        str, typer.Option(metavar="TYPE", help="Values of the packed checkpoints.", autocompletion=_one_of(*VALUES))
+    ] = "keep",
+    speed: Annotated[bool, typer.Option("--speed", help="Also measure how fast each packed model decodes.")] = False,
+    recover: Annotated[
+        float | None,
+        typer.Option(metavar="FRACTION", help="Recommend the smallest model with this recovery, such as 0.95."),
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Recommend among packed models up to this size, such as 1GB.")
+    ] = None,
+    log: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Log each run to trackio or wandb, if it is installed.")
+    ] = None,
+    plugin: PluginOption = None,
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune MODEL by every method at every sparsity, measure each against it, and recommend one.
+
+    The comparison is one job that the same command resumes. Each run is a checkpoint in DIR.
+    """
+    from sparsellm import compare as grid
+    from sparsellm import console, tables
+    from sparsellm.inputs.sizes import parse_bytes
+    from sparsellm.recipe import Recipe
+
+    _load_plugins(plugin)
+    base = (Recipe.from_yaml(recipe) if recipe is not None else Recipe()).with_settings(settings or [])
+    base = base.updated(calibration=calibration) if calibration is not None else base
+    cells = grid.cells_of(
+        base, methods=_listed(method), sparsities=_fractions(sparsity), patterns=_listed(pattern or "")
+    )
+    if recover is not None and not 0 < recover <= 1:
+        raise RecipeError(f"--recover is {recover}; it is a fraction above 0, up to 1, such as 0.95")
+    limits = grid.Constraints(recover, parse_bytes(max_bytes) if max_bytes is not None else None)
+    with console.progress() as progress:
+        result = grid.compare(
+            model,
+            out=out,
+            cells=cells,
+            protocol=grid.Protocol(text, seq_len, max_tokens, values, speed),
+            constraints=limits,
+            log=log,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        console.write_json(result.to_dict())
+    else:
+        tables.print_grid(result, constrained=limits != grid.Constraints())
+
+
+def _listed(text: str) -> list[str]:
+    """The parts of a text with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _fractions(text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in _listed(text or "")]
+    except ValueError:
+        raise RecipeError(f"--sparsity is {text!r}; give fractions with commas, such as 0.5,0.7") from None
+
+
+@app.command()
 def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
     """List the values of --method and --allocation, with options and papers."""
     from sparsellm import console, tables

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from sparsellm.console import count, out, phases, say, speed, table, visible
+from sparsellm.console import count, duration, out, phases, say, speed, table, visible
 
 if TYPE_CHECKING:
     from sparsellm.api import MatrixZeros, PruneResult
+    from sparsellm.compare import GridResult
     from sparsellm.demo import DemoResult
     from sparsellm.evaluation.measured import Evaluation, Interval
     from sparsellm.recipe import Recipe
@@ -169,6 +170,36 @@ def print_evaluation(result: Evaluation) -> None:
 
 def _ends(interval: Interval) -> str:
     return f" ({interval})" if interval.low is not None else ""
+
+
+def print_grid(result: GridResult, *, constrained: bool) -> None:
+    """Prints one row for each cell of a comparison, after one of the dense model, and the recommendation."""
+    timed = any(cell.tokens_per_second is not None for cell in result.cells)
+    shown = table(("run",), ("zeros", "ppl", "recovery", "KL", "same", "MB", "tok/s" if timed else "time"))
+    first = result.cells[0]
+    dense = f"{first.dense_tokens_per_second:.1f}" if first.dense_tokens_per_second is not None else ""
+    size = f"{first.dense_bytes / 1e6:,.0f}"
+    shown.add_row("dense", "", f"{first.dense_perplexity:.2f}", "100%", "0", "100%", size, dense, end_section=True)
+    for cell in result.cells:
+        speed_of = f"{cell.tokens_per_second:.1f}" if cell.tokens_per_second is not None else "–"
+        shown.add_row(
+            cell.name,
+            f"{cell.sparsity:.1%}",
+            f"{cell.perplexity:.2f}",
+            f"{cell.recovery:.1%}",
+            f"{cell.kl:.3f}",
+            f"{cell.agreement:.1%}",
+            f"{cell.packed_bytes / 1e6:,.0f}",
+            speed_of if timed else duration(cell.seconds),
+        )
+    out().print(shown)
+    say("MB: weight files, packed · same: tokens with the same first choice · recovery: dense ppl / ppl")
+    if result.recommended is not None:
+        say(f"recommended: {result.recommended.name}, in {result.out / result.recommended.name}")
+    elif constrained:
+        say("no cell satisfies the constraints; lower them, or add a sparsity to the grid")
+    if result.page is not None:
+        say(f"compared in {result.page}")
 
 
 def print_speeds(report: Comparison) -> None:

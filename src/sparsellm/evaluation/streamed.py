@@ -38,8 +38,27 @@ class Scores:
     agreement: Tensor | None = None
 
 
+class Kept:
+    """A model whose outputs on some windows stay in memory, for several evaluations on the same windows.
+
+    Args:
+        chain: the model.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self._kept: tuple[Tensor, list[Tensor]] | None = None  # windows, and the outputs of the last block
+
+    def leaving(self, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
+        """As :func:`_leaving`; the outputs on the first windows that it is called with are kept."""
+        if self._kept is None:
+            self._kept = windows, list(_leaving(self.chain, windows, tell))
+        known, rows = self._kept
+        return iter(rows) if torch.equal(known, windows) else _leaving(self.chain, windows, tell)
+
+
 def streamed_scores(
-    chain: Chain, windows: Tensor, dense: Chain | None = None, *, progress: ProgressCallback = ignore
+    chain: Chain, windows: Tensor, dense: Chain | Kept | None = None, *, progress: ProgressCallback = ignore
 ) -> Scores:
     """The scores of a model on windows, and against a dense model if there is one.
 
@@ -49,13 +68,14 @@ def streamed_scores(
     Args:
         chain: the model.
         windows: token ids, ``(windows, seq)``.
-        dense: another model of the same tokenizer.
+        dense: another model of the same tokenizer; its outputs may be kept from an earlier call.
         progress: called with the progress of the passes over the blocks.
 
     Raises:
         NumericalError: the loss of a window is not finite.
     """
-    chains = [chain] if dense is None else [chain, dense]
+    other = dense.chain if isinstance(dense, Kept) else dense
+    chains = [chain] if other is None else [chain, other]
     element = torch.empty(0, dtype=chain.dtype).element_size()
     width = sum(each.config.get_text_config().hidden_size for each in chains)
     parts = windows.split(max(1, _HIDDEN_BYTES // (windows.shape[1] * width * element)))
@@ -67,7 +87,10 @@ def streamed_scores(
 
     rows: list[list[float]] = []
     for part in parts:
-        hidden = [_leaving(each, part, tell) for each in chains]
+        hidden = [
+            dense.leaving(part, tell) if isinstance(dense, Kept) and each is other else _leaving(each, part, tell)
+            for each in chains
+        ]
         begun = next(done)
         with ExitStack() as held:
             for each in chains:

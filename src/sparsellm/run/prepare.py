@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.registry import Entry, Needs
 from sparsellm.run.memory import checkpoint_bytes
+from sparsellm.run.shared import Shared
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.writer import count_zeros
@@ -44,7 +45,7 @@ DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`sparsellm.prune`, documented there."""
+    """The arguments of :func:`sparsellm.prune`, documented there, and what the run shares with others."""
 
     model: str | os.PathLike[str] | PreTrainedModel
     recipe: Recipe
@@ -54,6 +55,7 @@ class Request:
     overwrite: bool = False
     restart: bool = False
     trust_remote_code: bool = False
+    shared: Shared = field(default_factory=Shared)
 
 
 @dataclass(frozen=True)
@@ -331,18 +333,25 @@ def _windows(
     check_seq_len(chain.config, seq_len)
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
-    with _model_that_writes(chain, recipe, directory) as dense:
-        windows = calibration_windows(
-            request.calibration or recipe.calibration,
-            tokenizer,
-            recipe.samples,
-            seq_len,
-            recipe.seed,
-            model=dense,
-            progress=lambda done, total: progress(Progress("calibration", done, total, "the model writes its text")),
-            bos=recipe.bos,
-        )
-    return check_vocabulary(windows, chain.config, tokenizer)
+
+    def draw() -> Tensor:
+        with _model_that_writes(chain, recipe, directory) as dense:
+            return calibration_windows(
+                request.calibration or recipe.calibration,
+                tokenizer,
+                recipe.samples,
+                seq_len,
+                recipe.seed,
+                model=dense,
+                progress=lambda done, total: progress(
+                    Progress("calibration", done, total, "the model writes its text")
+                ),
+                bos=recipe.bos,
+            )
+
+    source = request.calibration or recipe.calibration
+    key = (str(directory), source, recipe.samples, seq_len, recipe.seed, recipe.bos, chain.dtype, chain.device.type)
+    return check_vocabulary(request.shared.windows_of(key, draw), chain.config, tokenizer)
 
 
 @contextlib.contextmanager

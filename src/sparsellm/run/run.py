@@ -273,8 +273,10 @@ class Run:
         gradients: LossGradients | None = None
         if saliency or costs is None:
             with self.clock.phase("gradients"):
-                feed = replace(self._gradient_feed(), scratch=self.scratch)
-                gradients = loss_gradients(feed, {size.name for size in sizes}, saliency=saliency)
+                feed, names = replace(self._gradient_feed(), scratch=self.scratch), {size.name for size in sizes}
+                key = (self.identity.model, tokens_fingerprint(feed.windows), self.identity.computing, frozenset(names))
+                make = partial(loss_gradients, feed, names, saliency=saliency)
+                gradients = self.request.shared.gradients_of(key, make, saliency=saliency)
             if choice.needs.output_costs:
                 costs = gradients.output_squares
                 self.journal.keep_output_costs(costs)  # first: a saved allocation implies saved costs

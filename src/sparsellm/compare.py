@@ -1,0 +1,417 @@
+"""A grid of runs over one model: each is pruned, packed and measured against the dense model, then compared.
+
+Every cell of the grid is a checkpoint of its own, so a grid that was stopped goes on with the cell it was in, and later
+calls add cells to it. The calibration windows, the gradients of the dense model and its outputs on the text are
+computed once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from sparsellm import api
+from sparsellm.arguments import as_recipe
+from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
+from sparsellm.inputs.json_input import read_object
+from sparsellm.methods import METHODS
+from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.recipe import Recipe
+from sparsellm.report.comparison import write_comparison
+from sparsellm.report.document import write_report
+from sparsellm.run.prepare import Request
+from sparsellm.run.run import Run
+from sparsellm.run.shared import Shared
+from sparsellm.runtime import bench
+from sparsellm.runtime.convert import pack
+from sparsellm.storage.files import explained, replace_atomically, write_all
+from sparsellm.storage.results import append_result, stamp
+
+GRID = "compare.json"
+PAGE = "compare.html"
+PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: the name of its directory, and its recipe."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def target(self) -> str:
+        return self.recipe.pattern or f"{self.recipe.sparsity:g}"
+
+
+class Measured(BaseModel):
+    """The measurements of one cell.
+
+    Attributes:
+        name: of the cell and its directory.
+        method: that pruned it.
+        target: the sparsity or pattern that was asked for.
+        sparsity: zeros in the pruned linears, as a fraction.
+        perplexity: on the text of the grid.
+        dense_perplexity: of the dense model.
+        kl: ``KL(dense ‖ pruned)`` in nats a token.
+        agreement: the fraction of tokens with the same first choice.
+        recovery: the dense perplexity divided by the pruned one.
+        packed_bytes: weight files of the packed checkpoint.
+        dense_bytes: weight files of the dense checkpoint.
+        tokens_per_second: packed, decoding; None if the grid measures no speed.
+        dense_tokens_per_second: dense, measured in turns with it.
+        seconds: of pruning, by wall clock.
+        peak_rss: of pruning, in bytes; the highest of the process so far.
+        settings: everything that the measurements depend on.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    method: str
+    target: str
+    sparsity: float
+    perplexity: float
+    dense_perplexity: float
+    kl: float
+    agreement: float
+    recovery: float
+    packed_bytes: int
+    dense_bytes: int
+    tokens_per_second: float | None
+    dense_tokens_per_second: float | None
+    seconds: float
+    peak_rss: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """The result of :func:`compare`.
+
+    Attributes:
+        out: the directory of the grid.
+        cells: one for each cell of the call, in its order.
+        recommended: the cell that fits the constraints best; None if there were none, or none fits.
+        page: the page that compares the cells; None without the chart library.
+    """
+
+    out: Path
+    cells: list[Measured]
+    recommended: Measured | None
+    page: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "page": str(self.page) if self.page is not None else None,
+            "recommended": self.recommended.name if self.recommended is not None else None,
+            "cells": [cell.model_dump() for cell in self.cells],
+        }
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the cells of a grid are measured; the arguments of :func:`sparsellm.evaluate` of these names, and
+
+    Attributes:
+        values: of the packed checkpoints.
+        speed: whether decoding is measured.
+    """
+
+    text: str
+    seq_len: int | None = None
+    max_tokens: int | None = None
+    values: str = "keep"
+    speed: bool = False
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a recommended cell must satisfy.
+
+    Attributes:
+        recover: the least recovery.
+        max_bytes: the most bytes of packed weight files.
+    """
+
+    recover: float | None = None
+    max_bytes: int | None = None
+
+
+def compare(
+    model: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    cells: Sequence[Cell],
+    protocol: Protocol,
+    constraints: Constraints = Constraints(),
+    log: str | None = None,
+    trust_remote_code: bool = False,
+    progress: ProgressCallback = ignore,
+) -> GridResult:
+    """Prunes, packs and measures a model in every cell of a grid, and writes one page that compares them.
+
+    Args:
+        model: as in :func:`sparsellm.prune`, by name.
+        out: the directory of the grid; each cell has its checkpoint in it. An earlier grid is continued.
+        cells: of :func:`cells_of`.
+        protocol: how they are measured.
+        constraints: of the recommendation.
+        log: ``trackio`` or ``wandb`` to log each cell there as a run of the project ``sparsellm``; the package must be
+            installed.
+        trust_remote_code: run modelling code that comes with the checkpoint.
+        progress: called with the progress of the run.
+
+    Raises:
+        SparseLLMError: a recipe, the model or the text is wrong, or ``out`` has a cell of that name with other
+            settings.
+    """
+    folder = Path(out).expanduser()
+    logger = _logger(log) if log is not None else None
+    known = _known(folder)
+    wanted = {cell.name: _settings(model, cell, protocol) for cell in cells}
+    for cell in cells:
+        _check_known(folder, known.get(cell.name), wanted[cell.name], cell)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    shared, dense = Shared(), api.Dense(model)
+    for number, cell in enumerate(cells):
+        if cell.name in known:
+            continue
+
+        def tell(event: Progress, title: str = f"{number + 1}/{len(cells)} {cell.name}") -> None:
+            progress(Progress(event.phase, event.done, event.total, f"{title}: {event.detail}"))
+
+        request = Request(model, cell.recipe, folder / cell.name, trust_remote_code=trust_remote_code, shared=shared)
+        known[cell.name] = _measure(request, cell, protocol, dense, wanted[cell.name], tell)
+        _write(folder, known)
+        if logger is not None:
+            _log(logger, known[cell.name])
+    measured = [known[cell.name] for cell in cells]
+    return GridResult(folder, measured, recommend(measured, constraints), _page(folder, measured))
+
+
+def cells_of(
+    base: Recipe | dict[str, Any] | str | os.PathLike[str] | None,
+    *,
+    methods: Sequence[str],
+    sparsities: Sequence[float] = (),
+    patterns: Sequence[str] = (),
+) -> list[Cell]:
+    """The cells of a grid: every method at every sparsity, then at every pattern.
+
+    Args:
+        base: the other settings. Its options hold for the methods that have them.
+        methods: names of methods.
+        sparsities: fractions of zeros.
+        patterns: N:M.
+
+    Raises:
+        RecipeError: nothing is asked for, something is named twice, a method or target is wrong, or no method has an
+            option of the base.
+    """
+    recipe = as_recipe(base)
+    if not methods or not (sparsities or patterns):
+        raise RecipeError("a comparison needs one method or more, and one sparsity or pattern or more")
+    entries = [METHODS[name] for name in methods]
+    for option in recipe.options:
+        if not any(option in entry.options for entry in entries):
+            raise RecipeError(f"option {option} is known to none of the methods {', '.join(methods)}; leave it out")
+    cells = []
+    targets: list[dict[str, Any]] = [*({"sparsity": each} for each in sparsities), *({"pattern": p} for p in patterns)]
+    for target in targets:
+        for entry in entries:
+            options = {key: value for key, value in recipe.options.items() if key in entry.options}
+            own = recipe.updated(method=entry.name, options=options, **target)
+            name = f"{entry.name}-{own.pattern.replace(':', '-') if own.pattern else format(own.sparsity, 'g')}"
+            cells.append(Cell(name, own))
+    twice = sorted({cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1})
+    if twice:
+        raise RecipeError(f"{twice[0]} is asked for twice; name each method, sparsity and pattern once")
+    return cells
+
+
+def recommend(cells: Sequence[Measured], constraints: Constraints) -> Measured | None:
+    """The cell that fits the constraints: with ``recover`` the smallest one, else the one that recovers most."""
+    if constraints.recover is None and constraints.max_bytes is None:
+        return None
+    fitting = [
+        cell
+        for cell in cells
+        if cell.recovery >= (constraints.recover or 0.0)
+        and (constraints.max_bytes is None or cell.packed_bytes <= constraints.max_bytes)
+    ]
+    if constraints.recover is None:
+        return max(fitting, key=lambda cell: cell.recovery, default=None)
+    return min(fitting, key=lambda cell: (cell.packed_bytes, -cell.recovery), default=None)
+
+
+def _logger(name: str) -> Any:
+    """The module of an experiment tracker.
+
+    Raises:
+        RecipeError: it is neither trackio nor wandb.
+        MissingExtraError: it is not installed.
+    """
+    if name not in ("trackio", "wandb"):
+        raise RecipeError(f"log is {shown(name)}; it is trackio or wandb")
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise MissingExtraError(f"{name} is not installed: pip install {name}") from None
+
+
+def _log(tracker: Any, cell: Measured) -> None:
+    """Logs one cell as a run; trackio and wandb have the same three functions."""
+    tracker.init(project="sparsellm", name=cell.name, config=cell.settings)
+    numbers = {key: value for key, value in cell.model_dump().items() if isinstance(value, int | float)}
+    tracker.log(numbers)
+    tracker.finish()
+
+
+def _settings(model: str | os.PathLike[str], cell: Cell, protocol: Protocol) -> dict[str, Any]:
+    recipe = cell.recipe.model_dump(mode="json", exclude={"memory", "read_ahead"})
+    return {"model": str(model), "recipe": recipe, "protocol": asdict(protocol)}
+
+
+def _check_known(folder: Path, known: Measured | None, wanted: dict[str, Any], cell: Cell) -> None:
+    """Refuses a cell whose directory holds another run than the wanted one."""
+    if known is not None:
+        differ = [key for key, value in _flat(wanted).items() if _flat(known.settings).get(key) != value]
+        if differ:
+            was, now = _flat(known.settings).get(differ[0]), _flat(wanted)[differ[0]]
+            raise RecipeError(
+                f"{folder / cell.name} was made with another {differ[0]} ({shown(was)}, not {shown(now)}); "
+                "give another --out, or the same settings"
+            )
+
+
+def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{before}{key}."))
+        else:
+            flat[f"{before}{key}"] = value
+    return flat
+
+
+def _measure(
+    request: Request,
+    cell: Cell,
+    protocol: Protocol,
+    dense: api.Dense,
+    settings: dict[str, Any],
+    progress: ProgressCallback,
+) -> Measured:
+    """Prunes one cell unless its checkpoint is there, then packs and measures it."""
+    place = Path(os.fspath(request.out or ""))
+    pruned = _pruned(place, cell) or Run(request, progress).execute().to_dict()
+    to = f"{place}{PACKED}"
+    packed = pack(place, out=to, values=protocol.values, overwrite=True, restart=True, progress=progress)
+    evaluation = api.evaluate(
+        place,
+        protocol.text,
+        seq_len=protocol.seq_len,
+        max_tokens=protocol.max_tokens,
+        bos=cell.recipe.bos,
+        against=dense,  # type: ignore[arg-type]
+        device=cell.recipe.device,
+        trust_remote_code=request.trust_remote_code,
+        progress=progress,
+    )
+    append_result(place, "evaluations", evaluation.to_dict())
+    speeds = _speeds(place, packed.path, progress) if protocol.speed else None
+    with contextlib.suppress(MissingExtraError):  # the run has said so
+        write_report(place)
+    against = evaluation.against
+    assert against is not None
+    return Measured(
+        name=cell.name,
+        method=cell.recipe.method,
+        target=cell.target,
+        sparsity=pruned["sparsity_pruned"],
+        perplexity=evaluation.value,
+        dense_perplexity=against.perplexity.value,
+        kl=against.kl.value,
+        agreement=against.agreement,
+        recovery=against.recovery,
+        packed_bytes=packed.checkpoint_bytes,
+        dense_bytes=pruned["base"]["bytes"],
+        tokens_per_second=speeds[1] if speeds else None,
+        dense_tokens_per_second=speeds[0] if speeds else None,
+        seconds=sum(took for phase, took in pruned["seconds"].items() if "/" not in phase),
+        peak_rss=pruned["peak_rss_bytes"],
+        settings=settings,
+    )
+
+
+def _pruned(place: Path, cell: Cell) -> dict[str, Any] | None:
+    """The facts of a cell that was pruned and not yet measured; None if it is not there.
+
+    Raises:
+        StorageError: another run is there.
+    """
+    if not (place / "pruning.json").is_file():
+        return None
+    facts = read_object(place / "pruning.json")
+    actual = {key: facts.get("recipe", {}).get(key) for key in ("samples", "seq_len")}
+    wanted = {**cell.recipe.model_dump(mode="json"), **actual}
+    if any(facts.get("recipe", {}).get(key) != value for key, value in wanted.items() if key != "memory"):
+        raise StorageError(f"{place} is another run than {cell.name} of this comparison; give another --out")
+    return facts
+
+
+def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[float, float]:
+    """Tokens a second of the dense and the packed checkpoint, decoding in turns; kept in the cell's results."""
+    import torch
+
+    measured = bench.compare(packed, dense=place, progress=progress)
+    append_result(place, "benchmarks", {**measured.to_dict(), **stamp(torch.device("cpu"))})  # type: ignore[typeddict-item]
+    dense, sparse = next(pair for pair in measured.pairs() if pair[0].phase == "decode")
+    return dense.median, sparse.median
+
+
+def _page(folder: Path, measured: Sequence[Measured]) -> Path | None:
+    if len(measured) < 2:
+        return None
+    try:
+        return write_comparison([folder / cell.name for cell in measured], folder / PAGE)
+    except MissingExtraError:
+        return None
+
+
+def _known(folder: Path) -> dict[str, Measured]:
+    """The finished cells of a grid.
+
+    Raises:
+        StorageError: the directory holds something else, or its file cannot be read.
+    """
+    path = folder / GRID
+    if not path.is_file():
+        if folder.exists() and (not folder.is_dir() or any((folder / name).exists() for name in ("config.json",))):
+            raise StorageError(f"{folder} is no directory of a comparison; give another --out")
+        return {}
+    try:
+        cells = TypeAdapter(list[Measured]).validate_python(read_object(path).get("cells"))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise StorageError(f"{path}: {where} is not as `sparsellm compare` writes it; give another --out") from None
+    return {cell.name: cell for cell in cells}
+
+
+def _write(folder: Path, known: dict[str, Measured]) -> None:
+    content = {"format": 1, "cells": [cell.model_dump() for cell in known.values()]}
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_atomically(folder / GRID, partial(write_all, data=text.encode()))

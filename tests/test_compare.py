@@ -1,0 +1,183 @@
+"""A grid of runs: its cells, what they share, resuming, the recommendation, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sparsellm
+from sparsellm import cli, compare
+from sparsellm.compare import Constraints, GridResult, Measured, Protocol, cells_of, recommend
+from sparsellm.evaluation import streamed
+from sparsellm.run import run as running
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+SETTINGS = {"samples": 4, "seq_len": 32, "options": {"effort": 0}}
+PROTOCOL = Protocol("pydoc", 32, 256)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grid") / "dense"
+    save_tiny(tiny_llama(), tiny_tokenizer(), folder)
+    return folder
+
+
+def grid(model: Path, out: Path, **changes: object) -> GridResult:
+    cells = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5, 0.7], patterns=["2:4"])
+    settings = {"cells": cells, "protocol": PROTOCOL, **changes}
+    return compare.compare(model, out=out, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> GridResult:
+    return grid(model, tmp_path_factory.mktemp("grid") / "out")
+
+
+def test_every_cell_is_what_a_run_by_itself_gives(model: Path, finished: GridResult, tmp_path: Path) -> None:
+    names = [cell.name for cell in finished.cells]
+    assert names == [f"{m}-{t}" for t in ("0.5", "0.7", "2-4") for m in ("magnitude", "sparsellm")]
+    for cell in finished.cells:
+        recipe = {**SETTINGS, "method": cell.method}
+        recipe.update({"pattern": cell.target} if ":" in cell.target else {"sparsity": float(cell.target)})
+        if cell.method == "magnitude":
+            recipe["options"] = {}
+        sparsellm.prune(model, recipe, out=tmp_path / cell.name)
+        for shard in (tmp_path / cell.name).glob("*.safetensors"):
+            assert shard.read_bytes() == (finished.out / cell.name / shard.name).read_bytes(), cell.name
+        alone = sparsellm.evaluate(tmp_path / cell.name, "pydoc", seq_len=32, max_tokens=256, against=model)
+        assert alone.against is not None
+        assert (cell.perplexity, cell.kl) == (alone.value, alone.against.kl.value)
+        assert cell.recovery == pytest.approx(cell.dense_perplexity / cell.perplexity)
+        packed = finished.out / f"{cell.name}-packed"
+        assert cell.packed_bytes == sum(file.stat().st_size for file in packed.glob("*.safetensors"))
+        results = json.loads((finished.out / cell.name / "results.json").read_text())
+        assert results["evaluations"][0]["perplexity"]["value"] == cell.perplexity
+
+
+def test_gradients_windows_and_the_dense_model_are_computed_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    for module, name in ((running, "loss_gradients"), (streamed, "_leaving")):
+        real = getattr(module, name)
+
+        def counted(*args: object, real: object = real, name: str = name, **kwargs: object) -> object:
+            made.append(name)
+            return real(*args, **kwargs)  # type: ignore[operator]
+
+        monkeypatch.setattr(module, name, counted)
+    grid(model, tmp_path / "out", cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.6, 0.7]))
+    assert made.count("loss_gradients") == 1
+    assert made.count("_leaving") == 3 + 1
+
+
+def test_a_stopped_grid_goes_on_and_takes_further_cells(
+    model: Path, finished: GridResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = compare.pack, []
+
+    def stop(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compare, "pack", stop)
+    first = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
+    with pytest.raises(KeyboardInterrupt):
+        grid(model, tmp_path / "out", cells=first)
+    began = (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns
+    result = grid(model, tmp_path / "out")
+    assert (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns == began, "it was pruned twice"
+    assert [(c.name, c.perplexity, c.kl) for c in result.cells] == [
+        (c.name, c.perplexity, c.kl) for c in finished.cells
+    ]
+    assert len(calls) == 2 + 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocol": Protocol("pydoc", 32, 512)}, "another protocol.max_tokens"),
+        ({"cells": cells_of({**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5])}, "another recipe.seed"),
+    ],
+)
+def test_other_settings_of_a_finished_cell_are_refused(
+    model: Path, finished: GridResult, changes: dict[str, object], message: str
+) -> None:
+    before = sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*"))
+    with pytest.raises(sparsellm.SparseLLMError, match=message):
+        grid(model, finished.out, **changes)
+    assert sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*")) == before
+
+
+def measured(name: str, recovery: float, size: int) -> Measured:
+    numbers = {"sparsity": 0.5, "perplexity": 1.0, "dense_perplexity": 1.0, "kl": 0.0, "agreement": 1.0, "seconds": 1.0}
+    return Measured(
+        name=name, method="m", target="0.5", recovery=recovery, packed_bytes=size, dense_bytes=9, peak_rss=1,
+        tokens_per_second=None, dense_tokens_per_second=None, settings={}, **numbers,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("constraints", "wanted"),
+    [
+        (Constraints(), None),
+        (Constraints(recover=0.9), "b"),
+        (Constraints(recover=0.5), "c"),
+        (Constraints(max_bytes=60), "b"),
+        (Constraints(max_bytes=20), None),
+        (Constraints(recover=0.9, max_bytes=40), None),
+        (Constraints(recover=0.99, max_bytes=100), None),
+    ],
+)
+def test_the_recommendation_is_the_smallest_that_recovers_enough_or_the_best_that_is_small_enough(
+    constraints: Constraints, wanted: str | None
+) -> None:
+    cells = [measured("a", 0.95, 80), measured("b", 0.92, 50), measured("c", 0.6, 30)]
+    chosen = recommend(cells, constraints)
+    assert (chosen.name if chosen else None) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "one sparsity or pattern"),
+        ("--sparsity 0.5,x", "give fractions with commas"),
+        ("--sparsity 0.5,0.5", "asked for twice"),
+        ("--sparsity 0.5 --method wandaa", "wanda"),
+        ("--sparsity 0.5 --method wanda --set options.effort=1", "known to none"),
+        ("--sparsity 0.5 --recover 1.5", "--recover is 1.5"),
+        ("--sparsity 0.5 --log excel", "trackio or wandb"),
+        ("--sparsity 1.5", "sparsity"),
+    ],
+)
+def test_what_is_wrong_is_one_line_before_the_work(
+    model: Path, tmp_path: Path, words: str, message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    argv = ["sparsellm", "compare", str(model), "--out", str(tmp_path / "out"), *words.split()]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    said = capsys.readouterr().err
+    assert done.value.code == 2
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_one_table_and_a_recommendation(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--method magnitude,wanda --sparsity 0.5 --seq-len 32 --max-tokens 256 --set samples=4 --set seq_len=32"
+    argv = ["sparsellm", "compare", str(model), "--out", str(tmp_path / "out"), *words.split(), "--recover", "0.01"]
+    monkeypatch.setattr("sys.argv", argv)
+    cli.main()
+    said = capsys.readouterr().out
+    assert "dense" in said
+    assert all(name in said for name in ("magnitude-0.5", "wanda-0.5", "recommended: "))
+    assert all(len(line) <= 80 for line in said.splitlines() if "│" in line)
