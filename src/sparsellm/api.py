@@ -140,7 +140,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
         own.check_comparable(dense, windows)
     scores = streamed_scores(own.chain, windows, None if kept is None else kept.outputs, progress=progress)
     results = None
-    if manager is not None and tasks:
+    if tasks and own.tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
         results = run_tasks(own.whole(device, dtype, trust_remote_code), own.tokenizer, tasks, manager, bos=leads)
     source = text if isinstance(text, str) else IDS if isinstance(text, Tensor) else DOCUMENTS
@@ -206,12 +206,12 @@ class _Opened:
         settings: Recipe,
         trust: bool,
     ) -> _Opened:
-        loaded = isinstance(model, PreTrainedModel)
-        directory = None if loaded else checkpoint_directory(str(model))
+        name = str(model.name_or_path) if isinstance(model, PreTrainedModel) else str(model)
+        directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(name)
         chain, _ = open_model(model, directory, settings, trust, whole=False)
         if tokenizer is None and directory is not None and with_tokenizer:
             tokenizer = load_tokenizer(directory, trust_remote_code=trust)
-        return cls(model.name_or_path if loaded else str(model), chain, directory, tokenizer)
+        return cls(name or type(model).__name__, chain, directory, tokenizer)
 
     def windows(self, text: str | Tensor | Text, seq_len: int | None, max_tokens: int | None, bos: Bos) -> Tensor:
         """The windows to score, checked against the model."""
@@ -228,6 +228,8 @@ class _Opened:
     def leads(self, bos: Bos, *, exactly: bool) -> bool:
         """Whether texts begin with BOS; ``exactly`` if the tokenizer itself must put it there, as for lm-eval."""
         if self.tokenizer is None:
+            if exactly:
+                raise DataError("tasks on a model given as an object need tokenizer=...")
             return False
         leads = leading_token(self.tokenizer, bos) is not None
         if exactly and leads and leading_token(self.tokenizer) is None:
@@ -258,7 +260,8 @@ class _Opened:
         """The whole model in memory."""
         if self.directory is None:
             return self.chain.model
-        return load(self.directory, device=device, dtype=dtype, trust_remote_code=trust)
+        loaded: PreTrainedModel = load(self.directory, device=device, dtype=dtype, trust_remote_code=trust)
+        return loaded
 
 
 @checked_arguments(model=CHECKPOINT)
