@@ -101,7 +101,7 @@ def render_run(record: PruningRecord) -> str:
     sparsity, errors = charts.sparsity_map(pruning.linears), charts.error_map(pruning.linears)
     allocation = charts.allocation_chart(pruning)
     sweep, decomposition = charts.sweep_chart(pruning), charts.decomposition_charts(pruning)
-    clocks = (charts.time_chart(pruning), charts.memory_chart(pruning))
+    clocks = (charts.time_chart(pruning), charts.forecast_chart(pruning), charts.memory_chart(pruning))
     course = [each for each in (sweep, *decomposition, *clocks) if each is not None]
     magnitudes = charts.magnitude_charts(pruning.magnitudes)
     wanted = pruning.recipe.get("pattern") or f"{pruning.sparsity_asked:.0%}"

@@ -11,6 +11,7 @@ from sparsellm.report.charts import number, percent
 from sparsellm.report.records import Against, Measured, PruningRecord
 
 NOT_MEASURED = "not measured"
+_TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,17 @@ def headline(record: PruningRecord) -> list[Row]:
     return [*_sparsity(record), *_quality(record), *_tasks(record), _size(record), _speed(record)]
 
 
-def evaluate_command(record: PruningRecord, more: str = "") -> str:
-    """The command that compares a checkpoint with its dense model."""
-    model = record.pruning.base.name
-    against = shlex.quote(model) if model else "MODEL"
-    text = more or "--text wikitext2"
-    return f"sparsellm eval {shlex.quote(os.fspath(record.directory))} {text} --against {against}"
+def evaluate_command(record: PruningRecord, tasks: str = "") -> str:
+    """The command that compares a checkpoint with its dense model, on the calibration's data set if it is a named one.
+
+    Args:
+        record: of the run.
+        tasks: run these tasks too.
+    """
+    model, calibration = record.pruning.base.name, record.pruning.recipe.get("calibration")
+    text = calibration if calibration in _TEXTS else "wikitext2"
+    command = f"sparsellm eval {shlex.quote(os.fspath(record.directory))} --text {text}"
+    return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model) if model else 'MODEL'}"
 
 
 def _sparsity(record: PruningRecord) -> list[Row]:
@@ -74,7 +80,7 @@ def _quality(record: PruningRecord) -> list[Row]:
         rows.append(Row("KL(dense ‖ pruned), nats a token", protocol, "0", kl, "", again if kl is None else ""))
         rows.append(Row("Same likeliest token", protocol, "100%", share, "", again if share is None else ""))
         if against.recovery is not None:
-            rows.append(Row("Recovery", protocol, "100%", f"{against.recovery:.1f}%"))
+            rows.append(Row("Recovery", protocol, "100%", percent(against.recovery)))
     if rows:
         return rows
     command = evaluate_command(record)
@@ -87,7 +93,7 @@ def _tasks(record: PruningRecord) -> list[Row]:
     for (task, metric), value in record.tasks().items():
         error = f" ± {number(value.stderr, 2)}" if value.stderr is not None else ""
         rows.append(Row(f"{task}: {metric}", "", None, f"{number(value.value)}{error}"))
-    return rows or [Row("Tasks", command=evaluate_command(record, "--tasks hellaswag,arc_easy"))]
+    return rows or [Row("Tasks", command=evaluate_command(record, "hellaswag,arc_easy"))]
 
 
 def _size(record: PruningRecord) -> Row:
