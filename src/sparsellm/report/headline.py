@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sparsellm.report.charts import number, percent
 from sparsellm.report.records import Against, Measured, PruningRecord
@@ -39,6 +41,11 @@ def headline(record: PruningRecord) -> list[Row]:
     return [*_sparsity(record), *_quality(record), *_tasks(record), _size(record), _speed(record)]
 
 
+def commands_of(rows: Iterable[Row]) -> list[str]:
+    """The commands that measure what is missing, each once."""
+    return list(dict.fromkeys(row.command for row in rows if row.command))
+
+
 def evaluate_command(record: PruningRecord, tasks: str = "") -> str:
     """The command that compares a checkpoint with its dense model, on the calibration's data set if it is a named one.
 
@@ -50,6 +57,17 @@ def evaluate_command(record: PruningRecord, tasks: str = "") -> str:
     text = calibration if calibration in _TEXTS else "wikitext2"
     command = f"sparsellm eval {shlex.quote(os.fspath(record.directory))} --text {text}"
     return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model) if model else 'MODEL'}"
+
+
+def packed_commands(record: PruningRecord) -> list[str]:
+    """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed."""
+    if _is_packed(record):
+        return []
+    place = os.fspath(record.directory)
+    packed = replace(record, directory=Path(f"{place.rstrip('/')}-packed"))
+    name = shlex.quote(os.fspath(packed.directory))
+    pack = f"sparsellm pack {shlex.quote(place)} --out {name}"
+    return [pack, evaluate_command(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
 
 
 def _sparsity(record: PruningRecord) -> list[Row]:
@@ -111,10 +129,9 @@ def _size(record: PruningRecord) -> Row:
 def _speed(record: PruningRecord) -> Row:
     speeds = record.decode_speeds()
     if speeds is None:
-        place = os.fspath(record.directory)
-        packed = shlex.quote(place if _is_packed(record) else place.rstrip("/") + "-packed")
-        pack = "" if _is_packed(record) else f"sparsellm pack {shlex.quote(place)} --out {packed} && "
-        return Row("Tokens a second, decoding", command=f"{pack}sparsellm bench {packed}")
+        packed = _is_packed(record)
+        command = f"sparsellm bench {shlex.quote(os.fspath(record.directory))}" if packed else ""
+        return Row("Tokens a second, decoding", "" if packed else "of the packed form", command=command)
     dense, packed_speed = speeds
     detail = f"packed, batch {packed_speed.batch}, {packed_speed.threads} threads"
     change = _ratio(packed_speed.median, dense.median)
