@@ -39,16 +39,17 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
+    whole = Path(shutil.copytree(runs / "opt", folder / "opt"))
+    shutil.copy(runs / "half" / "results.json", whole)  # with measurements and continuations, everything is on it
     return {
-        "opt": write_report(runs / "opt", folder / "opt.html"),
-        "half": write_report(runs / "half", folder / "half.html"),
+        "run": write_report(whole, folder / "run.html"),
         "comparison": write_comparison([runs / "half", runs / "nm"], folder / "comparison.html"),
     }
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["opt", "half", "comparison"])
+@pytest.mark.parametrize("name", ["run", "comparison"])
 def test_a_page(name: str, size: str, scheme: str, browser: Any, pages: dict[str, Path]) -> None:
     width, height = SIZES[size]
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
@@ -59,8 +60,7 @@ def test_a_page(name: str, size: str, scheme: str, browser: Any, pages: dict[str
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(pages[name].as_uri())
-    page.wait_for_function("document.documentElement.dataset.drawn")
-    assert page.evaluate("document.documentElement.dataset.drawn") == "yes"
+    page.wait_for_selector(f"html[data-drawn={scheme}]")
     charts = page.locator("[data-figure]")
     assert charts.count() > 4
     assert page.locator("[data-figure] .main-svg").count() >= charts.count()
@@ -82,8 +82,8 @@ def test_text_of_a_model_runs_nothing(browser: Any, pages: dict[str, Path]) -> N
     page = browser.new_page()
     opened: list[str] = []
     page.on("dialog", lambda dialog: (opened.append(dialog.message), dialog.dismiss()))
-    page.goto(pages["half"].as_uri())
-    page.wait_for_function("document.documentElement.dataset.drawn")
+    page.goto(pages["run"].as_uri())
+    page.wait_for_selector("html[data-drawn]")
     assert "alert(1)" in page.locator("blockquote").first.inner_text()
     assert opened == []
     blocked = "new Promise((done) => { addEventListener('securitypolicyviolation', (e) => done(e.blockedURI));"
@@ -94,12 +94,13 @@ def test_text_of_a_model_runs_nothing(browser: Any, pages: dict[str, Path]) -> N
 
 def test_the_colours_follow_the_scheme_and_tables_open_by_key(browser: Any, pages: dict[str, Path]) -> None:
     page = browser.new_page(color_scheme="light")
-    page.goto(pages["half"].as_uri())
-    page.wait_for_function("document.documentElement.dataset.drawn")
+    page.goto(pages["run"].as_uri())
+    page.wait_for_selector("html[data-drawn]")
     colour = "getComputedStyle(document.querySelector('.xtick text')).fill"
     before = page.evaluate(colour)
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(f"{colour} !== {before!r}")
+    page.wait_for_selector("html[data-drawn=dark]")
+    assert page.evaluate(colour) != before
     page.locator("summary").first.focus()
     page.keyboard.press("Enter")
     assert page.locator("details table").first.is_visible()
@@ -109,7 +110,7 @@ def test_the_colours_follow_the_scheme_and_tables_open_by_key(browser: Any, page
 def test_without_scripts_the_tables_are_there(browser: Any, pages: dict[str, Path]) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    page.goto(pages["opt"].as_uri())
+    page.goto(pages["run"].as_uri())
     assert page.locator("noscript p").first.is_visible()
     page.locator("summary").first.click()
     assert page.locator("details table").first.is_visible()

@@ -21,6 +21,16 @@ _MEMORY_PHASES = {  # the step of the prediction -> the phase whose end shows it
     "solving": "prune/solve",
     "sweeps": "sweep",
 }
+_TIMED_PHASES = {  # the step of the prediction -> the phases whose seconds it predicts
+    "calibration": ("calibration",),
+    "check": ("check",),
+    "gradients": ("gradients",),
+    "survey": ("allocation",),
+    "replay": ("replay",),
+    "prune": ("embed", "read", "prune", "forward", "write"),
+    "sweep": ("sweep",),
+    "save": ("count",),
+}
 _LOWEST_POWER, _POWERS_A_BIN = -16.0, 0.5  # the bins of sparsellm.run.magnitudes
 
 Trace = dict[str, Any]
@@ -31,7 +41,7 @@ class Table:
     """A table as text."""
 
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -370,6 +380,33 @@ def time_chart(pruning: Pruning) -> Chart | None:
     )
 
 
+def forecast_chart(pruning: Pruning) -> Chart | None:
+    """The predicted seconds of each step beside the measured ones; None if nothing was predicted."""
+    predicted = {step: value for step, value in pruning.predicted_seconds.items() if step in _TIMED_PHASES}
+    measured = {step: sum(pruning.seconds.get(phase, 0.0) for phase in _TIMED_PHASES[step]) for step in predicted}
+    steps = [step for step in predicted if predicted[step] or measured[step]]
+    if not steps:
+        return None
+    return Chart(
+        "forecast",
+        "Time against the prediction",
+        f"Predicted when the run began: {sum(predicted.values()):.0f} seconds; measured: {sum(measured.values()):.0f}.",
+        Table(
+            ("step", "predicted s", "measured s"),
+            [(step, f"{predicted[step]:.1f}", f"{measured[step]:.1f}") for step in steps],
+        ),
+        [
+            _bars("predicted", steps, [predicted[step] for step in steps], 5),
+            _bars("measured", steps, [measured[step] for step in steps], 1),
+        ],
+        {"yaxis": axis("seconds"), "barmode": "group"},
+    )
+
+
+def _bars(name: str, x: Sequence[str], y: Sequence[float], position: int) -> Trace:
+    return {"type": "bar", "name": name, "x": list(x), "y": list(y), "marker": {"color": COLOURS[position]}}
+
+
 def memory_chart(pruning: Pruning) -> Chart | None:
     """The predicted memory of each step beside the measured one; None if either is not known."""
     plan, peaks = pruning.memory, pruning.peaks_bytes
@@ -390,8 +427,8 @@ def memory_chart(pruning: Pruning) -> Chart | None:
             [(s, f"{p:.2f}", f"{m:.2f}") for s, p, m in zip(steps, predicted, measured, strict=True)],
         ),
         [
-            {"type": "bar", "name": "predicted", "x": steps, "y": predicted, "marker": {"color": COLOURS[5]}},
-            {"type": "bar", "name": "measured", "x": steps, "y": measured, "marker": {"color": COLOURS[1]}},
+            _bars("predicted", steps, predicted, 5),
+            _bars("measured", steps, measured, 1),
         ],
         {"yaxis": axis("GB"), "barmode": "group"},
     )

@@ -13,7 +13,7 @@ from sparsellm.errors import StorageError, shown
 from sparsellm.report import charts
 from sparsellm.report.charts import COLOURS, Chart, Table, Trace, axis, line, number, percent, whole_axis
 from sparsellm.report.document import checked_out, page, write_page
-from sparsellm.report.headline import NOT_MEASURED, headline
+from sparsellm.report.headline import NOT_MEASURED, commands_of, headline, packed_commands
 from sparsellm.report.records import Evaluation, Protocol, PruningRecord, read_record
 
 
@@ -101,7 +101,8 @@ def render_comparison(records: Sequence[PruningRecord]) -> str:
         _by_depth(runs, "depth-sparsity", "Sparsity by block", charts.sparsity_of, percent, {"tickformat": ".0%"}),
         _by_depth(runs, "depth-error", "Mean error by block", charts.error_of, lambda v: number(v, 3), {"type": "log"}),
     ]
-    commands = dict.fromkeys(row.command for record in records for row in headline(record) if row.command)
+    commands = commands_of(row for record in records for row in headline(record))
+    dense = [record for record in records if record.decode_speeds() is None]
     return page(
         "comparison.html.jinja",
         f"{len(runs)} pruned versions of {records[0].model}",
@@ -113,6 +114,7 @@ def render_comparison(records: Sequence[PruningRecord]) -> str:
         protocol=str(protocol) if protocol is not None else "",
         summary=_summary(runs),
         commands=[*commands, *_again(records)] if commands else [],
+        packed_commands=[command for record in dense for command in packed_commands(record)[:-1]],
         quality=quality,
         depth=depth,
     )

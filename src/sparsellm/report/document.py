@@ -8,6 +8,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+import shlex
 import stat
 from collections.abc import Sequence
 from functools import cache
@@ -20,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sparsellm.errors import MissingExtraError, StorageError, shown
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table
-from sparsellm.report.headline import headline
+from sparsellm.report.headline import commands_of, headline, packed_commands
 from sparsellm.report.mask_picture import mask_picture
 from sparsellm.report.records import PruningRecord, read_record
 from sparsellm.storage.files import replace_atomically, write_all
@@ -101,7 +102,7 @@ def render_run(record: PruningRecord) -> str:
     sparsity, errors = charts.sparsity_map(pruning.linears), charts.error_map(pruning.linears)
     allocation = charts.allocation_chart(pruning)
     sweep, decomposition = charts.sweep_chart(pruning), charts.decomposition_charts(pruning)
-    clocks = (charts.time_chart(pruning), charts.memory_chart(pruning))
+    clocks = (charts.time_chart(pruning), charts.forecast_chart(pruning), charts.memory_chart(pruning))
     course = [each for each in (sweep, *decomposition, *clocks) if each is not None]
     magnitudes = charts.magnitude_charts(pruning.magnitudes)
     wanted = pruning.recipe.get("pattern") or f"{pruning.sparsity_asked:.0%}"
@@ -116,10 +117,11 @@ def render_run(record: PruningRecord) -> str:
         [sparsity, errors, allocation, *magnitudes, *course],
         sections=sections,
         record=record,
-        place=os.fspath(record.directory),
+        place=shlex.quote(os.fspath(record.directory)),
         wanted=wanted,
         rows=rows,
-        commands=list(dict.fromkeys(row.command for row in rows if row.command)),
+        commands=commands_of(rows),
+        packed_commands=packed_commands(record) if record.decode_speeds() is None else [],
         sparsity=sparsity,
         errors=errors,
         allocation=allocation,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sparsellm.report.charts import number, percent
 from sparsellm.report.records import Against, Measured, PruningRecord
 
 NOT_MEASURED = "not measured"
+_TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,33 @@ def headline(record: PruningRecord) -> list[Row]:
     return [*_sparsity(record), *_quality(record), *_tasks(record), _size(record), _speed(record)]
 
 
-def evaluate_command(record: PruningRecord, more: str = "") -> str:
-    """The command that compares a checkpoint with its dense model."""
-    model = record.pruning.base.name
-    against = shlex.quote(model) if model else "MODEL"
-    text = more or "--text wikitext2"
-    return f"sparsellm eval {shlex.quote(os.fspath(record.directory))} {text} --against {against}"
+def commands_of(rows: Iterable[Row]) -> list[str]:
+    """The commands that measure what is missing, each once."""
+    return list(dict.fromkeys(row.command for row in rows if row.command))
+
+
+def evaluate_command(record: PruningRecord, tasks: str = "") -> str:
+    """The command that compares a checkpoint with its dense model, on the calibration's data set if it is a named one.
+
+    Args:
+        record: of the run.
+        tasks: run these tasks too.
+    """
+    model, calibration = record.pruning.base.name, record.pruning.recipe.get("calibration")
+    text = calibration if calibration in _TEXTS else "wikitext2"
+    command = f"sparsellm eval {shlex.quote(os.fspath(record.directory))} --text {text}"
+    return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model) if model else 'MODEL'}"
+
+
+def packed_commands(record: PruningRecord) -> list[str]:
+    """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed."""
+    if _is_packed(record):
+        return []
+    place = os.fspath(record.directory)
+    packed = replace(record, directory=Path(f"{place.rstrip('/')}-packed"))
+    name = shlex.quote(os.fspath(packed.directory))
+    pack = f"sparsellm pack {shlex.quote(place)} --out {name}"
+    return [pack, evaluate_command(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
 
 
 def _sparsity(record: PruningRecord) -> list[Row]:
@@ -74,7 +98,7 @@ def _quality(record: PruningRecord) -> list[Row]:
         rows.append(Row("KL(dense ‖ pruned), nats a token", protocol, "0", kl, "", again if kl is None else ""))
         rows.append(Row("Same likeliest token", protocol, "100%", share, "", again if share is None else ""))
         if against.recovery is not None:
-            rows.append(Row("Recovery", protocol, "100%", f"{against.recovery:.1f}%"))
+            rows.append(Row("Recovery", protocol, "100%", percent(against.recovery)))
     if rows:
         return rows
     command = evaluate_command(record)
@@ -87,7 +111,7 @@ def _tasks(record: PruningRecord) -> list[Row]:
     for (task, metric), value in record.tasks().items():
         error = f" ± {number(value.stderr, 2)}" if value.stderr is not None else ""
         rows.append(Row(f"{task}: {metric}", "", None, f"{number(value.value)}{error}"))
-    return rows or [Row("Tasks", command=evaluate_command(record, "--tasks hellaswag,arc_easy"))]
+    return rows or [Row("Tasks", command=evaluate_command(record, "hellaswag,arc_easy"))]
 
 
 def _size(record: PruningRecord) -> Row:
@@ -105,10 +129,9 @@ def _size(record: PruningRecord) -> Row:
 def _speed(record: PruningRecord) -> Row:
     speeds = record.decode_speeds()
     if speeds is None:
-        place = os.fspath(record.directory)
-        packed = shlex.quote(place if _is_packed(record) else place.rstrip("/") + "-packed")
-        pack = "" if _is_packed(record) else f"sparsellm pack {shlex.quote(place)} --out {packed} && "
-        return Row("Tokens a second, decoding", command=f"{pack}sparsellm bench {packed}")
+        packed = _is_packed(record)
+        command = f"sparsellm bench {shlex.quote(os.fspath(record.directory))}" if packed else ""
+        return Row("Tokens a second, decoding", "" if packed else "of the packed form", command=command)
     dense, packed_speed = speeds
     detail = f"packed, batch {packed_speed.batch}, {packed_speed.threads} threads"
     change = _ratio(packed_speed.median, dense.median)

@@ -103,6 +103,7 @@ class Pruning(BaseModel):
     recipe: dict[str, Any] = {}
     matrices: Matrices = Matrices()
     seconds: dict[str, float] = {}
+    predicted_seconds: dict[str, float] = {}
     peak_rss_bytes: _Count = 0
     peaks_bytes: dict[str, _Count] = {}
     memory: Memory | None = None
@@ -134,8 +135,8 @@ class Against(BaseModel):
     kl: float | None = None
     kl_low: float | None = None
     kl_high: float | None = None
-    agreement: float | None = None
-    recovery: float | None = None
+    agreement: float | None = None  # a fraction
+    recovery: float | None = None  # a fraction: the dense perplexity divided by the pruned one's
 
 
 class Protocol(BaseModel):
@@ -146,7 +147,7 @@ class Protocol(BaseModel):
     window: int = 0
     windows: int = 0
     tokens: int = 0
-    bos: bool = False
+    bos: bool | str = ""
     dtype: str = ""
 
     def __str__(self) -> str:

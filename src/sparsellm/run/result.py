@@ -90,6 +90,7 @@ class PruneResult:
         processes: the number of processes.
         base: the dense model: ``name``, ``digest`` of its config and weights, and ``bytes`` of its weights.
         environment: of the machine.
+        predicted: seconds of each step, as predicted when the run began; empty if nothing was.
         peaks: the peak memory of this process, in bytes, when each phase last ended.
         magnitudes: histograms of the weights by kind of linear, ``before`` and ``after``; see
             :mod:`sparsellm.run.magnitudes`.
@@ -114,6 +115,7 @@ class PruneResult:
     dense: list[DenseMatrix] = field(default_factory=list)
     base: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=environment)
+    predicted: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     magnitudes: Magnitudes = field(default_factory=dict)
 
@@ -173,6 +175,7 @@ class PruneResult:
             "matrices": asdict(self.matrices),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_rss_bytes": self.peak_rss,
+            "predicted_seconds": {name: round(value, 3) for name, value in self.predicted.items()},
             "peaks_bytes": self.peaks,
             "memory": self.memory.to_dict() if self.memory else None,
             "calibration_tokens": self.calibration_tokens,

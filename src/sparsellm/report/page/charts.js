@@ -32,19 +32,20 @@
     };
   }
 
-  const draw = () =>
-    Promise.all(
-      places.map((place) => {
-        const figure = figures[place.dataset.figure];
-        return Plotly.react(place, figure.data, layoutOf(figure), { displayModeBar: false, responsive: true });
-      })
-    );
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+
+  async function draw() {
+    for (const place of places) {
+      const figure = figures[place.dataset.figure];
+      await Plotly.react(place, figure.data, layoutOf(figure), { displayModeBar: false, responsive: true });
+    }
+    document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
+  }
 
   try {
     await load();
     await draw();
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-    document.documentElement.dataset.drawn = "yes";
+    dark.addEventListener("change", draw);
   } catch (error) {
     document.getElementById("undrawn").hidden = false;
     for (const place of places) place.hidden = true;
