@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from sparsellm import __version__, interrupts
-from sparsellm.errors import RecipeError, SparseLLMError
+from sparsellm.errors import RecipeError, SparseLLMError, shown
 from sparsellm.storage.remains import kept_by_prune
 
 if TYPE_CHECKING:
@@ -157,6 +157,34 @@ def prune(  # noqa: PLR0913 - a command
             rich_help_panel=WHAT,
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="GLOB",
+            help="Prune these linears alone, such as '*.mlp.*'; all others stay dense. Repeatable.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            metavar="GLOB",
+            help="Leave these dense, such as '*.down_proj': the recipe's field `exclude`. Repeatable.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    sparsity_of: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sparsity-of",
+            metavar="GLOB=SHARE",
+            help="The sparsity of some linears, such as '*.down_proj=0.6'; the others make up for it, so that "
+            "--sparsity is reached. The last one that matches counts. Repeatable.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     effort: Annotated[
         int | None,
         typer.Option(
@@ -213,7 +241,7 @@ def prune(  # noqa: PLR0913 - a command
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Any field of the recipe, options.NAME or allocation_options.NAME. Repeatable.",
+            help="Any field of the recipe, options.NAME, allocation_options.NAME or sparsity_of.GLOB. Repeatable.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -256,6 +284,8 @@ def prune(  # noqa: PLR0913 - a command
         "sparsity": sparsity,
         "pattern": pattern,
         "allocation": allocation,
+        "only": only or None,
+        "exclude": skip or None,
         "calibration": calibration,
         "samples": samples,
         "seq_len": seq_len,
@@ -266,7 +296,8 @@ def prune(  # noqa: PLR0913 - a command
     }
     chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe()
     chosen = chosen.updated(**{name: value for name, value in given.items() if value is not None})
-    chosen = chosen.with_settings([*([f"options.effort={effort}"] if effort is not None else []), *(settings or [])])
+    effort_set = [f"options.effort={effort}"] if effort is not None else []
+    chosen = chosen.with_settings([*effort_set, *_as_settings(sparsity_of), *(settings or [])])
     with console.progress(quiet=quiet or not parallel.is_main(), verbose=verbose) as progress:
         result = api.prune(
             model,
@@ -284,6 +315,14 @@ def prune(  # noqa: PLR0913 - a command
         console.write_json(result.to_dict())
     elif not quiet:
         tables.print_pruned(result, verbose=verbose)
+
+
+def _as_settings(sparsity_of: list[str] | None) -> list[str]:
+    """The values of --sparsity-of as settings of the recipe's field."""
+    for each in sparsity_of or []:
+        if not each.partition("=")[0].strip() or "=" not in each:
+            raise RecipeError(f"--sparsity-of is {shown(each)}; write GLOB=SHARE, such as '*.down_proj=0.6'")
+    return [f"sparsity_of.{each}" for each in sparsity_of or []]
 
 
 def _load_plugins(named: list[str] | None) -> list[str]:

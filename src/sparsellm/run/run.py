@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from sparsellm import parallel, plugins
-from sparsellm.allocation import Allocation, Survey
+from sparsellm.allocation import Allocation, LinearSize, Survey
+from sparsellm.allocation.fixed import divide
 from sparsellm.chain.streams import Feed, Stream, windows_of
 from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
@@ -167,7 +168,8 @@ class Run:
         """Writes the files beside the weights, and renames the checkpoint to its final name."""
         with self.clock.phase("count"):
             written = self.journal.written
-            dense = parallel.from_main(partial(left_dense, self.chain, self.recipe.exclude, self.linears, written))
+            counted = partial(left_dense, self.chain, self.recipe.exclude, self.linears, written, self.recipe.only)
+            dense = parallel.from_main(counted)
         self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
         peak = max(heap.peak_rss(), self.peak_before)
         result = PruneResult(
@@ -228,6 +230,7 @@ class Run:
             "options": choice.options,
             "allocation": choice.allocator.name,
             "allocation_options": choice.allocation_options,
+            "sparsity_of": list(self.recipe.sparsity_of.items()),  # a list, because the order counts
         }
         names = (choice.method.name, choice.allocator.name)
         used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
@@ -258,10 +261,17 @@ class Run:
                 self.journal.keep_output_costs(costs)  # first: a saved allocation implies saved costs
         if allocates:
             with self.clock.phase("allocation"):
-                survey = Survey(replace(self.feed, windows=self.windows), sizes, self.recipe.sparsity, gradients)
-                allocation = choice.allocator.function(survey, **choice.allocation_options)
+                allocation = self._allocate(sizes, gradients)
                 self.journal.keep_allocation(allocation)
         return allocation, costs or {}
+
+    def _allocate(self, sizes: list[LinearSize], gradients: LossGradients | None) -> Allocation:
+        """The allocation of all zeros: fixed ones by the recipe, the others by the allocation that it names."""
+        parts = divide(sizes, self.recipe.sparsity)
+        if not parts.free:
+            return parts.allocation()
+        survey = Survey(replace(self.feed, windows=self.windows), parts.free, parts.sparsity, gradients)
+        return parts.allocation(self.choice.allocator.function(survey, **self.choice.allocation_options))
 
     def _finish(self, result: PruneResult) -> None:
         writer = self.journal.writer
