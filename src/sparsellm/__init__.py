@@ -15,7 +15,7 @@ from sparsellm.runtime.registration import register_when_needed
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sparsellm.api import PruneResult, evaluate, inspect, prune
+    from sparsellm.api import PruneResult, card, evaluate, inspect, prune, push
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.perplexity import Perplexity
     from sparsellm.recipe import Recipe
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 _HOME = {
     "PackResult": "sparsellm.runtime.convert",
     "PruneResult": "sparsellm.api",
+    "card": "sparsellm.api",
     "evaluate": "sparsellm.api",
     "inspect": "sparsellm.api",
     "load": "sparsellm.runtime.load",
     "pack": "sparsellm.runtime.convert",
     "prune": "sparsellm.api",
+    "push": "sparsellm.api",
     "SparseLLMError": "sparsellm.errors",
     "Perplexity": "sparsellm.evaluation.perplexity",
     "Recipe": "sparsellm.recipe",
@@ -43,11 +45,13 @@ __all__ = [
     "Recipe",
     "SparseLLMError",
     "__version__",
+    "card",
     "evaluate",
     "inspect",
     "load",
     "pack",
     "prune",
+    "push",
     "unpack",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import DataError
 from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
+from sparsellm.hub.card import rebuild_card
+from sparsellm.hub.push import Pushed, push_checkpoint
 from sparsellm.machine.heap import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
@@ -120,6 +123,40 @@ def evaluate(  # noqa: PLR0913 - the Python door
     return streamed_perplexity(chain, windows, progress=progress)
 
 
+@checked_arguments()
+def card(directory: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Writes the model card (``README.md``) of a checkpoint anew, with the results of its evaluations.
+
+    Args:
+        directory: of a checkpoint that :func:`prune` wrote and :func:`evaluate` measured.
+        force: replace a card that was edited.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        StorageError: the checkpoint was never evaluated, a file is damaged, or the card was edited. Nothing is
+            overwritten then.
+    """
+    return rebuild_card(Path(directory).expanduser(), force=force)
+
+
+@checked_arguments()
+def push(directory: str | os.PathLike[str], repo: str, *, private: bool = False, revision: str | None = None) -> Pushed:
+    """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds.
+
+    Args:
+        directory: of the checkpoint. Files that are not part of it stay where they are.
+        repo: ``owner/name``; created if the hub has none.
+        private: create a private repository; an existing public one is refused.
+        revision: the branch, created if there is none; None for the main one.
+
+    Raises:
+        StorageError: the directory is no checkpoint, or the hub cannot be reached or refuses.
+    """
+    return push_checkpoint(Path(directory).expanduser(), repo, private=private, revision=revision)
+
+
 @checked_arguments(model=CHECKPOINT)
 def inspect(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[MatrixZeros]:
     """The zeros of every matrix in the blocks of a checkpoint, linear or not; it is read one block at a time.
@@ -136,4 +173,4 @@ def inspect(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -
     return zeros
 
 
-__all__ = ["MatrixZeros", "PruneResult", "evaluate", "inspect", "peak_rss", "prune", "versions"]
+__all__ = ["MatrixZeros", "PruneResult", "card", "evaluate", "inspect", "peak_rss", "prune", "push", "versions"]

@@ -526,6 +526,52 @@ def unpack(
     console.say(f"written to {result.path}")
 
 
+@app.command(epilog="Examples:\n\n  sparsellm eval pruned --text wikitext2\n\n  sparsellm card pruned")
+def card(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint that prune wrote and eval measured.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a card that was edited.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model card (README.md) of DIR anew, with the results of its evaluations."""
+    from sparsellm import api, console
+
+    path = api.card(directory, force=force)
+    if as_json:
+        console.write_json({"path": str(path)})
+        return
+    console.say(f"written to {path}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  sparsellm push pruned me/my-model-50\n\n"
+    "  sparsellm push packed me/my-model-50 --revision packed --private"
+)
+def push(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the hub: owner/name.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create a private repository.", rich_help_panel=OUTPUT)
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help=f"Branch.{_default('main')}", rich_help_panel=OUTPUT)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload DIR to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
+    from sparsellm import api, console
+
+    pushed = api.push(directory, repo, private=private, revision=revision)
+    if as_json:
+        console.write_json(pushed.to_dict())
+        return
+    if pushed.left_out:
+        console.say(f"note: no part of the checkpoint and not uploaded: {', '.join(pushed.left_out)}", error=True)
+    console.say(f"{len(pushed.files)} files, {pushed.bytes / 1e6:.1f} MB, uploaded to {pushed.url}")
+
+
 @app.command()
 def generate(  # noqa: PLR0913 - a command
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, packed or dense.")],

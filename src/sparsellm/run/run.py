@@ -13,6 +13,8 @@ from sparsellm import parallel, plugins
 from sparsellm.allocation import Allocation, LinearSize, Survey
 from sparsellm.allocation.fixed import divide
 from sparsellm.chain.streams import Feed, Stream, windows_of
+from sparsellm.hub.base import base_of
+from sparsellm.hub.card import CARD, first_card
 from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
@@ -187,6 +189,7 @@ class Run:
             allocation={"name": self.choice.allocator.name, **self.allocation.report} if self.allocation else {},
             processes=parallel.size(),
             dense=dense,
+            base=base_of(self.request.model, self.prepared.directory),
         )
         parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
         parallel.from_main(lambda: self._finish(result))  # no process returns before the checkpoint has its name
@@ -288,6 +291,7 @@ class Run:
             writer.clean_config()
         writer.write_text("recipe.yaml", self.recipe.to_yaml())
         writer.write_json("pruning.json", result.to_dict())
+        writer.write_text(CARD, first_card(writer.out.name, result.to_dict()))
         writer.finish()
 
     def _save_beside(self, folder: Path) -> None:

@@ -22,7 +22,16 @@ _PATTERNS = (
     re.compile(r"chat_template[\w-]*\.jinja"),
 )
 _NAMES = {
-    *("config.json", "generation_config.json", "pruning.json", "packed.json", "recipe.yaml", "README.md", LISTED),
+    *(
+        "config.json",
+        "generation_config.json",
+        "pruning.json",
+        "packed.json",
+        "recipe.yaml",
+        "results.json",
+        "README.md",
+        LISTED,
+    ),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -57,6 +66,23 @@ def foreign_entries(directory: Path, known: Iterable[str] = ()) -> list[str]:
         if foreign:
             names.append(entry.name)
     return sorted(names)
+
+
+def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
+    """The files that belong to a checkpoint, relative to its directory, and the names of everything else there.
+
+    Hidden files are state and no part of the checkpoint; links are never part of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    other = {*foreign_entries(directory), *(entry.name for entry in os.scandir(directory) if entry.name[0] == ".")}
+    files = [
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.relative_to(directory).parts[0] not in other and path.is_file()
+    ]
+    return sorted(files), sorted(other)
 
 
 def unusual_files(directory: Path) -> list[str]:
