@@ -98,9 +98,13 @@ def _prepare(api: HfApi, repo: str, *, private: bool, revision: str | None) -> N
 
 def _reason(error: Exception) -> str:
     """Why an upload failed, in one line without the token."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in _REASONS:
-        return f"{_REASONS[status]} (HTTP {status})"
+    causes: list[BaseException] = [error]  # the client wraps what happens to one file
+    while causes[-1].__cause__ is not None and len(causes) < 10:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in _REASONS:
+            return f"{_REASONS[status]} (HTTP {status})"
     return _TOKEN.sub("***", _without_token(one_line(error)))
 
 
