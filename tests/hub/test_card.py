@@ -59,6 +59,7 @@ def test_prune_writes_a_card_that_the_hub_s_own_reader_understands(pruned: Path)
     assert {"sparsellm", "pruning", "sparsity", "sparsity-2:4"} <= set(card.data.tags)
     assert "https://huggingface.co/some/model" in card.text
     assert "Not evaluated yet" in card.text
+    assert "# `some/model`, 48% sparse" in card.text
     report = json.loads((pruned / "pruning.json").read_text())
     assert f"{report['sparsity_reached']:.2%} of the weights" in " ".join(card.text.split())
     assert report["base"] == {"model": "some/model", "license": "llama3.2"}
@@ -78,7 +79,7 @@ def test_the_python_of_a_card_loads_the_checkpoint(pruned: Path, monkeypatch: py
         code = text.partition("```python\n")[2].partition("```")[0]
         assert ("import sparsellm" in code) == (name == "small")
         made: dict[str, Any] = {}
-        exec(code, made)
+        exec(code.replace("path/to/this/checkpoint", name), made)
         assert made["model"](made["tokenizer"]("Hello", return_tensors="pt")["input_ids"]).logits.isfinite().all()
     assert "weights are packed" in text
 

@@ -108,7 +108,7 @@ def rebuild_card(directory: Path, *, force: bool = False) -> Path:
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
     if not force and path.exists() and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
-    text = card_text(directory.resolve().name, report, evaluations, packed=is_packed(config))
+    text = card_text(report, evaluations, packed=is_packed(config))
     replace_atomically(path, lambda file: write_all(file, text.encode()))
     return path
 
@@ -123,21 +123,23 @@ def is_unedited(path: Path) -> bool:
     return found is not None and found[1] == _digest(text.replace(found[0], "", 1))
 
 
-def first_card(name: str, report: Mapping[str, Any]) -> str:
+def first_card(report: Mapping[str, Any]) -> str:
     """The card of a checkpoint that was just pruned, from the content of its ``pruning.json``."""
-    return card_text(name, Report.model_validate(dict(report)), [], packed=False)
+    return card_text(Report.model_validate(dict(report)), [], packed=False)
 
 
-def card_text(name: str, report: Report, evaluations: Iterable[Evaluation], *, packed: bool) -> str:
+def card_text(report: Report, evaluations: Iterable[Evaluation], *, packed: bool) -> str:
     """The text of a card, with a mark by which :func:`is_unedited` knows it.
 
-    Texts that come from files and users stand in code spans and blocks, so they are no markup.
+    It does not name the directory, which may be moved or uploaded. Texts that come from files and users stand in code
+    spans and blocks, so they are no markup.
     """
     results = [line for each in evaluations for line in _results(each)] or [
         "Not evaluated yet. `sparsellm eval` measures it, and `sparsellm card` adds the result here."
     ]
+    base = _base(report)
     lines = [
-        f"# {_code(name)}",
+        f"# {_code(base) if base else 'A language model'}, {report.sparsity_reached:.0%} sparse",
         "",
         *_summary(report),
         "",
@@ -147,7 +149,7 @@ def card_text(name: str, report: Report, evaluations: Iterable[Evaluation], *, p
         "",
         "## Use",
         "",
-        *_use(name, packed),
+        *_use(packed),
         "",
         "## Recipe",
         "",
@@ -233,13 +235,12 @@ def _results(one: Evaluation) -> list[str]:
     ]
 
 
-def _use(name: str, packed: bool) -> list[str]:
-    place = repr(name)
+def _use(packed: bool) -> list[str]:
     load = [
         *(["import sparsellm  # opens packed checkpoints"] if packed else []),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"place = {place}  # this directory, or the repository that has it",
+        'place = "path/to/this/checkpoint"  # or the repository that has it',
         "model = AutoModelForCausalLM.from_pretrained(place)",
         "tokenizer = AutoTokenizer.from_pretrained(place)",
     ]

@@ -291,7 +291,7 @@ class Run:
             writer.clean_config()
         writer.write_text("recipe.yaml", self.recipe.to_yaml())
         writer.write_json("pruning.json", result.to_dict())
-        writer.write_text(CARD, first_card(writer.out.name, result.to_dict()))
+        writer.write_text(CARD, first_card(result.to_dict()))
         writer.finish()
 
     def _save_beside(self, folder: Path) -> None:
