@@ -104,7 +104,9 @@ PluginOption = Annotated[
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        from sparsellm.runtime.compiled import kernels
+
+        sys.stdout.write(f"{PROGRAM} {__version__}\nkernels: {kernels()}\n")
         raise typer.Exit()
 
 
@@ -112,7 +114,13 @@ def _show_version(wanted: bool) -> None:
 def _begin(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Show the version and the compiled kernels, and exit.",
+            callback=_show_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     if _processes() > 1 and context.invoked_subcommand != "prune":
