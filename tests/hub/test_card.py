@@ -18,10 +18,10 @@ from sparsellm.hub.card import is_unedited, rebuild_card
 from tests.allocation.helpers import windows
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
-PERPLEXITY = {"value": 14.37, "low": 13.9, "high": 14.9}
+PERPLEXITY = {"value": 14.37, "low": 13.9, "high": 14.9, "of_a_later_release": 1}
 EVALUATION: dict[str, Any] = {
     "protocol": {
-        "text": "wikitext2", "digest": "ab", "window": 512, "windows": 8, "tokens": 4088, "bos": True,
+        "text": "wikitext2", "digest": "ab", "window": 512, "windows": 8, "tokens": 4088, "bos": "yes",
         "dtype": "float32",
     },
     "perplexity": PERPLEXITY,
@@ -85,12 +85,12 @@ def test_the_python_of_a_card_loads_the_checkpoint(pruned: Path, monkeypatch: py
 
 
 def test_after_an_evaluation_the_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> None:
-    results(pruned, EVALUATION, {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 64}, "against": None})
+    results(pruned, EVALUATION, {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 64}})
     code, stdout, stderr = run("card", pruned)
     assert code == 0, stderr
     assert "README.md" in stdout.replace("\n", "")
     text = (pruned / "README.md").read_text()
-    assert "On `wikitext2`, windows of 512 tokens, BOS `True`, 4,088 tokens scored:" in text
+    assert "On `wikitext2`: windows of 512 tokens, each begins with BOS; 4,088 tokens scored." in text
     assert "| perplexity | 14.37 (13.9 to 14.9) |" in text
     assert "| perplexity of the dense model `dense` | 12.5 (12.1 to 12.9) |" in text
     assert "| KL divergence from `dense` | 0.123 (0.1 to 0.15) |" in text
@@ -136,7 +136,7 @@ def test_an_edited_card_is_kept_unless_forced(pruned: Path, run: Any) -> None:
         ("[]", "not an object"),
         ('{"evaluations": [{}]}', "evaluations.0.protocol is {}"),
         ('{"evaluations": {"a": 1}}', "evaluations is"),
-        (json.dumps({"evaluations": [{**EVALUATION, "perplexity": {"value": "low"}}]}), "perplexity.value is 'low'"),
+        (json.dumps({"evaluations": [{**EVALUATION, "perplexity": {"value": "x"}}]}), "perplexity.value is 'x'"),
     ],
 )
 def test_damaged_results_are_named(pruned: Path, content: str, said: str) -> None:
@@ -158,7 +158,7 @@ def test_a_directory_without_a_report_is_refused(tmp_path: Path, run: Any) -> No
 
 def test_texts_of_others_are_no_markup(pruned: Path) -> None:
     evil = "<img src=x onerror=alert(1)> | `x` ``` [a](javascript:b)\n# heading"
-    task = {evil: {"acc": {"value": 1.0}}}
+    task = {evil: {"acc": {"value": 1.0, "stderr": None}}}
     results(pruned, {**EVALUATION, "protocol": {**EVALUATION["protocol"], "text": evil}, "tasks": task})
     report = json.loads((pruned / "pruning.json").read_text())
     report["recipe"]["method"] = report["recipe"]["calibration"] = evil

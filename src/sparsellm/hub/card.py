@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
+from typing_extensions import NotRequired, TypedDict
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.hub.base import HUB_ID
@@ -41,48 +42,45 @@ class Report(BaseModel):
     base: dict[str, str] = Field(default_factory=dict)
 
 
-class _Interval(BaseModel):
+class _Interval(TypedDict):
     value: float
-    low: float | None = None
-    high: float | None = None
-
-    def __str__(self) -> str:
-        return _number(self.value) + _between(self.low, self.high)
+    low: float | None
+    high: float | None
 
 
-class _Protocol(BaseModel):
+class _Protocol(TypedDict):
     text: str
     window: int
     tokens: int
-    bos: Any = None
+    bos: str
 
 
-class _Against(BaseModel):
+class _Against(TypedDict):
     model: str
-    perplexity: _Interval | None = None
-    kl: float | None = None
-    kl_low: float | None = None
-    kl_high: float | None = None
-    agreement: float | None = None
-    recovery: float | None = None
+    perplexity: _Interval
+    kl: float
+    kl_low: float | None
+    kl_high: float | None
+    agreement: float
+    recovery: float
 
 
-class _Metric(BaseModel):
+class _Metric(TypedDict):
     value: float
-    stderr: float | None = None
+    stderr: float | None
 
 
-class Evaluation(BaseModel):
+class Evaluation(TypedDict):
     """One entry of ``evaluations`` in ``results.json``."""
 
     protocol: _Protocol
-    perplexity: _Interval | None = None
-    against: _Against | None = None
-    tasks: dict[str, dict[str, _Metric]] | None = None
+    perplexity: _Interval
+    against: NotRequired[_Against]
+    tasks: NotRequired[dict[str, dict[str, _Metric]]]
 
 
 class _Results(BaseModel):
-    evaluations: list[Evaluation] = Field(default_factory=list)
+    evaluations: list[Evaluation]
 
 
 def rebuild_card(directory: Path, *, force: bool = False) -> Path:
@@ -99,7 +97,7 @@ def rebuild_card(directory: Path, *, force: bool = False) -> Path:
     path = directory / CARD
     if not (directory / REPORT).is_file():
         raise StorageError(f"{directory} has no {REPORT}; give a checkpoint that `sparsellm prune` has written")
-    evaluations = []
+    evaluations: list[Evaluation] = []
     if (directory / RESULTS).is_file():
         evaluations = _checked(_Results, read_object(directory / RESULTS), directory / RESULTS).evaluations
     if not evaluations:
@@ -205,28 +203,24 @@ def _summary(report: Report) -> list[str]:
 
 def _results(one: Evaluation) -> list[str]:
     """A table for one evaluation, under its protocol."""
-    protocol, against = one.protocol, one.against
-    bos = f", BOS {_code(protocol.bos)}" if protocol.bos is not None else ""
-    rows: list[tuple[str, str]] = []
-    if one.perplexity is not None:
-        rows.append(("perplexity", str(one.perplexity)))
+    protocol, against = one["protocol"], one.get("against")
+    rows = [("perplexity", _interval(one["perplexity"]))]
     if against is not None:
-        dense = _code(Path(against.model).name)
-        if against.perplexity is not None:
-            rows.append((f"perplexity of the dense model {dense}", str(against.perplexity)))
-        if against.kl is not None:
-            spread = _between(against.kl_low, against.kl_high)
-            rows.append((f"KL divergence from {dense}", _number(against.kl) + spread))
-        if against.agreement is not None:
-            rows.append(("same likeliest token", f"{against.agreement:.1%}"))
-        if against.recovery is not None:
-            rows.append(("recovery", f"{against.recovery:.1%}"))
-    for task, metrics in (one.tasks or {}).items():
+        dense = _code(Path(against["model"]).name)
+        rows += [
+            (f"perplexity of the dense model {dense}", _interval(against["perplexity"])),
+            (f"KL divergence from {dense}", _with_ends(against["kl"], against["kl_low"], against["kl_high"])),
+            ("same likeliest token", f"{against['agreement']:.1%}"),
+            ("recovery", f"{against['recovery']:.1%}"),
+        ]
+    for task, metrics in one.get("tasks", {}).items():
         for metric, found in metrics.items():
-            spread = f" ± {_number(found.stderr)}" if found.stderr is not None else ""
-            rows.append((f"{_code(task)}, {_code(metric)}", _number(found.value) + spread))
+            spread = f" ± {_number(found['stderr'])}" if found["stderr"] is not None else ""
+            rows.append((f"{_code(task)}, {_code(metric)}", _number(found["value"]) + spread))
+    bos = {"yes": ", each begins with BOS", "no": ", none begins with BOS"}.get(protocol["bos"], "")
+    windows = f"windows of {protocol['window']} tokens{bos}"
     return [
-        f"On {_code(protocol.text)}, windows of {protocol.window} tokens{bos}, {protocol.tokens:,} tokens scored:",
+        f"On {_code(protocol['text'])}: {windows}; {protocol['tokens']:,} tokens scored.",
         "",
         "| | |",
         "|---|---|",
@@ -290,8 +284,13 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) and abs(value) < 1e4 else f"{value:.3e}"
 
 
-def _between(low: float | None, high: float | None) -> str:
-    return f" ({_number(low)} to {_number(high)})" if low is not None and high is not None else ""
+def _interval(found: _Interval) -> str:
+    return _with_ends(found["value"], found["low"], found["high"])
+
+
+def _with_ends(value: float, low: float | None, high: float | None) -> str:
+    ends = f" ({_number(low)} to {_number(high)})" if low is not None and high is not None else ""
+    return _number(value) + ends
 
 
 def _digest(text: str) -> str:
