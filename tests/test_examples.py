@@ -41,13 +41,20 @@ def test_a_recipe_prunes_to_what_it_says(recipe: Path, llama: Path, tmp_path: Pa
     report = json.loads(stdout)
     wanted = Recipe.from_yaml(recipe)
     assert report["recipe"]["method"] == wanted.method
-    assert report["sparsity_reached"] == pytest.approx(wanted.sparsity, abs=1e-3)
+    assert report["sparsity_pruned"] == pytest.approx(wanted.sparsity, abs=1e-3)
+    for field in wanted.model_fields_set - {"samples", "seq_len", "sparsity"}:
+        assert report["recipe"][field] == getattr(wanted, field)
+    attention = [linear for linear in report["linears"] if "attn" in linear["name"]]
+    assert (attention == []) == (recipe.stem == "dense-attention")
     if wanted.pattern:
         assert json.loads(run("inspect", tmp_path / "p", "--json")[1])["pattern"] == wanted.pattern
 
 
-def test_there_are_four_recipes_and_each_says_when_to_take_it() -> None:
-    assert [path.stem for path in RECIPES] == ["2-4", "best-70", "quick-50", "wanda"]
+def test_each_recipe_says_when_to_take_it() -> None:
+    names = ["2-4", "best-70", "dense-attention", "laptop", "quality-50", "quick-50", "wanda"]
+    assert [path.stem for path in RECIPES] == names
+    guide = (EXAMPLES.parent / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert all(f"`{path.name}`" in guide for path in RECIPES)
     for path in RECIPES:
         comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
         assert "Take it" in " ".join(line.strip("# ") for line in comment)

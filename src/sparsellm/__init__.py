@@ -11,11 +11,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sparsellm.runtime.registration import register_when_needed
-
-__version__ = "0.1.0"
+from sparsellm.version import __version__
 
 if TYPE_CHECKING:
-    from sparsellm.api import PruneResult, evaluate, inspect, prune
+    from sparsellm.api import PruneResult, card, evaluate, inspect, prune, push
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.measured import Evaluation
     from sparsellm.evaluation.perplexity import Perplexity
@@ -27,11 +26,13 @@ _HOME = {
     "Evaluation": "sparsellm.evaluation.measured",
     "PackResult": "sparsellm.runtime.convert",
     "PruneResult": "sparsellm.api",
+    "card": "sparsellm.api",
     "evaluate": "sparsellm.api",
     "inspect": "sparsellm.api",
     "load": "sparsellm.runtime.load",
     "pack": "sparsellm.runtime.convert",
     "prune": "sparsellm.api",
+    "push": "sparsellm.api",
     "SparseLLMError": "sparsellm.errors",
     "Perplexity": "sparsellm.evaluation.perplexity",
     "Recipe": "sparsellm.recipe",
@@ -46,11 +47,13 @@ __all__ = [
     "Recipe",
     "SparseLLMError",
     "__version__",
+    "card",
     "evaluate",
     "inspect",
     "load",
     "pack",
     "prune",
+    "push",
     "unpack",
 ]
 

@@ -31,6 +31,8 @@ from sparsellm.errors import DataError, RecipeError
 from sparsellm.evaluation.measured import Evaluation, Interval, compared
 from sparsellm.evaluation.streamed import Kept, streamed_scores
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
+from sparsellm.hub.card import rebuild_card
+from sparsellm.hub.push import Pushed, push_checkpoint
 from sparsellm.machine.heap import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
@@ -264,6 +266,40 @@ class _Opened:
         return loaded
 
 
+@checked_arguments()
+def card(directory: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Writes the model card (``README.md``) of a checkpoint anew, with the results of its evaluations.
+
+    Args:
+        directory: of a checkpoint that :func:`prune` wrote and :func:`evaluate` measured.
+        force: replace a card that was edited.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        StorageError: the checkpoint was never evaluated, a file is damaged, or the card was edited. Nothing is
+            overwritten then.
+    """
+    return rebuild_card(Path(directory).expanduser(), force=force)
+
+
+@checked_arguments()
+def push(directory: str | os.PathLike[str], repo: str, *, private: bool = False, revision: str | None = None) -> Pushed:
+    """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds.
+
+    Args:
+        directory: of the checkpoint. Files that are not part of it stay where they are.
+        repo: ``owner/name``; created if the hub has none.
+        private: create a private repository; an existing public one is refused.
+        revision: the branch, created if there is none; None for the main one.
+
+    Raises:
+        StorageError: the directory is no checkpoint, or the hub cannot be reached or refuses.
+    """
+    return push_checkpoint(Path(directory).expanduser(), repo, private=private, revision=revision)
+
+
 @checked_arguments(model=CHECKPOINT)
 def inspect(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[MatrixZeros]:
     """The zeros of every matrix in the blocks of a checkpoint, linear or not; it is read one block at a time.
@@ -280,4 +316,15 @@ def inspect(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -
     return zeros
 
 
-__all__ = ["Evaluation", "MatrixZeros", "PruneResult", "evaluate", "inspect", "peak_rss", "prune", "versions"]
+__all__ = [
+    "Evaluation",
+    "MatrixZeros",
+    "PruneResult",
+    "card",
+    "evaluate",
+    "inspect",
+    "peak_rss",
+    "prune",
+    "push",
+    "versions",
+]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from sparsellm import __version__, interrupts
-from sparsellm.errors import RecipeError, SparseLLMError
+from sparsellm.errors import RecipeError, SparseLLMError, shown
 from sparsellm.storage.remains import kept_by_prune
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ PluginOption = Annotated[
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"{PROGRAM} {__version__}\n")
+        from sparsellm.runtime.compiled import kernels
+
+        sys.stdout.write(f"{PROGRAM} {__version__}\nkernels: {kernels()}\n")
         raise typer.Exit()
 
 
@@ -125,7 +127,13 @@ def _show_version(wanted: bool) -> None:
 def _begin(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Show the version and the compiled kernels, and exit.",
+            callback=_show_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     if _processes() > 1 and context.invoked_subcommand != "prune":
@@ -167,6 +175,34 @@ def prune(  # noqa: PLR0913 - a command
             metavar="NAME",
             help="How the zeros are divided among blocks and linears; `sparsellm methods` lists all."
             f"{_default('threshold with sparsellm, else uniform')}",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            metavar="GLOB",
+            help="Prune these linears alone, such as '*.mlp.*'; all others stay dense. Repeatable.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip",
+            metavar="GLOB",
+            help="Leave these dense, such as '*.down_proj': the recipe's field `exclude`. Repeatable.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    sparsity_of: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sparsity-of",
+            metavar="GLOB=SHARE",
+            help="The sparsity of some linears, such as '*.down_proj=0.6'; the others make up for it, so that "
+            "--sparsity is reached. The last one that matches counts. Repeatable.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -230,7 +266,7 @@ def prune(  # noqa: PLR0913 - a command
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Any field of the recipe, options.NAME or allocation_options.NAME. Repeatable.",
+            help="Any field of the recipe, options.NAME, allocation_options.NAME or sparsity_of.GLOB. Repeatable.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -273,6 +309,8 @@ def prune(  # noqa: PLR0913 - a command
         "sparsity": sparsity,
         "pattern": pattern,
         "allocation": allocation,
+        "only": only or None,
+        "exclude": skip or None,
         "calibration": calibration,
         "samples": samples,
         "seq_len": seq_len,
@@ -284,7 +322,8 @@ def prune(  # noqa: PLR0913 - a command
     }
     chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe()
     chosen = chosen.updated(**{name: value for name, value in given.items() if value is not None})
-    chosen = chosen.with_settings([*([f"options.effort={effort}"] if effort is not None else []), *(settings or [])])
+    effort_set = [f"options.effort={effort}"] if effort is not None else []
+    chosen = chosen.with_settings([*effort_set, *_as_settings(sparsity_of), *(settings or [])])
     with console.progress(quiet=quiet or not parallel.is_main(), verbose=verbose) as progress:
         result = api.prune(
             model,
@@ -302,6 +341,14 @@ def prune(  # noqa: PLR0913 - a command
         console.write_json(result.to_dict())
     elif not quiet:
         tables.print_pruned(result, verbose=verbose)
+
+
+def _as_settings(sparsity_of: list[str] | None) -> list[str]:
+    """The values of --sparsity-of as settings of the recipe's field."""
+    for each in sparsity_of or []:
+        if not each.partition("=")[0].strip() or "=" not in each:
+            raise RecipeError(f"--sparsity-of is {shown(each)}; write GLOB=SHARE, such as '*.down_proj=0.6'")
+    return [f"sparsity_of.{each}" for each in sparsity_of or []]
 
 
 def _load_plugins(named: list[str] | None) -> list[str]:
@@ -671,6 +718,52 @@ def unpack(
         return
     console.say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB")
     console.say(f"written to {result.path}")
+
+
+@app.command(epilog="Examples:\n\n  sparsellm eval pruned --text wikitext2\n\n  sparsellm card pruned")
+def card(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint that prune wrote and eval measured.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a card that was edited.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model card (README.md) of DIR anew, with the results of its evaluations."""
+    from sparsellm import api, console
+
+    path = api.card(directory, force=force)
+    if as_json:
+        console.write_json({"path": str(path)})
+        return
+    console.say(f"written to {path}")
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  sparsellm push pruned me/my-model-50\n\n"
+    "  sparsellm push packed me/my-model-50 --revision packed --private"
+)
+def push(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the hub: owner/name.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create a private repository.", rich_help_panel=OUTPUT)
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help=f"Branch.{_default('main')}", rich_help_panel=OUTPUT)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload DIR to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
+    from sparsellm import api, console
+
+    pushed = api.push(directory, repo, private=private, revision=revision)
+    if as_json:
+        console.write_json(pushed.to_dict())
+        return
+    if pushed.left_out:
+        console.say(f"note: no part of the checkpoint and not uploaded: {', '.join(pushed.left_out)}", error=True)
+    console.say(f"{len(pushed.files)} files, {pushed.bytes / 1e6:.1f} MB, uploaded to {pushed.url}")
 
 
 @app.command()

@@ -82,6 +82,15 @@ class Recipe(BaseModel):
         description="Names of linears, other parameters or modules that stay dense, as shell patterns, e.g. "
         "'*.down_proj' or '*.experts.*'.",
     )
+    only: Annotated[list[str], Field(strict=False)] = Field(
+        default_factory=list,
+        description="Shell patterns as in `exclude`; if there are any, whatever none of them names stays dense.",
+    )
+    sparsity_of: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=dict,
+        description="Sparsities of some linears, by shell patterns as in `exclude`, e.g. {'*.down_proj': 0.6}; of two "
+        "that match, the later one counts. The allocation divides the other zeros, so that `sparsity` is reached.",
+    )
     calibration: str = Field(
         "pydoc",
         max_length=5000,
@@ -194,6 +203,12 @@ class Recipe(BaseModel):
         return {**values, "pattern": pattern, "sparsity": implied}
 
     @model_validator(mode="after")
+    def _one_of_pattern_and_sparsity_of(self) -> Recipe:
+        if self.pattern is not None and self.sparsity_of:
+            raise RecipeError(f"pattern {self.pattern} fixes the sparsity of every linear; leave out sparsity_of")
+        return self
+
+    @model_validator(mode="after")
     def _tokens_within_limit(self) -> Recipe:
         if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
             raise RecipeError(
@@ -231,8 +246,9 @@ class Recipe(BaseModel):
         return Recipe(**values)
 
     def with_settings(self, settings: list[str]) -> Recipe:
-        """Applies ``key=value`` settings; ``options.damping=0.1`` sets an option of the method, and
-        ``allocation_options.b=0.01`` one of the allocation. Values are YAML.
+        """Applies ``key=value`` settings; ``options.damping=0.1`` sets an option of the method,
+        ``allocation_options.b=0.01`` one of the allocation, and ``sparsity_of.*.up_proj=0.5`` an entry of that field.
+        Values are YAML.
 
         Raises:
             RecipeError: a setting has no ``=`` or no key, one key is set twice, or a key or value does not fit.
@@ -255,7 +271,7 @@ class Recipe(BaseModel):
             if field in changes and (not isinstance(whole, dict) or not named.keys().isdisjoint(whole)):
                 name = next(iter(named))
                 raise RecipeError(f"--set sets {field} to {shown(whole)} and {field}.{name} too; give one of them")
-            changes[field] = {**whole, **named}
+            changes[field] = {**{name: whole[name] for name in whole if name not in named}, **named}
         return self.updated(**changes) if changes else self
 
     def to_yaml(self) -> str:
@@ -289,7 +305,7 @@ class Recipe(BaseModel):
         return cls(**values)
 
 
-_MAPPINGS = ("options", "allocation_options")
+_MAPPINGS = ("options", "allocation_options", "sparsity_of")
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -33,7 +33,7 @@ def print_warnings(result: PruneResult, printed: Iterable[str] = ()) -> None:
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     """Prints zeros and error of each kind of linear, the time of each phase, and the path of the result."""
     allocation = result.allocation.get("name")
-    out().print(_kinds(result, spread=allocation is not None))
+    out().print(_kinds(result, spread=allocation is not None or bool(result.recipe.sparsity_of)))
     for linear in result.linears:
         for note in linear.notes:
             say(f"note: {linear.name}: {note}", error=True)

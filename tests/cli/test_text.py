@@ -20,6 +20,7 @@ from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.methods import LinearResult
 from sparsellm.progress import NOTE, Progress
 from sparsellm.runtime.bench import Comparison, Speed
+from sparsellm.runtime.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 NASTY = ("a[/b]", "run[v2]", ":x:", "[bold]b", "\\[x", "%s{0}", "ünï")
@@ -161,7 +162,7 @@ def test_version_and_completion_need_no_torch() -> None:
         )  # fmt: skip
         return done.stdout
 
-    assert shown("--version") == f"sparsellm {__version__}\n"
+    assert shown("--version") == f"sparsellm {__version__}\nkernels: {kernels()}\n"
     script = shown("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert "complete -o default -F _sparsellm_completion sparsellm" in script
     asked = {"_SPARSELLM_COMPLETE": "complete_bash", "COMP_WORDS": "sparsellm prune m --ca", "COMP_CWORD": "3"}

@@ -17,11 +17,15 @@ from sparsellm.sweep.saliency import LossGradients
 
 @dataclass(frozen=True)
 class LinearSize:
-    """A linear to prune: its name, its block's number, and its shape ``(out, in)``."""
+    """A linear to prune: its name, its block's number, and its shape ``(out, in)``.
+
+    ``fixed`` is its sparsity if the recipe's ``sparsity_of`` sets it, else None. An allocation sees no such linear.
+    """
 
     name: str
     block: int
     shape: tuple[int, int]
+    fixed: float | None = None
 
     @property
     def weights(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -73,32 +73,43 @@ def all_matrices(chain: Chain) -> list[BlockMatrix]:
     return [matrix for index in range(len(chain)) for matrix in block_matrices(chain, index)]
 
 
-def is_excluded(parameter: str, exclude: Iterable[str]) -> bool:
-    """Whether the recipe's ``exclude`` names a parameter, or a module that it belongs to.
+def matches(parameter: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns names a parameter, or a module that it belongs to.
 
     Args:
         parameter: its name in the whole model.
-        exclude: shell patterns; ``*`` matches dots too.
+        patterns: shell patterns; ``*`` matches dots too.
     """
     parts = parameter.split(".")
     names = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-    return any(fnmatchcase(name, pattern) for pattern in exclude for name in names)
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
-def unmatched_patterns(chain: Chain, exclude: Sequence[str]) -> list[str]:
-    """A warning for each pattern of ``exclude`` that matches no matrix of the blocks and may be misspelt."""
-    names = [matrix.name for matrix in all_matrices(chain)] if exclude else []
+def is_excluded(parameter: str, exclude: Iterable[str], only: Sequence[str] = ()) -> bool:
+    """Whether the recipe leaves a parameter dense: ``exclude`` names it, or ``only`` is not empty and does not."""
+    return matches(parameter, exclude) or (bool(only) and not matches(parameter, only))
+
+
+def unmatched_patterns(chain: Chain, patterns: Mapping[str, Iterable[str]]) -> list[str]:
+    """A warning for each pattern that matches no matrix of the blocks and may be misspelt.
+
+    Args:
+        chain: the model.
+        patterns: shell patterns by the field of the recipe that has them.
+    """
+    names = [matrix.name for matrix in all_matrices(chain)] if any(patterns.values()) else []
     return [
-        f"exclude {pattern!r} matches no matrix of the blocks; names are like {names[0]!r}"
-        for pattern in exclude
-        if not any(is_excluded(name, [pattern]) for name in names)
+        f"{field} {pattern!r} matches no matrix of the blocks; names are like {names[0]!r}"
+        for field, each in patterns.items()
+        for pattern in each
+        if not any(matches(name, [pattern]) for name in names)
     ]
 
 
-def refuse_silent_dense(chain: Chain, exclude: Sequence[str]) -> None:
+def refuse_silent_dense(chain: Chain, exclude: Sequence[str], only: Sequence[str] = ()) -> None:
     """Refuses a model if a large part of it would stay dense although ``exclude`` does not name that part.
 
-    In each block, the matrices that no linear owns and that ``exclude`` does not name may be at most
+    In each block, the matrices that no linear owns and that ``exclude`` and ``only`` do not leave dense may be at most
     :data:`DENSE_LIMIT` of the weights. No weights need be loaded.
 
     Raises:
@@ -109,7 +120,7 @@ def refuse_silent_dense(chain: Chain, exclude: Sequence[str]) -> None:
     for index in range(len(chain)):
         own = block_matrices(chain, index)
         of_block.append(sum(matrix.weights for matrix in own))
-        dense = [matrix for matrix in own if matrix.linear is None and not is_excluded(matrix.name, exclude)]
+        dense = [matrix for matrix in own if matrix.linear is None and not is_excluded(matrix.name, exclude, only)]
         dense.sort(key=lambda matrix: -matrix.weights)
         small = 0
         while dense and small + dense[-1].weights <= DENSE_LIMIT * of_block[index]:

@@ -123,7 +123,11 @@ def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
 
 
 def left_dense(
-    chain: Chain, exclude: Sequence[str], pruned: Iterable[LinearResult], shards: Sequence[Path] = ()
+    chain: Chain,
+    exclude: Sequence[str],
+    pruned: Iterable[LinearResult],
+    shards: Sequence[Path] = (),
+    only: Sequence[str] = (),
 ) -> list[DenseMatrix]:
     """Every matrix of the blocks that is not among the pruned linears, with its zeros.
 
@@ -132,11 +136,12 @@ def left_dense(
         exclude: of the recipe.
         pruned: the results of the pruned linears.
         shards: the files of the written blocks, one each; empty for a model in memory.
+        only: of the recipe.
     """
     done = {result.name for result in pruned}
     everything = all_matrices(chain)
     kept = [matrix for matrix in everything if matrix.linear is None or matrix.linear.name not in done]
-    reasons = _reasons(everything, exclude)
+    reasons = _reasons(everything, exclude, only)
     dense = []
     reader: CheckpointReader | None = None
     block = -1
@@ -150,14 +155,14 @@ def left_dense(
     return dense
 
 
-def _reasons(matrices: Sequence[BlockMatrix], exclude: Sequence[str]) -> dict[str, Reason]:
+def _reasons(matrices: Sequence[BlockMatrix], exclude: Sequence[str], only: Sequence[str]) -> dict[str, Reason]:
     """The reason why each of the matrices would stay dense, by parameter name."""
     of_block: dict[int, int] = {}
     for matrix in matrices:
         of_block[matrix.block] = of_block.get(matrix.block, 0) + matrix.weights
     reasons: dict[str, Reason] = {}
     for matrix in matrices:
-        if is_excluded(matrix.name, exclude):
+        if is_excluded(matrix.name, exclude, only):
             reasons[matrix.name] = "excluded"
         else:
             small = matrix.weights <= DENSE_LIMIT * of_block[matrix.block]

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
 from sparsellm.allocation.allocator import pattern_of
+from sparsellm.allocation.fixed import divide
 from sparsellm.calibration import Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain, open_chain
-from sparsellm.chain.linears import iterate_linears
-from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched_patterns
+from sparsellm.chain.linears import LinearView, iterate_linears
+from sparsellm.chain.matrices import is_excluded, matches, refuse_silent_dense, unmatched_patterns
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.chain.streams import check_forward, windows_in_batch
 from sparsellm.errors import DataError, RecipeError
@@ -200,7 +201,12 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
     choice.check_processes(len(windows))  # there may be fewer than requested
     beside = tokenizer if directory is None else None  # a directory's own files are copied
-    warnings = unmatched_patterns(chain, recipe.exclude)
+    warnings = unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only})
+    warnings += [
+        f"sparsity_of {pattern!r} matches no pruned linear"
+        for pattern in recipe.sparsity_of
+        if not any(matches(linear.weight_name, [pattern]) for _, linear in _pruned(chain, recipe))
+    ]
     return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, bos, warnings)
 
 
@@ -240,34 +246,53 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
 
     Args:
         chain: the model.
-        recipe: for the pattern and ``exclude``.
-        allocation: the zeros of each linear; None for the recipe's pattern in every linear.
+        recipe: for the pattern, ``exclude``, ``only`` and ``sparsity_of``.
+        allocation: the zeros of each linear; None for the recipe's pattern in every linear that ``sparsity_of`` does
+            not name.
 
     Raises:
-        RecipeError: the pattern does not fit a weight, or every linear is excluded.
+        RecipeError: the pattern does not fit a weight, no linear is left to prune, or ``sparsity_of`` does not go with
+            the sparsity.
         ModelError: a large part of a block is not in linears, and the recipe does not exclude it.
     """
     pattern = recipe.weight_pattern()
     patterns: dict[str, Pattern] = {}
-    for linear in sizes_of(chain, recipe):
+    sizes = sizes_of(chain, recipe)
+    if allocation is None and any(linear.fixed is not None for linear in sizes):
+        allocation = divide(sizes, recipe.sparsity).allocation()
+    for linear in sizes:
         zeros = allocation.zeros[linear.name] if allocation is not None else None
         patterns[linear.name] = pattern if zeros is None else pattern_of(zeros, linear.weights)
         patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
-        raise RecipeError(f"exclude {recipe.exclude} leaves nothing to prune; name fewer linears")
+        named = [f"{field} {value}" for field in ("only", "exclude") if (value := getattr(recipe, field))]
+        who = " with ".join(named) or "the model"
+        raise RecipeError(f"{who} leaves nothing to prune; `sparsellm inspect` lists the names of linears")
     if recipe.sparsity:  # at 0, no pruning was requested
-        refuse_silent_dense(chain, recipe.exclude)
+        refuse_silent_dense(chain, recipe.exclude, recipe.only)
     return patterns
 
 
 def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
     """The linears to prune, in the order of the chain."""
     return [
-        LinearSize(linear.name, index, (linear.out_features, linear.in_features))
-        for index in range(len(chain))
-        for linear in chain.linears(index)
-        if not is_excluded(linear.weight_name, recipe.exclude)
+        LinearSize(linear.name, index, (linear.out_features, linear.in_features), _fixed(linear.weight_name, recipe))
+        for index, linear in _pruned(chain, recipe)
     ]
+
+
+def _pruned(chain: Chain, recipe: Recipe) -> Iterator[tuple[int, LinearView]]:
+    """Each linear that is pruned, with the number of its block."""
+    for index in range(len(chain)):
+        for linear in chain.linears(index):
+            if not is_excluded(linear.weight_name, recipe.exclude, recipe.only):
+                yield index, linear
+
+
+def _fixed(weight: str, recipe: Recipe) -> float | None:
+    """The sparsity that ``sparsity_of`` sets for a weight, by its last pattern that matches; None if none does."""
+    values = [value for pattern, value in recipe.sparsity_of.items() if matches(weight, [pattern])]
+    return values[-1] if values else None
 
 
 def disk_bytes(chain: Chain, choice: Choice) -> int:

@@ -75,6 +75,7 @@ class PruneResult:
         recipe: all settings, as used.
         linears: one record for each pruned linear.
         dense: matrices of the blocks that were not pruned: name, shape, zeros, and the reason.
+        base: the hub id of the dense model as ``model`` and the license that its card states, where they are known.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
         peak_rss: the peak memory of one process, in this run or an earlier start of it, in bytes.
         calibration_tokens: tokens of the statistics.
@@ -167,6 +168,7 @@ class PruneResult:
         return {
             "format": 1,
             "path": str(self.path) if self.path else None,
+            "base": self.base,
             "sparsity_asked": self.recipe.sparsity,
             "sparsity_reached": self.sparsity,
             "sparsity_pruned": self.sparsity_pruned,
@@ -182,7 +184,6 @@ class PruneResult:
             "calibration_bos": self.calibration_bos,
             "processes": self.processes,
             "seed": self.recipe.seed,
-            "base": self.base,
             "recipe": self.recipe.model_dump(),
             "versions": self.versions,
             "environment": self.environment,

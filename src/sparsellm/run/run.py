@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsellm import parallel, plugins
-from sparsellm.allocation import Allocation, Survey
+from sparsellm.allocation import Allocation, LinearSize, Survey
+from sparsellm.allocation.fixed import divide
 from sparsellm.chain.matrices import kind_of
 from sparsellm.chain.streams import Feed, Stream, windows_of
 from sparsellm.errors import SparseLLMError
+from sparsellm.hub.base import base_of
+from sparsellm.hub.card import CARD, first_card
 from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
@@ -179,7 +182,8 @@ class Run:
         """Writes the files beside the weights, and renames the checkpoint to its final name."""
         with self.clock.phase("count"):
             written = self.journal.written
-            dense = parallel.from_main(partial(left_dense, self.chain, self.recipe.exclude, self.linears, written))
+            counted = partial(left_dense, self.chain, self.recipe.exclude, self.linears, written, self.recipe.only)
+            dense = parallel.from_main(counted)
         self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
         peak = max(heap.peak_rss(), self.peak_before)
         result = PruneResult(
@@ -209,10 +213,11 @@ class Run:
     # ------------------------------------------------------------------ parts of the steps above
 
     def _base(self) -> dict[str, Any]:
-        """The name, digest and bytes of the dense model."""
+        """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
         model = self.request.model
         name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
-        return {"name": name, "digest": self.identity.model, "bytes": checkpoint_bytes(self.chain)}
+        known = base_of(model, self.prepared.directory)
+        return {"name": name, "digest": self.identity.model, "bytes": checkpoint_bytes(self.chain), **known}
 
     def _demand(self) -> Demand:
         """The memory demand of this process; the first one also surveys the dense model."""
@@ -250,6 +255,7 @@ class Run:
             "options": choice.options,
             "allocation": choice.allocator.name,
             "allocation_options": choice.allocation_options,
+            "sparsity_of": list(self.recipe.sparsity_of.items()),  # a list, because the order counts
         }
         names = (choice.method.name, choice.allocator.name)
         used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
@@ -282,10 +288,17 @@ class Run:
                 self.journal.keep_output_costs(costs)  # first: a saved allocation implies saved costs
         if allocates:
             with self.clock.phase("allocation"):
-                survey = Survey(replace(self.feed, windows=self.windows), sizes, self.recipe.sparsity, gradients)
-                allocation = choice.allocator.function(survey, **choice.allocation_options)
+                allocation = self._allocate(sizes, gradients)
                 self.journal.keep_allocation(allocation)
         return allocation, costs or {}
+
+    def _allocate(self, sizes: list[LinearSize], gradients: LossGradients | None) -> Allocation:
+        """The allocation of all zeros: fixed ones by the recipe, the others by the allocation that it names."""
+        parts = divide(sizes, self.recipe.sparsity)
+        if not parts.free:
+            return parts.allocation()
+        survey = Survey(replace(self.feed, windows=self.windows), parts.free, parts.sparsity, gradients)
+        return parts.allocation(self.choice.allocator.function(survey, **self.choice.allocation_options))
 
     def _finish(self, result: PruneResult) -> None:
         writer = self.journal.writer
@@ -302,6 +315,7 @@ class Run:
             writer.clean_config()
         writer.write_text("recipe.yaml", self.recipe.to_yaml())
         writer.write_json("pruning.json", result.to_dict())
+        writer.write_text(CARD, first_card(result.to_dict()))
         writer.finish()
         try:
             write_report(writer.out)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +22,7 @@ from sparsellm.errors import KernelError, nearest
 from sparsellm.packed.codes import SCALES_OF, STORED_AS, VALUE_TYPES
 from sparsellm.packed.layout import PackedWeight
 from sparsellm.packed.masks import mask_stride
+from sparsellm.runtime.compiled import extension
 
 MAX_TOKENS = 16  # in one call; the kernels' own limit
 
@@ -198,9 +198,8 @@ def _chosen() -> tuple[str | None, str]:
 
 @cache
 def _library() -> ModuleType | None:
-    try:
-        library = import_module("sparsellm.runtime._kernels")
-    except ImportError:
+    library = extension()
+    if library is None:
         return None
     start = _openmp_of_torch()
     if start is not None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:  # importing these base classes takes longer than all the rest of ``import sparsellm``, and they do nothing here
+    Loader = MetaPathFinder = object
 
 _HOST = "transformers.quantizers.auto"  # the module with the registry of quantisation methods
 
@@ -25,7 +30,7 @@ def _register() -> None:
     register()
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
+class _AfterImport(MetaPathFinder):
     """An import hook for one module: the ordinary finder loads it, and registration follows its execution."""
 
     def find_spec(
@@ -40,8 +45,8 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-class _RegisteringLoader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
+class _RegisteringLoader(Loader):
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:

@@ -8,7 +8,17 @@ from sparsellm.errors import ModelError, one_line
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.gguf import gguf_checkpoint
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_HUB_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+]
 
 
 def checkpoint_directory(model: str) -> Path:

@@ -69,6 +69,23 @@ def foreign_entries(directory: Path, known: Iterable[str] = ()) -> list[str]:
     return sorted(names)
 
 
+def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
+    """The files that belong to a checkpoint, relative to its directory, and the names of everything else there.
+
+    Hidden files are state and no part of the checkpoint; links are never part of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    other = {*foreign_entries(directory), *(entry.name for entry in os.scandir(directory) if entry.name[0] == ".")}
+    files = [
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.relative_to(directory).parts[0] not in other and path.is_file()
+    ]
+    return sorted(files), sorted(other)
+
+
 def unusual_files(directory: Path) -> list[str]:
     """Files in a directory for which :func:`is_known` is false; they are listed in :data:`LISTED`."""
     return sorted(

@@ -17,11 +17,11 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from sparsellm import __version__
 from sparsellm.errors import StorageError, shown
 from sparsellm.inputs.json_input import read_object
 from sparsellm.machine.devices import machine_name
 from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.version import __version__
 
 RESULTS = "results.json"
 _OURS = ("pruning.json", "packed.json")  # a directory with one of these was written by sparsellm

@@ -1,0 +1,1 @@
+"""Publishing of a checkpoint: its model card, and the upload to the Hugging Face hub."""

@@ -1,0 +1,52 @@
+"""What is known of the dense model on the hub: its id, and the license that its own card states."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sparsellm.errors import SparseLLMError
+from sparsellm.inputs.yaml_input import MOST_BYTES, parse_yaml
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_KEPT = ("license", "license_name", "license_link")  # what a card states of the license
+_MOST = 300  # characters of such a value
+
+
+def base_of(model: object, directory: Path | None) -> dict[str, str]:
+    """The hub id of a dense model as ``model``, and its license; empty where nothing is known.
+
+    Args:
+        model: as the user named it, or a transformers model.
+        directory: of its checkpoint; None for a model that was given as an object.
+    """
+    name = getattr(model, "name_or_path", "") if directory is None else str(model)
+    known = _hub_id(str(name), directory)
+    return {**({"model": known} if known else {}), **(_license(directory / "README.md") if directory else {})}
+
+
+def _hub_id(name: str, directory: Path | None) -> str | None:
+    """The id that a name is, or that the hub's cache says of a directory; a path that exists is no id."""
+    snapshot = directory is not None and directory.parent.name == "snapshots"
+    if directory is not None and snapshot and directory.parents[1].name.startswith("models--"):
+        name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
+    elif Path(name).exists():
+        return None
+    return name if HUB_ID.fullmatch(name) else None
+
+
+def _license(card: Path) -> dict[str, str]:
+    """The license in the front matter of a card; a card that cannot be read states none."""
+    try:
+        with card.open("rb") as file:
+            text = file.read(MOST_BYTES).decode("utf-8-sig", "replace")
+        found = _FRONT_MATTER.match(text)
+        values = parse_yaml(found[1], str(card)) if found else None
+    except (OSError, SparseLLMError):  # it belongs to somebody else and is no reason to stop
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    return {
+        key: values[key] for key in _KEPT if isinstance(values.get(key), str) and 0 < len(values[key].strip()) <= _MOST
+    }

@@ -1,0 +1,115 @@
+"""Upload of a checkpoint to the Hugging Face hub, through its own client."""
+
+from __future__ import annotations
+
+import glob
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsellm.errors import StorageError, one_line
+from sparsellm.hub.base import HUB_ID
+from sparsellm.storage.contents import checkpoint_files, has_weights
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_TOKEN = re.compile(r"hf_\w+|Bearer \S+")
+_REASONS = {
+    400: "the hub refuses what was sent",
+    401: "the hub knows no such token; run `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there; give it the right to, or name a repository of yours",
+    404: "the hub has no such repository or branch, or does not show it to this token",
+    409: "somebody else changed the repository in the meantime; run the same command again",
+    413: "a file is too large for the hub",
+    429: "the hub wants fewer requests; wait a while and run the same command again",
+}
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded.
+
+    Attributes:
+        url: of the commit, or of the repository if nothing had changed.
+        files: names of the files of the checkpoint.
+        left_out: names in the directory that are not of the checkpoint and stayed here.
+        bytes: of all files together.
+    """
+
+    url: str
+    files: list[str]
+    left_out: list[str]
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def push_checkpoint(
+    directory: Path, repo: str, *, private: bool = False, revision: str | None = None, endpoint: str | None = None
+) -> Pushed:
+    """Uploads the files of a checkpoint, in one commit. The token is the one that the hub's client finds.
+
+    Args:
+        directory: of the checkpoint.
+        repo: ``owner/name``; created if the hub has none.
+        private: create a private repository; an existing public one is refused.
+        revision: the branch, created if there is none; None for the main one.
+        endpoint: address of the hub; None for ``HF_ENDPOINT``, or huggingface.co.
+
+    Raises:
+        StorageError: directory or name do not fit, or the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    if not HUB_ID.fullmatch(repo):
+        raise StorageError(f"repository {repo!r:.120} is no name of the hub; give owner/name")
+    if not directory.is_dir() or not has_weights(directory):
+        raise StorageError(f"{directory} has no config.json with weights; give the directory of a checkpoint")
+    try:
+        files, left_out = checkpoint_files(directory)
+        sizes = sum((directory / name).stat().st_size for name in files)
+        api = HfApi(endpoint=endpoint, library_name="sparsellm")
+        _prepare(api, repo, private=private, revision=revision)
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=directory,
+            revision=revision,
+            allow_patterns=[glob.escape(name) for name in files],
+            commit_message="Upload a checkpoint pruned by sparsellm",
+        )
+    except StorageError:
+        raise
+    except Exception as error:  # the client raises httpx's, requests', the system's and its own errors
+        raise StorageError(f"cannot upload to {repo}: {_reason(error)}") from None
+    return Pushed(str(getattr(commit, "commit_url", "") or commit), files, left_out, sizes)
+
+
+def _prepare(api: HfApi, repo: str, *, private: bool, revision: str | None) -> None:
+    """Creates repository and branch where there are none."""
+    api.create_repo(repo, private=True if private else None, exist_ok=True)
+    if private and not api.repo_info(repo).private:
+        raise StorageError(f"repository {repo} exists and is public; make it private there, or leave out --private")
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    """Why an upload failed, in one line without the token."""
+    causes: list[BaseException] = [error]  # the client wraps what happens to one file
+    while causes[-1].__cause__ is not None and len(causes) < 10:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in _REASONS:
+            return f"{_REASONS[status]} (HTTP {status})"
+    return _TOKEN.sub("***", _without_token(one_line(error)))
+
+
+def _without_token(text: str) -> str:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "***") if token else text

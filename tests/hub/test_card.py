@@ -1,0 +1,210 @@
+"""The model card: what it says, what it never overwrites, and that no text in it is markup."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.errors import StorageError
+from sparsellm.hub.base import base_of
+from sparsellm.hub.card import is_unedited, rebuild_card
+from tests.allocation.helpers import windows
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+PERPLEXITY = {"value": 14.37, "low": 13.9, "high": 14.9, "of_a_later_release": 1}
+EVALUATION: dict[str, Any] = {
+    "protocol": {
+        "text": "wikitext2", "digest": "ab", "window": 512, "windows": 8, "tokens": 4088, "bos": "yes",
+        "dtype": "float32",
+    },
+    "perplexity": PERPLEXITY,
+    "against": {
+        "model": "/home/me/dense", "perplexity": {"value": 12.5, "low": 12.1, "high": 12.9},
+        "kl": 0.123, "kl_low": 0.1, "kl_high": 0.15, "agreement": 0.81, "recovery": 0.9,
+    },
+    "tasks": {"arc_easy": {"acc,none": {"value": 0.61, "stderr": 0.01}}},
+    "sparsellm": "0.1.0", "machine": "cpu", "date": "2026-01-01",
+}  # fmt: skip
+
+
+def results(directory: Path, *evaluations: Any) -> None:
+    (directory / "results.json").write_text(json.dumps({"format": 1, "evaluations": evaluations, "benchmarks": []}))
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    """Pruned from a snapshot of the hub, whose card states a license."""
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), snapshot)
+    (source / "README.md").write_text(
+        "---\nlicense: llama3.2\nlicense_link: [x]\nlanguage: en\n---\n# The dense model\n"
+    )
+    recipe = Recipe(method="magnitude", pattern="2:4", exclude=["*.k_proj"])
+    sparsellm.prune(source, recipe, out=tmp_path / "half", calibration=windows())
+    return tmp_path / "half"
+
+
+def test_prune_writes_a_card_that_the_hub_s_own_reader_understands(pruned: Path) -> None:
+    card = ModelCard.load(pruned / "README.md")
+    assert card.data.base_model == "some/model"
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "llama3.2"
+    assert {"sparsellm", "pruning", "sparsity", "sparsity-2:4"} <= set(card.data.tags)
+    assert "https://huggingface.co/some/model" in card.text
+    assert "Not evaluated yet" in card.text
+    assert "# `some/model`, 48% sparse" in card.text
+    report = json.loads((pruned / "pruning.json").read_text())
+    assert f"{report['sparsity_reached']:.2%} of the weights" in " ".join(card.text.split())
+    assert report["base"] == {"model": "some/model", "license": "llama3.2"}
+    block = card.text.partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(block)["exclude"] == ["*.k_proj"]
+    assert is_unedited(pruned / "README.md")
+
+
+def test_the_python_of_a_card_loads_the_checkpoint(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pruned.parent)
+    sparsellm.pack("half", out="small")
+    (pruned.parent / "small" / "results.json").write_bytes(b"")
+    results(pruned.parent / "small", EVALUATION)
+    rebuild_card(pruned.parent / "small")
+    for name in ("half", "small"):
+        text = (pruned.parent / name / "README.md").read_text()
+        code = text.partition("```python\n")[2].partition("```")[0]
+        assert ("import sparsellm" in code) == (name == "small")
+        made: dict[str, Any] = {}
+        exec(code.replace("path/to/this/checkpoint", name), made)
+        assert made["model"](made["tokenizer"]("Hello", return_tensors="pt")["input_ids"]).logits.isfinite().all()
+    assert "weights are packed" in text
+
+
+def test_after_an_evaluation_the_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> None:
+    results(pruned, EVALUATION, {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 64}})
+    code, stdout, stderr = run("card", pruned)
+    assert code == 0, stderr
+    assert "README.md" in stdout.replace("\n", "")
+    text = (pruned / "README.md").read_text()
+    assert "On `wikitext2`: windows of 512 tokens, each begins with BOS; 4,088 tokens scored." in text
+    assert "| perplexity | 14.37 (13.9 to 14.9) |" in text
+    assert "| perplexity of the dense model `dense` | 12.5 (12.1 to 12.9) |" in text
+    assert "| KL divergence from `dense` | 0.123 (0.1 to 0.15) |" in text
+    assert "| same likeliest token | 81.0% |" in text
+    assert "| recovery | 90.0% |" in text
+    assert "| `arc_easy`, `acc,none` | 0.61 ± 0.01 |" in text
+    assert "windows of 64 tokens" in text
+    assert "/home/me" not in text
+    assert "Not evaluated" not in text
+    assert run("card", pruned)[0] == 0  # its own card is replaced again and again
+
+
+def test_what_was_never_evaluated_has_no_new_card(pruned: Path, run: Any) -> None:
+    before = (pruned / "README.md").read_bytes()
+    for prepare in (lambda: None, lambda: results(pruned)):
+        prepare()
+        code, stdout, stderr = run("card", pruned)
+        assert (code, stdout) == (2, "")
+        assert "was never evaluated; run `sparsellm eval`" in stderr
+        assert stderr.strip().count("\n") == 0
+    assert (pruned / "README.md").read_bytes() == before
+
+
+def test_an_edited_card_is_kept_unless_forced(pruned: Path, run: Any) -> None:
+    results(pruned, EVALUATION)
+    card = pruned / "README.md"
+    for edited in (card.read_text().replace("Not evaluated yet", "Excellent"), "# mine\n", ""):
+        card.write_text(edited)
+        code, _, stderr = run("card", pruned)
+        assert code == 2
+        assert "--force replaces it" in stderr
+        assert card.read_text() == edited
+    assert run("card", pruned, "--force")[0] == 0
+    assert "14.37" in card.read_text()
+    card.unlink()
+    assert run("card", pruned)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not an object"),
+        ('{"evaluations": [{}]}', "evaluations.0.protocol is {}"),
+        ('{"evaluations": {"a": 1}}', "evaluations is"),
+        (json.dumps({"evaluations": [{**EVALUATION, "perplexity": {"value": "x"}}]}), "perplexity.value is 'x'"),
+    ],
+)
+def test_damaged_results_are_named(pruned: Path, content: str, said: str) -> None:
+    (pruned / "results.json").write_text(content)
+    before = (pruned / "README.md").read_bytes()
+    with pytest.raises(StorageError) as caught:
+        rebuild_card(pruned)
+    assert said in str(caught.value)
+    assert "results.json" in str(caught.value)
+    assert (pruned / "README.md").read_bytes() == before
+
+
+def test_a_directory_without_a_report_is_refused(tmp_path: Path, run: Any) -> None:
+    code, _, stderr = run("card", tmp_path)
+    assert code == 2
+    assert "has no pruning.json; give a checkpoint that `sparsellm prune` has written" in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_of_others_are_no_markup(pruned: Path) -> None:
+    evil = "<img src=x onerror=alert(1)> | `x` ``` [a](javascript:b)\n# heading"
+    task = {evil: {"acc": {"value": 1.0, "stderr": None}}}
+    results(pruned, {**EVALUATION, "protocol": {**EVALUATION["protocol"], "text": evil}, "tasks": task})
+    report = json.loads((pruned / "pruning.json").read_text())
+    report["recipe"]["method"] = report["recipe"]["calibration"] = evil
+    report["base"] = {"model": "a/b](javascript:c)", "license": evil}
+    (pruned / "pruning.json").write_text(json.dumps(report))
+    lines = rebuild_card(pruned).read_text().splitlines()
+    assert not any(line.startswith("# heading") for line in lines)
+    assert not any("javascript:c" in line for line in lines)
+    tables = [line for line in lines if line.startswith("|") and "onerror" in line]
+    assert len(tables) == 3
+    for line in tables:
+        assert line.count("|") == 3
+        assert "```` <img" in line
+        assert " ````" in line.partition("<img")[2]
+    assert ModelCard.load(pruned / "README.md").data.license.startswith("<img")  # quoted, in the front matter
+
+
+def test_results_and_the_card_of_the_dense_model_are_not_taken_over(pruned: Path) -> None:
+    results(pruned, EVALUATION)
+    again = sparsellm.prune(pruned, Recipe(method="magnitude", sparsity=0.7), out=pruned.parent / "more",
+                            calibration=windows())  # fmt: skip
+    assert again.path is not None
+    assert not (again.path / "results.json").exists()
+    assert "Not evaluated yet" in (again.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("owner/name", "owner/name"), ("name", None), ("./owner/name", None), ("../x", None), ("/a/b", None)],
+)
+def test_the_base_model_is_a_name_of_the_hub_or_unknown(
+    name: str, known: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert base_of(name, tmp_path).get("model") == known
+    model = tiny_llama()
+    model.name_or_path = name
+    assert base_of(model, None).get("model") == known
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").mkdir()
+    assert base_of("owner/name", tmp_path) == {}  # a directory of that name
+
+
+@pytest.mark.parametrize(
+    "card", [b"\xff\xfe", b"---\nlicense: [\n---\n", b"---\n- a\n---\n", b"---\nlicense: !!x y\n---\n"]
+)
+def test_a_card_of_the_dense_model_that_cannot_be_read_states_no_license(card: bytes, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(card)
+    assert base_of("x", tmp_path) == {}

@@ -1,0 +1,215 @@
+"""Which linears are pruned and how sparse each is: ``only``, ``exclude`` and ``sparsity_of``, with exact totals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.allocation import ALLOCATIONS, Allocation, LinearSize, Survey
+from sparsellm.allocation.fixed import divide
+from sparsellm.chain import open_chain
+from sparsellm.chain.matrices import refuse_silent_dense
+from sparsellm.errors import ModelError, RecipeError
+from sparsellm.progress import Progress
+from tests.allocation.helpers import windows
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.test_matrices import MIXTURES, built
+
+OF = {"*.down_proj": 0.75, "model.layers.0.*": 0.25, "*.v_proj": 0}
+SMALL = ("--samples", "4", "--seq-len", "24", "--method", "magnitude")
+
+
+def zeros_of(result: sparsellm.PruneResult) -> dict[str, int]:
+    return {linear.name.removeprefix("model.layers."): linear.zeros for linear in result.linears}
+
+
+def test_only_what_is_named_is_pruned_and_the_rest_counts_as_dense() -> None:
+    model = tiny_llama()
+    recipe = Recipe(method="magnitude", sparsity=0.5, only=["*.mlp", "*.layers.1.*"], exclude=["*.up_proj"])
+    result = sparsellm.prune(model, recipe, calibration=windows())
+    names = {linear.name for linear in result.linears}
+    assert names == {
+        *(f"model.layers.{index}.mlp.{name}_proj" for index in range(3) for name in ("gate", "down")),
+        *(f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"),
+    }
+    for name, module in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(module, torch.nn.Linear):
+            share = 0.5 if name in names else 0.0
+            assert int((module.weight == 0).sum()) == share * module.weight.numel()
+    assert result.sparsity_pruned == 0.5
+    assert {(matrix.name, matrix.reason) for matrix in result.dense} >= {
+        ("model.layers.1.mlp.up_proj", "excluded"),
+        ("model.layers.0.self_attn.q_proj", "excluded"),
+    }
+    assert result.matrices.weights == sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+
+
+def test_patterns_that_match_nothing_are_named() -> None:
+    settings = {"only": ["*.mpl.*", "*.mlp.*"], "sparsity_of": {"*.down": 0.1, "*.q_proj": 0.2, "*.up_proj": 0.5}}
+    recipe = Recipe(method="magnitude", sparsity=0.5, **settings)  # type: ignore[arg-type]
+    said = sparsellm.prune(tiny_llama(), recipe, calibration=windows()).warnings
+    assert [line for line in said if line.startswith("only '*.mpl.*' matches no matrix")]
+    assert [line.split()[1] for line in said if "matches no pruned linear" in line] == ["'*.down'", "'*.q_proj'"]
+    with pytest.raises(RecipeError, match=r"only \['x'\] with exclude \['y'\] leaves nothing to prune"):
+        sparsellm.prune(tiny_llama(), Recipe(sparsity=0.5, only=["x"], exclude=["y"]), calibration=windows())
+
+
+def test_experts_that_no_linear_owns_are_refused_only_where_they_are_asked_for() -> None:
+    chain = open_chain(built("gpt_oss", **MIXTURES["gpt_oss"][0]), device=torch.device("cpu"))
+    refuse_silent_dense(chain, [], ["*.self_attn"])
+    with pytest.raises(ModelError, match="gate_up_proj"):
+        refuse_silent_dense(chain, [], ["*.mlp"])
+
+
+@pytest.mark.parametrize("name", ["uniform", "atp", "owl", "dlp", "threshold"])
+def test_fixed_linears_have_their_count_and_the_total_is_exact(name: str) -> None:
+    model = tiny_llama()
+    recipe = Recipe(method="magnitude", sparsity=0.6, allocation=name, sparsity_of=OF, exclude=["*.k_proj"])
+    result = sparsellm.prune(model, recipe, calibration=windows())
+    zeros = zeros_of(result)
+    for linear in result.linears:
+        assert int((model.get_submodule(linear.name).weight == 0).sum()) == linear.zeros
+    assert {zeros[f"{block}.mlp.down_proj"] for block in (1, 2)} == {round(0.75 * 80 * 32)}
+    assert zeros["0.mlp.down_proj"] == zeros["0.mlp.up_proj"] == 640  # the later pattern counts
+    assert [zeros[f"{block}.self_attn.v_proj"] for block in range(3)] == [0, 0, 0]
+    assert result.zeros == round(0.6 * result.weights)
+    free = [zeros[f"{block}.{kind}_proj"] for block in (1, 2) for kind in ("mlp.up", "mlp.gate")]
+    assert (max(free) - min(free) <= 1) == (name == "uniform")
+    assert min(free) > 0.6 * 80 * 32  # they make up for the denser ones
+
+
+def test_an_allocation_that_misses_the_total_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ALLOCATIONS, "_entries", dict(ALLOCATIONS._entries))
+
+    @ALLOCATIONS.register("rough", paper="none")
+    def rough(survey: Survey) -> Allocation:
+        """A tenth less than it was asked for."""
+        return Allocation({linear.name: int(0.9 * survey.sparsity * linear.weights) for linear in survey.linears})
+
+    recipe = Recipe(method="magnitude", sparsity=0.6, allocation="rough", sparsity_of={"*.q_proj": 0.1})
+    result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+    assert result.zeros == round(0.6 * result.weights)
+    assert result.allocation == {"name": "rough"}
+
+
+def test_a_run_that_goes_on_has_the_same_zeros_and_the_order_of_patterns_is_part_of_it(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(sparsity=0.6, sparsity_of=OF, only=["*.mlp", "*.v_proj"], options={"effort": 1})
+    whole = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "whole")
+
+    def stop(event: Progress) -> None:
+        if event.phase == "prune" and event.done >= 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "cut", progress=stop)
+    turned = recipe.updated(sparsity_of=dict(reversed(OF.items())))
+    with pytest.raises(sparsellm.SparseLLMError, match="sparsity_of"):
+        sparsellm.prune(source, turned, calibration=windows(), out=tmp_path / "cut")
+    resumed = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "cut")
+    assert resumed.resumed == 1
+    assert zeros_of(resumed) == zeros_of(whole)
+    assert resumed.zeros == round(0.6 * resumed.weights)
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes()
+    assert Recipe.from_yaml(tmp_path / "cut" / "recipe.yaml").sparsity_of == OF
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "of", "possible"),
+    [
+        (0.1, {"b": 0.9}, "0.45 to 0.945 are possible"),
+        (0.95, {"b": 0.9}, "0.45 to 0.945 are possible"),
+        (0.7, {"a": 0.5, "b": 0.6}, "only 0.55 is possible"),
+        (0.0, {"b": 0.5}, "0.25 to 0.745 are possible"),
+    ],
+)
+def test_a_total_that_cannot_be_reached_is_refused_with_those_that_can(
+    sparsity: float, of: dict[str, float], possible: str
+) -> None:
+    sizes = [LinearSize(name, 0, (20, 50), of.get(name)) for name in "ab"]
+    with pytest.raises(RecipeError, match=f"sparsity {sparsity:g} cannot be reached.*{possible}"):
+        divide(sizes, sparsity)
+
+
+def test_it_is_refused_before_the_calibration_text_is_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text("{")
+    recipe = Recipe(sparsity=0.1, sparsity_of={"*.mlp": 0.9}, calibration=str(tmp_path / "broken.jsonl"))
+    with pytest.raises(RecipeError, match="cannot be reached"):
+        sparsellm.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer())
+
+
+def test_where_every_linear_is_fixed_their_sum_is_what_was_asked_up_to_rounding() -> None:
+    sizes = [LinearSize(name, 0, (3, 11), share) for name, share in (("a", 0.5), ("b", 0.2))]
+    assert divide(sizes, 0.35).allocation().zeros == {"a": round(16.5), "b": round(6.6)}
+    with pytest.raises(RecipeError, match="only"):
+        divide(sizes, 0.42)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.none() | st.floats(0, 0.999)), min_size=1, max_size=12),
+    st.floats(0, 0.999),
+)
+@settings(deadline=None)
+def test_every_division_is_exact_or_refused(linears: list[tuple[int, float | None]], sparsity: float) -> None:
+    sizes = [LinearSize(str(i), 0, (7, width), share) for i, (width, share) in enumerate(linears)]
+    try:
+        zeros = divide(sizes, sparsity).allocation().zeros
+    except RecipeError:
+        return
+    total = round(sparsity * sum(size.weights for size in sizes))
+    free = any(size.fixed is None for size in sizes)
+    assert abs(sum(zeros.values()) - total) <= (0 if free else len(sizes))
+    for size in sizes:
+        assert 0 <= zeros[size.name] <= size.weights
+        assert size.fixed is None or zeros[size.name] == round(size.fixed * size.weights)
+
+
+def test_the_command_line_chooses_linears(tmp_path: Path, run: Any) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    (tmp_path / "r.yaml").write_text("{sparsity: 0.6, exclude: [x], sparsity_of: {'*.up_proj': 0.1, '*.mlp': 0.5}}")
+    code, stdout, stderr = run(
+        "prune", source, "--out", tmp_path / "p", *SMALL, "--recipe", tmp_path / "r.yaml", "--only", "*.mlp",
+        "--only", "*.q_proj", "--skip", "*.gate_proj", "--sparsity-of", "*.up_proj=0.7", "--json",
+    )  # fmt: skip
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert report["recipe"]["only"] == ["*.mlp", "*.q_proj"]
+    assert report["recipe"]["exclude"] == ["*.gate_proj"]
+    assert list(report["recipe"]["sparsity_of"].items()) == [("*.mlp", 0.5), ("*.up_proj", 0.7)]
+    sparsities = {linear["name"].rpartition(".")[2]: linear["sparsity"] for linear in report["linears"]}
+    assert sparsities.keys() == {"up_proj", "down_proj", "q_proj"}
+    assert sparsities["up_proj"] == pytest.approx(0.7, abs=1e-3)
+    assert sparsities["down_proj"] == pytest.approx(0.5, abs=1e-3)
+    assert report["sparsity_pruned"] == pytest.approx(0.6, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--sparsity-of", "abc"), "--sparsity-of is 'abc'; write GLOB=SHARE"),
+        (("--sparsity-of", "=0.5"), "--sparsity-of is '=0.5'; write GLOB=SHARE"),
+        (("--sparsity-of", "*.q=1"), "recipe field sparsity_of.*.q is 1: Input should be less than 1"),
+        (("--sparsity-of", "*.q=lots"), "recipe field sparsity_of.*.q is 'lots'"),
+        (("--sparsity-of", "*.q=-0.5"), "greater than or equal to 0"),
+        (("--sparsity-of", "*.q=0.1", "--sparsity-of", "*.q=0.2"), "'sparsity_of.*.q' is given twice"),
+        (("--sparsity-of", "*.q=0.1", "--pattern", "2:4"), "pattern 2:4 fixes the sparsity of every linear"),
+        (("--sparsity-of", "*.mlp=0.1", "--sparsity", "0.9"), "possible; change sparsity or sparsity_of"),
+        (("--only", "nothing"), "only ['nothing'] leaves nothing to prune"),
+    ],
+)
+def test_a_bad_choice_is_one_line(tmp_path: Path, run: Any, arguments: tuple[str, ...], said: str) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    code, stdout, stderr = run("prune", source, "--out", tmp_path / "p", *SMALL, *arguments)
+    assert (code, stdout) == (2, "")
+    assert said in stderr
+    assert stderr.strip().count("\n") == 0
+    assert not (tmp_path / "p").exists()
