@@ -103,7 +103,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     Raises:
         SparseLLMError: the model or the text cannot be read, or the text is too short.
     """
-    progress(Progress("open", 0, 1, "opening the model"))
+    progress(Progress("open", 0, 1))
     directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(str(model))
     chain, _ = open_model(model, directory, Recipe(device=device, dtype=dtype), trust_remote_code, whole=False)
     text = as_text(text, "text", "evaluation")

@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -48,25 +49,51 @@ def _one_of(*values: str) -> Callable[[], list[str]]:
     return lambda: list(values)
 
 
-WHAT, CALIBRATION, RESOURCES, OUTPUT = "What to prune", "Calibration", "Resources", "Output"
+def _examples(*commands: str) -> str:
+    """The end of a help text: commands as users type them."""
+    return "\n\n".join(("Examples:", *(f"  {command}" for command in commands)))
+
+
+def _registered(*packages: str) -> Callable[[], list[str]]:
+    """The names that the modules of packages register, read from their text: a shell cannot wait for torch."""
+
+    def names() -> list[str]:
+        modules = [path for package in packages for path in sorted((Path(__file__).parent / package).glob("*.py"))]
+        found = [re.findall(r'\.register\(\s*"([^"]+)"', path.read_text(encoding="utf-8")) for path in modules]
+        return [name for each in found for name in each]
+
+    return names
+
+
+MODEL, TEXT, WHAT, HOW = "Model", "Text", "What to prune", "How"
+CALIBRATION, RESOURCES, OUTPUT = "Calibration", "Resources", "Output"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda", "mps", "auto")
 VALUES = ("keep", "bf16", "fp16", "fp32", "int8", "int4")
 SOURCES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:")
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="Checkpoint directory, hub id, .gguf file, or 'demo'.", rich_help_panel="Model"
-    ),
+    typer.Argument(metavar="MODEL", help="Checkpoint directory, hub id, .gguf file, or 'demo'.", rich_help_panel=MODEL),
 ]
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.", rich_help_panel=OUTPUT),
 ]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no progress, only the result and errors.", rich_help_panel=OUTPUT)
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Print every step, and the time of every phase.", rich_help_panel=OUTPUT),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help=f"cpu, cuda, cuda:1 or mps.{_default('a GPU if there is one')}", rich_help_panel=RESOURCES
+        metavar="NAME",
+        help=f"cpu, cuda, cuda:1 or mps.{_default('a GPU if there is one')}",
+        autocompletion=_one_of(*DEVICES),
+        rich_help_panel=RESOURCES,
     ),
 ]
 DtypeOption = Annotated[
@@ -120,10 +147,11 @@ def _begin(
 
 
 @app.command(
-    epilog="Examples:\n\n"
-    "  sparsellm prune path/to/model --out pruned --sparsity 0.5 --calibration my-text.txt\n\n"
-    "  sparsellm prune path/to/model --out pruned --pattern 2:4 --effort 2\n\n"
-    "  sparsellm prune demo --out pruned --method wanda --samples 32 --seq-len 512"
+    epilog=_examples(
+        "sparsellm prune path/to/model --out pruned --sparsity 0.5 --calibration my-text.txt",
+        "sparsellm prune path/to/model --out pruned --pattern 2:4 --effort 2",
+        "sparsellm prune demo --out pruned --method wanda --samples 32 --seq-len 512",
+    )
 )
 def prune(  # noqa: PLR0913 - a command
     model: ModelArgument,
@@ -133,6 +161,7 @@ def prune(  # noqa: PLR0913 - a command
         typer.Option(
             metavar="NAME",
             help=f"How weights are chosen; `sparsellm methods` lists all.{_default('sparsellm')}",
+            autocompletion=_registered("methods", "solvers"),
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -154,6 +183,7 @@ def prune(  # noqa: PLR0913 - a command
             metavar="NAME",
             help="How the zeros are divided among blocks and linears; `sparsellm methods` lists all."
             f"{_default('threshold with sparsellm, else uniform')}",
+            autocompletion=_registered("allocation"),
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -233,10 +263,7 @@ def prune(  # noqa: PLR0913 - a command
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.", rich_help_panel=OUTPUT)
     ] = False,
-    verbose: Annotated[
-        bool,
-        typer.Option("--verbose", "-v", help="Print every step, and the time of every phase.", rich_help_panel=OUTPUT),
-    ] = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prune MODEL and save a checkpoint that plain transformers loads.
@@ -244,8 +271,6 @@ def prune(  # noqa: PLR0913 - a command
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work.
     """
     global _kept
-    if quiet and verbose:
-        raise RecipeError("--quiet and --verbose contradict each other; give one of them")
     _kept = partial(kept_by_prune, out, time.time())
     from sparsellm import api, console, parallel, tables
     from sparsellm.recipe import Recipe
@@ -298,8 +323,14 @@ def _load_plugins(named: list[str] | None) -> list[str]:
     return failures
 
 
-@app.command("eval")
-def evaluate(
+@app.command(
+    "eval",
+    epilog=_examples(
+        "sparsellm eval pruned --text my-text.txt",
+        "sparsellm eval demo --text pydoc --seq-len 512 --max-tokens 4096",
+    ),
+)
+def evaluate(  # noqa: PLR0913 - a command
     model: ModelArgument,
     text: Annotated[
         str,
@@ -307,18 +338,26 @@ def evaluate(
             metavar="SOURCE",
             help="As --calibration of prune; for pydoc, the part that is never used for calibration.",
             autocompletion=_one_of(*SOURCES),
+            rich_help_panel=TEXT,
         ),
     ],
     seq_len: Annotated[
         int | None,
-        typer.Option(metavar="N", help=f"Tokens in a window.{_default('2048, or the limit of the model')}"),
+        typer.Option(
+            metavar="N",
+            help=f"Tokens in a window.{_default('2048, or the limit of the model')}",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Most tokens of the text to use.{_default('all')}")
+        int | None,
+        typer.Option(metavar="N", help=f"Most tokens of the text to use.{_default('all')}", rich_help_panel=TEXT),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, by the protocol of the papers."""
@@ -326,7 +365,7 @@ def evaluate(
     from sparsellm.progress import PhaseClock
 
     clock = PhaseClock()
-    with console.progress() as progress, clock.phase("evaluate"):
+    with console.progress(quiet=quiet, verbose=verbose) as progress, clock.phase("evaluate"):
         result = api.evaluate(
             model,
             text,
@@ -355,9 +394,11 @@ def evaluate(
         console.say(f"perplexity {result.value:.4f} · {result.tokens} tokens scored in windows of {result.window}")
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm inspect pruned"))
 def inspect(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, pruned or not.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint, pruned or not.", rich_help_panel=MODEL)
+    ],
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -391,7 +432,7 @@ def inspect(
     tables.print_zeros(matrices, blocks, common)
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"))
 def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
     """List the values of --method and --allocation, with options and papers."""
     from sparsellm import console, tables
@@ -434,29 +475,37 @@ def demo(
     tables.print_demo(result)
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm pack pruned --out packed", "sparsellm pack pruned --out packed --values int8"))
 def pack(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the packed checkpoint.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of the packed checkpoint.", rich_help_panel=OUTPUT)
+    ],
     values: Annotated[
         str,
         typer.Option(
             metavar="TYPE",
             help="Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8 or int4.",
             autocompletion=_one_of(*VALUES),
+            rich_help_panel=HOW,
         ),
     ] = "keep",
     overwrite: OverwriteOption = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Remove the files that another unfinished run left for DIR.")
+        bool,
+        typer.Option(
+            "--restart", help="Remove the files that another unfinished run left for DIR.", rich_help_panel=OUTPUT
+        ),
     ] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Pack a pruned MODEL: store the kept values and a bit for each weight. It stays packed in memory too."""
     from sparsellm import console, tables
     from sparsellm.runtime import convert
 
-    with console.progress() as progress:
+    with console.progress(quiet=quiet, verbose=verbose) as progress:
         result = convert.pack(model, out=out, values=values, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
         console.write_json(result.to_dict())
@@ -464,21 +513,28 @@ def pack(
     tables.print_packed(result)
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm unpack packed --out dense"))
 def unpack(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.", rich_help_panel=MODEL)],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.", rich_help_panel=OUTPUT)
+    ],
     overwrite: OverwriteOption = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Remove the files that another unfinished run left for DIR.")
+        bool,
+        typer.Option(
+            "--restart", help="Remove the files that another unfinished run left for DIR.", rich_help_panel=OUTPUT
+        ),
     ] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a packed checkpoint as an ordinary dense one."""
     from sparsellm import console
     from sparsellm.runtime import convert
 
-    with console.progress() as progress:
+    with console.progress(quiet=quiet, verbose=verbose) as progress:
         result = convert.unpack(directory, out=out, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
         console.write_json({"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes})
@@ -487,20 +543,41 @@ def unpack(
     console.say(f"written to {result.path}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "sparsellm generate packed 'The capital of France is'",
+        "sparsellm generate packed 'Once upon a time' --temperature 0.8 --max-new-tokens 200",
+    )
+)
 def generate(  # noqa: PLR0913 - a command
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, packed or dense.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate.")] = 100,
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint, packed or dense.", rich_help_panel=MODEL)
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.", rich_help_panel=MODEL)],
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens to generate.", rich_help_panel=HOW)
+    ] = 100,
     threads: ThreadsOption = None,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 takes the likeliest token; above 0, tokens are sampled.")
+        float,
+        typer.Option(
+            metavar="T", help="0 takes the likeliest token; above 0, tokens are sampled.", rich_help_panel=HOW
+        ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.", rich_help_panel=HOW)] = 0,
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu, cuda or cuda:1.",
+            autocompletion=_one_of(*DEVICES),
+            rich_help_panel=RESOURCES,
+        ),
     ] = "cpu",
     dtype: DtypeOption = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the text without the speed.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT, token by token, and print the speed."""
@@ -533,6 +610,8 @@ def generate(  # noqa: PLR0913 - a command
         console.write_json(result.to_dict())
         return
     console.out().print(next(pieces), soft_wrap=True)  # ends the line
+    if quiet:
+        return
     console.say(
         f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "
         f"{result.prompt_tokens}, read in {result.prefill_seconds:.2f} s · threads: {result.threads}",
@@ -540,33 +619,51 @@ def generate(  # noqa: PLR0913 - a command
     )
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm bench packed", "sparsellm bench packed --batch 1 --batch 8 --threads 2"))
 def bench(  # noqa: PLR0913 - a command
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.", rich_help_panel=MODEL)],
     dense: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help=f"A dense checkpoint to compare with.{_default('the packed one, unpacked')}"),
+        typer.Option(
+            metavar="DIR",
+            help=f"A dense checkpoint to compare with.{_default('the packed one, unpacked')}",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(metavar="N", help=f"Sequences decoded at once. Repeatable.{_default('1')}")
+        list[int] | None,
+        typer.Option(metavar="N", help=f"Sequences decoded at once. Repeatable.{_default('1')}", rich_help_panel=HOW),
     ] = None,
     threads: Annotated[
-        list[int] | None, typer.Option(metavar="N", help=f"CPU threads. Repeatable.{_default('as torch chooses')}")
+        list[int] | None,
+        typer.Option(
+            metavar="N", help=f"CPU threads. Repeatable.{_default('as torch chooses')}", rich_help_panel=RESOURCES
+        ),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens read before decoding.")] = 128,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.")] = 32,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; the median is shown.")] = 5,
+    prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens read before decoding.", rich_help_panel=HOW)
+    ] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.", rich_help_panel=HOW)] = 32,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; the median is shown.", rich_help_panel=HOW)] = 5,
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu, cuda or cuda:1.",
+            autocompletion=_one_of(*DEVICES),
+            rich_help_panel=RESOURCES,
+        ),
     ] = "cpu",
     dtype: DtypeOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
     from sparsellm import console, tables
     from sparsellm.runtime.bench import compare
 
-    with console.progress() as progress:
+    with console.progress(quiet=quiet, verbose=verbose) as progress:
         report = compare(
             directory,
             dense,
