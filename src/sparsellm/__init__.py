@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sparsellm.api import PruneResult, evaluate, inspect, prune
+    from sparsellm.console import progress as show_progress
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.perplexity import Perplexity
     from sparsellm.recipe import Recipe
@@ -30,6 +31,7 @@ _HOME = {
     "load": "sparsellm.runtime.load",
     "pack": "sparsellm.runtime.convert",
     "prune": "sparsellm.api",
+    "show_progress": "sparsellm.console:progress",
     "SparseLLMError": "sparsellm.errors",
     "Perplexity": "sparsellm.evaluation.perplexity",
     "Recipe": "sparsellm.recipe",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "pack",
     "prune",
+    "show_progress",
     "unpack",
 ]
 
@@ -57,5 +60,6 @@ register_when_needed()  # so that from_pretrained loads packed checkpoints
 def __getattr__(name: str) -> Any:
     """Imports torch and transformers when they are first needed, so that ``sparsellm --help`` is fast."""
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        module, _, other = _HOME[name].partition(":")
+        return getattr(importlib.import_module(module), other or name)
     raise AttributeError(f"module 'sparsellm' has no attribute {name!r}")
