@@ -65,8 +65,9 @@ def _registered(*packages: str) -> Callable[[], list[str]]:
     return names
 
 
-MODEL, TEXT, WHAT, HOW = "Model", "Text", "What to prune", "How"
+MODEL, TEXT, WHAT = "Model", "Text", "What to prune"
 CALIBRATION, RESOURCES, OUTPUT = "Calibration", "Resources", "Output"
+FLAG = ""  # typer shows the type of an option without a metavar, even where no value follows
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda", "mps", "auto")
 VALUES = ("keep", "bf16", "fp16", "fp32", "int8", "int4")
@@ -78,14 +79,21 @@ ModelArgument = Annotated[
 ]
 JsonOption = Annotated[
     bool,
-    typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--json", metavar=FLAG, help="Print one JSON object on stdout, and nothing else there.", rich_help_panel=OUTPUT
+    ),
 ]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no progress, only the result and errors.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option(
+        "--quiet", "-q", metavar=FLAG, help="Print no progress, only the result and errors.", rich_help_panel=OUTPUT
+    ),
 ]
 VerboseOption = Annotated[
     bool,
-    typer.Option("--verbose", "-v", help="Print every step, and the time of every phase.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--verbose", "-v", metavar=FLAG, help="Print every step, and the time of every phase.", rich_help_panel=OUTPUT
+    ),
 ]
 DeviceOption = Annotated[
     str | None,
@@ -112,11 +120,14 @@ ThreadsOption = Annotated[
 TrustOption = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", help="Run modelling code that comes with the checkpoint.", rich_help_panel=RESOURCES
+        "--trust-remote-code",
+        metavar=FLAG,
+        help="Run modelling code that comes with the checkpoint.",
+        rich_help_panel=RESOURCES,
     ),
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--overwrite", metavar=FLAG, help="Replace the checkpoint in DIR.", rich_help_panel=OUTPUT)
 ]
 PluginOption = Annotated[
     list[str] | None,
@@ -139,7 +150,10 @@ def _show_version(wanted: bool) -> None:
 def _begin(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", metavar=FLAG, help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     if _processes() > 1 and context.invoked_subcommand != "prune":
@@ -256,12 +270,14 @@ def prune(  # noqa: PLR0913 - a command
         bool,
         typer.Option(
             "--restart",
+            metavar=FLAG,
             help="Start from block 1, even if an unfinished run could be resumed.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option("--quiet", "-q", metavar=FLAG, help="Print warnings and errors only.", rich_help_panel=OUTPUT),
     ] = False,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
@@ -464,11 +480,16 @@ def demo(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoints in DIR.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--overwrite", metavar=FLAG, help="Replace the checkpoints in DIR.", rich_help_panel=OUTPUT)
     ] = False,
     restart: Annotated[
         bool,
-        typer.Option("--restart", help="Begin anew, even where an unfinished run could go on.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--restart",
+            metavar=FLAG,
+            help="Begin anew, even where an unfinished run could go on.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -500,14 +521,17 @@ def pack(
             metavar="TYPE",
             help="Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8 or int4.",
             autocompletion=_one_of(*VALUES),
-            rich_help_panel=HOW,
+            rich_help_panel="Values",
         ),
     ] = "keep",
     overwrite: OverwriteOption = False,
     restart: Annotated[
         bool,
         typer.Option(
-            "--restart", help="Remove the files that another unfinished run left for DIR.", rich_help_panel=OUTPUT
+            "--restart",
+            metavar=FLAG,
+            help="Remove the files that another unfinished run left for DIR.",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     quiet: QuietOption = False,
@@ -536,7 +560,10 @@ def unpack(
     restart: Annotated[
         bool,
         typer.Option(
-            "--restart", help="Remove the files that another unfinished run left for DIR.", rich_help_panel=OUTPUT
+            "--restart",
+            metavar=FLAG,
+            help="Remove the files that another unfinished run left for DIR.",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     quiet: QuietOption = False,
@@ -568,16 +595,16 @@ def generate(  # noqa: PLR0913 - a command
     ],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.", rich_help_panel=MODEL)],
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens to generate.", rich_help_panel=HOW)
+        int, typer.Option(metavar="N", help="Most tokens to generate.", rich_help_panel=TEXT)
     ] = 100,
     threads: ThreadsOption = None,
     temperature: Annotated[
         float,
         typer.Option(
-            metavar="T", help="0 takes the likeliest token; above 0, tokens are sampled.", rich_help_panel=HOW
+            metavar="T", help="0 takes the likeliest token; above 0, tokens are sampled.", rich_help_panel=TEXT
         ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.", rich_help_panel=HOW)] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.", rich_help_panel=TEXT)] = 0,
     device: Annotated[
         str,
         typer.Option(
@@ -589,7 +616,8 @@ def generate(  # noqa: PLR0913 - a command
     ] = "cpu",
     dtype: DtypeOption = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print the text without the speed.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option("--quiet", "-q", metavar=FLAG, help="Print the text without the speed.", rich_help_panel=OUTPUT),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -640,12 +668,14 @@ def bench(  # noqa: PLR0913 - a command
         typer.Option(
             metavar="DIR",
             help=f"A dense checkpoint to compare with.{_default('the packed one, unpacked')}",
-            rich_help_panel=MODEL,
+            rich_help_panel="Measurement",
         ),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", help=f"Sequences decoded at once. Repeatable.{_default('1')}", rich_help_panel=HOW),
+        typer.Option(
+            metavar="N", help=f"Sequences decoded at once. Repeatable.{_default('1')}", rich_help_panel="Measurement"
+        ),
     ] = None,
     threads: Annotated[
         list[int] | None,
@@ -654,10 +684,12 @@ def bench(  # noqa: PLR0913 - a command
         ),
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens read before decoding.", rich_help_panel=HOW)
+        int, typer.Option(metavar="N", help="Tokens read before decoding.", rich_help_panel="Measurement")
     ] = 128,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.", rich_help_panel=HOW)] = 32,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; the median is shown.", rich_help_panel=HOW)] = 5,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.", rich_help_panel="Measurement")] = 32,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Rounds; the median is shown.", rich_help_panel="Measurement")
+    ] = 5,
     device: Annotated[
         str,
         typer.Option(
@@ -746,7 +778,12 @@ def _called() -> int:
 
 def _interrupted(signum: int) -> int:
     """Prints which files are kept and which command resumes the run; returns the exit code."""
-    _say_why(interrupts.last_words(signum, _kept))
+    words = interrupts.last_words(signum, _kept)
+    if sys.stderr.isatty():  # the command in a line of its own, whole, to copy it
+        words, _, command = words.partition(interrupts.RESUMES)
+        _say_why(*filter(None, (words, command and interrupts.RESUMES.strip("; "), command)))
+    else:
+        _say_why(words)
     return interrupts.exit_code(signum)
 
 
@@ -809,8 +846,8 @@ def _joined() -> Iterator[None]:
         yield
 
 
-def _say_why(line: str) -> None:
-    """Prints an error line; if several processes fail, only the first does."""
+def _say_why(line: str, *more: str) -> None:
+    """Prints an error line, and lines that belong to it; if several processes fail, only the first does."""
     from sparsellm import console
 
     if _processes() > 1:
@@ -819,7 +856,8 @@ def _say_why(line: str) -> None:
         if not parallel.claims_failure():
             return
         line = f"process {parallel.rank()} of {parallel.launched()}: {line}"
-    console.say(line, error=True)
+    for each in (line, *more):
+        console.say(each, error=True)
 
 
 def _quiet_libraries() -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsellm import api
 from sparsellm.calibration import evaluation_windows
 from sparsellm.chain.open import load_tokenizer
+from sparsellm.errors import StorageError
 from sparsellm.evaluation.perplexity import kl_divergence, nll_from_logits
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
@@ -124,6 +125,8 @@ def run_demo(
         ModelError: no package index can be reached and the model is not cached.
         StorageError: ``out`` cannot take the checkpoints.
     """
+    if out is not None and out.resolve() == Path.cwd():  # as by --out "$UNSET"
+        raise StorageError(f"--out {out} is the current directory (or empty); name a directory in it")
     pruned_path, packed_path = places(out)
     overwrite = overwrite or out is None  # the directories in the cache belong to the demo
     check_destination(pruned_path, overwrite=overwrite, restart=restart)
