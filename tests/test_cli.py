@@ -319,10 +319,10 @@ def test_a_demo_that_another_release_left_unfinished_can_begin_anew(
     assert code == 0, stderr
     found = json.loads(stdout)
     assert found["sparsity_pruned"] == pytest.approx(0.75, abs=1e-3)
-    assert 0 < found["kl"] < 10
-    assert 0 < found["agreement"] < 1
-    assert found["tokens"] == 4 * 63
-    assert found["bytes_in_memory"]["pruned"] < found["bytes_in_memory"]["dense"]
-    assert found["bytes_on_disk"]["pruned"] < found["bytes_on_disk"]["dense"]
-    assert found["decoding"].keys() == {"dense", "pruned"}
+    assert 0 < found["evaluation"]["against"]["kl"] < 10
+    assert 0 < found["evaluation"]["against"]["agreement"] < 1
+    assert found["speeds"]["packed_bytes"] < found["speeds"]["dense_bytes"]
+    assert found["speeds"]["packed_disk_bytes"] < found["speeds"]["dense_disk_bytes"]
+    results = json.loads((tmp_path / "p" / "pruned" / "results.json").read_text())
+    assert (len(results["evaluations"]), len(results["benchmarks"])) == (1, 1)
     assert (tmp_path / "p" / "packed" / "config.json").is_file()

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from sparsellm.api import PruneResult, evaluate, inspect, prune
     from sparsellm.console import progress as show_progress
     from sparsellm.errors import SparseLLMError
+    from sparsellm.evaluation.measured import Evaluation
     from sparsellm.evaluation.perplexity import Perplexity
     from sparsellm.recipe import Recipe
     from sparsellm.runtime.convert import PackResult, pack, unpack
     from sparsellm.runtime.load import load
 
 _HOME = {
+    "Evaluation": "sparsellm.evaluation.measured",
     "PackResult": "sparsellm.runtime.convert",
     "PruneResult": "sparsellm.api",
     "evaluate": "sparsellm.api",
@@ -39,6 +41,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Evaluation",
     "PackResult",
     "Perplexity",
     "PruneResult",

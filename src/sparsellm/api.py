@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm.arguments import CHECKPOINT, as_recipe, checked_arguments
+from sparsellm.arguments import CHECKPOINT, as_path, as_recipe, checked_arguments
 from sparsellm.calibration import (
+    Text,
     TextGiven,
     as_text,
     check_seq_len,
     evaluation_windows,
+    leading_token,
     settle_calibration,
     windows_of_ids,
 )
-from sparsellm.chain import open_chain
+from sparsellm.calibration.given import DOCUMENTS, IDS
+from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
-from sparsellm.errors import DataError
-from sparsellm.evaluation.perplexity import Perplexity
-from sparsellm.evaluation.streamed import streamed_perplexity
+from sparsellm.errors import DataError, RecipeError
+from sparsellm.evaluation.measured import Evaluation, Interval, compared
+from sparsellm.evaluation.streamed import streamed_scores
+from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.machine.heap import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.recipe import Recipe
+from sparsellm.recipe import Bos, Recipe
 from sparsellm.run.counts import MatrixZeros, inspect_block
+from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.prepare import Request, default_seq_len, open_model
 from sparsellm.run.result import PruneResult, versions
 from sparsellm.run.run import Run
+from sparsellm.runtime.load import load
 from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.storage.results import stamp
 
 
 @checked_arguments()
@@ -82,42 +92,151 @@ def evaluate(  # noqa: PLR0913 - the Python door
     *,
     seq_len: int | None = None,
     max_tokens: int | None = None,
+    bos: Bos = "auto",
+    against: str | os.PathLike[str] | PreTrainedModel | None = None,
+    tasks: Sequence[str] | None = None,
+    tasks_dir: str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
-) -> Perplexity:
-    """Perplexity of a model, which is read block by block and need not fit into memory.
+) -> Evaluation:
+    """Perplexity of a model, its divergence from a dense one, and tasks of lm-eval.
+
+    For perplexity and divergence, models are read block by block and need not fit into memory; tasks load the model.
 
     Args:
         model: as in :func:`prune`.
         text: as ``calibration`` in :func:`prune`.
         seq_len: tokens in a window, 2 or more; None for 2048, or the limit of the model if that is less.
         max_tokens: the most tokens of the text to use.
+        bos: as in :class:`Recipe`: whether every window begins with BOS, which is not scored.
+        against: the dense model, with the same tokenizer, to compare with on the same windows.
+        tasks: names of tasks, groups or tags of lm-eval.
+        tasks_dir: a directory with further tasks in lm-eval's YAML files.
         tokenizer: needed only for a model given as an object, unless ``text`` is token ids.
         device, dtype: as in :class:`Recipe`.
         trust_remote_code: run modelling code that comes with the checkpoint.
         progress: called with the progress of the run.
 
     Raises:
-        SparseLLMError: the model or the text cannot be read, or the text is too short.
+        SparseLLMError: a model or the text cannot be read, the text is too short, the models have different tokenizers,
+            or a task is unknown or fails. All but the last is checked before the work.
     """
-    progress(Progress("open", 0, 1))
-    directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(str(model))
-    chain, _ = open_model(model, directory, Recipe(device=device, dtype=dtype), trust_remote_code, whole=False)
+    if tasks_dir is not None and not tasks:
+        raise RecipeError("tasks_dir is given without tasks; name the tasks to run")
+    manager = find_tasks(tasks, as_path(tasks_dir, "tasks_dir") if tasks_dir is not None else None) if tasks else None
     text = as_text(text, "text", "evaluation")
-    if isinstance(text, Tensor):
-        windows = check_vocabulary(windows_of_ids(text, chain.config, seq_len, max_tokens), chain.config)
-    else:
-        seq_len = seq_len or default_seq_len(chain)
-        check_seq_len(chain.config, seq_len)
-        if tokenizer is None and directory is not None:
-            tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
-        if tokenizer is None:
+    progress(Progress("open", 0, 1))
+    open_one = partial(_Opened.of, settings=Recipe(device=device, dtype=dtype), trust=trust_remote_code)
+    own = open_one(model, tokenizer, with_tokenizer=not isinstance(text, Tensor) or manager is not None)
+    windows = own.windows(text, seq_len, max_tokens, bos)
+    leads = own.leads(bos, exactly=manager is not None)
+    dense = None if against is None else open_one(against, None, with_tokenizer=not isinstance(text, Tensor))
+    if dense is not None:
+        own.check_comparable(dense, windows)
+    scores = streamed_scores(own.chain, windows, None if dense is None else dense.chain, progress=progress)
+    results = None
+    if manager is not None and tasks:
+        progress(Progress("evaluate", 0, 1, "tasks"))
+        results = run_tasks(own.whole(device, dtype, trust_remote_code), own.tokenizer, tasks, manager, bos=leads)
+    source = text if isinstance(text, str) else IDS if isinstance(text, Tensor) else DOCUMENTS
+    perplexity = Interval.of_perplexity(scores.loss)
+    return Evaluation(
+        value=perplexity.value,
+        tokens=windows.numel() - len(windows),
+        window=windows.shape[1],
+        nll=float(scores.loss.mean()),
+        low=perplexity.low,
+        high=perplexity.high,
+        protocol={
+            "text": source,
+            "digest": tokens_fingerprint(windows),
+            "window": windows.shape[1],
+            "windows": len(windows),
+            "tokens": windows.numel() - len(windows),
+            "bos": "given" if isinstance(text, Tensor) else "yes" if leads else "no",
+            "dtype": str(own.chain.dtype).removeprefix("torch."),
+        },
+        against=None if dense is None else compared(dense.name, scores),
+        tasks=results,
+        stamp=stamp(own.chain.device),
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model to evaluate: its name, chain, directory (None for an object) and tokenizer (None if none is needed)."""
+
+    name: str
+    chain: Chain
+    directory: Path | None
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @classmethod
+    def of(
+        cls,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        with_tokenizer: bool,
+        settings: Recipe,
+        trust: bool,
+    ) -> _Opened:
+        loaded = isinstance(model, PreTrainedModel)
+        directory = None if loaded else checkpoint_directory(str(model))
+        chain, _ = open_model(model, directory, settings, trust, whole=False)
+        if tokenizer is None and directory is not None and with_tokenizer:
+            tokenizer = load_tokenizer(directory, trust_remote_code=trust)
+        return cls(model.name_or_path if loaded else str(model), chain, directory, tokenizer)
+
+    def windows(self, text: str | Tensor | Text, seq_len: int | None, max_tokens: int | None, bos: Bos) -> Tensor:
+        """The windows to score, checked against the model."""
+        config = self.chain.config
+        if isinstance(text, Tensor):
+            return check_vocabulary(windows_of_ids(text, config, seq_len, max_tokens, bos), config)
+        seq_len = seq_len or default_seq_len(self.chain)
+        check_seq_len(config, seq_len)
+        if self.tokenizer is None:
             raise DataError("a model given as an object needs tokenizer=..., or token ids in place of a text")
-        windows = check_vocabulary(evaluation_windows(text, tokenizer, seq_len, max_tokens), chain.config, tokenizer)
-    return streamed_perplexity(chain, windows, progress=progress)
+        windows = evaluation_windows(text, self.tokenizer, seq_len, max_tokens, bos)
+        return check_vocabulary(windows, config, self.tokenizer)
+
+    def leads(self, bos: Bos, *, exactly: bool) -> bool:
+        """Whether texts begin with BOS; ``exactly`` if the tokenizer itself must put it there, as for lm-eval."""
+        if self.tokenizer is None:
+            return False
+        leads = leading_token(self.tokenizer, bos) is not None
+        if exactly and leads and leading_token(self.tokenizer) is None:
+            raise DataError("bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out")
+        return leads
+
+    def check_comparable(self, dense: _Opened, windows: Tensor) -> None:
+        """Refuses a dense model whose predictions of these windows are not comparable with this model's.
+
+        Raises:
+            DataError: its tokenizer, vocabulary or number of positions differs.
+        """
+        check_seq_len(dense.chain.config, windows.shape[1])
+        sizes = [each.chain.config.get_text_config().vocab_size for each in (self, dense)]
+        differ = sizes[0] != sizes[1]
+        if self.tokenizer is not None and dense.tokenizer is not None and not differ:
+            sample = self.tokenizer.decode(windows[0])
+            differ = self.tokenizer.get_vocab() != dense.tokenizer.get_vocab() or (
+                self.tokenizer(sample)["input_ids"] != dense.tokenizer(sample)["input_ids"]
+            )
+        if differ:
+            raise DataError(
+                f"{self.name} and {dense.name} have different tokenizers ({sizes[0]} and {sizes[1]} tokens in the "
+                "models), so their predictions do not compare; give against= the dense model that was pruned"
+            )
+
+    def whole(self, device: str, dtype: str, trust: bool) -> PreTrainedModel:
+        """The whole model in memory."""
+        if self.directory is None:
+            return self.chain.model
+        return load(self.directory, device=device, dtype=dtype, trust_remote_code=trust)
 
 
 @checked_arguments(model=CHECKPOINT)
@@ -136,4 +255,4 @@ def inspect(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -
     return zeros
 
 
-__all__ = ["MatrixZeros", "PruneResult", "evaluate", "inspect", "peak_rss", "prune", "versions"]
+__all__ = ["Evaluation", "MatrixZeros", "PruneResult", "evaluate", "inspect", "peak_rss", "prune", "versions"]

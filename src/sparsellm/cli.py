@@ -65,13 +65,18 @@ def _registered(*packages: str) -> Callable[[], list[str]]:
     return names
 
 
-MODEL, TEXT, WHAT = "Model", "Text", "What to prune"
+MODEL, TEXT, WHAT, MEASURE = "Model", "Text", "What to prune", "Measurement"
 CALIBRATION, RESOURCES, OUTPUT = "Calibration", "Resources", "Output"
 FLAG = ""  # typer shows the type of an option without a metavar, even where no value follows
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda", "mps", "auto")
 VALUES = ("keep", "bf16", "fp16", "fp32", "int8", "int4")
 SOURCES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:")
+BOS = ("auto", "yes", "no")
+BOS_HELP = (
+    "Whether every window begins with the tokenizer's beginning-of-text token: auto (where the tokenizer adds it by "
+    f"itself), yes, or no (windows cut anywhere, as in the papers).{_default('auto')}"
+)
 
 ModelArgument = Annotated[
     str,
@@ -124,6 +129,15 @@ TrustOption = Annotated[
         metavar=FLAG,
         help="Run modelling code that comes with the checkpoint.",
         rich_help_panel=RESOURCES,
+    ),
+]
+SaveOption = Annotated[
+    bool,
+    typer.Option(
+        "--save/--no-save",
+        metavar=FLAG,
+        help="Append the result to results.json in a directory that sparsellm wrote.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 OverwriteOption = Annotated[
@@ -236,6 +250,10 @@ def prune(  # noqa: PLR0913 - a command
         int | None,
         typer.Option(metavar="N", help=f"Seed of all random choices.{_default('0')}", rich_help_panel=CALIBRATION),
     ] = None,
+    bos: Annotated[
+        str | None,
+        typer.Option(metavar="WHEN", help=BOS_HELP, autocompletion=_one_of(*BOS), rich_help_panel=CALIBRATION),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -301,6 +319,7 @@ def prune(  # noqa: PLR0913 - a command
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
+        "bos": bos,
         "memory": memory,
         "device": device,
         "dtype": dtype,
@@ -344,6 +363,7 @@ def _load_plugins(named: list[str] | None) -> list[str]:
     epilog=_examples(
         "sparsellm eval pruned --text my-text.txt",
         "sparsellm eval demo --text pydoc --seq-len 512 --max-tokens 4096",
+        "sparsellm eval pruned --text pydoc --against path/to/model",
     ),
 )
 def evaluate(  # noqa: PLR0913 - a command
@@ -369,17 +389,45 @@ def evaluate(  # noqa: PLR0913 - a command
         int | None,
         typer.Option(metavar="N", help=f"Most tokens of the text to use.{_default('all')}", rich_help_panel=TEXT),
     ] = None,
+    bos: Annotated[
+        str | None, typer.Option(metavar="WHEN", help=BOS_HELP, autocompletion=_one_of(*BOS), rich_help_panel=TEXT)
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model to compare with: KL divergence, same first choices, recovery.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Tasks of lm-eval to run on the whole model (needs sparsellm\\[eval]).",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Directory with further tasks, in lm-eval's YAML files.", rich_help_panel=MEASURE
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    save: SaveOption = True,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the perplexity of MODEL on a text, by the protocol of the papers."""
-    from sparsellm import api, console
+    """Measure the perplexity of MODEL on a text, its divergence from a dense model, and tasks of lm-eval."""
+    from sparsellm import api, console, tables
     from sparsellm.progress import PhaseClock
+    from sparsellm.storage import results
 
+    keeps = _keeps(model, save=save)
     clock = PhaseClock()
     with console.progress(quiet=quiet, verbose=verbose) as progress, clock.phase("evaluate"):
         result = api.evaluate(
@@ -387,27 +435,49 @@ def evaluate(  # noqa: PLR0913 - a command
             text,
             seq_len=seq_len,
             max_tokens=max_tokens,
+            bos="auto" if bos is None else bos,  # type: ignore[arg-type]  # it is checked there
+            against=against,
+            tasks=None if tasks is None else [name.strip() for name in tasks.split(",")],
+            tasks_dir=tasks_dir,
             device="auto" if device is None else device,
             dtype="auto" if dtype is None else dtype,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+    saved = results.append_result(keeps, "evaluations", result.to_dict()) if keeps is not None else None
     if as_json:
         console.write_json(
             {
+                **result.to_dict(),
                 "perplexity": result.value,
+                "interval": [result.low, result.high],
                 "nll": result.nll,
                 "tokens_scored": result.tokens,
                 "window": result.window,
                 "model": model,
                 "text": text,
+                "results": None if saved is None else str(saved),
                 "seconds": clock.seconds,
                 "peak_rss_bytes": api.peak_rss(),
                 "versions": api.versions(),
             }
         )
-    else:
-        console.say(f"perplexity {result.value:.4f} · {result.tokens} tokens scored in windows of {result.window}")
+        return
+    tables.print_evaluation(result)
+    if saved is not None:
+        console.say(f"results in {saved}")
+
+
+def _keeps(directory: str, *, save: bool) -> Path | None:
+    """The directory that keeps the results, checked before the work; None if they are not to be kept."""
+    from sparsellm.storage import results
+
+    with suppress(OSError, RuntimeError, ValueError):  # what cannot be a path is refused as a model
+        place = Path(directory).expanduser()
+        if save and results.keeps_results(place):
+            results.check_results(place)
+            return place
+    return None
 
 
 @app.command(epilog=_examples("sparsellm inspect pruned"))
@@ -668,13 +738,13 @@ def bench(  # noqa: PLR0913 - a command
         typer.Option(
             metavar="DIR",
             help=f"A dense checkpoint to compare with.{_default('the packed one, unpacked')}",
-            rich_help_panel="Measurement",
+            rich_help_panel=MEASURE,
         ),
     ] = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            metavar="N", help=f"Sequences decoded at once. Repeatable.{_default('1')}", rich_help_panel="Measurement"
+            metavar="N", help=f"Sequences decoded at once. Repeatable.{_default('1')}", rich_help_panel=MEASURE
         ),
     ] = None,
     threads: Annotated[
@@ -684,11 +754,11 @@ def bench(  # noqa: PLR0913 - a command
         ),
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens read before decoding.", rich_help_panel="Measurement")
+        int, typer.Option(metavar="N", help="Tokens read before decoding.", rich_help_panel=MEASURE)
     ] = 128,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.", rich_help_panel="Measurement")] = 32,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.", rich_help_panel=MEASURE)] = 32,
     repeats: Annotated[
-        int, typer.Option(metavar="N", help="Rounds; the median is shown.", rich_help_panel="Measurement")
+        int, typer.Option(metavar="N", help="Rounds; the median is shown.", rich_help_panel=MEASURE)
     ] = 5,
     device: Annotated[
         str,
@@ -700,14 +770,18 @@ def bench(  # noqa: PLR0913 - a command
         ),
     ] = "cpu",
     dtype: DtypeOption = None,
+    save: SaveOption = True,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
     from sparsellm import console, tables
+    from sparsellm.machine.devices import resolve_device
     from sparsellm.runtime.bench import compare
+    from sparsellm.storage import results
 
+    keeps = _keeps(directory, save=save)
     with console.progress(quiet=quiet, verbose=verbose) as progress:
         report = compare(
             directory,
@@ -721,10 +795,16 @@ def bench(  # noqa: PLR0913 - a command
             dtype="auto" if dtype is None else dtype,
             progress=progress,
         )
+    saved = None
+    if keeps is not None:
+        record: Any = {**report.to_dict(), **results.stamp(resolve_device(device))}
+        saved = results.append_result(keeps, "benchmarks", record)
     if as_json:
-        console.write_json(report.to_dict())
+        console.write_json({**report.to_dict(), "results": None if saved is None else str(saved)})
         return
     tables.print_speeds(report)
+    if saved is not None:
+        console.say(f"results in {saved}")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from sparsellm.console import count, duration, out, phases, say, speed, table, v
 if TYPE_CHECKING:
     from sparsellm.api import MatrixZeros, PruneResult
     from sparsellm.demo import DemoResult
+    from sparsellm.evaluation.measured import Evaluation, Interval
     from sparsellm.recipe import Recipe
     from sparsellm.registry import Registry
     from sparsellm.runtime.bench import Comparison
@@ -37,7 +38,8 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
             say(f"note: {linear.name}: {note}", error=True)
     out().print(phases(result.seconds, parts=verbose))
     say(_recipe_line(result.recipe, allocation))
-    say(f"{result.calibration_tokens} calibration tokens · peak memory {result.peak_rss / 1e9:.2f} GB")
+    led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
+    say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss / 1e9:.2f} GB")
     say(f"written to {result.path}")
 
 
@@ -117,33 +119,34 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     """Prints the table of the demo, dense against pruned, and the paths of what it wrote."""
     if verbose:
         print_pruned(result.pruned, verbose=True)
-    quality, pruned, speeds = result.quality, result.pruned, result.speeds
+    against, pruned, speeds = result.against, result.pruned, result.speeds
     shown = Table(
         Column("SmolLM2-135M-Instruct", overflow="fold", min_width=21),
         Column("dense", overflow="fold"),
         Column("pruned and packed", overflow="fold"),
     )
-    each = ("dense", "pruned")
-    shown.add_row("perplexity, held-out text", *(f"{quality.perplexity[name]:.2f}" for name in each))
-    shown.add_row("KL from the dense model", "0", f"{quality.kl:.3f} nats a token")
-    shown.add_row("same next token as dense", "100.0%", f"{quality.agreement:.1%}")
+    rates = [speed(each.median, each.slowest, each.fastest) for each in result.decoding]
+    shown.add_row("perplexity, held-out text", f"{against.perplexity.value:.2f}", f"{result.evaluation.value:.2f}")
+    shown.add_row("KL from the dense model", "0", f"{against.kl.value:.3f} nats a token")
+    shown.add_row("same next token as dense", "100.0%", f"{against.agreement:.1%}")
     shown.add_row("zeros in the linears", "–", f"{pruned.sparsity_pruned:.2%}")
-    shown.add_row("weights on disk", *(f"{result.stored[name] / 1e6:.0f} MB" for name in each))
-    shown.add_row("weights in memory", *(f"{result.resident[name] / 1e6:.0f} MB" for name in each))
-    rates = (speed(speeds[name].median, speeds[name].slowest, speeds[name].fastest) for name in each)
+    shown.add_row("weights on disk", _megabytes(speeds.dense_disk_bytes), _megabytes(speeds.packed_disk_bytes))
+    shown.add_row("weights in memory", _megabytes(speeds.dense_bytes), _megabytes(speeds.packed_bytes))
     shown.add_row("decoding, tokens/s", *rates)
     shown.add_row("time of pruning", "–", duration(result.seconds["prune"]))
     shown.add_row("peak memory of pruning", "–", f"{pruned.peak_rss / 1e9:.2f} GB")
     shown.add_section()
-    shown.add_row(*(Text(visible(text.strip())) for text in (f"{result.prompt} …", *map(result.texts.get, each))))
+    texts = (f"{result.prompt} …", result.dense_text, result.pruned_text)
+    shown.add_row(*(Text(visible(text.strip())) for text in texts))
     out().print(shown)
-    say(
-        f"{quality.tokens} tokens scored in windows of {quality.window} · everything took "
-        f"{duration(sum(result.seconds.values()))}"
-    )
-    for name, path in (("pruned", pruned.path), ("packed", result.packed), ("report", result.report)):
+    say(f"everything took {duration(sum(result.seconds.values()))}")
+    for name, path in (("pruned", pruned.path), ("packed", result.packed_path), ("report", result.report)):
         if path is not None:
             say(f"{name}: {path}")
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.0f} MB"
 
 
 def print_packed(result: PackResult) -> None:
@@ -158,6 +161,31 @@ def print_packed(result: PackResult) -> None:
         say(f"{dense} of {len(result.linears)} linears are smaller dense and were not packed")
     say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, including embedding and head, unchanged")
     say(f"written to {result.path}")
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """Prints perplexity and protocol, the comparison with a dense model, and the metrics of the tasks."""
+    protocol = result.protocol
+    begins = {"yes": "each begins with BOS", "no": "cut anywhere", "given": "as given"}[protocol["bos"]]
+    say(
+        f"perplexity {result.value:.4f}{_ends(result.perplexity)} · {result.tokens} tokens scored in "
+        f"{protocol['windows']} windows of {result.window}, {begins}"
+    )
+    if result.against is not None:
+        dense = result.against
+        say(f"dense model {dense.model}: perplexity {dense.perplexity.value:.4f}{_ends(dense.perplexity)}")
+        say(
+            f"recovery {dense.recovery:.2%} · KL divergence {dense.kl.value:.4g} nats a token{_ends(dense.kl)} · same "
+            f"first choice for {dense.agreement:.2%} of the tokens"
+        )
+    for task, metrics in (result.tasks or {}).items():
+        for name, metric in metrics.items():
+            error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.4f}"
+            say(f"{task}: {name} {metric['value']:.4f}{error}")
+
+
+def _ends(interval: Interval) -> str:
+    return f" ({interval})" if interval.low is not None else ""
 
 
 def print_speeds(report: Comparison) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from sparsellm import Recipe, __version__, cli, console, tables
 from sparsellm.api import PruneResult
-from sparsellm.demo import DemoResult, Quality
+from sparsellm.demo import DemoResult
+from sparsellm.evaluation.measured import Against, Evaluation, Interval
 from sparsellm.methods import LinearResult
 from sparsellm.runtime.bench import Comparison, Speed
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -305,7 +306,8 @@ def test_the_demo_ends_with_one_table_that_shows_texts_as_they_are(
     assert len([line for line in shown.splitlines() if line.startswith("┏")]) == 1  # one table
     assert all(part in shown for part in ("[b]is[/b] :smile:", "[/] \\x1b[2J", "[i]Python[/i] …"))
     assert all(
-        part in shown for part in ("12345.60", "1.234 nats a token", "98.8%", "70.00%", "539 MB", "12.3K (9876–13.0K)")
+        part in shown
+        for part in ("12345.60", "1.234 nats a token", "98.8%", "70.00%", "539 MB", "123 MB", "12.3K (9876–13.0K)")
     )
     assert max(map(len, [line for line in shown.splitlines() if "/" not in line])) <= 80
     assert f"report: {tmp_path}/report.html\n" in shown
@@ -315,25 +317,26 @@ def test_the_demo_ends_with_one_table_that_shows_texts_as_they_are(
 def demo_result(pruned: PruneResult) -> DemoResult:
     """A result with a text that looks like markup, another with control characters, and large numbers."""
     assert pruned.path is not None
-    each = ("dense", "pruned")
+    large = Interval(12345.6, 12000.0, 13000.0)
+    against = Against("demo", large, Interval(1.2345, None, None), 0.98765, 0.5)
+    protocol: Any = {"text": "pydoc", "window": 512, "windows": 8, "tokens": 4088, "bos": "no", "dtype": "float32"}
+    stamp: Any = {"sparsellm": "0", "machine": "[m]", "date": "today"}
+    evaluation = Evaluation(12345.6, 4088, 512, 9.4, 12000.0, 13000.0, protocol, against, None, stamp)
+    speeds = [Speed(model, "decode", 1, 2, 12_345.6, 9_876.4, 13_000.0) for model in ("dense", "packed")]
+    sizes = (539_000_000, 123_000_000)
+    comparison = Comparison(speeds, *sizes, *sizes, "float32", "float32", "[avx512]", ["packed"], *sizes)
+    texts = (" [b]is[/b] :smile:", " [/] \x1b[2J" + 40 * " word")
+    seconds = {"prune": 83.0, "pack": 4.0}
     return DemoResult(
-        pruned.path,
-        pruned.path / "packed",
-        pruned,
-        Quality(dict.fromkeys(each, 12345.6), 1.2345, 0.98765, 4088, 512),
-        {name: Speed(name, "decode", 1, 2, 12_345.6, 9_876.4, 13_000.0) for name in each},
-        dict.fromkeys(each, 539_000_000),
-        "[i]Python[/i]",
-        {"dense": " [b]is[/b] :smile:", "pruned": " [/] \x1b[2J" + 40 * " word"},
-        {"prune": 83.0, "pack": 4.0},
+        pruned.path, pruned.path / "packed", pruned, evaluation, comparison, "[i]Python[/i]", *texts, seconds
     )
 
 
 def test_the_result_of_the_demo_is_json() -> None:
-    given = json.loads(json.dumps(demo_result(large_result()).to_dict()))
-    assert given["perplexity"] == {"dense": 12345.6, "pruned": 12345.6}
-    assert (given["kl"], given["agreement"], given["report"]) == (1.2345, 0.98765, None)
-    assert given["decoding"]["pruned"]["median"] == 12_345.6
+    found = json.loads(json.dumps(demo_result(large_result()).to_dict()))
+    assert found["evaluation"]["perplexity"]["value"] == 12345.6
+    assert (found["evaluation"]["against"]["agreement"], found["report"]) == (0.98765, None)
+    assert found["speeds"]["speeds"][1]["median"] == 12_345.6
 
 
 def test_speeds_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

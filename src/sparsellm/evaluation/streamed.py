@@ -1,58 +1,124 @@
-"""Perplexity of a chain, block by block, for models that do not fit into memory."""
+"""Losses of a chain, and its divergence from another, block by block, for models that do not fit into memory."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsellm.chain import Chain, Feed
 from sparsellm.errors import NumericalError
-from sparsellm.evaluation.perplexity import Perplexity, nll_from_logits
+from sparsellm.evaluation.perplexity import CHUNK
 from sparsellm.progress import Progress, ProgressCallback, ignore
 
 _HIDDEN_BYTES = 1 << 30  # of hidden states held at once; a longer text runs through the blocks in several passes
 _BATCH_TOKENS = 4096
 
 
-def streamed_perplexity(chain: Chain, windows: Tensor, *, progress: ProgressCallback = ignore) -> Perplexity:
-    """As :func:`sparsellm.evaluation.perplexity.perplexity`, with one block's weights in memory at a time.
+@dataclass(frozen=True)
+class Scores:
+    """Means over the scored tokens of each window, ``(windows,)`` fp64. All windows have equally many tokens.
+
+    Attributes:
+        loss: negative log-likelihood in nats.
+        dense_loss: that of the dense model; like the following, None without a dense model.
+        kl: ``KL(dense ‖ model)`` in nats, at the positions that predict the scored tokens.
+        agreement: the fraction of these positions at which the likeliest token is the same.
+    """
+
+    loss: Tensor
+    dense_loss: Tensor | None = None
+    kl: Tensor | None = None
+    agreement: Tensor | None = None
+
+
+def streamed_scores(
+    chain: Chain, windows: Tensor, dense: Chain | None = None, *, progress: ProgressCallback = ignore
+) -> Scores:
+    """The scores of a model on windows, and against a dense model if there is one.
+
+    One block's weights of one model are in memory at a time; then embedding, norm and head of both, and the logits of
+    256 positions.
 
     Args:
         chain: the model.
         windows: token ids, ``(windows, seq)``.
+        dense: another model of the same tokenizer.
         progress: called with the progress of the passes over the blocks.
 
     Raises:
         NumericalError: the loss of a window is not finite.
     """
-    width = chain.config.get_text_config().hidden_size
-    per_window = windows.shape[1] * width * torch.empty(0, dtype=chain.dtype).element_size()
-    size = max(1, _HIDDEN_BYTES // per_window)
-    nll, tokens = 0.0, 0
-    sweeps = math.ceil(len(windows) / size)
-    steps = sweeps * (len(chain) + 1)  # the head counts as one more block
-    for sweep in range(sweeps):
-        part = windows[sweep * size : (sweep + 1) * size]
-        before = sweep * (len(chain) + 1)
-        stream = Feed(chain, part, _BATCH_TOKENS).stream()
-        for index in range(len(chain)):
-            progress(Progress("evaluate", before + index, steps, f"block {index + 1}/{len(chain)}"))
-            with chain.block(index):
-                stream.advance(index)
-        rows = (hidden[row : row + 1] for hidden in stream.hidden for row in range(len(hidden)))
-        with chain.outer():
-            for number, hidden in enumerate(rows):  # one window at a time: logits are (seq, vocabulary)
-                progress(Progress("evaluate", before + len(chain) + number / len(part), steps, "head"))
-                ids = part[number : number + 1]
-                window_nll, count = nll_from_logits(chain.finish(hidden, ids), ids)
-                if not math.isfinite(window_nll):
+    chains = [chain] if dense is None else [chain, dense]
+    element = torch.empty(0, dtype=chain.dtype).element_size()
+    width = sum(each.config.get_text_config().hidden_size for each in chains)
+    parts = windows.split(max(1, _HIDDEN_BYTES // (windows.shape[1] * width * element)))
+    steps = len(parts) * (sum(map(len, chains)) + 1)  # the heads count as one more block
+    done = itertools.count()
+
+    def tell(detail: str) -> None:
+        progress(Progress("evaluate", next(done), steps, detail))
+
+    rows: list[list[float]] = []
+    for part in parts:
+        hidden = [_leaving(each, part, tell) for each in chains]
+        begun = next(done)
+        with ExitStack() as held:
+            for each in chains:
+                held.enter_context(each.outer())
+            for at, (ids, *states) in enumerate(zip(part.split(1), *hidden, strict=True)):
+                progress(Progress("evaluate", begun + at / len(part), steps, "head"))
+                rows.append(_window(chains, states, ids))
+                if not math.isfinite(sum(rows[-1])):
                     raise NumericalError(
-                        f"the loss of window {sweep * size + number} is {window_nll}: weights or activations overflow "
-                        f"in {chain.dtype}; try --dtype float32"
+                        f"the loss of window {len(rows) - 1} is {sum(rows[-1])}: weights or activations overflow in "
+                        f"{chain.dtype}; try --dtype float32"
                     )
-                nll, tokens = nll + window_nll, tokens + count
     progress(Progress("evaluate", steps, steps))
-    mean = nll / tokens
-    return Perplexity(math.exp(mean) if mean < 709 else math.inf, tokens, windows.shape[1], mean)
+    return Scores(*torch.tensor(rows, dtype=torch.float64).T)
+
+
+def _leaving(chain: Chain, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
+    """The output of the last block for each window, ``(1, seq, hidden)``; the blocks run when this is called."""
+    stream = Feed(chain, windows, _BATCH_TOKENS).stream()
+    by_window = stream.hidden[0].shape[1:2] == windows.shape[1:]
+    if not by_window:  # some models carry several states for each token; a batch of one window is not divided
+        stream = Feed(chain, windows, 1).stream()
+    for index in range(len(chain)):
+        tell(f"block {index + 1}/{len(chain)}")
+        with chain.block(index):
+            stream.advance(index)
+    return (row for hidden in stream.hidden for row in (hidden.split(1) if by_window else [hidden]))
+
+
+def _window(chains: list[Chain], states: list[Tensor], ids: Tensor) -> list[float]:
+    """The means over one window ``(1, seq)``, in the order of the fields of :class:`Scores`."""
+    sums = torch.zeros(4 if len(chains) > 1 else 1, dtype=torch.float64)
+    scored = ids.shape[1] - 1
+    for first in range(0, scored, CHUNK):
+        span = slice(first, min(first + CHUNK, scored))
+        logs = [_logits(chain, each, ids, span) for chain, each in zip(chains, states, strict=True)]
+        targets = ids[0, span.start + 1 : span.stop + 1].to(logs[0].device)
+        values = [functional.nll_loss(each, targets, reduction="none") for each in logs]
+        if len(logs) > 1:
+            values.append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
+            values.append((logs[0].argmax(-1) == logs[1].argmax(-1)).float())
+        # on the CPU, because some devices have no fp64
+        sums += torch.stack([value.cpu().double().sum() for value in values])
+    means: list[float] = (sums / scored).tolist()
+    return means
+
+
+def _logits(chain: Chain, hidden: Tensor, ids: Tensor, span: slice) -> Tensor:
+    """The log-probabilities at some positions of one window, ``(span, vocabulary)`` fp32."""
+    if hidden.shape[:2] == ids.shape:
+        logits = chain.finish(hidden[:, span], ids[:, span])[0]
+    else:
+        logits = chain.finish(hidden, ids)[0, span]
+    return logits.float().log_softmax(-1)

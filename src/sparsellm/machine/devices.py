@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 from sparsellm.errors import RecipeError, shown
@@ -15,6 +18,18 @@ def available_devices() -> list[str]:
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         names += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
     return names
+
+
+def machine_name(device: torch.device) -> str:
+    """The model of a GPU; or that of the processor where the system tells it, else its kind, and the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def resolve_device(name: str) -> torch.device:

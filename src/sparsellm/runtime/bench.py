@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class Comparison:
         dtype, dense_dtype: of the packed model's activations, and of the dense model.
         kernel: the kernel for small batches; see :func:`~sparsellm.runtime.module.kernel_name`.
         verdict: one sentence a setting.
+        dense_disk_bytes, packed_disk_bytes: of the weight files; None for a model that was unpacked in memory.
     """
 
     speeds: list[Speed]
@@ -68,6 +70,8 @@ class Comparison:
     dense_dtype: str
     kernel: str
     verdict: list[str]
+    dense_disk_bytes: int | None = None
+    packed_disk_bytes: int | None = None
 
     def pairs(self) -> Iterator[tuple[Speed, Speed]]:
         """The dense and the packed model's speed in each setting."""
@@ -127,6 +131,8 @@ def compare(
         str(models["dense"].dtype).removeprefix("torch."),
         kernel_name(models["packed"].device.type),
         verdict(speeds, "dense", "packed"),
+        None if dense is None else weight_file_bytes(Path(dense)),
+        weight_file_bytes(Path(packed)),
     )
 
 
@@ -211,6 +217,11 @@ def verdict(speeds: Sequence[Speed], dense: str, packed: str) -> list[str]:
             f"({speed.median:.1f} tokens/s)"
         )
     return lines
+
+
+def weight_file_bytes(directory: Path) -> int:
+    """Bytes of the safetensors files of a checkpoint."""
+    return sum(file.stat().st_size for file in directory.expanduser().glob("*.safetensors"))
 
 
 def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:

@@ -90,7 +90,7 @@ def _convert(path: Path, directory: Path, dtype: torch.dtype) -> None:
     if hasattr(transformers, "GgufConfig"):  # later versions can keep weights quantised; they must be dense here
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        with _quiet():
+        with without_bars():
             # Not AutoTokenizer, which would parse the whole file again to choose this class.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
             model: Any = AutoModelForCausalLM.from_pretrained(path.parent, **settings)
@@ -101,7 +101,7 @@ def _convert(path: Path, directory: Path, dtype: torch.dtype) -> None:
             f"{path} cannot be converted: {reason}; the file is damaged or cut short (fetch it again), or transformers "
             f"{transformers.__version__} does not read its architecture (give a Hugging Face checkpoint instead)"
         ) from error
-    with _quiet():
+    with without_bars():
         _without_quantization(model).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     _name_tokenizer_class(directory / "tokenizer_config.json")
@@ -142,7 +142,7 @@ class _Swallow(io.StringIO):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Hides the progress bars of transformers: some obey a setting of its own, some are written to stderr directly."""
     from transformers.utils import logging
 

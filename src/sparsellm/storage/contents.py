@@ -22,7 +22,16 @@ _PATTERNS = (
     re.compile(r"chat_template[\w-]*\.jinja"),
 )
 _NAMES = {
-    *("config.json", "generation_config.json", "pruning.json", "packed.json", "recipe.yaml", "README.md", LISTED),
+    *(
+        "config.json",
+        "generation_config.json",
+        "pruning.json",
+        "packed.json",
+        "results.json",
+        "recipe.yaml",
+        "README.md",
+        LISTED,
+    ),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),

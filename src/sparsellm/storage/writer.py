@@ -27,7 +27,7 @@ FOREIGN_CONFIG_KEYS = ("sparsity_config", "quantization_config", "compression_co
 
 # Files beside the weights that belong to the model. Python files are not copied: loading must run no code.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_COMPANIONS = ("*.index.json", "pruning.json", "packed.json", "adapter_*", LISTED)
+_NOT_COMPANIONS = ("*.index.json", "pruning.json", "packed.json", "results.json", "adapter_*", LISTED)
 
 
 class CheckpointWriter:

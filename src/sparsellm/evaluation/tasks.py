@@ -1,0 +1,107 @@
+"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness) on a model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsellm.errors import DataError, RecipeError, nearest, one_line, shown
+from sparsellm.storage.results import MetricRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
+    """lm-eval's TaskManager, after a check that it knows every task, group or tag that is named.
+
+    Args:
+        names: of tasks.
+        folder: of further tasks, in YAML files.
+
+    Raises:
+        RecipeError: lm-eval is not installed, the folder does not exist, or a task is unknown.
+    """
+    if folder is not None and not folder.is_dir():
+        raise RecipeError(
+            f"tasks_dir is {shown(str(folder))}, which is no directory; name one with YAML files of tasks"
+        )
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise RecipeError("tasks need lm-eval, which is not installed; pip install 'sparsellm[eval]'") from None
+    with _quiet():
+        manager = TaskManager(include_path=None if folder is None else str(folder))
+    for name in names:
+        if name not in manager.all_tasks:
+            close = nearest(name[:100], manager.all_tasks)
+            hint = close if close.startswith("did") else "`lm-eval ls tasks` lists all"
+            raise RecipeError(f"unknown task {shown(name)}; {hint}, and tasks_dir names a directory of own tasks")
+    return manager
+
+
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], manager: Any, *, bos: bool
+) -> dict[str, dict[str, MetricRecord]]:
+    """Value and standard error of every metric of some tasks; groups and their members are listed alike.
+
+    Args:
+        model: in memory, packed or dense.
+        tokenizer: of the model.
+        names: of tasks.
+        manager: of :func:`find_tasks`.
+        bos: whether lm-eval puts BOS before a text.
+
+    Raises:
+        DataError: a task fails, for example because its data set cannot be read.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        with _quiet():
+            harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", add_bos_token=bos)
+            found = lm_eval.simple_evaluate(
+                model=harness, tasks=list(names), task_manager=manager, log_samples=False, bootstrap_iters=1000
+            )
+    except Exception as error:  # of lm-eval, of a task's own files, or of the library that reads its data
+        raise DataError(f"lm-eval cannot run {', '.join(names)}: {one_line(error)}") from error
+    tasks = {name: _metrics(values) for name, values in found["results"].items()}
+    return {name: metrics for name, metrics in tasks.items() if metrics}
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, MetricRecord]:
+    """The metrics in lm-eval's results of one task, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
+    metrics: dict[str, MetricRecord] = {}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not _is_number(value):
+            continue
+        error = values.get(f"{metric}_stderr,{filtered}")
+        name = metric if filtered == "none" else key
+        metrics[name] = {"value": float(value), "stderr": float(error) if _is_number(error) else None}
+    return metrics
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the log lines and progress bars of lm-eval, which would mix with those of the command line."""
+    import logging
+
+    from sparsellm.sources.gguf import without_bars
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with without_bars():
+            yield
+    finally:
+        logger.setLevel(level)
