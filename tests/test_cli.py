@@ -304,9 +304,25 @@ def test_a_demo_that_another_release_left_unfinished_can_begin_anew(
     monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)
     for name, small in {"SAMPLES": 2, "SEQ_LEN": 64, "EVALUATION_TOKENS": 256}.items():
         monkeypatch.setattr(demo, name, small)
-    RunState(partial_of(tmp_path / "p"), {"a": 1}).close()
+    RunState(partial_of(tmp_path / "p" / "pruned"), {"a": 1}).close()
     code, _, stderr = run("demo", "--out", tmp_path / "p", columns=1000)
     assert code == 2
     assert "give --restart" in stderr
-    code, _, stderr = run("demo", "--out", tmp_path / "p", "--restart")
+    code, stdout, stderr = run("demo", "--out", tmp_path / "p", "--restart", columns=80)
     assert code == 0, stderr
+    assert sum(line.startswith("┏") for line in stdout.splitlines()) == 1
+    assert "50.00%" in stdout
+    code, _, stderr = run("demo", "--out", tmp_path / "p")
+    assert code == 2
+    assert "give --overwrite" in stderr
+    code, stdout, stderr = run("demo", "--out", tmp_path / "p", "--overwrite", "--sparsity", 0.75, "--json")
+    assert code == 0, stderr
+    found = json.loads(stdout)
+    assert found["sparsity_pruned"] == pytest.approx(0.75, abs=1e-3)
+    assert 0 < found["evaluation"]["against"]["kl"] < 10
+    assert 0 < found["evaluation"]["against"]["agreement"] < 1
+    assert found["speeds"]["packed_bytes"] < found["speeds"]["dense_bytes"]
+    assert found["speeds"]["packed_disk_bytes"] < found["speeds"]["dense_disk_bytes"]
+    results = json.loads((tmp_path / "p" / "pruned" / "results.json").read_text())
+    assert (len(results["evaluations"]), len(results["benchmarks"])) == (1, 1)
+    assert (tmp_path / "p" / "packed" / "config.json").is_file()

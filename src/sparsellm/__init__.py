@@ -15,6 +15,7 @@ from sparsellm.version import __version__
 
 if TYPE_CHECKING:
     from sparsellm.api import PruneResult, card, evaluate, inspect, prune, push
+    from sparsellm.console import progress as show_progress
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.measured import Evaluation
     from sparsellm.evaluation.perplexity import Perplexity
@@ -33,6 +34,7 @@ _HOME = {
     "pack": "sparsellm.runtime.convert",
     "prune": "sparsellm.api",
     "push": "sparsellm.api",
+    "show_progress": "sparsellm.console:progress",
     "SparseLLMError": "sparsellm.errors",
     "Perplexity": "sparsellm.evaluation.perplexity",
     "Recipe": "sparsellm.recipe",
@@ -54,6 +56,7 @@ __all__ = [
     "pack",
     "prune",
     "push",
+    "show_progress",
     "unpack",
 ]
 
@@ -63,5 +66,6 @@ register_when_needed()  # so that from_pretrained loads packed checkpoints
 def __getattr__(name: str) -> Any:
     """Imports torch and transformers when they are first needed, so that ``sparsellm --help`` is fast."""
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        module, _, other = _HOME[name].partition(":")
+        return getattr(importlib.import_module(module), other or name)
     raise AttributeError(f"module 'sparsellm' has no attribute {name!r}")

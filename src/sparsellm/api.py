@@ -131,7 +131,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
         raise RecipeError("tasks_dir is given without tasks; name the tasks to run")
     manager = find_tasks(tasks, as_path(tasks_dir, "tasks_dir") if tasks_dir is not None else None) if tasks else None
     text = as_text(text, "text", "evaluation")
-    progress(Progress("open", 0, 1, "opening the model"))
+    progress(Progress("open", 0, 1))
     open_one = partial(_Opened.of, settings=Recipe(device=device, dtype=dtype), trust=trust_remote_code)
     own = open_one(model, tokenizer, with_tokenizer=not isinstance(text, Tensor) or manager is not None)
     windows = own.windows(text, seq_len, max_tokens, bos)

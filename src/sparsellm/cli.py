@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -48,8 +49,27 @@ def _one_of(*values: str) -> Callable[[], list[str]]:
     return lambda: list(values)
 
 
-WHAT, CALIBRATION, RESOURCES, OUTPUT = "What to prune", "Calibration", "Resources", "Output"
+def _examples(*commands: str) -> str:
+    """The end of a help text: commands as users type them."""
+    return "\n\n".join(("Examples:", *(f"  {command}" for command in commands)))
+
+
+def _registered(*packages: str) -> Callable[[], list[str]]:
+    """The names that the modules of packages register, read from their text: a shell cannot wait for torch."""
+
+    def names() -> list[str]:
+        modules = [path for package in packages for path in sorted((Path(__file__).parent / package).glob("*.py"))]
+        found = [re.findall(r'\.register\(\s*"([^"]+)"', path.read_text(encoding="utf-8")) for path in modules]
+        return [name for each in found for name in each]
+
+    return names
+
+
+MODEL, TEXT, WHAT, MEASURE = "Model", "Text", "What to prune", "Measurement"
+CALIBRATION, RESOURCES, OUTPUT = "Calibration", "Resources", "Output"
+FLAG = ""  # typer shows the type of an option without a metavar, even where no value follows
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda", "mps", "auto")
 VALUES = ("keep", "bf16", "fp16", "fp32", "int8", "int4")
 SOURCES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:")
 BOS = ("auto", "yes", "no")
@@ -60,18 +80,33 @@ BOS_HELP = (
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="Checkpoint directory, hub id, .gguf file, or 'demo'.", rich_help_panel="Model"
-    ),
+    typer.Argument(metavar="MODEL", help="Checkpoint directory, hub id, .gguf file, or 'demo'.", rich_help_panel=MODEL),
 ]
 JsonOption = Annotated[
     bool,
-    typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--json", metavar=FLAG, help="Print one JSON object on stdout, and nothing else there.", rich_help_panel=OUTPUT
+    ),
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", metavar=FLAG, help="Print no progress, only the result and errors.", rich_help_panel=OUTPUT
+    ),
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", metavar=FLAG, help="Print every step, and the time of every phase.", rich_help_panel=OUTPUT
+    ),
 ]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help=f"cpu, cuda, cuda:1 or mps.{_default('a GPU if there is one')}", rich_help_panel=RESOURCES
+        metavar="NAME",
+        help=f"cpu, cuda, cuda:1 or mps.{_default('a GPU if there is one')}",
+        autocompletion=_one_of(*DEVICES),
+        rich_help_panel=RESOURCES,
     ),
 ]
 DtypeOption = Annotated[
@@ -90,19 +125,23 @@ ThreadsOption = Annotated[
 TrustOption = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", help="Run modelling code that comes with the checkpoint.", rich_help_panel=RESOURCES
+        "--trust-remote-code",
+        metavar=FLAG,
+        help="Run modelling code that comes with the checkpoint.",
+        rich_help_panel=RESOURCES,
     ),
 ]
 SaveOption = Annotated[
     bool,
     typer.Option(
         "--save/--no-save",
+        metavar=FLAG,
         help="Append the result to results.json in a directory that sparsellm wrote.",
         rich_help_panel=OUTPUT,
     ),
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the checkpoint in DIR.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--overwrite", metavar=FLAG, help="Replace the checkpoint in DIR.", rich_help_panel=OUTPUT)
 ]
 PluginOption = Annotated[
     list[str] | None,
@@ -130,6 +169,7 @@ def _begin(
         bool,
         typer.Option(
             "--version",
+            metavar=FLAG,
             help="Show the version and the compiled kernels, and exit.",
             callback=_show_version,
             is_eager=True,
@@ -141,10 +181,11 @@ def _begin(
 
 
 @app.command(
-    epilog="Examples:\n\n"
-    "  sparsellm prune path/to/model --out pruned --sparsity 0.5 --calibration my-text.txt\n\n"
-    "  sparsellm prune path/to/model --out pruned --pattern 2:4 --effort 2\n\n"
-    "  sparsellm prune demo --out pruned --method wanda --samples 32 --seq-len 512"
+    epilog=_examples(
+        "sparsellm prune path/to/model --out pruned --sparsity 0.5 --calibration my-text.txt",
+        "sparsellm prune path/to/model --out pruned --pattern 2:4 --effort 2",
+        "sparsellm prune demo --out pruned --method wanda --samples 32 --seq-len 512",
+    )
 )
 def prune(  # noqa: PLR0913 - a command
     model: ModelArgument,
@@ -154,6 +195,7 @@ def prune(  # noqa: PLR0913 - a command
         typer.Option(
             metavar="NAME",
             help=f"How weights are chosen; `sparsellm methods` lists all.{_default('sparsellm')}",
+            autocompletion=_registered("methods", "solvers"),
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -175,6 +217,7 @@ def prune(  # noqa: PLR0913 - a command
             metavar="NAME",
             help="How the zeros are divided among blocks and linears; `sparsellm methods` lists all."
             f"{_default('threshold with sparsellm, else uniform')}",
+            autocompletion=_registered("allocation"),
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -279,17 +322,16 @@ def prune(  # noqa: PLR0913 - a command
         bool,
         typer.Option(
             "--restart",
+            metavar=FLAG,
             help="Start from block 1, even if an unfinished run could be resumed.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.", rich_help_panel=OUTPUT)
-    ] = False,
-    verbose: Annotated[
         bool,
-        typer.Option("--verbose", "-v", help="Print every step, and the time of every phase.", rich_help_panel=OUTPUT),
+        typer.Option("--quiet", "-q", metavar=FLAG, help="Print warnings and errors only.", rich_help_panel=OUTPUT),
     ] = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prune MODEL and save a checkpoint that plain transformers loads.
@@ -297,8 +339,6 @@ def prune(  # noqa: PLR0913 - a command
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work.
     """
     global _kept
-    if quiet and verbose:
-        raise RecipeError("--quiet and --verbose contradict each other; give one of them")
     _kept = partial(kept_by_prune, out, time.time())
     from sparsellm import api, console, parallel, tables
     from sparsellm.recipe import Recipe
@@ -363,7 +403,14 @@ def _load_plugins(named: list[str] | None) -> list[str]:
     return failures
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog=_examples(
+        "sparsellm eval pruned --text my-text.txt",
+        "sparsellm eval demo --text pydoc --seq-len 512 --max-tokens 4096",
+        "sparsellm eval pruned --text pydoc --against path/to/model",
+    ),
+)
 def evaluate(  # noqa: PLR0913 - a command
     model: ModelArgument,
     text: Annotated[
@@ -372,33 +419,52 @@ def evaluate(  # noqa: PLR0913 - a command
             metavar="SOURCE",
             help="As --calibration of prune; for pydoc, the part that is never used for calibration.",
             autocompletion=_one_of(*SOURCES),
+            rich_help_panel=TEXT,
         ),
     ],
     seq_len: Annotated[
         int | None,
-        typer.Option(metavar="N", help=f"Tokens in a window.{_default('2048, or the limit of the model')}"),
+        typer.Option(
+            metavar="N",
+            help=f"Tokens in a window.{_default('2048, or the limit of the model')}",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help=f"Most tokens of the text to use.{_default('all')}")
+        int | None,
+        typer.Option(metavar="N", help=f"Most tokens of the text to use.{_default('all')}", rich_help_panel=TEXT),
     ] = None,
-    bos: Annotated[str | None, typer.Option(metavar="WHEN", help=BOS_HELP, autocompletion=_one_of(*BOS))] = None,
+    bos: Annotated[
+        str | None, typer.Option(metavar="WHEN", help=BOS_HELP, autocompletion=_one_of(*BOS), rich_help_panel=TEXT)
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The dense model to compare with: KL divergence, same first choices, recovery."
+            metavar="MODEL",
+            help="The dense model to compare with: KL divergence, same first choices, recovery.",
+            rich_help_panel=MEASURE,
         ),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Tasks of lm-eval to run on the whole model (needs sparsellm\\[eval])."),
+        typer.Option(
+            metavar="A,B",
+            help="Tasks of lm-eval to run on the whole model (needs sparsellm\\[eval]).",
+            rich_help_panel=MEASURE,
+        ),
     ] = None,
     tasks_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Directory with further tasks, in lm-eval's YAML files.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Directory with further tasks, in lm-eval's YAML files.", rich_help_panel=MEASURE
+        ),
     ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
     save: SaveOption = True,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, its divergence from a dense model, and tasks of lm-eval."""
@@ -408,7 +474,7 @@ def evaluate(  # noqa: PLR0913 - a command
 
     keeps = _keeps(model, save=save)
     clock = PhaseClock()
-    with console.progress() as progress, clock.phase("evaluate"):
+    with console.progress(quiet=quiet, verbose=verbose) as progress, clock.phase("evaluate"):
         result = api.evaluate(
             model,
             text,
@@ -459,9 +525,11 @@ def _keeps(directory: str, *, save: bool) -> Path | None:
     return None
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm inspect pruned"))
 def inspect(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, pruned or not.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint, pruned or not.", rich_help_panel=MODEL)
+    ],
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -495,7 +563,7 @@ def inspect(
     tables.print_zeros(matrices, blocks, common)
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm report pruned", "sparsellm report a b c --out compare.html"))
 def report(
     directories: Annotated[
         list[str], typer.Argument(metavar="DIR...", help="Pruned checkpoints: one, or several of one model to compare.")
@@ -518,7 +586,12 @@ def report(
     console.say(f"written to {write_comparison(directories, out)}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "sparsellm compare demo --out grid --sparsity 0.5,0.7 --method wanda,sparsellm",
+        "sparsellm compare demo --out grid --sparsity 0.5,0.6,0.7 --recover 0.9",
+    )
+)
 def compare(  # noqa: PLR0913 - a command
     model: ModelArgument,
     out: Annotated[
@@ -624,7 +697,7 @@ def _fractions(text: str | None) -> list[float]:
         raise RecipeError(f"--sparsity is {text!r}; give fractions with commas, such as 0.5,0.7") from None
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"))
 def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
     """List the values of --method and --allocation, with options and papers."""
     from sparsellm import console, tables
@@ -641,55 +714,84 @@ def methods(plugin: PluginOption = None, as_json: JsonOption = False) -> None:
     tables.print_choices("--allocation", ALLOCATIONS, "allocation_options", allocations=False)
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm demo", "sparsellm demo --sparsity 0.7 --out demo"))
 def demo(
+    sparsity: Annotated[
+        float,
+        typer.Option(metavar="SHARE", help="Fraction of zeros, from 0 up to, not including, 1.", rich_help_panel=WHAT),
+    ] = 0.5,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help=f"Directory of the pruned model.{_default('in the cache')}")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help=f"Directory of the checkpoints, DIR/pruned and DIR/packed.{_default('in the cache')}",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    sparsity: Annotated[float, typer.Option(metavar="SHARE", help="Fraction of zeros.")] = 0.7,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew, even where an unfinished run could go on.")
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", metavar=FLAG, help="Replace the checkpoints in DIR.", rich_help_panel=OUTPUT)
     ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart",
+            metavar=FLAG,
+            help="Begin anew, even where an unfinished run could go on.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune a small real Llama, measure it before and after, save it, and show the result. Needs no hub."""
+    """Prune and pack a small real Llama, and show what it costs and what it saves. About five minutes, no hub."""
     global _kept
     from sparsellm import console, tables
-    from sparsellm.demo import run_demo
-    from sparsellm.sources.cache import cache_dir
+    from sparsellm.demo import places, run_demo
 
-    _kept = partial(kept_by_prune, out or cache_dir() / "demo-pruned", time.time())
-    with console.progress() as progress:
-        result = run_demo(out=out, sparsity=sparsity, restart=restart, progress=progress)
+    _kept = partial(kept_by_prune, places(out)[0], time.time())
+    with console.progress(quiet=quiet, verbose=verbose) as progress:
+        result = run_demo(out=out, sparsity=sparsity, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
         console.write_json(result.to_dict())
         return
-    tables.print_demo(result)
+    tables.print_demo(result, verbose=verbose)
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm pack pruned --out packed", "sparsellm pack pruned --out packed --values int8"))
 def pack(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the packed checkpoint.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of the packed checkpoint.", rich_help_panel=OUTPUT)
+    ],
     values: Annotated[
         str,
         typer.Option(
             metavar="TYPE",
             help="Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8 or int4.",
             autocompletion=_one_of(*VALUES),
+            rich_help_panel="Values",
         ),
     ] = "keep",
     overwrite: OverwriteOption = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Remove the files that another unfinished run left for DIR.")
+        bool,
+        typer.Option(
+            "--restart",
+            metavar=FLAG,
+            help="Remove the files that another unfinished run left for DIR.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Pack a pruned MODEL: store the kept values and a bit for each weight. It stays packed in memory too."""
     from sparsellm import console, tables
     from sparsellm.runtime import convert
 
-    with console.progress() as progress:
+    with console.progress(quiet=quiet, verbose=verbose) as progress:
         result = convert.pack(model, out=out, values=values, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
         console.write_json(result.to_dict())
@@ -697,21 +799,31 @@ def pack(
     tables.print_packed(result)
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm unpack packed --out dense"))
 def unpack(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.", rich_help_panel=MODEL)],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.", rich_help_panel=OUTPUT)
+    ],
     overwrite: OverwriteOption = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Remove the files that another unfinished run left for DIR.")
+        bool,
+        typer.Option(
+            "--restart",
+            metavar=FLAG,
+            help="Remove the files that another unfinished run left for DIR.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a packed checkpoint as an ordinary dense one."""
     from sparsellm import console
     from sparsellm.runtime import convert
 
-    with console.progress() as progress:
+    with console.progress(quiet=quiet, verbose=verbose) as progress:
         result = convert.unpack(directory, out=out, overwrite=overwrite, restart=restart, progress=progress)
     if as_json:
         console.write_json({"path": str(result.path), "checkpoint_bytes": result.checkpoint_bytes})
@@ -720,7 +832,7 @@ def unpack(
     console.say(f"written to {result.path}")
 
 
-@app.command(epilog="Examples:\n\n  sparsellm eval pruned --text wikitext2\n\n  sparsellm card pruned")
+@app.command(epilog=_examples("sparsellm eval pruned --text wikitext2", "sparsellm card pruned"))
 def card(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint that prune wrote and eval measured.")],
     force: Annotated[
@@ -739,9 +851,9 @@ def card(
 
 
 @app.command(
-    epilog="Examples:\n\n"
-    "  sparsellm push pruned me/my-model-50\n\n"
-    "  sparsellm push packed me/my-model-50 --revision packed --private"
+    epilog=_examples(
+        "sparsellm push pruned me/my-model-50", "sparsellm push packed me/my-model-50 --revision packed --private"
+    )
 )
 def push(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint.")],
@@ -766,20 +878,42 @@ def push(
     console.say(f"{len(pushed.files)} files, {pushed.bytes / 1e6:.1f} MB, uploaded to {pushed.url}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "sparsellm generate packed 'The capital of France is'",
+        "sparsellm generate packed 'Once upon a time' --temperature 0.8 --max-new-tokens 200",
+    )
+)
 def generate(  # noqa: PLR0913 - a command
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, packed or dense.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens to generate.")] = 100,
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="A checkpoint, packed or dense.", rich_help_panel=MODEL)
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.", rich_help_panel=MODEL)],
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens to generate.", rich_help_panel=TEXT)
+    ] = 100,
     threads: ThreadsOption = None,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0 takes the likeliest token; above 0, tokens are sampled.")
+        float,
+        typer.Option(
+            metavar="T", help="0 takes the likeliest token; above 0, tokens are sampled.", rich_help_panel=TEXT
+        ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.", rich_help_panel=TEXT)] = 0,
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu, cuda or cuda:1.",
+            autocompletion=_one_of(*DEVICES),
+            rich_help_panel=RESOURCES,
+        ),
     ] = "cpu",
     dtype: DtypeOption = None,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", metavar=FLAG, help="Print the text without the speed.", rich_help_panel=OUTPUT),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT, token by token, and print the speed."""
@@ -812,6 +946,8 @@ def generate(  # noqa: PLR0913 - a command
         console.write_json(result.to_dict())
         return
     console.out().print(next(pieces), soft_wrap=True)  # ends the line
+    if quiet:
+        return
     console.say(
         f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "
         f"{result.prompt_tokens}, read in {result.prefill_seconds:.2f} s · threads: {result.threads}",
@@ -819,27 +955,49 @@ def generate(  # noqa: PLR0913 - a command
     )
 
 
-@app.command()
+@app.command(epilog=_examples("sparsellm bench packed", "sparsellm bench packed --batch 1 --batch 8 --threads 2"))
 def bench(  # noqa: PLR0913 - a command
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A packed checkpoint.", rich_help_panel=MODEL)],
     dense: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help=f"A dense checkpoint to compare with.{_default('the packed one, unpacked')}"),
+        typer.Option(
+            metavar="DIR",
+            help=f"A dense checkpoint to compare with.{_default('the packed one, unpacked')}",
+            rich_help_panel=MEASURE,
+        ),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(metavar="N", help=f"Sequences decoded at once. Repeatable.{_default('1')}")
+        list[int] | None,
+        typer.Option(
+            metavar="N", help=f"Sequences decoded at once. Repeatable.{_default('1')}", rich_help_panel=MEASURE
+        ),
     ] = None,
     threads: Annotated[
-        list[int] | None, typer.Option(metavar="N", help=f"CPU threads. Repeatable.{_default('as torch chooses')}")
+        list[int] | None,
+        typer.Option(
+            metavar="N", help=f"CPU threads. Repeatable.{_default('as torch chooses')}", rich_help_panel=RESOURCES
+        ),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens read before decoding.")] = 128,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.")] = 32,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds; the median is shown.")] = 5,
+    prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens read before decoding.", rich_help_panel=MEASURE)
+    ] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded.", rich_help_panel=MEASURE)] = 32,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Rounds; the median is shown.", rich_help_panel=MEASURE)
+    ] = 5,
     device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu, cuda or cuda:1.",
+            autocompletion=_one_of(*DEVICES),
+            rich_help_panel=RESOURCES,
+        ),
     ] = "cpu",
     dtype: DtypeOption = None,
     save: SaveOption = True,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
@@ -849,7 +1007,7 @@ def bench(  # noqa: PLR0913 - a command
     from sparsellm.storage import results
 
     keeps = _keeps(directory, save=save)
-    with console.progress() as progress:
+    with console.progress(quiet=quiet, verbose=verbose) as progress:
         report = compare(
             directory,
             dense,
@@ -925,7 +1083,12 @@ def _called() -> int:
 
 def _interrupted(signum: int) -> int:
     """Prints which files are kept and which command resumes the run; returns the exit code."""
-    _say_why(interrupts.last_words(signum, _kept))
+    words = interrupts.last_words(signum, _kept)
+    if sys.stderr.isatty():  # the command in a line of its own, whole, to copy it
+        words, _, command = words.partition(interrupts.RESUMES)
+        _say_why(*filter(None, (words, command and interrupts.RESUMES.strip("; "), command)))
+    else:
+        _say_why(words)
     return interrupts.exit_code(signum)
 
 
@@ -988,8 +1151,8 @@ def _joined() -> Iterator[None]:
         yield
 
 
-def _say_why(line: str) -> None:
-    """Prints an error line; if several processes fail, only the first does."""
+def _say_why(line: str, *more: str) -> None:
+    """Prints an error line, and lines that belong to it; if several processes fail, only the first does."""
     from sparsellm import console
 
     if _processes() > 1:
@@ -998,7 +1161,8 @@ def _say_why(line: str) -> None:
         if not parallel.claims_failure():
             return
         line = f"process {parallel.rank()} of {parallel.launched()}: {line}"
-    console.say(line, error=True)
+    for each in (line, *more):
+        console.say(each, error=True)
 
 
 def _quiet_libraries() -> None:

@@ -7,24 +7,30 @@ a terminal would obey, as escapes. Styles are set by :class:`rich.text.Text` onl
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
 from sparsellm import interrupts
-from sparsellm.progress import NOTE, ProgressCallback
+from sparsellm.errors import RecipeError
+from sparsellm.machine import heap
+from sparsellm.progress import NOTE, PLAN, Forecast, ProgressCallback
 from sparsellm.progress import Progress as Event
 
 LONG_PHASE = 10.0  # seconds; a finished phase that took longer gets a line in a log file
+CALM = 30.0  # seconds between two lines of progress in a log file
 SMALL_SHARE = 0.02  # of the time; phases below it are added up in one row
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -43,6 +49,16 @@ _PHASES = {
     "forward": "run pruned blocks",
     "write": "write blocks",
     "count": "count zeros",
+    "save": "save",
+    "survey": "survey of inputs",
+    "verify": "check finished blocks",
+    "evaluate": "evaluate",
+    "fetch": "fetch the model",
+    "pack": "pack",
+    "unpack": "unpack",
+    "load": "load",
+    "bench": "measure speed",
+    "decode": "decode in turns",
     "sweep": "sweep the whole model",
     "prune/dense": "run dense blocks",
     "prune/statistics": "gather statistics",
@@ -56,8 +72,8 @@ _PHASES = {
 class PlainConsole(Console):
     """A console that prints strings without interpreting markup."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+    def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
+        super().__init__(stderr=stderr, file=file, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
         return super().render_str(visible(text), **options)
@@ -179,145 +195,156 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
 
 @contextlib.contextmanager
 def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[ProgressCallback]:
-    """The display of progress: bars on a terminal, lines elsewhere.
+    """A display of progress, as a callback for ``progress=``: a bar on a terminal or in a notebook, lines elsewhere.
 
-    Each event is also a safe point, where the run stops if a library swallowed the exception of a signal.
+    The bar is that of the whole run. Above it stand the finished phases, below it the step in work. Each event is also
+    a safe point, where the run stops if a library swallowed the exception of a signal.
 
     Args:
         quiet: show nothing.
-        verbose: show a line for every step and every phase, instead of bars.
+        verbose: show a line for every step and every phase, instead of the bar.
+
+    Raises:
+        RecipeError: it is to be quiet and verbose at once.
     """
-    bars = log().is_terminal and not quiet and not verbose
-    shown: _Bars | _Lines = _Bars() if bars else _Lines(quiet, verbose)
+    if quiet and verbose:
+        raise RecipeError("--quiet and --verbose contradict each other; give one of them")
+    shown = _Bar() if not quiet and not verbose and _can_redraw(log()) else _Lines(quiet, verbose)
 
     def show(event: Event) -> None:
         interrupts.check()
         if event.phase != NOTE:
             shown.show(event)
         elif not quiet:
-            say(event.detail, error=True)
+            shown.note(event.detail)
 
     with shown:
         yield show
 
 
-class _Phases:
-    """The current phase of a run, and the seconds of each phase so far."""
+def _can_redraw(console: Console) -> bool:
+    """Whether lines on the console can be replaced. A notebook needs ipywidgets for it."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal and not console.is_dumb_terminal
 
-    def __init__(self) -> None:
-        self.name = ""
-        self.seconds: dict[str, float] = {}
-        self._since = time.monotonic()
 
-    def enter(self, name: str) -> str:
-        """Enters a phase, or none, and returns the phase that this ends, or ""."""
-        if name == self.name:
-            return ""
-        left = self.name
-        if left:
-            self.seconds[left] = self.so_far(left)
-        self.name, self._since = name, time.monotonic()
-        return left
+def _step(event: Event) -> str:
+    """The phase and the step in work."""
+    name = _PHASES.get(event.phase, event.phase)
+    return one_line(f"{name}: {event.detail}" if event.detail else name)
 
-    def so_far(self, name: str) -> float:
-        """Seconds of a phase, including the time since it was entered."""
-        running = time.monotonic() - self._since if name == self.name else 0.0
-        return self.seconds.get(name, 0.0) + running
+
+def _state(event: Event) -> str:
+    """The error of the last linear, the sparsity so far, and the memory."""
+    parts = []
+    if event.error is not None:
+        parts.append(f"error {event.error:.4f}")
+    if event.sparsity is not None:
+        parts.append(f"sparsity {event.sparsity:.1%}")
+    return " · ".join([*parts, f"memory {heap.resident() / 1e9:.2f} GB"])
+
+
+def _done(forecast: Forecast) -> str:
+    """The share done of the whole run, and the time left if it is known."""
+    if forecast.left is None:
+        left = ""
+    else:
+        left = ", a few seconds left" if forecast.left < 10 else f", about {duration(forecast.left)} left"
+    return f"{int(100 * forecast.share)} %{left}"
+
+
+def _packed(parts: Iterable[str], width: int) -> Iterator[str]:
+    """Lines of parts joined by dots, each part whole unless it alone is wider than a line."""
+    line = ""
+    for part in map(one_line, parts):
+        if line and cell_len(line) + 3 + cell_len(part) > width:
+            yield line
+            line = part
+        else:
+            line = f"{line} · {part}" if line else part
+    if line:
+        yield line
 
 
 class _Lines:
-    """Progress for files and pipes: one line for a phase that took long; with ``verbose``, one for every step."""
+    """Progress for files and pipes: a line at a calm rate, and one for each phase that took long.
+
+    With ``verbose``, one for every step and every phase.
+    """
 
     def __init__(self, quiet: bool, verbose: bool) -> None:
         self._quiet, self._verbose = quiet, verbose
-        self._phases = _Phases()
+        self._forecast = Forecast()
         self._detail = ""
+        self._said = 0.0  # elapsed seconds at the last line
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            self._finish(self._phases.enter(""))
+            self._finish(self._forecast.end())
 
     def show(self, event: Event) -> None:
-        self._finish(self._phases.enter(event.phase))
+        self._finish(self._forecast.see(event))
+        if self._quiet or event.phase == PLAN:
+            return
         if self._verbose and event.detail and event.detail != self._detail:
-            say(f"{time.strftime('%H:%M:%S')} {event.phase}: {event.detail}", error=True)
+            say(f"{time.strftime('%H:%M:%S')} {_step(event)} · {_state(event)}", error=True)
             self._detail = event.detail
+        elif not self._verbose and self._forecast.elapsed - self._said >= CALM:
+            say(f"{_done(self._forecast)} · {_step(event)} · {_state(event)}", error=True)
+            self._said = self._forecast.elapsed
 
-    def _finish(self, name: str) -> None:
-        took = self._phases.seconds.get(name, 0.0)
-        if name and not self._quiet and (self._verbose or took >= LONG_PHASE):
-            say(f"{name}: {duration(took)}", error=True)
+    def note(self, line: str) -> None:
+        say(line, error=True)
+
+    def _finish(self, phase: str) -> None:
+        took = self._forecast.seconds.get(phase, 0.0)
+        if phase and not self._quiet and (self._verbose or took >= LONG_PHASE):
+            say(f"{_PHASES.get(phase, phase)}: {duration(took)}", error=True)
+            self._said = self._forecast.elapsed
 
 
-class _Bars:
-    """Progress for a terminal: a bar for the current phase, and a line with the seconds of each finished phase."""
+class _Bar:
+    """Progress for a terminal or a notebook: the finished phases, the bar of the whole run, and the step in work."""
 
     def __init__(self) -> None:
-        self._phases = _Phases()
-        self._tasks: dict[str, Any] = {}
-        fixed = Column(no_wrap=True)
-        columns = (
-            _Name(table_column=fixed),
-            _Bar(bar_width=20, table_column=fixed),
-            _Detail(),
-            _Seconds(self._phases, fixed),
-            _Left(table_column=fixed),
-        )
-        self._progress = Progress(*columns, console=log())
+        self._forecast = Forecast()
+        self._event: Event | None = None
+        self._over = False
+        self._live = Live(self, console=log(), refresh_per_second=4)
 
     def __enter__(self) -> None:
-        self._progress.start()
+        self._live.start()
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self._over = True
         if kind is None:
-            self._finish(self._phases.enter(""))
-        self._progress.stop()
+            self._forecast.end()
+        self._live.transient = kind is not None and not self._forecast.share  # nothing was done: nothing to show
+        self._live.stop()
 
     def show(self, event: Event) -> None:
-        self._finish(self._phases.enter(event.phase))
-        if event.phase not in self._tasks:
-            self._tasks[event.phase] = self._progress.add_task(event.phase, detail="")
-        self._progress.update(
-            self._tasks[event.phase], completed=event.done, total=event.total, detail=event.detail, over=False
-        )
+        self._forecast.see(event)
+        if event.phase != PLAN:
+            self._event = event
 
-    def _finish(self, name: str) -> None:
-        if name:
-            self._progress.update(self._tasks[name], over=True)
+    def note(self, line: str) -> None:
+        log().print(Text(one_line(line)))  # wrapped at words
 
-
-class _Name(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{visible(task.description):<12}")
-
-
-class _Detail(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        detail = "" if task.fields.get("over") else one_line(task.fields["detail"])
-        return Text(detail, no_wrap=True, overflow="ellipsis")
-
-
-class _Bar(BarColumn):
-    def render(self, task: Task) -> RenderableType:  # type: ignore[override]
-        return Text("✓", style="green") if task.fields.get("over") else super().render(task)
-
-
-class _Seconds(ProgressColumn):
-    def __init__(self, phases: _Phases, column: Column) -> None:
-        super().__init__(table_column=column)
-        self._phases = phases
-
-    def render(self, task: Task) -> Text:
-        return Text(duration(self._phases.so_far(task.description)), style="progress.elapsed")
-
-
-class _Left(TimeRemainingColumn):
-    """The remaining time; empty while it is unknown, instead of ``-:--:--``."""
-
-    def render(self, task: Task) -> Text:
-        if task.fields.get("over") or task.time_remaining is None:
-            return Text("")
-        return Text("left ") + super().render(task)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        forecast, width = self._forecast, options.max_width
+        finished = [f"{_PHASES.get(name, name)} {duration(took)}" for name, took in dict(forecast.seconds).items()]
+        for number, line in enumerate(_packed(finished, width - 2)):
+            yield Text("  " if number else "✓ ", "green").append(line, "default")
+        if self._event is None:
+            return
+        said = f"{int(100 * forecast.share)} % in {duration(forecast.elapsed)}" if self._over else _done(forecast)
+        grid = Table.grid(Column(ratio=1), Column(no_wrap=True, min_width=28), padding=(0, 1, 0, 0), expand=True)
+        grid.add_row(ProgressBar(total=1.0, completed=forecast.share), said)
+        yield grid
+        if forecast.phase:
+            for line in (_step(self._event), _state(self._event)):
+                yield Text(f"  {line}", "dim", no_wrap=True, overflow="ellipsis")

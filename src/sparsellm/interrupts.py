@@ -211,6 +211,8 @@ if hasattr(os, "register_at_fork"):
 
 # ---------------------------------------------------------------------- what to say
 
+RESUMES = "; the same command resumes it:  "
+
 
 def command_line(*, without: tuple[str, ...] = ()) -> str:
     """The current command line, quoted for a shell; under torchrun, the command line of torchrun.
@@ -254,4 +256,4 @@ def last_words(signum: int, kept: Callable[[], tuple[str, bool]] | None) -> str:
     sentence, goes_on = kept()
     if not goes_on:
         return f"interrupted ({name}); {sentence}"
-    return f"interrupted ({name}); {sentence}; the same command resumes it:  {command_line(without=('--restart',))}"
+    return f"interrupted ({name}); {sentence}{RESUMES}{command_line(without=('--restart',))}"

@@ -1,31 +1,154 @@
-"""The progress of a run as plain events, independent of their display."""
+"""The progress of a run as plain events, independent of their display, and a forecast of the time left."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+NOTE = "note"
+"""The phase of an event whose ``detail`` is a line to show once, such as the predicted memory."""
+
+PLAN = "plan"
+"""The phase of an event whose ``costs`` predict the seconds of each phase of the whole run."""
+
+PRIOR = 0.03  # of the predicted seconds; the weight of the prediction against the seconds measured so far
+MOST_BEFORE_END = 0.99  # a planned run is done when it ends, whatever was predicted
+TRUSTED = 0.1  # the part of a phase after which its own speed alone says how long the rest takes
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One event: ``done`` of ``total`` steps of ``phase``, and a text on the current step."""
+    """One event: ``done`` of ``total`` steps of ``phase``.
+
+    Attributes:
+        phase: such as ``prune``; or :data:`NOTE`, or :data:`PLAN`.
+        done, total: steps, also in fractions.
+        detail: a text on the step in work.
+        error: relative squared error of the output of the linear that was pruned last; None elsewhere.
+        sparsity: fraction of zeros in all linears pruned so far; None elsewhere.
+        costs: of a :data:`PLAN`, predicted seconds by phase. They replace earlier predictions of the same phases.
+    """
 
     phase: str
     done: float
     total: float
     detail: str = ""
+    error: float | None = None
+    sparsity: float | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
-
-NOTE = "note"
-"""The phase of an event whose ``detail`` is a line to show once, such as the predicted memory."""
 
 ProgressCallback = Callable[[Progress], None]
 
 
 def ignore(_: Progress) -> None:
     """Ignores an event."""
+
+
+def plan_of_phases(costs: Mapping[str, float]) -> Progress:
+    """The event that predicts the seconds of phases."""
+    return Progress(PLAN, 0, 1, costs=costs)
+
+
+class Forecast:
+    """The seconds of each phase of a run, the share done of the whole, and the time left.
+
+    Predicted seconds of phases come with a :data:`PLAN`. They are corrected by one factor, measured over the finished
+    phases and the done part of the current one. Without a plan, share and time left are those of the current phase.
+
+    Args:
+        clock: returns seconds.
+
+    Attributes:
+        phase: the current one, or "".
+        seconds: of each finished phase; the times of a phase that is entered again add up.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.phase = ""
+        self.seconds: dict[str, float] = {}
+        self._clock = clock
+        self._costs: dict[str, float] = {}
+        self._begun = self._entered = self._judged = clock()
+        self._fraction = 0.0
+        self._share = 0.0
+        self._left: float | None = None  # at the time _judged
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._begun
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the end, never negative; None while nothing is known. Between events they count down."""
+        return None if self._left is None else max(0.0, self._left - (self._clock() - self._judged))
+
+    @property
+    def share(self) -> float:
+        """The share done of the whole, from 0 to 1. With a plan, it never falls."""
+        return self._share
+
+    def see(self, event: Progress) -> str:
+        """Takes an event, which is no :data:`NOTE`; returns the phase that it ends, or ""."""
+        ended = ""
+        if event.phase == PLAN:
+            self._share = self._share if self._costs else 0.0  # before the first plan, it was that of a phase
+            self._costs.update(event.costs)
+        else:
+            ended = self._enter(event.phase)
+            self._fraction = min(max(event.done / event.total, 0.0), 1.0) if event.total > 0 else 0.0
+        self._judge()
+        return ended
+
+    def end(self) -> str:
+        """Ends the run, which is done; returns the phase that this ends, or ""."""
+        ended = self._enter("")
+        self._share, self._left = 1.0, 0.0
+        return ended
+
+    def so_far(self) -> float:
+        """Seconds since the current phase was entered."""
+        return self._clock() - self._entered
+
+    def _enter(self, phase: str) -> str:
+        if phase == self.phase:
+            return ""
+        ended = self.phase
+        if ended:
+            self.seconds[ended] = self.seconds.get(ended, 0.0) + self.so_far()
+        self.phase, self._entered = phase, self._clock()
+        return ended
+
+    def _judge(self) -> None:
+        self._judged = self._clock()
+        done, running = self._fraction, self.so_far()
+        own = running * (1 - done) / done if done else None  # at the speed of this phase so far
+        if not self._costs:
+            self._share, self._left = done, own
+            return
+        factor, ahead = self._factor(), self._costs.keys() - self.seconds.keys() - {self.phase}
+        left = factor * sum(self._costs[phase] for phase in ahead)
+        if self.phase in self._costs:
+            trust = min(1.0, done / TRUSTED)
+            left += (1 - trust) * (1 - done) * factor * self._costs[self.phase]
+            left += trust * own if own is not None else 0.0
+        self._left = left
+        if self.elapsed + left > 0:
+            self._share = max(self._share, min(MOST_BEFORE_END, self.elapsed / (self.elapsed + left)))
+
+    def _factor(self) -> float:
+        """Measured seconds divided by predicted ones, where both are known."""
+        over = self._costs.keys() & self.seconds.keys() - {self.phase}
+        prior = PRIOR * sum(self._costs.values())
+        measured = prior + sum(self.seconds[phase] for phase in over)
+        predicted = prior + sum(self._costs[phase] for phase in over)
+        if self._fraction and self.phase in self._costs:
+            measured += self.so_far()
+            predicted += self._fraction * self._costs[self.phase]
+        return measured / predicted if predicted else 1.0
 
 
 class PhaseClock:

@@ -63,7 +63,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The most memory that a registered function holds at a time, besides the block it works on.
+    """The most memory that a registered function holds at a time, besides the block it works on, and its main work.
 
     Attributes:
         weights: fp32 copies of the weight that is pruned.
@@ -72,6 +72,7 @@ class Workspace:
             :meth:`sparsellm.statistics.Gram.remember`.
         blocks: fp32 copies of the whole block, such as gradients and moments of an optimiser.
         streams: copies of the hidden states of all calibration tokens, such as targets.
+        products: of the weight with a matrix as large as the Gram matrix, for the prediction of time.
     """
 
     weights: float = 8.0
@@ -79,6 +80,7 @@ class Workspace:
     remembered: int = 0
     blocks: float = 0.0
     streams: int = 0
+    products: float = 1.0
 
     def beside(self, other: Workspace) -> Workspace:
         """Elementwise maximum of two workspaces that never coexist."""

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sparsellm.console import count, duration, out, phases, say, speed, table, visible
@@ -118,19 +118,38 @@ def _print_indented(line: str, indent: str) -> None:
         out().print(part, soft_wrap=True)
 
 
-def print_demo(result: DemoResult) -> None:
-    """Prints the demo's results for both models side by side."""
-    print_pruned(result.pruned)
-    shown = table(("SmolLM2-135M-Instruct",), ("dense", "pruned"))
-    for name, dense, pruned in result.rows():
-        shown.add_row(name, dense, pruned)
+def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
+    """Prints the table of the demo, dense against pruned, and the paths of what it wrote."""
+    if verbose:
+        print_pruned(result.pruned, verbose=True)
+    against, pruned, speeds = result.against, result.pruned, result.speeds
+    shown = Table(
+        Column("SmolLM2-135M-Instruct", overflow="fold", min_width=21),
+        Column("dense", overflow="fold"),
+        Column("pruned and packed", overflow="fold"),
+    )
+    rates = [speed(each.median, each.slowest, each.fastest) for each in result.decoding]
+    shown.add_row("perplexity, held-out text", f"{against.perplexity.value:.2f}", f"{result.evaluation.value:.2f}")
+    shown.add_row("KL from the dense model", "0", f"{against.kl.value:.3f} nats a token")
+    shown.add_row("same next token as dense", "100.0%", f"{against.agreement:.1%}")
+    shown.add_row("zeros in the linears", "–", f"{pruned.sparsity_pruned:.2%}")
+    shown.add_row("weights on disk", _megabytes(speeds.dense_disk_bytes), _megabytes(speeds.packed_disk_bytes))
+    shown.add_row("weights in memory", _megabytes(speeds.dense_bytes), _megabytes(speeds.packed_bytes))
+    shown.add_row("decoding, tokens/s", *rates)
+    shown.add_row("time of pruning", "–", duration(result.seconds["prune"]))
+    shown.add_row("peak memory of pruning", "–", f"{pruned.peak_rss / 1e9:.2f} GB")
+    shown.add_section()
+    texts = (f"{result.prompt} …", result.dense_text, result.pruned_text)
+    shown.add_row(*(Text(visible(text.strip())) for text in texts))
     out().print(shown)
-    for name, text in (("dense", result.dense_text), ("pruned", result.pruned_text)):
-        out().print(Text(f"{name}: ", style="bold").append(visible(result.prompt + text), style="not bold"))
-    out().print()
-    say(f"Pruned checkpoint: {result.pruned.path}")
-    say(f"Dense checkpoint:  {result.dense_path}")
-    say(f"Load it: AutoModelForCausalLM.from_pretrained({str(result.pruned.path)!r})")
+    say(f"everything took {duration(sum(result.seconds.values()))}")
+    for name, path in (("pruned", pruned.path), ("packed", result.packed_path), ("report", result.report)):
+        if path is not None:
+            say(f"{name}: {path}")
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.0f} MB"
 
 
 def print_packed(result: PackResult) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ import pytest
 from sparsellm import Recipe, __version__, cli, console, tables
 from sparsellm.api import PruneResult
 from sparsellm.demo import DemoResult
-from sparsellm.evaluation.perplexity import Perplexity
+from sparsellm.evaluation.measured import Against, Evaluation, Interval
 from sparsellm.methods import LinearResult
-from sparsellm.progress import NOTE, Progress
 from sparsellm.runtime.bench import Comparison, Speed
 from sparsellm.runtime.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -256,8 +255,8 @@ def test_quiet_prints_nothing_and_verbose_every_step(model: Path, tmp_path: Path
     assert (code, json.loads(stdout)["path"]) == (0, str(tmp_path / "j"))
     code, stdout, stderr = run(*given, tmp_path / "v", "--verbose")
     assert code == 0
-    assert "block 2/3 magnitude down_proj" in stderr
-    assert "\nprune: " in stderr  # the phase is over
+    assert "prune blocks: block 2/3 down_proj · error 0." in stderr
+    assert "\nprune blocks: " in stderr  # the phase is over
     assert "gather statistics" in stdout
     code, _, stderr = run(*given, tmp_path / "b", "--quiet", "--verbose")
     assert code == 2
@@ -270,58 +269,6 @@ def test_a_quiet_run_still_warns(model: Path, tmp_path: Path, run: Any) -> None:
     code, stdout, stderr = run("prune", tmp_path / "a", *given, tmp_path / "b")
     assert (code, stdout) == (0, "")
     assert stderr.startswith("note: the model is already pruned")
-
-
-def on_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> io.StringIO:
-    """The console of stderr as on a terminal of 80 columns."""
-    screen = io.StringIO()
-    for name in ("NO_COLOR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"COLUMNS": "80", "TERM": "xterm-256color", **environment}.items():
-        monkeypatch.setenv(name, value)
-    made = console.PlainConsole(stderr=True)
-    made.file = screen
-    made._force_terminal = True
-    made._color_system = None if environment.get("NO_COLOR") else made._detect_color_system()
-    monkeypatch.setattr(console, "log", lambda: made)
-    return screen
-
-
-def show_a_run() -> None:
-    with console.progress() as show:
-        show(Progress("open", 0, 1, "opening [b]the[/b] model"))
-        show(Progress(NOTE, 1, 1, "predicted [peak] memory"))
-        show(Progress("prune", 0, 2, "block 1/2 :x: " + "very long " * 20))
-        show(Progress("prune", 1, 2, "block 2/2 :x:"))
-
-
-def test_finished_phases_become_a_line_with_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = on_terminal(monkeypatch)
-    show_a_run()
-    shown = screen.getvalue()
-    assert "predicted [peak] memory" in shown
-    assert "-:--:--" not in shown
-    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).rstrip().splitlines()[-2:]
-    assert [line.split()[:2] for line in last] == [["open", "✓"], ["prune", "✓"]]
-    assert all(line.split()[-1] == "s" for line in last)
-
-
-def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = on_terminal(monkeypatch)
-    show_a_run()
-    assert "\x1b[32m" in screen.getvalue()
-    screen = on_terminal(monkeypatch, NO_COLOR="1")
-    show_a_run()
-    assert "\x1b[3" not in screen.getvalue()
-
-
-def test_a_pipe_gets_lines_without_escapes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    console.log.cache_clear()
-    monkeypatch.setattr(console, "LONG_PHASE", 0.0)
-    show_a_run()
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.splitlines() == ["predicted [peak] memory", "open: 0.0 s", "prune: 0.0 s"]
 
 
 # ---------------------------------------------------------------------- bytes
@@ -349,20 +296,48 @@ def test_no_console_knows_markup() -> None:
         assert not made._emoji
 
 
-def test_the_demo_shows_what_the_models_wrote_as_it_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_demo_ends_with_one_table_that_shows_texts_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     console.out.cache_clear()
-    measured = Perplexity(value=1234.5, tokens=4088, window=512, nll=7.1)
-    texts = (" [b]is[/b] :smile:", " [/] \x1b[2J")
-    seconds = {"prune": 1.0}
-    tables.print_demo(DemoResult(Path("/d"), large_result(), measured, measured, "Python", *texts, seconds, 33_483))
+    (tmp_path / "report.html").touch()
+    tables.print_demo(demo_result(replace(large_result(), path=tmp_path)))
     shown = capsys.readouterr().out
-    assert "dense: Python [b]is[/b] :smile:\n" in shown
-    assert "pruned: Python [/] \\x1b[2J\n" in shown
-    assert max(map(len, shown.splitlines())) <= 80
-    assert "…" not in shown
+    assert len([line for line in shown.splitlines() if line.startswith("┏")]) == 1  # one table
+    assert all(part in shown for part in ("[b]is[/b] :smile:", "[/] \\x1b[2J", "[i]Python[/i] …"))
+    assert all(
+        part in shown
+        for part in ("12345.60", "1.234 nats a token", "98.8%", "70.00%", "539 MB", "123 MB", "12.3K (9876–13.0K)")
+    )
+    assert max(map(len, [line for line in shown.splitlines() if "/" not in line])) <= 80
+    assert f"report: {tmp_path}/report.html\n" in shown
+    assert f"packed: {tmp_path}/packed\n" in shown
+
+
+def demo_result(pruned: PruneResult) -> DemoResult:
+    """A result with a text that looks like markup, another with control characters, and large numbers."""
+    assert pruned.path is not None
+    large = Interval(12345.6, 12000.0, 13000.0)
+    against = Against("demo", large, Interval(1.2345, None, None), 0.98765, 0.5)
+    protocol: Any = {"text": "pydoc", "window": 512, "windows": 8, "tokens": 4088, "bos": "no", "dtype": "float32"}
+    stamp: Any = {"sparsellm": "0", "machine": "[m]", "date": "today"}
+    evaluation = Evaluation(12345.6, 4088, 512, 9.4, 12000.0, 13000.0, protocol, against, None, stamp)
+    speeds = [Speed(model, "decode", 1, 2, 12_345.6, 9_876.4, 13_000.0) for model in ("dense", "packed")]
+    sizes = (539_000_000, 123_000_000)
+    comparison = Comparison(speeds, *sizes, *sizes, "float32", "float32", "[avx512]", ["packed"], *sizes)
+    texts = (" [b]is[/b] :smile:", " [/] \x1b[2J" + 40 * " word")
+    seconds = {"prune": 83.0, "pack": 4.0}
+    return DemoResult(
+        pruned.path, pruned.path / "packed", pruned, evaluation, comparison, "[i]Python[/i]", *texts, seconds
+    )
+
+
+def test_the_result_of_the_demo_is_json() -> None:
+    found = json.loads(json.dumps(demo_result(large_result()).to_dict()))
+    assert found["evaluation"]["perplexity"]["value"] == 12345.6
+    assert (found["evaluation"]["against"]["agreement"], found["report"]) == (0.98765, None)
+    assert found["speeds"]["speeds"][1]["median"] == 12_345.6
 
 
 def test_speeds_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,9 +31,10 @@ from sparsellm.methods import METHODS
 from sparsellm.methods.task import Method
 from sparsellm.packed.checkpoint import is_packed, read_config
 from sparsellm.patterns import Pattern, Unstructured
-from sparsellm.progress import PhaseClock, Progress, ProgressCallback
+from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
 from sparsellm.registry import Entry, Needs
+from sparsellm.run.costs import predicted_seconds
 from sparsellm.run.memory import checkpoint_bytes
 from sparsellm.run.shared import Shared
 from sparsellm.sources.resolve import checkpoint_directory
@@ -178,7 +179,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     choice.check_processes(len(request.calibration) if isinstance(request.calibration, Tensor) else recipe.samples)
     _destination(request)
     with clock.phase("open"):
-        progress(Progress("open", 0, 1, "opening the model"))
+        progress(Progress("open", 0, 1))
         directory = _directory(request)
         chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=whole)
         tokenizer = request.tokenizer
@@ -193,7 +194,8 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         sources = [directory] if directory is not None else _loaded_from(request.model)
         out = _destination(request, sources=sources, need_bytes=disk_bytes(chain, choice))
     with clock.phase("calibration"):
-        progress(Progress("calibration", 0, 1, "reading the calibration text"))
+        progress(_expected(chain, choice, recipe))
+        progress(Progress("calibration", 0, 1))
         windows = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress))
         token_states = choice.needs.token_states or choice.allocation_needs.token_states
         check_forward(chain, windows, token_states=token_states)
@@ -342,6 +344,13 @@ def _loaded_from(model: object) -> list[Path]:
     """The directory that a model in memory was loaded from; the result must not replace it."""
     name = getattr(model, "name_or_path", "")
     return [Path(name)] if name and Path(name).is_dir() else []
+
+
+def _expected(chain: Chain, choice: Choice, recipe: Recipe) -> Progress:
+    """The prediction of the phases, before the calibration windows are known."""
+    seq_len = recipe.seq_len or default_seq_len(chain)
+    tokens = recipe.samples * seq_len // parallel.size()
+    return plan_of_phases(predicted_seconds(chain, choice, tokens, seq_len, written=recipe.calibration == "self"))
 
 
 def _windows(

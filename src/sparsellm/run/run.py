@@ -22,9 +22,10 @@ from sparsellm.hub.card import CARD, first_card
 from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
-from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
+from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run import prepare as before
+from sparsellm.run.costs import predicted_seconds
 from sparsellm.run.counts import left_dense, shortfall, unreached
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identity, Journal, other_conditions
@@ -97,7 +98,7 @@ class Run:
         self.progress(Progress(NOTE, 1, 1, str(self.memory)))
         self.read_ahead = demand.read_ahead
         with self.clock.phase("check"):
-            self.progress(Progress("check", 0, 1, "checking the weights"))
+            self.progress(Progress("check", 0, 1))
             self.digests = parallel.from_main(partial(weight_digests, self.chain, self.progress))
             self.chain.expect(self.digests)  # later reads are compared with them
             unused = self.chain.unused()
@@ -117,6 +118,9 @@ class Run:
         self.finished = self.journal.finished(self.progress)
         for record in self.finished:
             self.clock.add(record.seconds)
+        tokens, seq_len = self.own_windows.numel(), self.windows.shape[1]
+        costs = predicted_seconds(self.chain, self.choice, tokens, seq_len, finished=len(self.finished))
+        self.progress(plan_of_phases(costs))
         self.peak_before = max((record.peak_rss for record in self.finished), default=0)
         self.warnings += other_conditions(self.finished)
         self.journal.write_outer(self.chain.outer_tensors)
@@ -180,6 +184,7 @@ class Run:
 
     def save(self) -> PruneResult:
         """Writes the files beside the weights, and renames the checkpoint to its final name."""
+        self.progress(Progress("save", 0, 1))
         with self.clock.phase("count"):
             written = self.journal.written
             counted = partial(left_dense, self.chain, self.recipe.exclude, self.linears, written, self.recipe.only)

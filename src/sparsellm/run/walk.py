@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +41,7 @@ def walk(run: Run) -> None:
         dense = stream.fork() if swept else None  # the sweep fits the pruned model to the dense one
     for index in range(blocks):
         if index < len(run.finished):
-            run.progress(Progress("prune", index, blocks, f"block {index + 1}/{blocks} is finished; forward"))
+            run.progress(Progress("replay", index, len(run.finished), f"block {index + 1}/{blocks}"))
             with run.clock.phase("replay"):
                 if dense is not None:
                     replay(dense, index, None)
@@ -57,13 +57,25 @@ def walk(run: Run) -> None:
 
 def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> tuple[list[LinearResult], Magnitudes]:
     """Reads one block, prunes it, runs the streams through it, and writes it."""
-    chain, clock, blocks, name = run.chain, run.clock, len(run.chain), run.recipe.method
-    title = f"block {index + 1}/{blocks} {name}"
-    detail = ""
+    chain, clock, blocks = run.chain, run.clock, len(run.chain)
+    task: BlockTask | None = None
     counted: Magnitudes = {}
 
-    def report(step: str) -> None:
-        run.progress(Progress("prune", index, blocks, f"{title} {step}{detail}"))
+    def report(step: str, part: float | None = None) -> None:
+        results = [] if task is None else task.results
+        if part is None:
+            part = len(results) / (len(chain.linears(index)) + 1)  # the outputs of the block take about one more
+        begun, known = len(run.finished), [*run.linears, *results]
+        run.progress(
+            Progress(
+                "prune",
+                index - begun + part,
+                blocks - begun,
+                f"block {index + 1}/{blocks} {step}",
+                known[-1].error if known else None,
+                sum(each.zeros for each in known) / sum(math.prod(each.shape) for each in known) if known else None,
+            )
+        )
 
     torch.manual_seed(block_seed(run.recipe.seed, index))
     with contextlib.ExitStack() as held:
@@ -87,7 +99,6 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
             results = task.finish()
             for linear in linears:
                 add(counted, kind_of(chain, linear.name, index), "after", magnitudes(linear.parameter))
-        detail = _mean_error(results)
         if index + 1 < blocks:  # the output of the last block is not needed
             report("forward")
             with clock.phase("forward"):
@@ -97,7 +108,7 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
             with clock.phase("write"):
                 record = BlockRecord(results, conditions(), clock.lap(), heap.peak_rss(), counted)
                 run.journal.write_block(index, chain.block_tensors(index), record)
-    run.progress(Progress("prune", index + 1, blocks, f"{title}{detail}"))
+    report("is done", part=1)
     return results, counted
 
 
@@ -108,12 +119,6 @@ def _take_finished(run: Run) -> None:
     for index in range(len(run.chain)):
         with run.chain.block(index, run.journal.block(index)):
             pass
-
-
-def _mean_error(results: Sequence[LinearResult]) -> str:
-    """The mean error of a block's linears, as text for the progress."""
-    errors = [result.error for result in results]
-    return f" · error {sum(errors) / len(errors):.3f}" if errors else ""
 
 
 def replay(stream: Stream, index: int, weights: CheckpointReader | None) -> None:

@@ -39,7 +39,10 @@ RHO_STEPS = 5  # each needs an inverse
 
 
 @SOLVERS.register(
-    "admm", paper="arXiv 2406.07831", workspace=Workspace(weights=12, grams=3, remembered=5), distributed=True
+    "admm",
+    paper="arXiv 2406.07831",
+    workspace=Workspace(weights=12, grams=3, remembered=5, products=40),
+    distributed=True,
 )
 def admm(  # noqa: PLR0913 - options
     weight: Tensor,

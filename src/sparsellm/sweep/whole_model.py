@@ -291,14 +291,15 @@ def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) ->
         rate = RATE * min(1.0, history[0].held_out ** 2)
     order = Shuffled(len(train), task.seed)
     done, steps = (len(history) - 1) * len(train), task.passes * len(train)
+    begun = done  # steps of an earlier start
     for _ in range(done):
         next(order)
     for number in range(len(history), task.passes + 1):
         total, harmful = 0.0, harmful_passes(history)
         trusted, fresh = rate * CUT ** len(harmful), harmful[-1] * len(train) if harmful else 0
         for _ in range(len(train)):
-            said = f"sweep {number}/{task.passes} · KL {history[-1].held_out:.3f}"
-            task.feed.progress(Progress("sweep", done, steps, said))
+            said = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
+            task.feed.progress(Progress("sweep", done - begun, steps - begun, said))
             process, place = train[next(order)]
             piece = run.stream.pieces[place.number] if process == parallel.rank() else None
             total += run.step(piece, process, trusted * schedule(done, steps), done - fresh + 1)

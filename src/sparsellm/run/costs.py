@@ -1,0 +1,78 @@
+"""Predicts the seconds of each phase of a run, from shapes and tokens: the weights of the bar that shows its progress.
+
+The predictions are rough. What counts is their proportions, because a display corrects them by the phases that are
+finished (:class:`sparsellm.progress.Forecast`).
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsellm.chain import Chain
+from sparsellm.run.memory import checkpoint_bytes
+from sparsellm.sweep.gradients import TOKENS
+from sparsellm.sweep.whole_model import STEP_TOKENS
+
+if TYPE_CHECKING:
+    from sparsellm.run.prepare import Choice
+
+DISK = 1e9  # bytes read, checked or written in a second
+MEMORY = 5e9  # bytes of parameters and moments that a step of Adam moves in a second
+BUSY = 0.5  # the share of a large product's speed that a block reaches
+PASSES = 4  # of a block over all tokens while it is pruned: for its statistics and its outputs
+BACKWARD = 3  # passes that a backward pass costs: the block again, and twice that for the gradients
+SALIENCY = 3  # passes that the squared gradients of the weights cost
+WRITING = 10  # passes that a token costs which the model writes itself
+
+
+def predicted_seconds(
+    chain: Chain, choice: Choice, tokens: int, seq_len: int, *, finished: int = 0, written: bool = False
+) -> dict[str, float]:
+    """Seconds of each phase after the model is opened, by the names of the phases in events.
+
+    Args:
+        chain: the model; nothing need be loaded.
+        choice: method and allocation.
+        tokens: of the calibration windows of this process.
+        seq_len: tokens in a window.
+        finished: blocks that an earlier start has pruned; it has chosen the sparsities, too.
+        written: whether the model writes its calibration text itself.
+    """
+    sizes = [(linear.in_features, linear.out_features) for linear in chain.linears(0)]
+    config, speed = chain.config.get_text_config(), _speed(chain.device)
+    blocks, stored, needs = len(chain), checkpoint_bytes(chain), choice.needs
+    weights = sum(inputs * outputs for inputs, outputs in sizes)
+    token = (2 * weights + 4 * seq_len * config.hidden_size) / (BUSY * speed)  # through one block
+    head = 2 * config.vocab_size * config.hidden_size / (BUSY * speed)
+    gram = sum(2 * inputs**2 for inputs, _ in sizes) / speed  # of one token
+    products = choice.method.workspace.beside(needs.workspace).products
+    solve = sum(products * 2 * inputs * inputs * outputs for inputs, outputs in sizes) / speed
+    adam = 8 * 4 * weights * blocks / MEMORY  # parameters, two moments and gradients in fp32, read and written
+    asked = choice.allocation_needs.gradient_tokens or TOKENS * needs.output_costs
+    differentiated = 0 if finished else min(tokens, asked)
+    surveyed = tokens if choice.allocates and not asked and not finished else 0
+    swept = needs.passes * tokens
+    return {
+        "calibration": written * tokens * WRITING * blocks * token,
+        "check": stored / DISK,
+        "gradients": differentiated * (blocks * (1 + BACKWARD + SALIENCY) * token + 3 * head),
+        "survey": surveyed * blocks * token,
+        "replay": finished * tokens * token,
+        "prune": (blocks - finished) * (tokens * (PASSES * token + gram) + solve) + 2 * stored / DISK,
+        "sweep": swept * (blocks * (1 + BACKWARD) * token + 3 * head) + swept / STEP_TOKENS * adam,
+        "save": stored / DISK,
+    }
+
+
+@cache
+def _speed(device: torch.device) -> float:
+    """Operations a second in a large matrix product, by one that takes some milliseconds."""
+    matrix = torch.ones(768, 768, device=device)
+    (matrix @ matrix)[0, 0].item()  # starts threads and libraries
+    start = time.perf_counter()
+    (matrix @ matrix)[0, 0].item()
+    return 2.0 * 768**3 / max(time.perf_counter() - start, 1e-9)

@@ -1,0 +1,264 @@
+"""The display of progress, as a terminal emulator shows it, in pipes, and in notebooks."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyte
+import pytest
+from transformers.utils.logging import disable_progress_bar
+
+import sparsellm
+from sparsellm import cli, console
+from sparsellm.allocation import ALLOCATIONS
+from sparsellm.errors import ModelError
+from sparsellm.interrupts import Interrupted
+from sparsellm.methods import METHODS
+from sparsellm.progress import NOTE, Progress, plan_of_phases
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+SMALL = ("--samples", 2, "--seq-len", 16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("x") / "llama")
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers everything it was sent."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> list[str]:
+        """The lines that are shown now, without those that are empty."""
+        screen = pyte.Screen(self.columns, 60)
+        pyte.Stream(screen).feed(self.getvalue().replace("\n", "\r\n"))
+        return [line.rstrip() for line in screen.display if line.strip()]
+
+
+@pytest.fixture(params=[80, 120])
+def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    """Stderr as a terminal of 80 and of 120 columns."""
+    yield from on_terminal(monkeypatch, request.param)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    """Stderr as a terminal of 80 columns."""
+    yield from on_terminal(monkeypatch, 80)
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[Terminal]:
+    made = Terminal(columns)
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"COLUMNS": str(columns), "LINES": "60", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(console, "log", cache(lambda: console.PlainConsole(stderr=True, file=made)))
+    yield made
+
+
+def events() -> list[Progress]:
+    return [
+        Progress("open", 0, 1, "opening [b]the[/b] model"),
+        Progress(NOTE, 1, 1, "predicted [peak] memory " + "of a run " * 12),
+        plan_of_phases({"check": 0.1, "prune": 0.5, "sweep": 0.5}),
+        Progress("check", 0, 1),
+        Progress("prune", 0, 2, "block 1/2 :x:", 0.01234, 0.5),
+        Progress("prune", 1, 2, "block 2/2 :x: " + "very long " * 20, 0.02, 0.498765),
+    ]
+
+
+def show_a_run() -> None:
+    with console.progress() as show:
+        for event in events():
+            show(event)
+
+
+def test_finished_phases_collapse_and_the_bar_of_the_whole_run_is_full(terminal: Terminal) -> None:
+    show_a_run()
+    *notes, finished, bar = terminal.screen()
+    assert notes[0].startswith("predicted [peak] memory of a run")
+    phases = [re.sub(r" \d\.\d s$", "", part) for part in finished.removeprefix("✓ ").split(" · ")]
+    assert phases == ["open the model", "check the weights", "prune blocks"]
+    assert re.fullmatch(r"━+ 100 % in \d\.\d s", bar)
+    assert "-:--:--" not in terminal.getvalue()
+
+
+def test_below_the_bar_stands_the_step_in_work(terminal: Terminal) -> None:
+    with console.progress() as show:
+        for event in events():
+            show(event)
+        console.log()._live_stack[-1].refresh()
+        bar, step, state = terminal.screen()[-3:]
+    assert re.search(r"━ +\d+ %, a few seconds left$", bar)
+    assert step.startswith("  prune blocks: block 2/2 :x: very long ")
+    assert re.fullmatch(r"  error 0\.0200 · sparsity 49\.9% · memory \d+\.\d\d GB", state)
+    assert max(map(len, terminal.screen())) <= terminal.columns
+
+
+def test_many_phases_take_more_lines_and_none_is_cut(narrow: Terminal) -> None:
+    names = list(console._PHASES)[:9]
+    with console.progress() as show:
+        for name in names:
+            show(Progress(name, 0, 1))
+    shown = narrow.screen()
+    assert len(shown) > 3
+    joined = " ".join(shown)
+    assert all(console._PHASES[name] in joined for name in names)
+    assert "…" not in joined
+
+
+def stop_a_run(events: list[Progress], error: BaseException) -> None:
+    with console.progress() as show:
+        for event in events:
+            show(event)
+        raise error
+
+
+def test_what_is_said_at_a_signal_stands_below_the_bar(narrow: Terminal) -> None:
+    with pytest.raises(Interrupted):
+        stop_a_run(events(), Interrupted(2))
+    console.say("interrupted (SIGINT); 1 of 2 blocks are kept", error=True)
+    shown = narrow.screen()
+    assert shown[-1] == "interrupted (SIGINT); 1 of 2 blocks are kept"
+    assert re.search(r"━ +\d+ % in \d\.\d s$", shown[-4])  # how far it came, without a time left
+    assert narrow.getvalue().count("\x1b[?25h") == 1  # the cursor is shown again
+
+
+def test_an_error_before_the_work_leaves_no_bar(narrow: Terminal) -> None:
+    with pytest.raises(ModelError):
+        stop_a_run([Progress("open", 0, 1)], ModelError("no such model"))
+    console.say("error: no such model", error=True)
+    assert narrow.screen() == ["error: no such model"]
+
+
+def test_no_color_is_respected(narrow: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    show_a_run()
+    colours = re.compile(r"\x1b\[[0-9;]*(3|4|9|10)[0-7]m|\x1b\[[0-9;]*[34]8;")
+    assert colours.search(narrow.getvalue())
+    narrow.seek(0)
+    narrow.truncate()
+    monkeypatch.setenv("NO_COLOR", "1")
+    console.log.cache_clear()
+    show_a_run()
+    assert "100 %" in narrow.getvalue()
+    assert not colours.search(narrow.getvalue())
+
+
+def test_a_dumb_terminal_gets_lines(narrow: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    console.log.cache_clear()
+    show_a_run()
+    assert "\x1b" not in narrow.getvalue()
+    assert "━" not in narrow.getvalue()
+
+
+# ---------------------------------------------------------------------- pipes
+
+
+def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    console.log.cache_clear()
+    show_a_run()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert [line[:23] for line in captured.err.splitlines()] == ["predicted [peak] memory"]
+    monkeypatch.setattr(console, "CALM", 0.0)
+    monkeypatch.setattr(console, "LONG_PHASE", 0.0)
+    show_a_run()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("0 % · open the model: opening [b]the[/b] model · memory ")
+    assert lines[2:4] == ["open the model: 0.0 s", lines[3]]
+    assert re.search(
+        r"\d %, .* left · prune blocks: block 1/2 :x: · error 0\.0123 · sparsity 50\.0% · memory ", lines[5]
+    )
+    assert lines[-1] == "prune blocks: 0.0 s"
+
+
+def test_no_command_writes_control_codes_into_a_pipe(model: Path, tmp_path: Path, run: Any) -> None:
+    pruned, packed, again = (tmp_path / name for name in ("pruned", "packed", "again"))
+    commands = [
+        ("prune", model, "--out", pruned, "--method", "magnitude", *SMALL),
+        ("eval", pruned, "--text", "pydoc", "--seq-len", 32, "--max-tokens", 64),
+        ("inspect", pruned),
+        ("methods",),
+        ("pack", pruned, "--out", packed),
+        ("unpack", packed, "--out", again),
+        ("bench", packed, "--dense", pruned, "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1),
+        ("generate", packed, "hello", "--max-new-tokens", 2),
+    ]
+    for command in commands:
+        code, stdout, stderr = run(*command)
+        assert code == 0, (command, stderr)
+        assert "\x1b" not in stdout + stderr
+
+
+# ---------------------------------------------------------------------- options
+
+
+def test_quiet_prints_the_result_alone_and_json_is_one_object(model: Path, tmp_path: Path, run: Any) -> None:
+    disable_progress_bar()  # as the environment does in a process of its own
+    pruned, packed, again = (tmp_path / name for name in ("pruned", "packed", "again"))
+    bench = ("bench", "packed", packed, "--dense", pruned, "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
+    commands = [
+        ("prune", "path", model, "--out", pruned, "--method", "magnitude", *SMALL),
+        ("eval", "perplexity", pruned, "--text", "pydoc", "--seq-len", 32, "--max-tokens", 64),
+        ("pack", "written to", pruned, "--out", packed),
+        ("unpack", "written to", packed, "--out", again),
+        bench,
+        ("generate", "hello", packed, "hello", "--max-new-tokens", 2),
+    ]
+    for name, said, *rest in commands:
+        replaced = ["--overwrite"] if "--out" in rest else []
+        code, stdout, stderr = run(name, *rest, "--quiet")
+        assert (code, stderr) == (0, ""), name
+        assert said in stdout or name == "prune"
+        code, stdout, stderr = run(name, *rest, *replaced, "--quiet", "--json")
+        assert (code, stderr) == (0, ""), name
+        assert isinstance(json.loads(stdout), dict)
+
+
+@pytest.mark.parametrize("command", ["eval", "pack", "unpack", "bench", "demo"])
+def test_quiet_and_verbose_contradict_each_other(command: str, model: Path, tmp_path: Path, run: Any) -> None:
+    more = {"eval": [model, "--text", "pydoc"], "bench": [model]}.get(command, [model, "--out", tmp_path / "o"])
+    code, stdout, stderr = run(command, *(more[1:] if command == "demo" else more), "--quiet", "--verbose")
+    assert (code, stdout) == (2, "")
+    assert stderr == "error: --quiet and --verbose contradict each other; give one of them\n"
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_shell_completes_the_registered_names_without_importing_them() -> None:
+    assert set(cli._registered("methods", "solvers")()) == {entry.name for entry in METHODS}
+    assert set(cli._registered("allocation")()) == {entry.name for entry in ALLOCATIONS}
+
+
+# ---------------------------------------------------------------------- Python
+
+
+def test_a_program_shows_the_progress_of_a_run_with_one_line(model: Path, narrow: Terminal) -> None:
+    with sparsellm.show_progress() as progress:
+        sparsellm.prune(model, sparsellm.Recipe(method="magnitude", samples=2, seq_len=16), progress=progress)
+    *_, finished, bar = narrow.screen()
+    assert "prune blocks" in finished
+    assert "100 %" in bar
+
+
+def test_a_notebook_without_widgets_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = console.PlainConsole(stderr=True)
+    notebook.is_jupyter = True
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: None if name == "ipywidgets" else 1)
+    assert not console._can_redraw(notebook)
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: 1)
+    assert console._can_redraw(notebook)

@@ -1,0 +1,137 @@
+"""The forecast of a run, and the prediction of its phases."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import open_chain
+from sparsellm.progress import NOTE, PLAN, Forecast, Progress, plan_of_phases
+from sparsellm.run import costs
+from sparsellm.run.prepare import Choice
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_finished_phase_corrects_the_prediction_of_the_others() -> None:
+    clock = Clock()
+    forecast = Forecast(clock)
+    forecast.see(plan_of_phases({"check": 10.0, "prune": 40.0, "sweep": 50.0}))
+    assert (forecast.share, forecast.left) == (0.0, 100.0)
+    forecast.see(Progress("check", 0, 1))
+    clock.now += 20  # twice as long as predicted
+    assert forecast.see(Progress("prune", 0, 4)) == "check"
+    assert forecast.seconds == {"check": 20.0}
+    assert forecast.left is not None
+    assert 140 < forecast.left < 180  # nearly 2 · 90
+    clock.now += 40
+    forecast.see(Progress("prune", 2, 4))  # half of it in 40 s, where 20 were predicted
+    assert forecast.left == pytest.approx(40 + 50 * (3 + 60) / (3 + 30))
+    assert forecast.share == pytest.approx(60 / (60 + forecast.left))
+
+
+def test_the_time_left_counts_down_between_events_and_stops_at_zero() -> None:
+    clock = Clock()
+    forecast = Forecast(clock)
+    forecast.see(plan_of_phases({"prune": 10.0}))
+    clock.now += 4
+    assert forecast.left == 6.0
+    clock.now += 40
+    assert forecast.left == 0.0
+
+
+def test_without_a_plan_it_is_the_phase_alone() -> None:
+    clock = Clock()
+    forecast = Forecast(clock)
+    forecast.see(Progress("open", 0, 1))
+    assert (forecast.share, forecast.left) == (0.0, None)
+    forecast.see(Progress("evaluate", 0, 4))
+    clock.now += 10
+    forecast.see(Progress("evaluate", 1, 4))
+    assert (forecast.share, forecast.left) == (0.25, 30.0)
+
+
+def test_a_plan_that_comes_late_starts_the_bar_anew() -> None:
+    clock = Clock()
+    forecast = Forecast(clock)
+    clock.now += 1
+    forecast.see(Progress("calibration", 9, 10))
+    assert forecast.share == 0.9
+    forecast.see(plan_of_phases({"prune": 99.0}))
+    assert forecast.share < 0.1
+
+
+steps = st.tuples(
+    st.sampled_from(["open", "check", "prune", "sweep", "other"]), st.floats(-1, 3), st.floats(0, 2), st.floats(0, 50)
+)
+plans = st.dictionaries(st.sampled_from(["check", "prune", "sweep"]), st.floats(0, 1000))
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans, st.lists(st.one_of(steps, plans)))
+def test_the_share_never_falls_and_the_time_left_is_never_negative(
+    first: dict[str, float], events: list[tuple[str, float, float, float] | dict[str, float]]
+) -> None:
+    clock = Clock()
+    forecast = Forecast(clock)
+    forecast.see(plan_of_phases({"open": 1.0, **first}))
+    shares = [forecast.share]
+    for event in events:
+        if isinstance(event, dict):
+            forecast.see(plan_of_phases(event))
+        else:
+            phase, done, total, seconds = event
+            clock.now += seconds
+            forecast.see(Progress(phase, done, total))
+        shares.append(forecast.share)
+        assert forecast.left is not None
+        assert forecast.left >= 0
+    assert all(0 <= one <= other < 1 for one, other in pairwise([*shares, shares[-1]]))
+    forecast.end()
+    assert (forecast.share, forecast.left) == (1.0, 0.0)
+
+
+def test_a_run_announces_its_phases_and_tells_error_and_sparsity(tmp_path: Path) -> None:
+    model = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "model")
+    events: list[Progress] = []
+    recipe = Recipe(sparsity=0.5, samples=4, seq_len=32)
+    result = sparsellm.prune(model, recipe, out=tmp_path / "out", progress=events.append)
+    planned = [event for event in events if event.phase == PLAN]
+    phases = {event.phase for event in events} - {NOTE, PLAN}
+    assert phases - planned[-1].costs.keys() == {"open"}
+    assert {name for name, seconds in planned[-1].costs.items() if seconds} >= phases - {"open", "calibration"}
+    pruning = [event for event in events if event.phase == "prune"]
+    done = [event.done / event.total for event in pruning]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, 1)
+    assert pruning[-1].sparsity == pytest.approx(result.sparsity_pruned)
+    assert pruning[-1].error == result.linears[-1].error
+
+
+def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -> None:
+    chain = open_chain(tiny_llama(), device=torch.device("cpu"))
+    choice = Choice.of(Recipe(sparsity=0.5))
+    whole = costs.predicted_seconds(chain, choice, 4096, 64)
+    resumed = costs.predicted_seconds(chain, choice, 4096, 64, finished=2)
+    assert min(whole["gradients"], whole["prune"], whole["sweep"], resumed["replay"]) > 0
+    assert (whole["replay"], resumed["gradients"]) == (0, 0)
+    assert resumed["prune"] < whole["prune"]
+    assert costs.predicted_seconds(chain, choice, 8192, 64)["sweep"] == pytest.approx(2 * whole["sweep"])
+    local = costs.predicted_seconds(chain, Choice.of(Recipe(method="wanda")), 4096, 64)
+    assert (local["gradients"], local["sweep"]) == (0, 0)
+    assert local["prune"] < whole["prune"]
