@@ -227,9 +227,19 @@ class Chain:
         """Whether this is the first name of a parameter. A parameter with several names counts under its first only."""
         return self._canonical.get(name, name) == name
 
+    def counts(self, name: str) -> bool:
+        """Whether a parameter of a block counts under this name: the first of its names that is in a block."""
+        first, blocks = self._canonical.get(name), self.block_names[0].removesuffix("0")
+        return first is None or name == next(
+            other for other, same in self._canonical.items() if same == first and other.startswith(blocks)
+        )
+
     def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
-        """The values of one parameter, from ``pruned``, or as currently loaded if that is None."""
-        return self._value(name).detach() if pruned is None else pruned.get(self._key(name))
+        """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint."""
+        if pruned is not None and self._key(name) in pruned:
+            return pruned.get(self._key(name))
+        value = self._value(name).detach()
+        return self.weights.as_stored(name) if value.is_meta and self.weights is not None else value
 
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
         """Replaces the parameter of this name."""

@@ -30,12 +30,14 @@ class BlockMatrix:
         block: the number of the block.
         shape: as the parameter is stored.
         linear: the linear that owns it and can be pruned; None if no linear does.
+        shared: whether it belongs to the embedding or the head, which are not pruned, and is used in the block too.
     """
 
     name: str
     block: int
     shape: tuple[int, ...]
     linear: LinearView | None
+    shared: bool = False
 
     @property
     def label(self) -> str:
@@ -52,19 +54,19 @@ def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
 
     A matrix is the weight of a linear, or any other floating-point parameter with two or more dimensions longer than
     one: fused experts, routers, convolution kernels. Biases do not count, nor do stacks of biases, whose names end in
-    ``bias``. A parameter used in several places counts once, under its first name: in the earlier of two blocks, or not
-    at all if the first name is outside the blocks.
+    ``bias``. A parameter used in several places counts once: in the first block that uses it. One that belongs to the
+    embedding or the head is shared with them, and no linear owns it.
     """
     linears = {linear.weight_name: linear for linear in chain.linears(index)}
     matrices = []
     for inner, parameter in chain.blocks[index].named_parameters():
         name = f"{chain.block_names[index]}.{inner}"
-        if not parameter.is_floating_point() or not chain.owns(name):
+        if not parameter.is_floating_point() or not chain.counts(name):
             continue
         linear = linears.get(name)
         matrix = sum(length > 1 for length in parameter.shape) > 1 and not inner.endswith("bias")
         if linear is not None or matrix:
-            matrices.append(BlockMatrix(name, index, tuple(parameter.shape), linear))
+            matrices.append(BlockMatrix(name, index, tuple(parameter.shape), linear, not chain.owns(name)))
     return matrices
 
 
@@ -74,7 +76,7 @@ def all_matrices(chain: Chain) -> list[BlockMatrix]:
 
 
 def is_excluded(parameter: str, exclude: Iterable[str]) -> bool:
-    """Whether the recipe's ``exclude`` names a parameter, or a module that it belongs to.
+    """Whether the recipe's ``exclude`` or ``allow_dense`` names a parameter, or a module that it belongs to.
 
     Args:
         parameter: its name in the whole model.
@@ -85,42 +87,59 @@ def is_excluded(parameter: str, exclude: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in exclude for name in names)
 
 
-def unmatched_patterns(chain: Chain, exclude: Sequence[str]) -> list[str]:
-    """A warning for each pattern of ``exclude`` that matches no matrix of the blocks and may be misspelt."""
-    names = [matrix.name for matrix in all_matrices(chain)] if exclude else []
-    return [
+def unmatched_patterns(chain: Chain, exclude: Sequence[str], allow_dense: Sequence[str] = ()) -> list[str]:
+    """A warning for each pattern that matches nothing that it can concern, and may be misspelt.
+
+    ``exclude`` concerns every matrix of the blocks, ``allow_dense`` those that no linear owns.
+    """
+    if not exclude and not allow_dense:
+        return []
+    everything = all_matrices(chain)
+    dense = [matrix.name for matrix in everything if matrix.linear is None]
+    names = [matrix.name for matrix in everything]
+    warnings = [
         f"exclude {pattern!r} matches no matrix of the blocks; names are like {names[0]!r}"
         for pattern in exclude
         if not any(is_excluded(name, [pattern]) for name in names)
     ]
+    like = f"; names are like {dense[0]!r}" if dense else ""
+    return warnings + [
+        f"allow_dense {pattern!r} matches no parameter that is not a linear's{like}"
+        for pattern in allow_dense
+        if not any(is_excluded(name, [pattern]) for name in dense)
+    ]
 
 
-def refuse_silent_dense(chain: Chain, exclude: Sequence[str]) -> None:
-    """Refuses a model if a large part of it would stay dense although ``exclude`` does not name that part.
+def refuse_silent_dense(chain: Chain, accepted: Sequence[str]) -> None:
+    """Refuses a model if a large part of it would stay dense although the recipe does not accept that.
 
-    In each block, the matrices that no linear owns and that ``exclude`` does not name may be at most
-    :data:`DENSE_LIMIT` of the weights. No weights need be loaded.
+    In each block, the matrices that no linear owns and that are not accepted may be at most :data:`DENSE_LIMIT` of the
+    weights. No weights need be loaded.
+
+    Args:
+        chain: the model.
+        accepted: the patterns of the recipe's ``allow_dense`` and ``exclude``.
 
     Raises:
-        ModelError: they are more. The message lists names, shapes and shares, and an ``exclude`` that accepts them.
+        ModelError: they are more. The message lists names, shapes and shares, and an ``allow_dense`` that accepts them.
     """
     refused: list[BlockMatrix] = []
     of_block: list[int] = []
     for index in range(len(chain)):
         own = block_matrices(chain, index)
         of_block.append(sum(matrix.weights for matrix in own))
-        dense = [matrix for matrix in own if matrix.linear is None and not is_excluded(matrix.name, exclude)]
+        dense = [matrix for matrix in own if matrix.linear is None and not is_excluded(matrix.name, accepted)]
         dense.sort(key=lambda matrix: -matrix.weights)
         small = 0
         while dense and small + dense[-1].weights <= DENSE_LIMIT * of_block[index]:
-            small += dense.pop().weights  # the smallest ones, which stay within the limit once the others are excluded
+            small += dense.pop().weights  # the smallest ones, which stay within the limit once the others are accepted
         refused += dense
     if refused:
         raise ModelError(_would_stay_dense(chain, refused, of_block))
 
 
 def _would_stay_dense(chain: Chain, refused: Sequence[BlockMatrix], of_block: Sequence[int]) -> str:
-    """The error message: one line that names the first matrix of each kind, and the ``exclude`` that accepts them.
+    """The error message: one line that names the first matrix of each kind, and the ``allow_dense`` that accepts them.
 
     Args:
         chain: the model.
@@ -139,7 +158,7 @@ def _would_stay_dense(chain: Chain, refused: Sequence[BlockMatrix], of_block: Se
     return (
         f"these would stay dense, as only linears are pruned: {', '.join(listed[:_SHOWN])} of the weights of the "
         f"block{more}; all {len(refused)} of them are {share:.1%} of the weights of all blocks; to leave them dense "
-        f"and prune the rest, set exclude={[f'*.{kind}' for kind in first]}"
+        f"and prune the rest, set allow_dense={[f'*.{kind}' for kind in first]} (--allow-dense PATTERN for each)"
     )
 
 

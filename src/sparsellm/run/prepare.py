@@ -193,7 +193,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
     choice.check_processes(len(windows))  # there may be fewer than requested
     beside = tokenizer if directory is None else None  # a directory's own files are copied
-    warnings = unmatched_patterns(chain, recipe.exclude)
+    warnings = unmatched_patterns(chain, recipe.exclude, recipe.allow_dense)
     return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, warnings)
 
 
@@ -233,12 +233,12 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
 
     Args:
         chain: the model.
-        recipe: for the pattern and ``exclude``.
+        recipe: for the pattern, ``exclude`` and ``allow_dense``.
         allocation: the zeros of each linear; None for the recipe's pattern in every linear.
 
     Raises:
         RecipeError: the pattern does not fit a weight, or every linear is excluded.
-        ModelError: a large part of a block is not in linears, and the recipe does not exclude it.
+        ModelError: a large part of a block is not in linears, and the recipe does not accept that it stays dense.
     """
     pattern = recipe.weight_pattern()
     patterns: dict[str, Pattern] = {}
@@ -249,7 +249,7 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
     if not patterns:
         raise RecipeError(f"exclude {recipe.exclude} leaves nothing to prune; name fewer linears")
     if recipe.sparsity:  # at 0, no pruning was requested
-        refuse_silent_dense(chain, recipe.exclude)
+        refuse_silent_dense(chain, [*recipe.exclude, *recipe.allow_dense])
     return patterns
 
 

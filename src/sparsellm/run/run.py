@@ -167,7 +167,7 @@ class Run:
         """Writes the files beside the weights, and renames the checkpoint to its final name."""
         with self.clock.phase("count"):
             written = self.journal.written
-            dense = parallel.from_main(partial(left_dense, self.chain, self.recipe.exclude, self.linears, written))
+            dense = parallel.from_main(partial(left_dense, self.chain, self.recipe, self.linears, written))
         self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
         peak = max(heap.peak_rss(), self.peak_before)
         result = PruneResult(
