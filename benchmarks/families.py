@@ -80,7 +80,7 @@ SIZES: list[tuple[str, int | str]] = [
         r"(hidden_size|d_model|n_embd|embed_dim|word_embed_proj_dim|embedding_size|\w*hidden_size|dim_model|emb_dim)$",
         WIDTH,
     ),
-    (r"(sliding_window|attention_window|block_size|chunk_size|attention_chunk_size)$", 32),
+    (r"(sliding_window|attention_window|block_size|\w*chunk_size)$", 32),
     (r"image_size$", 28),
     (r"patch_size$", 14),
 ]
@@ -331,7 +331,9 @@ def shrunk(config: PretrainedConfig, variable: dict[str, int], *, explicit: bool
             if size is not None:
                 changes[name] = variable[size] if isinstance(size, str) else size
         elif isinstance(value, list) and isinstance(depth, int) and len(value) == depth:
-            changes[name] = [value[0], *value[-(LAYERS - 1) :]]
+            size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+            few = [value[0], *value[-(LAYERS - 1) :]]
+            changes[name] = [size if isinstance(each, int) and isinstance(size, int) else each for each in few]
     for name, value in config.to_dict().items():
         if name in ("pad_token_id", "bos_token_id", "eos_token_id") and isinstance(value, int):
             changes[name] = min(value, 2)

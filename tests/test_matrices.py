@@ -392,6 +392,14 @@ def test_a_linear_that_is_never_called_is_pruned_by_magnitude_and_named() -> Non
     assert "backbone.layers.1.mixer.dt_proj" in told
 
 
+def test_linears_outside_the_blocks_are_named_where_they_are_many() -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.5)
+    result = sparsellm.prune(tiny_opt(word_embed_proj_dim=24), recipe, calibration=IDS)
+    (warning,) = result.warnings
+    assert "model.decoder.project_out, model.decoder.project_in, as many weights as 5.8% of the blocks" in warning
+    assert sparsellm.prune(tiny_opt(word_embed_proj_dim=8), recipe, calibration=IDS).warnings == []
+
+
 GEMMA3N = {
     **COMMON,
     "hidden_size_per_layer_input": 8,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from sparsellm.chain.chain import Chain
-from sparsellm.chain.linears import LinearView
+from sparsellm.chain.linears import LinearView, iterate_linears, weight_of
 from sparsellm.errors import ModelError
 
 DENSE_LIMIT = 0.02  # of the weights of a block: routers, convolutions and the like stay below it in published models
@@ -107,6 +107,28 @@ def unmatched_patterns(chain: Chain, exclude: Sequence[str], allow_dense: Sequen
         f"allow_dense {pattern!r} matches no parameter that is not a linear's{like}"
         for pattern in allow_dense
         if not any(is_excluded(name, [pattern]) for name in dense)
+    ]
+
+
+def outside_blocks(chain: Chain) -> list[str]:
+    """A warning that names the linears outside the blocks, towers and head aside, if they are many; else empty.
+
+    They stay dense and do not count. Many are more than :data:`DENSE_LIMIT` of the weights of the blocks.
+    """
+    inside, head = (
+        tuple(f"{name}." for name in (*chain.block_names, *chain.towers)),
+        chain.model.get_output_embeddings(),
+    )
+    linears = [(name.removeprefix("."), module) for name, module in iterate_linears(chain.model, "")]
+    outside = {name: weight_of(m).numel() for name, m in linears if m is not head and not name.startswith(inside)}
+    share = sum(outside.values()) / sum(matrix.weights for matrix in all_matrices(chain))
+    if share <= DENSE_LIMIT:
+        return []
+    names = list(outside)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [
+        f"linears outside the blocks stay dense and are not counted: {', '.join(names[:_SHOWN])}{more}, as many weights "
+        f"as {share:.1%} of the blocks have"
     ]
 
 

@@ -20,7 +20,7 @@ from sparsellm.allocation.allocator import pattern_of
 from sparsellm.calibration import Text, calibration_windows, check_seq_len, windows_of_ids
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
-from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched_patterns
+from sparsellm.chain.matrices import is_excluded, outside_blocks, refuse_silent_dense, unmatched_patterns
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.chain.streams import check_forward, windows_in_batch
 from sparsellm.errors import DataError, RecipeError
@@ -193,7 +193,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
     choice.check_processes(len(windows))  # there may be fewer than requested
     beside = tokenizer if directory is None else None  # a directory's own files are copied
-    warnings = unmatched_patterns(chain, recipe.exclude, recipe.allow_dense)
+    warnings = unmatched_patterns(chain, recipe.exclude, recipe.allow_dense) + outside_blocks(chain)
     return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, warnings)
 
 
