@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -242,18 +242,23 @@ def test_what_is_no_plain_chain_is_refused_before_the_work(arrange: Any, told: s
     assert not any(tmp_path.iterdir())
 
 
-def test_blocks_that_return_a_named_tuple_are_given_one() -> None:
+class Leaving(NamedTuple):
+    hidden: torch.Tensor
+    extra: None
+
+
+class Named(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Leaving:
+        return Leaving(self.block(*args, **kwargs), None)
+
+
+def test_a_block_that_returns_a_named_tuple_is_replaced_by_one() -> None:
     """The model reads it by name, as Reformer's does."""
-    from collections import namedtuple
-
-    Leaving = namedtuple("Leaving", ["hidden", "extra"])
-
-    def named(block: nn.Module) -> Callable[..., Any]:
-        forward = block.forward
-        block.forward = lambda *args, **kwargs: Leaving(forward(*args, **kwargs), None)  # type: ignore[method-assign]
-        return lambda *args, **kwargs: block(*args, **kwargs).hidden
-
-    stream = Feed(
-        open_chain(rearranged(lambda layers: [named(block) for block in layers]), device=CPU), ids(), 60
-    ).stream()
+    model = rearranged(lambda layers: [lambda *args, b=block, **kwargs: b(*args, **kwargs).hidden for block in layers])
+    model.model.layers = type(model.model.layers)(Named(block) for block in model.model.layers)
+    stream = Feed(open_chain(model, device=CPU), ids(), 60).stream()
     assert stream.hidden[0].shape == (3, 20, 32)

@@ -127,8 +127,8 @@ def outside_blocks(chain: Chain) -> list[str]:
     names = list(outside)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return [
-        f"linears outside the blocks stay dense and are not counted: {', '.join(names[:_SHOWN])}{more}, as many weights "
-        f"as {share:.1%} of the blocks have"
+        f"linears outside the blocks stay dense and are not counted: {', '.join(names[:_SHOWN])}{more}, as many "
+        f"weights as {share:.1%} of the blocks"
     ]
 
 
