@@ -52,7 +52,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "wanda 2:4": {"method": "wanda", "pattern": "2:4"},
     "sparsity 0": {"method": "magnitude", "sparsity": 0.0},
 }
-RIGHT, PART, REFUSED, NOT_BUILT, TOO_SLOW = "right", "in part", "refused", "not built", "too slow"
+RIGHT, SOME_DENSE, PART, REFUSED = "right", "right, some dense", "in part", "refused"
+NOT_BUILT, TOO_SLOW = "not built", "too slow"
 FAILS, WRONG, DIED = "fails", "wrong", "died"  # none of these may be
 SUGGESTED = re.compile(r"allow_dense=(\[.*\])")
 
@@ -117,11 +118,16 @@ class Tried:
     def result(self) -> str:
         """One word for all runs: the worst of them, where refusals of some runs are a part."""
         worst = next((state for state in (DIED, WRONG, FAILS, TOO_SLOW, NOT_BUILT) if state in self.states), None)
-        return worst or (REFUSED if RIGHT not in self.states else PART if REFUSED in self.states else RIGHT)
+        if worst or self.states == {REFUSED}:
+            return worst or REFUSED
+        return PART if REFUSED in self.states else SOME_DENSE if SOME_DENSE in self.states else RIGHT
 
     def add(self, run: str, state: str, cell: str, reason: str = "") -> None:
         self.cells[run] = cell
         self.states.add(state)
+        self.explain(reason)
+
+    def explain(self, reason: str) -> None:
         if reason and reason not in self.reasons:
             self.reasons.append(reason)
 
@@ -236,11 +242,14 @@ def tried_type(kind: str) -> Tried:
             else:
                 short = result.sparsity < result.recipe.sparsity - 0.001
                 cell = f"✓ {result.sparsity:.1%}" if short else "✓"
-                tried.add(run, WRONG if wrong else RIGHT, "wrong" if wrong else cell, wrong)
-                for kind_left, why in dict.fromkeys((matrix.kind, matrix.reason) for matrix in result.dense):
-                    tried.add(run, RIGHT, tried.cells[run], f"{kind_left}: {why}")
+                right = SOME_DENSE if short else RIGHT
+                tried.add(run, WRONG if wrong else right, "wrong" if wrong else cell, wrong)
+                for left, why in dict.fromkeys((matrix.kind, matrix.reason) for matrix in result.dense):
+                    tried.explain(f"{left}: {why}")
                 if any("no calibration token reached" in warning for warning in result.warnings):
-                    tried.add(run, RIGHT, tried.cells[run], "linears that no token reaches: by magnitude")
+                    tried.explain("linears that no token reaches: by magnitude")
+                if any("outside the blocks" in warning for warning in result.warnings):
+                    tried.explain("linears outside the blocks: dense")
     return tried
 
 
