@@ -76,7 +76,7 @@ SIZES: list[tuple[str, int | str]] = [
     (r"(n_routed_experts|num_local_experts|num_experts|moe_num_experts)$", 4),
     (r"(n_shared_experts|num_shared_experts|moe_num_shared_experts)$", 1),
     (r"(moe_\w*intermediate_size|shared_expert_intermediate_size|expert_dim)$", 32),
-    (r"(\w*intermediate_size|\w*ffn_dim|n_inner|d_?ff|ffn_hidden_size|inner_dim|dim_ff)$", 96),
+    (r"(\w*intermediate_size\w*|\w*ffn_dim|n_inner|d_?ff|ffn_hidden_size|inner_dim|dim_ff)$", 96),
     (
         r"(hidden_size|d_model|n_embd|embed_dim|word_embed_proj_dim|embedding_size|\w*hidden_size|dim_model|emb_dim)$",
         WIDTH,
@@ -206,7 +206,7 @@ def all_tried(kinds: Sequence[str], arguments: argparse.Namespace) -> Iterator[T
 
 
 def child(sender: Connection, kind: str, seconds: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # a signal first, which names the cause
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)  # progress and warnings
     transformers.utils.logging.set_verbosity_error()
