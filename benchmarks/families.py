@@ -191,8 +191,7 @@ def all_tried(kinds: Sequence[str], arguments: argparse.Namespace) -> Iterator[T
             process.start()
             sender.close()
             running[receiver] = left.pop(0), process
-        for receiver in wait(list(running)):
-            assert isinstance(receiver, Connection)
+        for receiver in [each for each in wait(list(running)) if isinstance(each, Connection)]:
             kind, process = running.pop(receiver)
             try:
                 tried: Tried = receiver.recv()
