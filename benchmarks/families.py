@@ -1,12 +1,16 @@
 """Which families of models can be pruned: every causal language model of the installed transformers, as a tiny one.
 
-    python benchmarks/families.py
-    python benchmarks/families.py --types gpt_neox gemma3 mixtral --method sparsegpt
+    python benchmarks/families.py --out docs/families.md
+    python benchmarks/families.py --types gpt_neox gemma3 mixtral
 
 A model of random weights is built from each family's default config with all sizes shrunk, saved by transformers, and
-pruned from its directory. Right is a type of which the sparsity is reached over all matrices of the blocks, which plain
-transformers reads again without a missing or unexpected weight, under the names that it had, and of which the logits at
-sparsity 0 are those of the dense model, bit for bit. Prints a table. Each type has a process of its own.
+pruned from its directory by each of :data:`RUNS`. A run is right if the sparsity is reached over all matrices of the
+blocks, or the result says which matrices keep it from that; if plain transformers reads the checkpoint again without a
+missing or unexpected weight, under the names that it had; and if, at sparsity 0, its logits are those of the dense
+model, bit for bit. Parameters that a run refuses to leave dense are accepted as it says, and listed.
+
+Prints the table, and writes it into ``--out``. Each type has a process of its own. Exit code 1 if a run of any type
+fails otherwise than by an error of sparsellm, or its result is wrong.
 """
 
 from __future__ import annotations
@@ -18,9 +22,14 @@ import itertools
 import multiprocessing
 import os
 import re
+import resource
+import signal
 import tempfile
 import traceback
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +39,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import sparsellm
-from sparsellm import Recipe
+from sparsellm import PruneResult, Recipe
 from sparsellm.errors import SparseLLMError
 from sparsellm.storage.reader import CheckpointReader
 
 LAYERS, WIDTH, VOCABULARY, POSITIONS = 2, 64, 300, 128
-SPARSITY = 0.5
 LARGEST = 20_000_000  # parameters
-RIGHT = "right"
-SUGGESTED = re.compile(r"set exclude=(\[.*\])")
+RUNS: dict[str, dict[str, Any]] = {
+    "sparsegpt 50 %": {"method": "sparsegpt", "sparsity": 0.5},
+    "sparsellm 60 %, effort 0": {"method": "sparsellm", "sparsity": 0.6, "options": {"effort": 0}},
+    "sparsellm 60 %, effort 1": {"method": "sparsellm", "sparsity": 0.6, "options": {"effort": 1}},
+    "wanda 2:4": {"method": "wanda", "pattern": "2:4"},
+    "sparsity 0": {"method": "magnitude", "sparsity": 0.0},
+}
+RIGHT, SOME_DENSE, PART, REFUSED = "right", "right, some dense", "in part", "refused"
+NOT_BUILT, TOO_SLOW = "not built", "too slow"
+FAILS, WRONG, DIED = "fails", "wrong", "died"  # none of these may be
+SUGGESTED = re.compile(r"allow_dense=(\[.*\])")
 
 # The first that matches a name gives its size; {heads}, {kv} and {head_dim} vary from one attempt to the next.
 SIZES: list[tuple[str, int | str]] = [
@@ -59,12 +76,12 @@ SIZES: list[tuple[str, int | str]] = [
     (r"(n_routed_experts|num_local_experts|num_experts|moe_num_experts)$", 4),
     (r"(n_shared_experts|num_shared_experts|moe_num_shared_experts)$", 1),
     (r"(moe_\w*intermediate_size|shared_expert_intermediate_size|expert_dim)$", 32),
-    (r"(\w*intermediate_size|\w*ffn_dim|n_inner|d_ff|ffn_hidden_size|inner_dim|dim_ff)$", 96),
+    (r"(\w*intermediate_size\w*|\w*ffn_dim|n_inner|d_?ff|ffn_hidden_size|inner_dim|dim_ff)$", 96),
     (
         r"(hidden_size|d_model|n_embd|embed_dim|word_embed_proj_dim|embedding_size|\w*hidden_size|dim_model|emb_dim)$",
         WIDTH,
     ),
-    (r"(sliding_window|attention_window|block_size|chunk_size|attention_chunk_size)$", 32),
+    (r"(sliding_window|attention_window|block_size|\w*chunk_size)$", 32),
     (r"image_size$", 28),
     (r"patch_size$", 14),
 ]
@@ -81,95 +98,190 @@ OWN: dict[str, dict[str, Any]] = {  # what follows from no size
 TRIES = [(4, 2, 16), (4, 4, 16), (4, 1, 16), (8, 8, 8), (2, 2, 32)]
 
 
+@dataclass
+class Tried:
+    """What the runs of one type showed.
+
+    Attributes:
+        kind: the type's name.
+        cells: for each of :data:`RUNS`, what to print; empty if no run was possible.
+        states: one of the constants above for each run.
+        reasons: why a run is not right, or what it leaves dense.
+    """
+
+    kind: str
+    cells: dict[str, str] = field(default_factory=dict)
+    states: set[str] = field(default_factory=set)
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def result(self) -> str:
+        """One word for all runs: the worst of them, where refusals of some runs are a part."""
+        worst = next((state for state in (DIED, WRONG, FAILS, TOO_SLOW, NOT_BUILT) if state in self.states), None)
+        if worst or self.states == {REFUSED}:
+            return worst or REFUSED
+        return PART if REFUSED in self.states else SOME_DENSE if SOME_DENSE in self.states else RIGHT
+
+    def add(self, run: str, state: str, cell: str, reason: str = "") -> None:
+        self.cells[run] = cell
+        self.states.add(state)
+        self.explain(reason)
+
+    def explain(self, reason: str) -> None:
+        if reason and reason not in self.reasons:
+            self.reasons.append(reason)
+
+    def row(self) -> str:
+        cells = [self.cells.get(run, "–") for run in RUNS]
+        reason = "; ".join(self.reasons).replace("|", "/").replace("*", r"\*").replace("<", "&lt;")
+        return f"| {self.kind} | {self.result} | {' | '.join(cells)} | {reason} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", help="model types; by default all")
-    parser.add_argument("--method", nargs="+", default=["magnitude", "sparsegpt"])
-    parser.add_argument("--seconds", type=float, default=60, help="for one type")
+    parser.add_argument("--seconds", type=int, default=90, help="of CPU time for one type")
+    parser.add_argument("--jobs", type=int, default=2, help="types tried at once")
+    parser.add_argument("--out", type=Path, help="a Markdown page to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| type | result | reason |\n|---|---|---|", flush=True)
-    counts: collections.Counter[str] = collections.Counter()
-    for kind in arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        result, reason = in_process(kind, arguments.method, arguments.seconds)
-        counts[result] += 1
-        print(f"| {kind} | {result} | {reason.replace('|', '/')[:300]} |", flush=True)
-    total = sum(counts.values()) - counts["not built"]
-    print(f"\n{total} types built with transformers {transformers.__version__}: ", end="")
-    print(", ".join(f"{count} {result}" for result, count in counts.most_common()))
+    header = f"| type | result | {' | '.join(RUNS)} | why |\n|{'---|' * (len(RUNS) + 3)}"
+    print(header, flush=True)
+    done = []
+    for tried in all_tried(arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), arguments):
+        done.append(tried)
+        print(tried.row(), flush=True)
+    done.sort(key=lambda tried: tried.kind)
+    print(f"\n{summary(done)}")
+    if arguments.out is not None:
+        rows = "\n".join(tried.row() for tried in done)
+        arguments.out.write_text(f"{PAGE.format(summary=summary(done))}\n{header}\n{rows}\n")
+    if any(tried.result in (DIED, FAILS, WRONG) for tried in done):
+        raise SystemExit(1)
 
 
-def in_process(kind: str, methods: list[str], seconds: float) -> tuple[str, str]:
-    """The result for one type, of a process that is given so much time."""
+PAGE = """# Families
+
+{summary}
+
+Every type of causal language model in transformers is built as a tiny random model from its default config, saved, and
+pruned from its directory. A tick stands for a run whose sparsity is reached, whose checkpoint plain transformers reads
+again under the names it had, and whose logits at sparsity 0 are those of the dense model, bit for bit. A percentage
+beside it is the sparsity over all matrices of the blocks where that is less than requested, because of matrices that
+stay dense; they are named. *refused* is an error of one line before the work. Printed by `benchmarks/families.py`.
+"""
+
+
+def summary(done: Sequence[Tried]) -> str:
+    counts = collections.Counter(tried.result for tried in done)
+    total = len(done) - counts.pop(NOT_BUILT, 0)
+    parts = ", ".join(f"{count} {result}" for result, count in counts.most_common())
+    return f"{total} types built with transformers {transformers.__version__}: {parts}."
+
+
+def all_tried(kinds: Sequence[str], arguments: argparse.Namespace) -> Iterator[Tried]:
+    """Tries each type in a process of its own, several at once; a type that takes too long is killed."""
     context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(sender, kind, methods))
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(seconds):
-            return "too slow", f"more than {seconds:.0f} s"
-        result: tuple[str, str] = receiver.recv()
-        return result
-    except EOFError:
-        process.join()
-        return "died", f"exit code {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
+    running: dict[Connection, tuple[str, ForkProcess]] = {}
+    left = list(kinds)
+    while left or running:
+        while left and len(running) < arguments.jobs:
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=child, args=(sender, left[0], arguments.seconds))
+            process.start()
+            sender.close()
+            running[receiver] = left.pop(0), process
+        for receiver in [each for each in wait(list(running)) if isinstance(each, Connection)]:
+            kind, process = running.pop(receiver)
+            try:
+                tried: Tried = receiver.recv()
+            except EOFError:
+                process.join()
+                slow = process.exitcode == -signal.SIGXCPU
+                reason = f"more than {arguments.seconds} s" if slow else f"exit code {process.exitcode}"
+                tried = Tried(kind, states={TOO_SLOW if slow else DIED}, reasons=[reason])
+            process.join()
+            yield tried
 
 
-def child(sender: Connection, kind: str, methods: list[str]) -> None:
+def child(sender: Connection, kind: str, seconds: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # a signal first, which names the cause
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)  # progress and warnings
     transformers.utils.logging.set_verbosity_error()
-    try:
-        result = tried(kind, methods)
-    except SparseLLMError as error:
-        result = "refused", re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/ ]+/", "", str(error))
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        result = "fails", f"{reason} ({Path(where.filename).name}:{where.lineno})"
-    sender.send(result)
+    sender.send(tried_type(kind))
 
 
-def tried(kind: str, methods: list[str]) -> tuple[str, str]:
-    """Prunes a tiny model of the type by each method; right, or what is not."""
-    try:
-        model = tiny(kind)
-    except Exception as error:
-        return "not built", f"{type(error).__name__}: {error}".splitlines()[0]
+def tried_type(kind: str) -> Tried:
+    """Prunes a tiny model of the type by each of the runs."""
+    tried = Tried(kind)
     ids = torch.arange(4, 4 + 96).view(4, 24)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "dense"
         try:
-            model.save_pretrained(source)
-            dense = logits(read(source)[0], ids)
-        except Exception as error:  # plain transformers does not save it, or not read what it saved
-            return "not built", f"{type(error).__name__}: {error}".splitlines()[0]
-        exclude: tuple[str, ...] = ()
-        for method, sparsity in [*((method, SPARSITY) for method in methods), ("magnitude", 0.0)]:
-            out = Path(folder) / f"{method}-{sparsity}"
-            recipe = Recipe(method=method, sparsity=sparsity, samples=4, seq_len=24, exclude=exclude)
+            tiny(kind).save_pretrained(source)
+            model, *info = read(source)
+            dense = logits(model, ids)
+        except Exception as error:  # plain transformers does not run it, not save it, or not read what it saved
+            tried.add("", NOT_BUILT, "", f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            return tried
+        accepted: list[str] = []
+        for run, settings in RUNS.items():
+            out = Path(folder) / run
             try:
-                result = sparsellm.prune(source, recipe, out=out, calibration=ids)
+                result = pruned(source, out, ids, settings, accepted)
+                wrong = faults(result, out, source, info, dense, ids)
             except SparseLLMError as error:
-                suggested = SUGGESTED.search(str(error))
-                if suggested is None or exclude:
-                    raise
-                exclude = tuple(ast.literal_eval(suggested[1]))
-                result = sparsellm.prune(source, recipe.updated(exclude=exclude), out=out, calibration=ids)
-            if not exclude and result.sparsity < sparsity - 0.001:
-                return "short", f"{method}: sparsity {result.sparsity:.2%}; {'; '.join(result.warnings)}"
-            if set(CheckpointReader(out)) != set(CheckpointReader(source)):
-                return "other names", str(sorted(set(CheckpointReader(out)) ^ set(CheckpointReader(source)))[:3])
-            loaded, missing, unexpected = read(out)
-            if missing or unexpected != read(source)[2]:
-                return "not read back", f"missing {sorted(missing)[:2]}, unexpected {sorted(unexpected)[:2]}"
-            if sparsity == 0 and not torch.equal(logits(loaded, ids), dense):
-                return "other logits", "at sparsity 0"
-    return RIGHT if not exclude else f"{RIGHT} but for exclude", "; ".join([*exclude, *result.warnings])
+                reason = str(error).replace(f"{folder}/", "")
+                tried.add(run, REFUSED, "refused", reason if len(reason) < 240 else f"{reason[:240]}…")
+            except Exception as error:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                tried.add(run, FAILS, "fails", f"{reason[:200]} ({Path(where.filename).name}:{where.lineno})")
+            else:
+                short = result.sparsity < result.recipe.sparsity - 0.001
+                cell = f"✓ {result.sparsity:.1%}" if short else "✓"
+                right = SOME_DENSE if short else RIGHT
+                tried.add(run, WRONG if wrong else right, "wrong" if wrong else cell, wrong)
+                for left, why in dict.fromkeys((matrix.kind, matrix.reason) for matrix in result.dense):
+                    tried.explain(f"{left}: {why}")
+                if any("no calibration token reached" in warning for warning in result.warnings):
+                    tried.explain("linears that no token reaches: by magnitude")
+                if any("outside the blocks" in warning for warning in result.warnings):
+                    tried.explain("linears outside the blocks: dense")
+    return tried
+
+
+def pruned(source: Path, out: Path, ids: torch.Tensor, settings: dict[str, Any], accepted: list[str]) -> PruneResult:
+    """The result of one run; what it refuses to leave dense unasked is added to ``accepted``."""
+    recipe = Recipe(samples=4, seq_len=24, allow_dense=accepted, **settings)
+    try:
+        return sparsellm.prune(source, recipe, out=out, calibration=ids)
+    except SparseLLMError as error:
+        suggested = SUGGESTED.search(str(error))
+        if suggested is None or accepted:
+            raise
+        accepted += ast.literal_eval(suggested[1])
+        return sparsellm.prune(source, recipe.updated(allow_dense=accepted), out=out, calibration=ids)
+
+
+def faults(
+    result: PruneResult, out: Path, source: Path, info: list[set[str]], dense: torch.Tensor, ids: torch.Tensor
+) -> str:
+    """What is wrong with a finished run; empty if nothing is."""
+    asked = result.recipe.sparsity
+    if result.sparsity < asked - 0.001 and not any("was requested" in warning for warning in result.warnings):
+        return f"sparsity {result.sparsity:.2%} of {asked:.2%}, without a word"
+    if result.sparsity_pruned < asked - 0.001:
+        return f"sparsity {result.sparsity_pruned:.2%} of {asked:.2%} in what was pruned"
+    if set(CheckpointReader(out)) != set(CheckpointReader(source)):
+        return f"other names: {sorted(set(CheckpointReader(out)) ^ set(CheckpointReader(source)))[:3]}"
+    loaded, *found = read(out)
+    if found != info:
+        return f"not read back: missing {sorted(found[0])[:2]}, unexpected {sorted(found[1])[:2]}"
+    if asked == 0 and not torch.equal(logits(loaded, ids), dense):
+        return "other logits at sparsity 0"
+    return ""
 
 
 def read(directory: Path) -> tuple[PreTrainedModel, set[str], set[str]]:
@@ -227,7 +339,9 @@ def shrunk(config: PretrainedConfig, variable: dict[str, int], *, explicit: bool
             if size is not None:
                 changes[name] = variable[size] if isinstance(size, str) else size
         elif isinstance(value, list) and isinstance(depth, int) and len(value) == depth:
-            changes[name] = [value[0], *value[-(LAYERS - 1) :]]
+            size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+            few = [value[0], *value[-(LAYERS - 1) :]]
+            changes[name] = [size if isinstance(each, int) and isinstance(size, int) else each for each in few]
     for name, value in config.to_dict().items():
         if name in ("pad_token_id", "bos_token_id", "eos_token_id") and isinstance(value, int):
             changes[name] = min(value, 2)

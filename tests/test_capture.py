@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain.capture import RunOrder, skipping
+from sparsellm.chain.capture import RunOrder, skipping, watch
 from sparsellm.chain.linears import LinearView
+from sparsellm.errors import ModelError
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
 
@@ -39,6 +40,36 @@ def test_a_forward_that_somebody_else_had_put_there_stands_there_again() -> None
     with pytest.raises(KeyError), skipping([linear]):
         raise KeyError
     assert torch.equal(linear.module(torch.ones(2)), torch.full((2,), 2.0))
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 80), nn.Linear(80, 32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(input=torch.relu(self.up(input=hidden)))
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
+def test_linears_that_are_called_by_keyword_are_pruned_like_others(method: str) -> None:
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp = ByKeyword()
+    result = sparsellm.prune(model, Recipe(method=method, sparsity=0.5, batch_tokens=64), calibration=windows())
+    assert result.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert result.warnings == []
+
+
+@pytest.mark.parametrize("called", [lambda module: module(), lambda module: module([torch.ones(2)])])
+def test_a_linear_that_takes_or_returns_no_tensor_is_one_line(called: Callable[[nn.Module], object]) -> None:
+    linear = view("block.odd", 3, 5)
+    linear.module.forward = lambda *args: (torch.ones(2), None)  # type: ignore[method-assign]
+    with (
+        pytest.raises(ModelError, match=r"block\.odd, a Linear, takes (NoneType|list) and returns tuple"),
+        watch([linear], lambda *_: None),
+    ):
+        called(linear.module)
 
 
 def test_only_what_runs_after_everything_wanted_is_unread() -> None:

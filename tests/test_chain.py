@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import sparsellm
+from sparsellm import Recipe
 from sparsellm.chain import Chain, Feed, Stream, open_chain
 from sparsellm.chain.capture import InputGroups, watch
 from sparsellm.errors import ModelError
@@ -206,3 +208,57 @@ def test_saved_and_loaded_again_plain_transformers_agrees(family: Family, tmp_pa
     directory = save_tiny(family(), None, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(directory)
     torch.testing.assert_close(loaded(ids()).logits, family()(ids()).logits, rtol=0, atol=0)
+
+
+def rearranged(arrange: Callable[[nn.ModuleList], list[Any]]) -> PreTrainedModel:
+    """A Llama whose forward goes through what ``arrange`` makes of its blocks."""
+
+    class Layers(nn.ModuleList):
+        def __getitem__(self, index: Any) -> Any:
+            return arrange(self) if isinstance(index, slice) else super().__getitem__(index)
+
+    model = tiny_llama()
+    model.model.layers = Layers(model.model.layers)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arrange", "told"),
+    [
+        (lambda layers: [*layers, *layers], r"calls model\.layers\.0 more than once"),
+        (lambda layers: [layers[0], *layers], r"calls model\.layers\.0 more than once"),
+        (lambda layers: [layers[1], layers[0], layers[2]], r"calls model\.layers\.1 before model\.layers\.0"),
+        (lambda layers: [layers[0], layers[1]], r"does not call model\.layers\.2"),
+        (
+            lambda layers: [layers[0], lambda hidden, **_: hidden * 2, layers[1], layers[2]],
+            r"changes the hidden states between model\.layers\.0 and model\.layers\.1",
+        ),
+    ],
+)
+def test_what_is_no_plain_chain_is_refused_before_the_work(arrange: Any, told: str, tmp_path: Path) -> None:
+    """Statistics of its blocks would be those of other hidden states than the model computes."""
+    with pytest.raises(ModelError, match=told):
+        sparsellm.prune(rearranged(arrange), Recipe(method="wanda"), calibration=ids(), out=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+class Leaving(NamedTuple):
+    hidden: torch.Tensor
+    extra: None
+
+
+class Named(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Leaving:
+        return Leaving(self.block(*args, **kwargs), None)
+
+
+def test_a_block_that_returns_a_named_tuple_is_replaced_by_one() -> None:
+    """The model reads it by name, as Reformer's does."""
+    model = rearranged(lambda layers: [lambda *args, b=block, **kwargs: b(*args, **kwargs).hidden for block in layers])
+    model.model.layers = type(model.model.layers)(Named(block) for block in model.model.layers)
+    stream = Feed(open_chain(model, device=CPU), ids(), 60).stream()
+    assert stream.hidden[0].shape == (3, 20, 32)

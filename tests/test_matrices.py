@@ -20,7 +20,7 @@ from sparsellm.chain.matrices import all_matrices, block_matrices, is_excluded, 
 from sparsellm.chain.streams import Feed
 from sparsellm.errors import ModelError
 from sparsellm.sweep.saliency import loss_gradients
-from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
 CPU = torch.device("cpu")
 IDS = torch.randint(VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(5))
@@ -110,7 +110,7 @@ def test_fused_experts_are_refused_before_the_work(mixture: tuple[PreTrainedMode
     line = str(caught.value)
     assert f"{name} (" in line
     assert f"with {share}" in line
-    assert "exclude=[" in line
+    assert "allow_dense=[" in line
     assert "\n" not in line
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(tmp_path.iterdir())
@@ -120,10 +120,10 @@ def test_the_way_out_that_the_refusal_names_is_one(mixture: tuple[PreTrainedMode
     chain = open_chain(mixture[0], device=CPU)
     with pytest.raises(ModelError) as caught:
         refuse_silent_dense(chain, [])
-    exclude = json.loads(str(caught.value).partition("exclude=")[2].replace("'", '"'))
-    refuse_silent_dense(chain, exclude)
+    allowed = json.loads(str(caught.value).partition("allow_dense=")[2].partition(" (")[0].replace("'", '"'))
+    refuse_silent_dense(chain, allowed)
     with pytest.raises(ModelError):
-        refuse_silent_dense(chain, exclude[1:])
+        refuse_silent_dense(chain, allowed[1:])
 
 
 def test_with_exclude_the_rest_is_pruned_and_every_matrix_is_counted(
@@ -261,14 +261,67 @@ def test_many_small_parameters_are_refused_for_their_sum() -> None:
     refuse_silent_dense(open_chain(model, device=CPU), ["*.scales.*"])
 
 
-def test_a_parameter_in_two_blocks_counts_once_and_one_of_the_embedding_not_at_all() -> None:
+def test_a_parameter_in_two_blocks_counts_once_and_one_of_the_embedding_is_shared() -> None:
     model = tiny_llama()
     shared = nn.Parameter(torch.randn(2, 32))
     for layer in model.model.layers[:2]:
         layer.table = shared
-    model.model.layers[2].table = model.model.embed_tokens.weight
+    for layer in model.model.layers[1:]:
+        layer.words = model.model.embed_tokens.weight
     chain = open_chain(model, device=CPU)
-    assert [m.name for m in all_matrices(chain) if m.linear is None] == ["model.layers.0.table"]
+    dense = [matrix for matrix in all_matrices(chain) if matrix.linear is None]
+    assert [(m.name, m.shared) for m in dense] == [("model.layers.0.table", False), ("model.layers.1.words", True)]
+    with pytest.raises(ModelError, match=r"layers\.1\.words \(300×32\)"):
+        refuse_silent_dense(chain, [])
+
+
+def test_what_is_shared_with_the_embedding_is_counted_and_said_so(tmp_path: Path) -> None:
+    model = tiny_opt()
+    for layer in model.model.decoder.layers:
+        layer.words = model.model.decoder.embed_tokens.weight
+    recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=["*.nothing"])
+    with pytest.raises(ModelError, match="words"):
+        sparsellm.prune(model, recipe, calibration=IDS, out=tmp_path / "out")
+    result = sparsellm.prune(model, recipe.updated(sparsity=0.0), calibration=IDS, out=tmp_path / "out")
+    assert [(m.name, m.reason) for m in result.dense] == [
+        ("model.decoder.layers.0.words", "shared with the embedding or the head")
+    ]
+    assert result.matrices.weights == result.weights + VOCABULARY * 48
+
+
+def test_allow_dense_accepts_what_no_linear_owns_and_prunes_every_linear() -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=["*.mlp"])
+    model = with_router(8)
+    result = sparsellm.prune(model, recipe, calibration=IDS)
+    assert result.sparsity_pruned == 0.5
+    assert len(result.linears) == 3 * 6
+    assert {matrix.reason for matrix in result.dense} == {"allowed dense"}
+    (warning,) = result.warnings
+    assert "allowed dense" in warning
+    assert "50.00% was requested" in warning
+
+
+def test_allow_dense_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sparsellm.cli import app
+
+    mamba = built("mamba", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8)
+    source = save_tiny(mamba, tiny_tokenizer(), tmp_path / "model")
+    command = ["prune", str(source), "--out", str(tmp_path / "out"), "--method", "wanda", "--sparsity", "0.5"]
+    command += ["--samples", "2", "--seq-len", "16", "--json"]
+    with pytest.raises(ModelError, match=r"allow_dense=\['\*\.mixer\.A_log', '\*\.mixer\.conv1d\.weight'\]"):
+        app(command, standalone_mode=False)
+    app([*command, "--allow-dense", "*.A_log", "--allow-dense", "*.conv1d"], standalone_mode=False)
+    report = json.loads(capsys.readouterr().out)
+    assert report["recipe"]["allow_dense"] == ["*.A_log", "*.conv1d"]
+    assert {each["reason"] for each in report["dense"]} == {"allowed dense"}
+    assert report["sparsity_pruned"] == 0.5 > report["sparsity_reached"]
+
+
+@pytest.mark.parametrize("pattern", ["*.gtae", "*.down_proj"])
+def test_a_pattern_of_allow_dense_that_matches_no_such_parameter_is_told(pattern: str) -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=[pattern])
+    result = sparsellm.prune(with_router(2), recipe, calibration=IDS)
+    assert [w for w in result.warnings if repr(pattern) in w and "names are like 'model.layers.0.mlp.gate'" in w]
 
 
 def test_names_and_shapes_need_no_weights() -> None:
@@ -337,6 +390,14 @@ def test_a_linear_that_is_never_called_is_pruned_by_magnitude_and_named() -> Non
     (told,) = [warning for warning in result.warnings if "no calibration token reached" in warning]
     assert "2 of 8 linears" in told
     assert "backbone.layers.1.mixer.dt_proj" in told
+
+
+def test_linears_outside_the_blocks_are_named_where_they_are_many() -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.5)
+    result = sparsellm.prune(tiny_opt(word_embed_proj_dim=24), recipe, calibration=IDS)
+    (warning,) = result.warnings
+    assert "model.decoder.project_out, model.decoder.project_in, as many weights as 5.8% of the blocks" in warning
+    assert sparsellm.prune(tiny_opt(word_embed_proj_dim=8), recipe, calibration=IDS).warnings == []
 
 
 GEMMA3N = {

@@ -249,6 +249,14 @@ def prune(  # noqa: PLR0913 - a command
             rich_help_panel=WHAT,
         ),
     ] = None,
+    allow_dense: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Parameters that no linear owns and that may stay dense, such as '*.conv1d'. Repeatable.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     effort: Annotated[
         int | None,
         typer.Option(
@@ -351,6 +359,7 @@ def prune(  # noqa: PLR0913 - a command
         "allocation": allocation,
         "only": only or None,
         "exclude": skip or None,
+        "allow_dense": allow_dense,
         "calibration": calibration,
         "samples": samples,
         "seq_len": seq_len,

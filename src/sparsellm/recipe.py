@@ -82,6 +82,11 @@ class Recipe(BaseModel):
         description="Names of linears, other parameters or modules that stay dense, as shell patterns, e.g. "
         "'*.down_proj' or '*.experts.*'.",
     )
+    allow_dense: Annotated[list[str], Field(strict=False)] = Field(
+        default_factory=list,
+        description="Parameters that no linear owns and that may stay dense, as shell patterns, e.g. '*.conv1d'. "
+        "Linears are pruned all the same. Without it, more than 2 % of a block is refused.",
+    )
     only: Annotated[list[str], Field(strict=False)] = Field(
         default_factory=list,
         description="Shell patterns as in `exclude`; if there are any, whatever none of them names stays dense.",

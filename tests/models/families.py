@@ -36,6 +36,49 @@ _VISION: dict[str, Any] = {
     "patch_size": 14,
 }
 
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
+_ZAMBA2: dict[str, Any] = {
+    "layers_block_type": ["hybrid", "hybrid"],  # which share the weights of their attention
+    "num_mem_blocks": 1,
+    "adapter_rank": 4,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+    "n_mamba_heads": 4,
+    "mamba_headdim": 16,
+    "mamba_d_state": 8,
+    "mamba_ngroups": 1,
+    "chunk_size": 8,
+}
+_NEMOTRON_H: dict[str, Any] = {
+    "layers_block_type": ["mamba", "attention", "mlp"],
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+    "chunk_size": 8,
+}
+_GRANITE_HYBRID: dict[str, Any] = {
+    **_MAMBA,
+    "layer_types": ["mamba", "attention"],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 80,
+}
+_LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 # The name of the family's classes, and what its config has that Llama's has not.
 _TEXT: dict[str, dict[str, Any]] = {
     "Llama": {"tie_word_embeddings": False},
@@ -62,7 +105,30 @@ _TEXT: dict[str, dict[str, Any]] = {
     "Cohere": {},
     "Exaone4": {"sliding_window": 16},
     "Glm": {},
+    "Glm4": {},
+    "Cohere2": {"sliding_window": 16},
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "Mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "Bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "FalconH1": {**_MAMBA, "mamba_d_ssm": 64},
+    "GraniteMoeHybrid": _GRANITE_HYBRID,
+    "NemotronH": _NEMOTRON_H,
+    "Zamba2": _ZAMBA2,
 }
+STAY_DENSE = ("*.conv", "*.conv1d")  # convolutions over the tokens, which no linear owns
+
+
+def llama3() -> PreTrainedModel:
+    """Llama 3: scaled rotary angles, and in its small models a tied head."""
+    settings = {"rope_scaling": _LLAMA3, "rope_theta": 5e5, "tie_word_embeddings": True}
+    return _model("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, **settings})
+
+
+def gemma4_text() -> PreTrainedModel:
+    """Gemma 4: another head size in global layers, and an embedding for each layer."""
+    layered = {"global_head_dim": 8, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+    types = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0, "sliding_window": 16}
+    return _model("Gemma4TextConfig", "Gemma4ForCausalLM", {**_LLAMA, **layered, **types})
 
 
 def gemma3_text() -> PreTrainedModel:
@@ -124,11 +190,20 @@ def family(name: str) -> PreTrainedModel:
     return _model(f"{name}Config", causal, settings)
 
 
-_SPECIAL = {"Gemma3Text": gemma3_text, "Gemma3": gemma3, "Qwen3_5": qwen3_5, "Mpt": mpt, "OPT 350M": opt_350m}
+_SPECIAL = {
+    "Llama 3": llama3,
+    "Gemma3Text": gemma3_text,
+    "Gemma3": gemma3,
+    "Gemma4Text": gemma4_text,
+    "Qwen3_5": qwen3_5,
+    "Mpt": mpt,
+    "OPT 350M": opt_350m,
+}
 FAMILIES = [
     name
     for name in (*_TEXT, *_SPECIAL)
     if hasattr(transformers, f"{name.split()[0].removesuffix('Text')}Config")  # older releases lack the latest
+    and (name != "Zamba2" or hasattr(transformers, "core_model_loading"))  # and do not save what blocks share
 ]
 
 

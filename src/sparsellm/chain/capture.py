@@ -10,19 +10,30 @@ from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain.linears import LinearView
+from sparsellm.errors import ModelError
 
 
 @contextlib.contextmanager
 def watch(linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor], None]) -> Iterator[None]:
-    """Calls ``see(linear, input, output)`` whenever one of the linears runs, until the context ends."""
+    """Calls ``see(linear, input, output)`` whenever one of the linears runs, until the context ends.
 
-    def hook_for(linear: LinearView) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            see(linear, args[0], output)
+    Raises:
+        ModelError: from the forward, if a linear is not called with one tensor first, or returns something else.
+    """
+
+    def hook_for(linear: LinearView) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            entering = next(iter((*args, *kwargs.values())), None)
+            if not isinstance(entering, Tensor) or not isinstance(output, Tensor):
+                raise ModelError(
+                    f"{linear.name}, a {type(module).__name__}, takes {type(entering).__name__} and returns "
+                    f"{type(output).__name__}, not one tensor each; this model cannot be pruned"
+                )
+            see(linear, entering, output)
 
         return hook
 
-    handles = [linear.module.register_forward_hook(hook_for(linear)) for linear in linears]
+    handles = [linear.module.register_forward_hook(hook_for(linear), with_kwargs=True) for linear in linears]
     try:
         yield
     finally:
@@ -40,7 +51,12 @@ def skipping(linears: list[LinearView]) -> Iterator[None]:
 
     def zeros_of(linear: LinearView) -> Callable[..., Tensor]:
         width = linear.out_features
-        return lambda entering, *args, **kwargs: entering.new_zeros(*entering.shape[:-1], width)
+
+        def zeros(*args: Any, **kwargs: Any) -> Tensor:
+            entering: Tensor = next(iter((*args, *kwargs.values())))
+            return entering.new_zeros(*entering.shape[:-1], width)
+
+        return zeros
 
     own = [vars(linear.module).get("forward") for linear in linears]
     for linear in linears:

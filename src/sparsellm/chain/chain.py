@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -227,9 +228,19 @@ class Chain:
         """Whether this is the first name of a parameter. A parameter with several names counts under its first only."""
         return self._canonical.get(name, name) == name
 
+    def counts(self, name: str) -> bool:
+        """Whether a parameter of a block counts under this name: the first of its names that is in a block."""
+        first, blocks = self._canonical.get(name), self.block_names[0].removesuffix("0")
+        return first is None or name == next(
+            other for other, same in self._canonical.items() if same == first and other.startswith(blocks)
+        )
+
     def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
-        """The values of one parameter, from ``pruned``, or as currently loaded if that is None."""
-        return self._value(name).detach() if pruned is None else pruned.get(self._key(name))
+        """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint."""
+        if pruned is not None and self._key(name) in pruned:
+            return pruned.get(self._key(name))
+        value = self._value(name).detach()
+        return self.weights.as_stored(name) if value.is_meta and self.weights is not None else value
 
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
         """Replaces the parameter of this name."""
@@ -374,11 +385,12 @@ class Chain:
 
     def _capture(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         entering: list[Tensor] = []
-        calls: list[Call | None] = [None] * len(self.blocks)
+        calls: list[Call] = []
 
         def record(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden, call = _split_call(args, kwargs)
-            calls[index] = call
+            self._check_next(index, len(calls), hidden, entering)
+            calls.append(call)
             if not entering:
                 entering.append(hidden)
                 if self._rewrap is None:
@@ -399,10 +411,28 @@ class Chain:
                 f"the forward of {type(self.model).__name__} fails on token ids of shape {tuple(ids.shape)} "
                 f"({type(error).__name__}: {why[:200]}); check its config.json, and that transformers runs it"
             ) from error
-        if any(call is None for call in calls):
-            skipped = [name for name, call in zip(self.block_names, calls, strict=True) if call is None]
-            raise ModelError(f"the forward of {type(self.model).__name__} does not call {skipped[0]}")
-        return entering[0], [call for call in calls if call is not None]
+        if len(calls) < len(self.blocks):
+            raise ModelError(f"the forward of {type(self.model).__name__} does not call {self.block_names[len(calls)]}")
+        return entering[0], calls
+
+    def _check_next(self, index: int, called: int, hidden: Tensor, entering: list[Tensor]) -> None:
+        """Refuses a call of block ``index`` after ``called`` others, if that is no step of a plain chain.
+
+        While arguments are captured every block returns its input, so all of them get the hidden states that entered
+        the first one.
+        """
+        family = type(self.model).__name__
+        if index != called:
+            twice = "more than once" if index < called else f"before {self.block_names[called]}"
+            raise ModelError(
+                f"the forward of {family} calls {self.block_names[index]} {twice}; only models that call each block "
+                "once, in order, are pruned"
+            )
+        if entering and hidden is not entering[0] and not torch.equal(hidden, entering[0]):
+            raise ModelError(
+                f"the forward of {family} changes the hidden states between {self.block_names[index - 1]} and "
+                f"{self.block_names[index]}; only models whose blocks follow each other directly are pruned"
+            )
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
@@ -487,7 +517,7 @@ def open_chain(
 def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a config, its weights on the meta device."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _no_initial_values():
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         empty.tie_weights()
     except Exception as error:  # a wrong config raises KeyError, ValueError, RuntimeError, ZeroDivisionError, ...
@@ -496,6 +526,12 @@ def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: b
         ) from None
     assert isinstance(empty, PreTrainedModel)
     return empty
+
+
+def _no_initial_values() -> contextlib.AbstractContextManager[None]:
+    """A context in which transformers 4 leaves parameters alone: for some it makes values that fit no meta tensor."""
+    without = getattr(transformers.modeling_utils, "no_init_weights", None)
+    return without() if without is not None else contextlib.nullcontext()
 
 
 def _check_parameters(model: nn.Module) -> None:
@@ -569,5 +605,6 @@ def _learn_return(output: Any, hidden: Tensor, block: nn.Module) -> Callable[[Te
         raise ModelError(f"{type(block).__name__} changes the shape of its hidden states; this is not a plain chain")
     if isinstance(output, (tuple, list)):
         rest = tuple(output[1:])
-        return lambda value: (value, *rest)
+        make = getattr(output, "_make", tuple)  # of a named tuple
+        return lambda value: make((value, *rest))
     return lambda value: value

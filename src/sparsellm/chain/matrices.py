@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from sparsellm.chain.chain import Chain
-from sparsellm.chain.linears import LinearView
+from sparsellm.chain.linears import LinearView, iterate_linears, weight_of
 from sparsellm.errors import ModelError
 
 DENSE_LIMIT = 0.02  # of the weights of a block: routers, convolutions and the like stay below it in published models
@@ -30,12 +30,14 @@ class BlockMatrix:
         block: the number of the block.
         shape: as the parameter is stored.
         linear: the linear that owns it and can be pruned; None if no linear does.
+        shared: whether it belongs to the embedding or the head, which are not pruned, and is used in the block too.
     """
 
     name: str
     block: int
     shape: tuple[int, ...]
     linear: LinearView | None
+    shared: bool = False
 
     @property
     def label(self) -> str:
@@ -52,19 +54,19 @@ def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
 
     A matrix is the weight of a linear, or any other floating-point parameter with two or more dimensions longer than
     one: fused experts, routers, convolution kernels. Biases do not count, nor do stacks of biases, whose names end in
-    ``bias``. A parameter used in several places counts once, under its first name: in the earlier of two blocks, or not
-    at all if the first name is outside the blocks.
+    ``bias``. A parameter used in several places counts once: in the first block that uses it. One that belongs to the
+    embedding or the head is shared with them, and no linear owns it.
     """
     linears = {linear.weight_name: linear for linear in chain.linears(index)}
     matrices = []
     for inner, parameter in chain.blocks[index].named_parameters():
         name = f"{chain.block_names[index]}.{inner}"
-        if not parameter.is_floating_point() or not chain.owns(name):
+        if not parameter.is_floating_point() or not chain.counts(name):
             continue
         linear = linears.get(name)
         matrix = sum(length > 1 for length in parameter.shape) > 1 and not inner.endswith("bias")
         if linear is not None or matrix:
-            matrices.append(BlockMatrix(name, index, tuple(parameter.shape), linear))
+            matrices.append(BlockMatrix(name, index, tuple(parameter.shape), linear, not chain.owns(name)))
     return matrices
 
 
@@ -90,48 +92,88 @@ def is_excluded(parameter: str, exclude: Iterable[str], only: Sequence[str] = ()
     return matches(parameter, exclude) or (bool(only) and not matches(parameter, only))
 
 
-def unmatched_patterns(chain: Chain, patterns: Mapping[str, Iterable[str]]) -> list[str]:
-    """A warning for each pattern that matches no matrix of the blocks and may be misspelt.
+def unmatched_patterns(
+    chain: Chain, patterns: Mapping[str, Iterable[str]], allow_dense: Sequence[str] = ()
+) -> list[str]:
+    """A warning for each pattern that matches nothing that it can concern, and may be misspelt.
 
     Args:
         chain: the model.
-        patterns: shell patterns by the field of the recipe that has them.
+        patterns: shell patterns by the field of the recipe that has them; they concern every matrix of the blocks.
+        allow_dense: patterns for the matrices that no linear owns.
     """
-    names = [matrix.name for matrix in all_matrices(chain)] if any(patterns.values()) else []
-    return [
+    if not any(patterns.values()) and not allow_dense:
+        return []
+    everything = all_matrices(chain)
+    dense = [matrix.name for matrix in everything if matrix.linear is None]
+    names = [matrix.name for matrix in everything]
+    warnings = [
         f"{field} {pattern!r} matches no matrix of the blocks; names are like {names[0]!r}"
         for field, each in patterns.items()
         for pattern in each
         if not any(matches(name, [pattern]) for name in names)
     ]
+    like = f"; names are like {dense[0]!r}" if dense else ""
+    return warnings + [
+        f"allow_dense {pattern!r} matches no parameter that is not a linear's{like}"
+        for pattern in allow_dense
+        if not any(is_excluded(name, [pattern]) for name in dense)
+    ]
 
 
-def refuse_silent_dense(chain: Chain, exclude: Sequence[str], only: Sequence[str] = ()) -> None:
-    """Refuses a model if a large part of it would stay dense although ``exclude`` does not name that part.
+def outside_blocks(chain: Chain) -> list[str]:
+    """A warning that names the linears outside the blocks, towers and head aside, if they are many; else empty.
 
-    In each block, the matrices that no linear owns and that ``exclude`` and ``only`` do not leave dense may be at most
-    :data:`DENSE_LIMIT` of the weights. No weights need be loaded.
+    They stay dense and do not count. Many are more than :data:`DENSE_LIMIT` of the weights of the blocks.
+    """
+    inside, head = (
+        tuple(f"{name}." for name in (*chain.block_names, *chain.towers)),
+        chain.model.get_output_embeddings(),
+    )
+    linears = [(name.removeprefix("."), module) for name, module in iterate_linears(chain.model, "")]
+    outside = {name: weight_of(m).numel() for name, m in linears if m is not head and not name.startswith(inside)}
+    share = sum(outside.values()) / sum(matrix.weights for matrix in all_matrices(chain))
+    if share <= DENSE_LIMIT:
+        return []
+    names = list(outside)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [
+        f"linears outside the blocks stay dense and are not counted: {', '.join(names[:_SHOWN])}{more}, as many "
+        f"weights as {share:.1%} of the blocks"
+    ]
+
+
+def refuse_silent_dense(chain: Chain, accepted: Sequence[str], only: Sequence[str] = ()) -> None:
+    """Refuses a model if a large part of it would stay dense although the recipe does not accept that.
+
+    In each block, the matrices that no linear owns and that are not accepted may be at most :data:`DENSE_LIMIT` of the
+    weights. No weights need be loaded.
+
+    Args:
+        chain: the model.
+        accepted: the patterns of the recipe's ``allow_dense`` and ``exclude``.
+        only: of the recipe; if there are any, what none of them names is accepted.
 
     Raises:
-        ModelError: they are more. The message lists names, shapes and shares, and an ``exclude`` that accepts them.
+        ModelError: they are more. The message lists names, shapes and shares, and an ``allow_dense`` that accepts them.
     """
     refused: list[BlockMatrix] = []
     of_block: list[int] = []
     for index in range(len(chain)):
         own = block_matrices(chain, index)
         of_block.append(sum(matrix.weights for matrix in own))
-        dense = [matrix for matrix in own if matrix.linear is None and not is_excluded(matrix.name, exclude, only)]
+        dense = [matrix for matrix in own if matrix.linear is None and not is_excluded(matrix.name, accepted, only)]
         dense.sort(key=lambda matrix: -matrix.weights)
         small = 0
         while dense and small + dense[-1].weights <= DENSE_LIMIT * of_block[index]:
-            small += dense.pop().weights  # the smallest ones, which stay within the limit once the others are excluded
+            small += dense.pop().weights  # the smallest ones, which stay within the limit once the others are accepted
         refused += dense
     if refused:
         raise ModelError(_would_stay_dense(chain, refused, of_block))
 
 
 def _would_stay_dense(chain: Chain, refused: Sequence[BlockMatrix], of_block: Sequence[int]) -> str:
-    """The error message: one line that names the first matrix of each kind, and the ``exclude`` that accepts them.
+    """The error message: one line that names the first matrix of each kind, and the ``allow_dense`` that accepts them.
 
     Args:
         chain: the model.
@@ -150,7 +192,7 @@ def _would_stay_dense(chain: Chain, refused: Sequence[BlockMatrix], of_block: Se
     return (
         f"these would stay dense, as only linears are pruned: {', '.join(listed[:_SHOWN])} of the weights of the "
         f"block{more}; all {len(refused)} of them are {share:.1%} of the weights of all blocks; to leave them dense "
-        f"and prune the rest, set exclude={[f'*.{kind}' for kind in first]}"
+        f"and prune the rest, set allow_dense={[f'*.{kind}' for kind in first]} (--allow-dense PATTERN for each)"
     )
 
 

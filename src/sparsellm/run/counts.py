@@ -13,10 +13,11 @@ from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, blo
 from sparsellm.methods import LinearResult
 from sparsellm.methods.task import UNREACHED
 from sparsellm.patterns import NM, detect
+from sparsellm.recipe import Recipe
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
 
-Reason = Literal["excluded", "small", "not a linear"]
+Reason = Literal["excluded", "allowed dense", "shared with the embedding or the head", "small", "not a linear"]
 _SHOWN = 6  # kinds of matrices that a warning names
 
 
@@ -70,7 +71,8 @@ class DenseMatrix:
         block: the number of its block.
         shape: as the parameter is stored.
         zeros: the number of its zeros.
-        reason: ``excluded`` by the recipe; ``small`` and not a linear; or ``not a linear``.
+        reason: ``excluded`` or ``allowed dense`` by the recipe; ``shared with the embedding or the head``, which stay
+            dense; ``small`` and not a linear; or ``not a linear``.
         kind: the name inside the block, the same for all blocks.
     """
 
@@ -123,25 +125,20 @@ def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
 
 
 def left_dense(
-    chain: Chain,
-    exclude: Sequence[str],
-    pruned: Iterable[LinearResult],
-    shards: Sequence[Path] = (),
-    only: Sequence[str] = (),
+    chain: Chain, recipe: Recipe, pruned: Iterable[LinearResult], shards: Sequence[Path] = ()
 ) -> list[DenseMatrix]:
     """Every matrix of the blocks that is not among the pruned linears, with its zeros.
 
     Args:
         chain: the pruned model.
-        exclude: of the recipe.
+        recipe: for ``exclude``, ``only`` and ``allow_dense``.
         pruned: the results of the pruned linears.
         shards: the files of the written blocks, one each; empty for a model in memory.
-        only: of the recipe.
     """
     done = {result.name for result in pruned}
     everything = all_matrices(chain)
     kept = [matrix for matrix in everything if matrix.linear is None or matrix.linear.name not in done]
-    reasons = _reasons(everything, exclude, only)
+    reasons = _reasons(everything, recipe)
     dense = []
     reader: CheckpointReader | None = None
     block = -1
@@ -155,15 +152,19 @@ def left_dense(
     return dense
 
 
-def _reasons(matrices: Sequence[BlockMatrix], exclude: Sequence[str], only: Sequence[str]) -> dict[str, Reason]:
+def _reasons(matrices: Sequence[BlockMatrix], recipe: Recipe) -> dict[str, Reason]:
     """The reason why each of the matrices would stay dense, by parameter name."""
     of_block: dict[int, int] = {}
     for matrix in matrices:
         of_block[matrix.block] = of_block.get(matrix.block, 0) + matrix.weights
     reasons: dict[str, Reason] = {}
     for matrix in matrices:
-        if is_excluded(matrix.name, exclude, only):
+        if is_excluded(matrix.name, recipe.exclude, recipe.only):
             reasons[matrix.name] = "excluded"
+        elif matrix.linear is None and is_excluded(matrix.name, recipe.allow_dense):
+            reasons[matrix.name] = "allowed dense"
+        elif matrix.shared:
+            reasons[matrix.name] = "shared with the embedding or the head"
         else:
             small = matrix.weights <= DENSE_LIMIT * of_block[matrix.block]
             reasons[matrix.name] = "small" if small else "not a linear"

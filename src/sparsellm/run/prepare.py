@@ -21,7 +21,7 @@ from sparsellm.allocation.fixed import divide
 from sparsellm.calibration import Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import LinearView, iterate_linears
-from sparsellm.chain.matrices import is_excluded, matches, refuse_silent_dense, unmatched_patterns
+from sparsellm.chain.matrices import is_excluded, matches, outside_blocks, refuse_silent_dense, unmatched_patterns
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.chain.streams import check_forward, windows_in_batch
 from sparsellm.errors import DataError, RecipeError
@@ -203,7 +203,8 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     recipe = recipe.updated(samples=len(windows), seq_len=windows.shape[1])
     choice.check_processes(len(windows))  # there may be fewer than requested
     beside = tokenizer if directory is None else None  # a directory's own files are copied
-    warnings = unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only})
+    warnings = unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only}, recipe.allow_dense)
+    warnings += outside_blocks(chain)
     warnings += [
         f"sparsity_of {pattern!r} matches no pruned linear"
         for pattern in recipe.sparsity_of
@@ -248,14 +249,14 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
 
     Args:
         chain: the model.
-        recipe: for the pattern, ``exclude``, ``only`` and ``sparsity_of``.
+        recipe: for the pattern, ``exclude``, ``allow_dense``, ``only`` and ``sparsity_of``.
         allocation: the zeros of each linear; None for the recipe's pattern in every linear that ``sparsity_of`` does
             not name.
 
     Raises:
         RecipeError: the pattern does not fit a weight, no linear is left to prune, or ``sparsity_of`` does not go with
             the sparsity.
-        ModelError: a large part of a block is not in linears, and the recipe does not exclude it.
+        ModelError: a large part of a block is not in linears, and the recipe does not accept that it stays dense.
     """
     pattern = recipe.weight_pattern()
     patterns: dict[str, Pattern] = {}
@@ -271,7 +272,7 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
         who = " with ".join(named) or "the model"
         raise RecipeError(f"{who} leaves nothing to prune; `sparsellm inspect` lists the names of linears")
     if recipe.sparsity:  # at 0, no pruning was requested
-        refuse_silent_dense(chain, recipe.exclude, recipe.only)
+        refuse_silent_dense(chain, [*recipe.exclude, *recipe.allow_dense], recipe.only)
     return patterns
 
 

@@ -187,8 +187,7 @@ class Run:
         self.progress(Progress("save", 0, 1))
         with self.clock.phase("count"):
             written = self.journal.written
-            counted = partial(left_dense, self.chain, self.recipe.exclude, self.linears, written, self.recipe.only)
-            dense = parallel.from_main(counted)
+            dense = parallel.from_main(partial(left_dense, self.chain, self.recipe, self.linears, written))
         self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
         peak = max(heap.peak_rss(), self.peak_before)
         result = PruneResult(

@@ -235,7 +235,9 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
         name = key.removesuffix(".weight")
         try:
             # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
-            packed = pack_weight(weight, values) if key.endswith(".weight") else None
+            # A weight that several modules share stays dense too: one of them would have it packed, the others none.
+            apart = key.endswith(".weight") and not chain.is_shared(linear.weight_name)
+            packed = pack_weight(weight, values) if apart else None
         except SparseLLMError as error:
             raise type(error)(f"{key}: {error}") from None
         dense = stored.numel() * stored.element_size()
