@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def compare(
             continue
 
         def tell(event: Progress, title: str = f"{number + 1}/{len(cells)} {cell.name}") -> None:
-            progress(Progress(event.phase, event.done, event.total, f"{title}: {event.detail}"))
+            progress(replace(event, detail=f"{title}: {event.detail}"))
 
         request = Request(model, cell.recipe, folder / cell.name, trust_remote_code=trust_remote_code, shared=shared)
         known[cell.name] = _measure(request, cell, protocol, dense, wanted[cell.name], tell)
