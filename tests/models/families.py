@@ -162,7 +162,7 @@ def dbrx() -> PreTrainedModel:
     return _model(
         "DbrxConfig",
         "DbrxForCausalLM",
-        {**sizes, "ffn_config": experts, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+        {**sizes, "ffn_config": experts, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     )
 
 

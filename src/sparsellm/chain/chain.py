@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -481,8 +482,14 @@ class Chain:
             assert self._rewrap is not None, "start() comes before finish()"
             return self._rewrap(hidden if index == len(self.blocks) - 1 else _split_call(args, kwargs)[0])
 
+        # The loss of the routers would need outputs of the blocks, which do not run here.
+        options = (
+            {"output_router_logits": False}
+            if "output_router_logits" in signature(self.model.forward).parameters
+            else {}
+        )
         with self._intercepted(replay), bf16_products(self.products_in_bf16):
-            logits = self.model(ids.to(self.device), use_cache=False).logits
+            logits = self.model(ids.to(self.device), use_cache=False, **options).logits
         assert isinstance(logits, Tensor)
         return logits
 

@@ -96,19 +96,28 @@ class Expert(nn.Module):
             self.add_module(role, linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        (mixture,) = self._owner
+        leaving: Tensor = self.get_submodule(DOWN)(self.inner(x))
+        return self._owner[0].post_expert_norm(leaving) if self._layout.normed else leaving
+
+    def inner(self, x: Tensor) -> Tensor:
+        """The input of the last linear, for ``x (tokens, width)``."""
         layout, up = self._layout, self.get_submodule(UP)(x)
         if not layout.gated:
-            entering = layout.activation(up)
-        elif layout.apply_gate is None:
-            entering = layout.activation(self.get_submodule(GATE)(x)) * up
-        else:
-            parts = (self.get_submodule(GATE)(x), up)
-            entering = layout.apply_gate(
-                torch.stack(parts, -1).flatten(-2) if layout.interleaved else torch.cat(parts, -1)
-            )
-        leaving: Tensor = self.get_submodule(DOWN)(entering)
-        return mixture.post_expert_norm(leaving) if layout.normed else leaving
+            return layout.activation(up)
+        if layout.apply_gate is None:
+            return layout.activation(self.get_submodule(GATE)(x)) * up
+        parts = (self.get_submodule(GATE)(x), up)
+        return layout.apply_gate(torch.stack(parts, -1).flatten(-2) if layout.interleaved else torch.cat(parts, -1))
+
+    def frozen(self) -> Expert:
+        """A copy with weights of its own, which later changes of this expert do not affect."""
+        linears = {name: _copied(child) for name, child in self.named_children() if isinstance(child, ExpertLinear)}
+        return Expert(self._owner[0], self._layout, linears)
+
+
+def _copied(linear: ExpertLinear) -> ExpertLinear:
+    bias = linear.bias
+    return ExpertLinear(linear.weight.detach().clone(), bias.detach().clone() if bias is not None else None)
 
 
 @dataclass(frozen=True)

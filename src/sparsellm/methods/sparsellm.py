@@ -26,6 +26,7 @@ from sparsellm.chain.capture import RunOrder, skipping, watch
 from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
+from sparsellm.methods.experts import prune_experts, without_experts
 from sparsellm.methods.feed_forward import UNIT_STREAMS, find_units, prune_unit
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
 from sparsellm.methods.task import METHODS, BlockTask
@@ -241,12 +242,17 @@ def _pass(
 
 
 def _prune_rest(task: BlockTask, sublayers: list[Sublayer], fitting: _Fitting) -> None:
-    """Prunes linears that do not get every token, such as experts: each by itself, on the tokens routed to it.
+    """Prunes the experts, and then linears that do not get every token either: each by itself.
 
-    The statistics take one pass. A linear that no token reaches is left to :meth:`BlockTask.finish`.
+    The statistics of the latter take one pass. One that no token reaches is left to :meth:`BlockTask.finish`.
     """
+
+    def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
+        _solve(task, linear, gram, fitting, fit)
+
+    prune_experts(task, solve, fitting.weights, refit=fitting.damping if fitting.refit else None)
     known = {name for sublayer in sublayers for name in _names(sublayer.linears())}
-    rest = [linear for linear in task.linears if linear.name not in known]
+    rest = [linear for linear in without_experts(task.linears) if linear.name not in known]
     if not rest:
         return
     task.report("rest")
