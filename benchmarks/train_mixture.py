@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--expert-width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--positions", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
+    parser.add_argument("--batch", type=int, default=4, help="windows in a step")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     run(parser.parse_args(), build)
