@@ -192,6 +192,14 @@ def prune(  # noqa: PLR0913 - a command
         int | None,
         typer.Option(metavar="N", help=f"Seed of all random choices.{_default('0')}", rich_help_panel=CALIBRATION),
     ] = None,
+    min_tokens_per_expert: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Warn of experts that fewer calibration tokens are routed to.{_default('1')}",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -260,6 +268,7 @@ def prune(  # noqa: PLR0913 - a command
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
+        "min_tokens_per_expert": min_tokens_per_expert,
         "memory": memory,
         "device": device,
         "dtype": dtype,

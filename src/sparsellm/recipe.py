@@ -86,6 +86,13 @@ class Recipe(BaseModel):
         le=MOST_TOKENS,
         description="Tokens in a calibration window; null for 2048, or the limit of the model if that is less.",
     )
+    min_tokens_per_expert: Whole = Field(
+        1,
+        ge=0,
+        le=MOST_TOKENS,
+        description="Warn of experts of a mixture that fewer calibration tokens than this are routed to. Such experts "
+        "are pruned mostly by the statistics of all tokens.",
+    )
     batch_tokens: Whole = Field(
         4096,
         ge=1,

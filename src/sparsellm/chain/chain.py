@@ -67,7 +67,7 @@ class Chain:
         dtype: the dtype in which they compute.
         towers: names of modules of a multimodal model that read no text. They are copied, neither run nor pruned.
         parts: for each weight of an expert that is a part of a tensor of the checkpoint, that part.
-        gates: names of linears that choose or scale other modules; they are not pruned.
+        gates: names of weights that choose or scale other modules; they are not pruned.
         products_in_bf16: whether forward passes multiply fp32 matrices in bf16; see :mod:`sparsellm.chain.products`.
     """
 
@@ -166,7 +166,7 @@ class Chain:
         prefix = self.block_names[index]
         views = []
         for name, module in iterate_linears(self.blocks[index], prefix):
-            if name not in self.gates and self.owns(f"{name}.weight"):
+            if f"{name}.weight" not in self.gates and self.owns(f"{name}.weight"):
                 views.append(LinearView(name, module, self._stored_dtype(f"{name}.weight")))
         return views
 

@@ -199,9 +199,9 @@ def mixtures_of(module: nn.Module, prefix: str) -> Iterator[Mixture]:
 
 
 def gates_of(module: nn.Module, prefix: str) -> set[str]:
-    """The linears inside a block whose outputs choose or scale other modules, by name; they stay dense.
+    """The weights inside a block whose outputs choose or scale other modules, by name; they stay dense.
 
-    These are the linears beside the experts of a mixture with as many outputs as there are experts (routers), and
+    These are the matrices beside the experts of a mixture with as many outputs as there are experts (routers), and
     linears with a single output, which scales all features alike (the gate of a shared expert).
     """
     found: set[str] = set()
@@ -211,15 +211,14 @@ def gates_of(module: nn.Module, prefix: str) -> set[str]:
             experts = len(Mixture(name, child))
         elif isinstance(child, nn.ModuleList) and len(child) > 1:
             experts = len(child)
-        if isinstance(child, nn.Linear) and child.out_features == 1:
-            found.add(f"{prefix}.{name}")
+        elif isinstance(child, nn.Linear) and child.out_features == 1:
+            found.add(f"{prefix}.{name}.weight")
         if not experts:
             continue
         scope = name.rpartition(".")[0]
-        beside = module.get_submodule(scope).named_modules(prefix=scope)
-        for other, linear in beside:
-            inside = other.startswith(f"{name}.")
-            if isinstance(linear, nn.Linear) and not inside and linear.out_features == experts:
+        for other, parameter in module.get_submodule(scope).named_parameters(prefix=scope):
+            beside = not other.startswith(f"{name}.")
+            if beside and parameter.dim() == 2 and len(parameter) == experts:
                 found.add(f"{prefix}.{other}")
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsellm.chain import LinearView
-from sparsellm.methods.experts import prune_experts, without_experts
+from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.task import BlockTask, Method
 from sparsellm.registry import Entry
 from sparsellm.solvers import Solver

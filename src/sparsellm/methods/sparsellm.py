@@ -26,8 +26,8 @@ from sparsellm.chain.capture import RunOrder, skipping, watch
 from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
-from sparsellm.methods.experts import prune_experts, without_experts
 from sparsellm.methods.feed_forward import UNIT_STREAMS, find_units, prune_unit
+from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.methods.weighting import token_weights, weighted_solvers

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, RunOrder, watch
-from sparsellm.methods.experts import without_experts
+from sparsellm.methods.routed import without_experts
 from sparsellm.methods.task import BlockTask
 
 

@@ -118,7 +118,7 @@ class BlockTask:
         Args:
             linears: the linears to include; None for all that are to be pruned.
             token_weights: ``(batch, seq)`` for each batch. Not used for linears that do not get every token, since
-                theirs cannot be identified; stacked experts are left to :mod:`sparsellm.methods.experts`.
+                theirs cannot be identified; stacked experts are left to :mod:`sparsellm.methods.routed`.
         """
         linears = self.linears if linears is None else linears
         device, everything = self.stream.chain.device, self.stream.chain.linears(self.index)

@@ -17,7 +17,7 @@ from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.run import prepare as before
-from sparsellm.run.counts import left_dense, shortfall, unreached
+from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identity, Journal, other_conditions
 from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sweep_bytes
@@ -168,6 +168,7 @@ class Run:
         with self.clock.phase("count"):
             written = self.journal.written
             dense = parallel.from_main(partial(left_dense, self.chain, self.recipe.exclude, self.linears, written))
+        self.warnings += few_tokens(self.linears, self.recipe.min_tokens_per_expert)
         self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
         peak = max(heap.peak_rss(), self.peak_before)
         result = PruneResult(
@@ -224,7 +225,7 @@ class Run:
     def _identity(self) -> Identity:
         choice = self.choice
         recipe = {
-            **self.recipe.model_dump(exclude={"memory", "read_ahead"}),
+            **self.recipe.model_dump(exclude={"memory", "read_ahead", "min_tokens_per_expert"}),
             "options": choice.options,
             "allocation": choice.allocator.name,
             "allocation_options": choice.allocation_options,
