@@ -16,13 +16,16 @@ import math
 import random
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from torch.nn import functional
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+OUT = Path(__file__).parent / "out"
 BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
 HELD_OUT = 0.08  # of the documents
 SHORTEST = 200  # characters of a document
@@ -69,24 +72,28 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
 
 
 @torch.no_grad()
-def held_out_loss(model: OPTForCausalLM, ids: torch.Tensor, positions: int, windows: int = 32) -> float:
+def held_out_loss(model: PreTrainedModel, ids: torch.Tensor, positions: int, windows: int = 32) -> float:
     """Mean loss of a token in nats, on the first windows."""
     model.eval()
     parts = ids[: min(windows, len(ids) // positions) * positions].view(-1, positions)
-    losses = [float(model(part[None], labels=part[None], use_cache=False).loss) for part in parts]
+    scored = [model(part[None], use_cache=False).logits[0, :-1] for part in parts]
+    losses = [float(functional.cross_entropy(each, part[1:])) for each, part in zip(scored, parts, strict=True)]
     model.train()
     return sum(losses) / len(losses)
 
 
-def train(model: OPTForCausalLM, ids: torch.Tensor, minutes: float, batch: int, rate: float, seed: int) -> None:
-    """AdamW for so many minutes; the learning rate follows the clock: up over the first 5 %, then down by a cosine."""
+def train(model: PreTrainedModel, ids: torch.Tensor, minutes: float, batch: int, rate: float, seed: int) -> None:
+    """AdamW for so many minutes; the learning rate follows the clock: up over the first 5 %, then down by a cosine.
+
+    The clock is that of the thread, so that other programs of a busy machine take no steps away.
+    """
     generator = torch.Generator().manual_seed(seed)
     positions = model.config.max_position_embeddings
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    began = said = time.monotonic()
+    began = said = time.thread_time()
     step, smooth = 0, math.nan
     model.train()
-    while (passed := (time.monotonic() - began) / (60 * minutes)) < 1:
+    while (passed := (time.thread_time() - began) / (60 * minutes)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = rate * min(passed / 0.05 + 0.01, 0.5 * (1 + math.cos(math.pi * passed)))
         starts = torch.randint(len(ids) - positions, (batch,), generator=generator).tolist()
@@ -98,33 +105,16 @@ def train(model: OPTForCausalLM, ids: torch.Tensor, minutes: float, batch: int, 
         optimiser.zero_grad()
         step += 1
         smooth = float(loss.detach()) if math.isnan(smooth) else 0.95 * smooth + 0.05 * float(loss.detach())
-        if time.monotonic() - said > 15:
-            said = time.monotonic()
+        if time.thread_time() - said > 15:
+            said = time.thread_time()
             print(f"{passed:6.1%}  step {step}  loss {smooth:.3f}", flush=True)
     print(f"{step} steps of {batch} × {positions} tokens; training loss {smooth:.3f}")
     model.eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "opt")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--positions", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    texts = documents(arguments.seed)
-    cut = max(1, round(HELD_OUT * len(texts)))
-    held_out, training = texts[:cut], texts[cut:]
-    tokenizer = tokenizer_of(training, arguments.vocabulary, arguments.positions)
-    ids, held_out_ids = ids_of(tokenizer, training), ids_of(tokenizer, held_out)
-    print(f"{len(training)} documents of {len(ids)} tokens; held out: {len(held_out)} of {len(held_out_ids)} tokens")
-    torch.manual_seed(arguments.seed)
-    model = OPTForCausalLM(
+def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
+    """The untrained model."""
+    return OPTForCausalLM(
         OPTConfig(
             vocab_size=len(tokenizer), hidden_size=arguments.width, word_embed_proj_dim=arguments.width,
             ffn_dim=4 * arguments.width, num_hidden_layers=arguments.layers,
@@ -134,6 +124,20 @@ def main() -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
+
+
+def run(
+    arguments: argparse.Namespace, make: Callable[[argparse.Namespace, PreTrainedTokenizerFast], PreTrainedModel]
+) -> None:
+    """Trains the model that ``make`` returns, and writes it with its tokenizer and texts."""
+    texts = documents(arguments.seed)
+    cut = max(1, round(HELD_OUT * len(texts)))
+    held_out, training = texts[:cut], texts[cut:]
+    tokenizer = tokenizer_of(training, arguments.vocabulary, arguments.positions)
+    ids, held_out_ids = ids_of(tokenizer, training), ids_of(tokenizer, held_out)
+    print(f"{len(training)} documents of {len(ids)} tokens; held out: {len(held_out)} of {len(held_out_ids)} tokens")
+    torch.manual_seed(arguments.seed)
+    model = make(arguments, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, seed {arguments.seed}")
     train(model, ids, arguments.minutes, arguments.batch, arguments.rate, arguments.seed)
     loss = held_out_loss(model, held_out_ids, arguments.positions)
@@ -143,6 +147,20 @@ def main() -> None:
     (arguments.out / "train.txt").write_text("\n\n".join(training), encoding="utf-8")
     (arguments.out / "heldout.txt").write_text("\n\n".join(held_out), encoding="utf-8")
     print(f"wrote {arguments.out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT / "opt")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--positions", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    run(parser.parse_args(), build)
 
 
 if __name__ == "__main__":

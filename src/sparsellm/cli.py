@@ -296,6 +296,14 @@ def prune(  # noqa: PLR0913 - a command
         str | None,
         typer.Option(metavar="WHEN", help=BOS_HELP, autocompletion=_one_of(*BOS), rich_help_panel=CALIBRATION),
     ] = None,
+    min_tokens_per_expert: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Warn of experts that fewer calibration tokens are routed to.{_default('1')}",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -365,6 +373,7 @@ def prune(  # noqa: PLR0913 - a command
         "seq_len": seq_len,
         "seed": seed,
         "bos": bos,
+        "min_tokens_per_expert": min_tokens_per_expert,
         "memory": memory,
         "device": device,
         "dtype": dtype,

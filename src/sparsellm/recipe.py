@@ -113,6 +113,13 @@ class Recipe(BaseModel):
         description="Whether every calibration window begins with the tokenizer's beginning-of-text token (BOS): "
         "'auto' where the tokenizer adds it by itself, 'yes', or 'no' for windows cut anywhere, as in the papers.",
     )
+    min_tokens_per_expert: Whole = Field(
+        1,
+        ge=0,
+        le=MOST_TOKENS,
+        description="Warn of experts of a mixture that fewer calibration tokens than this are routed to. Such experts "
+        "are pruned mostly by the statistics of all tokens.",
+    )
     batch_tokens: Whole = Field(
         4096,
         ge=1,

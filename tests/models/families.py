@@ -173,20 +173,79 @@ def opt_350m() -> PreTrainedModel:
     return _model("OPTConfig", "OPTForCausalLM", {**_LLAMA, **changes})
 
 
-def mixtral() -> PreTrainedModel:
+_MANY: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+_NARROW: dict[str, Any] = {"moe_intermediate_size": 24}
+_LATENT: dict[str, Any] = {
+    **_NARROW,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+}
+_LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_JAMBA: dict[str, Any] = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 1,
+    "expert_layer_offset": 0,
+    "mamba_d_state": 4,
+    "mamba_dt_rank": 4,
+}
+# Mixtures of experts: as _TEXT, with what Mixtral has.
+_MIXTURES: dict[str, dict[str, Any]] = {
+    "Mixtral": {},
+    "Qwen2Moe": {**_NARROW, "shared_expert_intermediate_size": 40},
+    "Qwen3Moe": _NARROW,
+    "Qwen3Next": {**_NARROW, **_LINEAR, "shared_expert_intermediate_size": 40},
+    "Olmoe": {},
+    "Phimoe": {},
+    "GraniteMoe": {},
+    "DeepseekV2": {**_LATENT, "topk_method": "greedy"},
+    "DeepseekV3": {**_LATENT, "head_dim": 4},
+    "Glm4Moe": {**_NARROW, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "GptOss": {"sliding_window": 16},
+    "Llama4Text": {"intermediate_size_mlp": 80, "interleave_moe_layer_step": 1, "num_experts_per_tok": 1},
+    "Jamba": _JAMBA,
+}
+
+
+def dbrx() -> PreTrainedModel:
+    """Stacks the experts in two dimensions."""
+    experts = {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": POSITIONS}
+    return _model(
+        "DbrxConfig",
+        "DbrxForCausalLM",
+        {**sizes, "ffn_config": experts, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    )
+
+
+def mixtral(**changes: Any) -> PreTrainedModel:
     """Published with a matrix for each expert, which transformers stacks."""
-    return _model("MixtralConfig", "MixtralForCausalLM", {**_LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1})
+    return _model("MixtralConfig", "MixtralForCausalLM", {**_LLAMA, **_MANY, **changes})
 
 
 def family(name: str) -> PreTrainedModel:
     """One of :data:`FAMILIES`."""
     if name in _SPECIAL:
         return _SPECIAL[name]()
-    changes = _TEXT[name]
+    changes = {**_MANY, **_MIXTURES[name]} if name in _MIXTURES else _TEXT[name]
     settings = {"vocab_size": VOCABULARY, **changes} if "n_embd" in changes else {**_LLAMA, **changes}
     if name == "Falcon":
         del settings["head_dim"]  # which it computes
-    causal = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
+    causal = {"GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM"}.get(name, f"{name}ForCausalLM")
     return _model(f"{name}Config", causal, settings)
 
 
@@ -198,13 +257,15 @@ _SPECIAL = {
     "Qwen3_5": qwen3_5,
     "Mpt": mpt,
     "OPT 350M": opt_350m,
+    "Dbrx": dbrx,
 }
 FAMILIES = [
     name
-    for name in (*_TEXT, *_SPECIAL)
+    for name in (*_TEXT, *_SPECIAL, *_MIXTURES)
     if hasattr(transformers, f"{name.split()[0].removesuffix('Text')}Config")  # older releases lack the latest
     and (name != "Zamba2" or hasattr(transformers, "core_model_loading"))  # and do not save what blocks share
 ]
+MIXTURES = [name for name in FAMILIES if name in _MIXTURES or name == "Dbrx"]
 
 
 def _model(config: str, causal: str, settings: dict[str, Any]) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sparsellm.chain.experts import Mixture, gates_of, mixtures_of, separate_experts
 from sparsellm.chain.fit import check_sizes
 from sparsellm.chain.linears import LinearView, iterate_linears
-from sparsellm.chain.names import published_names, tower_names
+from sparsellm.chain.names import expert_parts, published_names, tower_names
 from sparsellm.chain.open import load_config
 from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import bf16_is_native, bf16_products
@@ -58,12 +60,15 @@ class Chain:
     """A decoder-only model, block by block. Build one with :func:`open_chain`.
 
     Attributes:
-        model: the transformers model; weights that are not loaded are on the meta device.
+        model: the transformers model, with experts as separate linears (see :mod:`sparsellm.chain.experts`); weights
+            that are not loaded are on the meta device.
         blocks: the decoder blocks, in order.
         block_names: their names in the model.
         device: where blocks run.
         dtype: the dtype in which they compute.
         towers: names of modules of a multimodal model that read no text. They are copied, neither run nor pruned.
+        parts: for each weight of an expert that is a part of a tensor of the checkpoint, that part.
+        gates: names of weights that choose or scale other modules; they are not pruned.
         products_in_bf16: whether forward passes multiply fp32 matrices in bf16; see :mod:`sparsellm.chain.products`.
     """
 
@@ -75,7 +80,9 @@ class Chain:
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> None:
-        self.model = model.eval()
+        stacked = model.eval().state_dict(keep_vars=True)
+        self.model, experts = separate_experts(model)
+        model = self.model
         self.device = device
         list_name, blocks = find_blocks(model)
         self.blocks: list[nn.Module] = list(blocks)
@@ -87,11 +94,19 @@ class Chain:
         self._run_outer = [name for name in self._outer if not name.startswith(towers)]
         self.weights: CheckpointWeights | None = None
         self._published: dict[str, str] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         if reader is not None:
-            self.weights = CheckpointWeights(reader, model, self._canonical, (list_name, len(blocks)))
+            self.weights = CheckpointWeights(reader, model, self._canonical, (list_name, len(blocks)), stacked, experts)
+            self.parts = self.weights.parts
         else:
             _check_parameters(model)
-            self._published = published_names(model)
+            names, self._shapes = published_names(model, stacked)
+            parts = expert_parts(experts, names, stacked, self._shapes.__getitem__)
+            self._published = {**names.key_of, **{name: part.source for name, part in parts.items()}}
+            self.parts = {name: part for name, part in parts.items() if not part.is_whole}
+        self.gates = {
+            gate for name, block in zip(self.block_names, self.blocks, strict=True) for gate in gates_of(block, name)
+        }
         first = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
         self.storage_dtype = self._stored_dtype(f"{first[0]}.weight")
         self.dtype = dtype or fast_dtype(self.storage_dtype, device)
@@ -146,15 +161,19 @@ class Chain:
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` that are pruned with it.
 
-        A linear tied to the embedding or the head is left out, and so is one tied to an earlier block, with which it is
-        pruned.
+        A linear tied to the embedding or the head is left out, and so are one tied to an earlier block, with which it
+        is pruned, and :attr:`gates`.
         """
         prefix = self.block_names[index]
         views = []
         for name, module in iterate_linears(self.blocks[index], prefix):
-            if self.owns(f"{name}.weight"):
+            if f"{name}.weight" not in self.gates and self.owns(f"{name}.weight"):
                 views.append(LinearView(name, module, self._stored_dtype(f"{name}.weight")))
         return views
+
+    def mixtures(self, index: int) -> list[Mixture]:
+        """The mixtures of block ``index`` whose experts the model stacks."""
+        return list(mixtures_of(self.blocks[index], self.block_names[index]))
 
     @contextlib.contextmanager
     def block(self, index: int, pruned: CheckpointReader | None = None) -> Iterator[nn.Module]:
@@ -191,7 +210,7 @@ class Chain:
             return
         self._ahead = self._ahead or Prefetcher(pin=self.device.type == "cuda")
         names = {self._canonical.get(name, name) for name in self._names_of(index)} - self._shared_by_blocks
-        self._ahead.start(index, sorted(names), self.weights.as_stored)
+        self._ahead.start(index, sorted({self._key(name) for name in names}), self.weights.reader.get)
 
     @torch.no_grad()
     def settle_block(self, index: int) -> None:
@@ -238,7 +257,8 @@ class Chain:
     def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
         """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint."""
         if pruned is not None and self._key(name) in pruned:
-            return pruned.get(self._key(name))
+            whole = pruned.get(self._key(name))
+            return self.parts[name].of(whole) if name in self.parts else whole
         value = self._value(name).detach()
         return self.weights.as_stored(name) if value.is_meta and self.weights is not None else value
 
@@ -264,8 +284,8 @@ class Chain:
     def stored_block(self, index: int) -> dict[str, Tensor]:
         """The weights of a block read from the checkpoint, under its names, loaded or not; tied weights once."""
         assert self.weights is not None, "a model in memory has no checkpoint"
-        names = [name for name in self._names_of(index) if self._canonical.get(name, name) == name]
-        return self.weights.reader.read([self._key(name) for name in names])
+        keys = [self._key(name) for name in self._names_of(index) if self._canonical.get(name, name) == name]
+        return self.weights.reader.read(list(dict.fromkeys(keys)))
 
     def outer_tensors(self) -> dict[str, TensorSource]:
         """Every tensor outside the blocks, unchanged, tied weights once. Each is read only when it is written."""
@@ -281,10 +301,26 @@ class Chain:
 
     def _tensors(self, names: list[str]) -> dict[str, TensorSource]:
         written = {}
+        members: dict[str, list[str]] = {}
         for name in names:
-            if self._canonical.get(name, name) == name:
+            if self._canonical.get(name, name) != name:
+                continue
+            if name in self.parts:
+                members.setdefault(self._key(name), []).append(name)
+            else:
                 written[self._key(name)] = TensorSource.of(self._value(name).detach(), self._stored_dtype(name))
+        for key, own in members.items():
+            shape = self._shapes[key] if self.weights is None else self.weights.reader.shape(key)
+            dtype = self._stored_dtype(own[0])
+            written[key] = TensorSource(dtype, shape, partial(self._joined, own, shape, dtype))
         return written
+
+    def _joined(self, names: list[str], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of the checkpoint from all weights that are parts of it."""
+        whole = torch.empty(shape, dtype=dtype, device=self.device)
+        for name in names:
+            self.parts[name].of(whole).copy_(self._value(name).detach())
+        return whole
 
     def _key(self, name: str) -> str:
         """The name of a weight in the checkpoint that is read, or that is written of a model in memory."""
@@ -305,8 +341,7 @@ class Chain:
         return list(self.model.state_dict(keep_vars=True))
 
     def _names_of(self, index: int) -> list[str]:
-        prefix = f"{self.block_names[index]}."
-        return [name for name in self._all_names() if name.startswith(prefix)]
+        return [f"{self.block_names[index]}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
     def _load(
         self, names: list[str], pruned: CheckpointReader | None = None, ahead: dict[str, Tensor] | None = None
@@ -315,14 +350,14 @@ class Chain:
             if pruned is not None:
                 for name in names:
                     if self._canonical.get(name, name) == name:
-                        self._value(name).detach().copy_(pruned.get(self._key(name)))
+                        self._value(name).detach().copy_(self.parameter(name, pruned))
             return
         loaded: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}  # tensors of the checkpoint of which several weights are parts
         for name in names:  # one at a time, so that at most one weight is in memory twice
             canonical = self._canonical.get(name, name)
             if canonical not in loaded:
-                early = ahead.pop(canonical, None) if ahead else None
-                loaded[canonical] = self._fetch(canonical, pruned) if early is None else self._placed(early)
+                loaded[canonical] = self._fetch(canonical, pruned, ahead or {}, whole)
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
             if leaf in module._parameters:
@@ -330,14 +365,27 @@ class Chain:
             else:
                 module._buffers[leaf] = loaded[canonical]
 
-    def _fetch(self, name: str, pruned: CheckpointReader | None) -> Tensor:
-        assert self.weights is not None
-        if pruned is not None and self._key(name) in pruned:
-            return pruned.get(self._key(name), self.device, self.dtype)
-        if name in self._shared:
+    def _fetch(
+        self, name: str, pruned: CheckpointReader | None, ahead: dict[str, Tensor], whole: dict[str, Tensor]
+    ) -> Tensor:
+        """A weight, on the device, in the computing dtype. What is read for its part alone is added to ``whole``."""
+        key = self._key(name)
+        if name in self._shared and (pruned is None or key not in pruned):
             shared = self._shared[name]
             return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
-        return self.weights.get(name, self.device, self.dtype)
+        if name not in self.parts:
+            return self._read(key, pruned, ahead)
+        if key not in whole:
+            whole[key] = self._read(key, pruned, ahead)
+        return self.parts[name].of(whole[key])
+
+    def _read(self, key: str, pruned: CheckpointReader | None, ahead: dict[str, Tensor]) -> Tensor:
+        assert self.weights is not None
+        if pruned is not None and key in pruned:
+            return pruned.get(key, self.device, self.dtype)
+        if key in ahead:
+            return self._placed(ahead.pop(key))
+        return self.weights.reader.get(key, self.device, self.dtype)
 
     def _placed(self, stored: Tensor) -> Tensor:
         """A stored weight on the device, in the computing dtype; the conversion runs on the device."""
@@ -462,8 +510,14 @@ class Chain:
             assert self._rewrap is not None, "start() comes before finish()"
             return self._rewrap(hidden if index == len(self.blocks) - 1 else _split_call(args, kwargs)[0])
 
+        # The loss of the routers would need outputs of the blocks, which do not run here.
+        options = (
+            {"output_router_logits": False}
+            if "output_router_logits" in signature(self.model.forward).parameters
+            else {}
+        )
         with self._intercepted(replay), bf16_products(self.products_in_bf16):
-            logits = self.model(ids.to(self.device), use_cache=False).logits
+            logits = self.model(ids.to(self.device), use_cache=False, **options).logits
         assert isinstance(logits, Tensor)
         return logits
 

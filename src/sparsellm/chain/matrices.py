@@ -1,8 +1,8 @@
 """The matrices of a block: those that count towards the sparsity, and those among them that no linear owns.
 
-A mixture of experts may keep the weights of all experts in one three-dimensional parameter, which no ``nn.Linear``
-owns and which is therefore not pruned. All code that counts weights uses this module, so that such parameters are
-counted like any other. It reads names and shapes only, so no weights need be loaded.
+A mixture of experts may stack the weights of all experts in a way that :mod:`sparsellm.chain.experts` does not know.
+Then no linear owns them, and they are not pruned. All code that counts weights uses this module, so that such
+parameters are counted like any other. It reads names and shapes only, so no weights need be loaded.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
     """The matrices of block ``index``, in the order of the model's parameters; no weights need be loaded.
 
     A matrix is the weight of a linear, or any other floating-point parameter with two or more dimensions longer than
-    one: fused experts, routers, convolution kernels. Biases do not count, nor do stacks of biases, whose names end in
-    ``bias``. A parameter used in several places counts once: in the first block that uses it. One that belongs to the
-    embedding or the head is shared with them, and no linear owns it.
+    one: stacks of an unknown kind, routers, convolution kernels; or a gate, even with one output. Biases do not count,
+    nor do stacks of biases, whose names end in ``bias``. A parameter used in several places counts once: in the first
+    block that uses it. One that belongs to the embedding or the head is shared with them, and no linear owns it.
     """
     linears = {linear.weight_name: linear for linear in chain.linears(index)}
     matrices = []
@@ -65,7 +65,7 @@ def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
             continue
         linear = linears.get(name)
         matrix = sum(length > 1 for length in parameter.shape) > 1 and not inner.endswith("bias")
-        if linear is not None or matrix:
+        if linear is not None or matrix or name in chain.gates:
             matrices.append(BlockMatrix(name, index, tuple(parameter.shape), linear, not chain.owns(name)))
     return matrices
 
@@ -147,7 +147,7 @@ def refuse_silent_dense(chain: Chain, accepted: Sequence[str], only: Sequence[st
     """Refuses a model if a large part of it would stay dense although the recipe does not accept that.
 
     In each block, the matrices that no linear owns and that are not accepted may be at most :data:`DENSE_LIMIT` of the
-    weights. No weights need be loaded.
+    weights; routers and gates, which stay dense by default, do not count. No weights need be loaded.
 
     Args:
         chain: the model.
@@ -162,7 +162,11 @@ def refuse_silent_dense(chain: Chain, accepted: Sequence[str], only: Sequence[st
     for index in range(len(chain)):
         own = block_matrices(chain, index)
         of_block.append(sum(matrix.weights for matrix in own))
-        dense = [matrix for matrix in own if matrix.linear is None and not is_excluded(matrix.name, accepted, only)]
+        dense = [
+            matrix
+            for matrix in own
+            if matrix.linear is None and matrix.name not in chain.gates and not is_excluded(matrix.name, accepted, only)
+        ]
         dense.sort(key=lambda matrix: -matrix.weights)
         small = 0
         while dense and small + dense[-1].weights <= DENSE_LIMIT * of_block[index]:

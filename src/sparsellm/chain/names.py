@@ -9,9 +9,8 @@ of the checkpoint, so that every other tool still reads it.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from sparsellm.chain.experts import Index, Part
 from sparsellm.errors import ModelError
 from sparsellm.storage.reader import CheckpointReader
 
@@ -33,11 +33,26 @@ class Names:
         key_of: for each weight of the model that is one tensor of the checkpoint, the name of that tensor.
         converted: for each weight that transformers makes of other tensors, or by an operation, their names.
         name_of: for every tensor of the checkpoint, the name that transformers looks for in the model.
+        conversions: for each of ``converted``, how it is made.
     """
 
     key_of: dict[str, str]
     converted: dict[str, list[str]]
     name_of: dict[str, str]
+    conversions: dict[str, Conversion] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How transformers makes a weight of tensors of a checkpoint.
+
+    Attributes:
+        sources: the names of the tensors of each kind, such as the ``w1`` of all experts and then their ``w3``.
+        operations: of transformers, in order.
+    """
+
+    sources: list[list[str]]
+    operations: list[Any]
 
 
 def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: Mapping[str, Tensor]) -> Names:
@@ -50,34 +65,101 @@ def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: Mappin
     """
     rename = _Renaming(model, values)
     same: dict[str, str] = {}
-    made: dict[str, list[str]] = {}
+    made: dict[str, dict[str, list[str]]] = {}
     name_of: dict[str, str] = {}
     for key in rename.ordered(keys):
-        name, converted = rename(key)
+        name, pattern = rename(key)
         name_of[key] = name
-        if converted:
-            made.setdefault(name, []).append(key)
+        if pattern is not None:
+            made.setdefault(name, {}).setdefault(pattern, []).append(key)
         else:
             same.setdefault(name, key)
     in_order = {name: same[name] for name in values if name in same}
-    return Names(in_order, {name: made[name] for name in values if name in made}, name_of)
+    converted = {name: [key for keys in made[name].values() for key in keys] for name in values if name in made}
+    return Names(in_order, converted, name_of, {name: rename.conversion(made[name]) for name in converted})
 
 
-def published_names(model: PreTrainedModel) -> dict[str, str]:
-    """The names under which ``save_pretrained`` writes the weights of a model, by their names in the model.
+def published_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> tuple[Names, dict[str, tuple[int, ...]]]:
+    """The names under which ``save_pretrained`` writes the weights of a model, and the shape of each tensor.
 
-    A weight that it splits or merges, and one that would not be read back into its place, keeps the model's name, which
-    transformers reads as well.
+    A weight that would not be read back into its place keeps the model's name, which transformers reads as well.
+
+    Args:
+        model: in memory.
+        values: its ``state_dict()``.
     """
-    values = model.state_dict(keep_vars=True)
-    published = _reverted(model, values)
-    written = [published.get(name, name) for name in values]
-    read_back = checkpoint_names(model, written, values).key_of
-    times = Counter(written)
-    return {
-        name: key if read_back.get(name) == key and times[key] == 1 else name
-        for name, key in zip(values, written, strict=True)
-    }
+    written = _reverted(model, values)
+    names = checkpoint_names(model, written, values)
+    made = {name for name in names.converted if name not in names.key_of}
+    kept = {name: name for name in values if name not in names.key_of and name not in made}
+    names = replace(names, key_of={**names.key_of, **kept})
+    shapes = {**{key: tuple(tensor.shape) for key, tensor in written.items()}}
+    return names, {**shapes, **{name: tuple(values[name].shape) for name in kept}}
+
+
+def expert_parts(
+    parts: Mapping[str, Part], names: Names, values: Mapping[str, Tensor], shape: Callable[[str], tuple[int, ...]]
+) -> dict[str, Part]:
+    """For each weight of a separated expert, the part of a tensor of the checkpoint that it is; nothing is read.
+
+    A weight whose conversion is not known, or for which tensors are missing, is left out.
+
+    Args:
+        parts: for each such weight, its part of a parameter of the model.
+        names: of that parameter in the checkpoint.
+        values: the parameters of the model.
+        shape: the shape of a tensor of the checkpoint.
+    """
+    found: dict[str, Part] = {}
+    for name, part in parts.items():
+        if part.source in names.key_of:
+            found[name] = Part(names.key_of[part.source], part.index, part.transposed)
+        elif part.source in names.conversions:
+            conversion = names.conversions[part.source]
+            taken = _part_before(part, conversion, tuple(values[part.source].shape), shape)
+            if taken is not None:
+                found[name] = taken
+    return found
+
+
+def _part_before(
+    part: Part, conversion: Conversion, whole: tuple[int, ...], shape: Callable[[str], tuple[int, ...]]
+) -> Part | None:
+    """The part of a tensor of the checkpoint that becomes this part of stacked experts; None if that is not known.
+
+    The operations are those of transformers: the tensors of all experts are stacked; those of gate and up are put one
+    after the other; two dimensions are exchanged; the outputs of gate and up, which come in turn, are put apart.
+    """
+    steps = [(type(each).__name__, getattr(each, "dim", None)) for each in conversion.operations]
+    expert, *inner = part.index
+    if not isinstance(expert, int):
+        return None
+    merged = steps[:1] == [("MergeModulelist", 0)]
+    if any(len(keys) != (whole[0] if merged else 1) for keys in conversion.sources):
+        return None
+    keys = [each[expert if merged else 0] for each in conversion.sources]
+    own: Index = () if merged else (expert,)
+    steps = steps[merged:]
+    if not steps and len(keys) == 1:
+        return Part(keys[0], (*own, *inner), part.transposed)
+    rows = inner[0] if len(inner) == 1 else None
+    if steps == [("Concatenate", 1)] and isinstance(rows, slice):
+        size = whole[1] // len(keys)
+        if rows in [slice(start, start + size) for start in range(0, whole[1], size)]:
+            return Part(keys[rows.start // size], own, part.transposed)
+    if steps == [("Interleave", 1)] and not conversion.operations[-1].inverse and isinstance(rows, slice):
+        half = whole[1] // 2
+        if rows in (slice(0, half), slice(half, whole[1])):
+            return Part(keys[0], (*own, slice(rows.start // half, None, 2)), part.transposed)
+    if [name for name, _ in steps] == ["Transpose"] and {
+        conversion.operations[0].dim0,
+        conversion.operations[0].dim1,
+    } == {1, 2}:
+        if conversion.operations[0].check_dims and shape(keys[0]) == whole:
+            return Part(keys[0], part.index, part.transposed)
+        exchanged = inner[1:] if len(inner) == 2 else [slice(None), *inner] if inner else []
+        return Part(keys[0], (*own, *exchanged), not part.transposed)
+    return None
 
 
 def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel, reader: CheckpointReader) -> None:
@@ -170,17 +252,22 @@ class _Renaming:
         by = getattr(self._loading, "dot_natural_key", None)
         return sorted(keys, key=by)
 
-    def __call__(self, key: str) -> tuple[str, bool]:
-        """The name in the model, and whether more than the name is changed on the way."""
+    def conversion(self, made: dict[str, list[str]]) -> Conversion:
+        """How a weight is made of tensors, which are given by the patterns that they match."""
+        converter = next(rule for rule in self._converters if next(iter(made)) in rule.source_patterns)
+        return Conversion([made[p] for p in converter.source_patterns if p in made], list(converter.operations))
+
+    def __call__(self, key: str) -> tuple[str, str | None]:
+        """The name in the model, and the pattern of a conversion if more than the name is changed on the way."""
         if self._loading is None:
-            return self._with_prefix(self._by_patterns(key)), False
+            return self._with_prefix(self._by_patterns(key)), None
         rename = self._loading.rename_source_key
-        name, converter = rename(key, self._renamings, self._converters, self._prefix, self._values)
+        name, pattern = rename(key, self._renamings, self._converters, self._prefix, self._values)
         if name not in self._values:
             plain = self._with_prefix(key)
             if plain in self._values:
-                return plain, False
-        return name, converter is not None
+                return plain, None
+        return name, pattern
 
     def _by_patterns(self, key: str) -> str:
         key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
@@ -196,19 +283,18 @@ class _Renaming:
         return next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in self._values), key)
 
 
-def _reverted(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, str]:
-    """The published names that transformers gives to weights which it writes as they are."""
+def _reverted(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that transformers writes for a model, by published name, on the meta device."""
+    stand_ins = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:
-        return {name: _reverted_by_patterns(model, name) for name in values}
-    stand_ins = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
-    name_of = {id(tensor): name for name, tensor in stand_ins.items()}
+        return {_reverted_by_patterns(model, name): value for name, value in stand_ins.items()}
     try:
-        reverted = revert_weight_conversion(model, dict(stand_ins))
+        reverted: dict[str, Tensor] = revert_weight_conversion(model, stand_ins)
     except Exception:  # a rule that cannot be reversed: the model's names are read as well
-        return {}
-    return {name_of[id(tensor)]: key for key, tensor in reverted.items() if id(tensor) in name_of}
+        return stand_ins
+    return reverted
 
 
 def _reverted_by_patterns(model: PreTrainedModel, name: str) -> str:

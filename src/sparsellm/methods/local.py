@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from sparsellm.chain import LinearView
+from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.task import BlockTask, Method
 from sparsellm.registry import Entry
 from sparsellm.solvers import Solver
 from sparsellm.solvers.divided import divide
+from sparsellm.statistics import Fit, Gram
 
 
 def local_method(entry: Entry[Solver]) -> Method:
@@ -15,15 +18,19 @@ def local_method(entry: Entry[Solver]) -> Method:
     solver = divide(entry)
 
     def prune_block(task: BlockTask, **options: Any) -> None:
+        def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
+            with task.clock.phase("prune/solve"):
+                solution = solver(linear.weight(), gram, task.patterns[linear.name], **options)
+            task.accept(linear, solution)
+
+        prune_experts(task, solve)  # first: their inputs come from linears that are not pruned yet
         task.report("statistics")
-        statistics = task.statistics()
+        statistics = task.statistics(without_experts(task.linears))
         while statistics:
             group, gram = statistics.pop(0)  # frees each Gram matrix after use; the widest inputs come last
             for linear in group:
                 task.report(linear.name.rpartition(".")[2])
-                with task.clock.phase("prune/solve"):
-                    solution = solver(linear.weight(), gram, task.patterns[linear.name], **options)
-                task.accept(linear, solution)
+                solve(linear, gram)
 
     return prune_block
 

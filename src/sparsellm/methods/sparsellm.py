@@ -27,6 +27,13 @@ from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
 from sparsellm.methods.feed_forward import UNIT_STREAMS, find_units, prune_unit
+from sparsellm.methods.routed import (
+    ExpertTokens,
+    find_expert_unit,
+    prune_expert_unit,
+    prune_experts,
+    without_experts,
+)
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.methods.weighting import token_weights, weighted_solvers
@@ -107,14 +114,18 @@ def sparsellm(  # noqa: PLR0913 - options
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
     wanted = iterations if iterations is not None else refit and sparsest >= PAYS
     units = find_units(task) if wanted else []
+
+    def rounds_of(unit: FeedForwardUnit | None) -> int:
+        return _rounds(task, unit, solver) if iterations is None else iterations
+
     for sublayer in sublayers:
         unit = next((unit for unit in units if _names(unit.linears()) == _names(sublayer.linears())), None)
-        rounds = _rounds(task, unit, solver) if iterations is None else iterations
+        rounds = rounds_of(unit)
         if unit is not None and rounds:
             prune_unit(task, unit, weights, fitting.solvers, Settings(rounds, damping=refit_damping))
         else:
             _prune_in_order(task, sublayer, fitting)
-    _prune_rest(task, sublayers, fitting)
+    _prune_rest(task, sublayers, fitting, rounds_of if wanted else None)
 
 
 def _rounds(task: BlockTask, unit: FeedForwardUnit | None, solver: str) -> int:
@@ -240,13 +251,35 @@ def _pass(
             task.stream.run_batch(task.index, position)
 
 
-def _prune_rest(task: BlockTask, sublayers: list[Sublayer], fitting: _Fitting) -> None:
-    """Prunes linears that do not get every token, such as experts: each by itself, on the tokens routed to it.
+def _prune_rest(
+    task: BlockTask,
+    sublayers: list[Sublayer],
+    fitting: _Fitting,
+    rounds_of: Callable[[FeedForwardUnit | None], int] | None,
+) -> None:
+    """Prunes the experts, and then linears that do not get every token either: each by itself.
 
-    The statistics take one pass. A linear that no token reaches is left to :meth:`BlockTask.finish`.
+    The statistics of the latter take one pass. One that no token reaches is left to :meth:`BlockTask.finish`.
+
+    Args:
+        rounds_of: the alternations of the auxiliary variables of a unit; None if no unit has any.
     """
+
+    def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
+        _solve(task, linear, gram, fitting, fit)
+
+    def alternate(own: ExpertTokens, linears: list[LinearView]) -> bool:
+        unit = find_expert_unit(own, linears) if rounds_of is not None else None
+        rounds = rounds_of(unit) if rounds_of is not None else 0
+        if unit is None or not rounds:
+            return False
+        prune_expert_unit(task, own, unit, fitting.solvers, Settings(rounds, damping=fitting.damping))
+        return True
+
+    refit = fitting.damping if fitting.refit else None
+    prune_experts(task, solve, fitting.weights, refit=refit, instead=alternate)
     known = {name for sublayer in sublayers for name in _names(sublayer.linears())}
-    rest = [linear for linear in task.linears if linear.name not in known]
+    rest = [linear for linear in without_experts(task.linears) if linear.name not in known]
     if not rest:
         return
     task.report("rest")

@@ -2,7 +2,8 @@
 
 As in the authors' code, the statistics of a block come from one pass before any of its linears is pruned. SparseGPT
 prunes attention. The loop of :meth:`~sparsellm.decomposition.Settings.published` prunes the feed-forward unit: its
-inputs are those from before attention was pruned, and its targets are the dense unit's outputs on them. Differences
+inputs are those from before attention was pruned, and its targets are the dense unit's outputs on them. Experts of a
+mixture are pruned by SparseGPT. Differences
 from the authors' code: all numbers are fp32, every block of the model is pruned, and variables are kept in chunks that
 may be on disk.
 """
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import watch
-from sparsellm.chain.units import FeedForwardUnit
+from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from sparsellm.decomposition import LazyChunks, Settings
 from sparsellm.errors import ModelError, NumericalError
-from sparsellm.methods.feed_forward import UNIT_STREAMS, alternate, find_units, plain
+from sparsellm.methods.feed_forward import UNIT_STREAMS, alternate, plain
+from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.registry import Needs, Workspace
 from sparsellm.solvers import SOLVERS
+from sparsellm.statistics import Fit, Gram
 from sparsellm.storage.scratch import TensorStore
 
 
@@ -50,7 +53,15 @@ def sparsellm_paper(
     if not any(task.patterns[linear.name].sparsity for linear in task.linears):
         return
     sparsegpt = SOLVERS["sparsegpt"].function
-    units = find_units(task)
+
+    def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
+        task.report(linear.name.rpartition(".")[2])
+        with task.clock.phase("prune/solve"):
+            solution = sparsegpt(linear.weight(), gram, task.patterns[linear.name])
+        task.accept(linear, solution)
+
+    linears = without_experts(task.linears)
+    units = find_feed_forward(linears, lambda: task.stream.run_window(task.index))
     inside = {linear.name for unit in units for linear in unit.linears()}
     with ExitStack() as held:
         inputs = {unit.up.name: held.enter_context(task.stream.store()) for unit in units}
@@ -59,14 +70,12 @@ def sparsellm_paper(
             inputs[linear.name].append(entering.detach().flatten(0, -2).clone())
 
         with watch([unit.up for unit in units], see):
-            statistics = task.statistics()
+            statistics = task.statistics(linears)
+        prune_experts(task, solve)
         for group, gram in statistics:
             for linear in group:
                 if linear.name not in inside:
-                    task.report(linear.name.rpartition(".")[2])
-                    with task.clock.phase("prune/solve"):
-                        solution = sparsegpt(linear.weight(), gram, task.patterns[linear.name])
-                    task.accept(linear, solution)
+                    solve(linear, gram)
         del statistics
         for unit in units:
             gated = unit.gate is not None

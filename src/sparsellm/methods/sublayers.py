@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, RunOrder, watch
+from sparsellm.methods.routed import without_experts
 from sparsellm.methods.task import BlockTask
 
 
@@ -48,7 +49,7 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
 
 def _groups(task: BlockTask, order: RunOrder) -> list[list[LinearView]]:
     grouping = InputGroups()
-    wanted = {linear.name for linear in task.linears}
+    wanted = {linear.name for linear in without_experts(task.linears)}
     tokens = task.stream.hidden[0].shape[1]
 
     def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:

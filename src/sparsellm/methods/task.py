@@ -37,6 +37,7 @@ class LinearResult:
         error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
         notes: messages to the user, such as a damping that had to be raised.
         history: one record for each iteration, for methods that iterate.
+        tokens: the number of calibration tokens that were routed to it, if it belongs to an expert; else None.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LinearResult:
     error: float
     notes: tuple[str, ...] = ()
     history: tuple[dict[str, Any], ...] = ()
+    tokens: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -58,7 +60,7 @@ class LinearResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LinearResult:
         """The inverse of :meth:`to_dict`, also after JSON."""
-        known = {each.name: values[each.name] for each in fields(cls)}
+        known = {each.name: values.get(each.name, each.default) for each in fields(cls)}
         return cls(
             **{
                 **known,
@@ -83,6 +85,7 @@ class BlockTask:
         results: one for each linear done.
         history: by name, one record per iteration for linears that were pruned iteratively.
         notes: by name, messages to the user beside those of the solver.
+        routed: by name, the number of tokens that were routed to the linears of experts.
         output_costs: ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an error there to the loss, to
             second order. For methods that need them.
     """
@@ -96,6 +99,7 @@ class BlockTask:
     results: list[LinearResult] = field(default_factory=list)
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    routed: dict[str, int] = field(default_factory=dict)
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -113,8 +117,8 @@ class BlockTask:
 
         Args:
             linears: the linears to include; None for all that are to be pruned.
-            token_weights: ``(batch, seq)`` for each batch. Not used for linears that get only the tokens routed to
-                them, since those tokens cannot be identified.
+            token_weights: ``(batch, seq)`` for each batch. Not used for linears that do not get every token, since
+                theirs cannot be identified; stacked experts are left to :mod:`sparsellm.methods.routed`.
         """
         linears = self.linears if linears is None else linears
         device, everything = self.stream.chain.device, self.stream.chain.linears(self.index)
@@ -177,6 +181,7 @@ class BlockTask:
                 zeros=count_zeros(weights[result.name]),
                 notes=(*result.notes, *self.notes.get(result.name, ())),
                 history=tuple(self.history.get(result.name, ())),
+                tokens=self.routed.get(result.name),
             )
             for result in self.results
         ]

@@ -17,7 +17,7 @@ from sparsellm.recipe import Recipe
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
 
-Reason = Literal["excluded", "allowed dense", "shared with the embedding or the head", "small", "not a linear"]
+Reason = Literal["excluded", "allowed dense", "shared with the embedding or the head", "gate", "small", "not a linear"]
 _SHOWN = 6  # kinds of matrices that a warning names
 
 
@@ -72,7 +72,8 @@ class DenseMatrix:
         shape: as the parameter is stored.
         zeros: the number of its zeros.
         reason: ``excluded`` or ``allowed dense`` by the recipe; ``shared with the embedding or the head``, which stay
-            dense; ``small`` and not a linear; or ``not a linear``.
+            dense; a ``gate``, whose outputs choose or scale other modules; ``small`` and not a linear; or ``not a
+            linear``.
         kind: the name inside the block, the same for all blocks.
     """
 
@@ -138,7 +139,7 @@ def left_dense(
     done = {result.name for result in pruned}
     everything = all_matrices(chain)
     kept = [matrix for matrix in everything if matrix.linear is None or matrix.linear.name not in done]
-    reasons = _reasons(everything, recipe)
+    reasons = _reasons(everything, recipe, chain.gates)
     dense = []
     reader: CheckpointReader | None = None
     block = -1
@@ -152,7 +153,7 @@ def left_dense(
     return dense
 
 
-def _reasons(matrices: Sequence[BlockMatrix], recipe: Recipe) -> dict[str, Reason]:
+def _reasons(matrices: Sequence[BlockMatrix], recipe: Recipe, gates: set[str]) -> dict[str, Reason]:
     """The reason why each of the matrices would stay dense, by parameter name."""
     of_block: dict[int, int] = {}
     for matrix in matrices:
@@ -165,6 +166,8 @@ def _reasons(matrices: Sequence[BlockMatrix], recipe: Recipe) -> dict[str, Reaso
             reasons[matrix.name] = "allowed dense"
         elif matrix.shared:
             reasons[matrix.name] = "shared with the embedding or the head"
+        elif matrix.name in gates:
+            reasons[matrix.name] = "gate"
         else:
             small = matrix.weights <= DENSE_LIMIT * of_block[matrix.block]
             reasons[matrix.name] = "small" if small else "not a linear"
@@ -180,6 +183,20 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
     return [
         f"no calibration token reached {len(names)} of {len(linears)} linears, which were pruned by magnitude: "
         f"{', '.join(names[:_SHOWN])}{more}; if these are experts, more calibration samples may reach them"
+    ]
+
+
+def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:
+    """A warning that names the experts that fewer than ``least`` tokens were routed to, with their counts; or none."""
+    tokens = {each.name.rpartition(".")[0]: each.tokens for each in linears if each.tokens is not None}
+    few = sorted((count, name) for name, count in tokens.items() if count < least)
+    if not few:
+        return []
+    more = f" and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""
+    listed = ", ".join(f"{name} ({count})" for count, name in few[:_SHOWN])
+    return [
+        f"fewer than {least} calibration tokens were routed to {len(few)} of {len(tokens)} experts, which were pruned "
+        f"mostly by the statistics of all tokens: {listed}{more}; more calibration samples may reach them"
     ]
 
 

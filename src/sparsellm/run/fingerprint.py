@@ -72,7 +72,7 @@ def _sha256(value: Tensor) -> str:
     """SHA-256 of the values of a tensor, computed a piece at a time."""
     digest = hashlib.sha256()
     for piece in value.detach().reshape(-1).split(_PIECE):
-        digest.update(piece.cpu().view(torch.uint8).numpy())
+        digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

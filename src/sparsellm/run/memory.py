@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsellm.chain import Chain
+from sparsellm.chain import Chain, LinearView
+from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs.sizes import parse_bytes
 from sparsellm.machine import heap
@@ -152,7 +153,9 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
 
 def hidden_bytes(chain: Chain, demand: Demand) -> int:
     """Bytes of the hidden states of the calibration windows, and of a sweep's copies of all blocks."""
-    states = (1 + demand.workspace.streams) * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
+    mixtures = any(chain.mixtures(index) for index in range(len(chain)))  # their inputs are stored
+    streams = 1 + demand.workspace.streams + mixtures
+    states = streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
     copies = SWEPT_COPIES * 4 * all_block_elements(chain) if demand.swept else 0
     return states + copies
 
@@ -233,25 +236,52 @@ def _activation_bytes(chain: Chain, index: int, tokens: int) -> int:
 def _statistics_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
     """Bytes of the statistics: sums for every linear, the largest Gram matrix, and a chunk of tokens in fp32.
 
-    Linears that share an input are only known when the block runs, so none is assumed here.
+    Linears that share an input are only known when the block runs, so none is assumed here. Experts have statistics one
+    at a time.
     """
-    linears = chain.linears(index)
+    if not workspace.grams:
+        return 2 * 4 * CHUNK_ELEMENTS
+    linears, experts = _parted(chain, index)
     sums = sum(accumulator_bytes(linear.in_features) for linear in linears)
     largest = max((4 * linear.in_features**2 for linear in linears), default=0)
-    return 2 * 4 * CHUNK_ELEMENTS + (sums + largest if workspace.grams else 0)
+    return 2 * 4 * CHUNK_ELEMENTS + max(sums + largest, max((_expert_bytes(own) for own in experts), default=0))
+
+
+def _expert_bytes(linears: list[LinearView]) -> int:
+    """Bytes of the statistics of one expert: matrices of its own tokens and of all, their mean, sums, cross-moments of
+    its last linear, and a copy of its weights."""
+    matrices = sum(3 * 4 * linear.in_features**2 + accumulator_bytes(linear.in_features) for linear in linears)
+    last = linears[-1].in_features * linears[-1].out_features
+    return matrices + 5 * 4 * last + 4 * sum(linear.in_features * linear.out_features for linear in linears)
+
+
+def _parted(chain: Chain, index: int) -> tuple[list[LinearView], list[list[LinearView]]]:
+    """The linears of a block that belong to no stacked expert, and those of each expert."""
+    experts: dict[str, list[LinearView]] = {}
+    others = []
+    for linear in chain.linears(index):
+        if isinstance(linear.module, ExpertLinear):
+            experts.setdefault(linear.name.rpartition(".")[0], []).append(linear)
+        else:
+            others.append(linear)
+    return others, list(experts.values())
 
 
 def _solver_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
     """Bytes for the most expensive linear of a block: copies of its weight, its Gram matrices and factorisations, and
-    the Gram matrices of later linears."""
-    linears = chain.linears(index)
+    the Gram matrices of later linears; for a linear of an expert, those of all tokens."""
+    linears, experts = _parted(chain, index)
     squares = [4 * linear.in_features**2 for linear in linears]
+    later = [sum(squares[position + 1 :]) for position in range(len(linears))]
+    for own in experts:
+        linears = linears + own
+        later += [sum(4 * each.in_features**2 for each in own)] * len(own)
     worst = 0
-    for position, linear in enumerate(linears):
+    for linear, others in zip(linears, later, strict=True):
         solved = int(workspace.weights * 4 * linear.in_features * linear.out_features)
-        square = squares[position]
+        square = 4 * linear.in_features**2
         remembered = min(workspace.remembered * square, max(REMEMBERED_BYTES, square))
-        held = int(workspace.grams * square) + remembered + sum(squares[position + 1 :]) if workspace.grams else 0
+        held = int(workspace.grams * square) + remembered + others if workspace.grams else 0
         worst = max(worst, solved + held)
     return worst
 

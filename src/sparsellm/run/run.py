@@ -26,7 +26,7 @@ from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ign
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run import prepare as before
 from sparsellm.run.costs import predicted_seconds
-from sparsellm.run.counts import left_dense, shortfall, unreached
+from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
 from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identity, Journal, other_conditions
 from sparsellm.run.magnitudes import Magnitudes, add, magnitudes
@@ -188,6 +188,7 @@ class Run:
         with self.clock.phase("count"):
             written = self.journal.written
             dense = parallel.from_main(partial(left_dense, self.chain, self.recipe, self.linears, written))
+        self.warnings += few_tokens(self.linears, self.recipe.min_tokens_per_expert)
         self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
         peak = max(heap.peak_rss(), self.peak_before)
         result = PruneResult(
@@ -255,7 +256,7 @@ class Run:
     def _identity(self) -> Identity:
         choice = self.choice
         recipe = {
-            **self.recipe.model_dump(exclude={"memory", "read_ahead"}),
+            **self.recipe.model_dump(exclude={"memory", "read_ahead", "min_tokens_per_expert"}),
             "options": choice.options,
             "allocation": choice.allocator.name,
             "allocation_options": choice.allocation_options,

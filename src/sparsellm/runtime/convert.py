@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsellm.arguments import CHECKPOINT, checked_arguments
 from sparsellm.chain import Chain, open_chain
+from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError
 from sparsellm.packed.checkpoint import (
     MANIFEST,
@@ -227,7 +228,9 @@ def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
 def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> dict[str, Tensor]:
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
     assert chain.weights is not None
-    chain_linears = {chain.weights.key_of[linear.weight_name]: linear for linear in chain.linears(index)}
+    # Experts stay dense: transformers stacks their weights while it loads, packed or not.
+    linears = [linear for linear in chain.linears(index) if not isinstance(linear.module, ExpertLinear)]
+    chain_linears = {chain.weights.key_of[linear.weight_name]: linear for linear in linears}
     tensors = chain.stored_block(index)
     for key, linear in chain_linears.items():
         stored = tensors.pop(key)

@@ -1,0 +1,116 @@
+"""Quality of a pruned mixture of experts, and what the shrinkage of its experts' statistics is worth.
+
+The first table compares methods at sparsities of 50 and 70 %. The second prunes with few calibration tokens, and varies
+n₀, the count at which the tokens of an expert weigh as much as all tokens, in multiples of the inputs of a linear.
+Every cell prunes a model, writes it, and measures it, in this process. Finished cells are kept in a file: stop the
+script and run it on whenever you like.
+
+    python benchmarks/train_mixture.py --out out/mixture
+    python benchmarks/mixture.py --model out/mixture
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import cpu_name
+from quality import OUT, Cells, spread
+
+import sparsellm
+from sparsellm.methods import routed
+
+METHODS: dict[str, dict[str, Any]] = {
+    "wanda": {},
+    "sparsegpt": {},
+    "sparsellm, effort 0": {"effort": 0},
+    "sparsellm, effort 1": {"effort": 1},
+}
+
+
+@contextmanager
+def prior(inputs: float | None) -> Iterator[None]:
+    """Sets n₀ to so many times the inputs of a linear; None for the default."""
+    usual = routed.PRIOR
+    routed.PRIOR = usual if inputs is None else inputs
+    try:
+        yield
+    finally:
+        routed.PRIOR = usual
+
+
+def run_cell(
+    arguments: argparse.Namespace, name: str, sparsity: float, samples: int, seed: int, inputs: float | None = None
+) -> dict[str, Any]:
+    recipe = sparsellm.Recipe(
+        method=name.partition(",")[0], options=METHODS[name], sparsity=sparsity, samples=samples,
+        seq_len=arguments.window, seed=seed, calibration=str(arguments.model / "train.txt"),
+    )  # fmt: skip
+    OUT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="pruned-", dir=OUT) as folder, prior(inputs):
+        result = sparsellm.prune(str(arguments.model), recipe, out=Path(folder) / "model")
+        counts = [linear.tokens for linear in result.linears if linear.tokens is not None]
+        return {"perplexity": perplexity(arguments, result.path), "fewest": min(counts), "sparsity": result.sparsity}
+
+
+def perplexity(arguments: argparse.Namespace, model: Path | None) -> float:
+    text = arguments.model / "heldout.txt"
+    found = sparsellm.evaluate(str(model), str(text), seq_len=arguments.window, max_tokens=arguments.max_tokens)
+    return found.value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=OUT / "mixture", help="written by train_mixture.py")
+    parser.add_argument("--sparsities", nargs="*", type=float, default=(0.5, 0.7))
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--few", nargs="*", type=int, default=(2, 4, 16), help="windows of the second table")
+    parser.add_argument("--priors", nargs="*", type=float, default=(0.0, 0.0625, 0.25, 0.5, 1.0, 4.0))
+    parser.add_argument("--seeds", nargs="*", type=int, default=(0, 1, 2))
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=16384)
+    parser.add_argument("--cells", type=Path, default=OUT / "mixture.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = Cells(arguments.cells)
+    where = f"{arguments.model}/{arguments.window}/{arguments.max_tokens}"
+    dense = cells.get(f"{where}/dense", lambda: {"perplexity": perplexity(arguments, arguments.model)})
+    print(
+        f"Dense perplexity {dense['perplexity']:.2f}, windows of {arguments.window}; calibration {arguments.samples} × "
+        f"{arguments.window} tokens; seeds {list(arguments.seeds)}; sparsellm {sparsellm.__version__}, torch "
+        f"{torch.__version__}, 1 thread, {cpu_name()}\n"
+    )
+
+    def row(name: str, sparsity: float, samples: int, inputs: float | None = None) -> str:
+        found = []
+        for seed in arguments.seeds:
+            key = f"{where}/{name}/{sparsity}/{samples}/{inputs}/{seed}"
+            found.append(
+                cells.get(key, lambda n=name, s=seed: run_cell(arguments, n, sparsity, samples, s, inputs))[
+                    "perplexity"
+                ]
+            )
+        return spread(found, 2)
+
+    print("| method | " + " | ".join(f"{sparsity:.0%}" for sparsity in arguments.sparsities) + " |")
+    print("|---" * (1 + len(arguments.sparsities)) + "|", flush=True)
+    for name in METHODS:
+        found = [row(name, sparsity, arguments.samples) for sparsity in arguments.sparsities]
+        print(f"| {name} | " + " | ".join(found) + " |", flush=True)
+    most = max(arguments.sparsities)
+    print(f"\nSparsity {most:.0%}, few calibration tokens:\n")
+    print("| method, windows | " + " | ".join(f"n₀ = {inputs:g} inputs" for inputs in arguments.priors) + " |")
+    print("|---" * (1 + len(arguments.priors)) + "|", flush=True)
+    for name in ("sparsegpt", "sparsellm, effort 0"):
+        for samples in arguments.few:
+            found = [row(name, most, samples, inputs) for inputs in arguments.priors]
+            print(f"| {name}, {samples} | " + " | ".join(found) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The experts of a mixture, pruned one by one, each from the tokens routed to it and, if these are few, from all.
+
+The output of a mixture is the sum of the outputs of its experts times the router's weights. So an error of an expert on
+a token counts with the square of that weight: ``G = Σ r² x xᵀ / Σ r²`` over the n tokens that are routed to it. With
+few tokens this is a poor estimate. It is shrunk towards the matrix of all tokens that reach the mixture,
+``(1 − α) G + α G_all`` with ``α = n₀ / (n₀ + n)`` and ``n₀`` a fraction of the inputs. An expert that no token reaches
+has ``α = 1``. The last linear of an expert has inputs for routed tokens only; for ``G_all``, tokens taken evenly from
+all are run through the expert.
+
+The inputs of the mixture are stored once. Then one expert at a time is in memory with its statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparsellm import parallel
+from sparsellm.chain import LinearView
+from sparsellm.chain.experts import DOWN, Expert, ExpertLinear, Mixture, Routed
+from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
+from sparsellm.decomposition import LazyChunks, Settings, split
+from sparsellm.methods.feed_forward import alternate
+from sparsellm.methods.task import BlockTask
+from sparsellm.solvers import Solver
+from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares
+from sparsellm.storage.scratch import TensorStore
+
+PRIOR = 0.5  # n₀ as a fraction of the inputs
+SAMPLE = 4  # of all tokens, so many times the inputs of the last linear are run through an expert
+UNIT_TOKENS = 64  # show the structure of an expert
+NOT_ROUTED = "no calibration token was routed to it: pruned by the statistics of all tokens"  # note of such a linear
+
+
+class Solve(Protocol):
+    """Prunes a linear, or its refitted weight if there is one, and assigns the result."""
+
+    def __call__(self, linear: LinearView, gram: Gram, fit: Fit | None = None) -> None: ...
+
+
+Rows = Iterator[tuple[Tensor, Tensor]]
+"""Inputs ``(tokens, width)`` and their weights ``(tokens,)``."""
+
+
+def without_experts(linears: list[LinearView]) -> list[LinearView]:
+    """The linears that belong to no expert that :func:`prune_experts` prunes."""
+    return [linear for linear in linears if not isinstance(linear.module, ExpertLinear)]
+
+
+def prune_experts(
+    task: BlockTask,
+    solve: Solve,
+    token_weights: list[Tensor] | None = None,
+    *,
+    refit: float | None = None,
+    instead: Callable[[ExpertTokens, list[LinearView]], bool] | None = None,
+) -> None:
+    """Prunes the experts of the block's mixtures.
+
+    Args:
+        task: the block.
+        solve: for each linear.
+        token_weights: ``(batch, seq)`` for each batch; None for equal ones.
+        refit: None to take all statistics of an expert before any of its linears is pruned. Otherwise the last linear
+            is pruned after the others, on their outputs, and first refitted to the output that the expert had, with
+            this damping.
+        instead: prunes all linears of an expert in another way, and returns whether it did.
+    """
+    views = {id(linear.module): linear for linear in task.linears if isinstance(linear.module, ExpertLinear)}
+    for mixture in task.stream.chain.mixtures(task.index) if views else []:
+        with task.stream.store() as store:
+            with task.clock.phase("prune/statistics"):
+                tokens = _record(task, mixture, store, token_weights)
+                every = _moments(tokens.inputs(), tokens.width, task)
+            for number in range(len(mixture)):
+                expert = mixture.expert(number)
+                linears = [views[id(child)] for child in expert.children() if id(child) in views]
+                if not linears:
+                    continue
+                task.report(f"expert {number + 1}/{len(mixture)}")
+                own = ExpertTokens(tokens, expert, number)
+                task.routed.update(dict.fromkeys([linear.name for linear in linears], own.count))
+                if not own.count:
+                    task.notes.update(dict.fromkeys([linear.name for linear in linears], (NOT_ROUTED,)))
+                if instead is None or not instead(own, linears):
+                    _prune(task, own, linears, every, solve, refit)
+
+
+def _prune(
+    task: BlockTask, own: ExpertTokens, linears: list[LinearView], every: _Moments, solve: Solve, refit: float | None
+) -> None:
+    """Prunes the linears of one expert.
+
+    Args:
+        every: of the inputs of all tokens of the mixture.
+    """
+    down = next((linear for linear in linears if linear.module is own.expert.get_submodule(DOWN)), None)
+    first = [linear for linear in linears if linear is not down]
+    dense = own.expert.frozen() if refit is not None and down is not None and first else None
+    last: tuple[Gram, Tensor | None] | None = None
+    with task.clock.phase("prune/statistics"):
+        entering = _moments(own.routed(), every.features, task).shrunk_to(every).gram() if first else None
+        if dense is None and down is not None:
+            last = _of_last(task, own, down, None)
+    for linear in first:
+        assert entering is not None
+        solve(linear, entering)
+    if down is None:
+        return
+    del entering
+    if last is None:
+        with task.clock.phase("prune/statistics"):
+            last = _of_last(task, own, down, dense)
+    gram, cross = last
+    fit = None
+    if cross is not None and refit is not None:
+        with task.clock.phase("prune/solve"):
+            fit = least_squares(gram, cross, refit, prior=down.weight())
+        gram.forget()
+    solve(down, gram, fit)
+
+
+def _of_last(task: BlockTask, own: ExpertTokens, down: LinearView, dense: Expert | None) -> tuple[Gram, Tensor | None]:
+    """The Gram matrix of the inputs of an expert's last linear, and the cross-moment with the outputs of ``dense``."""
+    with torch.no_grad():
+        routed = _moments(own.routed(), down.in_features, task, own.expert, dense)
+        sample = _moments(own.tokens.sample(SAMPLE * down.in_features), down.in_features, task, own.expert, dense)
+    shrunk = routed.shrunk_to(sample)
+    return shrunk.gram(), shrunk.cross
+
+
+def find_expert_unit(own: ExpertTokens, linears: list[LinearView]) -> FeedForwardUnit | None:
+    """The feed-forward unit of an expert, recognised on a few tokens; None if it is of another kind."""
+    few, _ = next(own.tokens.sample(UNIT_TOKENS))
+    units = find_feed_forward(linears, lambda: own.expert(few[:UNIT_TOKENS]))
+    return units[0] if len(units) == 1 and len(units[0].linears()) == len(linears) else None
+
+
+def prune_expert_unit(
+    task: BlockTask, own: ExpertTokens, unit: FeedForwardUnit, solvers: Mapping[str, Solver], settings: Settings
+) -> None:
+    """Prunes the unit of an expert by its auxiliary variables, on the tokens routed to it, with the squares of their
+    weights; on tokens taken evenly from all if there are fewer than inputs. The targets are its current outputs."""
+    task.report("variables")
+    enough = own.count >= unit.down.in_features
+    rows = own.routed() if enough else own.tokens.sample(SAMPLE * unit.down.in_features)
+    weights: list[Tensor] = []
+    with task.clock.phase("prune/variables"), task.stream.store() as inputs, task.stream.store() as outputs:
+        with torch.no_grad():
+            for x, factors in rows:
+                inputs.append(x)
+                outputs.append(own.expert.get_submodule(DOWN)(own.expert.inner(x)))
+                weights.append(factors)
+        train, held_out = split(LazyChunks.stored(inputs, outputs, weights))
+        alternate(task, unit, train, held_out, solvers, settings)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Weighted means over tokens of all processes.
+
+    Attributes:
+        matrix: ``Σ w x xᵀ / Σ w``.
+        tokens: the number of tokens.
+        cross: ``Σ w t xᵀ / Σ w (out, features)`` for targets t; None without targets.
+    """
+
+    matrix: Tensor
+    tokens: int
+    cross: Tensor | None = None
+
+    @property
+    def features(self) -> int:
+        return len(self.matrix)
+
+    def shrunk_to(self, prior: _Moments) -> _Moments:
+        """``(1 − α)`` of these and ``α`` of the prior, with ``α = n₀ / (n₀ + n)``."""
+        share = shrinkage(self.tokens, self.features)
+        cross = None
+        if self.cross is not None and prior.cross is not None:
+            cross = torch.lerp(self.cross, prior.cross, share)
+        return _Moments(torch.lerp(self.matrix, prior.matrix, share), self.tokens, cross)
+
+    def gram(self) -> Gram:
+        return Gram(self.matrix, self.tokens)
+
+
+def shrinkage(tokens: int, features: int) -> float:
+    """The share α of all tokens in the statistics of an expert that so many tokens are routed to."""
+    return PRIOR * features / (PRIOR * features + tokens)
+
+
+def _moments(
+    rows: Rows, features: int, task: BlockTask, expert: Expert | None = None, dense: Expert | None = None
+) -> _Moments:
+    """The moments of rows, or of the inputs of an expert's last linear for these rows.
+
+    Args:
+        rows: of this process.
+        features: of the inputs.
+        task: the block.
+        expert: whose last linear is meant; None for the rows themselves.
+        dense: the expert before it was pruned, whose outputs, without their bias, are targets; None for no targets.
+    """
+    device = task.stream.chain.device
+    grams = GramAccumulator(features, device)
+    last = None if dense is None else dense.get_submodule(DOWN)
+    assert last is None or isinstance(last, ExpertLinear)
+    crosses = None if last is None else CrossAccumulator(last.out_features, features, device)
+    total = 0.0
+    for x, weights in rows:
+        entering = x if expert is None else expert.inner(x)
+        grams.update(entering, weights)
+        if crosses is not None and dense is not None and last is not None:
+            crosses.update(torch.nn.functional.linear(dense.inner(x), last.weight), entering, weights)
+        total += float(weights.double().sum())
+    grams.reduce()
+    total = parallel.total(total)
+    scale = grams.tokens / total if total > 0 else 0.0
+    matrix = grams.finish().matrix * scale if grams.tokens else torch.zeros(features, features, device=device)
+    cross = None
+    if crosses is not None and last is not None:
+        crosses.reduce()
+        shape = (last.out_features, features)
+        cross = crosses.finish() * scale if crosses.tokens else torch.zeros(shape, device=device)
+    return _Moments(matrix, grams.tokens if total > 0 else 0, cross)
+
+
+@dataclass(frozen=True)
+class MixtureTokens:
+    """The tokens of this process that reached a mixture, batch by batch.
+
+    Attributes:
+        store: their inputs ``(tokens, width)``.
+        experts: the experts of each, ``(tokens, k)``.
+        factors: the squares of the router's weights, times the weight of the token, ``(tokens, k)``.
+        weights: of the tokens, ``(tokens,)``.
+    """
+
+    store: TensorStore
+    experts: list[Tensor]
+    factors: list[Tensor]
+    weights: list[Tensor]
+
+    @property
+    def width(self) -> int:
+        return self.store[0].shape[-1]
+
+    def inputs(self) -> Rows:
+        yield from zip(self.store, self.weights, strict=True)
+
+    def sample(self, wanted: int) -> Rows:
+        """About so many tokens of all processes, taken evenly."""
+        counts = parallel.gather(sum(len(weights) for weights in self.weights))
+        step = max(1, sum(counts) // wanted)
+        position = sum(counts[: parallel.rank()])
+        for batch, weights in enumerate(self.weights):
+            chosen = slice(-position % step, None, step)
+            position += len(weights)
+            if len(weights[chosen]):
+                yield self.store[batch][chosen], weights[chosen]
+
+
+@dataclass(frozen=True)
+class ExpertTokens:
+    """The tokens that were routed to one expert."""
+
+    tokens: MixtureTokens
+    expert: Expert
+    number: int
+
+    @property
+    def count(self) -> int:
+        """The number of tokens, in all processes."""
+        return int(parallel.total(sum(int((experts == self.number).sum()) for experts in self.tokens.experts)))
+
+    def routed(self) -> Rows:
+        for batch, experts in enumerate(self.tokens.experts):
+            rows, places = torch.where(experts == self.number)
+            if len(rows):
+                yield self.tokens.store[batch][rows], self.tokens.factors[batch][rows, places]
+
+
+def _record(task: BlockTask, mixture: Mixture, store: TensorStore, token_weights: list[Tensor] | None) -> MixtureTokens:
+    """Runs the block on every batch up to a mixture, and stores what enters it."""
+    tokens = MixtureTokens(store, [], [], [])
+
+    def see(routed: Routed) -> None:
+        own = torch.ones(len(routed.inputs), device=routed.inputs.device)
+        if token_weights is not None and int(routed.places.max()) < token_weights[position].numel():
+            own = token_weights[position].flatten().to(own.device)[routed.places]
+        store.append(routed.inputs.detach())
+        tokens.experts.append(routed.experts)
+        tokens.factors.append(routed.weights.detach().float().square() * own[:, None])
+        tokens.weights.append(own)
+
+    mixture.observe(see)
+    try:
+        for position in range(len(task.stream)):
+            task.stream.run_batch(task.index, position)
+    finally:
+        mixture.observe(None)
+    return tokens

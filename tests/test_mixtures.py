@@ -1,0 +1,259 @@
+"""Experts are pruned from the tokens routed to them, weighted by the router, and where these are few, from all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import Feed, open_chain
+from sparsellm.chain.experts import Part, separate_experts
+from sparsellm.chain.names import Conversion, _part_before
+from sparsellm.methods import routed
+from sparsellm.methods.task import BlockTask
+from sparsellm.patterns import Unstructured
+from sparsellm.progress import PhaseClock
+from tests.models import save_tiny
+from tests.models.families import MIXTURES, mixtral
+
+IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
+RECIPE = Recipe(method="wanda", samples=6, seq_len=24, sparsity=0.5)
+pytestmark = pytest.mark.skipif("Mixtral" not in MIXTURES, reason="this transformers has no Mixtral")
+
+
+def task_of(model: PreTrainedModel) -> BlockTask:
+    chain = open_chain(model, device=torch.device("cpu"))
+    linears = chain.linears(0)
+    patterns = {linear.name: Unstructured(0.5) for linear in linears}
+    stream = Feed(chain, IDS, 48).stream()
+    return BlockTask(0, linears, dict(patterns), stream, lambda step: None, PhaseClock())
+
+
+@torch.no_grad()
+def by_hand(model: PreTrainedModel, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs of all tokens of the first mixture, which of them are routed to an expert, and with which weights."""
+    seen: dict[str, Any] = {}
+    mixture = model.model.layers[0].mlp
+    handles = [
+        mixture.register_forward_hook(lambda module, args, output: seen.update(inputs=args[0])),
+        mixture.gate.register_forward_hook(lambda module, args, output: seen.update(routes=output)),
+    ]
+    model(IDS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    _, weights, experts = seen["routes"]
+    tokens, places = torch.where(experts == number)
+    return seen["inputs"].reshape(-1, 32), tokens, weights[tokens, places]
+
+
+def inner(model: PreTrainedModel, number: int, x: Tensor) -> Tensor:
+    experts = model.model.layers[0].mlp.experts
+    gate, up = nn.functional.linear(x, experts.gate_up_proj[number]).chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_statistics_are_of_the_routed_tokens_times_the_square_of_their_weights(weighted: bool) -> None:
+    model = mixtral()
+    task = task_of(model)
+    own_weights = torch.rand(6, 24, generator=torch.Generator().manual_seed(0)) if weighted else torch.ones(6, 24)
+    (mixture,) = task.stream.chain.mixtures(0)
+    with task.stream.store() as store:
+        tokens = routed._record(task, mixture, store, list(own_weights.split(2)) if weighted else None)
+        for number in range(4):
+            x, chosen, weights = by_hand(model, number)
+            factors = weights.square() * own_weights.flatten()[chosen]
+            own = routed.ExpertTokens(tokens, mixture.expert(number), number)
+            assert own.count == len(chosen) > 0
+            found = routed._moments(own.routed(), 32, task)
+            want = (x[chosen].T * factors) @ x[chosen] / factors.sum()
+            assert torch.allclose(found.matrix, want, atol=1e-5)
+            dense = own.expert.frozen()
+            found = routed._moments(own.routed(), 80, task, own.expert, dense)
+            h = inner(model, number, x[chosen])
+            assert torch.allclose(found.matrix, (h.T * factors) @ h / factors.sum(), atol=1e-6)
+            targets = h @ model.model.layers[0].mlp.experts.down_proj[number].T
+            assert found.cross is not None
+            assert torch.allclose(found.cross, (targets.T * factors) @ h / factors.sum(), atol=1e-6)
+        every = routed._moments(tokens.inputs(), 32, task)
+        own_weights = own_weights.flatten()
+        assert torch.allclose(every.matrix, (x.T * own_weights) @ x / own_weights.sum(), atol=1e-5)
+        few = torch.cat([rows for rows, _ in tokens.sample(20)])
+        assert torch.allclose(few, x[::7], atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40, 1_000_000])
+def test_shrinkage_is_the_closed_form(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    own, every = (torch.randn(8, 8, generator=generator) for _ in range(2))
+    cross, other = (torch.randn(3, 8, generator=generator) for _ in range(2))
+    shrunk = routed._Moments(own, tokens, cross).shrunk_to(routed._Moments(every, 99, other))
+    share = routed.PRIOR * 8 / (routed.PRIOR * 8 + tokens)
+    assert torch.allclose(shrunk.matrix, (1 - share) * own + share * every, atol=1e-6)
+    assert shrunk.cross is not None
+    assert torch.allclose(shrunk.cross, (1 - share) * cross + share * other, atol=1e-6)
+    assert tokens or torch.equal(shrunk.matrix, every)
+
+
+def with_an_unreached_expert() -> PreTrainedModel:
+    """Of five logits a, −a, b, −b and 0, the last is never among the largest two."""
+    model = mixtral(num_local_experts=5, num_experts=5)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            gate = layer.mlp.gate.weight
+            gate[1], gate[3], gate[4] = -gate[0], -gate[2], 0
+    return model
+
+
+def test_an_expert_that_no_token_reaches_is_pruned_by_all_tokens_and_named(tmp_path: Path) -> None:
+    model = with_an_unreached_expert()
+    x, chosen, _ = by_hand(model, 4)
+    assert not len(chosen)
+    dense = model.model.layers[0].mlp.experts.gate_up_proj[4, :80].detach().clone()
+    mean_square = x.square().mean(0)
+    result = sparsellm.prune(model, RECIPE, calibration=IDS, out=tmp_path / "p")
+    pruned = model.model.layers[0].mlp.experts.gate_up_proj[4, :80]
+    scores = dense.abs() * mean_square.sqrt()  # attention changes the inputs of a mixture only in later blocks
+    kept = scores.argsort(dim=1, descending=True)[:, :16]
+    mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(1, kept, True)
+    assert torch.equal(pruned != 0, mask)
+    of_expert = [linear for linear in result.linears if ".experts.4." in linear.name]
+    assert [linear.tokens for linear in of_expert] == [0] * 6
+    assert all(routed.NOT_ROUTED in linear.notes and linear.sparsity == 0.5 for linear in of_expert)
+    (told,) = [warning for warning in result.warnings if "routed" in warning]
+    assert "2 of 10 experts" in told
+    assert "model.layers.0.mlp.experts.4 (0)" in told
+    assert not any("no calibration token reached" in warning for warning in result.warnings)
+
+
+def test_tokens_of_every_expert_are_counted_and_few_are_warned_of() -> None:
+    recipe = RECIPE.updated(min_tokens_per_expert=10_000)
+    result = sparsellm.prune(mixtral(), recipe, calibration=IDS)
+    counts = {linear.name: linear.tokens for linear in result.linears}
+    assert sum(counts[f"model.layers.1.mlp.experts.{n}.up_proj"] or 0 for n in range(4)) == 2 * IDS.numel()
+    assert counts["model.layers.1.self_attn.q_proj"] is None
+    (told,) = [warning for warning in result.warnings if "were routed to 8 of 8 experts" in warning]
+    least = min((tokens, name) for name, tokens in counts.items() if tokens is not None)
+    assert f"{least[1].rpartition('.')[0]} ({least[0]}), " in told
+    assert not [w for w in sparsellm.prune(mixtral(), RECIPE, calibration=IDS).warnings if "routed" in w]
+
+
+@torch.no_grad()
+def test_the_last_linear_of_an_expert_is_refitted() -> None:
+    """So the mixture is nearer to its dense outputs than by the same solver without."""
+    errors = {}
+    for refit in (True, False):
+        model = mixtral()
+        x, _, _ = by_hand(model, 0)
+        dense = [inner(model, n, x) @ model.model.layers[0].mlp.experts.down_proj[n].T for n in range(4)]
+        options = {"effort": 0, "output_metric": 0.0, "norm_weighting": 0.0, "refit": refit, "refit_damping": 0.001}
+        exclude = ["*.self_attn.*"]  # the inputs of the mixture stay the same
+        recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, options=options, exclude=exclude, allocation="uniform")
+        sparsellm.prune(model, recipe, calibration=IDS)
+        errors[refit] = 0.0
+        for number in range(4):
+            _, chosen, weights = by_hand(model, number)
+            found = inner(model, number, x[chosen]) @ model.model.layers[0].mlp.experts.down_proj[number].T
+            errors[refit] += float(((found - dense[number][chosen]) * weights[:, None]).square().sum())
+    assert errors[True] < errors[False]
+
+
+def test_the_auxiliary_variables_work_per_expert() -> None:
+    options = {"effort": 0, "iterations": 2}
+    recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, options=options, allocation="uniform")
+    result = sparsellm.prune(mixtral(), recipe, calibration=IDS)
+    histories = {linear.name: linear.history for linear in result.linears if "down_proj" in linear.name}
+    assert len(histories) == 8
+    assert all(len(history) == 3 for history in histories.values())
+    assert result.sparsity_pruned == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_twin_shares_weights_and_leaves_the_model_alone() -> None:
+    model = mixtral()
+    before = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
+    twin, parts = separate_experts(model)
+    assert twin is not model
+    assert {name: id(value) for name, value in model.state_dict(keep_vars=True).items()} == before
+    assert len(parts) == 2 * 4 * 3
+    for name, part in parts.items():
+        assert torch.equal(twin.get_parameter(name), part.of(model.get_parameter(part.source)))
+    with torch.no_grad():
+        twin.get_parameter("model.layers.1.mlp.experts.2.up_proj.weight").fill_(7.0)
+    assert (model.model.layers[1].mlp.experts.gate_up_proj[2, 80:] == 7).all()
+    assert (model.model.layers[1].mlp.experts.gate_up_proj[2, :80] != 7).all()
+
+
+def test_a_mixture_under_a_hook_of_accelerate_is_refused() -> None:
+    model = mixtral()
+    layer = model.model.layers[0].mlp
+    layer.forward = layer.forward
+    with pytest.raises(sparsellm.SparseLLMError, match="load the model without device_map"):
+        open_chain(model, device=torch.device("cpu"))
+
+
+EXPERTS, INNER, WIDTH = 4, 3, 5
+GATE, UP = Part("s", (1, slice(0, INNER))), Part("s", (1, slice(INNER, 2 * INNER)))
+ACROSS = Part("s", (1, slice(None), slice(INNER, 2 * INNER)), True)
+DOWN = Part("s", (2,))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "shape", "steps", "parts"),
+    [
+        (2, (INNER, WIDTH), ["MergeModulelist(0)", "Concatenate(1)"], [GATE, UP]),
+        (1, (WIDTH, INNER), ["MergeModulelist(0)"], [DOWN, Part("s", (2,), True)]),
+        (2, (EXPERTS, INNER, WIDTH), ["Concatenate(1)"], [GATE, UP]),
+        (1, (EXPERTS, 2 * INNER, WIDTH), ["Interleave(1)"], [GATE, UP]),
+        (1, (EXPERTS, WIDTH, 2 * INNER), ["Transpose(1, 2)"], [GATE, UP]),
+        (1, (EXPERTS, 2 * INNER, WIDTH), ["Transpose(1, 2)"], [ACROSS, Part("s", (3,), True)]),
+        (1, (EXPERTS, 2 * INNER, WIDTH), ["Transpose(1, 2, check_dims=True)"], [GATE, DOWN]),
+    ],
+)
+def test_a_part_is_found_before_the_conversion_of_transformers(
+    kinds: int, shape: tuple[int, ...], steps: list[str], parts: list[Part]
+) -> None:
+    """Against transformers' own operations on tensors of random numbers."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    operations = [eval(step, vars(loading)) for step in steps]
+    each = EXPERTS if len(shape) == 2 else 1
+    sources = [[f"{kind}.{number}" for number in range(each)] for kind in range(kinds)]
+    tensors = {name: torch.randn(shape) for names in sources for name in names}
+    values = {str(kind): [tensors[name] for name in names] for kind, names in enumerate(sources)}
+    patterns = list(values)
+    whole: Any = dict(values)
+
+    class Model:
+        def get_parameter(self, name: str) -> Tensor:
+            return torch.empty(shape)
+
+    for operation in operations:
+        whole = operation.convert(
+            whole, source_patterns=patterns, target_patterns=["s"], full_layer_name="s", model=Model(), config=None
+        )
+    (stack,) = whole.values()
+    stack = stack[0] if isinstance(stack, list) else stack
+    for part in parts:
+        found = _part_before(part, Conversion(sources, operations), tuple(stack.shape), lambda name: shape)
+        assert found is not None
+        assert torch.equal(found.of(tensors[found.source]), part.of(stack))
+
+
+def test_tensors_that_are_missing_make_no_part() -> None:
+    loading = pytest.importorskip("transformers.core_model_loading")
+    conversion = Conversion([["0", "1", "2"]], [loading.MergeModulelist(0)])
+    assert _part_before(DOWN, conversion, (EXPERTS, WIDTH, INNER), lambda name: (WIDTH, INNER)) is None
+
+
+def test_inspect_counts_each_expert(tmp_path: Path) -> None:
+    source = save_tiny(mixtral(), None, tmp_path / "dense")
+    sparsellm.prune(source, RECIPE, calibration=IDS, out=tmp_path / "p")
+    found = {matrix.name: matrix for matrix in sparsellm.inspect(tmp_path / "p")}
+    assert found["model.layers.1.mlp.experts.3.down_proj"].shape == (32, 80)
+    assert found["model.layers.1.mlp.experts.3.down_proj"].sparsity == 0.5
+    assert found["model.layers.1.mlp.gate.weight"].zeros == 0
