@@ -261,7 +261,8 @@ class _Opened:
     def whole(self, device: str, dtype: str, trust: bool) -> PreTrainedModel:
         """The whole model in memory."""
         if self.directory is None:
-            return self.chain.model
+            own: PreTrainedModel = self.chain.model
+            return own
         loaded: PreTrainedModel = load(self.directory, device=device, dtype=dtype, trust_remote_code=trust)
         return loaded
 

@@ -378,7 +378,8 @@ def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[floa
     import torch
 
     measured = bench.compare(packed, dense=place, progress=progress)
-    append_result(place, "benchmarks", {**measured.to_dict(), **stamp(torch.device("cpu"))})  # type: ignore[typeddict-item]
+    record: Any = {**measured.to_dict(), **stamp(torch.device("cpu"))}
+    append_result(place, "benchmarks", record)
     dense, sparse = next(pair for pair in measured.pairs() if pair[0].phase == "decode")
     return dense.median, sparse.median
 

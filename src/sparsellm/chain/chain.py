@@ -260,7 +260,10 @@ class Chain:
             whole = pruned.get(self._key(name))
             return self.parts[name].of(whole) if name in self.parts else whole
         value = self._value(name).detach()
-        return self.weights.as_stored(name) if value.is_meta and self.weights is not None else value
+        if not value.is_meta or self.weights is None:
+            return value
+        whole = self.weights.reader.get(self._key(name))
+        return self.weights.parts[name].of(whole) if name in self.weights.parts else whole
 
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
         """Replaces the parameter of this name."""

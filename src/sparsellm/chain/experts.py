@@ -105,9 +105,12 @@ class Expert(nn.Module):
         if not layout.gated:
             return layout.activation(up)
         if layout.apply_gate is None:
-            return layout.activation(self.get_submodule(GATE)(x)) * up
+            product: Tensor = layout.activation(self.get_submodule(GATE)(x)) * up
+            return product
         parts = (self.get_submodule(GATE)(x), up)
-        return layout.apply_gate(torch.stack(parts, -1).flatten(-2) if layout.interleaved else torch.cat(parts, -1))
+        both = torch.stack(parts, -1).flatten(-2) if layout.interleaved else torch.cat(parts, -1)
+        inner: Tensor = layout.apply_gate(both)
+        return inner
 
     def frozen(self) -> Expert:
         """A copy with weights of its own, which later changes of this expert do not affect."""

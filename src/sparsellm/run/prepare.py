@@ -369,22 +369,24 @@ def _windows(
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
 
+    def say(done: int, total: int) -> None:
+        progress(Progress("calibration", done, total, "the model writes its text"))
+
+    source = request.calibration or recipe.calibration
+
     def draw() -> Tensor:
         with _model_that_writes(chain, recipe, directory) as dense:
             return calibration_windows(
-                request.calibration or recipe.calibration,
+                source,
                 tokenizer,
                 recipe.samples,
                 seq_len,
                 recipe.seed,
                 model=dense,
-                progress=lambda done, total: progress(
-                    Progress("calibration", done, total, "the model writes its text")
-                ),
+                progress=say,
                 bos=recipe.bos,
             )
 
-    source = request.calibration or recipe.calibration
     key = (str(directory), source, recipe.samples, seq_len, recipe.seed, recipe.bos, chain.dtype, chain.device.type)
     return check_vocabulary(request.shared.windows_of(key, draw), chain.config, tokenizer)
 
