@@ -22,6 +22,7 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched_patterns
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
+from sparsellm.chain.products import Bf16Products, bf16_is_native
 from sparsellm.chain.streams import check_forward, windows_in_batch
 from sparsellm.errors import DataError, RecipeError
 from sparsellm.machine import heap
@@ -224,7 +225,9 @@ def open_model(
         if whole:
             loaded = _load_whole(directory, chain.dtype, device, trust)
             chain = open_chain(loaded, device=device)
-    chain.products_in_bf16 = recipe.products == "bfloat16"
+    native = chain.device.type == "cpu" and bf16_is_native()
+    if recipe.products == "bfloat16" or (recipe.products == "auto" and native):
+        chain.products = Bf16Products()
     return chain, loaded
 
 

@@ -224,14 +224,15 @@ class Run:
     def _identity(self) -> Identity:
         choice = self.choice
         recipe = {
-            **self.recipe.model_dump(exclude={"memory", "read_ahead"}),
+            **self.recipe.model_dump(exclude={"memory", "read_ahead", "products"}),
             "options": choice.options,
             "allocation": choice.allocator.name,
             "allocation_options": choice.allocation_options,
         }
         names = (choice.method.name, choice.allocator.name)
         used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
-        computing = f"{self.chain.dtype} on {self.chain.device.type}"
+        products = ", products in bf16" if self.chain.products is not None else ""
+        computing = f"{self.chain.dtype} on {self.chain.device.type}{products}"
         return Identity(
             recipe, model_fingerprint(self.chain, self.digests), tokens_fingerprint(self.windows), computing, used
         )

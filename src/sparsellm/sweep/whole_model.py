@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain import Chain, Feed, Stream
-from sparsellm.chain.products import bf16_products
 from sparsellm.chain.streams import Piece
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress
@@ -386,8 +385,7 @@ class _Run:
                 with running_on(self.chain, index, parameters), torch.enable_grad():
                     hidden.requires_grad_(True)
                     leaving = self.chain.apply(index, hidden, self._in_fp32(piece.calls[index]))
-                    with bf16_products(self.chain.products_in_bf16):
-                        leaving.backward(gradient)
+                    leaving.backward(gradient)
                 gradient = hidden.grad
                 assert gradient is not None
             share_gradients(parameters.values(), process)
