@@ -24,6 +24,15 @@ def test_every_field_is_described_and_the_description_stands_in_the_yaml() -> No
         assert f"# {field.description}" in text
 
 
+@pytest.mark.parametrize(("text", "bos"), [("yes", "yes"), ("no", "no"), ("'no'", "no"), ("auto", "auto")])
+def test_bos_is_written_without_quotes(text: str, bos: str) -> None:
+    """YAML reads yes and no as booleans."""
+    recipe = Recipe.from_yaml(f"bos: {text}")
+    assert recipe.bos == bos
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert Recipe().with_settings([f"bos={text}"]) == recipe
+
+
 def test_a_pattern_sets_the_sparsity_that_it_implies() -> None:
     assert Recipe(pattern="1:4").sparsity == 0.75
     assert Recipe(pattern="1:4").weight_pattern() == NM(1, 4)
@@ -51,6 +60,7 @@ def test_settings_reach_fields_and_options() -> None:
         ("{pattern: '2:4', sparsity: 0.7}", "means sparsity 0.5"),
         ("samples: 0", "samples"),
         ("dtype: int8", "dtype"),
+        ("bos: maybe", "bos is 'maybe'"),
         ("- 1", "mapping"),
         ("a: [", "not valid YAML"),
         ("{sparsity: [1], pattern: '2:4'}", "sparsity is [1]"),

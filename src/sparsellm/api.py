@@ -26,7 +26,7 @@ from sparsellm.evaluation.perplexity import Perplexity
 from sparsellm.evaluation.streamed import streamed_perplexity
 from sparsellm.machine.heap import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.recipe import Recipe
+from sparsellm.recipe import Bos, Recipe
 from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.prepare import Request, default_seq_len, open_model
 from sparsellm.run.result import PruneResult, versions
@@ -82,6 +82,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     *,
     seq_len: int | None = None,
     max_tokens: int | None = None,
+    bos: Bos = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -95,6 +96,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
         text: as ``calibration`` in :func:`prune`.
         seq_len: tokens in a window, 2 or more; None for 2048, or the limit of the model if that is less.
         max_tokens: the most tokens of the text to use.
+        bos: as in :class:`Recipe`: whether every window begins with BOS, which is not scored.
         tokenizer: needed only for a model given as an object, unless ``text`` is token ids.
         device, dtype: as in :class:`Recipe`.
         trust_remote_code: run modelling code that comes with the checkpoint.
@@ -108,7 +110,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     chain, _ = open_model(model, directory, Recipe(device=device, dtype=dtype, products="float32"), trust_remote_code, whole=False)
     text = as_text(text, "text", "evaluation")
     if isinstance(text, Tensor):
-        windows = check_vocabulary(windows_of_ids(text, chain.config, seq_len, max_tokens), chain.config)
+        windows = check_vocabulary(windows_of_ids(text, chain.config, seq_len, max_tokens, bos), chain.config)
     else:
         seq_len = seq_len or default_seq_len(chain)
         check_seq_len(chain.config, seq_len)
@@ -116,7 +118,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
             tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         if tokenizer is None:
             raise DataError("a model given as an object needs tokenizer=..., or token ids in place of a text")
-        windows = check_vocabulary(evaluation_windows(text, tokenizer, seq_len, max_tokens), chain.config, tokenizer)
+        windows = evaluation_windows(text, tokenizer, seq_len, max_tokens, bos)
+        check_vocabulary(windows, chain.config, tokenizer)
     return streamed_perplexity(chain, windows, progress=progress)
 
 

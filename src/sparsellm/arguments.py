@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from sparsellm.calibration.given import as_text
 from sparsellm.errors import DataError, ModelError, RecipeError, SparseLLMError, StorageError, shown
 from sparsellm.progress import ignore
-from sparsellm.recipe import MOST_SEED, MOST_TOKENS, Recipe, Whole
+from sparsellm.recipe import MOST_SEED, MOST_TOKENS, Bos, Recipe, Whole
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -245,6 +245,7 @@ CHECKS: dict[str, Check] = {
     "progress": Check(_progress),
     "seq_len": _count(2, MOST_TOKENS, f"give a whole number from 2 to {MOST_TOKENS}, or leave it out for the default"),
     "max_tokens": _count(2, 1 << 62),
+    "bos": _typed(Bos, "give auto, yes or no"),
     "device": _typed(
         Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_name_of)],
         "give a name such as 'cpu', 'cuda' or 'auto'",

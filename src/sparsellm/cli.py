@@ -52,6 +52,11 @@ WHAT, CALIBRATION, RESOURCES, OUTPUT = "What to prune", "Calibration", "Resource
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 VALUES = ("keep", "bf16", "fp16", "fp32", "int8", "int4")
 SOURCES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:")
+BOS = ("auto", "yes", "no")
+BOS_HELP = (
+    "Whether every window begins with the tokenizer's beginning-of-text token: auto (where the tokenizer adds it by "
+    f"itself), yes, or no (windows cut anywhere, as in the papers).{_default('auto')}"
+)
 
 ModelArgument = Annotated[
     str,
@@ -192,6 +197,10 @@ def prune(  # noqa: PLR0913 - a command
         int | None,
         typer.Option(metavar="N", help=f"Seed of all random choices.{_default('0')}", rich_help_panel=CALIBRATION),
     ] = None,
+    bos: Annotated[
+        str | None,
+        typer.Option(metavar="WHEN", help=BOS_HELP, autocompletion=_one_of(*BOS), rich_help_panel=CALIBRATION),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -260,6 +269,7 @@ def prune(  # noqa: PLR0913 - a command
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
+        "bos": bos,
         "memory": memory,
         "device": device,
         "dtype": dtype,
@@ -299,7 +309,7 @@ def _load_plugins(named: list[str] | None) -> list[str]:
 
 
 @app.command("eval")
-def evaluate(
+def evaluate(  # noqa: PLR0913 - a command
     model: ModelArgument,
     text: Annotated[
         str,
@@ -316,6 +326,7 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help=f"Most tokens of the text to use.{_default('all')}")
     ] = None,
+    bos: Annotated[str | None, typer.Option(metavar="WHEN", help=BOS_HELP, autocompletion=_one_of(*BOS))] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
@@ -332,6 +343,7 @@ def evaluate(
             text,
             seq_len=seq_len,
             max_tokens=max_tokens,
+            bos="auto" if bos is None else bos,
             device="auto" if device is None else device,
             dtype="auto" if dtype is None else dtype,
             trust_remote_code=trust_remote_code,

@@ -39,6 +39,14 @@ def _whole(value: Any) -> Any:
 Whole = Annotated[int, BeforeValidator(_whole)]
 
 
+def _yes_or_no(value: Any) -> Any:
+    """YAML reads ``yes`` and ``no`` as booleans."""
+    return ("yes" if value else "no") if isinstance(value, bool) else value
+
+
+Bos = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
+
+
 class Recipe(BaseModel):
     """All settings of one pruning run. Unknown keys are refused.
 
@@ -85,6 +93,11 @@ class Recipe(BaseModel):
         ge=2,
         le=MOST_TOKENS,
         description="Tokens in a calibration window; null for 2048, or the limit of the model if that is less.",
+    )
+    bos: Bos = Field(
+        "auto",
+        description="Whether every calibration window begins with the tokenizer's beginning-of-text token (BOS): "
+        "'auto' where the tokenizer adds it by itself, 'yes', or 'no' for windows cut anywhere, as in the papers.",
     )
     batch_tokens: Whole = Field(
         4096,

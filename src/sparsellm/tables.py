@@ -37,7 +37,8 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
             say(f"note: {linear.name}: {note}", error=True)
     out().print(phases(result.seconds, parts=verbose))
     say(_recipe_line(result.recipe, allocation))
-    say(f"{result.calibration_tokens} calibration tokens · peak memory {result.peak_rss / 1e9:.2f} GB")
+    led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
+    say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss / 1e9:.2f} GB")
     say(f"written to {result.path}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,11 @@ from sparsellm.calibration import (
     calibration_windows,
     check_seq_len,
     evaluation_windows,
+    leading_token,
     read_source,
     self_generated_windows,
     windows,
+    windows_of_ids,
 )
 from sparsellm.errors import DataError
 from tests.models import POSITIONS, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
@@ -81,11 +84,65 @@ def test_evaluation_cuts_the_text_in_order_and_drops_the_rest(tmp_path: Path) ->
     for add_bos in (False, True):
         tokenizer = tiny_tokenizer(add_bos)
         ids = tokenizer("\n\n".join(path.read_text().split("\n")))["input_ids"]
-        windows = evaluation_windows(str(path), tokenizer, 50)
+        windows = evaluation_windows(str(path), tokenizer, 50, bos="no")
         assert windows.shape == (len(ids) // 50, 50)
         assert windows.flatten().tolist() == ids[: len(ids) // 50 * 50]
         assert (windows == 0).sum() == add_bos  # one beginning-of-text token in all, not one per window
     assert evaluation_windows(str(path), tokenizer, 50, max_tokens=149).shape == (2, 50)
+
+
+def test_bos_before_every_evaluation_window_is_one_of_its_tokens(counting: tuple[str, list[int]]) -> None:
+    source, ids = counting
+    for tokenizer, bos in ((tiny_tokenizer(add_bos=True), "auto"), (tiny_tokenizer(), "yes")):
+        windows = evaluation_windows(source, tokenizer, 50, bos=bos)
+        assert windows.shape == (len(ids) // 49, 50)
+        assert (windows[:, 0] == tokenizer.bos_token_id).all()
+        assert windows[:, 1:].flatten().tolist() == ids[: len(ids) // 49 * 49]
+        assert evaluation_windows(source, tokenizer, 50, max_tokens=149, bos=bos).shape == (2, 50)
+
+
+@pytest.mark.parametrize("samples", [7, 400])
+def test_bos_before_every_calibration_window(counting: tuple[str, list[int]], samples: int) -> None:
+    """Also if the text is so short that windows overlap."""
+    source, ids = counting
+    windows = calibration_windows(source, tiny_tokenizer(add_bos=True), samples, 32, seed=3)
+    assert (windows[:, 0] == tiny_tokenizer(add_bos=True).bos_token_id).all()
+    assert len(places(windows[:, 1:], ids)) == samples
+    assert torch.equal(windows, calibration_windows(source, tiny_tokenizer(), samples, 32, seed=3, bos="yes"))
+
+
+def test_windows_without_bos_are_those_of_the_papers(counting: tuple[str, list[int]]) -> None:
+    source, _ = counting
+    for tokenizer, bos in ((tiny_tokenizer(), "auto"), (tiny_tokenizer(), "no"), (tiny_tokenizer(add_bos=True), "no")):
+        windows = calibration_windows(source, tokenizer, 7, 32, seed=3, bos=bos)
+        text = torch.tensor(tokenizer(Path(source).read_text())["input_ids"])
+        generator = torch.Generator().manual_seed(3)
+        spare = len(text) - 7 * 32
+        starts = torch.randint(0, spare + 1, (7,), generator=generator).sort().values + 32 * torch.arange(7)
+        starts = starts[torch.randperm(7, generator=generator)]
+        assert torch.equal(windows, torch.stack([text[start : start + 32] for start in starts]))
+
+
+def test_the_leading_token_follows_the_tokenizer() -> None:
+    plain, adds = tiny_tokenizer(), tiny_tokenizer(add_bos=True)
+    assert [leading_token(plain, bos) for bos in ("auto", "yes", "no")] == [None, 0, None]
+    assert [leading_token(adds, bos) for bos in ("auto", "yes", "no")] == [0, 0, None]
+    without = copy.deepcopy(plain)
+    without.bos_token = None
+    assert leading_token(without) is None
+    with pytest.raises(DataError, match="no beginning-of-text token"):
+        leading_token(without, "yes")
+
+
+def test_a_window_of_bos_alone_is_refused(counting: tuple[str, list[int]]) -> None:
+    with pytest.raises(DataError, match="beginning-of-text token alone"):
+        calibration_windows(counting[0], tiny_tokenizer(), 1, 1, seed=0, bos="yes")
+
+
+def test_bos_cannot_be_set_for_token_ids() -> None:
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    with pytest.raises(DataError, match="bos is 'yes', and token ids are used as they are"):
+        windows_of_ids(ids, tiny_llama().config, bos="yes")
 
 
 def test_a_text_that_is_too_short_says_by_how_much(tmp_path: Path) -> None:
@@ -174,16 +231,24 @@ def test_a_model_writes_the_same_text_for_the_same_seed(build: type) -> None:
     assert model.training
 
 
+def test_a_model_writes_after_bos_where_its_tokenizer_has_it() -> None:
+    model = tiny_llama()
+    for tokenizer, bos, leads in ((tiny_tokenizer(True), "auto", True), (tiny_tokenizer(True), "no", False),
+                                  (tiny_tokenizer(), "auto", False), (tiny_tokenizer(), "yes", True)):  # fmt: skip
+        windows = calibration_windows("self", tokenizer, 5, 6, 0, model=model, bos=bos)
+        assert (windows[:, 0] == 0).all() == leads
+
+
 def test_self_generated_text_is_greedy_first_and_then_follows_the_model() -> None:
-    """With the cache of keys and values, as without it; and almost no temperature is greedy throughout."""
-    model, tokenizer = tiny_llama(), tiny_tokenizer(add_bos=True)
-    windows = self_generated_windows(model, tokenizer, 4, 20, seed=2, temperature=1e-6)
-    assert (windows[:, 0] == tokenizer.bos_token_id).all()
+    """With the cache of keys and values, as without it."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    windows = self_generated_windows(model, tokenizer, 4, 20, 2, 0, greedy_tokens=20)
+    assert (windows[:, 0] == 0).all()
     with torch.no_grad():
         likeliest = model(input_ids=windows).logits[:, :, : len(tokenizer)].argmax(-1)  # (4, 20)
     continues = windows[:, 1:-1] != tokenizer.eos_token_id  # after the end of a text, a new one starts at random
     assert torch.equal(windows[:, 2:][continues], likeliest[:, 1:-1][continues])
-    sampled = self_generated_windows(model, tokenizer, 4, 20, seed=2, greedy_tokens=3)
+    sampled = self_generated_windows(model, tokenizer, 4, 20, 2, 0, greedy_tokens=3)
     assert torch.equal(sampled[:, 2:5], windows[:, 2:5])
     assert not torch.equal(sampled[:, 5:], windows[:, 5:])
 

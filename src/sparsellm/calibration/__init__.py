@@ -4,7 +4,13 @@ from sparsellm.calibration import corpora, hub, text_files  # noqa: F401  (each 
 from sparsellm.calibration.given import TextGiven, as_text, settle_calibration
 from sparsellm.calibration.self_generated import self_generated_windows
 from sparsellm.calibration.sources import SOURCES, Split, Text, check_source, read_source
-from sparsellm.calibration.windows import calibration_windows, check_seq_len, evaluation_windows, windows_of_ids
+from sparsellm.calibration.windows import (
+    calibration_windows,
+    check_seq_len,
+    evaluation_windows,
+    leading_token,
+    windows_of_ids,
+)
 
 __all__ = [
     "SOURCES",
@@ -16,6 +22,7 @@ __all__ = [
     "check_seq_len",
     "check_source",
     "evaluation_windows",
+    "leading_token",
     "read_source",
     "self_generated_windows",
     "settle_calibration",

@@ -25,16 +25,16 @@ def self_generated_windows(
     samples: int,
     seq_len: int,
     seed: int,
+    bos: int | None = None,
     *,
-    temperature: float = 1.0,
     greedy_tokens: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Samples windows of text from a model as in LLM-QAT (2305.17888, section 2.1).
 
-    Each window starts with a random token of the vocabulary, after the beginning-of-text token if the tokenizer adds
-    one. The next few tokens are the most likely ones, so that the text has a subject from the training data; the rest
-    are sampled. After an end-of-text token a new text starts in the same way, so no window holds padding.
+    Each window starts with a random token of the vocabulary, after the beginning-of-text token if there is one. The
+    next few tokens are the most likely ones, so that the text has a subject from the training data; the rest are
+    sampled. After an end-of-text token a new text starts in the same way, so no window holds padding.
 
     The random numbers are drawn on the CPU from ``seed``. On one machine the same arguments return the same windows.
 
@@ -44,7 +44,7 @@ def self_generated_windows(
         samples: the number of windows.
         seq_len: tokens in each.
         seed: of the sampling.
-        temperature: 1 samples from the model's own distribution; lower is less varied.
+        bos: the token with which every window begins, see :func:`sparsellm.calibration.leading_token`; or None.
         greedy_tokens: tokens after the random one that are chosen greedily; LLM-QAT uses 3 to 5.
         progress: called with (tokens written, ``samples · seq_len``).
 
@@ -61,7 +61,6 @@ def self_generated_windows(
     starts = _start_tokens(tokenizer)
     known = len(tokenizer)  # many models pad the vocabulary with rows that no token uses
     end = tokenizer.eos_token_id
-    prefix: list[int] = tokenizer("", verbose=False)["input_ids"][:1]  # the beginning-of-text token, or nothing
 
     cache_name = cache_keyword(model)
     batches = []
@@ -69,17 +68,17 @@ def self_generated_windows(
     try:
         for first in range(0, samples, BATCH):
             rows = min(BATCH, samples - first)
-            columns = [torch.full((rows,), token) for token in prefix]
+            columns = [] if bos is None else [torch.full((rows,), bos)]
             age = torch.zeros(rows, dtype=torch.int64)  # tokens since each row's text began
             columns.append(_pick(starts, rows, generator))
-            new, cache = torch.stack(columns, dim=1), None  # (rows, prefix + 1)
+            new, cache = torch.stack(columns, dim=1), None  # (rows, 1 or 2)
             while len(columns) < seq_len:
                 output: Any = model(input_ids=new.to(device), use_cache=True, **{cache_name: cache})
                 cache = getattr(output, cache_name)
                 logits = output.logits[:, -1, :known].float().cpu()  # (rows, known)
                 if not torch.isfinite(logits).all():
                     raise NumericalError(f"the model's logits are not finite after {len(columns)} tokens; try float32")
-                sampled = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+                sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
                 token = torch.where(age < greedy_tokens, logits.argmax(-1), sampled)
                 fresh = _pick(starts, rows, generator)  # at every step, so that rows do not affect each other
                 ended = columns[-1] == end if end is not None else torch.zeros(rows, dtype=torch.bool)

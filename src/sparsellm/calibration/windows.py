@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsellm.calibration.self_generated import self_generated_windows
 from sparsellm.calibration.sources import SELF, Text, read_source
 from sparsellm.errors import DataError, shown
-from sparsellm.recipe import MOST_SEED, MOST_TOKENS
+from sparsellm.recipe import MOST_SEED, MOST_TOKENS, Bos
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,26 @@ _MOST_MISSES = 50_000  # documents in a row that are too short
 _MOST_REPEATED = 1024
 
 
+def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | None:
+    """The beginning-of-text token (BOS) with which every window begins, or None for windows cut anywhere.
+
+    Args:
+        tokenizer: of the model.
+        bos: ``auto`` for BOS where the tokenizer puts it before a text by itself; ``yes``; or ``no``, the protocol of
+            the papers, in which a text begins as the tokenizer's defaults have it and windows begin anywhere.
+
+    Raises:
+        DataError: ``bos`` is ``yes``, and the tokenizer has no such token.
+    """
+    token = tokenizer.bos_token_id
+    if bos == "yes":
+        if token is None:
+            raise DataError("bos is 'yes', and the tokenizer has no beginning-of-text token; give bos 'auto' or 'no'")
+        return int(token)
+    adds = bos == "auto" and token is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [token]
+    return int(token) if adds else None
+
+
 def calibration_windows(
     source: str | Text,
     tokenizer: PreTrainedTokenizerBase,
@@ -33,6 +53,7 @@ def calibration_windows(
     seed: int,
     model: PreTrainedModel | None = None,
     progress: Callable[[int, int], None] | None = None,
+    bos: Bos = "auto",
 ) -> Tensor:
     """Calibration windows, drawn at random; the same arguments return the same windows.
 
@@ -42,45 +63,51 @@ def calibration_windows(
 
     Args:
         source: ``self``, a registered name, or a path, see :mod:`sparsellm.calibration.sources`; or the text itself.
-        tokenizer: called once on the joined text with its defaults, so a beginning-of-text token, if it adds one,
-            is once at the very start, as in the papers.
+        tokenizer: called once on the joined text with its defaults.
         samples: the number of windows.
         seq_len: tokens in each.
         seed: of the draw, and of the sampling if the source is ``self``.
         model: the dense model; needed by the source ``self`` only.
         progress: called with (tokens written, tokens of a window) by the source ``self`` only.
+        bos: whether every window begins with BOS, see :func:`leading_token`; it is one of the ``seq_len`` tokens.
 
     Returns:
         ``(samples, seq_len)`` int64 token ids, on the CPU.
 
     Raises:
-        DataError: the source cannot be read, the text has fewer than ``seq_len + 1`` tokens, a size is out of range,
-            or the text or the memory is too small for so many windows.
+        DataError: the source cannot be read, the text is too short for one window, a size is out of range, the text or
+            the memory is too small for so many windows, or the tokenizer has no BOS to begin with.
     """
     _check_sizes(samples, seq_len, seed)
+    lead = leading_token(tokenizer, bos)
+    length = _length(seq_len, lead)
     if model is not None:
         check_seq_len(model.config, seq_len)
     if source == SELF:
         if model is None:
             raise DataError("source 'self' needs the dense model, to write the text; pass model=, or name a text")
-        return self_generated_windows(model, tokenizer, samples, seq_len, seed, progress=progress)
+        return self_generated_windows(model, tokenizer, samples, seq_len, seed, lead, progress=progress)
     generator = torch.Generator().manual_seed(seed)
     text = source if isinstance(source, Text) else read_source(source, "calibration")
     if text.per_document:
-        return _windows_of_documents(source, text, tokenizer, samples, seq_len, generator)
-    ids = _tokens(tokenizer, text.joined())
-    _check_long_enough(source, len(ids), seq_len + 1)
-    most = max(len(ids) - seq_len, _MOST_REPEATED)
+        return _led(_windows_of_documents(source, text, tokenizer, samples, length, lead, generator), lead)
+    ids = _tokens(tokenizer, text.joined(), lead)
+    _check_long_enough(source, len(ids), length + 1)
+    most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
         raise DataError(
             f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn, not "
             f"{samples}; lower samples, or name a longer text"
         )
-    return ids.unfold(0, seq_len, 1)[_offsets(len(ids), samples, seq_len, generator)]
+    return _led(ids.unfold(0, length, 1)[_offsets(len(ids), samples, length, generator)], lead)
 
 
 def windows_of_ids(
-    ids: Tensor, config: PretrainedConfig, seq_len: int | None = None, max_tokens: int | None = None
+    ids: Tensor,
+    config: PretrainedConfig,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    bos: Bos = "auto",
 ) -> Tensor:
     """The windows of token ids that a user passed instead of a text, checked against the model's config.
 
@@ -89,11 +116,14 @@ def windows_of_ids(
         config: of the model.
         seq_len: the requested window length, if any.
         max_tokens: use only the first windows that fit in this many tokens.
+        bos: must be ``auto``: the windows are used as they are.
 
     Raises:
-        DataError: the windows are longer than the model's positions, or not of the requested length.
+        DataError: the windows are longer than the model's positions, or not of the requested length, or ``bos`` is set.
     """
     width = ids.shape[1]
+    if bos != "auto":
+        raise DataError(f"bos is {bos!r}, and token ids are used as they are; leave bos out, and begin windows with it")
     if seq_len is not None and seq_len != width:
         raise DataError(f"seq_len is {seq_len}, and the token ids are windows of {width}; leave seq_len out")
     check_seq_len(config, width)
@@ -105,7 +135,11 @@ def windows_of_ids(
 
 
 def evaluation_windows(
-    source: str | Text, tokenizer: PreTrainedTokenizerBase, seq_len: int, max_tokens: int | None = None
+    source: str | Text,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    max_tokens: int | None = None,
+    bos: Bos = "auto",
 ) -> Tensor:
     """The whole text cut into consecutive windows; the remainder at the end is dropped, as in the papers.
 
@@ -114,26 +148,30 @@ def evaluation_windows(
         tokenizer: called once on the joined text with its defaults.
         seq_len: tokens in a window, 2 or more.
         max_tokens: use only the first windows that fit in this many tokens.
+        bos: whether every window begins with BOS, see :func:`leading_token`; it is one of the ``seq_len`` tokens.
 
     Returns:
         ``(windows, seq_len)`` int64 token ids, on the CPU.
 
     Raises:
-        DataError: the source cannot be read, or text or ``max_tokens`` is shorter than one window.
+        DataError: the source cannot be read, text or ``max_tokens`` is shorter than one window, or the tokenizer has no
+            BOS to begin with.
     """
     if seq_len < 2:
         raise DataError(f"a window of {seq_len} tokens predicts nothing; evaluate with a seq_len of 2 or more")
     if max_tokens is not None and max_tokens < seq_len:
         raise DataError(f"max_tokens is {max_tokens}, less than one window of {seq_len}; raise it or lower seq_len")
+    lead = leading_token(tokenizer, bos)
+    length = _length(seq_len, lead)
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
-    ids = _tokens(tokenizer, text.joined())
-    _check_long_enough(source, len(ids), seq_len)
-    windows = len(ids) // seq_len
+    ids = _tokens(tokenizer, text.joined(), lead)
+    _check_long_enough(source, len(ids), length)
+    windows = len(ids) // length
     if text.most_windows is not None:
         windows = min(windows, text.most_windows)
     if max_tokens is not None:
         windows = min(windows, max_tokens // seq_len)
-    return ids[: windows * seq_len].view(windows, seq_len)
+    return _led(ids[: windows * length].view(windows, length), lead)
 
 
 def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
@@ -148,10 +186,24 @@ def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
         raise DataError(f"seq_len is {seq_len}, and this model has {limit} positions; set seq_len to {limit} or less")
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, lead: int | None) -> Tensor:
+    """The ids of a text, ``(tokens,)``, without the BOS that :func:`_led` puts before every window."""
     # verbose=False: the warning that a text is longer than the model's positions does not apply here.
     encoding = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)
-    return torch.tensor(encoding["input_ids"], dtype=torch.int64)  # (tokens,)
+    ids = encoding["input_ids"]
+    return torch.tensor(ids[1:] if lead is not None and ids[:1] == [lead] else ids, dtype=torch.int64)
+
+
+def _length(seq_len: int, lead: int | None) -> int:
+    """Tokens of the text in a window."""
+    if seq_len == 1 and lead is not None:
+        raise DataError("a window of 1 token would be its beginning-of-text token alone; raise seq_len, or set bos no")
+    return seq_len if lead is None else seq_len - 1
+
+
+def _led(windows: Tensor, lead: int | None) -> Tensor:
+    """The windows, each after BOS if there is one."""
+    return windows if lead is None else torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
 
 
 def _check_sizes(samples: int, seq_len: int, seed: int) -> None:
@@ -205,6 +257,7 @@ def _windows_of_documents(
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     seq_len: int,
+    lead: int | None,
     generator: torch.Generator,
 ) -> Tensor:
     """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4."""
@@ -213,7 +266,7 @@ def _windows_of_documents(
     while draws < samples * _TRIES_PER_WINDOW and misses < _MOST_MISSES and len(text.documents):
         draws += 1
         document = int(torch.randint(len(text.documents), (), generator=generator))
-        ids = _tokens(tokenizer, text.documents[document])
+        ids = _tokens(tokenizer, text.documents[document], lead)
         if len(ids) <= seq_len:
             misses += 1
             continue

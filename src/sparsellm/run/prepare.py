@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
 from sparsellm.allocation.allocator import pattern_of
-from sparsellm.calibration import Text, calibration_windows, check_seq_len, windows_of_ids
+from sparsellm.calibration import Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched_patterns
@@ -142,6 +142,7 @@ class Prepared:
         in_memory: the model that is pruned in memory; None if it is read and written block by block.
         tokenizer: saved with a model given as an object; else None.
         windows: calibration token ids ``(samples, seq)`` of all processes.
+        bos: whether every window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids that the user passed.
         warnings: messages for the user.
     """
 
@@ -154,6 +155,7 @@ class Prepared:
     in_memory: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     windows: Tensor
+    bos: str
     warnings: list[str]
 
     @property
@@ -180,6 +182,9 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         tokenizer = request.tokenizer
         if tokenizer is None and directory is not None and not isinstance(request.calibration, Tensor):
             tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code)
+        bos = "given"
+        if tokenizer is not None and not isinstance(request.calibration, Tensor):
+            bos = "no" if leading_token(tokenizer, recipe.bos) is None else "yes"
         choice = choice.on(plan(chain, recipe))
         if choice.needs.passes:
             check_sweepable(chain)
@@ -195,7 +200,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     choice.check_processes(len(windows))  # there may be fewer than requested
     beside = tokenizer if directory is None else None  # a directory's own files are copied
     warnings = unmatched_patterns(chain, recipe.exclude)
-    return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, warnings)
+    return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, bos, warnings)
 
 
 def open_model(
@@ -323,7 +328,7 @@ def _windows(
     progress: ProgressCallback,
 ) -> Tensor:
     if isinstance(request.calibration, Tensor):
-        return check_vocabulary(windows_of_ids(request.calibration, chain.config), chain.config)
+        return check_vocabulary(windows_of_ids(request.calibration, chain.config, bos=request.recipe.bos), chain.config)
     recipe = request.recipe
     seq_len = recipe.seq_len or default_seq_len(chain)
     check_seq_len(chain.config, seq_len)
@@ -338,6 +343,7 @@ def _windows(
             recipe.seed,
             model=dense,
             progress=lambda done, total: progress(Progress("calibration", done, total, "the model writes its text")),
+            bos=recipe.bos,
         )
     return check_vocabulary(windows, chain.config, tokenizer)
 

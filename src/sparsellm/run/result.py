@@ -50,6 +50,8 @@ class PruneResult:
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
         peak_rss: the peak memory of one process, in this run or an earlier start of it, in bytes.
         calibration_tokens: tokens of the statistics.
+        calibration_bos: whether every calibration window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids
+            that the user passed.
         versions: of Python and the libraries that affect the result.
         warnings: messages for the user.
         command: the command line.
@@ -67,6 +69,7 @@ class PruneResult:
     seconds: dict[str, float]
     peak_rss: int
     calibration_tokens: int
+    calibration_bos: str = "given"
     versions: dict[str, str] = field(default_factory=versions)
     warnings: list[str] = field(default_factory=list)
     command: str = field(default_factory=command_line)
@@ -117,6 +120,7 @@ class PruneResult:
             "peak_rss_bytes": self.peak_rss,
             "memory": self.memory.to_dict() if self.memory else None,
             "calibration_tokens": self.calibration_tokens,
+            "calibration_bos": self.calibration_bos,
             "processes": self.processes,
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(),

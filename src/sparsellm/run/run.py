@@ -178,6 +178,7 @@ class Run:
             self.clock.seconds,
             max(parallel.gather(peak)),
             self.windows.numel(),
+            self.prepared.bos,
             warnings=self.warnings,
             memory=self.memory,
             resumed=len(self.finished),
