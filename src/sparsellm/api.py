@@ -107,7 +107,9 @@ def evaluate(  # noqa: PLR0913 - the Python door
     """
     progress(Progress("open", 0, 1, "opening the model"))
     directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(str(model))
-    chain, _ = open_model(model, directory, Recipe(device=device, dtype=dtype, products="float32"), trust_remote_code, whole=False)
+    chain, _ = open_model(
+        model, directory, Recipe(device=device, dtype=dtype, products="float32"), trust_remote_code, whole=False
+    )
     text = as_text(text, "text", "evaluation")
     if isinstance(text, Tensor):
         windows = check_vocabulary(windows_of_ids(text, chain.config, seq_len, max_tokens, bos), chain.config)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
 from sparsellm.allocation.allocator import pattern_of
-from sparsellm.calibration import Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
+from sparsellm.calibration import Author, Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.matrices import is_excluded, refuse_silent_dense, unmatched_patterns
@@ -142,6 +142,7 @@ class Prepared:
         in_memory: the model that is pruned in memory; None if it is read and written block by block.
         tokenizer: saved with a model given as an object; else None.
         windows: calibration token ids ``(samples, seq)`` of all processes.
+        fresh: further windows, for sweeps after the first; there may be none.
         bos: whether every window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids that the user passed.
         warnings: messages for the user.
     """
@@ -155,14 +156,24 @@ class Prepared:
     in_memory: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     windows: Tensor
+    fresh: Tensor
     bos: str
     warnings: list[str]
 
     @property
     def own_windows(self) -> Tensor:
         """This process's share of the calibration windows."""
-        unit = windows_in_batch(self.recipe.batch_tokens, self.windows.shape[1])
-        return self.windows[parallel.share(len(self.windows), unit)]
+        return self._own(self.windows)
+
+    @property
+    def own_fresh(self) -> list[Tensor]:
+        """This process's share of the windows of each sweep after the first, as far as there are new ones."""
+        samples = len(self.windows)
+        return [self._own(part) for part in self.fresh.split(samples) if 2 * len(part) >= samples]
+
+    def _own(self, windows: Tensor) -> Tensor:
+        unit = windows_in_batch(self.recipe.batch_tokens, windows.shape[1])
+        return windows[parallel.share(len(windows), unit)]
 
 
 def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Prepared:
@@ -192,7 +203,9 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         out = _destination(request, sources=sources, need_bytes=disk_bytes(chain, choice))
     with clock.phase("calibration"):
         progress(Progress("calibration", 0, 1, "reading the calibration text"))
-        windows = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress))
+        # Later sweeps take new windows, for which the dense model runs again: a model in memory is not dense any more.
+        sets = max(0, choice.needs.passes - 1) if chain.weights is not None else 0
+        windows, fresh = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress, sets))
         token_states = choice.needs.token_states or choice.allocation_needs.token_states
         check_forward(chain, windows, token_states=token_states)
         heap.trim()
@@ -200,7 +213,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     choice.check_processes(len(windows))  # there may be fewer than requested
     beside = tokenizer if directory is None else None  # a directory's own files are copied
     warnings = unmatched_patterns(chain, recipe.exclude)
-    return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, bos, warnings)
+    return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, fresh, bos, warnings)
 
 
 def open_model(
@@ -326,14 +339,21 @@ def _windows(
     directory: Path | None,
     tokenizer: PreTrainedTokenizerBase | None,
     progress: ProgressCallback,
-) -> Tensor:
+    sets: int,
+) -> tuple[Tensor, Tensor]:
+    """The calibration windows, and up to ``sets`` times as many others for later sweeps."""
     if isinstance(request.calibration, Tensor):
-        return check_vocabulary(windows_of_ids(request.calibration, chain.config, bos=request.recipe.bos), chain.config)
+        windows = windows_of_ids(request.calibration, chain.config, bos=request.recipe.bos)
+        return check_vocabulary(windows, chain.config), windows[:0]
     recipe = request.recipe
     seq_len = recipe.seq_len or default_seq_len(chain)
     check_seq_len(chain.config, seq_len)
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
+
+    def say(done: int, total: int) -> None:
+        progress(Progress("calibration", done, total, "the model writes its text"))
+
     with _model_that_writes(chain, recipe, directory) as dense:
         windows = calibration_windows(
             request.calibration or recipe.calibration,
@@ -341,11 +361,12 @@ def _windows(
             recipe.samples,
             seq_len,
             recipe.seed,
-            model=dense,
-            progress=lambda done, total: progress(Progress("calibration", done, total, "the model writes its text")),
-            bos=recipe.bos,
+            Author(dense, say) if dense is not None else None,
+            recipe.bos,
+            sets * recipe.samples,
         )
-    return check_vocabulary(windows, chain.config, tokenizer)
+    check_vocabulary(windows, chain.config, tokenizer)
+    return windows[: recipe.samples], windows[recipe.samples :]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sparsellm import parallel, plugins
@@ -157,6 +158,7 @@ class Run:
                     learning_rate=needs.learning_rate,
                     blocks=[block for block in blocks if block is not None] or None,
                     saved=saved,
+                    fresh=self.prepared.own_fresh,
                 )
             )
         self.dense.close()
@@ -214,6 +216,7 @@ class Run:
             workspace=choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace),
             gradient_tokens=gradient_tokens,
             swept=bool(choice.needs.passes),
+            fresh=bool(self.prepared.own_fresh),
             read_ahead=read_ahead and chain.weights is not None,
         )
 
@@ -235,7 +238,11 @@ class Run:
         products = ", products in bf16" if self.chain.products is not None else ""
         computing = f"{self.chain.dtype} on {self.chain.device.type}{products}"
         return Identity(
-            recipe, model_fingerprint(self.chain, self.digests), tokens_fingerprint(self.windows), computing, used
+            recipe,
+            model_fingerprint(self.chain, self.digests),
+            tokens_fingerprint(torch.cat([self.windows, self.prepared.fresh])),
+            computing,
+            used,
         )
 
     def _survey(self) -> tuple[Allocation | None, dict[str, Tensor]]:
