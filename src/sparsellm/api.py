@@ -132,7 +132,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
     manager = find_tasks(tasks, as_path(tasks_dir, "tasks_dir") if tasks_dir is not None else None) if tasks else None
     text = as_text(text, "text", "evaluation")
     progress(Progress("open", 0, 1))
-    open_one = partial(_Opened.of, settings=Recipe(device=device, dtype=dtype), trust=trust_remote_code)
+    settings = Recipe(device=device, dtype=dtype, products="float32")
+    open_one = partial(_Opened.of, settings=settings, trust=trust_remote_code)
     own = open_one(model, tokenizer, with_tokenizer=not isinstance(text, Tensor) or manager is not None)
     windows = own.windows(text, seq_len, max_tokens, bos)
     leads = own.leads(bos, exactly=manager is not None)

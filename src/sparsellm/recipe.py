@@ -141,10 +141,10 @@ class Recipe(BaseModel):
         "Weights are always saved in their stored dtype.",
     )
 
-    products: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="Dtype of matrix products when fp32 blocks only run forward: 'bfloat16' is several times as fast "
-        "on CPUs with bf16 units. Statistics and solvers are always fp32.",
+    products: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Dtype of matrix products when fp32 blocks run, forward and backward: 'auto' takes bfloat16 on a "
+        "CPU with bf16 units. Sums over tokens, statistics and solvers are always fp32.",
     )
     read_ahead: bool | None = Field(
         None,

@@ -11,6 +11,7 @@ import torch
 
 from sparsellm.calibration import (
     SOURCES,
+    Author,
     Split,
     Text,
     calibration_windows,
@@ -223,7 +224,7 @@ def test_per_document_windows_lie_inside_one_long_document_each() -> None:
 @pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2])
 def test_a_model_writes_the_same_text_for_the_same_seed(build: type) -> None:
     model, tokenizer = build().train(), tiny_tokenizer()
-    windows = [calibration_windows("self", tokenizer, 19, 30, seed, model=model) for seed in (0, 0, 1)]
+    windows = [calibration_windows("self", tokenizer, 19, 30, seed, Author(model)) for seed in (0, 0, 1)]
     assert windows[0].shape == (19, 30)
     assert torch.equal(windows[0], windows[1])
     assert not torch.equal(windows[0], windows[2])
@@ -235,7 +236,7 @@ def test_a_model_writes_after_bos_where_its_tokenizer_has_it() -> None:
     model = tiny_llama()
     for tokenizer, bos, leads in ((tiny_tokenizer(True), "auto", True), (tiny_tokenizer(True), "no", False),
                                   (tiny_tokenizer(), "auto", False), (tiny_tokenizer(), "yes", True)):  # fmt: skip
-        windows = calibration_windows("self", tokenizer, 5, 6, 0, model=model, bos=bos)
+        windows = calibration_windows("self", tokenizer, 5, 6, 0, Author(model), bos)
         assert (windows[:, 0] == 0).all() == leads
 
 

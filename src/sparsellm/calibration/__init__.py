@@ -5,6 +5,7 @@ from sparsellm.calibration.given import TextGiven, as_text, settle_calibration
 from sparsellm.calibration.self_generated import self_generated_windows
 from sparsellm.calibration.sources import SOURCES, Split, Text, check_source, read_source
 from sparsellm.calibration.windows import (
+    Author,
     calibration_windows,
     check_seq_len,
     evaluation_windows,
@@ -14,6 +15,7 @@ from sparsellm.calibration.windows import (
 
 __all__ = [
     "SOURCES",
+    "Author",
     "Split",
     "Text",
     "TextGiven",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -23,6 +23,18 @@ _MOST_MISSES = 50_000  # documents in a row that are too short
 
 # Windows that may be drawn from a text of any length. Beyond this number, windows that overlap only repeat the text.
 _MOST_REPEATED = 1024
+
+
+class Author(NamedTuple):
+    """The dense model, which writes the text of the source ``self``.
+
+    Attributes:
+        model: the whole model.
+        progress: called with (tokens written, tokens of a window).
+    """
+
+    model: PreTrainedModel
+    progress: Callable[[int, int], None] | None = None
 
 
 def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | None:
@@ -51,9 +63,9 @@ def calibration_windows(
     samples: int,
     seq_len: int,
     seed: int,
-    model: PreTrainedModel | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    author: Author | None = None,
     bos: Bos = "auto",
+    fresh: int = 0,
 ) -> Tensor:
     """Calibration windows, drawn at random; the same arguments return the same windows.
 
@@ -67,12 +79,13 @@ def calibration_windows(
         samples: the number of windows.
         seq_len: tokens in each.
         seed: of the draw, and of the sampling if the source is ``self``.
-        model: the dense model; needed by the source ``self`` only.
-        progress: called with (tokens written, tokens of a window) by the source ``self`` only.
+        author: the dense model; needed by the source ``self`` only.
         bos: whether every window begins with BOS, see :func:`leading_token`; it is one of the ``seq_len`` tokens.
+        fresh: further windows, for passes that need no statistics, as far as the text has any that overlap with no
+            other; ``self`` writes none.
 
     Returns:
-        ``(samples, seq_len)`` int64 token ids, on the CPU.
+        ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU.
 
     Raises:
         DataError: the source cannot be read, the text is too short for one window, a size is out of range, the text or
@@ -81,16 +94,15 @@ def calibration_windows(
     _check_sizes(samples, seq_len, seed)
     lead = leading_token(tokenizer, bos)
     length = _length(seq_len, lead)
-    if model is not None:
-        check_seq_len(model.config, seq_len)
     if source == SELF:
-        if model is None:
-            raise DataError("source 'self' needs the dense model, to write the text; pass model=, or name a text")
-        return self_generated_windows(model, tokenizer, samples, seq_len, seed, lead, progress=progress)
+        if author is None:
+            raise DataError("source 'self' needs the dense model, to write the text; pass author=, or name a text")
+        check_seq_len(author.model.config, seq_len)
+        return self_generated_windows(author.model, tokenizer, samples, seq_len, seed, lead, progress=author.progress)
     generator = torch.Generator().manual_seed(seed)
     text = source if isinstance(source, Text) else read_source(source, "calibration")
     if text.per_document:
-        return _led(_windows_of_documents(source, text, tokenizer, samples, length, lead, generator), lead)
+        return _led(_windows_of_documents(source, text, tokenizer, samples + fresh, length, lead, generator), lead)
     ids = _tokens(tokenizer, text.joined(), lead)
     _check_long_enough(source, len(ids), length + 1)
     most = max(len(ids) - length, _MOST_REPEATED)
@@ -99,7 +111,8 @@ def calibration_windows(
             f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn, not "
             f"{samples}; lower samples, or name a longer text"
         )
-    return _led(ids.unfold(0, length, 1)[_offsets(len(ids), samples, length, generator)], lead)
+    count = min(samples + fresh, max(samples, len(ids) // length))
+    return _led(ids.unfold(0, length, 1)[_offsets(len(ids), count, length, generator)], lead)
 
 
 def windows_of_ids(

@@ -27,7 +27,7 @@ from sparsellm.chain.linears import LinearView, iterate_linears
 from sparsellm.chain.names import expert_parts, published_names, tower_names
 from sparsellm.chain.open import load_config
 from sparsellm.chain.prefetch import Prefetcher
-from sparsellm.chain.products import bf16_is_native, bf16_products
+from sparsellm.chain.products import Bf16Products, bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
 from sparsellm.errors import ModelError, NumericalError, SparseLLMError, one_line
@@ -69,7 +69,7 @@ class Chain:
         towers: names of modules of a multimodal model that read no text. They are copied, neither run nor pruned.
         parts: for each weight of an expert that is a part of a tensor of the checkpoint, that part.
         gates: names of weights that choose or scale other modules; they are not pruned.
-        products_in_bf16: whether forward passes multiply fp32 matrices in bf16; see :mod:`sparsellm.chain.products`.
+        products: the mode in which blocks multiply fp32 matrices in bf16; None for products in fp32.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Chain:
         first = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
         self.storage_dtype = self._stored_dtype(f"{first[0]}.weight")
         self.dtype = dtype or fast_dtype(self.storage_dtype, device)
-        self.products_in_bf16 = False
+        self.products: Bf16Products | None = None
         self._rewrap: Callable[[Tensor], Any] | None = None
         self._returns_more = False
         self._shared: dict[str, Tensor] = {}
@@ -492,7 +492,7 @@ class Chain:
 
     def apply(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """As :meth:`run`, but with gradients where they are enabled."""
-        with bf16_products(self.products_in_bf16):
+        with bf16_products(self.products):
             own = hidden.clone()  # a block may change its input in place, and the caller uses the input again
             return hidden_of(call.on(self.blocks[index], own), self.blocks[index])
 
@@ -519,7 +519,7 @@ class Chain:
             if "output_router_logits" in signature(self.model.forward).parameters
             else {}
         )
-        with self._intercepted(replay), bf16_products(self.products_in_bf16):
+        with self._intercepted(replay), bf16_products(self.products):
             logits = self.model(ids.to(self.device), use_cache=False, **options).logits
         assert isinstance(logits, Tensor)
         return logits

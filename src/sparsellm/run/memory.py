@@ -26,6 +26,7 @@ LIBRARIES = 128 << 20  # memory of torch, its kernels and the allocator that is 
 GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its activations, one weight's Fisher diagonal
 SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
 SWEPT_COPIES = 4  # of every block in fp32 during a sweep: parameters, two moments, the best state so far
+FRESH_STREAMS = 4  # a sweep on new windows holds their inputs and dense outputs beside those it is judged by
 SAVED_COPIES = 7  # of every block in fp32 on disk: the best, and parameters and moments of two passes
 # fp32 tensors of the size of a chunk of logits that are in memory at once, for each loss of the head.
 NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 6
@@ -42,6 +43,7 @@ class Demand:
         workspace: of the method, the solver inside it, and the allocation.
         gradient_tokens: calibration tokens for the gradients of the dense model.
         swept: whether the whole model is swept at the end.
+        fresh: whether later sweeps run on other windows.
         read_ahead: whether the next block is read while the current one is pruned.
     """
 
@@ -51,6 +53,7 @@ class Demand:
     workspace: Workspace
     gradient_tokens: int = 0
     swept: bool = False
+    fresh: bool = False
     read_ahead: bool = False
 
     @property
@@ -154,7 +157,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
 def hidden_bytes(chain: Chain, demand: Demand) -> int:
     """Bytes of the hidden states of the calibration windows, and of a sweep's copies of all blocks."""
     mixtures = any(chain.mixtures(index) for index in range(len(chain)))  # their inputs are stored
-    streams = 1 + demand.workspace.streams + mixtures
+    streams = max(1 + demand.workspace.streams + mixtures, FRESH_STREAMS if demand.fresh else 0)
     states = streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
     copies = SWEPT_COPIES * 4 * all_block_elements(chain) if demand.swept else 0
     return states + copies
@@ -212,6 +215,7 @@ def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
     for index in range(len(chain)):
         elements = block_elements(chain, index)
         loaded = chain.dtype.itemsize * elements if chain.weights is not None else 0
+        loaded += 2 * elements if chain.products is not None else 0  # the factors in bf16
         running = loaded + _activation_bytes(chain, index, tokens)
         if index == 0:
             outer = chain.dtype.itemsize * chain.outer_elements(head=False) if chain.weights is not None else 0

@@ -18,11 +18,12 @@ from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
 from sparsellm.allocation.allocator import pattern_of
 from sparsellm.allocation.fixed import divide
-from sparsellm.calibration import Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
+from sparsellm.calibration import Author, Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.linears import LinearView, iterate_linears
 from sparsellm.chain.matrices import is_excluded, matches, outside_blocks, refuse_silent_dense, unmatched_patterns
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
+from sparsellm.chain.products import Bf16Products, bf16_is_native
 from sparsellm.chain.streams import check_forward, windows_in_batch
 from sparsellm.errors import DataError, RecipeError
 from sparsellm.machine import heap
@@ -145,6 +146,7 @@ class Prepared:
         in_memory: the model that is pruned in memory; None if it is read and written block by block.
         tokenizer: saved with a model given as an object; else None.
         windows: calibration token ids ``(samples, seq)`` of all processes.
+        fresh: further windows, for sweeps after the first; there may be none.
         bos: whether every window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids that the user passed.
         warnings: messages for the user.
     """
@@ -158,14 +160,24 @@ class Prepared:
     in_memory: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     windows: Tensor
+    fresh: Tensor
     bos: str
     warnings: list[str]
 
     @property
     def own_windows(self) -> Tensor:
         """This process's share of the calibration windows."""
-        unit = windows_in_batch(self.recipe.batch_tokens, self.windows.shape[1])
-        return self.windows[parallel.share(len(self.windows), unit)]
+        return self._own(self.windows)
+
+    @property
+    def own_fresh(self) -> list[Tensor]:
+        """This process's share of the windows of each sweep after the first, as far as there are new ones."""
+        samples = len(self.windows)
+        return [self._own(part) for part in self.fresh.split(samples) if 2 * len(part) >= samples]
+
+    def _own(self, windows: Tensor) -> Tensor:
+        unit = windows_in_batch(self.recipe.batch_tokens, windows.shape[1])
+        return windows[parallel.share(len(windows), unit)]
 
 
 def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Prepared:
@@ -196,7 +208,9 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     with clock.phase("calibration"):
         progress(_expected(chain, choice, recipe))
         progress(Progress("calibration", 0, 1))
-        windows = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress))
+        # Later sweeps take new windows, for which the dense model runs again: a model in memory is not dense any more.
+        sets = max(0, choice.needs.passes - 1) if chain.weights is not None else 0
+        windows, fresh = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress, sets))
         token_states = choice.needs.token_states or choice.allocation_needs.token_states
         check_forward(chain, windows, token_states=token_states)
         heap.trim()
@@ -210,7 +224,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         for pattern in recipe.sparsity_of
         if not any(matches(linear.weight_name, [pattern]) for _, linear in _pruned(chain, recipe))
     ]
-    return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, bos, warnings)
+    return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, fresh, bos, warnings)
 
 
 def open_model(
@@ -240,7 +254,9 @@ def open_model(
         if whole:
             loaded = _load_whole(directory, chain.dtype, device, trust)
             chain = open_chain(loaded, device=device)
-    chain.products_in_bf16 = recipe.products == "bfloat16"
+    native = chain.device.type == "cpu" and bf16_is_native()
+    if recipe.products == "bfloat16" or (recipe.products == "auto" and native):
+        chain.products = Bf16Products()
     return chain, loaded
 
 
@@ -360,9 +376,12 @@ def _windows(
     directory: Path | None,
     tokenizer: PreTrainedTokenizerBase | None,
     progress: ProgressCallback,
-) -> Tensor:
+    sets: int,
+) -> tuple[Tensor, Tensor]:
+    """The calibration windows, and up to ``sets`` times as many others for later sweeps."""
     if isinstance(request.calibration, Tensor):
-        return check_vocabulary(windows_of_ids(request.calibration, chain.config, bos=request.recipe.bos), chain.config)
+        windows = windows_of_ids(request.calibration, chain.config, bos=request.recipe.bos)
+        return check_vocabulary(windows, chain.config), windows[:0]
     recipe = request.recipe
     seq_len = recipe.seq_len or default_seq_len(chain)
     check_seq_len(chain.config, seq_len)
@@ -382,13 +401,15 @@ def _windows(
                 recipe.samples,
                 seq_len,
                 recipe.seed,
-                model=dense,
-                progress=say,
-                bos=recipe.bos,
+                Author(dense, say) if dense is not None else None,
+                recipe.bos,
+                sets * recipe.samples,
             )
 
-    key = (str(directory), source, recipe.samples, seq_len, recipe.seed, recipe.bos, chain.dtype, chain.device.type)
-    return check_vocabulary(request.shared.windows_of(key, draw), chain.config, tokenizer)
+    settings = (recipe.samples, seq_len, recipe.seed, recipe.bos, sets)
+    key = (str(directory), source, settings, chain.dtype, chain.device.type)
+    windows = check_vocabulary(request.shared.windows_of(key, draw), chain.config, tokenizer)
+    return windows[: recipe.samples], windows[recipe.samples :]
 
 
 @contextlib.contextmanager

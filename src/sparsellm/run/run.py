@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -175,6 +176,7 @@ class Run:
                     learning_rate=needs.learning_rate,
                     blocks=[block for block in blocks if block is not None] or None,
                     saved=saved,
+                    fresh=self.prepared.own_fresh,
                 )
             )
         self.dense.close()
@@ -245,6 +247,7 @@ class Run:
             workspace=choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace),
             gradient_tokens=gradient_tokens,
             swept=bool(choice.needs.passes),
+            fresh=bool(self.prepared.own_fresh),
             read_ahead=read_ahead and chain.weights is not None,
         )
 
@@ -256,7 +259,7 @@ class Run:
     def _identity(self) -> Identity:
         choice = self.choice
         recipe = {
-            **self.recipe.model_dump(exclude={"memory", "read_ahead", "min_tokens_per_expert"}),
+            **self.recipe.model_dump(exclude={"memory", "read_ahead", "min_tokens_per_expert", "products"}),
             "options": choice.options,
             "allocation": choice.allocator.name,
             "allocation_options": choice.allocation_options,
@@ -264,9 +267,14 @@ class Run:
         }
         names = (choice.method.name, choice.allocator.name)
         used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
-        computing = f"{self.chain.dtype} on {self.chain.device.type}"
+        products = ", products in bf16" if self.chain.products is not None else ""
+        computing = f"{self.chain.dtype} on {self.chain.device.type}{products}"
         return Identity(
-            recipe, model_fingerprint(self.chain, self.digests), tokens_fingerprint(self.windows), computing, used
+            recipe,
+            model_fingerprint(self.chain, self.digests),
+            tokens_fingerprint(torch.cat([self.windows, self.prepared.fresh])),
+            computing,
+            used,
         )
 
     def _survey(self) -> tuple[Allocation | None, dict[str, Tensor]]:

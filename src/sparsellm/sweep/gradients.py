@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from sparsellm.chain import Chain, Feed, LinearView, Stream
 from sparsellm.chain.capture import watch
-from sparsellm.chain.products import bf16_products
 from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.progress import Progress as Event
 from sparsellm.storage.scratch import TensorStore
@@ -140,8 +139,7 @@ def _back_through(
             with torch.enable_grad(), watch(linears, _show(visitor, index)):
                 leaving = chain.apply(index, hidden, call)
             try:
-                with bf16_products(chain.products_in_bf16):
-                    (gradient,) = torch.autograd.grad(leaving, hidden, gradients[position])
+                (gradient,) = torch.autograd.grad(leaving, hidden, gradients[position])
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # the model's own code may not be differentiable

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsellm.chain import Chain
-from sparsellm.chain.products import bf16_products
 
 HEAD_TOKENS = 256  # in a chunk, over all windows: several tensors of (tokens, vocabulary) are in memory at once
 
@@ -39,8 +38,7 @@ def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, g
             part = part.requires_grad_(gradient)
             value = loss(chain.logits(part.to(chain.dtype), ids[:, span]).float(), span)
             if gradient:
-                with bf16_products(chain.products_in_bf16):
-                    parts.append(torch.autograd.grad(value, part)[0])
+                parts.append(torch.autograd.grad(value, part)[0])
         total += float(value.detach())
     return total, torch.cat(parts, dim=1) if gradient else hidden
 

@@ -138,15 +138,7 @@ def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
             parameter.grad = parallel.broadcast_(own.detach().contiguous(), source)
 
 
-class Shuffled:
-    """An endless random order of ``count`` indices; every index comes once before any comes again."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self._count = count
-        self._generator = torch.Generator().manual_seed(seed)
-        self._left: list[int] = []
-
-    def __next__(self) -> int:
-        if not self._left:
-            self._left = torch.randperm(self._count, generator=self._generator).tolist()
-        return self._left.pop()
+def shuffled(count: int, seed: int) -> list[int]:
+    """The indices below ``count`` in a random order."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[::-1]

@@ -10,9 +10,10 @@ the windows of a step computes the gradient, and all take the step.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from sparsellm import parallel
 from sparsellm.chain import Chain, Feed, Stream
-from sparsellm.chain.products import bf16_products
 from sparsellm.chain.streams import Piece
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress
@@ -30,13 +30,13 @@ from sparsellm.sweep.head import divergence_from, through_head
 from sparsellm.sweep.training import (
     Adam,
     Float32Calls,
-    Shuffled,
     as_written,
     held_out_of,
     of_all,
     running_on,
     schedule,
     share_gradients,
+    shuffled,
 )
 
 # The learning rate for a model at KL = 1 nat from the dense one. With steps of 1024 tokens, 0.002 diverges there within
@@ -124,6 +124,8 @@ class SweepTask:
         held_out: share of the windows that is held out to decide which state is kept.
         blocks: the shard of each pruned block, or None for a chain that holds its weights.
         saved: storage of the passes, from which an interrupted sweep continues; None to save none.
+        fresh: this process's windows for later passes, one tensor a pass; after the last, the sets come again in turn.
+            The chain must then hold the dense model's own weights. A sweep soon fits the windows it has seen.
     """
 
     feed: Feed
@@ -135,6 +137,7 @@ class SweepTask:
     held_out: float = 0.125
     blocks: Sequence[CheckpointReader] | None = None
     saved: SavedPasses | None = None
+    fresh: Sequence[Tensor] = ()
 
     def pruned(self, index: int) -> CheckpointReader | None:
         """The shard of the pruned block ``index``; None if the chain holds its weights."""
@@ -269,9 +272,8 @@ def sweep(task: SweepTask) -> list[Pass]:
     masters = _Masters(task.feed.chain, task.feed.scratch)
     masters.fill(task, reached)
     best = _Best(task, masters, reached)
-    stream = task.feed.stream(task.blocks[0] if task.blocks is not None else None, pieces=STEP_TOKENS)
-    with task.feed.chain.outer():
-        history = _passes(task, _Run(task, stream, masters), best, reached)
+    stream = task.feed.stream(task.pruned(0), pieces=STEP_TOKENS)
+    history = _passes(task, _Run(task, stream, masters), best, reached)
     stream.close()
     masters.store.close()
     _write(task, masters, best)
@@ -281,38 +283,79 @@ def sweep(task: SweepTask) -> list[Pass]:
 
 def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) -> list[Pass]:
     """Runs the remaining passes: each is judged, kept or undone, and saved. Returns the whole history."""
-    places = [_Place(number, run.tokens(piece)) for number, piece in enumerate(run.stream.pieces)]
-    train, judges = held_out_of(of_all(places), task.held_out)
-    history = list(reached.history) if reached is not None else [Pass(0, run.judge(judges), None)]
+    chain = task.feed.chain
+    train, judges = held_out_of(of_all(run.places()), task.held_out)
+    with chain.outer():
+        history = list(reached.history) if reached is not None else [Pass(0, run.judge(judges), None)]
     if not math.isfinite(history[0].held_out):
         raise NumericalError(f"the pruned model diverges from the dense one by {history[0].held_out}; prune less")
     rate = task.learning_rate
     if rate is None:
         rate = RATE * min(1.0, history[0].held_out ** 2)
-    order = Shuffled(len(train), task.seed)
-    done, steps = (len(history) - 1) * len(train), task.passes * len(train)
-    begun = done  # steps of an earlier start
-    for _ in range(done):
-        next(order)
-    for number in range(len(history), task.passes + 1):
-        total, harmful = 0.0, harmful_passes(history)
-        trusted, fresh = rate * CUT ** len(harmful), harmful[-1] * len(train) if harmful else 0
-        for _ in range(len(train)):
-            said = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
-            task.feed.progress(Progress("sweep", done - begun, steps - begun, said))
-            process, place = train[next(order)]
-            piece = run.stream.pieces[place.number] if process == parallel.rank() else None
-            total += run.step(piece, process, trusted * schedule(done, steps), done - fresh + 1)
-            done += 1
-        history.append(Pass(number, run.judge(judges), total / sum(place.tokens for _, place in train)))
+    first = len(history)
+    for number in range(first, task.passes + 1):
+        harmful = harmful_passes(history)
+        place = _Position(number, task.passes, first, harmful[-1] if harmful else 0, history[-1].held_out)
+        with contextlib.ExitStack() as held:
+            own, among = run, train
+            turn = (number - 1) % (1 + len(task.fresh))  # 0: the calibration windows
+            if turn:
+                own = held.enter_context(_fresh(task, run.masters, task.fresh[turn - 1]))
+                among = of_all(own.places())
+            held.enter_context(chain.outer())
+            mean = _pass(task, own, among, place, rate * CUT ** len(harmful))
+            history.append(Pass(number, run.judge(judges), mean))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
             best.take(number)
         elif number < task.passes and number in harmful_passes(history):
             run.masters.restart(task, best)
         if task.saved is not None:
             task.saved.save(history, best.number, run.masters, last=number == task.passes)
-    task.feed.progress(Progress("sweep", steps, steps))
+    task.feed.progress(Progress("sweep", 1, 1))
     return history
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where a pass stands in its sweep: its number, of how many, the first of this process, the last that was undone,
+    and the divergence before it."""
+
+    number: int
+    passes: int
+    first: int
+    undone: int
+    divergence: float
+
+
+def _pass(task: SweepTask, run: _Run, train: list[tuple[int, _Place]], at: _Position, rate: float) -> float:
+    """Runs one pass over the pieces of all processes; returns the mean divergence per token before its steps."""
+    order, count, total = shuffled(len(train), task.seed + (at.number - 1) * 1_000_003), len(train), 0.0
+    for step in range(count):
+        done, left = at.number - at.first + step / count, at.passes - at.first + 1
+        said = f"pass {at.number}/{at.passes} · KL {at.divergence:.3f}"
+        task.feed.progress(Progress("sweep", done, left, said))
+        process, place = train[order[step]]
+        piece = run.stream.pieces[place.number] if process == parallel.rank() else None
+        factor = schedule((at.number - 1) * count + step, at.passes * count)
+        since = (at.number - 1 - at.undone) * count + step + 1  # steps since Adam's moments began
+        total += run.step(piece, process, rate * factor, since)
+    return total / sum(place.tokens for _, place in train)
+
+
+@contextlib.contextmanager
+def _fresh(task: SweepTask, masters: _Masters, windows: Tensor) -> Iterator[_Run]:
+    """A run over windows that the walk has not seen, with the dense model's hidden states made for it."""
+    feed, chain = replace(task.feed, windows=windows), task.feed.chain
+    stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS)
+    dense = stream.fork()
+    try:
+        for index in range(len(chain)):
+            with chain.block(index):
+                dense.advance(index)
+        yield _Run(replace(task, feed=feed, dense=dense.hidden), stream, masters)
+    finally:
+        dense.close()
+        stream.close()
 
 
 def _write(task: SweepTask, masters: _Masters, best: _Best) -> None:
@@ -347,6 +390,9 @@ class _Run:
             self.starts.append(self.starts[-1] + len(batch))
         self.windows = task.feed.windows
         self._in_fp32 = Float32Calls()
+
+    def places(self) -> list[_Place]:
+        return [_Place(number, self.tokens(piece)) for number, piece in enumerate(self.stream.pieces)]
 
     def ids(self, piece: Piece) -> Tensor:
         """Token ids ``(windows, seq)``."""
@@ -387,8 +433,7 @@ class _Run:
                 with running_on(self.chain, index, parameters), torch.enable_grad():
                     hidden.requires_grad_(True)
                     leaving = self.chain.apply(index, hidden, self._in_fp32(piece.calls[index]))
-                    with bf16_products(self.chain.products_in_bf16):
-                        leaving.backward(gradient)
+                    leaving.backward(gradient)
                 gradient = hidden.grad
                 assert gradient is not None
             share_gradients(parameters.values(), process)

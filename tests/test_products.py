@@ -1,0 +1,117 @@
+"""Products in bf16: their error bound, their gradients, the copies of weights, and what decides about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import sparsellm
+from sparsellm.chain.products import LEAST, Bf16Products, bf16_is_native
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+UNIT = 2.0**-8  # the largest relative error of a rounding to bf16
+
+
+def linear_of(kind: str, inputs: int, outputs: int) -> nn.Linear | Conv1D:
+    torch.manual_seed(0)
+    module = nn.Linear(inputs, outputs) if kind == "linear" else Conv1D(outputs, inputs)
+    assert module.weight.numel() >= LEAST
+    return module
+
+
+def exact(module: nn.Linear | Conv1D, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs in fp64, and Σ|x w| of each: three roundings of bf16 lose at most 3.1 units of that sum."""
+    weight = module.weight.detach().double()
+    weight = weight.T if isinstance(module, nn.Linear) else weight
+    assert module.bias is not None
+    return x.double() @ weight + module.bias.detach().double(), x.double().abs() @ weight.abs()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_outputs_and_gradients_are_within_the_bound_of_three_roundings(kind: str) -> None:
+    module = linear_of(kind, 320, 256)
+    x = torch.randn(2, 7, 320, requires_grad=True)
+    g = torch.randn(2, 7, 256)
+    with Bf16Products():
+        y = module(x)
+    y.backward(g)
+    assert y.dtype is torch.float32
+    wanted, size = exact(module, x.detach())
+    assert ((y.detach() - wanted).abs() <= 3.1 * UNIT * size + 1e-6).all()
+    assert not torch.equal(y.detach(), wanted.float()), "nothing was rounded"
+
+    weight = module.weight.detach().double() if kind == "linear" else module.weight.detach().double().T  # (out, in)
+    rows, given = x.detach().double().flatten(0, 1), g.double().flatten(0, 1)
+    assert x.grad is not None
+    assert module.weight.grad is not None
+    assert module.bias is not None
+    assert module.bias.grad is not None
+    for found, true, size in (
+        (x.grad.flatten(0, 1), given @ weight, given.abs() @ weight.abs()),
+        (module.weight.grad if kind == "linear" else module.weight.grad.T, given.T @ rows, given.abs().T @ rows.abs()),
+    ):
+        assert ((found - true).abs() <= 3.1 * UNIT * size + 1e-6).all()
+    torch.testing.assert_close(module.bias.grad, g.flatten(0, 1).sum(0))
+
+
+def test_the_copy_of_a_weight_follows_its_changes() -> None:
+    module, mode = linear_of("linear", 320, 256), Bf16Products()
+    x = torch.randn(3, 320)
+    with torch.no_grad(), mode:
+        first = module(x)
+        again = module(x)
+        module.weight.mul_(2)
+        doubled = module(x)
+    assert torch.equal(first, again)
+    assert module.bias is not None
+    torch.testing.assert_close(doubled - module.bias, 2 * (first - module.bias))
+
+
+def test_small_and_other_products_stay_as_they_are() -> None:
+    small, x = nn.Linear(64, 64), torch.randn(3, 64)
+    big, narrow = linear_of("linear", 320, 256), torch.randn(3, 320).bfloat16()
+    with torch.no_grad():
+        wanted = small(x), big.bfloat16()(narrow), x @ small.weight
+        with Bf16Products():
+            found = small(x), big(narrow), x @ small.weight
+    assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose weights are large enough for products in bf16."""
+    folder = tmp_path_factory.mktemp("wide")
+    model = tiny_llama(hidden_size=256, intermediate_size=320, num_hidden_layers=2)
+    save_tiny(model, tiny_tokenizer(), folder)
+    return folder
+
+
+def run(model: Path, out: Path, products: str) -> bytes:
+    recipe = {"sparsity": 0.5, "samples": 4, "seq_len": 16, "products": products, "options": {"effort": 1}}
+    sparsellm.prune(model, {**recipe, "calibration": "pydoc"}, out=out)
+    return b"".join(file.read_bytes() for file in sorted(out.glob("*.safetensors")))
+
+
+def test_auto_takes_bf16_where_the_processor_has_it(wide: Path, tmp_path: Path) -> None:
+    auto, narrow, full = (run(wide, tmp_path / name, name) for name in ("auto", "bfloat16", "float32"))
+    assert narrow != full
+    assert auto == (narrow if bf16_is_native() else full)
+    assert run(wide, tmp_path / "again", "bfloat16") == narrow
+
+
+def test_a_run_does_not_go_on_with_other_products(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    from sparsellm.storage.writer import CheckpointWriter
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(wide, tmp_path / "out", "float32")
+    with pytest.raises(sparsellm.SparseLLMError, match="products in bf16"):
+        run(wide, tmp_path / "out", "bfloat16")
