@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import runpy
@@ -30,7 +29,9 @@ SMALL = {
     "eval": "--text my-test.txt --seq-len 32 --max-tokens 256",
     "generate": "--max-new-tokens 2",
     "bench": "--prompt-tokens 8 --new-tokens 2 --repeats 1",
+    "compare": "--seq-len 32 --max-tokens 256 --set samples=4 --set seq_len=32",
 }
+RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("index", "guide", "cookbook", "extend"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -38,9 +39,14 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def commands(page: Path) -> list[str]:
-    """Of the page's shell blocks, those of this tool, in their order."""
-    return [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("sparsellm ")]
+def steps(page: Path) -> list[tuple[str, str]]:
+    """Commands of this tool in the shell blocks of a page, and its Python blocks, in order: language and text."""
+    fences = re.findall(r"^```(sh|python)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = []
+    for language, text in fences:
+        lines = [line for line in text.splitlines() if line.startswith("sparsellm ")] if language == "sh" else [text]
+        found += [(language, line) for line in lines]
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -57,7 +63,13 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
             assert heading in anchors, f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "guide.md"], ids=lambda page: page.name)
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    site = (ROOT / "zensical.toml").read_text("utf-8")
+    named = re.findall(r'= "(\w+\.md)"', site)
+    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,14 +82,17 @@ def test_every_command_of_a_page_runs(
     lines = "\n".join(f"Line {number} of a text about nothing in particular." for number in range(400))
     for name in ("my-text.txt", "my-test.txt"):
         Path(name).write_text(lines, encoding="utf-8")
-    Path("my_solver.py").write_text(next(block for block in blocks(page, "python") if "SOLVERS.register" in block))
+    solver = next((block for block in blocks(page, "python") if "SOLVERS.register" in block), "")
+    Path("my_solver.py").write_text(solver)
     Path("my.yaml").write_text("".join(blocks(page, "yaml")))
-    found = commands(page)
-    assert len(found) >= 5
-    for line in found:
-        words = shlex.split(line)[1:]
-        if "--plugin" in words and importlib.util.find_spec("sparsellm.plugins") is None:
+    found, names = steps(page), dict[str, object]()
+    assert len(found) >= 2
+    for language, line in found:
+        if language == "python":
+            if page.name == "cookbook.md":  # its blocks go on from each other, and from its commands
+                exec(compile(line, page.name, "exec"), names)
             continue
+        words = shlex.split(line)[1:]
         if "--out" in words:  # pages use the same name again and again
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         monkeypatch.setattr(sys, "argv", ["sparsellm", *words, *SMALL.get(words[0], "").split()])
