@@ -187,7 +187,14 @@ def test_results_and_the_card_of_the_dense_model_are_not_taken_over(pruned: Path
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("owner/name", "owner/name"), ("name", None), ("./owner/name", None), ("../x", None), ("/a/b", None)],
+    [
+        ("owner/name", "owner/name"),
+        ("name", None),
+        ("./owner/name", None),
+        ("../x", None),
+        ("/a/b", None),
+        ("x" * 5000, None),
+    ],
 )
 def test_the_base_model_is_a_name_of_the_hub_or_unknown(
     name: str, known: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,9 +31,8 @@ def _hub_id(name: str, directory: Path | None) -> str | None:
     snapshot = directory is not None and directory.parent.name == "snapshots"
     if directory is not None and snapshot and directory.parents[1].name.startswith("models--"):
         name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
-    elif Path(name).exists():
-        return None
-    return name if HUB_ID.fullmatch(name) else None
+        return name if HUB_ID.fullmatch(name) else None
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def _license(card: Path) -> dict[str, str]:
