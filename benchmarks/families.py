@@ -175,7 +175,7 @@ stay dense; they are named. *refused* is an error of one line before the work. P
 def summary(done: Sequence[Tried]) -> str:
     counts = collections.Counter(tried.result for tried in done)
     total = len(done) - counts.pop(NOT_BUILT, 0)
-    parts = ", ".join(f"{count} {result}" for result, count in counts.most_common())
+    parts = "; ".join(f"{count} {result}" for result, count in counts.most_common())
     return f"{total} types built with transformers {transformers.__version__}: {parts}."
 
 

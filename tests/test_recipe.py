@@ -82,6 +82,7 @@ def test_settings_reach_fields_and_options() -> None:
         (f"pattern: '{'9' * 5000}:4'", "n:m"),
         ("pattern: 24", "pattern is 24"),
         ("exclude: x", "exclude is 'x'"),
+        ("allow_dense: x", "allow_dense is 'x'"),
         ("options: [1]", "options is [1]"),
         ("options: {a: .inf}", "options.a is inf"),
         ("device: ''", "empty"),
