@@ -623,6 +623,7 @@ def bench(  # noqa: PLR0913 - a command
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
     from sparsellm import console, tables
     from sparsellm.machine.devices import resolve_device
+    from sparsellm.run.result import stamp
     from sparsellm.runtime.bench import compare
     from sparsellm.storage import results
 
@@ -642,7 +643,7 @@ def bench(  # noqa: PLR0913 - a command
         )
     saved = None
     if keeps is not None:
-        record: Any = {**report.to_dict(), **results.stamp(resolve_device(device))}
+        record: Any = {**report.to_dict(), **stamp(resolve_device(device))}
         saved = results.append_result(keeps, "benchmarks", record)
     if as_json:
         console.write_json({**report.to_dict(), "results": None if saved is None else str(saved)})

@@ -117,7 +117,13 @@ class Evaluation(Perplexity):
 
     def to_dict(self) -> EvaluationRecord:
         """All fields as plain JSON values, as in results.json."""
-        record = EvaluationRecord(protocol=self.protocol, perplexity=self.perplexity.to_dict(), **self.stamp)
+        record: EvaluationRecord = {
+            "protocol": self.protocol,
+            "perplexity": self.perplexity.to_dict(),
+            "sparsellm": self.stamp["sparsellm"],
+            "machine": self.stamp["machine"],
+            "date": self.stamp["date"],
+        }
         if self.against is not None:
             record["against"] = self.against.to_dict()
         if self.tasks is not None:
