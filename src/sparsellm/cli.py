@@ -359,7 +359,7 @@ def evaluate(  # noqa: PLR0913 - a command
     from sparsellm.progress import PhaseClock
     from sparsellm.storage import results
 
-    keeps = _keeps(model, save=save)
+    keeps = _keeps(model, save=save and model != "demo")  # no directory of that name is meant
     clock = PhaseClock()
     with console.progress() as progress, clock.phase("evaluate"):
         result = api.evaluate(

@@ -142,6 +142,8 @@ def read_results(directory: Path) -> Results:
     path = directory / RESULTS
     if not os.path.lexists(path):
         return {"format": 1, "evaluations": [], "benchmarks": []}
+    if not path.is_file():
+        raise StorageError(f"{path} is no ordinary file; move it elsewhere, or give --no-save")
     try:
         return _RESULTS.validate_python(read_object(path))
     except ValidationError as error:
