@@ -22,9 +22,10 @@ from wikipedia import write_wikipedia
 import sparsellm
 from sparsellm.calibration import leading_token
 from sparsellm.chain.open import load_tokenizer
+from sparsellm.recipe import Bos
 from sparsellm.sources.resolve import checkpoint_directory
 
-PROTOCOLS = ("no", "yes")
+PROTOCOLS: tuple[Bos, ...] = ("no", "yes")
 
 
 def evaluate(arguments: argparse.Namespace, model: str) -> dict[str, float]:
@@ -36,7 +37,7 @@ def evaluate(arguments: argparse.Namespace, model: str) -> dict[str, float]:
     }
 
 
-def pruned(arguments: argparse.Namespace, model: str, bos: str) -> dict[str, float]:
+def pruned(arguments: argparse.Namespace, model: str, bos: Bos) -> dict[str, float]:
     """The perplexity by each protocol of a model that was calibrated by one."""
     recipe = sparsellm.Recipe(
         method="sparsegpt", sparsity=0.5, calibration=arguments.calibration, samples=arguments.samples,

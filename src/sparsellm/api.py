@@ -37,11 +37,10 @@ from sparsellm.recipe import Bos, Recipe
 from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.prepare import Request, default_seq_len, open_model
-from sparsellm.run.result import PruneResult, versions
+from sparsellm.run.result import PruneResult, stamp, versions
 from sparsellm.run.run import Run
 from sparsellm.runtime.load import load
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.results import stamp
 
 
 @checked_arguments()
@@ -138,7 +137,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
         own.check_comparable(dense, windows)
     scores = streamed_scores(own.chain, windows, None if dense is None else dense.chain, progress=progress)
     results = None
-    if manager is not None and tasks:
+    if tasks and own.tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
         results = run_tasks(own.whole(device, dtype, trust_remote_code), own.tokenizer, tasks, manager, bos=leads)
     source = text if isinstance(text, str) else IDS if isinstance(text, Tensor) else DOCUMENTS
@@ -184,12 +183,12 @@ class _Opened:
         settings: Recipe,
         trust: bool,
     ) -> _Opened:
-        loaded = isinstance(model, PreTrainedModel)
-        directory = None if loaded else checkpoint_directory(str(model))
+        name = str(model.name_or_path) if isinstance(model, PreTrainedModel) else str(model)
+        directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(name)
         chain, _ = open_model(model, directory, settings, trust, whole=False)
         if tokenizer is None and directory is not None and with_tokenizer:
             tokenizer = load_tokenizer(directory, trust_remote_code=trust)
-        return cls(model.name_or_path if loaded else str(model), chain, directory, tokenizer)
+        return cls(name or type(model).__name__, chain, directory, tokenizer)
 
     def windows(self, text: str | Tensor | Text, seq_len: int | None, max_tokens: int | None, bos: Bos) -> Tensor:
         """The windows to score, checked against the model."""
@@ -206,6 +205,8 @@ class _Opened:
     def leads(self, bos: Bos, *, exactly: bool) -> bool:
         """Whether texts begin with BOS; ``exactly`` if the tokenizer itself must put it there, as for lm-eval."""
         if self.tokenizer is None:
+            if exactly:
+                raise DataError("tasks on a model given as an object need tokenizer=...")
             return False
         leads = leading_token(self.tokenizer, bos) is not None
         if exactly and leads and leading_token(self.tokenizer) is None:
@@ -234,9 +235,11 @@ class _Opened:
 
     def whole(self, device: str, dtype: str, trust: bool) -> PreTrainedModel:
         """The whole model in memory."""
-        if self.directory is None:
-            return self.chain.model
-        return load(self.directory, device=device, dtype=dtype, trust_remote_code=trust)
+        if self.directory is not None:
+            return load(self.directory, device=device, dtype=dtype, trust_remote_code=trust)
+        model = self.chain.model
+        assert isinstance(model, PreTrainedModel)
+        return model
 
 
 @checked_arguments(model=CHECKPOINT)

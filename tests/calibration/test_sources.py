@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,9 @@ def test_unusable_sources_are_refused(source: str, message: str) -> None:
         read_source(source, "evaluation")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package datasets is installed")
 @pytest.mark.parametrize("source", ["wikitext2", "ptb", "c4", "hub:owner/name"])
-def test_without_datasets_the_error_says_what_to_do(source: str) -> None:
+def test_without_datasets_the_error_says_what_to_do(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(DataError, match=rf"{source}.*pip install 'sparsellm\[hub\]'.*\.txt"):
         read_source(source, "calibration")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,11 @@ import pytest
 import torch
 
 import sparsellm
-from sparsellm import Recipe
-from sparsellm.errors import DataError
+from sparsellm import Recipe, api
+from sparsellm.errors import DataError, ModelError, RecipeError
+from sparsellm.evaluation import streamed
+from sparsellm.run.fingerprint import tokens_fingerprint
+from sparsellm.storage.results import read_results
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 
@@ -80,3 +86,273 @@ def test_token_ids_are_calibrated_on_as_they_are(llama: Path, text: Path, tmp_pa
     with pytest.raises(DataError, match="token ids are used as they are"):
         sparsellm.prune(llama, Recipe(bos="no"), calibration=ids, out=tmp_path / "out")
     assert sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=ids).calibration_bos == "given"
+
+
+def test_divergence_from_a_dense_model_is_that_of_both_whole_models(llama: Path, text: Path, tmp_path: Path) -> None:
+    other = save_tiny(tiny_llama(seed=1, num_hidden_layers=2), tiny_tokenizer(add_bos=True), tmp_path / "other")
+    windows = by_hand(text, bos=True)
+    with torch.no_grad():
+        dense, model = (
+            each(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
+            for each in (tiny_llama(), tiny_llama(seed=1, num_hidden_layers=2))
+        )
+    kl = (dense.exp() * (dense - model)).sum(-1)  # (windows, 15)
+    found = sparsellm.evaluate(other, text, seq_len=16, against=llama).against
+    assert found is not None
+    assert found.model == str(llama)
+    assert found.kl.value == pytest.approx(kl.mean().item(), rel=1e-4)
+    spread = 1.959964 * kl.mean(1).std().item() / math.sqrt(len(windows))
+    assert found.kl.low == pytest.approx(kl.mean().item() - spread, rel=1e-4)
+    assert found.kl.high == pytest.approx(kl.mean().item() + spread, rel=1e-4)
+    assert found.agreement == pytest.approx((dense.argmax(-1) == model.argmax(-1)).double().mean().item())
+    losses = [losses_by_hand(windows, tiny_llama(seed=seed, num_hidden_layers=3 - seed)).mean() for seed in (0, 1)]
+    assert found.perplexity.value == pytest.approx(math.exp(losses[0]), rel=1e-5)
+    assert found.recovery == pytest.approx(math.exp(losses[0] - losses[1]), rel=1e-4)
+
+
+def test_parts_and_chunks_of_the_text_change_nothing(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = save_tiny(tiny_llama(seed=1), tiny_tokenizer(add_bos=True), tmp_path / "other")
+    whole = sparsellm.evaluate(other, text, seq_len=16, against=llama)
+    monkeypatch.setattr(streamed, "_HIDDEN_BYTES", 2 * 3 * 16 * 32 * 4)  # three windows of both models
+    monkeypatch.setattr(streamed, "CHUNK", 4)
+    monkeypatch.setattr(streamed, "_BATCH_TOKENS", 32)
+    parts = sparsellm.evaluate(other, text, seq_len=16, against=llama)
+    assert parts.value == pytest.approx(whole.value, rel=1e-5)
+    assert parts.against is not None
+    assert whole.against is not None
+    assert parts.against.kl.value == pytest.approx(whole.against.kl.value, rel=1e-4)
+    assert parts.against.agreement == whole.against.agreement
+
+
+def test_a_model_does_not_diverge_from_itself(llama: Path, text: Path) -> None:
+    found = sparsellm.evaluate(tiny_llama(), by_hand(text, bos=True), against=llama).against
+    assert found is not None
+    assert found.kl.value == pytest.approx(0, abs=1e-6)
+    assert (found.agreement, found.recovery) == (1.0, 1.0)
+
+
+def test_the_interval_is_that_of_the_windows_mean_losses(llama: Path, text: Path) -> None:
+    losses = losses_by_hand(by_hand(text, bos=True), tiny_llama()).mean(1)  # (windows,)
+    half = 1.959964 * losses.std().item() / math.sqrt(len(losses))
+    found = sparsellm.evaluate(llama, text, seq_len=16).perplexity
+    assert found.low == pytest.approx(math.exp(losses.mean().item() - half), rel=1e-5)
+    assert found.high == pytest.approx(math.exp(losses.mean().item() + half), rel=1e-5)
+    alone = sparsellm.evaluate(llama, text, seq_len=16, max_tokens=16).perplexity
+    assert (alone.low, alone.high) == (None, None)
+
+
+def test_models_of_different_tokenizers_are_not_compared(llama: Path, text: Path, tmp_path: Path, run: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer(add_bos=True))
+    tokenizer.add_tokens(["number"])
+    swapped = save_tiny(tiny_llama(vocab_size=301), tokenizer, tmp_path / "swapped")
+    same_size = save_tiny(tiny_llama(), tokenizer, tmp_path / "same_size")
+    without_bos = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "without_bos")
+    for other in (swapped, same_size, without_bos):
+        code, _, stderr = run("eval", llama, "--text", text, "--seq-len", 16, "--against", other)
+        assert code == 2
+        assert len(stderr.splitlines()) == 1
+        assert "have different tokenizers" in stderr
+        assert str(other) in stderr
+
+
+def test_a_dense_model_that_is_not_there_is_refused_before_the_work(llama: Path, text: Path, run: Any) -> None:
+    code, _, stderr = run("eval", llama, "--text", text, "--seq-len", 16, "--against", "/nowhere/dense")
+    assert code == 2
+    assert "/nowhere/dense" in stderr
+
+
+# ---------------------------------------------------------------------- results.json
+
+
+@pytest.fixture
+def pruned(llama: Path, text: Path, tmp_path: Path) -> Path:
+    recipe = Recipe(method="magnitude", sparsity=0.5, calibration=str(text), samples=3, seq_len=16)
+    sparsellm.prune(llama, recipe, out=tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def test_results_are_appended_beside_a_checkpoint_of_ours(llama: Path, pruned: Path, text: Path, run: Any) -> None:
+    arguments = ("eval", pruned, "--text", text, "--seq-len", 16)
+    code, stdout, stderr = run(*arguments)
+    assert code == 0, stderr
+    assert f"results in {pruned / 'results.json'}" in stdout
+    assert "cut anywhere" not in stdout
+    assert "each begins with BOS" in stdout
+    code, stdout, stderr = run(*arguments, "--against", llama, "--bos", "no", "--json")
+    assert code == 0, stderr
+    first, second = read_results(pruned)["evaluations"]
+    windows = by_hand(text, bos=False)
+    assert second["protocol"] == {
+        "text": str(text),
+        "digest": tokens_fingerprint(windows),
+        "window": 16,
+        "windows": len(windows),
+        "tokens": len(windows) * 15,
+        "bos": "no",
+        "dtype": "float32",
+    }
+    assert first["protocol"]["bos"] == "yes"
+    assert "against" not in first
+    assert "tasks" not in first
+    assert second["against"]["model"] == str(llama)
+    shown = json.loads(stdout)
+    assert shown["against"] == second["against"]
+    assert shown["perplexity"] == second["perplexity"]["value"]
+    assert shown["results"] == str(pruned / "results.json")
+    assert run(*arguments, "--no-save")[0] == 0
+    assert len(read_results(pruned)["evaluations"]) == 2
+
+
+def test_results_are_never_written_into_other_directories(llama: Path, text: Path, run: Any) -> None:
+    before = sorted(file.name for file in llama.iterdir())
+    code, stdout, _ = run("eval", llama, "--text", text, "--seq-len", 16)
+    assert code == 0
+    assert "results" not in stdout
+    assert sorted(file.name for file in llama.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"format": 2, "evaluations": [], "benchmarks": []}', '{"format": 1, "evaluations": [{}]}']
+)
+def test_results_that_are_not_ours_are_not_overwritten(pruned: Path, text: Path, run: Any, content: str) -> None:
+    (pruned / "results.json").write_text(content)
+    code, stdout, stderr = run("eval", pruned, "--text", text, "--seq-len", 16)
+    assert code == 2
+    assert len(stderr.splitlines()) == 1
+    assert "results.json" in stderr
+    assert not stdout
+    assert (pruned / "results.json").read_text() == content
+
+
+def test_a_directory_in_place_of_results_is_refused(pruned: Path, text: Path, run: Any) -> None:
+    (pruned / "results.json").mkdir()
+    code, _, stderr = run("eval", pruned, "--text", text, "--seq-len", 16)
+    assert code == 2
+    assert "no ordinary file" in stderr
+
+
+def test_the_demo_model_is_not_a_directory_of_that_name(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "pruning.json").write_text("{}")
+    (tmp_path / "demo" / "results.json").write_text("not to be read")
+    monkeypatch.chdir(tmp_path)
+
+    def fetch(model: str) -> Path:
+        raise ModelError(f"fetching {model}")
+
+    monkeypatch.setattr(api, "checkpoint_directory", fetch)
+    code, _, stderr = run("eval", "demo", "--text", text)
+    assert (code, stderr) == (2, "error: fetching demo\n")
+
+
+def test_a_checkpoint_with_results_is_replaced_and_its_results_are_not_inherited(
+    pruned: Path, text: Path, tmp_path: Path, run: Any
+) -> None:
+    assert run("eval", pruned, "--text", text, "--seq-len", 16)[0] == 0
+    sparsellm.pack(pruned, out=tmp_path / "packed")
+    assert not (tmp_path / "packed" / "results.json").exists()
+    recipe = Recipe(method="magnitude", sparsity=0.6, calibration=str(text), samples=3, seq_len=16)
+    sparsellm.prune(pruned, recipe, out=tmp_path / "again")
+    assert not (tmp_path / "again" / "results.json").exists()
+    sparsellm.prune(tmp_path / "again", recipe, out=pruned, overwrite=True)
+    assert not (pruned / "results.json").exists()
+
+
+def test_benchmarks_are_appended_too(pruned: Path, tmp_path: Path, run: Any) -> None:
+    sparsellm.pack(pruned, out=tmp_path / "packed")
+    small = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
+    code, stdout, stderr = run("bench", tmp_path / "packed", "--dense", pruned, *small, "--json")
+    assert code == 0, stderr
+    (record,) = read_results(tmp_path / "packed")["benchmarks"]
+    report = json.loads(stdout)
+    assert report.pop("results") == str(tmp_path / "packed" / "results.json")
+    assert {key: value for key, value in record.items() if key not in ("sparsellm", "machine", "date")} == report
+    for path, size in ((pruned, record["dense_disk_bytes"]), (tmp_path / "packed", record["packed_disk_bytes"])):
+        assert size == sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+# ---------------------------------------------------------------------- tasks of lm-eval
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with one task of two answers in YAML, and its questions in JSON lines."""
+    pytest.importorskip("lm_eval")
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"{n} {n * 7919}", "choices": [" 1", " bread"], "answer": n % 2} for n in range(6)]
+    (folder / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "numbers.yaml").write_text(
+        "task: tiny_numbers\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'numbers.jsonl'}}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        "doc_to_text: '{{question}}'\n"
+        "doc_to_choice: choices\n"
+        "doc_to_target: answer\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    return folder
+
+
+def accuracy_by_hand(folder: Path, bos: bool) -> float:
+    """The share of questions for which the right answer is the likelier continuation."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    right = 0
+    for line in (folder / "numbers.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        start = [0] * bos + tokenizer(row["question"])["input_ids"]
+        likelihoods = []
+        for choice in row["choices"]:
+            ids = torch.tensor([[0] * bos + tokenizer(row["question"] + choice)["input_ids"]])
+            likelihoods.append(-losses_by_hand(ids, model)[0, len(start) - 1 :].sum().item())
+        right += likelihoods.index(max(likelihoods)) == row["answer"]
+    return right / 6
+
+
+def test_local_tasks_run_without_a_hub_packed_or_not(
+    llama: Path, text: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    sparsellm.prune(llama, Recipe(method="magnitude", sparsity=0.0, samples=1, seq_len=8), out=tmp_path / "p")
+    sparsellm.pack(tmp_path / "p", out=tmp_path / "packed")
+    expected = accuracy_by_hand(folder, bos=True)
+    for model in (llama, tmp_path / "packed"):
+        found = sparsellm.evaluate(model, text, seq_len=16, tasks=["tiny_numbers"], tasks_dir=folder)
+        assert found.tasks is not None
+        metric = found.tasks["tiny_numbers"]["acc"]
+        assert metric["value"] == pytest.approx(expected)
+        assert metric["stderr"] is not None
+    without = sparsellm.evaluate(llama, text, seq_len=16, bos="no", tasks=["tiny_numbers"], tasks_dir=folder)
+    assert without.tasks is not None
+    assert without.tasks["tiny_numbers"]["acc"]["value"] == pytest.approx(accuracy_by_hand(folder, bos=False))
+
+
+def test_an_unknown_task_is_refused_before_the_model_is_opened(
+    text: Path, folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = pytest.importorskip("lm_eval.tasks")  # it takes long to read its own tasks
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    code, _, stderr = run("eval", "/nowhere/model", "--text", text, "--tasks", "tiny_nombers", "--tasks-dir", folder)
+    assert code == 2
+    (line,) = stderr.splitlines()
+    assert "unknown task 'tiny_nombers'; did you mean 'tiny_numbers'?" in line
+
+
+def test_tasks_without_lm_eval_say_what_to_install(llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(RecipeError, match=r"pip install 'sparsellm\[eval\]'"):
+        sparsellm.evaluate(llama, text, tasks=["hellaswag"])
+
+
+def test_a_folder_of_tasks_must_exist_and_needs_tasks(llama: Path, text: Path) -> None:
+    with pytest.raises(RecipeError, match="tasks_dir is '/nowhere'"):
+        sparsellm.evaluate(llama, text, tasks=["a"], tasks_dir="/nowhere")
+    with pytest.raises(RecipeError, match="without tasks"):
+        sparsellm.evaluate(llama, text, tasks_dir="/nowhere")

@@ -120,7 +120,9 @@ class Evaluation(Perplexity):
         record: EvaluationRecord = {
             "protocol": self.protocol,
             "perplexity": self.perplexity.to_dict(),
-            **self.stamp,
+            "sparsellm": self.stamp["sparsellm"],
+            "machine": self.stamp["machine"],
+            "date": self.stamp["date"],
         }
         if self.against is not None:
             record["against"] = self.against.to_dict()

@@ -107,7 +107,7 @@ def _window(chains: list[Chain], states: list[Tensor], ids: Tensor) -> list[floa
         targets = ids[0, span.start + 1 : span.stop + 1].to(logs[0].device)
         values = [functional.nll_loss(each, targets, reduction="none") for each in logs]
         if len(logs) > 1:
-            values.append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
+            values.append(functional.kl_div(logs[0], logs[1], reduction="none", log_target=True).sum(-1))
             values.append((logs[0].argmax(-1) == logs[1].argmax(-1)).float())
         # on the CPU, because some devices have no fp64
         sums += torch.stack([value.cpu().double().sum() for value in values])

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from sparsellm.errors import DataError, RecipeError, nearest, one_line, shown
 from sparsellm.storage.results import MetricRecord
@@ -34,7 +34,10 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
     except ImportError:
         raise RecipeError("tasks need lm-eval, which is not installed; pip install 'sparsellm[eval]'") from None
     with _quiet():
-        manager = TaskManager(include_path=None if folder is None else str(folder))
+        # lm-eval takes seconds to read the thousands of tasks of its own, which are often not needed.
+        manager = TaskManager(include_path=str(folder), include_defaults=False) if folder is not None else None
+        if manager is None or not set(names) <= set(manager.all_tasks):
+            manager = TaskManager(include_path=None if folder is None else str(folder))
     for name in names:
         if name not in manager.all_tasks:
             close = nearest(name[:100], manager.all_tasks)
@@ -86,7 +89,7 @@ def _metrics(values: dict[str, Any]) -> dict[str, MetricRecord]:
     return metrics
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 

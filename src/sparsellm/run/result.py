@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsellm import __version__
+from sparsellm.machine.devices import machine_name
 from sparsellm.methods import LinearResult
 from sparsellm.recipe import Recipe
 from sparsellm.run.counts import DenseMatrix, Totals, totals
 from sparsellm.run.memory import MemoryPlan
+from sparsellm.storage.results import Stamp
 from sparsellm.sweep.whole_model import Pass
 
 
@@ -30,6 +33,12 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),  # with the build, which the package's metadata may omit
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def stamp(device: torch.device) -> Stamp:
+    """The stamp of a measurement that ends now, on this device."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"sparsellm": __version__, "machine": machine_name(device), "date": date}
 
 
 def command_line() -> str:
