@@ -323,6 +323,7 @@ def test_a_demo_that_another_release_left_unfinished_can_begin_anew(
     assert 0 < found["evaluation"]["against"]["agreement"] < 1
     assert found["speeds"]["packed_bytes"] < found["speeds"]["dense_bytes"]
     assert found["speeds"]["packed_disk_bytes"] < found["speeds"]["dense_disk_bytes"]
-    results = json.loads((tmp_path / "p" / "pruned" / "results.json").read_text())
-    assert (len(results["evaluations"]), len(results["benchmarks"])) == (1, 1)
+    kept = [json.loads((tmp_path / "p" / name / "results.json").read_text()) for name in ("pruned", "packed")]
+    assert [len(each["evaluations"]) for each in kept] == [1, 0]
+    assert [len(each["benchmarks"]) for each in kept] == [0, 1]
     assert (tmp_path / "p" / "packed" / "config.json").is_file()

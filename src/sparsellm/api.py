@@ -39,11 +39,10 @@ from sparsellm.recipe import Bos, Recipe
 from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.prepare import Request, default_seq_len, open_model
-from sparsellm.run.result import PruneResult, versions
+from sparsellm.run.result import PruneResult, stamp, versions
 from sparsellm.run.run import Run
 from sparsellm.runtime.load import load
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.results import stamp
 
 
 @checked_arguments()
@@ -261,11 +260,11 @@ class _Opened:
 
     def whole(self, device: str, dtype: str, trust: bool) -> PreTrainedModel:
         """The whole model in memory."""
-        if self.directory is None:
-            own: PreTrainedModel = self.chain.model
-            return own
-        loaded: PreTrainedModel = load(self.directory, device=device, dtype=dtype, trust_remote_code=trust)
-        return loaded
+        if self.directory is not None:
+            return load(self.directory, device=device, dtype=dtype, trust_remote_code=trust)
+        model = self.chain.model
+        assert isinstance(model, PreTrainedModel)
+        return model
 
 
 @checked_arguments()

@@ -490,7 +490,7 @@ def evaluate(  # noqa: PLR0913 - a command
     from sparsellm.progress import PhaseClock
     from sparsellm.storage import results
 
-    keeps = _keeps(model, save=save)
+    keeps = _keeps(model, save=save and model != "demo")  # no directory of that name is meant
     clock = PhaseClock()
     with console.progress(quiet=quiet, verbose=verbose) as progress, clock.phase("evaluate"):
         result = api.evaluate(
@@ -1021,6 +1021,7 @@ def bench(  # noqa: PLR0913 - a command
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
     from sparsellm import console, tables
     from sparsellm.machine.devices import resolve_device
+    from sparsellm.run.result import stamp
     from sparsellm.runtime.bench import compare
     from sparsellm.storage import results
 
@@ -1040,7 +1041,7 @@ def bench(  # noqa: PLR0913 - a command
         )
     saved = None
     if keeps is not None:
-        record: Any = {**report.to_dict(), **results.stamp(resolve_device(device))}
+        record: Any = {**report.to_dict(), **stamp(resolve_device(device))}
         saved = results.append_result(keeps, "benchmarks", record)
     if as_json:
         console.write_json({**report.to_dict(), "results": None if saved is None else str(saved)})

@@ -29,12 +29,13 @@ from sparsellm.recipe import Recipe
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 from sparsellm.run.prepare import Request
+from sparsellm.run.result import stamp
 from sparsellm.run.run import Run
 from sparsellm.run.shared import Shared
 from sparsellm.runtime import bench
 from sparsellm.runtime.convert import pack
 from sparsellm.storage.files import explained, replace_atomically, write_all
-from sparsellm.storage.results import append_result, stamp
+from sparsellm.storage.results import append_result
 
 GRID = "compare.json"
 PAGE = "compare.html"

@@ -15,6 +15,7 @@ from sparsellm.evaluation.measured import Against, Evaluation
 from sparsellm.machine.devices import resolve_device
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
+from sparsellm.run.result import stamp
 from sparsellm.runtime.bench import Comparison, Speed, compare
 from sparsellm.runtime.convert import pack
 from sparsellm.runtime.generate import generate
@@ -22,7 +23,7 @@ from sparsellm.runtime.load import load
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
-from sparsellm.storage.results import append_result, stamp
+from sparsellm.storage.results import append_result
 from sparsellm.storage.resume import PACK
 
 # Sized for five minutes on two cores.
@@ -137,7 +138,7 @@ def run_demo(
             packed, dense, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, repeats=ROUNDS, progress=progress
         )
         record: Any = {**speeds.to_dict(), **stamp(resolve_device("cpu"))}
-        append_result(pruned, "benchmarks", record)
+        append_result(packed, "benchmarks", record)
     with phase("generate"):
         texts = [_continuation(path) for path in (dense, packed)]
     return DemoResult(dense, packed, result, evaluation, speeds, PROMPT, texts[0], texts[1], clock.seconds)

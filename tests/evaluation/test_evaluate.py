@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import sparsellm
-from sparsellm import Recipe
-from sparsellm.errors import DataError, RecipeError
+from sparsellm import Recipe, api
+from sparsellm.errors import DataError, ModelError, RecipeError
 from sparsellm.evaluation import streamed
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.storage.results import read_results
@@ -224,6 +224,29 @@ def test_results_that_are_not_ours_are_not_overwritten(pruned: Path, text: Path,
     assert "results.json" in stderr
     assert not stdout
     assert (pruned / "results.json").read_text() == content
+
+
+def test_a_directory_in_place_of_results_is_refused(pruned: Path, text: Path, run: Any) -> None:
+    (pruned / "results.json").mkdir()
+    code, _, stderr = run("eval", pruned, "--text", text, "--seq-len", 16)
+    assert code == 2
+    assert "no ordinary file" in stderr
+
+
+def test_the_demo_model_is_not_a_directory_of_that_name(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "pruning.json").write_text("{}")
+    (tmp_path / "demo" / "results.json").write_text("not to be read")
+    monkeypatch.chdir(tmp_path)
+
+    def fetch(model: str) -> Path:
+        raise ModelError(f"fetching {model}")
+
+    monkeypatch.setattr(api, "checkpoint_directory", fetch)
+    code, _, stderr = run("eval", "demo", "--text", text)
+    assert (code, stderr) == (2, "error: fetching demo\n")
 
 
 def test_a_checkpoint_with_results_is_replaced_and_its_results_are_not_inherited(

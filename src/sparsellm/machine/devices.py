@@ -21,15 +21,19 @@ def available_devices() -> list[str]:
 
 
 def machine_name(device: torch.device) -> str:
-    """The model of a GPU; or that of the processor where the system tells it, else its kind, and the threads in use."""
+    """The model of a GPU; or that of the processor, and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """The model of the processor where the system tells it, else its kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+        return platform.processor() or platform.machine()
 
 
 def resolve_device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsellm import __version__
+from sparsellm.machine.devices import machine_name, processor_name
 from sparsellm.methods import LinearResult
 from sparsellm.recipe import Recipe
 from sparsellm.report.document import REPORT
@@ -23,6 +25,7 @@ from sparsellm.report.notebook import figure_of, summary_html
 from sparsellm.run.counts import DenseMatrix, Totals, totals
 from sparsellm.run.magnitudes import Magnitudes
 from sparsellm.run.memory import MemoryPlan
+from sparsellm.storage.results import Stamp
 from sparsellm.sweep.whole_model import Pass
 
 
@@ -42,7 +45,7 @@ def environment() -> dict[str, str]:
     return {
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": str(os.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / 1e9:.1f} GB",
         "threads": str(torch.get_num_threads()),
@@ -50,14 +53,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def _processor() -> str:
-    """The model of the processor; Python knows it on few systems, Linux lists it in a file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
+def stamp(device: torch.device) -> Stamp:
+    """The stamp of a measurement that ends now, on this device."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"sparsellm": __version__, "machine": machine_name(device), "date": date}
 
 
 def command_line() -> str:

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.inputs.json_input import read_object
-from sparsellm.machine.devices import machine_name
 from sparsellm.storage.files import replace_atomically, write_all
-from sparsellm.version import __version__
 
 RESULTS = "results.json"
 _OURS = ("pruning.json", "packed.json")  # a directory with one of these was written by sparsellm
@@ -132,12 +128,6 @@ class Results(TypedDict):
 _RESULTS = TypeAdapter(Results)
 
 
-def stamp(device: torch.device) -> Stamp:
-    """The stamp of a measurement that ends now, on this device."""
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"sparsellm": __version__, "machine": machine_name(device), "date": date}
-
-
 def keeps_results(directory: str | os.PathLike[str]) -> bool:
     """Whether results are kept in a directory: sparsellm wrote it, as its pruning.json or packed.json shows."""
     return any((Path(directory) / name).is_file() for name in _OURS)
@@ -152,6 +142,8 @@ def read_results(directory: Path) -> Results:
     path = directory / RESULTS
     if not os.path.lexists(path):
         return {"format": 1, "evaluations": [], "benchmarks": []}
+    if not path.is_file():
+        raise StorageError(f"{path} is no ordinary file; move it elsewhere, or give --no-save")
     try:
         return _RESULTS.validate_python(read_object(path))
     except ValidationError as error:
