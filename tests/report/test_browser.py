@@ -23,6 +23,7 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+PATIENCE = 120_000  # milliseconds, on a busy machine
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
@@ -53,6 +54,7 @@ def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 def test_a_page(name: str, size: str, scheme: str, browser: Any, pages: dict[str, Path]) -> None:
     width, height = SIZES[size]
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     said: list[str] = []
     asked: list[str] = []
@@ -80,6 +82,7 @@ def test_a_page(name: str, size: str, scheme: str, browser: Any, pages: dict[str
 
 def test_text_of_a_model_runs_nothing(browser: Any, pages: dict[str, Path]) -> None:
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     opened: list[str] = []
     page.on("dialog", lambda dialog: (opened.append(dialog.message), dialog.dismiss()))
     page.goto(pages["run"].as_uri())
@@ -94,6 +97,7 @@ def test_text_of_a_model_runs_nothing(browser: Any, pages: dict[str, Path]) -> N
 
 def test_the_colours_follow_the_scheme_and_tables_open_by_key(browser: Any, pages: dict[str, Path]) -> None:
     page = browser.new_page(color_scheme="light")
+    page.set_default_timeout(PATIENCE)
     page.goto(pages["run"].as_uri())
     page.wait_for_selector("html[data-drawn]")
     colour = "getComputedStyle(document.querySelector('.xtick text')).fill"

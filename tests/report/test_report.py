@@ -300,6 +300,19 @@ def test_without_the_extra_the_checkpoint_is_complete(
     assert "<table>" in result._repr_html_()
 
 
+def test_a_report_that_fails_does_not_cost_the_checkpoint(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a mistake")
+
+    monkeypatch.setattr(document, "render_run", fail)
+    notes: list[str] = []
+    prune(runs / "dense-llama", Recipe(**SMALL), out=tmp_path / "p", progress=lambda event: notes.append(event.detail))
+    assert (tmp_path / "p" / "config.json").is_file()
+    assert any("report.html was not written: ZeroDivisionError: a mistake; afterwards" in note for note in notes)
+
+
 def test_the_result_in_a_notebook(tmp_path: Path) -> None:
     model = tiny_llama()
     ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))

@@ -70,14 +70,14 @@ def _check_same_model(records: Sequence[PruningRecord]) -> None:
     for record in records:
         place = os.path.realpath(record.directory)
         if place in seen:
-            raise StorageError(f"{record.directory} is named twice; name each run once")
+            raise StorageError(f"{record.name} is named twice; name each run once")
         seen.add(place)
         one, other = first.pruning.base.digest, record.pruning.base.digest
         known = one is not None and other is not None
         if (one != other) if known else (_shapes(first) != _shapes(record)):
             models = [shown(each.pruning.base.name or "another model") for each in (first, record)]
             raise StorageError(
-                f"{first.directory} is of {models[0]} and {record.directory} of {models[1]}, another base model; "
+                f"{first.name} is of {models[0]} and {record.name} of {models[1]}, another base model; "
                 "compare runs of one model"
             )
 
@@ -121,7 +121,7 @@ def render_comparison(records: Sequence[PruningRecord]) -> str:
 
 
 def _again(records: Sequence[PruningRecord]) -> list[str]:
-    return [f"sparsellm report {shlex.join(os.fspath(record.directory) for record in records)} --out compare.html"]
+    return [f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"]
 
 
 def _common_protocol(records: Sequence[PruningRecord]) -> Protocol | None:
@@ -134,10 +134,7 @@ def _common_protocol(records: Sequence[PruningRecord]) -> Protocol | None:
 def _names(records: Sequence[PruningRecord]) -> list[str]:
     """The last part of each directory, or the whole path where two are called alike."""
     lasts = [Path(os.path.abspath(record.directory)).name for record in records]
-    return [
-        last if lasts.count(last) == 1 else os.fspath(record.directory)
-        for last, record in zip(lasts, records, strict=True)
-    ]
+    return [last if lasts.count(last) == 1 else record.name for last, record in zip(lasts, records, strict=True)]
 
 
 def _summary(runs: Sequence[ComparedRun]) -> Table:

@@ -32,19 +32,25 @@ NEEDS_EXTRA = "needs the package plotly: pip install 'sparsellm[report]'"
 _HEAD = 2048  # bytes in which that must stand
 
 
-def write_report(directory: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+def write_report(
+    directory: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    name: str | os.PathLike[str] | None = None,
+) -> Path:
     """Writes the report of a pruned checkpoint, and returns its path.
 
     Args:
         directory: that ``prune`` wrote, or its packed form.
         out: the file; ``report.html`` in the directory if None. A report of ours is replaced.
+        name: of the directory in the commands on the page, if it will have another one.
 
     Raises:
         StorageError: the directory has no ``pruning.json``, a file in it cannot be read, or ``out`` is refused.
         MissingExtraError: the chart library is not installed.
     """
     place = checked_out(Path(directory).expanduser() / REPORT if out is None else out, exists=out is not None)
-    record = read_record(directory)
+    record = read_record(directory, name)
     return write_page(place, render_run(record))
 
 
@@ -117,7 +123,7 @@ def render_run(record: PruningRecord) -> str:
         [sparsity, errors, allocation, *magnitudes, *course],
         sections=sections,
         record=record,
-        place=shlex.quote(os.fspath(record.directory)),
+        place=shlex.quote(record.name),
         wanted=wanted,
         rows=rows,
         commands=commands_of(rows),

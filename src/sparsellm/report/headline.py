@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from sparsellm.report.charts import number, percent
 from sparsellm.report.records import Against, Measured, PruningRecord
@@ -55,7 +53,7 @@ def evaluate_command(record: PruningRecord, tasks: str = "") -> str:
     """
     model, calibration = record.pruning.base.name, record.pruning.recipe.get("calibration")
     text = calibration if calibration in _TEXTS else "wikitext2"
-    command = f"sparsellm eval {shlex.quote(os.fspath(record.directory))} --text {text}"
+    command = f"sparsellm eval {shlex.quote(record.name)} --text {text}"
     return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model) if model else 'MODEL'}"
 
 
@@ -63,10 +61,9 @@ def packed_commands(record: PruningRecord) -> list[str]:
     """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed."""
     if _is_packed(record):
         return []
-    place = os.fspath(record.directory)
-    packed = replace(record, directory=Path(f"{place.rstrip('/')}-packed"))
-    name = shlex.quote(os.fspath(packed.directory))
-    pack = f"sparsellm pack {shlex.quote(place)} --out {name}"
+    packed = replace(record, name=f"{record.name.rstrip('/')}-packed")
+    name = shlex.quote(packed.name)
+    pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}"
     return [pack, evaluate_command(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
 
 
@@ -130,7 +127,7 @@ def _speed(record: PruningRecord) -> Row:
     speeds = record.decode_speeds()
     if speeds is None:
         packed = _is_packed(record)
-        command = f"sparsellm bench {shlex.quote(os.fspath(record.directory))}" if packed else ""
+        command = f"sparsellm bench {shlex.quote(record.name)}" if packed else ""
         return Row("Tokens a second, decoding", "" if packed else "of the packed form", command=command)
     dense, packed_speed = speeds
     detail = f"packed, batch {packed_speed.batch}, {packed_speed.threads} threads"

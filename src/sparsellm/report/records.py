@@ -221,13 +221,15 @@ class PruningRecord:
     """What is known of the run that wrote a checkpoint.
 
     Attributes:
-        directory: of the checkpoint, as the user named it.
+        directory: of the checkpoint.
+        name: of the directory in commands; as the user named it.
         pruning: of the run.
         results: measurements since; empty if there are none.
         file_bytes: size of the weight files.
     """
 
     directory: Path
+    name: str
     pruning: Pruning
     results: Results
     file_bytes: int
@@ -266,8 +268,12 @@ class PruningRecord:
         return None
 
 
-def read_record(directory: str | os.PathLike[str]) -> PruningRecord:
+def read_record(directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> PruningRecord:
     """The record of a pruned checkpoint.
+
+    Args:
+        directory: of the checkpoint.
+        name: of the directory in commands, if it will have another one.
 
     Raises:
         StorageError: the directory is none, was not written by ``prune``, or a file in it cannot be read.
@@ -287,7 +293,7 @@ def read_record(directory: str | os.PathLike[str]) -> PruningRecord:
     results = _checked(Results, place / RESULTS) if (place / RESULTS).exists() else Results()
     if results.format != 1:
         raise StorageError(f"{place / RESULTS} has format {results.format}, not 1; update sparsellm")
-    return PruningRecord(place, pruning, results, sum(sizes))
+    return PruningRecord(place, os.fspath(directory if name is None else name), pruning, results, sum(sizes))
 
 
 def _checked(model: type[Any], path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from sparsellm.allocation import Allocation, LinearSize, Survey
 from sparsellm.allocation.fixed import divide
 from sparsellm.chain.matrices import kind_of
 from sparsellm.chain.streams import Feed, Stream, windows_of
-from sparsellm.errors import SparseLLMError
+from sparsellm.errors import SparseLLMError, one_line
 from sparsellm.hub.base import base_of
 from sparsellm.hub.card import CARD, first_card
 from sparsellm.machine import heap
@@ -329,12 +330,13 @@ class Run:
         writer.write_text("recipe.yaml", self.recipe.to_yaml())
         writer.write_json("pruning.json", result.to_dict())
         writer.write_text(CARD, first_card(result.to_dict()))
-        writer.finish()
         try:
-            write_report(writer.out)
-        except SparseLLMError as reason:  # the checkpoint is complete, and the report can be written at any time
-            later = f"afterwards `sparsellm report {writer.out}` writes it"
+            write_report(writer.partial, name=writer.out)
+        except Exception as error:  # it can be written at any time, and must not cost the result of hours
+            reason = str(error) if isinstance(error, SparseLLMError) else one_line(error)
+            later = f"afterwards `sparsellm report {shlex.quote(str(writer.out))}` writes it"
             self.progress(Progress(NOTE, 1, 1, f"{REPORT} was not written: {reason}; {later}"))
+        writer.finish()
 
     def _save_beside(self, folder: Path) -> None:
         """Config, generation config and tokenizer of a model that was given as an object."""
