@@ -207,7 +207,7 @@ def test_blocks_that_share_weights_are_swept_as_one_from_disk_and_memory(tmp_pat
     if not hasattr(transformers, "ZambaConfig"):
         pytest.skip("this transformers has no Zamba")
     small = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
-    options = {"effort": 1, "sweep_rate": 0.02}
+    options = {"effort": 1, "sweep_rate": 0.001}
     ids, recipe = ids_of(4), Recipe(sparsity=0.5, samples=4, seq_len=24, options=options, exclude=small)
     source = save_tiny(tiny_zamba(), None, tmp_path / "dense")
     model = tiny_zamba()
