@@ -54,7 +54,8 @@ def tiny_zamba(seed: int = 0) -> PreTrainedModel:
     """Blocks 1 and 3 of four run through one shared transformer."""
     config = transformers.ZambaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
-        attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4, n_mamba_heads=2, mamba_d_state=4, mamba_dt_rank=4,
+        attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4, n_mamba_heads=2,
+        mamba_d_state=4, mamba_dt_rank=4,
         layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], max_position_embeddings=128,
     )  # fmt: skip
     model: PreTrainedModel = _seeded(transformers.ZambaForCausalLM, config, seed)
