@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,8 +20,9 @@ from sparsellm.methods import routed
 from sparsellm.methods.task import BlockTask
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import PhaseClock
+from sparsellm.tuning.full import ZeroKeeper
 from tests.models import save_tiny
-from tests.models.families import MIXTURES, mixtral
+from tests.models.families import MIXTURES, mixtral, sparse_attention
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
 RECIPE = Recipe(method="wanda", samples=6, seq_len=24, sparsity=0.5)
@@ -257,3 +259,39 @@ def test_inspect_counts_each_expert(tmp_path: Path) -> None:
     assert found["model.layers.1.mlp.experts.3.down_proj"].shape == (32, 80)
     assert found["model.layers.1.mlp.experts.3.down_proj"].sparsity == 0.5
     assert found["model.layers.1.mlp.gate.weight"].zeros == 0
+
+
+def test_zeros_of_experts_stay_in_fine_tuning() -> None:
+    model = mixtral()
+    sparsellm.prune(model, RECIPE, calibration=IDS)
+    stack = model.model.layers[0].mlp.experts.gate_up_proj
+    zero = stack.detach() == 0
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with ZeroKeeper(model) as keeper:
+        model(IDS, labels=IDS).loss.backward()
+        optimiser.step()
+        keeper.restore()
+    assert int(zero.sum()) == zero.numel() // 2
+    assert torch.equal(stack == 0, zero)
+
+
+def test_an_indexer_that_chooses_tokens_stays_dense(tmp_path: Path) -> None:
+    """Sparse attention of DeepSeek 3.2: what chooses is known by what it returns, whatever it is called."""
+    if "DeepseekV3" not in MIXTURES or not hasattr(transformers, "DeepseekV32Config"):
+        pytest.skip("this transformers has no such attention")
+    model = sparse_attention()
+    result = sparsellm.prune(model, RECIPE, calibration=IDS, out=tmp_path / "p")
+    dense = {matrix.name: matrix.reason for matrix in result.dense if "indexer" in matrix.name}
+    assert len(dense) == 6
+    assert set(dense.values()) == {"gate"}
+    assert not any("indexer" in linear.name for linear in result.linears)
+    assert any("self_attn" in linear.name for linear in result.linears)
+
+
+def test_a_swept_mixture_keeps_its_zeros_and_comes_nearer() -> None:
+    model = mixtral()
+    recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, options={"effort": 1, "sweep_rate": 0.01})
+    result = sparsellm.prune(model, recipe, calibration=IDS)
+    assert result.sweeps[1].held_out < result.sweeps[0].held_out
+    zeros = sum(int((p == 0).sum()) for name, p in model.named_parameters() if "experts" in name)
+    assert zeros == sum(linear.zeros for linear in result.linears if "experts" in linear.name) > 0

@@ -232,6 +232,12 @@ def dbrx() -> PreTrainedModel:
     )
 
 
+def sparse_attention() -> PreTrainedModel:
+    """DeepSeek 3.2: an indexer chooses the tokens that attention sees."""
+    changes = {**_MANY, **_LATENT, "head_dim": 4, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
+    return _model("DeepseekV32Config", "DeepseekV32ForCausalLM", {**_LLAMA, **changes})
+
+
 def mixtral(**changes: Any) -> PreTrainedModel:
     """Published with a matrix for each expert, which transformers stacks."""
     return _model("MixtralConfig", "MixtralForCausalLM", {**_LLAMA, **_MANY, **changes})

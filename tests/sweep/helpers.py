@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -49,7 +50,30 @@ def eager_llama(seed: int = 0) -> PreTrainedModel:
     return tiny_llama(seed, num_hidden_layers=2, attn_implementation="eager")
 
 
-FAMILIES = [tiny_llama, tiny_gpt2, tiny_qwen2, tiny_post_norm_opt, tiny_mistral, eager_llama]
+def tiny_zamba(seed: int = 0) -> PreTrainedModel:
+    """Blocks 1 and 3 of four run through one shared transformer."""
+    config = transformers.ZambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
+        attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4, n_mamba_heads=2,
+        mamba_d_state=4, mamba_dt_rank=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], max_position_embeddings=128,
+    )  # fmt: skip
+    model: PreTrainedModel = _seeded(transformers.ZambaForCausalLM, config, seed)
+    return model
+
+
+def sharing_llama(seed: int = 0) -> PreTrainedModel:
+    """As Zamba: blocks share linears and a norm, one of them in two places of one block."""
+    model = tiny_llama(seed)
+    first, second, third = model.model.layers
+    third.self_attn.q_proj.weight = first.self_attn.q_proj.weight
+    third.mlp.up_proj.weight = second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    third.mlp.gate_proj.weight = second.mlp.gate_proj.weight
+    second.post_attention_layernorm.weight = second.input_layernorm.weight = first.input_layernorm.weight
+    return model
+
+
+FAMILIES = [tiny_llama, tiny_gpt2, tiny_qwen2, tiny_post_norm_opt, tiny_mistral, eager_llama, sharing_llama]
 
 
 def ids_of(count: int, seq: int = 24, seed: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -15,6 +16,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import ModelError, NumericalError
+from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import head
 from sparsellm.sweep import whole_model as module
@@ -32,7 +34,9 @@ from tests.sweep.helpers import (
     ids_of,
     linear_weights,
     same_bits,
+    sharing_llama,
     tiny_mistral,
+    tiny_zamba,
 )
 
 TOKENS = 96  # in a batch: four windows of 24
@@ -89,7 +93,7 @@ def test_gradients_are_those_of_the_whole_model(
     assert history[1].train == pytest.approx(history[0].held_out, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", [tiny_llama, tiny_gpt2, tiny_opt], ids=lambda family: family.__name__)
+@pytest.mark.parametrize("family", [tiny_llama, tiny_gpt2, tiny_opt, sharing_llama], ids=lambda family: family.__name__)
 def test_steps_are_those_of_adam_on_the_whole_model(family: Family) -> None:
     dense, model, ids = family(), halved(family()), ids_of(4)
     plain = copy.deepcopy(model)
@@ -198,12 +202,36 @@ def test_bfloat16_is_rounded_at_the_end_only_and_judged_as_rounded(tmp_path: Pat
     assert divergence(dense, exact, ids).item() == pytest.approx(least[1], rel=1e-4)
 
 
-def test_shared_weights_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_that_share_weights_are_swept_as_one_from_disk_and_memory(tmp_path: Path) -> None:
+    """Zamba: a transformer that every other block runs through."""
+    if not hasattr(transformers, "ZambaConfig"):
+        pytest.skip("this transformers has no Zamba")
+    small = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
+    options = {"effort": 1, "sweep_rate": 0.001}
+    ids, recipe = ids_of(4), Recipe(sparsity=0.5, samples=4, seq_len=24, options=options, exclude=small)
+    source = save_tiny(tiny_zamba(), None, tmp_path / "dense")
+    model = tiny_zamba()
+    result = sparsellm.prune(model, recipe, calibration=ids, out=tmp_path / "p")
+    assert result.sweeps[1].held_out < result.sweeps[0].held_out
+    sparsellm.prune(source, recipe, calibration=ids, out=tmp_path / "q")
+    first, second = (CheckpointReader(tmp_path / each) for each in "pq")
+    assert set(first) == set(second) == set(CheckpointReader(source))
+    assert all(torch.equal(first.get(name), second.get(name)) for name in first)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    shared = "shared_transf.feed_forward.up_proj.weight"
+    weights = [value for name, value in loaded.state_dict().items() if name.endswith(shared)]
+    assert len(weights) == 2
+    assert torch.equal(weights[0], weights[1])
+    (linear,) = [linear for linear in result.linears if linear.name.endswith(shared.removesuffix(".weight"))]
+    assert int((weights[0] == 0).sum()) == linear.zeros > 0
+
+
+def test_a_weight_that_is_used_outside_the_blocks_is_refused_before_the_work() -> None:
     model = tiny_llama()
-    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[2].input_layernorm.weight = model.model.norm.weight
     recipe = Recipe(method="sparsellm", sparsity=0.5)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight is used in several places.*passes=0"):
+    with pytest.raises(ModelError, match=r"layers\.2\.input_layernorm\.weight is used outside the blocks.*passes=0"):
         sparsellm.prune(model, recipe, calibration=ids_of(2))
     assert same_bits(model.state_dict(), before)
     sparsellm.prune(model, recipe.updated(options={"passes": 0}), calibration=ids_of(2))

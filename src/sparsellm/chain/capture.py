@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.chain.linears import LinearView
+from sparsellm.chain.linears import LinearView, iterate_linears
 from sparsellm.errors import ModelError
 
 
@@ -34,6 +34,26 @@ def watch(linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor],
         return hook
 
     handles = [linear.module.register_forward_hook(hook_for(linear), with_kwargs=True) for linear in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def choosing(block: nn.Module, found: set[str]) -> Iterator[None]:
+    """Adds the weights of linears inside modules that return one tensor of whole numbers to ``found``, by their names
+    in the block, whenever the block runs, until the context ends."""
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.is_floating_point() and not output.is_complex():
+                found.update(f"{linear}.weight" for linear, _ in iterate_linears(module, name))
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in block.named_modules() if name]
     try:
         yield
     finally:

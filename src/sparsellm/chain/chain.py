@@ -243,6 +243,19 @@ class Chain:
         """Whether a parameter is used in several places: in two blocks, or in a block and the embedding."""
         return name in self._canonical
 
+    def home(self, name: str) -> tuple[int, str]:
+        """The first block that uses a parameter of a block, with which it is pruned and written, and its name there."""
+        blocks = f"{self.block_names[0].rpartition('.')[0]}."
+        first = self._canonical.get(name, name)
+        if not first.startswith(blocks):  # outside the blocks too
+            first = name
+        return int(first.removeprefix(blocks).partition(".")[0]), first
+
+    def outside(self, name: str) -> str | None:
+        """A name of the same parameter outside the blocks; None if there is none."""
+        first = self._canonical.get(name)
+        return next((each for each in self._outer if first is not None and self._canonical.get(each) == first), None)
+
     def owns(self, name: str) -> bool:
         """Whether this is the first name of a parameter. A parameter with several names counts under its first only."""
         return self._canonical.get(name, name) == name

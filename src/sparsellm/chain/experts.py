@@ -201,6 +201,14 @@ def mixtures_of(module: nn.Module, prefix: str) -> Iterator[Mixture]:
             yield Mixture(f"{prefix}.{name}", child)
 
 
+def stacks_of(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters in which a module of a model stacks experts, with their names in the whole model."""
+    for name, child in module.named_modules():
+        layout = _layout_of(child)
+        for source in sorted({part.source for parts in layout.parts for part in parts.values()} if layout else ()):
+            yield f"{prefix}.{name}.{source}", child.get_parameter(source)
+
+
 def gates_of(module: nn.Module, prefix: str) -> set[str]:
     """The weights inside a block whose outputs choose or scale other modules, by name; they stay dense.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsellm.chain.capture import choosing
 from sparsellm.chain.chain import SHOWN_TOKENS, Call, Chain
 from sparsellm.errors import ModelError
 from sparsellm.progress import ProgressCallback, ignore
@@ -202,6 +203,9 @@ def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:
 def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
     """Runs the model's own forward up to block 0 on a few tokens, so that it fails early; nothing need be loaded.
 
+    A module that returns nothing but whole numbers, such as an indexer that chooses the tokens of sparse attention,
+    chooses what others do: the linears in it are added to the chain's gates, in every block.
+
     Args:
         chain: the model.
         windows: token ids of the calibration, ``(samples, seq)``.
@@ -211,8 +215,11 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
         ModelError: the forward fails, is not a plain chain of the blocks, or the hidden states have another shape.
     """
     few = windows[:2, : SHOWN_TOKENS + 1]
-    with chain.outer(head=False), chain.block(0):
+    found: set[str] = set()
+    with chain.outer(head=False), chain.block(0) as block, choosing(block, found):
         hidden, _ = chain.start(few)
+    for inner in found:
+        chain.gates |= {f"{name}.{inner}" for name in chain.block_names}
     if token_states:
         require_token_states(chain, hidden, few)
 

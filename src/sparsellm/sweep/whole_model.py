@@ -145,7 +145,10 @@ class SweepTask:
 
 
 class _Masters:
-    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1."""
+    """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1.
+
+    A parameter that several blocks use belongs to the first of them; the others borrow it.
+    """
 
     def __init__(self, chain: Chain, scratch: Scratch) -> None:
         self.chain = chain
@@ -153,14 +156,17 @@ class _Masters:
         self.store = scratch.store(chain.device)
         self.shapes: list[dict[str, torch.Size]] = []
         self._dtypes: list[dict[str, tuple[torch.dtype, torch.dtype]]] = []
+        self._aliases: list[dict[str, tuple[int, str]]] = []  # other names of parameters: the block and the name there
 
     def fill(self, task: SweepTask, reached: Reached | None) -> None:
         """Loads the pruned blocks, or the state after the last saved pass if further passes follow."""
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
-                own = self.chain.block_parameters(index)
+                everything = self.chain.block_parameters(index)
+                own = {name: p for name, p in everything.items() if self.chain.owns(name)}
                 self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
                 self.shapes.append({name: p.shape for name, p in own.items()})
+                self._aliases.append({name: self.chain.home(name) for name in everything if name not in own})
                 self._dtypes.append(self.chain.written_dtypes(index))
                 flat = self._flat(index)
             if reached is not None and task.saved is not None and reached.passes < task.passes:
@@ -188,7 +194,8 @@ class _Masters:
         return self.store[2 * block + 1]
 
     def _flat(self, index: int) -> Tensor:
-        return torch.cat([p.detach().float().flatten() for p in self.chain.block_parameters(index).values()])
+        own = self.chain.block_parameters(index)
+        return torch.cat([own[name].detach().float().flatten() for name in self.shapes[index]])
 
     def views(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
         """Views of a block's flat tensor, by parameter. All require gradients, so that moments have the same layout."""
@@ -198,10 +205,26 @@ class _Masters:
             position += shape.numel()
         return views
 
-    def written(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
-        """The parameters of a block rounded as they would be written now."""
-        dtypes = self._dtypes[index]
-        return {n: nn.Parameter(as_written(p, dtypes[n])) for n, p in self.views(flat, index).items()}
+    def all_views(self, flat: Tensor, index: int, *, written: bool = False) -> dict[str, nn.Parameter]:
+        """:meth:`views`, and the parameters that the block borrows, which are the same objects under all their names.
+
+        Args:
+            flat: of the block.
+            index: of the block.
+            written: whether they are rounded as they would be written now.
+        """
+        views: dict[int, dict[str, nn.Parameter]] = {}
+        for at in [index, *dict.fromkeys(at for at, _ in self._aliases[index].values())]:
+            if at not in views:
+                views[at] = self.views(flat if at == index else self.parameters(at), at)
+                if written:
+                    dtypes = self._dtypes[at]
+                    views[at] = {n: nn.Parameter(as_written(p, dtypes[n])) for n, p in views[at].items()}
+        return {**views[index], **{name: views[at][first] for name, (at, first) in self._aliases[index].items()}}
+
+    def borrowed(self, index: int) -> dict[str, str]:
+        """For each parameter that block ``index`` borrows of another, by its name there, its name in the block."""
+        return {first: name for name, (at, first) in self._aliases[index].items() if at != index}
 
 
 class _Best:
@@ -242,14 +265,15 @@ def check_sweepable(chain: Chain) -> None:
     """Refuses a model that a sweep cannot train; nothing need be loaded.
 
     Raises:
-        ModelError: a weight is used in two blocks, or in a block and outside.
+        ModelError: a weight is used in a block and outside the blocks.
     """
     for index in range(len(chain)):
-        shared = next((name for name in chain.block_parameters(index) if chain.is_shared(name)), None)
-        if shared is not None:
-            raise ModelError(
-                f"{shared} is used in several places of the model, which a sweep cannot train; set passes=0"
-            )
+        for name in chain.block_parameters(index):
+            outside = chain.outside(name)
+            if outside is not None:
+                raise ModelError(
+                    f"{name} is used outside the blocks too, as {outside}, which a sweep cannot train; set passes=0"
+                )
 
 
 @torch.no_grad()
@@ -265,7 +289,7 @@ def sweep(task: SweepTask) -> list[Pass]:
 
     Raises:
         NumericalError: the divergence is not finite at the start.
-        ModelError: blocks share weights.
+        ModelError: a weight is used in a block and outside the blocks.
     """
     check_sweepable(task.feed.chain)
     reached = task.saved.reached if task.saved is not None else None
@@ -422,12 +446,13 @@ class _Run:
             number: of the step, from 1.
         """
         loss, entering, gradient = 0.0, [], None
+        waiting: dict[str, Tensor] = {}  # gradients of parameters that later blocks borrow
         if piece is not None:
             entering = self._forward(piece, written=False)
             loss, gradient = self._end(entering.pop(), piece, gradient=True)
         for index in reversed(range(len(self.chain))):
             flat, state = self.masters.parameters(index), self.masters.moments(index)
-            parameters = self.masters.views(flat, index)
+            parameters = self.masters.all_views(flat, index)
             if piece is not None:
                 hidden = entering.pop()
                 with running_on(self.chain, index, parameters), torch.enable_grad():
@@ -436,8 +461,14 @@ class _Run:
                     leaving.backward(gradient)
                 gradient = hidden.grad
                 assert gradient is not None
-            share_gradients(parameters.values(), process)
-            Adam(parameters, self.masters.pruned, state).step(rate, number)
+            for first, name in self.masters.borrowed(index).items():
+                _add_gradient(waiting, first, parameters[name].grad)
+            own = {name: parameters[name] for name in self.masters.shapes[index]}
+            for name in own.keys() & waiting.keys():
+                _add_gradient(waiting, name, own[name].grad)
+                own[name].grad = waiting.pop(name)
+            share_gradients(own.values(), process)
+            Adam(own, self.masters.pruned, state).step(rate, number)
             self.masters.store[2 * index] = flat
             self.masters.store[2 * index + 1] = state
         return parallel.broadcast(loss, process)
@@ -446,8 +477,7 @@ class _Run:
         """The input of every block, and the output of the last."""
         hidden = [self.stream.hidden[piece.batch][piece.rows].float()]
         for index in range(len(self.chain)):
-            flat = self.masters.parameters(index)
-            parameters = self.masters.written(flat, index) if written else self.masters.views(flat, index)
+            parameters = self.masters.all_views(self.masters.parameters(index), index, written=written)
             with running_on(self.chain, index, parameters):
                 hidden.append(self.chain.run(index, hidden[-1], self._in_fp32(piece.calls[index])))
         return hidden
@@ -458,3 +488,9 @@ class _Run:
         loss = divergence_from(self.chain, wanted, ids)
         total, slope = through_head(self.chain, hidden, ids, loss, gradient=gradient)
         return total, slope / ids.numel() if gradient else slope
+
+
+def _add_gradient(sums: dict[str, Tensor], name: str, gradient: Tensor | None) -> None:
+    """Adds a gradient to the sum of this name, if there is one."""
+    if gradient is not None:
+        sums[name] = sums[name] + gradient if name in sums else gradient

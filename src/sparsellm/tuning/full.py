@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from sparsellm.chain.experts import stacks_of
 from sparsellm.chain.linears import iterate_linears, weight_of
 from sparsellm.chain.structure import find_blocks
 from sparsellm.errors import ModelError
@@ -31,7 +32,7 @@ class ZeroKeeper:
                 optimizer.zero_grad()
 
     Args:
-        model: the pruned model; every linear of its blocks that has a zero gets a mask.
+        model: the pruned model; every linear of its blocks, and every stack of experts, that has a zero gets a mask.
 
     Raises:
         ModelError: no linear of the blocks has a zero.
@@ -41,8 +42,8 @@ class ZeroKeeper:
         name, blocks = find_blocks(model)
         self.masks: dict[str, Tensor] = {}
         self._weights: dict[str, nn.Parameter] = {}
-        for linear_name, linear in iterate_linears(blocks, name):
-            weight = weight_of(linear)
+        linears = [(linear_name, weight_of(linear)) for linear_name, linear in iterate_linears(blocks, name)]
+        for linear_name, weight in [*linears, *stacks_of(blocks, name)]:
             kept = weight.detach() != 0
             if not bool(kept.all()):
                 self.masks[linear_name], self._weights[linear_name] = kept, weight
