@@ -143,7 +143,7 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     shown.add_row(*(Text(visible(text.strip())) for text in texts))
     out().print(shown)
     say(f"everything took {duration(sum(result.seconds.values()))}")
-    for name, path in (("pruned", pruned.path), ("packed", result.packed_path), ("report", result.report)):
+    for name, path in (("pruned", pruned.path), ("packed", result.packed_path), ("report", pruned.report)):
         if path is not None:
             say(f"{name}: {path}")
 

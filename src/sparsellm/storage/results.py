@@ -116,6 +116,17 @@ class BenchmarkRecord(Stamp):
     verdict: list[str]
 
 
+class ContinuationRecord(TypedDict):
+    """One prompt, continued by the dense and by the pruned model."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
+Record = EvaluationRecord | BenchmarkRecord | ContinuationRecord
+
+
 @with_config(ConfigDict(strict=True, allow_inf_nan=False, extra="allow"))  # fields of a later release are kept
 class Results(TypedDict):
     """The contents of ``results.json``."""
@@ -123,6 +134,7 @@ class Results(TypedDict):
     format: Literal[1]
     evaluations: list[EvaluationRecord]
     benchmarks: list[BenchmarkRecord]
+    continuations: NotRequired[list[ContinuationRecord]]
 
 
 _RESULTS = TypeAdapter(Results)
@@ -167,7 +179,7 @@ def check_results(directory: Path) -> None:
 
 
 def append_result(
-    directory: Path, kind: Literal["evaluations", "benchmarks"], record: EvaluationRecord | BenchmarkRecord
+    directory: Path, kind: Literal["evaluations", "benchmarks", "continuations"], record: Record
 ) -> Path:
     """Appends one record to results.json and returns the path; the file is replaced atomically.
 
@@ -175,7 +187,7 @@ def append_result(
         StorageError: the file cannot be read or written.
     """
     results: dict[str, Any] = {**read_results(directory)}
-    results[kind] = [*results[kind], record]
+    results[kind] = [*results.get(kind, []), record]
     text = json.dumps(_RESULTS.validate_python(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path = directory / RESULTS
     replace_atomically(path, partial(write_all, data=text.encode()))
