@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,6 +68,19 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     site = (ROOT / "zensical.toml").read_text("utf-8")
     named = re.findall(r'= "(\w+\.md)"', site)
     assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "zensical.toml", tmp_path)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    page = (tmp_path / "site" / "index.html").read_text("utf-8")
+    assert "Prunes Hugging Face language models" in page
+    assert not re.findall(r'(?:src|rel="stylesheet" href)="(?:https?:)?//', page), (
+        "the site loads something from elsewhere"
+    )
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
