@@ -250,11 +250,11 @@ def allocation_chart(pruning: Pruning) -> Chart:
     grid = _Grid.of(pruning.linears)
     whole = [sparsity_of(x for kind in grid.kinds for x in grid.cells.get((kind, block), [])) for block in grid.blocks]
     by_kind = grid.values(sparsity_of)
-    traces = [line("all of the block", grid.blocks, whole, 0, line={"color": COLOURS[0], "width": 4})]
-    traces += [
+    traces = [
         line(kind, grid.blocks, row, position + 1, opacity=0.75)
         for position, (kind, row) in enumerate(zip(grid.kinds, by_kind, strict=True))
     ]
+    traces.append(line("all of the block", grid.blocks, whole, 0, line={"color": COLOURS[0], "width": 4}))  # on top
     name = pruning.allocation.get("name", "uniform")
     return Chart(
         "allocation",
