@@ -58,6 +58,7 @@ class Run:
         self.clock = PhaseClock(heap.peak_rss)
         self.warnings: list[str] = plugins.load_installed()
         self.costs: dict[str, Tensor] = {}
+        self.predicted: dict[str, float] = {}  # seconds of each phase
         self.allocation: Allocation | None = None
         self.finished: list[BlockRecord] = []
         self.linears: list[LinearResult] = []
@@ -121,8 +122,8 @@ class Run:
         for record in self.finished:
             self.clock.add(record.seconds)
         tokens, seq_len = self.own_windows.numel(), self.windows.shape[1]
-        costs = predicted_seconds(self.chain, self.choice, tokens, seq_len, finished=len(self.finished))
-        self.progress(plan_of_phases(costs))
+        self.predicted = predicted_seconds(self.chain, self.choice, tokens, seq_len, finished=len(self.finished))
+        self.progress(plan_of_phases(self.predicted))
         self.peak_before = max((record.peak_rss for record in self.finished), default=0)
         self.warnings += other_conditions(self.finished)
         self.journal.write_outer(self.chain.outer_tensors)
@@ -211,6 +212,7 @@ class Run:
             processes=parallel.size(),
             dense=dense,
             base=self._base(),
+            predicted=self.predicted,
             peaks=self.clock.peaks,
             magnitudes=self.magnitudes,
         )
