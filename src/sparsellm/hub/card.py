@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
-from typing_extensions import NotRequired, TypedDict
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.hub.base import HUB_ID
@@ -19,8 +18,9 @@ from sparsellm.inputs.yaml_input import dump_yaml
 from sparsellm.packed.checkpoint import is_packed
 from sparsellm.recipe import Recipe
 from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.storage.results import EvaluationRecord, IntervalRecord, read_results
 
-CARD, REPORT, RESULTS = "README.md", "pruning.json", "results.json"
+CARD, REPORT = "README.md", "pruning.json"
 _MARK = re.compile(r"<!-- Written by `sparsellm card`, which replaces it unless it was edited: ([0-9a-f]{16}) -->\n")
 _ALWAYS = ("method", "sparsity", "calibration", "samples", "seq_len")  # of the recipe; other settings if not default
 
@@ -42,47 +42,6 @@ class Report(BaseModel):
     base: dict[str, Any] = Field(default_factory=dict)
 
 
-class _Interval(TypedDict):
-    value: float
-    low: float | None
-    high: float | None
-
-
-class _Protocol(TypedDict):
-    text: str
-    window: int
-    tokens: int
-    bos: str
-
-
-class _Against(TypedDict):
-    model: str
-    perplexity: _Interval
-    kl: float
-    kl_low: float | None
-    kl_high: float | None
-    agreement: float
-    recovery: float
-
-
-class _Metric(TypedDict):
-    value: float
-    stderr: float | None
-
-
-class Evaluation(TypedDict):
-    """One entry of ``evaluations`` in ``results.json``."""
-
-    protocol: _Protocol
-    perplexity: _Interval
-    against: NotRequired[_Against]
-    tasks: NotRequired[dict[str, dict[str, _Metric]]]
-
-
-class _Results(BaseModel):
-    evaluations: list[Evaluation]
-
-
 def rebuild_card(directory: Path, *, force: bool = False) -> Path:
     """Writes the card of a checkpoint anew, with the results of its evaluations; returns its path.
 
@@ -97,9 +56,7 @@ def rebuild_card(directory: Path, *, force: bool = False) -> Path:
     path = directory / CARD
     if not (directory / REPORT).is_file():
         raise StorageError(f"{directory} has no {REPORT}; give a checkpoint that `sparsellm prune` has written")
-    evaluations: list[Evaluation] = []
-    if (directory / RESULTS).is_file():
-        evaluations = _checked(_Results, read_object(directory / RESULTS), directory / RESULTS).evaluations
+    evaluations = read_results(directory)["evaluations"]
     if not evaluations:
         raise StorageError(f"{directory} was never evaluated; run `sparsellm eval` on it first, then `card` again")
     report = _checked(Report, read_object(directory / REPORT), directory / REPORT)
@@ -126,7 +83,7 @@ def first_card(report: Mapping[str, Any]) -> str:
     return card_text(Report.model_validate(dict(report)), [], packed=False)
 
 
-def card_text(report: Report, evaluations: Iterable[Evaluation], *, packed: bool) -> str:
+def card_text(report: Report, evaluations: Iterable[EvaluationRecord], *, packed: bool) -> str:
     """The text of a card, with a mark by which :func:`is_unedited` knows it.
 
     It does not name the directory, which may be moved or uploaded. Texts that come from files and users stand in code
@@ -201,7 +158,7 @@ def _summary(report: Report) -> list[str]:
     ]
 
 
-def _results(one: Evaluation) -> list[str]:
+def _results(one: EvaluationRecord) -> list[str]:
     """A table for one evaluation, under its protocol."""
     protocol, against = one["protocol"], one.get("against")
     rows = [("perplexity", _interval(one["perplexity"]))]
@@ -284,7 +241,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) and abs(value) < 1e4 else f"{value:.3e}"
 
 
-def _interval(found: _Interval) -> str:
+def _interval(found: IntervalRecord) -> str:
     return _with_ends(found["value"], found["low"], found["high"])
 
 

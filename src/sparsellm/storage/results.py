@@ -178,9 +178,7 @@ def check_results(directory: Path) -> None:
         raise StorageError(f"{directory} cannot be written, and results are kept in it; give --no-save")
 
 
-def append_result(
-    directory: Path, kind: Literal["evaluations", "benchmarks", "continuations"], record: Record
-) -> Path:
+def append_result(directory: Path, kind: Literal["evaluations", "benchmarks", "continuations"], record: Record) -> Path:
     """Appends one record to results.json and returns the path; the file is replaced atomically.
 
     Raises:
