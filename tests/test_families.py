@@ -81,7 +81,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 def test_half_of_every_matrix_is_zero_under_the_names_of_the_source(name: str, source: Path, pruned: Any) -> None:
     assert pruned.sparsity_pruned == pytest.approx(0.5, abs=1e-3)
     if name in MIXTURES:  # routers and the gates of shared experts stay dense
-        assert sum(matrix.weights for matrix in pruned.dense) < 0.015 * pruned.matrices.weights
+        assert sum(matrix.weights for matrix in pruned.dense) < 0.02 * pruned.matrices.weights
     else:
         assert pruned.sparsity == pytest.approx(0.5, abs=1e-3)
     assert set(CheckpointReader(pruned.path)) == set(CheckpointReader(source))
