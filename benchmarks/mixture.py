@@ -69,7 +69,8 @@ def measured(arguments: argparse.Namespace, model: Path | None) -> dict[str, flo
     text = (arguments.model / "heldout.txt").read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: arguments.max_tokens])
     windows = ids[: len(ids) // arguments.window * arguments.window].view(-1, arguments.window)
-    dense, pruned = (AutoModelForCausalLM.from_pretrained(each).eval() for each in (arguments.model, model))
+    places = (arguments.model, model or arguments.model)
+    dense, pruned = (AutoModelForCausalLM.from_pretrained(each).eval() for each in places)
     loss = divergence = 0.0
     for part in windows.split(4):
         own = pruned(part, use_cache=False).logits[:, :-1].log_softmax(-1).flatten(0, 1)
@@ -86,8 +87,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=tuple(METHODS))
     parser.add_argument("--sparsities", nargs="*", type=float, default=(0.5, 0.7))
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--few", nargs="*", type=int, default=(2, 4, 16), help="windows of the second table")
-    parser.add_argument("--priors", nargs="*", type=float, default=(0.0, 0.0625, 0.25, 0.5, 1.0, 4.0))
+    parser.add_argument("--few", nargs="*", type=int, default=(2, 8), help="windows of the second table")
+    parser.add_argument("--priors", nargs="*", type=float, default=(0.001, 0.125, 0.5, 2.0))
     parser.add_argument("--seeds", nargs="*", type=int, default=(0, 1, 2))
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=16384)
