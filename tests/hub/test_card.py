@@ -62,7 +62,7 @@ def test_prune_writes_a_card_that_the_hub_s_own_reader_understands(pruned: Path)
     assert "# `some/model`, 48% sparse" in card.text
     report = json.loads((pruned / "pruning.json").read_text())
     assert f"{report['sparsity_reached']:.2%} of the weights" in " ".join(card.text.split())
-    assert report["base"] == {"model": "some/model", "license": "llama3.2"}
+    assert {"model": "some/model", "license": "llama3.2"}.items() <= report["base"].items()
     block = card.text.partition("```yaml\n")[2].partition("```")[0]
     assert yaml.safe_load(block)["exclude"] == ["*.k_proj"]
     assert is_unedited(pruned / "README.md")
