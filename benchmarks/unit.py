@@ -18,13 +18,10 @@ some choose the best iterate or step of each way, and some are for the held-out 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +47,8 @@ from sparsellm.solvers import SOLVERS
 from sparsellm.sources.resolve import checkpoint_directory
 
 MOVING = 0.7  # of the steps, in which masks may change
-EXCHANGE_EVERY = 10  # steps between two choices of masks
+EXCHANGE_EVERY = 20  # steps between two exchanges
+STAGES = 4  # of the continuation in the sparsity
 MEDIANS = 1.5  # as sparsellm's norm_weighting
 
 
@@ -74,11 +72,13 @@ class Pruned:
 @torch.no_grad()
 def unit_and_chunks(model: Any, block: int, windows: Tensor) -> tuple[FeedForward, list[Chunk]]:
     """The dense unit of a block, and its inputs and outputs: a chunk for each window."""
-    module = find_blocks(model)[1][block]
+    blocks = find_blocks(model)[1]
+    module = blocks[block]
+    del blocks[block + 1 :]  # nobody reads what comes after it
     linears = [
         LinearView(name, child, torch.float32) for name, child in module.named_modules() if isinstance(child, nn.Linear)
     ]
-    unit: FeedForwardUnit = find_feed_forward(linears, lambda: model(windows[:1, :64], use_cache=False))[0]
+    unit: FeedForwardUnit = find_feed_forward(linears, lambda: model.base_model(windows[:1, :64], use_cache=False))[0]
     entering: list[Tensor] = []
     seen: dict[str, list[Tensor]] = {"inputs": [], "targets": []}
 
@@ -91,7 +91,7 @@ def unit_and_chunks(model: Any, block: int, windows: Tensor) -> tuple[FeedForwar
     hook = module.register_forward_pre_hook(lambda _, given: entering.append(given[0].clone()))
     with watch([unit.up, unit.down], see):
         for window in windows:
-            model(window[None], use_cache=False)
+            model.base_model(window[None], use_cache=False)
     hook.remove()
     weights = [weight.flatten() for weight in token_weights(entering, MEDIANS)]
     return plain(unit), [Chunk(*parts) for parts in zip(seen["inputs"], seen["targets"], weights, strict=True)]
@@ -111,7 +111,7 @@ def local(dense: FeedForward, tokens: Tokens, solver: str, pattern: Pattern, ite
 
 def alternation(dense: FeedForward, tokens: Tokens, solver: str, pattern: Pattern, most: int) -> Pruned:
     roles = dense.linears()
-    settings = Settings(most, patience=most, damping=0.1)
+    settings = Settings(most, patience=max(2, most // 2), damping=0.1)
     args = dict.fromkeys(roles, SOLVERS[solver].function), dict.fromkeys(roles, pattern)
     chosen = prune_feed_forward(dense, tokens.train, tokens.choose, *args, settings).chosen
     return replace(local(dense, tokens, solver, pattern, chosen), note=f"iteration {chosen} of {most}")
@@ -135,41 +135,76 @@ class Descent:
             {"params": [value], "peak": rate * float((kept := value.detach()[value != 0]).norm()) / len(kept) ** 0.5}
             for value in (*self.weights.values(), *self.biases.values())
         ]
+        self.gradients = {role: torch.zeros_like(weight) for role, weight in self.weights.items()}
         self.optimiser = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99))
 
     def linear(self, role: str, x: Tensor) -> Tensor:
-        weight = self.weights[role]
-        sparse = weight + (weight * self.masks[role] - weight).detach()  # the gradient reaches pruned weights too
-        return nn.functional.linear(x, sparse, self.biases.get(role))
+        return nn.functional.linear(x, self.weights[role], self.biases.get(role))
 
     def __call__(self, x: Tensor) -> Tensor:
         if "gate" in self.weights:
             return self.linear("down", self.activation(self.linear("gate", x)) * self.linear("up", x))
         return self.linear("down", self.activation(self.linear("up", x)))
 
-    def step(self, chunk: Chunk, factor: float, energy: float, *, masks_move: bool) -> None:
+    def step(self, chunk: Chunk, factor: float, energy: float) -> None:
         assert chunk.token_weights is not None
         missed = (chunk.targets - self(chunk.inputs)).square().sum(dim=1)
-        loss = (missed * chunk.token_weights).mean() / energy
+        loss = (missed * chunk.token_weights).mean()
         self.optimiser.zero_grad()
-        loss.backward()
+        (loss / energy).backward()
         for role, weight in self.weights.items():
-            if not masks_move and weight.grad is not None:
-                weight.grad *= self.masks[role]
+            assert weight.grad is not None
+            self.gradients[role].lerp_(weight.grad * (energy / 2), 1 / EXCHANGE_EVERY)
+            weight.grad *= self.masks[role]  # Adam never moves a pruned weight, which is zero
         for group in self.optimiser.param_groups:
             group["lr"] = factor * group["peak"]
         self.optimiser.step()
 
     @torch.no_grad()
-    def choose(self, pattern: Pattern) -> None:
+    def exchange(self, share: float, chunk: Chunk) -> None:
+        """Lets pruned weights in for kept ones where that lowers the error to second order, at most a share of them.
+
+        With the gradient g over the steps since the last exchange and the diagonal h of the Gauss-Newton matrix,
+        removing a kept weight costs about h w², and letting a pruned one in saves g² / h. It starts at zero.
+        """
+        curvatures = self.curvatures(chunk)
         for role, weight in self.weights.items():
-            second: Tensor = self.optimiser.state[weight]["exp_avg_sq"]
-            self.masks[role] = pattern.mask(weight.abs() * second.sqrt()).float()
+            mask, h = self.masks[role].bool().flatten(), curvatures[role].flatten().clamp(min=1e-12)
+            gains = (self.gradients[role].flatten().square() / h).masked_fill(mask, -1.0)
+            losses = (h * weight.flatten().square()).masked_fill(~mask, torch.inf)
+            most = round(share * int(mask.sum()))
+            entering, leaving = gains.topk(most).indices, losses.topk(most, largest=False).indices
+            better = gains[entering] > losses[leaving]
+            entering, leaving = entering[better], leaving[better]
+            mask[entering], mask[leaving] = True, False
+            weight.view(-1)[leaving] = 0.0
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optimiser.state[weight][moment].view(-1)[leaving] = 0.0
+            self.masks[role] = mask.float().view_as(weight)
+            self.gradients[role].zero_()
+
+    def curvatures(self, chunk: Chunk) -> dict[str, Tensor]:
+        """The diagonal of the Gauss-Newton matrix of the mean squared error, by role: h of :meth:`exchange`."""
+        assert chunk.token_weights is not None
+        unit, w = self.unit(), chunk.token_weights[:, None]
+        x2 = chunk.inputs.square() * w
+        columns = unit.down.weight.square().sum(dim=0)
+        products = unit.products(chunk.inputs)
+        made = products.made(unit.activation)
+        found = {"down": (made.square() * w).mean(dim=0).expand_as(unit.down.weight)}
+        if products.gate is None:
+            slopes = {"up": unit.activation.derivatives(products.up)[1]}
+        else:
+            value, first, _ = unit.activation.derivatives(products.gate)
+            slopes = {"up": value, "gate": first * products.up}
+        for role, slope in slopes.items():
+            found[role] = (slope.square().T @ x2) * (columns[:, None] / len(x2))
+        return found
 
     def unit(self) -> FeedForward:
         made = {
             role: Linear(
-                (weight * self.masks[role]).detach().clone(),
+                weight.detach().clone(),
                 self.biases[role].detach().clone() if role in self.biases else None,
             )
             for role, weight in self.weights.items()
@@ -178,40 +213,64 @@ class Descent:
 
 
 def descend(
-    start: Pruned, tokens: Tokens, pattern: Pattern, arguments: argparse.Namespace, moving: str = "", seed: int = 0
-) -> Pruned:
-    """The best of the states with final masks, by the error on the tokens that choose."""
+    start: Pruned, tokens: Tokens, *, steps: int, batch: int, rate: float, every: int, seed: int = 0,
+    exchange: float = 0.0,
+) -> Pruned:  # fmt: skip
+    """The best of the states, by the error on the tokens that choose; the start is one of them.
+
+    Args:
+        steps: of Adam.
+        batch: tokens in a step.
+        rate: relative to the root mean square of the kept weights.
+        every: steps between two errors that choose.
+        exchange: the share of the kept weights that the first exchange may replace; it falls to zero.
+    """
     torch.manual_seed(seed)
-    steps, batch = arguments.steps, arguments.batch
-    descent = Descent(start.unit, start.masks, arguments.rate)
-    x, y, w = (
-        torch.cat(parts)
-        for parts in zip(*((c.inputs, c.targets, c.token_weights) for c in tokens.train), strict=True)
-    )  # fmt: skip
+    descent = Descent(start.unit, start.masks, rate)
+    x, y, w = joined(tokens.train)
     energy = float((y.square().sum(dim=1) * w).mean())
-    best, least, at = start, true_error(start.unit, tokens.choose) if moving != "gradual" else math.inf, 0
+    best, least, at = start, true_error(start.unit, tokens.choose), 0
     order = torch.empty(0, dtype=torch.long)
-    last_move = round(MOVING * steps) if moving else 0
     for step in range(1, steps + 1):
         if len(order) < batch:
             order = torch.randperm(len(x))
         part, order = order[:batch], order[batch:]
         warm = min(step / (0.05 * steps), 1.0)
-        factor = warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-        descent.step(Chunk(x[part], y[part], w[part]), factor, energy, masks_move=step < last_move)
-        if step <= last_move and (step % EXCHANGE_EVERY == 0 or step == last_move):
-            now = pattern
-            if moving == "gradual":
-                assert isinstance(pattern, Unstructured)
-                now = Unstructured(pattern.fraction * (1 - (1 - step / last_move) ** 3))
-            descent.choose(now)
-        if step >= last_move and (step % arguments.every == 0 or step == steps):
+        descent.step(
+            Chunk(x[part], y[part], w[part]), warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps)), energy
+        )
+        if exchange and step < MOVING * steps and step % EXCHANGE_EVERY == 0:
+            descent.exchange(exchange * (1 - step / (MOVING * steps)), tokens.train[step % len(tokens.train)])
+        if step % every == 0 or step == steps:
             unit = descent.unit()
             error = true_error(unit, tokens.choose)
             if error < least:
                 masks = {role: mask.bool() for role, mask in descent.masks.items()}
                 best, least, at = Pruned(unit, masks), error, step
     return replace(best, note=f"step {at} of {steps}")
+
+
+def adam(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("steps", "batch", "rate", "every", "seed")}
+
+
+def joined(chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, targets and token weights of all chunks."""
+    parts = ((chunk.inputs, chunk.targets, chunk.token_weights) for chunk in chunks)
+    x, y, w = (torch.cat(each) for each in zip(*parts, strict=True))  # type: ignore[arg-type]
+    return x, y, w
+
+
+def continued(
+    dense: FeedForward, tokens: Tokens, solver: str, pattern: Pattern, arguments: argparse.Namespace
+) -> Pruned:
+    """Prunes by the solver to rising sparsities, with a joint descent after each; the targets stay the dense unit's."""
+    now = Pruned(dense, {})
+    for stage in range(1, STAGES + 1):
+        kept = (1 - pattern.sparsity) ** (stage / STAGES)
+        now = local(now.unit, tokens, solver, Unstructured(1 - kept) if stage < STAGES else pattern)
+        now = descend(now, tokens, **{**adam(arguments), "steps": arguments.steps // STAGES})
+    return now
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -280,37 +339,46 @@ def main() -> None:
     name = f"{directory.name[:12]}/{arguments.block}/{'+'.join(map(str, counts))}x{arguments.window}/{arguments.seed}"
     print(
         f"Model {arguments.model}, block {arguments.block}, unit of {tuple(dense.up.weight.shape)}, "
-        f"{dense.activation.name}{', gated' if dense.gate else ''}; windows of {arguments.window}: {arguments.train} to "
-        f"fit, {arguments.choose} to choose, {arguments.test} held out, of {Path(source).name}, seed {arguments.seed}; "
-        f"Adam: {arguments.steps} steps of {arguments.batch} tokens, rate {arguments.rate}; sparsellm "
-        f"{sparsellm.__version__}, torch {torch.__version__}, 1 thread, {cpu_name()}\n"
+        f"{dense.activation.name}{', gated' if dense.gate else ''}; windows of {arguments.window}: {arguments.train} "
+        f"to fit, {arguments.choose} to choose, {arguments.test} held out, of {Path(source).name}, seed "
+        f"{arguments.seed}; Adam: {arguments.steps} steps of {arguments.batch} tokens, rate {arguments.rate}; "
+        f"sparsellm {sparsellm.__version__}, torch {torch.__version__}, 1 thread, {cpu_name()}\n"
     )
     print("| target | solver | way | train error | held-out error | / local | zeros | CPU s | best |")
     print("|---|---|---|---|---|---|---|---|---|")
     for target in arguments.targets:
-        pattern = parse_pattern(target) if ":" in target else Unstructured(float(target))
         for solver in arguments.solvers:
-            base: dict[str, Any] = {}
+            base = 0.0
             for way in dict.fromkeys(("local", *arguments.ways)):
-                make, depends = WAYS[way]
-                if way == "gradual" and ":" in target:
-                    continue
-                conditions = "".join(f"/{key}={getattr(arguments, key)}" for key in depends)
-                key = f"{name}/{target}/{solver}/{way}{conditions}"
-
-                def path(way: str, name: str = f"{name}/{target}/{solver}") -> Path:
-                    return OUT / "units" / f"{name}/{way}.pt".replace("/", "_")
-
-                cell = cells.get(
-                    key, lambda: measured(lambda: make(dense, tokens, solver, pattern, arguments, path), tokens, path(way))
-                )
-                base = base or cell
+                if way == "exchanged" and ":" in target:
+                    continue  # it moves weights between groups
+                cell = cell_of(cells, name, (target, solver, way), dense, tokens, arguments)
+                base = base or cell["held_out"]
                 print(
                     f"| {target} | {solver} | {way} | {cell['train']:.4f} | {cell['held_out']:.4f} "
-                    f"| {cell['held_out'] / base['held_out']:.3f} | {cell['zeros']:.4f} | {cell['cpu_seconds']:.1f} "
+                    f"| {cell['held_out'] / base:.3f} | {cell['zeros']:.4f} | {cell['cpu_seconds']:.1f} "
                     f"| {cell['note']} |",
                     flush=True,
                 )
+
+
+def cell_of(
+    cells: Cells, name: str, row: tuple[str, str, str], dense: FeedForward, tokens: Tokens,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    target, solver, way = row
+    pattern = parse_pattern(target) if ":" in target else Unstructured(float(target))
+    make, depends = WAYS[way]
+    conditions = "".join(f"/{key}={getattr(arguments, key)}" for key in depends)
+
+    def path(way: str) -> Path:
+        return OUT / "units" / f"{name}/{target}/{solver}/{way}.pt".replace("/", "_")
+
+    def run() -> dict[str, Any]:
+        return measured(lambda: make(dense, tokens, solver, pattern, arguments, path), tokens, path(way))
+
+    found: dict[str, Any] = cells.get(f"{name}/{target}/{solver}/{way}{conditions}", run)
+    return found
 
 
 Make = Callable[[FeedForward, Tokens, str, Pattern, argparse.Namespace, Callable[[str], Path]], Pruned]
@@ -318,14 +386,10 @@ ADAM = ("steps", "batch", "rate")
 WAYS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "local": (lambda d, t, s, p, a, path: local(d, t, s, p), ()),
     "alternation": (lambda d, t, s, p, a, path: alternation(d, t, s, p, a.iterations), ("iterations",)),
-    "joint": (lambda d, t, s, p, a, path: descend(kept(path("local"), d), t, p, a), ADAM),
-    "joint from alternation": (lambda d, t, s, p, a, path: descend(kept(path("alternation"), d), t, p, a), ADAM),
-    "exchanged": (lambda d, t, s, p, a, path: descend(kept(path("local"), d), t, p, a, "exchange"), ADAM),
-    "gradual": (
-        lambda d, t, s, p, a, path: descend(
-            Pruned(d, {r: torch.ones_like(x.weight, dtype=torch.bool) for r, x in d.linears().items()}), t, p, a,
-            "gradual",
-        ), ADAM),
+    "joint": (lambda d, t, s, p, a, path: descend(kept(path("local"), d), t, **adam(a)), ADAM),
+    "joint from alternation": (lambda d, t, s, p, a, path: descend(kept(path("alternation"), d), t, **adam(a)), ADAM),
+    "exchanged": (lambda d, t, s, p, a, path: descend(kept(path("local"), d), t, **adam(a), exchange=0.1), ADAM),
+    "continued": (lambda d, t, s, p, a, path: continued(d, t, s, p, a), ADAM),
 }  # fmt: skip
 
 
