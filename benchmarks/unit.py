@@ -6,10 +6,11 @@ some choose the best iterate or step of each way, and some are for the held-out 
 
     local         the linears in order, down refitted: iteration 0 of the library's loop
     alternation   the library's exact alternation of the auxiliary variables, the best iterate
-    multipliers   augmented Lagrangian on the masks of ``local``: the same updates with scaled multipliers
+    rounds        the variables over the masks of ``local``; kept weights fitted to them, not to the dense products
+    multipliers   the same with scaled multipliers (augmented Lagrangian) and penalties three times as strong
     joint         Adam on the unit's true error from ``local``, over the same masks
-    exchanged     the same, but masks are chosen again by |w|·√v of Adam every few steps; gradients pass pruned weights
-    gradual       the same from the dense weights; the sparsity rises over the first part of the steps
+    exchanged     the same, but pruned weights replace kept ones every few steps where that saves error to second order
+    continued     the solver to rising sparsities, joint descent after each
 
     python benchmarks/unit.py --model opt --calibration opt/train.txt --block 1
     python benchmarks/unit.py --model demo --block 15 --train 12 --window 1024 --steps 600
@@ -39,12 +40,30 @@ from sparsellm.chain.linears import LinearView
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
-from sparsellm.decomposition import Chunk, FeedForward, Linear, Settings, prune_feed_forward, true_error
+from sparsellm.decomposition import (
+    Chunk,
+    FeedForward,
+    Linear,
+    Settings,
+    default_coefficients,
+    prune_feed_forward,
+    true_error,
+)
+from sparsellm.decomposition.objective import Variables
+from sparsellm.decomposition.updates import (
+    MomentsAccumulator,
+    activation_factor,
+    move_variables,
+    update_activation,
+    wanted_weight,
+)
 from sparsellm.methods.feed_forward import plain
 from sparsellm.methods.weighting import token_weights
 from sparsellm.patterns import Pattern, Unstructured, parse_pattern
 from sparsellm.solvers import SOLVERS
+from sparsellm.solvers.support import refine_on_support
 from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.statistics import Gram
 
 MOVING = 0.7  # of the steps, in which masks may change
 EXCHANGE_EVERY = 20  # steps between two exchanges
@@ -115,6 +134,60 @@ def alternation(dense: FeedForward, tokens: Tokens, solver: str, pattern: Patter
     args = dict.fromkeys(roles, SOLVERS[solver].function), dict.fromkeys(roles, pattern)
     chosen = prune_feed_forward(dense, tokens.train, tokens.choose, *args, settings).chosen
     return replace(local(dense, tokens, solver, pattern, chosen), note=f"iteration {chosen} of {most}")
+
+
+@torch.no_grad()
+def rounds(start: Pruned, tokens: Tokens, count: int, *, strength: float = 1.0, multipliers: bool = False) -> Pruned:
+    """The best of ``count`` rounds over the masks of the start, in which the variables determine the weights.
+
+    A round moves A, then Z (or U and S), each to its minimiser, fits the kept weights of the first half to Z (or U and
+    S), and those of ``down`` to the targets, on what the first half makes. With scaled multipliers u of Z = m and v of
+    A = Φ, the objective is α‖Z − m + u‖² + γ‖A − Φ + v‖² + β‖Y − (A W₂ᵀ + b₂)‖²: the same updates at m − u, Φ − v,
+    A + v, with the weights fitted to Z + u, followed by u += Z − m and v += A − Φ.
+
+    Args:
+        strength: of all penalties, relative to the library's coefficients.
+        multipliers: without them it is the penalty method.
+    """
+    x, y, w = joined(tokens.train)
+    unit, phi = start.unit, start.unit.activation
+    prices = default_coefficients(unit, *(part[: len(tokens.train[0].inputs)] for part in (x, y)))
+    prices = replace(
+        prices, alpha=prices.alpha * strength, gamma=prices.gamma * strength, alpha_gate=prices.alpha_gate * strength
+    )
+    z = unit.products(x)
+    u = {role: torch.zeros_like(getattr(z, role)) for role in unit.first_half()}
+    v = torch.zeros_like(z.up)
+    best, least, at, gram = start, true_error(start.unit, tokens.choose), 0, None
+    for number in range(1, count + 1):
+        factor = activation_factor(unit.down, beta=prices.beta, gamma=prices.gamma)
+        a = update_activation(z.made(phi) - v, y, factor)
+        m = unit.products(x)
+        shifted = Variables(m.up - u["up"], m.gate - u["gate"] if m.gate is not None else None)
+        z = move_variables(unit, shifted, z, a + v, prices)
+        for role, linear in unit.first_half().items():
+            fitted, gram = refitted(linear, start.masks[role], x, getattr(z, role) + u[role], w, gram)
+            unit = replace(unit, **{role: fitted})
+            if multipliers:
+                u[role] += getattr(z, role) - fitted(x)
+        if multipliers:
+            v += a - z.made(phi)
+        unit = replace(unit, down=refitted(unit.down, start.masks["down"], unit.activations(x), y, w)[0])
+        error = true_error(unit, tokens.choose)
+        if error < least:
+            best, least, at = Pruned(unit, start.masks), error, number
+    return replace(best, note=f"round {at} of {count}")
+
+
+def refitted(
+    linear: Linear, mask: Tensor, x: Tensor, target: Tensor, w: Tensor, gram: Gram | None = None
+) -> tuple[Linear, Gram]:
+    """The linear with its kept weights and its bias fitted to the target, and the Gram matrix of its inputs."""
+    accumulator = MomentsAccumulator(linear, gram)
+    accumulator.update(x, target, w)
+    moments = accumulator.finish()
+    wanted = wanted_weight(moments, linear.weight, damping=1e-3).weight
+    return moments.linear(refine_on_support(wanted, moments.gram, mask, linear.weight, 10).weight), moments.gram
 
 
 # ------------------------------------------------------------------------------------------------------ joint descent
@@ -317,8 +390,10 @@ def main() -> None:
     parser.add_argument("--solvers", nargs="*", default=("sparsegpt", "admm"))
     parser.add_argument("--ways", nargs="*", default=tuple(WAYS))
     parser.add_argument("--iterations", type=int, default=8, help="of the alternation")
-    parser.add_argument("--steps", type=int, default=2000, help="of Adam")
-    parser.add_argument("--batch", type=int, default=512, help="tokens in a step")
+    parser.add_argument("--rounds", type=int, default=30, help="over masks that stay")
+    parser.add_argument("--strength", type=float, default=3.0, help="of the penalties beside multipliers")
+    parser.add_argument("--steps", type=int, default=1000, help="of Adam")
+    parser.add_argument("--batch", type=int, default=256, help="tokens in a step")
     parser.add_argument("--rate", type=float, default=0.01, help="relative to the size of the kept weights")
     parser.add_argument("--every", type=int, default=20, help="steps between two errors that choose")
     parser.add_argument("--cells", type=Path, default=OUT / "unit.json")
@@ -386,6 +461,11 @@ ADAM = ("steps", "batch", "rate")
 WAYS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "local": (lambda d, t, s, p, a, path: local(d, t, s, p), ()),
     "alternation": (lambda d, t, s, p, a, path: alternation(d, t, s, p, a.iterations), ("iterations",)),
+    "rounds": (lambda d, t, s, p, a, path: rounds(kept(path("local"), d), t, a.rounds), ("rounds",)),
+    "multipliers": (
+        lambda d, t, s, p, a, path: rounds(
+            kept(path("local"), d), t, a.rounds, strength=a.strength, multipliers=True
+        ), ("rounds", "strength")),
     "joint": (lambda d, t, s, p, a, path: descend(kept(path("local"), d), t, **adam(a)), ADAM),
     "joint from alternation": (lambda d, t, s, p, a, path: descend(kept(path("alternation"), d), t, **adam(a)), ADAM),
     "exchanged": (lambda d, t, s, p, a, path: descend(kept(path("local"), d), t, **adam(a), exchange=0.1), ADAM),
