@@ -7,7 +7,7 @@ some choose the best iterate or step of each way, and some are for the held-out 
     local         the linears in order, down refitted: iteration 0 of the library's loop
     alternation   the library's exact alternation of the auxiliary variables, the best iterate
     rounds        the variables over the masks of ``local``; kept weights fitted to them, not to the dense products
-    multipliers   the same with scaled multipliers (augmented Lagrangian) and penalties three times as strong
+    multipliers   the same with scaled multipliers: an augmented Lagrangian
     joint         Adam on the unit's true error from ``local``, over the same masks
     exchanged     the same, but pruned weights replace kept ones every few steps where that saves error to second order
     continued     the solver to rising sparsities, joint descent after each
@@ -167,7 +167,7 @@ def rounds(start: Pruned, tokens: Tokens, count: int, *, strength: float = 1.0, 
         z = move_variables(unit, shifted, z, a + v, prices)
         for role, linear in unit.first_half().items():
             fitted, gram = refitted(linear, start.masks[role], x, getattr(z, role) + u[role], w, gram)
-            unit = replace(unit, **{role: fitted})
+            unit = replace(unit, up=fitted) if role == "up" else replace(unit, gate=fitted)
             if multipliers:
                 u[role] += getattr(z, role) - fitted(x)
         if multipliers:
@@ -391,7 +391,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=tuple(WAYS))
     parser.add_argument("--iterations", type=int, default=8, help="of the alternation")
     parser.add_argument("--rounds", type=int, default=30, help="over masks that stay")
-    parser.add_argument("--strength", type=float, default=3.0, help="of the penalties beside multipliers")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the penalties beside multipliers")
     parser.add_argument("--steps", type=int, default=1000, help="of Adam")
     parser.add_argument("--batch", type=int, default=256, help="tokens in a step")
     parser.add_argument("--rate", type=float, default=0.01, help="relative to the size of the kept weights")
