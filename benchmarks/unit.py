@@ -12,8 +12,8 @@ some choose the best iterate or step of each way, and some are for the held-out 
     exchanged     the same, but pruned weights replace kept ones every few steps where that saves error to second order
     continued     the solver to rising sparsities, joint descent after each
 
-    python benchmarks/unit.py --model opt --calibration opt/train.txt --block 1
-    python benchmarks/unit.py --model demo --block 15 --train 12 --window 1024 --steps 600
+    python benchmarks/unit.py --model opt --calibration opt/train.txt --block 1 --rounds 20 --iterations 4
+    python benchmarks/unit.py --model demo --block 15 --train 8 --choose 2 --test 4 --window 1024 --steps 500 --every 25
 """
 
 from __future__ import annotations
