@@ -15,25 +15,39 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from measure import cpu_name
 from quality import OUT, Cells, spread
+from unit import Pruned, Tokens, descend
 
 import sparsellm
+from sparsellm.decomposition import Chunk, FeedForward, Result, Settings, prune_feed_forward
 from sparsellm.errors import NumericalError
 
 LOCAL = "local"  # the solver alone, each linear by itself
 
 
 def run_cell(arguments: argparse.Namespace, target: str, solver: str, rounds: str, seed: int) -> dict[str, Any]:
+    """One run; ``rounds`` is a number of iterations, ``local``, ``joint:STEPS``, or ``sweep:PASSES:RATE``."""
     goal: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": float(target)}
     method, options = solver, {}
     extra: dict[str, Any] = {}
     if rounds != LOCAL:
-        method, options = "sparsellm", {"effort": arguments.effort, "solver": solver, "iterations": int(rounds)}
+        kind, _, value = rounds.partition(":")
+        options = {"effort": arguments.effort, "solver": solver, "iterations": 0}
+        if kind == "sweep":
+            passes, _, rate = value.partition(":")
+            options |= {"passes": int(passes), "sweep_rate": float(rate) if rate else None}
+        else:
+            options["iterations"] = 1 if kind == "joint" else int(rounds)  # joint: a descent in place of the loop
+        method = "sparsellm"
         if arguments.uniform:
             options["output_metric"] = 0.0
             extra = {"allocation": "uniform"}
@@ -44,7 +58,8 @@ def run_cell(arguments: argparse.Namespace, target: str, solver: str, rounds: st
     began = time.process_time()
     with tempfile.TemporaryDirectory(prefix="pruned-", dir=OUT) as folder:
         try:
-            result = sparsellm.prune(str(arguments.model), recipe, out=Path(folder) / "model")
+            with descending(int(rounds[6:])) if rounds.startswith("joint:") else nullcontext():
+                result = sparsellm.prune(str(arguments.model), recipe, out=Path(folder) / "model")
         except NumericalError as error:
             return {"failed": str(error)}
         seconds = time.process_time() - began
@@ -54,6 +69,25 @@ def run_cell(arguments: argparse.Namespace, target: str, solver: str, rounds: st
     return {"perplexity": found.value, "cpu_seconds": seconds, "sparsity": result.sparsity}
 
 
+@contextmanager
+def descending(steps: int) -> Iterator[None]:
+    """Within it, a feed-forward unit is pruned locally and then descends on its own error; see ``unit.py``."""
+
+    def prune(
+        dense: FeedForward, train: Sequence[Chunk], held_out: Sequence[Chunk], solvers: Any, patterns: Any,
+        settings: Settings, scratch: Any,
+    ) -> Result:  # fmt: skip
+        start = prune_feed_forward(
+            dense, train, (), solvers, patterns, replace(settings, iterations=0, safeguard=False), scratch
+        )
+        tokens = Tokens(list(train), list(held_out), [])
+        best = descend(Pruned(start.unit, start.masks), tokens, steps=steps, batch=256, rate=0.01, every=25)
+        return replace(start, unit=best.unit)
+
+    with mock.patch("sparsellm.methods.feed_forward.prune_feed_forward", prune):
+        yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -61,7 +95,12 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--targets", nargs="*", default=("0.7", "0.8", "0.9", "1:4", "3:4"))
     parser.add_argument("--solvers", nargs="*", default=("sparsegpt", "admm"))
-    parser.add_argument("--rounds", nargs="*", default=(LOCAL, "0", "2", "4", "8"), help="'local' is the solver alone")
+    parser.add_argument(
+        "--rounds",
+        nargs="*",
+        default=(LOCAL, "0", "2", "4", "8"),
+        help="iterations; 'local' is the solver alone; joint:STEPS; sweep:PASSES[:RATE]",
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=(0, 1, 2))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--window", type=int, default=256)
