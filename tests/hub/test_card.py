@@ -19,6 +19,7 @@ from tests.allocation.helpers import windows
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 PERPLEXITY = {"value": 14.37, "low": 13.9, "high": 14.9, "of_a_later_release": 1}
+EMPTY = {"format": 1, "evaluations": [], "benchmarks": []}
 EVALUATION: dict[str, Any] = {
     "protocol": {
         "text": "wikitext2", "digest": "ab", "window": 512, "windows": 8, "tokens": 4088, "bos": "yes",
@@ -134,9 +135,12 @@ def test_an_edited_card_is_kept_unless_forced(pruned: Path, run: Any) -> None:
     [
         ("{", "not valid JSON"),
         ("[]", "not an object"),
-        ('{"evaluations": [{}]}', "evaluations.0.protocol is {}"),
-        ('{"evaluations": {"a": 1}}', "evaluations is"),
-        (json.dumps({"evaluations": [{**EVALUATION, "perplexity": {"value": "x"}}]}), "perplexity.value is 'x'"),
+        (json.dumps({**EMPTY, "evaluations": [{}]}), "evaluations.0."),
+        (json.dumps({**EMPTY, "evaluations": {"a": 1}}), "evaluations is"),
+        (
+            json.dumps({**EMPTY, "evaluations": [{**EVALUATION, "perplexity": {"value": "x"}}]}),
+            "perplexity.value is 'x'",
+        ),
     ],
 )
 def test_damaged_results_are_named(pruned: Path, content: str, said: str) -> None:

@@ -407,7 +407,8 @@ def _windows(
             )
 
     settings = (recipe.samples, seq_len, recipe.seed, recipe.bos, sets)
-    key = (str(directory), source, settings, chain.dtype, chain.device.type)
+    named = source if isinstance(source, str) else id(source)  # the request keeps the text alive
+    key = (str(directory), named, settings, chain.dtype, chain.device.type)
     windows = check_vocabulary(request.shared.windows_of(key, draw), chain.config, tokenizer)
     return windows[: recipe.samples], windows[recipe.samples :]
 

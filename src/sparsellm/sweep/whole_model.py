@@ -43,6 +43,10 @@ from sparsellm.sweep.training import (
 # one pass, and 0.0007 increases the KL of a model at 0.6. The gain of a step falls with the square of the divergence,
 # the cost of its noise does not: so the rate is proportional to that square, up to this value.
 RATE = 0.0007
+CAREFUL = 0.5  # nats; below this divergence the rate is tried out
+LOWEST_PROBED, PROBED = RATE / 16, 0.004  # the lowest and the highest rate that are tried
+FASTER = 4.0  # factor between the rates that are tried
+PROBE_STEPS = 4  # steps at each
 CUT = 1 / 3  # factor of the rate after a harmful pass
 HARM = 1.01  # a pass is harmful above this multiple of the least divergence so far; smaller rises are noise
 STEP_TOKENS = 1024  # tokens of a step; half as many steps of twice the tokens cost as much and gain less
@@ -50,11 +54,19 @@ STEP_TOKENS = 1024  # tokens of a step; half as many steps of twice the tokens c
 
 @dataclass(frozen=True)
 class Pass:
-    """The mean divergence KL(dense ‖ pruned) per predicted token, in nats, after a number of passes."""
+    """The mean divergence KL(dense ‖ pruned) per predicted token, in nats, after a number of passes.
+
+    Attributes:
+        passes: their number.
+        held_out: the divergence on held-out windows.
+        train: on the windows of the last pass, before its steps; None before the first.
+        rate: the learning rate of the sweep, with the state before the first pass; else None.
+    """
 
     passes: int
     held_out: float
     train: float | None
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -309,14 +321,8 @@ def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) ->
     """Runs the remaining passes: each is judged, kept or undone, and saved. Returns the whole history."""
     chain = task.feed.chain
     train, judges = held_out_of(of_all(run.places()), task.held_out)
-    with chain.outer():
-        history = list(reached.history) if reached is not None else [Pass(0, run.judge(judges), None)]
-    if not math.isfinite(history[0].held_out):
-        raise NumericalError(f"the pruned model diverges from the dense one by {history[0].held_out}; prune less")
-    rate = task.learning_rate
-    if rate is None:
-        rate = RATE * min(1.0, history[0].held_out ** 2)
-    first = len(history)
+    history = list(reached.history) if reached is not None else [_start(task, run, train, judges, best)]
+    rate, first = history[0].rate or 0.0, len(history)
     for number in range(first, task.passes + 1):
         harmful = harmful_passes(history)
         place = _Position(number, task.passes, first, harmful[-1] if harmful else 0, history[-1].held_out)
@@ -337,6 +343,39 @@ def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) ->
             task.saved.save(history, best.number, run.masters, last=number == task.passes)
     task.feed.progress(Progress("sweep", 1, 1))
     return history
+
+
+def _start(
+    task: SweepTask,
+    run: _Run,
+    train: list[tuple[int, _Place]],
+    judges: list[tuple[int, _Place]],
+    best: _Best,
+) -> Pass:
+    """The state before the first pass, with the learning rate for the sweep.
+
+    The rate by rule is proportional to the square of the divergence. Where that is small, it may be far too small for
+    a model whose gradients have little noise. So a few steps are tried at rates that rise, each from the start, as long
+    as they lower the held-out divergence further.
+    """
+    with task.feed.chain.outer():
+        start = run.judge(judges)
+        if not math.isfinite(start):
+            raise NumericalError(f"the pruned model diverges from the dense one by {start}; prune less")
+        if task.learning_rate is not None:
+            return Pass(0, start, None, task.learning_rate)
+        chosen, least = RATE * min(1.0, start**2), start
+        rate = max(chosen, LOWEST_PROBED)
+        while start < CAREFUL and rate <= PROBED:
+            for number, (process, place) in enumerate(train[:PROBE_STEPS], 1):
+                piece = run.stream.pieces[place.number] if process == parallel.rank() else None
+                run.step(piece, process, rate, number)
+            found = run.judge(judges)
+            run.masters.restart(task, best)
+            if not found < least:
+                break
+            least, chosen, rate = found, rate, rate * FASTER
+        return Pass(0, start, None, chosen)
 
 
 @dataclass(frozen=True)
