@@ -62,7 +62,7 @@ def test_tiles_do_not_change_the_product(tile: int, monkeypatch: pytest.MonkeyPa
 def test_small_batches_go_to_the_kernel_and_large_ones_use_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def product(packed: PackedWeight, x: Tensor) -> Tensor:
+    def product(packed: PackedWeight, x: Tensor, **_: bool) -> Tensor:
         asked.append(("multiply", len(x)))
         return x @ unpack(packed, x.dtype).t()
 
@@ -149,7 +149,7 @@ def test_codes_of_n_m_are_computed_with_as_bits() -> None:
 def test_the_operator_keeps_torch_s_rules() -> None:
     packed = packed_of(sparse_weight(24, 70, 0.5), "int8")
     x = torch.randn(5, 70, requires_grad=True)
-    arguments = (x, packed.mask, packed.values, packed.offsets, packed.scales, "int8")
+    arguments = (x, packed.mask, packed.values, packed.offsets, packed.scales, "int8", False)
     torch.library.opcheck(runtime_module.packed_linear, arguments)
 
 

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsellm.errors import ModelError, StorageError
-from sparsellm.packed.checkpoint import QUANT_METHOD, PackedReader, packed_entries
+from sparsellm.packed.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedReader, packed_entries
 from sparsellm.runtime.module import PACKED_BUFFERS, PackedLinear, to_dense
 
 _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
@@ -90,9 +90,11 @@ class PackedQuantizer(HfQuantizer):
                 raise ModelError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
             module.set_packed(self._reader.packed(name), name)
         self._reader = None
-        linears = {name: {**entry.to_dict(), "layout": "bitmask"} for name, entry in self._entries.items()}
-        for entry in linears.values():  # the modules hold bitmasks, and save_pretrained writes those
-            entry.pop("pattern", None)
+        linears = {name: entry.to_dict() for name, entry in self._entries.items()}
+        for written in linears.values():  # the modules hold bitmasks for codes, and save_pretrained writes those
+            if written.pop("pattern", None) is not None:
+                written["layout"] = "bitmask"
+        self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.linears = linears
         return model
 

@@ -36,16 +36,20 @@ void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
   }
 }
 
-// Sixteen codes are eight bytes. The product with the scale is looked up in a register of all sixteen products.
-void int4_to_fp32(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out) {
-  const __m512 steps = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-  const __m512i which = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-  const __m512i shift = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+// Sixty-four codes are thirty-two bytes, each brought to sixteen bits and its high nibble to the upper byte.
+void int4_to_int8(const uint8_t* codes, int64_t count, int8_t* out) {
+  for (int64_t at = 0; at < count; at += 64) {
+    const __m512i wide =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + at / 2)));
+    const __m512i nibbles =
+        _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
+    _mm512_storeu_si512(out + at, _mm512_sub_epi8(nibbles, _mm512_set1_epi8(8)));
+  }
+}
+
+void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) {
   for (int64_t at = 0; at < count; at += 16) {
-    const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(scales[at / 32]) << 16));
-    const __m512 products = _mm512_mul_ps(steps, scale);
-    const __m512i bytes = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + at / 2)));
-    const __m512i indices = _mm512_srlv_epi32(_mm512_permutexvar_epi32(which, bytes), shift);
-    _mm512_storeu_ps(out + at, _mm512_permutexvar_ps(indices, products));
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + at)));
+    _mm512_storeu_ps(out + at, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(scale)));
   }
 }
