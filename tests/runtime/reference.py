@@ -89,7 +89,7 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Activations ``(tokens, in)`` as whole numbers ``(tokens, groups, 32)`` and fp32 scales ``(tokens, groups)``."""
     groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
     largest = groups.abs().amax(dim=2, keepdim=True)
-    whole = torch.where(largest > 0, groups * (127 / largest), 0).round()
+    whole = torch.where(largest > 0, groups * torch.tensor(127.0).div(largest), 0).round()
     return whole.long(), (largest / 127).squeeze(2)
 
 

@@ -140,8 +140,8 @@ def packed_entries(quantization_config: dict[str, Any]) -> dict[str, PackedEntry
     for name, entry in entries.items():
         if quantization_config["format_version"] == 1 and (entry.value_type == "int4" or entry.layout == "dense"):
             raise StorageError(
-                f"config.json: {name!r} is {entry.layout}, {entry.value_type} of format version 1, which this sparsellm "
-                "does not read; pack the model again"
+                f"config.json: {name!r} is {entry.layout}, {entry.value_type} of format version 1, which is no longer "
+                "read; pack the model again"
             )
     return entries
 

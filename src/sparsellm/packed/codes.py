@@ -1,4 +1,4 @@
-"""Storage of kept values: floating types unchanged, int8 with a scale for each row, int4 with one for each group of columns.
+"""Storage of kept values: floating types unchanged, int8 with scales of rows, int4 with scales of groups of columns.
 
 int4 values are stored plus 8, two to a byte, the earlier one in the low nibble; every row begins on a byte.
 """
@@ -56,7 +56,7 @@ def type_of_values(dtype: torch.dtype) -> str:
 
 
 def group_of(columns: int, groups: int) -> int | None:
-    """The columns that share a scale (32, 64, … 1024) where a row has so many scales; None if there is no such number."""
+    """The columns that share a scale (32, 64, … 1024) where a row has so many scales; None if none fits."""
     sizes = (GROUP << step for step in range((LARGEST_GROUP // GROUP).bit_length()))
     return next((size for size in sizes if groups_of(columns, size) == groups), None)
 

@@ -20,8 +20,8 @@ def validate(packed: PackedWeight, name: str) -> None:
     Raises:
         StorageError: value type, layout or pattern is unknown; types or shapes of the tensors do not fit together; an
             offset is out of range or less than the one before it; the number of values in a row is not the number of
-            inputs that its mask keeps; a padding bit is set, or a bit of a dense weight's mask is not; a code is not below
-            C(m, n); or a scale is not finite.
+            inputs that its mask keeps; a padding bit is set, or a bit of a dense weight's mask is not; a code is not
+            below C(m, n); or a scale is not finite.
             The message contains ``name``.
     """
     try:

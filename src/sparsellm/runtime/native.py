@@ -77,8 +77,8 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
     sets have the same bits then. A group with an activation that is not finite makes the whole token NaN.
 
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed ``sparsellm.packed.validation.validate``; offsets
-            and mask are not checked again.
+        packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
+            ``sparsellm.packed.validation.validate``; offsets and mask are not checked again.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
         rounded: round ``x`` to int8 for weights of int8 and int4; no other weight is affected.
         kernel: an instruction set other than :func:`available`'s.
