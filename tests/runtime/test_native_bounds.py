@@ -67,7 +67,7 @@ def run(kernel: str, at_end: bool) -> None:
         sparsity = 0.4 if special_rows is not None else -1  # the layout dense
         packed, dense = random_weight(out, columns, value_type, sparsity, out, special_rows=bool(special_rows))
         held = guarded.weight(packed)
-        address = (index, *native._addresses(held))
+        address = (index, *native.addresses(held))
         for tokens, dtype in itertools.product((1, 3, 8, 16), (torch.float32, torch.bfloat16)):
             x = guarded.copy(activations(tokens, columns, dtype, seed=tokens))
             y = guarded.copy(torch.zeros(tokens, out, dtype=dtype))

@@ -313,10 +313,49 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
 
+class PackedEmbedding(PackedLinear):
+    """``nn.Embedding`` with rows of int8, which may be the weight of the output head as well."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        rows, columns = embedding.weight.shape
+        super().__init__(columns, rows, False, dtype=embedding.weight.dtype, device=embedding.weight.device)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, embedding.padding_idx
+
+    def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
+        """As of a linear.
+
+        Raises:
+            StorageError: it is inconsistent, has another shape, or is not dense int8.
+        """
+        if (packed.layout, packed.value_type) != ("dense", "int8"):
+            raise StorageError(
+                f"packed weight {name} is {packed.layout}, {packed.value_type}; an embedding is dense, int8: pack the "
+                "model again"
+            )
+        super().set_packed(packed, name)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of token ids, ``(..., columns)`` in the dtype of the placeholder."""
+        packed = self.packed
+        assert packed.scales is not None
+        rows = packed.values.view(packed.shape)[ids].float() * packed.scales[ids].unsqueeze(-1)
+        return rows.to(self.weight.dtype)
+
+    def to_embedding(self) -> nn.Embedding:
+        """The same layer with a dense weight, in the dtype of the placeholder."""
+        weight = unpack(self.packed, self.weight.dtype)
+        return nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx).train(self.training)
+
+
 def to_dense(model: nn.Module) -> nn.Module:
-    """Replaces every :class:`PackedLinear` of a model, in place, by an ``nn.Linear`` with the same weights."""
+    """Replaces every packed layer of a model, in place, by a dense one with the same weights."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, PackedLinear):
+            if isinstance(child, PackedEmbedding):
+                setattr(module, name, child.to_embedding())
+            elif isinstance(child, PackedLinear):
                 setattr(module, name, child.to_linear())
+    tie = getattr(model, "tie_weights", None)  # of transformers: a head may be the embedding's weight
+    if tie is not None:
+        tie()
     return model

@@ -99,7 +99,7 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
     y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
     whole = rounded and packed.value_type in SCALES_OF
     kind = _ACTIVATIONS[x.dtype]
-    library.multiply(index, *_addresses(packed), x.shape[0], kind, x.data_ptr(), y.data_ptr(), threads(), int(whole))
+    library.multiply(index, *addresses(packed), x.shape[0], kind, x.data_ptr(), y.data_ptr(), threads(), int(whole))
     return y
 
 
@@ -123,7 +123,17 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, ker
     if tuple(out.shape) != (last - first, columns) or not out.is_contiguous():
         raise KernelError(f"rows go into a contiguous {(last - first, columns)}, not into {tuple(out.shape)}")
     _require_cpu(out, "rows")
-    library.unpack_rows(index, *_addresses(packed), first, last, _ACTIVATIONS[out.dtype], out.data_ptr(), threads())
+    library.unpack_rows(index, *addresses(packed), first, last, _ACTIVATIONS[out.dtype], out.data_ptr(), threads())
+
+
+def decode(plan: Tensor, token: int, position: int) -> None:
+    """One token through the decoder that a plan of :mod:`sparsellm.runtime.decode` describes.
+
+    Raises:
+        KernelError: there is no compiled kernel to use.
+    """
+    library, index = _kernel(None)
+    library.decode(index, plan.data_ptr(), token, position, threads())
 
 
 def _require_cpu(tensor: Tensor, what: str) -> None:
@@ -131,8 +141,12 @@ def _require_cpu(tensor: Tensor, what: str) -> None:
         raise KernelError(f"{what} are {tensor.dtype} on {tensor.device}; the kernels take fp32, bf16, fp16 on the CPU")
 
 
-def _addresses(packed: PackedWeight) -> tuple[int, ...]:
-    """The arguments of the extension for a weight, after checks of type, size, layout and device of every tensor."""
+def addresses(packed: PackedWeight) -> tuple[int, ...]:
+    """The extension's arguments for a weight, after checks of type, size, layout and device of every tensor.
+
+    Raises:
+        KernelError: one of them does not fit.
+    """
     (out, columns), kind, scales = packed.shape, packed.value_type, packed.scales
     if packed.layout not in ("bitmask", "dense") or kind not in _VALUE_TYPES:
         raise KernelError(

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsellm.errors import ModelError, StorageError
 from sparsellm.packed.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedReader, packed_entries
-from sparsellm.runtime.module import PACKED_BUFFERS, PackedLinear, to_dense
+from sparsellm.runtime.module import PACKED_BUFFERS, PackedEmbedding, PackedLinear, to_dense
 
 _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
 
@@ -48,6 +48,7 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._entries = packed_entries(quantization_config.to_dict())
         self._reader: PackedReader | None = None
+        self._tied: PackedLinear | None = None  # the head, where it is the embedding's weight
         self._modules: dict[str, str] = {}  # the linear in the model, by its name in the checkpoint
 
     def _process_model_before_weight_loading(
@@ -64,16 +65,16 @@ class PackedQuantizer(HfQuantizer):
         for name, entry in self._entries.items():
             parent, leaf, linear = _find(model, self._modules[name])
             out, columns = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+            embedding = type(linear) is nn.Embedding
             if entry.shape != (out, columns) or entry.transposed != isinstance(linear, Conv1D):
                 raise ModelError(
                     f"packed weight {name} has shape {entry.shape}, where the model has {(int(out), int(columns))}; "
                     "config.json does not belong to these weights: pack the model again"
                 )
-            packed = PackedLinear(
-                columns, out, linear.bias is not None, dtype=linear.weight.dtype, device=linear.weight.device
-            )
+            packed = PackedEmbedding(linear) if embedding else _packed_linear(linear, out, columns)
             packed.requires_grad_(False)
             setattr(parent, leaf, packed)
+        self._share_embedding(model)
         # transformers must ignore the tensors that are loaded below: 5.x reads this attribute of the model (a list at
         # first, a set in later releases), 4.x calls update_unexpected_keys.
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
@@ -81,14 +82,29 @@ class PackedQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, _PACKED_KEY.pattern])
         return model
 
+    def _share_embedding(self, model: Any) -> None:
+        """Gives a head that is tied to a packed embedding a module of its own for the same tensors."""
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
+            if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+                return
+            packed = _packed_linear(head, embedding.out_features, embedding.in_features)
+            packed._non_persistent_buffers_set.update(PACKED_BUFFERS)  # saved once, as the embedding's
+            model.set_output_embeddings(packed)
+            self._tied = packed
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._reader is not None
         for name in self._entries:
             _, _, module = _find(model, self._modules[name])
             assert isinstance(module, PackedLinear)
+            if isinstance(module, PackedEmbedding) and self._tied is not None:
+                self._tied.weight = module.weight
             if module.weight.is_meta:
                 raise ModelError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
             module.set_packed(self._reader.packed(name), name)
+            if isinstance(module, PackedEmbedding) and self._tied is not None:
+                self._tied.set_packed(module.packed, name)
         self._reader = None
         linears = {name: entry.to_dict() for name, entry in self._entries.items()}
         for written in linears.values():  # the modules hold bitmasks for codes, and save_pretrained writes those
@@ -119,6 +135,11 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(PackedQuantizer)
 
 
+def _packed_linear(linear: Any, out: int, columns: int) -> PackedLinear:
+    weight = linear.weight
+    return PackedLinear(columns, out, linear.bias is not None, dtype=weight.dtype, device=weight.device)
+
+
 def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
     """The parent module, attribute name and module of a linear."""
     parent_name, _, leaf = name.rpartition(".")
@@ -127,7 +148,7 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
         module = parent.get_submodule(leaf)
     except AttributeError:
         module = None
-    if isinstance(module, (nn.Linear, Conv1D, PackedLinear)):
+    if isinstance(module, (nn.Linear, Conv1D, PackedLinear)) or type(module) is nn.Embedding:
         return parent, leaf, module
     raise ModelError(f"packed weight {name} is no linear of {type(model).__name__}; config.json is not this model's")
 

@@ -19,6 +19,8 @@ constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
+inline Vector all(float number) { return _mm256_set1_ps(number); }
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline float total(Vector v) {
@@ -87,6 +89,7 @@ struct Int8 {
   }
 };
 
+#include "attention.h"
 #include "rows.h"
 
 // The last columns, fewer than eight, go through a full-width copy.
@@ -151,6 +154,8 @@ const InstructionSet kAvx2 = {
     int4_to_int8,
     int8_to_fp32,
     {&kIntegerAvxVnni, &kIntegerAvx2},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm

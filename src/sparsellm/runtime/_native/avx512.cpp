@@ -71,6 +71,8 @@ const InstructionSet kAvx512 = {
     int4_to_int8,
     int8_to_fp32,
     {&kIntegerAvxVnni, &kIntegerAvx2},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm

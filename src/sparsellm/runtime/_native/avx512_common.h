@@ -7,6 +7,8 @@ constexpr int kPrefetchSteps = 2;
 
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+inline Vector all(float number) { return _mm512_set1_ps(number); }
 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
@@ -53,3 +55,5 @@ void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) 
     _mm512_storeu_ps(out + at, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(scale)));
   }
 }
+
+#include "attention.h"

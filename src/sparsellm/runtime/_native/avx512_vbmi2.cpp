@@ -79,6 +79,8 @@ const InstructionSet kAvx512Vbmi2 = {
     int4_to_int8,
     int8_to_fp32,
     {&kIntegerAvx512Vnni, &kIntegerAvx2},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm

@@ -111,6 +111,20 @@ PyObject* py_unpack_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// set, plan, token, position, threads
+PyObject* py_decode(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long n[5];
+  if (!read_numbers(args, count, 5, n)) return nullptr;
+  if (n[0] < 0 || n[0] >= kCount) {
+    PyErr_SetString(PyExc_ValueError, "no such instruction set");
+    return nullptr;
+  }
+  return without_gil([&] {
+    decode(*kSets[n[0]], reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(n[1])), n[2], n[3],
+           static_cast<int>(n[4]));
+  });
+}
+
 // (name, supported by this machine) of every instruction set built in, best first.
 PyObject* py_instruction_sets(PyObject*, PyObject*) {
   PyObject* list = PyList_New(0);
@@ -135,6 +149,7 @@ PyMethodDef methods[] = {
     {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_multiply)), METH_FASTCALL, nullptr},
     {"unpack_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_unpack_rows)), METH_FASTCALL,
      nullptr},
+    {"decode", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_decode)), METH_FASTCALL, nullptr},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
     {"use_openmp", py_use_openmp, METH_O, nullptr},
     {"pool_name", py_pool_name, METH_NOARGS, nullptr},

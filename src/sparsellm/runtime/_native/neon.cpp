@@ -16,6 +16,8 @@ constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return vdupq_n_f32(0); }
 inline Vector load(const float* from) { return vld1q_f32(from); }
+inline void store(float* to, Vector v) { vst1q_f32(to, v); }
+inline Vector all(float number) { return vdupq_n_f32(number); }
 inline Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 inline float total(Vector v) { return vaddvq_f32(v); }
@@ -72,6 +74,7 @@ struct Int8 {
   }
 };
 
+#include "attention.h"
 #include "rows.h"
 
 // The last columns, fewer than a vector, go through a full-width copy.
@@ -131,6 +134,8 @@ const InstructionSet kNeon = {
     int4_to_int8,
     int8_to_fp32,
     {&kIntegerNeon, nullptr},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm

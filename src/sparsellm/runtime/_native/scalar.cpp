@@ -111,6 +111,17 @@ void integer_dot(const Rows& rows, const Rounded& x, int tokens, float* sums) {
 
 const Integer kIntegerScalar = {[] { return true; }, 1, integer_dot<false>, integer_dot<true>, false};
 
+using Vector = float;
+constexpr int kLanes = 1;
+inline Vector zero() { return 0; }
+inline Vector load(const float* from) { return *from; }
+inline void store(float* to, Vector v) { *to = v; }
+inline Vector all(float number) { return number; }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+inline float total(Vector v) { return v; }
+
+#include "attention.h"
+
 }  // namespace
 
 const InstructionSet kScalar = {
@@ -123,6 +134,8 @@ const InstructionSet kScalar = {
     int4_to_int8,
     int8_to_fp32,
     {&kIntegerScalar, nullptr},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm
