@@ -78,6 +78,16 @@ DtypeOption = Annotated[
         rich_help_panel=RESOURCES,
     ),
 ]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Activations of packed int8 and int4 weights: int8 (faster) or fp32 (exact)."
+        f"{_default('SPARSELLM_ACTIVATIONS, else int8')}",
+        autocompletion=_one_of("int8", "fp32"),
+        rich_help_panel=RESOURCES,
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(metavar="N", help=f"CPU threads.{_default('as torch chooses')}", rich_help_panel=RESOURCES),
@@ -446,6 +456,14 @@ def pack(
             autocompletion=_one_of(*VALUES),
         ),
     ] = "keep",
+    head: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE",
+            help="Embedding and output head: keep (as stored) or int8.",
+            autocompletion=_one_of("keep", "int8"),
+        ),
+    ] = "keep",
     overwrite: OverwriteOption = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Remove the files that another unfinished run left for DIR.")
@@ -457,7 +475,9 @@ def pack(
     from sparsellm.runtime import convert
 
     with console.progress() as progress:
-        result = convert.pack(model, out=out, values=values, overwrite=overwrite, restart=restart, progress=progress)
+        result = convert.pack(
+            model, out=out, values=values, head=head, overwrite=overwrite, restart=restart, progress=progress
+        )
     if as_json:
         console.write_json(result.to_dict())
         return
@@ -501,6 +521,7 @@ def generate(  # noqa: PLR0913 - a command
         str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
     ] = "cpu",
     dtype: DtypeOption = None,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT, token by token, and print the speed."""
@@ -513,7 +534,7 @@ def generate(  # noqa: PLR0913 - a command
 
     use_threads(threads)
     check_arguments(prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    model = load(directory, device=device, dtype="auto" if dtype is None else dtype)
+    model = load(directory, device=device, dtype="auto" if dtype is None else dtype, activations=activations)
     tokenizer = load_tokenizer(Path(directory).expanduser())
     pieces = itertools.chain([prompt], itertools.repeat(""))  # the prompt goes before the first piece, once
 
@@ -560,6 +581,7 @@ def bench(  # noqa: PLR0913 - a command
         str, typer.Option(metavar="NAME", help="cpu, cuda or cuda:1.", rich_help_panel=RESOURCES)
     ] = "cpu",
     dtype: DtypeOption = None,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
@@ -577,6 +599,7 @@ def bench(  # noqa: PLR0913 - a command
             repeats=repeats,
             device=device,
             dtype="auto" if dtype is None else dtype,
+            activations=activations,
             progress=progress,
         )
     if as_json:

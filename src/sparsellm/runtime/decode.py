@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparsellm.chain.structure import cache_keyword
 from sparsellm.packed.layout import PackedWeight
 from sparsellm.packed.masks import mask_stride, to_bits
 from sparsellm.runtime.module import PackedLinear, kernel_name
@@ -65,6 +66,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         config, inside = model.config, model.model
+        self._model = model
         self._kept: list[Tensor] = []  # what the plan has addresses of
         self._size, self._capacity = _head_size(config), capacity
         heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
@@ -88,12 +90,16 @@ class Decoder:
                 plan += self._linear(layer.get_submodule(name))
         self._plan = torch.tensor(plan, dtype=torch.int64)
 
-    def take(self, cache: Any, tokens: int) -> None:
-        """Copies keys and values of the first tokens from a cache of transformers."""
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Tensor:
+        """Reads a prompt ``(1, tokens)`` by the model's own forward; the logits ``(vocabulary,)`` after it, fp32."""
+        model, tokens = self._model, ids.shape[1]
+        output: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        cache = getattr(output, cache_keyword(model))
         for index, (keys, values) in enumerate(self._cache):
-            layer = cache.layers[index]
-            keys[:, :tokens] = layer.keys[0, :, :tokens]
-            values[:, :tokens] = layer.values[0, :, :tokens]
+            keys[:, :tokens] = cache.layers[index].keys[0]
+            values[:, :tokens] = cache.layers[index].values[0]
+        return self.logits.copy_(output.logits[0, -1])
 
     def step(self, token: int, position: int) -> Tensor:
         """The logits ``(vocabulary,)`` after ``token``, fp32; they are overwritten by the next step.

@@ -319,6 +319,7 @@ class PackedEmbedding(PackedLinear):
     def __init__(self, embedding: nn.Embedding) -> None:
         rows, columns = embedding.weight.shape
         super().__init__(columns, rows, False, dtype=embedding.weight.dtype, device=embedding.weight.device)
+        self.weight = nn.Parameter(self.weight, requires_grad=False)  # transformers ties parameters alone
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, embedding.padding_idx
 
     def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:

@@ -48,7 +48,6 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._entries = packed_entries(quantization_config.to_dict())
         self._reader: PackedReader | None = None
-        self._tied: PackedLinear | None = None  # the head, where it is the embedding's weight
         self._modules: dict[str, str] = {}  # the linear in the model, by its name in the checkpoint
 
     def _process_model_before_weight_loading(
@@ -74,7 +73,6 @@ class PackedQuantizer(HfQuantizer):
             packed = PackedEmbedding(linear) if embedding else _packed_linear(linear, out, columns)
             packed.requires_grad_(False)
             setattr(parent, leaf, packed)
-        self._share_embedding(model)
         # transformers must ignore the tensors that are loaded below: 5.x reads this attribute of the model (a list at
         # first, a set in later releases), 4.x calls update_unexpected_keys.
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
@@ -82,29 +80,15 @@ class PackedQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, _PACKED_KEY.pattern])
         return model
 
-    def _share_embedding(self, model: Any) -> None:
-        """Gives a head that is tied to a packed embedding a module of its own for the same tensors."""
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
-            if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-                return
-            packed = _packed_linear(head, embedding.out_features, embedding.in_features)
-            packed._non_persistent_buffers_set.update(PACKED_BUFFERS)  # saved once, as the embedding's
-            model.set_output_embeddings(packed)
-            self._tied = packed
-
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._reader is not None
         for name in self._entries:
             _, _, module = _find(model, self._modules[name])
             assert isinstance(module, PackedLinear)
-            if isinstance(module, PackedEmbedding) and self._tied is not None:
-                self._tied.weight = module.weight
             if module.weight.is_meta:
                 raise ModelError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
             module.set_packed(self._reader.packed(name), name)
-            if isinstance(module, PackedEmbedding) and self._tied is not None:
-                self._tied.set_packed(module.packed, name)
+        _share_embedding(model)
         self._reader = None
         linears = {name: entry.to_dict() for name, entry in self._entries.items()}
         for written in linears.values():  # the modules hold bitmasks for codes, and save_pretrained writes those
@@ -133,6 +117,19 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(PackedConfig)
         register_quantizer(QUANT_METHOD)(PackedQuantizer)
+
+
+def _share_embedding(model: Any) -> None:
+    """Gives a head that is tied to a packed embedding a module of its own for the same tensors."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
+        if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+            return
+        packed = PackedLinear(embedding.embedding_dim, embedding.num_embeddings, head.bias is not None)
+        packed.weight, packed.bias = embedding.weight, head.bias
+        packed.set_packed(embedding.packed)
+        packed._non_persistent_buffers_set.update(PACKED_BUFFERS)  # saved once, as the embedding's
+        model.set_output_embeddings(packed)
 
 
 def _packed_linear(linear: Any, out: int, columns: int) -> PackedLinear:
