@@ -86,8 +86,8 @@ def bound(dense: Tensor, x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations ``(tokens, in)`` as whole numbers ``(tokens, groups, 32)`` and fp32 scales ``(tokens, groups)``."""
-    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    """Activations ``(tokens, in)`` as whole numbers ``(tokens, groups, 4)`` and fp32 scales ``(tokens, groups)``."""
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 4)).unflatten(1, (-1, 4))
     largest = groups.abs().amax(dim=2, keepdim=True)
     whole = torch.where(largest > 0, groups * torch.tensor(127.0).div(largest), 0).round()
     return whole.long(), (largest / 127).squeeze(2)
@@ -99,8 +99,7 @@ def integer_product(packed: PackedWeight, x: Tensor) -> Tensor:
     plain = unpack(dataclasses.replace(packed, scales=torch.ones_like(packed.scales)))
     width = packed.group or packed.shape[1]
     scales = packed.scales.view(len(plain), -1).double().repeat_interleave(width, dim=1)[:, : packed.shape[1]]
-    codes = torch.nn.functional.pad(plain.long(), (0, -packed.shape[1] % 32)).unflatten(1, (-1, 32))
+    codes = torch.nn.functional.pad(plain.long(), (0, -packed.shape[1] % 4)).unflatten(1, (-1, 4))
     whole, of_x = rounded(x)
     products = torch.einsum("tgk,ogk->tog", whole, codes)  # int64
-    of_w = torch.nn.functional.pad(scales[:, ::32], (0, codes.shape[1] - scales[:, ::32].shape[1]))
-    return (products.double() * of_x.double().unsqueeze(1) * of_w).sum(dim=2)
+    return (products.double() * of_x.double().unsqueeze(1) * scales[:, ::4]).sum(dim=2)

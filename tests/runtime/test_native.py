@@ -132,8 +132,8 @@ def test_whole_numbers_are_multiplied_exactly(kernel: str, value_type: str) -> N
         assert packed.scales is not None
         packed = dataclasses.replace(packed, scales=torch.exp2(packed.scales.float().mul(4).round()).to(packed.scales))
         x = torch.randint(-127, 128, (16, columns), generator=torch.Generator().manual_seed(out)).float()
-        x[:, ::32] = 127
-        x *= torch.exp2(torch.arange(columns) // 32 % 4)
+        x[:, ::4] = 127
+        x *= torch.exp2(torch.arange(columns) // 4 % 4)
         for tokens in (1, 2, 7, 16):
             y = native.multiply(packed, x[:tokens], rounded=True, kernel=kernel)
             assert torch.equal(y.double(), integer_product(packed, x[:tokens]))
@@ -159,10 +159,11 @@ def test_rounded_products_have_the_same_bits_everywhere(kernel: str, value_type:
 def test_rounding_of_activations_that_are_not_finite_or_very_small(kernel: str, value_type: str) -> None:
     packed, _ = random_weight(9, 100, value_type, 0.5, seed=3, special_rows=False)
     x = activations(3, 100, torch.float32, seed=4)
-    x[0, 40], x[1, 99], x[2, :64] = float("inf"), float("nan"), 1e-40
+    x[0, 40], x[1, 99], x[2, :66] = float("inf"), float("nan"), 1e-40
     y = native.multiply(packed, x, rounded=True, kernel=kernel)
     assert bool(y[:2].isnan().all())
     x[2, :64] = 0
+    x[2, 64:66] = 0
     assert torch.equal(y[2:], native.multiply(packed, x[2:], rounded=True, kernel=kernel))
 
 

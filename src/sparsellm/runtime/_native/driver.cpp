@@ -254,50 +254,47 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
   });
 }
 
-// kShared activations to whole numbers -127 … 127 and one scale. A scale is NaN where an activation is not finite, so
-// that every product is; activations that are all below 2^-100 count as zero.
+// Activations to whole numbers -127 … 127 and a scale for every kLaneColumns of them. A scale is NaN where an activation
+// is not finite, so that every product is; activations of a lane that are all below 2^-100 count as zero.
 template <class Read>
-float round_group(const Read& read, int64_t count, int8_t* codes) {
-  float numbers[kShared];
-  int32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    numbers[i] = read(i);
-    largest = std::max(largest, static_cast<int32_t>(to_bits(numbers[i]) & 0x7fffffffu));
+void round_token(const Read& read, int64_t columns, int64_t words, int8_t* codes, float* scales) {
+  for (int64_t word = 0; word < words; ++word) {
+    float numbers[64], largest[16], inverse[16];
+    const int64_t first = 64 * word, count = std::min<int64_t>(64, columns - first);
+    for (int64_t i = 0; i < count; ++i) numbers[i] = read(first + i);
+    for (int64_t i = count; i < 64; ++i) numbers[i] = 0;
+    for (int lane = 0; lane < 16; ++lane) {
+      uint32_t bits = 0;
+      for (int i = 0; i < kLaneColumns; ++i)
+        bits = std::max(bits, to_bits(numbers[kLaneColumns * lane + i]) & 0x7fffffffu);
+      largest[lane] = from_bits(bits);
+    }
+    for (int lane = 0; lane < 16; ++lane) {
+      const bool finite = largest[lane] <= std::numeric_limits<float>::max();
+      const bool some = finite && largest[lane] >= 0x1p-100f;
+      inverse[lane] = some ? 127.0f / largest[lane] : 0.0f;
+      scales[16 * word + lane] = some     ? largest[lane] / 127.0f
+                                 : finite ? 0.0f
+                                          : std::numeric_limits<float>::quiet_NaN();
+    }
+    for (int i = 0; i < 64; ++i) {  // adding 1.5 * 2^23 rounds to a whole number, ties to even
+      const float factor = inverse[i / kLaneColumns];
+      const float product = factor == 0 ? 0.0f : numbers[i] * factor;
+      codes[first + i] = static_cast<int8_t>(to_bits(product + 0x1.8p23f));
+    }
   }
-  const bool finite = largest < 0x7f800000;
-  const float magnitude = from_bits(static_cast<uint32_t>(largest));
-  const bool some = finite && magnitude >= 0x1p-100f;
-  const float inverse = some ? 127.0f / magnitude : 0.0f;
-  for (int64_t i = 0; i < count; ++i) {  // adding 1.5 * 2^23 rounds to a whole number, ties to even
-    const float product = some ? numbers[i] * inverse : 0.0f;
-    codes[i] = static_cast<int8_t>(to_bits(product + 0x1.8p23f));
-  }
-  for (int64_t i = count; i < kShared; ++i) codes[i] = 0;
-  return some ? magnitude / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
-template <class Read>
-void round_token(const Read& read, int64_t columns, const Integer& how, int8_t* codes, float* scales,
-                 int64_t groups) {
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t first = group * kShared, count = std::max<int64_t>(0, std::min(kShared, columns - first));
-    const auto shifted = [&](int64_t i) { return read(first + i); };
-    const float scale = round_group(shifted, count, codes + first);
-    for (int copy = 0; copy < how.copies; ++copy) scales[group * how.copies + copy] = scale;
-  }
-}
-
-void round_token(ValueType kind, const void* x, int64_t columns, const Integer& how, int8_t* codes, float* scales,
-                 int64_t groups) {
+void round_token(ValueType kind, const void* x, int64_t columns, int64_t words, int8_t* codes, float* scales) {
   if (kind == kFp32) {
     const float* from = static_cast<const float*>(x);
-    round_token([=](int64_t i) { return from[i]; }, columns, how, codes, scales, groups);
+    round_token([=](int64_t i) { return from[i]; }, columns, words, codes, scales);
   } else if (kind == kBf16) {
     const uint16_t* from = static_cast<const uint16_t*>(x);
-    round_token([=](int64_t i) { return bf16_to_fp32(from[i]); }, columns, how, codes, scales, groups);
+    round_token([=](int64_t i) { return bf16_to_fp32(from[i]); }, columns, words, codes, scales);
   } else {
     const uint16_t* from = static_cast<const uint16_t*>(x);
-    round_token([=](int64_t i) { return fp16_to_fp32(from[i]); }, columns, how, codes, scales, groups);
+    round_token([=](int64_t i) { return fp16_to_fp32(from[i]); }, columns, words, codes, scales);
   }
 }
 
@@ -327,15 +324,15 @@ void multiply(const InstructionSet& set, const Packed& weight, int tokens, Value
 void multiply_rounded(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x,
                       void* y, int threads) {
   const Integer& how = set.integer[0]->supported() ? *set.integer[0] : *set.integer[1];
-  const int64_t groups = 2 * (weight.stride / 8), pitch = groups * kShared, scale_pitch = groups * how.copies;
-  uint8_t* memory = scratch<1>(static_cast<size_t>(tokens * (pitch + 4 * scale_pitch)));
+  const int64_t words = weight.stride / 8, pitch = 64 * words;
+  uint8_t* memory = scratch<1>(static_cast<size_t>(2 * tokens * pitch));  // a scale takes four bytes, as do its codes
   int8_t* codes = reinterpret_cast<int8_t*>(memory);
   float* scales = reinterpret_cast<float*>(memory + tokens * pitch);
   const int64_t x_bytes = bytes_of(kind, weight.columns);
   for (int t = 0; t < tokens; ++t)
-    round_token(kind, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, how, codes + t * pitch,
-                scales + t * scale_pitch, groups);
-  const Rounded rounded{codes, scales, pitch, scale_pitch};
+    round_token(kind, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, words, codes + t * pitch,
+                scales + t * pitch / kLaneColumns);
+  const Rounded rounded{codes, scales, pitch};
   const bool decode = weight.type == kInt4 && !how.nibbles;
   const IntegerDot dot = weight.type == kInt4 ? how.int4 : how.int8;
   const size_t row_size = row_bytes(weight);

@@ -2,7 +2,7 @@
 //   four(a, b)  32-bit sums of four products each, of bytes without a sign with bytes with one
 
 using Vector = __m256;
-constexpr int kLanes = 8, kCopies = 1;
+constexpr int kLanes = 8;
 constexpr int kRowsOfOne = 1, kRowsOfTwo = 1, kRowsOfFour = 1;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
@@ -67,7 +67,7 @@ struct Bytes {
   }
 };
 
-inline Vector own(const float* scales, int v) { return _mm256_broadcast_ss(scales + v); }
+inline Vector own(const float* scales, int v) { return _mm256_loadu_ps(scales + 8 * v); }
 
 template <int kScales>
 inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {

@@ -10,7 +10,7 @@ namespace sparsellm {
 namespace {
 
 using Vector = __m512;
-constexpr int kLanes = 16, kCopies = 8;
+constexpr int kLanes = 16;
 constexpr int kRowsOfOne = 2, kRowsOfTwo = 2, kRowsOfFour = 2;
 
 inline Vector zero() { return _mm512_setzero_ps(); }
@@ -104,7 +104,7 @@ bool supported() { return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_
 
 }  // namespace
 
-const Integer kIntegerAvx512Vnni = {supported, kCopies, integer_tokens<Bytes, kOfRows>, integer_scaled<Nibbles>, true};
+const Integer kIntegerAvx512Vnni = {supported, integer_tokens<Bytes, kOfRows>, integer_scaled<Nibbles>, true};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

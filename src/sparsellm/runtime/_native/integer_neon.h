@@ -4,7 +4,7 @@
 namespace integer {
 
 using Vector = float32x4_t;
-constexpr int kLanes = 4, kCopies = 1;
+constexpr int kLanes = 4;
 constexpr int kRowsOfOne = 2, kRowsOfTwo = 1, kRowsOfFour = 1;
 
 inline Vector zero() { return vdupq_n_f32(0); }
@@ -53,7 +53,7 @@ struct Bytes {
   }
 };
 
-inline Vector own(const float* scales, int v) { return vdupq_n_f32(scales[v / 2]); }
+inline Vector own(const float* scales, int v) { return vld1q_f32(scales + 4 * v); }
 
 template <int kScales>
 inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
@@ -66,6 +66,5 @@ inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
 
 }  // namespace integer
 
-const Integer kIntegerNeon = {[] { return true; }, integer::kCopies,
-                              integer::integer_tokens<integer::Bytes, integer::kOfRows>,
+const Integer kIntegerNeon = {[] { return true; }, integer::integer_tokens<integer::Bytes, integer::kOfRows>,
                               integer::integer_scaled<integer::Bytes>, false};

@@ -38,7 +38,7 @@ inline __attribute__((always_inline)) void integer_walk(const Rows& rows, int fi
       Values::expand(bits, at[r], weights);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        const float* scales = x.scales + (token + t) * x.scale_pitch + 2 * kCopies * word;
+        const float* scales = x.scales + (token + t) * x.pitch / kLaneColumns + 16 * word;
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {
           Vector scale = own(scales, v);

@@ -17,7 +17,8 @@ enum ValueType : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3, kInt4 = 4, kV
 constexpr int64_t kSlack = 64;
 constexpr int kMaxRows = 4;
 constexpr int kMaxTokens = 16;
-constexpr int64_t kShared = 32;  // columns whose rounded activations share a scale
+constexpr int64_t kShared = 32;   // columns that share a scale of int4, at least
+constexpr int64_t kLaneColumns = 4;  // columns whose rounded activations share a scale, as their products share a lane
 
 // Up to kMaxRows rows that are walked together.
 struct Rows {
@@ -44,11 +45,11 @@ struct Multiply {
   float factor;    // x is multiplied by this, and so is the sum; a power of two, so exact
 };
 
-// Activations rounded to whole numbers: value = code * scale, a scale for each kShared columns of a token.
+// Activations rounded to whole numbers: value = code * scale, a scale for each kLaneColumns columns of a token.
 struct Rounded {
   const int8_t* codes;  // `tokens` panels of `pitch` codes, -127 … 127
-  const float* scales;  // `tokens` panels of `scale_pitch` floats: every scale `copies` times
-  int64_t pitch, scale_pitch;
+  const float* scales;  // `tokens` panels of pitch / kLaneColumns
+  int64_t pitch;
 };
 
 // sums[row * tokens + token]
@@ -59,7 +60,6 @@ using IntegerDot = void (*)(const Rows& rows, const Rounded& x, int tokens, floa
 // added at the end, lane j to lane j + 8, then 4, 2, 1. All instruction sets do the same, so all have the same bits.
 struct Integer {
   bool (*supported)();
-  int copies;       // of a scale of activations
   IntegerDot int8;  // values in bytes, scales of rows left to the caller
   IntegerDot int4;  // values in nibbles or, unless `nibbles`, in bytes; scales of columns
   bool nibbles;
