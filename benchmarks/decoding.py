@@ -1,14 +1,14 @@
 """Decoding speed of packed models against llama.cpp's integer types and dense bf16, in turns.
 
     pip install 'sparsellm[bench,instead]'
-    python benchmarks/decoding.py [--layers 22] [--sparsities 0.5 0.7] [--values int8 int4] [--threads 1] [--cpu-seconds]
+    python benchmarks/decoding.py [--layers 22] [--sparsities 0.5 0.7] [--values int8 int4] [--threads 1]
 
 The model is that of payoff.py: a Llama of 1.1B's shape with random weights, of which fewer layers can be taken.
 Packed models have embedding and head in int8; llama.cpp quantises its own. All forms decode the same number of tokens
 after the same prompt, one form after another in every round, so that other load on the machine meets all of them. The
-ratios are medians of the rounds' own ratios. A roofline follows: the bytes of weights that a token reads, against what a
-plain copy reads in the same rounds. ``SPARSELLM_KERNEL`` chooses the instruction set; llama.cpp's is chosen when it is
-compiled.
+ratios are medians of the rounds' own ratios. The roofline stands beside them: the bytes of weights that a token reads,
+against what a plain copy reads in the same rounds. ``SPARSELLM_KERNEL`` chooses the instruction set; llama.cpp's is
+chosen when it is compiled.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from sparsellm.packed.layout import PackedWeight, as_bitmask, unpack, unpack_row
 from sparsellm.packed.validation import validate
 
 SMALL_BATCH = 16  # tokens; the limit of the kernels on packed weights
-TILE = 1 << 20  # weights in a tile; smaller tiles slow the product by more than the time of unpacking
+TILE = 1 << 21  # weights in a tile; smaller tiles slow the product by more than the time of unpacking
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
 
 ACTIVATIONS = ("int8", "fp32")  # what kernels multiply weights of int8 and int4 by; the first is the default

@@ -136,6 +136,21 @@ void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) 
   }
 }
 
+// Round to nearest, ties to even; NaN stays NaN.
+void fp32_to_bf16(const float* numbers, int64_t count, uint16_t* out) {
+  for (int64_t at = 0; at < count; at += 8) {
+    const __m256 number = _mm256_loadu_ps(numbers + at);
+    const __m256i bits = _mm256_castps_si256(number), high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(number, number, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i rounded = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), quiet, nan);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + at),
+                     _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+  }
+}
+
 bool supported() {
   unsigned eax, ebx, ecx = 0, edx;
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
@@ -153,6 +168,7 @@ const InstructionSet kAvx2 = {
     spread32,
     int4_to_int8,
     int8_to_fp32,
+    fp32_to_bf16,
     {&kIntegerAvxVnni, &kIntegerAvx2},
     attention_scores,
     attention_values,

@@ -70,6 +70,7 @@ const InstructionSet kAvx512 = {
     spread32,
     int4_to_int8,
     int8_to_fp32,
+    fp32_to_bf16,
     {&kIntegerAvxVnni, &kIntegerAvx2},
     attention_scores,
     attention_values,

@@ -56,4 +56,18 @@ void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) 
   }
 }
 
+// Round to nearest, ties to even; NaN stays NaN.
+void fp32_to_bf16(const float* numbers, int64_t count, uint16_t* out) {
+  for (int64_t at = 0; at < count; at += 16) {
+    const __m512 number = _mm512_loadu_ps(numbers + at);
+    const __m512i bits = _mm512_castps_si512(number), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(number, number, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at), _mm512_cvtepi32_epi16(rounded));
+  }
+}
+
 #include "attention.h"

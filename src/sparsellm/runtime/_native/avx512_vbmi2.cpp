@@ -78,6 +78,7 @@ const InstructionSet kAvx512Vbmi2 = {
     spread32,
     int4_to_int8,
     int8_to_fp32,
+    fp32_to_bf16,
     {&kIntegerAvx512Vnni, &kIntegerAvx2},
     attention_scores,
     attention_values,

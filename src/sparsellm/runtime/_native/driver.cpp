@@ -370,7 +370,11 @@ void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first,
       }
       if (type != kind) {
         uint8_t* converted = decoded + row_size;
-        convert(type, source, kind, count, converted);
+        if (type == kFp32 && kind == kBf16 && set.fp32_to_bf16 != nullptr) {
+          set.fp32_to_bf16(reinterpret_cast<const float*>(source), count, reinterpret_cast<uint16_t*>(converted));
+        } else {
+          convert(type, source, kind, count, converted);
+        }
         source = converted;
       }
       uint8_t* to_row = static_cast<uint8_t*>(out) + (row - first) * bytes_of(kind, weight.columns);

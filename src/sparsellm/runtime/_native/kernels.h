@@ -76,6 +76,8 @@ struct InstructionSet {
   void (*int4_to_int8)(const uint8_t* codes, int64_t count, int8_t* out);
   // Whole numbers times a scale, exact in fp32 for codes of int4. May read and write kSlack bytes past the end.
   void (*int8_to_fp32)(const int8_t* values, float scale, int64_t count, float* out);
+  // As numbers.h rounds; null where that is what is used. May read and write kSlack bytes past the end.
+  void (*fp32_to_bf16)(const float* numbers, int64_t count, uint16_t* out);
   const Integer* integer[2];  // the first that is supported is used
   void (*attention_scores)(const float* query, const float* keys, int64_t n, int64_t size, float scale, float* scores);
   void (*attention_values)(const float* weights, const float* values, int64_t n, int64_t size, float* out);

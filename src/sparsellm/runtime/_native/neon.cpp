@@ -133,6 +133,7 @@ const InstructionSet kNeon = {
     spread32,
     int4_to_int8,
     int8_to_fp32,
+    nullptr,
     {&kIntegerNeon, nullptr},
     attention_scores,
     attention_values,

@@ -133,6 +133,7 @@ const InstructionSet kScalar = {
     spread<uint32_t>,
     int4_to_int8,
     int8_to_fp32,
+    nullptr,
     {&kIntegerScalar, nullptr},
     attention_scores,
     attention_values,
