@@ -11,7 +11,7 @@ namespace {
 
 using Vector = __m512;
 constexpr int kLanes = 16;
-constexpr int kRowsOfOne = 2, kRowsOfTwo = 2, kRowsOfFour = 2;
+constexpr int kRowsOfOne = 1, kRowsOfTwo = 2, kRowsOfFour = 2;
 
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
