@@ -13,7 +13,7 @@ from sparsellm.arguments import checked_arguments
 from sparsellm.chain.open import load_config
 from sparsellm.errors import ModelError, SparseLLMError
 from sparsellm.machine.devices import resolve_device
-from sparsellm.runtime.module import activations_of, set_activations
+from sparsellm.runtime.module import activations_of, gather, set_activations
 from sparsellm.runtime.registration import register_when_needed
 
 
@@ -62,4 +62,5 @@ def load(
     assert isinstance(model, PreTrainedModel)
     set_activations(model, activations)
     torch.nn.Module.to(model.eval(), place)
+    gather(model)
     return model

@@ -8,8 +8,11 @@ is multiplied by tiles; the results differ only by the order of summation.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import mmap
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -69,6 +72,40 @@ def set_activations(model: nn.Module, name: str | None = None) -> None:
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.rounded = rounded
+
+
+def gather(model: nn.Module) -> None:
+    """Moves masks and values of all packed layers on the CPU into one block, in large pages where there are any.
+
+    Products stream through them: with pages of 4 KB, a sixth of the time of a token goes to the pages' addresses.
+    """
+    places: dict[int, list[tuple[PackedLinear, str]]] = {}
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            for name in ("weight_mask", "weight_values"):
+                buffer = getattr(module, name)
+                if buffer is not None and buffer.device.type == "cpu" and buffer.numel():
+                    places.setdefault(buffer.data_ptr(), []).append((module, name))
+    sizes = [-(-getattr(*users[0]).nbytes // 64) * 64 for users in places.values()]
+    if sum(sizes) < 1 << 22:  # two large pages
+        return
+    block = torch.empty(sum(sizes), dtype=torch.uint8)
+    _ask_for_large_pages(block)
+    for users, piece in zip(places.values(), block.split(sizes), strict=True):
+        tensor = getattr(*users[0])  # freed when it has moved: no second copy of the model is held
+        moved = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        moved.copy_(tensor)
+        for module, name in users:
+            setattr(module, name, moved)
+
+
+def _ask_for_large_pages(block: Tensor) -> None:
+    """``madvise(MADV_HUGEPAGE)`` of Linux; where it is refused or unknown, pages are as small as before."""
+    if sys.platform != "linux":
+        return
+    first = -(-block.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = block.data_ptr() + block.numel() - first
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
 
 
 def kernel_name(device: str = "cpu") -> str:
