@@ -91,7 +91,7 @@ def forms(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Callab
         prune_at_random(source, sparsity)
         directory = folder / f"dense-{sparsity}"
         source.save_pretrained(directory)
-        loaded = {}
+        loaded: dict[str, Any] = {}
         if "dense bf16" not in runs:
             loaded["dense bf16"] = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
             sizes["dense bf16"] = resident_bytes(loaded["dense bf16"]) - 2 * rows
@@ -103,10 +103,13 @@ def forms(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Callab
                 loaded[name] = sparsellm.load(packed, activations=activations)
                 sizes[name] = resident_bytes(loaded[name]) - rows
         for name, model in loaded.items():
-            runs[name] = lambda model=model: one_run(
-                model, 1, arguments.prompt_tokens, arguments.new_tokens, clock
-            )[1]  # fmt: skip
+            runs[name] = partial(decoding, model, arguments, clock)
     return runs, sizes
+
+
+def decoding(model: Any, arguments: argparse.Namespace, clock: Callable[[], float]) -> float:
+    """Seconds of decoding."""
+    return one_run(model, 1, arguments.prompt_tokens, arguments.new_tokens, clock)[1]
 
 
 def copying(clock: Callable[[], float]) -> float:

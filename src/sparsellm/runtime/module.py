@@ -382,7 +382,8 @@ class PackedEmbedding(PackedLinear):
     def to_embedding(self) -> nn.Embedding:
         """The same layer with a dense weight, in the dtype of the placeholder."""
         weight = unpack(self.packed, self.weight.dtype)
-        return nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx).train(self.training)
+        embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)
+        return embedding.train(self.training)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
