@@ -7,7 +7,11 @@ from setuptools import Extension, setup
 
 source = Path("src/sparsellm/runtime/_native")
 windows = sys.platform == "win32"
-flags = ["/std:c++17", "/O2"] if windows else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-pthread"]
+flags = (
+    ["/std:c++17", "/O2"]
+    if windows
+    else ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+)
 
 setup(
     ext_modules=[

@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--values", nargs="+", default=["bf16"], choices=VALUE_TYPES)
     parser.add_argument("--kernel", default=None, help="an instruction set; the best one if not given")
+    parser.add_argument("--rounded", action="store_true", help="activations rounded to int8 for int8 and int4 values")
     parser.add_argument("--activations", default="bf16", choices=FLOAT_TYPES, help="of the dense weight too")
     parser.add_argument("--shapes", nargs="+", default=[f"{out}x{columns}" for out, columns in SHAPES])
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
@@ -100,7 +101,7 @@ def main() -> None:
                 if len(x) > native.MAX_TOKENS:  # no kernel's work: unpacked tile by tile
                     multiply(next(turns), x)
                 else:
-                    native.multiply(next(turns), x, kernel=options.kernel)
+                    native.multiply(next(turns), x, rounded=options.rounded, kernel=options.kernel)
 
             def run_copy() -> None:
                 to, piece = next(pieces)

@@ -118,6 +118,16 @@ DtypeOption = Annotated[
         rich_help_panel=RESOURCES,
     ),
 ]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Activations of packed int8 and int4 weights: int8 (faster) or fp32 (exact)."
+        f"{_default('SPARSELLM_ACTIVATIONS, else int8')}",
+        autocompletion=_one_of("int8", "fp32"),
+        rich_help_panel=RESOURCES,
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(metavar="N", help=f"CPU threads.{_default('as torch chooses')}", rich_help_panel=RESOURCES),
@@ -791,6 +801,15 @@ def pack(
             rich_help_panel="Values",
         ),
     ] = "keep",
+    head: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE",
+            help="Embedding and output head: keep (as stored) or int8.",
+            autocompletion=_one_of("keep", "int8"),
+            rich_help_panel="Values",
+        ),
+    ] = "keep",
     overwrite: OverwriteOption = False,
     restart: Annotated[
         bool,
@@ -810,7 +829,9 @@ def pack(
     from sparsellm.runtime import convert
 
     with console.progress(quiet=quiet, verbose=verbose) as progress:
-        result = convert.pack(model, out=out, values=values, overwrite=overwrite, restart=restart, progress=progress)
+        result = convert.pack(
+            model, out=out, values=values, head=head, overwrite=overwrite, restart=restart, progress=progress
+        )
     if as_json:
         console.write_json(result.to_dict())
         return
@@ -932,6 +953,7 @@ def generate(  # noqa: PLR0913 - a command
         bool,
         typer.Option("--quiet", "-q", metavar=FLAG, help="Print the text without the speed.", rich_help_panel=OUTPUT),
     ] = False,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue PROMPT, token by token, and print the speed."""
@@ -944,7 +966,7 @@ def generate(  # noqa: PLR0913 - a command
 
     use_threads(threads)
     check_arguments(prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    model = load(directory, device=device, dtype="auto" if dtype is None else dtype)
+    model = load(directory, device=device, dtype="auto" if dtype is None else dtype, activations=activations)
     tokenizer = load_tokenizer(Path(directory).expanduser())
     pieces = itertools.chain([prompt], itertools.repeat(""))  # the prompt goes before the first piece, once
 
@@ -1016,6 +1038,7 @@ def bench(  # noqa: PLR0913 - a command
     save: SaveOption = True,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
@@ -1037,6 +1060,7 @@ def bench(  # noqa: PLR0913 - a command
             repeats=repeats,
             device=device,
             dtype="auto" if dtype is None else dtype,
+            activations=activations,
             progress=progress,
         )
     saved = None

@@ -162,7 +162,8 @@ def print_packed(result: PackResult) -> None:
     )
     if dense:
         say(f"{dense} of {len(result.linears)} linears are smaller dense and were not packed")
-    say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, including embedding and head, unchanged")
+    head = "in int8" if result.head else "unchanged"
+    say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, including embedding and head, {head}")
     say(f"written to {result.path}")
 
 

@@ -46,7 +46,7 @@ def int4_by_hand(packed: Any) -> Tensor:
     """The dense weight of a packed int4 one in the layout bitmask, fp32."""
     rows, columns = packed.shape
     dense = torch.zeros(rows, columns)
-    group_start = 0
+    group = next(size for size in (32, 64, 128, 256, 512, 1024) if math.ceil(columns / size) == packed.scales.shape[1])
     for row in range(rows):
         first, last = int(packed.offsets[row]), int(packed.offsets[row + 1])
         rank = 0
@@ -55,10 +55,9 @@ def int4_by_hand(packed: Any) -> Tensor:
                 continue
             byte = int(packed.values[(first + rank) // 2])
             nibble = byte & 15 if rank % 2 == 0 else byte >> 4
-            dense[row, column] = (nibble - 8) * packed.scales[group_start + rank // 32].float()
+            dense[row, column] = (nibble - 8) * packed.scales[row, column // group].float()
             rank += 1
         assert rank <= last - first <= rank + 1
-        group_start += math.ceil((last - first) / 32)
     return dense
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, RecipeError, SparseLLMError, StorageError
-from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES, group_offsets
+from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES, best_group
 from sparsellm.packed.layout import PackedWeight, as_bitmask, pack, unpack, unpack_rows
 from sparsellm.packed.validation import validate
 from sparsellm.patterns import NM
@@ -92,15 +92,31 @@ def test_int4_error_is_within_half_a_step_unless_it_saturates() -> None:
     weight = sparse_weight(16, 512, 0.5)
     packed = packed_of(weight, "int4")
     found = unpack(packed)
-    for row in range(len(weight)):
-        kept = weight[row][weight[row] != 0]
-        error = (found[row] - weight[row])[weight[row] != 0]
-        for start in range(0, len(kept), 32):
-            group, wrong = kept[start : start + 32], error[start : start + 32]
-            extreme = group[group.abs().argmax()]
-            scale = (extreme / -8).bfloat16().float()
-            plain = ((group / scale).round().clamp(-8, 7) * scale - group).square().sum()
-            assert wrong.square().sum() <= plain * (1 + 1e-5)
+    assert packed.group == 64
+    for start in range(0, 512, 64):
+        group, wrong = weight[:, start : start + 64], (found - weight)[:, start : start + 64]
+        extreme = group.gather(1, group.abs().argmax(dim=1, keepdim=True))
+        scale = (extreme / -8).bfloat16().float()
+        plain = torch.where(scale == 0, 0.0, (group / scale)).round().clamp(-8, 7) * scale - group
+        assert (wrong.square().sum(dim=1) <= plain.square().sum(dim=1) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize(("share", "group"), [(1.0, 32), (0.8, 32), (0.5, 64), (0.3, 128), (0.1, 256), (0.001, 1024)])
+def test_about_32_kept_values_share_a_scale(share: float, group: int) -> None:
+    assert best_group(share) == group
+    assert group == 1024 or 22 < share * group < 46
+
+
+def test_a_dense_weight_has_one_mask_for_all_rows() -> None:
+    weight = torch.randn(7, 130)
+    for values in VALUE_TYPES:
+        packed = packed_of(weight, values, "dense")
+        assert (packed.mask.shape, packed.group) == ((1, 24), 32 if values == "int4" else None)
+        assert torch.equal(unpack(packed), unpack(packed_of(weight, values, "bitmask")))
+    assert pack(weight, "int4").layout == "dense"  # type: ignore[union-attr]
+    damaged = dataclasses.replace(packed, mask=packed.mask ^ torch.tensor([1] + [0] * 23, dtype=torch.uint8))
+    with pytest.raises(StorageError, match="dense weight's mask is not set"):
+        validate(damaged, "w")
 
 
 def test_int8_error_is_within_half_a_step() -> None:
@@ -125,7 +141,8 @@ def test_bytes_are_those_of_the_arithmetic(values: str, layout: str) -> None:
     counts = [int(count) for count in (weight != 0).sum(dim=1)]
     index = rows * (columns // 8 if layout == "bitmask" else columns // 4 * 3 // 8) + 8 * (rows + 1)
     if values == "int4":
-        wanted = index + sum(math.ceil(count / 2) + 2 * math.ceil(count / 32) for count in counts)
+        group = 64 if layout == "nm" or sum(counts) / weight.numel() > 0.36 else 128
+        wanted = index + sum(math.ceil(count / 2) + 2 * columns // group for count in counts)
     else:
         width = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1}[values]
         wanted = index + width * sum(counts) + (4 * rows if values == "int8" else 0)
@@ -218,7 +235,9 @@ DAMAGE: dict[str, tuple[str, str, Any, str]] = {
     "no scales": ("int8", "scales", lambda _: None, "no scales"),
     "too few scales": ("int8", "scales", lambda scales: scales[:-1], "scales is"),
     "a scale that is no number": ("int8", "scales", lambda scales: scales * math.nan, "not finite"),
-    "int4 with a scale missing": ("int4", "scales", lambda scales: scales[1:], "scales is"),
+    "int4 with a row of scales missing": ("int4", "scales", lambda scales: scales[1:], "scales is"),
+    "int4 with one scale too many": ("int4", "scales", lambda scales: scales.repeat(1, 3), "6 scales a row do not"),
+    "int4 with scales of values": ("int4", "scales", lambda scales: scales.view(-1), "groups of columns"),
     "int4 with half a row": ("int4", "values", lambda values: values[1:], "values, where offsets end"),
     "an unknown type": ("keep", "value_type", lambda _: "fp8", "fp8"),
     "an unknown layout": ("keep", "layout", lambda _: "csr", "csr"),
@@ -282,5 +301,3 @@ def test_packing_round_trips(rows: int, columns: int, sparsity: float, values: s
         assert torch.equal(unpack(packed), weight)
     again = packed_of(unpack(packed, torch.float32), values if values in FLOAT_TYPES else "fp32")
     assert torch.equal(unpack(again, torch.float32), unpack(packed, torch.float32))
-    if values == "int4":
-        assert len(packed.scales) == int(group_offsets(packed.offsets)[-1])  # type: ignore[arg-type]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
-from sparsellm.packed.layout import PackedWeight
+from sparsellm.packed.layout import PackedWeight, unpack
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUE_TYPES = (*FLOATS, "int8", "int4")
 
 
 def random_weight(
-    out: int, columns: int, value_type: str, sparsity: float, seed: int, *, special_rows: bool = True
+    out: int, columns: int, value_type: str, sparsity: float, seed: int, *, special_rows: bool = True, group: int = 64
 ) -> tuple[PackedWeight, Tensor]:
     """A random packed weight and its dense form in fp64. With ``special_rows``, the first row is empty, the second full
-    and the last empty."""
+    and the last empty. A sparsity below 0 is the layout ``dense``. ``group`` columns share a scale of int4."""
     random = torch.Generator().manual_seed(seed)
+    special_rows = special_rows and sparsity >= 0
     kept = torch.rand(out, columns, generator=random) >= sparsity
     if special_rows:
         kept[0] = False
@@ -45,10 +48,9 @@ def random_weight(
             offsets.append(offsets[-1] + len(places))
         else:
             codes = torch.randint(-8, 8, (len(places),), generator=random)
-            groups = (len(places) + 31) // 32
-            some = (torch.rand(groups, generator=random) + 0.01).bfloat16()
-            scales.append(some)
-            dense[row, places] = codes.double() * some.double().repeat_interleave(32)[: len(places)]
+            some = (torch.rand((columns + group - 1) // group, generator=random) + 0.01).bfloat16()
+            scales.append(some.unsqueeze(0))
+            dense[row, places] = codes.double() * some.double()[torch.tensor(places, dtype=torch.long) // group]
             stored = codes.tolist() + [-8] * (len(places) % 2)
             pairs = [low + 8 | high + 8 << 4 for low, high in zip(stored[::2], stored[1::2], strict=True)]
             values.append(torch.tensor(pairs, dtype=torch.uint8))
@@ -56,8 +58,8 @@ def random_weight(
     return (
         PackedWeight(
             (out, columns),
-            "bitmask",
-            torch.frombuffer(mask, dtype=torch.uint8).view(out, -1),
+            "bitmask" if sparsity >= 0 else "dense",
+            torch.frombuffer(mask, dtype=torch.uint8).view(out, -1)[: None if sparsity >= 0 else 1].clone(),
             torch.cat(values),
             torch.tensor(offsets),
             torch.cat(scales) if scales else None,
@@ -81,3 +83,23 @@ def bound(dense: Tensor, x: Tensor) -> Tensor:
     exact = (x.double() @ dense.T).abs()
     rounding = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[x.dtype]
     return (dense.shape[1] + 3) * 2.0**-24 * magnitude + rounding * exact + 2.0**-24
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations ``(tokens, in)`` as whole numbers ``(tokens, groups, 4)`` and fp32 scales ``(tokens, groups)``."""
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 4)).unflatten(1, (-1, 4))
+    largest = groups.abs().amax(dim=2, keepdim=True)
+    whole = torch.where(largest > 0, groups * torch.tensor(127.0).div(largest), 0).round()
+    return whole.long(), (largest / 127).squeeze(2)
+
+
+def integer_product(packed: PackedWeight, x: Tensor) -> Tensor:
+    """``x Wᵀ`` in fp64 with rounded activations: sums of whole numbers times their scales; ``W`` is int8 or int4."""
+    assert packed.scales is not None
+    plain = unpack(dataclasses.replace(packed, scales=torch.ones_like(packed.scales)))
+    width = packed.group or packed.shape[1]
+    scales = packed.scales.view(len(plain), -1).double().repeat_interleave(width, dim=1)[:, : packed.shape[1]]
+    codes = torch.nn.functional.pad(plain.long(), (0, -packed.shape[1] % 4)).unflatten(1, (-1, 4))
+    whole, of_x = rounded(x)
+    products = torch.einsum("tgk,ogk->tog", whole, codes)  # int64
+    return (products.double() * of_x.double().unsqueeze(1) * scales[:, ::4]).sum(dim=2)

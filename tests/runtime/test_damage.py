@@ -97,7 +97,7 @@ def test_a_changed_or_missing_file_is_found_by_its_checksum(packed: Path, tmp_pa
         ({**listed, "sha256": {"x" * 300: digest}}, "xxx"),
         ({**listed, "sha256": {"x\n": digest}}, "x\\n"),
         ({**listed, "sha256": {name: digest}}, "does not list"),
-        ({**listed, "format_version": 2}, "format version 2"),
+        ({**listed, "format_version": 3}, "format version 3"),
         ([], "object"),
     ):
         (directory / "packed.json").write_text(json.dumps(wrong))
@@ -108,6 +108,10 @@ def test_a_changed_or_missing_file_is_found_by_its_checksum(packed: Path, tmp_pa
 
 CONFIGS: dict[str, tuple[Change, str]] = {
     "a version to come": (lambda config: config.update(format_version=99), "99"),
+    "int4 of the first version": (
+        lambda config: (config.update(format_version=1), config["linears"][UP].update(value_type="int4")),
+        "format version 1",
+    ),
     "no version": (lambda config: config.pop("format_version"), "version"),
     "a version of truth": (lambda config: config.update(format_version=True), "version"),
     "no linears": (lambda config: config.update(linears=[1]), "linears"),

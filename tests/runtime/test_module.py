@@ -62,7 +62,7 @@ def test_tiles_do_not_change_the_product(tile: int, monkeypatch: pytest.MonkeyPa
 def test_small_batches_go_to_the_kernel_and_large_ones_use_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def product(packed: PackedWeight, x: Tensor) -> Tensor:
+    def product(packed: PackedWeight, x: Tensor, **_: bool) -> Tensor:
         asked.append(("multiply", len(x)))
         return x @ unpack(packed, x.dtype).t()
 
@@ -149,7 +149,7 @@ def test_codes_of_n_m_are_computed_with_as_bits() -> None:
 def test_the_operator_keeps_torch_s_rules() -> None:
     packed = packed_of(sparse_weight(24, 70, 0.5), "int8")
     x = torch.randn(5, 70, requires_grad=True)
-    arguments = (x, packed.mask, packed.values, packed.offsets, packed.scales, "int8")
+    arguments = (x, packed.mask, packed.values, packed.offsets, packed.scales, "int8", False)
     torch.library.opcheck(runtime_module.packed_linear, arguments)
 
 
@@ -181,3 +181,19 @@ def test_to_dense_replaces_every_layer() -> None:
     assert not [module for module in model.modules() if isinstance(module, PackedLinear)]
     assert torch.allclose(model[0](x), expected[0], atol=1e-5)
     assert torch.allclose(model[1](x), expected[1], atol=1e-5)
+
+
+def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:
+    weight = sparse_weight(1024, 4096, 0.5)
+    model = nn.Sequential(PackedLinear.from_packed(packed_of(weight)), nn.ReLU(), layer("int8"))
+    shared = PackedLinear(4096, 1024)
+    shared.set_packed(model[0].packed)  # as a head that is the embedding
+    model.append(shared)
+    before = [(module, module.packed.mask.clone(), module.packed.values.clone()) for module in (model[0], model[2])]
+    runtime_module.gather(model)
+    for module, mask, values in before:
+        assert torch.equal(module.packed.mask, mask)
+        assert torch.equal(module.packed.values, values)
+    parts = [part for module in (model[0], model[2]) for part in (module.weight_mask, module.weight_values)]
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    assert shared.weight_values.data_ptr() == model[0].weight_values.data_ptr()

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from sparsellm.errors import KernelError
 from sparsellm.packed.layout import pack
 from sparsellm.runtime import native
-from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, random_weight
+from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, integer_product, random_weight
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason=native.reason())
 
@@ -106,14 +107,72 @@ def test_neither_threads_nor_other_tokens_change_a_bit(kernel: str, value_type: 
     packed, _ = random_weight(203, 1111, value_type, 0.6, seed=1)
     x = activations(16, 1111, torch.float32, seed=2)
     try:
-        native.set_threads(1)
-        alone = torch.cat([native.multiply(packed, x[token : token + 1], kernel=kernel) for token in range(16)])
-        for count in (1, 2, 3, 7):
-            native.set_threads(count)
-            for tokens in (1, 2, 6, 11, 16):
-                assert torch.equal(native.multiply(packed, x[:tokens], kernel=kernel), alone[:tokens])
+        for rounded in (False, True):
+            native.set_threads(1)
+            multiply = partial(native.multiply, packed, rounded=rounded, kernel=kernel)
+            alone = torch.cat([multiply(x[token : token + 1]) for token in range(16)])
+            for count in (1, 2, 3, 7):
+                native.set_threads(count)
+                for tokens in (1, 2, 6, 11, 16):
+                    assert torch.equal(multiply(x[:tokens]), alone[:tokens])
     finally:
         native.set_threads(None)
+
+
+INTEGERS = pytest.mark.parametrize("value_type", ["int8", "int4"])
+INTEGER_SHAPES = ((1, 1, 0.5, 32), (2, 33, 0.3, 32), (5, 64, -1, 32), (11, 197, 0.7, 64), (37, 1030, 0.5, 128))
+
+
+@every_kernel
+@INTEGERS
+def test_whole_numbers_are_multiplied_exactly(kernel: str, value_type: str) -> None:
+    """With scales that are powers of two nothing is rounded, and every bit is that of the formula."""
+    for out, columns, sparsity, group in INTEGER_SHAPES:
+        packed, _ = random_weight(out, columns, value_type, sparsity, seed=columns, group=group)
+        assert packed.scales is not None
+        packed = dataclasses.replace(packed, scales=torch.exp2(packed.scales.float().mul(4).round()).to(packed.scales))
+        x = torch.randint(-127, 128, (16, columns), generator=torch.Generator().manual_seed(out)).float()
+        x[:, ::4] = 127
+        x *= torch.exp2(torch.arange(columns) // 4 % 4)
+        for tokens in (1, 2, 7, 16):
+            y = native.multiply(packed, x[:tokens], rounded=True, kernel=kernel)
+            assert torch.equal(y.double(), integer_product(packed, x[:tokens]))
+
+
+@every_kernel
+@INTEGERS
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_rounded_products_have_the_same_bits_everywhere(kernel: str, value_type: str, dtype: torch.dtype) -> None:
+    for out, columns, sparsity, group in INTEGER_SHAPES:
+        packed, dense = random_weight(out, columns, value_type, sparsity, seed=columns, group=group)
+        x = activations(16, columns, dtype, seed=out)
+        exact = native.multiply(packed, x.float(), rounded=True, kernel="scalar")
+        slack = bound(dense, x.float()) + 2.0**-20 * (x.double().abs() @ dense.abs().T)
+        assert bool(((exact.double() - integer_product(packed, x)).abs() <= slack).all())
+        expected = exact.to(dtype)
+        for tokens in (1, 3, 16):
+            assert torch.equal(native.multiply(packed, x[:tokens], rounded=True, kernel=kernel), expected[:tokens])
+
+
+@every_kernel
+@INTEGERS
+def test_rounding_of_activations_that_are_not_finite_or_very_small(kernel: str, value_type: str) -> None:
+    packed, _ = random_weight(9, 100, value_type, 0.5, seed=3, special_rows=False)
+    x = activations(3, 100, torch.float32, seed=4)
+    x[0, 40], x[1, 99], x[2, :66] = float("inf"), float("nan"), 1e-40
+    y = native.multiply(packed, x, rounded=True, kernel=kernel)
+    assert bool(y[:2].isnan().all())
+    x[2, :64] = 0
+    x[2, 64:66] = 0
+    assert torch.equal(y[2:], native.multiply(packed, x[2:], rounded=True, kernel=kernel))
+
+
+@every_kernel
+def test_values_of_floating_types_are_never_rounded(kernel: str) -> None:
+    packed, _ = random_weight(9, 100, "bf16", 0.5, seed=3)
+    x = activations(3, 100, torch.float32, seed=4)
+    plain = native.multiply(packed, x, kernel=kernel)
+    assert torch.equal(native.multiply(packed, x, rounded=True, kernel=kernel), plain)
 
 
 @every_kernel

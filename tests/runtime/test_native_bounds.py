@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import mmap
 import subprocess
 import sys
@@ -61,34 +62,25 @@ def run(kernel: str, at_end: bool) -> None:
     """Called in the child."""
     guarded = Guarded(at_end)
     library, index = native._kernel(kernel)
-    for value_type in VALUE_TYPES:
-        for out, columns, special_rows in (
-            (1, 1, False),
-            (3, 7, False),
-            (5, 65, True),
-            (9, 200, False),
-            (6, 513, True),
-        ):
-            packed, dense = random_weight(out, columns, value_type, 0.4, out, special_rows=special_rows)
-            held = guarded.weight(packed)
-            for tokens in (1, 3, 8, 16):
-                for dtype in (torch.float32, torch.bfloat16):
-                    x = guarded.copy(activations(tokens, columns, dtype, seed=tokens))
-                    y = guarded.copy(torch.zeros(tokens, out, dtype=dtype))
-                    library.multiply(
-                        index,
-                        *native._addresses(held),
-                        tokens,
-                        native._ACTIVATIONS[dtype],
-                        x.data_ptr(),
-                        y.data_ptr(),
-                        2,
-                    )
-                    assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
-            for dtype in (torch.float32, torch.bfloat16):
-                rows = guarded.copy(torch.zeros(out, columns, dtype=dtype))
-                native.unpack_rows(held, 0, out, rows, kernel=kernel)
-                assert torch.equal(rows, dense.float().to(dtype))
+    cases = itertools.product(VALUE_TYPES, (*SHAPES, (4, 130, None)))
+    for value_type, (out, columns, special_rows) in cases:
+        sparsity = 0.4 if special_rows is not None else -1  # the layout dense
+        packed, dense = random_weight(out, columns, value_type, sparsity, out, special_rows=bool(special_rows))
+        held = guarded.weight(packed)
+        address = (index, *native.addresses(held))
+        for tokens, dtype in itertools.product((1, 3, 8, 16), (torch.float32, torch.bfloat16)):
+            x = guarded.copy(activations(tokens, columns, dtype, seed=tokens))
+            y = guarded.copy(torch.zeros(tokens, out, dtype=dtype))
+            arguments = (tokens, native._ACTIVATIONS[dtype], x.data_ptr(), y.data_ptr(), 2)
+            library.multiply(*address, *arguments, 0)
+            assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
+            if value_type in ("int8", "int4"):
+                library.multiply(*address, *arguments, 1)
+                assert torch.equal(y, native.multiply(packed, x, rounded=True, kernel="scalar"))
+        for dtype in (torch.float32, torch.bfloat16):
+            rows = guarded.copy(torch.zeros(out, columns, dtype=dtype))
+            native.unpack_rows(held, 0, out, rows, kernel=kernel)
+            assert torch.equal(rows, dense.float().to(dtype))
 
 
 def _child(program: str) -> subprocess.CompletedProcess[str]:

@@ -31,7 +31,8 @@ from sparsellm.sources.cache import sha256
 from sparsellm.storage.reader import CheckpointReader
 
 QUANT_METHOD = "sparsellm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 had no layout dense, and int4 a scale for each 32 values in place of columns
 MANIFEST = "packed.json"
 FIELDS = ("mask", "values", "offsets", "scales")
 
@@ -45,7 +46,7 @@ class _WrittenEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     shape: tuple[_Count, _Count]
-    layout: Literal["bitmask", "nm"]
+    layout: Literal["bitmask", "nm", "dense"]
     value_type: Literal["bf16", "fp16", "fp32", "int8", "int4"]
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
     pattern: tuple[_Count, _Count] | None = None
@@ -135,7 +136,14 @@ def packed_entries(quantization_config: dict[str, Any]) -> dict[str, PackedEntry
             raise StorageError(
                 f"config.json: quantization_config describes {name!r:.100}, which cannot be a name; {PACK_AGAIN}"
             )
-    return {name: PackedEntry.from_dict(name, content) for name, content in linears.items()}
+    entries = {name: PackedEntry.from_dict(name, content) for name, content in linears.items()}
+    for name, entry in entries.items():
+        if quantization_config["format_version"] == 1 and (entry.value_type == "int4" or entry.layout == "dense"):
+            raise StorageError(
+                f"config.json: {name!r} is {entry.layout}, {entry.value_type} of format version 1, which is no longer "
+                "read; pack the model again"
+            )
+    return entries
 
 
 class PackedReader(CheckpointReader):
@@ -322,9 +330,10 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
 
 
 def _check_version(version: Any) -> None:
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in READABLE:
         raise StorageError(
-            f"the packed checkpoint has format version {version!r:.40} and this sparsellm reads {FORMAT_VERSION}; "
+            f"the packed checkpoint has format version {version!r:.40} and this sparsellm reads "
+            f"{' and '.join(map(str, READABLE))}; "
             "update sparsellm, or pack the model again"
         )
 

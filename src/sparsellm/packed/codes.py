@@ -1,4 +1,4 @@
-"""Storage of kept values: floating types unchanged, int8 with one scale per row, int4 with one scale per 32 values.
+"""Storage of kept values: floating types unchanged, int8 with scales of rows, int4 with scales of groups of columns.
 
 int4 values are stored plus 8, two to a byte, the earlier one in the low nibble; every row begins on a byte.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsellm.errors import NumericalError, RecipeError, StorageError, nearest
 
@@ -18,7 +18,8 @@ STORED_AS = {**FLOAT_TYPES, "int8": torch.int8, "int4": torch.uint8}
 SCALES_OF = {"int8": torch.float32, "int4": torch.bfloat16}
 _NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
-GROUP = 32  # kept int4 values that share a scale
+GROUP = 32  # columns in the smallest group of int4 that shares a scale; a larger one is this times a power of two
+LARGEST_GROUP = 1024
 _ZERO_NIBBLE = 8  # an int4 value is stored plus 8
 
 # Fractions of the smallest scale at which nothing saturates. If an outlier saturates, the step is finer for all other
@@ -54,46 +55,68 @@ def type_of_values(dtype: torch.dtype) -> str:
     raise StorageError(f"packed values cannot be {dtype}; pack the model again")
 
 
-def group_offsets(offsets: Tensor) -> Tensor:
-    """``(out + 1,)``: where each row's int4 scales begin, and where the last row's end."""
-    groups = (offsets.diff() + GROUP - 1) // GROUP
-    return torch.cat((groups.new_zeros(1), groups.cumsum(0)))
+def group_of(columns: int, groups: int) -> int | None:
+    """The columns that share a scale (32, 64, … 1024) where a row has so many scales; None if none fits."""
+    sizes = (GROUP << step for step in range((LARGEST_GROUP // GROUP).bit_length()))
+    return next((size for size in sizes if groups_of(columns, size) == groups), None)
 
 
-def encode_values(kept: Tensor, counts: Tensor, value_type: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Values, offsets and scales of the kept values ``(kept,)``; each row has ``counts (out,)`` of them.
+def best_group(share: float) -> int:
+    """The columns that share a scale where this share of the weights is kept: so many that about 32 are kept."""
+    group = GROUP
+    while group < LARGEST_GROUP and group * share < GROUP / math.sqrt(2):
+        group *= 2
+    return group
+
+
+def groups_of(columns: int, group: int) -> int:
+    """The scales of one row of int4."""
+    return (columns + group - 1) // group
+
+
+def encode_values(
+    weight: Tensor, kept: Tensor, value_type: str, group: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values, offsets and scales of the kept values of a weight ``(out, in)``; ``kept`` is bool of its shape.
 
     Raises:
         NumericalError: a value overflows the type, or is not finite and the type is an integer.
     """
+    counts = kept.count_nonzero(dim=1)
     offsets = torch.cat((counts.new_zeros(1), (counts + counts % 2 if value_type == "int4" else counts).cumsum(0)))
+    values = weight[kept]
     if value_type in FLOAT_TYPES:
-        values = kept.to(FLOAT_TYPES[value_type])
-        overflowed = int((torch.isfinite(kept) & ~torch.isfinite(values)).sum())
+        stored = values.to(FLOAT_TYPES[value_type])
+        overflowed = int((torch.isfinite(values) & ~torch.isfinite(stored)).sum())
         if overflowed:
             raise NumericalError(f"{overflowed} weights are too large for {value_type}; choose bf16 or fp32")
-        return values, offsets, None
-    if not bool(torch.isfinite(kept).all()):
+        return stored, offsets, None
+    if not bool(torch.isfinite(values).all()):
         raise NumericalError(f"a weight is NaN or infinite and cannot be stored as {value_type}")
-    rows, rank = _places(counts)
-    exact = kept.float()
+    exact = weight.float()
     if value_type == "int8":
-        largest = exact.new_zeros(len(counts)).scatter_reduce_(0, rows, exact.abs(), "amax")
-        scales = largest / 127
-        return (exact / scales[rows]).round_().clamp_(-127, 127).to(torch.int8), offsets, scales
-    starts = group_offsets(offsets)
-    grouped = exact.new_zeros(int(starts[-1]), GROUP)
-    place = starts[rows] * GROUP + rank
-    grouped.view(-1)[place] = exact
-    whole, scales = _quantise_groups(grouped)
+        scales = exact.abs().amax(dim=1) / 127
+        return (exact / scales.unsqueeze(1)).round_().clamp_(-127, 127)[kept].to(torch.int8), offsets, scales
+    assert group is not None
+    groups = groups_of(weight.shape[1], group)
+    padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).view(-1, group)
+    whole, scales = _quantise_groups(padded)
+    codes = whole.view(len(weight), -1)[:, : weight.shape[1]][kept]
+    rows, rank = _places(counts)
     slots = torch.full((int(offsets[-1]),), _ZERO_NIBBLE, dtype=torch.uint8)
-    slots[offsets[rows] + rank] = (whole.view(-1)[place] + _ZERO_NIBBLE).to(torch.uint8)
+    slots[offsets[rows] + rank] = (codes + _ZERO_NIBBLE).to(torch.uint8)
     pairs = slots.view(-1, 2)
-    return pairs[:, 0] | (pairs[:, 1] << 4), offsets, scales
+    return pairs[:, 0] | (pairs[:, 1] << 4), offsets, scales.view(len(weight), groups)
 
 
 def decode_values(
-    value_type: str, values: Tensor, offsets: Tensor, scales: Tensor | None, rows: slice, counts: Tensor
+    value_type: str,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    rows: slice,
+    kept: Tensor,
+    group: int | None,
 ) -> Tensor:
     """The kept values of some rows, in order, with their scales applied.
 
@@ -101,38 +124,40 @@ def decode_values(
         value_type: one of :data:`VALUE_TYPES`.
         values, offsets, scales: of the whole weight, as :func:`encode_values` returns them.
         rows: the rows, ``first:last``.
-        counts: int64 ``(rows,)``, the number of kept values in each of these rows.
+        kept: bool ``(rows, in)``, the columns that are kept in each of these rows.
+        group: the columns that share a scale of int4.
 
     Returns:
-        ``(sum of counts,)``; floating types as they are stored, integers as fp32.
+        One number for each kept weight; floating types as they are stored, integers as fp32.
     """
     start, stop = int(offsets[rows.start]), int(offsets[rows.stop])
     if value_type in FLOAT_TYPES:
         return values[start:stop]
     assert scales is not None
+    counts = kept.count_nonzero(dim=1)
     if value_type == "int8":
         return values[start:stop].float() * scales[rows].repeat_interleave(counts)
+    assert group is not None
     data = values[start // 2 : stop // 2]
     slots = torch.stack((data & 15, data >> 4), dim=1).view(-1)
     row, rank = _places(counts)
-    firsts = offsets[rows] - start
-    groups = group_offsets(offsets)[rows]
-    whole = slots[firsts[row] + rank].float() - _ZERO_NIBBLE
-    return whole * scales[groups[row] + rank // GROUP].float()
+    whole = slots[(offsets[rows] - start)[row] + rank].float() - _ZERO_NIBBLE
+    column = kept.nonzero()[:, 1]
+    return whole * scales[rows][row, column // group].float()
 
 
-def bytes_of_values(counts: Tensor, value_type: str) -> int:
-    """Bytes of values and scales, for ``counts (out,)`` values in each row."""
+def bytes_of_values(counts: Tensor, value_type: str, groups: int) -> int:
+    """Bytes of values and scales, for ``counts (out,)`` values in each row and ``groups`` scales of int4 a row."""
     kept = int(counts.sum())
     if value_type == "int8":
         return kept + 4 * len(counts)
     if value_type == "int4":
-        return int(((counts + 1) // 2).sum()) + 2 * int(((counts + GROUP - 1) // GROUP).sum())
+        return int(((counts + 1) // 2).sum()) + 2 * groups * len(counts)
     return kept * FLOAT_TYPES[value_type].itemsize
 
 
 def _quantise_groups(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers -8 … 7 ``(groups, 32)`` and bf16 scales ``(groups,)``: the best of the scales tried for each group.
+    """Integers -8 … 7 ``(groups, columns)`` and bf16 scales ``(groups,)``: the best of the scales tried for each group.
 
     The value of largest magnitude becomes -8, which has no positive counterpart, so a scale may be negative.
     """

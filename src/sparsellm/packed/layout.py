@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import RecipeError, StorageError, nearest
-from sparsellm.packed.codes import FLOAT_TYPES, bytes_of_values, decode_values, encode_values, resolve_value_type
-from sparsellm.packed.masks import decode_groups, encode_groups, from_bits, mask_stride, popcount, row_bytes, to_bits
+from sparsellm.packed.codes import (
+    FLOAT_TYPES,
+    best_group,
+    bytes_of_values,
+    decode_values,
+    encode_values,
+    group_of,
+    groups_of,
+    resolve_value_type,
+)
+from sparsellm.packed.masks import decode_groups, encode_groups, from_bits, mask_stride, row_bytes, to_bits
 from sparsellm.patterns import NM, detect
 
-LAYOUTS = ("bitmask", "nm")
+LAYOUTS = ("bitmask", "nm", "dense")
 _DENSE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -30,14 +39,14 @@ class PackedWeight:
         layout: ``bitmask``, or ``nm`` if every ``m`` consecutive inputs keep exactly ``n`` values.
         mask: uint8. ``bitmask``: ``(out, 8·⌈in/64⌉)``; bit ``j`` (the ``j``-th least significant) of byte ``k`` is set
             if column ``8k + j`` is kept; bits from column ``in`` on are 0. ``nm``: ``(out, ⌈in/m·w/8⌉)``, one
-            code of ``w`` bits for each group of ``m``; see :mod:`sparsellm.packed.masks`.
+            code of ``w`` bits for each group of ``m``; see :mod:`sparsellm.packed.masks`. ``dense``: the bitmask of
+            one row, ``(1, 8·⌈in/64⌉)``, with all columns kept; all rows share it.
         values: the kept values, row by row. One-dimensional bf16, fp16, fp32 or int8; or, for int4, uint8 that holds
             two values, the earlier one in the low nibble, each plus 8, every row beginning on a byte.
         offsets: int64 ``(out + 1,)``: where each row's values begin, counted in values, and where the last row's end.
             For int4, a row with an odd number of values counts one more, so that every offset is even.
-        scales: None for floating types. int8: fp32 ``(out,)``, one for each row. int4: bf16 ``(groups,)``, one for
-            each 32 consecutive values of a row, the last group of a row possibly shorter; row ``r`` has
-            ``⌈(offsets[r + 1] - offsets[r]) / 32⌉`` of them, and the rows' follow one another.
+        scales: None for floating types. int8: fp32 ``(out,)``, one for each row. int4: bf16
+            ``(out, ⌈in/group⌉)``, one for each ``group`` (32, 64, … 1024) consecutive columns of a row, kept or not.
         value_type: ``bf16``, ``fp16``, ``fp32``, ``int8`` or ``int4``.
         pattern: ``(n, m)`` of the layout ``nm``, else None.
     """
@@ -58,6 +67,13 @@ class PackedWeight:
         return tensors if self.scales is None else {**tensors, "scales": self.scales}
 
     @property
+    def group(self) -> int | None:
+        """Columns that share a scale of int4 (32, 64, … 1024); None for other values, or if the scales do not fit."""
+        if self.value_type != "int4" or self.scales is None or self.scales.dim() != 2:
+            return None
+        return group_of(self.shape[1], self.scales.shape[1])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, in memory as on disk."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
@@ -68,17 +84,21 @@ class PackedWeight:
         return dataclasses.replace(self, **moved)  # type: ignore[arg-type]
 
 
-def pack(weight: Tensor, value_type: str = "keep", layout: str = "auto") -> PackedWeight | None:
+def pack(
+    weight: Tensor, value_type: str = "keep", layout: str = "auto", group: int | None = None
+) -> PackedWeight | None:
     """The packed form of a weight, or None if the dense weight is smaller.
 
     For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 is
-    symmetric with one scale a row, the largest magnitude over 127; int4 (-8 … 7) has a scale for each group of 32,
-    chosen among seven for the least squared error.
+    symmetric with one scale a row, the largest magnitude over 127; int4 (-8 … 7) has a scale for each group of
+    columns, chosen among seven for the least squared error.
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.
         value_type: one of :data:`VALUE_TYPES`, or ``keep`` for the weight's own type.
-        layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), or ``auto`` for the smaller one.
+        layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
+            bits), or ``auto`` for the smallest one.
+        group: columns that share a scale of int4; None for so many that about 32 of them are kept.
 
     Returns:
         The packed weight on the CPU; None if ``layout`` is ``auto`` and the dense weight takes no more bytes.
@@ -93,33 +113,55 @@ def pack(weight: Tensor, value_type: str = "keep", layout: str = "auto") -> Pack
             f"a weight of {weight.dtype} and shape {tuple(weight.shape)} cannot be packed; "
             "only matrices of fp64, fp32, fp16 and bf16 are"
         )
-    if layout not in ("auto", "bitmask", "nm"):
-        raise RecipeError(f"unknown layout {layout!r}; {nearest(layout, ('auto', 'bitmask', 'nm'))}")
+    if layout not in ("auto", *LAYOUTS):
+        raise RecipeError(f"unknown layout {layout!r}; {nearest(layout, ('auto', *LAYOUTS))}")
     value_type = resolve_value_type(value_type, weight.dtype)
     weight = weight.detach().cpu()
     kept = weight != 0
-    pattern = _detect(weight) if layout != "bitmask" else None
+    pattern = _detect(weight) if layout not in ("bitmask", "dense") else None
     if layout == "nm" and pattern is None:
         raise RecipeError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
-    mask = to_bits(kept)
-    pair: tuple[int, int] | None = None
-    counts = popcount(mask)
-    sizes = {"bitmask": _bytes(weight.shape, counts, value_type, None)}
-    if pattern is not None:
-        full = torch.full_like(counts, weight.shape[1] // pattern.m * pattern.n)
-        sizes["nm"] = _bytes(weight.shape, full, value_type, pattern)
+    forms = _forms(weight, kept, pattern, value_type, group)
     if layout == "auto":
-        layout = min(sizes, key=lambda name: sizes[name])
-        if sizes[layout] >= weight.numel() * weight.element_size():
+        layout = min(forms, key=lambda name: forms[name][0])
+        if forms[layout][0] >= weight.numel() * weight.element_size():
             return None
+    group = forms[layout][1]
+    mask, pair = to_bits(kept), None
     if layout == "nm":
         assert pattern is not None
         # A group with more zeros than the pattern requires stores the first of them as kept values.
         kept = pattern.mask(kept.to(torch.float32))
-        counts, mask, pair = full, encode_groups(kept, pattern), (pattern.n, pattern.m)
-    values, offsets, scales = encode_values(weight[kept], counts, value_type)
+        mask, pair = encode_groups(kept, pattern), (pattern.n, pattern.m)
+    elif layout == "dense":
+        kept = torch.ones_like(kept)
+        mask = to_bits(kept[:1])
+    values, offsets, scales = encode_values(weight, kept, value_type, group)
     shape = (weight.shape[0], weight.shape[1])
     return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, pair)
+
+
+def _forms(
+    weight: Tensor, kept: Tensor, pattern: NM | None, value_type: str, group: int | None
+) -> dict[str, tuple[int, int | None]]:
+    """The bytes and the int4 group of a weight in every layout that it can have."""
+    out, columns = weight.shape
+    counts = kept.count_nonzero(dim=1)
+    wanted = {
+        "bitmask": (counts, out * mask_stride(columns)),
+        "dense": (torch.full_like(counts, columns), mask_stride(columns)),
+    }
+    if pattern is not None:
+        full = torch.full_like(counts, columns // pattern.m * pattern.n)
+        wanted["nm"] = (full, out * row_bytes(pattern, columns))
+    forms: dict[str, tuple[int, int | None]] = {}
+    for layout, (values, index) in wanted.items():
+        columns_of_scale = None
+        if value_type == "int4":
+            columns_of_scale = group or best_group(int(values.sum()) / weight.numel())
+        groups = groups_of(columns, columns_of_scale or 1)
+        forms[layout] = (index + 8 * (out + 1) + bytes_of_values(values, value_type, groups), columns_of_scale)
+    return forms
 
 
 def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
@@ -133,20 +175,20 @@ def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def unpack_rows(packed: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """Rows ``first:last`` of a weight in the layout ``bitmask``, dense: ``(last - first, in)``."""
-    kept = from_bits(packed.mask[first:last], packed.shape[1])
+    """Rows ``first:last`` of a weight in the layout ``bitmask`` or ``dense``, dense: ``(last - first, in)``."""
+    mask = packed.mask.expand(last, -1) if packed.layout == "dense" else packed.mask
+    kept = from_bits(mask[first:last], packed.shape[1])
     values = decode_values(
-        packed.value_type, packed.values, packed.offsets, packed.scales, slice(first, last), kept.count_nonzero(dim=1)
+        packed.value_type, packed.values, packed.offsets, packed.scales, slice(first, last), kept, packed.group
     )
     dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
     return dense.masked_scatter_(kept, values.to(dtype))
 
 
 def as_bitmask(packed: PackedWeight) -> PackedWeight:
-    """The same weight in the layout of the kernels: codes of N:M become a bitmask, values do not change."""
-    if packed.layout == "bitmask":
+    """The same weight as kernels read it: codes of N:M become a bitmask; other layouts and values do not change."""
+    if packed.pattern is None:
         return packed
-    assert packed.pattern is not None
     kept = decode_groups(packed.mask, NM(*packed.pattern), packed.shape[1])
     mask = to_bits(kept).to(packed.mask.device)
     return dataclasses.replace(packed, layout="bitmask", mask=mask, pattern=None)
@@ -155,10 +197,3 @@ def as_bitmask(packed: PackedWeight) -> PackedWeight:
 def _detect(weight: Tensor) -> NM | None:
     """As :func:`detect`, but faster for an unstructured weight, which the first rows nearly always rule out."""
     return detect(weight) if detect(weight[:16]) is not None else None
-
-
-def _bytes(shape: torch.Size, counts: Tensor, value_type: str, pattern: NM | None) -> int:
-    """Bytes of a packed weight with ``counts (out,)`` values in each row."""
-    out, columns = shape
-    index = out * (row_bytes(pattern, columns) if pattern else mask_stride(columns)) + 8 * (out + 1)
-    return index + bytes_of_values(counts, value_type)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import StorageError
-from sparsellm.packed.codes import FLOAT_TYPES, SCALES_OF, STORED_AS, VALUE_TYPES, group_offsets
+from sparsellm.packed.codes import FLOAT_TYPES, SCALES_OF, STORED_AS, VALUE_TYPES, group_of
 from sparsellm.packed.layout import LAYOUTS, PackedWeight
 from sparsellm.packed.masks import PATTERNS, decode_groups, from_bits, mask_stride, popcount, row_bytes
 from sparsellm.patterns import NM
@@ -20,14 +20,15 @@ def validate(packed: PackedWeight, name: str) -> None:
     Raises:
         StorageError: value type, layout or pattern is unknown; types or shapes of the tensors do not fit together; an
             offset is out of range or less than the one before it; the number of values in a row is not the number of
-            inputs that its mask keeps; a padding bit is set; a code is not below C(m, n); or a scale is not finite.
+            inputs that its mask keeps; a padding bit is set, or a bit of a dense weight's mask is not; a code is not
+            below C(m, n); or a scale is not finite.
             The message contains ``name``.
     """
     try:
         _check_description(packed)
         offsets = _check_offsets(packed)
         _check_counts(_counts(packed), offsets, packed.value_type)
-        _check_scales(packed, offsets)
+        _check_scales(packed)
     except ValueError as error:
         raise StorageError(f"packed weight {name}: {error}; {PACK_AGAIN}") from None
 
@@ -42,8 +43,9 @@ def _check_description(packed: PackedWeight) -> None:
     _require(out > 0 and columns > 0, f"shape {packed.shape} is empty or negative")
     _require(packed.value_type in VALUE_TYPES, f"unknown value type {packed.value_type!r}")
     _require(packed.layout in LAYOUTS, f"unknown layout {packed.layout!r}")
-    if packed.layout == "bitmask":
-        _require(packed.pattern is None, "layout bitmask with n and m")
+    rows = 1 if packed.layout == "dense" else out
+    if packed.layout != "nm":
+        _require(packed.pattern is None, f"layout {packed.layout} with n and m")
         width = mask_stride(columns)
     else:
         _require(packed.pattern is not None, "layout nm without n and m")
@@ -53,7 +55,7 @@ def _check_description(packed: PackedWeight) -> None:
         _require(known, f"pattern {n}:{m} is none of {', '.join(map(str, PATTERNS))}")
         _require(columns % m == 0, f"{n}:{m} does not fit {columns} inputs")
         width = row_bytes(NM(n, m), columns)
-    _check_tensor("mask", packed.mask, torch.uint8, (out, width))
+    _check_tensor("mask", packed.mask, torch.uint8, (rows, width))
 
 
 def _check_offsets(packed: PackedWeight) -> Tensor:
@@ -81,7 +83,10 @@ def _counts(packed: PackedWeight) -> Tensor:
     bits = packed.mask.shape[1] * 8
     if bits > columns:
         _require(not bool(from_bits(packed.mask, bits)[:, columns:].any()), "a padding bit is set")
-    return popcount(packed.mask)
+    counts = popcount(packed.mask)
+    if packed.layout == "dense":
+        _require(int(counts) == columns, "a bit of a dense weight's mask is not set")
+    return counts.expand(out)
 
 
 def _check_counts(counts: Tensor, offsets: Tensor, value_type: str) -> None:
@@ -93,14 +98,20 @@ def _check_counts(counts: Tensor, offsets: Tensor, value_type: str) -> None:
         _require(False, f"row {row} has {int(offsets.diff()[row])} values, its mask keeps {int(counts[row])}")
 
 
-def _check_scales(packed: PackedWeight, offsets: Tensor) -> None:
+def _check_scales(packed: PackedWeight) -> None:
     if packed.value_type in FLOAT_TYPES:
         _require(packed.scales is None, f"scales with values of type {packed.value_type}")
         return
     _require(packed.scales is not None, f"no scales with values of type {packed.value_type}")
     assert packed.scales is not None
-    count = packed.shape[0] if packed.value_type == "int8" else int(group_offsets(offsets)[-1])
-    _check_tensor("scales", packed.scales, SCALES_OF[packed.value_type], (count,))
+    out, columns = packed.shape
+    shape: tuple[int, ...] = (out,)
+    if packed.value_type == "int4":
+        _require(packed.scales.dim() == 2, f"scales is {tuple(packed.scales.shape)}, not ({out}, groups of columns)")
+        groups = packed.scales.shape[1]
+        _require(group_of(columns, groups) is not None, f"{groups} scales a row do not divide {columns} columns")
+        shape = (out, groups)
+    _check_tensor("scales", packed.scales, SCALES_OF[packed.value_type], shape)
     _require(bool(torch.isfinite(packed.scales).all()), "a scale is not finite")
 
 

@@ -19,6 +19,7 @@ from sparsellm.arguments import checked_arguments
 from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import RecipeError
 from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.runtime.decode import Decoder, why_not
 from sparsellm.runtime.load import load
 from sparsellm.runtime.module import PackedLinear, kernel_name, to_dense
 from sparsellm.runtime.threads import threads_set
@@ -93,6 +94,7 @@ def compare(
     *,
     device: str = "cpu",
     dtype: str = "auto",
+    activations: str | None = None,
     progress: ProgressCallback = ignore,
     **settings: Any,
 ) -> Comparison:
@@ -101,7 +103,7 @@ def compare(
     Args:
         packed: a packed checkpoint.
         dense: a dense one; None for the packed one unpacked in memory, which is the same model with stored zeros.
-        device, dtype: as in :func:`sparsellm.load`; of both.
+        device, dtype, activations: as in :func:`sparsellm.load`; the last is of no concern to a dense model.
         progress: called with the progress of the measurement.
         settings: as in :func:`measure`.
 
@@ -110,7 +112,7 @@ def compare(
         ModelError, StorageError: a checkpoint cannot be loaded.
     """
     progress(Progress("load", 0, 2, "packed"))
-    models = {"packed": load(packed, device=device, dtype=dtype)}
+    models = {"packed": load(packed, device=device, dtype=dtype, activations=activations)}
     if not any(isinstance(module, PackedLinear) for module in models["packed"].modules()):
         raise RecipeError(f"{packed} is not packed; pack it first: sparsellm pack {packed} --out DIR")
     progress(Progress("load", 1, 2, "dense"))
@@ -265,13 +267,24 @@ def one_run(
     new_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
-    """Seconds to read a prompt of random tokens, and seconds to decode ``new_tokens`` after it."""
+    """Seconds to read a prompt of random tokens, and seconds to decode ``new_tokens`` after it.
+
+    One sequence is decoded as :func:`~sparsellm.runtime.generate.generate` does, several by the model's own forward.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)
     keyword = cache_keyword(model)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     wait: Callable[[], Any] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    if batch == 1 and why_not(model) is None:
+        decoder = Decoder(model, prompt_tokens + new_tokens)
+        start = clock()
+        logits = decoder.read(ids)
+        read = clock()
+        for position in range(prompt_tokens, prompt_tokens + new_tokens):
+            logits = decoder.step(int(logits.argmax()), position)
+        return read - start, clock() - read
     wait()
     start = clock()
     output: Any = model(input_ids=ids, use_cache=True, **last_only)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsellm.arguments import CHECKPOINT, checked_arguments
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.experts import ExpertLinear
-from sparsellm.errors import RecipeError, SparseLLMError, StorageError
+from sparsellm.errors import RecipeError, SparseLLMError, StorageError, nearest
 from sparsellm.packed.checkpoint import (
     MANIFEST,
     PackedEntry,
@@ -38,6 +38,7 @@ from sparsellm.storage.resume import PACK, UNPACK
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, belongs_to
 
+HEADS = ("keep", "int8")
 _REPORTS = ("pruning.json", "recipe.yaml")  # reports of the pruning, which are valid for the packed model too
 
 
@@ -52,6 +53,7 @@ class PackResult:
         packed_bytes: size of these weights in the new checkpoint.
         weights: number of these weights.
         checkpoint_bytes: size of all weight files of the new checkpoint.
+        head: the packed form of embedding and output head; empty if they were copied.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class PackResult:
     packed_bytes: int = 0
     weights: int = 0
     checkpoint_bytes: int = 0
+    head: dict[str, PackedEntry] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -71,6 +74,7 @@ class PackResult:
             "bits_per_weight": 8 * self.packed_bytes / self.weights,
             "of_bf16": self.packed_bytes / (2 * self.weights),
             "checkpoint_bytes": self.checkpoint_bytes,
+            "head": {name: entry.to_dict() for name, entry in self.head.items()},
             "linears": {name: entry.to_dict() if entry else "dense" for name, entry in self.linears.items()},
         }
 
@@ -81,6 +85,7 @@ def pack(
     *,
     out: str | os.PathLike[str],
     values: str = "keep",
+    head: str = "keep",
     overwrite: bool = False,
     restart: bool = False,
     progress: ProgressCallback = ignore,
@@ -94,16 +99,20 @@ def pack(
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out: the directory of the packed checkpoint.
         values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``, ``int4``.
+        head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
         overwrite: replace the checkpoint in ``out``.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
         progress: called with the progress of the run.
 
     Raises:
-        RecipeError: the value type is unknown, or the checkpoint is packed already.
+        RecipeError: the value type or ``head`` is unknown, the checkpoint is packed already, or its embedding is of a
+            kind that has no int8 form.
         ModelError, StorageError: the checkpoint cannot be read, or ``out`` cannot be written.
         NumericalError: a weight does not fit into the value type.
     """
     resolve_value_type(values, torch.float32)
+    if head not in HEADS:
+        raise RecipeError(f"head: {head!r:.100} is unknown; {nearest(head, HEADS)}")
     check_destination(out, overwrite=overwrite, restart=restart, kind=PACK)
     directory = checkpoint_directory(str(model))
     out = check_destination(out, sources=[directory], overwrite=overwrite, restart=restart, kind=PACK)
@@ -116,7 +125,7 @@ def pack(
     with CheckpointWriter(
         out, shards=len(chain) + 1, identity={}, kind=PACK, restart=restart, overwrite=overwrite, need_bytes=size
     ) as writer:
-        return _finish(writer, lambda: _write_packed(writer, chain, directory, values, progress))
+        return _finish(writer, lambda: _write_packed(writer, chain, directory, (values, head), progress))
 
 
 @checked_arguments()
@@ -161,17 +170,21 @@ def unpack(
 
 
 def _write_packed(
-    writer: CheckpointWriter, chain: Chain, source: Path, values: str, progress: ProgressCallback
+    writer: CheckpointWriter, chain: Chain, source: Path, types: tuple[str, str], progress: ProgressCallback
 ) -> PackResult:
-    """Writes all files of the packed checkpoint."""
-    writer.write_shard(len(chain), chain.outer_tensors())
+    """Writes all files of the packed checkpoint; ``types`` are those of the values and of the head."""
+    values, head = types
     result = PackResult(writer.out)
+    outer = chain.outer_tensors()
+    if head == "int8":
+        outer.update(_packed_head(chain, result))
+    writer.write_shard(len(chain), outer)
     for index in range(len(chain)):
         progress(Progress("pack", index, len(chain), chain.block_names[index]))
         writer.write_shard(index, _sources(_packed_block(chain, index, values, result)))
     progress(Progress("pack", len(chain), len(chain)))
     _write_companions(writer, source)
-    entries = {name: entry for name, entry in result.linears.items() if entry is not None}
+    entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
     if entries:
         config = {**read_config(writer.partial), "quantization_config": quantization_config(entries)}
         writer.write_json("config.json", config)
@@ -223,6 +236,31 @@ def _checked_reader(source: Path) -> PackedReader:
 
 def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
     return {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
+
+
+def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
+    """The tensors of embedding and head in int8, by name; adds their entries to ``result``.
+
+    Raises:
+        RecipeError: one of them is no plain embedding or linear.
+    """
+    assert chain.weights is not None
+    tensors: dict[str, TensorSource] = {}
+    names = {id(module): name for name, module in chain.model.named_modules()}
+    for module in (chain.model.get_input_embeddings(), chain.model.get_output_embeddings()):
+        key = chain.weights.key_of.get(f"{names.get(id(module))}.weight")
+        if key is None or key in tensors:  # tied: stored once
+            continue
+        if type(module) not in (nn.Embedding, nn.Linear) or not key.endswith(".weight"):
+            raise RecipeError(f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep")
+        weight = chain.weights.reader.get(key)
+        packed = pack_weight(weight, "int8", "dense")
+        assert packed is not None
+        name = key.removesuffix(".weight")
+        result.head[name] = PackedEntry(packed.shape, packed.layout, packed.value_type, weight.dtype)
+        tensors[key] = TensorSource.of(torch.zeros(1, dtype=weight.dtype))
+        tensors.update(_sources({f"{key}_{part}": tensor for part, tensor in packed.tensors.items()}))
+    return tensors
 
 
 def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> dict[str, Tensor]:

@@ -11,10 +11,22 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from sparsellm.arguments import LOADED, checked_arguments
 from sparsellm.errors import DataError, ModelError, shown
+from sparsellm.runtime.decode import Decoder, why_not
 
 TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints write that there is none
 
@@ -106,11 +118,50 @@ def generate(
     chosen = {"max_new_tokens": max_new_tokens, "pad_token_id": padding}
     with torch.no_grad(), _generation_config(model, settings):
         start = time.perf_counter()
-        output = model.generate(**inputs, **chosen, streamer=streamer)  # type: ignore[operator]
+        if why_not(model) is None:
+            output = _decode(model, inputs["input_ids"], settings, max_new_tokens, streamer)
+        else:
+            output = model.generate(**inputs, **chosen, streamer=streamer)  # type: ignore[operator]
     new = output[0, length:]
     first, last = streamer.times[0], streamer.times[-1]
     text = tokenizer.decode(new, skip_special_tokens=True)
     return Generation(str(text), length, len(new), first - start, last - first, torch.get_num_threads())
+
+
+def _decode(model: PreTrainedModel, ids: Tensor, settings: GenerationConfig, limit: int, streamer: _Streamer) -> Tensor:
+    """The prompt and its continuation ``(1, tokens)``, decoded by the extension as transformers' ``generate`` does."""
+    last = settings.eos_token_id
+    ends = set(last if isinstance(last, list) else [last])
+    choices = _processors(settings)
+    decoder = Decoder(model, ids.shape[1] + limit)
+    streamer.put(ids)
+    logits = decoder.read(ids)
+    for left in range(limit - 1, -1, -1):
+        scores = choices(ids, logits.unsqueeze(0))  # type: ignore[arg-type]
+        token = torch.multinomial(scores.softmax(-1), 1) if settings.do_sample else scores.argmax(-1, keepdim=True)
+        ids = torch.cat((ids, token), dim=1)
+        streamer.put(token.view(-1))
+        if int(token) in ends or left == 0:
+            break
+        logits = decoder.step(int(token), ids.shape[1] - 1)
+    streamer.end()
+    return ids
+
+
+def _processors(settings: GenerationConfig) -> LogitsProcessorList:
+    """What transformers does to logits with these settings, in its order; above temperature 0 its top_k is 50."""
+    chosen = LogitsProcessorList()
+    if settings.repetition_penalty is not None:
+        chosen.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.do_sample:
+        chosen.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k != 0:
+            chosen.append(TopKLogitsWarper(50 if settings.top_k is None else settings.top_k))
+        if settings.top_p is not None:
+            chosen.append(TopPLogitsWarper(settings.top_p))
+        if settings.min_p is not None:
+            chosen.append(MinPLogitsWarper(settings.min_p))
+    return chosen
 
 
 def _settings(model: PreTrainedModel, temperature: float) -> GenerationConfig:

@@ -8,7 +8,11 @@ is multiplied by tiles; the results differ only by the order of summation.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import mmap
+import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -17,32 +21,91 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsellm.errors import SparseLLMError, StorageError
+from sparsellm.errors import KernelError, SparseLLMError, StorageError, nearest
 from sparsellm.packed.codes import FLOAT_TYPES, type_of_values
 from sparsellm.packed.layout import PackedWeight, as_bitmask, unpack, unpack_rows
 from sparsellm.packed.validation import validate
 
 SMALL_BATCH = 16  # tokens; the limit of the kernels on packed weights
-TILE = 1 << 20  # weights in a tile; smaller tiles slow the product by more than the time of unpacking
+TILE = 1 << 21  # weights in a tile; smaller tiles slow the product by more than the time of unpacking
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
 
+ACTIVATIONS = ("int8", "fp32")  # what kernels multiply weights of int8 and int4 by; the first is the default
 PACKED_BUFFERS = ("weight_mask", "weight_values", "weight_offsets", "weight_scales")
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
 
 
-def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
+def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)``: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
     Args:
-        packed: a weight in the layout ``bitmask`` that passed :func:`sparsellm.packed.validation.validate`.
+        packed: a weight in the layout ``bitmask`` or ``dense`` that passed
+            :func:`sparsellm.packed.validation.validate`.
         x: fp32, bf16 or fp16, on the weight's device.
+        rounded: whether the kernel may round a small batch to int8, where the weight is int8 or int4.
     """
     kernels = _kernels(x.device.type)
     if kernels is not None and 0 < len(x) <= SMALL_BATCH and x.dtype in FLOAT_TYPES.values():
-        product = kernels.multiply(packed, x.contiguous())
+        options = {"rounded": True} if rounded and x.device.type == "cpu" else {}
+        product = kernels.multiply(packed, x.contiguous(), **options)
         assert isinstance(product, Tensor)
         return product
     return _multiply_tiled(packed, x, None if kernels is None else getattr(kernels, "unpack_rows", None))
+
+
+def activations_of(name: str | None = None) -> str:
+    """``int8`` or ``fp32``: a name that was given, else ``SPARSELLM_ACTIVATIONS`` in the environment, else int8.
+
+    Raises:
+        KernelError: it is neither.
+    """
+    asked = os.environ.get("SPARSELLM_ACTIVATIONS", "").strip() if name is None else name
+    if asked and asked not in ACTIVATIONS:
+        source = "SPARSELLM_ACTIVATIONS" if name is None else "activations"
+        raise KernelError(f"{source}: {asked!r:.100} is unknown; {nearest(asked, ACTIVATIONS)}")
+    return asked or ACTIVATIONS[0]
+
+
+def set_activations(model: nn.Module, name: str | None = None) -> None:
+    """Sets whether the kernels round activations (:func:`activations_of`) in all packed layers of a model."""
+    rounded = activations_of(name) == "int8"
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.rounded = rounded
+
+
+def gather(model: nn.Module) -> None:
+    """Moves masks and values of all packed layers on the CPU into one block, in large pages where there are any.
+
+    Products stream through them: with pages of 4 KB, a sixth of the time of a token goes to the pages' addresses.
+    """
+    places: dict[int, list[tuple[PackedLinear, str]]] = {}
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            for name in ("weight_mask", "weight_values"):
+                buffer = getattr(module, name)
+                if buffer is not None and buffer.device.type == "cpu" and buffer.numel():
+                    places.setdefault(buffer.data_ptr(), []).append((module, name))
+    sizes = [-(-getattr(*users[0]).nbytes // 64) * 64 for users in places.values()]
+    if sum(sizes) < 1 << 22:  # two large pages
+        return
+    block = torch.empty(sum(sizes), dtype=torch.uint8)
+    _ask_for_large_pages(block)
+    for users, piece in zip(places.values(), block.split(sizes), strict=True):
+        tensor = getattr(*users[0])  # freed when it has moved: no second copy of the model is held
+        moved = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        moved.copy_(tensor)
+        for module, name in users:
+            setattr(module, name, moved)
+
+
+def _ask_for_large_pages(block: Tensor) -> None:
+    """``madvise(MADV_HUGEPAGE)`` of Linux; where it is refused or unknown, pages are as small as before."""
+    if sys.platform != "linux":
+        return
+    first = -(-block.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = block.data_ptr() + block.numel() - first
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
 
 
 def kernel_name(device: str = "cpu") -> str:
@@ -84,22 +147,26 @@ def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., 
 
 
 def _assemble(
-    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str
+    columns: int, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str
 ) -> PackedWeight:
-    shape = (offsets.shape[0] - 1, x.shape[-1])
-    return PackedWeight(shape, "bitmask", mask, values, offsets, scales, value_type)
+    """The packed weight of these buffers; a single mask for several rows is that of the layout ``dense``."""
+    shape = (offsets.shape[0] - 1, columns)
+    layout = "dense" if mask.shape[0] == 1 < shape[0] else "bitmask"
+    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type)
 
 
 @torch.library.custom_op("sparsellm::packed_linear", mutates_args=())
 def packed_linear(
-    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str
+    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, rounded: bool
 ) -> Tensor:
     """:func:`multiply` as an operator for torch.compile and autograd; ``x (tokens, in)``."""
-    return multiply(_assemble(x, mask, values, offsets, scales, value_type), x)
+    return multiply(_assemble(x.shape[-1], mask, values, offsets, scales, value_type), x, rounded)
 
 
 @packed_linear.register_fake
-def _(x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str) -> Tensor:
+def _(
+    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, rounded: bool
+) -> Tensor:
     return x.new_empty(x.shape[0], offsets.shape[0] - 1)
 
 
@@ -108,8 +175,7 @@ def packed_linear_backward(
     grad: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, columns: int
 ) -> Tensor:
     """The gradient of the input, ``grad W`` for ``grad (tokens, out)``. An operator, as unpacking cannot be traced."""
-    shape = (len(offsets) - 1, columns)
-    return grad @ unpack(PackedWeight(shape, "bitmask", mask, values, offsets, scales, value_type), grad.dtype)
+    return grad @ unpack(_assemble(columns, mask, values, offsets, scales, value_type), grad.dtype)
 
 
 @packed_linear_backward.register_fake
@@ -120,13 +186,13 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *ctx.parts = inputs
+    x, *ctx.parts, _ = inputs
     ctx.columns = x.shape[-1]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Only the input has a gradient: a packed weight is not trained."""
-    return packed_linear_backward(grad, *ctx.parts, ctx.columns), None, None, None, None, None
+    return packed_linear_backward(grad, *ctx.parts, ctx.columns), None, None, None, None, None, None
 
 
 packed_linear.register_autograd(_backward, setup_context=_remember)
@@ -165,6 +231,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.value_type = ""
+        self.rounded = activations_of() == "int8"
         self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
         for name in PACKED_BUFFERS:
             self.register_buffer(name, None)
@@ -211,25 +278,17 @@ class PackedLinear(nn.Module):
         """
         if self.weight_mask is None or self.weight_values is None or self.weight_offsets is None:
             raise SparseLLMError("this PackedLinear has no weight yet; load it with sparsellm.load(DIR)")
-        return PackedWeight(
-            (self.out_features, self.in_features),
-            "bitmask",
-            self.weight_mask,
-            self.weight_values,
-            self.weight_offsets,
-            self.weight_scales,
-            self.value_type,
-        )
+        parts = (self.weight_mask, self.weight_values, self.weight_offsets, self.weight_scales)
+        return _assemble(self.in_features, *parts, self.value_type)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            y: Tensor = packed_linear(
-                flat, self.weight_mask, self.weight_values, self.weight_offsets, self.weight_scales, self.value_type
-            )
+            parts = (self.weight_mask, self.weight_values, self.weight_offsets, self.weight_scales)
+            y: Tensor = packed_linear(flat, *parts, self.value_type, self.rounded)
         else:
-            y = multiply(self.packed, flat)
+            y = multiply(self.packed, flat, self.rounded)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -270,15 +329,16 @@ class PackedLinear(nn.Module):
         if {"weight_mask", "weight_values", "weight_offsets"} <= parts.keys():
             try:
                 value_type = type_of_values(parts["weight_values"].dtype)
-                packed = PackedWeight(
-                    (self.out_features, self.in_features),
-                    "bitmask",
+                packed = _assemble(
+                    self.in_features,
                     parts["weight_mask"],
                     parts["weight_values"],
                     parts["weight_offsets"],
                     parts.get("weight_scales"),
                     value_type,
                 )
+                if packed.shape[0] != self.out_features:
+                    raise StorageError(f"{prefix}weight has {packed.shape[0]} rows, not {self.out_features}")
                 validate(packed, prefix.rstrip("."))
             except StorageError as error:
                 error_messages.append(str(error))
@@ -290,10 +350,51 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
 
+class PackedEmbedding(PackedLinear):
+    """``nn.Embedding`` with rows of int8, which may be the weight of the output head as well."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        rows, columns = embedding.weight.shape
+        super().__init__(columns, rows, False, dtype=embedding.weight.dtype, device=embedding.weight.device)
+        self.weight = nn.Parameter(self.weight, requires_grad=False)  # transformers ties parameters alone
+        self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, embedding.padding_idx
+
+    def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
+        """As of a linear.
+
+        Raises:
+            StorageError: it is inconsistent, has another shape, or is not dense int8.
+        """
+        if (packed.layout, packed.value_type) != ("dense", "int8"):
+            raise StorageError(
+                f"packed weight {name} is {packed.layout}, {packed.value_type}; an embedding is dense, int8: pack the "
+                "model again"
+            )
+        super().set_packed(packed, name)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of token ids, ``(..., columns)`` in the dtype of the placeholder."""
+        packed = self.packed
+        assert packed.scales is not None
+        rows = packed.values.view(packed.shape)[ids].float() * packed.scales[ids].unsqueeze(-1)
+        return rows.to(self.weight.dtype)
+
+    def to_embedding(self) -> nn.Embedding:
+        """The same layer with a dense weight, in the dtype of the placeholder."""
+        weight = unpack(self.packed, self.weight.dtype)
+        embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)
+        return embedding.train(self.training)
+
+
 def to_dense(model: nn.Module) -> nn.Module:
-    """Replaces every :class:`PackedLinear` of a model, in place, by an ``nn.Linear`` with the same weights."""
+    """Replaces every packed layer of a model, in place, by a dense one with the same weights."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, PackedLinear):
+            if isinstance(child, PackedEmbedding):
+                setattr(module, name, child.to_embedding())
+            elif isinstance(child, PackedLinear):
                 setattr(module, name, child.to_linear())
+    tie = getattr(model, "tie_weights", None)  # of transformers: a head may be the embedding's weight
+    if tie is not None:
+        tie()
     return model

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import KernelError, nearest
-from sparsellm.packed.codes import SCALES_OF, STORED_AS, VALUE_TYPES
+from sparsellm.packed.codes import SCALES_OF, STORED_AS, VALUE_TYPES, groups_of
 from sparsellm.packed.layout import PackedWeight
 from sparsellm.packed.masks import mask_stride
 from sparsellm.runtime.compiled import extension
@@ -69,13 +69,18 @@ def set_threads(count: int | None) -> None:
     _threads = count
 
 
-def multiply(packed: PackedWeight, x: Tensor, *, kernel: str | None = None) -> Tensor:
+def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: str | None = None) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
+    With ``rounded``, and where the weight is int8 or int4, every four columns of a token share a scale, their largest
+    magnitude over 127, and are rounded to whole numbers of it; products of whole numbers are exact. All instruction
+    sets have the same bits then. An activation that is not finite makes the whole token NaN.
+
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.packed.validation.validate``; offsets
-            and mask are not checked again.
+        packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
+            ``sparsellm.packed.validation.validate``; offsets and mask are not checked again.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
+        rounded: round ``x`` to int8 for weights of int8 and int4; no other weight is affected.
         kernel: an instruction set other than :func:`available`'s.
 
     Returns:
@@ -92,9 +97,9 @@ def multiply(packed: PackedWeight, x: Tensor, *, kernel: str | None = None) -> T
     _require_cpu(x, "activations")
     x = x.contiguous()
     y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
-    library.multiply(
-        index, *_addresses(packed), x.shape[0], _ACTIVATIONS[x.dtype], x.data_ptr(), y.data_ptr(), threads()
-    )
+    whole = rounded and packed.value_type in SCALES_OF
+    kind = _ACTIVATIONS[x.dtype]
+    library.multiply(index, *addresses(packed), x.shape[0], kind, x.data_ptr(), y.data_ptr(), threads(), int(whole))
     return y
 
 
@@ -118,7 +123,17 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, ker
     if tuple(out.shape) != (last - first, columns) or not out.is_contiguous():
         raise KernelError(f"rows go into a contiguous {(last - first, columns)}, not into {tuple(out.shape)}")
     _require_cpu(out, "rows")
-    library.unpack_rows(index, *_addresses(packed), first, last, _ACTIVATIONS[out.dtype], out.data_ptr(), threads())
+    library.unpack_rows(index, *addresses(packed), first, last, _ACTIVATIONS[out.dtype], out.data_ptr(), threads())
+
+
+def decode(plan: Tensor, token: int, position: int) -> None:
+    """One token through the decoder that a plan of :mod:`sparsellm.runtime.decode` describes.
+
+    Raises:
+        KernelError: there is no compiled kernel to use.
+    """
+    library, index = _kernel(None)
+    library.decode(index, plan.data_ptr(), token, position, threads())
 
 
 def _require_cpu(tensor: Tensor, what: str) -> None:
@@ -126,20 +141,25 @@ def _require_cpu(tensor: Tensor, what: str) -> None:
         raise KernelError(f"{what} are {tensor.dtype} on {tensor.device}; the kernels take fp32, bf16, fp16 on the CPU")
 
 
-def _addresses(packed: PackedWeight) -> tuple[int, ...]:
-    """The arguments of the extension for a weight, after checks of type, size, layout and device of every tensor."""
+def addresses(packed: PackedWeight) -> tuple[int, ...]:
+    """The extension's arguments for a weight, after checks of type, size, layout and device of every tensor.
+
+    Raises:
+        KernelError: one of them does not fit.
+    """
     (out, columns), kind, scales = packed.shape, packed.value_type, packed.scales
-    if packed.layout != "bitmask" or kind not in _VALUE_TYPES:
+    if packed.layout not in ("bitmask", "dense") or kind not in _VALUE_TYPES:
         raise KernelError(
             f"layout {packed.layout!r}, values {kind!r}: the kernels take bitmasks, {', '.join(STORED_AS)}"
         )
     stride = mask_stride(columns)
-    wanted = [(packed.mask, torch.uint8, out * stride), (packed.offsets, torch.int64, out + 1)]
+    rows = 1 if packed.layout == "dense" else out
+    wanted = [(packed.mask, torch.uint8, rows * stride), (packed.offsets, torch.int64, out + 1)]
     wanted.append((packed.values, STORED_AS[kind], packed.values.numel()))
     if kind in SCALES_OF:
         if scales is None:
             raise KernelError(f"values of type {kind} without scales")
-        wanted.append((scales, SCALES_OF[kind], out if kind == "int8" else scales.numel()))
+        wanted.append((scales, SCALES_OF[kind], out * (groups_of(columns, packed.group) if packed.group else 1)))
     for tensor, dtype, numbers in wanted:
         if tensor.dtype != dtype or tensor.numel() != numbers or not tensor.is_contiguous() or not tensor.is_cpu:
             raise KernelError(
@@ -155,6 +175,8 @@ def _addresses(packed: PackedWeight) -> tuple[int, ...]:
         packed.values.data_ptr(),
         packed.offsets.data_ptr(),
         0 if scales is None else scales.data_ptr(),
+        packed.group or 0,
+        0 if packed.layout == "dense" else stride,
     )
 
 

@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsellm.errors import ModelError, StorageError
-from sparsellm.packed.checkpoint import QUANT_METHOD, PackedReader, packed_entries
-from sparsellm.runtime.module import PACKED_BUFFERS, PackedLinear, to_dense
+from sparsellm.packed.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedReader, packed_entries
+from sparsellm.runtime.module import PACKED_BUFFERS, PackedEmbedding, PackedLinear, to_dense
 
 _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
 
@@ -64,14 +64,13 @@ class PackedQuantizer(HfQuantizer):
         for name, entry in self._entries.items():
             parent, leaf, linear = _find(model, self._modules[name])
             out, columns = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
+            embedding = type(linear) is nn.Embedding
             if entry.shape != (out, columns) or entry.transposed != isinstance(linear, Conv1D):
                 raise ModelError(
                     f"packed weight {name} has shape {entry.shape}, where the model has {(int(out), int(columns))}; "
                     "config.json does not belong to these weights: pack the model again"
                 )
-            packed = PackedLinear(
-                columns, out, linear.bias is not None, dtype=linear.weight.dtype, device=linear.weight.device
-            )
+            packed = PackedEmbedding(linear) if embedding else _packed_linear(linear, out, columns)
             packed.requires_grad_(False)
             setattr(parent, leaf, packed)
         # transformers must ignore the tensors that are loaded below: 5.x reads this attribute of the model (a list at
@@ -89,10 +88,13 @@ class PackedQuantizer(HfQuantizer):
             if module.weight.is_meta:
                 raise ModelError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
             module.set_packed(self._reader.packed(name), name)
+        _share_embedding(model)
         self._reader = None
-        linears = {name: {**entry.to_dict(), "layout": "bitmask"} for name, entry in self._entries.items()}
-        for entry in linears.values():  # the modules hold bitmasks, and save_pretrained writes those
-            entry.pop("pattern", None)
+        linears = {name: entry.to_dict() for name, entry in self._entries.items()}
+        for written in linears.values():  # the modules hold bitmasks for codes, and save_pretrained writes those
+            if written.pop("pattern", None) is not None:
+                written["layout"] = "bitmask"
+        self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.linears = linears
         return model
 
@@ -117,6 +119,24 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(PackedQuantizer)
 
 
+def _share_embedding(model: Any) -> None:
+    """Gives a head that is tied to a packed embedding a module of its own for the same tensors."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
+        if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+            return
+        packed = PackedLinear(embedding.embedding_dim, embedding.num_embeddings, head.bias is not None)
+        packed.weight, packed.bias = embedding.weight, head.bias
+        packed.set_packed(embedding.packed)
+        packed._non_persistent_buffers_set.update(PACKED_BUFFERS)  # saved once, as the embedding's
+        model.set_output_embeddings(packed)
+
+
+def _packed_linear(linear: Any, out: int, columns: int) -> PackedLinear:
+    weight = linear.weight
+    return PackedLinear(columns, out, linear.bias is not None, dtype=weight.dtype, device=weight.device)
+
+
 def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
     """The parent module, attribute name and module of a linear."""
     parent_name, _, leaf = name.rpartition(".")
@@ -125,7 +145,7 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
         module = parent.get_submodule(leaf)
     except AttributeError:
         module = None
-    if isinstance(module, (nn.Linear, Conv1D, PackedLinear)):
+    if isinstance(module, (nn.Linear, Conv1D, PackedLinear)) or type(module) is nn.Embedding:
         return parent, leaf, module
     raise ModelError(f"packed weight {name} is no linear of {type(model).__name__}; config.json is not this model's")
 

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsellm.errors import KernelError
-from sparsellm.packed.codes import group_offsets
 from sparsellm.packed.layout import PackedWeight
 
 MAX_TOKENS = 16
@@ -46,12 +45,13 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     values_pointer,
     offsets_pointer,  # int64 (out + 1,)
     scales_pointer,
-    groups_pointer,  # int4: int64 (out + 1,), where each row's scales begin
     x_pointer,  # (tokens, columns)
     y_pointer,  # (tokens, out)
     out,
     columns,
     row_words,
+    mask_step,  # words from a row's mask to the next one's: 0 where all rows share one
+    group,  # int4: columns that share a scale
     tokens,
     KIND: tl.constexpr,  # 0: values are floats, 1: int8, 2: int4
     TOKENS: tl.constexpr,  # tokens, raised to a power of two
@@ -65,7 +65,7 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     sums = tl.zeros([TOKENS], dtype=tl.float32)
     for first in range(0, row_words, WORDS):
         index = first + tl.arange(0, WORDS)
-        word = tl.load(mask_pointer + row * row_words + index, mask=index < row_words, other=0).to(
+        word = tl.load(mask_pointer + row * mask_step + index, mask=index < row_words, other=0).to(
             tl.uint32, bitcast=True
         )
         count = _population_count(word)
@@ -76,9 +76,8 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
         if KIND == 2:
             pair = tl.load(values_pointer + place // 2, mask=kept, other=0).to(tl.int32)
             code = ((pair >> ((place % 2) * 4).to(tl.int32)) & 15) - 8
-            start = tl.load(offsets_pointer + row)
-            group = tl.load(groups_pointer + row) + (place - start) // 32
-            scale = tl.load(scales_pointer + group, mask=kept, other=0).to(tl.float32)
+            of_row = scales_pointer + row * tl.cdiv(columns, group)
+            scale = tl.load(of_row + (index[:, None] * 32 + lane[None, :]) // group, mask=kept, other=0).to(tl.float32)
             weight = tl.where(kept, code.to(tl.float32) * scale, 0.0)
         else:
             weight = tl.load(values_pointer + place, mask=kept, other=0).to(tl.float32)
@@ -95,8 +94,8 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` that passed ``sparsellm.packed.validation.validate``, on the
-            device of ``x``.
+        packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
+            ``sparsellm.packed.validation.validate``, on the device of ``x``.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
 
     Returns:
@@ -108,7 +107,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     out, columns = packed.shape
     if available() is None or (x.device.type != "cuda" and not _INTERPRETED):
         raise KernelError(f"activations on {x.device}: the Triton kernels need a GPU (or TRITON_INTERPRET=1)")
-    if packed.layout != "bitmask" or packed.mask.device != x.device:
+    if packed.layout == "nm" or packed.mask.device != x.device:
         raise KernelError(
             f"layout {packed.layout!r} on {packed.mask.device}, activations on {x.device}: the Triton kernels take a "
             "bitmask on the device of the activations"
@@ -128,12 +127,13 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
         packed.values if packed.values.numel() else unused,
         packed.offsets,
         unused if packed.scales is None else packed.scales,
-        group_offsets(packed.offsets) if kind == 2 else unused,
         x.contiguous(),
         y,
         out,
         columns,
         words.shape[1],
+        0 if packed.layout == "dense" else words.shape[1],
+        packed.group or 1,
         len(x),
         KIND=kind,
         TOKENS=triton.next_power_of_2(len(x)),

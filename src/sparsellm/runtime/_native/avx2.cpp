@@ -19,6 +19,8 @@ constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
+inline Vector all(float number) { return _mm256_set1_ps(number); }
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline float total(Vector v) {
@@ -87,6 +89,7 @@ struct Int8 {
   }
 };
 
+#include "attention.h"
 #include "rows.h"
 
 // The last columns, fewer than eight, go through a full-width copy.
@@ -114,16 +117,37 @@ void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
   }
 }
 
-// Eight codes are the nibbles of one 32-bit word.
-void int4_to_fp32(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out) {
-  const __m256i shift = _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+// Thirty-two codes are sixteen bytes.
+void int4_to_int8(const uint8_t* codes, int64_t count, int8_t* out) {
+  const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+  for (int64_t at = 0; at < count; at += 32) {
+    const __m128i bytes = load16(codes + at / 2);
+    const __m128i even = _mm_and_si128(bytes, low), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
+    __m128i* to = reinterpret_cast<__m128i*>(out + at);
+    _mm_storeu_si128(to, _mm_sub_epi8(_mm_unpacklo_epi8(even, odd), eight));
+    _mm_storeu_si128(to + 1, _mm_sub_epi8(_mm_unpackhi_epi8(even, odd), eight));
+  }
+}
+
+void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) {
   for (int64_t at = 0; at < count; at += 8) {
-    int word;
-    __builtin_memcpy(&word, codes + at / 2, 4);
-    const __m256i code = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word), shift), _mm256_set1_epi32(15));
-    const __m256 scale = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(scales[at / 32]) << 16));
-    const __m256 whole = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(8)));
-    _mm256_storeu_ps(out + at, _mm256_mul_ps(whole, scale));
+    const __m256 wide = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8(values + at)));
+    _mm256_storeu_ps(out + at, _mm256_mul_ps(wide, _mm256_set1_ps(scale)));
+  }
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+void fp32_to_bf16(const float* numbers, int64_t count, uint16_t* out) {
+  for (int64_t at = 0; at < count; at += 8) {
+    const __m256 number = _mm256_loadu_ps(numbers + at);
+    const __m256i bits = _mm256_castps_si256(number), high = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(number, number, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    const __m256i rounded = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), quiet, nan);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + at),
+                     _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
   }
 }
 
@@ -142,7 +166,12 @@ const InstructionSet kAvx2 = {
     {{dot<Bf16>, 2, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
     spread16,
     spread32,
-    int4_to_fp32,
+    int4_to_int8,
+    int8_to_fp32,
+    fp32_to_bf16,
+    {&kIntegerAvxVnni, &kIntegerAvx2},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm

@@ -68,7 +68,12 @@ const InstructionSet kAvx512 = {
     {{dot<Bf16>, 1, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
     spread16,
     spread32,
-    int4_to_fp32,
+    int4_to_int8,
+    int8_to_fp32,
+    fp32_to_bf16,
+    {&kIntegerAvxVnni, &kIntegerAvx2},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm

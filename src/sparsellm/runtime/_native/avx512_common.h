@@ -7,6 +7,8 @@ constexpr int kPrefetchSteps = 2;
 
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+inline Vector all(float number) { return _mm512_set1_ps(number); }
 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
@@ -36,16 +38,36 @@ void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
   }
 }
 
-// Sixteen codes are eight bytes. The product with the scale is looked up in a register of all sixteen products.
-void int4_to_fp32(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out) {
-  const __m512 steps = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-  const __m512i which = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-  const __m512i shift = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
-  for (int64_t at = 0; at < count; at += 16) {
-    const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(scales[at / 32]) << 16));
-    const __m512 products = _mm512_mul_ps(steps, scale);
-    const __m512i bytes = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + at / 2)));
-    const __m512i indices = _mm512_srlv_epi32(_mm512_permutexvar_epi32(which, bytes), shift);
-    _mm512_storeu_ps(out + at, _mm512_permutexvar_ps(indices, products));
+// Sixty-four codes are thirty-two bytes, each brought to sixteen bits and its high nibble to the upper byte.
+void int4_to_int8(const uint8_t* codes, int64_t count, int8_t* out) {
+  for (int64_t at = 0; at < count; at += 64) {
+    const __m512i wide =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + at / 2)));
+    const __m512i nibbles =
+        _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
+    _mm512_storeu_si512(out + at, _mm512_sub_epi8(nibbles, _mm512_set1_epi8(8)));
   }
 }
+
+void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) {
+  for (int64_t at = 0; at < count; at += 16) {
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + at)));
+    _mm512_storeu_ps(out + at, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(scale)));
+  }
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+void fp32_to_bf16(const float* numbers, int64_t count, uint16_t* out) {
+  for (int64_t at = 0; at < count; at += 16) {
+    const __m512 number = _mm512_loadu_ps(numbers + at);
+    const __m512i bits = _mm512_castps_si512(number), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(number, number, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at), _mm512_cvtepi32_epi16(rounded));
+  }
+}
+
+#include "attention.h"

@@ -76,7 +76,12 @@ const InstructionSet kAvx512Vbmi2 = {
     {{dot<Bf16>, 2, 1.0f}, {dot<Fp16>, 2, 0x1p56f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 4, 1.0f}, {nullptr, 1, 1.0f}},
     spread16,
     spread32,
-    int4_to_fp32,
+    int4_to_int8,
+    int8_to_fp32,
+    fp32_to_bf16,
+    {&kIntegerAvx512Vnni, &kIntegerAvx2},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -15,7 +16,6 @@
 namespace sparsellm {
 namespace {
 
-constexpr int64_t kGroup = 32;           // int4 codes that share a scale
 constexpr int64_t kPiecesPerThread = 8;  // so that a thread that was interrupted does not keep the others waiting
 constexpr int64_t kLeastPiece = 1 << 15;  // weights; less is not worth handing to another thread
 
@@ -96,7 +96,6 @@ void lay_out(ValueType kind, const void* x, int64_t columns, int lanes, const Mu
 // Rows cut into pieces of about equal work: a piece is rows [starts[i], starts[i + 1]).
 struct Pieces {
   std::vector<int64_t> starts;
-  std::vector<int64_t> groups;  // int4: index of the first scale of each piece
   int threads;
 
   Pieces(const Packed& weight, int64_t first, int64_t last, int wanted) {
@@ -121,14 +120,6 @@ struct Pieces {
       if (row > starts.back() && row < last) starts.push_back(row);
     }
     starts.push_back(last);
-    if (weight.type != kInt4) return;
-    int64_t group = 0;
-    size_t piece = 0;
-    for (int64_t row = 0; row < last; ++row) {
-      if (row == starts[piece]) groups.push_back(group), ++piece;
-      group += (weight.offsets[row + 1] - weight.offsets[row] + kGroup - 1) / kGroup;
-    }
-    groups.resize(starts.size(), group);
   }
 
   size_t size() const { return starts.size() - 1; }
@@ -146,7 +137,7 @@ class ExactSubnormals {
 #endif
 };
 
-// Calls use(first, last, group) for every piece, on several threads.
+// Calls use(first, last) for every piece, on several threads.
 template <class Use>
 void for_each_piece(const Pieces& pieces, const Use& use) {
   struct Shared {
@@ -160,13 +151,14 @@ void for_each_piece(const Pieces& pieces, const Use& use) {
         [[maybe_unused]] const ExactSubnormals exact;
         Shared& mine = *static_cast<Shared*>(data);
         for (size_t i; (i = mine.next.fetch_add(1)) < mine.pieces.size();)
-          mine.use(mine.pieces.starts[i], mine.pieces.starts[i + 1],
-                   mine.pieces.groups.empty() ? 0 : mine.pieces.groups[i]);
+          mine.use(mine.pieces.starts[i], mine.pieces.starts[i + 1]);
       },
       &shared);
 }
 
-// Memory that a thread keeps from call to call; it holds nothing between them.
+// Memory that a thread keeps from call to call; it holds nothing between them. The caller's panels of activations are
+// another piece (1) than what a thread needs for its rows (0): the caller computes rows too.
+template <int kWhich>
 uint8_t* scratch(size_t bytes) {
   static thread_local std::unique_ptr<uint8_t[]> memory;
   static thread_local size_t held = 0;
@@ -188,7 +180,123 @@ const uint8_t* readable(const Packed& weight, int64_t row, uint8_t* copy) {
   return copy;
 }
 
+// Room for one row of any type, what a kernel may write past its end included.
 size_t row_bytes(const Packed& weight) { return static_cast<size_t>(4 * weight.stride * 8 + 4 * kSlack); }
+
+int64_t bits_set(uint32_t word) {
+  word -= (word >> 1) & 0x55555555u;
+  word = (word & 0x33333333u) + ((word >> 2) & 0x33333333u);
+  return ((word + (word >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24;
+}
+
+// The scales of a row of int4.
+const uint16_t* group_scales(const Packed& weight, int64_t row) {
+  return static_cast<const uint16_t*>(weight.scales) + row * ((weight.columns + weight.group - 1) / weight.group);
+}
+
+// A row of int4 in fp32, by way of whole numbers; both memories have row_bytes.
+const uint8_t* int4_in_fp32(const InstructionSet& set, const Packed& weight, int64_t row, uint8_t* copy,
+                            uint8_t* whole, uint8_t* out) {
+  set.int4_to_int8(readable(weight, row, copy), weight.offsets[row + 1] - weight.offsets[row],
+                   reinterpret_cast<int8_t*>(whole));
+  const uint16_t* scale = group_scales(weight, row);
+  int64_t done = 0;
+  for (int64_t column = 0; column < weight.columns; column += weight.group) {
+    const int64_t end = std::min(column + weight.group, weight.stride * 8);
+    int64_t count = 0;
+    for (int64_t at = column; at < end; at += kShared) {
+      uint32_t bits;
+      std::memcpy(&bits, weight.mask + row * weight.mask_step + at / 8, 4);
+      count += bits_set(bits);
+    }
+    set.int8_to_fp32(reinterpret_cast<int8_t*>(whole) + done, bf16_to_fp32(*scale++), count,
+                     reinterpret_cast<float*>(out) + done);
+    done += count;
+  }
+  return out;
+}
+
+// Calls dot(rows, sums) for every few rows, on several threads, and writes y. get(row, memory) returns a row's values,
+// with memory of 3 row_bytes to keep them in.
+template <class Get, class Dot>
+void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float factor, int threads, const Get& get,
+              const Dot& dot) {
+  const float* row_scales = weight.type == kInt8 ? static_cast<const float*>(weight.scales) : nullptr;
+  const size_t row_size = row_bytes(weight);
+  int shift = 0;
+  while (weight.type == kInt4 && kShared << shift < weight.group) ++shift;
+  for_each_piece(Pieces(weight, 0, weight.out, threads), [&](int64_t first, int64_t last) {
+    uint8_t* buffers = scratch<0>(3 * kMaxRows * row_size);
+    float sums[kMaxRows * kMaxTokens];
+    for (int64_t row = first; row < last; row += kMaxRows) {
+      Rows rows;
+      rows.count = static_cast<int>(std::min<int64_t>(kMaxRows, last - row));
+      rows.words = weight.stride / 8;
+      rows.mask_ahead = rows.count * weight.mask_step;
+      rows.shift = shift;
+      rows.last_scale = weight.type == kInt4 ? (weight.columns - 1) / weight.group : 0;
+      for (int r = 0; r < rows.count; ++r) {
+        const int64_t at = row + r, later = std::min(at + kMaxRows, weight.out);
+        uint8_t* buffer = buffers + 3 * r * row_size;
+        rows.mask[r] = weight.mask + at * weight.mask_step;
+        rows.values[r] = get(at, buffer);
+        rows.values_ahead[r] = bytes_of(weight.type, weight.offsets[later] - weight.offsets[at]);
+        if (weight.type == kInt4) rows.scales[r] = group_scales(weight, at);
+      }
+      dot(rows, sums);
+      for (int r = 0; r < rows.count; ++r)
+        for (int t = 0; t < tokens; ++t) {
+          float sum = sums[r * tokens + t] * factor;
+          if (row_scales != nullptr) sum *= row_scales[row + r];
+          write_number(kind, y, t * weight.out + row + r, sum);
+        }
+    }
+  });
+}
+
+// Activations to whole numbers -127 … 127 and a scale for every kLaneColumns of them. A scale is NaN where an activation
+// is not finite, so that every product is; activations of a lane that are all below 2^-100 count as zero.
+template <class Read>
+void round_token(const Read& read, int64_t columns, int64_t words, int8_t* codes, float* scales) {
+  for (int64_t word = 0; word < words; ++word) {
+    float numbers[64], largest[16], inverse[16];
+    const int64_t first = 64 * word, count = std::min<int64_t>(64, columns - first);
+    for (int64_t i = 0; i < count; ++i) numbers[i] = read(first + i);
+    for (int64_t i = count; i < 64; ++i) numbers[i] = 0;
+    for (int lane = 0; lane < 16; ++lane) {
+      uint32_t bits = 0;
+      for (int i = 0; i < kLaneColumns; ++i)
+        bits = std::max(bits, to_bits(numbers[kLaneColumns * lane + i]) & 0x7fffffffu);
+      largest[lane] = from_bits(bits);
+    }
+    for (int lane = 0; lane < 16; ++lane) {
+      const bool finite = largest[lane] <= std::numeric_limits<float>::max();
+      const bool some = finite && largest[lane] >= 0x1p-100f;
+      inverse[lane] = some ? 127.0f / largest[lane] : 0.0f;
+      scales[16 * word + lane] = some     ? largest[lane] / 127.0f
+                                 : finite ? 0.0f
+                                          : std::numeric_limits<float>::quiet_NaN();
+    }
+    for (int i = 0; i < 64; ++i) {  // adding 1.5 * 2^23 rounds to a whole number, ties to even
+      const float factor = inverse[i / kLaneColumns];
+      const float product = factor == 0 ? 0.0f : numbers[i] * factor;
+      codes[first + i] = static_cast<int8_t>(to_bits(product + 0x1.8p23f));
+    }
+  }
+}
+
+void round_token(ValueType kind, const void* x, int64_t columns, int64_t words, int8_t* codes, float* scales) {
+  if (kind == kFp32) {
+    const float* from = static_cast<const float*>(x);
+    round_token([=](int64_t i) { return from[i]; }, columns, words, codes, scales);
+  } else if (kind == kBf16) {
+    const uint16_t* from = static_cast<const uint16_t*>(x);
+    round_token([=](int64_t i) { return bf16_to_fp32(from[i]); }, columns, words, codes, scales);
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(x);
+    round_token([=](int64_t i) { return fp16_to_fp32(from[i]); }, columns, words, codes, scales);
+  }
+}
 
 }  // namespace
 
@@ -197,51 +305,46 @@ void multiply(const InstructionSet& set, const Packed& weight, int tokens, Value
   const int64_t words = weight.stride / 8, pitch = 64 * words;
   const bool decode = weight.type == kInt4;
   const Multiply& how = set.multiply[decode ? kFp32 : weight.type];
+  float* panels = reinterpret_cast<float*>(scratch<1>(static_cast<size_t>(4 * tokens * pitch)));
+  const int64_t x_bytes = bytes_of(kind, weight.columns);
+  for (int t = 0; t < tokens; ++t) {
+    std::fill(panels + t * pitch + pitch - 64, panels + (t + 1) * pitch, 0.0f);
+    lay_out(kind, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, set.lanes, how, panels + t * pitch);
+  }
+  const size_t row_size = row_bytes(weight);
+  for_rows(
+      weight, tokens, kind, y, how.factor, threads,
+      [&](int64_t row, uint8_t* memory) {
+        return decode ? int4_in_fp32(set, weight, row, memory, memory + row_size, memory + 2 * row_size)
+                      : readable(weight, row, memory);
+      },
+      [&](const Rows& rows, float* sums) { how.dot(rows, panels, pitch, tokens, sums); });
+}
 
-  // Not the per-thread scratch memory: this thread uses that too while it computes.
-  std::unique_ptr<float[]> memory(new float[static_cast<size_t>(tokens * pitch + 16)]());
-  float* panels = memory.get();
-  panels += (64 - reinterpret_cast<uintptr_t>(panels) % 64) % 64 / 4;
+void multiply_rounded(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x,
+                      void* y, int threads) {
+  const Integer& how = set.integer[0]->supported() ? *set.integer[0] : *set.integer[1];
+  const int64_t words = weight.stride / 8, pitch = 64 * words;
+  uint8_t* memory = scratch<1>(static_cast<size_t>(2 * tokens * pitch));  // a scale takes four bytes, as do its codes
+  int8_t* codes = reinterpret_cast<int8_t*>(memory);
+  float* scales = reinterpret_cast<float*>(memory + tokens * pitch);
   const int64_t x_bytes = bytes_of(kind, weight.columns);
   for (int t = 0; t < tokens; ++t)
-    lay_out(kind, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, set.lanes, how, panels + t * pitch);
-
-  const float* row_scales = weight.type == kInt8 ? static_cast<const float*>(weight.scales) : nullptr;
+    round_token(kind, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, words, codes + t * pitch,
+                scales + t * pitch / kLaneColumns);
+  const Rounded rounded{codes, scales, pitch};
+  const bool decode = weight.type == kInt4 && !how.nibbles;
+  const IntegerDot dot = weight.type == kInt4 ? how.int4 : how.int8;
   const size_t row_size = row_bytes(weight);
-  for_each_piece(Pieces(weight, 0, weight.out, threads), [&](int64_t first, int64_t last, int64_t group) {
-    uint8_t* buffers = scratch((kMaxRows + 1) * row_size);
-    uint8_t* codes = buffers + kMaxRows * row_size;
-    float sums[kMaxRows * kMaxTokens];
-    for (int64_t row = first; row < last; row += kMaxRows) {
-      Rows rows;
-      rows.count = static_cast<int>(std::min<int64_t>(kMaxRows, last - row));
-      rows.words = words;
-      rows.mask_ahead = rows.count * weight.stride;
-      for (int r = 0; r < rows.count; ++r) {
-        const int64_t at = row + r, later = std::min(at + kMaxRows, weight.out);
-        uint8_t* buffer = buffers + r * row_size;
-        rows.mask[r] = weight.mask + at * weight.stride;
-        rows.values_ahead[r] = 0;
-        if (decode) {
-          const int64_t count = weight.offsets[at + 1] - weight.offsets[at];
-          set.int4_to_fp32(readable(weight, at, codes), static_cast<const uint16_t*>(weight.scales) + group, count,
-                           reinterpret_cast<float*>(buffer));
-          group += (count + kGroup - 1) / kGroup;
-          rows.values[r] = buffer;
-        } else {
-          rows.values[r] = readable(weight, at, buffer);
-          rows.values_ahead[r] = bytes_of(weight.type, weight.offsets[later] - weight.offsets[at]);
-        }
-      }
-      how.dot(rows, panels, pitch, tokens, sums);
-      for (int r = 0; r < rows.count; ++r)
-        for (int t = 0; t < tokens; ++t) {
-          float sum = sums[r * tokens + t] * how.factor;
-          if (row_scales != nullptr) sum *= row_scales[row + r];
-          write_number(kind, y, t * weight.out + row + r, sum);
-        }
-    }
-  });
+  for_rows(
+      weight, tokens, kind, y, 1.0f, threads,
+      [&](int64_t row, uint8_t* to) {
+        if (!decode) return readable(weight, row, to);
+        set.int4_to_int8(readable(weight, row, to), weight.offsets[row + 1] - weight.offsets[row],
+                         reinterpret_cast<int8_t*>(to + row_size));
+        return static_cast<const uint8_t*>(to + row_size);
+      },
+      [&](const Rows& rows, float* sums) { dot(rows, rounded, tokens, sums); });
 }
 
 void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first, int64_t last, ValueType kind,
@@ -249,39 +352,33 @@ void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first,
   if (first == last) return;
   const size_t row_size = row_bytes(weight);
   const Spread spread = kind == kFp32 ? set.spread32 : set.spread16;
-  for_each_piece(Pieces(weight, first, last, threads), [&](int64_t from, int64_t to, int64_t group) {
-    uint8_t* values = scratch(3 * row_size);
+  for_each_piece(Pieces(weight, first, last, threads), [&](int64_t from, int64_t to) {
+    uint8_t* values = scratch<0>(4 * row_size);
     uint8_t* decoded = values + row_size;
-    uint8_t* codes = decoded + row_size;
     for (int64_t row = from; row < to; ++row) {
-      const uint8_t* source = nullptr;
       const int64_t count = weight.offsets[row + 1] - weight.offsets[row];
-      if (weight.type == kind) {
-        source = readable(weight, row, values);
-      } else {
-        const void* numbers = weight.values + bytes_of(weight.type, weight.offsets[row]);
-        ValueType type = weight.type;
-        if (type == kInt4) {
-          set.int4_to_fp32(readable(weight, row, codes), static_cast<const uint16_t*>(weight.scales) + group, count,
-                           reinterpret_cast<float*>(decoded));
-          group += (count + kGroup - 1) / kGroup;
-          numbers = decoded;
-          type = kFp32;
-        } else if (type == kInt8) {
-          const float scale = static_cast<const float*>(weight.scales)[row];
-          for (int64_t i = 0; i < count; ++i)
-            reinterpret_cast<float*>(decoded)[i] = static_cast<const int8_t*>(numbers)[i] * scale;
-          numbers = decoded;
-          type = kFp32;
-        }
+      const uint8_t* source = readable(weight, row, values);
+      ValueType type = weight.type;
+      if (type == kInt4) {
+        source = int4_in_fp32(set, weight, row, values, decoded + row_size, decoded);
+        type = kFp32;
+      } else if (type == kInt8) {
+        set.int8_to_fp32(reinterpret_cast<const int8_t*>(source), static_cast<const float*>(weight.scales)[row],
+                         count, reinterpret_cast<float*>(decoded));
         source = decoded;
-        if (type != kind) {
-          convert(type, numbers, kind, count, values);
-          source = values;
+        type = kFp32;
+      }
+      if (type != kind) {
+        uint8_t* converted = decoded + row_size;
+        if (type == kFp32 && kind == kBf16 && set.fp32_to_bf16 != nullptr) {
+          set.fp32_to_bf16(reinterpret_cast<const float*>(source), count, reinterpret_cast<uint16_t*>(converted));
+        } else {
+          convert(type, source, kind, count, converted);
         }
+        source = converted;
       }
       uint8_t* to_row = static_cast<uint8_t*>(out) + (row - first) * bytes_of(kind, weight.columns);
-      spread(weight.mask + row * weight.stride, weight.columns, source, to_row);
+      spread(weight.mask + row * weight.mask_step, weight.columns, source, to_row);
     }
   });
 }

@@ -10,16 +10,27 @@ struct Packed {
   const uint8_t* mask;
   const uint8_t* values;
   const int64_t* offsets;  // out + 1, counted in values
-  const void* scales;      // int8: float (out,); int4: bf16, see int4_to_fp32; else null
+  const void* scales;      // int8: float (out,); int4: bf16 (out, columns / group); else null
   ValueType type;
+  int64_t group;      // int4: columns that share a scale, a multiple of 32
+  int64_t mask_step;  // bytes from a row's mask to the next one's: stride, or 0 where all rows share one mask
 };
 
 // y (tokens, out) = x (tokens, columns) W^T, both of type kFp32, kBf16 or kFp16; at most kMaxTokens tokens.
 void multiply(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x, void* y,
               int threads);
 
+// The same with activations rounded to int8, for weights of kInt8 or kInt4.
+void multiply_rounded(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x,
+                      void* y, int threads);
+
 // Rows [first, last) of W as (last - first, columns) of type kFp32, kBf16 or kFp16.
 void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first, int64_t last, ValueType kind,
                  void* out, int threads);
+
+// One token of a decoder of the Llama kind at batch 1, in fp32: embedding, blocks of normalised attention with rotary
+// angles and a gated feed-forward unit, norm, head. `plan` is an array of numbers and addresses, written by
+// runtime/decode.py in the order in which decode.cpp reads it.
+void decode(const InstructionSet& set, const int64_t* plan, int64_t token, int64_t position, int threads);
 
 }  // namespace sparsellm

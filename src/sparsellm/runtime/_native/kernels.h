@@ -17,6 +17,8 @@ enum ValueType : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3, kInt4 = 4, kV
 constexpr int64_t kSlack = 64;
 constexpr int kMaxRows = 4;
 constexpr int kMaxTokens = 16;
+constexpr int64_t kShared = 32;   // columns that share a scale of int4, at least
+constexpr int64_t kLaneColumns = 4;  // columns whose rounded activations share a scale, as their products share a lane
 
 // Up to kMaxRows rows that are walked together.
 struct Rows {
@@ -26,6 +28,9 @@ struct Rows {
   const uint8_t* values[kMaxRows];    // kSlack readable bytes follow the last value
   int64_t mask_ahead;                 // bytes to where the mask of the next rows will be read, for prefetching
   int64_t values_ahead[kMaxRows];     // the same for the values
+  const uint16_t* scales[kMaxRows];   // int4: bf16, one for each kShared << shift columns
+  int shift;
+  int64_t last_scale;                 // of a row: half a mask word may be beyond the columns, and has no scale of its own
 };
 
 // sums[row * tokens + token]; x holds `tokens` panels of `pitch` floats, each 64 * words long, in the kernel's order.
@@ -40,6 +45,26 @@ struct Multiply {
   float factor;    // x is multiplied by this, and so is the sum; a power of two, so exact
 };
 
+// Activations rounded to whole numbers: value = code * scale, a scale for each kLaneColumns columns of a token.
+struct Rounded {
+  const int8_t* codes;  // `tokens` panels of `pitch` codes, -127 … 127
+  const float* scales;  // `tokens` panels of pitch / kLaneColumns
+  int64_t pitch;
+};
+
+// sums[row * tokens + token]
+using IntegerDot = void (*)(const Rows& rows, const Rounded& x, int tokens, float* sums);
+
+// Products of whole numbers. Those of four columns are added in 32 bits, exactly, to each of sixteen lanes for a mask
+// word. A lane becomes fp32, is multiplied by the scales and added to its own sum in one rounding; the sixteen sums are
+// added at the end, lane j to lane j + 8, then 4, 2, 1. All instruction sets do the same, so all have the same bits.
+struct Integer {
+  bool (*supported)();
+  IntegerDot int8;  // values in bytes, scales of rows left to the caller
+  IntegerDot int4;  // values in nibbles or, unless `nibbles`, in bytes; scales of columns
+  bool nibbles;
+};
+
 struct InstructionSet {
   const char* name;
   bool (*supported)();
@@ -47,9 +72,15 @@ struct InstructionSet {
   Multiply multiply[kValueTypes];
   Spread spread16;  // of 16-bit values
   Spread spread32;  // of 32-bit values
-  // Codes of one row (low nibble first, value + 8) times their scales (bf16, one for each 32 codes): exact in fp32.
-  // May read kSlack bytes past the codes and write kSlack bytes past the floats.
-  void (*int4_to_fp32)(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out);
+  // Codes of one row (low nibble first, value + 8) as int8. May read and write kSlack bytes past the end.
+  void (*int4_to_int8)(const uint8_t* codes, int64_t count, int8_t* out);
+  // Whole numbers times a scale, exact in fp32 for codes of int4. May read and write kSlack bytes past the end.
+  void (*int8_to_fp32)(const int8_t* values, float scale, int64_t count, float* out);
+  // As numbers.h rounds; null where that is what is used. May read and write kSlack bytes past the end.
+  void (*fp32_to_bf16)(const float* numbers, int64_t count, uint16_t* out);
+  const Integer* integer[2];  // the first that is supported is used
+  void (*attention_scores)(const float* query, const float* keys, int64_t n, int64_t size, float scale, float* scores);
+  void (*attention_values)(const float* weights, const float* values, int64_t n, int64_t size, float* out);
 };
 
 extern const InstructionSet kScalar;
@@ -58,6 +89,9 @@ extern const InstructionSet kScalar;
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
 extern const InstructionSet kAvx512Vbmi2;
+extern const Integer kIntegerAvx2;
+extern const Integer kIntegerAvxVnni;
+extern const Integer kIntegerAvx512Vnni;
 #endif
 #if defined(__aarch64__) && defined(__GNUC__)
 #define SPARSELLM_NEON 1

@@ -35,12 +35,16 @@ bool read_numbers(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, lo
   return true;
 }
 
-// set, value type, out, columns, stride, mask, values, offsets, scales
-constexpr Py_ssize_t kWeightNumbers = 9;
+// set, value type, out, columns, stride, mask, values, offsets, scales, group, mask_step
+constexpr Py_ssize_t kWeightNumbers = 11;
 
 bool read_weight(const long long* n, const InstructionSet** set, Packed* weight) {
   if (n[0] < 0 || n[0] >= kCount || n[1] < 0 || n[1] >= kValueTypes || n[4] % 8 != 0 || n[4] * 8 < n[3]) {
     PyErr_SetString(PyExc_ValueError, "no such instruction set or value type, or the mask's rows are too short");
+    return false;
+  }
+  if ((n[1] == kInt4 && (n[9] <= 0 || n[9] % kShared != 0)) || (n[10] != 0 && n[10] != n[4])) {
+    PyErr_SetString(PyExc_ValueError, "groups of 32, 64, ... columns and a mask a row or one for all expected");
     return false;
   }
   *set = kSets[n[0]];
@@ -51,7 +55,9 @@ bool read_weight(const long long* n, const InstructionSet** set, Packed* weight)
                    reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(n[6])),
                    reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(n[7])),
                    reinterpret_cast<const void*>(static_cast<uintptr_t>(n[8])),
-                   static_cast<ValueType>(n[1])};
+                   static_cast<ValueType>(n[1]),
+                   n[9],
+                   n[10]};
   return true;
 }
 
@@ -72,17 +78,18 @@ PyObject* without_gil(const Compute& compute) {
 }
 
 PyObject* py_multiply(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  long long n[kWeightNumbers + 5];
+  long long n[kWeightNumbers + 6];
   const InstructionSet* set;
   Packed weight;
-  if (!read_numbers(args, count, kWeightNumbers + 5, n) || !read_weight(n, &set, &weight)) return nullptr;
-  const long long* rest = n + kWeightNumbers;  // tokens, type of x and y, x, y, threads
-  if (rest[0] < 1 || rest[0] > kMaxTokens || !is_float(rest[1])) {
-    PyErr_SetString(PyExc_ValueError, "1 to 16 tokens of bf16, fp16 or fp32 expected");
+  if (!read_numbers(args, count, kWeightNumbers + 6, n) || !read_weight(n, &set, &weight)) return nullptr;
+  const long long* rest = n + kWeightNumbers;  // tokens, type of x and y, x, y, threads, whether x is rounded to int8
+  const bool rounded = rest[5] != 0;
+  if (rest[0] < 1 || rest[0] > kMaxTokens || !is_float(rest[1]) || (rounded && is_float(weight.type))) {
+    PyErr_SetString(PyExc_ValueError, "1 to 16 tokens of bf16, fp16 or fp32 expected, rounded for integers alone");
     return nullptr;
   }
   return without_gil([&] {
-    multiply(*set, weight, static_cast<int>(rest[0]), static_cast<ValueType>(rest[1]),
+    (rounded ? multiply_rounded : multiply)(*set, weight, static_cast<int>(rest[0]), static_cast<ValueType>(rest[1]),
              reinterpret_cast<const void*>(static_cast<uintptr_t>(rest[2])),
              reinterpret_cast<void*>(static_cast<uintptr_t>(rest[3])), static_cast<int>(rest[4]));
   });
@@ -101,6 +108,20 @@ PyObject* py_unpack_rows(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return without_gil([&] {
     unpack_rows(*set, weight, rest[0], rest[1], static_cast<ValueType>(rest[2]),
                 reinterpret_cast<void*>(static_cast<uintptr_t>(rest[3])), static_cast<int>(rest[4]));
+  });
+}
+
+// set, plan, token, position, threads
+PyObject* py_decode(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  long long n[5];
+  if (!read_numbers(args, count, 5, n)) return nullptr;
+  if (n[0] < 0 || n[0] >= kCount) {
+    PyErr_SetString(PyExc_ValueError, "no such instruction set");
+    return nullptr;
+  }
+  return without_gil([&] {
+    decode(*kSets[n[0]], reinterpret_cast<const int64_t*>(static_cast<uintptr_t>(n[1])), n[2], n[3],
+           static_cast<int>(n[4]));
   });
 }
 
@@ -128,6 +149,7 @@ PyMethodDef methods[] = {
     {"multiply", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_multiply)), METH_FASTCALL, nullptr},
     {"unpack_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_unpack_rows)), METH_FASTCALL,
      nullptr},
+    {"decode", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_decode)), METH_FASTCALL, nullptr},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, nullptr},
     {"use_openmp", py_use_openmp, METH_O, nullptr},
     {"pool_name", py_pool_name, METH_NOARGS, nullptr},

@@ -16,6 +16,8 @@ constexpr int kPrefetchSteps = 4;
 
 inline Vector zero() { return vdupq_n_f32(0); }
 inline Vector load(const float* from) { return vld1q_f32(from); }
+inline void store(float* to, Vector v) { vst1q_f32(to, v); }
+inline Vector all(float number) { return vdupq_n_f32(number); }
 inline Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 inline float total(Vector v) { return vaddvq_f32(v); }
@@ -72,6 +74,7 @@ struct Int8 {
   }
 };
 
+#include "attention.h"
 #include "rows.h"
 
 // The last columns, fewer than a vector, go through a full-width copy.
@@ -100,19 +103,24 @@ void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
 }
 
 // Sixteen codes are eight bytes.
-void int4_to_fp32(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out) {
+void int4_to_int8(const uint8_t* codes, int64_t count, int8_t* out) {
   for (int64_t at = 0; at < count; at += 16) {
     const uint8x8_t bytes = vld1_u8(codes + at / 2);
     const uint8x8x2_t nibbles = vzip_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4));
-    const float32x4_t scale = vreinterpretq_f32_u32(vdupq_n_u32(static_cast<uint32_t>(scales[at / 32]) << 16));
-    for (int half = 0; half < 2; ++half) {
-      const int8x8_t code = vsub_s8(vreinterpret_s8_u8(nibbles.val[half]), vdup_n_s8(8));
-      const int16x8_t wide = vmovl_s8(code);
-      vst1q_f32(out + at + 8 * half, vmulq_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), scale));
-      vst1q_f32(out + at + 8 * half + 4, vmulq_f32(vcvtq_f32_s32(vmovl_high_s16(wide)), scale));
-    }
+    for (int half = 0; half < 2; ++half)
+      vst1_s8(out + at + 8 * half, vsub_s8(vreinterpret_s8_u8(nibbles.val[half]), vdup_n_s8(8)));
   }
 }
+
+void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) {
+  for (int64_t at = 0; at < count; at += 8) {
+    const int16x8_t wide = vmovl_s8(vld1_s8(values + at));
+    vst1q_f32(out + at, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), scale));
+    vst1q_f32(out + at + 4, vmulq_n_f32(vcvtq_f32_s32(vmovl_high_s16(wide)), scale));
+  }
+}
+
+#include "integer_neon.h"
 
 }  // namespace
 
@@ -123,7 +131,12 @@ const InstructionSet kNeon = {
     {{dot<Bf16>, 1, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
     spread16,
     spread32,
-    int4_to_fp32,
+    int4_to_int8,
+    int8_to_fp32,
+    nullptr,
+    {&kIntegerNeon, nullptr},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm

@@ -2,6 +2,9 @@
 #include "kernels.h"
 #include "numbers.h"
 
+#include <algorithm>
+#include <cmath>
+
 #ifdef _MSC_VER
 #include <intrin.h>
 #endif
@@ -67,12 +70,57 @@ void spread(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t
     for (uint64_t bits = read_word(mask, word); bits != 0; bits &= bits - 1) to[64 * word + lowest_bit(bits)] = *from++;
 }
 
-void int4_to_fp32(const uint8_t* codes, const uint16_t* scales, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int code = (codes[i / 2] >> (i % 2 * 4)) & 15;
-    out[i] = static_cast<float>(code - 8) * bf16_to_fp32(scales[i / 32]);
+void int4_to_int8(const uint8_t* codes, int64_t count, int8_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int8_t>(((codes[i / 2] >> (i % 2 * 4)) & 15) - 8);
+}
+
+void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(values[i]) * scale;
+}
+
+// The definition of the integer product, lane by lane; every other kernel has the same bits.
+template <bool kScaled>
+void integer_dot(const Rows& rows, const Rounded& x, int tokens, float* sums) {
+  for (int r = 0; r < rows.count; ++r) {
+    float lanes[kMaxTokens][16] = {};
+    int64_t next = 0;
+    for (int64_t word = 0; word < rows.words; ++word) {
+      int32_t products[kMaxTokens][16] = {};
+      for (uint64_t bits = read_word(rows.mask[r], word); bits != 0; bits &= bits - 1) {
+        const int column = lowest_bit(bits);
+        const int32_t weight = reinterpret_cast<const int8_t*>(rows.values[r])[next++];
+        for (int t = 0; t < tokens; ++t)
+          products[t][column / 4] += weight * x.codes[t * x.pitch + 64 * word + column];
+      }
+      for (int t = 0; t < tokens; ++t)
+        for (int lane = 0; lane < 16; ++lane) {
+          const int64_t group = 2 * word + lane / 8;
+          const float scale = x.scales[(t * x.pitch + 64 * word) / kLaneColumns + lane];
+          const int64_t shared = std::min(group >> rows.shift, rows.last_scale);
+          const float both = kScaled ? scale * bf16_to_fp32(rows.scales[r][shared]) : scale;
+          lanes[t][lane] = std::fmaf(static_cast<float>(products[t][lane]), both, lanes[t][lane]);
+        }
+    }
+    for (int t = 0; t < tokens; ++t) {
+      for (int half = 8; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) lanes[t][lane] += lanes[t][lane + half];
+      sums[r * tokens + t] = lanes[t][0];
+    }
   }
 }
+
+const Integer kIntegerScalar = {[] { return true; }, integer_dot<false>, integer_dot<true>, false};
+
+using Vector = float;
+constexpr int kLanes = 1;
+inline Vector zero() { return 0; }
+inline Vector load(const float* from) { return *from; }
+inline void store(float* to, Vector v) { *to = v; }
+inline Vector all(float number) { return number; }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
+inline float total(Vector v) { return v; }
+
+#include "attention.h"
 
 }  // namespace
 
@@ -83,7 +131,12 @@ const InstructionSet kScalar = {
     {{dot<Bf16>, 1, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
     spread<uint16_t>,
     spread<uint32_t>,
-    int4_to_fp32,
+    int4_to_int8,
+    int8_to_fp32,
+    nullptr,
+    {&kIntegerScalar, nullptr},
+    attention_scores,
+    attention_values,
 };
 
 }  // namespace sparsellm

@@ -1,0 +1,70 @@
+// Integer products with NEON, included inside its anonymous namespace: pairs of products in 16 bits, then sums in 32;
+// one instruction where the compiler's target has the dot product.
+
+namespace integer {
+
+using Vector = float32x4_t;
+constexpr int kLanes = 4;
+constexpr int kRowsOfOne = 2, kRowsOfTwo = 1, kRowsOfFour = 1;
+
+inline Vector zero() { return vdupq_n_f32(0); }
+inline Vector multiply(Vector a, Vector b) { return vmulq_f32(a, b); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+inline float total(const Vector* v) {
+  const float32x4_t four = vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3]));
+  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+  return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+
+template <class Values>
+struct Activations {
+  const int8_t* codes;
+
+  Activations() = default;
+  explicit Activations(const int8_t* from) : codes(from) {}
+};
+
+struct Bytes {
+  using Place = const uint8_t*;
+  struct Weights {
+    int8x16_t values[4];
+  };
+  static Place begin(const uint8_t* values) { return values; }
+  static void prefetch(Place at, int64_t ahead) { __builtin_prefetch(at + ahead); }
+  static void expand(uint64_t bits, Place& at, Weights& weights) {
+    for (int v = 0; v < 4; ++v) {
+      const uint64_t low = bits >> 16 * v & 255, high = bits >> (16 * v + 8) & 255;
+      const uint8x8_t first = vtbl1_u8(vld1_u8(at), vld1_u8(kLookup.bytes[low]));
+      at += __builtin_popcountll(low);
+      const uint8x8_t second = vtbl1_u8(vld1_u8(at), vld1_u8(kLookup.bytes[high]));
+      at += __builtin_popcountll(high);
+      weights.values[v] = vreinterpretq_s8_u8(vcombine_u8(first, second));
+    }
+  }
+  static Vector products(const Weights& weights, const Activations<Bytes>& activations, int v) {
+    const int8x16_t x = vld1q_s8(activations.codes + 16 * v), w = weights.values[v];
+#ifdef __ARM_FEATURE_DOTPROD
+    return vcvtq_f32_s32(vdotq_s32(vdupq_n_s32(0), w, x));
+#else
+    // Pairs of products first: four in a lane are columns 4 j … 4 j + 3.
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
+    return vcvtq_f32_s32(vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+  }
+};
+
+inline Vector own(const float* scales, int v) { return vld1q_f32(scales + 4 * v); }
+
+template <int kScales>
+inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
+  const int64_t half = 2 * word + (v >= 2 && 2 * word < rows.last_scale);
+  const uint16_t scale = rows.scales[r][kScales == 1 ? 2 * word >> rows.shift : half];
+  return vreinterpretq_f32_u32(vdupq_n_u32(static_cast<uint32_t>(scale) << 16));
+}
+
+#include "integer_rows.h"
+
+}  // namespace integer
+
+const Integer kIntegerNeon = {[] { return true; }, integer::integer_tokens<integer::Bytes, integer::kOfRows>,
+                              integer::integer_scaled<integer::Bytes>, false};

@@ -1,0 +1,138 @@
+"""One token at a time through a packed model, in one call of the extension: a static cache, and no Python in between.
+
+Only decoders of the Llama kind (Llama, Mistral without a window, Qwen2) are known to the extension, and only with
+transformers' own modules, unchanged. Everything else is decoded by transformers. Sums, norms and attention are fp32,
+whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparsellm.chain.structure import cache_keyword
+from sparsellm.packed.layout import PackedWeight
+from sparsellm.packed.masks import mask_stride, to_bits
+from sparsellm.runtime.module import PackedLinear, kernel_name
+
+FAMILIES = ("Llama", "Mistral", "Qwen2")
+_ROPES = ("default", "linear", "llama3", "yarn")  # angles that do not change with the length of the text
+_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def why_not(model: Any) -> str | None:
+    """Why the extension cannot decode a model, as the end of a sentence; None if it can."""
+    family = type(model).__name__.removesuffix("ForCausalLM")
+    if family not in FAMILIES or not type(model).__module__.startswith("transformers.models."):
+        return f"{type(model).__name__} is none of {', '.join(FAMILIES)}"
+    if kernel_name() == "torch" or model.device.type != "cpu":
+        return "there is no compiled kernel for it here"
+    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+        return "nothing is packed"
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", "default")
+    if config.hidden_act != "silu" or kind not in _ROPES:
+        return f"it has {config.hidden_act} activations and {kind} angles"
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return "its attention has a window"
+    expected = {f"{family}{part}" for part in ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")}
+    known = {*expected, f"{family}RotaryEmbedding", "ModuleList", "Linear", "Embedding", "SiLU", "SiLUActivation"}
+    for module in model.modules():
+        name = type(module).__name__
+        if name not in known and not isinstance(module, PackedLinear):
+            return f"it has a {name}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"something is hooked to a {name}"
+    heads = config.num_key_value_heads * _head_size(config)
+    return None if config.intermediate_size >= heads else "its feed-forward unit is narrower than its keys"
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+class Decoder:
+    """Decodes one sequence with a model that :func:`why_not` has nothing against.
+
+    Args:
+        model: is read, and must stay as it is while this lives.
+        capacity: tokens of the prompt and of the continuation.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        config, inside = model.config, model.model
+        self._model = model
+        self._kept: list[Tensor] = []  # what the plan has addresses of
+        self._size, self._capacity = _head_size(config), capacity
+        heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+        inner = config.intermediate_size
+        positions = torch.arange(capacity).unsqueeze(0)
+        angles = inside.rotary_emb(torch.zeros(1, 1, hidden, dtype=torch.float32), positions)
+        cache = (len(inside.layers), 2, kv_heads, capacity, self._size)
+        self._cache = torch.zeros(cache)
+        work = torch.zeros(3 * hidden + 2 * heads * self._size + 2 * inner + heads * capacity)
+        self.logits = torch.zeros(config.vocab_size)
+        settings = torch.tensor([config.rms_norm_eps, inside.layers[0].self_attn.scaling])
+        plan = [len(inside.layers), hidden, heads, kv_heads, self._size, inner, capacity]
+        plan += [self._address(tensor[0]) for tensor in angles]
+        plan += [self._address(settings), self._address(work), self.logits.data_ptr()]
+        plan.append(self._address(inside.norm.weight))
+        plan += self._linear(inside.embed_tokens) + self._linear(model.lm_head)
+        for index, layer in enumerate(inside.layers):
+            plan += [self._address(layer.input_layernorm.weight), self._address(layer.post_attention_layernorm.weight)]
+            plan += [self._cache[index, 0].data_ptr(), self._cache[index, 1].data_ptr()]
+            for name in (*_LINEARS, *_FEED_FORWARD):
+                plan += self._linear(layer.get_submodule(name))
+        self._plan = torch.tensor(plan, dtype=torch.int64)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Tensor:
+        """Reads a prompt ``(1, tokens)`` by the model's own forward; the logits ``(vocabulary,)`` after it, fp32."""
+        model, tokens = self._model, ids.shape[1]
+        output: Any = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        cache = getattr(output, cache_keyword(model))
+        for index, (keys, values) in enumerate(self._cache):
+            keys[:, :tokens] = cache.layers[index].keys[0]
+            values[:, :tokens] = cache.layers[index].values[0]
+        return self.logits.copy_(output.logits[0, -1])
+
+    def step(self, token: int, position: int) -> Tensor:
+        """The logits ``(vocabulary,)`` after ``token``, fp32; they are overwritten by the next step.
+
+        Raises:
+            IndexError: token or position is out of range.
+        """
+        if not 0 <= position < self._capacity or not 0 <= token < len(self.logits):
+            raise IndexError(f"token {token} at position {position}: the cache has {self._capacity} positions")
+        from sparsellm.runtime import native
+
+        native.decode(self._plan, token, position)
+        return self.logits
+
+    def _address(self, tensor: Tensor) -> int:
+        """Of a copy in fp32, kept."""
+        self._kept.append(tensor.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _linear(self, module: Any) -> list[int]:
+        from sparsellm.runtime import native
+
+        packed = module.packed if isinstance(module, PackedLinear) else self._dense(module)
+        self._kept += packed.tensors.values()
+        rounded = isinstance(module, PackedLinear) and module.rounded and packed.scales is not None
+        bias = getattr(module, "bias", None)
+        return [*native.addresses(packed), int(rounded), 0 if bias is None else self._address(bias)]
+
+    def _dense(self, module: nn.Linear | nn.Embedding) -> PackedWeight:
+        """A dense weight in the layout of the kernels, without a copy."""
+        weight = module.weight.detach().contiguous()
+        rows, columns = weight.shape
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+        mask = to_bits(torch.ones(1, columns, dtype=torch.bool)).view(1, mask_stride(columns))
+        offsets = torch.arange(rows + 1) * columns
+        return PackedWeight((rows, columns), "dense", mask, weight.view(-1), offsets, None, names[weight.dtype])

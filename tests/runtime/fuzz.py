@@ -1,0 +1,169 @@
+"""Damaged packed files against the kernels, built with the address and undefined-behaviour sanitizers.
+
+    nice python -m tests.runtime.fuzz [--files 20000] [--seed 0]
+
+Every round writes a small packed checkpoint of one layout and value type with a few bytes changed, in the header, in a
+tensor or in config.json. It must be refused with an error of this library, or read; what is read is multiplied by every
+instruction set, with exact and with rounded activations, and unpacked. The results must be those of plain torch on the
+same tensors. A sanitizer ends the process at the first wrong access.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+SOURCES = Path(__file__).parents[2] / "src/sparsellm/runtime/_native"
+EXTENSION = "sparsellm.runtime._kernels"
+FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-DPy_LIMITED_API=0x030A0000"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+SHAPES = ((3, 40), (5, 65), (8, 200))
+
+
+def build(folder: Path) -> Path:
+    """The extension with sanitizers."""
+    out = folder / "_kernels.abi3.so"
+    include = f"-I{sysconfig.get_path('include')}"
+    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+    subprocess.run([os.environ.get("CXX", "g++"), *FLAGS, *SANITIZERS, include, *sources, "-o", str(out)], check=True)
+    return out
+
+
+def use(path: Path) -> None:
+    """Makes an extension the one that the library imports."""
+    spec = importlib.util.spec_from_file_location(EXTENSION, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[EXTENSION] = module
+
+
+def fuzz(extension: Path, files: int, seed: int) -> None:
+    """Called in a child, where the sanitizers' library is loaded first."""
+    use(extension)
+    import torch
+    from safetensors.torch import save
+
+    from sparsellm.errors import SparseLLMError
+    from sparsellm.packed.checkpoint import PackedEntry, PackedReader, quantization_config
+    from sparsellm.packed.codes import VALUE_TYPES
+    from sparsellm.packed.layout import pack
+    from sparsellm.patterns import NM
+
+    torch.manual_seed(seed)
+    torch.set_num_threads(2)
+    chosen = random.Random(seed)
+    outcomes: Counter[str] = Counter()
+    originals = []
+    for out, columns in SHAPES:
+        for layout in ("bitmask", "nm", "dense"):
+            weight = torch.randn(out, columns // 8 * 8 if layout == "nm" else columns)
+            if layout == "nm":
+                weight = weight * NM(2, 4).mask(weight.abs())
+            elif layout == "bitmask":
+                weight[torch.rand(weight.shape) < 0.5] = 0
+            for values in VALUE_TYPES:
+                packed = pack(weight, values, layout)
+                assert packed is not None
+                entry = PackedEntry(packed.shape, layout, values, torch.float32, packed.pattern)
+                tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.tensors.items()}
+                content = save({**tensors, "w.weight": torch.zeros(1)})
+                originals.append((content, json.dumps({"quantization_config": quantization_config({"w": entry})})))
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        for turn in range(files):
+            content, config = chosen.choice(originals)
+            changed, text = bytearray(content), config.encode()
+            header = 8 + int.from_bytes(content[:8], "little")
+            if chosen.random() < 0.1:
+                text = damaged(bytearray(text), 0, len(text), chosen)
+            else:
+                inside = (header, len(content)) if chosen.random() < 0.8 else (0, header)
+                changed = bytearray(damaged(changed, *inside, chosen))
+            (directory / "model.safetensors").write_bytes(changed)
+            (directory / "config.json").write_bytes(text)
+            try:
+                packed = PackedReader(directory).packed("w")
+            except (SparseLLMError, KeyError) as error:
+                if isinstance(error, KeyError) and error.args != ("w",):  # the entry itself has another name now
+                    raise
+                outcomes["refused"] += 1
+                continue
+            check(packed)
+            outcomes["read, and right"] += 1
+            if turn % 1000 == 0:
+                sys.stdout.write(f"{turn} {dict(outcomes)}\n")
+                sys.stdout.flush()
+    sys.stdout.write(f"{files} files: {dict(outcomes)}; no crash and no wrong number\n")
+
+
+def damaged(content: bytearray, first: int, last: int, chosen: random.Random) -> bytes:
+    """Some bytes changed between ``first`` and ``last``: a bit, any byte, or one that is often a limit."""
+    for _ in range(chosen.randint(1, 3)):
+        place = chosen.randrange(first, last)
+        content[place] = chosen.choice(
+            [content[place] ^ 1 << chosen.randrange(8), chosen.randrange(256), 0, 127, 128, 255]
+        )
+    return bytes(content)
+
+
+def check(packed: object) -> None:
+    """Every kernel against plain torch, on a weight that passed the checks."""
+    import torch
+
+    from sparsellm.packed.layout import PackedWeight, as_bitmask, unpack
+    from sparsellm.runtime import native
+    from tests.runtime.reference import activations, bound
+
+    assert isinstance(packed, PackedWeight)
+    weight = as_bitmask(packed)
+    dense = unpack(weight, torch.float32)
+    x = activations(3, weight.shape[1], torch.float32, 0)
+    exact, slack = x.double() @ dense.double().T, bound(dense.double(), x)
+    rounded = native.multiply(weight, x, rounded=True, kernel="scalar")
+    usual = exact.isfinite() & (exact.abs() < 1e37) & (slack < 1e30)  # a changed exponent may overflow fp32
+    for kernel in native.instruction_sets():
+        rows = torch.empty_like(dense)
+        native.unpack_rows(weight, 0, len(dense), rows, kernel=kernel)
+        assert torch.equal(rows.nan_to_num(7.0), dense.nan_to_num(7.0)), kernel
+        y = native.multiply(weight, x, kernel=kernel).double()
+        assert bool(((y - exact).abs() <= slack)[usual].all()), kernel
+        if weight.scales is not None:
+            found = native.multiply(weight, x, rounded=True, kernel=kernel)
+            assert torch.equal(found.nan_to_num(7.0), rounded.nan_to_num(7.0)), kernel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--extension", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.extension is not None:
+        fuzz(arguments.extension, arguments.files, arguments.seed)
+        return
+    compiler = os.environ.get("CXX", "g++")
+    with tempfile.TemporaryDirectory() as folder:
+        extension = build(Path(folder))
+        libraries = [
+            subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+            for name in ("libasan.so", "libubsan.so")
+        ]
+        options = {"LD_PRELOAD": " ".join(map(str.strip, libraries)), "ASAN_OPTIONS": "detect_leaks=0"}
+        command = [sys.executable, "-m", "tests.runtime.fuzz", "--extension", str(extension)]
+        command += ["--files", str(arguments.files), "--seed", str(arguments.seed)]
+        sys.exit(subprocess.run(command, env={**os.environ, **options}).returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Decoding by the extension against transformers' own forward, and embedding and head in int8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import sparsellm
+from sparsellm.errors import KernelError, ModelError, RecipeError, StorageError
+from sparsellm.packed.layout import pack as pack_weight
+from sparsellm.runtime import generate as generation
+from sparsellm.runtime import native
+from sparsellm.runtime.decode import Decoder, why_not
+from sparsellm.runtime.module import PackedEmbedding, PackedLinear, to_dense
+from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
+from tests.models.pruned import prune_tiny
+
+kernels = pytest.mark.skipif(native.available() is None, reason=native.reason())
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def packed_model(out: Path, family: str = "Llama", *, values: str = "keep", head: str = "keep", **config: Any) -> Path:
+    torch.manual_seed(0)
+    kinds = {"Llama": (LlamaForCausalLM, LlamaConfig), "Qwen2": (Qwen2ForCausalLM, Qwen2Config)}
+    model, configuration = kinds[family]
+    tiny = prune_tiny(model(configuration(**{**SIZES, **config})).eval())
+    return sparsellm.pack(
+        save_tiny(tiny, tiny_tokenizer(), out / "dense"), out=out / "packed", values=values, head=head
+    ).path
+
+
+@kernels
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("values", "head"), [("keep", "keep"), ("int8", "int8"), ("int4", "keep")])
+def test_logits_are_those_of_the_model(family: str, tied: bool, values: str, head: str, tmp_path: Path) -> None:
+    directory = packed_model(tmp_path, family, values=values, head=head, tie_word_embeddings=tied)
+    model = sparsellm.load(directory, activations="fp32")
+    assert why_not(model) is None
+    ids = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+    decoder = Decoder(model, 24)
+    assert torch.allclose(decoder.read(ids[:, :9]), expected[8], atol=1e-4)
+    for position in range(9, 24):
+        assert torch.allclose(decoder.step(int(ids[0, position]), position), expected[position], atol=1e-4)
+    for token, position in ((300, 9), (-1, 9), (0, 24), (0, -1)):
+        with pytest.raises(IndexError):
+            decoder.step(token, position)
+
+
+@kernels
+def test_sampled_text_is_that_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = sparsellm.load(packed_model(tmp_path)), tiny_tokenizer()
+    model.generation_config.update(top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    texts = []
+    for reason in (None, "asked for"):
+        monkeypatch.setattr(generation, "why_not", lambda model, reason=reason: reason)
+        for temperature in (0.0, 1.5):
+            found = generation.generate(model, tokenizer, "The while", max_new_tokens=12, temperature=temperature)
+            texts.append((found.text, found.new_tokens))
+    assert texts[:2] == texts[2:]
+
+
+@kernels
+def test_what_is_not_known_is_left_to_transformers(tmp_path: Path) -> None:
+    directory = packed_model(tmp_path)
+    assert "GPT2LMHeadModel" in str(why_not(tiny_gpt2()))
+    assert why_not(to_dense(sparsellm.load(directory))) == "nothing is packed"
+    model = sparsellm.load(directory)
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert "hooked to a LlamaMLP" in str(why_not(model))
+    handle.remove()
+    assert why_not(model) is None
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+    assert why_not(model) == "it has a GELU"
+    model = sparsellm.load(directory)
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    assert "dynamic" in str(why_not(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_in_int8(tied: bool, tmp_path: Path) -> None:
+    directory = packed_model(tmp_path, head="int8", tie_word_embeddings=tied)
+    model = sparsellm.load(directory, activations="fp32")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, PackedEmbedding)
+    assert isinstance(head, PackedLinear)
+    assert (head.weight_values is embedding.weight_values) == tied
+    unpacked = sparsellm.unpack(directory, out=tmp_path / "unpacked").path
+    dense = sparsellm.load(unpacked)
+    assert dense.dtype == torch.float32
+    stored = sparsellm.load(tmp_path / "dense").get_input_embeddings().weight
+    step = stored.abs().amax(dim=1, keepdim=True) / 127
+    assert bool(((dense.get_input_embeddings().weight - stored).abs() <= 0.5001 * step).all())
+    model.save_pretrained(tmp_path / "saved")
+    again = sparsellm.load(tmp_path / "saved", activations="fp32")
+    ids = torch.randint(300, (2, 7))
+    with torch.no_grad():
+        expected = dense(ids).logits
+        for other in (model, again, to_dense(model)):
+            assert torch.allclose(other(ids).logits, expected, atol=1e-4)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+def test_a_head_that_has_no_int8_form_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="head: 'int7' is unknown; did you mean 'int8'"):
+        packed_model(tmp_path, head="int7")
+    assert not (tmp_path / "packed").exists()
+    embedding = PackedEmbedding(torch.nn.Embedding(9, 64))
+    packed = pack_weight(torch.randn(9, 64), "int4")
+    assert packed is not None
+    with pytest.raises(StorageError, match="an embedding is dense, int8"):
+        embedding.set_packed(packed)
+
+
+@kernels
+def test_activations_are_chosen_by_argument_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = packed_model(tmp_path, values="int8")
+    ids = torch.randint(300, (1, 5))
+    found = {}
+    for argument, variable in (("fp32", "int8"), (None, "fp32"), ("int8", "fp32"), (None, "")):
+        monkeypatch.setenv("SPARSELLM_ACTIVATIONS", variable)
+        with torch.no_grad():
+            found[argument, variable] = sparsellm.load(directory, activations=argument)(ids).logits
+    exact, rounded = found["fp32", "int8"], found["int8", "fp32"]
+    assert torch.equal(exact, found[None, "fp32"])
+    assert torch.equal(rounded, found[None, ""])
+    assert not torch.equal(exact, rounded)
+    assert torch.allclose(exact, rounded, atol=0.2)
+    with pytest.raises(KernelError, match="activations: 'int9' is unknown; did you mean 'int8'"):
+        sparsellm.load(directory, activations="int9")
+    monkeypatch.setenv("SPARSELLM_ACTIVATIONS", "fp16")
+    with pytest.raises((KernelError, ModelError), match="SPARSELLM_ACTIVATIONS: 'fp16' is unknown"):
+        sparsellm.load(directory)
