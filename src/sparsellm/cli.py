@@ -787,7 +787,7 @@ def demo(
 
 
 @app.command(epilog=_examples("sparsellm pack pruned --out packed", "sparsellm pack pruned --out packed --values int8"))
-def pack(
+def pack(  # noqa: PLR0913 - a command
     model: ModelArgument,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Directory of the packed checkpoint.", rich_help_panel=OUTPUT)
