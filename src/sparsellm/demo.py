@@ -29,7 +29,6 @@ from sparsellm.storage.resume import PACK
 
 # Sized for five minutes on two cores.
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
-OPTIONS: dict[str, Any] = {"solver": "sparsegpt"}  # a third of the solver's time of the default
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # of the measurement of speed
 PROMPT = "The Python programming language is"
 TEXT_TOKENS = 40
@@ -106,7 +105,7 @@ def run_demo(
     """
     overwrite = overwrite or out is None  # the directories in the cache belong to the demo
     pruned, packed = _checked_places(out, overwrite=overwrite, restart=restart)
-    recipe = Recipe(sparsity=sparsity, calibration="pydoc", samples=SAMPLES, seq_len=SEQ_LEN, options=OPTIONS)
+    recipe = Recipe(sparsity=sparsity, calibration="pydoc", samples=SAMPLES, seq_len=SEQ_LEN)
     clock = PhaseClock()
 
     @contextmanager

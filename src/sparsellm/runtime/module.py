@@ -77,7 +77,7 @@ def set_activations(model: nn.Module, name: str | None = None) -> None:
 def gather(model: nn.Module) -> None:
     """Moves masks and values of all packed layers on the CPU into one block, in large pages where there are any.
 
-    Products stream through them: with pages of 4 KB, a sixth of the time of a token goes to the pages' addresses.
+    Products stream through them: with pages of 4 KB, a seventh of the time of a token goes to the pages' addresses.
     """
     places: dict[int, list[tuple[PackedLinear, str]]] = {}
     for module in model.modules():
