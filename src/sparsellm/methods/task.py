@@ -192,9 +192,7 @@ class BlockTask:
             heap.trim()
         return result
 
-    def _rounded(
-        self, linear: LinearView, solution: Solution, gram: Gram | None, wanted: Tensor | None
-    ) -> Solution:
+    def _rounded(self, linear: LinearView, solution: Solution, gram: Gram | None, wanted: Tensor | None) -> Solution:
         """The solution with its values on the grid of the packed type, and the error that it then has."""
         if gram is None:  # experts get inputs of their own, which a pass does not tell apart
             own = [] if isinstance(linear.module, ExpertLinear) else self.statistics([linear])

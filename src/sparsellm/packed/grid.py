@@ -48,7 +48,9 @@ class Groups:
         groups = (counts + GROUP - 1) // GROUP
         starts = groups.cumsum(0) - groups
         before = counts.cumsum(0) - counts  # kept values of earlier rows
-        places = torch.arange(int(counts.sum()), device=kept.device) + (starts * GROUP - before).repeat_interleave(counts)
+        places = torch.arange(int(counts.sum()), device=kept.device) + (starts * GROUP - before).repeat_interleave(
+            counts
+        )
         return cls(kept, places, int(groups.sum()))
 
     def collect(self, dense: Tensor) -> Tensor:

@@ -135,9 +135,7 @@ def _take_finished(run: Run) -> None:
             pass
 
 
-def replay(
-    stream: Stream, index: int, weights: CheckpointReader | None, integers: Integers | None = None
-) -> None:
+def replay(stream: Stream, index: int, weights: CheckpointReader | None, integers: Integers | None = None) -> None:
     """Advances a stream through a block that was pruned before.
 
     Args:
