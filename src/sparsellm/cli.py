@@ -215,8 +215,8 @@ def prune(  # noqa: PLR0913 - a command
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="Round the kept values while pruning: int8 or int4, which `sparsellm pack --values` then stores without "
-            f"loss.{_default('keep')}",
+            help="Round kept values while pruning, to int8 or int4; `sparsellm pack --values` then stores them "
+            f"without loss.{_default('keep')}",
             autocompletion=_one_of("keep", "int8", "int4"),
             rich_help_panel=WHAT,
         ),

@@ -2,8 +2,8 @@
 
 A group is what shares a scale: a row for int8, 32 kept values for int4. Its value of largest magnitude, the *anchor*,
 stands at the end of the grid (-8 or ±127). So the scale can be read off the weight, :func:`on_grid` does not change a
-weight that is on its grid, and packing it finds the same numbers again. No kept value is 0: it would leave the mask, and
-the groups after it would shift.
+weight that is on its grid, and packing it finds the same numbers again. No kept value is 0: it would leave the mask,
+and the groups after it would shift.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsellm.packed.masks import popcount, to_bits
 INTEGERS = ("int8", "int4")
 LOWEST = {"int8": -127, "int4": -8}
 HIGHEST = {"int8": 127, "int4": 7}
-BITS = {"int8": 8.0, "int4": 4.5}  # of a kept value, with its share of a scale; int8 has 32 more for each row
+BITS = {"int8": 8.0, "int4": 4.5}  # of a kept value; with its share of a scale for int4, whose groups have 32
 
 
 @dataclass(frozen=True)
