@@ -24,7 +24,7 @@ from sparsellm.storage.destination import partial_of
 from sparsellm.sweep.whole_model import _Run
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import mixtral
-from tests.sweep.helpers import dense_end, divergence, ids_of, linear_weights
+from tests.sweep.helpers import dense_end, divergence, ids_of, linear_weights, sharing_llama
 from tests.test_resume import RECIPE, contents, fail_in_block
 
 LOCAL: dict[str, Any] = {"method": "sparsegpt"}
@@ -191,6 +191,36 @@ def test_resumes_with_the_same_bits(method: str, tmp_path: Path, monkeypatch: py
     torch.manual_seed(12345)
     assert sparsellm.prune(source, recipe, out=tmp_path / "p").resumed == 1
     assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+
+
+def test_a_sweep_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in its second pass; blocks and passes hold unrounded values."""
+    source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(**{**RECIPE, **SWEPT, "values": "int4", "dtype": "float32"})
+    sparsellm.prune(source, recipe, out=tmp_path / "whole")
+    judge, judged = _Run.judge, 0
+
+    def failing(self: Any, judges: Any) -> float:
+        nonlocal judged
+        judged += 1
+        if judged > 2:
+            raise NumericalError("the processor caught fire")
+        return judge(self, judges)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Run, "judge", failing)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, recipe, out=tmp_path / "p")
+    assert sparsellm.prune(source, recipe, out=tmp_path / "p").resumed == 3
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+
+
+def test_weights_that_blocks_share_are_rounded_once() -> None:
+    model, ids = sharing_llama(), ids_of(4)
+    recipe = Recipe(sparsity=0.5, values="int4", options=SWEPT["options"], products="float32")
+    sparsellm.prune(model, recipe, calibration=ids)
+    for name, weight in linear_weights(model).items():
+        assert torch.equal(on_grid(weight.detach(), "int4", torch.float32), weight), name
 
 
 def test_other_values_are_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ class BlockTask:
             fixed = isinstance(self.patterns[linear.name], NM)
             found = rounded(solution.weight, gram, self.values, linear.storage_dtype, fixed_mask=fixed)
             energy, lost = gram.energy(wanted), gram.energy(found.weight, minus=wanted)
-        if self.trained:
+        if self.trained and not self.stream.chain.is_shared(linear.weight_name):  # later blocks run on a shared one
             self.unrounded[linear.name] = found.unrounded.to(linear.storage_dtype)
         return replace(
             solution, weight=found.weight, mask=found.weight != 0, error=lost / energy if energy > 0 else 0.0
