@@ -221,6 +221,16 @@ def prune(  # noqa: PLR0913 - a command
         str | None,
         typer.Option(metavar="N:M", help="Keep N of every M consecutive inputs, such as 2:4.", rich_help_panel=WHAT),
     ] = None,
+    values: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Round kept values while pruning, to int8 or int4; `sparsellm pack --values` then stores them "
+            f"without loss.{_default('keep')}",
+            autocompletion=_one_of("keep", "int8", "int4"),
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
@@ -374,6 +384,7 @@ def prune(  # noqa: PLR0913 - a command
         "method": method,
         "sparsity": sparsity,
         "pattern": pattern,
+        "values": values,
         "allocation": allocation,
         "only": only or None,
         "exclude": skip or None,

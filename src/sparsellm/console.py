@@ -63,6 +63,7 @@ _PHASES = {
     "prune/dense": "run dense blocks",
     "prune/statistics": "gather statistics",
     "prune/solve": "solve",
+    "prune/rounding": "round",
     "prune/targets": "targets",
     "prune/variables": "auxiliary variables",
     "prune/refine": "refit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
             say(f"note: {linear.name}: {note}", error=True)
     out().print(phases(result.seconds, parts=verbose))
     say(_recipe_line(result.recipe, allocation))
+    if result.bits_per_weight is not None:
+        packed = f"sparsellm pack {shlex.quote(str(result.path))} --out DIR --values {result.recipe.values}"
+        say(f"{result.recipe.values} values, {result.bits_per_weight:.2f} bits a weight after `{packed}`")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
     say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss / 1e9:.2f} GB")
     say(f"written to {result.path}")

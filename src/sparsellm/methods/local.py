@@ -21,7 +21,7 @@ def local_method(entry: Entry[Solver]) -> Method:
         def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
             with task.clock.phase("prune/solve"):
                 solution = solver(linear.weight(), gram, task.patterns[linear.name], **options)
-            task.accept(linear, solution)
+            task.accept(linear, solution, gram)
 
         prune_experts(task, solve)  # first: their inputs come from linears that are not pruned yet
         task.report("statistics")

@@ -105,7 +105,7 @@ def sparsellm(  # noqa: PLR0913 - options
     ] = None,
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
-    if not any(task.patterns[linear.name].sparsity for linear in task.linears):
+    if task.idle:
         return  # without zeros there is no error to compensate: the weights keep every bit
     order = RunOrder()
     sublayers = find_sublayers(task, order)
@@ -191,7 +191,8 @@ def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, f
     with task.clock.phase("prune/solve"):
         wanted = linear.weight() if fit is None else fit.weight
         solution = fitting.solvers[linear.name](wanted, gram, task.patterns[linear.name])
-    task.accept(linear, solution if fit is None else replace(solution, notes=(*fit.notes, *solution.notes)))
+    solution = solution if fit is None else replace(solution, notes=(*fit.notes, *solution.notes))
+    task.accept(linear, solution, gram, wanted)
 
 
 def _gram(

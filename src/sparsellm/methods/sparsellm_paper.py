@@ -50,7 +50,7 @@ def sparsellm_paper(
     safeguard: Annotated[bool, "keep the best epoch of each unit instead of the last"] = False,
 ) -> None:
     """The published algorithm on the whole model, in fp32, for comparison; it may diverge."""
-    if not any(task.patterns[linear.name].sparsity for linear in task.linears):
+    if task.idle:
         return
     sparsegpt = SOLVERS["sparsegpt"].function
 
@@ -58,7 +58,7 @@ def sparsellm_paper(
         task.report(linear.name.rpartition(".")[2])
         with task.clock.phase("prune/solve"):
             solution = sparsegpt(linear.weight(), gram, task.patterns[linear.name])
-        task.accept(linear, solution)
+        task.accept(linear, solution, gram)
 
     linears = without_experts(task.linears)
     units = find_feed_forward(linears, lambda: task.stream.run_window(task.index))

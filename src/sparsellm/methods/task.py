@@ -6,15 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
+from sparsellm.chain.experts import ExpertLinear
 from sparsellm.machine import heap
-from sparsellm.patterns import Pattern
+from sparsellm.packed.grid import INTEGERS
+from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry
 from sparsellm.solvers import Solution
+from sparsellm.solvers.rounding import rounded
 from sparsellm.statistics import Gram, GramAccumulator
 from sparsellm.storage.writer import count_zeros
 
@@ -88,6 +92,10 @@ class BlockTask:
         routed: by name, the number of tokens that were routed to the linears of experts.
         output_costs: ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an error there to the loss, to
             second order. For methods that need them.
+        values: the type of the kept values: ``keep``, ``int8`` or ``int4``.
+        unrounded: by name, the weights from which training goes on, in the storage dtype; they round to the assigned
+            ones. Filled if values are rounded and ``trained`` is set.
+        trained: whether a sweep follows.
     """
 
     index: int
@@ -101,6 +109,9 @@ class BlockTask:
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     routed: dict[str, int] = field(default_factory=dict)
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
+    values: str = "keep"
+    unrounded: dict[str, Tensor] = field(default_factory=dict)
+    trained: bool = False
 
     def run(self) -> None:
         """Runs the block on every batch, to call the hooks on its linears."""
@@ -148,8 +159,24 @@ class BlockTask:
                 accumulators.setdefault(head.name, GramAccumulator(head.in_features, device)).reduce()
         return [(group, accumulators.pop(group[0].name).finish()) for group in groups]
 
-    def accept(self, linear: LinearView, solution: Solution) -> LinearResult:
-        """Assigns a solution to a linear and returns its result, which replaces an earlier one of the same linear."""
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be done: no zeros and no rounding."""
+        return self.values not in INTEGERS and not any(self.patterns[each.name].sparsity for each in self.linears)
+
+    def accept(
+        self, linear: LinearView, solution: Solution, gram: Gram | None = None, wanted: Tensor | None = None
+    ) -> LinearResult:
+        """Assigns a solution to a linear and returns its result, which replaces an earlier one of the same linear.
+
+        Args:
+            linear: the linear.
+            solution: its pruned weight; if the recipe asks for integers, its values are rounded here.
+            gram: of its inputs, for the rounding; None to take it in a pass of the block.
+            wanted: the weight that the solution approximates; None for the current one.
+        """
+        if self.values in INTEGERS:
+            solution = self._rounded(linear, solution, gram, wanted)
         linear.assign(solution.weight)
         self.results = [result for result in self.results if result.name != linear.name]
         result = LinearResult(
@@ -164,6 +191,22 @@ class BlockTask:
         if solution.weight.nbytes >= OWN_PAGES:
             heap.trim()
         return result
+
+    def _rounded(self, linear: LinearView, solution: Solution, gram: Gram | None, wanted: Tensor | None) -> Solution:
+        """The solution with its values on the grid of the packed type, and the error that it then has."""
+        if gram is None:  # experts get inputs of their own, which a pass does not tell apart
+            own = [] if isinstance(linear.module, ExpertLinear) else self.statistics([linear])
+            gram = own[0][1] if own else Gram(torch.eye(linear.in_features, device=solution.weight.device), 1)
+        wanted = linear.weight() if wanted is None else wanted
+        with self.clock.phase("prune/rounding"):
+            fixed = isinstance(self.patterns[linear.name], NM)
+            found = rounded(solution.weight, gram, self.values, linear.storage_dtype, fixed_mask=fixed)
+            energy, lost = gram.energy(wanted), gram.energy(found.weight, minus=wanted)
+        if self.trained and not self.stream.chain.is_shared(linear.weight_name):  # later blocks run on a shared one
+            self.unrounded[linear.name] = found.unrounded.to(linear.storage_dtype)
+        return replace(
+            solution, weight=found.weight, mask=found.weight != 0, error=lost / energy if energy > 0 else 0.0
+        )
 
     def finish(self) -> list[LinearResult]:
         """The results of all linears.
@@ -191,8 +234,12 @@ class BlockTask:
         pattern, weight = self.patterns[linear.name], linear.weight()
         notes: tuple[str, ...] = ()
         if pattern.sparsity:
-            linear.assign(weight * pattern.mask(weight.abs()))
+            weight = weight * pattern.mask(weight.abs())
             notes = (UNREACHED,)
+        if self.values in INTEGERS:
+            gram = Gram(torch.eye(linear.in_features, device=weight.device), 1)
+            weight = self._rounded(linear, Solution(weight, weight != 0, 0.0), gram, weight).weight
+        linear.assign(weight)
         shape = (linear.out_features, linear.in_features)
         return LinearResult(linear.name, shape, count_zeros(linear.parameter), pattern.sparsity, 0.0, notes)
 

@@ -141,6 +141,15 @@ def pack(
     return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, pair)
 
 
+def int4_group(weight: Tensor) -> int:
+    """The columns of a row that share a scale where :func:`pack` stores this weight ``(out, in)`` as int4."""
+    kept = weight.detach().cpu() != 0
+    forms = _forms(weight, kept, _detect(weight.detach().cpu()), "int4", None)
+    group = min(forms.values(), key=lambda form: form[0])[1]
+    assert group is not None
+    return group
+
+
 def _forms(
     weight: Tensor, kept: Tensor, pattern: NM | None, value_type: str, group: int | None
 ) -> dict[str, tuple[int, int | None]]:

@@ -25,6 +25,7 @@ LIBRARIES = 128 << 20  # memory of torch, its kernels and the allocator that is 
 
 GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its activations, one weight's Fisher diagonal
 SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
+ROUNDED = Workspace(weights=0, grams=0, blocks=7)  # the same with a block on its grid, and a weight's groups
 SWEPT_COPIES = 4  # of every block in fp32 during a sweep: parameters, two moments, the best state so far
 FRESH_STREAMS = 4  # a sweep on new windows holds their inputs and dense outputs beside those it is judged by
 SAVED_COPIES = 7  # of every block in fp32 on disk: the best, and parameters and moments of two passes
@@ -44,6 +45,7 @@ class Demand:
         gradient_tokens: calibration tokens for the gradients of the dense model.
         swept: whether the whole model is swept at the end.
         fresh: whether later sweeps run on other windows.
+        unrounded: whether a sweep follows that trains values which are rounded when a block runs.
         read_ahead: whether the next block is read while the current one is pruned.
     """
 
@@ -54,13 +56,14 @@ class Demand:
     gradient_tokens: int = 0
     swept: bool = False
     fresh: bool = False
+    unrounded: bool = False
     read_ahead: bool = False
 
     @property
     def whole_workspace(self) -> Workspace:
         """The workspace including that of the gradients and of the sweep."""
         whole = self.workspace.beside(GRADIENTS) if self.gradient_tokens else self.workspace
-        return whole.beside(SWEEP) if self.swept else whole
+        return whole.beside(ROUNDED if self.unrounded else SWEEP) if self.swept else whole
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,7 @@ def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
         elements = block_elements(chain, index)
         loaded = chain.dtype.itemsize * elements if chain.weights is not None else 0
         loaded += 2 * elements if chain.products is not None else 0  # the factors in bf16
+        loaded += chain.dtype.itemsize * elements if demand.unrounded else 0
         running = loaded + _activation_bytes(chain, index, tokens)
         if index == 0:
             outer = chain.dtype.itemsize * chain.outer_elements(head=False) if chain.weights is not None else 0

@@ -38,6 +38,7 @@ from sparsellm.registry import Entry, Needs
 from sparsellm.run.costs import predicted_seconds
 from sparsellm.run.memory import checkpoint_bytes
 from sparsellm.run.shared import Shared
+from sparsellm.solvers.rounding import ROUNDING
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.writer import count_zeros
@@ -99,11 +100,14 @@ class Choice:
         needs = method.needs_of(options)
         return cls(method, options, needs, allocator, allocation_options, allocation_needs, allocates)
 
-    def on(self, patterns: dict[str, Pattern]) -> Choice:
-        """The same choice, without needs that are useless for these patterns."""
-        needs = self.needs
-        if not any(pattern.sparsity for pattern in patterns.values()):
-            needs = Needs()  # no weight is pruned, so nothing has to be compensated
+    def on(self, patterns: dict[str, Pattern], values: str) -> Choice:
+        """The same choice, without needs that are useless for these patterns, and with those of integer values."""
+        needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns.values())
+        if values != "keep":
+            workspace = needs.workspace.beside(ROUNDING)
+            needs = replace(needs, workspace=workspace, output_costs=needs.output_costs and pruned)
+        elif not pruned:
+            needs = Needs()  # no weight changes, so nothing has to be compensated
         if not any(isinstance(pattern, Unstructured) for pattern in patterns.values()):
             needs = replace(needs, output_costs=False)  # in N:M, weights of different outputs do not compete
         return replace(self, needs=needs)
@@ -200,7 +204,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         bos = "given"
         if tokenizer is not None and not isinstance(request.calibration, Tensor):
             bos = "no" if leading_token(tokenizer, recipe.bos) is None else "yes"
-        choice = choice.on(plan(chain, recipe))
+        choice = choice.on(plan(chain, recipe), recipe.values)
         if choice.needs.passes:
             check_sweepable(chain)
         sources = [directory] if directory is not None else _loaded_from(request.model)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from sparsellm import __version__
 from sparsellm.machine.devices import machine_name, processor_name
 from sparsellm.methods import LinearResult
+from sparsellm.packed.grid import BITS
 from sparsellm.recipe import Recipe
 from sparsellm.report.document import REPORT
 from sparsellm.report.notebook import figure_of, summary_html
@@ -130,6 +131,16 @@ class PruneResult:
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
 
     @property
+    def bits_per_weight(self) -> float | None:
+        """Bits of a weight of the pruned linears, packed with a bitmask in the type to which the values were rounded;
+        None if they were kept."""
+        if self.recipe.values == "keep" or not self.weights:
+            return None
+        rows = sum(linear.shape[0] for linear in self.linears)
+        bits = self.weights + BITS[self.recipe.values] * (self.weights - self.zeros) + 64 * rows
+        return (bits + (32 * rows if self.recipe.values == "int8" else 0)) / self.weights
+
+    @property
     def matrices(self) -> Totals:
         """Zeros and weights over every matrix of the blocks, pruned or not."""
         return totals(self.linears, self.dense)
@@ -172,6 +183,8 @@ class PruneResult:
             "sparsity_reached": self.sparsity,
             "sparsity_pruned": self.sparsity_pruned,
             "zeros": self.zeros,
+            "values": self.recipe.values,
+            "bits_per_weight": self.bits_per_weight,
             "weights": self.weights,
             "matrices": asdict(self.matrices),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},

@@ -40,6 +40,7 @@ from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.gradients import TOKENS
+from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.saliency import LossGradients, loss_gradients
 from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
 
@@ -138,6 +139,13 @@ class Run:
         self.patterns: dict[str, Pattern] = before.plan(self.chain, self.recipe, self.allocation)
         self.clock.lap()
 
+    @property
+    def integers(self) -> Integers | None:
+        """The linears whose values are rounded in a sweep; None if there is none or the values are kept."""
+        if self.recipe.values == "keep" or not self.choice.needs.passes:
+            return None
+        return Integers(self.recipe.values, self.patterns.keys())
+
     def walk(self) -> None:
         """Prunes and writes block after block, each on what the pruned blocks before it produce."""
         walk(self)
@@ -179,6 +187,7 @@ class Run:
                     blocks=[block for block in blocks if block is not None] or None,
                     saved=saved,
                     fresh=self.prepared.own_fresh,
+                    integers=self.integers,
                 )
             )
         self.dense.close()
@@ -251,6 +260,7 @@ class Run:
             gradient_tokens=gradient_tokens,
             swept=bool(choice.needs.passes),
             fresh=bool(self.prepared.own_fresh),
+            unrounded=self.recipe.values != "keep" and bool(choice.needs.passes),
             read_ahead=read_ahead and chain.weights is not None,
         )
 

@@ -16,6 +16,7 @@ from sparsellm.progress import Progress
 from sparsellm.run.journal import BlockRecord, conditions
 from sparsellm.run.magnitudes import Magnitudes, add, joined, magnitudes
 from sparsellm.storage.reader import CheckpointReader
+from sparsellm.sweep.integers import Integers
 
 if TYPE_CHECKING:
     from sparsellm.run.run import Run
@@ -45,7 +46,7 @@ def walk(run: Run) -> None:
             with run.clock.phase("replay"):
                 if dense is not None:
                     replay(dense, index, None)
-                replay(stream, index, run.journal.block(index))
+                replay(stream, index, run.journal.block(index), run.integers)
         else:
             results, counted = _prune_block(run, index, stream, dense)
             run.linears += results
@@ -88,7 +89,17 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
             linears = [linear for linear in chain.linears(index) if linear.name in run.patterns]
             for linear in linears:
                 add(counted, kind_of(chain, linear.name, index), "before", magnitudes(linear.parameter))
-            task = BlockTask(index, linears, run.patterns, stream, report, clock, output_costs=run.costs)
+            task = BlockTask(
+                index,
+                linears,
+                run.patterns,
+                stream,
+                report,
+                clock,
+                output_costs=run.costs,
+                values=run.recipe.values,
+                trained=run.integers is not None,
+            )
             if dense is not None:
                 report("dense forward")
                 with clock.phase("prune/dense"):
@@ -103,6 +114,9 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
             report("forward")
             with clock.phase("forward"):
                 stream.advance(index)
+        for linear in linears:
+            if linear.name in task.unrounded:  # the sweep goes on from there; the block before it ran rounded
+                linear.assign(task.unrounded[linear.name])
         if run.journal.writes:
             report("writing")
             with clock.phase("write"):
@@ -121,15 +135,18 @@ def _take_finished(run: Run) -> None:
             pass
 
 
-def replay(stream: Stream, index: int, weights: CheckpointReader | None) -> None:
+def replay(stream: Stream, index: int, weights: CheckpointReader | None, integers: Integers | None = None) -> None:
     """Advances a stream through a block that was pruned before.
 
     Args:
         stream: the inputs of the block; afterwards, its outputs.
         index: the number of the block.
         weights: the shard of the pruned block; None for the dense one.
+        integers: the linears that are rounded in memory, while the shard holds the values that a sweep goes on from.
     """
     with stream.chain.block(index, weights):
+        if integers is not None:
+            integers.settle(stream.chain, index)
         stream.advance(index)
 
 

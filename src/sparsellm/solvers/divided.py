@@ -29,10 +29,12 @@ def divide(entry: Entry[Solver]) -> Solver:
 
     All processes call it with the same arguments, and each gets the whole solution. In one process it is the solver
     itself. The main process solves alone if the solver is not registered as distributed, or if the weight has fewer
-    rows than there are processes.
+    rows than there are processes. A pattern without zeros leaves the weight as it is.
     """
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
+        if not pattern.zeros(weight.shape):
+            return Solution(weight, torch.ones_like(weight, dtype=torch.bool), 0.0)
         if parallel.size() == 1:
             return entry.function(weight, gram, pattern, **options)
         if not entry.distributed or len(weight) < parallel.size():

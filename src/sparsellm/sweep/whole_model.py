@@ -27,6 +27,7 @@ from sparsellm.progress import Progress
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch, TensorStore
 from sparsellm.sweep.head import divergence_from, through_head
+from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.training import (
     Adam,
     Float32Calls,
@@ -138,6 +139,8 @@ class SweepTask:
         saved: storage of the passes, from which an interrupted sweep continues; None to save none.
         fresh: this process's windows for later passes, one tensor a pass; after the last, the sets come again in turn.
             The chain must then hold the dense model's own weights. A sweep soon fits the windows it has seen.
+        integers: the linears whose values are rounded; None for none. The blocks and the passes hold their unrounded
+            values, which are trained.
     """
 
     feed: Feed
@@ -150,6 +153,7 @@ class SweepTask:
     blocks: Sequence[CheckpointReader] | None = None
     saved: SavedPasses | None = None
     fresh: Sequence[Tensor] = ()
+    integers: Integers | None = None
 
     def pruned(self, index: int) -> CheckpointReader | None:
         """The shard of the pruned block ``index``; None if the chain holds its weights."""
@@ -162,8 +166,9 @@ class _Masters:
     A parameter that several blocks use belongs to the first of them; the others borrow it.
     """
 
-    def __init__(self, chain: Chain, scratch: Scratch) -> None:
+    def __init__(self, chain: Chain, scratch: Scratch, integers: Integers | None) -> None:
         self.chain = chain
+        self.integers = integers
         self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
         self.store = scratch.store(chain.device)
         self.shapes: list[dict[str, torch.Size]] = []
@@ -217,18 +222,23 @@ class _Masters:
             position += shape.numel()
         return views
 
-    def all_views(self, flat: Tensor, index: int, *, written: bool = False) -> dict[str, nn.Parameter]:
+    def all_views(
+        self, flat: Tensor, index: int, *, running: bool = False, written: bool = False
+    ) -> dict[str, nn.Parameter]:
         """:meth:`views`, and the parameters that the block borrows, which are the same objects under all their names.
 
         Args:
             flat: of the block.
             index: of the block.
-            written: whether they are rounded as they would be written now.
+            running: whether values are on the grids of :class:`Integers`, as the block runs.
+            written: whether they are rounded as they would be written now, too.
         """
         views: dict[int, dict[str, nn.Parameter]] = {}
         for at in [index, *dict.fromkeys(at for at, _ in self._aliases[index].values())]:
             if at not in views:
                 views[at] = self.views(flat if at == index else self.parameters(at), at)
+                if (running or written) and self.integers is not None:
+                    views[at] = self.integers.of(views[at], self.chain, at)
                 if written:
                     dtypes = self._dtypes[at]
                     views[at] = {n: nn.Parameter(as_written(p, dtypes[n])) for n, p in views[at].items()}
@@ -305,7 +315,7 @@ def sweep(task: SweepTask) -> list[Pass]:
     """
     check_sweepable(task.feed.chain)
     reached = task.saved.reached if task.saved is not None else None
-    masters = _Masters(task.feed.chain, task.feed.scratch)
+    masters = _Masters(task.feed.chain, task.feed.scratch, task.integers)
     masters.fill(task, reached)
     best = _Best(task, masters, reached)
     stream = task.feed.stream(task.pruned(0), pieces=STEP_TOKENS)
@@ -427,8 +437,12 @@ def _write(task: SweepTask, masters: _Masters, best: _Best) -> None:
     for index in range(len(chain)):
         with chain.block(index, task.pruned(index)):
             if best.number:
-                for name, value in masters.views(best[index].to(chain.device), index).items():
+                trained = masters.views(best[index].to(chain.device), index)
+                trained = trained if task.integers is None else task.integers.of(trained, chain, index)
+                for name, value in trained.items():
                     chain.block_parameters(index)[name].copy_(value)
+            elif task.integers is not None:
+                task.integers.settle(chain, index)
             chain.settle_block(index)
             task.write_block(index)
 
@@ -493,13 +507,17 @@ class _Run:
             flat, state = self.masters.parameters(index), self.masters.moments(index)
             parameters = self.masters.all_views(flat, index)
             if piece is not None:
-                hidden = entering.pop()
-                with running_on(self.chain, index, parameters), torch.enable_grad():
+                hidden, used = entering.pop(), parameters
+                if self.masters.integers is not None:
+                    used = self.masters.all_views(flat, index, running=True)
+                with running_on(self.chain, index, used), torch.enable_grad():
                     hidden.requires_grad_(True)
                     leaving = self.chain.apply(index, hidden, self._in_fp32(piece.calls[index]))
                     leaving.backward(gradient)
                 gradient = hidden.grad
                 assert gradient is not None
+                for name, parameter in parameters.items():
+                    parameter.grad = used[name].grad  # of a rounded value: straight through
             for first, name in self.masters.borrowed(index).items():
                 _add_gradient(waiting, first, parameters[name].grad)
             own = {name: parameters[name] for name in self.masters.shapes[index]}
@@ -516,7 +534,8 @@ class _Run:
         """The input of every block, and the output of the last."""
         hidden = [self.stream.hidden[piece.batch][piece.rows].float()]
         for index in range(len(self.chain)):
-            parameters = self.masters.all_views(self.masters.parameters(index), index, written=written)
+            flat = self.masters.parameters(index)
+            parameters = self.masters.all_views(flat, index, running=True, written=written)
             with running_on(self.chain, index, parameters):
                 hidden.append(self.chain.run(index, hidden[-1], self._in_fp32(piece.calls[index])))
         return hidden

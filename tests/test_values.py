@@ -1,0 +1,251 @@
+"""``prune --values``: whole runs whose kept values are integers times a scale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import open_chain
+from sparsellm.errors import NumericalError, RecipeError
+from sparsellm.methods import METHODS
+from sparsellm.packed.grid import on_grid
+from sparsellm.solvers import rounding
+from sparsellm.storage.destination import partial_of
+from sparsellm.sweep.whole_model import _Run
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models.families import mixtral
+from tests.sweep.helpers import dense_end, divergence, ids_of, linear_weights, sharing_llama
+from tests.test_resume import RECIPE, contents, fail_in_block
+
+LOCAL: dict[str, Any] = {"method": "sparsegpt"}
+GLOBAL: dict[str, Any] = {"method": "sparsellm", "options": {"effort": 0}}
+SWEPT: dict[str, Any] = {"method": "sparsellm", "options": {"passes": 2, "sweep_rate": 0.003}}
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    family: Callable[..., PreTrainedModel] = request.param
+    dtype = torch.float32 if family is tiny_opt else torch.bfloat16
+    return save_tiny(family().to(dtype), tiny_tokenizer(), tmp_path / "dense")
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("fields", [LOCAL, GLOBAL, SWEPT], ids=["local", "global", "swept"])
+def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    result = sparsellm.prune(source, Recipe(**{**RECIPE, **fields, "values": values}), out=out)
+    sparsellm.pack(out, out=tmp_path / "packed", values=values)
+    sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
+    assert same(tensors(out), tensors(tmp_path / "again"))
+    assert result.sparsity_pruned >= 0.6 - 1e-3
+    report = json.loads((out / "pruning.json").read_text())
+    assert report["values"] == report["recipe"]["values"] == values
+    assert report["bits_per_weight"] == pytest.approx(result.bits_per_weight)
+    if fields is SWEPT and values == "int4":  # int8 costs too little for tiny models to gain
+        assert min(each.held_out for each in result.sweeps[1:]) < result.sweeps[0].held_out
+
+
+def test_bits_a_weight_are_those_of_the_packed_file(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(hidden_size=64, intermediate_size=256), tiny_tokenizer(), tmp_path / "dense")
+    for values, near in (("int4", 0.3), ("int8", 0.1)):  # a row's last scale may serve fewer than 32 values
+        result = sparsellm.prune(source, Recipe(**{**RECIPE, "values": values}), out=tmp_path / values)
+        packed = sparsellm.pack(tmp_path / values, out=tmp_path / f"packed-{values}", values=values).to_dict()
+        assert result.bits_per_weight == pytest.approx(packed["bits_per_weight"], abs=near)
+
+
+def test_n_of_m_stays(tmp_path: Path) -> None:
+    recipe = Recipe(**{**RECIPE, "sparsity": 0.5, "pattern": "2:4", "values": "int4"})
+    model = tiny_opt()
+    sparsellm.prune(model, recipe, calibration=ids_of(4))
+    for name, weight in linear_weights(model).items():
+        assert bool(((weight != 0).view(-1, 4).sum(1) == 2).all()), name
+
+
+@pytest.mark.parametrize("fields", [LOCAL, GLOBAL, SWEPT], ids=["local", "global", "swept"])
+def test_sparsity_0_is_quantisation(fields: dict[str, Any]) -> None:
+    recipe = Recipe(**{**RECIPE, **fields, "sparsity": 0.0, "values": "int4"})
+    dense, model, nearest = tiny_llama(), tiny_llama(), tiny_llama()
+    sparsellm.prune(model, recipe, calibration=ids_of(8))
+    for name, weight in linear_weights(model).items():
+        assert not torch.equal(weight, linear_weights(dense)[name]), name
+        assert torch.equal(on_grid(weight.detach(), "int4", torch.float32), weight), name
+    with torch.no_grad():
+        for weight in linear_weights(nearest).values():
+            weight.copy_(on_grid(weight, "int4", torch.float32))
+        assert divergence(dense, model, ids_of(8)) < 0.7 * divergence(dense, nearest, ids_of(8))
+
+
+def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs of every Gram matrix that the rounding gets are those of the model as it is written so far."""
+    grams: list[Tensor] = []
+    plain = rounding.rounded
+
+    def recorded(weight: Tensor, gram: Any, *rest: Any, **named: Any) -> Any:
+        grams.append(gram.matrix)
+        return plain(weight, gram, *rest, **named)
+
+    monkeypatch.setattr("sparsellm.methods.task.rounded", recorded)
+    model, ids = tiny_llama(), ids_of(4)
+    options = {"effort": 0, "norm_weighting": 0.0, "refit": False}
+    sparsellm.prune(model, Recipe(sparsity=0.5, values="int4", options=options, products="float32"), calibration=ids)
+    seen: list[Tensor] = []
+    down = model.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(0, -2)))
+        model(ids)
+    expected = seen[0].T @ seen[0] / len(seen[0])
+    assert any(each.shape == expected.shape and torch.allclose(each, expected, rtol=1e-3, atol=1e-6) for each in grams)
+
+
+def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The divergence before the first pass is that of the model that effort 0 writes, which has the same rounding."""
+    source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
+    ids = ids_of(4)
+    fields = {"sparsity": 0.5, "values": "int4", "products": "float32"}
+    sparsellm.prune(source, Recipe(**fields, options={"effort": 0}), calibration=ids, out=tmp_path / "walked")
+    losses: list[float] = []
+    step = _Run.step
+
+    def counted(self: Any, piece: Any, *rest: Any) -> float:
+        losses.append(step(self, piece, *rest) / self.tokens(piece))
+        return losses[-1] * self.tokens(piece)
+
+    monkeypatch.setattr(_Run, "step", counted)
+    options = {"passes": 1, "sweep_rate": 1e-9}
+    swept = sparsellm.prune(source, Recipe(**fields, options=options), calibration=ids, out=tmp_path / "swept")
+    walked = AutoModelForCausalLM.from_pretrained(tmp_path / "walked")
+    expected = float(divergence(tiny_opt(), walked, ids).detach())
+    assert swept.sweeps[0].held_out == pytest.approx(expected, rel=1e-3)
+    assert losses[0] == pytest.approx(expected, rel=1e-3)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "swept")
+    assert same(linear_weights(walked), linear_weights(written))  # no step was large enough to change a whole number
+
+
+def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of each weight is that of its rounded value, computed by autograd on the whole rounded model."""
+    from sparsellm.chain import Feed
+    from sparsellm.storage.scratch import Scratch
+    from sparsellm.sweep import whole_model
+    from sparsellm.sweep.integers import Integers
+    from sparsellm.sweep.training import Adam
+    from tests.sweep.helpers import CPU, halved
+
+    found: dict[str, Tensor] = {}
+
+    class Recorded(Adam):
+        def step(self, rate: float, number: int) -> None:
+            found.update({name: p.grad.clone() for name, p in self._parameters.items() if p.grad is not None})
+
+    monkeypatch.setattr(whole_model, "Adam", Recorded)
+    dense, model, plain, ids = tiny_gpt2(), halved(tiny_gpt2()), halved(tiny_gpt2()), ids_of(2)
+    chain = open_chain(model, device=CPU)
+    names = [linear.name for index in range(len(chain)) for linear in chain.linears(index)]
+    before = {name: weight.detach().clone() for name, weight in linear_weights(model).items()}
+    task = whole_model.SweepTask(
+        Feed(chain, ids, 96, Scratch()), dense_end(dense, ids, 96), 1, 0, lambda index: None, learning_rate=0.01,
+        integers=Integers("int4", names),
+    )  # fmt: skip
+    whole_model.sweep(task)
+    with torch.no_grad():
+        for name, weight in linear_weights(plain).items():
+            weight.copy_(on_grid(weight.t().contiguous(), "int4", torch.float32).t())
+            assert not torch.equal(weight, before[name])
+    divergence(dense, plain, ids).backward()
+    for name, weight in linear_weights(plain).items():
+        assert weight.grad is not None
+        assert torch.allclose(found[name], weight.grad, rtol=1e-3, atol=1e-6), name
+    for name, weight in linear_weights(model).items():  # as it is written: no step was taken
+        assert torch.equal(weight, linear_weights(plain)[name]), name
+
+
+@pytest.mark.parametrize("method", sorted(entry.name for entry in METHODS))
+def test_resumes_with_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
+    options = SWEPT["options"] if method == "sparsellm" else {}
+    fields = {**RECIPE, "method": method, "options": options, "dtype": "float32", "allocation": "uniform"}
+    recipe = Recipe(**fields, values="int4")
+    sparsellm.prune(source, recipe, out=tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        fail_in_block(1, patched, after=2 if method == "sparsellm" else 0)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, recipe, out=tmp_path / "p")
+    assert partial_of(tmp_path / "p").exists()
+    torch.manual_seed(12345)
+    assert sparsellm.prune(source, recipe, out=tmp_path / "p").resumed == 1
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+
+
+def test_a_sweep_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in its second pass; blocks and passes hold unrounded values."""
+    source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(**{**RECIPE, **SWEPT, "values": "int4", "dtype": "float32"})
+    sparsellm.prune(source, recipe, out=tmp_path / "whole")
+    judge, judged = _Run.judge, 0
+
+    def failing(self: Any, judges: Any) -> float:
+        nonlocal judged
+        judged += 1
+        if judged > 2:
+            raise NumericalError("the processor caught fire")
+        return judge(self, judges)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Run, "judge", failing)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, recipe, out=tmp_path / "p")
+    assert sparsellm.prune(source, recipe, out=tmp_path / "p").resumed == 3
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+
+
+def test_weights_that_blocks_share_are_rounded_once() -> None:
+    model, ids = sharing_llama(), ids_of(4)
+    recipe = Recipe(sparsity=0.5, values="int4", options=SWEPT["options"], products="float32")
+    sparsellm.prune(model, recipe, calibration=ids)
+    for name, weight in linear_weights(model).items():
+        assert torch.equal(on_grid(weight.detach(), "int4", torch.float32), weight), name
+
+
+def test_other_values_are_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
+    with monkeypatch.context() as patched:
+        fail_in_block(1, patched)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "p")
+    with pytest.raises(sparsellm.SparseLLMError, match="values"):
+        sparsellm.prune(source, Recipe(**RECIPE, values="int4"), out=tmp_path / "p")
+
+
+def test_experts_are_rounded_too() -> None:
+    model = mixtral()
+    sparsellm.prune(model, Recipe(sparsity=0.5, values="int4", options={"effort": 0}), calibration=ids_of(4))
+    chain = open_chain(model, device=torch.device("cpu"))
+    for index in range(len(chain)):
+        with chain.block(index):
+            for linear in chain.linears(index):
+                weight = linear.weight()
+                grid = on_grid(weight, "int4", linear.storage_dtype)
+                assert torch.equal(grid, weight) == (not linear.name.endswith("gate")), linear.name
+
+
+@pytest.mark.parametrize("values", ["int3", "fp8", 4, None])
+def test_other_types_are_refused(values: Any) -> None:
+    with pytest.raises(RecipeError, match="recipe field values"):
+        Recipe(values=values)
