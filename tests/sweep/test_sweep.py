@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,7 @@ class Steps:
 
 def test_the_rate_follows_the_square_of_the_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch)
+    monkeypatch.setattr(module, "CAREFUL", 0.0)  # nothing is tried out
     for mangle in (lambda model: model, lambda model: model.lm_head.weight.data.mul_(30)):
         model, dense = halved(tiny_llama()), tiny_llama()
         mangle(model)
@@ -306,7 +308,24 @@ def test_the_rate_follows_the_square_of_the_distance(monkeypatch: pytest.MonkeyP
         steps.seen.clear()
         history = in_memory(model, dense, ids_of(4), 1, None)
         assert steps.seen[0][1] == pytest.approx(module.RATE * min(1, history[0].held_out ** 2))
+        assert history[0].rate == steps.seen[0][1]
     assert history[0].held_out > 1  # and before it was less: both sides of the bend were seen
+
+
+def test_a_small_distance_tries_rates_from_the_start_and_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEP_TOKENS", 24)
+    dense, ids = tiny_llama(), ids_of(8)
+    steps = Steps(monkeypatch)
+    history = in_memory(halved(tiny_llama()), dense, ids, 1, None)
+    assert history[0].held_out < module.CAREFUL
+    tried = [rate for _, rate, number in steps.seen if number == 1][:-1]  # the last is the pass itself
+    assert tried[0] == module.LOWEST_PROBED
+    assert all(later == pytest.approx(module.FASTER * rate) for rate, later in itertools.pairwise(tried))
+    assert tried[-1] <= module.PROBED
+    assert history[0].rate in tried
+    by_rule = in_memory(halved(tiny_llama()), dense, ids, 1, module.RATE * history[0].held_out ** 2)
+    assert by_rule[0].held_out == history[0].held_out, "the trials left something behind"
+    assert history[1].held_out < by_rule[1].held_out
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
