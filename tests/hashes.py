@@ -42,6 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsellm norm_weighting 0": {"method": "sparsellm", "options": {"effort": 0, "norm_weighting": 0.0}},
     "sparsellm iterations 2": {"method": "sparsellm", "options": {"effort": 0, "iterations": 2}},
     "sparsellm-paper": {"method": "sparsellm-paper"},
+    "wanda values int8": {"method": "wanda", "values": "int8"},
+    "sparsellm values int4": {"method": "sparsellm", "options": {"effort": 1}, "values": "int4"},
 }
 ALLOCATIONS = ("uniform", "atp", "owl", "dlp", "threshold")
 

@@ -71,6 +71,14 @@ def test_every_value_is_a_whole_number_of_its_scale(dtype: torch.dtype) -> None:
             assert float(scale.bfloat16()) == float(scale)
 
 
+def test_half_a_scale_is_not_rounded_to_zero() -> None:
+    weight = torch.tensor([[-8.0, 0.5, -0.5, 0.25, 0.0]])
+    for values, scale in (("int4", 1.0), ("int8", 8 / 127)):
+        found = on_grid(weight, values, torch.float32)
+        assert torch.equal(found != 0, weight != 0)
+        assert bool(((found - weight).abs() <= scale).all())
+
+
 def best_by_brute_force(weight: Tensor, fixed: int, scale: float, values: str, gram: Gram) -> float:
     """The least loss over all numbers of the grid for the kept values of one row but ``fixed``."""
     grid = [whole * scale for whole in range(LOWEST[values], HIGHEST[values] + 1) if whole]

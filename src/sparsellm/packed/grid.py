@@ -69,9 +69,8 @@ def scales_of(extreme: Tensor, value_type: str, dtype: torch.dtype) -> Tensor:
 def whole_numbers(values: Tensor, scales: Tensor, value_type: str) -> Tensor:
     """The nearest numbers of the grid, without 0, in units of ``scales``; 0 for a value of 0."""
     units = torch.where(scales == 0, 0.0, values / scales)
-    return torch.where(
-        (units.abs() < 0.5) & (units != 0), units.sign(), units.round().clamp_(LOWEST[value_type], HIGHEST[value_type])
-    )
+    whole = units.round().clamp_(LOWEST[value_type], HIGHEST[value_type])
+    return torch.where(whole == 0, units.sign(), whole)
 
 
 def as_stored(whole: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
