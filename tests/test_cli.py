@@ -325,5 +325,6 @@ def test_a_demo_that_another_release_left_unfinished_can_begin_anew(
     assert found["speeds"]["packed_disk_bytes"] < found["speeds"]["dense_disk_bytes"]
     kept = [json.loads((tmp_path / "p" / name / "results.json").read_text()) for name in ("pruned", "packed")]
     assert [len(each["evaluations"]) for each in kept] == [1, 0]
-    assert [len(each["benchmarks"]) for each in kept] == [0, 1]
+    assert [len(each["benchmarks"]) for each in kept] == [1, 1]
+    assert [each.get("continuations", [{}])[0].get("dense") for each in kept] == [found["continuations"]["dense"], None]
     assert (tmp_path / "p" / "packed" / "config.json").is_file()
