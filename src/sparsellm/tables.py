@@ -198,7 +198,7 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
     shown = table(("run",), ("zeros", "ppl", "recovery", "KL", "same", "MB", "tok/s" if timed else "time"))
     first = result.cells[0]
     dense = f"{first.dense_tokens_per_second:.1f}" if first.dense_tokens_per_second is not None else ""
-    size = f"{first.dense_bytes / 1e6:,.0f}"
+    size = f"{first.dense_bytes / 1e6:,.1f}"
     shown.add_row("dense", "", f"{first.dense_perplexity:.2f}", "100%", "0", "100%", size, dense, end_section=True)
     for cell in result.cells:
         speed_of = f"{cell.tokens_per_second:.1f}" if cell.tokens_per_second is not None else "–"
@@ -209,13 +209,13 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
             f"{cell.recovery:.1%}",
             f"{cell.kl:.3f}",
             f"{cell.agreement:.1%}",
-            f"{cell.packed_bytes / 1e6:,.0f}",
+            f"{cell.packed_bytes / 1e6:,.1f}",
             speed_of if timed else duration(cell.seconds),
         )
     out().print(shown)
     say("MB: weight files, packed · same: tokens with the same first choice · recovery: dense ppl / ppl")
     if result.recommended is not None:
-        say(f"recommended: {result.recommended.name}, in {result.out / result.recommended.name}")
+        say(f"recommended: {result.recommended.name}, packed in {result.packed(result.recommended)}")
     elif constrained:
         say("no cell satisfies the constraints; lower them, or add a sparsity to the grid")
     if result.page is not None:
