@@ -166,6 +166,10 @@ def test_the_recommendation_is_the_smallest_that_recovers_enough_or_the_best_tha
         ("--sparsity 0.5 --recover 1.5", "--recover is 1.5"),
         ("--sparsity 0.5 --log excel", "trackio or wandb"),
         ("--sparsity 1.5", "sparsity"),
+        ("--sparsity 0.5 --text gone.txt", "text file 'gone.txt' does not exist"),
+        ("--sparsity 0.5 --values int9", "unknown value type 'int9'"),
+        ("--sparsity 0.5 --seq-len 4000", "4000"),
+        ("--sparsity 0.5 --max-tokens 0", "max_tokens is 0"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_the_work(

@@ -204,7 +204,7 @@ def test_the_command_line_chooses_linears(tmp_path: Path, run: Any) -> None:
         (("--sparsity-of", "=0.5"), "--sparsity-of is '=0.5'; write GLOB=SHARE"),
         (("--sparsity-of", "*.q=1"), "recipe field sparsity_of.*.q is 1: give the fraction of zeros"),
         (("--sparsity-of", "*.q=lots"), "recipe field sparsity_of.*.q is 'lots'"),
-        (("--sparsity-of", "*.q=-0.5"), "greater than or equal to 0"),
+        (("--sparsity-of", "*.q=-0.5"), "sparsity_of.*.q is -0.5: give the fraction of zeros"),
         (("--sparsity-of", "*.q=0.1", "--sparsity-of", "*.q=0.2"), "'sparsity_of.*.q' is given twice"),
         (("--sparsity-of", "*.q=0.1", "--pattern", "2:4"), "pattern 2:4 fixes the sparsity of every linear"),
         (("--sparsity-of", "*.mlp=0.1", "--sparsity", "0.9"), "possible; change sparsity or sparsity_of"),

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sparsellm import api
@@ -24,6 +25,7 @@ from sparsellm.arguments import as_recipe
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.inputs.json_input import read_object
 from sparsellm.methods import METHODS
+from sparsellm.packed.codes import resolve_value_type
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.report.comparison import write_comparison
@@ -188,6 +190,15 @@ def compare(
     wanted = {cell.name: _settings(model, cell, protocol) for cell in cells}
     for cell in cells:
         _check_known(folder, known.get(cell.name), wanted[cell.name], cell)
+    resolve_value_type(protocol.values, torch.float32)
+    api.check_evaluation(
+        model,
+        protocol.text,
+        seq_len=protocol.seq_len,
+        max_tokens=protocol.max_tokens,
+        bos=cells[0].recipe.bos,
+        trust_remote_code=trust_remote_code,
+    )
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     shared, dense = Shared(), api.Dense(model)
@@ -382,8 +393,6 @@ def _pruned(place: Path, cell: Cell) -> dict[str, Any] | None:
 
 def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[float, float]:
     """Tokens a second of the dense and the packed checkpoint, decoding in turns; kept in the results of both."""
-    import torch
-
     measured = bench.compare(packed, dense=place, progress=progress)
     record: Any = {**measured.to_dict(), **stamp(torch.device("cpu"))}
     for directory in (place, packed):
