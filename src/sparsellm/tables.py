@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -84,13 +85,20 @@ def _recipe_line(recipe: Recipe, allocation: str | None) -> str:
 
 
 def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
-    """Prints the zeros of every matrix, every block, and all; the pattern of other matrices is "no linear"."""
+    """Prints the zeros of every matrix, every block, and all; the pattern of other matrices is "no linear".
+
+    The experts of a block share one row for each kind of matrix, because a mixture may have thousands.
+    """
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
     for index, part in blocks.items():
+        rows: dict[str, list[MatrixZeros]] = {}
         for matrix in part:
-            shape = "×".join(map(str, matrix.shape))
-            held = str(matrix.pattern or "–") if matrix.linear else "no linear"
-            shown.add_row(matrix.name, shape, count(matrix.zeros), f"{matrix.sparsity:.2%}", held)
+            rows.setdefault(re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", matrix.name), []).append(matrix)
+        for name, alike in rows.items():
+            shape = "×".join(map(str, alike[0].shape))
+            held = {str(matrix.pattern or "–") if matrix.linear else "no linear" for matrix in alike}
+            common = held.pop() if len(held) == 1 else "–"
+            shown.add_row(name, shape, count(sum(x.zeros for x in alike)), f"{share(alike):.2%}", common)
         shown.add_row(f"block {index}", "", count(sum(x.zeros for x in part)), f"{share(part):.2%}", "", style="bold")
         shown.add_section()
     shown.add_row(
