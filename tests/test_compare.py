@@ -53,8 +53,21 @@ def test_every_cell_is_what_a_run_by_itself_gives(model: Path, finished: GridRes
         assert cell.recovery == pytest.approx(cell.dense_perplexity / cell.perplexity)
         packed = finished.out / f"{cell.name}-packed"
         assert cell.packed_bytes == sum(file.stat().st_size for file in packed.glob("*.safetensors"))
-        results = json.loads((finished.out / cell.name / "results.json").read_text())
-        assert results["evaluations"][0]["perplexity"]["value"] == cell.perplexity
+        for place in (finished.out / cell.name, packed):
+            results = json.loads((place / "results.json").read_text())
+            assert results["evaluations"][0]["perplexity"]["value"] == cell.perplexity
+
+
+def test_quality_and_size_are_those_of_the_packed_checkpoint(model: Path, tmp_path: Path) -> None:
+    cells = cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude", "wanda"], sparsities=[0.5])
+    result = grid(model, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256, values="int4"))
+    for cell in result.cells:
+        alone = sparsellm.evaluate(result.packed(cell), "pydoc", seq_len=32, max_tokens=256)
+        assert cell.perplexity == alone.value
+        assert cell.perplexity != sparsellm.evaluate(result.out / cell.name, "pydoc", seq_len=32, max_tokens=256).value
+        assert not (result.out / cell.name / "results.json").exists(), "its values are others"
+    assert result.page is not None
+    assert "magnitude-0.5-packed" in result.page.read_text(encoding="utf-8")
 
 
 def test_gradients_windows_and_the_dense_model_are_computed_once(
@@ -153,6 +166,10 @@ def test_the_recommendation_is_the_smallest_that_recovers_enough_or_the_best_tha
         ("--sparsity 0.5 --recover 1.5", "--recover is 1.5"),
         ("--sparsity 0.5 --log excel", "trackio or wandb"),
         ("--sparsity 1.5", "sparsity"),
+        ("--sparsity 0.5 --text gone.txt", "text file 'gone.txt' does not exist"),
+        ("--sparsity 0.5 --values int9", "unknown value type 'int9'"),
+        ("--sparsity 0.5 --seq-len 4000", "4000"),
+        ("--sparsity 0.5 --max-tokens 0", "max_tokens is 0"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_the_work(

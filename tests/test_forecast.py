@@ -15,7 +15,9 @@ from sparsellm import Recipe
 from sparsellm.chain import open_chain
 from sparsellm.progress import NOTE, PLAN, Forecast, Progress, plan_of_phases
 from sparsellm.run import costs
+from sparsellm.run import run as running
 from sparsellm.run.prepare import Choice
+from sparsellm.run.result import command_line
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 
@@ -135,3 +137,24 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
     local = costs.predicted_seconds(chain, Choice.of(Recipe(method="wanda")), 4096, 64)
     assert (local["gradients"], local["sweep"]) == (0, 0)
     assert local["prune"] < whole["prune"]
+
+
+def test_the_phase_of_the_sweep_begins_before_its_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes before the first pass takes as long as a pass, and is no part of the walk."""
+    events: list[Progress] = []
+    real, phases = running.sweep, []
+
+    def begun(task: running.SweepTask) -> object:
+        phases.append(events[-1].phase)
+        return real(task)
+
+    monkeypatch.setattr(running, "sweep", begun)
+    recipe = Recipe(samples=4, seq_len=16, options={"effort": 1})
+    sparsellm.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer(), progress=events.append)
+    assert phases == ["sweep"]
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/sparsellm", "/site-packages/sparsellm/__main__.py"])
+def test_the_recorded_command_is_one_to_type(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [program, "prune", "my model"])
+    assert command_line() == "sparsellm prune 'my model'"

@@ -409,6 +409,7 @@ def test_inspect_prints_and_counts_what_no_linear_owns(tmp_path: Path, capsys: p
     shown = " ".join(capsys.readouterr().out.split())
     assert "4×32" in shown
     assert shown.count("no linear") == 2  # the routers
+    assert shown.count("80×32") == 2 * 2, "the experts of a block share a row for gate_proj, and one for up_proj"
 
 
 def test_a_linear_that_is_never_called_is_pruned_by_magnitude_and_named() -> None:

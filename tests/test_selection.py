@@ -140,6 +140,11 @@ def test_a_total_that_cannot_be_reached_is_refused_with_those_that_can(
         divide(sizes, sparsity)
 
 
+def test_a_share_that_is_no_fraction_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"sparsity_of\.\*\.mlp is 1\.5: give the fraction of zeros, from 0"):
+        Recipe(sparsity_of={"*.mlp": 1.5})
+
+
 def test_it_is_refused_before_the_calibration_text_is_read(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("{")
     recipe = Recipe(sparsity=0.1, sparsity_of={"*.mlp": 0.9}, calibration=str(tmp_path / "broken.jsonl"))
@@ -197,9 +202,9 @@ def test_the_command_line_chooses_linears(tmp_path: Path, run: Any) -> None:
     [
         (("--sparsity-of", "abc"), "--sparsity-of is 'abc'; write GLOB=SHARE"),
         (("--sparsity-of", "=0.5"), "--sparsity-of is '=0.5'; write GLOB=SHARE"),
-        (("--sparsity-of", "*.q=1"), "recipe field sparsity_of.*.q is 1: Input should be less than 1"),
+        (("--sparsity-of", "*.q=1"), "recipe field sparsity_of.*.q is 1: give the fraction of zeros"),
         (("--sparsity-of", "*.q=lots"), "recipe field sparsity_of.*.q is 'lots'"),
-        (("--sparsity-of", "*.q=-0.5"), "greater than or equal to 0"),
+        (("--sparsity-of", "*.q=-0.5"), "sparsity_of.*.q is -0.5: give the fraction of zeros"),
         (("--sparsity-of", "*.q=0.1", "--sparsity-of", "*.q=0.2"), "'sparsity_of.*.q' is given twice"),
         (("--sparsity-of", "*.q=0.1", "--pattern", "2:4"), "pattern 2:4 fixes the sparsity of every linear"),
         (("--sparsity-of", "*.mlp=0.1", "--sparsity", "0.9"), "possible; change sparsity or sparsity_of"),

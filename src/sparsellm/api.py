@@ -169,6 +169,26 @@ def evaluate(  # noqa: PLR0913 - the Python door
     )
 
 
+@checked_arguments()
+def check_evaluation(
+    model: str | os.PathLike[str],
+    text: TextGiven,
+    *,
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    bos: Bos = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Checks arguments that :func:`evaluate` will get after long work; reads the text, and runs no model.
+
+    Raises:
+        SparseLLMError: as :func:`evaluate` would.
+    """
+    settings = Recipe(device="cpu", products="float32")
+    own = _Opened.of(model, None, settings=settings, trust=trust_remote_code, with_tokenizer=True)
+    own.windows(as_text(text, "text", "evaluation"), seq_len, max_tokens, bos)
+
+
 class Dense:
     """A dense model to evaluate others against: it is opened once, and its outputs on the windows are kept.
 

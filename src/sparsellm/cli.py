@@ -640,11 +640,17 @@ def compare(  # noqa: PLR0913 - a command
         ),
     ],
     text: Annotated[
-        str, typer.Option(metavar="SOURCE", help="Text to measure on, as of eval.", autocompletion=_one_of(*SOURCES))
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="Text to measure on, as of eval.",
+            autocompletion=_one_of(*SOURCES),
+            rich_help_panel=MEASURE,
+        ),
     ] = "pydoc",
     method: Annotated[
         str,
-        typer.Option(metavar="NAMES", help=f"Methods, with commas.{_default('sparsellm')}", rich_help_panel=WHAT),
+        typer.Option(metavar="NAMES", help="Methods, with commas.", rich_help_panel=WHAT),
     ] = "sparsellm",
     sparsity: Annotated[
         str | None,
@@ -669,21 +675,57 @@ def compare(  # noqa: PLR0913 - a command
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="As of prune. Repeatable.", rich_help_panel=WHAT),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a window of the text.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Most tokens of the text to use.")] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Tokens in a window of --text.{_default('2048, or the limit of the model')}",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help=f"Most tokens of --text to use.{_default('all')}", rich_help_panel=MEASURE),
+    ] = None,
     values: Annotated[
-        str, typer.Option(metavar="TYPE", help="Values of the packed checkpoints.", autocompletion=_one_of(*VALUES))
+        str,
+        typer.Option(
+            metavar="TYPE",
+            help="Values of the packed checkpoints, as of pack.",
+            autocompletion=_one_of(*VALUES),
+            rich_help_panel=MEASURE,
+        ),
     ] = "keep",
-    speed: Annotated[bool, typer.Option("--speed", help="Also measure how fast each packed model decodes.")] = False,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            metavar=FLAG,
+            help="Also measure how fast each packed model decodes.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = False,
     recover: Annotated[
         float | None,
-        typer.Option(metavar="FRACTION", help="Recommend the smallest model with this recovery, such as 0.95."),
+        typer.Option(
+            metavar="FRACTION",
+            help="Recommend the smallest model with this recovery, such as 0.95.",
+            rich_help_panel=MEASURE,
+        ),
     ] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Recommend among packed models up to this size, such as 1GB.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Recommend among packed models up to this size, such as 1GB.",
+            rich_help_panel=MEASURE,
+        ),
     ] = None,
     log: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Log each run to trackio or wandb, if it is installed.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Log each run to trackio or wandb, if it is installed.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     plugin: PluginOption = None,
     trust_remote_code: TrustOption = False,
@@ -886,7 +928,7 @@ def unpack(
 def card(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint that prune wrote and eval measured.")],
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a card that was edited.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--force", metavar=FLAG, help="Replace a card that was edited.", rich_help_panel=OUTPUT)
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -909,7 +951,7 @@ def push(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the hub: owner/name.")],
     private: Annotated[
-        bool, typer.Option("--private", help="Create a private repository.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--private", metavar=FLAG, help="Create a private repository.", rich_help_panel=OUTPUT)
     ] = False,
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help=f"Branch.{_default('main')}", rich_help_panel=OUTPUT)

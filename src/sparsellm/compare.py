@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sparsellm import api
@@ -24,6 +25,7 @@ from sparsellm.arguments import as_recipe
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.inputs.json_input import read_object
 from sparsellm.methods import METHODS
+from sparsellm.packed.codes import resolve_value_type
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.report.comparison import write_comparison
@@ -112,6 +114,10 @@ class GridResult:
     recommended: Measured | None
     page: Path | None
 
+    def packed(self, cell: Measured) -> Path:
+        """The directory of a cell's packed checkpoint, which was measured."""
+        return self.out / f"{cell.name}{PACKED}"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
@@ -184,6 +190,15 @@ def compare(
     wanted = {cell.name: _settings(model, cell, protocol) for cell in cells}
     for cell in cells:
         _check_known(folder, known.get(cell.name), wanted[cell.name], cell)
+    resolve_value_type(protocol.values, torch.float32)
+    api.check_evaluation(
+        model,
+        protocol.text,
+        seq_len=protocol.seq_len,
+        max_tokens=protocol.max_tokens,
+        bos=cells[0].recipe.bos,
+        trust_remote_code=trust_remote_code,
+    )
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     shared, dense = Shared(), api.Dense(model)
@@ -316,13 +331,13 @@ def _measure(
     settings: dict[str, Any],
     progress: ProgressCallback,
 ) -> Measured:
-    """Prunes one cell unless its checkpoint is there, then packs and measures it."""
+    """Prunes one cell unless its checkpoint is there, packs it, and measures the packed checkpoint."""
     place = Path(os.fspath(request.out or ""))
     pruned = _pruned(place, cell) or Run(request, progress).execute().to_dict()
     to = f"{place}{PACKED}"
     packed = pack(place, out=to, values=protocol.values, overwrite=True, restart=True, progress=progress)
     evaluation = api.evaluate(
-        place,
+        packed.path,
         protocol.text,
         seq_len=protocol.seq_len,
         max_tokens=protocol.max_tokens,
@@ -332,7 +347,9 @@ def _measure(
         trust_remote_code=request.trust_remote_code,
         progress=progress,
     )
-    append_result(place, "evaluations", evaluation.to_dict())
+    same = [packed.path, place] if protocol.values == "keep" else [packed.path]  # other values are other models
+    for directory in same:
+        append_result(directory, "evaluations", evaluation.to_dict())
     speeds = _speeds(place, packed.path, progress) if protocol.speed else None
     with contextlib.suppress(MissingExtraError):  # the run has said so
         write_report(place)
@@ -375,12 +392,11 @@ def _pruned(place: Path, cell: Cell) -> dict[str, Any] | None:
 
 
 def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[float, float]:
-    """Tokens a second of the dense and the packed checkpoint, decoding in turns; kept in the cell's results."""
-    import torch
-
+    """Tokens a second of the dense and the packed checkpoint, decoding in turns; kept in the results of both."""
     measured = bench.compare(packed, dense=place, progress=progress)
     record: Any = {**measured.to_dict(), **stamp(torch.device("cpu"))}
-    append_result(place, "benchmarks", record)
+    for directory in (place, packed):
+        append_result(directory, "benchmarks", record)
     dense, sparse = next(pair for pair in measured.pairs() if pair[0].phase == "decode")
     return dense.median, sparse.median
 
@@ -389,7 +405,7 @@ def _page(folder: Path, measured: Sequence[Measured]) -> Path | None:
     if len(measured) < 2:
         return None
     try:
-        return write_comparison([folder / cell.name for cell in measured], folder / PAGE)
+        return write_comparison([folder / f"{cell.name}{PACKED}" for cell in measured], folder / PAGE)
     except MissingExtraError:
         return None
 

@@ -333,4 +333,6 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     if key in _MAPPINGS and len(first["loc"]) > 1:
         key = f"{key}.{shown(first['loc'][1]).strip(chr(39))}"
     reason = first["msg"].removeprefix("Value error, ")
+    if key.startswith("sparsity_of."):
+        reason = "give the fraction of zeros, from 0 up to, not including, 1"
     return f"recipe field {key} is {shown(first['input'])}: {reason}"

@@ -150,7 +150,8 @@ class Entry(Generic[F]):
         """
         for key in values:
             if key not in self.options:
-                raise RecipeError(f"{self.name} has no option {key!r}; {nearest(key, self.options)}")
+                hint = nearest(key, self.options) if self.options else "it has no options at all; leave it out"
+                raise RecipeError(f"{self.name} has no option {key!r}; {hint}")
         checked = {name: option.checked(self.name, values) for name, option in self.options.items()}
         if self.validate is not None:
             self.validate(checked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import textwrap
 from collections.abc import Iterable
@@ -88,13 +89,20 @@ def _recipe_line(recipe: Recipe, allocation: str | None) -> str:
 
 
 def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
-    """Prints the zeros of every matrix, every block, and all; the pattern of other matrices is "no linear"."""
+    """Prints the zeros of every matrix, every block, and all; the pattern of other matrices is "no linear".
+
+    The experts of a block share one row for each kind of matrix, because a mixture may have thousands.
+    """
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
     for index, part in blocks.items():
+        rows: dict[str, list[MatrixZeros]] = {}
         for matrix in part:
-            shape = "×".join(map(str, matrix.shape))
-            held = str(matrix.pattern or "–") if matrix.linear else "no linear"
-            shown.add_row(matrix.name, shape, count(matrix.zeros), f"{matrix.sparsity:.2%}", held)
+            rows.setdefault(re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", matrix.name), []).append(matrix)
+        for name, alike in rows.items():
+            shape = "×".join(map(str, alike[0].shape))
+            held = {str(matrix.pattern or "–") if matrix.linear else "no linear" for matrix in alike}
+            common = held.pop() if len(held) == 1 else "–"
+            shown.add_row(name, shape, count(sum(x.zeros for x in alike)), f"{share(alike):.2%}", common)
         shown.add_row(f"block {index}", "", count(sum(x.zeros for x in part)), f"{share(part):.2%}", "", style="bold")
         shown.add_section()
     shown.add_row(
@@ -202,7 +210,7 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
     shown = table(("run",), ("zeros", "ppl", "recovery", "KL", "same", "MB", "tok/s" if timed else "time"))
     first = result.cells[0]
     dense = f"{first.dense_tokens_per_second:.1f}" if first.dense_tokens_per_second is not None else ""
-    size = f"{first.dense_bytes / 1e6:,.0f}"
+    size = f"{first.dense_bytes / 1e6:,.1f}"
     shown.add_row("dense", "", f"{first.dense_perplexity:.2f}", "100%", "0", "100%", size, dense, end_section=True)
     for cell in result.cells:
         speed_of = f"{cell.tokens_per_second:.1f}" if cell.tokens_per_second is not None else "–"
@@ -213,13 +221,13 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
             f"{cell.recovery:.1%}",
             f"{cell.kl:.3f}",
             f"{cell.agreement:.1%}",
-            f"{cell.packed_bytes / 1e6:,.0f}",
+            f"{cell.packed_bytes / 1e6:,.1f}",
             speed_of if timed else duration(cell.seconds),
         )
     out().print(shown)
     say("MB: weight files, packed · same: tokens with the same first choice · recovery: dense ppl / ppl")
     if result.recommended is not None:
-        say(f"recommended: {result.recommended.name}, in {result.out / result.recommended.name}")
+        say(f"recommended: {result.recommended.name}, packed in {result.packed(result.recommended)}")
     elif constrained:
         say("no cell satisfies the constraints; lower them, or add a sparsity to the grid")
     if result.page is not None:

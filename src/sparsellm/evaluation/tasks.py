@@ -42,7 +42,7 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
         if name not in manager.all_tasks:
             close = nearest(name[:100], manager.all_tasks)
             hint = close if close.startswith("did") else "`lm-eval ls tasks` lists all"
-            raise RecipeError(f"unknown task {shown(name)}; {hint}, and tasks_dir names a directory of own tasks")
+            raise RecipeError(f"unknown task {shown(name)}; {hint} (tasks_dir adds a directory of your own tasks)")
     return manager
 
 

@@ -224,7 +224,8 @@ def _against(
         {**line(label, [x], [y], position), "mode": "markers+text", "text": [label], "cliponaxis": False}
         for position, (label, x, y) in enumerate(points)
     ]
-    middle = sum(x for _, x, _ in points) / len(points)
+    across = [x for _, x, _ in points] + ([dense] if reference is not None and dense is not None else [])
+    middle = (min(across) + max(across)) / 2
     for position, trace in enumerate(traces):  # labels towards the middle, so that none is cut off
         trace["textposition"] = "top left" if points[position][1] >= middle else "top right"
         trace["marker"] = {**trace["marker"], "size": 12, "color": COLOURS[position % len(COLOURS)]}

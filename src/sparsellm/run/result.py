@@ -62,7 +62,9 @@ def stamp(device: torch.device) -> Stamp:
 
 def command_line() -> str:
     """The current command line, quoted for a shell."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    module = program.parts[-2:] == ("sparsellm", "__main__.py")  # python -m sparsellm
+    return shlex.join(["sparsellm" if module else program.name, *sys.argv[1:]])
 
 
 @dataclass

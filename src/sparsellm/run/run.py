@@ -156,6 +156,7 @@ class Run:
         if not needs.passes:
             return
         assert self.dense is not None
+        self.progress(Progress("sweep", 0, 1))
         saved = self.journal.saved_passes(saved_sweep_bytes(self.chain), self.disk, self.progress)
         self.journal.open_sweep(checkpoint_bytes(self.chain))
         if saved is not None:
