@@ -174,6 +174,11 @@ def print_packed(result: PackResult) -> None:
     )
     if dense:
         say(f"{dense} of {len(result.linears)} linears are smaller dense and were not packed")
+    if result.expert_weights:
+        say(
+            f"note: {count(result.expert_weights)} weights of experts stay dense; they have no packed form yet",
+            error=True,
+        )
     head = "in int8" if result.head else "unchanged"
     say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, including embedding and head, {head}")
     say(f"written to {result.path}")

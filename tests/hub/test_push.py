@@ -116,6 +116,7 @@ def test_without_a_hub_or_a_right_token(
     code, _, stderr = run("push", checkpoint, "me/mine")
     assert (code, stderr.strip().count("\n")) == (2, 0)
     assert "cannot upload to me/mine: ConnectError" in stderr
+    assert stderr.endswith("; check the connection and HF_ENDPOINT\n")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     code, _, stderr = run("push", checkpoint, "me/mine")
     assert (code, stderr.strip().count("\n")) == (2, 0)

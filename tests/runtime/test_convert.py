@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
+from sparsellm import tables
 from sparsellm.errors import ModelError, RecipeError, StorageError
 from sparsellm.packed.checkpoint import read_config
 from sparsellm.patterns import NM
@@ -23,6 +24,7 @@ from sparsellm.runtime.module import PackedLinear
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.resume import RunState, unfinished
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models.families import family
 from tests.models.pruned import prune_tiny
 
 FAMILIES = [tiny_llama, tiny_opt, tiny_gpt2]
@@ -237,3 +239,11 @@ def test_the_model_is_known_by_any_name(llama: Path, packed: Path, tmp_path: Pat
                     run(model, out=out, overwrite=True, restart=True)
     assert tensors(llama)
     assert tensors(packed)
+
+
+def test_experts_that_stay_dense_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save_tiny(family("Mixtral"), None, tmp_path / "a")
+    result = sparsellm.pack(source, out=tmp_path / "p")
+    assert result.expert_weights == sum(m.weights for m in sparsellm.inspect(source) if ".experts." in m.name) > 0
+    tables.print_packed(result)
+    assert "weights of experts stay dense" in capsys.readouterr().err

@@ -83,7 +83,8 @@ def push_checkpoint(
     except StorageError:
         raise
     except Exception as error:  # the client raises httpx's, requests', the system's and its own errors
-        raise StorageError(f"cannot upload to {repo}: {_reason(error)}") from None
+        hint = "; check the connection and HF_ENDPOINT" if "Connect" in type(error).__name__ else ""
+        raise StorageError(f"cannot upload to {repo}: {_reason(error)}{hint}") from None
     return Pushed(str(getattr(commit, "commit_url", "") or commit), files, left_out, sizes)
 
 

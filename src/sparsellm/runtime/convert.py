@@ -54,6 +54,7 @@ class PackResult:
         weights: number of these weights.
         checkpoint_bytes: size of all weight files of the new checkpoint.
         head: the packed form of embedding and output head; empty if they were copied.
+        expert_weights: number of weights of experts, which stay dense and count in none of the others.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class PackResult:
     weights: int = 0
     checkpoint_bytes: int = 0
     head: dict[str, PackedEntry] = field(default_factory=dict)
+    expert_weights: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -74,6 +76,7 @@ class PackResult:
             "bits_per_weight": 8 * self.packed_bytes / self.weights,
             "of_bf16": self.packed_bytes / (2 * self.weights),
             "checkpoint_bytes": self.checkpoint_bytes,
+            "expert_weights": self.expert_weights,
             "head": {name: entry.to_dict() for name, entry in self.head.items()},
             "linears": {name: entry.to_dict() if entry else "dense" for name, entry in self.linears.items()},
         }
@@ -267,7 +270,10 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
     assert chain.weights is not None
     # Experts stay dense: transformers stacks their weights while it loads, packed or not.
-    linears = [linear for linear in chain.linears(index) if not isinstance(linear.module, ExpertLinear)]
+    every = chain.linears(index)
+    linears = [linear for linear in every if not isinstance(linear.module, ExpertLinear)]
+    experts = [linear for linear in every if isinstance(linear.module, ExpertLinear)]
+    result.expert_weights += sum(linear.parameter.numel() for linear in experts)
     chain_linears = {chain.weights.key_of[linear.weight_name]: linear for linear in linears}
     tensors = chain.stored_block(index)
     for key, linear in chain_linears.items():
