@@ -314,7 +314,7 @@ def test_the_rate_follows_the_square_of_the_distance(monkeypatch: pytest.MonkeyP
 
 def test_a_small_distance_tries_rates_from_the_start_and_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEP_TOKENS", 24)
-    dense, ids = tiny_llama(), ids_of(8)
+    dense, ids = tiny_llama(), ids_of(12)
     steps = Steps(monkeypatch)
     history = in_memory(halved(tiny_llama()), dense, ids, 1, None)
     assert history[0].held_out < module.CAREFUL

@@ -47,7 +47,7 @@ RATE = 0.0007
 CAREFUL = 0.5  # nats; below this divergence the rate is tried out
 LOWEST_PROBED, PROBED = RATE / 16, 0.004  # the lowest and the highest rate that are tried
 FASTER = 4.0  # factor between the rates that are tried
-PROBE_STEPS = 4  # steps at each
+PROBE_STEPS = 2  # steps at each; a pass of fewer than four times as many is not worth the trials
 CUT = 1 / 3  # factor of the rate after a harmful pass
 HARM = 1.01  # a pass is harmful above this multiple of the least divergence so far; smaller rises are noise
 STEP_TOKENS = 1024  # tokens of a step; half as many steps of twice the tokens cost as much and gain less
@@ -376,7 +376,8 @@ def _start(
             return Pass(0, start, None, task.learning_rate)
         chosen, least = RATE * min(1.0, start**2), start
         rate = max(chosen, LOWEST_PROBED)
-        while start < CAREFUL and rate <= PROBED:
+        while start < CAREFUL and rate <= PROBED and len(train) >= 4 * PROBE_STEPS:
+            task.feed.progress(Progress("sweep", 0, task.passes, f"trying rate {rate:.1e} · KL {least:.3f}"))
             for number, (process, place) in enumerate(train[:PROBE_STEPS], 1):
                 piece = run.stream.pieces[place.number] if process == parallel.rank() else None
                 run.step(piece, process, rate, number)
