@@ -16,7 +16,9 @@ from sparsellm.machine.devices import resolve_device
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
 from sparsellm.report.document import write_report
+from sparsellm.run.prepare import Request
 from sparsellm.run.result import stamp
+from sparsellm.run.run import Run
 from sparsellm.runtime.bench import Comparison, Speed, compare
 from sparsellm.runtime.convert import pack
 from sparsellm.runtime.generate import generate
@@ -31,6 +33,7 @@ from sparsellm.storage.resume import PACK
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
 OPTIONS: dict[str, Any] = {"solver": "sparsegpt"}  # the default solver takes two and a half times its time
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # of the measurement of speed
+NAME = "SmolLM2-135M-Instruct"
 PROMPT = "The Python programming language is"
 TEXT_TOKENS = 40
 
@@ -119,7 +122,8 @@ def run_demo(
         dense = checkpoint_directory("demo")
     progress(plan_of_phases(COSTS))
     with clock.phase("prune"):
-        result = api.prune(dense, recipe, out=pruned, overwrite=overwrite, restart=restart, progress=progress)
+        request = Request(dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME)
+        result = Run(request, progress).execute()
     with phase("pack"):
         pack(pruned, out=packed, overwrite=overwrite, restart=restart, progress=progress)
     with phase("evaluate"):

@@ -49,7 +49,8 @@ DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`sparsellm.prune`, documented there, and what the run shares with others."""
+    """The arguments of :func:`sparsellm.prune`, documented there; what the run shares with others; and a name of the
+    model for reports, in place of the one that it was given by."""
 
     model: str | os.PathLike[str] | PreTrainedModel
     recipe: Recipe
@@ -60,6 +61,7 @@ class Request:
     restart: bool = False
     trust_remote_code: bool = False
     shared: Shared = field(default_factory=Shared)
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,12 @@ class Run:
         model = self.request.model
         name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
         known = base_of(model, self.prepared.directory)
-        return {"name": name, "digest": self.identity.model, "bytes": checkpoint_bytes(self.chain), **known}
+        return {
+            "name": self.request.name or name,
+            "digest": self.identity.model,
+            "bytes": checkpoint_bytes(self.chain),
+            **known,
+        }
 
     def _demand(self) -> Demand:
         """The memory demand of this process; the first one also surveys the dense model."""
