@@ -61,12 +61,17 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
     chain, clock, blocks = run.chain, run.clock, len(run.chain)
     task: BlockTask | None = None
     counted: Magnitudes = {}
+    linears_here, begun, last = len(chain.linears(index)), len(run.finished), run.linears[-1:]
+    zeros_before = sum(each.zeros for each in run.linears)
+    weights_before = sum(math.prod(each.shape) for each in run.linears)
 
     def report(step: str, part: float | None = None) -> None:
         results = [] if task is None else task.results
         if part is None:
-            part = len(results) / (len(chain.linears(index)) + 1)  # the outputs of the block take about one more
-        begun, known = len(run.finished), [*run.linears, *results]
+            part = len(results) / (linears_here + 1)  # the outputs of the block take about one more
+        known = [*last, *results]
+        zeros = zeros_before + sum(each.zeros for each in results)
+        weights = weights_before + sum(math.prod(each.shape) for each in results)
         run.progress(
             Progress(
                 "prune",
@@ -74,7 +79,7 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
                 blocks - begun,
                 f"block {index + 1}/{blocks} {step}",
                 known[-1].error if known else None,
-                sum(each.zeros for each in known) / sum(math.prod(each.shape) for each in known) if known else None,
+                zeros / weights if weights else None,
             )
         )
 
