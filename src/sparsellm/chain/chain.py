@@ -269,14 +269,14 @@ class Chain:
 
     def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
         """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint."""
-        if pruned is not None and self._key(name) in pruned:
-            whole = pruned.get(self._key(name))
-            return self.parts[name].of(whole) if name in self.parts else whole
-        value = self._value(name).detach()
-        if not value.is_meta or self.weights is None:
-            return value
-        whole = self.weights.reader.get(self._key(name))
-        return self.weights.parts[name].of(whole) if name in self.weights.parts else whole
+        key, reader = self._key(name), pruned
+        if reader is None or key not in reader:
+            value = self._value(name).detach()
+            if not value.is_meta or self.weights is None:
+                return value
+            reader = self.weights.reader
+        whole = reader.get(key)
+        return self.parts[name].of(whole) if name in self.parts else whole
 
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
         """Replaces the parameter of this name."""

@@ -143,8 +143,8 @@ def pack(
 
 def int4_group(weight: Tensor) -> int:
     """The columns of a row that share a scale where :func:`pack` stores this weight ``(out, in)`` as int4."""
-    kept = weight.detach().cpu() != 0
-    forms = _forms(weight, kept, _detect(weight.detach().cpu()), "int4", None)
+    weight = weight.detach().cpu()
+    forms = _forms(weight, weight != 0, _detect(weight), "int4", None)
     group = min(forms.values(), key=lambda form: form[0])[1]
     assert group is not None
     return group

@@ -17,8 +17,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.inputs.json_input import read_object
+from sparsellm.storage.results import RESULTS
 
-PRUNING, RESULTS = "pruning.json", "results.json"
+PRUNING = "pruning.json"
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Size = Annotated[int, Field(gt=0, lt=2**31)]

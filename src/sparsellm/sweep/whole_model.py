@@ -332,7 +332,8 @@ def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) ->
     chain = task.feed.chain
     train, judges = held_out_of(of_all(run.places()), task.held_out)
     history = list(reached.history) if reached is not None else [_start(task, run, train, judges, best)]
-    rate, first = history[0].rate or 0.0, len(history)
+    rate, first = history[0].rate, len(history)
+    assert rate is not None, "the state before the first pass has the rate"
     for number in range(first, task.passes + 1):
         harmful = harmful_passes(history)
         place = _Position(number, task.passes, first, harmful[-1] if harmful else 0, history[-1].held_out)
@@ -379,8 +380,7 @@ def _start(
         while start < CAREFUL and rate <= PROBED and len(train) >= 4 * PROBE_STEPS:
             task.feed.progress(Progress("sweep", 0, task.passes, f"trying rate {rate:.1e} · KL {least:.3f}"))
             for number, (process, place) in enumerate(train[:PROBE_STEPS], 1):
-                piece = run.stream.pieces[place.number] if process == parallel.rank() else None
-                run.step(piece, process, rate, number)
+                run.step(run.piece(process, place), process, rate, number)
             found = run.judge(judges)
             run.masters.restart(task, best)
             if not found < least:
@@ -409,10 +409,9 @@ def _pass(task: SweepTask, run: _Run, train: list[tuple[int, _Place]], at: _Posi
         said = f"pass {at.number}/{at.passes} · KL {at.divergence:.3f}"
         task.feed.progress(Progress("sweep", done, left, said))
         process, place = train[order[step]]
-        piece = run.stream.pieces[place.number] if process == parallel.rank() else None
         factor = schedule((at.number - 1) * count + step, at.passes * count)
         since = (at.number - 1 - at.undone) * count + step + 1  # steps since Adam's moments began
-        total += run.step(piece, process, rate * factor, since)
+        total += run.step(run.piece(process, place), process, rate * factor, since)
     return total / sum(place.tokens for _, place in train)
 
 
@@ -472,6 +471,10 @@ class _Run:
     def places(self) -> list[_Place]:
         return [_Place(number, self.tokens(piece)) for number, piece in enumerate(self.stream.pieces)]
 
+    def piece(self, process: int, place: _Place) -> Piece | None:
+        """The windows of a step, or None if another process has them."""
+        return self.stream.pieces[place.number] if process == parallel.rank() else None
+
     def ids(self, piece: Piece) -> Tensor:
         """Token ids ``(windows, seq)``."""
         start = self.starts[piece.batch]
@@ -482,8 +485,8 @@ class _Run:
 
     def judge(self, judges: Sequence[tuple[int, _Place]]) -> float:
         """The mean divergence per token over the held-out pieces of all processes."""
-        own = [self.stream.pieces[place.number] for process, place in judges if process == parallel.rank()]
-        sums = of_all([self.divergence(piece) for piece in own])
+        own = [self.piece(process, place) for process, place in judges]
+        sums = of_all([self.divergence(piece) for piece in own if piece is not None])
         return sum(divergence for _, divergence in sums) / sum(place.tokens for _, place in judges)
 
     def divergence(self, piece: Piece) -> float:
