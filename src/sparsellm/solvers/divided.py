@@ -25,7 +25,7 @@ DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
 SIGN = -(1 << 31)
 
 
-def divide(entry: Entry[Solver], products: Bf16Products | None) -> Solver:
+def divide(entry: Entry[Solver], products: Bf16Products | None = None) -> Solver:
     """The solver with its work divided over the processes of this run.
 
     All processes call it with the same arguments, and each gets the whole solution. In one process it is the solver
