@@ -27,6 +27,7 @@ from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
 from sparsellm.methods.feed_forward import UNIT_STREAMS, find_units, prune_unit
+from sparsellm.methods.permutation import permute_block
 from sparsellm.methods.routed import (
     ExpertTokens,
     find_expert_unit,
@@ -94,6 +95,7 @@ def sparsellm(  # noqa: PLR0913 - options
     norm_weighting: Annotated[
         float, Field(ge=0), "tokens whose norm is above this many medians get less weight; 0: equal weights"
     ] = 1.5,
+    permute: Annotated[bool, "N:M: order inputs so that the largest weights do not share a group"] = True,
     iterations: Annotated[
         int | None,
         Field(ge=0),
@@ -108,8 +110,10 @@ def sparsellm(  # noqa: PLR0913 - options
     if task.idle:
         return  # without zeros there is no error to compensate: the weights keep every bit
     order = RunOrder()
-    sublayers = find_sublayers(task, order)
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
+    if permute:
+        permute_block(task, weights)
+    sublayers = find_sublayers(task, order)
     fitting = _Fitting(weights, weighted_solvers(task, solver, output_metric), refit, refit_damping, order)
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
     wanted = iterations if iterations is not None else refit and sparsest >= PAYS
