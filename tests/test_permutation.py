@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Feed, open_chain
+from sparsellm.chain import Feed, LinearView, open_chain
 from sparsellm.methods import BlockTask
-from sparsellm.methods.permutation import Channels, find_channels, permute_block, spread
+from sparsellm.methods.permutation import Channels, find_channels, permute_block, permute_expert, spread
+from sparsellm.methods.routed import ExpertTokens, prune_experts
 from sparsellm.patterns import NM, Pattern, Unstructured
 from sparsellm.progress import PhaseClock
 from tests import victim
@@ -234,3 +235,35 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(tmp_path: Path) -> None:
     assert len(names) > 3
     for name in names:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.skipif("Mixtral" not in FAMILIES, reason="transformers is older than this layout of experts")
+@pytest.mark.parametrize("name", [name for name in ("Mixtral", "GptOss", "Dbrx") if name in FAMILIES])
+def test_experts_are_permuted_each_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family(name)
+    orders: list[Tensor] = []
+    wanted = model(windows()).logits
+
+    def see(self: Channels, order: Tensor) -> None:
+        orders.append(order)
+        move(self, order)
+
+    move = Channels.permute
+    chain = open_chain(model, device=torch.device("cpu"))
+    stream = Feed(chain, windows(), 80).stream()
+    with chain.block(0):
+        linears = chain.linears(0)
+        patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], TWO_OF_FOUR)
+        task = BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock())
+
+        def only_permute(own: ExpertTokens, linears: list[LinearView]) -> bool:
+            orders.clear()
+            permute_expert(task, own, linears)
+            assert len(orders) == 3  # at random and back, and as chosen
+            assert not torch.equal(orders[-1], torch.arange(orders[-1].numel()).view(1, -1))
+            return True
+
+        monkeypatch.setattr(Channels, "permute", see)
+        prune_experts(task, lambda linear, gram, fit=None: None, instead=only_permute)
+    assert len(orders) == 3
+    torch.testing.assert_close(model(windows()).logits, wanted, rtol=1e-4, atol=1e-4)

@@ -26,12 +26,14 @@ from transformers import PretrainedConfig
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, watch
-from sparsellm.methods.routed import without_experts
+from sparsellm.chain.experts import DOWN
+from sparsellm.methods.routed import ExpertTokens, without_experts
 from sparsellm.methods.task import BlockTask
 from sparsellm.patterns import NM
 
 ROUNDS = 3  # each takes every member out of its group once; later rounds change nothing
 GROUPS = 256  # that exchange members with each other: the time of a round rises with their number
+PROVING = 64  # tokens on which the channels of an expert are proved
 PIECE = 1 << 18  # scores compared at a time, which fit into a processor's cache
 UNPROVED = "its inputs were not permuted for {}: {}"  # note of a linear
 
@@ -64,7 +66,7 @@ class Channels:
             linear.permute(outputs=_index(linear.out_features, outputs, order))
 
     def best_order(self, pattern: NM, mean_squares: Tensor) -> Tensor:
-        """The order ``(heads, width)`` that :func:`spread` chooses.
+        """The order ``(heads, width)`` that :func:`spread` chooses, on the CPU, so that any process can take it.
 
         Args:
             pattern: of the reader.
@@ -72,7 +74,7 @@ class Channels:
         """
         scores = self.reader.weight().abs_().mul_(mean_squares.sqrt())
         heads = [torch.cat([scores[:, copy] for copy in head]) for head in self.inputs.transpose(0, 1)]
-        return torch.stack([spread(head, pattern) for head in heads])
+        return torch.stack([spread(head, pattern) for head in heads]).cpu()
 
 
 def permute_block(task: BlockTask, weights: list[Tensor] | None) -> None:
@@ -91,11 +93,50 @@ def permute_block(task: BlockTask, weights: list[Tensor] | None) -> None:
         found = find_channels(task)
         orders = parallel.from_main(lambda: _orders(task, found, weights))
         for channels, order in zip(found, orders, strict=True):
-            channels.permute(order.to(channels.inputs.device))
-            for linear, outputs in channels.sources:
-                if (costs := task.output_costs.get(linear.name)) is not None:
-                    index = _index(len(costs), outputs, order).to(costs.device)
-                    task.output_costs = {**task.output_costs, linear.name: costs[index]}
+            _permute(task, channels, order)
+
+
+def permute_expert(task: BlockTask, own: ExpertTokens, linears: list[LinearView]) -> None:
+    """Permutes the channels of an expert whose last linear gets an N:M pattern, as :func:`permute_block` does.
+
+    Args:
+        own: the tokens of the expert.
+        linears: of the expert, those that are pruned.
+    """
+    down = next((linear for linear in linears if linear.module is own.expert.get_submodule(DOWN)), None)
+    if down is None or len(linears) < len(list(own.expert.children())):
+        return
+    pattern = task.patterns[down.name]
+    if not isinstance(pattern, NM):
+        return
+
+    def choose() -> Tensor | None:
+        x = next((rows for rows, _ in own.routed()), own.tokens.store[0])
+        if _first_proved([channels], lambda: [own.expert(x[:PROVING])], task) is None:
+            return None
+        return channels.best_order(pattern, own.expert.inner(x).float().square().mean(0))
+
+    with task.clock.phase("prune/permutation"), torch.no_grad():
+        channels = _unit(down, [linear for linear in linears if linear is not down])
+        order = parallel.from_main(choose)
+        if order is not None:
+            _permute(task, channels, order)
+
+
+def _permute(task: BlockTask, channels: Channels, order: Tensor) -> None:
+    """Permutes channels, and the costs of the outputs that move."""
+    channels.permute(order)
+    for linear, outputs in channels.sources:
+        if (costs := task.output_costs.get(linear.name)) is not None:
+            index = _index(len(costs), outputs, order).to(costs.device)
+            task.output_costs = {**task.output_costs, linear.name: costs[index]}
+
+
+def _unit(down: LinearView, sources: list[LinearView]) -> Channels:
+    """All inputs of ``down`` as the outputs of each source, or as those of each half of it."""
+    whole = torch.arange(down.in_features, device=down.parameter.device).view(1, 1, -1)
+    rows = [torch.arange(linear.out_features, device=whole.device).view(-1, 1, down.in_features) for linear in sources]
+    return Channels(down, whole, tuple(zip(sources, rows, strict=True)))
 
 
 def _orders(task: BlockTask, found: list[Channels], weights: list[Tensor] | None) -> list[Tensor]:
@@ -133,7 +174,7 @@ def find_channels(task: BlockTask) -> list[Channels]:
             continue
         guesses = _guesses(reader, groups[:position], task.stream.chain.config)
         fitting = [guess for guess in guesses if guess.width % pattern.m == 0]
-        number = parallel.from_main(partial(_first_proved, task, fitting))
+        number = parallel.from_main(partial(_first_proved, fitting, partial(_outputs, task, reader), task))
         if number is None:
             why = "no order of channels that was tried leaves the output of the block as it is"
         elif any(linear.name not in names for linear in fitting[number].linears()):
@@ -164,16 +205,12 @@ def _groups(task: BlockTask) -> list[list[LinearView]]:
 def _guesses(reader: LinearView, earlier: list[list[LinearView]], config: PretrainedConfig) -> Iterator[Channels]:
     """Channels that ``reader`` may read, the likelier ones first."""
     width = reader.in_features
-    whole = torch.arange(width, device=reader.parameter.device)
     for group in reversed(earlier):
-        halves = [linear for linear in group if linear.out_features in (width, 2 * width)]
-        if halves:  # a unit's gate and up, perhaps as the halves of one linear
-            rows = [whole.new_tensor(range(linear.out_features)).view(-1, 1, width) for linear in halves]
-            yield Channels(reader, whole.view(1, 1, width), tuple(zip(halves, rows, strict=True)))
-            if len(halves) > 1:
-                yield from (
-                    Channels(reader, whole.view(1, 1, width), (pair,)) for pair in zip(halves, rows, strict=True)
-                )
+        sources = [linear for linear in group if linear.out_features in (width, 2 * width)]
+        if sources:  # a unit's gate and up, perhaps as the halves of one linear
+            yield _unit(reader, sources)
+        if len(sources) > 1:
+            yield from (_unit(reader, [linear]) for linear in sources)
     text = config.get_text_config()
     queries = getattr(text, "num_attention_heads", None)
     if not isinstance(queries, int) or queries < 1 or width % queries:
@@ -183,7 +220,8 @@ def _guesses(reader: LinearView, earlier: list[list[LinearView]], config: Pretra
     for heads in dict.fromkeys([keys if isinstance(keys, int) and keys > 0 else queries, queries, 1]):
         if queries % heads:
             continue
-        inputs = whole.view(heads, queries // heads, size).transpose(0, 1)
+        inputs = torch.arange(width, device=reader.parameter.device)
+        inputs = inputs.view(heads, queries // heads, size).transpose(0, 1)
         for group in reversed(earlier):
             for linear in reversed(group):
                 for outputs in _value_rows(linear, heads, size):
@@ -201,20 +239,21 @@ def _value_rows(linear: LinearView, heads: int, size: int) -> Iterator[Tensor]:
         yield rows.view(1, heads, outputs // heads)[..., -size:]
 
 
-def _first_proved(task: BlockTask, guesses: list[Channels]) -> int | None:
-    """The first guess with which the block has the same output, up to rounding, if channels are in a random order."""
+def _first_proved(guesses: list[Channels], run: Callable[[], list[Tensor]], task: BlockTask) -> int | None:
+    """The first guess with which ``run`` has the same outputs, up to rounding, if channels are in a random order."""
     before: list[Tensor] = []
     dtype = task.stream.chain.dtype if task.stream.chain.products is None else torch.bfloat16
     tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)  # a wrong guess changes the reader's output by about its size
     for number, guess in enumerate(guesses):
-        before = before or _outputs(task, guess.reader)
+        before = before or run()
         heads, width = guess.inputs.shape[1:]
         generator = torch.Generator().manual_seed(width)
         order = torch.stack([torch.randperm(width, generator=generator) for _ in range(heads)]).to(guess.inputs.device)
         guess.permute(order)
-        after = _outputs(task, guess.reader)
+        after = run()
         guess.permute(order.argsort(dim=-1))
-        if all(float((x - y).norm()) <= tolerance * float(y.norm()) for x, y in zip(after, before, strict=True)):
+        differences = [float((x.float() - y.float()).norm()) for x, y in zip(after, before, strict=True)]
+        if all(x <= tolerance * float(y.float().norm()) for x, y in zip(differences, before, strict=True)):
             return number
     return None
 
@@ -224,7 +263,7 @@ def _outputs(task: BlockTask, reader: LinearView) -> list[Tensor]:
     seen: list[Tensor] = []
     with watch([reader], lambda linear, entering, leaving: seen.append(leaving.to(torch.float32, copy=True))):
         leaving = task.stream.run_window(task.index)
-    return [*seen, leaving.float()]
+    return [*seen, leaving]
 
 
 def _index(length: int, places: Tensor, order: Tensor) -> Tensor:
