@@ -130,8 +130,8 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
         raise KernelError(f"activations on {x.device}: the Triton kernels need a GPU (or TRITON_INTERPRET=1)")
     if packed.layout == "nm" or packed.value_type not in _KINDS or packed.mask.device != x.device:
         raise KernelError(
-            f"layout {packed.layout!r}, values {packed.value_type!r} on {packed.mask.device}, activations on {x.device}: "
-            f"the Triton kernels take a bitmask, {', '.join(_KINDS)} on the device of the activations"
+            f"layout {packed.layout!r}, values {packed.value_type!r} on {packed.mask.device}, activations on "
+            f"{x.device}: the Triton kernels take a bitmask, {', '.join(_KINDS)} on the device of the activations"
         )
     floating = (torch.float32, torch.bfloat16, torch.float16)
     if x.dim() != 2 or x.shape[1] != columns or not 1 <= len(x) <= MAX_TOKENS or x.dtype not in floating:
