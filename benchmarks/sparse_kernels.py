@@ -10,8 +10,8 @@ share of the copy's rate. A copy moves each byte twice, in and out: ``of copy`` 
 ``of traffic`` to twice those. The copy is made of pieces that take about as long as a product, so that interruptions
 affect both alike. Times are the shortest of all rounds, since other load can only add; the median is in brackets.
 
-The last two columns are the roofline: nanoseconds and bytes for 64 weights, kept or not. With ``--cached`` one weight is
-used every time: what it takes then (of a shape that the second-level cache holds, such as 512x2048) goes to
+The last two columns are the roofline: nanoseconds and bytes for 64 weights, kept or not. With ``--cached`` one weight
+is used every time: what it takes then (of a shape that the second-level cache holds, such as 512x2048) goes to
 instructions, and what it takes longer without to memory.
 """
 
@@ -118,11 +118,12 @@ def main() -> None:
             slow, fast, copy = (min(each) for each in times)
             usual = [f"{statistics.median(each) * 1e3:.2f}" for each in times]
             rate, copied = size / fast, PIECE / copy
+            words = out * columns / 64
             print(
                 f"| {out} × {columns} | {value_type} | {sparsity:.0%} | {tokens} | {slow * 1e3:.2f} ({usual[0]}) "
                 f"| {fast * 1e3:.2f} ({usual[1]}) | {slow / fast:.2f} × | {rate / 1e9:.1f} "
                 f"| {dtype.itemsize * out * columns / slow / 1e9:.1f} | {copied / 1e9:.1f} | {rate / copied:.0%} "
-                f"| {rate / copied / 2:.0%} | {fast * 64e9 / (out * columns):.2f} | {size * 64 / (out * columns):.1f} |",
+                f"| {rate / copied / 2:.0%} | {fast * 1e9 / words:.2f} | {size / words:.1f} |",
                 flush=True,
             )
 
