@@ -31,7 +31,7 @@ class Numbers:
     bytes: dict[str, int] = field(default_factory=dict)
 
 
-def open_dense(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def open_dense(directory: Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
     return model
 

@@ -78,7 +78,11 @@ class Bench:
         self.directory = checkpoint_directory(arguments.model)
         self.tokenizer = load_tokenizer(self.directory)
         self.dense = Dense(str(self.directory))
-        model = open_dense(self.directory)
+        model = open_dense(self.directory, "auto")
+        if model.dtype != torch.float32:
+            raise SystemExit(
+                f"{arguments.model} is in {model.dtype}; give a checkpoint in float32, as which all are scored"
+            )
         self.sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         self.linears = {name: weight_of(linear).numel() for name, linear in block_linears(model).items()}
 
@@ -104,7 +108,7 @@ class Bench:
         asked = self.arguments
         found = sparsellm.evaluate(
             model, asked.text, against=self.dense, seq_len=asked.window, max_tokens=asked.max_tokens or None,
-            tokenizer=None if isinstance(model, Path) else self.tokenizer, dtype="float32", device="cpu",
+            tokenizer=None if isinstance(model, Path) else self.tokenizer,
         )  # fmt: skip
         assert found.against is not None
         return {"perplexity": found.value, "kl": found.against.kl.value, "tokens": found.tokens}
@@ -175,16 +179,10 @@ def forms(arguments: argparse.Namespace) -> Iterator[Form]:
             name = f"llama.cpp {kind}" + (" with importance" if important else "")
             yield Form(name, series, kind, by_llama_cpp, partial(llama_cpp, kind=kind, important=important))
     others: tuple[tuple[str, str, str, Callable[[Bench, int], Numbers], tuple[int, ...]], ...] = (
-        ("torchao", "torchao", "int{}", lambda bench, bits: torchao_numbers(bench.directory, bits), (8, 4)),
-        ("hqq", "hqq", "{} bits", lambda bench, bits: hqq_numbers(bench.directory, bits), (4, 3, 2)),
-        (
-            "GPTQ",
-            "gptqmodel",
-            "{} bits",
-            lambda bench, bits: gptq_numbers(bench.directory, bench.windows, bits),
-            (4, 3),
-        ),
-    )
+        ("torchao", "torchao", "int{}", lambda b, bits: torchao_numbers(b.directory, bits), (8, 4)),
+        ("hqq", "hqq", "{} bits", lambda b, bits: hqq_numbers(b.directory, bits), (4, 3, 2)),
+        ("GPTQ", "gptqmodel", "{} bits", lambda b, bits: gptq_numbers(b.directory, b.windows, bits), (4, 3)),
+    )  # fmt: skip
     for series, package, label, make, widths in others:
         for bits in widths:
             named = label.format(bits)
