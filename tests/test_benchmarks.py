@@ -90,7 +90,8 @@ def test_the_frontier_counts_scores_and_draws_every_form(
     rows = table(
         "frontier.py", monkeypatch, capsys, "--text", text, "--model", str(dense), "--calibration", text,
         "--samples", "8", "--window", "16", "--max-tokens", "64", "--effort", "0",
-        "--cells", str(tmp_path / "cells.json"), "--forms", "sparsellm 50%", "sparsellm 0% int8", "--picture", str(tmp_path / "frontier.svg"),
+        "--cells", str(tmp_path / "cells.json"), "--picture", str(tmp_path / "frontier.svg"),
+        "--forms", "sparsellm 50%", "sparsellm 0% int8",
     )  # fmt: skip
     assert rows.keys() == {"sparsellm 0% int8", "sparsellm 50% int8", "sparsellm 50% int4"}
     bits, divergences = ({name: float(row[column]) for name, row in rows.items()} for column in (1, 2))
