@@ -22,7 +22,8 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.activations import relu
-from sparsellm.chain.capture import RunOrder, skipping, watch
+from sparsellm.chain.capture import RunOrder, replacing, skipping, watch
+from sparsellm.chain.shortcuts import KnownOutput
 from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
@@ -108,9 +109,10 @@ def sparsellm(  # noqa: PLR0913 - options
     if task.idle:
         return  # without zeros there is no error to compensate: the weights keep every bit
     order = RunOrder()
+    task.stream.forget()
     sublayers = find_sublayers(task, order)
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
-    fitting = _Fitting(weights, weighted_solvers(task, solver, output_metric), refit, refit_damping, order)
+    fitting = _Fitting(weights, weighted_solvers(task, solver, output_metric), refit, refit_damping, order, sublayers)
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
     wanted = iterations if iterations is not None else refit and sparsest >= PAYS
     units = find_units(task) if wanted else []
@@ -158,6 +160,7 @@ class _Fitting:
         refit: whether output projections are refitted before they are pruned.
         damping: ridge of the refit.
         order: the order in which the block's linears run.
+        sublayers: of the block.
     """
 
     weights: list[Tensor] | None
@@ -165,6 +168,7 @@ class _Fitting:
     refit: bool
     damping: float
     order: RunOrder
+    sublayers: list[Sublayer]
 
 
 def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> None:
@@ -173,17 +177,22 @@ def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> N
     with task.stream.store() as target:  # batches of the writer's output before pruning
         for group in sublayer.groups:
             task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
+            shortcut = sublayer.shortcut if group[0] is sublayer.writer else None
+            known = task.stream.keep(shortcut) if shortcut is not None else None
             if group[0] is writer:
-                gram, cross = _moments_of_writer(task, writer, target, fitting)
+                gram, cross = _moments_of_writer(task, writer, target, fitting, known)
                 with task.clock.phase("prune/solve"):
                     fit = least_squares(gram, cross, fitting.damping, prior=writer.weight())
                 del cross
                 gram.forget()  # frees the factors of the refit before the solver, which takes the most memory
                 _solve(task, writer, gram, fitting, fit)
-                continue
-            gram = _gram(task, group[0], fitting, target, recorded=writer if group is sublayer.groups[0] else None)
-            for linear in group:
-                _solve(task, linear, gram, fitting)
+            else:
+                recorded = writer if group is sublayer.groups[0] else None
+                gram = _gram(task, group[0], fitting, target, recorded, known)
+                for linear in group:
+                    _solve(task, linear, gram, fitting)
+            if known is not None:
+                task.stream.known.append(known)  # of the writer as it is now
 
 
 def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, fit: Fit | None = None) -> None:
@@ -196,14 +205,21 @@ def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, f
 
 
 def _gram(
-    task: BlockTask, head: LinearView, fitting: _Fitting, target: TensorStore, recorded: LinearView | None
+    task: BlockTask,
+    head: LinearView,
+    fitting: _Fitting,
+    target: TensorStore,
+    recorded: LinearView | None,
+    known: KnownOutput | None,
 ) -> Gram:
     """The Gram matrix of the input of ``head``, from one pass that also appends the outputs of ``recorded`` to
-    ``target``."""
+    ``target``, and that input to ``known``."""
     gram = GramAccumulator(head.in_features, task.stream.chain.device)
 
     def see(position: int, linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         if linear is head:
+            if known is not None:
+                known.append(entering)
             gram.update(entering, fitting.weights[position] if fitting.weights is not None else None)
         if linear is recorded:
             target.append(leaving.detach().clone())  # later operations may change it in place
@@ -214,15 +230,18 @@ def _gram(
 
 
 def _moments_of_writer(
-    task: BlockTask, writer: LinearView, target: TensorStore, fitting: _Fitting
+    task: BlockTask, writer: LinearView, target: TensorStore, fitting: _Fitting, known: KnownOutput | None
 ) -> tuple[Gram, Tensor]:
-    """The Gram matrix of a writer's input, and its cross-moment with the target ``(out, in)``, from one pass."""
+    """The Gram matrix of a writer's input, and its cross-moment with the target ``(out, in)``, from one pass that also
+    appends that input to ``known``."""
     gram = GramAccumulator(writer.in_features, task.stream.chain.device)
     cross = CrossAccumulator(writer.out_features, writer.in_features, task.stream.chain.device)
     bias = writer.bias
 
     def see(position: int, linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         weights = fitting.weights[position] if fitting.weights is not None else None
+        if known is not None:
+            known.append(entering)
         gram.update(entering, weights)
         wanted = target[position]
         cross.update(wanted if bias is None else wanted - bias, entering, weights)
@@ -242,12 +261,21 @@ def _pass(
 ) -> None:
     """Runs the block on every batch and calls ``see(batch number, linear, input, output)`` for the two linears.
 
-    Linears that only run after both are skipped.
+    Linears that only run after both are skipped, and so are modules around them.
     """
     seen = [head, *([recorded] if recorded is not None else [])]
-    unread = fitting.order.unread(task.stream.chain.linears(task.index), inputs=[head], outputs=seen[1:])
+    linears = task.stream.chain.linears(task.index)
+    unread = fitting.order.unread(linears, inputs=[head], outputs=seen[1:])
+    read = {linear.module for linear in linears} - {linear.module for linear in unread}
+    around = [sublayer.shortcut for sublayer in fitting.sublayers if sublayer.shortcut is not None]
+    idle = {each.module: each.zeros for each in around if each.like_input and read.isdisjoint(each.module.modules())}
     position = 0  # the number of the batch, read by the hook
-    with task.clock.phase("prune/statistics"), watch(seen, lambda *args: see(position, *args)), skipping(unread):
+    with (
+        task.clock.phase("prune/statistics"),
+        watch(seen, lambda *args: see(position, *args)),
+        skipping(unread),
+        replacing(idle),
+    ):
         for position in range(len(task.stream)):
             task.stream.run_batch(task.index, position)
 

@@ -1,0 +1,132 @@
+"""Modules that later passes do not run: no bit of any result changes, and what returns anything else runs as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import Stream
+from sparsellm.chain.shortcuts import Shortcut
+from sparsellm.methods import sublayers
+from sparsellm.methods.task import BlockTask
+from tests.models import VOCABULARY, tiny_llama
+from tests.models.families import FAMILIES, family
+
+IDS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(4))
+# The classes of the modules that the last pass over a block leaves out. OPT has no module around its feed-forward
+# linears; BLOOM adds the residual inside its modules; the last linear of Phi's is alone in its group.
+LEFT_OUT = {
+    "Llama": {"LlamaAttention", "LlamaMLP"},
+    "OPT": {"OPTAttention", "Linear"},
+    "GPT2": {"GPT2Attention", "GPT2MLP"},
+    "Gemma2": {"Gemma2Attention", "Gemma2MLP"},
+    "GPTNeoX": {"GPTNeoXAttention", "GPTNeoXMLP"},
+    "Phi": {"PhiAttention"},
+    "Bloom": {"Linear"},
+    "Falcon": {"FalconAttention"},
+    "Mixtral": {"MixtralAttention"},
+    "Qwen2Moe": {"Qwen2MoeAttention", "Qwen2MoeMLP"},
+    "Gemma4Text": {"Linear", "Gemma4TextMLP"},
+}
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe(**{"method": "sparsellm", "sparsity": 0.5, "options": {"effort": 0}, "batch_tokens": 48, **fields})
+
+
+@pytest.fixture
+def left_out(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The classes of modules that the forward after pruning did not run. That forward is compared with a plain one."""
+    found: set[str] = set()
+    advance = Stream.advance
+
+    def compared(self: Stream, index: int) -> None:
+        quick = list(self.run(index))
+        found.update(type(known.shortcut.module).__name__ for known in self.known)
+        self.forget()
+        assert all(torch.equal(one, other) for one, other in zip(quick, self.run(index), strict=True))
+        advance(self, index)
+
+    monkeypatch.setattr(Stream, "advance", compared)
+    return found
+
+
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sublayers, "_shortcut", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", [name for name in LEFT_OUT if name in FAMILIES])
+def test_no_bit_changes(name: str, left_out: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def pruned() -> dict[str, Tensor]:
+        model = family(name)
+        sparsellm.prune(model, recipe(exclude=["*.gate", "*.shared_expert_gate"]), calibration=IDS)
+        return model.state_dict()
+
+    quick = pruned()
+    assert left_out == LEFT_OUT[name]
+    plainly(monkeypatch)
+    plain = pruned()
+    assert all(torch.equal(value, plain[key]) for key, value in quick.items())
+
+
+class Scaled(nn.Module):
+    """An attention whose output is not its last linear's."""
+
+    def __init__(self, inner: nn.Module, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.last = inner, last
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return self.last(self.inner(*args, **kwargs)[0]), None
+
+
+class Returning(Scaled):
+    """An attention that returns a tensor more."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        first = self.inner(*args, **kwargs)[0]
+        return first, first.mean()
+
+
+class Keeping(Scaled):
+    """An attention that leaves something behind on itself."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        self.seen = self.inner(*args, **kwargs)[0]
+        return self.seen, None
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "last", "module"),
+    [
+        (Scaled, lambda x: x * 2, "LlamaAttention"),
+        (Scaled, lambda x: x.clamp(-9, 9), "LlamaAttention"),  # changes nothing here
+        (Scaled, lambda x: x.mul_(2), "LlamaAttention"),  # the same memory with other values
+        (Scaled, lambda x: x, "Scaled"),
+        (Returning, None, "LlamaAttention"),
+        (Keeping, None, "LlamaAttention"),
+    ],
+    ids=["scaled", "clamped", "in place", "as it is", "two tensors", "kept"],
+)
+def test_a_module_that_does_more_than_its_writer_runs(
+    wrapper: type[Scaled], last: Any, module: str, left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pruned() -> dict[str, Tensor]:
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.self_attn = wrapper(layer.self_attn, last)
+        sparsellm.prune(model, recipe(), calibration=IDS)
+        return model.state_dict()
+
+    quick = pruned()
+    assert module in left_out
+    plainly(monkeypatch)
+    plain = pruned()
+    assert all(torch.equal(value, plain[key]) for key, value in quick.items())
