@@ -26,7 +26,8 @@ class Shortcut:
     Attributes:
         writer: the linear.
         module: the largest module around it that returns its output unchanged; the writer itself if there is no other.
-        items: the length of the tuple that the module returns, the output followed by None; 0 if it returns the output.
+        items: the length of the tuple that the module returns, whose first item is the output; 0 if it returns the
+            output alone. The other items, such as attention weights, become None.
         unread: linears whose outputs only the writer depends on; empty if the module contains them.
         like_input: whether the output has the shape of the module's first tensor.
     """
@@ -159,10 +160,10 @@ class KnownOutput:
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Call | None:
-    """None if the module returned anything but a tensor, or a tensor followed by None."""
+    """None if the module returned neither a tensor nor a tuple that begins with one."""
     items = len(output) if type(output) is tuple else 0
     first = output[0] if items else output
-    if not isinstance(first, Tensor) or (items and any(item is not None for item in output[1:])):
+    if not isinstance(first, Tensor):
         return None
     tensors = _tensors(args, kwargs)
     like_input = bool(tensors) and tensors[0].shape == first.shape

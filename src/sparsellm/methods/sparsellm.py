@@ -266,7 +266,7 @@ def _pass(
     seen = [head, *([recorded] if recorded is not None else [])]
     linears = task.stream.chain.linears(task.index)
     unread = fitting.order.unread(linears, inputs=[head], outputs=seen[1:])
-    read = {linear.module for linear in linears} - {linear.module for linear in unread}
+    read = {linear.module for linear in seen} | {x.module for x in linears} - {x.module for x in unread}
     around = [sublayer.shortcut for sublayer in fitting.sublayers if sublayer.shortcut is not None]
     idle = {each.module: each.zeros for each in around if each.like_input and read.isdisjoint(each.module.modules())}
     position = 0  # the number of the batch, read by the hook
