@@ -48,14 +48,16 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     sublayers: list[Sublayer] = []
     groups: list[list[LinearView]] = []
     done: list[LinearView] = []
+    proven: list[KnownOutput] = []
     for group in found:
         groups.append(group)
         done += group
         if len(groups) > 1 and len(group) == 1 and group[0].out_features == width:
             sublayer = Sublayer(groups, group[0])
             shortcut = _shortcut(task, sublayer, order, calls, done)
-            proven = shortcut is not None and _proven(task, shortcut, entering[group[0].name], leaving)
-            sublayers.append(replace(sublayer, shortcut=shortcut if proven else None))
+            if shortcut is not None and _proves(task, shortcut, entering[group[0].name], leaving, proven):
+                sublayer = replace(sublayer, shortcut=shortcut)
+            sublayers.append(sublayer)
             groups = []
     return [*sublayers, Sublayer(groups, None)] if groups else sublayers
 
@@ -116,17 +118,24 @@ def _run_later(task: BlockTask, linears: list[LinearView], writer: LinearView, o
     return True
 
 
-def _proven(task: BlockTask, shortcut: Shortcut, entering: Tensor, leaving: Tensor) -> bool:
+def _proves(
+    task: BlockTask, shortcut: Shortcut, entering: Tensor, leaving: Tensor, proven: list[KnownOutput]
+) -> bool:
     """Whether the block has the same output for the first window, to the bit, when the module is not run.
 
     Args:
         entering: the input of the writer.
         leaving: the output of the block.
+        proven: those of earlier sublayers, whose modules are not run either; this one is added if it is proven.
     """
     known = KnownOutput(shortcut)
     known.append(entering)
+    forwards = {module: forward for each in (*proven, known) for module, forward in each.forwards(0).items()}
     try:
-        with replacing(known.forwards(0)):
-            return torch.equal(task.stream.run_window(task.index), leaving)
+        with replacing(forwards):
+            same = torch.equal(task.stream.run_window(task.index), leaving)
     except (TypeError, AttributeError, ValueError):  # the block reads another item that the module returns
         return False
+    if same:
+        proven.append(known)
+    return same
