@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Stream
-from sparsellm.chain.shortcuts import Shortcut
 from sparsellm.methods import sublayers
-from sparsellm.methods.task import BlockTask
+from sparsellm.run import run
 from tests.models import VOCABULARY, tiny_llama
 from tests.models.families import FAMILIES, STAY_DENSE, family
 
@@ -140,3 +139,24 @@ def test_a_module_that_does_more_than_its_writer_runs(
     plainly(monkeypatch)
     plain = pruned()
     assert all(torch.equal(value, plain[key]) for key, value in quick.items())
+
+
+@pytest.mark.parametrize(("kept", "modules"), [(5 * 24 * 32 * 4, {"LlamaAttention"}), (0, set())])
+def test_what_finds_no_room_is_run_again(
+    kept: int, modules: set[str], left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the feed-forward unit, 80 instead of 32 numbers of each token are kept."""
+
+    def pruned() -> dict[str, Tensor]:
+        model = tiny_llama()
+        sparsellm.prune(model, recipe(), calibration=IDS)
+        return model.state_dict()
+
+    whole = pruned()
+    assert left_out == {"LlamaAttention", "LlamaMLP"}
+    left_out.clear()
+    plan = run.plan_memory
+    monkeypatch.setattr(run, "plan_memory", lambda *a, **k: replace(plan(*a, **k), kept=kept))
+    tight = pruned()
+    assert left_out == modules
+    assert all(torch.equal(value, tight[key]) for key, value in whole.items())

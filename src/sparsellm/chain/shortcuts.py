@@ -144,6 +144,7 @@ class KnownOutput:
 
     def forwards(self, position: int) -> dict[nn.Module, Callable[..., Any]]:
         """The forward of each module that is not run for the batch of this number."""
+
         def known(*args: Any, **kwargs: Any) -> Any:
             if position not in self._made:
                 self._values[position] = self._forward(self._values[position])

@@ -78,7 +78,9 @@ def _validate(options: dict[str, Any]) -> None:
     paper="arXiv 2402.17946, with the solver of 2406.07831",
     needs=_needs,
     validate=_validate,
-    workspace=Workspace(weights=7, grams=2, streams=2, writers=2),  # of the refit; writers of attention and feed-forward
+    workspace=Workspace(
+        weights=7, grams=2, streams=2, writers=2
+    ),  # of the refit; writers of attention and feed-forward
     distributed=True,
     allocation="threshold",
 )

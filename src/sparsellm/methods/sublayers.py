@@ -118,9 +118,7 @@ def _run_later(task: BlockTask, linears: list[LinearView], writer: LinearView, o
     return True
 
 
-def _proves(
-    task: BlockTask, shortcut: Shortcut, entering: Tensor, leaving: Tensor, proven: list[KnownOutput]
-) -> bool:
+def _proves(task: BlockTask, shortcut: Shortcut, entering: Tensor, leaving: Tensor, proven: list[KnownOutput]) -> bool:
     """Whether the block has the same output for the first window, to the bit, when the module is not run.
 
     Args:
