@@ -189,8 +189,8 @@ def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> N
                 gram.forget()  # frees the factors of the refit before the solver, which takes the most memory
                 _solve(task, writer, gram, fitting, fit)
             else:
-                recorded = writer if group is sublayer.groups[0] else None
-                gram = _gram(task, group[0], fitting, target, recorded, known)
+                first = group is sublayer.groups[0]
+                gram = _gram(task, group[0], fitting, target, known, recorded=writer if first else None)
                 for linear in group:
                     _solve(task, linear, gram, fitting)
             if known is not None:
@@ -211,8 +211,8 @@ def _gram(
     head: LinearView,
     fitting: _Fitting,
     target: TensorStore,
-    recorded: LinearView | None,
     known: KnownOutput | None,
+    recorded: LinearView | None,
 ) -> Gram:
     """The Gram matrix of the input of ``head``, from one pass that also appends the outputs of ``recorded`` to
     ``target``, and that input to ``known``."""
