@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Stream
 from sparsellm.methods import sublayers
+from sparsellm.progress import Progress
 from sparsellm.run import run
-from tests.models import VOCABULARY, tiny_llama
+from tests.models import VOCABULARY, save_tiny, tiny_llama
 from tests.models.families import FAMILIES, STAY_DENSE, family
 
 IDS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(4))
@@ -160,3 +162,21 @@ def test_what_finds_no_room_is_run_again(
     tight = pruned()
     assert left_out == modules
     assert all(torch.equal(value, tight[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize(("values", "effort"), [("keep", 0), ("int8", 1)])
+def test_a_resumed_run_has_the_same_bits(values: str, effort: int, tmp_path: Path) -> None:
+    """Its blocks that are finished run plainly, and weights are stored in bf16 but computed in fp32."""
+    source = save_tiny(tiny_llama(num_hidden_layers=2).to(torch.bfloat16), None, tmp_path / "dense")
+    wanted = recipe(dtype="float32", values=values, options={"effort": effort})
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "prune" and progress.done == 1:
+            raise KeyboardInterrupt
+
+    sparsellm.prune(source, wanted, out=tmp_path / "whole", calibration=IDS)
+    with pytest.raises(KeyboardInterrupt):
+        sparsellm.prune(source, wanted, out=tmp_path / "cut", calibration=IDS, progress=stop)
+    sparsellm.prune(source, wanted, out=tmp_path / "cut", calibration=IDS)
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes()

@@ -62,10 +62,16 @@ class _Call:
 
 
 class Calls:
-    """The calls of the modules of a block during one run of it."""
+    """The calls of the modules of a block during one run of it.
 
-    def __init__(self, block: nn.Module) -> None:
+    Args:
+        block: its modules.
+        size: elements of the hidden states of that run; results of another size are not kept.
+    """
+
+    def __init__(self, block: nn.Module, size: int) -> None:
         self._block = block
+        self._size = size
         self._calls: dict[nn.Module, list[_Call | None]] = {}
         self._before: dict[nn.Module, dict[str, Any]] = {}
 
@@ -74,7 +80,9 @@ class Calls:
         """Records calls until the context ends."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self._calls.setdefault(module, []).append(_call(args, kwargs, output))
+            call = _call(args, kwargs, output)
+            fits = call is not None and call.output.numel() == self._size
+            self._calls.setdefault(module, []).append(call if fits else None)
 
         inner = [module for module in self._block.modules() if module is not self._block]
         handles = [module.register_forward_hook(hook, with_kwargs=True) for module in inner]

@@ -40,8 +40,8 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     Args:
         order: records the order in which all linears of the block run.
     """
-    width = task.stream.hidden[0].shape[-1]
-    calls = Calls(task.stream.chain.blocks[task.index])
+    tokens, width = task.stream.hidden[0].shape[1:]
+    calls = Calls(task.stream.chain.blocks[task.index], tokens * width)
     entering: dict[str, Tensor] = {}
     with calls.recorded():
         found, leaving = _groups(task, order, entering)
