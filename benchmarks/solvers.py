@@ -24,7 +24,7 @@ from sparsellm.patterns import Pattern, Unstructured, parse_pattern
 from sparsellm.solvers import SOLVERS
 from sparsellm.solvers.admm import RHO_STEPS, ROUGH_ITERATIONS
 from sparsellm.statistics import Gram, GramAccumulator
-from sparsellm.statistics.gram import ENERGY_PANEL
+from sparsellm.statistics.gram import PANEL
 
 
 def linear(out: int, inputs: int, seed: int, device: str) -> tuple[Tensor, Gram, Gram]:
@@ -52,7 +52,7 @@ def products(name: str, out: int, inputs: int) -> float:
     """Those that are done for every linear."""
     product = 2.0 * out * inputs * inputs
     # Two energies, each half a product and half its diagonal panels.
-    errors = product * (1 + min(ENERGY_PANEL / inputs, 1))
+    errors = product * (1 + min(PANEL / inputs, 1))
     if name == "sparsegpt":
         return errors + product / 2
     if name == "admm":

@@ -71,6 +71,26 @@ def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: C
         plan(1 << 20)
 
 
+def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:
+    def plan(budget: int, writers: int = 2) -> memory.MemoryPlan:
+        return plan_memory(chain, Demand(100_000, 128, 4096, Workspace(writers=writers)), budget)
+
+    one = 100_000 * 128 * 4
+    free = plan(1 << 50)
+    assert free.kept == (80 + 32) * one  # of the feed-forward unit and of attention
+    assert plan(1 << 50, writers=1).kept == 80 * one
+    assert plan(1 << 50, writers=0).kept == 0
+    assert free.peak == free.start + free.working + free.hidden_in_memory + free.kept
+    assert free.steps["statistics"] == free.peak
+    tight = plan(4 << 30)
+    assert (tight.hidden_in_memory, tight.hidden_on_disk) == (32 * one, 0)
+    assert 0 < tight.kept < free.kept
+    assert tight.peak <= 4 << 30
+    less = plan(1 << 30)
+    assert less.hidden_on_disk > 0
+    assert less.kept == 0
+
+
 def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chain) -> None:
     plain = plan_memory(chain, Demand(4, 128, 4096, Workspace()), 1 << 50)
     swept = plan_memory(chain, Demand(4, 128, 4096, Workspace(), gradient_tokens=512), 1 << 50)

@@ -74,6 +74,7 @@ class Workspace:
         streams: copies of the hidden states of all calibration tokens, such as targets.
         products: of the weight with a matrix as large as the Gram matrix, for the prediction of time.
         narrow: whether factors of its products may be rounded to bf16 where the running blocks multiply in it.
+        writers: output projections of a block whose inputs, for all tokens, are kept as far as memory goes.
     """
 
     weights: float = 8.0
@@ -83,6 +84,7 @@ class Workspace:
     streams: int = 0
     products: float = 1.0
     narrow: bool = False
+    writers: int = 0
 
     def beside(self, other: Workspace) -> Workspace:
         """Elementwise maximum of two workspaces that never coexist."""

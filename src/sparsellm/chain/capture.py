@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,33 +62,39 @@ def choosing(block: nn.Module, found: set[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def skipping(linears: list[LinearView]) -> Iterator[None]:
-    """Replaces these linears by functions that return zeros, until the context ends: for runs that need no output of
-    theirs.
+def replacing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Sets another ``forward`` on each of these modules, until the context ends.
 
-    ``forward`` is set on each instance. A ``forward`` that was already set on an instance is restored afterwards.
+    A ``forward`` that was already set on an instance is restored afterwards.
     """
-
-    def zeros_of(linear: LinearView) -> Callable[..., Tensor]:
-        width = linear.out_features
-
-        def zeros(*args: Any, **kwargs: Any) -> Tensor:
-            entering: Tensor = next(iter((*args, *kwargs.values())))
-            return entering.new_zeros(*entering.shape[:-1], width)
-
-        return zeros
-
-    own = [vars(linear.module).get("forward") for linear in linears]
-    for linear in linears:
-        linear.module.forward = zeros_of(linear)
+    own = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for linear, forward in zip(linears, own, strict=True):
-            if forward is None:
-                del linear.module.forward
+        for module, before in own.items():
+            if before is None:
+                del module.forward
             else:
-                linear.module.forward = forward
+                module.forward = before
+
+
+def zeros_of(linear: LinearView) -> Callable[..., Tensor]:
+    """A forward that returns zeros in the shape of the linear's output."""
+    width = linear.out_features
+
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        entering: Tensor = next(iter((*args, *kwargs.values())))
+        return entering.new_zeros(*entering.shape[:-1], width)
+
+    return zeros
+
+
+def skipping(linears: list[LinearView]) -> contextlib.AbstractContextManager[None]:
+    """Replaces these linears by functions that return zeros, until the context ends: for runs that need no output of
+    theirs."""
+    return replacing({linear.module: zeros_of(linear) for linear in linears})
 
 
 class RunOrder:
@@ -103,6 +109,10 @@ class RunOrder:
         self._first.setdefault(linear.name, self._calls)
         self._last[linear.name] = self._calls
         self._calls += 1
+
+    def first(self, names: Iterable[str]) -> int | None:
+        """The number of the first call of any of these linears; None if none of them ran."""
+        return min((self._first[name] for name in names if name in self._first), default=None)
 
     def unread(
         self, linears: list[LinearView], *, inputs: list[LinearView], outputs: list[LinearView]
@@ -140,7 +150,7 @@ class InputGroups:
         """Adds a linear to its group; returns whether it is the group's first, whose statistics serve all of them."""
         if linear.name not in self._head_of:
             for tensor, group in zip(self._inputs, self.groups, strict=False):
-                if _same(tensor, entering):
+                if same_tensor(tensor, entering):
                     group.append(linear)
                     self._head_of[linear.name] = group[0].name
                     break
@@ -181,7 +191,8 @@ def merged(views: list[list[list[str]]]) -> list[list[str]]:
     return list(names_of.values())
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
+def same_tensor(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are one: the same object, or the same values in memory in the same shape."""
     return first is second or (
         first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
     )

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm.chain.capture import choosing
+from sparsellm.chain.capture import choosing, replacing
 from sparsellm.chain.chain import SHOWN_TOKENS, Call, Chain
+from sparsellm.chain.shortcuts import KnownOutput, Shortcut
 from sparsellm.errors import ModelError
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.storage.reader import CheckpointReader
@@ -97,6 +98,7 @@ class Stream:
         hidden: batches ``(batch, seq, hidden)``, in memory or on disk. Each access may read a file, so access it once.
         pieces: the batches in smaller parts, in order; empty without pieces.
         scratch: where hidden states, and other data that grows with the tokens, are kept.
+        known: modules of the current block that :meth:`run_batch` does not run, until the stream advances.
     """
 
     def __init__(
@@ -112,6 +114,8 @@ class Stream:
         size = windows_in_batch(batch_tokens, windows.shape[1])
         self.scratch = scratch or Scratch()
         self.hidden = self.store()
+        self.known: list[KnownOutput] = []
+        self._tokens = windows.numel()
         self._calls: list[list[Call]] = []
         self._first_window: list[Call] = []
         self._first_ids = windows[:size]
@@ -136,7 +140,7 @@ class Stream:
     def fork(self) -> Stream:
         """A second stream that starts from the same hidden states, with the same calls."""
         twin = copy.copy(self)
-        twin.hidden = self.store()
+        twin.hidden, twin.known = self.store(), []
         for hidden in self.hidden:
             twin.hidden.append(hidden)
         return twin
@@ -152,8 +156,27 @@ class Stream:
         return self.scratch.store(self.chain.device)
 
     def close(self) -> None:
-        """Drops the hidden states."""
+        """Drops the hidden states and known outputs."""
         self.hidden.close()
+        self.forget()
+
+    def keep(self, shortcut: Shortcut) -> KnownOutput | None:
+        """An empty :class:`KnownOutput` for as many batches; None if the scratch has no room to spare.
+
+        On an accelerator there is none: moving the tensors takes as long as the module.
+        """
+        widest = max(shortcut.writer.in_features, shortcut.writer.out_features)
+        size = self._tokens * widest * self.chain.dtype.itemsize
+        spare = self.scratch.spare
+        if self.chain.device.type != "cpu" or not spare.take(size):
+            return None
+        return KnownOutput(shortcut, lambda: spare.give_back(size))
+
+    def forget(self) -> None:
+        """Drops all known outputs; every module of the block runs again."""
+        for known in self.known:
+            known.close()
+        self.known = []
 
     def calls(self, index: int) -> list[Call]:
         """The arguments of block ``index``, batch by batch."""
@@ -166,7 +189,9 @@ class Stream:
 
     def run_batch(self, index: int, position: int) -> Tensor:
         """The output of the loaded block ``index`` for one batch."""
-        return self.chain.run(index, self.hidden[position], self._calls[position][index])
+        forwards = {module: forward for known in self.known for module, forward in known.forwards(position).items()}
+        with replacing(forwards):
+            return self.chain.run(index, self.hidden[position], self._calls[position][index])
 
     def run_window(self, index: int) -> Tensor:
         """The output of the loaded block ``index`` for the first window; enough to observe how a block runs."""
@@ -181,6 +206,7 @@ class Stream:
         """Replaces the input of block ``index`` by its output."""
         for position, leaving in enumerate(self.run(index)):
             self.hidden[position] = leaving
+        self.forget()
 
 
 def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:

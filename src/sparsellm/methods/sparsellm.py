@@ -22,7 +22,8 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.activations import relu
-from sparsellm.chain.capture import RunOrder, skipping, watch
+from sparsellm.chain.capture import RunOrder, replacing, skipping, watch
+from sparsellm.chain.shortcuts import KnownOutput
 from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
@@ -78,7 +79,9 @@ def _validate(options: dict[str, Any]) -> None:
     paper="arXiv 2402.17946, with the solver of 2406.07831",
     needs=_needs,
     validate=_validate,
-    workspace=Workspace(weights=7, grams=2, streams=2),  # of the refit
+    workspace=Workspace(
+        weights=7, grams=2, streams=2, writers=2
+    ),  # of the refit; writers of attention and feed-forward
     distributed=True,
     allocation="threshold",
 )
@@ -110,11 +113,13 @@ def sparsellm(  # noqa: PLR0913 - options
     if task.idle:
         return  # without zeros there is no error to compensate: the weights keep every bit
     order = RunOrder()
+    task.stream.forget()
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
     if permute:
         permute_block(task, weights)
     sublayers = find_sublayers(task, order)
-    fitting = _Fitting(weights, weighted_solvers(task, solver, output_metric), refit, refit_damping, order, permute)
+    solvers = weighted_solvers(task, solver, output_metric)
+    fitting = _Fitting(weights, solvers, refit, refit_damping, order, permute, sublayers)
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
     wanted = iterations if iterations is not None else refit and sparsest >= PAYS
     units = find_units(task) if wanted else []
@@ -163,6 +168,7 @@ class _Fitting:
         damping: ridge of the refit.
         order: the order in which the block's linears run.
         permute: whether N:M orders the channels of experts.
+        sublayers: of the block.
     """
 
     weights: list[Tensor] | None
@@ -171,6 +177,7 @@ class _Fitting:
     damping: float
     order: RunOrder
     permute: bool
+    sublayers: list[Sublayer]
 
 
 def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> None:
@@ -179,17 +186,22 @@ def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> N
     with task.stream.store() as target:  # batches of the writer's output before pruning
         for group in sublayer.groups:
             task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
+            shortcut = sublayer.shortcut if group[0] is sublayer.writer else None
+            known = task.stream.keep(shortcut) if shortcut is not None else None
             if group[0] is writer:
-                gram, cross = _moments_of_writer(task, writer, target, fitting)
+                gram, cross = _moments_of_writer(task, writer, target, fitting, known)
                 with task.clock.phase("prune/solve"):
                     fit = least_squares(gram, cross, fitting.damping, prior=writer.weight())
                 del cross
                 gram.forget()  # frees the factors of the refit before the solver, which takes the most memory
                 _solve(task, writer, gram, fitting, fit)
-                continue
-            gram = _gram(task, group[0], fitting, target, recorded=writer if group is sublayer.groups[0] else None)
-            for linear in group:
-                _solve(task, linear, gram, fitting)
+            else:
+                first = group is sublayer.groups[0]
+                gram = _gram(task, group[0], fitting, target, known, recorded=writer if first else None)
+                for linear in group:
+                    _solve(task, linear, gram, fitting)
+            if known is not None:
+                task.stream.known.append(known)  # of the writer as it is now
 
 
 def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, fit: Fit | None = None) -> None:
@@ -202,14 +214,21 @@ def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, f
 
 
 def _gram(
-    task: BlockTask, head: LinearView, fitting: _Fitting, target: TensorStore, recorded: LinearView | None
+    task: BlockTask,
+    head: LinearView,
+    fitting: _Fitting,
+    target: TensorStore,
+    known: KnownOutput | None,
+    recorded: LinearView | None,
 ) -> Gram:
     """The Gram matrix of the input of ``head``, from one pass that also appends the outputs of ``recorded`` to
-    ``target``."""
+    ``target``, and that input to ``known``."""
     gram = GramAccumulator(head.in_features, task.stream.chain.device)
 
     def see(position: int, linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         if linear is head:
+            if known is not None:
+                known.append(entering)
             gram.update(entering, fitting.weights[position] if fitting.weights is not None else None)
         if linear is recorded:
             target.append(leaving.detach().clone())  # later operations may change it in place
@@ -220,15 +239,18 @@ def _gram(
 
 
 def _moments_of_writer(
-    task: BlockTask, writer: LinearView, target: TensorStore, fitting: _Fitting
+    task: BlockTask, writer: LinearView, target: TensorStore, fitting: _Fitting, known: KnownOutput | None
 ) -> tuple[Gram, Tensor]:
-    """The Gram matrix of a writer's input, and its cross-moment with the target ``(out, in)``, from one pass."""
+    """The Gram matrix of a writer's input, and its cross-moment with the target ``(out, in)``, from one pass that also
+    appends that input to ``known``."""
     gram = GramAccumulator(writer.in_features, task.stream.chain.device)
     cross = CrossAccumulator(writer.out_features, writer.in_features, task.stream.chain.device)
     bias = writer.bias
 
     def see(position: int, linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         weights = fitting.weights[position] if fitting.weights is not None else None
+        if known is not None:
+            known.append(entering)
         gram.update(entering, weights)
         wanted = target[position]
         cross.update(wanted if bias is None else wanted - bias, entering, weights)
@@ -248,12 +270,21 @@ def _pass(
 ) -> None:
     """Runs the block on every batch and calls ``see(batch number, linear, input, output)`` for the two linears.
 
-    Linears that only run after both are skipped.
+    Linears that only run after both are skipped, and so are modules around them.
     """
     seen = [head, *([recorded] if recorded is not None else [])]
-    unread = fitting.order.unread(task.stream.chain.linears(task.index), inputs=[head], outputs=seen[1:])
+    linears = task.stream.chain.linears(task.index)
+    unread = fitting.order.unread(linears, inputs=[head], outputs=seen[1:])
+    read = {linear.module for linear in seen} | {x.module for x in linears} - {x.module for x in unread}
+    around = [sublayer.shortcut for sublayer in fitting.sublayers if sublayer.shortcut is not None]
+    idle = {each.module: each.zeros for each in around if each.like_input and read.isdisjoint(each.module.modules())}
     position = 0  # the number of the batch, read by the hook
-    with task.clock.phase("prune/statistics"), watch(seen, lambda *args: see(position, *args)), skipping(unread):
+    with (
+        task.clock.phase("prune/statistics"),
+        watch(seen, lambda *args: see(position, *args)),
+        skipping(unread),
+        replacing(idle),
+    ):
         for position in range(len(task.stream)):
             task.stream.run_batch(task.index, position)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from sparsellm.chain import LinearView
-from sparsellm.chain.capture import InputGroups, RunOrder, watch
+from sparsellm.chain.capture import InputGroups, RunOrder, replacing, watch
+from sparsellm.chain.shortcuts import Calls, KnownOutput, Shortcut
 from sparsellm.methods.routed import without_experts
 from sparsellm.methods.task import BlockTask
 
@@ -20,10 +22,12 @@ class Sublayer:
         groups: at least one, none empty.
         writer: the output projection, which adds to the residual stream: the last linear, alone on its input, with as
             many outputs as the stream is wide. None if it is not pruned, or is the only linear of the sublayer.
+        shortcut: around the writer, for passes after the sublayer is pruned; None if there is none.
     """
 
     groups: list[list[LinearView]]
     writer: LinearView | None
+    shortcut: Shortcut | None = None
 
     def linears(self) -> list[LinearView]:
         return [linear for group in self.groups for linear in group]
@@ -36,27 +40,100 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     Args:
         order: records the order in which all linears of the block run.
     """
-    width = task.stream.hidden[0].shape[-1]
+    tokens, width = task.stream.hidden[0].shape[1:]
+    calls = Calls(task.stream.chain.blocks[task.index], tokens * width)
+    entering: dict[str, Tensor] = {}
+    with calls.recorded():
+        found, leaving = _groups(task, order, entering)
     sublayers: list[Sublayer] = []
     groups: list[list[LinearView]] = []
-    for group in _groups(task, order):
+    done: list[LinearView] = []
+    proven: list[KnownOutput] = []
+    for group in found:
         groups.append(group)
+        done += group
         if len(groups) > 1 and len(group) == 1 and group[0].out_features == width:
-            sublayers.append(Sublayer(groups, group[0]))
+            sublayer = Sublayer(groups, group[0])
+            shortcut = _shortcut(task, sublayer, order, calls, done)
+            if shortcut is not None and _proves(task, shortcut, entering[group[0].name], leaving, proven):
+                sublayer = replace(sublayer, shortcut=shortcut)
+            sublayers.append(sublayer)
             groups = []
     return [*sublayers, Sublayer(groups, None)] if groups else sublayers
 
 
-def _groups(task: BlockTask, order: RunOrder) -> list[list[LinearView]]:
+def _groups(task: BlockTask, order: RunOrder, inputs: dict[str, Tensor]) -> tuple[list[list[LinearView]], Tensor]:
+    """The groups of linears, and the output of the block, for the first window.
+
+    Args:
+        inputs: gets the input of each linear that could be a writer.
+    """
     grouping = InputGroups()
     wanted = {linear.name for linear in without_experts(task.linears)}
-    tokens = task.stream.hidden[0].shape[1]
+    tokens, width = task.stream.hidden[0].shape[1:]
 
     def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
         order.see(linear)
         if linear.name in wanted and entering.shape[:-1].numel() == tokens:
             grouping.add(linear, entering)
+            if linear.out_features == width:
+                inputs[linear.name] = entering.clone()
 
     with watch(task.stream.chain.linears(task.index), see):
-        task.stream.run_window(task.index)
-    return grouping.agreed(task.linears)
+        leaving = task.stream.run_window(task.index)
+    return grouping.agreed(task.linears), leaving
+
+
+def _shortcut(
+    task: BlockTask, sublayer: Sublayer, order: RunOrder, calls: Calls, done: list[LinearView]
+) -> Shortcut | None:
+    """The shortcut around a writer, if its input no longer changes when the linears in ``done`` are pruned."""
+    writer, block = sublayer.writer, task.stream.chain.block_names[task.index]
+    assert writer is not None
+    names = {linear.name for linear in done}
+    others = [linear for linear in task.linears if linear.name not in names]
+    path = writer.name.removeprefix(f"{block}.")
+    around = calls.around(writer, path) if _run_later(task, others, writer, order) else None
+    if around is None:
+        return None
+    module, items, like_input = around
+    inside = set(module.modules())
+    if any(linear.module in inside for linear in others):
+        return None
+    own = [linear for linear in sublayer.linears() if linear is not writer]
+    return Shortcut(writer, module, items, own if module is writer.module else [], like_input)
+
+
+def _run_later(task: BlockTask, linears: list[LinearView], writer: LinearView, order: RunOrder) -> bool:
+    """Whether all these linears first run after the writer. One that did not run is taken for the smallest module
+    around it of which a linear ran, such as the other experts of a mixture."""
+    everything = [linear.name for linear in task.stream.chain.linears(task.index)]
+    start = order.first([writer.name])
+    for linear in linears:
+        scope = linear.name
+        while (first := order.first(n for n in everything if n == scope or n.startswith(f"{scope}."))) is None:
+            scope = scope.rpartition(".")[0]
+        if start is None or first <= start:
+            return False
+    return True
+
+
+def _proves(task: BlockTask, shortcut: Shortcut, entering: Tensor, leaving: Tensor, proven: list[KnownOutput]) -> bool:
+    """Whether the block has the same output for the first window, to the bit, when the module is not run.
+
+    Args:
+        entering: the input of the writer.
+        leaving: the output of the block.
+        proven: those of earlier sublayers, whose modules are not run either; this one is added if it is proven.
+    """
+    known = KnownOutput(shortcut)
+    known.append(entering)
+    forwards = {module: forward for each in (*proven, known) for module, forward in each.forwards(0).items()}
+    try:
+        with replacing(forwards):
+            same = torch.equal(task.stream.run_window(task.index), leaving)
+    except (TypeError, AttributeError, ValueError):  # the block reads another item that the module returns
+        return False
+    if same:
+        proven.append(known)
+    return same

@@ -79,6 +79,7 @@ class MemoryPlan:
             memory.
         hidden_on_disk: the most of these in files at any time: during the walk, or during the backward sweep, which
             keeps the hidden states before every block.
+        kept: outputs of pruned sublayers that save passes, in the memory that is left then; none of them goes to disk.
         device: needed in the memory of an accelerator at the peak; 0 on the CPU.
         steps: predicted resident memory at the peak of each step of the run, on the CPU.
     """
@@ -89,18 +90,21 @@ class MemoryPlan:
     worst: str
     hidden_in_memory: int
     hidden_on_disk: int
+    kept: int = 0
     device: int = 0
     steps: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
         """Predicted peak of resident memory."""
-        return self.start + self.working + self.hidden_in_memory
+        return self.start + self.working + self.hidden_in_memory + self.kept
 
     def __str__(self) -> str:
         hidden = f"hidden states and swept weights {self.hidden_in_memory / 1e9:.2f} GB in memory"
         if self.hidden_on_disk:
             hidden += f", {self.hidden_on_disk / 1e9:.2f} GB on disk"
+        if self.kept:
+            hidden += f", {self.kept / 1e9:.2f} GB of outputs kept within a block"
         device = f", {self.device / 1e9:.2f} GB on the device" if self.device else ""
         return (
             f"predicted peak memory {self.peak / 1e9:.2f} GB of {self.budget / 1e9:.2f} GB{device} "
@@ -116,6 +120,7 @@ class MemoryPlan:
             "worst": self.worst,
             "hidden_in_memory_bytes": self.hidden_in_memory,
             "hidden_on_disk_bytes": self.hidden_on_disk,
+            "kept_bytes": self.kept,
             "predicted_peak_device_bytes": self.device,
             "steps_bytes": self.steps,
         }
@@ -150,11 +155,15 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
             f"{demand.batch_tokens}), or take a method that needs less"
         )
     hidden = hidden_bytes(chain, demand)
-    in_memory = min(hidden, max(0, int(most * (1 - SLACK)) - start - working))
+    room = max(0, int(most * (1 - SLACK)) - start - working)
+    in_memory = min(hidden, room)
+    kept = min(kept_bytes(chain, demand), room - in_memory)
     # The backward sweep ends before the walk and gets no more memory than the walk needs, so the peak is the walk's.
     on_disk = max(hidden, gradient_bytes(chain, demand.gradient_tokens)) - in_memory
     steps = {} if on_device else {step: start + LIBRARIES + moments[step] + in_memory for step in moments}
-    return MemoryPlan(most, start, working, worst, in_memory, on_disk, on_device, steps)
+    for step in ("statistics", "solving") if steps else ():
+        steps[step] += kept
+    return MemoryPlan(most, start, working, worst, in_memory, on_disk, kept, on_device, steps)
 
 
 def hidden_bytes(chain: Chain, demand: Demand) -> int:
@@ -164,6 +173,19 @@ def hidden_bytes(chain: Chain, demand: Demand) -> int:
     states = streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
     copies = SWEPT_COPIES * 4 * all_block_elements(chain) if demand.swept else 0
     return states + copies
+
+
+def kept_bytes(chain: Chain, demand: Demand) -> int:
+    """The most bytes of the inputs of a block's output projections for all tokens, or of their outputs where these are
+    larger: they are kept on the CPU only (:meth:`Stream.keep`)."""
+    if chain.device.type != "cpu":
+        return 0
+    width, most = _width(chain), 0
+    for index in range(len(chain)):
+        linears, _ = _parted(chain, index)
+        inputs = sorted((max(each.in_features, width) for each in linears if each.out_features == width), reverse=True)
+        most = max(most, sum(inputs[: demand.workspace.writers]))
+    return most * demand.samples * demand.seq_len * chain.dtype.itemsize
 
 
 def gradient_bytes(chain: Chain, tokens: int) -> int:

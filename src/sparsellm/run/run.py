@@ -129,7 +129,7 @@ class Run:
         self.warnings += other_conditions(self.finished)
         self.journal.write_outer(self.chain.outer_tensors)
         folder = partial_of(self.out) if self.out is not None else None
-        self.scratch = Scratch(self.memory.hidden_in_memory, folder)
+        self.scratch = Scratch(self.memory.hidden_in_memory, folder, spare=self.memory.kept)
         self.feed = Feed(self.chain, self.own_windows, self.recipe.batch_tokens, self.scratch, self.progress)
 
     def survey(self) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.errors import NumericalError
 
-PANEL = 512  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
-ENERGY_PANEL = 256  # the same for a quadratic form; narrower, since only a sum is kept
+PANEL = 256  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
+TRIANGLE = 512  # rows of a triangular matrix that is inverted at once
 CHUNK_ELEMENTS = 1 << 23  # elements converted to fp32 at a time: 32 MiB
 REMEMBERED_BYTES = 1 << 29  # limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
 DAMPING_TRIES = 8
@@ -102,10 +102,10 @@ class Gram:
             if minus is not None:
                 part = part - minus[top : top + rows]
             # G is symmetric: products with columns past the panel count twice.
-            for start in range(0, self.features, ENERGY_PANEL):
+            for start in range(0, self.features, PANEL):
                 rest = part[:, start:]  # (rows, features - start)
-                products = (rest[:, :ENERGY_PANEL] @ self.matrix[start : start + ENERGY_PANEL, start:]).mul_(rest)
-                own = products[:, :ENERGY_PANEL]
+                products = (rest[:, :PANEL] @ self.matrix[start : start + PANEL, start:]).mul_(rest)
+                own = products[:, :PANEL]
                 total += float(2 * products.sum(dim=1).double().sum() - own.sum(dim=1).double().sum())
         return max(total, 0.0)
 
@@ -339,7 +339,7 @@ def invert_lower_(matrix: Tensor) -> None:
     ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``. Entries above the diagonal must be zero.
     """
     size = len(matrix)
-    if size <= PANEL:
+    if size <= TRIANGLE:
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
         matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
         return

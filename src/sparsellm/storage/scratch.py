@@ -16,27 +16,18 @@ from torch import Tensor
 from sparsellm.storage.files import explained, write_all
 
 
-class Scratch:
-    """Storage for batches of tensors: up to ``memory`` bytes in memory, shared by all stores, the rest on disk.
-
-    Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
-    mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
+class Room:
+    """A number of bytes of memory, of which users reserve parts.
 
     Args:
-        memory: bytes that all stores together hold in memory; None for no limit.
-        directory: the directory for files; None for the system's temporary directory.
+        memory: the number; None for no limit.
     """
 
-    def __init__(self, memory: int | None = None, directory: Path | None = None) -> None:
+    def __init__(self, memory: int | None = None) -> None:
         self._left = memory
-        self.directory = directory or Path(tempfile.gettempdir())
-
-    def store(self, device: torch.device | str = "cpu") -> TensorStore:
-        """An empty list of tensors, which are moved to ``device`` when they are read."""
-        return TensorStore(self, torch.device(device))
 
     def take(self, size: int) -> bool:
-        """Reserves ``size`` bytes of memory; returns False if the budget has no room for them."""
+        """Reserves ``size`` bytes; returns False if there is no room for them."""
         if self._left is None:
             return True
         if size > self._left:
@@ -47,6 +38,28 @@ class Scratch:
     def give_back(self, size: int) -> None:
         if self._left is not None:
             self._left += size
+
+
+class Scratch(Room):
+    """Storage for batches of tensors: up to ``memory`` bytes in memory, shared by all stores, the rest on disk.
+
+    Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
+    mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
+
+    Args:
+        memory: bytes that all stores together hold in memory; None for no limit.
+        directory: the directory for files; None for the system's temporary directory.
+        spare: bytes of memory, beside these, for tensors that only save time; None for no limit.
+    """
+
+    def __init__(self, memory: int | None = None, directory: Path | None = None, spare: int | None = None) -> None:
+        super().__init__(memory)
+        self.directory = directory or Path(tempfile.gettempdir())
+        self.spare = Room(spare)
+
+    def store(self, device: torch.device | str = "cpu") -> TensorStore:
+        """An empty list of tensors, which are moved to ``device`` when they are read."""
+        return TensorStore(self, torch.device(device))
 
     def file(self) -> io.FileIO:
         """A new file without a name.

@@ -1,0 +1,200 @@
+"""Modules that later passes over a block need not run, because their output is known.
+
+Once all linears before a *writer* (the output projection of a sublayer) are pruned, its input does not change any more.
+:class:`KnownOutput` keeps it, and later passes replace the module around the writer by the writer alone. Which module
+that is, is read from one run of the block: it returns the very tensor that the writer returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsellm.chain.capture import same_tensor, zeros_of
+from sparsellm.chain.linears import LinearView
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """A module that returns the output of its writer.
+
+    Attributes:
+        writer: the linear.
+        module: the largest module around it that returns its output unchanged; the writer itself if there is no other.
+        items: the length of the tuple that the module returns, whose first item is the output; 0 if it returns the
+            output alone. The other items, such as attention weights, become None.
+        unread: linears whose outputs only the writer depends on; empty if the module contains them.
+        like_input: whether the output has the shape of the module's first tensor.
+    """
+
+    writer: LinearView
+    module: nn.Module
+    items: int
+    unread: list[LinearView]
+    like_input: bool
+
+    def returned(self, output: Tensor) -> Any:
+        """What the module returns for this output of the writer."""
+        return (output, *[None] * (self.items - 1)) if self.items else output
+
+    def zeros(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward that returns zeros, for passes that need no output of the module."""
+        return self.returned(torch.zeros_like(_tensors(args, kwargs)[0]))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module: its result, its first tensor, and whether it could have changed anything else.
+
+    The result is kept, so that no address is used twice during the run.
+    """
+
+    output: Tensor
+    version: int
+    items: int
+    like_input: bool
+    closed: bool
+
+
+class Calls:
+    """The calls of the modules of a block during one run of it.
+
+    Args:
+        block: its modules.
+        size: elements of the hidden states of that run; results of another size are not kept.
+    """
+
+    def __init__(self, block: nn.Module, size: int) -> None:
+        self._block = block
+        self._size = size
+        self._calls: dict[nn.Module, list[_Call | None]] = {}
+        self._before: dict[nn.Module, dict[str, Any]] = {}
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Records calls until the context ends."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = _call(args, kwargs, output)
+            fits = call is not None and call.output.numel() == self._size
+            self._calls.setdefault(module, []).append(call if fits else None)
+
+        inner = [module for module in self._block.modules() if module is not self._block]
+        handles = [module.register_forward_hook(hook, with_kwargs=True) for module in inner]
+        self._before = {module: _attributes(module) for module in inner}
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def around(self, writer: LinearView, path: str) -> tuple[nn.Module, int, bool] | None:
+        """The largest module that returns the output of ``writer`` unchanged, with ``items`` and ``like_input`` of
+        :class:`Shortcut`. None if the writer runs more than once, or not at all.
+
+        A larger module counts if it runs once, is given nothing that it could write to but tensors, and keeps no new
+        attributes: what it does is what it returns.
+
+        Args:
+            writer: a linear of the block.
+            path: its name in the block.
+        """
+        own = self._only(writer.module)
+        if own is None:
+            return None
+        found = writer.module, own.items, own.like_input
+        while path := path.rpartition(".")[0]:
+            module = self._block.get_submodule(path)
+            if module not in self._calls:  # a list of modules
+                continue
+            call = self._only(module)
+            if (
+                call is None
+                or not call.closed
+                or call.version != own.version
+                or not same_tensor(call.output, own.output)
+                or any(_changed(inner, self._before[inner]) for inner in module.modules())
+            ):
+                break
+            found = module, call.items, call.like_input
+        return found
+
+    def _only(self, module: nn.Module) -> _Call | None:
+        calls = self._calls.get(module, [])
+        return calls[0] if len(calls) == 1 else None
+
+
+@dataclass(eq=False)
+class KnownOutput:
+    """The output of a shortcut's module for each batch: kept, or made of the kept input of the writer when first asked.
+
+    Attributes:
+        shortcut: the module.
+        release: frees the room that was reserved for it.
+    """
+
+    shortcut: Shortcut
+    release: Callable[[], None] = lambda: None
+    _values: list[Tensor] = field(default_factory=list)
+    _made: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._forward: Callable[..., Tensor] = self.shortcut.writer.module.forward  # before any pass replaces it
+
+    def append(self, entering: Tensor) -> None:
+        """Adds the input of the writer for the next batch."""
+        self._values.append(entering.detach().clone())
+
+    def forwards(self, position: int) -> dict[nn.Module, Callable[..., Any]]:
+        """The forward of each module that is not run for the batch of this number."""
+
+        def known(*args: Any, **kwargs: Any) -> Any:
+            if position not in self._made:
+                self._values[position] = self._forward(self._values[position])
+                self._made.add(position)
+            return self.shortcut.returned(self._values[position].clone())  # the block may change it in place
+
+        return {**{linear.module: zeros_of(linear) for linear in self.shortcut.unread}, self.shortcut.module: known}
+
+    def close(self) -> None:
+        """Drops the outputs."""
+        self._values.clear()
+        self._made.clear()
+        self.release()
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Call | None:
+    """None if the module returned neither a tensor nor a tuple that begins with one."""
+    items = len(output) if type(output) is tuple else 0
+    first = output[0] if items else output
+    if not isinstance(first, Tensor):
+        return None
+    tensors = _tensors(args, kwargs)
+    like_input = bool(tensors) and tensors[0].shape == first.shape
+    return _Call(first, first._version, items, like_input, all(map(_closed, (*args, *kwargs.values()))))
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+
+def _closed(value: Any) -> bool:
+    """Whether nobody else reads what a module writes to this argument, unless it is a tensor."""
+    return isinstance(value, (Tensor, bool, int, float, str, type(None))) or (
+        type(value) is tuple and all(map(_closed, value))
+    )
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {**vars(module), **module._buffers}
+
+
+def _changed(module: nn.Module, before: dict[str, Any]) -> bool:
+    """Whether an attribute of a module is another object than before."""
+    now = _attributes(module)
+    return now.keys() != before.keys() or any(now[name] is not value for name, value in before.items())

@@ -1,0 +1,182 @@
+"""Modules that later passes do not run: no bit of any result changes, and what returns anything else runs as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import Stream
+from sparsellm.methods import sublayers
+from sparsellm.progress import Progress
+from sparsellm.run import run
+from tests.models import VOCABULARY, save_tiny, tiny_llama
+from tests.models.families import FAMILIES, STAY_DENSE, family
+
+IDS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(4))
+# The classes of the modules that the last pass over a block leaves out. OPT has no module around its feed-forward
+# linears; BLOOM adds the residual inside its modules; the last linear of Phi's is alone in its group.
+LEFT_OUT = {
+    "Llama": {"LlamaAttention", "LlamaMLP"},
+    "OPT": {"OPTAttention", "Linear"},
+    "GPT2": {"GPT2Attention", "GPT2MLP"},
+    "Gemma2": {"Gemma2Attention", "Gemma2MLP"},
+    "GPTNeoX": {"GPTNeoXAttention", "GPTNeoXMLP"},
+    "Phi": {"PhiAttention"},
+    "Bloom": {"Linear"},
+    "Falcon": {"FalconAttention"},
+    "Mixtral": {"MixtralAttention"},
+    "Qwen2Moe": {"Qwen2MoeAttention", "Qwen2MoeMLP"},
+    "Gemma4Text": {"Linear", "Gemma4TextMLP"},  # its attention is given a dict, to which it writes keys and values
+    "Zamba2": {"Zamba2Attention"},
+}
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe(**{"method": "sparsellm", "sparsity": 0.5, "options": {"effort": 0}, "batch_tokens": 48, **fields})
+
+
+@pytest.fixture
+def left_out(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The classes of modules that the forward after pruning did not run. That forward is compared with a plain one."""
+    found: set[str] = set()
+    advance = Stream.advance
+
+    def compared(self: Stream, index: int) -> None:
+        quick = list(self.run(index))
+        found.update(type(known.shortcut.module).__name__ for known in self.known)
+        self.forget()
+        assert all(torch.equal(one, other) for one, other in zip(quick, self.run(index), strict=True))
+        advance(self, index)
+
+    monkeypatch.setattr(Stream, "advance", compared)
+    return found
+
+
+def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sublayers, "_shortcut", lambda *_: None)
+
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in LEFT_OUT),
+    ("Llama", {"refit": False}),
+    ("OPT", {"iterations": 1}),  # of the feed-forward unit, whose linears are pruned together
+]
+
+
+@pytest.mark.parametrize(("name", "options"), [each for each in OPTIONS if each[0] in FAMILIES], ids=str)
+def test_no_bit_changes(
+    name: str, options: dict[str, Any], left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pruned() -> dict[str, Tensor]:
+        model = family(name)
+        sparsellm.prune(model, recipe(options={"effort": 0, **options}, allow_dense=STAY_DENSE), calibration=IDS)
+        return model.state_dict()
+
+    quick = pruned()
+    assert left_out == (LEFT_OUT[name] if not options.get("iterations") else {"OPTAttention"})
+    plainly(monkeypatch)
+    plain = pruned()
+    assert all(torch.equal(value, plain[key]) for key, value in quick.items())
+
+
+class Scaled(nn.Module):
+    """An attention whose output is not its last linear's."""
+
+    def __init__(self, inner: nn.Module, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.last = inner, last
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return self.last(self.inner(*args, **kwargs)[0]), None
+
+
+class Returning(Scaled):
+    """An attention that returns a tensor more."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        first = self.inner(*args, **kwargs)[0]
+        return first, first.mean()
+
+
+class Keeping(Scaled):
+    """An attention that leaves something behind on itself."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        self.seen = self.inner(*args, **kwargs)[0]
+        return self.seen, None
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "last", "module"),
+    [
+        (Scaled, lambda x: x * 2, "LlamaAttention"),
+        (Scaled, lambda x: x.clamp(-9, 9), "LlamaAttention"),  # changes nothing here
+        (Scaled, lambda x: x.mul_(2), "LlamaAttention"),  # the same memory with other values
+        (Scaled, lambda x: x, "Scaled"),
+        (Returning, None, "Returning"),  # which the block does not read
+        (Keeping, None, "LlamaAttention"),
+    ],
+    ids=["scaled", "clamped", "in place", "as it is", "two tensors", "kept"],
+)
+def test_a_module_that_does_more_than_its_writer_runs(
+    wrapper: type[Scaled], last: Any, module: str, left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pruned() -> dict[str, Tensor]:
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.self_attn = wrapper(layer.self_attn, last)
+        sparsellm.prune(model, recipe(), calibration=IDS)
+        return model.state_dict()
+
+    quick = pruned()
+    assert module in left_out
+    plainly(monkeypatch)
+    plain = pruned()
+    assert all(torch.equal(value, plain[key]) for key, value in quick.items())
+
+
+@pytest.mark.parametrize(("kept", "modules"), [(5 * 24 * 32 * 4, {"LlamaAttention"}), (0, set())])
+def test_what_finds_no_room_is_run_again(
+    kept: int, modules: set[str], left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the feed-forward unit, 80 instead of 32 numbers of each token are kept."""
+
+    def pruned() -> dict[str, Tensor]:
+        model = tiny_llama()
+        sparsellm.prune(model, recipe(), calibration=IDS)
+        return model.state_dict()
+
+    whole = pruned()
+    assert left_out == {"LlamaAttention", "LlamaMLP"}
+    left_out.clear()
+    plan = run.plan_memory
+    monkeypatch.setattr(run, "plan_memory", lambda *a, **k: replace(plan(*a, **k), kept=kept))
+    tight = pruned()
+    assert left_out == modules
+    assert all(torch.equal(value, tight[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize(("values", "effort"), [("keep", 0), ("int8", 1)])
+def test_a_resumed_run_has_the_same_bits(values: str, effort: int, tmp_path: Path) -> None:
+    """Its blocks that are finished run plainly, and weights are stored in bf16 but computed in fp32."""
+    source = save_tiny(tiny_llama(num_hidden_layers=2).to(torch.bfloat16), None, tmp_path / "dense")
+    wanted = recipe(dtype="float32", values=values, options={"effort": effort})
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "prune" and progress.done == 1:
+            raise KeyboardInterrupt
+
+    sparsellm.prune(source, wanted, out=tmp_path / "whole", calibration=IDS)
+    with pytest.raises(KeyboardInterrupt):
+        sparsellm.prune(source, wanted, out=tmp_path / "cut", calibration=IDS, progress=stop)
+    sparsellm.prune(source, wanted, out=tmp_path / "cut", calibration=IDS)
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes()
