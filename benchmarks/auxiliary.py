@@ -35,16 +35,17 @@ LOCAL = "local"  # the solver alone, each linear by itself
 
 
 def run_cell(arguments: argparse.Namespace, target: str, solver: str, rounds: str, seed: int) -> dict[str, Any]:
-    """One run; ``rounds`` is a number of iterations, ``local``, ``joint:STEPS``, or ``sweep:PASSES:RATE``."""
+    """One run; ``rounds`` is a number of iterations, ``local``, ``joint:STEPS``, ``sweep:PASSES:RATE`` or ``stages:``."""
     goal: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": float(target)}
     method, options = solver, {}
     extra: dict[str, Any] = {}
     if rounds != LOCAL:
         kind, _, value = rounds.partition(":")
         options = {"effort": arguments.effort, "solver": solver, "iterations": 0}
-        if kind == "sweep":
+        if kind in ("sweep", "stages"):
             passes, _, rate = value.partition(":")
             options |= {"passes": int(passes), "sweep_rate": float(rate) if rate else None}
+            options["stages"] = 2 if kind == "stages" else 1
         else:
             options["iterations"] = 1 if kind == "joint" else int(rounds)  # joint: a descent in place of the loop
         method = "sparsellm"
@@ -99,7 +100,7 @@ def main() -> None:
         "--rounds",
         nargs="*",
         default=(LOCAL, "0", "2", "4", "8"),
-        help="iterations; 'local' is the solver alone; joint:STEPS; sweep:PASSES[:RATE]",
+        help="iterations; 'local' is the solver alone; joint:STEPS; sweep:PASSES[:RATE]; stages:PASSES[:RATE] in two",
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=(0, 1, 2))
     parser.add_argument("--samples", type=int, default=64)

@@ -21,10 +21,15 @@ def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
             return f"the checkpoint in {out} is complete", False
     if "sparsellm.storage.destination" not in sys.modules:  # loading it, and torch with it, would take seconds
         return "the run had not begun", True
-    from sparsellm.storage.destination import partial_of
+    from sparsellm.storage.destination import partial_of, stage_of
 
     partial = partial_of(out)
     blocks = _blocks(partial)
+    if blocks is None and (first := stage_of(out)).exists():
+        return f"the first stage is kept in {first}", True
+    if blocks is None:
+        partial = partial_of(stage_of(out))
+        blocks = _blocks(partial)
     if blocks is None:
         return "no block was finished", True
     done, of = blocks

@@ -171,9 +171,9 @@ class RunState:
     def _check_same(self, left: Left, identity: dict[str, Any]) -> None:
         if left.identity is None:
             raise _damaged(self.partial)
-        if differences := _differences(left.identity, identity):
+        if changed := differences(left.identity, identity):
             raise StorageError(
-                f"{self.partial} holds another unfinished run: {'; '.join(differences[:4])}; "
+                f"{self.partial} holds another unfinished run: {'; '.join(changed[:4])}; "
                 "repeat its settings to resume it, or give --restart to start again"
             )
 
@@ -359,13 +359,13 @@ def _tidy(partial: Path) -> None:
                 entry.unlink()
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
     """Sentences such as ``recipe.seed is 0 there and 1 here``."""
     sentences = []
     for key in {**there, **here}:
         name, old, new = f"{prefix}{key}", there.get(key), here.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            sentences += _differences(old, new, f"{name}.")
+            sentences += differences(old, new, f"{name}.")
         elif old != new:
             sentences.append(f"{name} is {old!r} there and {new!r} here")
     return sentences
