@@ -26,6 +26,8 @@ from sparsellm.storage.remains import kept_by_prune
 from sparsellm.sweep.whole_model import SweepTask
 from tests import victim
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.parallel import workers
+from tests.parallel.processes import run_in
 from tests.test_resume import contents
 
 OPTIONS = {"effort": 0, "passes": 3, "sweep_rate": 0.0007, "stages": 2}
@@ -93,7 +95,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
 ) -> None:
     expected, steps = whole
     total = sum(steps.values())
-    for number in [*victim.some(5, total, seed=1), total]:
+    for number in [*victim.some(3, total, seed=1), total - 5, total]:
         out = tmp_path / f"p{number}"
         assert victim.run(source, out, SETTINGS, ("any", number)) == -signal.SIGKILL
         if out.exists():
@@ -125,7 +127,8 @@ def test_a_finished_stage_is_not_repeated(
 ) -> None:
     out = tmp_path / "p"
     stopped_in_the_second_stage(source, out, monkeypatch)
-    assert kept_by_prune(out, 1e12) == (f"the first stage is kept in {stage_of(out)}", True)
+    kept = f"the first stage is kept in {stage_of(out)}, and of the second 0 of 3 blocks are kept in {partial_of(out)}"
+    assert kept_by_prune(out, 1e12) == (kept, True)
     walks: list[bool] = []
     walk = Run.walk
     monkeypatch.setattr(Run, "walk", lambda run: (walks.append(run.start is not None), walk(run))[1])
@@ -181,6 +184,22 @@ def test_the_first_stage_takes_disk_too(source: Path, tmp_path: Path, monkeypatc
     with pytest.raises(StorageError, match="its disk has"):
         prune(source, tmp_path / "p")
     assert os.listdir(tmp_path) == []
+
+
+def test_several_processes_go_through_the_stages_together(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(num_hidden_layers=2), tiny_tokenizer(), tmp_path / "dense")
+    run_in(2, workers.prune_in_two_stages, tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        workers.prune_in_two_stages(tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    shards = sorted((tmp_path / "p1").glob("*.safetensors"))
+    assert len(shards) == 3
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "p2" / shard.name).read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("p*")) == ["p1", "p2"]
 
 
 def request(**changes: Any) -> Request:

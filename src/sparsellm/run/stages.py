@@ -9,7 +9,7 @@ whose ``pruning.json`` has its identity, so that a process that goes on recognis
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from sparsellm.run.prepare import Choice, Request, destination
 from sparsellm.run.result import PruneResult
 from sparsellm.run.run import Run
 from sparsellm.storage.destination import partial_of, stage_of
-from sparsellm.storage.resume import differences, discard, left_in
+from sparsellm.storage.resume import differences, discard, empty, left_in
 
 PAYS = 0.8  # sparsity from which two stages pay, unstructured, with three sweeps or more (docs/results.md)
 LEAST_PASSES = 3
@@ -148,6 +148,8 @@ def _remove_leftover(place: Path, out: Path) -> None:
     report = out / "pruning.json"
     if _identity(place) is not None and report.is_file() and read_object(report).get("stages") == [_record(place)]:
         _remove(place)
+    with contextlib.suppress(OSError):
+        place.rmdir()  # empty only if a process was killed while it removed the directory
 
 
 def _settle(place: Path, out: Path, restart: bool, *, alone: bool) -> None:
@@ -179,8 +181,12 @@ def _another(place: Path, why: str) -> StorageError:
 
 
 def _remove(place: Path) -> None:
-    with interrupts.held():
-        shutil.rmtree(place, ignore_errors=True)  # the result is complete, or the user wants to start again
+    """Removes a first stage, its report last, so that an interrupted removal can be repeated."""
+    report = place / "pruning.json"
+    with interrupts.held(), contextlib.suppress(OSError):  # the result is complete, or the user wants to start again
+        empty(place, (report.name,))
+        report.unlink(missing_ok=True)
+        place.rmdir()
 
 
 def _tell(progress: ProgressCallback, number: int, passes: list[int], event: Progress) -> None:

@@ -180,8 +180,8 @@ class RunState:
     def _forget(self) -> None:
         """Removes all files but the identity, so that the run is still recognised if this process is killed."""
         with explained(self.partial):
-            _empty(self.partial, (FOLDER,))
-            _empty(self.folder, (RUN,))
+            empty(self.partial, (FOLDER,))
+            empty(self.folder, (RUN,))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         write_record(self.folder / name, content)
@@ -260,8 +260,8 @@ def discard(partial: Path) -> None:
     """
     folder = partial / FOLDER
     with contextlib.suppress(OSError):
-        _empty(partial, (FOLDER,))
-        _empty(folder, (RUN, JOURNAL))
+        empty(partial, (FOLDER,))
+        empty(folder, (RUN, JOURNAL))
         (folder / RUN).unlink(missing_ok=True)
         (folder / JOURNAL).unlink(missing_ok=True)
         folder.rmdir()
@@ -342,7 +342,7 @@ def _tensors(partial: Path, name: str) -> dict[str, Tensor] | None:
         return None
 
 
-def _empty(folder: Path, keep: tuple[str, ...]) -> None:
+def empty(folder: Path, keep: tuple[str, ...]) -> None:
     """Removes all entries of a directory except those in ``keep``. Links are removed, their targets are not."""
     if not folder.is_dir():
         return
