@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError, StorageError
 from sparsellm.sweep import whole_model
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models.families import FAMILIES, STAY_DENSE, family
 
 SETTINGS: dict[str, Any] = {"samples": 8, "seq_len": 24, "batch_tokens": 48, "dtype": "float32"}
 SWEPT = Recipe(**SETTINGS, sparsity=0.8, options={"effort": 0, "passes": 2, "sweep_rate": 0.01})
@@ -50,8 +52,22 @@ def test_before_the_sweep_it_is_the_model_that_is_pruned(dense: Path, half: Path
     """Without a sweep and with statistics that ask for no gradients, the teacher changes no bit."""
     recipe = Recipe(**SETTINGS, sparsity=0.8, method="wanda")
     for name, teacher in (("taught", dense), ("alone", None)):
-        sparsellm.prune(half, recipe, out=tmp_path / name, teacher=teacher)
+        result = sparsellm.prune(half, recipe, out=tmp_path / name, teacher=teacher)
+        assert any("the teacher changes no weight" in said for said in result.warnings) == (teacher is not None)
     shards = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("taught", "alone")]
+    assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
+
+
+@pytest.mark.parametrize("name", [name for name in ("Zamba2", "GPT2") if name in FAMILIES])
+def test_a_model_that_is_its_own_teacher_is_pruned_as_without_one(name: str, tmp_path: Path) -> None:
+    """Also where blocks share weights (Zamba2): a block that comes later runs with what was pruned."""
+    for place in ("dense", "copy"):
+        save_tiny(family(name), None, tmp_path / place)
+    recipe = Recipe(method="wanda", samples=4, seq_len=24, sparsity=0.6, allow_dense=STAY_DENSE)
+    ids = torch.arange(4, 100).view(4, 24)
+    for place, teacher in (("taught", tmp_path / "dense"), ("alone", None)):
+        sparsellm.prune(tmp_path / "copy", recipe, out=tmp_path / place, teacher=teacher, calibration=ids)
+    shards = [sorted((tmp_path / place).glob("*.safetensors")) for place in ("taught", "alone")]
     assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
 
 

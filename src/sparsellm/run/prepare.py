@@ -253,6 +253,8 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     beside = tokenizer if directory is None else None  # a directory's own files are copied
     warnings = unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only}, recipe.allow_dense)
     warnings += outside_blocks(chain)
+    if start is not None and not choice.needs.passes:
+        warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     warnings += [
         f"sparsity_of {pattern!r} matches no pruned linear"
         for pattern in recipe.sparsity_of

@@ -116,7 +116,7 @@ class Run:
         plan = partial(plan_memory, self.chain, demand, self.recipe.memory, sharers=sharers)
         self.memory = parallel.together(plan)
         self.progress(Progress(NOTE, 1, 1, str(self.memory)))
-        self.read_ahead = demand.read_ahead
+        self.read_ahead = demand.read_ahead and (self.start is None or self.choice.needs.passes > 0)  # of dense blocks
         with self.clock.phase("check"):
             self.progress(Progress("check", 0, 1))
             self.digests = parallel.from_main(partial(weight_digests, self.chain, self.progress))

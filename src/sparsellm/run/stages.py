@@ -74,9 +74,11 @@ def execute(request: Request, progress: ProgressCallback = ignore) -> PruneResul
     parts = [f"{recipe.sparsity:.0%} with {sweeps} sweeps" for recipe, sweeps in zip(recipes, passes, strict=True)]
     progress(Progress(NOTE, 1, 1, f"two stages: {', then '.join(parts)}"))
     record = _first(replace(request, recipe=recipes[0], stage=first), place, passes, progress)
+    dense = request.dense
+    assert not isinstance(dense, PreTrainedModel)  # recipes_of takes it as one stage
     second = Stage(request.recipe, sum(passes), swept=passes[0], before=record)
     result = Run(
-        replace(request, recipe=recipes[1], model=place, teacher=request.dense, stage=second),
+        replace(request, recipe=recipes[1], model=place, teacher=dense, stage=second),
         partial(_tell, progress, 2, passes),
     ).execute()
     parallel.from_main(partial(_remove, place))
