@@ -82,6 +82,7 @@ def test_the_second_stage_goes_on_from_the_first(source: Path, tmp_path: Path, m
     assert result.base["name"] == str(source)
     assert Recipe.from_yaml(tmp_path / "p" / "recipe.yaml") == result.recipe
     assert beside(tmp_path / "p") == ["p"]
+    assert "A first stage, at sparsity 60%, was left at" in (tmp_path / "p" / "report.html").read_text(encoding="utf-8")
     phases = {event.phase for event in seen} - {NOTE, PLAN}
     assert {"sweep, stage 1", "sweep, stage 2"} <= phases
     assert not [phase for phase in phases if ", stage " not in phase]

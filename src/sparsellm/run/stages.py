@@ -62,6 +62,7 @@ def execute(request: Request, progress: ProgressCallback = ignore) -> PruneResul
     recipes = recipes_of(request)
     if request.out is None:
         return Run(request, progress).execute()
+    progress = progress if parallel.is_main() else ignore
     place = stage_of(request.out)
     parallel.from_main(partial(_remove_leftover, place, Path(request.out)))
     out = destination(request)
