@@ -110,7 +110,7 @@ def sparsellm(  # noqa: PLR0913 - options
     stages: Annotated[
         int | None,
         Field(ge=1, le=2),
-        "2: prune to twice the density and sweep, then prune on; null: 2 from 80 % on with three sweeps or more",
+        "2: prune to 1.5 times the density and sweep, then prune on; null: 2 from 80 % on with three sweeps or more",
     ] = None,
     sweep_rate: Annotated[
         float | None, Field(gt=0), "learning rate of the sweeps; null: by the divergence at their start"

@@ -30,7 +30,7 @@ from sparsellm.storage.resume import differences, discard, empty, left_in
 
 PAYS = 0.8  # sparsity from which two stages pay, unstructured, with three sweeps or more (docs/results.md)
 LEAST_PASSES = 3
-DENSITY = 2  # the first stage keeps so many times the weights that the second keeps
+DENSITY = 1.5  # the first stage keeps so many times the weights that the second keeps
 SHARE = 1 / 3  # of the passes in the first stage; at least one in each
 
 
@@ -99,7 +99,7 @@ def recipes_of(request: Request) -> tuple[Recipe, Recipe] | None:
     hindered = (
         (recipe.pattern is not None, f"pattern {recipe.pattern}, which has no lower sparsity on the way"),
         (bool(recipe.sparsity_of), "sparsity_of"),
-        (recipe.sparsity <= 1 - 1 / DENSITY, f"sparsity {recipe.sparsity:g}; they begin above {1 - 1 / DENSITY:g}"),
+        (recipe.sparsity <= 1 - 1 / DENSITY, f"sparsity {recipe.sparsity:g}; they begin above {1 - 1 / DENSITY:.2g}"),
         (not by_name, "a model in memory; give it by name, and out=DIR"),
     )
     why = next((said for there, said in hindered if there), None)
