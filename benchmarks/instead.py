@@ -14,7 +14,6 @@ continues when it is run again.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import statistics
 import time
@@ -22,9 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from forms import quantised_gguf, torchao_model, torchao_numbers, with_numbers
 from gguf import GGUFReader
 from measure import cpu_name
 from quality import OUT, Cells
@@ -34,7 +33,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sparsellm
 from sparsellm.calibration.windows import evaluation_windows
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.chain.structure import find_blocks
 from sparsellm.evaluation.perplexity import nll_from_logits, perplexity
 from sparsellm.runtime.bench import one_run, resident_bytes
 from sparsellm.runtime.module import kernel_name
@@ -73,34 +71,11 @@ def dense(directory: Path, dtype: torch.dtype) -> Form:
 
 
 def torchao(directory: Path, bits: int) -> Form:
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    config = Int8WeightOnlyConfig() if bits == 8 else PrototypeInt4WeightOnlyConfig(group_size=32)
-    quantize_(find_blocks(model)[1], config)
+    model = torchao_model(directory, bits)
     if bits == 8:
         return of_transformers(model)
     # Long windows take many minutes in torchao's int4 on a CPU without AVX-512; these are the weights it multiplies by.
-    in_fp32 = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    replaced = 0
-    with torch.no_grad():
-        quantised: dict[str, Any] = dict(model.named_parameters())
-        for name, weight in in_fp32.named_parameters():
-            if hasattr(quantised[name], "scale_and_zero"):
-                weight.copy_(rounded(weight, quantised[name].scale_and_zero))
-                replaced += 1
-    if not replaced:
-        raise RuntimeError("torchao keeps its int4 scales elsewhere in this release: its weights cannot be scored")
-    return of_transformers(model, in_fp32)
-
-
-def rounded(weight: Tensor, scale_and_zero: Tensor) -> Tensor:
-    """A weight ``(out, in)`` in torchao's int4, (code - 8) · scale + zero; scales, zeros ``(groups, out, 2)``."""
-    groups = len(scale_and_zero)
-    scale, zero = scale_and_zero.transpose(0, 1).unsqueeze(2).unbind(-1)  # (out, groups, 1)
-    codes = ((weight.view(len(weight), groups, -1) - zero) / scale + 8).round().clamp(0, 15)
-    return ((codes - 8) * scale + zero).view_as(weight)
+    return of_transformers(model, with_numbers(directory, torchao_numbers(directory, bits)))
 
 
 def packed(directory: Path, values: str, out: Path) -> Form:
@@ -110,20 +85,11 @@ def packed(directory: Path, values: str, out: Path) -> Form:
 
 
 def llama_cpp(source: Path, kind: str, out: Path, threads: int, window: int) -> Form:
-    import llama_cpp
     from llama_cpp import Llama
 
-    if kind == "as shipped":
-        path = source
-    else:
-        path = out / f"{source.stem}.{kind}.gguf"
-        if not path.is_file():
-            settings = llama_cpp.llama_model_quantize_default_params()
-            settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-            settings.allow_requantize = True  # from the model's own values, which are what every other row starts from
-            settings.nthread = threads
-            if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(settings)) != 0:
-                raise RuntimeError(f"llama.cpp could not quantise {source} to {kind}")
+    path = source if kind == "as shipped" else out / f"{source.stem}.{kind}.gguf"
+    if path != source:
+        quantised_gguf(source, kind, path, threads)
     model = Llama(
         str(path), n_ctx=window, n_batch=window, n_threads=threads, n_threads_batch=threads, logits_all=True,
         verbose=False,
@@ -211,7 +177,7 @@ def main() -> None:
     scores = {}
     for name, form in rows.items():
         key = f"{conditions}/{name}"
-        if key not in cells.read() and time.perf_counter() - started > 60 * arguments.minutes:
+        if f"{cells.code}/{key}" not in cells.read() and time.perf_counter() - started > 60 * arguments.minutes:
             raise SystemExit(f"stopped before the perplexity of {name}; run it again to go on")
         scores[name] = cells.get(key, partial(form.score, windows))
 

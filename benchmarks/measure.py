@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import subprocess
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from sparsellm.version import __version__
 
 INTERVAL = 0.05  # seconds between samples of memory: watched more often, a single core computes noticeably less
 
@@ -74,6 +77,25 @@ def children_computed() -> float:
     """CPU seconds of all children that have ended and been waited for, and of theirs."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def code_version() -> str:
+    """The release of sparsellm and the git hash of its sources, marked where files differ from it.
+
+    Two commits whose sources are equal have the same version, whatever else changed. ``BENCHMARK_CODE`` replaces it, to
+    print a table again from the results of other code.
+    """
+    chosen = os.environ.get("BENCHMARK_CODE")
+    if chosen is not None:
+        return chosen
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
+
+    tree = git("rev-parse", "--short", "HEAD:src/sparsellm")  # empty outside a checkout
+    changed = "-changed" if git("status", "--porcelain", "--", "src/sparsellm") else ""
+    return f"{__version__}+{tree}{changed}" if tree else __version__
 
 
 def cpu_name() -> str:

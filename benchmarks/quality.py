@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import children_computed, cpu_name
+from measure import children_computed, code_version, cpu_name
 from wikipedia import write_wikipedia
 
 OUT = Path(__file__).parent / "out"
@@ -81,10 +81,10 @@ def command(*arguments: str) -> dict[str, Any]:
 
 
 class Cells:
-    """Results by key, on disk after each; several scripts may fill one file."""
+    """Results by key and by the version of the code, on disk after each; several scripts may fill one file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.code = path, code_version()
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Cells:
         return found
 
     def get(self, key: str, make: Any) -> Any:
-        found = self.read()
+        key, found = f"{self.code}/{key}", self.read()
         if key in found:
             return found[key]
         print(f"running {key}", file=sys.stderr, flush=True)
@@ -181,7 +181,8 @@ def main() -> None:
         f"Model {arguments.model}, dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, windows of "
         f"{arguments.window}, {dense['tokens_scored']} tokens scored; calibration {arguments.samples} × "
         f"{arguments.window} tokens of {Path(arguments.calibration).name}, seed {arguments.seeds}; "
-        f"{' '.join(arguments.set)}; torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}.\n"
+        f"{' '.join(arguments.set)}; torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}; "
+        f"code {cells.code}.\n"
     )
     if arguments.ablation:
         print_ablation(arguments, cells, conditions, dense["perplexity"], title)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsellm.patterns import Pattern, Unstructured, parse_pattern
 from sparsellm.solvers import SOLVERS
-from sparsellm.solvers.admm import RHO_STEPS
+from sparsellm.solvers.admm import RHO_STEPS, ROUGH_ITERATIONS
 from sparsellm.statistics import Gram, GramAccumulator
 from sparsellm.statistics.gram import ENERGY_PANEL
 
@@ -57,7 +57,8 @@ def products(name: str, out: int, inputs: int) -> float:
         return errors + product / 2
     if name == "admm":
         options = {key: option.default for key, option in SOLVERS["admm"].options.items()}
-        return errors + (int(options["iterations"]) + 2 * (int(options["refine_iterations"]) + 2)) * product
+        refits = ROUGH_ITERATIONS + 2 + int(options["refine_iterations"]) + 2
+        return errors + (int(options["iterations"]) + refits) * product
     return errors
 
 

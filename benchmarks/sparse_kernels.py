@@ -1,7 +1,7 @@
 """Speed of the kernels on packed weights, compared with a dense product and a memory copy.
 
     python benchmarks/sparse_kernels.py [--threads 1] [--tokens 1 4 16 128] [--values bf16] [--kernel NAME]
-        [--shapes 11008x4096 5632x2048] [--sparsities 0.5 0.6 0.7 0.8]
+        [--shapes 11008x4096 5632x2048] [--sparsities 0.5 0.6 0.7 0.8] [--cached]
 
 For every shape and sparsity, dense, packed and copy run in turns, so that all three meet the same load on the machine.
 Weights are used in turns too, enough of them that none is still in the second-level cache when it is used again. Two
@@ -9,6 +9,10 @@ rates of the packed product are printed: its bytes (mask, values, offsets, scale
 share of the copy's rate. A copy moves each byte twice, in and out: ``of copy`` is relative to the bytes copied,
 ``of traffic`` to twice those. The copy is made of pieces that take about as long as a product, so that interruptions
 affect both alike. Times are the shortest of all rounds, since other load can only add; the median is in brackets.
+
+The last two columns are the roofline: nanoseconds and bytes for 64 weights, kept or not. With ``--cached`` one weight
+is used every time: what it takes then (of a shape that the second-level cache holds, such as 512x2048) goes to
+instructions, and what it takes longer without to memory.
 """
 
 from __future__ import annotations
@@ -70,6 +74,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{out}x{columns}" for out, columns in SHAPES])
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--cached", action="store_true", help="one weight every time, not weights in turns")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -82,14 +87,15 @@ def main() -> None:
     pieces = itertools.cycle(list(zip(target.split(PIECE), source.split(PIECE), strict=True)))
     print(
         "| shape | values | sparsity | tokens | dense ms | packed ms | faster | GB/s | dense GB/s | copy GB/s "
-        "| of copy | of traffic |"
+        "| of copy | of traffic | ns / 64 | bytes / 64 |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for (out, columns), value_type, sparsity in itertools.product(shapes, options.values, options.sparsities):
         first = random_weight(out, columns, sparsity, value_type)
         size = first.nbytes
-        packed = [copy_of(first) for _ in range(max(2, HELD // size))]
-        dense = [torch.randn(out, columns).to(dtype) for _ in range(max(2, HELD // (dtype.itemsize * out * columns)))]
+        held = 1 if options.cached else HELD
+        packed = [copy_of(first) for _ in range(max(1, held // size))]
+        dense = [torch.randn(out, columns).to(dtype) for _ in range(max(1, held // (dtype.itemsize * out * columns)))]
         for tokens in options.tokens:
             x = torch.randn(tokens, columns).to(dtype)
             turns, dense_turns = itertools.cycle(packed), itertools.cycle(dense)
@@ -112,11 +118,12 @@ def main() -> None:
             slow, fast, copy = (min(each) for each in times)
             usual = [f"{statistics.median(each) * 1e3:.2f}" for each in times]
             rate, copied = size / fast, PIECE / copy
+            words = out * columns / 64
             print(
                 f"| {out} × {columns} | {value_type} | {sparsity:.0%} | {tokens} | {slow * 1e3:.2f} ({usual[0]}) "
                 f"| {fast * 1e3:.2f} ({usual[1]}) | {slow / fast:.2f} × | {rate / 1e9:.1f} "
                 f"| {dtype.itemsize * out * columns / slow / 1e9:.1f} | {copied / 1e9:.1f} | {rate / copied:.0%} "
-                f"| {rate / copied / 2:.0%} |",
+                f"| {rate / copied / 2:.0%} | {fast * 1e9 / words:.2f} | {size / words:.1f} |",
                 flush=True,
             )
 

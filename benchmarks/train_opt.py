@@ -1,4 +1,4 @@
-"""Trains a small OPT (ReLU) from scratch, on text that every Python installation has, as a reference model with ReLU.
+"""Trains a small OPT (ReLU) or Llama from scratch, on text that every Python installation has, as a reference model.
 
 Writes DIR with a checkpoint and its tokenizer for ``sparsellm prune DIR``, ``train.txt`` for calibration, and
 ``heldout.txt``, other documents, for evaluation. The seed determines weights, text and the order of batches. The number
@@ -6,6 +6,7 @@ of steps within the given minutes depends on the machine and is printed.
 
     python benchmarks/train_opt.py --out out/opt                    # ten minutes
     python benchmarks/quality.py --model out/opt --text out/opt/heldout.txt --calibration out/opt/train.txt --window 256
+    python benchmarks/train_opt.py --architecture llama --bf16 --layers 4 --vocabulary 2048 --rate 3e-3 --out out/llama
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from pydoc_data.topics import topics
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 OUT = Path(__file__).parent / "out"
 BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -82,12 +90,13 @@ def held_out_loss(model: PreTrainedModel, ids: torch.Tensor, positions: int, win
     return sum(losses) / len(losses)
 
 
-def train(model: PreTrainedModel, ids: torch.Tensor, minutes: float, batch: int, rate: float, seed: int) -> None:
+def train(model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Namespace) -> None:
     """AdamW for so many minutes; the learning rate follows the clock: up over the first 5 %, then down by a cosine.
 
     The clock is that of the thread, so that other programs of a busy machine take no steps away.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    minutes, batch, rate = arguments.minutes, arguments.batch, arguments.rate
     positions = model.config.max_position_embeddings
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     began = said = time.thread_time()
@@ -98,7 +107,8 @@ def train(model: PreTrainedModel, ids: torch.Tensor, minutes: float, batch: int,
             group["lr"] = rate * min(passed / 0.05 + 0.01, 0.5 * (1 + math.cos(math.pi * passed)))
         starts = torch.randint(len(ids) - positions, (batch,), generator=generator).tolist()
         part = torch.stack([ids[start : start + positions] for start in starts])
-        loss = model(part, labels=part, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            loss = model(part, labels=part, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -112,8 +122,18 @@ def train(model: PreTrainedModel, ids: torch.Tensor, minutes: float, batch: int,
     model.eval()
 
 
-def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
+def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """The untrained model."""
+    if arguments.architecture == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=arguments.width, intermediate_size=3 * arguments.width,
+                num_hidden_layers=arguments.layers, num_attention_heads=arguments.width // 64 or 1,
+                max_position_embeddings=arguments.positions, tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )  # fmt: skip
     return OPTForCausalLM(
         OPTConfig(
             vocab_size=len(tokenizer), hidden_size=arguments.width, word_embed_proj_dim=arguments.width,
@@ -139,7 +159,7 @@ def run(
     torch.manual_seed(arguments.seed)
     model = make(arguments, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} million weights, seed {arguments.seed}")
-    train(model, ids, arguments.minutes, arguments.batch, arguments.rate, arguments.seed)
+    train(model, ids, arguments)
     loss = held_out_loss(model, held_out_ids, arguments.positions)
     print(f"held-out loss {loss:.3f}, perplexity {math.exp(loss):.1f}")
     model.save_pretrained(arguments.out)
@@ -152,6 +172,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT / "opt")
+    parser.add_argument("--architecture", choices=("opt", "llama"), default="opt")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
@@ -159,6 +180,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8, help="windows in a step")
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the CPU has AVX-512 BF16")
     parser.add_argument("--seed", type=int, default=0)
     run(parser.parse_args(), build)
 

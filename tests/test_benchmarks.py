@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+SVG = "{http://www.w3.org/2000/svg}"
 pytest.importorskip("gensim")
 
 
@@ -78,3 +81,48 @@ def test_the_forms_of_a_model_are_counted_and_scored(
     assert [float(rows[name][1]) for name in ("dense fp32", "dense bf16")] == [32, 16]
     assert float(rows["packed 60%, int8"][1]) < float(rows["packed 60%, keep"][1]) < 16
     assert float(rows["packed 60%, keep"][4]) == pytest.approx(float(rows["dense fp32"][4]), rel=1e-3)
+
+
+def test_without_a_gpu_its_script_says_so_and_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        table("gpu.py", monkeypatch, capsys)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "benchmarks/gpu.py: torch finds no CUDA GPU here; run it on a machine with one"
+    ]
+
+
+def test_the_frontier_counts_scores_and_draws_every_form(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    rows = table(
+        "frontier.py", monkeypatch, capsys, "--text", text, "--model", str(dense), "--calibration", text,
+        "--samples", "8", "--window", "16", "--max-tokens", "64", "--effort", "0",
+        "--cells", str(tmp_path / "cells.json"), "--picture", str(tmp_path / "frontier.svg"),
+        "--forms", "sparsellm 50%", "sparsellm 0% int8",
+    )  # fmt: skip
+    assert rows.keys() == {"sparsellm 0% int8", "sparsellm 50% int8", "sparsellm 50% int4"}
+    bits, divergences = ({name: float(row[column]) for name, row in rows.items()} for column in (1, 2))
+    assert bits["sparsellm 50% int4"] < bits["sparsellm 50% int8"]
+    assert 0 < divergences["sparsellm 0% int8"] < divergences["sparsellm 50% int8"]
+    assert rows["sparsellm 0% int8"][4] == rows["sparsellm 50% int4"][4] == "yes"  # the best, and the smallest
+    drawn = ElementTree.parse(tmp_path / "frontier.svg").getroot()
+    assert {"50% int4", "50% int8", "0% int8"} <= {each.text for each in drawn.iter(f"{SVG}text")}
+
+
+def test_a_model_in_gguf_reads_back_as_its_own_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    forms = importlib.import_module("forms")
+    dense = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    parameters = forms.write_gguf(dense, tmp_path / "dense.gguf")
+    numbers = forms.gguf_numbers(tmp_path / "dense.gguf", parameters)
+    matrices = {name: p for name, p in forms.open_dense(dense).named_parameters() if p.dim() == 2}
+    assert numbers.weights.keys() == matrices.keys()
+    for name, weight in matrices.items():
+        assert torch.equal(numbers.weights[name], weight)
+        assert numbers.bytes[name] == 4 * weight.numel()
+    assert parameters["blk.0.attn_q.weight"].endswith("layers.0.self_attn.q_proj.weight")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.errors import NumericalError, RecipeError
-from sparsellm.patterns import NM, Pattern, Unstructured, detect, parse_pattern, share
+from sparsellm.patterns import NM, SAMPLED, STRIDE, Pattern, Unstructured, detect, parse_pattern, share
 
 
 def scores_of(rows: int, columns: int, levels: int, seed: int) -> torch.Tensor:
@@ -104,6 +104,21 @@ def test_a_large_matrix_with_sixteen_levels():
     for scope in ("matrix", "row"):
         assert int((~Unstructured(0.7).mask(scores, scope)).sum()) == round(0.7 * 512 * 1376)
     assert NM(2, 4).mask(scores).reshape(-1, 4).sum(dim=1).unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.9, 0.9999])
+def test_a_threshold_that_is_located_in_a_sample_is_exact(fraction: float):
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(320, 311, generator=generator)
+    tied = spread.mul(3).round()
+    misleading = torch.arange(320 * 311.0).remainder(STRIDE).reshape(320, 311) + spread * 0.1  # the sample is near 0
+    for scores in (spread, tied, misleading, -misleading, spread.abs().sort().values):
+        assert scores.numel() > SAMPLED
+        kept, zeros = Unstructured(fraction).mask(scores), round(fraction * scores.numel())
+        order = scores.flatten().argsort(descending=True, stable=True)
+        expected = torch.zeros(scores.numel(), dtype=torch.bool)
+        expected[order[: scores.numel() - zeros]] = True
+        assert torch.equal(kept.flatten(), expected)
 
 
 def test_violations_count_what_is_missing():

@@ -61,6 +61,7 @@ _PHASES = {
     "decode": "decode in turns",
     "sweep": "sweep the whole model",
     "prune/dense": "run dense blocks",
+    "prune/permutation": "order channels",
     "prune/statistics": "gather statistics",
     "prune/solve": "solve",
     "prune/rounding": "round",

@@ -73,6 +73,7 @@ class Workspace:
         blocks: fp32 copies of the whole block, such as gradients and moments of an optimiser.
         streams: copies of the hidden states of all calibration tokens, such as targets.
         products: of the weight with a matrix as large as the Gram matrix, for the prediction of time.
+        narrow: whether factors of its products may be rounded to bf16 where the running blocks multiply in it.
     """
 
     weights: float = 8.0
@@ -81,6 +82,7 @@ class Workspace:
     blocks: float = 0.0
     streams: int = 0
     products: float = 1.0
+    narrow: bool = False
 
     def beside(self, other: Workspace) -> Workspace:
         """Elementwise maximum of two workspaces that never coexist."""

@@ -18,7 +18,7 @@ from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.run.memory import gradient_bytes
 from sparsellm.statistics import GramAccumulator
 from sparsellm.storage.scratch import Scratch
-from sparsellm.sweep import head
+from sparsellm.sweep import gradients, head
 from sparsellm.sweep.gradients import OutputSquares, Visitor, backward_sweep
 from sparsellm.sweep.saliency import loss_gradients
 from tests.allocation.helpers import Record, sizes_of, windows
@@ -82,6 +82,40 @@ def test_every_gradient_is_that_of_the_whole_model(
     for index, (gradient, hidden) in enumerate(zip(record.boundaries, record.hidden, strict=True)):
         torch.testing.assert_close(torch.cat(seen.boundaries[index]), gradient, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(torch.cat(seen.hidden[index]), hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_a_share_of_the_positions_is_scored_and_their_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "LEAST_SCORED", 1)
+    chain, seen, whole = open_chain(tiny_llama(), device=CPU), Everything(), Everything()
+    loss = backward_sweep(Feed(chain, windows(), 45), seen, share=0.4)
+    assert abs(loss - backward_sweep(Feed(chain, windows(), 45), whole)) < 1  # an estimate of the same
+    drawn = []
+    for some, all_of_it in zip(seen.boundaries[len(chain)], whole.boundaries[len(chain)], strict=True):
+        scored = some.abs().sum(dim=(0, 2)) > 0
+        assert int(scored.sum()) == 8  # of 19
+        torch.testing.assert_close(some[:, scored], all_of_it[:, scored] * (19 / 8) ** 0.5, rtol=1e-4, atol=1e-7)
+        drawn.append(scored.tolist())
+    assert drawn[0] != drawn[1]
+
+
+def test_squares_keep_their_expectation_where_few_positions_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random tokens are what an untrained model predicts, so errors at different positions are uncorrelated."""
+    monkeypatch.setattr(gradients, "LEAST_SCORED", 1)
+    feed, sums = Feed(open_chain(tiny_llama(), device=CPU), windows(64), 2048), []
+    for share in (0.25, 1.0):
+        seen = OutputSquares(feed.windows.numel())
+        backward_sweep(feed, seen, share=share)
+        sums.append(torch.stack([mean.sum() for mean in seen.means().values()]))
+    assert 0.8 < float((sums[0] / sums[1]).median()) < 1.25  # 0.25 or 4 with another scale
+
+
+def test_short_windows_are_scored_whole() -> None:
+    whole = gradients._positions(gradients.LEAST_SCORED, 0.01, seed=0)
+    assert whole.tolist() == list(range(gradients.LEAST_SCORED))
+    some = gradients._positions(1000, 0.25, seed=0)
+    assert some.tolist() == sorted(set(some.tolist()))
+    assert (len(some), int(some.max()) < 1000) == (250, True)
+    assert torch.equal(some, gradients._positions(1000, 0.25, seed=0))
 
 
 def test_what_it_keeps_is_known_before_it_runs(family: Family) -> None:

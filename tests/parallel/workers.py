@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "admm 2:4": (two_blocks, {"method": "admm", "pattern": "2:4"}),
     "allocated": (two_blocks, {"method": "wanda", "allocation": "threshold"}),
     "sparsellm": (two_blocks, {"method": "sparsellm", "options": {"passes": 0}}),
+    "sparsellm 2:4": (two_blocks, {"method": "sparsellm", "pattern": "2:4", "options": {"passes": 0}}),
     "swept": (two_blocks, {"method": "sparsellm", "options": {"solver": "wanda", "passes": 3}}),
 }
 

@@ -33,6 +33,7 @@ def test_a_weight_that_is_not_two_of_four_is_refused() -> None:
             to_semi_structured(wrong)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_on_tensor_cores_the_product_is_the_dense_one() -> None:
     weight = _weight().half().cuda()

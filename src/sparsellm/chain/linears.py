@@ -63,6 +63,15 @@ class LinearView:
         self.parameter.copy_(stored.to(self.parameter.dtype))
 
     @torch.no_grad()
+    def permute(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+        """Reorders inputs or outputs, the bias included: place i gets what was at ``inputs[i]`` or ``outputs[i]``."""
+        for index, axis in ((outputs, 0), (inputs, 1)):
+            if index is not None:
+                self.parameter.copy_(self.parameter.index_select(1 - axis if self.transposed else axis, index))
+        if outputs is not None and isinstance(self.module.bias, Tensor):
+            self.module.bias.copy_(self.module.bias[outputs])
+
+    @torch.no_grad()
     def assign_bias(self, bias: Tensor) -> None:
         """Overwrites the bias with ``bias (out,)``, rounded to the storage dtype."""
         target = self.module.bias

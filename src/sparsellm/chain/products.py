@@ -2,7 +2,7 @@
 
 Processors with bf16 units (AMX, AVX-512 BF16) multiply bf16 factors about twice as fast as fp32 ones, and add up in
 fp32. Hidden states, weights and whatever is summed over tokens stay fp32: a product rounds its two factors, and its
-result once. Statistics and solvers never use this.
+result once. Gram matrices never use this, and a solver only where it declares that it may (``Workspace.narrow``).
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ from sparsellm.statistics import Fit, Gram
 
 def local_method(entry: Entry[Solver]) -> Method:
     """The method that collects the statistics of a block in one pass and solves each linear on them."""
-    solver = divide(entry)
 
     def prune_block(task: BlockTask, **options: Any) -> None:
+        solver = divide(entry, task.stream.chain.products)
+
         def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
             with task.clock.phase("prune/solve"):
                 solution = solver(linear.weight(), gram, task.patterns[linear.name], **options)

@@ -27,6 +27,7 @@ from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
 from sparsellm.methods.feed_forward import UNIT_STREAMS, find_units, prune_unit
+from sparsellm.methods.permutation import permute_block, permute_expert
 from sparsellm.methods.routed import (
     ExpertTokens,
     find_expert_unit,
@@ -101,6 +102,7 @@ def sparsellm(  # noqa: PLR0913 - options
     norm_weighting: Annotated[
         float, Field(ge=0), "tokens whose norm is above this many medians get less weight; 0: equal weights"
     ] = 1.5,
+    permute: Annotated[bool, "N:M: order inputs so that the largest weights do not share a group"] = True,
     iterations: Annotated[
         int | None,
         Field(ge=0),
@@ -120,9 +122,11 @@ def sparsellm(  # noqa: PLR0913 - options
     if task.idle:
         return  # without zeros there is no error to compensate: the weights keep every bit
     order = RunOrder()
-    sublayers = find_sublayers(task, order)
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
-    fitting = _Fitting(weights, weighted_solvers(task, solver, output_metric), refit, refit_damping, order)
+    if permute:
+        permute_block(task, weights)
+    sublayers = find_sublayers(task, order)
+    fitting = _Fitting(weights, weighted_solvers(task, solver, output_metric), refit, refit_damping, order, permute)
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
     wanted = iterations if iterations is not None else refit and sparsest >= PAYS
     units = find_units(task) if wanted else []
@@ -170,6 +174,7 @@ class _Fitting:
         refit: whether output projections are refitted before they are pruned.
         damping: ridge of the refit.
         order: the order in which the block's linears run.
+        permute: whether N:M orders the channels of experts.
     """
 
     weights: list[Tensor] | None
@@ -177,6 +182,7 @@ class _Fitting:
     refit: bool
     damping: float
     order: RunOrder
+    permute: bool
 
 
 def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> None:
@@ -282,6 +288,8 @@ def _prune_rest(
         _solve(task, linear, gram, fitting, fit)
 
     def alternate(own: ExpertTokens, linears: list[LinearView]) -> bool:
+        if fitting.permute:
+            permute_expert(task, own, linears)
         unit = find_expert_unit(own, linears) if rounds_of is not None else None
         rounds = rounds_of(unit) if rounds_of is not None else 0
         if unit is None or not rounds:

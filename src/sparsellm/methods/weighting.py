@@ -38,7 +38,7 @@ def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, So
     Outputs have equal weight if ``power`` is 0, for N:M, where outputs do not compete, and in a linear that no token
     reached.
     """
-    plain = divide(SOLVERS[solver])
+    plain = divide(SOLVERS[solver], task.stream.chain.products)
     solvers = {}
     for linear in task.linears:
         costs = task.output_costs.get(linear.name) if power else None

@@ -14,7 +14,7 @@ import torch
 
 from sparsellm.chain import Chain
 from sparsellm.run.memory import checkpoint_bytes
-from sparsellm.sweep.gradients import TOKENS
+from sparsellm.sweep.gradients import SHARE, TOKENS
 from sparsellm.sweep.whole_model import STEP_TOKENS
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def predicted_seconds(
     return {
         "calibration": written * tokens * WRITING * blocks * token,
         "check": stored / DISK,
-        "gradients": differentiated * (blocks * (1 + BACKWARD + SALIENCY) * token + 3 * head),
+        "gradients": differentiated * (blocks * (1 + BACKWARD + SALIENCY) * token + 3 * SHARE * head),
         "survey": surveyed * blocks * token,
         "replay": finished * tokens * token,
         "prune": (blocks - finished) * (tokens * (PASSES * token + gram) + solve) + 2 * stored / DISK,

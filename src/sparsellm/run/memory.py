@@ -30,7 +30,7 @@ SWEPT_COPIES = 4  # of every block in fp32 during a sweep: parameters, two momen
 FRESH_STREAMS = 4  # a sweep on new windows holds their inputs and dense outputs beside those it is judged by
 SAVED_COPIES = 7  # of every block in fp32 on disk: the best, and parameters and moments of two passes
 # fp32 tensors of the size of a chunk of logits that are in memory at once, for each loss of the head.
-NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 6
+NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 4
 
 
 @dataclass(frozen=True)

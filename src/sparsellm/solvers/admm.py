@@ -8,14 +8,18 @@ Minimise ``tr (W − W₀) H (W − W₀)ᵀ`` over sparse ``W``, where ``H`` is
     V ← V + W − D                              the multiplier of the constraint W = D
 
 ``D`` equals ``W + V`` on the support and ``V`` equals ``W + V`` off it, so ``W + V`` is the only state. An iteration is
-one matrix product. All linears with the same input share ``(H + ρI)⁻¹``, because ρ follows a fixed schedule.
+one matrix product. All linears with the same input share ``(H + ρI)⁻¹``, because ρ follows a fixed schedule. Where the
+run multiplies in bf16, the factors of these products are rounded, and so are those inside the fit; what decides between
+two solutions is fp32.
 
 Differences from the papers, measured on the linears of a 135M model, on tokens held out from the Gram matrix:
 * The projection needs a scale in which weights compare. The papers divide each input by its root mean square. Here each
   input is divided by the part of it that the other inputs do not predict, as in the optimal brain surgeon: the error
   is 0 to 3 % lower.
 * The support has its final size from the first iteration. Growing it step by step is no better.
-* ρ rises from 0.2 to 1 in five steps. Without the rise the support does not settle and the error doubles.
+* ρ rises from 0.2 to 0.8 in four steps of four iterations. The support settles where ρ rises: without the rise, or in
+  fewer and larger steps, the error is up to 7 % higher, and with fewer iterations up to 4 % where inputs are collinear.
+* Four steps of conjugate gradients end the fit: the last iterations are near the minimum, and four more gain nothing.
 * The ridge is 0.05, not 0.01, of the mean curvature: slightly worse on the tokens of the Gram matrix, better on others.
 * Weights compete in the whole matrix. If they compete within rows, the error at 70 % is 1 to 23 % higher.
 """
@@ -35,13 +39,15 @@ from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
 
 PREDICTION_RIDGE = 0.1  # for predicting an input from the others; anything from 0.02 to 1 works
-RHO_STEPS = 5  # each needs an inverse
+RHO_STEPS = 4  # each needs an inverse
+ROUGH_ITERATIONS = 3  # of the first mask's refit: they end within a tenth of the minimum
+CLEARLY_BETTER = 0.9  # the first mask is refitted in full only if the last one's objective is above this share of it
 
 
 @SOLVERS.register(
     "admm",
     paper="arXiv 2406.07831",
-    workspace=Workspace(weights=12, grams=3, remembered=5, products=40),
+    workspace=Workspace(weights=12, grams=3, remembered=4, products=27, narrow=True),
     distributed=True,
 )
 def admm(  # noqa: PLR0913 - options
@@ -49,21 +55,23 @@ def admm(  # noqa: PLR0913 - options
     gram: Gram,
     pattern: Pattern,
     *,
-    iterations: Annotated[int, Field(ge=0), "alternations of weights and mask; 0 keeps the mask of the start"] = 20,
-    refine_iterations: Annotated[int, Field(ge=0), "conjugate-gradient steps on the weights that are kept"] = 8,
+    iterations: Annotated[int, Field(ge=0), "alternations of weights and mask; 0 keeps the mask of the start"] = 16,
+    refine_iterations: Annotated[int, Field(ge=0), "conjugate-gradient steps on the weights that are kept"] = 4,
     scope: Annotated[Scope, "weights compete in the whole matrix, or in each row (output)"] = "matrix",
     damping: Annotated[float, Field(ge=0), "ridge towards the dense weight, in mean curvatures"] = 0.05,
     rho_start: Annotated[float, Field(gt=0), "first penalty between weights and mask; the mean curvature is 1"] = 0.2,
-    rho_stop: Annotated[float, Field(gt=0), "last penalty between weights and mask"] = 1.0,
+    rho_stop: Annotated[float, Field(gt=0), "last penalty between weights and mask"] = 0.8,
 ) -> Solution:
     """Alternates between weights and mask, each optimal near the other, then refits the kept weights."""
     check(weight, gram, pattern)
     metric, scale = gram.remember(("admm", damping), lambda: _metric(gram, damping))
-    dense = weight.masked_fill(gram.dead, 0.0) * scale  # (out, in): W₀, from here on in the units of the metric
-    mask = pattern.mask(dense.abs(), scope)
-    best = refine_on_support(dense, metric, mask, dense, refine_iterations)
+    dense = weight * scale.masked_fill(gram.dead, 0.0)  # (out, in): W₀, from here on in the units of the metric
+    kept = pattern.mask(dense.abs(), scope)
+    first = refine_on_support(dense, metric, kept, dense, ROUGH_ITERATIONS if iterations else refine_iterations)
+    if not iterations:
+        return solution(weight, first.weight / scale, kept, gram)
 
-    state, kept = dense, mask  # state: W + V
+    start, state = kept, dense  # state: W + V
     notes: tuple[str, ...] = ()
     last_rho = rho_start
     for iteration in range(iterations):
@@ -71,20 +79,21 @@ def admm(  # noqa: PLR0913 - options
         rho = rho_start * (rho_stop / rho_start) ** (step / (RHO_STEPS - 1))
         inverse = metric.inverse(rho)
         notes = notes or inverse.notes
-        sparse = torch.where(kept, state, 0.0)  # D
+        sparse = state * kept.view(torch.uint8).float()  # D; torch selects by a bool mask twenty times as slowly
         multiplier = (state - sparse).mul_(last_rho / rho)  # V, in units of the present ρ
-        pull = sparse.sub_(multiplier).sub_(dense)  # D − V − W₀
-        state = torch.addmm(dense, pull, inverse.matrix, alpha=inverse.damping * metric.mean_diagonal).add_(multiplier)
+        pull = sparse.sub_(multiplier).sub_(dense).mul_(inverse.damping * metric.mean_diagonal)  # ρ(D − V − W₀)
+        state = torch.addmm(multiplier.add_(dense), pull, inverse.matrix)  # in bf16 where the run multiplies in it
         kept = pattern.mask(state.abs(), scope)
         last_rho = rho
         del sparse, multiplier, pull, inverse  # the fit that follows takes the most memory
 
-    if iterations:
-        # With few or collinear inputs the last mask may be worse than the first: the better of the two is kept.
-        last = refine_on_support(dense, metric, kept, state, refine_iterations)
-        if pattern.total(last.objective) < pattern.total(best.objective):
-            best, mask = last, kept
-    return solution(weight, best.weight / scale, mask, gram, notes)
+    last = refine_on_support(dense, metric, kept, state, refine_iterations)
+    # With few or collinear inputs the last mask may be worse than the first: the better of the two is kept.
+    if pattern.total(last.objective) > CLEARLY_BETTER * pattern.total(first.objective):
+        first = refine_on_support(dense, metric, start, first.weight, refine_iterations)
+        if pattern.total(first.objective) < pattern.total(last.objective):
+            last, kept = first, start
+    return solution(weight, last.weight / scale, kept, gram, notes)
 
 
 def _metric(gram: Gram, damping: float) -> tuple[Gram, Tensor]:

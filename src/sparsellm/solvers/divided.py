@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsellm import parallel
+from sparsellm.chain.products import Bf16Products, bf16_products
 from sparsellm.patterns import Pattern, Scope, Unstructured, highest_of_rows, require_finite, share
 from sparsellm.registry import Entry
 from sparsellm.solvers.solver import Solution, Solver, solution
@@ -24,23 +25,31 @@ DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
 SIGN = -(1 << 31)
 
 
-def divide(entry: Entry[Solver]) -> Solver:
+def divide(entry: Entry[Solver], products: Bf16Products | None = None) -> Solver:
     """The solver with its work divided over the processes of this run.
 
     All processes call it with the same arguments, and each gets the whole solution. In one process it is the solver
     itself. The main process solves alone if the solver is not registered as distributed, or if the weight has fewer
     rows than there are processes. A pattern without zeros leaves the weight as it is.
+
+    Args:
+        entry: the solver.
+        products: those of the chain, for a solver that declares ``narrow``; None for products in fp32.
     """
+
+    def run(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
+        with bf16_products(products if entry.workspace.narrow else None):
+            return entry.function(weight, gram, pattern, **options)
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
         if not pattern.zeros(weight.shape):
             return Solution(weight, torch.ones_like(weight, dtype=torch.bool), 0.0)
         if parallel.size() == 1:
-            return entry.function(weight, gram, pattern, **options)
+            return run(weight, gram, pattern, **options)
         if not entry.distributed or len(weight) < parallel.size():
-            return _in_main(lambda: entry.function(weight, gram, pattern, **options), weight)
+            return _in_main(lambda: run(weight, gram, pattern, **options), weight)
         rows = parallel.share(len(weight))
-        own = entry.function(weight[rows], gram, DividedRows(pattern, len(weight), rows.start), **options)
+        own = run(weight[rows], gram, DividedRows(pattern, len(weight), rows.start), **options)
         error, notes = _joined(own, gram.energy(weight[rows]))
         return Solution(
             torch.cat(parallel.gather_list(own.weight)), torch.cat(parallel.gather_list(own.mask)), error, notes

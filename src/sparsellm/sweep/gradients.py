@@ -13,17 +13,18 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from sparsellm.chain import Chain, Feed, LinearView, Stream
+from sparsellm.chain import Feed, LinearView, Stream
 from sparsellm.chain.capture import watch
 from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.progress import Progress as Event
 from sparsellm.storage.scratch import TensorStore
-from sparsellm.sweep.head import through_head
+from sparsellm.sweep.head import next_token_loss, through_head
 from sparsellm.sweep.training import running_on
 
 TOKENS = 8192  # calibration tokens for gradients; the time is proportional to them
+SHARE = 0.25  # of the positions of a window whose loss is differentiated
+LEAST_SCORED = 128  # positions of a window: fewer save little, because the blocks run on whole windows
 WITHOUT = "take allocation uniform and, in sparsellm, effort 0 and options.output_metric 0"
 
 
@@ -31,7 +32,8 @@ class Visitor:
     """Receives the gradients of a backward sweep. A subclass overrides the methods that it needs.
 
     Every gradient is that of the *sum* over all scored tokens of the negative log-likelihood, in nats. So it does not
-    depend on the number of windows, and its squares make up the empirical Fisher of a token.
+    depend on the number of windows, and its squares make up the empirical Fisher of a token. If only a share of the
+    positions is scored, it is scaled so that its squares keep their expectation.
 
     Attributes:
         reads_inputs: whether :meth:`linear` reads the inputs of linears, which the model must then not change in place.
@@ -53,7 +55,7 @@ class Visitor:
 
 
 @torch.no_grad()
-def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None = None) -> float:
+def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None = None, *, share: float = 1.0) -> float:
     """Calls a visitor with the gradients of the next-token loss at the outputs of linears and between the blocks.
 
     Blocks run in fp32, whatever dtype they are stored in. The model stays the same to the bit, without gradients in its
@@ -63,6 +65,8 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
         feed: the chain, of which nothing need be loaded, and the windows; the first token of each is not scored.
         visitor: called block by block, from the last to the first.
         names: the linears to call it for; None for all.
+        share: of the positions of a window that are scored, drawn at random, at least :data:`LEAST_SCORED`. The
+            head, whose vocabulary may cost more than all blocks, runs for these alone. See :func:`_positions`.
 
     Returns:
         The mean loss of a scored token, in nats.
@@ -91,7 +95,7 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
             entering.append(before)
         gradients = held.enter_context(stream.store())
         with chain.outer():
-            total = _through_the_end(feed, stream, gradients, visitor)
+            loss = _through_the_end(feed, stream, gradients, visitor, share)
         for index in reversed(range(blocks)):
             done = 2 * blocks - 1 - index
             feed.progress(Event("gradients", done, 2 * blocks, f"block {index + 1}/{blocks} backward"))
@@ -99,22 +103,40 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
                 _back_through(stream, index, entering[index], gradients, visitor, names)
             entering[index].close()
     feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
-    return total / (len(feed.windows) * (feed.seq_len - 1))
+    return loss
 
 
-def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, visitor: Visitor) -> float:
-    """The summed loss of all windows; appends its gradient at the output of the last block to ``gradients``."""
-    chain, total, start = feed.chain, 0.0, 0
+def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, visitor: Visitor, share: float) -> float:
+    """The mean loss; appends the gradient of its sum at the output of the last block to ``gradients``."""
+    chain, total, start, predicted = feed.chain, 0.0, 0, feed.seq_len - 1
     for hidden in stream.hidden:
-        ids = feed.windows[start : start + len(hidden)].to(chain.device)
+        hidden, ids = hidden.float(), feed.windows[start : start + len(hidden)].to(chain.device)
+        scored = _positions(predicted, share, seed=start).to(chain.device)
         start += len(hidden)
-        loss, gradient = _end(chain, hidden.float(), ids)
-        total += loss
+        following = next_token_loss(ids[:, scored + 1])
+        loss, slope = through_head(chain, hidden[:, scored], ids[:, scored], following, gradient=True)
+        total += loss * predicted / len(scored)
+        slope *= (predicted / len(scored)) ** 0.5
+        gradient = torch.zeros_like(hidden).index_copy_(1, scored, slope)
         gradients.append(gradient)
-        visitor.boundary(len(chain), hidden.float(), gradient)
+        visitor.boundary(len(chain), hidden, gradient)
     if not math.isfinite(total):
         raise NumericalError(f"the loss of the dense model is {total} in {chain.dtype}; try dtype float32")
-    return total
+    return total / (len(feed.windows) * predicted)
+
+
+def _positions(predicted: int, share: float, seed: int) -> Tensor:
+    """The positions of a window that are scored, int64, in order, of the ``predicted`` ones with a next token.
+
+    The gradient ``g`` at a token sums those of later positions, ``Σ_s a_s``. Of a share p of the positions it is
+    ``ĝ = Σ_s m_s a_s``, scaled by ``1/√p`` so that ``E ĝ² = p g² + (1 − p) Σ_s a_s²``. Errors of predictions at
+    different positions are uncorrelated in a calibrated model, so ``E g² = E Σ_s a_s²``: squares keep their expectation
+    for any share, while gradients themselves are ``√p`` of theirs.
+    """
+    count = min(predicted, max(LEAST_SCORED, round(share * predicted)))
+    if count == predicted:
+        return torch.arange(predicted)
+    return torch.randperm(predicted, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def _back_through(
@@ -149,17 +171,6 @@ def _back_through(
             gradients[position] = gradient
             visitor.boundary(index, hidden.detach(), gradient)
         visitor.block(index, linears)
-
-
-def _end(chain: Chain, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
-    """The summed loss of some windows, and its gradient at the output of the last block ``(batch, seq, hidden)``."""
-
-    def next_token(logits: Tensor, span: slice) -> Tensor:
-        targets = ids[:, span.start + 1 : span.stop + 1]  # the last position of a window predicts nothing
-        predicted = logits[:, : targets.shape[1]]
-        return functional.cross_entropy(predicted.flatten(0, 1), targets.flatten(), reduction="sum")
-
-    return through_head(chain, hidden, ids, next_token, gradient=True)
 
 
 def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor], None]:

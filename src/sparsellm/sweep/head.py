@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -11,9 +12,13 @@ from torch.nn import functional
 from sparsellm.chain import Chain
 
 HEAD_TOKENS = 256  # in a chunk, over all windows: several tensors of (tokens, vocabulary) are in memory at once
+ROWS_ELEMENTS = (
+    1 << 22
+)  # of the logits that a loss takes at a time: memory of 16 MiB is used again, more is mapped anew
 
-HeadLoss = Callable[[Tensor, slice], Tensor]
-"""``loss(logits (batch, span, vocabulary) fp32, span)`` returns a scalar: the loss of these positions."""
+HeadLoss = Callable[[Tensor, slice, Tensor | None], float]
+"""``loss(logits (batch, span, vocabulary) fp32, span, slope)`` returns the loss of these positions, and writes its
+gradient at the logits to ``slope``, of their shape, unless that is None. It does not change the logits."""
 
 
 def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, gradient: bool) -> tuple[float, Tensor]:
@@ -29,18 +34,41 @@ def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, g
     Returns:
         The loss, and its gradient ``(batch, seq, hidden)`` in the dtype of ``hidden``.
     """
-    total, parts = 0.0, []
+    total, parts, slopes = 0.0, [], torch.empty(0)
     step = max(1, HEAD_TOKENS // len(ids))
     for first in range(0, ids.shape[1], step):
         span = slice(first, min(first + step, ids.shape[1]))
         part = hidden[:, span].detach()
         with torch.set_grad_enabled(gradient):
             part = part.requires_grad_(gradient)
-            value = loss(chain.logits(part.to(chain.dtype), ids[:, span]).float(), span)
-            if gradient:
-                parts.append(torch.autograd.grad(value, part)[0])
-        total += float(value.detach())
+            logits = chain.logits(part.to(chain.dtype), ids[:, span]).float()
+        if not gradient:
+            total += loss(logits, span, None)
+            continue
+        if not parts:
+            slopes = torch.empty_like(logits).flatten()  # used again for every chunk: the first is the largest
+        slope = slopes[: logits.numel()].view_as(logits)
+        total += loss(logits.detach(), span, slope)
+        parts.append(torch.autograd.grad(logits, part, slope)[0])
     return total, torch.cat(parts, dim=1) if gradient else hidden
+
+
+# Gradients are written out: autograd takes twice as many passes over (tokens, vocabulary).
+
+
+def next_token_loss(targets: Tensor) -> HeadLoss:
+    """The cross-entropy in nats, summed over positions; ``targets`` are the ids ``(batch, seq)`` of the next tokens."""
+
+    def cross_entropy(logits: Tensor, span: slice, slope: Tensor | None) -> float:
+        total = 0.0
+        for own, wanted, part in _rows(logits, targets[:, span, None], slope):
+            logarithm = functional.log_softmax(own, -1)
+            total -= float(logarithm.gather(-1, wanted).double().sum())
+            if part is not None:  # softmax − 1 at the target
+                torch.exp(logarithm, out=part).scatter_add_(-1, wanted, -torch.ones_like(wanted, dtype=part.dtype))
+        return total
+
+    return cross_entropy
 
 
 def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
@@ -52,8 +80,21 @@ def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
         ids: the token ids that belong to it, ``(batch, seq)``.
     """
 
-    def divergence(logits: Tensor, span: slice) -> Tensor:
-        target = functional.log_softmax(chain.finish(dense[:, span], ids[:, span]).float(), -1)
-        return functional.kl_div(functional.log_softmax(logits, -1), target, log_target=True, reduction="sum")
+    def divergence(logits: Tensor, span: slice, slope: Tensor | None) -> float:
+        total = 0.0
+        for own, wanted, part in _rows(logits, chain.finish(dense[:, span], ids[:, span]), slope):
+            target, logarithm = functional.log_softmax(wanted.float(), -1), functional.log_softmax(own, -1)
+            difference = target - logarithm
+            total += float(difference.mul_(target.exp_()).sum(-1).double().sum())
+            if part is not None:
+                torch.sub(logarithm.exp_(), target, out=part)
+        return total
 
     return divergence
+
+
+def _rows(logits: Tensor, wanted: Tensor, slope: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Some positions at a time, ``(positions, ...)``, of tensors ``(batch, span, ...)``."""
+    count = max(1, ROWS_ELEMENTS // logits.shape[-1])
+    parts = repeat(None) if slope is None else slope.flatten(0, 1).split(count)
+    yield from zip(logits.flatten(0, 1).split(count), wanted.flatten(0, 1).split(count), parts)  # noqa: B905 - endless

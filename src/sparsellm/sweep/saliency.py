@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsellm.chain import Feed, LinearView
 from sparsellm.errors import NumericalError
-from sparsellm.sweep.gradients import OutputSquares, Visitor, backward_sweep, not_finite
+from sparsellm.sweep.gradients import SHARE, OutputSquares, Visitor, backward_sweep, not_finite
 
 BINS = 1 << 14
 LOWEST, HIGHEST = -160.0, 60.0  # of log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
@@ -19,17 +19,19 @@ LOWEST, HIGHEST = -160.0, 60.0  # of log₂ of a saliency in nats: the range of 
 class SaliencyHistograms(Visitor):
     """Counts of ``log₂ s_ij``, ``s_ij = ½ w_ij² F_ij``, for each linear.
 
-    ``F_ij = Σ_t g_ti² x_tj² / N`` is the exact diagonal of the empirical Fisher of a token, in fp32, one product
-    ``(g∘g)ᵀ(x∘x)`` per batch. ``s_ij`` is the loss, in nats a token, that removing the weight adds, to second order
-    (the optimal brain damage of LeCun et al. 1990). Only one block's ``F`` is in memory at a time.
+    ``F_ij = Σ_t g_ti² x_tj² / N`` is the diagonal of the empirical Fisher of a token: one product ``(g∘g)ᵀ(x∘x)`` per
+    batch, with factors in bf16 if ``narrow`` (their rounding is less than a bin), summed in fp32. ``s_ij`` is the loss,
+    in nats a token, that removing the weight adds, to second order (the optimal brain damage of LeCun et al. 1990).
+    Only one block's ``F`` is in memory at a time.
 
     Attributes:
         counts: int64 ``(BINS,)`` for each linear that a token reached; bin 0 includes weights of zero saliency.
         outputs: the squared gradients of whole outputs, from the same sweep.
     """
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, *, narrow: bool = False) -> None:
         self.tokens = tokens
+        self.dtype = torch.bfloat16 if narrow else torch.float32
         self.outputs = OutputSquares(tokens)
         self.counts: dict[str, Tensor] = {}
         self._fisher: dict[str, Tensor] = {}  # (out, in) fp32
@@ -42,7 +44,8 @@ class SaliencyHistograms(Visitor):
         if linear.name not in self._fisher:
             shape = (linear.out_features, linear.in_features)
             self._fisher[linear.name] = torch.zeros(shape, device=rows.device)
-        self._fisher[linear.name].addmm_(gradient.flatten(0, -2).float().square().T, rows)
+        costs = gradient.flatten(0, -2).float().square()  # (tokens, out)
+        self._fisher[linear.name] += costs.to(self.dtype).T @ rows.to(self.dtype)
 
     def block(self, index: int, linears: list[LinearView]) -> None:
         for linear in linears:
@@ -96,8 +99,9 @@ def loss_gradients(feed: Feed, names: Collection[str], *, saliency: bool = False
         ModelError: the model has no gradient.
     """
     tokens = feed.windows.numel()
-    seen = SaliencyHistograms(tokens) if saliency else OutputSquares(tokens)
-    backward_sweep(feed.in_pieces(), seen, names)
+    narrow = feed.chain.products is not None
+    seen = SaliencyHistograms(tokens, narrow=narrow) if saliency else OutputSquares(tokens)
+    backward_sweep(feed.in_pieces(), seen, names, share=SHARE)
     if isinstance(seen, SaliencyHistograms):
         return LossGradients(tokens, seen.outputs.means(), seen.counts)
     return LossGradients(tokens, seen.means())

@@ -68,7 +68,7 @@ class Adam:
             if parameter.grad is None:
                 continue
             if name in self._pruned:
-                parameter.grad.masked_fill_(parameter == 0, 0.0)  # not times 0: a gradient may be infinite
+                _clear_where_zero_(parameter.grad, parameter)
             size = float(parameter.norm()) / parameter.numel() ** 0.5
             groups.append({"params": [parameter], "lr": rate * max(size, EPSILON)})
             before = torch.tensor(number - 1.0, device=parameter.device)
@@ -80,6 +80,15 @@ class Adam:
         optimiser.state.update(state)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+
+
+def _clear_where_zero_(gradient: Tensor, parameter: Tensor) -> None:
+    """Sets an fp32 gradient to zero where the parameter is, also where it is infinite.
+
+    Bits are cleared by whole numbers: torch fills by a bool mask eight times as slowly.
+    """
+    bits = torch.ne(parameter, 0, out=torch.empty_like(parameter, dtype=torch.int32)).neg_()  # all ones where kept
+    gradient.view(torch.int32).bitwise_and_(bits)
 
 
 def schedule(step: int, steps: int, warmup: float = 0.1) -> float:

@@ -21,7 +21,7 @@ struct Bf16 {
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     const __m512i wide = _mm512_cvtepu16_epi32(sixteen_halves(values));
-    const __m512i spread = _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), wide);
+    const __m512i spread = _mm512_mask_expand_epi32(zeros(), static_cast<__mmask16>(bits), wide);
     out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(spread, 16));
   }
 };
@@ -31,7 +31,7 @@ struct Fp16 {
   static constexpr uint64_t kAll = 0xffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    out[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), _mm512_cvtph_ps(sixteen_halves(values)));
+    out[0] = _mm512_mask_expand_ps(_mm512_castsi512_ps(zeros()), static_cast<__mmask16>(bits), _mm512_cvtph_ps(sixteen_halves(values)));
   }
 };
 
@@ -41,7 +41,7 @@ struct Int8 {
   static int64_t bytes(int64_t n) { return n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-    out[0] = _mm512_cvtepi32_ps(_mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), wide));
+    out[0] = _mm512_cvtepi32_ps(_mm512_mask_expand_epi32(zeros(), static_cast<__mmask16>(bits), wide));
   }
 };
 
@@ -51,7 +51,7 @@ void spread16(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
   for (int64_t column = 0; column < columns; column += 16) {
     uint16_t bits;
     __builtin_memcpy(&bits, mask + column / 8, 2);
-    const __m512i spread = _mm512_maskz_expand_epi32(bits, _mm512_cvtepu16_epi32(sixteen_halves(values)));
+    const __m512i spread = _mm512_mask_expand_epi32(zeros(), bits, _mm512_cvtepu16_epi32(sixteen_halves(values)));
     values += 2 * __builtin_popcount(bits);
     const int64_t left = columns - column;
     _mm256_mask_storeu_epi16(out + 2 * column, left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1),

@@ -1,5 +1,7 @@
 // Included inside the anonymous namespace of the two AVX-512 files.
 
+#include "expand.h"
+
 using Vector = __m512;
 constexpr int kLanes = 16;
 constexpr int kLocality = 3;
@@ -23,7 +25,7 @@ struct Fp32 {
   static constexpr uint64_t kAll = 0xffffu;
   static int64_t bytes(int64_t n) { return 4 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    out[0] = _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), _mm512_loadu_ps(values));
+    out[0] = _mm512_mask_expand_ps(_mm512_castsi512_ps(zeros()), static_cast<__mmask16>(bits), _mm512_loadu_ps(values));
   }
 };
 
@@ -31,7 +33,7 @@ void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
   for (int64_t column = 0; column < columns; column += 16) {
     uint16_t bits;
     __builtin_memcpy(&bits, mask + column / 8, 2);
-    const __m512 spread = _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(values));
+    const __m512 spread = _mm512_mask_expand_ps(_mm512_castsi512_ps(zeros()), bits, _mm512_loadu_ps(values));
     values += 4 * __builtin_popcount(bits);
     const int64_t left = columns - column;
     _mm512_mask_storeu_ps(out + 4 * column, left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1), spread);

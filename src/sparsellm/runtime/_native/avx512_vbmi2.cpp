@@ -18,7 +18,7 @@ struct Bf16 {
   static constexpr uint64_t kAll = 0xffffffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    const __m512i pairs = _mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
+    const __m512i pairs = _mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
     out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     out[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
@@ -31,7 +31,7 @@ struct Fp16 {
   static constexpr uint64_t kAll = 0xffffffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    const __m512i pairs = _mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
+    const __m512i pairs = _mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
     const __m512i keep = _mm512_set1_epi32(static_cast<int>(0x8fffe000u));
     out[0] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 3), keep));
     out[1] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_srai_epi32(pairs, 3), keep));
@@ -44,7 +44,7 @@ struct Int8 {
   static constexpr uint64_t kAll = ~uint64_t{0};
   static int64_t bytes(int64_t n) { return n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    const __m512i four = _mm512_maskz_expand_epi8(static_cast<__mmask64>(bits), _mm512_loadu_si512(values));
+    const __m512i four = _mm512_mask_expand_epi8(zeros(), static_cast<__mmask64>(bits), _mm512_loadu_si512(values));
     out[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(four, 24), 24));
     out[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(four, 16), 24));
     out[2] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(four, 8), 24));
@@ -58,7 +58,7 @@ void spread16(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
   for (int64_t column = 0; column < columns; column += 32) {
     uint32_t bits;
     __builtin_memcpy(&bits, mask + column / 8, 4);
-    const __m512i spread = _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values));
+    const __m512i spread = _mm512_mask_expand_epi16(zeros(), bits, _mm512_loadu_si512(values));
     values += 2 * __builtin_popcount(bits);
     const int64_t left = columns - column;
     _mm512_mask_storeu_epi16(out + 2 * column, left >= 32 ? 0xffffffffu : (1u << left) - 1, spread);

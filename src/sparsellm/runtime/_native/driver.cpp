@@ -223,10 +223,12 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
               const Dot& dot) {
   const float* row_scales = weight.type == kInt8 ? static_cast<const float*>(weight.scales) : nullptr;
   const size_t row_size = row_bytes(weight);
+  const int64_t groups = weight.type == kInt4 ? (weight.columns + weight.group - 1) / weight.group : 0;
   int shift = 0;
   while (weight.type == kInt4 && kShared << shift < weight.group) ++shift;
   for_each_piece(Pieces(weight, 0, weight.out, threads), [&](int64_t first, int64_t last) {
     uint8_t* buffers = scratch<0>(3 * kMaxRows * row_size);
+    float* scales = reinterpret_cast<float*>(scratch<2>(static_cast<size_t>(4 * kMaxRows * (groups + 1))));
     float sums[kMaxRows * kMaxTokens];
     for (int64_t row = first; row < last; row += kMaxRows) {
       Rows rows;
@@ -234,14 +236,19 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
       rows.words = weight.stride / 8;
       rows.mask_ahead = rows.count * weight.mask_step;
       rows.shift = shift;
-      rows.last_scale = weight.type == kInt4 ? (weight.columns - 1) / weight.group : 0;
       for (int r = 0; r < rows.count; ++r) {
         const int64_t at = row + r, later = std::min(at + kMaxRows, weight.out);
         uint8_t* buffer = buffers + 3 * r * row_size;
         rows.mask[r] = weight.mask + at * weight.mask_step;
         rows.values[r] = get(at, buffer);
         rows.values_ahead[r] = bytes_of(weight.type, weight.offsets[later] - weight.offsets[at]);
-        if (weight.type == kInt4) rows.scales[r] = group_scales(weight, at);
+        if (weight.type == kInt4) {
+          float* of_row = scales + r * (groups + 1);
+          const uint16_t* from = group_scales(weight, at);
+          for (int64_t i = 0; i < groups; ++i) of_row[i] = bf16_to_fp32(from[i]);
+          of_row[groups] = 0;
+          rows.scales[r] = of_row;
+        }
       }
       dot(rows, sums);
       for (int r = 0; r < rows.count; ++r)
@@ -333,16 +340,22 @@ void multiply_rounded(const InstructionSet& set, const Packed& weight, int token
     round_token(kind, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, words, codes + t * pitch,
                 scales + t * pitch / kLaneColumns);
   const Rounded rounded{codes, scales, pitch};
-  const bool decode = weight.type == kInt4 && !how.nibbles;
-  const IntegerDot dot = weight.type == kInt4 ? how.int4 : how.int8;
+  const bool decode = weight.type == kInt4;
+  const IntegerDot dot = decode ? how.int4 : how.int8;
   const size_t row_size = row_bytes(weight);
   for_rows(
       weight, tokens, kind, y, 1.0f, threads,
       [&](int64_t row, uint8_t* to) {
         if (!decode) return readable(weight, row, to);
-        set.int4_to_int8(readable(weight, row, to), weight.offsets[row + 1] - weight.offsets[row],
-                         reinterpret_cast<int8_t*>(to + row_size));
-        return static_cast<const uint8_t*>(to + row_size);
+        const int64_t count = weight.offsets[row + 1] - weight.offsets[row];
+        const uint8_t* from = readable(weight, row, to);
+        uint8_t* bytes = to + row_size;
+        if (how.int4_to_codes != nullptr) {
+          how.int4_to_codes(from, count, bytes);
+        } else {
+          set.int4_to_int8(from, count, reinterpret_cast<int8_t*>(bytes));
+        }
+        return static_cast<const uint8_t*>(bytes);
       },
       [&](const Rows& rows, float* sums) { dot(rows, rounded, tokens, sums); });
 }

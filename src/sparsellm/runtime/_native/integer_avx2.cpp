@@ -17,7 +17,7 @@ inline __m256i four(__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_madd
 
 }  // namespace
 
-const Integer kIntegerAvx2 = {[] { return true; }, integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, false};
+const Integer kIntegerAvx2 = {[] { return true; }, integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, nullptr};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

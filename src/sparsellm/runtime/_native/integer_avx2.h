@@ -3,7 +3,7 @@
 
 using Vector = __m256;
 constexpr int kLanes = 8;
-constexpr int kRowsOfOne = 1, kRowsOfTwo = 1, kRowsOfFour = 1;
+constexpr int kRowsOfTwo = 1, kRowsOfFour = 1;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
@@ -40,6 +40,7 @@ struct Activations {
 
 // The product takes one operand without a sign: the weights', whose signs go to the activations.
 struct Bytes {
+  static constexpr int kRowsOfOne = 1;
   using Place = const uint8_t*;
   struct Weights {
     __m256i values[2];
@@ -71,9 +72,7 @@ inline Vector own(const float* scales, int v) { return _mm256_loadu_ps(scales + 
 
 template <int kScales>
 inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
-  const int64_t half = 2 * word + (v != 0 && 2 * word < rows.last_scale);
-  const uint16_t scale = rows.scales[r][kScales == 1 ? 2 * word >> rows.shift : half];
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<short>(scale)), 16));
+  return _mm256_set1_ps(rows.scales[r][kScales == kOfWords ? 2 * word >> rows.shift : 2 * word + v]);
 }
 
 #include "integer_rows.h"

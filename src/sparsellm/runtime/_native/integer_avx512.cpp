@@ -9,9 +9,11 @@ SPARSELLM_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi
 namespace sparsellm {
 namespace {
 
+#include "expand.h"
+
 using Vector = __m512;
 constexpr int kLanes = 16;
-constexpr int kRowsOfOne = 1, kRowsOfTwo = 2, kRowsOfFour = 2;
+constexpr int kRowsOfTwo = 2, kRowsOfFour = 2;
 
 inline Vector zero() { return _mm512_setzero_ps(); }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
@@ -44,11 +46,12 @@ inline Vector sums_of_four(__m512i weights, __m512i codes, __m512i start) {
 struct Bytes {
   using Place = const uint8_t*;
   using Weights = __m512i;
-  static constexpr int kBias = 128;
+  static constexpr int kBias = 128, kRowsOfOne = 1;
   static Place begin(const uint8_t* values) { return values; }
   static void prefetch(Place at, int64_t ahead) { __builtin_prefetch(at + ahead); }
   static void expand(uint64_t bits, Place& at, Weights& weights) {
-    const __m512i spread = _mm512_maskz_expand_epi8(static_cast<__mmask64>(bits), _mm512_loadu_si512(at));
+    const __m512i spread =
+        _mm512_mask_expand_epi8(zeros(), static_cast<__mmask64>(bits), _mm512_loadu_si512(at));
     weights = _mm512_xor_si512(spread, _mm512_set1_epi8(static_cast<char>(kBias)));
     at += __builtin_popcountll(bits);
   }
@@ -57,44 +60,40 @@ struct Bytes {
   }
 };
 
-// A word's values may begin in the middle of a byte. Every eight bytes are given the four that hold their nibbles and
-// the one after; a shift of their own brings each nibble to its byte.
-struct Nibbles {
-  struct Place {
-    const uint8_t* values;
-    int64_t next;  // nibble
-  };
+// Values of int4, plus 8, that the driver has brought to bytes: they are in the cache already.
+struct Codes {
+  using Place = const uint8_t*;
   using Weights = __m512i;
-  static constexpr int kBias = 8;
-  static Place begin(const uint8_t* values) { return {values, 0}; }
-  static void prefetch(Place at, int64_t ahead) { __builtin_prefetch(at.values + at.next / 2 + ahead); }
+  static constexpr int kBias = 8, kRowsOfOne = 4;
+  static Place begin(const uint8_t* values) { return values; }
+  static void prefetch(Place, int64_t) {}
   static void expand(uint64_t bits, Place& at, Weights& weights) {
-    const __m512i sources = _mm512_set_epi64(0x232221201f1e1d1cll, 0x1f1e1d1c1b1a1918ll, 0x1b1a191817161514ll,
-                                             0x1716151413121110ll, 0x131211100f0e0d0cll, 0x0f0e0d0c0b0a0908ll,
-                                             0x0b0a090807060504ll, 0x0706050403020100ll);
-    const __m512i shifts = _mm512_set1_epi64(at.next % 2 == 0 ? 0x1c1814100c080400ll : 0x201c1814100c0804ll);
-    const __m512i bytes = _mm512_permutexvar_epi8(sources, _mm512_loadu_si512(at.values + at.next / 2));
-    const __m512i codes = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, bytes), _mm512_set1_epi8(15));
-    weights = _mm512_mask_expand_epi8(_mm512_set1_epi8(kBias), static_cast<__mmask64>(bits), codes);
-    at.next += __builtin_popcountll(bits);
+    weights = _mm512_mask_expand_epi8(_mm512_set1_epi8(kBias), static_cast<__mmask64>(bits), _mm512_loadu_si512(at));
+    at += __builtin_popcountll(bits);
   }
-  static Vector products(const Weights& weights, const Activations<Nibbles>& x, int) {
+  static Vector products(const Weights& weights, const Activations<Codes>& x, int) {
     return sums_of_four(weights, x.codes, x.start);
   }
 };
+
+// Sixty-four codes are thirty-two bytes, each brought to sixteen bits and its high nibble to the upper byte.
+void int4_to_codes(const uint8_t* nibbles, int64_t count, uint8_t* out) {
+  for (int64_t at = 0; at < count; at += 64) {
+    const __m512i wide =
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles + at / 2)));
+    __builtin_prefetch(nibbles + at / 2 + kNibblesAhead);
+    const __m512i both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
+    _mm512_storeu_si512(out + at, _mm512_and_si512(both, _mm512_set1_epi8(15)));
+  }
+}
 
 inline Vector own(const float* scales, int) { return _mm512_loadu_ps(scales); }
 
 template <int kScales>
 inline Vector of_columns(const Rows& rows, int r, int64_t word, int) {
-  const uint16_t* scales = rows.scales[r];
-  if (kScales == 1) {
-    const short scale = static_cast<short>(scales[2 * word >> rows.shift]);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(scale), 16));
-  }
-  const __m512 low = _mm512_castsi512_ps(_mm512_set1_epi32(scales[2 * word] << 16));
-  const __m512 high = _mm512_castsi512_ps(_mm512_set1_epi32(scales[2 * word + (2 * word < rows.last_scale)] << 16));
-  return _mm512_mask_blend_ps(0xff00, low, high);
+  const float* scales = rows.scales[r] + (2 * word >> rows.shift);
+  const __m512 low = _mm512_set1_ps(scales[0]);
+  return kScales == kOfWords ? low : _mm512_mask_blend_ps(0xff00, low, _mm512_set1_ps(scales[1]));
 }
 
 #include "integer_rows.h"
@@ -104,7 +103,7 @@ bool supported() { return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_
 
 }  // namespace
 
-const Integer kIntegerAvx512Vnni = {supported, integer_tokens<Bytes, kOfRows>, integer_scaled<Nibbles>, true};
+const Integer kIntegerAvx512Vnni = {supported, integer_tokens<Bytes, kOfRows>, integer_scaled<Codes>, int4_to_codes};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

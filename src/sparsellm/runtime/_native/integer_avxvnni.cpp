@@ -23,7 +23,7 @@ bool supported() {
 
 }  // namespace
 
-const Integer kIntegerAvxVnni = {supported, integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, false};
+const Integer kIntegerAvxVnni = {supported, integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, nullptr};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

@@ -5,7 +5,7 @@ namespace integer {
 
 using Vector = float32x4_t;
 constexpr int kLanes = 4;
-constexpr int kRowsOfOne = 2, kRowsOfTwo = 1, kRowsOfFour = 1;
+constexpr int kRowsOfTwo = 1, kRowsOfFour = 1;
 
 inline Vector zero() { return vdupq_n_f32(0); }
 inline Vector multiply(Vector a, Vector b) { return vmulq_f32(a, b); }
@@ -25,6 +25,7 @@ struct Activations {
 };
 
 struct Bytes {
+  static constexpr int kRowsOfOne = 2;
   using Place = const uint8_t*;
   struct Weights {
     int8x16_t values[4];
@@ -57,9 +58,7 @@ inline Vector own(const float* scales, int v) { return vld1q_f32(scales + 4 * v)
 
 template <int kScales>
 inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
-  const int64_t half = 2 * word + (v >= 2 && 2 * word < rows.last_scale);
-  const uint16_t scale = rows.scales[r][kScales == 1 ? 2 * word >> rows.shift : half];
-  return vreinterpretq_f32_u32(vdupq_n_u32(static_cast<uint32_t>(scale) << 16));
+  return vdupq_n_f32(rows.scales[r][kScales == kOfWords ? 2 * word >> rows.shift : 2 * word + v / 2]);
 }
 
 #include "integer_rows.h"
@@ -67,4 +66,4 @@ inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
 }  // namespace integer
 
 const Integer kIntegerNeon = {[] { return true; }, integer::integer_tokens<integer::Bytes, integer::kOfRows>,
-                              integer::integer_scaled<integer::Bytes>, false};
+                              integer::integer_scaled<integer::Bytes>, nullptr};

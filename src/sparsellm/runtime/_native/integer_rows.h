@@ -5,10 +5,8 @@
 //   own(scales, v), of_columns<kScales>(rows, r, word, v)  scales of activations and of weights, lane by lane
 // and one class for each kind of values with
 //   begin(values)  where they begin;  expand(bits, at, weights)  the next popcount(bits) of them as `Weights`, zeros
-//   where no bit is set; `at` moves on
+//   where no bit is set; `at` moves on;  kRowsOfOne  rows at once for one token
 //   products(weights, activations, v)  as fp32: lanes v * kLanes … of the sixteen sums of four products
-
-enum Scales { kOfRows, kOfWords, kOfHalves };  // scales of columns: none, or one for all of a word, or for each half
 
 template <class Values, int kScales, int R, int T>
 inline __attribute__((always_inline)) void integer_walk(const Rows& rows, int first, const Rounded& x, int token,
@@ -71,7 +69,7 @@ void integer_tokens(const Rows& rows, const Rounded& x, int tokens, float* sums)
     integer_rows<Values, kScales, kRowsOfFour, 4>(rows, x, token, tokens, sums);
   for (; token + 2 <= tokens; token += 2)
     integer_rows<Values, kScales, kRowsOfTwo, 2>(rows, x, token, tokens, sums);
-  for (; token < tokens; ++token) integer_rows<Values, kScales, kRowsOfOne, 1>(rows, x, token, tokens, sums);
+  for (; token < tokens; ++token) integer_rows<Values, kScales, Values::kRowsOfOne, 1>(rows, x, token, tokens, sums);
 }
 
 template <class Values>

@@ -17,6 +17,7 @@ enum ValueType : int { kBf16 = 0, kFp16 = 1, kFp32 = 2, kInt8 = 3, kInt4 = 4, kV
 constexpr int64_t kSlack = 64;
 constexpr int kMaxRows = 4;
 constexpr int kMaxTokens = 16;
+constexpr int64_t kNibblesAhead = 2048;  // bytes; int4 is prefetched so far ahead, about four rows of 2048 columns
 constexpr int64_t kShared = 32;   // columns that share a scale of int4, at least
 constexpr int64_t kLaneColumns = 4;  // columns whose rounded activations share a scale, as their products share a lane
 
@@ -28,9 +29,8 @@ struct Rows {
   const uint8_t* values[kMaxRows];    // kSlack readable bytes follow the last value
   int64_t mask_ahead;                 // bytes to where the mask of the next rows will be read, for prefetching
   int64_t values_ahead[kMaxRows];     // the same for the values
-  const uint16_t* scales[kMaxRows];   // int4: bf16, one for each kShared << shift columns
+  const float* scales[kMaxRows];      // int4: one for each kShared << shift columns, and one more that is 0
   int shift;
-  int64_t last_scale;                 // of a row: half a mask word may be beyond the columns, and has no scale of its own
 };
 
 // sums[row * tokens + token]; x holds `tokens` panels of `pitch` floats, each 64 * words long, in the kernel's order.
@@ -52,6 +52,8 @@ struct Rounded {
   int64_t pitch;
 };
 
+enum Scales { kOfRows, kOfWords, kOfHalves };  // scales of columns: none, or one for all of a word, or for each half
+
 // sums[row * tokens + token]
 using IntegerDot = void (*)(const Rows& rows, const Rounded& x, int tokens, float* sums);
 
@@ -61,8 +63,9 @@ using IntegerDot = void (*)(const Rows& rows, const Rounded& x, int tokens, floa
 struct Integer {
   bool (*supported)();
   IntegerDot int8;  // values in bytes, scales of rows left to the caller
-  IntegerDot int4;  // values in nibbles or, unless `nibbles`, in bytes; scales of columns
-  bool nibbles;
+  IntegerDot int4;  // values in bytes, scales of columns
+  // Codes of one row as bytes for `int4`, as int4_to_int8 does for those where this is null.
+  void (*int4_to_codes)(const uint8_t* nibbles, int64_t count, uint8_t* out);
 };
 
 struct InstructionSet {

@@ -94,10 +94,8 @@ void integer_dot(const Rows& rows, const Rounded& x, int tokens, float* sums) {
       }
       for (int t = 0; t < tokens; ++t)
         for (int lane = 0; lane < 16; ++lane) {
-          const int64_t group = 2 * word + lane / 8;
           const float scale = x.scales[(t * x.pitch + 64 * word) / kLaneColumns + lane];
-          const int64_t shared = std::min(group >> rows.shift, rows.last_scale);
-          const float both = kScaled ? scale * bf16_to_fp32(rows.scales[r][shared]) : scale;
+          const float both = kScaled ? scale * rows.scales[r][(2 * word + lane / 8) >> rows.shift] : scale;
           lanes[t][lane] = std::fmaf(static_cast<float>(products[t][lane]), both, lanes[t][lane]);
         }
     }
@@ -109,7 +107,7 @@ void integer_dot(const Rows& rows, const Rounded& x, int tokens, float* sums) {
   }
 }
 
-const Integer kIntegerScalar = {[] { return true; }, integer_dot<false>, integer_dot<true>, false};
+const Integer kIntegerScalar = {[] { return true; }, integer_dot<false>, integer_dot<true>, nullptr};
 
 using Vector = float;
 constexpr int kLanes = 1;

@@ -1,0 +1,282 @@
+"""Everything that is measured on a GPU, in one command.
+
+    pip install triton bitsandbytes
+    python benchmarks/gpu.py [--parts gemv launches prune decode] [--tokens 1 8] [--rounds 20] [--layers 22]
+
+    gemv      the Triton kernel on packed weights against cuBLAS in bf16, torch's 2:4 and bitsandbytes' 4 bits
+    launches  the same kernel with other numbers of rows, bytes and warps a program
+    prune     seconds and memory to prune one block
+    decode    tokens per second of packed models and of the dense one
+
+Products are captured in a CUDA graph of several, on weights that take turns, so that neither Python nor the cache is
+measured. The forms run in turns, and every round's time is divided by that of cuBLAS in the same round; medians are
+printed. Without a GPU the script ends with exit code 2. (``--device cpu`` with ``TRITON_INTERPRET=1`` shows that the
+script runs; its times mean nothing.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from payoff import llama, prune_at_random
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.packed.layout import pack
+from sparsellm.patterns import NM
+from sparsellm.runtime.bench import measure, resident_bytes
+from sparsellm.runtime.semi_structured import to_semi_structured
+
+SHAPES = ("2048x2048", "5632x2048", "2048x5632", "4096x4096", "11008x4096", "4096x11008")  # of 1.1B and of Llama 7B
+BLOCKS = {"1.1B": (2048, 5632, 4), "7B": (4096, 11008, 32)}  # width, inner width, heads of keys and values
+HELD = 256 << 20  # bytes of weights that take turns: more than any cache
+BURST = 20  # products in one measurement
+Product = Callable[[int], object]  # of the weight whose turn it is
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed on a GPU.")
+    parser.add_argument("--parts", nargs="+", default=["gemv", "launches", "prune", "decode"], choices=PARTS)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
+    parser.add_argument("--values", nargs="+", default=["int8", "int4", "bf16"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--blocks", nargs="+", default=list(BLOCKS), choices=BLOCKS)
+    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt", "admm", "sparsellm"])
+    parser.add_argument("--samples", type=int, default=32, help="windows of 1024 tokens that a block is pruned on")
+    parser.add_argument("--layers", type=int, default=22, help="of the model that decodes")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("benchmarks/gpu.py: torch finds no CUDA GPU here; run it on a machine with one\n")
+        sys.exit(2)
+    torch.manual_seed(0)
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else "no GPU: times mean nothing"
+    sys.stdout.write(f"{name}; torch {torch.__version__}, CUDA {torch.version.cuda}\n")
+    for part in arguments.parts:
+        PARTS[part](arguments)
+
+
+def table(*columns: str) -> None:
+    """The head of a table."""
+    row(*columns)
+    row(*("---" for _ in columns))
+
+
+def row(*cells: str) -> None:
+    sys.stdout.write(f"| {' | '.join(cells)} |\n")
+    sys.stdout.flush()
+
+
+def gemv(arguments: argparse.Namespace) -> None:
+    """Products of a few tokens with one weight."""
+    sys.stdout.write("\nOne linear: microseconds, and cuBLAS's time over a form's\n\n")
+    table("shape", "sparsity", "tokens", "form", "MB", "µs", "speed / cuBLAS bf16", "GB/s")
+    for shape, sparsity, tokens in itertools.product(arguments.shapes, arguments.sparsities, arguments.tokens):
+        out, columns = (int(side) for side in shape.split("x"))
+        forms = products(out, columns, sparsity, tokens, arguments)
+        times = in_turns([product for product, _ in forms.values()], arguments)
+        for (name, (_, size)), taken in zip(forms.items(), times, strict=True):
+            ratio = statistics.median(first / own for first, own in zip(times[0], taken, strict=True))
+            typical = statistics.median(taken)
+            row(
+                f"{out} × {columns}", f"{sparsity:.0%}", str(tokens), name, f"{size / 1e6:.1f}",
+                f"{typical * 1e6:.1f}", f"{ratio:.2f}", f"{size / typical / 1e9:.0f}",
+            )  # fmt: skip
+
+
+def products(
+    out: int, columns: int, sparsity: float, tokens: int, arguments: argparse.Namespace
+) -> dict[str, tuple[Product, int]]:
+    """name → product and bytes of the weight; cuBLAS is the first."""
+    x = torch.randn(tokens, columns, device=arguments.device).bfloat16()
+    weight = torch.randn(out, columns)
+    weight[torch.rand(out, columns) < sparsity] = 0
+    forms = {"cuBLAS bf16": multiplying(x, weight.bfloat16().to(arguments.device))}
+    for values in arguments.values:
+        forms[f"packed {values}"] = packed_product(x, weight, values, None)
+    if sparsity == 0.5 and arguments.device == "cuda":
+        two_of_four = torch.randn(out, columns).abs().add(1e-3)
+        two_of_four *= NM(2, 4).mask(two_of_four)
+        dense, size = two_of_four.bfloat16().to(arguments.device), out * columns * 9 // 8
+        sparse = [to_semi_structured(dense) for _ in range(copies(size, x))]
+        if type(sparse[0]) is not Tensor:  # else the card has no such cores
+            forms["torch 2:4 bf16"] = ((lambda turn: torch.nn.functional.linear(x, sparse[turn % len(sparse)])), size)
+    if importlib.util.find_spec("bitsandbytes") is not None and arguments.device == "cuda":
+        forms["bitsandbytes 4 bits"] = bitsandbytes_product(x, weight)
+    return forms
+
+
+def multiplying(x: Tensor, weight: Tensor) -> tuple[Product, int]:
+    size = weight.nbytes
+    weights = [weight, *(weight.clone() for _ in range(copies(size, x) - 1))]
+    return (lambda turn: torch.nn.functional.linear(x, weights[turn % len(weights)])), size
+
+
+def packed_product(x: Tensor, weight: Tensor, values: str, launch: dict[str, int] | None) -> tuple[Product, int]:
+    from sparsellm.runtime import triton_kernels
+
+    first = pack(weight, values, "bitmask")
+    assert first is not None
+    weights = [first.to(x.device)]
+    for _ in range(copies(first.nbytes, x) - 1):
+        weights.append(first.to("cpu").to(x.device))
+    return (lambda turn: triton_kernels.multiply(weights[turn % len(weights)], x, launch)), first.nbytes
+
+
+def bitsandbytes_product(x: Tensor, weight: Tensor) -> tuple[Product, int]:
+    from bitsandbytes.nn import Linear4bit
+
+    def one() -> Any:
+        linear = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16)
+        linear.load_state_dict({"weight": weight.bfloat16()})
+        return linear.to(x.device)
+
+    size = int(weight.numel() * 4.5 / 8)
+    linears = [one() for _ in range(copies(size, x))]
+    return (lambda turn: linears[turn % len(linears)](x)), size
+
+
+def copies(size: int, x: Tensor) -> int:
+    return max(2, HELD // size) if x.device.type == "cuda" else 1
+
+
+@torch.no_grad()
+def in_turns(runs: Sequence[Product], arguments: argparse.Namespace) -> list[list[float]]:
+    """Seconds of one product of every form in every round."""
+    bursts = [burst(run, arguments.device) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(arguments.rounds):
+        for seconds, taken in zip(bursts, times, strict=True):
+            taken.append(seconds())
+    return times
+
+
+def burst(run: Product, device: str) -> Callable[[], float]:
+    """What returns the seconds of one product, measured over several in a graph."""
+    if device != "cuda":
+
+        def once() -> float:
+            start = time.perf_counter()
+            run(0)
+            return time.perf_counter() - start
+
+        return once
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for turn in range(3):  # compiles, and fills the library's workspaces
+            run(turn)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(BURST):
+            run(turn)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def replay() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / BURST
+
+    return replay
+
+
+def launches(arguments: argparse.Namespace) -> None:
+    """Which launch of the kernel is the fastest; the library's is in triton_kernels.launch_of."""
+    sys.stdout.write("\nLaunches of the kernel, 4096 × 4096 (or the first shape), 50 %, fastest first\n\n")
+    table("values", "tokens", "rows", "bytes", "warps", "µs")
+    shape = "4096x4096" if "4096x4096" in arguments.shapes else arguments.shapes[0]
+    out, columns = (int(side) for side in shape.split("x"))
+    weight = torch.randn(out, columns)
+    weight[torch.rand(out, columns) < 0.5] = 0
+    numbers = [
+        {"ROWS": rows, "BYTES": size, "num_warps": warps}
+        for rows, size, warps in itertools.product((1, 2, 4, 8), (32, 64, 128), (1, 2, 4, 8))
+        if warps <= rows * size // 32
+    ]
+    if arguments.device != "cuda":
+        numbers = numbers[:2]
+    for values, tokens in itertools.product(arguments.values, arguments.tokens):
+        x = torch.randn(tokens, columns, device=arguments.device).bfloat16()
+        timed = []
+        for launch in numbers:
+            product, _ = packed_product(x, weight, values, launch)
+            timed.append((statistics.median(in_turns([product], arguments)[0]), launch))
+        for seconds, launch in sorted(timed, key=lambda pair: pair[0])[:5]:
+            row(values, str(tokens), *(str(number) for number in launch.values()), f"{seconds * 1e6:.1f}")
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    """Seconds and memory to prune one block of a real size."""
+    sys.stdout.write(f"\nOne block, {arguments.samples} windows of 1024 tokens, 50 %, bf16\n\n")
+    table("model", "method", "seconds", "GB on the device", "predicted GB")
+    for name, method in itertools.product(arguments.blocks, arguments.methods):
+        width, inner, heads = BLOCKS[name]
+        model = llama(1, hidden_size=width, intermediate_size=inner, num_key_value_heads=heads)
+        ids = torch.randint(32000, (arguments.samples, 1024), generator=torch.Generator().manual_seed(0))
+        options = {"effort": 0} if method == "sparsellm" else {}
+        recipe = Recipe(method=method, options=options, device=arguments.device, dtype="bfloat16")
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(Path(folder) / "dense")
+            if arguments.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            result = sparsellm.prune(Path(folder) / "dense", recipe, calibration=ids, out=Path(folder) / "pruned")
+            seconds = time.perf_counter() - start
+        used = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else 0
+        assert result.memory is not None
+        row(name, method, f"{seconds:.1f}", f"{used / 1e9:.2f}", f"{result.memory.device / 1e9:.2f}")
+
+
+def decode(arguments: argparse.Namespace) -> None:
+    """Tokens per second of a model of 1.1B's shape."""
+    sys.stdout.write(f"\nLlama of 1.1B's shape, {arguments.layers} layers, {arguments.new_tokens} tokens decoded\n\n")
+    table("sparsity", "model", "MB", "prefill tokens/s", "decode tokens/s", "speed / dense bf16")
+    source = llama(arguments.layers)
+    for sparsity in sorted(arguments.sparsities):
+        prune_at_random(source, sparsity)
+        with tempfile.TemporaryDirectory() as folder:
+            dense = Path(folder) / "dense"
+            source.save_pretrained(dense)
+            models: dict[str, Any] = {
+                "dense bf16": AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).to(arguments.device)
+            }
+            for values in ("keep" if values == "bf16" else values for values in arguments.values):
+                sparsellm.pack(dense, out=Path(folder) / values, values=values)
+                models[f"packed {values}"] = sparsellm.load(Path(folder) / values, device=arguments.device)
+            threads = [torch.get_num_threads()]
+            found = measure(models, threads=threads, new_tokens=arguments.new_tokens, repeats=min(5, arguments.rounds))
+        rates = {(speed.model, speed.phase): speed.median for speed in found}
+        for name, model in models.items():
+            row(
+                f"{sparsity:.0%}", name, f"{resident_bytes(model) / 1e6:.0f}", f"{rates[name, 'prefill']:.0f}",
+                f"{rates[name, 'decode']:.1f}", f"{rates[name, 'decode'] / rates['dense bf16', 'decode']:.2f}",
+            )  # fmt: skip
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "gemv": gemv,
+    "launches": launches,
+    "prune": prune,
+    "decode": decode,
+}
+
+if __name__ == "__main__":
+    main()

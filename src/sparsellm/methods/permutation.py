@@ -1,0 +1,325 @@
+"""N:M by symmetry: channels between linears are ordered so that the largest weights do not share a group.
+
+N:M keeps n weights of every m consecutive inputs of an output, whatever their size. If the outputs of a linear are
+permuted and the inputs of the linear that reads them alike, the model computes the same, but other weights meet in a
+group. That is free when the model runs, and any library reads the result. Of a block, two kinds of channels can be
+permuted: those of a feed-forward unit (outputs of gate and up, inputs of down), and those of attention's values within
+a head (outputs of v, inputs of o), alike in all heads that share their values.
+
+A permutation maximises the sum of kept scores ``|w_ij| √E[x_j²]`` (arXiv 2310.15929): in turn, one member is taken out
+of every group, and a linear assignment puts the members back where they are worth most.
+
+No name and no family is known. A structure is a guess that :func:`find_channels` proves: the block, with its channels
+permuted at random, must have the same output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from sparsellm import parallel
+from sparsellm.chain import LinearView
+from sparsellm.chain.capture import InputGroups, watch
+from sparsellm.chain.experts import DOWN
+from sparsellm.methods.routed import ExpertTokens, without_experts
+from sparsellm.methods.task import BlockTask
+from sparsellm.patterns import NM
+
+ROUNDS = 3  # each takes every member out of its group once; later rounds change nothing
+GROUPS = 256  # that exchange members with each other: the time of a round rises with their number
+PROVING = 64  # tokens on which the channels of an expert are proved
+PIECE = 1 << 18  # scores compared at a time, which fit into a processor's cache
+UNPROVED = "its inputs were not permuted for {}: {}"  # note of a linear
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Outputs of some linears that are, elementwise or averaged over tokens, the inputs of another.
+
+    Attributes:
+        reader: the linear whose inputs they are.
+        inputs: its inputs, ``(copies, heads, width)``. Channels are permuted within a head, alike in all copies.
+        sources: linears with their outputs, ``(copies, heads, width)``.
+    """
+
+    reader: LinearView
+    inputs: Tensor
+    sources: tuple[tuple[LinearView, Tensor], ...]
+
+    @property
+    def width(self) -> int:
+        return self.inputs.shape[-1]
+
+    def linears(self) -> list[LinearView]:
+        return [self.reader, *(linear for linear, _ in self.sources)]
+
+    def permute(self, order: Tensor) -> None:
+        """Moves channel ``order[h, p]`` of each head h to position p, in all linears."""
+        self.reader.permute(inputs=_index(self.reader.in_features, self.inputs, order))
+        for linear, outputs in self.sources:
+            linear.permute(outputs=_index(linear.out_features, outputs, order))
+
+    def best_order(self, pattern: NM, mean_squares: Tensor) -> Tensor:
+        """The order ``(heads, width)`` that :func:`spread` chooses, on the CPU, so that any process can take it.
+
+        Args:
+            pattern: of the reader.
+            mean_squares: of its inputs, ``(in,)``.
+        """
+        scores = self.reader.weight().abs_().mul_(mean_squares.sqrt())
+        heads = [torch.cat([scores[:, copy] for copy in head]) for head in self.inputs.transpose(0, 1)]
+        return torch.stack([spread(head, pattern) for head in heads]).cpu()
+
+
+def permute_block(task: BlockTask, weights: list[Tensor] | None) -> None:
+    """Permutes the channels of the loaded block, for the linears that get an N:M pattern.
+
+    The first process chooses the permutations, from its first batch. A linear whose inputs no permutation was proved
+    for, or whose sources stay dense, is left as it is, with a note.
+
+    Args:
+        weights: of tokens, batches ``(batch, seq)``, or None for equal ones.
+    """
+    if not any(isinstance(task.patterns[linear.name], NM) for linear in task.linears):
+        return
+    task.report("permutation")
+    with task.clock.phase("prune/permutation"), torch.no_grad():
+        found = find_channels(task)
+        orders = parallel.from_main(lambda: _orders(task, found, weights))
+        for channels, order in zip(found, orders, strict=True):
+            _permute(task, channels, order)
+
+
+def permute_expert(task: BlockTask, own: ExpertTokens, linears: list[LinearView]) -> None:
+    """Permutes the channels of an expert whose last linear gets an N:M pattern, as :func:`permute_block` does.
+
+    Args:
+        own: the tokens of the expert.
+        linears: of the expert, those that are pruned.
+    """
+    down = next((linear for linear in linears if linear.module is own.expert.get_submodule(DOWN)), None)
+    if down is None or len(linears) < len(list(own.expert.children())):
+        return
+    pattern = task.patterns[down.name]
+    if not isinstance(pattern, NM):
+        return
+
+    def choose() -> Tensor | None:
+        x = next((rows for rows, _ in own.routed()), own.tokens.store[0])
+        if _first_proved([channels], lambda: [own.expert(x[:PROVING])], task) is None:
+            return None
+        return channels.best_order(pattern, own.expert.inner(x).float().square().mean(0))
+
+    with task.clock.phase("prune/permutation"), torch.no_grad():
+        channels = _unit(down, [linear for linear in linears if linear is not down])
+        order = parallel.from_main(choose)
+        if order is not None:
+            _permute(task, channels, order)
+
+
+def _permute(task: BlockTask, channels: Channels, order: Tensor) -> None:
+    """Permutes channels, and the costs of the outputs that move."""
+    channels.permute(order)
+    for linear, outputs in channels.sources:
+        if (costs := task.output_costs.get(linear.name)) is not None:
+            index = _index(len(costs), outputs, order).to(costs.device)
+            task.output_costs = {**task.output_costs, linear.name: costs[index]}
+
+
+def _unit(down: LinearView, sources: list[LinearView]) -> Channels:
+    """All inputs of ``down`` as the outputs of each source, or as those of each half of it."""
+    whole = torch.arange(down.in_features, device=down.parameter.device).view(1, 1, -1)
+    rows = [torch.arange(linear.out_features, device=whole.device).view(-1, 1, down.in_features) for linear in sources]
+    return Channels(down, whole, tuple(zip(sources, rows, strict=True)))
+
+
+def _orders(task: BlockTask, found: list[Channels], weights: list[Tensor] | None) -> list[Tensor]:
+    """The best order of the channels of each, from the first batch of this process."""
+    squares: dict[str, Tensor] = {}
+
+    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+        rows = entering.flatten(0, -2).float().square()
+        squares[linear.name] = rows.mean(0) if weights is None else (rows * weights[0].reshape(-1, 1)).mean(0)
+
+    with watch([channels.reader for channels in found], see):
+        task.stream.run_batch(task.index, 0)
+    orders = []
+    for channels in found:
+        pattern = task.patterns[channels.reader.name]
+        assert isinstance(pattern, NM)
+        orders.append(channels.best_order(pattern, squares[channels.reader.name]))
+    return orders
+
+
+# ------------------------------------------------------------------------------------------------------------ structure
+
+
+def find_channels(task: BlockTask) -> list[Channels]:
+    """The channels of the block whose reader gets an N:M pattern, each proved on one window."""
+    groups = _groups(task)
+    free = [x for x in without_experts(task.linears) if not task.stream.chain.is_shared(x.weight_name)]
+    names = {linear.name for linear in free}
+    stream_width = task.stream.hidden[0].shape[-1]
+    found = []
+    for position, (reader, *others) in enumerate(groups):
+        pattern = task.patterns.get(reader.name)
+        earlier = [linear for group in groups[:position] for linear in group]
+        if others or not earlier or reader.name not in names or not isinstance(pattern, NM):
+            continue
+        guesses = _guesses(reader, groups[:position], task.stream.chain.config)
+        fitting = [guess for guess in guesses if guess.width % pattern.m == 0]
+        number = parallel.from_main(partial(_first_proved, fitting, partial(_outputs, task, reader), task))
+        if number is None:
+            why = "no order of channels that was tried leaves the output of the block as it is"
+        elif any(linear.name not in names for linear in fitting[number].linears()):
+            why = "the linears before it stay dense"
+        else:
+            found.append(fitting[number])
+            continue
+        if reader.out_features != stream_width:  # it reads the residual stream, whose channels are those of all blocks
+            continue
+        task.notes[reader.name] = (*task.notes.get(reader.name, ()), UNPROVED.format(pattern, why))
+    return found
+
+
+def _groups(task: BlockTask) -> list[list[LinearView]]:
+    """All linears of the block that every token of a window reaches, pruned or not, by their inputs, in run order."""
+    grouping = InputGroups()
+    tokens = task.stream.hidden[0].shape[1]
+
+    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+        if entering.shape[:-1].numel() == tokens:
+            grouping.add(linear, entering)
+
+    with watch(without_experts(task.stream.chain.linears(task.index)), see):
+        task.stream.run_window(task.index)
+    return grouping.groups
+
+
+def _guesses(reader: LinearView, earlier: list[list[LinearView]], config: PretrainedConfig) -> Iterator[Channels]:
+    """Channels that ``reader`` may read, the likelier ones first."""
+    width = reader.in_features
+    for group in reversed(earlier):
+        sources = [linear for linear in group if linear.out_features in (width, 2 * width)]
+        if sources:  # a unit's gate and up, perhaps as the halves of one linear
+            yield _unit(reader, sources)
+        if len(sources) > 1:
+            yield from (_unit(reader, [linear]) for linear in sources)
+    text = config.get_text_config()
+    queries = getattr(text, "num_attention_heads", None)
+    if not isinstance(queries, int) or queries < 1 or width % queries:
+        return
+    size = width // queries
+    keys = getattr(text, "num_key_value_heads", None)
+    for heads in dict.fromkeys([keys if isinstance(keys, int) and keys > 0 else queries, queries, 1]):
+        if queries % heads:
+            continue
+        inputs = torch.arange(width, device=reader.parameter.device)
+        inputs = inputs.view(heads, queries // heads, size).transpose(0, 1)
+        for group in reversed(earlier):
+            for linear in reversed(group):
+                for outputs in _value_rows(linear, heads, size):
+                    yield Channels(reader, inputs, ((linear, outputs),))
+
+
+def _value_rows(linear: LinearView, heads: int, size: int) -> Iterator[Tensor]:
+    """The outputs ``(1, heads, size)`` that may be the values of attention: the last ones, of all or of each head."""
+    outputs = linear.out_features
+    if outputs < heads * size:
+        return
+    rows = torch.arange(outputs, device=linear.parameter.device)
+    yield rows[outputs - heads * size :].view(1, heads, size)
+    if outputs % heads == 0 and outputs > heads * size:
+        yield rows.view(1, heads, outputs // heads)[..., -size:]
+
+
+def _first_proved(guesses: list[Channels], run: Callable[[], list[Tensor]], task: BlockTask) -> int | None:
+    """The first guess with which ``run`` has the same outputs, up to rounding, if channels are in a random order."""
+    before: list[Tensor] = []
+    dtype = task.stream.chain.dtype if task.stream.chain.products is None else torch.bfloat16
+    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)  # a wrong guess changes the reader's output by about its size
+    for number, guess in enumerate(guesses):
+        before = before or run()
+        heads, width = guess.inputs.shape[1:]
+        generator = torch.Generator().manual_seed(width)
+        order = torch.stack([torch.randperm(width, generator=generator) for _ in range(heads)]).to(guess.inputs.device)
+        guess.permute(order)
+        after = run()
+        guess.permute(order.argsort(dim=-1))
+        differences = [float((x.float() - y.float()).norm()) for x, y in zip(after, before, strict=True)]
+        if all(x <= tolerance * float(y.float().norm()) for x, y in zip(differences, before, strict=True)):
+            return number
+    return None
+
+
+def _outputs(task: BlockTask, reader: LinearView) -> list[Tensor]:
+    """The outputs of a linear and of the block for one window, fp32."""
+    seen: list[Tensor] = []
+    with watch([reader], lambda linear, entering, leaving: seen.append(leaving.to(torch.float32, copy=True))):
+        leaving = task.stream.run_window(task.index)
+    return [*seen, leaving]
+
+
+def _index(length: int, places: Tensor, order: Tensor) -> Tensor:
+    """For each of ``length`` places, the place its value comes from: ``order`` within the heads of ``places``."""
+    index = torch.arange(length, device=places.device)
+    index[places] = places.gather(-1, order.to(places.device).expand(len(places), *order.shape))
+    return index
+
+
+# --------------------------------------------------------------------------------------------------------------- choice
+
+
+def spread(scores: Tensor, pattern: NM) -> Tensor:
+    """An order of the inputs, ``(inputs,)``, in which N:M keeps a larger sum of scores.
+
+    It starts with the inputs dealt by their mean score. With many groups, they exchange members within parts of at most
+    :data:`GROUPS` groups that are alike in their scores.
+
+    Args:
+        scores: of each weight, ``(out, in)``; m divides the inputs.
+        pattern: N:M.
+    """
+    groups = scores.shape[1] // pattern.m
+    dealt = scores.mean(0).argsort(descending=True, stable=True).view(pattern.m, groups).T  # (groups, m)
+    parts = -(-groups // GROUPS)
+    ordered = [_exchanged(scores, dealt[part::parts], pattern) for part in range(parts)]
+    natural = torch.arange(scores.shape[1], device=scores.device).view(groups, pattern.m)
+    return max(natural, torch.cat(ordered), key=_kept_by(scores, pattern)).reshape(-1)
+
+
+def _kept_by(scores: Tensor, pattern: NM) -> Callable[[Tensor], float]:
+    """The sum of kept scores, as a function of the members of groups."""
+
+    def kept(members: Tensor) -> float:
+        pieces = (part[:, members].topk(pattern.n, dim=-1).values for part in scores.split(64))
+        return sum(float(piece.double().sum()) for piece in pieces)
+
+    return kept
+
+
+def _exchanged(scores: Tensor, members: Tensor, pattern: NM) -> Tensor:
+    """The members ``(groups, m)`` after rounds of exchanges between these groups."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows = max(1, PIECE // len(members) ** 2)
+    for _ in range(ROUNDS):
+        before = members
+        for place in range(pattern.m):
+            rest = members[:, [other for other in range(pattern.m) if other != place]]
+            worth = scores.new_zeros(len(members), len(members))  # (groups, members that are put back)
+            for part in scores.split(rows):
+                least = part[:, rest].topk(pattern.n, dim=-1).values[..., -1]  # a group keeps the larger of the two
+                worth += torch.maximum(least[:, :, None], part[:, None, members[:, place]]).sum(0)
+            _, chosen = linear_sum_assignment(worth.cpu().numpy(), maximize=True)
+            members = members.clone()
+            members[:, place] = members[torch.from_numpy(chosen).to(members.device), place]
+        if torch.equal(members, before):
+            break
+    return members

@@ -1,0 +1,185 @@
+"""What needs a GPU, against the same on the CPU: run ``pytest -m gpu`` on a machine with one.
+
+``SPARSELLM_TEST_DEVICE=cpu`` runs these tests on a CPU, which shows that the tests themselves work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.packed.layout import pack
+from sparsellm.runtime.bench import one_run
+from sparsellm.runtime.load import load
+from sparsellm.runtime.module import PackedLinear, kernel_name
+from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.models.pruned import prune_tiny
+from tests.parallel.test_command_line import by_torchrun, ended
+from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, random_weight
+
+DEVICE = os.environ.get("SPARSELLM_TEST_DEVICE", "cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="there is no GPU"),
+]
+on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+def windows() -> Tensor:
+    return torch.randint(VOCABULARY, (8, 40), generator=torch.Generator().manual_seed(3))
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Equal to rounding, but for the few weights that are as important as a pruned one."""
+    assert found.keys() == wanted.keys()
+    different = total = 0
+    for name, value in wanted.items():
+        other = found[name].cpu()
+        same = (other == 0) == (value == 0)
+        different += int((~same).sum())
+        total += value.numel()
+        torch.testing.assert_close(other[same], value[same], rtol=1e-2, atol=1e-3)
+    assert different <= total / 500
+
+
+CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    "magnitude": (tiny_llama, {"method": "magnitude"}),
+    "wanda": (tiny_gpt2, {"method": "wanda", "sparsity": 0.55}),
+    "sparsegpt": (tiny_llama, {"method": "sparsegpt", "pattern": "2:4"}),
+    "admm": (tiny_llama, {"method": "admm", "options": {"iterations": 8}}),
+    "allocated": (tiny_llama, {"method": "wanda", "allocation": "threshold"}),
+    "sparsellm": (tiny_llama, {"method": "sparsellm", "options": {"passes": 0}}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pruning_on_the_device_is_that_on_the_cpu(name: str) -> None:
+    family, fields = CASES[name]
+    pruned = []
+    for device in (DEVICE, "cpu"):
+        model = family()
+        result = sparsellm.prune(model, Recipe(device=device, **fields), calibration=windows())
+        assert result.zeros > 0.45 * result.weights
+        pruned.append(dict(model.state_dict()))
+    close(*pruned)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_is_streamed_through_the_device(dtype: str, tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    for device in (DEVICE, "cpu"):
+        recipe = Recipe(device=device, dtype=dtype, method="admm", options={"iterations": 8})
+        result = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / device)
+        assert result.zeros == round(0.5 * result.weights)
+    found, wanted = tensors(tmp_path / DEVICE), tensors(tmp_path / "cpu")
+    if dtype == "float32":
+        close(found, wanted)
+    else:  # a product in bf16 is another one on every machine
+        assert all(torch.isfinite(value).all() for value in found.values())
+
+
+def test_a_sweep_on_the_device_lowers_the_divergence() -> None:
+    histories = []
+    for device in (DEVICE, "cpu"):
+        recipe = Recipe(
+            device=device, dtype="float32", method="sparsellm", options={"solver": "wanda", "passes": 3}, sparsity=0.6
+        )
+        result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+        histories.append([each.held_out for each in result.sweeps])
+    found, wanted = histories
+    assert found[-1] < found[0]
+    assert found == pytest.approx(wanted, rel=0.05)
+
+
+@on_a_card
+def test_the_memory_of_the_device_is_predicted(tmp_path: Path) -> None:
+    large = tiny_llama(hidden_size=512, intermediate_size=1408, vocab_size=VOCABULARY, num_hidden_layers=2)
+    source = save_tiny(large, tiny_tokenizer(), tmp_path / "dense")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = sparsellm.prune(
+        source, Recipe(device="cuda", dtype="float32", method="admm"), calibration=windows(), out=tmp_path / "out"
+    )
+    assert result.memory is not None
+    used = torch.cuda.max_memory_allocated() - before
+    assert 0.3 * result.memory.device <= used <= 1.1 * result.memory.device + (64 << 20)  # cuBLAS has a workspace
+
+
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_a_packed_layer_multiplies_on_the_device(value_type: str, tokens: int) -> None:
+    packed, dense = random_weight(70, 1100, value_type, 0.5, seed=1)
+    layer = PackedLinear.from_packed(packed, dtype=torch.float32).to(DEVICE)
+    layer.rounded = False
+    x = activations(tokens, 1100, torch.float32, seed=2)
+    y = layer(x.to(DEVICE)).cpu()
+    # Tiles may be multiplied in TF32, which has 10 bits.
+    slack = bound(dense, x) + (2.0**-10 * (x.double().abs() @ dense.abs().T) if tokens > 16 else 0)
+    assert bool(((y.double() - x.double() @ dense.T).abs() <= slack).all())
+
+
+@on_a_card
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+def test_the_compiled_triton_kernel_multiplies(value_type: str) -> None:
+    triton_kernels = pytest.importorskip("sparsellm.runtime.triton_kernels")
+    assert kernel_name("cuda") == "triton"
+    for out, columns, sparsity in ((1, 1, 0.0), (5, 65, 0.7), (70, 1100, 0.5), (33, 300, -1.0), (256, 4096, 0.5)):
+        packed, dense = random_weight(out, columns, value_type, sparsity, seed=columns)
+        moved = packed.to("cuda")
+        for tokens in (1, 2, 3, 5, 8, 16):
+            for dtype in FLOATS.values():
+                x = activations(tokens, columns, dtype, seed=tokens)
+                y = triton_kernels.multiply(moved, x.cuda()).cpu()
+                assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all()), (out, tokens, dtype)
+
+
+@pytest.mark.parametrize("values", ["keep", "int8", "int4"])
+def test_a_packed_model_generates_on_the_device(values: str, tmp_path: Path) -> None:
+    source = save_tiny(prune_tiny(tiny_llama()), tiny_tokenizer(), tmp_path / "pruned")
+    sparsellm.pack(source, out=tmp_path / "packed", values=values)
+    texts, logits = [], []
+    for device in (DEVICE, "cpu"):
+        model = load(tmp_path / "packed", device=device, dtype="float32", activations="fp32")
+        with torch.no_grad():
+            logits.append(model(windows()[:1].to(model.device)).logits.float().cpu())
+        texts.append(sparsellm.generate(model, tiny_tokenizer(), "a line", max_new_tokens=5).text)
+        assert min(one_run(model, 1, 4, 2)) > 0
+    torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-3)
+    assert len(texts[0]) > 0
+    assert len(texts[1]) > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_two_processes_join_by_nccl(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    settings = ("prune", str(source), "--method=wanda", "--samples=4", "--seq-len=32", "--device=cuda")
+    for size in (1, 2):
+        process = by_torchrun(size, *settings, f"--out={tmp_path / str(size)}")
+        _, said = ended(process)
+        assert process.returncode == 0, said
+    close(tensors(tmp_path / "2"), tensors(tmp_path / "1"))
+
+
+@on_a_card
+def test_a_weight_packed_from_the_device_is_that_from_the_cpu() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    weight[weight.abs() < 0.6] = 0
+    found, wanted = pack(weight.cuda(), "int4"), pack(weight, "int4")
+    assert found is not None
+    assert wanted is not None
+    assert all(torch.equal(found.tensors[name], wanted.tensors[name]) for name in wanted.tensors)

@@ -1,0 +1,269 @@
+"""Channels in another order: the model is the same, N:M keeps more, and what cannot be proved is left alone."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.chain import Feed, LinearView, open_chain
+from sparsellm.methods import BlockTask
+from sparsellm.methods.permutation import Channels, find_channels, permute_block, permute_expert, spread
+from sparsellm.methods.routed import ExpertTokens, prune_experts
+from sparsellm.patterns import NM, Pattern, Unstructured
+from sparsellm.progress import PhaseClock
+from tests import victim
+from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models.families import FAMILIES, family
+
+TWO_OF_FOUR = NM(2, 4)
+
+
+def windows(samples: int = 6, seq: int = 40) -> Tensor:
+    return torch.randint(VOCABULARY, (samples, seq), generator=torch.Generator().manual_seed(3))
+
+
+def permuted(
+    model: PreTrainedModel, pattern: Pattern = TWO_OF_FOUR, dense: tuple[str, ...] = (), index: int = 0
+) -> tuple[BlockTask, list[Channels]]:
+    """Permutes block ``index`` of a model in memory; linears whose names end with one of ``dense`` are not pruned."""
+    chain = open_chain(model, device=torch.device("cpu"))
+    stream = Feed(chain, windows(), 80).stream()
+    for before in range(index):
+        with chain.block(before):
+            stream.advance(before)
+    with chain.block(index):
+        linears = [linear for linear in chain.linears(index) if not linear.name.endswith(dense or ("?",))]
+        patterns = dict.fromkeys([linear.name for linear in linears], pattern)
+        task = BlockTask(index, linears, patterns, stream, lambda step: None, PhaseClock())
+        found = find_channels(task)
+        task.notes.clear()
+        permute_block(task, None)
+    return task, found
+
+
+def roles(found: list[Channels]) -> dict[str, list[str]]:
+    """The last name of each reader, with those of its sources."""
+    return {
+        each.reader.name.rpartition(".")[2]: [linear.name.rpartition(".")[2] for linear, _ in each.sources]
+        for each in found
+    }
+
+
+EXPECTED = {
+    "Llama": {"o_proj": ["v_proj"], "down_proj": ["gate_proj", "up_proj"]},
+    "Gemma": {"o_proj": ["v_proj"], "down_proj": ["gate_proj", "up_proj"]},
+    "Qwen3": {"o_proj": ["v_proj"], "down_proj": ["gate_proj", "up_proj"]},
+    "OPT": {"out_proj": ["v_proj"], "fc2": ["fc1"]},
+    "Phi": {"dense": ["v_proj"], "fc2": ["fc1"]},  # attention and feed-forward unit side by side
+    "Phi3": {"o_proj": ["qkv_proj"], "down_proj": ["gate_up_proj"]},  # q, k, v in one linear; gate and up in one
+    "GPTNeoX": {"dense": ["query_key_value"], "dense_4h_to_h": ["dense_h_to_4h"]},  # q, k, v of each head in turn
+    "Falcon": {"dense": ["query_key_value"], "dense_4h_to_h": ["dense_h_to_4h"]},  # one key and value for all heads
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_model_is_the_same_and_its_channels_are_known(name: str) -> None:
+    model = family(name)
+    before, wanted = copy.deepcopy(model.state_dict()), model(windows()).logits
+    task, found = permuted(model)
+    assert roles(found) == EXPECTED[name]
+    assert not task.notes
+    for channels in found:
+        for linear in channels.linears():
+            assert not torch.equal(linear.parameter, before[linear.weight_name])
+    torch.testing.assert_close(model(windows()).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_stored_transposed() -> None:
+    model = tiny_gpt2()
+    wanted = model(windows()).logits
+    _, found = permuted(model, index=1)
+    assert [tuple(each.inputs.shape) for each in found] == [(1, 4, 12), (1, 1, 112)]
+    torch.testing.assert_close(model(windows()).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_share_their_values_are_permuted_alike() -> None:
+    _, found = permuted(tiny_llama())
+    assert tuple(found[0].inputs.shape) == (2, 2, 8)  # two queries for each of two heads of 8
+    assert found[0].inputs[:, 0].tolist() == [[*range(8)], [*range(8, 16)]]
+
+
+@pytest.mark.skipif("Qwen3_5" not in FAMILIES, reason="transformers is older than this family")
+def test_values_that_are_gated_are_left_alone() -> None:
+    model = family("Qwen3_5")
+    before = copy.deepcopy(model.state_dict())
+    task, found = permuted(model)
+    assert roles(found) == {"down_proj": ["gate_proj", "up_proj"]}
+    [(name, notes)] = task.notes.items()
+    assert name.endswith("o_proj")
+    assert notes == (
+        "its inputs were not permuted for 2:4: no order of channels that was tried leaves the output of the block as "
+        "it is",
+    )
+    attention = [key for key in before if ".layers.0.self_attn." in key]
+    assert attention
+    assert all(torch.equal(before[key], model.state_dict()[key]) for key in attention)
+
+
+class Between(nn.Module):
+    """Scales each channel between up and down: their order then matters."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(1 + torch.arange(width) / width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) * self.scale
+
+
+def test_channels_with_weights_of_their_own_are_left_alone() -> None:
+    model = tiny_opt()
+    model.model.decoder.layers[0].activation_fn = Between(112)
+    before = copy.deepcopy(model.state_dict())
+    task, found = permuted(model)
+    assert roles(found) == {"out_proj": ["v_proj"]}
+    assert [name.rpartition(".")[2] for name in task.notes] == ["fc2"]
+    for name in ("fc1.weight", "fc1.bias", "fc2.weight"):
+        key = f"model.decoder.layers.0.{name}"
+        assert torch.equal(before[key], model.state_dict()[key])
+
+
+def test_what_stays_dense_keeps_every_bit() -> None:
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    task, found = permuted(model, dense=("up_proj",))
+    assert roles(found) == {"o_proj": ["v_proj"]}
+    assert task.notes["model.layers.0.mlp.down_proj"] == (
+        "its inputs were not permuted for 2:4: the linears before it stay dense",
+    )
+    for name in ("up_proj", "gate_proj", "down_proj"):
+        key = f"model.layers.0.mlp.{name}.weight"
+        assert torch.equal(before[key], model.state_dict()[key])
+
+
+def test_a_head_that_m_does_not_divide_is_left_alone() -> None:
+    _, found = permuted(tiny_gpt2(), NM(8, 16))  # heads of 12, a unit of 112
+    assert roles(found) == {"c_proj": ["c_fc"]}
+
+
+def test_only_n_of_m_is_permuted() -> None:
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    _, found = permuted(model, Unstructured(0.5))
+    assert not found
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+def test_costs_follow_their_outputs() -> None:
+    model = tiny_llama()
+    chain = open_chain(model, device=torch.device("cpu"))
+    with chain.block(0):
+        linears = chain.linears(0)
+        patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], NM(2, 4))
+        stream = Feed(chain, windows(), 80).stream()
+        costs = {linear.name: linear.weight().square().sum(1) for linear in linears}
+        task = BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock(), output_costs=costs)
+        permute_block(task, None)
+        for linear in linears:
+            torch.testing.assert_close(task.output_costs[linear.name], linear.weight().square().sum(1))
+    assert not torch.equal(task.output_costs["model.layers.0.mlp.up_proj"], costs["model.layers.0.mlp.up_proj"])
+
+
+@pytest.mark.parametrize("pattern", [NM(1, 4), NM(2, 4), NM(4, 8), NM(3, 4)], ids=str)
+def test_large_weights_do_not_share_a_group(pattern: NM) -> None:
+    """Every input is large or small in all rows, the large ones side by side: an order keeps all of them."""
+    inputs = 12 * pattern.m
+    scores = torch.full((5, inputs), 0.01)
+    scores[:, : 12 * pattern.n] = 1.0
+    order = spread(scores, pattern)
+    assert sorted(order.tolist()) == list(range(inputs))
+    assert float((scores[:, order] * pattern.mask(scores[:, order])).sum()) == 5 * 12 * pattern.n
+
+
+def test_exchanges_see_rows_and_never_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all inputs weigh alike over all rows, only the rows tell which of them disturb each other."""
+    scores = torch.rand(40, 64, generator=torch.Generator().manual_seed(0)).pow(4)
+    scores = torch.cat([scores, scores.flip(0)])  # pairs of rows
+    pattern = NM(2, 4)
+
+    def kept(order: Tensor) -> float:
+        return float((scores[:, order] * pattern.mask(scores[:, order])).sum())
+
+    natural = kept(torch.arange(64))
+    assert kept(spread(scores, pattern)) > 1.02 * natural
+    monkeypatch.setattr("sparsellm.methods.permutation.GROUPS", 5)  # parts of unequal size
+    parts = spread(scores, pattern)
+    assert sorted(parts.tolist()) == list(range(64))
+    assert kept(parts) > natural
+    best = spread(scores, pattern)
+    again = best[spread(scores[:, best], pattern)]
+    assert kept(again) >= kept(best)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_opt, tiny_gpt2], ids=lambda make: make.__name__)
+def test_the_order_lowers_the_error(make: Callable[..., PreTrainedModel]) -> None:
+    def error(permute: bool) -> float:
+        model = make()
+        options: dict[str, Any] = {"effort": 0, "refit": False, "permute": permute}
+        result = sparsellm.prune(model, Recipe(pattern="2:4", options=options), calibration=windows(24, 48))
+        names = ("o_proj", "out_proj", "c_proj", "fc2", "down_proj")
+        return sum(each.error for each in result.linears if each.name.endswith(names))
+
+    assert error(True) < 0.97 * error(False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_run_that_was_killed_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "model")
+    recipe = {"pattern": "2:4", "options": {"effort": 0}, "samples": 4, "seq_len": 32, "dtype": "float32"}
+    steps = victim.count_steps(source, tmp_path / "whole", recipe)
+    out = tmp_path / "cut"
+    assert victim.run(source, out, recipe, ("write", steps["write"] // 2)) == -signal.SIGKILL
+    assert victim.run(source, out, recipe) == 0
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert len(names) > 3
+    for name in names:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.skipif("Mixtral" not in FAMILIES, reason="transformers is older than this layout of experts")
+@pytest.mark.parametrize("name", [name for name in ("Mixtral", "GptOss", "Dbrx") if name in FAMILIES])
+def test_experts_are_permuted_each_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family(name)
+    orders: list[Tensor] = []
+    wanted = model(windows()).logits
+
+    def see(self: Channels, order: Tensor) -> None:
+        orders.append(order)
+        move(self, order)
+
+    move = Channels.permute
+    chain = open_chain(model, device=torch.device("cpu"))
+    stream = Feed(chain, windows(), 80).stream()
+    with chain.block(0):
+        linears = chain.linears(0)
+        patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], TWO_OF_FOUR)
+        task = BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock())
+
+        def only_permute(own: ExpertTokens, linears: list[LinearView]) -> bool:
+            orders.clear()
+            permute_expert(task, own, linears)
+            assert len(orders) == 3  # at random and back, and as chosen
+            assert not torch.equal(orders[-1], torch.arange(orders[-1].numel()).view(1, -1))
+            return True
+
+        monkeypatch.setattr(Channels, "permute", see)
+        prune_experts(task, lambda linear, gram, fit=None: None, instead=only_permute)
+    assert len(orders) == 3
+    torch.testing.assert_close(model(windows()).logits, wanted, rtol=1e-4, atol=1e-4)
