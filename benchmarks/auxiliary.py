@@ -35,16 +35,17 @@ LOCAL = "local"  # the solver alone, each linear by itself
 
 
 def run_cell(arguments: argparse.Namespace, target: str, solver: str, rounds: str, seed: int) -> dict[str, Any]:
-    """One run; ``rounds`` is a number of iterations, ``local``, ``joint:STEPS``, or ``sweep:PASSES:RATE``."""
+    """One run; ``rounds`` is as of the option: iterations, ``local``, ``joint:``, ``sweep:`` or ``stages:``."""
     goal: dict[str, Any] = {"pattern": target} if ":" in target else {"sparsity": float(target)}
     method, options = solver, {}
     extra: dict[str, Any] = {}
     if rounds != LOCAL:
         kind, _, value = rounds.partition(":")
         options = {"effort": arguments.effort, "solver": solver, "iterations": 0}
-        if kind == "sweep":
+        if kind in ("sweep", "stages"):
             passes, _, rate = value.partition(":")
             options |= {"passes": int(passes), "sweep_rate": float(rate) if rate else None}
+            options["stages"] = 2 if kind == "stages" else 1
         else:
             options["iterations"] = 1 if kind == "joint" else int(rounds)  # joint: a descent in place of the loop
         method = "sparsellm"
@@ -64,9 +65,12 @@ def run_cell(arguments: argparse.Namespace, target: str, solver: str, rounds: st
             return {"failed": str(error)}
         seconds = time.process_time() - began
         found = sparsellm.evaluate(
-            str(result.path), str(arguments.text), seq_len=arguments.window, max_tokens=arguments.max_tokens or None
-        )
-    return {"perplexity": found.value, "cpu_seconds": seconds, "sparsity": result.sparsity}
+            str(result.path), str(arguments.text), seq_len=arguments.window, max_tokens=arguments.max_tokens or None,
+            against=str(arguments.model),
+        )  # fmt: skip
+    assert found.against is not None
+    kl = found.against.kl.value
+    return {"perplexity": found.value, "kl": kl, "cpu_seconds": seconds, "sparsity": result.sparsity}
 
 
 @contextmanager
@@ -99,7 +103,7 @@ def main() -> None:
         "--rounds",
         nargs="*",
         default=(LOCAL, "0", "2", "4", "8"),
-        help="iterations; 'local' is the solver alone; joint:STEPS; sweep:PASSES[:RATE]",
+        help="iterations; 'local' is the solver alone; joint:STEPS; sweep:PASSES[:RATE]; stages:PASSES[:RATE] in two",
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=(0, 1, 2))
     parser.add_argument("--samples", type=int, default=64)
@@ -138,24 +142,25 @@ def main() -> None:
         f"{list(arguments.seeds)}; sparsellm {sparsellm.__version__}, torch {torch.__version__}, 1 thread, "
         f"{cpu_name()}\n"
     )
-    print("| target | solver inside | iterations | perplexity | excess / solver alone | CPU s |")
-    print("|---|---|---|---|---|---|")
+    print("| target | solver inside | iterations | perplexity | excess / solver alone | CPU s | KL to dense |")
+    print("|---|---|---|---|---|---|---|")
     for (target, solver, rounds), row in table.items():
         print(f"| {target} | {solver} | {rounds} | {columns(row, table.get((target, solver, LOCAL)), base)} |")
 
 
 def columns(row: list[dict[str, Any]], alone: list[dict[str, Any]] | None, base: dict[str, Any]) -> str:
-    """Perplexity, its excess in log perplexity over the dense model's as a ratio, CPU seconds; means over seeds."""
+    """Perplexity, its excess in log perplexity over the dense model's as a ratio, CPU seconds, KL; means over seeds."""
     failed = next((cell["failed"] for cell in row if "failed" in cell), None)
     if failed is not None:
-        return f"{failed} | – | –"
+        return f"{failed} | – | – | –"
 
     def excess(cell: dict[str, Any]) -> float:
         return math.log(cell["perplexity"] / base["perplexity"])
 
     ratios = [excess(cell) / excess(other) for cell, other in zip(row, alone or [], strict=False)]
     seconds = statistics.mean(cell["cpu_seconds"] for cell in row)
-    return f"{spread([cell['perplexity'] for cell in row], 2)} | {spread(ratios, 3)} | {seconds:.1f}"
+    divergence = spread([cell["kl"] for cell in row if "kl" in cell], 4)  # cells of before it was measured have none
+    return f"{spread([cell['perplexity'] for cell in row], 2)} | {spread(ratios, 3)} | {seconds:.1f} | {divergence}"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.prepare import Request, default_seq_len, open_model
 from sparsellm.run.result import PruneResult, stamp, versions
-from sparsellm.run.run import Run
+from sparsellm.run.stages import execute
 from sparsellm.runtime.load import load
 from sparsellm.sources.resolve import checkpoint_directory
 
@@ -53,6 +53,7 @@ def prune(  # noqa: PLR0913 - the Python door
     out: str | os.PathLike[str] | None = None,
     calibration: TextGiven | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -71,6 +72,7 @@ def prune(  # noqa: PLR0913 - the Python door
         calibration: replaces the recipe's: a text source, the path of a file, token ids ``(samples, seq)`` as a
             tensor, an array or lists of one length, or a data set with a column ``text`` or ``input_ids``.
         tokenizer: needed only for a model given as an object, unless ``calibration`` is token ids.
+        teacher: the dense model by name, if ``model`` was pruned from it already: sweeps follow its predictions.
         overwrite: replace the checkpoint in ``out``.
         restart: start again instead of resuming an unfinished run into ``out``.
         trust_remote_code: run modelling code that comes with the checkpoint.
@@ -82,8 +84,8 @@ def prune(  # noqa: PLR0913 - the Python door
     given = as_text(calibration, "calibration", "calibration") if calibration is not None else None
     recipe = settle_calibration(as_recipe(recipe), given)
     beside = None if isinstance(given, str) else given  # the recipe contains a source
-    request = Request(model, recipe, out, beside, tokenizer, overwrite, restart, trust_remote_code)
-    return Run(request, progress).execute()
+    request = Request(model, recipe, out, beside, tokenizer, overwrite, restart, trust_remote_code, teacher)
+    return execute(request, progress)
 
 
 @checked_arguments()

@@ -236,6 +236,7 @@ _DTYPES = Literal["auto", "float32", "bfloat16", "float16"]
 
 CHECKS: dict[str, Check] = {
     "model": Check(_model),
+    "teacher": Check(partial(_checkpoint, name="teacher")),
     "directory": Check(partial(_checkpoint, name="directory")),
     "packed": Check(partial(_checkpoint, name="packed")),
     "dense": Check(partial(_checkpoint, name="dense")),

@@ -350,6 +350,14 @@ def prune(  # noqa: PLR0913 - a command
         ),
     ] = None,
     plugin: PluginOption = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model, if MODEL was pruned from it already: sweeps follow its predictions.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Directory of the pruned checkpoint.", rich_help_panel=OUTPUT)
     ],
@@ -407,6 +415,7 @@ def prune(  # noqa: PLR0913 - a command
         result = api.prune(
             model,
             chosen,
+            teacher=teacher,
             out=out,
             overwrite=overwrite,
             restart=restart,

@@ -32,8 +32,8 @@ from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 from sparsellm.run.prepare import Request
 from sparsellm.run.result import stamp
-from sparsellm.run.run import Run
 from sparsellm.run.shared import Shared
+from sparsellm.run.stages import execute
 from sparsellm.runtime import bench
 from sparsellm.runtime.convert import pack
 from sparsellm.storage.files import explained, replace_atomically, write_all
@@ -333,7 +333,7 @@ def _measure(
 ) -> Measured:
     """Prunes one cell unless its checkpoint is there, packs it, and measures the packed checkpoint."""
     place = Path(os.fspath(request.out or ""))
-    pruned = _pruned(place, cell) or Run(request, progress).execute().to_dict()
+    pruned = _pruned(place, cell) or execute(request, progress).to_dict()
     to = f"{place}{PACKED}"
     packed = pack(place, out=to, values=protocol.values, overwrite=True, restart=True, progress=progress)
     evaluation = api.evaluate(

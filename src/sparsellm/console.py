@@ -181,15 +181,21 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
         if value < SMALL_SHARE * total and not parts:
             rest += value
             continue
-        shown.add_row(_PHASES.get(name, name), duration(value), f"{value / total:.0%}")
+        shown.add_row(_named(name), duration(value), f"{value / total:.0%}")
         within = {part: value for part, value in seconds.items() if part.startswith(f"{name}/")} if parts else {}
         for part, took in sorted(within.items(), key=lambda item: -item[1]):
-            shown.add_row(f"  {_PHASES.get(part, part)}", duration(took), f"{took / total:.0%}", style="dim")
+            shown.add_row(f"  {_named(part)}", duration(took), f"{took / total:.0%}", style="dim")
     if rest:
         shown.add_row("everything else", duration(rest), f"{rest / total:.0%}")
     shown.add_section()
     shown.add_row("all", duration(sum(whole.values())), "", style="bold")
     return shown
+
+
+def _named(phase: str) -> str:
+    """A phase for readers; that of a run of two stages ends in its number, as in ``sweep, stage 1``."""
+    name, comma, stage = phase.partition(", ")
+    return f"{_PHASES.get(name, name)}{comma}{stage}"
 
 
 # ---------------------------------------------------------------------- progress
@@ -233,7 +239,7 @@ def _can_redraw(console: Console) -> bool:
 
 def _step(event: Event) -> str:
     """The phase and the step in work."""
-    name = _PHASES.get(event.phase, event.phase)
+    name = _named(event.phase)
     return one_line(f"{name}: {event.detail}" if event.detail else name)
 
 
@@ -305,7 +311,7 @@ class _Lines:
     def _finish(self, phase: str) -> None:
         took = self._forecast.seconds.get(phase, 0.0)
         if phase and not self._quiet and (self._verbose or took >= LONG_PHASE):
-            say(f"{_PHASES.get(phase, phase)}: {duration(took)}", error=True)
+            say(f"{_named(phase)}: {duration(took)}", error=True)
             self._said = self._forecast.elapsed
 
 
@@ -338,7 +344,7 @@ class _Bar:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         forecast, width = self._forecast, options.max_width
-        finished = [f"{_PHASES.get(name, name)} {duration(took)}" for name, took in dict(forecast.seconds).items()]
+        finished = [f"{_named(name)} {duration(took)}" for name, took in dict(forecast.seconds).items()]
         for number, line in enumerate(_packed(finished, width - 2)):
             yield Text("  " if number else "✓ ", "green").append(line, "default")
         if self._event is None:

@@ -18,7 +18,7 @@ from sparsellm.recipe import Recipe
 from sparsellm.report.document import write_report
 from sparsellm.run.prepare import Request
 from sparsellm.run.result import stamp
-from sparsellm.run.run import Run
+from sparsellm.run.stages import execute
 from sparsellm.runtime.bench import Comparison, Speed, compare
 from sparsellm.runtime.convert import pack
 from sparsellm.runtime.generate import generate
@@ -123,7 +123,7 @@ def run_demo(
     progress(plan_of_phases(COSTS))
     with clock.phase("prune"):
         request = Request(dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME)
-        result = Run(request, progress).execute()
+        result = execute(request, progress)
     with phase("pack"):
         pack(pruned, out=packed, overwrite=overwrite, restart=restart, progress=progress)
     with phase("evaluate"):

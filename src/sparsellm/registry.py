@@ -97,6 +97,7 @@ class Needs:
 
     Attributes:
         passes: sweeps of the whole pruned model over the calibration windows, after all blocks.
+        stages: in how many the sparsity is approached, each with some of the sweeps; None for the run to choose.
         learning_rate: of those sweeps; None to set it by the divergence at their start.
         output_costs: whether it needs the cost of an error of each output to the dense model's loss, from a backward
             sweep. Not needed for N:M, where outputs do not compete.
@@ -108,6 +109,7 @@ class Needs:
     """
 
     passes: int = 0
+    stages: int | None = 1
     learning_rate: float | None = None
     output_costs: bool = False
     surveyed_tokens: int | None = None

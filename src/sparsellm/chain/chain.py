@@ -183,7 +183,8 @@ class Chain:
 
         Args:
             index: which block.
-            pruned: the shard with the pruned weights, named as in :meth:`block_tensors`; None for the model's own.
+            pruned: other weights, named as in :meth:`block_tensors`: the shard of the pruned block, or a checkpoint;
+                None for the model's own.
         """
         ahead = self._ahead.take(index) if pruned is None and self._ahead is not None else {}
         try:
@@ -373,7 +374,8 @@ class Chain:
         for name in names:  # one at a time, so that at most one weight is in memory twice
             canonical = self._canonical.get(name, name)
             if canonical not in loaded:
-                loaded[canonical] = self._fetch(canonical, pruned, ahead or {}, whole)
+                own = pruned if canonical == name else None  # one of an earlier block was pruned with that
+                loaded[canonical] = self._fetch(canonical, own, ahead or {}, whole)
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
             if leaf in module._parameters:

@@ -46,6 +46,7 @@ class Feed:
         batch_tokens: tokens in one forward call, at least one window.
         scratch: where hidden states are kept: in memory, or in files beyond its limit.
         progress: called with the progress of each pass.
+        blocks: the weights of the blocks for gradients, if they are not the chain's own.
     """
 
     chain: Chain
@@ -53,6 +54,7 @@ class Feed:
     batch_tokens: int
     scratch: Scratch = field(default_factory=Scratch)
     progress: ProgressCallback = ignore
+    blocks: CheckpointReader | None = None
 
     @property
     def seq_len(self) -> int:

@@ -50,12 +50,17 @@ ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and 
 PAYS = 0.75  # sparsity from which they do
 
 
+def _passes(options: dict[str, Any]) -> int:
+    passes: int | None = options["passes"]
+    return PASSES[options["effort"]] if passes is None else passes
+
+
 def _needs(options: dict[str, Any]) -> Needs:
     inside = SOLVERS[options["solver"]].workspace
-    passes = PASSES[options["effort"]] if options["passes"] is None else options["passes"]
     weighted = options["output_metric"] > 0
     return Needs(
-        passes=passes,
+        passes=_passes(options),
+        stages=options["stages"],
         learning_rate=options["sweep_rate"],
         output_costs=weighted,
         token_states=True,
@@ -72,6 +77,8 @@ def _validate(options: dict[str, Any]) -> None:
     SOLVERS[options["solver"]]  # raises RecipeError for an unknown name
     if options["iterations"] and not options["refit"]:
         raise RecipeError("options.iterations of sparsellm includes the refit; leave options.refit at true")
+    if options["stages"] == 2 and (sweeps := _passes(options)) < 2:
+        raise RecipeError(f"options.stages is 2, and {sweeps} sweeps are too few for two stages; give effort 2 or 3")
 
 
 @METHODS.register(
@@ -105,6 +112,11 @@ def sparsellm(  # noqa: PLR0913 - options
         "alternations of the feed-forward units' auxiliary variables; null: 2 in sparse two-layer ReLU units",
     ] = None,
     passes: Annotated[int | None, Field(ge=0), "sweeps of the whole model at the end; null: by effort"] = None,
+    stages: Annotated[
+        int | None,
+        Field(ge=1, le=2),
+        "2: prune to 1.5 times the density and sweep, then prune on; null: 2 from 80 % on with three sweeps or more",
+    ] = None,
     sweep_rate: Annotated[
         float | None, Field(gt=0), "learning rate of the sweeps; null: by the divergence at their start"
     ] = None,

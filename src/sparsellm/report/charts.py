@@ -290,10 +290,14 @@ def sweep_chart(pruning: Pruning) -> Chart | None:
     kept = f"{number(best.held_out)} after pass {best.passes}, whose weights were kept"
     if best is passes[0]:
         kept = "no pass was better, so the weights before it were kept"
+    kept = f"{number(first)} before the first pass; {kept}."
+    for stage in pruning.stages:
+        left = number(min(each.held_out for each in stage.sweeps)) if stage.sweeps else "–"
+        kept += f" A first stage, at sparsity {stage.sparsity_pruned:.0%}, was left at {left}."
     return Chart(
         "sweep",
         "The sweep",
-        f"KL(dense ‖ pruned) in nats a token on held-out windows: {number(first)} before the first pass; {kept}.",
+        f"KL(dense ‖ pruned) in nats a token on held-out windows: {kept}",
         Table(
             ("passes", "held-out windows", "windows of the pass"),
             [(str(each.passes), number(each.held_out), number(each.train)) for each in passes],

@@ -94,6 +94,13 @@ class Matrices(BaseModel):
     weights: _Count = 0
 
 
+class EarlierStage(BaseModel):
+    """A stage before the last, at a lower sparsity."""
+
+    sparsity_pruned: float
+    sweeps: list[SweepPass] = []
+
+
 class Pruning(BaseModel):
     """The content of ``pruning.json`` that a report shows."""
 
@@ -117,6 +124,7 @@ class Pruning(BaseModel):
     warnings: list[str] = []
     allocation: dict[str, Any] = {}
     sweeps: list[SweepPass] = []
+    stages: list[EarlierStage] = []
     magnitudes: dict[str, dict[str, list[_Count]]] = {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sparsellm.chain import Chain
 from sparsellm.errors import NumericalError
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.storage.reader import not_finite, raw_bytes
+from sparsellm.storage.reader import CheckpointReader, not_finite, raw_bytes
 
 _PIECE = 1 << 22  # elements hashed at a time
 _LENGTH = 16  # hexadecimal digits: enough to avoid collisions, short enough for a message
@@ -31,10 +32,7 @@ def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[st
         StorageError: the checkpoint cannot be read.
     """
 
-    def report(done: int, total: int) -> None:
-        said = f"reading all weights once, for their checksums: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
-        progress(Progress("check", done, max(total, 1), said))
-
+    report = partial(_report, progress)
     if chain.weights is not None:
         return chain.weights.reader.digests(report)
     values = chain.model.state_dict(keep_vars=True)
@@ -47,6 +45,22 @@ def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[st
         done += value.nbytes
         report(done, total)
     return digests
+
+
+def start_digests(start: CheckpointReader, progress: ProgressCallback = ignore) -> dict[str, str]:
+    """As :func:`weight_digests`, of the checkpoint whose weights are pruned in place of the dense model's."""
+    return start.digests(partial(_report, progress))
+
+
+def _report(progress: ProgressCallback, done: int, total: int) -> None:
+    said = f"reading all weights once, for their checksums: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
+    progress(Progress("check", done, max(total, 1), said))
+
+
+def start_fingerprint(start: CheckpointReader, digests: dict[str, str]) -> str:
+    """A digest of the name, dtype, shape and values of every weight of a checkpoint."""
+    described = "".join(f"{name} {start.stored_as(name)} {digests[name]}" for name in sorted(digests))
+    return hashlib.sha256(described.encode()).hexdigest()[:_LENGTH]
 
 
 def model_fingerprint(chain: Chain, digests: dict[str, str]) -> str:

@@ -47,6 +47,7 @@ class Identity:
         calibration_tokens: digest of the token ids.
         computing: dtype and kind of device.
         plugins: digests of the plugins that the run uses.
+        start: digest of the weights that are pruned, if they are not the dense model's.
     """
 
     recipe: dict[str, Any]
@@ -54,9 +55,13 @@ class Identity:
     calibration_tokens: str
     computing: str
     plugins: dict[str, Any]
+    start: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": 2, **{each.name.replace("_", " "): getattr(self, each.name) for each in fields(self)}}
+        values = {each.name.replace("_", " "): getattr(self, each.name) for each in fields(self)}
+        if not self.start:
+            del values["start"]
+        return {"format": 2, **values}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,19 +38,29 @@ from sparsellm.registry import Entry, Needs
 from sparsellm.run.costs import predicted_seconds
 from sparsellm.run.memory import checkpoint_bytes
 from sparsellm.run.shared import Shared
+from sparsellm.run.teacher import check_teacher, open_start
 from sparsellm.solvers.rounding import ROUNDING
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
+from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.whole_model import check_sweepable
+
+if TYPE_CHECKING:
+    from sparsellm.run.stages import Stage
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`sparsellm.prune`, documented there; what the run shares with others; and a name of the
-    model for reports, in place of the one that it was given by."""
+    """The arguments of :func:`sparsellm.prune`, documented there, and:
+
+    Attributes:
+        shared: what the run shares with others.
+        name: of the model for reports, in place of the one that it was given by.
+        stage: of a run of two stages; None for a run of one.
+    """
 
     model: str | os.PathLike[str] | PreTrainedModel
     recipe: Recipe
@@ -60,8 +70,15 @@ class Request:
     overwrite: bool = False
     restart: bool = False
     trust_remote_code: bool = False
+    teacher: str | os.PathLike[str] | None = None
     shared: Shared = field(default_factory=Shared)
     name: str = ""
+    stage: Stage | None = None
+
+    @property
+    def dense(self) -> str | os.PathLike[str] | PreTrainedModel:
+        """The dense model: the teacher if there is one, else the model itself."""
+        return self.model if self.teacher is None else self.teacher
 
 
 @dataclass(frozen=True)
@@ -147,8 +164,9 @@ class Prepared:
         out: the directory to write, absolute and without links; None for a model that is pruned in memory only.
         recipe: with the actual number and length of the calibration windows.
         choice: method and allocation.
-        chain: the model.
-        directory: of the checkpoint; None for a model given as an object.
+        chain: the dense model.
+        start: the weights to prune, if they are not those of the dense model.
+        directory: of the dense model's checkpoint; None for a model given as an object.
         in_memory: the model that is pruned in memory; None if it is read and written block by block.
         tokenizer: saved with a model given as an object; else None.
         windows: calibration token ids ``(samples, seq)`` of all processes.
@@ -162,6 +180,7 @@ class Prepared:
     recipe: Recipe
     choice: Choice
     chain: Chain
+    start: CheckpointReader | None
     directory: Path | None
     in_memory: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
@@ -195,27 +214,36 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     recipe, whole = request.recipe, request.out is None
     choice = Choice.of(recipe)
     choice.check_processes(len(request.calibration) if isinstance(request.calibration, Tensor) else recipe.samples)
-    _destination(request)
+    check_teacher(request.model, request.teacher, request.out)
+    destination(request)
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
-        directory = _directory(request)
-        chain, in_memory = open_model(request.model, directory, recipe, request.trust_remote_code, whole=whole)
+        given = _directory(request, request.model)
+        directory = given if request.teacher is None else _directory(request, request.teacher)
+        chain, in_memory = open_model(request.dense, directory, recipe, request.trust_remote_code, whole=whole)
         tokenizer = request.tokenizer
         if tokenizer is None and directory is not None and not isinstance(request.calibration, Tensor):
             tokenizer = load_tokenizer(directory, trust_remote_code=request.trust_remote_code)
         bos = "given"
         if tokenizer is not None and not isinstance(request.calibration, Tensor):
             bos = "no" if leading_token(tokenizer, recipe.bos) is None else "yes"
+        start = None
+        if request.teacher is not None:
+            assert given is not None  # check_teacher refuses models in memory
+            assert directory is not None
+            trust, texts = request.trust_remote_code, not isinstance(request.calibration, Tensor)
+            start = open_start(chain, given, directory, trust=trust, tokenizers=texts)
         choice = choice.on(plan(chain, recipe), recipe.values)
         if choice.needs.passes:
             check_sweepable(chain)
-        sources = [directory] if directory is not None else _loaded_from(request.model)
-        out = _destination(request, sources=sources, need_bytes=disk_bytes(chain, choice))
+        sources = [each for each in (given, directory) if each is not None] or _loaded_from(request.model)
+        out = destination(request, sources=sources, need_bytes=disk_bytes(chain, choice, request.stage))
     with clock.phase("calibration"):
         progress(_expected(chain, choice, recipe))
         progress(Progress("calibration", 0, 1))
         # Later sweeps take new windows, for which the dense model runs again: a model in memory is not dense any more.
-        sets = max(0, choice.needs.passes - 1) if chain.weights is not None else 0
+        passes = choice.needs.passes if request.stage is None else request.stage.passes
+        sets = max(0, passes - 1) if chain.weights is not None else 0
         windows, fresh = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress, sets))
         token_states = choice.needs.token_states or choice.allocation_needs.token_states
         check_forward(chain, windows, token_states=token_states)
@@ -225,12 +253,16 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     beside = tokenizer if directory is None else None  # a directory's own files are copied
     warnings = unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only}, recipe.allow_dense)
     warnings += outside_blocks(chain)
+    if start is not None and not choice.needs.passes:
+        warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     warnings += [
         f"sparsity_of {pattern!r} matches no pruned linear"
         for pattern in recipe.sparsity_of
         if not any(matches(linear.weight_name, [pattern]) for _, linear in _pruned(chain, recipe))
     ]
-    return Prepared(request, out, recipe, choice, chain, directory, in_memory, beside, windows, fresh, bos, warnings)
+    return Prepared(
+        request, out, recipe, choice, chain, start, directory, in_memory, beside, windows, fresh, bos, warnings
+    )
 
 
 def open_model(
@@ -320,9 +352,11 @@ def _fixed(weight: str, recipe: Recipe) -> float | None:
     return values[-1] if values else None
 
 
-def disk_bytes(chain: Chain, choice: Choice) -> int:
-    """Disk space for the checkpoint, and for the walk's blocks, which are kept until the end if a sweep follows."""
-    return checkpoint_bytes(chain) * (2 if choice.needs.passes else 1)
+def disk_bytes(chain: Chain, choice: Choice, stage: Stage | None = None) -> int:
+    """Disk space for the checkpoint, for the walk's blocks, which are kept until the end if a sweep follows, and for
+    the first stage if another one follows."""
+    copies = (2 if choice.needs.passes else 1) if stage is None else stage.copies
+    return checkpoint_bytes(chain) * copies
 
 
 def default_seq_len(chain: Chain) -> int:
@@ -344,18 +378,18 @@ def already_pruned(chain: Chain) -> str | None:
     return f"the model is already pruned: {zeros / weights:.1%} of the weights of block 1 are zero; pruning it further"
 
 
-def _directory(request: Request) -> Path | None:
-    """The directory of the checkpoint, fetched or converted first if needed; None for a model given as an object."""
-    if isinstance(request.model, PreTrainedModel):
+def _directory(request: Request, model: str | os.PathLike[str] | PreTrainedModel) -> Path | None:
+    """The directory of a checkpoint, fetched or converted first if needed; None for a model given as an object."""
+    if isinstance(model, PreTrainedModel):
         return None
-    directory = parallel.main_first(lambda: checkpoint_directory(str(request.model)))
-    _destination(request, sources=[directory])
+    directory = parallel.main_first(lambda: checkpoint_directory(str(model)))
+    destination(request, sources=[directory])
     if request.out is None and is_packed(read_config(directory)):
         raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
     return directory
 
 
-def _destination(request: Request, *, sources: Sequence[Path] = (), need_bytes: int = 0) -> Path | None:
+def destination(request: Request, *, sources: Sequence[Path] = (), need_bytes: int = 0) -> Path | None:
     """The directory of the result, resolved and checked by the first process; None if the result stays in memory."""
     if request.out is None:
         return None

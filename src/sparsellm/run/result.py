@@ -95,6 +95,7 @@ class PruneResult:
         environment: of the machine.
         predicted: seconds of each step, as predicted when the run began; empty if nothing was.
         peaks: the peak memory of this process, in bytes, when each phase last ended.
+        stages: records of the stages before the last: ``sparsity_pruned``, ``sweeps``, ``seconds``, ``peak_rss_bytes``.
         magnitudes: histograms of the weights by kind of linear, ``before`` and ``after``; see
             :mod:`sparsellm.run.magnitudes`.
     """
@@ -121,6 +122,7 @@ class PruneResult:
     predicted: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     magnitudes: Magnitudes = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def zeros(self) -> int:
@@ -205,6 +207,7 @@ class PruneResult:
             "warnings": self.warnings,
             "allocation": self.allocation,
             "sweeps": [asdict(record) for record in self.sweeps],
+            "stages": self.stages,
             "magnitudes": self.magnitudes,
             "linears": [linear.to_dict() for linear in self.linears],
             "dense": [matrix.to_dict() for matrix in self.dense],

@@ -25,15 +25,23 @@ from sparsellm.machine import heap
 from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
+from sparsellm.recipe import Recipe
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run import prepare as before
 from sparsellm.run.costs import predicted_seconds
 from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
-from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint, weight_digests
+from sparsellm.run.fingerprint import (
+    model_fingerprint,
+    start_digests,
+    start_fingerprint,
+    tokens_fingerprint,
+    weight_digests,
+)
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identity, Journal, other_conditions
 from sparsellm.run.magnitudes import Magnitudes, add, magnitudes
 from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sweep_bytes
 from sparsellm.run.result import PruneResult
+from sparsellm.run.teacher import check_outside
 from sparsellm.run.walk import walk
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.files import explained
@@ -54,7 +62,8 @@ class Run:
     """
 
     def __init__(self, request: before.Request, progress: ProgressCallback = ignore) -> None:
-        self.request = request
+        self.request, self.stage = request, request.stage
+        self.earlier = self.stage.before if self.stage is not None else None
         self.progress = progress if parallel.is_main() else ignore
         self.clock = PhaseClock(heap.peak_rss)
         self.warnings: list[str] = plugins.load_installed()
@@ -66,6 +75,7 @@ class Run:
         self.magnitudes: Magnitudes = {}
         self.sweeps: list[Pass] = []
         self.dense: Stream | None = None  # after the walk, behind the last block, if a sweep follows
+        self.started = ""  # digest of the weights to prune, if they are not the dense model's
         self.peak_before = 0  # the peak memory of earlier starts of this run
 
     def execute(self) -> PruneResult:
@@ -76,6 +86,10 @@ class Run:
         """
         self.open()
         self.plan()
+        return self.finish()
+
+    def finish(self) -> PruneResult:
+        """All steps after :meth:`open` and :meth:`plan`."""
         with self.journal:
             self.resume()
             self.survey()
@@ -85,10 +99,12 @@ class Run:
 
     def open(self) -> None:
         """Opens the model and reads the calibration text; refuses bad input."""
+        if self.earlier is not None:
+            self.clock.add(self.earlier["seconds"])
         prepared = before.prepare(self.request, self.clock, self.progress)
         self.recipe, self.choice, self.chain = prepared.recipe, prepared.choice, prepared.chain
         self.windows, self.own_windows = prepared.windows, prepared.own_windows
-        self.prepared = prepared
+        self.prepared, self.start = prepared, prepared.start
         self.warnings += prepared.warnings
         self.out, request = prepared.out, self.request
         self.journal = Journal(self.out, len(self.chain), restart=request.restart, overwrite=request.overwrite)
@@ -100,7 +116,7 @@ class Run:
         plan = partial(plan_memory, self.chain, demand, self.recipe.memory, sharers=sharers)
         self.memory = parallel.together(plan)
         self.progress(Progress(NOTE, 1, 1, str(self.memory)))
-        self.read_ahead = demand.read_ahead
+        self.read_ahead = demand.read_ahead and (self.start is None or self.choice.needs.passes > 0)  # of dense blocks
         with self.clock.phase("check"):
             self.progress(Progress("check", 0, 1))
             self.digests = parallel.from_main(partial(weight_digests, self.chain, self.progress))
@@ -108,7 +124,14 @@ class Run:
             unused = self.chain.unused()
             if unused is not None:
                 self.warnings.append(unused)
-            already = before.already_pruned(self.chain)
+            if self.start is not None:
+                digests = parallel.from_main(partial(start_digests, self.start, self.progress))
+                self.start.expect(digests)
+                check_outside(self.chain, self.start)
+                self.started = start_fingerprint(self.start, digests)
+                if self.stage is not None and self.stage.swept:
+                    self.started += f" after {self.stage.swept} passes"
+            already = before.already_pruned(self.chain) if self.start is None else None
             if already is not None:
                 self.warnings.append(already)
                 self.progress(Progress("check", 1, 1, already))
@@ -117,7 +140,7 @@ class Run:
     def resume(self) -> None:
         """Opens the output directory, and reads the records of blocks that an earlier start has finished."""
         on_disk = int(parallel.total(self.memory.hidden_on_disk))
-        self.disk = before.disk_bytes(self.chain, self.choice) + on_disk
+        self.disk = before.disk_bytes(self.chain, self.choice, self.stage) + on_disk
         self.journal.open(self.identity, self.disk)
         self.finished = self.journal.finished(self.progress)
         for record in self.finished:
@@ -125,7 +148,8 @@ class Run:
         tokens, seq_len = self.own_windows.numel(), self.windows.shape[1]
         self.predicted = predicted_seconds(self.chain, self.choice, tokens, seq_len, finished=len(self.finished))
         self.progress(plan_of_phases(self.predicted))
-        self.peak_before = max((record.peak_rss for record in self.finished), default=0)
+        earlier = self.earlier["peak_rss_bytes"] if self.earlier is not None else 0
+        self.peak_before = max([earlier, *(record.peak_rss for record in self.finished)])
         self.warnings += other_conditions(self.finished)
         self.journal.write_outer(self.chain.outer_tensors)
         folder = partial_of(self.out) if self.out is not None else None
@@ -189,6 +213,7 @@ class Run:
                     saved=saved,
                     fresh=self.prepared.own_fresh,
                     integers=self.integers,
+                    swept=self.stage.swept if self.stage is not None else 0,
                 )
             )
         self.dense.close()
@@ -208,7 +233,7 @@ class Run:
         result = PruneResult(
             self.out,
             self.prepared.in_memory,
-            self.recipe,
+            self._asked(),
             self.linears,
             self.clock.seconds,
             max(parallel.gather(peak)),
@@ -225,6 +250,7 @@ class Run:
             predicted=self.predicted,
             peaks=self.clock.peaks,
             magnitudes=self.magnitudes,
+            stages=[self.earlier] if self.earlier is not None else [],
         )
         parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
         parallel.from_main(lambda: self._finish(result))  # no process returns before the checkpoint has its name
@@ -232,9 +258,15 @@ class Run:
 
     # ------------------------------------------------------------------ parts of the steps above
 
+    def _asked(self) -> Recipe:
+        """The recipe of the whole run, with the actual number and length of the calibration windows."""
+        if self.stage is None or self.earlier is None:
+            return self.recipe
+        return self.stage.asked.updated(samples=self.recipe.samples, seq_len=self.recipe.seq_len)
+
     def _base(self) -> dict[str, Any]:
         """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
-        model = self.request.model
+        model = self.request.dense
         name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
         known = base_of(model, self.prepared.directory)
         return {
@@ -294,6 +326,7 @@ class Run:
             tokens_fingerprint(torch.cat([self.windows, self.prepared.fresh])),
             computing,
             used,
+            self.started,
         )
 
     def _survey(self) -> tuple[Allocation | None, dict[str, Tensor]]:
@@ -311,8 +344,10 @@ class Run:
         gradients: LossGradients | None = None
         if saliency or costs is None:
             with self.clock.phase("gradients"):
-                feed, names = replace(self._gradient_feed(), scratch=self.scratch), {size.name for size in sizes}
-                key = (self.identity.model, tokens_fingerprint(feed.windows), self.identity.computing, frozenset(names))
+                feed = replace(self._gradient_feed(), scratch=self.scratch, blocks=self.start)
+                names = {size.name for size in sizes}
+                who, how = (self.identity.model, self.started), self.identity.computing
+                key = (*who, tokens_fingerprint(feed.windows), how, frozenset(names))
                 make = partial(loss_gradients, feed, names, saliency=saliency)
                 gradients = self.request.shared.gradients_of(key, make, saliency=saliency)
             if choice.needs.output_costs:
@@ -345,7 +380,11 @@ class Run:
         else:
             self._save_beside(writer.partial)
             writer.clean_config()
-        writer.write_text("recipe.yaml", self.recipe.to_yaml())
+        if self.stage is not None and self.earlier is None:
+            writer.write_json("pruning.json", {**result.to_dict(), "stage": self.identity.to_dict()})
+            writer.finish()
+            return
+        writer.write_text("recipe.yaml", result.recipe.to_yaml())
         writer.write_json("pruning.json", result.to_dict())
         writer.write_text(CARD, first_card(result.to_dict()))
         try:

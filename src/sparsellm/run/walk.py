@@ -48,7 +48,12 @@ def walk(run: Run) -> None:
                     replay(dense, index, None)
                 replay(stream, index, run.journal.block(index), run.integers)
         else:
-            results, counted = _prune_block(run, index, stream, dense)
+            beside = dense
+            if dense is not None and run.start is not None:  # the block to prune is not the dense one
+                with run.clock.phase("prune/dense"):
+                    replay(dense, index, None)
+                beside = None
+            results, counted = _prune_block(run, index, stream, beside)
             run.linears += results
             counts.append(counted)
     stream.close()
@@ -57,7 +62,14 @@ def walk(run: Run) -> None:
 
 
 def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> tuple[list[LinearResult], Magnitudes]:
-    """Reads one block, prunes it, runs the streams through it, and writes it."""
+    """Reads one block, prunes it, runs the streams through it, and writes it.
+
+    Args:
+        run: as of :func:`walk`.
+        index: the number of the block.
+        stream: the inputs of the block in the pruned model.
+        dense: those in the dense model, which are advanced before the block is pruned; None if it is not dense.
+    """
     chain, clock, blocks = run.chain, run.clock, len(run.chain)
     task: BlockTask | None = None
     counted: Magnitudes = {}
@@ -87,7 +99,7 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
     with contextlib.ExitStack() as held:
         report("reading")
         with clock.phase("read"):
-            held.enter_context(chain.block(index))
+            held.enter_context(chain.block(index, run.start))
             if run.read_ahead:
                 chain.read_ahead(index + 1)
         with clock.phase("prune"):

@@ -28,6 +28,7 @@ from sparsellm.storage.resume import (
 )
 
 _PARTIAL = ".partial"
+_STAGE = ".stage"
 _SECOND = ".swept"  # part of the name of the second stage's directory
 
 
@@ -35,6 +36,12 @@ def partial_of(out: str | os.PathLike[str], *, second: bool = False) -> Path:
     """The working directory of a checkpoint, or of its second stage: beside the directory that ``out`` leads to."""
     place = Path(os.path.realpath(out))
     return place.with_name(f"{place.name}{_SECOND if second else ''}{_PARTIAL}")
+
+
+def stage_of(out: str | os.PathLike[str]) -> Path:
+    """The directory of the checkpoint from which the last stage of a run into ``out`` begins."""
+    place = Path(os.path.realpath(out))
+    return place.with_name(f"{place.name}{_STAGE}")
 
 
 def check_destination(

@@ -21,15 +21,21 @@ def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
             return f"the checkpoint in {out} is complete", False
     if "sparsellm.storage.destination" not in sys.modules:  # loading it, and torch with it, would take seconds
         return "the run had not begun", True
-    from sparsellm.storage.destination import partial_of
+    from sparsellm.storage.destination import partial_of, stage_of
 
     partial = partial_of(out)
+    first, before = stage_of(out), ""
+    if (first / "pruning.json").is_file():
+        before = f"the first stage is kept in {first}, and of the second "
+    elif _blocks(partial) is None:
+        partial = partial_of(first)
     blocks = _blocks(partial)
     if blocks is None:
-        return "no block was finished", True
+        return f"{before}no block was finished", True
     done, of = blocks
     beside = out.with_name(partial.name)  # shorter, but another place where ``out`` is a link
-    return f"{done} of {of} blocks are kept in {beside if os.path.realpath(beside) == str(partial) else partial}", True
+    place = beside if os.path.realpath(beside) == str(partial) else partial
+    return f"{before}{done} of {of} blocks are kept in {place}", True
 
 
 def _blocks(partial: Path) -> tuple[int, int] | None:

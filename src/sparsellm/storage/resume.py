@@ -171,17 +171,17 @@ class RunState:
     def _check_same(self, left: Left, identity: dict[str, Any]) -> None:
         if left.identity is None:
             raise _damaged(self.partial)
-        if differences := _differences(left.identity, identity):
+        if changed := differences(left.identity, identity):
             raise StorageError(
-                f"{self.partial} holds another unfinished run: {'; '.join(differences[:4])}; "
+                f"{self.partial} holds another unfinished run: {'; '.join(changed[:4])}; "
                 "repeat its settings to resume it, or give --restart to start again"
             )
 
     def _forget(self) -> None:
         """Removes all files but the identity, so that the run is still recognised if this process is killed."""
         with explained(self.partial):
-            _empty(self.partial, (FOLDER,))
-            _empty(self.folder, (RUN,))
+            empty(self.partial, (FOLDER,))
+            empty(self.folder, (RUN,))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         write_record(self.folder / name, content)
@@ -260,8 +260,8 @@ def discard(partial: Path) -> None:
     """
     folder = partial / FOLDER
     with contextlib.suppress(OSError):
-        _empty(partial, (FOLDER,))
-        _empty(folder, (RUN, JOURNAL))
+        empty(partial, (FOLDER,))
+        empty(folder, (RUN, JOURNAL))
         (folder / RUN).unlink(missing_ok=True)
         (folder / JOURNAL).unlink(missing_ok=True)
         folder.rmdir()
@@ -342,7 +342,7 @@ def _tensors(partial: Path, name: str) -> dict[str, Tensor] | None:
         return None
 
 
-def _empty(folder: Path, keep: tuple[str, ...]) -> None:
+def empty(folder: Path, keep: tuple[str, ...]) -> None:
     """Removes all entries of a directory except those in ``keep``. Links are removed, their targets are not."""
     if not folder.is_dir():
         return
@@ -359,13 +359,13 @@ def _tidy(partial: Path) -> None:
                 entry.unlink()
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
     """Sentences such as ``recipe.seed is 0 there and 1 here``."""
     sentences = []
     for key in {**there, **here}:
         name, old, new = f"{prefix}{key}", there.get(key), here.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            sentences += _differences(old, new, f"{name}.")
+            sentences += differences(old, new, f"{name}.")
         elif old != new:
             sentences.append(f"{name} is {old!r} there and {new!r} here")
     return sentences

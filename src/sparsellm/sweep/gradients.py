@@ -88,7 +88,7 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
         for index in range(blocks):
             feed.progress(Event("gradients", index, 2 * blocks, f"block {index + 1}/{blocks} forward"))
             before = held.enter_context(stream.store())
-            with chain.block(index):
+            with chain.block(index, feed.blocks):
                 for position, leaving in enumerate(stream.run(index)):
                     before.append(stream.hidden[position])
                     stream.hidden[position] = leaving
@@ -99,7 +99,7 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
         for index in reversed(range(blocks)):
             done = 2 * blocks - 1 - index
             feed.progress(Event("gradients", done, 2 * blocks, f"block {index + 1}/{blocks} backward"))
-            with chain.block(index):
+            with chain.block(index, feed.blocks):
                 _back_through(stream, index, entering[index], gradients, visitor, names)
             entering[index].close()
     feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))

@@ -141,6 +141,7 @@ class SweepTask:
             The chain must then hold the dense model's own weights. A sweep soon fits the windows it has seen.
         integers: the linears whose values are rounded; None for none. The blocks and the passes hold their unrounded
             values, which are trained.
+        swept: passes of an earlier stage over the first sets of windows; the next pass takes the set after theirs.
     """
 
     feed: Feed
@@ -154,6 +155,7 @@ class SweepTask:
     saved: SavedPasses | None = None
     fresh: Sequence[Tensor] = ()
     integers: Integers | None = None
+    swept: int = 0
 
     def pruned(self, index: int) -> CheckpointReader | None:
         """The shard of the pruned block ``index``; None if the chain holds its weights."""
@@ -339,7 +341,7 @@ def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) ->
         place = _Position(number, task.passes, first, harmful[-1] if harmful else 0, history[-1].held_out)
         with contextlib.ExitStack() as held:
             own, among = run, train
-            turn = (number - 1) % (1 + len(task.fresh))  # 0: the calibration windows
+            turn = (task.swept + number - 1) % (1 + len(task.fresh))  # 0: the calibration windows
             if turn:
                 own = held.enter_context(_fresh(task, run.masters, task.fresh[turn - 1]))
                 among = of_all(own.places())

@@ -1,0 +1,208 @@
+"""A run of two stages: prune to a lower sparsity and sweep, then prune on from there, towards the same dense model.
+
+What a weight is worth is judged by second-order statistics around the model that is pruned. From a dense model 90 % is
+far away; from a model at 80 % that the sweep has fitted it is nearer, and so are the weights that are kept.
+
+Each stage is a whole run with its own working directory, and resumes by itself. The first one writes ``<out>.stage``,
+whose ``pruning.json`` has its identity, so that a process that goes on recognises it; it is removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparsellm import interrupts, parallel
+from sparsellm.errors import RecipeError, StorageError
+from sparsellm.inputs.json_input import read_object
+from sparsellm.progress import NOTE, PLAN, Progress, ProgressCallback, ignore
+from sparsellm.recipe import Recipe
+from sparsellm.run.prepare import Choice, Request, destination
+from sparsellm.run.result import PruneResult
+from sparsellm.run.run import Run
+from sparsellm.storage.destination import partial_of, stage_of
+from sparsellm.storage.resume import differences, discard, empty, left_in
+
+PAYS = 0.8  # sparsity from which two stages pay, unstructured, with three sweeps or more (docs/results.md)
+LEAST_PASSES = 3
+DENSITY = 1.5  # the first stage keeps so many times the weights that the second keeps
+SHARE = 1 / 3  # of the passes in the first stage; at least one in each
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the two stages of a run.
+
+    Attributes:
+        asked: the recipe of the whole run.
+        passes: sweeps of both stages.
+        swept: sweeps of the stage before this one, whose windows this one does not take again.
+        copies: of the checkpoint that are on the disk at once, from this stage on.
+        before: the record of the stage before this one; None for the first.
+    """
+
+    asked: Recipe
+    passes: int
+    swept: int = 0
+    copies: int = 2
+    before: dict[str, Any] | None = None
+
+
+def execute(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
+    """Runs all stages of a request, mostly one.
+
+    Raises:
+        SparseLLMError: a subclass of it that names the cause.
+    """
+    recipes = recipes_of(request)
+    if request.out is None:
+        return Run(request, progress).execute()
+    progress = progress if parallel.is_main() else ignore
+    place = stage_of(request.out)
+    parallel.from_main(partial(_remove_leftover, place, Path(request.out)))
+    out = destination(request)
+    assert out is not None
+    parallel.from_main(partial(_settle, place, out, request.restart, alone=recipes is None))
+    if recipes is None:
+        return Run(request, progress).execute()
+    passes = [Choice.of(recipe).needs.passes for recipe in recipes]
+    first = Stage(request.recipe, sum(passes), copies=3)  # of the first stage, of the walk after it, and of the sweep
+    parts = [f"{recipe.sparsity:.0%} with {sweeps} sweeps" for recipe, sweeps in zip(recipes, passes, strict=True)]
+    progress(Progress(NOTE, 1, 1, f"two stages: {', then '.join(parts)}"))
+    record = _first(replace(request, recipe=recipes[0], stage=first), place, passes, progress)
+    dense = request.dense
+    assert not isinstance(dense, PreTrainedModel)  # recipes_of takes it as one stage
+    second = Stage(request.recipe, sum(passes), swept=passes[0], before=record)
+    result = Run(
+        replace(request, recipe=recipes[1], model=place, teacher=dense, stage=second),
+        partial(_tell, progress, 2, passes),
+    ).execute()
+    parallel.from_main(partial(_remove, place))
+    return result
+
+
+def recipes_of(request: Request) -> tuple[Recipe, Recipe] | None:
+    """The recipes of the two stages; None for a run of one.
+
+    Raises:
+        RecipeError: the recipe asks for two stages, and they do not go with its other settings.
+    """
+    recipe, needs = request.recipe, Choice.of(request.recipe).needs
+    if needs.stages == 1:
+        return None
+    by_name = request.out is not None and not isinstance(request.model, PreTrainedModel)
+    hindered = (
+        (recipe.pattern is not None, f"pattern {recipe.pattern}, which has no lower sparsity on the way"),
+        (bool(recipe.sparsity_of), "sparsity_of"),
+        (recipe.sparsity <= 1 - 1 / DENSITY, f"sparsity {recipe.sparsity:g}; they begin above {1 - 1 / DENSITY:.2g}"),
+        (not by_name, "a model in memory; give it by name, and out=DIR"),
+    )
+    why = next((said for there, said in hindered if there), None)
+    if needs.stages is None and (
+        why is not None or recipe.sparsity < PAYS or needs.passes < LEAST_PASSES or request.teacher is not None
+    ):
+        return None
+    if why is not None:
+        raise RecipeError(f"options.stages is 2, and two stages do not go with {why}")
+    passes = min(max(1, round(SHARE * needs.passes)), needs.passes - 1)
+    options = {**recipe.options, "stages": 1}
+    sparsity = round(1 - DENSITY * (1 - recipe.sparsity), 6)
+    return (
+        recipe.updated(sparsity=sparsity, values="keep", options={**options, "passes": passes}),
+        recipe.updated(options={**options, "passes": needs.passes - passes}),
+    )
+
+
+def _first(request: Request, place: Path, passes: list[int], progress: ProgressCallback) -> dict[str, Any]:
+    """Runs the first stage unless an earlier process finished it; returns its record."""
+    identity = parallel.from_main(partial(_identity, place))
+    run = Run(replace(request, out=place, overwrite=identity is not None), partial(_tell, progress, 1, passes))
+    run.open()
+    run.plan()
+    if identity is None:
+        run.finish()
+    elif changed := differences(identity, run.identity.to_dict()):
+        raise _another(place, "; ".join(changed[:4]))
+    else:
+        progress(Progress(NOTE, 1, 1, f"going on from the first stage in {place}"))
+    return parallel.from_main(partial(_record, place))
+
+
+def _identity(place: Path) -> dict[str, Any] | None:
+    """The identity of the finished first stage in ``place``; None if it holds none."""
+    report = place / "pruning.json"
+    identity = read_object(report).get("stage") if report.is_file() else None
+    return identity if isinstance(identity, dict) else None
+
+
+def _record(place: Path) -> dict[str, Any]:
+    """What the report of a run says of its first stage."""
+    report = read_object(place / "pruning.json")
+    return {key: report[key] for key in ("sparsity_pruned", "sweeps", "seconds", "peak_rss_bytes")}
+
+
+def _remove_leftover(place: Path, out: Path) -> None:
+    """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``."""
+    report = out / "pruning.json"
+    if _identity(place) is not None and report.is_file() and read_object(report).get("stages") == [_record(place)]:
+        _remove(place)
+    with contextlib.suppress(OSError):
+        place.rmdir()  # empty only if a process was killed while it removed the directory
+
+
+def _settle(place: Path, out: Path, restart: bool, *, alone: bool) -> None:
+    """Removes a first stage in ``place`` with ``restart``, and refuses what another run left there.
+
+    Raises:
+        StorageError: there is a first stage and the run has one stage only, or there is a second one without a first.
+    """
+    finished = _identity(place) is not None
+    unfinished = left_in(partial_of(place)) is not None
+    if restart:
+        if finished:
+            _remove(place)
+        if alone and unfinished:
+            discard(partial_of(place))
+            discard(partial_of(place, second=True))
+        return
+    if alone and (finished or unfinished):
+        raise _another(place if finished else partial_of(place), "it has two stages, and this one has one")
+    if not alone and not finished and left_in(partial_of(out)) is not None:
+        raise _another(partial_of(out), "it has one stage, and this one has two")
+
+
+def _another(place: Path, why: str) -> StorageError:
+    return StorageError(
+        f"{place} holds a part of another unfinished run: {why}; repeat its settings to resume it, or give --restart "
+        "to start again"
+    )
+
+
+def _remove(place: Path) -> None:
+    """Removes a first stage, its report last, so that an interrupted removal can be repeated."""
+    report = place / "pruning.json"
+    with interrupts.held(), contextlib.suppress(OSError):  # the result is complete, or the user wants to start again
+        empty(place, (report.name,))
+        report.unlink(missing_ok=True)
+        place.rmdir()
+
+
+def _tell(progress: ProgressCallback, number: int, passes: list[int], event: Progress) -> None:
+    """Shows an event of a stage; the prediction of the first includes the second, of the same cost but for passes."""
+    if event.phase == NOTE:
+        progress(event)
+        return
+
+    def name(phase: str, stage: int) -> str:
+        return f"{phase}, stage {stage}"
+
+    costs = {name(phase, number): cost for phase, cost in event.costs.items()}
+    if number == 1 and event.phase == PLAN:
+        more = {"calibration": 0.0, "replay": 0.0, "sweep": passes[1] / passes[0]}
+        costs |= {name(phase, 2): more.get(phase, 1.0) * cost for phase, cost in event.costs.items()}
+    progress(replace(event, phase=event.phase if event.phase == PLAN else name(event.phase, number), costs=costs))

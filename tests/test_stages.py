@@ -1,0 +1,248 @@
+"""A run of two stages: a lower sparsity first, then on from there, towards the same dense model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.errors import NumericalError, RecipeError, StorageError
+from sparsellm.progress import NOTE, PLAN, Progress
+from sparsellm.run import run as run_module
+from sparsellm.run.prepare import Request
+from sparsellm.run.run import Run
+from sparsellm.run.stages import recipes_of
+from sparsellm.storage.destination import partial_of, stage_of
+from sparsellm.storage.remains import kept_by_prune
+from sparsellm.sweep.whole_model import SweepTask
+from tests import victim
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.parallel import workers
+from tests.parallel.processes import run_in
+from tests.test_resume import contents
+
+OPTIONS = {"effort": 0, "passes": 3, "sweep_rate": 0.0007, "stages": 2}
+SETTINGS: dict[str, Any] = {
+    "sparsity": 0.8, "samples": 4, "seq_len": 24, "batch_tokens": 48, "dtype": "float32", "options": OPTIONS
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, int]]:
+    """The files of an uninterrupted run, and its steps."""
+    out = tmp_path_factory.mktemp("whole") / "p"
+    steps = victim.count_steps(source, out, SETTINGS)
+    return without_times(out), steps
+
+
+def without_times(out: Path) -> dict[str, Any]:
+    found = contents(out)
+    for stage in found["pruning.json"]["stages"]:
+        del stage["seconds"], stage["peak_rss_bytes"]
+    return found
+
+
+def beside(out: Path) -> list[str]:
+    return sorted(path.name for path in out.parent.glob(f"{out.name}*"))
+
+
+def prune(source: Path, out: Path, **kwargs: Any) -> sparsellm.PruneResult:
+    return sparsellm.prune(source, Recipe(**SETTINGS), out=out, **kwargs)
+
+
+def test_the_second_stage_goes_on_from_the_first(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """On windows that the first has not swept, and the result says what both did."""
+    tasks: list[SweepTask] = []
+    sweep = run_module.sweep
+    monkeypatch.setattr(run_module, "sweep", lambda task: (tasks.append(task), sweep(task))[1])
+    seen: list[Progress] = []
+    result = prune(source, tmp_path / "p", progress=seen.append)
+    assert [(task.passes, task.swept, len(task.fresh)) for task in tasks] == [(1, 0, 2), (2, 1, 2)]
+    assert all(torch.equal(one, two) for one, two in zip(tasks[0].fresh, tasks[1].fresh, strict=True))
+    (first,) = result.stages
+    assert first["sparsity_pruned"] == pytest.approx(0.7, abs=1e-3)
+    assert (len(first["sweeps"]), len(result.sweeps)) == (2, 3)
+    assert result.zeros == round(0.8 * result.weights)
+    assert sum(result.seconds.values()) > sum(first["seconds"].values())
+    assert result.recipe.options == OPTIONS
+    assert result.base["name"] == str(source)
+    assert Recipe.from_yaml(tmp_path / "p" / "recipe.yaml") == result.recipe
+    assert beside(tmp_path / "p") == ["p"]
+    assert "A first stage, at sparsity 70%, was left at" in (tmp_path / "p" / "report.html").read_text(encoding="utf-8")
+    phases = {event.phase for event in seen} - {NOTE, PLAN}
+    assert {"sweep, stage 1", "sweep, stage 2"} <= phases
+    assert not [phase for phase in phases if ", stage " not in phase]
+    planned = next(event.costs for event in seen if event.phase == PLAN)
+    assert planned["sweep, stage 2"] == pytest.approx(2 * planned["sweep, stage 1"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_killed_anywhere_it_ends_in_the_same_bytes(
+    source: Path, whole: tuple[dict[str, Any], dict[str, int]], tmp_path: Path
+) -> None:
+    expected, steps = whole
+    total = sum(steps.values())
+    for number in [*victim.some(3, total, seed=1), total - 5, total]:
+        out = tmp_path / f"p{number}"
+        assert victim.run(source, out, SETTINGS, ("any", number)) == -signal.SIGKILL
+        if out.exists():
+            with pytest.raises(StorageError, match="exists and is not empty"):
+                prune(source, out)
+        else:
+            assert victim.run(source, out, SETTINGS) == 0
+        assert without_times(out) == expected, number
+        assert beside(out) == [out.name]
+
+
+def stopped_in_the_second_stage(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walk = Run.walk
+
+    def stopping(run: Run) -> None:
+        if run.start is not None:
+            raise NumericalError("the processor caught fire")
+        walk(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "walk", stopping)
+        with pytest.raises(NumericalError):
+            prune(source, out)
+    assert beside(out) == [out.name + each for each in (".partial", ".stage")]
+
+
+def test_a_finished_stage_is_not_repeated(
+    source: Path, whole: tuple[dict[str, Any], dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "p"
+    stopped_in_the_second_stage(source, out, monkeypatch)
+    kept = f"the first stage is kept in {stage_of(out)}, and of the second 0 of 3 blocks are kept in {partial_of(out)}"
+    assert kept_by_prune(out, 1e12) == (kept, True)
+    walks: list[bool] = []
+    walk = Run.walk
+    monkeypatch.setattr(Run, "walk", lambda run: (walks.append(run.start is not None), walk(run))[1])
+    prune(source, out)
+    assert walks == [True]
+    assert {name: bits for name, bits in without_times(out).items() if name.endswith("safetensors")} == {
+        name: bits for name, bits in whole[0].items() if name.endswith("safetensors")
+    }
+
+
+def test_the_stages_of_another_run_are_refused_or_removed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "p"
+    stopped_in_the_second_stage(source, out, monkeypatch)
+    for changes, said in (
+        ({"options": {**OPTIONS, "stages": 1}}, "it has two stages, and this one has one"),
+        ({"seed": 1}, "recipe.seed is 0 there and 1 here"),
+    ):
+        with pytest.raises(StorageError, match=said) as caught:
+            sparsellm.prune(source, Recipe(**{**SETTINGS, **changes}), out=out)
+        assert "--restart" in str(caught.value)
+    sparsellm.prune(source, Recipe(**{**SETTINGS, "options": {"effort": 0}}), out=out, restart=True)
+    assert beside(out) == ["p"]
+
+
+def test_a_run_of_one_stage_is_not_gone_on_with(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before the first stage, not after it."""
+    out = tmp_path / "p"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "sweep", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sparsellm.prune(source, Recipe(**{**SETTINGS, "options": {**OPTIONS, "stages": 1}}), out=out)
+    with pytest.raises(StorageError, match="it has one stage, and this one has two"):
+        prune(source, out)
+    assert not partial_of(stage_of(out)).exists()
+
+
+def test_a_directory_of_somebody_else_is_left_alone(source: Path, tmp_path: Path) -> None:
+    place = stage_of(tmp_path / "p")
+    place.mkdir()
+    (place / "thesis.tex").write_text("\\chapter{}")
+    with pytest.raises(StorageError, match=r"p\.stage exists and is not empty"):
+        prune(source, tmp_path / "p")
+    assert [path.name for path in place.iterdir()] == ["thesis.tex"]
+
+
+def test_the_first_stage_takes_disk_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    bytes_of_one = (source / "model.safetensors").stat().st_size
+    free = int(2.9 * bytes_of_one)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+    with pytest.raises(StorageError, match="its disk has"):
+        prune(source, tmp_path / "p")
+    assert os.listdir(tmp_path) == []
+
+
+def test_several_processes_go_through_the_stages_together(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(num_hidden_layers=2), tiny_tokenizer(), tmp_path / "dense")
+    run_in(2, workers.prune_in_two_stages, tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        workers.prune_in_two_stages(tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    shards = sorted((tmp_path / "p1").glob("*.safetensors"))
+    assert len(shards) == 3
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "p2" / shard.name).read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("p*")) == ["p1", "p2"]
+
+
+def request(**changes: Any) -> Request:
+    settings = {"sparsity": 0.9, "options": {"effort": 2}, **changes}
+    return Request("model", Recipe(**settings), "out")
+
+
+def test_two_stages_where_they_pay() -> None:
+    recipes = recipes_of(request())
+    assert recipes is not None
+    assert [(recipe.sparsity, recipe.options["passes"]) for recipe in recipes] == [(0.85, 1), (0.9, 2)]
+    recipes = recipes_of(request(options={"effort": 3}, values="int4"))
+    assert recipes is not None
+    assert [(recipe.values, recipe.options["passes"]) for recipe in recipes] == [("keep", 3), ("int4", 5)]
+    for changes in (
+        {"options": {"effort": 1}},
+        {"sparsity": 0.7, "options": {"effort": 3}},
+        {"options": {"effort": 2, "stages": 1}},
+        {"sparsity_of": {"*.o_proj": 0.5}},
+        {"method": "wanda", "options": {}},
+    ):
+        assert recipes_of(request(**changes)) is None, changes
+    assert recipes_of(Request("model", Recipe(pattern="1:16", options={"effort": 2}), "out")) is None
+    assert recipes_of(Request("model", request().recipe, "out", teacher="dense")) is None
+    assert recipes_of(Request("model", request().recipe)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pattern": "2:8", "sparsity": 0.75}, "pattern 2:8"),
+        ({"sparsity": 0.33}, "sparsity 0.33; they begin above 0.33"),
+        ({"sparsity_of": {"*.o_proj": 0.5}}, "do not go with sparsity_of"),
+        ({"options": {**OPTIONS, "passes": 1}}, "1 sweeps are too few for two stages"),
+    ],
+)
+def test_two_stages_that_cannot_be_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=reason) as caught:
+        sparsellm.prune("/no/such/model", Recipe(**{**SETTINGS, **changes}), out=tmp_path / "p")
+    assert str(caught.value).startswith("options.stages is 2, and ")
+
+
+def test_a_model_in_memory_is_pruned_in_one_stage() -> None:
+    with pytest.raises(RecipeError, match="do not go with a model in memory"):
+        sparsellm.prune(tiny_llama(), Recipe(**{**SETTINGS, "dtype": "auto"}), tokenizer=tiny_tokenizer())

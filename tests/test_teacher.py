@@ -1,0 +1,126 @@
+"""A model that is pruned already is pruned again, while the sweep follows the dense model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.errors import ModelError, RecipeError, StorageError
+from sparsellm.sweep import whole_model
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.models.families import FAMILIES, STAY_DENSE, family
+
+SETTINGS: dict[str, Any] = {"samples": 8, "seq_len": 24, "batch_tokens": 48, "dtype": "float32"}
+SWEPT = Recipe(**SETTINGS, sparsity=0.8, options={"effort": 0, "passes": 2, "sweep_rate": 0.01})
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def half(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense model at 60 %."""
+    out = tmp_path_factory.mktemp("half") / "p"
+    sparsellm.prune(dense, Recipe(**SETTINGS, sparsity=0.6, method="magnitude"), out=out)
+    return out
+
+
+def divergence(model: Path, dense: Path) -> float:
+    found = sparsellm.evaluate(model, "pydoc", seq_len=24, max_tokens=960, against=dense)
+    assert found.against is not None
+    return found.against.kl.value
+
+
+def test_the_sweep_follows_the_teacher(dense: Path, half: Path, tmp_path: Path) -> None:
+    result = sparsellm.prune(half, SWEPT, out=tmp_path / "taught", teacher=dense)
+    sparsellm.prune(half, SWEPT, out=tmp_path / "alone")
+    assert divergence(tmp_path / "taught", dense) < 0.95 * divergence(tmp_path / "alone", dense)
+    assert result.sparsity_pruned == pytest.approx(0.8, abs=1e-3)
+    assert result.base["name"] == str(dense)
+    assert not any("already pruned" in warning for warning in result.warnings)
+
+
+def test_before_the_sweep_it_is_the_model_that_is_pruned(dense: Path, half: Path, tmp_path: Path) -> None:
+    """Without a sweep and with statistics that ask for no gradients, the teacher changes no bit."""
+    recipe = Recipe(**SETTINGS, sparsity=0.8, method="wanda")
+    for name, teacher in (("taught", dense), ("alone", None)):
+        result = sparsellm.prune(half, recipe, out=tmp_path / name, teacher=teacher)
+        assert any("the teacher changes no weight" in said for said in result.warnings) == (teacher is not None)
+    shards = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("taught", "alone")]
+    assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
+
+
+@pytest.mark.parametrize("name", [name for name in ("Zamba2", "GPT2") if name in FAMILIES])
+def test_a_model_that_is_its_own_teacher_is_pruned_as_without_one(name: str, tmp_path: Path) -> None:
+    """Also where blocks share weights (Zamba2): a block that comes later runs with what was pruned."""
+    for place in ("dense", "copy"):
+        save_tiny(family(name), None, tmp_path / place)
+    recipe = Recipe(method="wanda", samples=4, seq_len=24, sparsity=0.6, allow_dense=STAY_DENSE)
+    ids = torch.arange(4, 100).view(4, 24)
+    for place, teacher in (("taught", tmp_path / "dense"), ("alone", None)):
+        sparsellm.prune(tmp_path / "copy", recipe, out=tmp_path / place, teacher=teacher, calibration=ids)
+    shards = [sorted((tmp_path / place).glob("*.safetensors")) for place in ("taught", "alone")]
+    assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
+
+
+def test_a_run_is_resumed_with_its_teacher_alone(
+    dense: Path, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "p", tmp_path / "whole"
+    sparsellm.prune(half, SWEPT, out=whole, teacher=dense)
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_model._Run, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sparsellm.prune(half, SWEPT, out=out, teacher=dense)
+    with pytest.raises(StorageError, match=r"start is '[0-9a-f]{16}' there and None here"):
+        sparsellm.prune(dense, SWEPT, out=out)
+    assert sparsellm.prune(half, SWEPT, out=out, teacher=dense).resumed == 3
+    for shard in whole.glob("*.safetensors"):
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"intermediate_size": 64}, "intermediate_size in config.json is"),
+        ({"rope_theta": 500.0}, "in config.json is"),
+        ({}, "outside the blocks, has other values"),
+    ],
+)
+def test_another_model_is_no_teacher(config: dict[str, Any], reason: str, half: Path, tmp_path: Path) -> None:
+    other = save_tiny(tiny_llama(seed=7, **config), tiny_tokenizer(), tmp_path / "other")
+    with pytest.raises(ModelError, match=reason) as caught:
+        sparsellm.prune(half, SWEPT, out=tmp_path / "p", teacher=other)
+    assert str(caught.value).startswith(f"{other} cannot be the teacher of {half}: ")
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} <= {"other"}
+
+
+def test_another_tokenizer_is_refused(dense: Path, half: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in dense.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    known = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = known["model"]["vocab"]
+    first, second, *_ = [token for token in vocabulary if len(token) == 1]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(known))
+    with pytest.raises(ModelError, match="the tokenizers differ"):
+        sparsellm.prune(half, SWEPT, out=tmp_path / "p", teacher=other)
+
+
+def test_models_in_memory_have_no_teacher(dense: Path, half: Path, tmp_path: Path) -> None:
+    for model, out in ((half, None), (tiny_llama(), tmp_path / "p")):
+        with pytest.raises(RecipeError, match="teacher needs models on disk"):
+            sparsellm.prune(model, SWEPT, out=out, teacher=dense, tokenizer=tiny_tokenizer())
+    with pytest.raises(ModelError, match="teacher is 7; give a checkpoint directory"):
+        sparsellm.prune(half, SWEPT, out=tmp_path / "p", teacher=7)  # type: ignore[arg-type]
