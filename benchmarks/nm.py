@@ -1,20 +1,25 @@
-"""What the order of channels is worth in N:M: errors of single linears, and divergence and perplexity of whole models.
+"""What the order of channels, and a choice of N for each linear, are worth in N:M.
 
     python benchmarks/nm.py linears --model demo --calibration wiki.txt --blocks 3 15 27
     python benchmarks/nm.py models --model opt --calibration opt/train.txt --text opt/held-out.txt --window 256
+    python benchmarks/nm.py chosen --model opt --calibration opt/train.txt --text opt/held-out.txt --window 256
 
 ``linears``: each linear that reads permuted channels, in the dense model, is pruned in the natural order of its inputs
 and in the chosen one. Errors are ‖(W − W̃) X‖² / ‖W X‖² on windows held out from the order and the solver.
 
 ``models``: ``sparsellm`` with ``options.permute`` false and true, each with several seeds. KL is the divergence from
 the dense model in nats a token, on held-out text.
+
+``chosen``: 4:8 in every linear, and auto:8 at 50 %, both with ``options.permute``.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import cpu_name
@@ -32,6 +37,9 @@ from sparsellm.progress import PhaseClock
 from sparsellm.solvers import SOLVERS
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.statistics import Gram, GramAccumulator
+
+Change = tuple[str, dict[str, Any]]
+"""The name of a column, and fields of its recipe."""
 
 
 def gram_of(linear: LinearView, stream: Stream, index: int) -> Gram:
@@ -82,33 +90,30 @@ def print_linears(arguments: argparse.Namespace, pattern: NM) -> None:
                 stream.advance(index)
 
 
-def print_models(arguments: argparse.Namespace) -> None:
-    """A table of whole models, a row for each pattern, effort and seed."""
-    print("| pattern | effort | seed | KL, natural order | KL, chosen order | ratio | perplexity | perplexity |")
+def print_models(arguments: argparse.Namespace, patterns: Sequence[str], pair: Sequence[Change]) -> None:
+    """A table of whole models, a row for each pattern, effort and seed; ``pair``: what the two runs of a row are."""
+    (first, one), (second, two) = pair
+    print(f"| pattern | effort | seed | KL, {first} | KL, {second} | ratio | perplexity, {first} | {second} |")
     print("|---|---|---|---|---|---|---|---|")
-    for pattern in arguments.patterns:
+    for pattern in patterns:
         for effort in arguments.efforts:
             for seed in arguments.seeds:
-                found = [one_model(arguments, pattern, effort, seed, permute) for permute in (False, True)]
-                (kl, perplexity), (kl_chosen, perplexity_chosen) = found
+                found = []
+                for change in (one, two):
+                    options = {"effort": effort, **change.get("options", {})}
+                    found.append(one_model(arguments, {"pattern": pattern, "seed": seed, **change, "options": options}))
+                (kl, perplexity), (kl_then, perplexity_then) = found
                 print(
-                    f"| {pattern} | {effort} | {seed} | {kl:.4f} | {kl_chosen:.4f} | {kl_chosen / kl:.3f} "
-                    f"| {perplexity:.2f} | {perplexity_chosen:.2f} |",
+                    f"| {pattern} | {effort} | {seed} | {kl:.4f} | {kl_then:.4f} | {kl_then / kl:.3f} "
+                    f"| {perplexity:.2f} | {perplexity_then:.2f} |",
                     flush=True,
                 )
 
 
-def one_model(
-    arguments: argparse.Namespace, pattern: str, effort: int, seed: int, permute: bool
-) -> tuple[float, float]:
-    """The divergence from the dense model and the perplexity."""
+def one_model(arguments: argparse.Namespace, fields: dict[str, Any]) -> tuple[float, float]:
+    """The divergence from the dense model, and the perplexity."""
     recipe = sparsellm.Recipe(
-        pattern=pattern,
-        samples=arguments.samples,
-        seq_len=arguments.window,
-        seed=seed,
-        calibration=arguments.calibration,
-        options={"effort": effort, "permute": permute},
+        samples=arguments.samples, seq_len=arguments.window, calibration=arguments.calibration, **fields
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "pruned"
@@ -121,7 +126,7 @@ def one_model(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("linears", "models"))
+    parser.add_argument("table", choices=("linears", "models", "chosen"))
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", help="held out, for whole models")
@@ -135,7 +140,10 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{arguments.model}, {cpu_name()}, {torch.get_num_threads()} threads\n")
     if arguments.table == "models":
-        print_models(arguments)
+        orders = [("natural order", {"options": {"permute": False}}), ("chosen order", {})]
+        print_models(arguments, arguments.patterns, orders)
+    elif arguments.table == "chosen":
+        print_models(arguments, ["4:8"], [("4:8", {}), ("auto:8", {"pattern": "auto:8", "sparsity": 0.5})])
     else:
         for pattern in arguments.patterns:
             print(f"\n{pattern}\n")

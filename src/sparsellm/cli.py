@@ -219,7 +219,12 @@ def prune(  # noqa: PLR0913 - a command
     ] = None,
     pattern: Annotated[
         str | None,
-        typer.Option(metavar="N:M", help="Keep N of every M consecutive inputs, such as 2:4.", rich_help_panel=WHAT),
+        typer.Option(
+            metavar="N:M",
+            help="Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 for "
+            "each linear, and --sparsity is reached.",
+            rich_help_panel=WHAT,
+        ),
     ] = None,
     values: Annotated[
         str | None,

@@ -23,7 +23,7 @@ from pydantic import (
 from sparsellm.errors import RecipeError, nearest, shown
 from sparsellm.inputs.sizes import parse_bytes
 from sparsellm.inputs.yaml_input import dump_yaml, parse_yaml, read_yaml
-from sparsellm.patterns import NM, Pattern, Unstructured, parse_pattern
+from sparsellm.patterns import NM, Pattern, Unstructured, parse_chosen, parse_pattern
 
 MOST_TOKENS = 1 << 31  # in all calibration windows together, whose ids alone take 16 GiB
 MOST_SEED = (1 << 63) - 1
@@ -71,7 +71,11 @@ class Recipe(BaseModel):
         description="Type of the kept values: 'keep' for the checkpoint's own; 'int8' or 'int4' to round them, each "
         "making up for the others, to numbers that `sparsellm pack` stores in that type without loss.",
     )
-    pattern: str | None = Field(None, description="N:M: N weights kept of every M consecutive inputs, e.g. '2:4'.")
+    pattern: str | None = Field(
+        None,
+        description="N:M: N weights kept of every M consecutive inputs, e.g. '2:4'; 'auto:8' for an N of 8 that the "
+        "allocation chooses for each linear, so that `sparsity` is reached.",
+    )
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Options of the method, by name.")
     allocation: str | None = Field(
         None,
@@ -210,6 +214,8 @@ class Recipe(BaseModel):
             pattern = str(pattern)
         if not isinstance(pattern, str):
             return values
+        if parse_chosen(pattern) is not None:
+            return {**values, "pattern": pattern}
         implied = parse_pattern(pattern).sparsity
         given = values.get("sparsity")
         if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < 1:
@@ -226,6 +232,17 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _chosen_pattern_reaches_sparsity(self) -> Recipe:
+        m = self.chosen_of
+        if m is not None and (m < 2 or not 1 / m <= self.sparsity <= 1 - 1 / m):
+            least = f"from {1 / m:.4g} to {1 - 1 / m:.4g}" if m > 1 else "none at all"
+            raise RecipeError(
+                f"pattern {self.pattern} cannot reach sparsity {self.sparsity:g}: 1 to {m} - 1 kept of {m} is {least}; "
+                "change sparsity or the pattern"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tokens_within_limit(self) -> Recipe:
         if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
             raise RecipeError(
@@ -236,7 +253,13 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fixed_patterns_are_uniform(self) -> Recipe:
-        if self.pattern is not None and self.allocation not in (None, "uniform"):
+        if self.chosen_of is not None:
+            if self.allocation == "uniform":
+                raise RecipeError(
+                    f"pattern {self.pattern} leaves every linear's N to the allocation, and uniform chooses none; take "
+                    "another allocation, or a pattern such as 4:8"
+                )
+        elif self.pattern is not None and self.allocation not in (None, "uniform"):
             raise RecipeError(
                 f"allocation {self.allocation} cannot go with pattern {self.pattern}, which fixes the sparsity of "
                 "every linear; take allocation uniform, or sparsity in place of the pattern"
@@ -244,21 +267,35 @@ class Recipe(BaseModel):
         return self
 
     def allocation_by(self, preferred: str) -> str:
-        """The allocation that the recipe names; else ``preferred``, or ``uniform`` with a pattern or sparsity 0."""
+        """The allocation that the recipe names; else ``preferred``, or ``uniform`` with a pattern or sparsity 0.
+
+        A pattern with a choice of N needs an allocation: ``threshold`` where ``preferred`` is ``uniform``.
+        """
         if self.allocation is not None:
             return self.allocation
+        if self.chosen_of is not None:
+            return preferred if preferred != "uniform" else "threshold"
         return preferred if self.pattern is None and self.sparsity else "uniform"
+
+    @property
+    def chosen_of(self) -> int | None:
+        """The M of a pattern with a choice of N for each linear; None for any other pattern."""
+        return parse_chosen(self.pattern) if self.pattern else None
 
     def weight_pattern(self) -> Pattern:
         """The pattern of every pruned linear before allocation."""
+        m = self.chosen_of
+        if m is not None:
+            return NM(min(max(round((1 - self.sparsity) * m), 1), m - 1), m)
         return parse_pattern(self.pattern) if self.pattern else Unstructured(self.sparsity)
 
     def updated(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again."""
         values = {**self.model_dump(), **changes}
-        if "pattern" in changes and "sparsity" not in changes:
+        chosen = isinstance(values["pattern"], str) and parse_chosen(values["pattern"]) is not None
+        if "pattern" in changes and "sparsity" not in changes and not chosen:
             values.pop("sparsity")
-        if "sparsity" in changes and "pattern" not in changes:
+        if "sparsity" in changes and "pattern" not in changes and not chosen:
             values["pattern"] = None
         return Recipe(**values)
 

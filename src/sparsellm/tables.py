@@ -83,7 +83,9 @@ def _kinds(result: PruneResult, *, spread: bool) -> Table:
 
 
 def _recipe_line(recipe: Recipe, allocation: str | None) -> str:
-    wanted = recipe.pattern or f"{recipe.sparsity:.0%}"
+    wanted = f"{recipe.sparsity:.0%}"
+    if recipe.pattern is not None:
+        wanted = recipe.pattern if recipe.chosen_of is None else f"{recipe.pattern} {wanted}"
     shares = f" by {allocation}" if allocation is not None else ""
     return f"{recipe.method} {wanted}{shares} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sparsellm.allocation.exact import bounds, round_exactly, shift_to_total
-from sparsellm.allocation.survey import Survey
-from sparsellm.patterns import Pattern, Unstructured
+from sparsellm.allocation.exact import bounds, round_exactly, round_to_groups, shift_to_total
+from sparsellm.allocation.survey import LinearSize, Survey
+from sparsellm.patterns import NM, Pattern, Unstructured
 from sparsellm.registry import Registry
 
 
@@ -35,8 +35,19 @@ Allocator = Callable[..., Allocation]
 ALLOCATIONS: Registry[Allocator] = Registry("allocation")
 
 
-def pattern_of(zeros: int, weights: int) -> Unstructured:
-    """The pattern with exactly ``zeros`` zeros: the rounding of the quotient is far less than one zero."""
+def in_groups(allocation: Allocation, linears: Sequence[LinearSize], m: int, total: int) -> Allocation:
+    """The allocation of N:M nearest to one of single weights, with ``total`` zeros or the nearest number possible."""
+    zeros = round_to_groups([allocation.zeros[x.name] for x in linears], [x.weights for x in linears], m, total)
+    return replace(allocation, zeros=dict(zip((linear.name for linear in linears), zeros, strict=True)))
+
+
+def pattern_of(zeros: int, weights: int, m: int | None = None) -> Pattern:
+    """The pattern with exactly ``zeros`` zeros, N:m if there is an m.
+
+    Without one it is a fraction, and the rounding of the quotient is far less than one zero.
+    """
+    if m is not None:
+        return NM(m - zeros * m // weights, m)
     largest = 1 - 2.0**-53  # a pattern's sparsity must be below 1, even if it rounds to every weight
     return Unstructured(min(zeros / weights, largest))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy
+
 LARGEST = 0.99  # sparsity of one linear; without any weights it would cut its block in two
 _HALVINGS = 200
 
@@ -71,3 +73,42 @@ def round_exactly(wanted: Sequence[float], total: int, limits: Limits) -> list[i
         for i in room[: abs(missing)]:
             zeros[i] += step
     return zeros
+
+
+def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, total: int) -> list[int]:
+    """Zeros of N:M, from 1 to m − 1 of every m weights of a linear, that add up to ``total``.
+
+    Each is one of the three multiples nearest to the wanted zeros. Among these the sum is the nearest to ``total`` that
+    can be reached, and then ``Σ (z_i − wanted_i)² / weights_i`` the least, by dynamic programming over the sum.
+
+    Args:
+        wanted: zeros of each linear, which add up to about ``total``.
+        weights: of each linear, multiples of m.
+        m: of the pattern.
+        total: the sum.
+    """
+    unit = math.gcd(*weights) // m
+    steps = [count // m // unit for count in weights]  # units of one more zero in every group
+    base = [min(max(round(m * want / count), 1), m - 1) for want, count in zip(wanted, weights, strict=True)]
+    missing = total / unit - sum(zeros * step for zeros, step in zip(base, steps, strict=True))
+    middle = math.ceil(abs(missing)) + 2 * max(steps)
+    best = numpy.full(2 * middle + 1, numpy.inf)  # the least cost of each sum of changes
+    best[middle] = 0.0
+    taken = []
+    for zeros, step, want, count in zip(base, steps, wanted, weights, strict=True):
+        costs = numpy.full((3, len(best)), numpy.inf)
+        for change in (-1, 0, 1):
+            if 1 <= zeros + change <= m - 1:
+                shift = change * step
+                source = best[max(0, -shift) : len(best) - max(0, shift)]
+                cost = ((zeros + change) * count / m - want) ** 2 / count
+                costs[change + 1, max(0, shift) : len(best) - max(0, -shift)] = source + cost
+        taken.append(costs.argmin(axis=0) - 1)
+        best = costs.min(axis=0)
+    reached = numpy.flatnonzero(numpy.isfinite(best))
+    place = int(min(reached, key=lambda each: (abs(each - middle - missing), best[each])))
+    for i in range(len(base) - 1, -1, -1):
+        change = int(taken[i][place])
+        base[i] += change
+        place -= change * steps[i]
+    return [zeros * count // m for zeros, count in zip(base, weights, strict=True)]

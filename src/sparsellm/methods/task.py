@@ -42,6 +42,7 @@ class LinearResult:
         notes: messages to the user, such as a damping that had to be raised.
         history: one record for each iteration, for methods that iterate.
         tokens: the number of calibration tokens that were routed to it, if it belongs to an expert; else None.
+        pattern: its N:M, such as ``2:4``; None for zeros anywhere.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LinearResult:
     notes: tuple[str, ...] = ()
     history: tuple[dict[str, Any], ...] = ()
     tokens: int | None = None
+    pattern: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -225,6 +227,7 @@ class BlockTask:
                 notes=(*result.notes, *self.notes.get(result.name, ())),
                 history=tuple(self.history.get(result.name, ())),
                 tokens=self.routed.get(result.name),
+                pattern=str(pattern) if isinstance(pattern := self.patterns[result.name], NM) else None,
             )
             for result in self.results
         ]

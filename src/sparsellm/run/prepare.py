@@ -319,7 +319,7 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
         allocation = divide(sizes, recipe.sparsity).allocation()
     for linear in sizes:
         zeros = allocation.zeros[linear.name] if allocation is not None else None
-        patterns[linear.name] = pattern if zeros is None else pattern_of(zeros, linear.weights)
+        patterns[linear.name] = pattern if zeros is None else pattern_of(zeros, linear.weights, recipe.chosen_of)
         patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
         named = [f"{field} {value}" for field in ("only", "exclude") if (value := getattr(recipe, field))]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sparsellm import parallel, plugins
 from sparsellm.allocation import Allocation, LinearSize, Survey
+from sparsellm.allocation.allocator import in_groups
 from sparsellm.allocation.fixed import divide
 from sparsellm.chain.matrices import kind_of
 from sparsellm.chain.streams import Feed, Stream, windows_of
@@ -365,7 +366,9 @@ class Run:
         if not parts.free:
             return parts.allocation()
         survey = Survey(replace(self.feed, windows=self.windows), parts.free, parts.sparsity, gradients)
-        return parts.allocation(self.choice.allocator.function(survey, **self.choice.allocation_options))
+        found = parts.allocation(self.choice.allocator.function(survey, **self.choice.allocation_options))
+        m = self.recipe.chosen_of
+        return found if m is None else in_groups(found, parts.free, m, parts.zeros)
 
     def _finish(self, result: PruneResult) -> None:
         writer = self.journal.writer

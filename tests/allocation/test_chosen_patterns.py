@@ -1,0 +1,136 @@
+"""N:M with a choice of N for each linear: exact totals, plain patterns, refusals."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparsellm
+from sparsellm import Recipe
+from sparsellm.allocation.exact import round_to_groups
+from sparsellm.errors import RecipeError
+from sparsellm.patterns import parse_pattern
+from sparsellm.storage.writer import CheckpointWriter
+from tests.allocation.helpers import windows
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
+
+AUTO: dict[str, Any] = {"pattern": "auto:8", "sparsity": 0.5}
+
+
+@given(st.lists(st.sampled_from([16, 32, 40, 48]), min_size=1, max_size=5), st.floats(0.13, 0.87), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_total_is_the_nearest_and_the_choice_the_best(
+    groups: list[int], sparsity: float, data: st.DataObject
+) -> None:
+    weights = [8 * count for count in groups]
+    shares = [min(max(sparsity + data.draw(st.floats(-0.15, 0.15)), 0.02), 0.98) for _ in weights]
+    wanted = [share * count for share, count in zip(shares, weights, strict=True)]
+    total = round(sum(wanted))
+    found = round_to_groups(wanted, weights, 8, total)
+    assert all(
+        zeros * 8 % count == 0 and 1 <= zeros * 8 // count <= 7 for zeros, count in zip(found, weights, strict=True)
+    )
+
+    def worth(zeros: Any) -> tuple[float, float]:
+        costs = ((a - b) ** 2 / count for a, b, count in zip(zeros, wanted, weights, strict=True))
+        return abs(sum(zeros) - total), sum(costs)
+
+    choices = []
+    for want, count in zip(wanted, weights, strict=True):
+        near = min(max(round(8 * want / count), 1), 7)
+        choices.append([each * count // 8 for each in (near - 1, near, near + 1) if 1 <= each <= 7])
+    off, cost = min(map(worth, itertools.product(*choices)))
+    assert worth(found) == (pytest.approx(off), pytest.approx(cost))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("sparsity", [0.5, 0.625])
+def test_every_linear_has_a_plain_pattern_and_all_together_the_sparsity(make: Any, sparsity: float) -> None:
+    model = make()
+    recipe = Recipe(pattern="auto:8", sparsity=sparsity, options={"effort": 0})
+    result = sparsellm.prune(model, recipe, calibration=windows())
+    assert result.zeros == sparsity * result.weights
+    assert result.allocation["name"] == "threshold"
+    assert len({linear.pattern for linear in result.linears}) > 1
+    for linear in result.linears:
+        assert linear.pattern is not None
+        pattern = parse_pattern(linear.pattern)
+        assert pattern.m == 8
+        assert pattern.sparsity == linear.asked
+        weight = model.get_submodule(linear.name).weight
+        assert pattern.violations(weight.T if make is tiny_gpt2 else weight) == 0
+    assert [each["pattern"] for each in result.to_dict()["linears"]] == [each.pattern for each in result.linears]
+
+
+def test_a_total_that_sizes_forbid_is_the_nearest_one() -> None:
+    result = sparsellm.prune(
+        tiny_llama(), Recipe(pattern="auto:8", sparsity=0.51, method="wanda"), calibration=windows()
+    )
+    unit = 2 * 16 * 32 // 8  # the smallest linear has 16 × 32 weights: half of the largest common divisor
+    assert abs(result.zeros - 0.51 * result.weights) <= unit
+    assert result.allocation["name"] == "threshold"  # although the method's own is uniform
+
+
+def test_a_fixed_pattern_and_none_are_recorded_as_such() -> None:
+    for goal, recorded in (({"pattern": "2:4"}, "2:4"), ({"sparsity": 0.5}, None)):
+        result = sparsellm.prune(tiny_llama(), Recipe(method="magnitude", **goal), calibration=windows())
+        assert {linear.pattern for linear in result.linears} == {recorded}
+
+
+def test_a_resumed_run_takes_the_choice_of_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "model")
+    recipe = Recipe(**AUTO, options={"effort": 0}, samples=4, seq_len=24)
+    sparsellm.prune(source, recipe, out=tmp_path / "whole")
+
+    def stop(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sparsellm.prune(source, recipe, out=tmp_path / "cut")
+    monkeypatch.setattr("sparsellm.run.run.Run._allocate", None)  # not called again
+    assert sparsellm.prune(source, recipe, out=tmp_path / "cut").resumed == 3
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pattern": "auto:8", "sparsity": 0.9}, r"auto:8 cannot reach sparsity 0.9: .* from 0.125 to 0.875"),
+        ({"pattern": "auto:8", "sparsity": 0.0}, "cannot reach sparsity 0"),
+        ({"pattern": "auto:1"}, "cannot reach sparsity 0.7"),
+        ({"pattern": "auto:8", "sparsity": 0.5, "allocation": "uniform"}, "uniform chooses none"),
+        ({"pattern": "auto:8", "sparsity": 0.5, "sparsity_of": {"*": 0.5}}, "leave out sparsity_of"),
+        ({"pattern": "auto"}, "auto:m"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused_at_the_door(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**fields)
+
+
+def test_an_m_that_does_not_divide_is_refused_by_name() -> None:
+    with pytest.raises(RecipeError, match=r"weight has 32 inputs, which 5 does not divide"):
+        sparsellm.prune(tiny_llama(), Recipe(pattern="auto:5", sparsity=0.5), calibration=windows())
+
+
+def test_changes_of_a_recipe_keep_the_choice() -> None:
+    recipe = Recipe(**AUTO)
+    assert (recipe.updated(sparsity=0.6).pattern, recipe.updated(sparsity=0.6).sparsity) == ("auto:8", 0.6)
+    assert Recipe(sparsity=0.6).updated(pattern="auto:8").sparsity == 0.6
+    assert recipe.updated(pattern="2:4").sparsity == 0.5
+    assert recipe.updated(pattern="1:4").sparsity == 0.75
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_an_allocation_without_a_span_is_the_plain_pattern() -> None:
+    recipe = Recipe(**AUTO, method="wanda", allocation="threshold", allocation_options={"span": 0.0})
+    result = sparsellm.prune(tiny_llama(), recipe, calibration=windows())
+    assert {linear.pattern for linear in result.linears} == {"4:8"}
