@@ -136,9 +136,9 @@ def llama_cpp(bench: Bench, folder: Path, kind: str, important: bool) -> Row:
     return {**bench.of_numbers(gguf_numbers(made, parameters)), "seconds": seconds}
 
 
-def other_tool(bench: Bench, folder: Path, make: Callable[[Bench], Numbers]) -> Row:
+def other_tool(bench: Bench, folder: Path, make: Callable[[Bench, int], Numbers], bits: int) -> Row:
     began = time.process_time()
-    numbers = make(bench)
+    numbers = make(bench, bits)
     seconds = time.process_time() - began
     return {**bench.of_numbers(numbers), "seconds": seconds}
 
@@ -186,7 +186,7 @@ def forms(arguments: argparse.Namespace) -> Iterator[Form]:
     for series, package, label, make, widths in others:
         for bits in widths:
             named = label.format(bits)
-            made = partial(other_tool, make=partial(make, bits=bits))
+            made = partial(other_tool, make=make, bits=bits)
             yield Form(f"{series} {named}", series, named, partial(version, package), made)
     for values in INTEGERS:
         for sparsity in SPARSITIES:
