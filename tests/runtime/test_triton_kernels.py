@@ -31,7 +31,7 @@ def run() -> None:
             (5, 1100, 0.5, "fp32", 128),
         ):
             packed, dense = random_weight(out, columns, value_type, sparsity, seed=columns, group=group)
-            for tokens in (*range(1, 9), 16) if columns == 65 else (1, 3, 16):
+            for tokens in (*range(1, 9), 16) if columns == 65 else (1, 5):
                 x = activations(tokens, columns, FLOATS[dtype], seed=tokens)
                 y = triton_kernels.multiply(packed, x)
                 assert y.dtype == x.dtype
@@ -42,7 +42,7 @@ def run() -> None:
         assert bool(((other.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all()), value_type
     with pytest.raises(KernelError, match="int99"):
         triton_kernels.multiply(dataclasses.replace(packed, value_type="int99"), x)
-    for wrong in (x[:, :-1], x[:0], x.double(), x.repeat(2, 1)):
+    for wrong in (x[:, :-1], x[:0], x.double(), x.repeat(4, 1)):
         with pytest.raises(KernelError):
             triton_kernels.multiply(packed, wrong)
 
