@@ -1,12 +1,12 @@
 """What masks that move during the sweep are worth, on a model small enough to be trained as a whole.
 
-The model is pruned by ``sparsellm`` at effort 0. Then its kept weights are trained towards the dense model's predictions
-with the library's Adam and schedule, new calibration windows in every pass, in one of these ways:
+The model is pruned by ``sparsellm`` at effort 0. Then its kept weights are trained towards the dense model's
+predictions with the library's Adam and schedule, new calibration windows in every pass, in one of these ways:
 
 * ``fixed``: the masks stay, as in the sweep of the library.
-* ``exchange:SHARE``: after each eighth of the first three quarters of the steps, each weight exchanges at most that share
-  of its kept values: where growing a zero gains more than losing a kept value costs, by second order. The curvature of a
-  weight is the Fisher information, which Adam's second moment measures: ``H = tokens of a step · v``.
+* ``exchange:SHARE``: after each eighth of the first three quarters of the steps, each weight exchanges at most that
+  share of its kept values: where growing a zero gains more than losing a kept value costs, by second order. The
+  curvature of a weight is the Fisher information, which Adam's second moment measures: ``H = tokens of a step · v``.
 * ``split:PENALTY``: a dense copy ``x`` of the weights is trained, drawn to a sparse copy ``z`` by ``PENALTY/2 · H
   (x − z + u)²``; ``z`` is the projection of ``x + u`` in the metric ``H`` (ELSA, arXiv 2510.01650, with Adam's second
   moment), renewed at the same steps. Then ``z``'s masks stay for the last quarter.
@@ -182,7 +182,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    chain_names = {f"{name}.weight" for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
+    linears = {f"{name}.weight" for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     judges = evaluation_windows(arguments.text, tokenizer, arguments.window, max_tokens=16384)
     cells = Cells(arguments.cells)
     rows = []
@@ -202,8 +202,10 @@ def main() -> None:
                 for way in arguments.ways:
                     for rate in arguments.rates:
 
-                        def run(way: str = way, rate: float = rate, windows: Tensor = windows) -> dict[str, object]:
-                            student = Student(copy.deepcopy(pruned), chain_names)
+                        def run(
+                            way: str = way, rate: float = rate, windows: Tensor = windows, start: nn.Module = pruned
+                        ) -> dict[str, object]:
+                            student = Student(copy.deepcopy(start), linears)
                             before = judge(dense, student.model, judges)
                             began = time.process_time()
                             moved = train(dense, student, windows, way, rate)
@@ -214,9 +216,9 @@ def main() -> None:
                         key = "/".join(map(str, (arguments.model, target, seed, passes, way, rate)))
                         cell = cells.get(key, run)
                         rows.append((target, seed, passes, way, rate, cell))
-                        print(key, {k: (round(v, 4) if isinstance(v, float) else v) for k, v in cell.items()}, flush=True)
     print(f"\n{arguments.model}; {cpu_name()}, torch {torch.__version__}\n")
-    print("| sparsity | seed | passes | way | rate | KL before | KL after | CPU s |\n|---|---|---|---|---|---|---|---|")
+    print("| sparsity | seed | passes | way | rate | KL before | KL after | CPU s |")
+    print("|---|---|---|---|---|---|---|---|")
     for target, seed, passes, way, rate, cell in rows:
         print(
             f"| {target} | {seed} | {passes} | {way} | {rate} | {cell['before']:.4f} | {cell['after']:.4f} | "
