@@ -24,7 +24,7 @@ from sparsellm.patterns import NM, Pattern, Unstructured
 from sparsellm.progress import PhaseClock
 from tests import victim
 from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
-from tests.models.families import FAMILIES, family
+from tests.models.families import FAMILIES, family, gemma4_text
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -114,6 +114,19 @@ def test_values_that_are_gated_are_left_alone() -> None:
     attention = [key for key in before if ".layers.0.self_attn." in key]
     assert attention
     assert all(torch.equal(before[key], model.state_dict()[key]) for key in attention)
+
+
+@pytest.mark.skipif("Gemma4Text" not in FAMILIES, reason="transformers is older than this family")
+def test_values_that_later_blocks_read_are_left_alone() -> None:
+    """Blocks 2 and 3 have no keys and values of their own: they take those of blocks 0 and 1."""
+    model = gemma4_text(
+        num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2
+    )
+    wanted = model(windows()).logits
+    task, found = permuted(model)
+    assert roles(found) == {"down_proj": ["gate_proj", "up_proj"]}
+    assert any(name.endswith("o_proj") for name in task.notes)
+    torch.testing.assert_close(model(windows()).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 class Between(nn.Module):

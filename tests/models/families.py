@@ -124,11 +124,11 @@ def llama3() -> PreTrainedModel:
     return _model("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, **settings})
 
 
-def gemma4_text() -> PreTrainedModel:
+def gemma4_text(**changes: Any) -> PreTrainedModel:
     """Gemma 4: another head size in global layers, and an embedding for each layer."""
     layered = {"global_head_dim": 8, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
     types = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0, "sliding_window": 16}
-    return _model("Gemma4TextConfig", "Gemma4ForCausalLM", {**_LLAMA, **layered, **types})
+    return _model("Gemma4TextConfig", "Gemma4ForCausalLM", {**_LLAMA, **layered, **types, **changes})
 
 
 def gemma3_text() -> PreTrainedModel:

@@ -198,7 +198,11 @@ class Stream:
     def run_window(self, index: int) -> Tensor:
         """The output of the loaded block ``index`` for the first window; enough to observe how a block runs."""
         self.require_token_states()
-        return self.chain.run(index, self.hidden[0][:1], self._first_window[index])
+        return self.chain.run(index, self.hidden[0][:1], self.call_of_window(index))
+
+    def call_of_window(self, index: int) -> Call:
+        """The arguments of block ``index`` for the first window, with what blocks that ran have left in them."""
+        return self._first_window[index]
 
     def require_token_states(self) -> None:
         """Applies :func:`require_token_states` to the first batch."""

@@ -15,9 +15,10 @@ permuted at random, must have the same output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -259,11 +260,25 @@ def _first_proved(guesses: list[Channels], run: Callable[[], list[Tensor]], task
 
 
 def _outputs(task: BlockTask, reader: LinearView) -> list[Tensor]:
-    """The outputs of a linear and of the block for one window, fp32."""
+    """The outputs of a linear and of the block for one window, and what the block leaves for later ones.
+
+    Some models let later blocks read the keys and values of earlier ones, which the block puts into its arguments.
+    """
     seen: list[Tensor] = []
-    with watch([reader], lambda linear, entering, leaving: seen.append(leaving.to(torch.float32, copy=True))):
+    with watch([reader], lambda linear, entering, leaving: seen.append(leaving.clone())):
         leaving = task.stream.run_window(task.index)
-    return [*seen, leaving]
+    call = task.stream.call_of_window(task.index)
+    return [*seen, leaving, *(tensor.clone() for tensor in _inside((call.args, call.kwargs)))]
+
+
+def _inside(value: Any) -> Iterator[Tensor]:
+    """The tensors of real numbers in nested containers."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _inside(each)
 
 
 def _index(length: int, places: Tensor, order: Tensor) -> Tensor:
