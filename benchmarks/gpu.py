@@ -1,10 +1,10 @@
 """Everything that is measured on a GPU, in one command.
 
-    pip install triton bitsandbytes
+    pip install 'sparsellm[bench,gpu]'
     python benchmarks/gpu.py [--parts gemv launches prune decode] [--tokens 1 8] [--rounds 20] [--layers 22]
 
     gemv      the Triton kernel on packed weights against cuBLAS in bf16, torch's 2:4 and bitsandbytes' 4 bits
-    launches  the same kernel with other numbers of rows, bytes and warps a program
+    launches  the same kernel with other numbers of bytes and warps a program
     prune     seconds and memory to prune one block
     decode    tokens per second of packed models and of the dense one
 
@@ -199,17 +199,15 @@ def burst(run: Product, device: str) -> Callable[[], float]:
 
 
 def launches(arguments: argparse.Namespace) -> None:
-    """Which launch of the kernel is the fastest; the library's is in triton_kernels.launch_of."""
+    """Which launch of the kernel is the fastest; the library's is triton_kernels.LAUNCH."""
     sys.stdout.write("\nLaunches of the kernel, 4096 × 4096 (or the first shape), 50 %, fastest first\n\n")
-    table("values", "tokens", "rows", "bytes", "warps", "µs")
+    table("values", "tokens", "bytes", "warps", "µs")
     shape = "4096x4096" if "4096x4096" in arguments.shapes else arguments.shapes[0]
     out, columns = (int(side) for side in shape.split("x"))
     weight = torch.randn(out, columns)
     weight[torch.rand(out, columns) < 0.5] = 0
     numbers = [
-        {"ROWS": rows, "BYTES": size, "num_warps": warps}
-        for rows, size, warps in itertools.product((1, 2, 4, 8), (32, 64, 128), (1, 2, 4, 8))
-        if warps <= rows * size // 32
+        {"BYTES": size, "num_warps": warps} for size, warps in itertools.product((32, 64, 128, 256), (1, 2, 4, 8))
     ]
     if arguments.device != "cuda":
         numbers = numbers[:2]

@@ -1,10 +1,10 @@
 """Products with a packed weight on a GPU: one to sixteen tokens at a time, in Triton, on the same bitmask format.
 
-A program computes a few rows for all tokens. A thread takes a byte of the mask at a time, that is eight columns, whose
-activations it loads at once. The position of a column's value is the number of set bits before it: a running sum over
-bytes plus the count within the byte, which one multiplication computes for all eight. So only mask, values, row offsets
-and scales are read, each once. A scale of int4 covers whole bytes of the mask and multiplies the sum of eight products.
-Sums are in fp32.
+A program computes one row for all tokens. A thread takes a byte of the mask at a time, that is eight columns, whose
+activations it loads at once; the next byte is on its way meanwhile. The position of a column's value is the number of
+set bits before it: a running sum over bytes plus the count within the byte, which one multiplication computes for all
+eight. So only mask, values, row offsets and scales are read, each once. A scale of int4 covers whole bytes of the mask
+and multiplies the sum of eight products. Sums are in fp32.
 
 With ``TRITON_INTERPRET=1`` the same kernel runs on the CPU, for tests.
 """
@@ -31,12 +31,9 @@ def available() -> str | None:
     return "triton" if _INTERPRETED or torch.cuda.is_available() else None
 
 
-def launch_of(tokens: int) -> dict[str, int]:
-    """The rows of a program, the bytes of a row's mask that it takes at once, and its warps.
-
-    ``benchmarks/gpu.py`` times others. More tokens need more registers, hence fewer bytes.
-    """
-    return {"ROWS": 4, "BYTES": 64 if tokens <= 4 else 32, "num_warps": 4}
+# The bytes of a row's mask that a program takes at once, and its warps: a thread has a byte, and no warp waits for
+# another. benchmarks/gpu.py times others.
+LAUNCH = {"BYTES": 32, "num_warps": 1}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -46,6 +43,19 @@ def _counts(byte):  # type: ignore[no-untyped-def]
     bits = (bits | (bits << 6)) & 0x03030303
     bits = (bits | (bits << 3)) & 0x11111111
     return bits * 0x11111111
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _column(values, before, byte, counts, KIND: tl.constexpr, J: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The weights of column ``J`` of every byte of the mask, without scales; 0 where none is kept."""
+    kept = ((byte >> J) & 1) != 0
+    place = before + (((counts << 4) >> (4 * J)) & 15).to(tl.int32)
+    if KIND == 2:
+        pair = tl.load(values + place // 2, mask=kept, other=0).to(tl.int32)
+        weight = tl.where(kept, (((pair >> ((place % 2) * 4)) & 15) - 8).to(tl.float32), 0.0)
+    else:
+        weight = tl.load(values + place, mask=kept, other=0).to(tl.float32)
+    return weight[None, :]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -64,50 +74,52 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     tokens,
     KIND: tl.constexpr,  # 0: values are floats, 1: int8, 2: int4
     TOKENS: tl.constexpr,  # tokens, raised to a power of two
-    ROWS: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    begin = tl.load(offsets_pointer + row, mask=row < out, other=0)
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.load(offsets_pointer + row)
     values = values_pointer + (begin // 2 if KIND == 2 else begin)  # rows of int4 begin on a byte
+    mask = mask_pointer + row * mask_step
     token = tl.arange(0, TOKENS)
-    lane = tl.arange(0, 8)
-    done = tl.zeros([ROWS], dtype=tl.int32)
-    sums = tl.zeros([TOKENS, ROWS, BYTES], dtype=tl.float32)
+    place = tl.arange(0, BYTES)
+    done = 0
+    sums = tl.zeros([TOKENS, BYTES], dtype=tl.float32)
+    following = tl.load(mask + place, mask=place < row_bytes, other=0)
     for first in range(0, row_bytes, BYTES):
-        index = first + tl.arange(0, BYTES)
-        inside = (row < out)[:, None] & (index < row_bytes)[None, :]
-        byte = tl.load(mask_pointer + row[:, None] * mask_step + index[None, :], mask=inside, other=0).to(tl.uint32)
+        index = first + place
+        byte = following.to(tl.uint32)
+        following = tl.load(mask + index + BYTES, mask=index + BYTES < row_bytes, other=0)  # while this step waits
         counts = _counts(byte)
         count = (counts >> 28).to(tl.int32)
-        before = done[:, None] + tl.cumsum(count, 1) - count
-        done += tl.sum(count, 1)
-        kept = ((byte[:, :, None] >> lane[None, None, :].to(tl.uint32)) & 1) != 0
-        below = ((counts << 4)[:, :, None] >> (4 * lane)[None, None, :].to(tl.uint32)) & 15
-        place = before[:, :, None] + below.to(tl.int32)
-        if KIND == 2:
-            pair = tl.load(values[:, None, None] + place // 2, mask=kept, other=0).to(tl.int32)
-            code = ((pair >> ((place % 2) * 4)) & 15) - 8
-            weight = tl.where(kept, code.to(tl.float32), 0.0)
-        else:
-            weight = tl.load(values[:, None, None] + place, mask=kept, other=0).to(tl.float32)
-        column = index[:, None] * 8 + lane[None, :]
+        before = done + tl.cumsum(count, 0) - count
+        done += tl.sum(count, 0)
+        column = index[:, None] * 8 + tl.arange(0, 8)[None, :]
         given = (token < tokens)[:, None, None] & (column < columns)[None, :, :]
         x = tl.load(x_pointer + token.to(tl.int64)[:, None, None] * columns + column[None, :, :], mask=given, other=0)
-        products = tl.sum(weight[None, :, :, :] * x.to(tl.float32)[:, None, :, :], axis=3)
+        even, odd = tl.split(tl.reshape(x.to(tl.float32), [TOKENS, BYTES, 2, 2, 2]))
+        x04, x26 = tl.split(even)
+        x15, x37 = tl.split(odd)
+        x0, x4 = tl.split(x04)
+        x1, x5 = tl.split(x15)
+        x2, x6 = tl.split(x26)
+        x3, x7 = tl.split(x37)
+        products = _column(values, before, byte, counts, KIND, 0) * x0
+        products += _column(values, before, byte, counts, KIND, 1) * x1
+        products += _column(values, before, byte, counts, KIND, 2) * x2
+        products += _column(values, before, byte, counts, KIND, 3) * x3
+        products += _column(values, before, byte, counts, KIND, 4) * x4
+        products += _column(values, before, byte, counts, KIND, 5) * x5
+        products += _column(values, before, byte, counts, KIND, 6) * x6
+        products += _column(values, before, byte, counts, KIND, 7) * x7
         if KIND == 2:
-            of_rows = scales_pointer + row[:, None] * tl.cdiv(columns, 8 * group)
-            scaled = inside & (index * 8 < columns)[None, :]
-            scale = tl.load(of_rows + (index // group)[None, :], mask=scaled, other=0).to(tl.float32)
-            products *= scale[None, :, :]
+            of_row = scales_pointer + row * tl.cdiv(columns, 8 * group)
+            scale = tl.load(of_row + index // group, mask=index * 8 < columns, other=0).to(tl.float32)
+            products *= scale[None, :]
         sums += products
-    y = tl.sum(sums, axis=2)
+    y = tl.sum(sums, axis=1)
     if KIND == 1:
-        y *= tl.load(scales_pointer + row, mask=row < out, other=0)[None, :]
-    stored = (token < tokens)[:, None] & (row < out)[None, :]
-    tl.store(
-        y_pointer + token.to(tl.int64)[:, None] * out + row[None, :], y.to(y_pointer.dtype.element_ty), mask=stored
-    )
+        y *= tl.load(scales_pointer + row)
+    tl.store(y_pointer + token.to(tl.int64) * out + row, y.to(y_pointer.dtype.element_ty), mask=token < tokens)
 
 
 def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = None) -> Tensor:
@@ -117,7 +129,7 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
             ``sparsellm.packed.validation.validate``, on the device of ``x``.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
-        launch: other numbers than those of :func:`launch_of`; ``ROWS`` and ``BYTES`` are powers of two.
+        launch: other numbers than those of :data:`LAUNCH`; powers of two.
 
     Returns:
         ``(tokens, out)`` in the type of ``x``.
@@ -139,10 +151,9 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
             f"activations {x.dtype} {tuple(x.shape)}: the Triton kernels take fp32, bf16 or fp16 "
             f"of (1 to {MAX_TOKENS}, {columns})"
         )
-    launch = launch or launch_of(len(x))
     unused = packed.offsets
     y = torch.empty(len(x), out, dtype=x.dtype, device=x.device)
-    _multiply[(triton.cdiv(out, launch["ROWS"]),)](
+    _multiply[(out,)](
         packed.mask,
         packed.values if packed.values.numel() else unused,
         packed.offsets,
@@ -157,6 +168,6 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
         len(x),
         KIND=_KINDS[packed.value_type],
         TOKENS=triton.next_power_of_2(len(x)),
-        **launch,
+        **(launch or LAUNCH),
     )
     return y
