@@ -40,7 +40,8 @@ LEFT_OUT = {
 
 
 def recipe(**fields: Any) -> Recipe:
-    return Recipe(**{"method": "sparsellm", "sparsity": 0.5, "options": {"effort": 0}, "batch_tokens": 48, **fields})
+    values: dict[str, Any] = {"method": "sparsellm", "sparsity": 0.5, "options": {"effort": 0}, "batch_tokens": 48}
+    return Recipe(**{**values, **fields})
 
 
 @pytest.fixture
