@@ -52,14 +52,16 @@ def copy_of(packed: PackedWeight) -> PackedWeight:
     return dataclasses.replace(packed, **tensors, scales=scales)  # type: ignore[arg-type]
 
 
-def interleaved(runs: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+def interleaved(
+    runs: list[Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
     """Seconds of every run in every round."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, taken in zip(runs, times, strict=True):
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            taken.append(time.perf_counter() - begin)
+            taken.append(clock() - begin)
     return times
 
 
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{out}x{columns}" for out, columns in SHAPES])
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--cpu-seconds", action="store_true", help="processor time, on a machine with other work")
     parser.add_argument("--cached", action="store_true", help="one weight every time, not weights in turns")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -114,7 +117,8 @@ def main() -> None:
                 to.copy_(piece)
 
             interleaved([run_dense, run_packed, run_copy], 3)
-            times = interleaved([run_dense, run_packed, run_copy], options.rounds)
+            clock = time.process_time if options.cpu_seconds else time.perf_counter
+            times = interleaved([run_dense, run_packed, run_copy], options.rounds, clock)
             slow, fast, copy = (min(each) for each in times)
             usual = [f"{statistics.median(each) * 1e3:.2f}" for each in times]
             rate, copied = size / fast, PIECE / copy
