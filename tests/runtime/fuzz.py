@@ -73,10 +73,10 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
             elif layout == "bitmask":
                 weight[torch.rand(weight.shape) < 0.5] = 0
             for values in VALUE_TYPES:
-                packed = pack(weight, values, layout)
+                packed = pack(weight, values, layout, exponents=torch.randint(-8, 8, weight.shape[1:]).to(torch.int8))
                 assert packed is not None
                 entry = PackedEntry(packed.shape, layout, values, torch.float32, packed.pattern)
-                tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.tensors.items()}
+                tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.stored.items()}
                 content = save({**tensors, "w.weight": torch.zeros(1)})
                 originals.append((content, json.dumps({"quantization_config": quantization_config({"w": entry})})))
     with tempfile.TemporaryDirectory() as folder:

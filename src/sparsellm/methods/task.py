@@ -13,6 +13,7 @@ from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.machine import heap
+from sparsellm.packed.codes import text_of_exponents
 from sparsellm.packed.grid import INTEGERS
 from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
@@ -42,6 +43,7 @@ class LinearResult:
         notes: messages to the user, such as a damping that had to be raised.
         history: one record for each iteration, for methods that iterate.
         tokens: the number of calibration tokens that were routed to it, if it belongs to an expert; else None.
+        exponents: of the columns of integer values, a hexadecimal digit each (the exponent plus 8); empty if all are 0.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LinearResult:
     notes: tuple[str, ...] = ()
     history: tuple[dict[str, Any], ...] = ()
     tokens: int | None = None
+    exponents: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -96,6 +99,7 @@ class BlockTask:
         unrounded: by name, the weights from which training goes on, in the storage dtype; they round to the assigned
             ones. Filled if values are rounded and ``trained`` is set.
         trained: whether a sweep follows.
+        exponents: of the columns of rounded linears, by name, as in their results.
     """
 
     index: int
@@ -112,6 +116,7 @@ class BlockTask:
     values: str = "keep"
     unrounded: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False
+    exponents: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
         """Runs the block on every batch, to call the hooks on its linears."""
@@ -202,6 +207,7 @@ class BlockTask:
             fixed = isinstance(self.patterns[linear.name], NM)
             found = rounded(solution.weight, gram, self.values, linear.storage_dtype, fixed_mask=fixed)
             energy, lost = gram.energy(wanted), gram.energy(found.weight, minus=wanted)
+        self.exponents[linear.name] = text_of_exponents(found.exponents)
         if self.trained and not self.stream.chain.is_shared(linear.weight_name):  # later blocks run on a shared one
             self.unrounded[linear.name] = found.unrounded.to(linear.storage_dtype)
         return replace(
@@ -225,6 +231,7 @@ class BlockTask:
                 notes=(*result.notes, *self.notes.get(result.name, ())),
                 history=tuple(self.history.get(result.name, ())),
                 tokens=self.routed.get(result.name),
+                exponents=self.exponents.get(result.name, ""),
             )
             for result in self.results
         ]

@@ -1,11 +1,13 @@
 """Storage of kept values: floating types unchanged, int8 with scales of rows, int4 with scales of groups of columns.
 
-int4 values are stored plus 8, two to a byte, the earlier one in the low nibble; every row begins on a byte.
+int4 values are stored plus 8, two to a byte, the earlier one in the low nibble; every row begins on a byte. Integers
+may have an exponent for each column besides: a value is then its whole number, times its scale, times 2 to that power.
 """
 
 from __future__ import annotations
 
 import math
+import string
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ _NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 GROUP = 32  # columns in the smallest group of int4 that shares a scale; a larger one is this times a power of two
 LARGEST_GROUP = 1024
 _ZERO_NIBBLE = 8  # an int4 value is stored plus 8
+EXPONENTS = range(-8, 8)  # of columns; one is a hexadecimal digit in the records of a run
 
 # Fractions of the smallest scale at which nothing saturates. If an outlier saturates, the step is finer for all other
 # values; below 0.7 that never lowered the error on normal or Laplace weights.
@@ -74,10 +77,30 @@ def groups_of(columns: int, group: int) -> int:
     return (columns + group - 1) // group
 
 
+def powers_of(exponents: Tensor) -> Tensor:
+    """Two to the power of each exponent, fp32."""
+    return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def text_of_exponents(exponents: Tensor | None) -> str:
+    """One hexadecimal digit for each column, the exponent plus 8; empty for None."""
+    return "" if exponents is None else "".join(f"{exponent - EXPONENTS.start:x}" for exponent in exponents.tolist())
+
+
+def exponents_of_text(text: str) -> Tensor | None:
+    """The inverse of :func:`text_of_exponents`: int8 ``(in,)``, or None."""
+    if not text:
+        return None
+    digits = bytes(int(chr(code), 16) if chr(code) in string.hexdigits else 0 for code in range(256))
+    return torch.frombuffer(bytearray(text.encode("ascii").translate(digits)), dtype=torch.int8) + EXPONENTS.start
+
+
 def encode_values(
-    weight: Tensor, kept: Tensor, value_type: str, group: int | None
+    weight: Tensor, kept: Tensor, value_type: str, group: int | None, exponents: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Values, offsets and scales of the kept values of a weight ``(out, in)``; ``kept`` is bool of its shape.
+
+    ``exponents`` are those of the columns, for integers alone.
 
     Raises:
         NumericalError: a value overflows the type, or is not finite and the type is an integer.
@@ -93,7 +116,7 @@ def encode_values(
         return stored, offsets, None
     if not bool(torch.isfinite(values).all()):
         raise NumericalError(f"a weight is NaN or infinite and cannot be stored as {value_type}")
-    exact = weight.float()
+    exact = weight.float() if exponents is None else weight.float() * powers_of(-exponents)
     if value_type == "int8":
         scales = exact.abs().amax(dim=1) / 127
         return (exact / scales.unsqueeze(1)).round_().clamp_(-127, 127)[kept].to(torch.int8), offsets, scales
@@ -117,6 +140,7 @@ def decode_values(
     rows: slice,
     kept: Tensor,
     group: int | None,
+    exponents: Tensor | None = None,
 ) -> Tensor:
     """The kept values of some rows, in order, with their scales applied.
 
@@ -126,6 +150,7 @@ def decode_values(
         rows: the rows, ``first:last``.
         kept: bool ``(rows, in)``, the columns that are kept in each of these rows.
         group: the columns that share a scale of int4.
+        exponents: of the columns, or None.
 
     Returns:
         One number for each kept weight; floating types as they are stored, integers as fp32.
@@ -135,15 +160,18 @@ def decode_values(
         return values[start:stop]
     assert scales is not None
     counts = kept.count_nonzero(dim=1)
+    factor = None if exponents is None else powers_of(exponents).expand(kept.shape)[kept]
     if value_type == "int8":
-        return values[start:stop].float() * scales[rows].repeat_interleave(counts)
+        found = values[start:stop].float() * scales[rows].repeat_interleave(counts)
+        return found if factor is None else found.mul_(factor)
     assert group is not None
     data = values[start // 2 : stop // 2]
     slots = torch.stack((data & 15, data >> 4), dim=1).view(-1)
     row, rank = _places(counts)
     whole = slots[(offsets[rows] - start)[row] + rank].float() - _ZERO_NIBBLE
     column = kept.nonzero()[:, 1]
-    return whole * scales[rows][row, column // group].float()
+    found = whole * scales[rows][row, column // group].float()
+    return found if factor is None else found.mul_(factor)
 
 
 def bytes_of_values(counts: Tensor, value_type: str, groups: int) -> int:

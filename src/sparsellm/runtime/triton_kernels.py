@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsellm.errors import KernelError
+from sparsellm.packed.codes import powers_of
 from sparsellm.packed.layout import PackedWeight
 
 MAX_TOKENS = 16
@@ -119,6 +120,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
             f"of (1 to {MAX_TOKENS}, {columns})"
         )
     kind = {"int8": 1, "int4": 2}.get(packed.value_type, 0)
+    entering = x if packed.exponents is None else x.float() * powers_of(packed.exponents)
     words = packed.mask.view(torch.int32)
     y = torch.empty(len(x), out, dtype=x.dtype, device=x.device)
     unused = packed.offsets
@@ -127,7 +129,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
         packed.values if packed.values.numel() else unused,
         packed.offsets,
         unused if packed.scales is None else packed.scales,
-        x.contiguous(),
+        entering.contiguous(),
         y,
         out,
         columns,
