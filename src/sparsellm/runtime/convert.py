@@ -30,6 +30,7 @@ from sparsellm.packed.checkpoint import (
     read_config,
 )
 from sparsellm.packed.codes import exponents_of_text, resolve_value_type
+from sparsellm.packed.grid import INTEGERS
 from sparsellm.packed.layout import pack as pack_weight
 from sparsellm.packed.validation import PACK_AGAIN
 from sparsellm.progress import Progress, ProgressCallback, ignore
@@ -293,7 +294,7 @@ def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
         StorageError: ``pruning.json`` cannot be read, or has exponents that do not fit the model.
     """
     path = directory / PRUNING
-    if not path.is_file():
+    if values not in INTEGERS or not path.is_file():
         return {}
     again = "put the file back as it was"
     try:
