@@ -74,7 +74,8 @@ def scales_of(extreme: Tensor, value_type: str, dtype: torch.dtype, unit: Tensor
     if value_type == "int8":
         return (extreme.abs() * one).to(dtype).float() / one / 127
     # Rounded again: fp16 has a narrower range.
-    return (extreme / -8).bfloat16().float().mul_(8 * one).to(dtype).float() / (8 * one)
+    end = -LOWEST[value_type] * one
+    return (extreme / LOWEST[value_type]).bfloat16().float().mul_(end).to(dtype).float() / end
 
 
 def whole_numbers(values: Tensor, scales: Tensor, value_type: str, *, zero: bool = False) -> Tensor:
