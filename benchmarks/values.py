@@ -5,17 +5,13 @@ process. Finished cells are kept in a file: stop the script and run it on whenev
 
     python benchmarks/train_opt.py --out out/opt --layers 4 --width 128 --vocabulary 2048 --minutes 12
     python benchmarks/values.py --model out/opt --text out/opt/heldout.txt --calibration out/opt/train.txt
-
-The type ``int3`` is a trial: the grid of int4 cut to -4 … 3. It cannot be packed, so its bits are by arithmetic.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,6 @@ from measure import cpu_name
 from quality import OUT, Cells
 
 import sparsellm
-from sparsellm.packed.grid import BITS, HIGHEST, LOWEST
 
 
 def scores(arguments: argparse.Namespace, directory: Path) -> dict[str, float]:
@@ -36,33 +31,6 @@ def scores(arguments: argparse.Namespace, directory: Path) -> dict[str, float]:
     return {"perplexity": found.value, "kl": found.against.kl.value}
 
 
-@contextlib.contextmanager
-def three_bits() -> Iterator[None]:
-    """Takes int4 for a type of three bits."""
-    tables, before = (LOWEST, HIGHEST, BITS), (LOWEST["int4"], HIGHEST["int4"], BITS["int4"])
-    for table, number in zip(tables, (-4, 3, 3.5), strict=True):
-        table["int4"] = number  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for table, number in zip(tables, before, strict=True):
-            table["int4"] = number  # type: ignore[assignment]
-
-
-def run_trial(arguments: argparse.Namespace, sparsity: float, effort: int, folder: Path) -> dict[str, Any]:
-    """The measurements of one model whose values are int3."""
-    began = time.process_time()
-    recipe = sparsellm.Recipe(
-        sparsity=sparsity, values="int4", options={"effort": effort}, calibration=str(arguments.calibration),
-        samples=arguments.samples, seq_len=arguments.window,
-    )  # fmt: skip
-    with three_bits():
-        result = sparsellm.prune(str(arguments.model), recipe, out=folder / "pruned")
-        bits = result.bits_per_weight
-    seconds = time.process_time() - began
-    return {**scores(arguments, folder / "pruned"), "sparsity": result.sparsity, "bits": bits, "cpu_seconds": seconds}
-
-
 def run_cell(arguments: argparse.Namespace, sparsity: float, effort: int, values: str) -> dict[str, dict[str, Any]]:
     """The measurements of one pruned model by the type it is packed in.
 
@@ -70,8 +38,6 @@ def run_cell(arguments: argparse.Namespace, sparsity: float, effort: int, values
     """
     kept, began = values == "keep", time.process_time()
     with tempfile.TemporaryDirectory(prefix="values-", dir=OUT) as folder:
-        if values == "int3":
-            return {values: run_trial(arguments, sparsity, effort, Path(folder))}
         pruned, zeros = arguments.model, 0.0
         if sparsity or not kept:
             recipe = sparsellm.Recipe(
@@ -82,8 +48,7 @@ def run_cell(arguments: argparse.Namespace, sparsity: float, effort: int, values
             zeros = sparsellm.prune(str(arguments.model), recipe, out=pruned).sparsity
         seconds = time.process_time() - began
         measured = {}
-        packed_types = [each for each in arguments.values if each != "int3"]
-        for packed_as in ("keep", *packed_types) if kept else (values,):
+        for packed_as in ("keep", *arguments.values) if kept else (values,):
             packed = sparsellm.pack(str(pruned), out=Path(folder) / f"packed-{packed_as}", values=packed_as)
             bits = packed.to_dict()["bits_per_weight"]
             measured[packed_as] = {
@@ -98,7 +63,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--sparsities", nargs="*", type=float, default=(0.5, 0.7))
-    parser.add_argument("--values", nargs="*", default=("int4",))
+    parser.add_argument("--values", nargs="*", default=("int4", "int3"))
     parser.add_argument("--efforts", nargs="*", type=int, default=(0, 1))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--window", type=int, default=256)

@@ -63,7 +63,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return save_tiny(uneven(family()).to(dtype), tiny_tokenizer(), tmp_path / "dense")
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int3"])
 @pytest.mark.parametrize("fields", [LOCAL, GLOBAL, SWEPT], ids=["local", "global", "swept"])
 def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], source: Path, tmp_path: Path) -> None:
     out = tmp_path / "pruned"
@@ -82,7 +82,11 @@ def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], s
 
 def test_bits_a_weight_are_those_of_the_packed_file(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(hidden_size=64, intermediate_size=256), tiny_tokenizer(), tmp_path / "dense")
-    for values, near in (("int4", 0.3), ("int8", 0.1)):  # a row's last scale may serve fewer than 32 values
+    for values, near in (
+        ("int4", 0.3),
+        ("int3", 0.3),
+        ("int8", 0.1),
+    ):  # a row's last scale may serve fewer than 32 values
         result = sparsellm.prune(source, Recipe(**{**RECIPE, "values": values}), out=tmp_path / values)
         packed = sparsellm.pack(tmp_path / values, out=tmp_path / f"packed-{values}", values=values).to_dict()
         assert result.bits_per_weight == pytest.approx(packed["bits_per_weight"], abs=near)
@@ -267,7 +271,7 @@ def test_experts_are_rounded_too() -> None:
                     assert is_on_grid(result, linear.name, weight), linear.name
 
 
-@pytest.mark.parametrize("values", ["int3", "fp8", 4, None])
+@pytest.mark.parametrize("values", ["int2", "fp8", 4, None])
 def test_other_types_are_refused(values: Any) -> None:
     with pytest.raises(RecipeError, match="recipe field values"):
         Recipe(values=values)

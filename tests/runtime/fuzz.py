@@ -56,7 +56,7 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
 
     from sparsellm.errors import SparseLLMError
     from sparsellm.packed.checkpoint import PackedEntry, PackedReader, quantization_config
-    from sparsellm.packed.codes import VALUE_TYPES
+    from sparsellm.packed.codes import WRITTEN_TYPES
     from sparsellm.packed.layout import pack
     from sparsellm.patterns import NM
 
@@ -72,7 +72,7 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
                 weight = weight * NM(2, 4).mask(weight.abs())
             elif layout == "bitmask":
                 weight[torch.rand(weight.shape) < 0.5] = 0
-            for values in VALUE_TYPES:
+            for values in WRITTEN_TYPES:
                 packed = pack(weight, values, layout, exponents=torch.randint(-8, 8, weight.shape[1:]).to(torch.int8))
                 assert packed is not None
                 entry = PackedEntry(packed.shape, layout, values, torch.float32, packed.pattern)

@@ -95,7 +95,7 @@ class BlockTask:
         routed: by name, the number of tokens that were routed to the linears of experts.
         output_costs: ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an error there to the loss, to
             second order. For methods that need them.
-        values: the type of the kept values: ``keep``, ``int8`` or ``int4``.
+        values: the type of the kept values: ``keep``, ``int8``, ``int4`` or ``int3``.
         unrounded: by name, the weights from which training goes on, in the storage dtype; they round to the assigned
             ones. Filled if values are rounded and ``trained`` is set.
         trained: whether a sweep follows.

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sparsellm.errors import StorageError
 from sparsellm.inputs.json_input import read_object
-from sparsellm.packed.codes import FLOAT_TYPES
+from sparsellm.packed.codes import FLOAT_TYPES, widened
 from sparsellm.packed.layout import PackedWeight, dense_offsets, unpack
 from sparsellm.packed.validation import PACK_AGAIN, validate
 from sparsellm.sources.cache import sha256
@@ -49,7 +49,7 @@ class _WrittenEntry(BaseModel):
 
     shape: tuple[_Count, _Count]
     layout: Literal["bitmask", "nm", "dense"]
-    value_type: Literal["bf16", "fp16", "fp32", "int8", "int4"]
+    value_type: Literal["bf16", "fp16", "fp32", "int8", "int4", "int3"]
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
     pattern: tuple[_Count, _Count] | None = None
     transposed: StrictBool = False
@@ -222,16 +222,25 @@ class PackedReader(CheckpointReader):
         """
         entry = self.entries[name]
         parts = {field: super(PackedReader, self).get(key) for field, key in self._parts[name].items()}
+        narrow = entry.value_type == "int3"
+        value_type = "int4" if narrow else entry.value_type
+        offsets = parts["offsets"] if "offsets" in parts else dense_offsets(entry.shape, value_type)
+        if narrow:
+            try:
+                parts["values"] = widened(parts["values"], int(offsets[-1]) if offsets.numel() else 0)
+            except StorageError as error:
+                raise StorageError(f"packed weight {name}: {error}") from None
         packed = PackedWeight(
             entry.shape,
             entry.layout,
             parts["mask"],
             parts["values"],
-            parts["offsets"] if "offsets" in parts else dense_offsets(entry.shape, entry.value_type),
+            offsets,
             parts.get("scales"),
-            entry.value_type,
+            value_type,
             entry.pattern,
             parts.get("exponents"),
+            narrow,
         )
         validate(packed, name)
         return packed

@@ -1,8 +1,9 @@
 """Weights that a packed integer type represents exactly: whole numbers times the scale of their group.
 
-A group is what shares a scale: a row for int8; for int4 so many columns of a row that about 32 values are kept. Its
-value of largest magnitude, the *anchor*, stands at the end of the grid (-8 or ±127). So the scale can be read off the
-weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same numbers again.
+A group is what shares a scale: a row for int8; for int4 and int3 so many columns of a row that about 32 values are
+kept. Its value of largest magnitude, the *anchor*, stands at the end of the grid (-8, -4 or ±127). So the scale can be
+read off the weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same numbers
+again.
 
 Columns may have exponents: every value of a column is then multiplied by that power of two, exactly, and magnitudes
 compare without it. They cannot be read off a weight; who has them passes them on.
@@ -18,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsellm.packed.codes import powers_of
+from sparsellm.packed.codes import ENDS, powers_of
 from sparsellm.packed.layout import form_of
 
-INTEGERS = ("int8", "int4")
-LOWEST = {"int8": -127, "int4": -8}
-HIGHEST = {"int8": 127, "int4": 7}
-BITS = {"int8": 8.0, "int4": 4.5}  # of a kept value; with its share of a scale for int4, if a group keeps 32
+INTEGERS = ("int8", "int4", "int3")
+LOWEST = {"int8": -127, **{values: ends[0] for values, ends in ENDS.items()}}
+HIGHEST = {"int8": 127, **{values: ends[1] for values, ends in ENDS.items()}}
+BITS = {"int8": 8.0, "int4": 4.5, "int3": 3.5}  # of a kept value, with its share of a scale, if a group keeps 32
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def scales_of(extreme: Tensor, value_type: str, dtype: torch.dtype, unit: Tensor
     """The scales with which these values become anchors, in fp32 as they are read from a packed file.
 
     Args:
-        extreme: ``(groups, 1)``; rounded to ``dtype`` for int8, and to bf16 for int4, so that the anchor is exact.
-        value_type: ``int8`` or ``int4``.
+        extreme: ``(groups, 1)``; rounded to ``dtype`` for int8, and to bf16 otherwise, so that the anchor is exact.
+        value_type: ``int8``, ``int4`` or ``int3``.
         dtype: of the checkpoint.
         unit: the power of two of each one's column, ``(groups, 1)``; None for 1. The anchor is ``extreme`` times it.
     """
@@ -97,7 +98,7 @@ def on_grid(weight: Tensor, value_type: str, dtype: torch.dtype, exponents: Tens
 
     Args:
         weight: fp32.
-        value_type: ``int8`` or ``int4``.
+        value_type: ``int8``, ``int4`` or ``int3``.
         dtype: of the checkpoint that it is written to.
         exponents: int8 ``(in,)``, of the columns; None for none.
     """

@@ -15,12 +15,14 @@ from torch import Tensor
 from sparsellm.errors import RecipeError, StorageError, nearest
 from sparsellm.packed.codes import (
     FLOAT_TYPES,
+    GROUPED,
     best_group,
     bytes_of_values,
     decode_values,
     encode_values,
     group_of,
     groups_of,
+    narrowed,
     resolve_value_type,
 )
 from sparsellm.packed.masks import decode_groups, encode_groups, from_bits, mask_stride, row_bytes, to_bits
@@ -51,6 +53,7 @@ class PackedWeight:
         pattern: ``(n, m)`` of the layout ``nm``, else None.
         exponents: int8 ``(in,)``, -8 … 7, with integers: column ``j`` is multiplied by ``2^exponents[j]``; None for
             none.
+        narrow: whether all values of int4 are -4 … 3, so that a file has them as int3.
     """
 
     shape: tuple[int, int]
@@ -62,6 +65,12 @@ class PackedWeight:
     value_type: str
     pattern: tuple[int, int] | None = None
     exponents: Tensor | None = None
+    narrow: bool = False
+
+    @property
+    def written_type(self) -> str:
+        """The type of the values in a file."""
+        return "int3" if self.narrow else self.value_type
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -74,7 +83,8 @@ class PackedWeight:
     def stored(self) -> dict[str, Tensor]:
         """The tensors in a file, by field: all rows of a dense weight are as long, so it has no offsets there."""
         left_out = "offsets" if self.layout == "dense" else None
-        return {field: tensor for field, tensor in self.tensors.items() if field != left_out}
+        written = {field: tensor for field, tensor in self.tensors.items() if field != left_out}
+        return {**written, "values": narrowed(self.values)} if self.narrow else written
 
     @property
     def group(self) -> int | None:
@@ -154,11 +164,13 @@ def pack(
     exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
     values, offsets, scales = encode_values(weight, kept, value_type, group, exponents)
     shape = (weight.shape[0], weight.shape[1])
-    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, pair, exponents)
+    narrow = value_type == "int3"
+    value_type = "int4" if narrow else value_type
+    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, pair, exponents, narrow)
 
 
 def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
-    """The layout in which :func:`pack` stores a weight ``(out, in)``, and the columns that share a scale of int4.
+    """The layout in which :func:`pack` stores a weight ``(out, in)``, and the columns that share a scale, if any do.
 
     Both depend on its zeros alone.
     """
@@ -190,7 +202,7 @@ def _forms(
     forms: dict[str, tuple[int, int | None]] = {}
     for layout, (values, index) in wanted.items():
         columns_of_scale = None
-        if value_type == "int4":
+        if value_type in GROUPED:
             columns_of_scale = group or best_group(int(values.sum()) / weight.numel())
         groups = groups_of(columns, columns_of_scale or 1)
         index += 0 if layout == "dense" else 8 * (out + 1)

@@ -99,13 +99,15 @@ def pack(
 ) -> PackResult:
     """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
 
-    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); ``int8`` and ``int4``
-    quantise the kept values. Embedding, norms, head and biases are copied. If it fails, no files are left.
+    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); ``int8``, ``int4`` and
+    ``int3`` quantise the kept values, and int3 takes the memory of int4. Embedding, norms, head and biases are copied.
+    If it fails, no files are left.
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out: the directory of the packed checkpoint.
-        values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``, ``int4``.
+        values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``,
+            ``int4``, ``int3``.
         head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
         overwrite: replace the checkpoint in ``out``.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
@@ -351,7 +353,7 @@ def _packed_block(
             result.packed_bytes += dense
             continue
         result.linears[name] = PackedEntry(
-            packed.shape, packed.layout, packed.value_type, stored.dtype, packed.pattern, linear.transposed
+            packed.shape, packed.layout, packed.written_type, stored.dtype, packed.pattern, linear.transposed
         )
         result.packed_bytes += packed.nbytes
         tensors[key] = torch.zeros(1, dtype=stored.dtype)  # loaders refuse this shape for the weight

@@ -57,7 +57,7 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
     Args:
         weight: ``(out, in)`` fp32, pruned.
         gram: of its inputs.
-        value_type: ``int8`` or ``int4``.
+        value_type: ``int8``, ``int4`` or ``int3``.
         dtype: of the checkpoint that it is written to.
         fixed_mask: keep every value that is not 0. Otherwise one that is nearer to 0 than to its grid becomes 0, and
             the others make up for it.

@@ -24,7 +24,7 @@ class Integers:
         linears: the exponents of the columns of each linear by its name, as records have them.
     """
 
-    values: Literal["int8", "int4"]
+    values: Literal["int8", "int4", "int3"]
     linears: Mapping[str, str]
 
     def of(self, parameters: dict[str, nn.Parameter], chain: Chain, index: int) -> dict[str, nn.Parameter]:
