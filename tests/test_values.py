@@ -301,13 +301,14 @@ def test_exponents_are_needed_to_pack_without_loss(source: Path, tmp_path: Path)
     assert not same(tensors(out), tensors(tmp_path / "again"))
 
 
-def test_a_packed_model_with_exponents_computes_as_the_pruned_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", ["int4", "int3"])
+def test_a_packed_model_with_exponents_computes_as_the_pruned_one(values: str, tmp_path: Path) -> None:
     """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
     source = save_tiny(uneven(tiny_llama()), tiny_tokenizer(), tmp_path / "dense")
     out, ids = tmp_path / "pruned", ids_of(2)
-    sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": "int4"}), out=out)
-    packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4").path
-    assert any(name.endswith("weight_exponents") for name in tensors(packed))
+    sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": values}), out=out)
+    packed = sparsellm.pack(out, out=tmp_path / "packed", values=values).path
+    assert values == "int3" or any(name.endswith("weight_exponents") for name in tensors(packed))
     with torch.no_grad():
         dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         found = sparsellm.load(packed, dtype="float32")
