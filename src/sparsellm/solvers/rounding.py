@@ -72,9 +72,10 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
         start = weight if fixed_mask else _without_small(weight, gram, powers, kind)
         chosen = _Choice(start, gram, powers, replace(Groups.of(start, value_type), dense=False), kind)
         final, best = _Descent(chosen, weight, gram).run()
-    found = (parallel.broadcast_(each.contiguous()) for each in (final, chosen.within_cells(final, best)))
+    found = parallel.broadcast_(final.contiguous())
+    unrounded = parallel.broadcast_(chosen.within_cells(final, best).contiguous())
     exponents = powers.log2().round_().to(torch.int8)
-    return Rounded(*found, exponents if bool(exponents.any()) else None)
+    return Rounded(found, unrounded, exponents if bool(exponents.any()) else None)
 
 
 @dataclass(frozen=True)
