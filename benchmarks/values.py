@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--sparsities", nargs="*", type=float, default=(0.5, 0.7))
-    parser.add_argument("--values", nargs="*", default=("int4",))
+    parser.add_argument("--values", nargs="*", default=("int4", "int3"))
     parser.add_argument("--efforts", nargs="*", type=int, default=(0, 1))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--window", type=int, default=256)

@@ -217,7 +217,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "eval on self": (["eval", "{llama}", "--text", "self"], ["self"]),
     "eval of too little": (["eval", "{llama}", "--text", "pydoc", "--max-tokens", "3"], ["max_tokens", "3"]),
     "inspect nothing": (["inspect", "{tmp}/empty"], ["config.json"]),
-    "pack as nonsense": (["pack", "{llama}", "--out", "{tmp}/p", "--values", "int3"], ["int3", "'int8'"]),
+    "pack as nonsense": (["pack", "{llama}", "--out", "{tmp}/p", "--values", "int5"], ["int5", "'int8'"]),
     "pack onto itself": (["pack", "{llama}", "--out", "{llama}", "--overwrite"], ["is the model itself"]),
     "unpack what is dense": (["unpack", "{llama}", "--out", "{tmp}/p"], ["not packed"]),
     "generate from nothing": (["generate", "{tmp}/nowhere", "x"], ["nowhere"]),

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import open_chain
-from sparsellm.errors import NumericalError, RecipeError
+from sparsellm.errors import NumericalError, RecipeError, StorageError
 from sparsellm.methods import METHODS
+from sparsellm.packed.codes import exponents_of_text
 from sparsellm.packed.grid import on_grid
 from sparsellm.solvers import rounding
 from sparsellm.storage.destination import partial_of
@@ -40,14 +41,29 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+def is_on_grid(result: sparsellm.PruneResult, name: str, weight: Tensor) -> bool:
+    """Whether a weight of int4 in fp32, by the name of its parameter, is on the grid that the result records."""
+    exponents = {each.name: each.exponents for each in result.linears}[name.removesuffix(".weight")]
+    return torch.equal(on_grid(weight.detach(), "int4", torch.float32, exponents_of_text(exponents)), weight)
+
+
+def uneven(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with inputs of uneven size, for which columns take exponents."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ("norm" in name or "ln_" in name) and name.endswith("weight"):
+                weight[::24] *= 8
+    return model
+
+
 @pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     family: Callable[..., PreTrainedModel] = request.param
     dtype = torch.float32 if family is tiny_opt else torch.bfloat16
-    return save_tiny(family().to(dtype), tiny_tokenizer(), tmp_path / "dense")
+    return save_tiny(uneven(family()).to(dtype), tiny_tokenizer(), tmp_path / "dense")
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("values", ["int8", "int4", "int3"])
 @pytest.mark.parametrize("fields", [LOCAL, GLOBAL, SWEPT], ids=["local", "global", "swept"])
 def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], source: Path, tmp_path: Path) -> None:
     out = tmp_path / "pruned"
@@ -55,6 +71,7 @@ def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], s
     sparsellm.pack(out, out=tmp_path / "packed", values=values)
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert same(tensors(out), tensors(tmp_path / "again"))
+    assert any(each.exponents for each in result.linears)
     assert result.sparsity_pruned >= 0.6 - 1e-3
     report = json.loads((out / "pruning.json").read_text())
     assert report["values"] == report["recipe"]["values"] == values
@@ -65,7 +82,11 @@ def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], s
 
 def test_bits_a_weight_are_those_of_the_packed_file(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(hidden_size=64, intermediate_size=256), tiny_tokenizer(), tmp_path / "dense")
-    for values, near in (("int4", 0.3), ("int8", 0.1)):  # a row's last scale may serve fewer than 32 values
+    for values, near in (
+        ("int4", 0.3),
+        ("int3", 0.3),
+        ("int8", 0.1),
+    ):  # a row's last scale may serve fewer than 32 values
         result = sparsellm.prune(source, Recipe(**{**RECIPE, "values": values}), out=tmp_path / values)
         packed = sparsellm.pack(tmp_path / values, out=tmp_path / f"packed-{values}", values=values).to_dict()
         assert result.bits_per_weight == pytest.approx(packed["bits_per_weight"], abs=near)
@@ -83,10 +104,11 @@ def test_n_of_m_stays(tmp_path: Path) -> None:
 def test_sparsity_0_is_quantisation(fields: dict[str, Any]) -> None:
     recipe = Recipe(**{**RECIPE, **fields, "sparsity": 0.0, "values": "int4"})
     dense, model, nearest = tiny_llama(), tiny_llama(), tiny_llama()
-    sparsellm.prune(model, recipe, calibration=ids_of(8))
+    result = sparsellm.prune(model, recipe, calibration=ids_of(8))
     for name, weight in linear_weights(model).items():
         assert not torch.equal(weight, linear_weights(dense)[name]), name
-        assert torch.equal(on_grid(weight.detach(), "int4", torch.float32), weight), name
+        assert is_on_grid(result, name, weight), name
+    assert result.bits_per_weight == 4.5
     with torch.no_grad():
         for weight in linear_weights(nearest).values():
             weight.copy_(on_grid(weight, "int4", torch.float32))
@@ -161,7 +183,7 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: weight.detach().clone() for name, weight in linear_weights(model).items()}
     task = whole_model.SweepTask(
         Feed(chain, ids, 96, Scratch()), dense_end(dense, ids, 96), 1, 0, lambda index: None, learning_rate=0.01,
-        integers=Integers("int4", names),
+        integers=Integers("int4", dict.fromkeys(names, "")),
     )  # fmt: skip
     whole_model.sweep(task)
     with torch.no_grad():
@@ -218,9 +240,10 @@ def test_a_sweep_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.
 def test_weights_that_blocks_share_are_rounded_once() -> None:
     model, ids = sharing_llama(), ids_of(4)
     recipe = Recipe(sparsity=0.5, values="int4", options=SWEPT["options"], products="float32")
-    sparsellm.prune(model, recipe, calibration=ids)
+    result = sparsellm.prune(model, recipe, calibration=ids)
+    recorded = {id(model.get_submodule(each.name).weight): each.name for each in result.linears}
     for name, weight in linear_weights(model).items():
-        assert torch.equal(on_grid(weight.detach(), "int4", torch.float32), weight), name
+        assert is_on_grid(result, recorded[id(weight)], weight), name
 
 
 def test_other_values_are_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,17 +258,61 @@ def test_other_values_are_another_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_experts_are_rounded_too() -> None:
     model = mixtral()
-    sparsellm.prune(model, Recipe(sparsity=0.5, values="int4", options={"effort": 0}), calibration=ids_of(4))
+    recipe = Recipe(sparsity=0.5, values="int4", options={"effort": 0})
+    result = sparsellm.prune(model, recipe, calibration=ids_of(4))
     chain = open_chain(model, device=torch.device("cpu"))
     for index in range(len(chain)):
         with chain.block(index):
             for linear in chain.linears(index):
                 weight = linear.weight()
-                grid = on_grid(weight, "int4", linear.storage_dtype)
-                assert torch.equal(grid, weight) == (not linear.name.endswith("gate")), linear.name
+                if linear.name.endswith("gate"):
+                    assert not torch.equal(on_grid(weight, "int4", linear.storage_dtype), weight), linear.name
+                else:
+                    assert is_on_grid(result, linear.name, weight), linear.name
 
 
-@pytest.mark.parametrize("values", ["int3", "fp8", 4, None])
+@pytest.mark.parametrize("values", ["int2", "fp8", 4, None])
 def test_other_types_are_refused(values: Any) -> None:
     with pytest.raises(RecipeError, match="recipe field values"):
         Recipe(values=values)
+
+
+def test_exponents_are_needed_to_pack_without_loss(source: Path, tmp_path: Path) -> None:
+    """They stand in pruning.json; without it the values are rounded to nearest."""
+    out = tmp_path / "pruned"
+    sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": "int4"}), out=out)
+    content = json.loads((out / "pruning.json").read_text())
+    changed: list[tuple[Callable[[Any], object], str]] = [
+        (lambda linear: linear.update(exponents="12x"), "exponents' is '12x'"),
+        (lambda linear: linear.update(exponents="88"), "2 exponents of"),
+        (lambda linear: linear.update(name="no such"), "no such linear"),
+    ]
+    at = next(index for index, linear in enumerate(content["linears"]) if linear["exponents"])
+    for change, said in changed:
+        other = json.loads(json.dumps(content))
+        change(other["linears"][at])
+        (out / "pruning.json").write_text(json.dumps(other))
+        with pytest.raises(StorageError, match=said):
+            sparsellm.pack(out, out=tmp_path / "packed", values="int4")
+        assert not (tmp_path / "packed").exists()
+    (out / "pruning.json").unlink()
+    sparsellm.pack(out, out=tmp_path / "packed", values="int4")
+    sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
+    assert not same(tensors(out), tensors(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("values", ["int4", "int3"])
+def test_a_packed_model_with_exponents_computes_as_the_pruned_one(values: str, tmp_path: Path) -> None:
+    """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
+    source = save_tiny(uneven(tiny_llama()), tiny_tokenizer(), tmp_path / "dense")
+    out, ids = tmp_path / "pruned", ids_of(2)
+    sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": values}), out=out)
+    packed = sparsellm.pack(out, out=tmp_path / "packed", values=values).path
+    assert values == "int3" or any(name.endswith("weight_exponents") for name in tensors(packed))
+    with torch.no_grad():
+        dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        found = sparsellm.load(packed, dtype="float32")
+        assert torch.equal(found(ids).logits, dense(ids).logits)
+        found.save_pretrained(tmp_path / "saved")
+        again = sparsellm.load(tmp_path / "saved", dtype="float32")
+        assert torch.equal(again(ids).logits, dense(ids).logits)

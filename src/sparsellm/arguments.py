@@ -267,7 +267,7 @@ CHECKS: dict[str, Check] = {
         "give a name such as 'cpu', 'cuda' or 'auto'",
     ),
     "dtype": _typed(Annotated[_DTYPES, BeforeValidator(_name_of)], "give auto, float32, bfloat16 or float16"),
-    "values": _typed(str, "give keep, bf16, fp16, fp32, int8 or int4"),
+    "values": _typed(str, "give keep, bf16, fp16, fp32, int8, int4 or int3"),
     "prompt": Check(_prompt),
     "max_new_tokens": _count(1, MOST_TOKENS),
     "temperature": _typed(Annotated[float, Field(ge=0, le=1e6)], "give 0 (greedy) or a number above, up to 1e6"),

@@ -70,7 +70,7 @@ CALIBRATION, RESOURCES, OUTPUT = "Calibration", "Resources", "Output"
 FLAG = ""  # typer shows the type of an option without a metavar, even where no value follows
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda", "mps", "auto")
-VALUES = ("keep", "bf16", "fp16", "fp32", "int8", "int4")
+VALUES = ("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3")
 SOURCES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:")
 BOS = ("auto", "yes", "no")
 BOS_HELP = (
@@ -230,9 +230,9 @@ def prune(  # noqa: PLR0913 - a command
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="Round kept values while pruning, to int8 or int4; `sparsellm pack --values` then stores them "
+            help="Round kept values while pruning, to int8, int4 or int3; `sparsellm pack --values` then stores them "
             f"without loss.{_default('keep')}",
-            autocompletion=_one_of("keep", "int8", "int4"),
+            autocompletion=_one_of("keep", "int8", "int4", "int3"),
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -863,7 +863,7 @@ def pack(  # noqa: PLR0913 - a command
         str,
         typer.Option(
             metavar="TYPE",
-            help="Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8 or int4.",
+            help="Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
             autocompletion=_one_of(*VALUES),
             rich_help_panel="Values",
         ),

@@ -66,10 +66,10 @@ class Recipe(BaseModel):
         description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; `allocation` divides "
         "them among the linears.",
     )
-    values: Literal["keep", "int8", "int4"] = Field(
+    values: Literal["keep", "int8", "int4", "int3"] = Field(
         "keep",
-        description="Type of the kept values: 'keep' for the checkpoint's own; 'int8' or 'int4' to round them, each "
-        "making up for the others, to numbers that `sparsellm pack` stores in that type without loss.",
+        description="Type of the kept values: 'keep' for the checkpoint's own; 'int8', 'int4' or 'int3' to round them, "
+        "each making up for the others, to numbers that `sparsellm pack` stores in that type without loss.",
     )
     pattern: str | None = Field(
         None,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, RecipeError, SparseLLMError, StorageError
-from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES, best_group
+from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES, best_group, widened
 from sparsellm.packed.layout import PackedWeight, as_bitmask, pack, unpack, unpack_rows
 from sparsellm.packed.validation import validate
 from sparsellm.patterns import NM
@@ -301,3 +301,43 @@ def test_packing_round_trips(rows: int, columns: int, sparsity: float, values: s
         assert torch.equal(unpack(packed), weight)
     again = packed_of(unpack(packed, torch.float32), values if values in FLOAT_TYPES else "fp32")
     assert torch.equal(unpack(again, torch.float32), unpack(packed, torch.float32))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_int3_is_int4_of_few_numbers_and_three_bits_in_a_file(sparsity: float) -> None:
+    weight = sparse_weight(7, 101, sparsity)
+    packed = pack(weight, "int3")
+    assert packed is not None
+    validate(packed, "w")
+    assert (packed.value_type, packed.written_type) == ("int4", "int3")
+    slots = int(packed.offsets[-1])
+    written = packed.stored["values"]
+    assert len(written) == (3 * slots + 7) // 8
+    assert torch.equal(widened(written, slots), packed.values)
+    # The first value of the second row, bit by bit, as docs/format.md tells it.
+    at = 3 * int(packed.offsets[2])
+    code = sum((int(written[(at + bit) // 8]) >> (at + bit) % 8 & 1) << bit for bit in range(3))
+    assert packed.scales is not None
+    column = int(weight[2].nonzero()[0]) if packed.layout == "bitmask" else 0
+    value = (code - 4) * float(packed.scales[2, column // int(packed.group or 1)])
+    assert float(unpack(packed)[2, column]) == value
+
+
+@pytest.mark.parametrize(
+    ("data", "values"),
+    [
+        (torch.zeros(3, dtype=torch.uint8), 6),  # 9 values of three bits need 4 bytes, 6 need 3
+        (torch.zeros(4, dtype=torch.uint8), 6),
+        (torch.zeros(3, dtype=torch.uint8), -2),
+        (torch.zeros(3, dtype=torch.uint8), 7),
+        (torch.zeros(3, dtype=torch.int8), 6),
+        (torch.zeros(3, 1, dtype=torch.uint8), 6),
+        (torch.tensor([0, 0, 128], dtype=torch.uint8), 6),
+    ],
+)
+def test_what_is_no_row_of_three_bits_is_refused(data: torch.Tensor, values: int) -> None:
+    if (data.dtype, tuple(data.shape), values, int(data.sum())) == (torch.uint8, (3,), 6, 0):
+        assert torch.equal(widened(data, values), torch.full((3,), 4 | 4 << 4, dtype=torch.uint8))
+        return
+    with pytest.raises(StorageError, match="three bits"):
+        widened(data, values)

@@ -56,7 +56,7 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
 
     from sparsellm.errors import SparseLLMError
     from sparsellm.packed.checkpoint import PackedEntry, PackedReader, quantization_config
-    from sparsellm.packed.codes import VALUE_TYPES
+    from sparsellm.packed.codes import WRITTEN_TYPES
     from sparsellm.packed.layout import pack
     from sparsellm.patterns import NM
 
@@ -72,11 +72,11 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
                 weight = weight * NM(2, 4).mask(weight.abs())
             elif layout == "bitmask":
                 weight[torch.rand(weight.shape) < 0.5] = 0
-            for values in VALUE_TYPES:
-                packed = pack(weight, values, layout)
+            for values in WRITTEN_TYPES:
+                packed = pack(weight, values, layout, exponents=torch.randint(-8, 8, weight.shape[1:]).to(torch.int8))
                 assert packed is not None
                 entry = PackedEntry(packed.shape, layout, values, torch.float32, packed.pattern)
-                tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.tensors.items()}
+                tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.stored.items()}
                 content = save({**tensors, "w.weight": torch.zeros(1)})
                 originals.append((content, json.dumps({"quantization_config": quantization_config({"w": entry})})))
     with tempfile.TemporaryDirectory() as folder:

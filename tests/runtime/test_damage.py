@@ -97,7 +97,7 @@ def test_a_changed_or_missing_file_is_found_by_its_checksum(packed: Path, tmp_pa
         ({**listed, "sha256": {"x" * 300: digest}}, "xxx"),
         ({**listed, "sha256": {"x\n": digest}}, "x\\n"),
         ({**listed, "sha256": {name: digest}}, "does not list"),
-        ({**listed, "format_version": 3}, "format version 3"),
+        ({**listed, "format_version": 4}, "format version 4"),
         ([], "object"),
     ):
         (directory / "packed.json").write_text(json.dumps(wrong))

@@ -147,9 +147,11 @@ def test_codes_of_n_m_are_computed_with_as_bits() -> None:
 
 
 def test_the_operator_keeps_torch_s_rules() -> None:
-    packed = packed_of(sparse_weight(24, 70, 0.5), "int8")
+    exponents = torch.arange(70).remainder(16).sub(8).to(torch.int8)
+    packed = pack(sparse_weight(24, 70, 0.5), "int8", exponents=exponents)
+    assert packed is not None
     x = torch.randn(5, 70, requires_grad=True)
-    arguments = (x, packed.mask, packed.values, packed.offsets, packed.scales, "int8", False)
+    arguments = (x, packed.mask, packed.values, packed.offsets, packed.scales, exponents, "int8", False)
     torch.library.opcheck(runtime_module.packed_linear, arguments)
 
 

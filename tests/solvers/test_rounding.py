@@ -6,10 +6,13 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsellm.packed.codes import EXPONENTS, exponents_of_text, text_of_exponents
 from sparsellm.packed.grid import HIGHEST, INTEGERS, LOWEST, Groups, on_grid
-from sparsellm.packed.layout import pack, unpack
+from sparsellm.packed.layout import form_of, pack, unpack
 from sparsellm.patterns import NM, Pattern, Unstructured
 from sparsellm.solvers import rounding
 from sparsellm.solvers.rounding import rounded
@@ -40,7 +43,7 @@ def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torc
     found = rounded(weight, gram, values, dtype, fixed_mask=isinstance(pattern, NM))
     stored = found.weight.to(dtype)
     assert torch.equal(stored.float(), found.weight)
-    packed = pack(stored, values)
+    packed = pack(stored, values, exponents=found.exponents)
     assert packed is not None
     assert torch.equal(unpack(packed, dtype), stored)
     share = 0.8 if pattern.sparsity == 0.9 else 0.5  # the fewer values, the less they can make up for
@@ -51,8 +54,10 @@ def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torc
         assert torch.equal(zeros, before)
     # What training goes on from is another weight that rounds to this one, also after it was stored.
     unrounded = found.unrounded.to(dtype).float()
-    assert torch.equal(on_grid(unrounded, values, dtype), found.weight)
-    assert torch.equal(unrounded == 0, zeros)
+    assert torch.equal(on_grid(unrounded, values, dtype, found.exponents), found.weight)
+    assert bool(zeros[unrounded == 0].all())
+    if packed.layout != "dense":  # where 0 is a number like the others
+        assert torch.equal(unrounded == 0, zeros)
     if values == "int4":
         assert int((unrounded != found.weight).sum()) > 0.5 * int((~zeros).sum())
 
@@ -60,19 +65,21 @@ def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torc
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_value_is_a_whole_number_of_its_scale(dtype: torch.dtype) -> None:
     """By 64 columns of a row, of which half are kept, without the code that made the groups."""
-    weight = rounded(pruned(6, 200, Unstructured(0.5)), gram_of(200), "int4", dtype).weight
-    for row in weight:
+    found = rounded(pruned(6, 200, Unstructured(0.5)), gram_of(200), "int4", dtype)
+    exponents = torch.zeros(200) if found.exponents is None else found.exponents
+    for row in found.weight / 2.0**exponents:
         for columns in row.split(64):
             group = columns[columns != 0]
             scale = -group[group.abs().argmax()] / 8
             whole = (group / scale).round()
             assert bool(((whole >= -8) & (whole <= 7) & (whole != 0)).all())
-            assert torch.equal((whole * scale).to(dtype).float(), group)
+            assert torch.allclose(whole * scale, group, rtol=2**-8 if dtype != torch.float32 else 0.0)
             assert float(scale.bfloat16()) == float(scale)
 
 
 def test_half_a_scale_is_not_rounded_to_zero() -> None:
-    weight = torch.tensor([[-8.0, 0.5, -0.5, 0.25, 0.0]])
+    weight = torch.zeros(1, 128)
+    weight[0, :4] = torch.tensor([-8.0, 0.5, -0.5, 0.25])
     for values, scale in (("int4", 1.0), ("int8", 8 / 127)):
         found = on_grid(weight, values, torch.float32)
         assert torch.equal(found != 0, weight != 0)
@@ -92,8 +99,9 @@ def best_by_brute_force(weight: Tensor, fixed: int, scale: float, values: str, g
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_is_near_the_best_of_all_grid_points(seed: int) -> None:
+def test_is_near_the_best_of_all_grid_points(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the scale and the anchor that were chosen; the descent moves one value at a time and may miss the best."""
+    monkeypatch.setattr(rounding, "POWERS", ())
     weight, gram = pruned(1, 6, Unstructured(1 / 3), seed), gram_of(6, seed=seed)
     found = rounded(weight, gram, "int4", torch.float32, fixed_mask=True).weight
     fixed = int(found.abs().argmax())
@@ -101,7 +109,8 @@ def test_is_near_the_best_of_all_grid_points(seed: int) -> None:
     assert least - 1e-9 <= loss(found, weight, gram) <= 1.5 * least + 1e-9
 
 
-def test_no_single_value_can_be_improved() -> None:
+def test_no_single_value_can_be_improved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "POWERS", ())
     weight, gram = pruned(3, 40, Unstructured(0.5)), gram_of(40)
     found = rounded(weight, gram, "int4", torch.float32).weight
     lowest, groups = loss(found, weight, gram), Groups.of(found, "int4")
@@ -141,3 +150,67 @@ def test_an_empty_row_stays_empty() -> None:
         found = rounded(weight, gram_of(32), values, torch.bfloat16).weight
         assert int(found[2].count_nonzero()) == 0
         assert int(found[1].count_nonzero()) > 0
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_exponents_of_columns_lower_the_error(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, sizes = pruned(48, 128, Unstructured(0.5)), torch.ones(128)
+    sizes[::32] = 16.0
+    x = weight_of(400, 128, seed=1) * sizes
+    gram = Gram(x.T @ x / 400, 400)
+    found = rounded(weight, gram, values, torch.float32)
+    assert found.exponents is not None
+    assert set(found.exponents[::32].tolist()) == {-1}  # the large inputs take finer steps
+    assert set(found.exponents[1:32].tolist()) == {0}
+    monkeypatch.setattr(rounding, "POWERS", ())
+    plain = rounded(weight, gram, values, torch.float32)
+    assert plain.exponents is None
+    assert loss(found.weight, weight, gram) < 0.9 * loss(plain.weight, weight, gram)
+
+
+def test_alike_inputs_have_no_exponents() -> None:
+    weight = pruned(8, 64, Unstructured(0.5))
+    assert rounded(weight, Gram(torch.eye(64), 100), "int4", torch.float32).exponents is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(INTEGERS), st.sampled_from(DTYPES), st.sampled_from([0.0, 0.1, 0.5, 0.95]), st.integers(0, 2**32)
+)
+def test_with_any_exponents_packing_finds_the_numbers_again(
+    values: str, dtype: torch.dtype, zeros: float, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 72, generator=random) * 0.05
+    weight[torch.rand(5, 72, generator=random) < zeros] = 0.0
+    exponents = torch.randint(EXPONENTS.start, EXPONENTS.stop, (72,), generator=random).to(torch.int8)
+    found = on_grid(weight, values, dtype, exponents)
+    assert torch.equal(on_grid(found, values, dtype, exponents), found)
+    packed = pack(found.to(dtype), values, exponents=exponents)
+    assert packed is not None
+    assert torch.equal(unpack(packed, dtype).float(), found)
+    assert exponents.tolist() == exponents_of_text(text_of_exponents(exponents)).tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("values", INTEGERS)
+def test_in_a_dense_weight_zero_is_a_number_like_the_others(values: str) -> None:
+    weight, gram = weight_of(64, 64), gram_of(64)
+    weight[:, 5] = 0.0
+    found = rounded(weight, gram, values, torch.bfloat16)
+    assert form_of(found.weight, values)[0] == "dense"
+    assert int(found.weight[:, 5].count_nonzero()) == 0  # but a pruned one stays
+    assert not bool((found.weight.signbit() & (found.weight == 0)).any())
+    if values == "int4":
+        zero = (found.weight == 0) & (weight != 0)
+        assert int(zero.sum()) > 0.02 * weight.numel()
+        assert int((found.unrounded[zero] != 0).sum()) > 0.5 * int(zero.sum())  # training may move it away again
+
+
+def test_many_small_weights_leave_no_dense_form() -> None:
+    """Rounded to 0 they would be so many that a bitmask were smaller, whose groups are others."""
+    weight, gram = weight_of(48, 64) ** 5, gram_of(64)
+    for values in INTEGERS:
+        found = rounded(weight, gram, values, torch.float32)
+        packed = pack(found.weight, values, exponents=found.exponents)
+        assert packed is not None
+        assert torch.equal(unpack(packed), found.weight)

@@ -13,6 +13,7 @@ from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.machine import heap
+from sparsellm.packed.codes import text_of_exponents
 from sparsellm.packed.grid import INTEGERS
 from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
@@ -43,6 +44,7 @@ class LinearResult:
         history: one record for each iteration, for methods that iterate.
         tokens: the number of calibration tokens that were routed to it, if it belongs to an expert; else None.
         pattern: its N:M, such as ``2:4``; None for zeros anywhere.
+        exponents: of the columns of integer values, a hexadecimal digit each (the exponent plus 8); empty if all are 0.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LinearResult:
     history: tuple[dict[str, Any], ...] = ()
     tokens: int | None = None
     pattern: str | None = None
+    exponents: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -94,10 +97,11 @@ class BlockTask:
         routed: by name, the number of tokens that were routed to the linears of experts.
         output_costs: ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an error there to the loss, to
             second order. For methods that need them.
-        values: the type of the kept values: ``keep``, ``int8`` or ``int4``.
+        values: the type of the kept values: ``keep``, ``int8``, ``int4`` or ``int3``.
         unrounded: by name, the weights from which training goes on, in the storage dtype; they round to the assigned
             ones. Filled if values are rounded and ``trained`` is set.
         trained: whether a sweep follows.
+        exponents: of the columns of rounded linears, by name, as in their results.
     """
 
     index: int
@@ -114,6 +118,7 @@ class BlockTask:
     values: str = "keep"
     unrounded: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False
+    exponents: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
         """Runs the block on every batch, to call the hooks on its linears."""
@@ -204,6 +209,7 @@ class BlockTask:
             fixed = isinstance(self.patterns[linear.name], NM)
             found = rounded(solution.weight, gram, self.values, linear.storage_dtype, fixed_mask=fixed)
             energy, lost = gram.energy(wanted), gram.energy(found.weight, minus=wanted)
+        self.exponents[linear.name] = text_of_exponents(found.exponents)
         if self.trained and not self.stream.chain.is_shared(linear.weight_name):  # later blocks run on a shared one
             self.unrounded[linear.name] = found.unrounded.to(linear.storage_dtype)
         return replace(
@@ -228,6 +234,7 @@ class BlockTask:
                 history=tuple(self.history.get(result.name, ())),
                 tokens=self.routed.get(result.name),
                 pattern=str(pattern) if isinstance(pattern := self.patterns[result.name], NM) else None,
+                exponents=self.exponents.get(result.name, ""),
             )
             for result in self.results
         ]

@@ -1,9 +1,9 @@
 """Reads and checks packed checkpoints on disk; ``docs/format.md`` describes the format.
 
 A packed checkpoint is a directory of safetensors files like any other, but a packed linear ``X`` has
-``X.weight_mask``, ``X.weight_values``, ``X.weight_offsets`` and, for integers, ``X.weight_scales``; ``X.weight`` is a
-placeholder. ``quantization_config`` of ``config.json`` describes them. ``packed.json`` has the SHA-256 of the weight
-files and of that description.
+``X.weight_mask``, ``X.weight_values``, ``X.weight_offsets`` (unless it is dense) and, for integers, ``X.weight_scales``
+and perhaps ``X.weight_exponents``; ``X.weight`` is a placeholder. ``quantization_config`` of ``config.json`` describes
+them. ``packed.json`` has the SHA-256 of the weight files and of that description.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from torch import Tensor
 
 from sparsellm.errors import StorageError
 from sparsellm.inputs.json_input import read_object
-from sparsellm.packed.codes import FLOAT_TYPES
-from sparsellm.packed.layout import PackedWeight, unpack
+from sparsellm.packed.codes import FLOAT_TYPES, widened
+from sparsellm.packed.layout import PackedWeight, dense_offsets, unpack
 from sparsellm.packed.validation import PACK_AGAIN, validate
 from sparsellm.sources.cache import sha256
 from sparsellm.storage.reader import CheckpointReader
 
 QUANT_METHOD = "sparsellm"
-FORMAT_VERSION = 2
-READABLE = (1, 2)  # version 1 had no layout dense, and int4 a scale for each 32 values in place of columns
+FORMAT_VERSION = 3
+# Version 2 had offsets of dense weights and no exponents. Version 1 had no layout dense, and int4 a scale for each 32
+# values in place of columns.
+READABLE = (1, 2, 3)
 MANIFEST = "packed.json"
-FIELDS = ("mask", "values", "offsets", "scales")
+FIELDS = ("mask", "values", "offsets", "scales", "exponents")
 
 _Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -47,7 +49,7 @@ class _WrittenEntry(BaseModel):
 
     shape: tuple[_Count, _Count]
     layout: Literal["bitmask", "nm", "dense"]
-    value_type: Literal["bf16", "fp16", "fp32", "int8", "int4"]
+    value_type: Literal["bf16", "fp16", "fp32", "int8", "int4", "int3"]
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
     pattern: tuple[_Count, _Count] | None = None
     transposed: StrictBool = False
@@ -182,7 +184,8 @@ class PackedReader(CheckpointReader):
                 it; ``save_pretrained`` writes the dtype in which the model was loaded.
         """
         parts = {field: f"{name}.weight_{field}" for field in FIELDS if f"{name}.weight_{field}" in self}
-        missing = [field for field in FIELDS[:3] if field not in parts]
+        needed = FIELDS[:2] if entry.layout == "dense" else FIELDS[:3]
+        missing = [field for field in needed if field not in parts]
         if f"{name}.weight" not in self:
             missing.append("placeholder")
         if missing:
@@ -219,15 +222,25 @@ class PackedReader(CheckpointReader):
         """
         entry = self.entries[name]
         parts = {field: super(PackedReader, self).get(key) for field, key in self._parts[name].items()}
+        narrow = entry.value_type == "int3"
+        value_type = "int4" if narrow else entry.value_type
+        offsets = parts["offsets"] if "offsets" in parts else dense_offsets(entry.shape, value_type)
+        if narrow:
+            try:
+                parts["values"] = widened(parts["values"], int(offsets[-1]) if offsets.numel() else 0)
+            except StorageError as error:
+                raise StorageError(f"packed weight {name}: {error}") from None
         packed = PackedWeight(
             entry.shape,
             entry.layout,
             parts["mask"],
             parts["values"],
-            parts["offsets"],
+            offsets,
             parts.get("scales"),
-            entry.value_type,
+            value_type,
             entry.pattern,
+            parts.get("exponents"),
+            narrow,
         )
         validate(packed, name)
         return packed
@@ -333,7 +346,7 @@ def _check_version(version: Any) -> None:
     if type(version) is not int or version not in READABLE:
         raise StorageError(
             f"the packed checkpoint has format version {version!r:.40} and this sparsellm reads "
-            f"{' and '.join(map(str, READABLE))}; "
+            f"{', '.join(map(str, READABLE))}; "
             "update sparsellm, or pack the model again"
         )
 

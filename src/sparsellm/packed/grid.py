@@ -1,9 +1,15 @@
 """Weights that a packed integer type represents exactly: whole numbers times the scale of their group.
 
-A group is what shares a scale: a row for int8; for int4 so many columns of a row that about 32 values are kept. Its
-value of largest magnitude, the *anchor*, stands at the end of the grid (-8 or ±127). So the scale can be read off the
-weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same numbers again. No
-kept value is 0: it would leave the mask.
+A group is what shares a scale: a row for int8; for int4 and int3 so many columns of a row that about 32 values are
+kept. Its value of largest magnitude, the *anchor*, stands at the end of the grid (-8, -4 or ±127). So the scale can be
+read off the weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same numbers
+again.
+
+Columns may have exponents: every value of a column is then multiplied by that power of two, exactly, and magnitudes
+compare without it. They cannot be read off a weight; who has them passes them on.
+
+In a weight that is packed with a bitmask no value becomes 0: it would leave the mask. In one that has so few zeros that
+it is packed dense, 0 is a number like the others.
 """
 
 from __future__ import annotations
@@ -13,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsellm.packed.layout import int4_group
+from sparsellm.packed.codes import ENDS, powers_of
+from sparsellm.packed.layout import form_of
 
-INTEGERS = ("int8", "int4")
-LOWEST = {"int8": -127, "int4": -8}
-HIGHEST = {"int8": 127, "int4": 7}
-BITS = {"int8": 8.0, "int4": 4.5}  # of a kept value; with its share of a scale for int4, if a group keeps 32
+INTEGERS = ("int8", "int4", "int3")
+LOWEST = {"int8": -127, **{values: ends[0] for values, ends in ENDS.items()}}
+HIGHEST = {"int8": 127, **{values: ends[1] for values, ends in ENDS.items()}}
+BITS = {"int8": 8.0, "int4": 4.5, "int3": 3.5}  # of a kept value, with its share of a scale, if a group keeps 32
 
 
 @dataclass(frozen=True)
@@ -28,16 +35,18 @@ class Groups:
     Attributes:
         columns: of the weight.
         size: columns of a group; the last group of a row may have fewer.
+        dense: whether the weight is packed dense, where 0 is a number of the grid.
     """
 
     columns: int
     size: int
+    dense: bool = False
 
     @classmethod
     def of(cls, weight: Tensor, value_type: str) -> Groups:
         """The groups in which ``weight`` would be packed; they depend on its zeros alone."""
-        columns = weight.shape[1]
-        return cls(columns, columns if value_type == "int8" else int4_group(weight))
+        layout, group = form_of(weight, value_type)
+        return cls(weight.shape[1], group or weight.shape[1], layout == "dense")
 
     def collect(self, dense: Tensor) -> Tensor:
         """The values ``(groups, size)`` of a matrix ``(out, in)``, with 0 beyond its columns."""
@@ -53,42 +62,54 @@ def anchors(grouped: Tensor) -> Tensor:
     return grouped.abs().argmax(dim=1, keepdim=True)
 
 
-def scales_of(extreme: Tensor, value_type: str, dtype: torch.dtype) -> Tensor:
+def scales_of(extreme: Tensor, value_type: str, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
     """The scales with which these values become anchors, in fp32 as they are read from a packed file.
 
     Args:
-        extreme: ``(groups, 1)``; rounded to ``dtype`` for int8, and to bf16 for int4, so that the anchor is exact.
-        value_type: ``int8`` or ``int4``.
+        extreme: ``(groups, 1)``; rounded to ``dtype`` for int8, and to bf16 otherwise, so that the anchor is exact.
+        value_type: ``int8``, ``int4`` or ``int3``.
         dtype: of the checkpoint.
+        unit: the power of two of each one's column, ``(groups, 1)``; None for 1. The anchor is ``extreme`` times it.
     """
+    one = torch.ones_like(extreme) if unit is None else unit
     if value_type == "int8":
-        return extreme.abs().to(dtype).float() / 127
-    return (extreme / -8).bfloat16().float().mul_(8).to(dtype).float() / 8  # again: fp16 has a narrower range
+        return (extreme.abs() * one).to(dtype).float() / one / 127
+    # Rounded again: fp16 has a narrower range.
+    end = -LOWEST[value_type] * one
+    return (extreme / LOWEST[value_type]).bfloat16().float().mul_(end).to(dtype).float() / end
 
 
-def whole_numbers(values: Tensor, scales: Tensor, value_type: str) -> Tensor:
-    """The nearest numbers of the grid, without 0, in units of ``scales``; 0 for a value of 0."""
+def whole_numbers(values: Tensor, scales: Tensor, value_type: str, *, zero: bool = False) -> Tensor:
+    """The nearest numbers of the grid in units of ``scales``, without 0 unless ``zero``; 0 for a value of 0."""
     units = torch.where(scales == 0, 0.0, values / scales)
     whole = units.round().clamp_(LOWEST[value_type], HIGHEST[value_type])
-    return torch.where(whole == 0, units.sign(), whole)
+    return whole if zero else torch.where(whole == 0, units.sign(), whole)
 
 
 def as_stored(whole: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of whole numbers, fp32, rounded as a checkpoint in ``dtype`` has them."""
-    return (whole * scales).to(dtype).float()
+    return (whole * scales).to(dtype).float().add_(0.0)  # 0 times a negative scale is -0.0
 
 
-def on_grid(weight: Tensor, value_type: str, dtype: torch.dtype) -> Tensor:
+def on_grid(weight: Tensor, value_type: str, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
     """The weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero. fp32.
 
     The scales follow from the largest magnitudes of ``weight``, so nothing is clipped.
 
     Args:
         weight: fp32.
-        value_type: ``int8`` or ``int4``.
+        value_type: ``int8``, ``int4`` or ``int3``.
         dtype: of the checkpoint that it is written to.
+        exponents: int8 ``(in,)``, of the columns; None for none.
     """
     groups = Groups.of(weight, value_type)
-    grouped = groups.collect(weight)
-    scales = scales_of(grouped.gather(1, anchors(grouped)), value_type, dtype)
-    return groups.spread(as_stored(whole_numbers(grouped, scales, value_type), scales, dtype))
+    powers = torch.ones(weight.shape[1], device=weight.device) if exponents is None else powers_of(exponents)
+    units = groups.collect(powers.expand_as(weight))
+    grouped = groups.collect(weight / powers)
+    places = anchors(grouped)
+    scales = scales_of(grouped.gather(1, places), value_type, dtype, units.gather(1, places))
+    if groups.dense:
+        found = groups.spread(as_stored(whole_numbers(grouped, scales, value_type, zero=True), scales * units, dtype))
+        if Groups.of(found, value_type).dense:
+            return found
+    return groups.spread(as_stored(whole_numbers(grouped, scales, value_type), scales * units, dtype))

@@ -15,12 +15,14 @@ from torch import Tensor
 from sparsellm.errors import RecipeError, StorageError, nearest
 from sparsellm.packed.codes import (
     FLOAT_TYPES,
+    GROUPED,
     best_group,
     bytes_of_values,
     decode_values,
     encode_values,
     group_of,
     groups_of,
+    narrowed,
     resolve_value_type,
 )
 from sparsellm.packed.masks import decode_groups, encode_groups, from_bits, mask_stride, row_bytes, to_bits
@@ -49,6 +51,9 @@ class PackedWeight:
             ``(out, ⌈in/group⌉)``, one for each ``group`` (32, 64, … 1024) consecutive columns of a row, kept or not.
         value_type: ``bf16``, ``fp16``, ``fp32``, ``int8`` or ``int4``.
         pattern: ``(n, m)`` of the layout ``nm``, else None.
+        exponents: int8 ``(in,)``, -8 … 7, with integers: column ``j`` is multiplied by ``2^exponents[j]``; None for
+            none.
+        narrow: whether all values of int4 are -4 … 3, so that a file has them as int3.
     """
 
     shape: tuple[int, int]
@@ -59,12 +64,27 @@ class PackedWeight:
     scales: Tensor | None
     value_type: str
     pattern: tuple[int, int] | None = None
+    exponents: Tensor | None = None
+    narrow: bool = False
+
+    @property
+    def written_type(self) -> str:
+        """The type of the values in a file."""
+        return "int3" if self.narrow else self.value_type
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, by field."""
+        """The tensors in memory, by field."""
         tensors = {"mask": self.mask, "values": self.values, "offsets": self.offsets}
-        return tensors if self.scales is None else {**tensors, "scales": self.scales}
+        more = {"scales": self.scales, "exponents": self.exponents}
+        return tensors | {field: tensor for field, tensor in more.items() if tensor is not None}
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors in a file, by field: all rows of a dense weight are as long, so it has no offsets there."""
+        left_out = "offsets" if self.layout == "dense" else None
+        written = {field: tensor for field, tensor in self.tensors.items() if field != left_out}
+        return {**written, "values": narrowed(self.values)} if self.narrow else written
 
     @property
     def group(self) -> int | None:
@@ -75,8 +95,8 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, in memory as on disk."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        """Bytes of all tensors in a file."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored.values())
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device."""
@@ -85,7 +105,11 @@ class PackedWeight:
 
 
 def pack(
-    weight: Tensor, value_type: str = "keep", layout: str = "auto", group: int | None = None
+    weight: Tensor,
+    value_type: str = "keep",
+    layout: str = "auto",
+    group: int | None = None,
+    exponents: Tensor | None = None,
 ) -> PackedWeight | None:
     """The packed form of a weight, or None if the dense weight is smaller.
 
@@ -99,6 +123,7 @@ def pack(
         layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
             bits), or ``auto`` for the smallest one.
         group: columns that share a scale of int4; None for so many that about 32 of them are kept.
+        exponents: int8 ``(in,)``, of the columns, for integers; None for none.
 
     Returns:
         The packed weight on the CPU; None if ``layout`` is ``auto`` and the dense weight takes no more bytes.
@@ -136,18 +161,29 @@ def pack(
     elif layout == "dense":
         kept = torch.ones_like(kept)
         mask = to_bits(kept[:1])
-    values, offsets, scales = encode_values(weight, kept, value_type, group)
+    exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
+    values, offsets, scales = encode_values(weight, kept, value_type, group, exponents)
     shape = (weight.shape[0], weight.shape[1])
-    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, pair)
+    narrow = value_type == "int3"
+    value_type = "int4" if narrow else value_type
+    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, pair, exponents, narrow)
 
 
-def int4_group(weight: Tensor) -> int:
-    """The columns of a row that share a scale where :func:`pack` stores this weight ``(out, in)`` as int4."""
+def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
+    """The layout in which :func:`pack` stores a weight ``(out, in)``, and the columns that share a scale, if any do.
+
+    Both depend on its zeros alone.
+    """
     weight = weight.detach().cpu()
-    forms = _forms(weight, weight != 0, _detect(weight), "int4", None)
-    group = min(forms.values(), key=lambda form: form[0])[1]
-    assert group is not None
-    return group
+    forms = _forms(weight, weight != 0, _detect(weight), value_type, None)
+    layout = min(forms, key=lambda name: forms[name][0])
+    return layout, forms[layout][1]
+
+
+def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:
+    """The offsets of a weight in the layout ``dense``, int64 ``(out + 1,)``."""
+    out, columns = shape
+    return torch.arange(out + 1) * (columns + columns % 2 if value_type == "int4" else columns)
 
 
 def _forms(
@@ -166,10 +202,11 @@ def _forms(
     forms: dict[str, tuple[int, int | None]] = {}
     for layout, (values, index) in wanted.items():
         columns_of_scale = None
-        if value_type == "int4":
+        if value_type in GROUPED:
             columns_of_scale = group or best_group(int(values.sum()) / weight.numel())
         groups = groups_of(columns, columns_of_scale or 1)
-        forms[layout] = (index + 8 * (out + 1) + bytes_of_values(values, value_type, groups), columns_of_scale)
+        index += 0 if layout == "dense" else 8 * (out + 1)
+        forms[layout] = (index + bytes_of_values(values, value_type, groups), columns_of_scale)
     return forms
 
 
@@ -188,7 +225,14 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, dtype: torch.dtype)
     mask = packed.mask.expand(last, -1) if packed.layout == "dense" else packed.mask
     kept = from_bits(mask[first:last], packed.shape[1])
     values = decode_values(
-        packed.value_type, packed.values, packed.offsets, packed.scales, slice(first, last), kept, packed.group
+        packed.value_type,
+        packed.values,
+        packed.offsets,
+        packed.scales,
+        slice(first, last),
+        kept,
+        packed.group,
+        packed.exponents,
     )
     dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
     return dense.masked_scatter_(kept, values.to(dtype))

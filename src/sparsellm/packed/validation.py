@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import StorageError
-from sparsellm.packed.codes import FLOAT_TYPES, SCALES_OF, STORED_AS, VALUE_TYPES, group_of
+from sparsellm.packed.codes import EXPONENTS, FLOAT_TYPES, SCALES_OF, STORED_AS, VALUE_TYPES, group_of
 from sparsellm.packed.layout import LAYOUTS, PackedWeight
 from sparsellm.packed.masks import PATTERNS, decode_groups, from_bits, mask_stride, popcount, row_bytes
 from sparsellm.patterns import NM
@@ -21,7 +21,7 @@ def validate(packed: PackedWeight, name: str) -> None:
         StorageError: value type, layout or pattern is unknown; types or shapes of the tensors do not fit together; an
             offset is out of range or less than the one before it; the number of values in a row is not the number of
             inputs that its mask keeps; a padding bit is set, or a bit of a dense weight's mask is not; a code is not
-            below C(m, n); or a scale is not finite.
+            below C(m, n); a scale is not finite; or an exponent is not -8 … 7.
             The message contains ``name``.
     """
     try:
@@ -29,6 +29,7 @@ def validate(packed: PackedWeight, name: str) -> None:
         offsets = _check_offsets(packed)
         _check_counts(_counts(packed), offsets, packed.value_type)
         _check_scales(packed)
+        _check_exponents(packed)
     except ValueError as error:
         raise StorageError(f"packed weight {name}: {error}; {PACK_AGAIN}") from None
 
@@ -113,6 +114,16 @@ def _check_scales(packed: PackedWeight) -> None:
         shape = (out, groups)
     _check_tensor("scales", packed.scales, SCALES_OF[packed.value_type], shape)
     _require(bool(torch.isfinite(packed.scales).all()), "a scale is not finite")
+
+
+def _check_exponents(packed: PackedWeight) -> None:
+    if packed.exponents is None:
+        return
+    _require(packed.value_type not in FLOAT_TYPES, f"exponents with values of type {packed.value_type}")
+    _check_tensor("exponents", packed.exponents, torch.int8, (packed.shape[1],))
+    least, most = int(packed.exponents.min()), int(packed.exponents.max())
+    wrong = least if least < EXPONENTS.start else most
+    _require(wrong in EXPONENTS, f"an exponent is {wrong}, not one of {EXPONENTS.start} to {EXPONENTS.stop - 1}")
 
 
 def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -136,13 +136,17 @@ class PruneResult:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits of a weight of the pruned linears, packed with a bitmask in the type to which the values were rounded;
-        None if they were kept."""
+        """Bits of a weight of the pruned linears, packed in the type to which the values were rounded, with a bitmask
+        or dense; None if they were kept."""
         if self.recipe.values == "keep" or not self.weights:
             return None
-        rows = sum(linear.shape[0] for linear in self.linears)
-        bits = self.weights + BITS[self.recipe.values] * (self.weights - self.zeros) + 64 * rows
-        return (bits + (32 * rows if self.recipe.values == "int8" else 0)) / self.weights
+        of_row, of_value = 32 if self.recipe.values == "int8" else 0, BITS[self.recipe.values]
+        bits = 0.0
+        for linear in self.linears:
+            rows, weights = linear.shape[0], linear.shape[0] * linear.shape[1]
+            masked = weights + of_value * (weights - linear.zeros) + 64 * rows
+            bits += min(masked, of_value * weights) + of_row * rows
+        return bits / self.weights
 
     @property
     def matrices(self) -> Totals:

@@ -169,7 +169,7 @@ class Run:
         """The linears whose values are rounded in a sweep; None if there is none or the values are kept."""
         if self.recipe.values == "keep" or not self.choice.needs.passes:
             return None
-        return Integers(self.recipe.values, self.patterns.keys())
+        return Integers(self.recipe.values, {each.name: each.exponents for each in self.linears})
 
     def walk(self) -> None:
         """Prunes and writes block after block, each on what the pruned blocks before it produce."""

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from sparsellm.arguments import CHECKPOINT, checked_arguments
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.experts import ExpertLinear
-from sparsellm.errors import RecipeError, SparseLLMError, StorageError, nearest
+from sparsellm.errors import RecipeError, SparseLLMError, StorageError, nearest, shown
+from sparsellm.inputs.json_input import read_object
 from sparsellm.packed.checkpoint import (
     MANIFEST,
     PackedEntry,
@@ -27,7 +29,8 @@ from sparsellm.packed.checkpoint import (
     quantization_config,
     read_config,
 )
-from sparsellm.packed.codes import resolve_value_type
+from sparsellm.packed.codes import exponents_of_text, resolve_value_type
+from sparsellm.packed.grid import INTEGERS
 from sparsellm.packed.layout import pack as pack_weight
 from sparsellm.packed.validation import PACK_AGAIN
 from sparsellm.progress import Progress, ProgressCallback, ignore
@@ -39,7 +42,8 @@ from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, belongs_to
 
 HEADS = ("keep", "int8")
-_REPORTS = ("pruning.json", "recipe.yaml")  # reports of the pruning, which are valid for the packed model too
+PRUNING = "pruning.json"
+_REPORTS = (PRUNING, "recipe.yaml")  # reports of the pruning, which are valid for the packed model too
 
 
 @dataclass
@@ -95,13 +99,15 @@ def pack(
 ) -> PackResult:
     """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
 
-    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); ``int8`` and ``int4``
-    quantise the kept values. Embedding, norms, head and biases are copied. If it fails, no files are left.
+    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); ``int8``, ``int4`` and
+    ``int3`` quantise the kept values, and int3 takes the memory of int4. Embedding, norms, head and biases are copied.
+    If it fails, no files are left.
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out: the directory of the packed checkpoint.
-        values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``, ``int4``.
+        values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``,
+            ``int4``, ``int3``.
         head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
         overwrite: replace the checkpoint in ``out``.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
@@ -122,13 +128,14 @@ def pack(
     if is_packed(read_config(directory)):
         raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
     chain = open_chain(directory, device=torch.device("cpu"))
+    exponents = _exponents(chain, directory, values)
     assert chain.weights is not None
     # With any value type, no linear takes more space than its dense weight.
     size = chain.weights.reader.bytes
     with CheckpointWriter(
         out, shards=len(chain) + 1, identity={}, kind=PACK, restart=restart, overwrite=overwrite, need_bytes=size
     ) as writer:
-        return _finish(writer, lambda: _write_packed(writer, chain, directory, (values, head), progress))
+        return _finish(writer, lambda: _write_packed(writer, chain, directory, (values, head, exponents), progress))
 
 
 @checked_arguments()
@@ -173,10 +180,14 @@ def unpack(
 
 
 def _write_packed(
-    writer: CheckpointWriter, chain: Chain, source: Path, types: tuple[str, str], progress: ProgressCallback
+    writer: CheckpointWriter,
+    chain: Chain,
+    source: Path,
+    kinds: tuple[str, str, dict[str, Tensor]],
+    progress: ProgressCallback,
 ) -> PackResult:
-    """Writes all files of the packed checkpoint; ``types`` are those of the values and of the head."""
-    values, head = types
+    """Writes all files of the packed checkpoint; ``kinds``: the types of values and head, exponents by linear."""
+    values, head, exponents = kinds
     result = PackResult(writer.out)
     outer = chain.outer_tensors()
     if head == "int8":
@@ -184,7 +195,7 @@ def _write_packed(
     writer.write_shard(len(chain), outer)
     for index in range(len(chain)):
         progress(Progress("pack", index, len(chain), chain.block_names[index]))
-        writer.write_shard(index, _sources(_packed_block(chain, index, values, result)))
+        writer.write_shard(index, _sources(_packed_block(chain, index, values, exponents, result)))
     progress(Progress("pack", len(chain), len(chain)))
     _write_companions(writer, source)
     entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
@@ -262,11 +273,57 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
         name = key.removesuffix(".weight")
         result.head[name] = PackedEntry(packed.shape, packed.layout, packed.value_type, weight.dtype)
         tensors[key] = TensorSource.of(torch.zeros(1, dtype=weight.dtype))
-        tensors.update(_sources({f"{key}_{part}": tensor for part, tensor in packed.tensors.items()}))
+        tensors.update(_sources({f"{key}_{part}": tensor for part, tensor in packed.stored.items()}))
     return tensors
 
 
-def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> dict[str, Tensor]:
+class _Linear(BaseModel):
+    """What packing needs of a linear in ``pruning.json``."""
+
+    name: str
+    exponents: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
+
+
+class _Pruning(BaseModel):
+    values: str = "keep"
+    linears: list[_Linear] = []
+
+
+def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
+    """The exponents of columns, by linear, with which the run that wrote a checkpoint rounded values of this type.
+
+    Raises:
+        StorageError: ``pruning.json`` cannot be read, or has exponents that do not fit the model.
+    """
+    path = directory / PRUNING
+    if values not in INTEGERS or not path.is_file():
+        return {}
+    again = "put the file back as it was"
+    try:
+        pruning = _Pruning.model_validate(read_object(path))
+    except ValidationError as error:
+        mistake = error.errors(include_url=False)[0]
+        where = ".".join(map(str, mistake["loc"]))
+        said = f"{shown(where)} is {shown(mistake['input'])} ({mistake['msg']})"
+        raise StorageError(f"{path}: {said}; {again}") from None
+    if pruning.values != values:
+        return {}
+    columns = {linear.name: linear.in_features for index in range(len(chain)) for linear in chain.linears(index)}
+    found: dict[str, Tensor] = {}
+    for linear in pruning.linears:
+        exponents = exponents_of_text(linear.exponents)
+        if exponents is not None and columns.get(linear.name) != len(exponents):
+            wanted = columns.get(linear.name, "no such linear")
+            said = f"{len(exponents)} exponents of {shown(linear.name)}, where the model has {wanted}"
+            raise StorageError(f"{path}: {said}; {again}")
+        if exponents is not None:
+            found[linear.name] = exponents
+    return found
+
+
+def _packed_block(
+    chain: Chain, index: int, values: str, exponents: dict[str, Tensor], result: PackResult
+) -> dict[str, Tensor]:
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
     assert chain.weights is not None
     # Experts stay dense: transformers stacks their weights while it loads, packed or not.
@@ -284,7 +341,7 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
             # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
             # A weight that several modules share stays dense too: one of them would have it packed, the others none.
             apart = key.endswith(".weight") and not chain.is_shared(linear.weight_name)
-            packed = pack_weight(weight, values) if apart else None
+            packed = pack_weight(weight, values, exponents=exponents.get(linear.name)) if apart else None
         except SparseLLMError as error:
             raise type(error)(f"{key}: {error}") from None
         dense = stored.numel() * stored.element_size()
@@ -296,11 +353,11 @@ def _packed_block(chain: Chain, index: int, values: str, result: PackResult) -> 
             result.packed_bytes += dense
             continue
         result.linears[name] = PackedEntry(
-            packed.shape, packed.layout, packed.value_type, stored.dtype, packed.pattern, linear.transposed
+            packed.shape, packed.layout, packed.written_type, stored.dtype, packed.pattern, linear.transposed
         )
         result.packed_bytes += packed.nbytes
         tensors[key] = torch.zeros(1, dtype=stored.dtype)  # loaders refuse this shape for the weight
-        tensors.update({f"{key}_{field}": tensor for field, tensor in packed.tensors.items()})
+        tensors.update({f"{key}_{field}": tensor for field, tensor in packed.stored.items()})
     return tensors
 
 

@@ -31,7 +31,7 @@ TILE = 1 << 20  # weights in a tile; a larger one leaves the cache before it is 
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
 
 ACTIVATIONS = ("int8", "fp32")  # what kernels multiply weights of int8 and int4 by; the first is the default
-PACKED_BUFFERS = ("weight_mask", "weight_values", "weight_offsets", "weight_scales")
+PACKED_BUFFERS = ("weight_mask", "weight_values", "weight_offsets", "weight_scales", "weight_exponents")
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
 
 
@@ -147,40 +147,74 @@ def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., 
 
 
 def _assemble(
-    columns: int, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str
+    columns: int,
+    mask: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    exponents: Tensor | None,
+    value_type: str,
 ) -> PackedWeight:
     """The packed weight of these buffers; a single mask for several rows is that of the layout ``dense``."""
     shape = (offsets.shape[0] - 1, columns)
     layout = "dense" if mask.shape[0] == 1 < shape[0] else "bitmask"
-    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type)
+    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, exponents=exponents)
 
 
 @torch.library.custom_op("sparsellm::packed_linear", mutates_args=())
 def packed_linear(
-    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, rounded: bool
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    exponents: Tensor | None,
+    value_type: str,
+    rounded: bool,
 ) -> Tensor:
     """:func:`multiply` as an operator for torch.compile and autograd; ``x (tokens, in)``."""
-    return multiply(_assemble(x.shape[-1], mask, values, offsets, scales, value_type), x, rounded)
+    return multiply(_assemble(x.shape[-1], mask, values, offsets, scales, exponents, value_type), x, rounded)
 
 
 @packed_linear.register_fake
 def _(
-    x: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, rounded: bool
+    x: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    exponents: Tensor | None,
+    value_type: str,
+    rounded: bool,
 ) -> Tensor:
     return x.new_empty(x.shape[0], offsets.shape[0] - 1)
 
 
 @torch.library.custom_op("sparsellm::packed_linear_backward", mutates_args=())
 def packed_linear_backward(
-    grad: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, columns: int
+    grad: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    exponents: Tensor | None,
+    value_type: str,
+    columns: int,
 ) -> Tensor:
     """The gradient of the input, ``grad W`` for ``grad (tokens, out)``. An operator, as unpacking cannot be traced."""
-    return grad @ unpack(_assemble(columns, mask, values, offsets, scales, value_type), grad.dtype)
+    return grad @ unpack(_assemble(columns, mask, values, offsets, scales, exponents, value_type), grad.dtype)
 
 
 @packed_linear_backward.register_fake
 def _(
-    grad: Tensor, mask: Tensor, values: Tensor, offsets: Tensor, scales: Tensor | None, value_type: str, columns: int
+    grad: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    scales: Tensor | None,
+    exponents: Tensor | None,
+    value_type: str,
+    columns: int,
 ) -> Tensor:
     return grad.new_empty(grad.shape[0], columns)
 
@@ -192,7 +226,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Only the input has a gradient: a packed weight is not trained."""
-    return packed_linear_backward(grad, *ctx.parts, ctx.columns), None, None, None, None, None, None
+    return packed_linear_backward(grad, *ctx.parts, ctx.columns), None, None, None, None, None, None, None
 
 
 packed_linear.register_autograd(_backward, setup_context=_remember)
@@ -203,8 +237,9 @@ class PackedLinear(nn.Module):
 
     ``weight`` is a placeholder with one element. It has the dtype and device that other code reads from a linear's
     weight, and its shape makes loaders without support for the format raise an error. The packed weight is in the
-    buffers ``weight_mask``, ``weight_values``, ``weight_offsets`` and ``weight_scales``. ``.to`` moves them, but a
-    change of dtype converts only the placeholder and the bias: values keep the type in which they were packed.
+    buffers ``weight_mask``, ``weight_values``, ``weight_offsets``, ``weight_scales`` and ``weight_exponents``. ``.to``
+    moves them, but a change of dtype converts only the placeholder and the bias: values keep the type in which they
+    were packed.
 
     Args:
         in_features, out_features: as in ``nn.Linear``.
@@ -218,6 +253,7 @@ class PackedLinear(nn.Module):
     weight_values: Tensor | None
     weight_offsets: Tensor | None
     weight_scales: Tensor | None
+    weight_exponents: Tensor | None
 
     def __init__(
         self,
@@ -265,8 +301,8 @@ class PackedLinear(nn.Module):
             )
         validate(packed, name)
         packed = as_bitmask(packed).to(self.weight.device)
-        for field in ("mask", "values", "offsets", "scales"):
-            setattr(self, f"weight_{field}", getattr(packed, field))
+        for name in PACKED_BUFFERS:
+            setattr(self, name, getattr(packed, name.removeprefix("weight_")))
         self.value_type = packed.value_type
 
     @property
@@ -278,14 +314,15 @@ class PackedLinear(nn.Module):
         """
         if self.weight_mask is None or self.weight_values is None or self.weight_offsets is None:
             raise SparseLLMError("this PackedLinear has no weight yet; load it with sparsellm.load(DIR)")
-        parts = (self.weight_mask, self.weight_values, self.weight_offsets, self.weight_scales)
+        more = (self.weight_scales, self.weight_exponents)
+        parts = (self.weight_mask, self.weight_values, self.weight_offsets, *more)
         return _assemble(self.in_features, *parts, self.value_type)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            parts = (self.weight_mask, self.weight_values, self.weight_offsets, self.weight_scales)
+            parts = [getattr(self, name) for name in PACKED_BUFFERS]
             y: Tensor = packed_linear(flat, *parts, self.value_type, self.rounded)
         else:
             y = multiply(self.packed, flat, self.rounded)
@@ -335,6 +372,7 @@ class PackedLinear(nn.Module):
                     parts["weight_values"],
                     parts["weight_offsets"],
                     parts.get("weight_scales"),
+                    parts.get("weight_exponents"),
                     value_type,
                 )
                 if packed.shape[0] != self.out_features:
@@ -365,10 +403,11 @@ class PackedEmbedding(PackedLinear):
         Raises:
             StorageError: it is inconsistent, has another shape, or is not dense int8.
         """
-        if (packed.layout, packed.value_type) != ("dense", "int8"):
+        if (packed.layout, packed.value_type, packed.exponents) != ("dense", "int8", None):
+            more = "" if packed.exponents is None else " with exponents"
             raise StorageError(
-                f"packed weight {name} is {packed.layout}, {packed.value_type}; an embedding is dense, int8: pack the "
-                "model again"
+                f"packed weight {name} is {packed.layout}, {packed.value_type}{more}; an embedding is dense, int8: "
+                "pack the model again"
             )
         super().set_packed(packed, name)
 

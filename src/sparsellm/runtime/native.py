@@ -160,6 +160,8 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
         if scales is None:
             raise KernelError(f"values of type {kind} without scales")
         wanted.append((scales, SCALES_OF[kind], out * (groups_of(columns, packed.group) if packed.group else 1)))
+        if packed.exponents is not None:
+            wanted.append((packed.exponents, torch.int8, columns))
     for tensor, dtype, numbers in wanted:
         if tensor.dtype != dtype or tensor.numel() != numbers or not tensor.is_contiguous() or not tensor.is_cpu:
             raise KernelError(
@@ -177,6 +179,7 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
         0 if scales is None else scales.data_ptr(),
         packed.group or 0,
         0 if packed.layout == "dense" else stride,
+        0 if packed.exponents is None else packed.exponents.data_ptr(),
     )
 
 

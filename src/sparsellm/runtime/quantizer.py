@@ -91,9 +91,13 @@ class PackedQuantizer(HfQuantizer):
         _share_embedding(model)
         self._reader = None
         linears = {name: entry.to_dict() for name, entry in self._entries.items()}
-        for written in linears.values():  # the modules hold bitmasks for codes, and save_pretrained writes those
+        for (
+            written
+        ) in linears.values():  # the modules hold bitmasks for codes and int4 for int3; save_pretrained writes those
             if written.pop("pattern", None) is not None:
                 written["layout"] = "bitmask"
+            if written["value_type"] == "int3":
+                written["value_type"] = "int4"
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.linears = linears
         return model

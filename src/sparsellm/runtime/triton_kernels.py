@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsellm.errors import KernelError
+from sparsellm.packed.codes import powers_of
 from sparsellm.packed.layout import PackedWeight
 
 MAX_TOKENS = 16
@@ -151,6 +152,7 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
             f"activations {x.dtype} {tuple(x.shape)}: the Triton kernels take fp32, bf16 or fp16 "
             f"of (1 to {MAX_TOKENS}, {columns})"
         )
+    entering = x if packed.exponents is None else x.float() * powers_of(packed.exponents)
     unused = packed.offsets
     y = torch.empty(len(x), out, dtype=x.dtype, device=x.device)
     _multiply[(out,)](
@@ -158,7 +160,7 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
         packed.values if packed.values.numel() else unused,
         packed.offsets,
         unused if packed.scales is None else packed.scales,
-        x.contiguous(),
+        entering.contiguous(),
         y,
         out,
         columns,

@@ -1,20 +1,23 @@
 """Kept values rounded to the grid of a packed integer type, each making up for the others.
 
-The error is ``‖(Ŵ − W) G^½‖²`` for a pruned weight W and its rounded one Ŵ. Each group takes the scale with the least
-error in the diagonal of G. Then cyclic coordinate descent (QuantEase, arXiv 2309.01885) moves one input of all outputs
-at a time: with the others held, the best value of ``ŵ_j`` is ``ŵ_j − ((Ŵ − W) G)_j / G_jj``, and the number of the grid
-that is nearest to it is optimal. So the error never rises.
+The error is ``‖(Ŵ − W) G^½‖²`` for a pruned weight W and its rounded one Ŵ. Columns of large inputs take finer steps
+(AWQ, arXiv 2306.00978): their exponents are those of a power of the inputs' root mean square, the power with the least
+error after rounding to nearest. Each group takes the scale with the least error in the diagonal of G. Then cyclic
+coordinate descent (QuantEase, arXiv 2309.01885) moves one input of all outputs at a time: with the others held, the
+best value of ``ŵ_j`` is ``ŵ_j − ((Ŵ − W) G)_j / G_jj``, and the number of the grid that is nearest to it is optimal. So
+the error never rises.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsellm import parallel
+from sparsellm.packed.codes import EXPONENTS, powers_of
 from sparsellm.packed.grid import HIGHEST, LOWEST, Groups, anchors, as_stored, on_grid, scales_of, whole_numbers
 from sparsellm.registry import Workspace
 from sparsellm.statistics import Gram
@@ -25,6 +28,8 @@ FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)  # of t
 PASSES = 8  # of the descent
 ENOUGH = 3e-3  # a pass that lowers the error by less than this part of it is the last
 BLOCK = 64  # inputs whose errors are carried to the others together
+POWERS = (0.25, 0.5, 0.75)  # of the inputs' root mean square that are tried beside 0, in this order
+JUDGES = 256  # rows of the weight that choose the power
 CELL = 0.48  # of a scale: how far an unrounded value may lie from its number of the grid
 
 
@@ -36,10 +41,12 @@ class Rounded:
         weight: ``(out, in)`` fp32.
         unrounded: ``(out, in)`` fp32: the best value of each weight with all others at theirs, within the cell that
             rounds to ``weight``. It is where training goes on.
+        exponents: int8 ``(in,)``, of the columns; None if all are 0.
     """
 
     weight: Tensor
     unrounded: Tensor
+    exponents: Tensor | None
 
 
 def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, fixed_mask: bool = False) -> Rounded:
@@ -50,51 +57,95 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
     Args:
         weight: ``(out, in)`` fp32, pruned.
         gram: of its inputs.
-        value_type: ``int8`` or ``int4``.
+        value_type: ``int8``, ``int4`` or ``int3``.
         dtype: of the checkpoint that it is written to.
         fixed_mask: keep every value that is not 0. Otherwise one that is nearer to 0 than to its grid becomes 0, and
             the others make up for it.
     """
-    chosen = _Choice(weight if fixed_mask else _without_small(weight, gram, value_type, dtype), gram, value_type, dtype)
-    final, best = _Descent(chosen, weight, gram).run()
-    return Rounded(*(parallel.broadcast_(each.contiguous()) for each in (final, chosen.within_cells(final, best))))
+    groups, kind = Groups.of(weight, value_type), _Kind(value_type, dtype)
+    powers = _powers(weight, gram, groups, kind)
+    if groups.dense:
+        chosen = _Choice(weight, gram, powers, groups, kind)
+        final, best = _Descent(chosen, weight, gram).run()
+        groups = Groups.of(final, value_type)
+    if not groups.dense:
+        start = weight if fixed_mask else _without_small(weight, gram, powers, kind)
+        chosen = _Choice(start, gram, powers, replace(Groups.of(start, value_type), dense=False), kind)
+        final, best = _Descent(chosen, weight, gram).run()
+    found = parallel.broadcast_(final.contiguous())
+    unrounded = parallel.broadcast_(chosen.within_cells(final, best).contiguous())
+    exponents = powers.log2().round_().to(torch.int8)
+    return Rounded(found, unrounded, exponents if bool(exponents.any()) else None)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The packed type, and the dtype of the checkpoint."""
+
+    values: str
+    dtype: torch.dtype
+
+
+def _powers(weight: Tensor, gram: Gram, groups: Groups, kind: _Kind) -> Tensor:
+    """Two to the power of each column's exponent, fp32 ``(in,)``: the values of a column are multiplied by it."""
+    magnitudes = gram.scale.log2()  # 0 for dead inputs
+    magnitudes = torch.where(gram.dead, 0.0, magnitudes - magnitudes.sum() / (~gram.dead).sum().clamp(min=1))
+    judges = weight[:: max(1, len(weight) // JUDGES)]
+    found, least = torch.ones_like(magnitudes), math.inf
+    for power in (0.0, *POWERS):
+        exponents = (-power * magnitudes).round_().clamp_(EXPONENTS.start, EXPONENTS.stop - 1)
+        tried = powers_of(exponents.to(torch.int8))
+        error = gram.energy(_Choice(judges, gram, tried, groups, kind).nearest, minus=judges)
+        if error < least:
+            found, least = tried, error
+    return parallel.broadcast_(found)
 
 
 class _Choice:
-    """The grid of a weight: scales and anchors of its groups, and the weight rounded to nearest."""
+    """The grid of a weight: scales and anchors of its groups, and the weight rounded to nearest.
 
-    def __init__(self, weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype) -> None:
-        self.value_type, self.dtype = value_type, dtype
-        groups = Groups.of(weight, value_type)
-        grouped = groups.collect(weight)
-        curvature = groups.collect(gram.diagonal.clamp(min=1e-30).expand_as(weight))
+    Args:
+        weight: ``(out, in)`` fp32.
+        gram: of its inputs.
+        powers: of two, one for each column.
+        groups: of the weight.
+        kind: the type.
+    """
+
+    def __init__(self, weight: Tensor, gram: Gram, powers: Tensor, groups: Groups, kind: _Kind) -> None:
+        self.kind, self.powers, self.zero = kind, powers, groups.dense
+        units = groups.collect(powers.expand_as(weight))
+        grouped = groups.collect(weight / powers)
+        curvature = groups.collect((gram.diagonal.clamp(min=1e-30) * powers.square()).expand_as(weight))
         places = anchors(grouped)
-        extreme = grouped.gather(1, places)  # (groups, 1)
+        extreme, unit = grouped.gather(1, places), units.gather(1, places)  # (groups, 1)
         least = torch.full_like(extreme, math.inf)
         scales = torch.zeros_like(extreme)
         for fraction in FRACTIONS:
-            tried = scales_of(extreme * fraction, value_type, dtype)
-            values = as_stored(whole_numbers(grouped, tried, value_type), tried, dtype)
-            error = (values - grouped).square_().mul_(curvature).sum(dim=1, keepdim=True)
+            tried = scales_of(extreme * fraction, kind.values, kind.dtype, unit)
+            error = whole_numbers(grouped, tried, kind.values, zero=self.zero).mul_(tried).sub_(grouped)
+            error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
             scales, least = torch.where(error < least, tried, scales), torch.minimum(error, least)
-        nearest = as_stored(whole_numbers(grouped, scales, value_type), scales, dtype)
+        whole = whole_numbers(grouped, scales, kind.values, zero=self.zero)
         free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
-        self.nearest = groups.spread(nearest)  # (out, in)
         self.free = groups.spread(free) != 0  # (out, in) bool: neither zero nor an anchor
-        self.scales = groups.spread(scales.expand_as(grouped))  # (out, in)
+        self.scales = groups.spread(scales * units)  # (out, in)
+        self.nearest = as_stored(groups.spread(whole), self.scales, kind.dtype)  # (out, in)
 
     def within_cells(self, weight: Tensor, best: Tensor) -> Tensor:
         """``best``, moved as near to ``weight`` as it must be to be rounded to it, with the same scales."""
-        reach, end = CELL * self.scales.abs(), -LOWEST[self.value_type] * self.scales.abs()
+        reach, end = CELL * self.scales.abs(), -LOWEST[self.kind.values] * self.scales.abs()
         moved = weight + (best - weight).clamp(-reach, reach)
-        moved = torch.where(self.free, moved.clamp(-end, end), weight).to(self.dtype).float()
+        moved = torch.where(self.free, moved.clamp(-end, end), weight).to(self.kind.dtype).float()
         # A coarse dtype may itself round to another number of the grid.
-        return torch.where(on_grid(moved, self.value_type, self.dtype) == weight, moved, weight)
+        again = on_grid(moved, self.kind.values, self.kind.dtype, self.powers.log2().to(torch.int8))
+        return torch.where(again == weight, moved, weight)
 
 
-def _without_small(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype) -> Tensor:
+def _without_small(weight: Tensor, gram: Gram, powers: Tensor, kind: _Kind) -> Tensor:
     """The weight without the values that are nearer to 0 than to the smallest number of their grid."""
-    scales = _Choice(weight, gram, value_type, dtype).scales
+    groups = replace(Groups.of(weight, kind.values), dense=False)
+    scales = _Choice(weight, gram, powers, groups, kind).scales
     return weight.masked_fill(weight.abs() < 0.5 * scales.abs(), 0.0)
 
 
@@ -130,7 +181,7 @@ class _Descent:
         inner = self.matrix[rows, rows].contiguous()
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
-        value_type, dtype = self.choice.value_type, self.choice.dtype
+        value_type, dtype = self.choice.kind.values, self.choice.kind.dtype
         lowest, highest = LOWEST[value_type], HIGHEST[value_type]
         parts = (each[rows].unbind() for each in (self.columns, self.slope, self.scales, self.free, self.inverse))
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
@@ -141,11 +192,12 @@ class _Descent:
             slope = torch.addmv(slope, moves[:number].T, inner[number, :number])
             units = column.add(slope, alpha=-1 / curvature).mul_(inverse)  # 0 where not free
             whole = units.round().clamp_(lowest, highest)
-            whole = torch.where(whole == 0, units.sign_(), whole)
-            move = as_stored(whole, scales, dtype).sub_(column).mul_(free)
+            whole = whole if self.choice.zero else torch.where(whole == 0, units.sign_(), whole)
+            value = as_stored(whole, scales, dtype)
+            move = (value - column).mul_(free)
             gain = slope.mul_(2).add_(move, alpha=curvature).mul_(move)  # negative where the error falls
             torch.mul(move, gain < 0, out=moves[number])
-            column += moves[number]
+            column.copy_(torch.where(gain < 0, value, column))  # adding the move may miss the grid by an ulp
             gained -= gain.clamp_(max=0)
         self.slope.addmm_(self.matrix[:, rows], moves)
         return float(gained.double().sum())

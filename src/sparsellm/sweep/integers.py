@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsellm.chain import Chain
+from sparsellm.chain.linears import LinearView
+from sparsellm.packed.codes import exponents_of_text
 from sparsellm.packed.grid import on_grid
 
 
@@ -19,11 +21,11 @@ class Integers:
 
     Attributes:
         values: the type.
-        linears: names of the linears.
+        linears: the exponents of the columns of each linear by its name, as records have them.
     """
 
-    values: Literal["int8", "int4"]
-    linears: Collection[str]
+    values: Literal["int8", "int4", "int3"]
+    linears: Mapping[str, str]
 
     def of(self, parameters: dict[str, nn.Parameter], chain: Chain, index: int) -> dict[str, nn.Parameter]:
         """The same parameters of block ``index``, with rounded ones in place of the weights of these linears.
@@ -36,7 +38,7 @@ class Integers:
             if linear.name in self.linears and linear.weight_name in parameters:
                 weight = parameters[linear.weight_name].detach()
                 weight = weight.t().contiguous() if linear.transposed else weight
-                weight = on_grid(weight, self.values, linear.storage_dtype)
+                weight = self._rounded(linear, weight)
                 rounded[linear.weight_name] = nn.Parameter(weight.t().contiguous() if linear.transposed else weight)
         return rounded
 
@@ -45,4 +47,9 @@ class Integers:
         """Rounds the weights of the loaded block ``index``."""
         for linear in chain.linears(index):
             if linear.name in self.linears and chain.owns(linear.weight_name):
-                linear.assign(on_grid(linear.weight(), self.values, linear.storage_dtype))
+                linear.assign(self._rounded(linear, linear.weight()))
+
+    def _rounded(self, linear: LinearView, weight: Tensor) -> Tensor:
+        exponents = exponents_of_text(self.linears[linear.name])
+        exponents = None if exponents is None else exponents.to(weight.device)
+        return on_grid(weight, self.values, linear.storage_dtype, exponents)

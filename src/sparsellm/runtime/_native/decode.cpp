@@ -37,6 +37,7 @@ struct Linear {
     weight.scales = plan.address<const void>();
     weight.group = plan.number();
     weight.mask_step = plan.number();
+    weight.exponents = plan.address<const int8_t>();
     rounded = plan.number() != 0;
     bias = plan.address<const float>();
   }

@@ -170,6 +170,22 @@ uint8_t* scratch(size_t bytes) {
   return memory.get() + (64 - start % 64) % 64;
 }
 
+// 2^exponent, exactly; exponents are far from the limits of fp32.
+float power_of_two(int exponent) { return from_bits(static_cast<uint32_t>(127 + exponent) << 23); }
+
+// Activations as the columns of a weight take them: those with exponents become fp32 and are multiplied by the powers
+// of two, in memory that the caller of the products keeps (2).
+const void* scaled(const Packed& weight, int tokens, const void* x, ValueType* kind) {
+  if (weight.exponents == nullptr) return x;
+  const int64_t columns = weight.columns;
+  float* out = reinterpret_cast<float*>(scratch<2>(static_cast<size_t>(4 * tokens * columns)));
+  convert(*kind, x, kFp32, tokens * columns, out);
+  for (int t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < columns; ++i) out[t * columns + i] *= power_of_two(weight.exponents[i]);
+  *kind = kFp32;
+  return out;
+}
+
 // Where a kernel may read the values of a row: in place, or, for the last rows, in a copy with room behind it.
 const uint8_t* readable(const Packed& weight, int64_t row, uint8_t* copy) {
   const int64_t end = bytes_of(weight.type, weight.offsets[weight.out]);
@@ -313,10 +329,12 @@ void multiply(const InstructionSet& set, const Packed& weight, int tokens, Value
   const bool decode = weight.type == kInt4;
   const Multiply& how = set.multiply[decode ? kFp32 : weight.type];
   float* panels = reinterpret_cast<float*>(scratch<1>(static_cast<size_t>(4 * tokens * pitch)));
-  const int64_t x_bytes = bytes_of(kind, weight.columns);
+  ValueType of_x = kind;
+  x = scaled(weight, tokens, x, &of_x);
+  const int64_t x_bytes = bytes_of(of_x, weight.columns);
   for (int t = 0; t < tokens; ++t) {
     std::fill(panels + t * pitch + pitch - 64, panels + (t + 1) * pitch, 0.0f);
-    lay_out(kind, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, set.lanes, how, panels + t * pitch);
+    lay_out(of_x, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, set.lanes, how, panels + t * pitch);
   }
   const size_t row_size = row_bytes(weight);
   for_rows(
@@ -335,9 +353,11 @@ void multiply_rounded(const InstructionSet& set, const Packed& weight, int token
   uint8_t* memory = scratch<1>(static_cast<size_t>(2 * tokens * pitch));  // a scale takes four bytes, as do its codes
   int8_t* codes = reinterpret_cast<int8_t*>(memory);
   float* scales = reinterpret_cast<float*>(memory + tokens * pitch);
-  const int64_t x_bytes = bytes_of(kind, weight.columns);
+  ValueType of_x = kind;
+  x = scaled(weight, tokens, x, &of_x);
+  const int64_t x_bytes = bytes_of(of_x, weight.columns);
   for (int t = 0; t < tokens; ++t)
-    round_token(kind, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, words, codes + t * pitch,
+    round_token(of_x, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, words, codes + t * pitch,
                 scales + t * pitch / kLaneColumns);
   const Rounded rounded{codes, scales, pitch};
   const bool decode = weight.type == kInt4;
@@ -381,17 +401,26 @@ void unpack_rows(const InstructionSet& set, const Packed& weight, int64_t first,
         source = decoded;
         type = kFp32;
       }
-      if (type != kind) {
-        uint8_t* converted = decoded + row_size;
+      const auto converted = [&](const uint8_t* numbers, int64_t size, uint8_t* to) {  // may write past the last one
+        if (type == kind) return numbers;
         if (type == kFp32 && kind == kBf16 && set.fp32_to_bf16 != nullptr) {
-          set.fp32_to_bf16(reinterpret_cast<const float*>(source), count, reinterpret_cast<uint16_t*>(converted));
+          set.fp32_to_bf16(reinterpret_cast<const float*>(numbers), size, reinterpret_cast<uint16_t*>(to));
         } else {
-          convert(type, source, kind, count, converted);
+          convert(type, numbers, kind, size, to);
         }
-        source = converted;
-      }
+        return static_cast<const uint8_t*>(to);
+      };
       uint8_t* to_row = static_cast<uint8_t*>(out) + (row - first) * bytes_of(kind, weight.columns);
-      spread(weight.mask + row * weight.mask_step, weight.columns, source, to_row);
+      const uint8_t* mask = weight.mask + row * weight.mask_step;
+      if (weight.exponents != nullptr) {  // columns are multiplied where they stand, then rounded once
+        float* numbers = reinterpret_cast<float*>(decoded + 2 * row_size);
+        set.spread32(mask, weight.columns, source, decoded + 2 * row_size);
+        for (int64_t i = 0; i < weight.columns; ++i) numbers[i] *= power_of_two(weight.exponents[i]);
+        const uint8_t* row_of_kind = converted(reinterpret_cast<const uint8_t*>(numbers), weight.columns, decoded);
+        std::memcpy(to_row, row_of_kind, static_cast<size_t>(bytes_of(kind, weight.columns)));
+      } else {
+        spread(mask, weight.columns, converted(source, count, decoded + row_size), to_row);
+      }
     }
   });
 }
