@@ -28,9 +28,7 @@ from sparsellm.run.run import Run
 from sparsellm.storage.destination import partial_of, stage_of
 from sparsellm.storage.resume import differences, discard, empty, left_in
 
-PAYS = (
-    0.8  # sparsity from which two stages pay, unstructured, with three sweeps or more (docs/results.md)
-)
+PAYS = 0.8  # sparsity from which two stages pay, unstructured, with three sweeps or more (docs/results.md)
 LEAST_PASSES = 3
 DENSITY = 1.5  # the first stage keeps so many times the weights that the second keeps
 SHARE = 1 / 3  # of the passes in the first stage; at least one in each
