@@ -193,7 +193,7 @@ def burst(run: Product, device: str) -> Callable[[], float]:
         graph.replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / BURST
+        return float(begin.elapsed_time(end)) / 1e3 / BURST
 
     return replay
 

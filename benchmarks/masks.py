@@ -163,7 +163,7 @@ def train(dense: nn.Module, student: Student, windows: Tensor, way: str, rate: f
 @torch.no_grad()
 def judge(dense: nn.Module, model: nn.Module, windows: Tensor) -> float:
     parts = [float(divergence(dense, model, part)) * part.numel() for part in windows.split(4)]
-    return sum(parts) / windows.numel()
+    return float(sum(parts) / windows.numel())
 
 
 def main() -> None:

@@ -38,7 +38,12 @@ BARS = {0.5: (0.57, 1.4), 0.7: (0.37, 2.0), 0.9: (None, 3.0)}  # bytes of bf16 a
 
 def llama(layers: int, **changes: int) -> Any:
     """Random weights in bf16; drawn in bf16 at once, as fp32 would need 4.4 GB."""
-    shape = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32}
+    shape: dict[str, Any] = {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+    }
     shape |= {"num_hidden_layers": layers, "num_key_value_heads": 4, "max_position_embeddings": 2048, **changes}
     config = LlamaConfig(**shape, tie_word_embeddings=False, dtype="bfloat16")
     with torch.device("meta"):

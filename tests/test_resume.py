@@ -261,7 +261,7 @@ def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> No
 
     def failing(self: Chain, at: int, *rest: Any) -> Any:
         nonlocal times
-        times += at == index and all(each is None for each in rest)
+        times += at == index and all(each is None for each in rest)  # the model's own weights
         if times > after:
             raise NumericalError("the processor caught fire")
         return block(self, at, *rest)

@@ -12,9 +12,8 @@ from torch.nn import functional
 from sparsellm.chain import Chain
 
 HEAD_TOKENS = 256  # in a chunk, over all windows: several tensors of (tokens, vocabulary) are in memory at once
-ROWS_ELEMENTS = (
-    1 << 22
-)  # of the logits that a loss takes at a time: memory of 16 MiB is used again, more is mapped anew
+# Of the logits that a loss takes at a time: the allocator uses 16 MiB again, and maps more anew.
+ROWS_ELEMENTS = 1 << 22
 
 HeadLoss = Callable[[Tensor, slice, Tensor | None], float]
 """``loss(logits (batch, span, vocabulary) fp32, span, slope)`` returns the loss of these positions, and writes its
@@ -34,7 +33,8 @@ def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, g
     Returns:
         The loss, and its gradient ``(batch, seq, hidden)`` in the dtype of ``hidden``.
     """
-    total, parts, slopes = 0.0, [], torch.empty(0)
+    total, slopes = 0.0, torch.empty(0)
+    parts: list[Tensor] = []
     step = max(1, HEAD_TOKENS // len(ids))
     for first in range(0, ids.shape[1], step):
         span = slice(first, min(first + step, ids.shape[1]))
