@@ -188,8 +188,8 @@ def test_mistakes_are_named(llama: Path, packed: Path, tmp_path: Path) -> None:
         sparsellm.pack(packed, out=tmp_path / "p")
     with pytest.raises(RecipeError, match="not packed"):
         sparsellm.unpack(llama, out=tmp_path / "p")
-    with pytest.raises(RecipeError, match="int3"):
-        sparsellm.pack(llama, out=tmp_path / "p", values="int3")
+    with pytest.raises(RecipeError, match="int2"):
+        sparsellm.pack(llama, out=tmp_path / "p", values="int2")
     with pytest.raises(StorageError, match="itself"):
         sparsellm.pack(llama, out=llama, overwrite=True)
     with pytest.raises(StorageError, match="--overwrite"):

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sparsellm import interrupts, parallel
+from sparsellm import parallel, plugins
 from sparsellm.errors import RecipeError, StorageError
 from sparsellm.inputs.json_input import read_object
 from sparsellm.progress import NOTE, PLAN, Progress, ProgressCallback, ignore
@@ -59,6 +59,7 @@ def execute(request: Request, progress: ProgressCallback = ignore) -> PruneResul
     Raises:
         SparseLLMError: a subclass of it that names the cause.
     """
+    plugins.load_installed()  # the recipe may name what they register; each run warns of those left out
     recipes = recipes_of(request)
     if request.out is None:
         return Run(request, progress).execute()
