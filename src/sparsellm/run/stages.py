@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sparsellm import parallel, plugins
+from sparsellm import interrupts, parallel, plugins
 from sparsellm.errors import RecipeError, StorageError
 from sparsellm.inputs.json_input import read_object
 from sparsellm.progress import NOTE, PLAN, Progress, ProgressCallback, ignore
