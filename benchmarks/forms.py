@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,25 +94,6 @@ def hqq_numbers(directory: Path, bits: int, group: int = 64) -> Numbers:
         numbers.weights[name] = made.dequantize().float()
         stored = [made.W_q, *(part for part in made.meta.values() if isinstance(part, Tensor))]
         numbers.bytes[name] = sum(part.numel() * part.element_size() for part in stored)
-    return numbers
-
-
-def gptq_numbers(directory: Path, windows: Tensor, bits: int, group: int = 128) -> Numbers:
-    """The linears of the blocks by GPTQ, as gptqmodel has it by default, calibrated on windows of token ids."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with its own default it does not start on two cores
-    with contextlib.redirect_stdout(sys.stderr):
-        from gptqmodel import GPTQModel, QuantizeConfig
-
-        config = QuantizeConfig(bits=bits, group_size=group, offload_to_disk=False)
-        made = GPTQModel.load(str(directory), config, device="cpu", dtype=torch.float32)
-        samples = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in windows]
-        made.quantize(samples, batch_size=1)
-    numbers = Numbers()
-    for name, module in made.model.named_modules():
-        if hasattr(module, "qweight"):
-            numbers.weights[f"{name}.weight"] = module.dequantize_weight().T.float().clone()
-            stored = (module.qweight, module.qzeros, module.scales, module.g_idx)
-            numbers.bytes[f"{name}.weight"] = sum(part.numel() * part.element_size() for part in stored)
     return numbers
 
 

@@ -38,7 +38,6 @@ from forms import (
     Numbers,
     block_linears,
     gguf_numbers,
-    gptq_numbers,
     hqq_numbers,
     importance_matrix,
     open_dense,
@@ -181,7 +180,6 @@ def forms(arguments: argparse.Namespace) -> Iterator[Form]:
     others: tuple[tuple[str, str, str, Callable[[Bench, int], Numbers], tuple[int, ...]], ...] = (
         ("torchao", "torchao", "int{}", lambda b, bits: torchao_numbers(b.directory, bits), (8, 4)),
         ("hqq", "hqq", "{} bits", lambda b, bits: hqq_numbers(b.directory, bits), (4, 3, 2)),
-        ("GPTQ", "gptqmodel", "{} bits", lambda b, bits: gptq_numbers(b.directory, b.windows, bits), (4, 3)),
     )  # fmt: skip
     for series, package, label, make, widths in others:
         for bits in widths:
