@@ -57,11 +57,10 @@ from sparsellm.api import Dense
 from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.linears import weight_of
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES
+from sparsellm.packed.grid import INTEGERS
 from sparsellm.sources.gguf import without_bars
 from sparsellm.sources.resolve import checkpoint_directory
 
-INTEGERS = tuple(values for values in VALUE_TYPES if values not in FLOAT_TYPES)
 SPARSITIES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
 PLAIN = ("Q8_0", "Q6_K", "Q4_0", "Q4_K_M", "Q3_K_M", "Q3_K_S", "Q2_K")
 WITH_IMPORTANCE = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_S")
