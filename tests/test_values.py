@@ -23,6 +23,7 @@ from sparsellm.packed.grid import on_grid
 from sparsellm.solvers import rounding
 from sparsellm.storage.destination import partial_of
 from sparsellm.sweep.whole_model import _Run
+from sparsellm.tables import print_packed
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import mixtral
 from tests.sweep.helpers import dense_end, divergence, ids_of, linear_weights, sharing_llama
@@ -68,7 +69,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], source: Path, tmp_path: Path) -> None:
     out = tmp_path / "pruned"
     result = sparsellm.prune(source, Recipe(**{**RECIPE, **fields, "values": values}), out=out)
-    sparsellm.pack(out, out=tmp_path / "packed", values=values)
+    assert not sparsellm.pack(out, out=tmp_path / "packed", values=values).rounded
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
     assert same(tensors(out), tensors(tmp_path / "again"))
     assert any(each.exponents for each in result.linears)
@@ -78,6 +79,19 @@ def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], s
     assert report["bits_per_weight"] == pytest.approx(result.bits_per_weight)
     if fields is SWEPT and values == "int4":  # int8 costs too little for tiny models to gain
         assert min(each.held_out for each in result.sweeps[1:]) < result.sweeps[0].held_out
+
+
+def test_pack_says_what_it_rounds_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without its pruning.json the exponents of a run are unknown, so its values are on no known grid."""
+    source = save_tiny(uneven(tiny_llama()).to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
+    result = sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": "int4"}), out=tmp_path / "pruned")
+    (tmp_path / "pruned" / "pruning.json").unlink()
+    packed = sparsellm.pack(tmp_path / "pruned", out=tmp_path / "packed", values="int4")
+    assert set(packed.rounded) == {each.name for each in result.linears if each.exponents}
+    assert packed.to_dict()["rounded"] == packed.rounded
+    print_packed(packed)
+    assert f"note: {len(packed.rounded)} of {len(packed.linears)} linears were rounded" in capfd.readouterr().err
+    assert not sparsellm.pack(tmp_path / "pruned", out=tmp_path / "kept").rounded
 
 
 def test_bits_a_weight_are_those_of_the_packed_file(tmp_path: Path) -> None:

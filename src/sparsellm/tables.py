@@ -181,6 +181,12 @@ def print_packed(result: PackResult) -> None:
             f"note: {count(result.expert_weights)} weights of experts stay dense; they have no packed form yet",
             error=True,
         )
+    if result.rounded:
+        say(
+            f"note: {len(result.rounded)} of {len(result.linears)} linears were rounded to nearest. A model that was "
+            "pruned with the same --values loses nothing if its own pruning.json stands beside the weights",
+            error=True,
+        )
     head = "in int8" if result.head else "unchanged"
     say(f"weight files: {result.checkpoint_bytes / 1e6:.1f} MB, including embedding and head, {head}")
     say(f"written to {result.path}")

@@ -167,3 +167,18 @@ def test_files_of_version_2_are_read(packed: Path, llama: Path, tmp_path: Path) 
                     tensors[f"{name}.weight_offsets"] = torch.arange(rows + 1) * columns
             save_file(tensors, file, metadata={"format": "pt"})
         assert torch.equal(sparsellm.load(out)(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "offsets", [torch.zeros(2, 3, dtype=torch.int64), torch.tensor(5), torch.full((3,), torch.nan)], ids=str
+)
+def test_damaged_offsets_of_int3_are_refused(offsets: Tensor, llama: Path, tmp_path: Path) -> None:
+    """Their number of values is needed before the values can be read."""
+    out = sparsellm.pack(llama, out=tmp_path / "packed", values="int3").path
+    (out / "packed.json").unlink()
+    for file in out.glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors |= {name: offsets for name in tensors if name.endswith("_offsets")}
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(StorageError, match="offsets is torch"):
+        sparsellm.unpack(out, out=tmp_path / "again")

@@ -226,8 +226,14 @@ class PackedReader(CheckpointReader):
         value_type = "int4" if narrow else entry.value_type
         offsets = parts["offsets"] if "offsets" in parts else dense_offsets(entry.shape, value_type)
         if narrow:
+            rows = (entry.shape[0] + 1,)
+            if offsets.dtype != torch.int64 or tuple(offsets.shape) != rows:
+                raise StorageError(
+                    f"packed weight {name}: offsets is {offsets.dtype} {tuple(offsets.shape)}, not torch.int64 {rows}; "
+                    f"{PACK_AGAIN}"
+                )
             try:
-                parts["values"] = widened(parts["values"], int(offsets[-1]) if offsets.numel() else 0)
+                parts["values"] = widened(parts["values"], int(offsets[-1]))
             except StorageError as error:
                 raise StorageError(f"packed weight {name}: {error}") from None
         packed = PackedWeight(

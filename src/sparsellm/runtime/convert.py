@@ -32,6 +32,7 @@ from sparsellm.packed.checkpoint import (
 from sparsellm.packed.codes import exponents_of_text, resolve_value_type
 from sparsellm.packed.grid import INTEGERS
 from sparsellm.packed.layout import pack as pack_weight
+from sparsellm.packed.layout import unpack as unpack_weight
 from sparsellm.packed.validation import PACK_AGAIN
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.sources.resolve import checkpoint_directory
@@ -59,6 +60,7 @@ class PackResult:
         checkpoint_bytes: size of all weight files of the new checkpoint.
         head: the packed form of embedding and output head; empty if they were copied.
         expert_weights: number of weights of experts, which stay dense and count in none of the others.
+        rounded: the linears whose values were no numbers of their integer grid yet, and were rounded to nearest.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class PackResult:
     checkpoint_bytes: int = 0
     head: dict[str, PackedEntry] = field(default_factory=dict)
     expert_weights: int = 0
+    rounded: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -81,6 +84,7 @@ class PackResult:
             "of_bf16": self.packed_bytes / (2 * self.weights),
             "checkpoint_bytes": self.checkpoint_bytes,
             "expert_weights": self.expert_weights,
+            "rounded": self.rounded,
             "head": {name: entry.to_dict() for name, entry in self.head.items()},
             "linears": {name: entry.to_dict() if entry else "dense" for name, entry in self.linears.items()},
         }
@@ -356,6 +360,8 @@ def _packed_block(
             packed.shape, packed.layout, packed.written_type, stored.dtype, packed.pattern, linear.transposed
         )
         result.packed_bytes += packed.nbytes
+        if values in INTEGERS and not torch.equal(unpack_weight(packed, weight.dtype), weight):
+            result.rounded.append(name)
         tensors[key] = torch.zeros(1, dtype=stored.dtype)  # loaders refuse this shape for the weight
         tensors.update({f"{key}_{field}": tensor for field, tensor in packed.stored.items()})
     return tensors

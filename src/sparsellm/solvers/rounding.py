@@ -22,7 +22,7 @@ from sparsellm.packed.grid import HIGHEST, LOWEST, Groups, anchors, as_stored, o
 from sparsellm.registry import Workspace
 from sparsellm.statistics import Gram
 
-ROUNDING = Workspace(weights=10, grams=1.5, products=6)
+ROUNDING = Workspace(weights=15, grams=1.5, products=6)
 
 FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)  # of the largest magnitude: beyond, clipped
 PASSES = 8  # of the descent
