@@ -28,7 +28,7 @@ from tests import victim
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.parallel import workers
 from tests.parallel.processes import run_in
-from tests.test_resume import contents
+from tests.test_resume import contents, fail_in_block
 
 OPTIONS = {"effort": 0, "passes": 3, "sweep_rate": 0.0007, "stages": 2}
 SETTINGS: dict[str, Any] = {
@@ -175,6 +175,48 @@ def test_a_directory_of_somebody_else_is_left_alone(source: Path, tmp_path: Path
     with pytest.raises(StorageError, match=r"p\.stage exists and is not empty"):
         prune(source, tmp_path / "p")
     assert [path.name for path in place.iterdir()] == ["thesis.tex"]
+
+
+def test_the_run_of_somebody_else_is_left_alone(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unfinished run into `p.stage` is no first stage of a run into `p`; an empty directory is not ours either."""
+    place = stage_of(tmp_path / "p")
+    one = Recipe(**{**SETTINGS, "options": {"effort": 0}})
+    with monkeypatch.context() as patch:
+        fail_in_block(1, patch)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, one, out=place)
+    sparsellm.prune(source, one, out=tmp_path / "p", restart=True)
+    for restart in (False, True):
+        with pytest.raises(StorageError, match="where the first stage belongs"):
+            prune(source, tmp_path / "p", overwrite=True, restart=restart)
+    assert partial_of(place).exists()
+    stage_of(tmp_path / "q").mkdir()
+    sparsellm.prune(source, one, out=tmp_path / "q")
+    assert stage_of(tmp_path / "q").exists()
+    (stage_of(tmp_path / "q") / "pruning.json").write_text("{")
+    sparsellm.prune(source, one, out=tmp_path / "q", overwrite=True)
+
+
+def test_a_model_in_the_place_of_the_first_stage_is_refused(source: Path, tmp_path: Path) -> None:
+    place = stage_of(tmp_path / "p")
+    shutil.copytree(source, place)
+    with pytest.raises(RecipeError, match="where a first stage of this run would be"):
+        prune(place, tmp_path / "p", restart=True)
+    with pytest.raises(RecipeError, match=r"the teacher .* is where a first stage"):
+        sparsellm.prune(source, Recipe(sparsity=0.8), out=tmp_path / "p", teacher=place, restart=True)
+    assert (place / "model.safetensors").exists()
+
+
+def test_a_finished_stage_needs_no_second_place_on_the_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "p"
+    stopped_in_the_second_stage(source, out, monkeypatch)
+    usage = namedtuple("usage", "total used free")
+    free = int(2.2 * (source / "model.safetensors").stat().st_size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+    prune(source, out)
+    assert beside(out) == ["p"]
 
 
 def test_the_first_stage_takes_disk_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import ModelError, RecipeError, StorageError
+from sparsellm.run.run import Run
 from sparsellm.sweep import whole_model
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import FAMILIES, STAY_DENSE, family
@@ -70,6 +71,31 @@ def test_a_model_that_is_its_own_teacher_is_pruned_as_without_one(name: str, tmp
     for place, teacher in (("taught", tmp_path / "dense"), ("alone", None)):
         sparsellm.prune(tmp_path / "copy", recipe, out=tmp_path / place, teacher=teacher, calibration=ids)
     shards = [sorted((tmp_path / place).glob("*.safetensors")) for place in ("taught", "alone")]
+    assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
+
+
+@pytest.mark.parametrize("name", [name for name in ("Zamba2",) if name in FAMILIES])
+def test_the_teacher_is_read_whole_after_a_survey_of_the_other_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The survey reads weights that blocks share from the model that is pruned; a resumed run has no survey."""
+    save_tiny(family(name), None, tmp_path / "dense")
+    ids = torch.arange(4, 100).view(4, 24)
+    fields: dict[str, Any] = {"samples": 4, "seq_len": 24, "allow_dense": STAY_DENSE}
+    half = Recipe(method="magnitude", sparsity=0.5, **fields)
+    sparsellm.prune(tmp_path / "dense", half, out=tmp_path / "half", calibration=ids)
+    recipe = Recipe(sparsity=0.7, options={"effort": 0, "passes": 1}, **fields)
+
+    def prune(out: str) -> None:
+        sparsellm.prune(tmp_path / "half", recipe, out=tmp_path / out, teacher=tmp_path / "dense", calibration=ids)
+
+    prune("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "walk", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prune("resumed")
+    prune("resumed")
+    shards = [sorted((tmp_path / out).glob("*.safetensors")) for out in ("whole", "resumed")]
     assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
 
 

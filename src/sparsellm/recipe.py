@@ -228,7 +228,8 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _one_of_pattern_and_sparsity_of(self) -> Recipe:
         if self.pattern is not None and self.sparsity_of:
-            raise RecipeError(f"pattern {self.pattern} fixes the sparsity of every linear; leave out sparsity_of")
+            why = "fixes the sparsity of every linear" if self.chosen_of is None else "divides the zeros itself"
+            raise RecipeError(f"pattern {self.pattern} {why}; leave out sparsity_of")
         return self
 
     @model_validator(mode="after")

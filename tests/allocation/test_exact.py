@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.allocation.allocator import from_block_importance, from_sparsities, pattern_of
-from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, shift_to_total
+from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, round_to_groups, shift_to_total
 from tests.allocation.helpers import bare_survey
 
 SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=30)
@@ -55,6 +55,15 @@ def test_limits_hold_and_what_was_wanted_is_met_within_one(
 def test_a_pattern_gives_back_its_count(weights: int, data: st.DataObject) -> None:
     zeros = data.draw(st.integers(0, weights))
     assert pattern_of(zeros, weights).zeros((weights,)) == zeros
+
+
+def test_groups_reach_the_total_where_most_wanted_zeros_are_outside_the_limits() -> None:
+    """One step from the nearest multiples is not enough: these are 1 of 4 for 1 %, and 3 of 4 for 99 %."""
+    weights = [48] * 10
+    wanted = [0.48] * 7 + [47.52] * 3
+    zeros = round_to_groups(wanted, weights, 4, round(sum(wanted)) - round(sum(wanted)) % 12)
+    assert sum(zeros) == round(sum(wanted)) - round(sum(wanted)) % 12
+    assert all(12 <= each <= 36 and each % 12 == 0 for each in zeros)
 
 
 def test_a_shift_moves_all_alike_where_no_limit_is_met() -> None:

@@ -79,7 +79,8 @@ def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, tot
     """Zeros of N:M, from 1 to m − 1 of every m weights of a linear, that add up to ``total``.
 
     Each is one of the three multiples nearest to the wanted zeros. Among these the sum is the nearest to ``total`` that
-    can be reached, and then ``Σ (z_i − wanted_i)² / weights_i`` the least, by dynamic programming over the sum.
+    can be reached, and then ``Σ (z_i − wanted_i)² / weights_i`` the least, by dynamic programming over the sum. Where
+    many wanted zeros are outside the limits, it goes on from there until the sum comes no nearer.
 
     Args:
         wanted: zeros of each linear, which add up to about ``total``.
@@ -91,6 +92,18 @@ def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, tot
     steps = [count // m // unit for count in weights]  # units of one more zero in every group
     base = [min(max(round(m * want / count), 1), m - 1) for want, count in zip(wanted, weights, strict=True)]
     missing = total / unit - sum(zeros * step for zeros, step in zip(base, steps, strict=True))
+    while True:
+        base = _changed(base, steps, wanted, weights, m, missing)
+        left = total / unit - sum(zeros * step for zeros, step in zip(base, steps, strict=True))
+        if abs(left) < 1 or abs(left) >= abs(missing):
+            return [zeros * count // m for zeros, count in zip(base, weights, strict=True)]
+        missing = left
+
+
+def _changed(
+    base: list[int], steps: list[int], wanted: Sequence[float], weights: Sequence[int], m: int, missing: float
+) -> list[int]:
+    """``base``, each changed by at most one, so that the sum of changes comes as near to ``missing`` as it can."""
     middle = math.ceil(abs(missing)) + 2 * max(steps)
     best = numpy.full(2 * middle + 1, numpy.inf)  # the least cost of each sum of changes
     best[middle] = 0.0
@@ -107,8 +120,9 @@ def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, tot
         best = costs.min(axis=0)
     reached = numpy.flatnonzero(numpy.isfinite(best))
     place = int(min(reached, key=lambda each: (abs(each - middle - missing), best[each])))
+    changed = list(base)
     for i in range(len(base) - 1, -1, -1):
         change = int(taken[i][place])
-        base[i] += change
+        changed[i] += change
         place -= change * steps[i]
-    return [zeros * count // m for zeros, count in zip(base, weights, strict=True)]
+    return changed

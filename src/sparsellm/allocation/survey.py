@@ -100,7 +100,7 @@ class Survey:
         stream, blocks = self.feed.stream(), len(self.chain)
         for index in range(blocks):
             self.feed.progress(Progress("survey", index, blocks, f"block {index + 1}/{blocks} inputs"))
-            with self.chain.block(index), watch(self._views(index), see):
+            with self.chain.block(index, self.feed.blocks), watch(self._views(index), see):
                 stream.advance(index)
         stream.close()
         self.feed.progress(Progress("survey", blocks, blocks))
@@ -114,7 +114,7 @@ class Survey:
         """
         mean_squares = self.mean_squares
         for index in self.blocks:
-            with self.chain.block(index):
+            with self.chain.block(index, self.feed.blocks):
                 metrics = [
                     linear.weight().abs_().mul_(mean_squares[linear.name].sqrt())
                     for linear in self._views(index)

@@ -410,6 +410,10 @@ class Chain:
         moved = stored.to(self.device, non_blocking=stored.is_pinned())
         return moved.to(self.dtype) if stored.is_floating_point() else moved
 
+    def forget_shared(self) -> None:
+        """Forgets the weights that blocks share, so that they are read again: for a walk over other weights."""
+        self._shared.clear()
+
     def _release(self, names: list[str]) -> None:
         if self.weights is None:
             return

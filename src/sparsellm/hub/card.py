@@ -16,6 +16,7 @@ from sparsellm.hub.base import HUB_ID
 from sparsellm.inputs.json_input import read_object
 from sparsellm.inputs.yaml_input import dump_yaml
 from sparsellm.packed.checkpoint import is_packed
+from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
 from sparsellm.storage.files import replace_atomically, write_all
 from sparsellm.storage.results import EvaluationRecord, IntervalRecord, read_results
@@ -123,12 +124,13 @@ def _front_matter(report: Report) -> str:
     from huggingface_hub import ModelCardData  # takes a tenth of a second
 
     pattern = report.recipe.get("pattern")
+    fixed = isinstance(pattern, str) and parse_chosen(pattern) is None
     base = {key: value for key, value in report.base.items() if key in ("license", "license_name", "license_link")}
     data = ModelCardData(
         base_model=_base(report),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["sparsellm", "pruning", "sparsity", *([f"sparsity-{pattern}"] if isinstance(pattern, str) else [])],
+        tags=["sparsellm", "pruning", "sparsity", *([f"sparsity-{pattern}"] if fixed else [])],
         **base,  # type: ignore[arg-type]
     )
     return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n"

@@ -48,6 +48,7 @@ class Identity:
         computing: dtype and kind of device.
         plugins: digests of the plugins that the run uses.
         start: digest of the weights that are pruned, if they are not the dense model's.
+        stage: 1 for the first stage of a run of two, else 0.
     """
 
     recipe: dict[str, Any]
@@ -56,11 +57,13 @@ class Identity:
     computing: str
     plugins: dict[str, Any]
     start: str = ""
+    stage: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         values = {each.name.replace("_", " "): getattr(self, each.name) for each in fields(self)}
-        if not self.start:
-            del values["start"]
+        for name in ("start", "stage"):
+            if not values[name]:
+                del values[name]
         return {"format": 2, **values}
 
 

@@ -44,6 +44,7 @@ from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sw
 from sparsellm.run.result import PruneResult
 from sparsellm.run.teacher import check_outside
 from sparsellm.run.walk import walk
+from sparsellm.solvers.rounding import ROUNDING
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
@@ -278,8 +279,13 @@ class Run:
         }
 
     def _demand(self) -> Demand:
-        """The memory demand of this process; the first one also surveys the dense model."""
+        """The memory demand of this process; the first one also surveys the dense model.
+
+        The first of two stages demands what the second needs too, which is refused before the work of both.
+        """
         choice, chain, seq_len = self.choice, self.chain, self.windows.shape[1]
+        values = self.recipe.values if self.stage is None else self.stage.asked.values
+        workspace = choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace)
         surveyed = gradient_tokens = 0
         if parallel.is_main():
             if choice.allocates and not self.journal.knows(ALLOCATION):
@@ -295,11 +301,11 @@ class Run:
             samples=max(surveyed, len(self.own_windows), gradient_tokens // seq_len),
             seq_len=seq_len,
             batch_tokens=self.recipe.batch_tokens,
-            workspace=choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace),
+            workspace=workspace if values == "keep" else workspace.beside(ROUNDING),
             gradient_tokens=gradient_tokens,
             swept=bool(choice.needs.passes),
             fresh=bool(self.prepared.own_fresh),
-            unrounded=self.recipe.values != "keep" and bool(choice.needs.passes),
+            unrounded=values != "keep" and bool(choice.needs.passes),
             read_ahead=read_ahead and chain.weights is not None,
         )
 
@@ -328,6 +334,7 @@ class Run:
             computing,
             used,
             self.started,
+            int(self.stage is not None and self.earlier is None),
         )
 
     def _survey(self) -> tuple[Allocation | None, dict[str, Tensor]]:
@@ -358,6 +365,8 @@ class Run:
             with self.clock.phase("allocation"):
                 allocation = self._allocate(sizes, gradients)
                 self.journal.keep_allocation(allocation)
+        if self.start is not None:
+            self.chain.forget_shared()  # the walk reads the teacher's first, also in a process that did not survey
         return allocation, costs or {}
 
     def _allocate(self, sizes: list[LinearSize], gradients: LossGradients | None) -> Allocation:
@@ -365,7 +374,8 @@ class Run:
         parts = divide(sizes, self.recipe.sparsity)
         if not parts.free:
             return parts.allocation()
-        survey = Survey(replace(self.feed, windows=self.windows), parts.free, parts.sparsity, gradients)
+        feed = replace(self.feed, windows=self.windows, blocks=self.start)
+        survey = Survey(feed, parts.free, parts.sparsity, gradients)
         found = parts.allocation(self.choice.allocator.function(survey, **self.choice.allocation_options))
         m = self.recipe.chosen_of
         return found if m is None else in_groups(found, parts.free, m, parts.zeros)

@@ -26,11 +26,12 @@ from sparsellm.run.prepare import Choice, Request, destination
 from sparsellm.run.result import PruneResult
 from sparsellm.run.run import Run
 from sparsellm.storage.destination import partial_of, stage_of
-from sparsellm.storage.resume import differences, discard, empty, left_in
+from sparsellm.storage.resume import differences, discard, empty, left_in, locked
 
 PAYS = 0.8  # sparsity from which two stages pay, unstructured, with three sweeps or more (docs/results.md)
 LEAST_PASSES = 3
 DENSITY = 1.5  # the first stage keeps so many times the weights that the second keeps
+RECORDED = ("sparsity_pruned", "sweeps", "seconds", "peak_rss_bytes")  # what a report says of the first stage
 SHARE = 1 / 3  # of the passes in the first stage; at least one in each
 
 
@@ -65,6 +66,7 @@ def execute(request: Request, progress: ProgressCallback = ignore) -> PruneResul
         return Run(request, progress).execute()
     progress = progress if parallel.is_main() else ignore
     place = stage_of(request.out)
+    _check_models(request, place)
     parallel.from_main(partial(_remove_leftover, place, Path(request.out)))
     out = destination(request)
     assert out is not None
@@ -122,6 +124,8 @@ def recipes_of(request: Request) -> tuple[Recipe, Recipe] | None:
 def _first(request: Request, place: Path, passes: list[int], progress: ProgressCallback) -> dict[str, Any]:
     """Runs the first stage unless an earlier process finished it; returns its record."""
     identity = parallel.from_main(partial(_identity, place))
+    if identity is not None and request.stage is not None:  # its files are there; the second stage checks for its own
+        request = replace(request, stage=replace(request.stage, copies=0))
     run = Run(replace(request, out=place, overwrite=identity is not None), partial(_tell, progress, 1, passes))
     run.open()
     run.plan()
@@ -137,20 +141,27 @@ def _first(request: Request, place: Path, passes: list[int], progress: ProgressC
 def _identity(place: Path) -> dict[str, Any] | None:
     """The identity of the finished first stage in ``place``; None if it holds none."""
     report = place / "pruning.json"
-    identity = read_object(report).get("stage") if report.is_file() else None
-    return identity if isinstance(identity, dict) else None
+    try:
+        found = read_object(report) if report.is_file() else {}
+    except StorageError:  # no run of ours wrote it
+        return None
+    identity = found.get("stage")
+    return identity if isinstance(identity, dict) and found.keys() >= set(RECORDED) else None
 
 
 def _record(place: Path) -> dict[str, Any]:
     """What the report of a run says of its first stage."""
     report = read_object(place / "pruning.json")
-    return {key: report[key] for key in ("sparsity_pruned", "sweeps", "seconds", "peak_rss_bytes")}
+    return {key: report[key] for key in RECORDED}
 
 
 def _remove_leftover(place: Path, out: Path) -> None:
     """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``."""
     report = out / "pruning.json"
-    if _identity(place) is not None and report.is_file() and read_object(report).get("stages") == [_record(place)]:
+    stages = read_object(report).get("stages") if report.is_file() else None
+    if not stages:
+        return
+    if _identity(place) is not None and stages == [_record(place)]:
         _remove(place)
     with contextlib.suppress(OSError):
         place.rmdir()  # empty only if a process was killed while it removed the directory
@@ -160,14 +171,23 @@ def _settle(place: Path, out: Path, restart: bool, *, alone: bool) -> None:
     """Removes a first stage in ``place`` with ``restart``, and refuses what another run left there.
 
     Raises:
-        StorageError: there is a first stage and the run has one stage only, or there is a second one without a first.
+        StorageError: there is a first stage and the run has one stage only, or there is a second one without a first;
+            or another run stands where the first stage belongs, or is active there.
     """
     finished = _identity(place) is not None
-    unfinished = left_in(partial_of(place)) is not None
+    left = left_in(partial_of(place))
+    unfinished = left is not None and left.identity is not None and left.identity.get("stage") == 1
+    if not alone and left is not None and left.identity is not None and not unfinished:
+        raise StorageError(
+            f"{partial_of(place)} holds an unfinished run into {place}, where the first stage belongs; finish that "
+            "one, give another --out, or options.stages=1"
+        )
     if restart:
         if finished:
             _remove(place)
         if alone and unfinished:
+            with locked(partial_of(place)):  # no process may be active in it
+                pass
             discard(partial_of(place))
             discard(partial_of(place, second=True))
         return
@@ -175,6 +195,17 @@ def _settle(place: Path, out: Path, restart: bool, *, alone: bool) -> None:
         raise _another(place if finished else partial_of(place), "it has two stages, and this one has one")
     if not alone and not finished and left_in(partial_of(out)) is not None:
         raise _another(partial_of(out), "it has one stage, and this one has two")
+
+
+def _check_models(request: Request, place: Path) -> None:
+    """Refuses a model that stands where the first stage of this run belongs, and would be removed.
+
+    Raises:
+        RecipeError: the model or its teacher is there.
+    """
+    for name, model in (("model", request.model), ("teacher", request.teacher)):
+        if isinstance(model, (str, Path)) and Path(model).resolve() == place.resolve():
+            raise RecipeError(f"the {name} {model} is where a first stage of this run would be; give another --out")
 
 
 def _another(place: Path, why: str) -> StorageError:
