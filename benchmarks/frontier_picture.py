@@ -136,7 +136,8 @@ def draw(points: list[Point], conditions: str) -> str:
         text((LEFT + RIGHT) / 2, BOTTOM + 44, "bits a weight of the linears, with all overhead", size=13,
              color="var(--ink)", anchor="middle"),
         f'<g transform="rotate(-90 20 {(TOP + BOTTOM) / 2})">'
-        + text(20, (TOP + BOTTOM) / 2, "KL(dense ‖ form), nats a token", size=13, color="var(--ink)", anchor="middle")
+        + text(20, (TOP + BOTTOM) / 2, "KL from the dense model, nats a token", size=13, color="var(--ink)",
+               anchor="middle")
         + "</g>",
     ]  # fmt: skip
     best = lower_left([point for point in points if point[0] in ours])
