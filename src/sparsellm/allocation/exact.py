@@ -80,7 +80,7 @@ def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, tot
 
     Each is one of the three multiples nearest to the wanted zeros. Among these the sum is the nearest to ``total`` that
     can be reached, and then ``Σ (z_i − wanted_i)² / weights_i`` the least, by dynamic programming over the sum. Where
-    many wanted zeros are outside the limits, it goes on from there until the sum comes no nearer.
+    many wanted zeros are outside the limits and the sum is a whole step of a linear away, it goes on from there.
 
     Args:
         wanted: zeros of each linear, which add up to about ``total``.
@@ -95,7 +95,7 @@ def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, tot
     while True:
         base = _changed(base, steps, wanted, weights, m, missing)
         left = total / unit - sum(zeros * step for zeros, step in zip(base, steps, strict=True))
-        if abs(left) < 1 or abs(left) >= abs(missing):
+        if abs(left) < max(steps) or abs(left) >= abs(missing):
             return [zeros * count // m for zeros, count in zip(base, weights, strict=True)]
         missing = left
 
