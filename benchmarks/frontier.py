@@ -16,14 +16,13 @@ default type, int8 by `pack --head int8` of sparsellm, and 16 bits in tools that
 second divergence has the first. A form is on the front if no other is as good in both bits and divergence.
 
 Importance matrices (mean squares of the inputs) are of the same calibration windows as sparsellm's. Speed is in
-``instead.py``. Finished rows are kept in a file, by conditions, form and version of the tool; for sparsellm that is the
-hash of its sources, or ``--code``. A stopped script continues when it is run again.
+``instead.py``. Finished rows are kept in a file, by conditions, form and version of the tool; ``BENCHMARK_CODE``
+replaces that of sparsellm (``measure.py``). A stopped script continues when it is run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -47,7 +46,7 @@ from forms import (
     write_gguf,
 )
 from frontier_picture import draw
-from measure import cpu_name
+from measure import code_version, cpu_name
 from quality import OUT, Cells, add_conditions
 from transformers import PreTrainedModel
 from wikipedia import write_wikipedia
@@ -189,16 +188,8 @@ def forms(arguments: argparse.Namespace) -> Iterator[Form]:
         for sparsity in SPARSITIES:
             yield Form(
                 f"sparsellm {sparsity:.0%} {values}", f"sparsellm {values}", f"{sparsity:.0%} {values}",
-                lambda: arguments.code or code_of_sources(), partial(pruned, sparsity=sparsity, values=values),
+                code_version, partial(pruned, sparsity=sparsity, values=values),
             )  # fmt: skip
-
-
-def code_of_sources() -> str:
-    """A hash of the package's Python files."""
-    found = hashlib.sha256()
-    for path in sorted(Path(sparsellm.__file__).parent.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:12]
 
 
 def on_front(rows: dict[str, Row]) -> set[str]:
@@ -249,7 +240,6 @@ def main() -> None:
     add_conditions(parser)
     parser.add_argument("--effort", type=int, default=1, help="of sparsellm")
     parser.add_argument("--forms", nargs="*", default=[""], help="only forms whose name begins so")
-    parser.add_argument("--code", help="what the rows of sparsellm are kept under, in place of a hash of its sources")
     parser.add_argument("--picture", type=Path, help="write an SVG")
     parser.add_argument("--cells", type=Path, default=OUT / "frontier.json")
     arguments = parser.parse_args()
@@ -259,11 +249,11 @@ def main() -> None:
     chosen = [form for form in forms(arguments) if form.name.startswith(tuple(arguments.forms))]
     with tempfile.TemporaryDirectory(prefix="frontier-", dir=OUT) as folder, without_bars():
         bench = Bench(arguments, Path(folder))
-        dense = Cells(arguments.cells).get(
+        dense = Cells(arguments.cells, versioned=False).get(
             f"{arguments.model}/{arguments.text}/{arguments.window}/{arguments.max_tokens}/dense",
             lambda: bench.score(bench.directory),
         )
-        rows, missing = measure(bench, chosen, Cells(arguments.cells))
+        rows, missing = measure(bench, chosen, Cells(arguments.cells, versioned=False))
     conditions = (
         f"Model {Path(arguments.model).name}, {sum(bench.linears.values()):,} weights in linears of "
         f"{sum(bench.sizes.values()):,}; dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, "

@@ -81,18 +81,27 @@ def command(*arguments: str) -> dict[str, Any]:
 
 
 class Cells:
-    """Results by key and by the version of the code, on disk after each; several scripts may fill one file."""
+    """Results by key and by the version of the code, on disk after each; several scripts may fill one file.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file.
+        versioned: whether results hold for one version of sparsellm only.
+    """
+
+    def __init__(self, path: Path, *, versioned: bool = True) -> None:
         self.path, self.code = path, code_version()
+        self._prefix = f"{self.code}/" if versioned else ""
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         return found
 
+    def __contains__(self, key: str) -> bool:
+        return self._prefix + key in self.read()
+
     def get(self, key: str, make: Any) -> Any:
-        key, found = f"{self.code}/{key}", self.read()
+        key, found = self._prefix + key, self.read()
         if key in found:
             return found[key]
         print(f"running {key}", file=sys.stderr, flush=True)

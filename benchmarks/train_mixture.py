@@ -11,9 +11,8 @@ of steps within the given minutes depends on the machine and is printed.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from train_opt import OUT, run
+from train_opt import OUT, options, run
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 
@@ -32,19 +31,9 @@ def build(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT / "mixture")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128)
+    parser = options(__doc__, out=OUT / "mixture", layers=4, width=128, vocabulary=2048, batch=4, rate=2e-3)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--expert-width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--positions", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=4, help="windows in a step")
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the CPU has AVX-512 BF16")
-    parser.add_argument("--seed", type=int, default=0)
     run(parser.parse_args(), build)
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -169,19 +170,26 @@ def run(
     print(f"wrote {arguments.out}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT / "opt")
-    parser.add_argument("--architecture", choices=("opt", "llama"), default="opt")
+def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The options that :func:`run` reads, with the defaults of a script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--positions", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8, help="windows in a step")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, help="windows in a step")
+    parser.add_argument("--rate", type=float)
     parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the CPU has AVX-512 BF16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__, out=OUT / "opt", layers=6, width=256, vocabulary=4096, batch=8, rate=1e-3)
+    parser.add_argument("--architecture", choices=("opt", "llama"), default="opt")
     run(parser.parse_args(), build)
 
 

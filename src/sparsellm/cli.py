@@ -153,6 +153,21 @@ SaveOption = Annotated[
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", metavar=FLAG, help="Replace the checkpoint in DIR.", rich_help_panel=OUTPUT)
 ]
+CleanOption = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        metavar=FLAG,
+        help="Remove the files that another unfinished run left for DIR.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+RunningDeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="cpu, cuda or cuda:1.", autocompletion=_one_of(*DEVICES), rich_help_panel=RESOURCES
+    ),
+]
 PluginOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -878,15 +893,7 @@ def pack(  # noqa: PLR0913 - a command
         ),
     ] = "keep",
     overwrite: OverwriteOption = False,
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--restart",
-            metavar=FLAG,
-            help="Remove the files that another unfinished run left for DIR.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    restart: CleanOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
@@ -912,15 +919,7 @@ def unpack(
         Path, typer.Option(metavar="DIR", help="Directory of the dense checkpoint.", rich_help_panel=OUTPUT)
     ],
     overwrite: OverwriteOption = False,
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--restart",
-            metavar=FLAG,
-            help="Remove the files that another unfinished run left for DIR.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
+    restart: CleanOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     as_json: JsonOption = False,
@@ -1006,15 +1005,7 @@ def generate(  # noqa: PLR0913 - a command
         ),
     ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the sampling.", rich_help_panel=TEXT)] = 0,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="cpu, cuda or cuda:1.",
-            autocompletion=_one_of(*DEVICES),
-            rich_help_panel=RESOURCES,
-        ),
-    ] = "cpu",
+    device: RunningDeviceOption = "cpu",
     dtype: DtypeOption = None,
     quiet: Annotated[
         bool,
@@ -1092,15 +1083,7 @@ def bench(  # noqa: PLR0913 - a command
     repeats: Annotated[
         int, typer.Option(metavar="N", help="Rounds; the median is shown.", rich_help_panel=MEASURE)
     ] = 5,
-    device: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="cpu, cuda or cuda:1.",
-            autocompletion=_one_of(*DEVICES),
-            rich_help_panel=RESOURCES,
-        ),
-    ] = "cpu",
+    device: RunningDeviceOption = "cpu",
     dtype: DtypeOption = None,
     save: SaveOption = True,
     quiet: QuietOption = False,

@@ -91,10 +91,14 @@ def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, tot
     unit = math.gcd(*weights) // m
     steps = [count // m // unit for count in weights]  # units of one more zero in every group
     base = [min(max(round(m * want / count), 1), m - 1) for want, count in zip(wanted, weights, strict=True)]
-    missing = total / unit - sum(zeros * step for zeros, step in zip(base, steps, strict=True))
+
+    def missing_of(zeros: list[int]) -> float:
+        return total / unit - sum(each * step for each, step in zip(zeros, steps, strict=True))
+
+    missing = missing_of(base)
     while True:
         base = _changed(base, steps, wanted, weights, m, missing)
-        left = total / unit - sum(zeros * step for zeros, step in zip(base, steps, strict=True))
+        left = missing_of(base)
         if abs(left) < max(steps) or abs(left) >= abs(missing):
             return [zeros * count // m for zeros, count in zip(base, weights, strict=True)]
         missing = left

@@ -233,7 +233,9 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
             assert directory is not None
             trust, texts = request.trust_remote_code, not isinstance(request.calibration, Tensor)
             start = open_start(chain, given, directory, trust=trust, tokenizers=texts)
-        choice = choice.on(plan(chain, recipe), recipe.values)
+        # The first of two stages keeps its values, and needs what the second does: that is refused before the work.
+        values = recipe.values if request.stage is None else request.stage.asked.values
+        choice = choice.on(plan(chain, recipe), values)
         if choice.needs.passes:
             check_sweepable(chain)
         sources = [each for each in (given, directory) if each is not None] or _loaded_from(request.model)

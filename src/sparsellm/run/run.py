@@ -44,7 +44,6 @@ from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sw
 from sparsellm.run.result import PruneResult
 from sparsellm.run.teacher import check_outside
 from sparsellm.run.walk import walk
-from sparsellm.solvers.rounding import ROUNDING
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
@@ -285,7 +284,6 @@ class Run:
         """
         choice, chain, seq_len = self.choice, self.chain, self.windows.shape[1]
         values = self.recipe.values if self.stage is None else self.stage.asked.values
-        workspace = choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace)
         surveyed = gradient_tokens = 0
         if parallel.is_main():
             if choice.allocates and not self.journal.knows(ALLOCATION):
@@ -301,7 +299,7 @@ class Run:
             samples=max(surveyed, len(self.own_windows), gradient_tokens // seq_len),
             seq_len=seq_len,
             batch_tokens=self.recipe.batch_tokens,
-            workspace=workspace if values == "keep" else workspace.beside(ROUNDING),
+            workspace=choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace),
             gradient_tokens=gradient_tokens,
             swept=bool(choice.needs.passes),
             fresh=bool(self.prepared.own_fresh),
