@@ -60,7 +60,7 @@ _PHASES = {
     "bench": "measure speed",
     "decode": "decode in turns",
     "sweep": "sweep the whole model",
-    "prune/dense": "run dense blocks",
+    "dense": "run the dense model",
     "prune/permutation": "order channels",
     "prune/statistics": "gather statistics",
     "prune/solve": "solve",

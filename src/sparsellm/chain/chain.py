@@ -414,6 +414,15 @@ class Chain:
         """Forgets the weights that blocks share, so that they are read again: for a walk over other weights."""
         self._shared.clear()
 
+    @contextlib.contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """Until the context ends, blocks without a shard are the model's own, with the weights that they share."""
+        pruned, self._shared = self._shared, {}
+        try:
+            yield
+        finally:
+            self._shared = pruned
+
     def _release(self, names: list[str]) -> None:
         if self.weights is None:
             return

@@ -87,7 +87,7 @@ def _validate(options: dict[str, Any]) -> None:
     needs=_needs,
     validate=_validate,
     workspace=Workspace(
-        weights=7, grams=2, streams=2, writers=2
+        weights=7, grams=2, streams=1, writers=2
     ),  # of the refit; writers of attention and feed-forward
     distributed=True,
     allocation="threshold",

@@ -27,7 +27,7 @@ GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its ac
 SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
 ROUNDED = Workspace(weights=0, grams=0, blocks=7)  # the same with a block on its grid, and a weight's groups
 SWEPT_COPIES = 4  # of every block in fp32 during a sweep: parameters, two moments, the best state so far
-FRESH_STREAMS = 4  # a sweep on new windows holds their inputs and dense outputs beside those it is judged by
+SWEEP_STREAMS = 2  # inputs and dense outputs of a set of windows; a later set is beside the first, which judges
 SAVED_COPIES = 7  # of every block in fp32 on disk: the best, and parameters and moments of two passes
 # fp32 tensors of the size of a chunk of logits that are in memory at once, for each loss of the head.
 NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 4
@@ -44,7 +44,7 @@ class Demand:
         workspace: of the method, the solver inside it, and the allocation.
         gradient_tokens: calibration tokens for the gradients of the dense model.
         swept: whether the whole model is swept at the end.
-        fresh: whether later sweeps run on other windows.
+        fresh: whether later sweeps run on other windows than the first.
         unrounded: whether a sweep follows that trains values which are rounded when a block runs.
         read_ahead: whether the next block is read while the current one is pruned.
     """
@@ -169,7 +169,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
 def hidden_bytes(chain: Chain, demand: Demand) -> int:
     """Bytes of the hidden states of the calibration windows, and of a sweep's copies of all blocks."""
     mixtures = any(chain.mixtures(index) for index in range(len(chain)))  # their inputs are stored
-    streams = max(1 + demand.workspace.streams + mixtures, FRESH_STREAMS if demand.fresh else 0)
+    streams = max(1 + demand.workspace.streams + mixtures, SWEEP_STREAMS * (demand.swept + demand.fresh))
     states = streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
     copies = SWEPT_COPIES * 4 * all_block_elements(chain) if demand.swept else 0
     return states + copies

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,12 +45,13 @@ from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
-from sparsellm.sweep.whole_model import check_sweepable
+from sparsellm.sweep.whole_model import STEP_TOKENS, check_sweepable
 
 if TYPE_CHECKING:
     from sparsellm.run.stages import Stage
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
+SWEEP_SHARE = 0.5  # windows of a sweep per calibration window: what a sweep gains depends on its steps more than on tokens
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ class Prepared:
         in_memory: the model that is pruned in memory; None if it is read and written block by block.
         tokenizer: saved with a model given as an object; else None.
         windows: calibration token ids ``(samples, seq)`` of all processes.
-        fresh: further windows, for sweeps after the first; there may be none.
+        fresh: further windows, for sweeps; there may be none.
+        passes: sweeps of all stages.
         bos: whether every window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids that the user passed.
         warnings: messages for the user.
     """
@@ -186,6 +189,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase | None
     windows: Tensor
     fresh: Tensor
+    passes: int
     bos: str
     warnings: list[str]
 
@@ -195,10 +199,14 @@ class Prepared:
         return self._own(self.windows)
 
     @property
-    def own_fresh(self) -> list[Tensor]:
-        """This process's share of the windows of each sweep after the first, as far as there are new ones."""
-        samples = len(self.windows)
-        return [self._own(part) for part in self.fresh.split(samples) if 2 * len(part) >= samples]
+    def sets(self) -> list[Tensor]:
+        """This process's share of the windows of each sweep: new ones as far as there are any, then those of the
+        statistics, which the pruned weights fit already."""
+        size = windows_of_sweep(len(self.windows))
+        fresh = [part for part in self.fresh.split(size) if 2 * len(part) >= size]
+        known = [] if fresh and len(fresh) == self.passes else [self.windows]
+        lead = int(self.windows[0, 0]) if self.bos == "yes" else None
+        return [self._own(cut(part, lead) if self.bos != "given" else part) for part in (*fresh, *known)]
 
     def _own(self, windows: Tensor) -> Tensor:
         unit = windows_in_batch(self.recipe.batch_tokens, windows.shape[1])
@@ -243,9 +251,9 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     with clock.phase("calibration"):
         progress(_expected(chain, choice, recipe))
         progress(Progress("calibration", 0, 1))
-        # Later sweeps take new windows, for which the dense model runs again: a model in memory is not dense any more.
+        # Sweeps take new windows, on which the dense model runs: a model in memory is not dense any more.
         passes = choice.needs.passes if request.stage is None else request.stage.passes
-        sets = max(0, passes - 1) if chain.weights is not None else 0
+        sets = passes if chain.weights is not None else 0
         windows, fresh = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress, sets))
         token_states = choice.needs.token_states or choice.allocation_needs.token_states
         check_forward(chain, windows, token_states=token_states)
@@ -263,7 +271,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         if not any(matches(linear.weight_name, [pattern]) for _, linear in _pruned(chain, recipe))
     ]
     return Prepared(
-        request, out, recipe, choice, chain, start, directory, in_memory, beside, windows, fresh, bos, warnings
+        request, out, recipe, choice, chain, start, directory, in_memory, beside, windows, fresh, passes, bos, warnings
     )
 
 
@@ -420,7 +428,7 @@ def _windows(
     progress: ProgressCallback,
     sets: int,
 ) -> tuple[Tensor, Tensor]:
-    """The calibration windows, and up to ``sets`` times as many others for later sweeps."""
+    """The calibration windows, and others for up to ``sets`` sweeps."""
     if isinstance(request.calibration, Tensor):
         windows = windows_of_ids(request.calibration, chain.config, bos=request.recipe.bos)
         return check_vocabulary(windows, chain.config), windows[:0]
@@ -445,7 +453,7 @@ def _windows(
                 recipe.seed,
                 Author(dense, say) if dense is not None else None,
                 recipe.bos,
-                sets * recipe.samples,
+                sets * windows_of_sweep(recipe.samples),
             )
 
     settings = (recipe.samples, seq_len, recipe.seed, recipe.bos, sets)
@@ -453,6 +461,30 @@ def _windows(
     key = (str(directory), named, settings, chain.dtype, chain.device.type)
     windows = check_vocabulary(request.shared.windows_of(key, draw), chain.config, tokenizer)
     return windows[: recipe.samples], windows[recipe.samples :]
+
+
+def windows_of_sweep(samples: int) -> int:
+    """The windows that a sweep runs on, of a run with so many calibration windows: half as many, one per process."""
+    return min(samples, max(parallel.size(), math.ceil(SWEEP_SHARE * samples)))
+
+
+def cut(windows: Tensor, lead: int | None) -> Tensor:
+    """Windows cut to the tokens of a step of the sweep; what is left at their ends is dropped.
+
+    Args:
+        windows: token ids ``(windows, seq)``.
+        lead: the id that every part begins with, in place of its first token; None for none.
+
+    Returns:
+        ``(more windows, STEP_TOKENS)``, or the windows if they are less than two steps long.
+    """
+    parts = windows.shape[1] // STEP_TOKENS
+    if parts < 2:
+        return windows
+    shorter = windows[:, : parts * STEP_TOKENS].reshape(-1, STEP_TOKENS).clone()
+    if lead is not None:
+        shorter[:, 0] = lead
+    return shorter
 
 
 @contextlib.contextmanager

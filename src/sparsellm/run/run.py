@@ -75,7 +75,7 @@ class Run:
         self.linears: list[LinearResult] = []
         self.magnitudes: Magnitudes = {}
         self.sweeps: list[Pass] = []
-        self.dense: Stream | None = None  # after the walk, behind the last block, if a sweep follows
+        self.dense: Stream | None = None  # behind the last block, if a sweep follows and the model is in memory
         self.started = ""  # digest of the weights to prune, if they are not the dense model's
         self.peak_before = 0  # the peak memory of earlier starts of this run
 
@@ -180,7 +180,6 @@ class Run:
         needs = self.choice.needs
         if not needs.passes:
             return
-        assert self.dense is not None
         self.progress(Progress("sweep", 0, 1))
         saved = self.journal.saved_passes(saved_sweep_bytes(self.chain), self.disk, self.progress)
         self.journal.open_sweep(checkpoint_bytes(self.chain))
@@ -201,23 +200,25 @@ class Run:
             self.journal.write_swept(index, self.chain.block_tensors(index))
 
         blocks = [self.journal.block(index) for index in range(len(self.chain))]
+        first, *others = self.prepared.sets
         with self.clock.phase("sweep"):
             self.sweeps = sweep(
                 SweepTask(
-                    self.feed,
-                    self.dense.hidden,
+                    replace(self.feed, windows=first),
+                    self.dense.hidden if self.dense is not None else None,
                     needs.passes,
                     self.recipe.seed,
                     write,
                     learning_rate=needs.learning_rate,
                     blocks=[block for block in blocks if block is not None] or None,
                     saved=saved,
-                    fresh=self.prepared.own_fresh,
+                    fresh=others,
                     integers=self.integers,
                     swept=self.stage.swept if self.stage is not None else 0,
                 )
             )
-        self.dense.close()
+        if self.dense is not None:
+            self.dense.close()
         self.linears = [replace(each, zeros=zeros[each.name]) for each in self.linears]
         self.magnitudes = {kind: {**counts, **after[kind]} for kind, counts in self.magnitudes.items()}
         self.journal.write_outer(self.chain.outer_tensors)
@@ -302,7 +303,7 @@ class Run:
             workspace=choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace),
             gradient_tokens=gradient_tokens,
             swept=bool(choice.needs.passes),
-            fresh=bool(self.prepared.own_fresh),
+            fresh=len(self.prepared.sets) > 1,
             unrounded=values != "keep" and bool(choice.needs.passes),
             read_ahead=read_ahead and chain.weights is not None,
         )

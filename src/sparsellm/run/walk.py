@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,7 @@ def walk(run: Run) -> None:
 
     Args:
         run: its ``finished`` blocks are only run. Afterwards ``run.linears`` holds the results of all linears, and, if
-            a sweep follows, ``run.dense`` the dense model's stream behind the last block.
+            a sweep follows that cannot run the dense model any more, ``run.dense`` its stream behind the last block.
     """
     blocks = len(run.chain)
     run.linears = [result for record in run.finished for result in record.linears]
@@ -39,36 +40,32 @@ def walk(run: Run) -> None:
         return
     with run.clock.phase("embed"):
         stream = run.feed.stream()
-        dense = stream.fork() if swept else None  # the sweep fits the pruned model to the dense one
+    if swept and run.chain.weights is None:  # its weights are overwritten, and the sweep follows what they predict
+        with run.clock.phase("dense"):
+            first = run.prepared.sets[0]
+            run.dense = replace(run.feed, windows=first).stream()
+            for index in range(blocks):
+                replay(run.dense, index, None)
     for index in range(blocks):
         if index < len(run.finished):
             run.progress(Progress("replay", index, len(run.finished), f"block {index + 1}/{blocks}"))
             with run.clock.phase("replay"):
-                if dense is not None:
-                    replay(dense, index, None)
                 replay(stream, index, run.journal.block(index), run.integers)
         else:
-            beside = dense
-            if dense is not None and run.start is not None:  # the block to prune is not the dense one
-                with run.clock.phase("prune/dense"):
-                    replay(dense, index, None)
-                beside = None
-            results, counted = _prune_block(run, index, stream, beside)
+            results, counted = _prune_block(run, index, stream)
             run.linears += results
             counts.append(counted)
     stream.close()
     run.magnitudes = joined(counts)
-    run.dense = dense
 
 
-def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> tuple[list[LinearResult], Magnitudes]:
-    """Reads one block, prunes it, runs the streams through it, and writes it.
+def _prune_block(run: Run, index: int, stream: Stream) -> tuple[list[LinearResult], Magnitudes]:
+    """Reads one block, prunes it, runs the stream through it, and writes it.
 
     Args:
         run: as of :func:`walk`.
         index: the number of the block.
         stream: the inputs of the block in the pruned model.
-        dense: those in the dense model, which are advanced before the block is pruned; None if it is not dense.
     """
     chain, clock, blocks = run.chain, run.clock, len(run.chain)
     task: BlockTask | None = None
@@ -117,10 +114,6 @@ def _prune_block(run: Run, index: int, stream: Stream, dense: Stream | None) -> 
                 values=run.recipe.values,
                 trained=run.integers is not None,
             )
-            if dense is not None:
-                report("dense forward")
-                with clock.phase("prune/dense"):
-                    dense.advance(index)  # before pruning, while the block is dense
             if linears:
                 run.choice.method.function(task, **run.choice.options)
             chain.settle_block(index)

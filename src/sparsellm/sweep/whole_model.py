@@ -40,17 +40,17 @@ from sparsellm.sweep.training import (
     shuffled,
 )
 
-# The learning rate for a model at KL = 1 nat from the dense one. With steps of 1024 tokens, 0.002 diverges there within
-# one pass, and 0.0007 increases the KL of a model at 0.6. The gain of a step falls with the square of the divergence,
-# the cost of its noise does not: so the rate is proportional to that square, up to this value.
+# The learning rate of a model that is far from the dense one: three times as much diverges there within one pass. What
+# a step gains falls with the square of the divergence, what its noise costs does not. So the rate does, too.
 RATE = 0.0007
-CAREFUL = 0.5  # nats; below this divergence the rate is tried out
+FAR = 1.5  # nats on windows that nothing was fitted to; from here on the rate is the highest
+CAREFUL = 0.75  # nats; below this divergence the rate is tried out
 LOWEST_PROBED, PROBED = RATE / 16, 0.004  # the lowest and the highest rate that are tried
 FASTER = 4.0  # factor between the rates that are tried
 PROBE_STEPS = 2  # steps at each; a pass of fewer than four times as many is not worth the trials
 CUT = 1 / 3  # factor of the rate after a harmful pass
 HARM = 1.01  # a pass is harmful above this multiple of the least divergence so far; smaller rises are noise
-STEP_TOKENS = 1024  # tokens of a step; half as many steps of twice the tokens cost as much and gain less
+STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens cost as much and gain less
 
 
 @dataclass(frozen=True)
@@ -127,25 +127,26 @@ class SweepTask:
     """A pruned model to be swept.
 
     Attributes:
-        feed: the pruned chain and this process's calibration windows.
-        dense: the output of the dense model's last block, ``(batch, seq, hidden)`` in the batches of the feed.
-        passes: the number of passes over the calibration windows.
+        feed: the pruned chain and the windows of the first pass, this process's share.
+        dense: the output of the dense model's last block, ``(batch, seq, hidden)`` in the batches of the feed; None for
+            a chain that holds the dense model's own weights, which then runs.
+        passes: the number of passes over a set of windows.
         seed: of the windows' order.
         write_block: called for each final block in order, while it is loaded.
-        learning_rate: of Adam, relative to the root mean square of each parameter; None for :data:`RATE` times the
-            square of the divergence at the start.
-        held_out: share of the windows that is held out to decide which state is kept.
+        learning_rate: of Adam, relative to the root mean square of each parameter; None for one by the divergence at
+            the start, at most :data:`RATE`.
+        held_out: share of the first set that is held out to decide which state is kept.
         blocks: the shard of each pruned block, or None for a chain that holds its weights.
         saved: storage of the passes, from which an interrupted sweep continues; None to save none.
         fresh: this process's windows for later passes, one tensor a pass; after the last, the sets come again in turn.
-            The chain must then hold the dense model's own weights. A sweep soon fits the windows it has seen.
+            ``dense`` must then be None. A sweep soon fits the windows it has seen.
         integers: the linears whose values are rounded; None for none. The blocks and the passes hold their unrounded
             values, which are trained.
         swept: passes of an earlier stage over the first sets of windows; the next pass takes the set after theirs.
     """
 
     feed: Feed
-    dense: Sequence[Tensor]
+    dense: Sequence[Tensor] | None
     passes: int
     seed: int
     write_block: Callable[[int], None]
@@ -320,9 +321,8 @@ def sweep(task: SweepTask) -> list[Pass]:
     masters = _Masters(task.feed.chain, task.feed.scratch, task.integers)
     masters.fill(task, reached)
     best = _Best(task, masters, reached)
-    stream = task.feed.stream(task.pruned(0), pieces=STEP_TOKENS)
-    history = _passes(task, _Run(task, stream, masters), best, reached)
-    stream.close()
+    with _on(task, masters, task.feed.windows) as run:
+        history = _passes(task, run, best, reached)
     masters.store.close()
     _write(task, masters, best)
     best.close()
@@ -341,9 +341,9 @@ def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) ->
         place = _Position(number, task.passes, first, harmful[-1] if harmful else 0, history[-1].held_out)
         with contextlib.ExitStack() as held:
             own, among = run, train
-            turn = (task.swept + number - 1) % (1 + len(task.fresh))  # 0: the calibration windows
+            turn = (task.swept + number - 1) % (1 + len(task.fresh))  # 0: the first set, without what is held out
             if turn:
-                own = held.enter_context(_fresh(task, run.masters, task.fresh[turn - 1]))
+                own = held.enter_context(_on(task, run.masters, task.fresh[turn - 1], number - 1))
                 among = of_all(own.places())
             held.enter_context(chain.outer())
             mean = _pass(task, own, among, place, rate * CUT ** len(harmful))
@@ -377,7 +377,7 @@ def _start(
             raise NumericalError(f"the pruned model diverges from the dense one by {start}; prune less")
         if task.learning_rate is not None:
             return Pass(0, start, None, task.learning_rate)
-        chosen, least = RATE * min(1.0, start**2), start
+        chosen, least = RATE * min(1.0, (start / FAR) ** 2), start
         rate = max(chosen, LOWEST_PROBED)
         while start < CAREFUL and rate <= PROBED and len(train) >= 4 * PROBE_STEPS:
             task.feed.progress(Progress("sweep", 0, task.passes, f"trying rate {rate:.1e} · KL {least:.3f}"))
@@ -418,19 +418,23 @@ def _pass(task: SweepTask, run: _Run, train: list[tuple[int, _Place]], at: _Posi
 
 
 @contextlib.contextmanager
-def _fresh(task: SweepTask, masters: _Masters, windows: Tensor) -> Iterator[_Run]:
-    """A run over windows that the walk has not seen, with the dense model's hidden states made for it."""
+def _on(task: SweepTask, masters: _Masters, windows: Tensor, done: int = 0) -> Iterator[_Run]:
+    """A run over a set of windows, with the dense model's hidden states for them; ``done`` passes are behind it."""
     feed, chain = replace(task.feed, windows=windows), task.feed.chain
-    stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS)
-    dense = stream.fork()
-    try:
-        for index in range(len(chain)):
-            with chain.block(index):
-                dense.advance(index)
-        yield _Run(replace(task, feed=feed, dense=dense.hidden), stream, masters)
-    finally:
-        dense.close()
-        stream.close()
+    with contextlib.ExitStack() as held:
+        stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS)
+        held.callback(stream.close)
+        wanted = task.dense
+        if wanted is None:
+            dense = stream.fork()
+            held.callback(dense.close)
+            with chain.unpruned():
+                for index in range(len(chain)):
+                    task.feed.progress(Progress("sweep", done, task.passes, f"dense block {index + 1}/{len(chain)}"))
+                    with chain.block(index):
+                        dense.advance(index)
+            wanted = dense.hidden
+        yield _Run(chain, windows, stream, wanted, masters)
 
 
 def _write(task: SweepTask, masters: _Masters, best: _Best) -> None:
@@ -462,12 +466,13 @@ def harmful_passes(history: Sequence[Pass]) -> list[int]:
 class _Run:
     """Forward and backward of a few windows through all blocks."""
 
-    def __init__(self, task: SweepTask, stream: Stream, masters: _Masters) -> None:
-        self.chain, self.stream, self.dense, self.masters = task.feed.chain, stream, task.dense, masters
+    def __init__(
+        self, chain: Chain, windows: Tensor, stream: Stream, dense: Sequence[Tensor], masters: _Masters
+    ) -> None:
+        self.chain, self.windows, self.stream, self.dense, self.masters = chain, windows, stream, dense, masters
         self.starts = [0]
-        for batch in task.dense:
+        for batch in dense:
             self.starts.append(self.starts[-1] + len(batch))
-        self.windows = task.feed.windows
         self._in_fp32 = Float32Calls()
 
     def places(self) -> list[_Place]:
