@@ -8,7 +8,12 @@ from collections.abc import Iterable, Iterator
 from xml.sax.saxutils import escape
 
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"'
-LETTER, LINE = 6.4, 11.0  # pixels: a letter of a label in the mean, and its height
+LETTER, LINE = 6.7, 11.0  # pixels: a letter of a label in the mean, and its height
+# Where the label of a point may be, the best place first: its anchor, and pixels from the point.
+AROUND = (
+    ("start", 8, 4), ("end", -8, 4), ("middle", 0, -9), ("middle", 0, 17), ("start", 6, -6), ("end", -6, -6),
+    ("start", 6, 14), ("end", -6, 14), ("middle", 0, -20), ("middle", 0, 28),
+)  # fmt: skip
 STYLE = """<style>
 :root{--page:#fff;--ink:#1d2433;--faint:#5f6b7c;--grid:#e4e7ec;--ours:#b82d20;--a:#2f6fb0;--b:#0b7a75;--c:#9a5b00;--d:#7a4fb0}
 @media (prefers-color-scheme:dark){:root{--page:#14181f;--ink:#e8ebf0;--faint:#a3adbb;--grid:#2b323d;--ours:#ff7a6b;
@@ -113,11 +118,11 @@ class Plot:
         for tick in ticks(*self.horizontal) if across is None else across:
             x = self.x(tick)
             yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{self.top}" y2="{self.bottom}" stroke="var(--grid)"/>'
-            yield text(x, self.bottom + 20, f"{tick:g}", size=12, color="var(--faint)", anchor="middle")
+            yield text(x, self.bottom + 20, f"{tick:,g}", size=12, color="var(--faint)", anchor="middle")
         for tick in ticks(*self.vertical):
             y = self.y(tick)
             yield f'<line x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--grid)"/>'
-            yield text(self.left - 8, y + 4, f"{tick:g}", size=12, color="var(--faint)", anchor="end")
+            yield text(self.left - 8, y + 4, f"{tick:,g}", size=12, color="var(--faint)", anchor="end")
 
     def names(self, horizontal: str, vertical: str) -> Iterator[str]:
         """The names of the two axes."""
@@ -133,18 +138,15 @@ class Plot:
         taken += along(line)
         for x, y, label, color in placed:
             wide = LETTER * len(label)
-            choices = [
-                (x + dx - (wide if anchor == "end" else wide / 2 if anchor == "middle" else 0), y + dy)
-                for anchor, dx, dy in (
-                    ("start", 8, 4), ("end", -8, 4), ("middle", 0, -9), ("middle", 0, 17), ("start", 6, -6),
-                    ("end", -6, -6), ("start", 6, 14), ("end", -6, 14), ("middle", 0, -20), ("middle", 0, 28),
-                )
-            ]  # fmt: skip
-            boxes = [(left, base - LINE + 1, left + wide, base + 2) for left, base in choices]
+            boxes = []
+            for anchor, dx, dy in AROUND:
+                left, base = x + dx - wide * {"start": 0, "middle": 0.5, "end": 1}[anchor], y + dy
+                boxes.append((left, base - LINE + 1, left + wide, base + 2))
             costs = [sum(overlap(box, other) + self.outside(box) for other in taken) for box in boxes]
             best = costs.index(min(costs))
             taken.append(boxes[best])
-            yield text(*choices[best], label, size=11, color=color)
+            anchor, dx, dy = AROUND[best]
+            yield text(x + dx, y + dy, label, size=11, color=color, anchor=anchor)
 
     def outside(self, box: Box) -> float:
         """What it costs a label to leave the plot: more than to cover another."""

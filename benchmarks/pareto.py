@@ -137,7 +137,7 @@ def panel(name: str, cells: dict[Tried, Cell], left: float) -> list[str]:
     seconds, perplexities = ([cell[key] for cell in cells.values()] for key in ("cpu_seconds", "perplexity"))
     top = min(max(perplexities) * 1.3, min(perplexities) * HIGHEST)
     place = (left + 72, TOP, left + PANEL - 24, BOTTOM)
-    plot = Plot(place, (min(seconds) / 1.4, max(seconds) * 1.6), (min(perplexities) / 1.3, top))
+    plot = Plot(place, (min(seconds) / 1.4, max(seconds) * 1.6), (min(perplexities) / 1.6, top))
     points = [
         (each.series, label(each, cell, top), cell["cpu_seconds"], min(cell["perplexity"], top))
         for each, cell in cells.items()
@@ -146,7 +146,9 @@ def panel(name: str, cells: dict[Tried, Cell], left: float) -> list[str]:
     line = steps([(plot.x(time), plot.y(perplexity)) for _, _, time, perplexity in best], plot.right)
     at = [(plot.x(time), plot.y(perplexity), named, STYLES[series]) for series, named, time, perplexity in points]
     return [
-        text(plot.left, TOP - 14, name, size=14, color="var(--ink)", bold=True),
+        text(
+            plot.left, TOP - 14, f"{name} zeros" if name.endswith("%") else name, size=14, color="var(--ink)", bold=True
+        ),
         *plot.grid(),
         *plot.names("CPU seconds", "perplexity"),
         polyline(line),
@@ -157,7 +159,7 @@ def panel(name: str, cells: dict[Tried, Cell], left: float) -> list[str]:
 
 def label(each: Tried, cell: Cell, top: float) -> str:
     value = cell["perplexity"]
-    return f"{each.label} {value:,.0f} ↑" if value > top else f"{each.label} {value:.{0 if value >= 200 else 1}f}"
+    return f"{each.label} {value:,.{0 if value >= 200 else 1}f}{' ↑' if value > top else ''}"
 
 
 def steps(best: Line, right: float) -> Line:
