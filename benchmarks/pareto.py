@@ -82,6 +82,12 @@ def tried(arguments: argparse.Namespace) -> list[Tried]:
     return [*local, *efforts, *peers, *(paper if PAPER in arguments.methods else ())]
 
 
+def environments(rows: Rows) -> list[str]:
+    """What llmcompressor's cells were made with; more than one line if its environment changed between them."""
+    versions = [cell["versions"] for cells in rows.values() for cell in cells.values() if "versions" in cell]
+    return sorted({", ".join(f"{name} {value}" for name, value in each.items()) for each in versions})
+
+
 def goal(target: str) -> str:
     return target if ":" in target else f"{float(target):.0%}"
 
@@ -207,6 +213,8 @@ def main() -> None:
             else:
                 rows[target][each] = found
     print(heading(arguments, dense, cells.code))
+    for line in environments(rows):
+        print(f"{line}\n")
     print_table(rows, dense["perplexity"])
     below = below_the_line(rows)
     print(f"\nBelow the line: {'; '.join(below) or 'nothing of another tool'}.")
