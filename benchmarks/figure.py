@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from drawing import FONT, text
+
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
 WIDTH, HEIGHT = 780, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 540, 84, 376  # of the plot; names of the lines stand right of it
 TICKS = (20, 50, 100, 200, 500, 1000)
 LABEL_DISTANCE = 19  # pixels between two names, at least
 STYLES = (("#717784", "2"), ("#3f6fa3", "2"), ("#c26a0a", "2"), ("#b82d20", "3.5"))  # color and width, by series
-FONT = 'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"'
 
 
 class Axes:
@@ -43,14 +44,6 @@ class Axes:
 
     def y(self, perplexity: float) -> float:
         return BOTTOM - (math.log(perplexity) - self._lowest) / (self._highest - self._lowest) * (BOTTOM - TOP)
-
-
-def text(
-    x: float, y: float, content: str, *, size: int = 13, color: str = "#333", anchor: str = "start", bold: bool = False
-) -> str:
-    weight = ' font-weight="600"' if bold else ""
-    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"{weight}'
-    return f'<text {place} fill="{color}">{escape(content)}</text>'
 
 
 def draw(figure: dict[str, Any]) -> str:

@@ -37,13 +37,13 @@ TOOLS = ("sparsellm", "llmcompressor")
 
 
 def run(
-    arguments: argparse.Namespace, tool: str, method: str, sparsity: float, windows: Path, score: bool
+    arguments: argparse.Namespace, tool: str, method: str, target: str, windows: Path, score: bool
 ) -> dict[str, Any]:
     """One run of one tool; the zeros of what it made and, where that is asked for, the perplexity."""
-    out = OUT / "peers" / f"{tool}-{method}-{sparsity}"
+    out = OUT / "peers" / f"{tool}-{method}-{target}"
     for leftover in (out, out.with_name(f"{out.name}.partial")):  # of a run that was stopped
         shutil.rmtree(leftover, ignore_errors=True)
-    common = [f"--out={out}", f"--method={method}", f"--sparsity={sparsity}"]
+    common = [f"--out={out}", f"--method={method}", f"--{'pattern' if ':' in target else 'sparsity'}={target}"]
     if tool == "sparsellm":
         command = [
             sys.executable, "-m", "sparsellm", "prune", arguments.model, *common, "--json",
@@ -53,7 +53,7 @@ def run(
     else:
         command = [arguments.python, str(WORKER), str(checkpoint_directory(arguments.model)), *common]
         command += [f"--windows={windows}", f"--batch-size={arguments.batch_size}"]
-    found = measured(command, OUT / "peers" / f"{tool}-{method}-{sparsity}.log")
+    found = measured(command, out.with_name(f"{out.name}.log"))
     report = json.loads(found.stdout.strip().splitlines()[-1])
     linears = sparsellm.inspect(out)
     result = {
@@ -68,12 +68,22 @@ def run(
     return result
 
 
+def write_windows(arguments: argparse.Namespace) -> Path:
+    """The file with the token ids of the calibration samples, ``windows``: (samples, seq)."""
+    tokenizer = load_tokenizer(checkpoint_directory(arguments.model))
+    ids = calibration_windows(arguments.calibration, tokenizer, arguments.samples, arguments.window, arguments.seed)
+    path = OUT / "peers" / "windows.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"windows": ids}, path)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True, help="interpreter of the environment that has llmcompressor")
     add_conditions(parser)
     parser.add_argument("--methods", nargs="*", default=["sparsegpt", "wanda"], choices=["sparsegpt", "wanda"])
-    parser.add_argument("--sparsities", nargs="*", type=float, default=[0.7, 0.5])
+    parser.add_argument("--targets", nargs="*", default=["0.7", "0.5"], help="sparsities, or patterns such as 2:4")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the median time counts")
     parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward call of llmcompressor")
     parser.add_argument("--seed", type=int, default=0)
@@ -81,31 +91,26 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
 
-    tokenizer = load_tokenizer(checkpoint_directory(arguments.model))
-    ids = calibration_windows(arguments.calibration, tokenizer, arguments.samples, arguments.window, arguments.seed)
-    windows = OUT / "peers" / "windows.safetensors"
-    windows.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"windows": ids}, windows)
-
+    windows = write_windows(arguments)
     cells = Cells(arguments.cells)
     conditions = (
         f"{arguments.model}/{Path(arguments.calibration).name}/{arguments.samples}x{arguments.window}/{arguments.seed}/"
         f"{Path(arguments.text).name}/{arguments.max_tokens}/batch {arguments.batch_size}"
     )
     dense = cells.get(f"{conditions}/dense", lambda: measure(arguments, arguments.model))
-    found: dict[tuple[float, str, str], list[dict[str, Any]]] = {}
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for repeat in range(arguments.repeats):
-        for sparsity in arguments.sparsities:
+        for target in arguments.targets:
             for method in arguments.methods:
                 for tool in TOOLS:  # in turns, so that what else the machine does falls on both
-                    key = f"{conditions}/{tool}/{method}/{sparsity}/{repeat}"
+                    key = f"{conditions}/{tool}/{method}/{target}/{repeat}"
                     score = repeat == 0  # the later ones are for the time
                     cell = cells.get(
-                        key, lambda t=tool, m=method, s=sparsity, p=score: run(arguments, t, m, s, windows, p)
+                        key, lambda t=tool, m=method, s=target, p=score: run(arguments, t, m, s, windows, p)
                     )
-                    found.setdefault((sparsity, method, tool), []).append(cell)
+                    found.setdefault((target, method, tool), []).append(cell)
 
-    peer = next(iter(found[arguments.sparsities[0], arguments.methods[0], "llmcompressor"]))["versions"]
+    peer = next(iter(found[arguments.targets[0], arguments.methods[0], "llmcompressor"]))["versions"]
     print(
         f"Model {arguments.model}, dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, windows of "
         f"{arguments.window}, {dense['tokens_scored']} tokens scored; calibration {arguments.samples} × "
@@ -115,12 +120,12 @@ def main() -> None:
         f"{peer['threads']} threads, {cpu_name()}.\n"
     )
     print(
-        "| sparsity | method | tool | zeros | perplexity | seconds | CPU seconds | peak memory (GB) | time / ours "
+        "| target | method | tool | zeros | perplexity | seconds | CPU seconds | peak memory (GB) | time / ours "
         "| CPU time / ours | memory / ours |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for (sparsity, method, tool), rows in found.items():
-        ours = found[sparsity, method, "sparsellm"]
+    for (target, method, tool), rows in found.items():
+        ours = found[target, method, "sparsellm"]
         seconds = [row["seconds"] for row in rows]
         peak = max(row["peak_rss_bytes"] for row in rows)
         computed = [row["cpu_seconds"] for row in rows]
@@ -128,7 +133,7 @@ def main() -> None:
         cpu_ratio = statistics.median(computed) / statistics.median(row["cpu_seconds"] for row in ours)
         memory_ratio = peak / max(row["peak_rss_bytes"] for row in ours)
         print(
-            f"| {sparsity:.0%} | {method} | {tool} | {rows[0]['sparsity']:.2%} | {rows[0]['perplexity']:.1f} "
+            f"| {target} | {method} | {tool} | {rows[0]['sparsity']:.2%} | {rows[0]['perplexity']:.1f} "
             f"| {statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f}) "
             f"| {statistics.median(computed):.0f} | {peak / 1e9:.2f} "
             f"| {time_ratio:.2f} | {cpu_ratio:.2f} | {memory_ratio:.2f} |"

@@ -23,16 +23,23 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--out", required=True)
     parser.add_argument("--method", choices=MODIFIERS, required=True)
-    parser.add_argument("--sparsity", type=float, required=True)
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--sparsity", type=float)
+    goal.add_argument("--pattern", help="N:M: keep N of every M inputs, such as 2:4")
     parser.add_argument("--windows", required=True, help="safetensors file with token ids, (samples, seq)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows in one forward call")
     arguments = parser.parse_args()
     ids = load_file(arguments.windows)["windows"]  # (samples, seq)
+    structure = {"sparsity": arguments.sparsity}
+    if arguments.pattern:
+        kept, group = (int(part) for part in arguments.pattern.split(":"))
+        # llmcompressor's N is the number of zeros.
+        structure = {"sparsity": 1 - kept / group, "mask_structure": f"{group - kept}:{group}"}
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in ids]
     oneshot(
         model=arguments.model,
         dataset=Dataset.from_list(rows),
-        recipe=MODIFIERS[arguments.method](sparsity=arguments.sparsity, ignore=["re:.*lm_head"]),
+        recipe=MODIFIERS[arguments.method](**structure, ignore=["re:.*lm_head"]),
         max_seq_length=ids.shape[1],
         num_calibration_samples=len(ids),
         shuffle_calibration_samples=False,

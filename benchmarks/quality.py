@@ -100,6 +100,10 @@ class Cells:
     def __contains__(self, key: str) -> bool:
         return self._prefix + key in self.read()
 
+    def known(self, key: str) -> Any:
+        """The result of a key, or None."""
+        return self.read().get(self._prefix + key)
+
     def get(self, key: str, make: Any) -> Any:
         key, found = self._prefix + key, self.read()
         if key in found:
@@ -113,6 +117,30 @@ class Cells:
             temporary.write_text(whole)
             temporary.replace(self.path)
         return made
+
+
+def conditions_of(arguments: argparse.Namespace) -> str:
+    """The part of a cell's key that all methods share."""
+    parts = (
+        arguments.model, Path(arguments.calibration).name, arguments.samples, arguments.window,
+        Path(arguments.text).name, arguments.max_tokens, *arguments.set,
+    )  # fmt: skip
+    return "/".join(str(part) for part in parts)
+
+
+def cell_key(arguments: argparse.Namespace, method: str, target: str, seed: int, settings: tuple[str, ...] = ()) -> str:
+    return "/".join((conditions_of(arguments), method, *settings, target, str(seed)))
+
+
+def heading(arguments: argparse.Namespace, dense: dict[str, Any], code: str) -> str:
+    """What a table was measured under."""
+    return (
+        f"Model {arguments.model}, dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, windows of "
+        f"{arguments.window}, {dense['tokens_scored']} tokens scored; calibration {arguments.samples} × "
+        f"{arguments.window} tokens of {Path(arguments.calibration).name}, seed {arguments.seeds}; "
+        f"{' '.join(arguments.set)}; torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}; "
+        f"code {code}.\n"
+    )
 
 
 def run_cell(
@@ -178,23 +206,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.calibration = arguments.calibration or str(write_wikipedia(OUT / "wikipedia.txt"))
     cells = Cells(arguments.cells)
-    conditions = "/".join(
-        str(part)
-        for part in (
-            arguments.model, Path(arguments.calibration).name, arguments.samples, arguments.window,
-            Path(arguments.text).name, arguments.max_tokens, *arguments.set,
-        )
-    )  # fmt: skip
-    dense = cells.get(f"{conditions}/dense", lambda: measure(arguments, arguments.model))
-    title = (
-        f"Model {arguments.model}, dense perplexity {dense['perplexity']:.2f}; {Path(arguments.text).name}, windows of "
-        f"{arguments.window}, {dense['tokens_scored']} tokens scored; calibration {arguments.samples} × "
-        f"{arguments.window} tokens of {Path(arguments.calibration).name}, seed {arguments.seeds}; "
-        f"{' '.join(arguments.set)}; torch {torch.__version__}, {torch.get_num_threads()} threads, {cpu_name()}; "
-        f"code {cells.code}.\n"
-    )
+    dense = cells.get(f"{conditions_of(arguments)}/dense", lambda: measure(arguments, arguments.model))
+    title = heading(arguments, dense, cells.code)
     if arguments.ablation:
-        print_ablation(arguments, cells, conditions, dense["perplexity"], title)
+        print_ablation(arguments, cells, dense["perplexity"], title)
         return
     table = {}
     for target in arguments.targets:  # every method's cell of a target before the next, so that times are comparable
@@ -203,7 +218,7 @@ def main() -> None:
                 if target in ONLY.get(method, arguments.targets):
                     chosen = arguments.effort is not None and method == "sparsellm"
                     settings = (f"options.effort={arguments.effort}",) if chosen else ()
-                    key = "/".join((conditions, method, *settings, target, str(seed)))
+                    key = cell_key(arguments, method, target, seed, settings)
                     table[method, target, seed] = cells.get(
                         key, lambda m=method, t=target, s=seed, x=settings: run_cell(arguments, m, t, s, x)
                     )
@@ -233,14 +248,16 @@ def columns(rows: list[dict[str, Any]], base: list[dict[str, Any]], dense: float
     ratios: list[float] = []
     times = "– | –"
     if len(base) == len(rows):
-        ratios = [
-            math.log(row["perplexity"] / dense) / math.log(other["perplexity"] / dense)
-            for row, other in zip(rows, base, strict=True)
-        ]
+        ratios = [excess_ratio(row, other, dense) for row, other in zip(rows, base, strict=True)]
         times = time_ratios(rows, base)
     perplexity = spread([row["perplexity"] for row in rows], 1)
     peak = max(row["peak_rss_bytes"] for row in rows) / 1e9
     return f"{perplexity} | {spread(ratios, 3)} | {times} | {peak:.2f}"
+
+
+def excess_ratio(row: dict[str, Any], base: dict[str, Any], dense: float) -> float:
+    """How much of the base's excess of log perplexity over the dense model's a cell has."""
+    return math.log(row["perplexity"] / dense) / math.log(base["perplexity"] / dense)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -261,13 +278,13 @@ def time_ratios(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     return " | ".join(means)
 
 
-def print_ablation(arguments: argparse.Namespace, cells: Cells, conditions: str, dense: float, title: str) -> None:
+def print_ablation(arguments: argparse.Namespace, cells: Cells, dense: float, title: str) -> None:
     target, seed = arguments.targets[0], arguments.seeds[0]
     rows = {}
     for name, method, settings in ABLATION:
         if name != "sparsegpt" and not any(part in name for part in arguments.rows):
             continue
-        key = "/".join((conditions, method, *settings, target, str(seed)))
+        key = cell_key(arguments, method, target, seed, settings)
         rows[name] = cells.get(key, lambda m=method, x=settings: run_cell(arguments, m, target, seed, x))
     print(title)
     print(f"| at {target} | {COLUMNS} |")

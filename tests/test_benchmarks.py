@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -36,8 +37,8 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-def table(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    """The rows under the heading that a script prints, by their first cell."""
+def printed(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a script prints."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     threads = torch.get_num_threads()
@@ -45,9 +46,18 @@ def table(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         runpy.run_path(str(SCRIPTS / script), run_name="__main__")
     finally:
         torch.set_num_threads(threads)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
-    return {row[0]: row[1:] for row in rows}
+    return capsys.readouterr().out
+
+
+def rows_of(output: str) -> list[list[str]]:
+    """The rows under the heading of a printed table."""
+    lines = [line for line in output.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+def table(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    """The rows under the heading that a script prints, by their first cell."""
+    return {row[0]: row[1:] for row in rows_of(printed(script, monkeypatch, capsys, *arguments))}
 
 
 def test_tuning_keeps_zeros_and_says_so(
@@ -112,6 +122,47 @@ def test_the_frontier_counts_scores_and_draws_every_form(
     assert rows["sparsellm 0% int8"][4] == rows["sparsellm 50% int4"][4] == "yes"  # the best, and the smallest
     drawn = ElementTree.parse(tmp_path / "frontier.svg").getroot()
     assert {"50% int4", "50% int8", "0% int8"} <= {each.text for each in drawn.iter(f"{SVG}text")}
+
+
+def test_perplexity_against_time_is_listed_and_drawn_and_a_failure_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cell(perplexity: float, seconds: float) -> dict[str, float]:
+        return {"perplexity": perplexity, "seconds": 9, "cpu_seconds": seconds, "peak_rss_bytes": 2e9}
+
+    conditions, file = "there/train.txt/8/16/heldout.txt/64", tmp_path / "cells.json"
+    known = {
+        f"code/{conditions}/dense": {"perplexity": 10, "tokens_scored": 60},
+        f"code/{conditions}/magnitude/0.7/0": cell(4000, 50),
+        f"code/{conditions}/sparsegpt/0.7/0": cell(40, 100),
+        f"code/{conditions}/sparsellm/options.effort=0/0.7/0": cell(20, 200),
+        f"code/{conditions}/sparsellm-paper/0.7/0": {"failed": "error: diverged in block 11"},
+        f"{conditions}/llmcompressor/sparsegpt/0.7/0": cell(50, 150),  # of every version of sparsellm
+        f"{conditions}/llmcompressor/wanda/0.7/0": cell(30, 150),
+    }
+    file.write_text(json.dumps(known))
+    monkeypatch.setenv("BENCHMARK_CODE", "code")
+    common = (
+        "--model", "there", "--text", "heldout.txt", "--calibration", "train.txt", "--samples", "8", "--window", "16",
+        "--max-tokens", "64", "--targets", "0.7", "--cells", str(file),
+    )  # fmt: skip
+    picture = tmp_path / "pareto.svg"
+    output = printed("pareto.py", monkeypatch, capsys, *common, "--only-known", "--picture", str(picture))
+    rows = {row[1]: row[2:] for row in rows_of(output)}
+    assert rows.keys() == {
+        "magnitude", "sparsegpt", "sparsellm, effort 0", "sparsellm-paper", "llmcompressor: sparsegpt",
+        "llmcompressor: wanda",
+    }  # fmt: skip
+    assert rows["sparsellm, effort 0"] == ["20.0", "0.500", "200", "2.00", "2.00"]
+    assert rows["sparsellm-paper"] == ["error: diverged in block 11", "–", "–", "–", "–"]
+    assert "Below the line: llmcompressor: wanda at 70%.\n" in output
+    assert "Not measured: wanda at 70%; admm at 70%;" in output
+    drawn = {each.text for each in ElementTree.parse(picture).getroot().iter(f"{SVG}text")}
+    assert {"70% zeros", "magnitude 4,000 ↑", "sparsegpt 40.0", "sparsegpt 50.0", "effort 0 20.0"} <= drawn
+    assert not any("as published" in str(each) for each in drawn)
+    same = ("--methods", "sparsegpt", "sparsellm", "--effort", "0")  # there is no such model to make a cell from
+    assert [row[3] for row in rows_of(printed("quality.py", monkeypatch, capsys, *common, *same))] == ["1.000", "0.500"]
+    assert json.loads(file.read_text()) == known
 
 
 def test_a_model_in_gguf_reads_back_as_its_own_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
