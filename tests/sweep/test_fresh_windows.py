@@ -1,4 +1,4 @@
-"""Later passes of a sweep run on windows that the walk has not seen, against what the dense model says of them."""
+"""Sweeps run on windows that the walk has not seen, against what the dense model says of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm.calibration import calibration_windows
+from sparsellm.run import prepare
 from sparsellm.sweep import whole_model
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.sweep.helpers import dense_end, ids_of
+from tests.sweep.helpers import dense_end, ids_of, tiny_zamba
 
 SAMPLES, SEQ_LEN = 4, 16
 RECIPE = {
@@ -57,23 +59,25 @@ def test_each_pass_takes_new_windows_while_the_text_lasts(tmp_path: Path, monkey
     sparsellm.prune(source, {**RECIPE, "calibration": str(written)}, out=tmp_path / "out")
     dense = AutoModelForCausalLM.from_pretrained(source)
     rows = [tuple(row) for windows, _ in seen for row in windows.tolist()]
-    assert len(seen) == 4
-    assert len(set(rows)) == 4 * SAMPLES, "a window came twice"
+    assert [len(windows) for windows, _ in seen] == [SAMPLES // 2] * 4
+    statistics = calibration_windows(str(written), tiny_tokenizer(), SAMPLES, SEQ_LEN, 0, fresh=2 * SAMPLES)[:SAMPLES]
+    assert len({*rows, *map(tuple, statistics.tolist())}) == 3 * SAMPLES, "a window came twice"
     for windows, hidden in seen:
         torch.testing.assert_close(hidden, torch.cat(list(dense_end(dense, windows, 32))), rtol=1e-4, atol=1e-5)
 
 
 def test_sets_come_again_in_turn_when_the_text_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    tokens = len(ids_in(text(tmp_path / "text.txt", 7)))
-    assert tokens // SEQ_LEN == 2 * SAMPLES + 1, "one window more than two sets, too few for a third"
+    tokens = len(ids_in(text(tmp_path / "text.txt", 5)))
+    assert tokens // SEQ_LEN == 6, "the windows of the statistics, and one set"
     seen = runs_of(monkeypatch)
     recipe = {**RECIPE, "calibration": str(tmp_path / "text.txt")}
     sparsellm.prune(source, recipe, out=tmp_path / "out")
     first, second, third, fourth = (windows for windows, _ in seen)
     assert torch.equal(first, third)
     assert torch.equal(second, fourth)
-    assert not torch.equal(first, second[: len(first)])
+    assert [len(first), len(second)] == [SAMPLES // 2, SAMPLES]
+    assert not {*map(tuple, first.tolist())} & {*map(tuple, second.tolist())}
 
 
 def test_given_ids_and_models_in_memory_have_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,3 +101,30 @@ def test_the_windows_of_the_statistics_and_the_fresh_ones_do_not_overlap(tmp_pat
     assert all(after - before >= 32 for before, after in itertools.pairwise(starts))
     many = calibration_windows(str(written), tiny_tokenizer(), 5, 32, 0, fresh=10**5)
     assert len(many) == len(ids) // 32
+
+
+def test_windows_of_a_sweep_are_cut_to_its_steps_and_begin_as_all_do() -> None:
+    windows = torch.arange(2 * 1300).view(2, 1300)
+    plain, led = prepare.cut(windows, None), prepare.cut(windows, 9)
+    step = whole_model.STEP_TOKENS
+    assert plain.tolist() == [row[start : start + step] for row in windows.tolist() for start in (0, step)]
+    assert torch.equal(plain[:, 1:], led[:, 1:])
+    assert set(led[:, 0].tolist()) == {9}
+    assert windows[0, 0] == 0, "the windows of the statistics changed"
+    assert torch.equal(prepare.cut(windows[:, :1000], 9), windows[:, :1000])
+
+
+def test_the_dense_model_of_a_later_set_has_its_own_shared_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that share weights keep the pruned ones; the dense model runs without them (Zamba)."""
+    if not hasattr(transformers, "ZambaConfig"):
+        pytest.skip("this transformers has no Zamba")
+    source = save_tiny(tiny_zamba(), tiny_tokenizer(), tmp_path / "dense")
+    seen = runs_of(monkeypatch)
+    small = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
+    recipe = {**RECIPE, "calibration": str(text(tmp_path / "text.txt", 400)), "exclude": small}
+    sparsellm.prune(source, {**recipe, "options": {"passes": 2, "sweep_rate": 0.001}}, out=tmp_path / "out")
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    for windows, hidden in seen:
+        torch.testing.assert_close(hidden, torch.cat(list(dense_end(dense, windows, 32))), rtol=1e-4, atol=1e-5)

@@ -307,9 +307,9 @@ def test_the_rate_follows_the_square_of_the_distance(monkeypatch: pytest.MonkeyP
         mangle(dense)
         steps.seen.clear()
         history = in_memory(model, dense, ids_of(4), 1, None)
-        assert steps.seen[0][1] == pytest.approx(module.RATE * min(1, history[0].held_out ** 2))
+        assert steps.seen[0][1] == pytest.approx(module.RATE * min(1, (history[0].held_out / module.FAR) ** 2))
         assert history[0].rate == steps.seen[0][1]
-    assert history[0].held_out > 1  # and before it was less: both sides of the bend were seen
+    assert history[0].held_out > module.FAR  # and before it was less: both sides of the bend were seen
 
 
 def test_a_small_distance_tries_rates_from_the_start_and_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_a_small_distance_tries_rates_from_the_start_and_takes_the_best(monkeypa
     assert all(later == pytest.approx(module.FASTER * rate) for rate, later in itertools.pairwise(tried))
     assert tried[-1] <= module.PROBED
     assert history[0].rate in tried
-    by_rule = in_memory(halved(tiny_llama()), dense, ids, 1, module.RATE * history[0].held_out ** 2)
+    by_rule = in_memory(halved(tiny_llama()), dense, ids, 1, module.RATE * (history[0].held_out / module.FAR) ** 2)
     assert by_rule[0].held_out == history[0].held_out, "the trials left something behind"
     assert history[1].held_out < by_rule[1].held_out
 
