@@ -603,6 +603,7 @@ def inspect(
 ) -> None:
     """Count the zeros of a checkpoint per matrix, per block, and in all, and check N:M."""
     from sparsellm import api, console, tables
+    from sparsellm.patterns import common, listed
 
     matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
     blocks: dict[int, list[api.MatrixZeros]] = {}
@@ -610,15 +611,14 @@ def inspect(
         blocks.setdefault(matrix.block, []).append(matrix)
     zeros = sum(matrix.zeros for matrix in matrices)
     weights = sum(matrix.weights for matrix in matrices)
-    held = {matrix.pattern for matrix in matrices}
-    common = str(held.pop()) if len(held) == 1 and None not in held else None
+    held = listed(common(matrix.patterns for matrix in matrices))
     if as_json:
         console.write_json(
             {
                 "zeros": zeros,
                 "weights": weights,
                 "sparsity": zeros / weights,
-                "pattern": common,
+                "pattern": held,
                 "blocks": [
                     {"block": index, "sparsity": tables.share(part), "zeros": sum(matrix.zeros for matrix in part)}
                     for index, part in blocks.items()
@@ -628,7 +628,7 @@ def inspect(
             }
         )
         return
-    tables.print_zeros(matrices, blocks, common)
+    tables.print_zeros(matrices, blocks, held)
 
 
 @app.command(epilog=_examples("sparsellm report pruned", "sparsellm report a b c --out compare.html"))
