@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
+from forms import write_gguf
 from instead import CLOCKS, llama_cpp
 from payoff import conditions, llama, prune_at_random
 from transformers import AutoModelForCausalLM
@@ -32,46 +32,6 @@ import sparsellm
 from sparsellm.runtime.bench import one_run, resident_bytes
 
 COPIED = 64 << 20  # bytes, more than a cache holds
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def write_gguf(model: Any, path: Path) -> None:
-    """The model for llama.cpp, in fp16 and without a tokenizer."""
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for name, weight in model.state_dict().items():
-        module = name.removesuffix(".weight")
-        if module in outer:
-            to = outer[module]
-        else:
-            _, _, layer, inside = module.split(".", 3)
-            to = f"blk.{layer}.{_NAMES[inside]}"
-        array = weight.float().numpy() if weight.dim() == 1 else weight.half().numpy()
-        writer.add_tensor(f"{to}.weight", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def forms(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable[[], float]], dict[str, int]]:
@@ -82,7 +42,7 @@ def forms(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Callab
     runs: dict[str, Callable[[], float]] = {}
     sizes: dict[str, int] = {}
     if not arguments.without_llama_cpp:
-        write_gguf(source, folder / "model.gguf")
+        write_gguf(source, folder / "model.gguf", torch.float16)
         for kind in ("Q8_0", "Q4_0"):
             form = llama_cpp(folder / "model.gguf", kind, folder, arguments.threads, 256)
             runs[kind] = partial(form.decode, arguments.prompt_tokens, arguments.new_tokens, arguments.cpu_seconds)

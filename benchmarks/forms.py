@@ -97,16 +97,15 @@ def hqq_numbers(directory: Path, bits: int, group: int = 64) -> Numbers:
     return numbers
 
 
-def write_gguf(directory: Path, path: Path) -> dict[str, str]:
-    """Writes a checkpoint in fp32 as a GGUF file for llama.cpp's quantiser, and returns parameters by GGUF name.
+def write_gguf(model: PreTrainedModel, path: Path, dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Writes a model as a GGUF file for llama.cpp, matrices in ``dtype``, and returns parameters by GGUF name.
 
     The file has neither a tokenizer nor the order of rows that llama.cpp computes with. The quantiser needs neither:
-    it treats each row by itself.
+    it treats each row by itself. llama.cpp runs such a file at its usual speed, with wrong results.
 
     Raises:
         ValueError: the architecture is not one of :data:`ARCHITECTURES`.
     """
-    model = open_dense(directory)
     config = model.config
     if config.model_type not in ARCHITECTURES:
         raise ValueError(f"no GGUF file is written here for the architecture {config.model_type}")
@@ -124,6 +123,7 @@ def write_gguf(directory: Path, path: Path) -> dict[str, str]:
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -133,7 +133,7 @@ def write_gguf(directory: Path, path: Path) -> dict[str, str]:
         if called is None:
             raise ValueError(f"llama.cpp has no name for the parameter {name}")
         parameters[called] = name
-        writer.add_tensor(called, parameter.detach().numpy())
+        writer.add_tensor(called, parameter.detach().to(dtype if parameter.dim() > 1 else torch.float32).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

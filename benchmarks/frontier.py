@@ -87,7 +87,7 @@ class Bench:
     def source(self) -> tuple[Path, dict[str, str]]:
         """The model as a GGUF file, and its parameters by GGUF name."""
         path = self.folder / "dense.gguf"
-        return path, write_gguf(self.directory, path)
+        return path, write_gguf(open_dense(self.directory), path)
 
     @cached_property
     def windows(self) -> torch.Tensor:

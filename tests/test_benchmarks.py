@@ -169,7 +169,7 @@ def test_a_model_in_gguf_reads_back_as_its_own_numbers(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(str(SCRIPTS))
     forms = importlib.import_module("forms")
     dense = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    parameters = forms.write_gguf(dense, tmp_path / "dense.gguf")
+    parameters = forms.write_gguf(forms.open_dense(dense), tmp_path / "dense.gguf")
     numbers = forms.gguf_numbers(tmp_path / "dense.gguf", parameters)
     matrices = {name: p for name, p in forms.open_dense(dense).named_parameters() if p.dim() == 2}
     assert numbers.weights.keys() == matrices.keys()
@@ -177,3 +177,6 @@ def test_a_model_in_gguf_reads_back_as_its_own_numbers(tmp_path: Path, monkeypat
         assert torch.equal(numbers.weights[name], weight)
         assert numbers.bytes[name] == 4 * weight.numel()
     assert parameters["blk.0.attn_q.weight"].endswith("layers.0.self_attn.q_proj.weight")
+    forms.write_gguf(tiny_llama().bfloat16(), tmp_path / "half.gguf", torch.float16)
+    half = forms.gguf_numbers(tmp_path / "half.gguf", parameters)
+    assert {name: 2 * matrices[name].numel() for name in matrices} == half.bytes

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import open_chain
+from sparsellm.chain import Stream, open_chain
 from sparsellm.progress import NOTE, PLAN, Forecast, Progress, plan_of_phases
 from sparsellm.run import costs
 from sparsellm.run import run as running
@@ -158,3 +161,35 @@ def test_the_phase_of_the_sweep_begins_before_its_first_pass(monkeypatch: pytest
 def test_the_recorded_command_is_one_to_type(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [program, "prune", "my model"])
     assert command_line() == "sparsellm prune 'my model'"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(("method", "effort"), [("wanda", None), ("sparsellm", 0), ("sparsellm", 1)])
+def test_the_passes_of_the_walk_are_as_predicted(
+    method: str, effort: int | None, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in products with the weights of blocks."""
+    model, ids = tiny_llama(num_hidden_layers=4), torch.randint(256, (32, 16))
+    weights = {id(each.weight): each.weight for each in model.model.layers.modules() if isinstance(each, nn.Linear)}
+    products: list[int] = []
+    multiply, walk = functional.linear, running.walk
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        products.append(weight.numel() * x.shape[:-1].numel() if id(weight) in weights else 0)
+        return multiply(x, weight, bias)
+
+    def walk_alone(run: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "linear", linear)
+            walk(run)
+        raise ZeroDivisionError("what follows is not counted")
+
+    monkeypatch.setattr(running, "walk", walk_alone)
+    if not kept:
+        monkeypatch.setattr(Stream, "keep", lambda stream, shortcut: None)
+    options = {} if effort is None else {"effort": effort}
+    recipe = Recipe(method=method, allocation="uniform", sparsity=0.5, products="float32", options=options)
+    with pytest.raises(ZeroDivisionError):
+        sparsellm.prune(model, recipe, calibration=ids)
+    passes = sum(products) / (sum(weight.numel() for weight in weights.values()) * ids.numel())
+    assert passes == pytest.approx(costs.walked_passes(Choice.of(recipe), kept=kept), rel=0.15)

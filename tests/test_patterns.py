@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.errors import NumericalError, RecipeError
-from sparsellm.patterns import NM, SAMPLED, STRIDE, Pattern, Unstructured, detect, parse_pattern, share
+from sparsellm.patterns import (
+    NM,
+    SAMPLED,
+    STRIDE,
+    Pattern,
+    Unstructured,
+    common,
+    detect,
+    parse_pattern,
+    share,
+    strictest,
+)
 
 
 def scores_of(rows: int, columns: int, levels: int, seed: int) -> torch.Tensor:
@@ -137,6 +148,32 @@ def test_detect_names_the_strictest():
     assert detect(clustered) == NM(4, 8)
     assert detect(torch.ones(2, 8)) is None
     assert detect(torch.zeros(2, 7)) is None
+
+
+def test_the_strictest_patterns_of_four_and_eight():
+    """A pattern that follows from another one is not named."""
+    for row, expected in (
+        ([1, 1, 1, 0, 0, 0, 0, 0], "3:8"),
+        ([1, 1, 1, 1, 1, 0, 0, 0], "5:8"),
+        ([1, 1, 0, 0, 0, 1, 0, 1], "2:4"),
+        ([1, 1, 0, 0, 0, 1, 0, 0], "2:4 3:8"),
+        ([1, 0, 0, 0, 0, 0, 0, 1], "1:4"),
+        ([1, 0, 0, 0, 0, 0, 0, 0], "1:8"),
+        ([1, 1, 1, 1, 1, 1, 1, 1], ""),
+        ([1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0], "3:4"),
+        ([1, 0, 0], ""),
+        ([0, 0, 0, 0, 0, 0, 0, 0], "1:8"),
+    ):
+        weight = torch.tensor([[float(each) for each in row]] * 2)
+        assert {str(each) for each in strictest(weight)} == set(expected.split()), row
+        assert all(pattern.violations(weight) == 0 for pattern in strictest(weight))
+
+
+def test_the_patterns_of_several_weights():
+    assert common([(NM(3, 8),), (NM(5, 8),)]) == (NM(5, 8),)
+    assert common([(NM(3, 8),), (NM(2, 4),)]) == (NM(4, 8), NM(3, 4))
+    assert common([(NM(2, 4), NM(3, 8)), (NM(1, 4),)]) == (NM(3, 8), NM(2, 4))
+    assert common([(NM(2, 4),), ()]) == ()
 
 
 @pytest.mark.parametrize(("text", "expected"), [("2:4", NM(2, 4)), (" 1 : 4 ", NM(1, 4)), ("16:32", NM(16, 32))])

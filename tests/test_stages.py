@@ -18,6 +18,7 @@ from sparsellm import Recipe
 from sparsellm.errors import NumericalError, RecipeError, StorageError
 from sparsellm.progress import NOTE, PLAN, Progress
 from sparsellm.run import run as run_module
+from sparsellm.run import stages
 from sparsellm.run.prepare import Request
 from sparsellm.run.run import Run
 from sparsellm.run.stages import recipes_of
@@ -153,6 +154,30 @@ def test_the_stages_of_another_run_are_refused_or_removed(
             sparsellm.prune(source, Recipe(**{**SETTINGS, **changes}), out=out)
         assert "--restart" in str(caught.value)
     sparsellm.prune(source, Recipe(**{**SETTINGS, "options": {"effort": 0}}), out=out, restart=True)
+    assert beside(out) == ["p"]
+
+
+@pytest.mark.parametrize("removed", ["shards", "records"])
+def test_a_removal_that_was_cut_short_is_completed(
+    removed: str, source: Path, whole: tuple[dict[str, Any], dict[str, int]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Of the first stage by --restart: no later run needs --restart again, or keeps a part of it."""
+    out = tmp_path / "p"
+    stopped_in_the_second_stage(source, out, monkeypatch)
+
+    def killed(folder: Path, keep: tuple[str, ...]) -> None:
+        for path in folder.glob("*.safetensors" if removed == "shards" else "*.json"):
+            if path.name not in keep:
+                path.unlink()
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "empty", killed)
+        with pytest.raises(ZeroDivisionError):
+            prune(source, out, restart=True)
+    assert beside(out) == ["p.stage"]
+    prune(source, out)
+    assert without_times(out) == whole[0]
     assert beside(out) == ["p"]
 
 

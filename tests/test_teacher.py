@@ -132,6 +132,28 @@ def test_another_model_is_no_teacher(config: dict[str, Any], reason: str, half: 
     assert {path.name for path in tmp_path.iterdir()} <= {"other"}
 
 
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [
+        ("nothere/", "teacher 'nothere/' not found: "),
+        ("nothere.gguf", "teacher nothere.gguf: there is no such file"),
+        (".", r"teacher \. has no config.json"),
+    ],
+)
+def test_a_teacher_that_is_not_there_is_named_as_such(
+    teacher: str, reason: str, half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=f"^{reason}"):
+        sparsellm.prune(half, SWEPT, out="p", teacher=teacher)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dense_model_to_compare_with_that_is_not_there_is_named_as_such(half: Path) -> None:
+    with pytest.raises(ModelError, match=r"^against 'nothere/' not found: "):
+        sparsellm.evaluate(half, "pydoc", seq_len=16, max_tokens=64, against="nothere/")
+
+
 def test_another_tokenizer_is_refused(dense: Path, half: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

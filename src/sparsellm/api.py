@@ -206,7 +206,7 @@ class Dense:
     def open(self, open_one: Callable[..., _Opened]) -> _Opened:
         """The opened model."""
         if self._opened is None:
-            self._opened = open_one(self.model, None)
+            self._opened = open_one(self.model, None, argument="against")
             self.outputs = Kept(self._opened.chain)
         return self._opened
 
@@ -229,9 +229,10 @@ class _Opened:
         with_tokenizer: bool,
         settings: Recipe,
         trust: bool,
+        argument: str = "model",
     ) -> _Opened:
         name = str(model.name_or_path) if isinstance(model, PreTrainedModel) else str(model)
-        directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(name)
+        directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(name, argument)
         chain, _ = open_model(model, directory, settings, trust, whole=False)
         if tokenizer is None and directory is not None and with_tokenizer:
             tokenizer = load_tokenizer(directory, trust_remote_code=trust)

@@ -25,6 +25,7 @@ from sparsellm.errors import RecipeError, SparseLLMError, shown
 from sparsellm.storage.remains import kept_by_prune
 
 if TYPE_CHECKING:
+    from sparsellm.recipe import Recipe
     from sparsellm.registry import Entry
 
 PROGRAM = "sparsellm"
@@ -168,6 +169,29 @@ RunningDeviceOption = Annotated[
         metavar="NAME", help="cpu, cuda or cuda:1.", autocompletion=_one_of(*DEVICES), rich_help_panel=RESOURCES
     ),
 ]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Text: a .txt, .jsonl or .parquet file, wikitext2, ptb, c4, hub:OWNER/NAME, self (the model writes "
+        f"it), or pydoc (Python's documentation).{_default('pydoc')}",
+        autocompletion=_one_of(*SOURCES),
+        rich_help_panel=CALIBRATION,
+    ),
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A recipe in YAML; options given here override it.", rich_help_panel=WHAT),
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any field of the recipe, options.NAME, allocation_options.NAME or sparsity_of.GLOB. Repeatable.",
+        rich_help_panel=WHAT,
+    ),
+]
 PluginOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -306,16 +330,7 @@ def prune(  # noqa: PLR0913 - a command
             rich_help_panel=WHAT,
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Text: a .txt, .jsonl or .parquet file, wikitext2, ptb, c4, hub:OWNER/NAME, self (the model writes "
-            f"it), or pydoc (Python's documentation).{_default('pydoc')}",
-            autocompletion=_one_of(*SOURCES),
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
     samples: Annotated[
         int | None,
         typer.Option(metavar="N", help=f"Calibration windows.{_default('128')}", rich_help_panel=CALIBRATION),
@@ -356,19 +371,8 @@ def prune(  # noqa: PLR0913 - a command
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A recipe in YAML; options given here override it.", rich_help_panel=WHAT),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Any field of the recipe, options.NAME, allocation_options.NAME or sparsity_of.GLOB. Repeatable.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
+    recipe: RecipeOption = None,
+    settings: SettingsOption = None,
     plugin: PluginOption = None,
     teacher: Annotated[
         str | None,
@@ -405,7 +409,6 @@ def prune(  # noqa: PLR0913 - a command
     global _kept
     _kept = partial(kept_by_prune, out, time.time())
     from sparsellm import api, console, parallel, tables
-    from sparsellm.recipe import Recipe
 
     printed = _load_plugins(plugin)
     given = {
@@ -427,10 +430,8 @@ def prune(  # noqa: PLR0913 - a command
         "device": device,
         "dtype": dtype,
     }
-    chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe()
-    chosen = chosen.updated(**{name: value for name, value in given.items() if value is not None})
     effort_set = [f"options.effort={effort}"] if effort is not None else []
-    chosen = chosen.with_settings([*effort_set, *_as_settings(sparsity_of), *(settings or [])])
+    chosen = _recipe(recipe, given, [*effort_set, *_as_settings(sparsity_of), *(settings or [])])
     with console.progress(quiet=quiet or not parallel.is_main(), verbose=verbose) as progress:
         result = api.prune(
             model,
@@ -449,6 +450,14 @@ def prune(  # noqa: PLR0913 - a command
         console.write_json(result.to_dict())
     elif not quiet:
         tables.print_pruned(result, verbose=verbose)
+
+
+def _recipe(file: Path | None, given: dict[str, Any], settings: list[str]) -> Recipe:
+    """The recipe of a file, or the default one; then with the fields that are not None, then with settings."""
+    from sparsellm.recipe import Recipe
+
+    chosen = Recipe.from_yaml(file) if file is not None else Recipe()
+    return chosen.updated(**{name: value for name, value in given.items() if value is not None}).with_settings(settings)
 
 
 def _as_settings(sparsity_of: list[str] | None) -> list[str]:
@@ -603,6 +612,7 @@ def inspect(
 ) -> None:
     """Count the zeros of a checkpoint per matrix, per block, and in all, and check N:M."""
     from sparsellm import api, console, tables
+    from sparsellm.patterns import common, listed
 
     matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
     blocks: dict[int, list[api.MatrixZeros]] = {}
@@ -610,15 +620,14 @@ def inspect(
         blocks.setdefault(matrix.block, []).append(matrix)
     zeros = sum(matrix.zeros for matrix in matrices)
     weights = sum(matrix.weights for matrix in matrices)
-    held = {matrix.pattern for matrix in matrices}
-    common = str(held.pop()) if len(held) == 1 and None not in held else None
+    held = listed(common(matrix.patterns for matrix in matrices))
     if as_json:
         console.write_json(
             {
                 "zeros": zeros,
                 "weights": weights,
                 "sparsity": zeros / weights,
-                "pattern": common,
+                "pattern": held,
                 "blocks": [
                     {"block": index, "sparsity": tables.share(part), "zeros": sum(matrix.zeros for matrix in part)}
                     for index, part in blocks.items()
@@ -628,7 +637,7 @@ def inspect(
             }
         )
         return
-    tables.print_zeros(matrices, blocks, common)
+    tables.print_zeros(matrices, blocks, held)
 
 
 @app.command(epilog=_examples("sparsellm report pruned", "sparsellm report a b c --out compare.html"))
@@ -688,22 +697,9 @@ def compare(  # noqa: PLR0913 - a command
     pattern: Annotated[
         str | None, typer.Option(metavar="N:M", help="Patterns, with commas: 2:4,4:8.", rich_help_panel=WHAT)
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Calibration text, as of prune.",
-            autocompletion=_one_of(*SOURCES),
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A recipe with the other settings.", rich_help_panel=WHAT)
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="As of prune. Repeatable.", rich_help_panel=WHAT),
-    ] = None,
+    calibration: CalibrationOption = None,
+    recipe: RecipeOption = None,
+    settings: SettingsOption = None,
     seq_len: Annotated[
         int | None,
         typer.Option(
@@ -767,11 +763,9 @@ def compare(  # noqa: PLR0913 - a command
     from sparsellm import compare as grid
     from sparsellm import console, tables
     from sparsellm.inputs.sizes import parse_bytes
-    from sparsellm.recipe import Recipe
 
     _load_plugins(plugin)
-    base = (Recipe.from_yaml(recipe) if recipe is not None else Recipe()).with_settings(settings or [])
-    base = base.updated(calibration=calibration) if calibration is not None else base
+    base = _recipe(recipe, {"calibration": calibration}, settings or [])
     cells = grid.cells_of(
         base, methods=_listed(method), sparsities=_fractions(sparsity), patterns=_listed(pattern or "")
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from sparsellm.errors import NumericalError, RecipeError, shown
 
 Scope = Literal["matrix", "row"]
 
+GROUPS = (4, 8)  # sizes of the groups for which :func:`strictest` looks
 SAMPLED = 1 << 15  # values of a row from which on a threshold is first located in a sample
 STRIDE = 31  # of the sample; a prime, so that it meets all columns of a matrix
 
@@ -187,6 +189,16 @@ class NM(Pattern):
         nonzero = (weight != 0).reshape(-1, self.m).sum(dim=1)
         return int((nonzero - self.n).clamp(min=0).sum())
 
+    def most(self, m: int) -> int:
+        """The most weights that are kept of ``m`` consecutive inputs, counted from the first."""
+        if self.m % m == 0:
+            return min(self.n, m)
+        return self.n * m // self.m if m % self.m == 0 else m
+
+    def implies(self, other: NM) -> bool:
+        """Whether each weight that satisfies this pattern must satisfy the other."""
+        return self.most(other.m) <= other.n
+
 
 def parse_pattern(text: str) -> NM:
     """The N:M pattern of a text such as ``"2:4"``.
@@ -215,6 +227,30 @@ def detect(weight: Tensor) -> NM | None:
         if weight.shape[1] % pattern.m == 0 and pattern.violations(weight) == 0:
             return pattern
     return None
+
+
+def strictest(weight: Tensor) -> tuple[NM, ...]:
+    """The strictest N:4 and N:8 that a weight ``(out, in)`` satisfies, without the one that follows from the other."""
+    kept = {m: (weight != 0).reshape(-1, m).sum(dim=1) for m in GROUPS if weight.numel() and weight.shape[1] % m == 0}
+    return _without_followers({m: max(1, int(counts.max())) for m, counts in kept.items()})
+
+
+def common(patterns: Iterable[tuple[NM, ...]]) -> tuple[NM, ...]:
+    """As :func:`strictest`, of several weights together, from its results for each."""
+    every = list(patterns)
+    return _without_followers({m: max(min((own.most(m) for own in each), default=m) for each in every) for m in GROUPS})
+
+
+def listed(patterns: tuple[NM, ...]) -> str | None:
+    """Patterns as text, such as ``3:8, 2:4``; None for none."""
+    return ", ".join(map(str, patterns)) or None
+
+
+def _without_followers(kept: Mapping[int, int]) -> tuple[NM, ...]:
+    """Patterns of the most weights kept in groups of each size, the strictest first."""
+    found = [NM(n, m) for m, n in kept.items() if n < m]
+    alone = [own for own in found if not any(other != own and other.implies(own) for other in found)]
+    return tuple(sorted(alone, key=lambda own: own.n / own.m))
 
 
 def share(total: int, start: int, stop: int, length: int) -> int:

@@ -95,6 +95,8 @@ def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]
 
     The experts of a block share one row for each kind of matrix, because a mixture may have thousands.
     """
+    from sparsellm.patterns import common, listed
+
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
     for index, part in blocks.items():
         rows: dict[str, list[MatrixZeros]] = {}
@@ -102,9 +104,8 @@ def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]
             rows.setdefault(re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", matrix.name), []).append(matrix)
         for name, alike in rows.items():
             shape = "×".join(map(str, alike[0].shape))
-            held = {str(matrix.pattern or "–") if matrix.linear else "no linear" for matrix in alike}
-            common = held.pop() if len(held) == 1 else "–"
-            shown.add_row(name, shape, count(sum(x.zeros for x in alike)), f"{share(alike):.2%}", common)
+            held = listed(common(matrix.patterns for matrix in alike)) if alike[0].linear else "no linear"
+            shown.add_row(name, shape, count(sum(x.zeros for x in alike)), f"{share(alike):.2%}", held or "–")
         shown.add_row(f"block {index}", "", count(sum(x.zeros for x in part)), f"{share(part):.2%}", "", style="bold")
         shown.add_section()
     shown.add_row(

@@ -241,7 +241,7 @@ def test_the_demo_model_is_not_a_directory_of_that_name(
     (tmp_path / "demo" / "results.json").write_text("not to be read")
     monkeypatch.chdir(tmp_path)
 
-    def fetch(model: str) -> Path:
+    def fetch(model: str, argument: str) -> Path:
         raise ModelError(f"fetching {model}")
 
     monkeypatch.setattr(api, "checkpoint_directory", fetch)

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm.errors import DataError, ModelError, RecipeError
+from sparsellm.runtime import bench
 from sparsellm.runtime.bench import Speed, compare, measure, resident_bytes, verdict
 from sparsellm.runtime.generate import generate
 from sparsellm.runtime.module import PackedLinear
-from tests.models import tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 PROMPT = "The while statement"
 
@@ -141,6 +143,29 @@ def test_resident_bytes_are_those_of_the_tensors(llama: Path, packed: Path) -> N
     assert saved == resident_bytes(dense, linears_only=True) - resident_bytes(sparse, linears_only=True)
     tied = tiny_llama(tie_word_embeddings=True)
     assert resident_bytes(tiny_llama()) - resident_bytes(tied) == 4 * 300 * 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_hidden_layers": 2}, "num_hidden_layers in config.json is 3, not 2"),
+        ({"intermediate_size": 64}, "intermediate_size in config.json is"),
+        ({}, r"weight model.norm.weight has shape .*, not \(1,\)"),
+    ],
+)
+def test_another_model_is_not_compared_with(
+    fields: dict[str, Any], said: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before a model is loaded."""
+    other = save_tiny(tiny_llama(**fields), tiny_tokenizer(), tmp_path / "other")
+    if not fields:
+        weights = load_file(other / "model.safetensors")
+        save_file({**weights, "model.norm.weight": torch.ones(1)}, other / "model.safetensors")
+    monkeypatch.setattr(bench, "load", None)
+    with pytest.raises(RecipeError, match=said) as caught:
+        compare(packed, other)
+    assert str(caught.value).startswith(f"dense is {other}, which is another model than {packed}: in the latter, ")
+    assert "\n" not in str(caught.value)
 
 
 def test_compare_without_a_dense_directory_unpacks_the_same_model(llama: Path, packed: Path) -> None:

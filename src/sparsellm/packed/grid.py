@@ -25,7 +25,6 @@ from sparsellm.packed.layout import form_of
 INTEGERS = ("int8", "int4", "int3")
 LOWEST = {"int8": -127, **{values: ends[0] for values, ends in ENDS.items()}}
 HIGHEST = {"int8": 127, **{values: ends[1] for values, ends in ENDS.items()}}
-BITS = {"int8": 8.0, "int4": 4.5, "int3": 3.5}  # of a kept value, with its share of a scale, if a group keeps 32
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from sparsellm.packed.codes import (
     narrowed,
     resolve_value_type,
 )
-from sparsellm.packed.masks import decode_groups, encode_groups, from_bits, mask_stride, row_bytes, to_bits
+from sparsellm.packed.masks import PATTERNS, decode_groups, encode_groups, from_bits, mask_stride, row_bytes, to_bits
 from sparsellm.patterns import NM, detect
 
 LAYOUTS = ("bitmask", "nm", "dense")
@@ -146,7 +146,8 @@ def pack(
     pattern = _detect(weight) if layout not in ("bitmask", "dense") else None
     if layout == "nm" and pattern is None:
         raise RecipeError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
-    forms = _forms(weight, kept, pattern, value_type, group)
+    shape = (weight.shape[0], weight.shape[1])
+    forms = _forms(shape, kept.count_nonzero(dim=1), pattern, value_type, group)
     if layout == "auto":
         layout = min(forms, key=lambda name: forms[name][0])
         if forms[layout][0] >= weight.numel() * weight.element_size():
@@ -163,7 +164,6 @@ def pack(
         mask = to_bits(kept[:1])
     exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
     values, offsets, scales = encode_values(weight, kept, value_type, group, exponents)
-    shape = (weight.shape[0], weight.shape[1])
     narrow = value_type == "int3"
     value_type = "int4" if narrow else value_type
     return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, pair, exponents, narrow)
@@ -175,9 +175,28 @@ def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
     Both depend on its zeros alone.
     """
     weight = weight.detach().cpu()
-    forms = _forms(weight, weight != 0, _detect(weight), value_type, None)
+    shape = (weight.shape[0], weight.shape[1])
+    forms = _forms(shape, weight.count_nonzero(dim=1), _detect(weight), value_type, None)
     layout = min(forms, key=lambda name: forms[name][0])
     return layout, forms[layout][1]
+
+
+def predicted_bytes(
+    shape: tuple[int, int], zeros: int, value_type: str, pattern: NM | None = None, *, exponents: bool = False
+) -> int:
+    """Bytes that :func:`pack` writes of an integer weight ``(out, in)`` with so many zeros, if all rows have as many.
+
+    Args:
+        shape: of the weight.
+        zeros: their number.
+        value_type: ``int8``, ``int4`` or ``int3``.
+        pattern: an N:M that the weight satisfies; None for none.
+        exponents: whether its columns have exponents.
+    """
+    out, columns = shape
+    counts = (torch.arange(out + 1) * (out * columns - zeros) // out).diff()
+    coded = next((each for each in PATTERNS if pattern is not None and pattern.implies(each)), None)
+    return min(size for size, _ in _forms(shape, counts, coded, value_type, None).values()) + columns * exponents
 
 
 def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:
@@ -187,11 +206,10 @@ def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:
 
 
 def _forms(
-    weight: Tensor, kept: Tensor, pattern: NM | None, value_type: str, group: int | None
+    shape: tuple[int, int], counts: Tensor, pattern: NM | None, value_type: str, group: int | None
 ) -> dict[str, tuple[int, int | None]]:
-    """The bytes and the int4 group of a weight in every layout that it can have."""
-    out, columns = weight.shape
-    counts = kept.count_nonzero(dim=1)
+    """The bytes and the int4 group of a weight in every layout that it can have, from the kept values of each row."""
+    out, columns = shape
     wanted = {
         "bitmask": (counts, out * mask_stride(columns)),
         "dense": (torch.full_like(counts, columns), mask_stride(columns)),
@@ -203,7 +221,7 @@ def _forms(
     for layout, (values, index) in wanted.items():
         columns_of_scale = None
         if value_type in GROUPED:
-            columns_of_scale = group or best_group(int(values.sum()) / weight.numel())
+            columns_of_scale = group or best_group(int(values.sum()) / (out * columns))
         groups = groups_of(columns, columns_of_scale or 1)
         index += 0 if layout == "dense" else 8 * (out + 1)
         forms[layout] = (index + bytes_of_values(values, value_type, groups), columns_of_scale)

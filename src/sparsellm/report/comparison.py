@@ -153,7 +153,7 @@ def _summary(runs: Sequence[ComparedRun]) -> Table:
                 _or_absent(against.kl if against is not None else None, lambda value: number(value, 3)),
                 _or_absent(against.agreement if against is not None else None, percent),
                 f"{record.file_bytes / 1e6:,.1f} MB",
-                _or_absent(speeds[1].median if speeds is not None else None, number),
+                _or_absent(speeds[1]["median"] if speeds is not None else None, number),
                 f"{sum(t for name, t in record.pruning.seconds.items() if '/' not in name):,.0f} s",
             )
         )
@@ -187,7 +187,7 @@ def _dense_size(runs: Sequence[ComparedRun]) -> float | None:
 
 def _dense_speed(runs: Sequence[ComparedRun]) -> float | None:
     """Tokens a second of the dense model, the mean over the runs that were compared with it."""
-    speeds = [speeds[0].median for run in runs if (speeds := run.record.decode_speeds()) is not None]
+    speeds = [speeds[0]["median"] for run in runs if (speeds := run.record.decode_speeds()) is not None]
     return sum(speeds) / len(speeds) if speeds else None
 
 
@@ -196,7 +196,7 @@ def _quality(runs: Sequence[ComparedRun]) -> list[Chart]:
 
     def speed(run: ComparedRun) -> float | None:
         speeds = run.record.decode_speeds()
-        return speeds[1].median if speeds is not None else None
+        return speeds[1]["median"] if speeds is not None else None
 
     views = (
         ("size", "weight files, MB", lambda run: run.record.file_bytes / 1e6, _dense_size(runs)),

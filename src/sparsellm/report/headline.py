@@ -130,9 +130,9 @@ def _speed(record: PruningRecord) -> Row:
         command = f"sparsellm bench {shlex.quote(record.name)}" if packed else ""
         return Row("Tokens a second, decoding", "" if packed else "of the packed form", command=command)
     dense, packed_speed = speeds
-    detail = f"packed, batch {packed_speed.batch}, {packed_speed.threads} threads"
-    change = _ratio(packed_speed.median, dense.median)
-    return Row("Tokens a second, decoding", detail, number(dense.median), number(packed_speed.median), change)
+    detail = f"packed, batch {packed_speed['batch']}, {packed_speed['threads']} threads"
+    before, after = dense["median"], packed_speed["median"]
+    return Row("Tokens a second, decoding", detail, number(before), number(after), _ratio(after, before))
 
 
 def _is_packed(record: PruningRecord) -> bool:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.inputs.json_input import read_object
-from sparsellm.storage.results import RESULTS
+from sparsellm.storage.results import RESULTS, ContinuationRecord, SpeedRecord
 
 PRUNING = "pruning.json"
 
@@ -185,35 +185,15 @@ class Evaluation(BaseModel):
     date: str = ""
 
 
-class Speed(BaseModel):
-    """Tokens per second of one model in one setting."""
-
-    model: str
-    phase: str
-    batch: int
-    threads: int
-    median: float
-    slowest: float
-    fastest: float
-
-
 class Benchmark(BaseModel):
     """What ``sparsellm bench`` prints."""
 
-    speeds: list[Speed] = []
+    speeds: list[SpeedRecord] = []
     dense_bytes: _Count = 0
     packed_bytes: _Count = 0
     kernel: str = ""
     dtype: str = ""
     dense_dtype: str = ""
-
-
-class Continuation(BaseModel):
-    """One prompt, continued by both models."""
-
-    prompt: str
-    dense: str
-    pruned: str
 
 
 class Results(BaseModel):
@@ -222,7 +202,7 @@ class Results(BaseModel):
     format: int = 1
     evaluations: list[Evaluation] = []
     benchmarks: list[Benchmark] = []
-    continuations: list[Continuation] = []
+    continuations: list[ContinuationRecord] = []
 
 
 @dataclass(frozen=True)
@@ -266,13 +246,14 @@ class PruningRecord:
                 found.update({(task, name): metric for name, metric in metrics.items()})
         return found
 
-    def decode_speeds(self) -> tuple[Speed, Speed] | None:
+    def decode_speeds(self) -> tuple[SpeedRecord, SpeedRecord] | None:
         """The speeds of the dense and the packed model while decoding, of the latest benchmark; the smallest batch."""
         for benchmark in reversed(self.results.benchmarks):
-            speeds = sorted((each for each in benchmark.speeds if each.phase == "decode"), key=lambda each: each.batch)
-            for packed in (each for each in speeds if each.model == "packed"):
-                for dense in (each for each in speeds if each.model == "dense"):
-                    if (dense.batch, dense.threads) == (packed.batch, packed.threads):
+            decoding = [each for each in benchmark.speeds if each["phase"] == "decode"]
+            speeds = sorted(decoding, key=lambda each: each["batch"])
+            for packed in (each for each in speeds if each["model"] == "packed"):
+                for dense in (each for each in speeds if each["model"] == "dense"):
+                    if (dense["batch"], dense["threads"]) == (packed["batch"], packed["threads"]):
                         return dense, packed
         return None
 

@@ -23,14 +23,24 @@ if TYPE_CHECKING:
 DISK = 1e9  # bytes read, checked or written in a second
 MEMORY = 5e9  # bytes of parameters and moments that a step of Adam moves in a second
 BUSY = 0.5  # the share of a large product's speed that a block reaches
-PASSES = 4  # of a block over all tokens while it is pruned: for its statistics and its outputs
+PASSES = 2  # of a block over all tokens while it is pruned: each linear runs for statistics, and for the outputs
+REPEATED = (
+    3.3  # the same where pruned sublayers run again for each later group of linears: q, k, v five times, down twice
+)
 BACKWARD = 3  # passes that a backward pass costs: the block again, and twice that for the gradients
 SALIENCY = 3  # passes that the squared gradients of the weights cost
 WRITING = 10  # passes that a token costs which the model writes itself
 
 
 def predicted_seconds(
-    chain: Chain, choice: Choice, tokens: int, seq_len: int, *, finished: int = 0, written: bool = False
+    chain: Chain,
+    choice: Choice,
+    tokens: int,
+    seq_len: int,
+    *,
+    finished: int = 0,
+    written: bool = False,
+    kept: bool = True,
 ) -> dict[str, float]:
     """Seconds of each phase after the model is opened, by the names of the phases in events.
 
@@ -41,6 +51,7 @@ def predicted_seconds(
         seq_len: tokens in a window.
         finished: blocks that an earlier start has pruned; it has chosen the sparsities, too.
         written: whether the model writes its calibration text itself.
+        kept: whether there is memory for the outputs of pruned sublayers.
     """
     sizes = [(linear.in_features, linear.out_features) for linear in chain.linears(0)]
     config, speed = chain.config.get_text_config(), _speed(chain.device)
@@ -56,16 +67,28 @@ def predicted_seconds(
     differentiated = 0 if finished else min(tokens, asked)
     surveyed = tokens if choice.allocates and not asked and not finished else 0
     swept = needs.passes * tokens
+    passes = walked_passes(choice, kept=kept and chain.device.type == "cpu")
     return {
         "calibration": written * tokens * WRITING * blocks * token,
         "check": stored / DISK,
         "gradients": differentiated * (blocks * (1 + BACKWARD + SALIENCY) * token + 3 * SHARE * head),
         "survey": surveyed * blocks * token,
         "replay": finished * tokens * token,
-        "prune": (blocks - finished) * (tokens * (PASSES * token + gram) + solve) + 2 * stored / DISK,
+        "prune": (blocks - finished) * (tokens * (passes * token + gram) + solve) + 2 * stored / DISK,
         "sweep": swept * (blocks * (1 + BACKWARD) * token + 3 * head) + swept / STEP_TOKENS * adam,
         "save": stored / DISK,
     }
+
+
+def walked_passes(choice: Choice, *, kept: bool) -> float:
+    """Passes of a block over all tokens in the walk, those of the dense block for a sweep included.
+
+    Args:
+        choice: method and allocation.
+        kept: whether the outputs of pruned sublayers are kept (:mod:`sparsellm.chain.shortcuts`).
+    """
+    again = choice.method.workspace.writers > 0 and not kept
+    return (REPEATED if again else PASSES) + (choice.needs.passes > 0)
 
 
 @cache

@@ -12,7 +12,7 @@ from sparsellm.chain import Chain
 from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
 from sparsellm.methods import LinearResult
 from sparsellm.methods.task import UNREACHED
-from sparsellm.patterns import NM, detect
+from sparsellm.patterns import NM, listed, strictest
 from sparsellm.recipe import Recipe
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
@@ -30,7 +30,8 @@ class MatrixZeros:
         block: the number of its block.
         shape: ``(out, in)`` of a linear; else as the parameter is stored.
         zeros: weights that are zero.
-        pattern: the strictest N:M pattern among 1:4, 2:4 and 4:8 that a linear satisfies; None for other matrices.
+        patterns: the strictest N:4 and N:8 that a linear satisfies, without the one that follows from the other (4:8
+            from 2:4); empty for other matrices.
         linear: whether it is the weight of a linear; other matrices are not pruned.
     """
 
@@ -38,7 +39,7 @@ class MatrixZeros:
     block: int
     shape: tuple[int, ...]
     zeros: int
-    pattern: NM | None
+    patterns: tuple[NM, ...]
     linear: bool = True
 
     @property
@@ -51,14 +52,13 @@ class MatrixZeros:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, for linears and other matrices alike."""
-        pattern = str(self.pattern) if self.pattern is not None else None
         return {
             "name": self.name,
             "block": self.block,
             "shape": list(self.shape),
             "zeros": self.zeros,
             "sparsity": self.sparsity,
-            "pattern": pattern,
+            "pattern": listed(self.patterns),
         }
 
 
@@ -118,10 +118,10 @@ def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
     for matrix in block_matrices(chain, index):
         if matrix.linear is not None:
             weight = matrix.linear.weight()
-            counts.append(MatrixZeros(matrix.label, index, tuple(weight.shape), count_zeros(weight), detect(weight)))
+            counts.append(MatrixZeros(matrix.label, index, tuple(weight.shape), count_zeros(weight), strictest(weight)))
         else:
             zeros = count_zeros(chain.parameter(matrix.name))
-            counts.append(MatrixZeros(matrix.name, index, matrix.shape, zeros, None, linear=False))
+            counts.append(MatrixZeros(matrix.name, index, matrix.shape, zeros, (), linear=False))
     return counts
 
 

@@ -227,7 +227,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
         given = _directory(request, request.model)
-        directory = given if request.teacher is None else _directory(request, request.teacher)
+        directory = given if request.teacher is None else _directory(request, request.teacher, "teacher")
         chain, in_memory = open_model(request.dense, directory, recipe, request.trust_remote_code, whole=whole)
         tokenizer = request.tokenizer
         if tokenizer is None and directory is not None and not isinstance(request.calibration, Tensor):
@@ -388,11 +388,13 @@ def already_pruned(chain: Chain) -> str | None:
     return f"the model is already pruned: {zeros / weights:.1%} of the weights of block 1 are zero; pruning it further"
 
 
-def _directory(request: Request, model: str | os.PathLike[str] | PreTrainedModel) -> Path | None:
+def _directory(
+    request: Request, model: str | os.PathLike[str] | PreTrainedModel, argument: str = "model"
+) -> Path | None:
     """The directory of a checkpoint, fetched or converted first if needed; None for a model given as an object."""
     if isinstance(model, PreTrainedModel):
         return None
-    directory = parallel.main_first(lambda: checkpoint_directory(str(model)))
+    directory = parallel.main_first(lambda: checkpoint_directory(str(model), argument))
     destination(request, sources=[directory])
     if request.out is None and is_packed(read_config(directory)):
         raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from sparsellm import __version__
 from sparsellm.machine.devices import machine_name, processor_name
 from sparsellm.methods import LinearResult
-from sparsellm.packed.grid import BITS
+from sparsellm.packed.layout import predicted_bytes
+from sparsellm.patterns import parse_pattern
 from sparsellm.recipe import Recipe
 from sparsellm.report.document import REPORT
 from sparsellm.report.notebook import figure_of, summary_html
@@ -136,17 +137,21 @@ class PruneResult:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits of a weight of the pruned linears, packed in the type to which the values were rounded, with a bitmask
-        or dense; None if they were kept."""
+        """Bits of a weight of the pruned linears, as ``pack`` will write them in the type to which the values were
+        rounded; None if they were kept."""
         if self.recipe.values == "keep" or not self.weights:
             return None
-        of_row, of_value = 32 if self.recipe.values == "int8" else 0, BITS[self.recipe.values]
-        bits = 0.0
-        for linear in self.linears:
-            rows, weights = linear.shape[0], linear.shape[0] * linear.shape[1]
-            masked = weights + of_value * (weights - linear.zeros) + 64 * rows
-            bits += min(masked, of_value * weights) + of_row * rows
-        return bits / self.weights
+        sizes = (
+            predicted_bytes(
+                linear.shape,
+                linear.zeros,
+                self.recipe.values,
+                parse_pattern(linear.pattern) if linear.pattern is not None else None,
+                exponents=bool(linear.exponents),
+            )
+            for linear in self.linears
+        )
+        return 8 * sum(sizes) / self.weights
 
     @property
     def matrices(self) -> Totals:

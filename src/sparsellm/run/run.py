@@ -147,7 +147,8 @@ class Run:
         for record in self.finished:
             self.clock.add(record.seconds)
         tokens, seq_len = self.own_windows.numel(), self.windows.shape[1]
-        self.predicted = predicted_seconds(self.chain, self.choice, tokens, seq_len, finished=len(self.finished))
+        finished, kept = len(self.finished), self.memory.kept > 0
+        self.predicted = predicted_seconds(self.chain, self.choice, tokens, seq_len, finished=finished, kept=kept)
         self.progress(plan_of_phases(self.predicted))
         earlier = self.earlier["peak_rss_bytes"] if self.earlier is not None else 0
         self.peak_before = max([earlier, *(record.peak_rss for record in self.finished)])

@@ -10,6 +10,7 @@ whose ``pruning.json`` has its identity, so that a process that goes on recognis
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,13 @@ from sparsellm.run.prepare import Choice, Request, destination
 from sparsellm.run.result import PruneResult
 from sparsellm.run.run import Run
 from sparsellm.storage.destination import partial_of, stage_of
-from sparsellm.storage.resume import differences, discard, empty, left_in, locked
+from sparsellm.storage.resume import RunState, differences, discard, empty, left_in
 
 PAYS = 0.8  # sparsity from which two stages pay, unstructured, with three sweeps or more (docs/results.md)
 LEAST_PASSES = 3
 DENSITY = 1.5  # the first stage keeps so many times the weights that the second keeps
 RECORDED = ("sparsity_pruned", "sweeps", "seconds", "peak_rss_bytes")  # what a report says of the first stage
+REMOVED = ".sparsellm-removed"  # the report of a first stage whose removal has begun
 SHARE = 1 / 3  # of the passes in the first stage; at least one in each
 
 
@@ -156,7 +158,10 @@ def _record(place: Path) -> dict[str, Any]:
 
 
 def _remove_leftover(place: Path, out: Path) -> None:
-    """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``."""
+    """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``, or
+    while it removed that stage."""
+    if (place / REMOVED).is_file():
+        _remove(place)
     report = out / "pruning.json"
     stages = read_object(report).get("stages") if report.is_file() else None
     if not stages:
@@ -184,11 +189,10 @@ def _settle(place: Path, out: Path, restart: bool, *, alone: bool) -> None:
         )
     if restart:
         if finished:
+            _drop(partial_of(out))  # the second stage, which a process that is killed here could not go on with
             _remove(place)
         if alone and unfinished:
-            with locked(partial_of(place)):  # no process may be active in it
-                pass
-            discard(partial_of(place))
+            _drop(partial_of(place))
             discard(partial_of(place, second=True))
         return
     if alone and (finished or unfinished):
@@ -215,12 +219,26 @@ def _another(place: Path, why: str) -> StorageError:
     )
 
 
+def _drop(partial: Path) -> None:
+    """Removes the unfinished run in a working directory, if there is one.
+
+    Raises:
+        StorageError: a process is active in it, or it holds foreign files.
+    """
+    left = left_in(partial)
+    if left is not None and left.kind is not None and left.identity is not None:
+        RunState(partial, left.identity, kind=left.kind).discard()
+
+
 def _remove(place: Path) -> None:
-    """Removes a first stage, its report last, so that an interrupted removal can be repeated."""
-    report = place / "pruning.json"
+    """Removes a first stage. Its report gets another name first and is removed last, so that a process that goes on
+    knows what an interrupted removal has left."""
+    report, removed = place / "pruning.json", place / REMOVED
     with interrupts.held(), contextlib.suppress(OSError):  # the result is complete, or the user wants to start again
-        empty(place, (report.name,))
-        report.unlink(missing_ok=True)
+        if report.is_file():
+            os.replace(report, removed)
+        empty(place, (removed.name,))
+        removed.unlink(missing_ok=True)
         place.rmdir()
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsellm.chain import Chain
+from sparsellm.chain.likeness import config_difference, shape_difference
 from sparsellm.chain.open import load_config, load_tokenizer
-from sparsellm.errors import ModelError, RecipeError, shown
+from sparsellm.errors import ModelError, RecipeError
 from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.storage.reader import CheckpointReader
 
-# Keys of a config that describe files, not the function of the model.
-_STORAGE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
 _SAME = "give the dense model that this one was pruned from"
 
 
@@ -45,20 +43,15 @@ def open_start(chain: Chain, directory: Path, teacher: Path, *, trust: bool, tok
         StorageError: the model cannot be read.
     """
     assert chain.weights is not None
-    own, other = _function(load_config(directory, trust_remote_code=trust)), _function(chain.config)
-    for key in sorted(own.keys() | other.keys()):
-        if own.get(key) != other.get(key):
-            values = f"{shown(own.get(key))}, not {shown(other.get(key))}"
-            raise _unlike(directory, teacher, f"{key} in config.json is {values}")
+    if why := config_difference(load_config(directory, trust_remote_code=trust), chain.config):
+        raise _unlike(directory, teacher, why)
     if tokenizers:
         one, two = (load_tokenizer(each, trust_remote_code=trust).get_vocab() for each in (directory, teacher))
         if one != two:
             raise _unlike(directory, teacher, "the tokenizers differ")
-    start, reader = open_checkpoint(directory), chain.weights.reader
-    for name in reader:
-        if name not in start or start.shape(name) != reader.shape(name):
-            found = f"has shape {start.shape(name)}, not {reader.shape(name)}" if name in start else "is missing"
-            raise _unlike(directory, teacher, f"weight {name} {found}")
+    start = open_checkpoint(directory)
+    if why := shape_difference(start, chain.weights.reader):
+        raise _unlike(directory, teacher, why)
     return start
 
 
@@ -73,11 +66,6 @@ def check_outside(chain: Chain, start: CheckpointReader) -> None:
     for name in chain.outer_tensors():
         if not torch.equal(reader.get(name), start.get(name, dtype=reader.dtype(name))):
             raise _unlike(start.directory, reader.directory, f"weight {name}, outside the blocks, has other values")
-
-
-def _function(config: PretrainedConfig) -> dict[str, Any]:
-    """What a config says of the function of the model."""
-    return {key: value for key, value in config.to_dict().items() if key not in _STORAGE}
 
 
 def _unlike(directory: Path, teacher: Path, why: str) -> ModelError:

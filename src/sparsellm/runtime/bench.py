@@ -16,8 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparsellm.arguments import checked_arguments
+from sparsellm.chain.likeness import config_difference, shape_difference
+from sparsellm.chain.open import load_config
 from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import RecipeError
+from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.runtime.decode import Decoder, why_not
 from sparsellm.runtime.load import load
@@ -108,9 +111,11 @@ def compare(
         settings: as in :func:`measure`.
 
     Raises:
-        RecipeError: ``packed`` is not packed, or a setting is out of range.
+        RecipeError: ``packed`` is not packed, ``dense`` is another model, or a setting is out of range.
         ModelError, StorageError: a checkpoint cannot be loaded.
     """
+    if dense is not None:
+        _check_same_model(Path(packed).expanduser(), Path(dense).expanduser())
     progress(Progress("load", 0, 2, "packed"))
     models = {"packed": load(packed, device=device, dtype=dtype, activations=activations)}
     if not any(isinstance(module, PackedLinear) for module in models["packed"].modules()):
@@ -136,6 +141,22 @@ def compare(
         None if dense is None else weight_file_bytes(Path(dense)),
         weight_file_bytes(Path(packed)),
     )
+
+
+def _check_same_model(packed: Path, dense: Path) -> None:
+    """Refuses a dense checkpoint of another model; what is no directory is left to :func:`load`.
+
+    Raises:
+        RecipeError: a config or the shape of a weight differs.
+        ModelError, StorageError: a checkpoint cannot be read.
+    """
+    if not (packed.is_dir() and dense.is_dir()):
+        return
+    why = config_difference(load_config(packed), load_config(dense)) or shape_difference(
+        open_checkpoint(packed), open_checkpoint(dense)
+    )
+    if why is not None:
+        raise RecipeError(f"dense is {dense}, which is another model than {packed}: in the latter, {why}")
 
 
 @checked_arguments()

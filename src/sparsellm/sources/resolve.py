@@ -21,11 +21,12 @@ _HUB_FILES = [
 ]
 
 
-def checkpoint_directory(model: str) -> Path:
+def checkpoint_directory(model: str, argument: str = "model") -> Path:
     """The directory of a checkpoint, which is downloaded or converted first if needed.
 
     Args:
         model: a directory, a hub id (``owner/name``), a ``.gguf`` file, or ``demo``.
+        argument: the name of the argument, for the error message.
 
     Raises:
         ModelError: there is no such model, or it cannot be fetched.
@@ -38,25 +39,27 @@ def checkpoint_directory(model: str) -> Path:
     except FileNotFoundError:
         pass  # it may be a hub id
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, an unknown user after the ~
-        raise ModelError(f"model {model!r:.100} cannot be looked up: {one_line(error)}") from None
+        raise ModelError(f"{argument} {model!r:.100} cannot be looked up: {one_line(error)}") from None
     if not model.strip():
         raise ModelError(
-            "the name of the model is empty; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
+            f"the name of the {argument} is empty; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
         )
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"no file {model}; give the path of a .gguf file")
+            raise ModelError(f"{argument} {model}: there is no such file; give the path of a .gguf file")
         return gguf_checkpoint(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{model} has no config.json; give a directory saved by save_pretrained")
+            raise ModelError(f"{argument} {model} has no config.json; give a directory saved by save_pretrained")
         return path
     if path.exists():
-        raise ModelError(f"{model} is a file; give a checkpoint directory, a hub id, a .gguf file, or 'demo'")
-    return _from_hub(model)
+        raise ModelError(
+            f"{argument} {model} is a file; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
+        )
+    return _from_hub(model, argument)
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, argument: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -67,5 +70,5 @@ def _from_hub(model: str) -> Path:
     except Exception as error:  # the hub client raises requests, httpx and its own errors
         reason = f"it is no directory here, and it cannot be downloaded from the hub ({one_line(error)})"
     raise ModelError(
-        f"model {model!r} not found: {reason}; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
+        f"{argument} {model!r} not found: {reason}; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
     )

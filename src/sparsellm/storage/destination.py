@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsellm.errors import StorageError
 from sparsellm.storage.contents import foreign_entries, has_weights
-from sparsellm.storage.files import check_own_directory, explained
+from sparsellm.storage.files import check_own_directory, explained, locked
 from sparsellm.storage.publish import settle
 from sparsellm.storage.resume import (
     FOLDER,
@@ -22,7 +22,6 @@ from sparsellm.storage.resume import (
     discard,
     is_bare,
     left_in,
-    locked,
     refuse_other_kind,
     some,
 )
@@ -184,7 +183,7 @@ def _settle_all(place: Path, partials: tuple[Path, Path]) -> None:
     with contextlib.ExitStack() as held:
         there = [each for each, second in zip(partials, (False, True), strict=True) if _may_settle(each, second)]
         for partial in there:
-            held.enter_context(locked(partial))
+            held.enter_context(locked(partial / FOLDER))
         published = [partial for partial in there if settle(partial, place)]
         for partial in there:
             if published or is_bare(partial):  # the result of the second stage includes that of the first

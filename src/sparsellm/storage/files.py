@@ -14,6 +14,11 @@ from typing import BinaryIO, TypeVar
 
 from sparsellm.errors import StorageError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl; two runs into one directory are not detected there
+    fcntl = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 
 TEMPORARY = ".tmp"  # suffix of a file that is being written
@@ -127,3 +132,44 @@ def explained(path: Path) -> Iterator[None]:
                 f"the disk of {path} is full; make room and run the same command again to resume it"
             ) from error
         raise StorageError(f"cannot write {path}: {error.strerror or error}; name another directory") from error
+
+
+def lock(folder: Path, *, wait: bool = False) -> int | None:
+    """Locks a directory, such as a run's state, against other processes until the returned descriptor is closed.
+
+    Args:
+        folder: the directory.
+        wait: until another process releases its lock.
+
+    Raises:
+        StorageError: another process holds the lock, and ``wait`` is False.
+    """
+    if fcntl is None:
+        return None
+    with explained(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StorageError(
+            f"another process is writing {folder.parent} now; wait for it, or name another directory"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """As :func:`lock`, until the context ends.
+
+    Raises:
+        StorageError: another process holds the lock, and ``wait`` is False.
+    """
+    descriptor = lock(folder, wait=wait)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

@@ -17,7 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.inputs.json_input import read_object
-from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.storage.files import locked, replace_atomically, write_all
 
 RESULTS = "results.json"
 _OURS = ("pruning.json", "packed.json")  # a directory with one of these was written by sparsellm
@@ -181,12 +181,15 @@ def check_results(directory: Path) -> None:
 def append_result(directory: Path, kind: Literal["evaluations", "benchmarks", "continuations"], record: Record) -> Path:
     """Appends one record to results.json and returns the path; the file is replaced atomically.
 
+    The directory is locked from reading to writing, so that no record is lost if two processes append at once.
+
     Raises:
         StorageError: the file cannot be read or written.
     """
-    results: dict[str, Any] = {**read_results(directory)}
-    results[kind] = [*results.get(kind, []), record]
-    text = json.dumps(_RESULTS.validate_python(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path = directory / RESULTS
-    replace_atomically(path, partial(write_all, data=text.encode()))
+    with locked(Path(os.path.realpath(directory)), wait=True):
+        results: dict[str, Any] = {**read_results(directory)}
+        results[kind] = [*results.get(kind, []), record]
+        text = json.dumps(_RESULTS.validate_python(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        replace_atomically(path, partial(write_all, data=text.encode()))
     return path

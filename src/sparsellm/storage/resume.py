@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,15 @@ from torch import Tensor
 from sparsellm.errors import StorageError
 from sparsellm.inputs.json_input import read_object
 from sparsellm.storage.contents import STATE, foreign_entries
-from sparsellm.storage.files import TEMPORARY, check_own_directory, explained, replace_atomically, sync, write_all
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl; two runs into one directory are not detected there
-    fcntl = None  # type: ignore[assignment]
+from sparsellm.storage.files import (
+    TEMPORARY,
+    check_own_directory,
+    explained,
+    lock,
+    replace_atomically,
+    sync,
+    write_all,
+)
 
 FOLDER = STATE
 RUN = "run.json"
@@ -266,43 +268,6 @@ def discard(partial: Path) -> None:
         (folder / JOURNAL).unlink(missing_ok=True)
         folder.rmdir()
         partial.rmdir()
-
-
-def lock(folder: Path) -> int | None:
-    """Locks a run's state against other processes until the returned descriptor is closed.
-
-    Raises:
-        StorageError: another process holds the lock.
-    """
-    if fcntl is None:
-        return None
-    with explained(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StorageError(
-            f"another process is writing {folder.parent} now; wait for it, or name another directory"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
-
-
-@contextlib.contextmanager
-def locked(partial: Path) -> Iterator[None]:
-    """Locks a working directory against other processes until the context ends.
-
-    Raises:
-        StorageError: another process holds the lock.
-    """
-    descriptor = lock(partial / FOLDER)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def is_bare(partial: Path) -> bool:

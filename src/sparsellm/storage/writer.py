@@ -16,10 +16,10 @@ from sparsellm import interrupts
 from sparsellm.inputs.json_input import read_object
 from sparsellm.storage.contents import LISTED, is_known, unusual_files
 from sparsellm.storage.destination import check_destination, check_replaceable, check_room, partial_of
-from sparsellm.storage.files import explained, replace_atomically, write_all
+from sparsellm.storage.files import explained, locked, replace_atomically, write_all
 from sparsellm.storage.publish import publish
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.resume import COMPANIONS, FOLDER, PRUNE, SWEEP, RunState, discard, locked
+from sparsellm.storage.resume import COMPANIONS, FOLDER, PRUNE, SWEEP, RunState, discard
 from sparsellm.storage.shard import TensorSource, write_shard
 
 # Keys of compression schemes: vLLM and transformers refuse a config with a scheme that they do not support.
@@ -78,7 +78,7 @@ class CheckpointWriter:
         self.state = RunState(self.partial, identity, kind=kind, restart=restart, resumable=kind == PRUNE)
         later = partial_of(self.out, second=True)
         if restart and not second and (later / FOLDER).is_dir():
-            with locked(later):
+            with locked(later / FOLDER):
                 discard(later)
 
     def __enter__(self) -> CheckpointWriter:

@@ -257,7 +257,9 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
         uint8_t* buffer = buffers + 3 * r * row_size;
         rows.mask[r] = weight.mask + at * weight.mask_step;
         rows.values[r] = get(at, buffer);
-        rows.values_ahead[r] = bytes_of(weight.type, weight.offsets[later] - weight.offsets[at]);
+        // int4 has been brought to other memory, which is in the cache.
+        rows.values_ahead[r] =
+            weight.type == kInt4 ? 0 : bytes_of(weight.type, weight.offsets[later] - weight.offsets[at]);
         if (weight.type == kInt4) {
           float* of_row = scales + r * (groups + 1);
           const uint16_t* from = group_scales(weight, at);

@@ -28,7 +28,7 @@ struct Rows {
   const uint8_t* mask[kMaxRows];      // words * 8 bytes each
   const uint8_t* values[kMaxRows];    // kSlack readable bytes follow the last value
   int64_t mask_ahead;                 // bytes to where the mask of the next rows will be read, for prefetching
-  int64_t values_ahead[kMaxRows];     // the same for the values
+  int64_t values_ahead[kMaxRows];     // the same for the values; 0 for int4, whose values are in the cache
   const float* scales[kMaxRows];      // int4: one for each kShared << shift columns, and one more that is 0
   int shift;
 };
