@@ -30,7 +30,7 @@ WRITING = 10  # passes that a token costs which the model writes itself
 
 
 def predicted_seconds(
-    chain: Chain, choice: Choice, tokens: int, seq_len: int, *, finished: int = 0, written: bool = False
+    chain: Chain, choice: Choice, tokens: int, seq_len: int, *, finished: int = 0, written: int = 0
 ) -> dict[str, float]:
     """Seconds of each phase after the model is opened, by the names of the phases in events.
 
@@ -40,7 +40,7 @@ def predicted_seconds(
         tokens: of the calibration windows of this process.
         seq_len: tokens in a window.
         finished: blocks that an earlier start has pruned; it has chosen the sparsities, too.
-        written: whether the model writes its calibration text itself.
+        written: tokens of all processes' windows that the model writes itself; the first process writes them.
     """
     sizes = [(linear.in_features, linear.out_features) for linear in chain.linears(0)]
     config, speed = chain.config.get_text_config(), _speed(chain.device)
@@ -57,7 +57,7 @@ def predicted_seconds(
     surveyed = tokens if choice.allocates and not asked and not finished else 0
     swept = needs.passes * tokens
     return {
-        "calibration": written * tokens * WRITING * blocks * token,
+        "calibration": written * WRITING * blocks * token,
         "check": stored / DISK,
         "gradients": differentiated * (blocks * (1 + BACKWARD + SALIENCY) * token + 3 * SHARE * head),
         "survey": surveyed * blocks * token,
