@@ -50,15 +50,21 @@ def text(path: Path, lines: int) -> Path:
     return path
 
 
-def test_each_pass_takes_new_windows_while_the_text_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("calibration", ["text.txt", "self"])
+@pytest.mark.parametrize("options", [{"passes": 4, "sweep_rate": 0.001}, {"effort": 2}])
+def test_each_pass_takes_new_windows_while_the_text_lasts(
+    calibration: str, options: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of a model itself has no end."""
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    written = text(tmp_path / "text.txt", 400)
+    text(tmp_path / "text.txt", 400)
+    monkeypatch.chdir(tmp_path)
     seen = runs_of(monkeypatch)
-    sparsellm.prune(source, {**RECIPE, "calibration": str(written)}, out=tmp_path / "out")
+    sparsellm.prune(source, {**RECIPE, "calibration": calibration, "options": options}, out=tmp_path / "out")
     dense = AutoModelForCausalLM.from_pretrained(source)
     rows = [tuple(row) for windows, _ in seen for row in windows.tolist()]
-    assert len(seen) == 4
-    assert len(set(rows)) == 4 * SAMPLES, "a window came twice"
+    assert len(seen) == options.get("passes", 3)
+    assert len(set(rows)) == len(seen) * SAMPLES, "a window came twice"
     for windows, hidden in seen:
         torch.testing.assert_close(hidden, torch.cat(list(dense_end(dense, windows, 32))), rtol=1e-4, atol=1e-5)
 

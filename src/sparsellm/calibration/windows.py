@@ -220,10 +220,10 @@ def _check_sizes(samples: int, seq_len: int, seed: int, fresh: int) -> None:
         )
     needed, free = 8 * (samples + fresh) * seq_len, psutil.virtual_memory().available
     if needed > free:
-        later = f" and {fresh} for later sweeps" if fresh else ""
+        later, remedy = (f" and {fresh} for later sweeps", "effort, ") if fresh else ("", "")
         raise DataError(
             f"{samples} samples{later} of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and "
-            f"{free / 1e9:.1f} GB of memory are free; lower samples or seq_len{' or effort' if fresh else ''}"
+            f"{free / 1e9:.1f} GB of memory are free; lower {remedy}samples or seq_len"
         )
     if not 0 <= seed <= MOST_SEED:
         raise DataError(f"seed is {shown(seed)}; it is from 0 to {MOST_SEED}")
