@@ -132,6 +132,18 @@ def test_killed_in_a_sweep_it_goes_on_after_the_last_pass(source: Path, tmp_path
     assert len(found) > 2  # they died in different passes
 
 
+def test_killed_in_a_sweep_on_text_of_its_own_it_writes_the_same_again(source: Path, tmp_path: Path) -> None:
+    recipe = {**SWEPT_THRICE, "calibration": "self"}
+    steps = victim.count_steps(source, tmp_path / "whole", recipe)
+    out = tmp_path / "p"
+    assert victim.run(source, out, recipe, ("rename", steps["rename"] - 8)) == KILLED
+    assert len(json.loads((partial_of(out) / FOLDER / "sweep.json").read_text())["history"]) > 1
+    assert victim.run(source, out, recipe) == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sparsellm.prune(source, Recipe(**recipe), out=tmp_path / "q").sweeps  # in another process: the same text
+    assert files(tmp_path / "q").keys() == files(out).keys()
+
+
 def finish_swept(source: Path, out: Path) -> None:
     if not out.exists():
         assert victim.run(source, out, SWEPT_THRICE, hidden_in_memory=HALF_ON_DISK) == 0

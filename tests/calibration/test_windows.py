@@ -180,6 +180,8 @@ def test_more_windows_than_any_machine_holds_are_refused_at_once(monkeypatch: py
     monkeypatch.setattr(windows.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(DataError, match="of memory are free"):
         calibration_windows("pydoc", tiny_tokenizer(), 8, 16, 0)
+    with pytest.raises(DataError, match=r"7 samples and 1 for later sweeps of 16 .* lower effort, samples or seq_len"):
+        calibration_windows("self", tiny_tokenizer(), 7, 16, 0, Author(tiny_llama()), fresh=1)
     for seed in (-1, 2**63):
         with pytest.raises(DataError, match=f"seed is {seed}"):
             calibration_windows("pydoc", tiny_tokenizer(), 1, 2, seed)
@@ -232,6 +234,23 @@ def test_a_model_writes_the_same_text_for_the_same_seed(build: type) -> None:
     assert model.training
 
 
+def test_fresh_windows_that_a_model_writes_leave_the_others_as_they_are() -> None:
+    """Also where the last batch of the others is not full."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    said: list[tuple[int, int]] = []
+    author = Author(model, lambda done, total: said.append((done, total)))
+    alone = calibration_windows("self", tokenizer, 19, 8, 0, author)
+    assert said[-1] == (19 * 8, 19 * 8)
+    said.clear()
+    more, again = (calibration_windows("self", tokenizer, 19, 8, 0, author, fresh=38) for _ in range(2))
+    assert more.shape == (57, 8)
+    assert torch.equal(more, again)
+    assert torch.equal(more[:19], alone)
+    assert len({tuple(window) for window in more.tolist()}) == 57
+    assert said == sorted(said[: len(said) // 2]) * 2
+    assert said[-1] == (57 * 8, 57 * 8)
+
+
 def test_a_model_writes_after_bos_where_its_tokenizer_has_it() -> None:
     model = tiny_llama()
     for tokenizer, bos, leads in ((tiny_tokenizer(True), "auto", True), (tiny_tokenizer(True), "no", False),
@@ -243,13 +262,13 @@ def test_a_model_writes_after_bos_where_its_tokenizer_has_it() -> None:
 def test_self_generated_text_is_greedy_first_and_then_follows_the_model() -> None:
     """With the cache of keys and values, as without it."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
-    windows = self_generated_windows(model, tokenizer, 4, 20, 2, 0, greedy_tokens=20)
+    windows = self_generated_windows(Author(model), tokenizer, 4, 20, 2, 0, greedy_tokens=20)
     assert (windows[:, 0] == 0).all()
     with torch.no_grad():
         likeliest = model(input_ids=windows).logits[:, :, : len(tokenizer)].argmax(-1)  # (4, 20)
     continues = windows[:, 1:-1] != tokenizer.eos_token_id  # after the end of a text, a new one starts at random
     assert torch.equal(windows[:, 2:][continues], likeliest[:, 1:-1][continues])
-    sampled = self_generated_windows(model, tokenizer, 4, 20, 2, 0, greedy_tokens=3)
+    sampled = self_generated_windows(Author(model), tokenizer, 4, 20, 2, 0, greedy_tokens=3)
     assert torch.equal(sampled[:, 2:5], windows[:, 2:5])
     assert not torch.equal(sampled[:, 5:], windows[:, 5:])
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import sparsellm
 from sparsellm.calibration import calibration_windows
 from sparsellm.run import prepare
+from sparsellm.run.run import Run
 from sparsellm.sweep import whole_model
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.sweep.helpers import dense_end, ids_of, tiny_zamba
@@ -52,16 +53,25 @@ def text(path: Path, lines: int) -> Path:
     return path
 
 
-def test_each_pass_takes_new_windows_while_the_text_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("calibration", ["text.txt", "self"])
+@pytest.mark.parametrize("options", [{"passes": 4, "sweep_rate": 0.001}, {"effort": 2}])
+def test_each_pass_takes_new_windows_while_the_text_lasts(
+    calibration: str, options: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of a model itself has no end."""
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    written = text(tmp_path / "text.txt", 400)
-    seen = runs_of(monkeypatch)
-    sparsellm.prune(source, {**RECIPE, "calibration": str(written)}, out=tmp_path / "out")
+    text(tmp_path / "text.txt", 400)
+    monkeypatch.chdir(tmp_path)
+    seen, statistics, walk = runs_of(monkeypatch), [], Run.walk
+    monkeypatch.setattr(Run, "walk", lambda run: statistics.append(run.windows) or walk(run))
+    sparsellm.prune(source, {**RECIPE, "calibration": calibration, "options": options}, out=tmp_path / "out")
     dense = AutoModelForCausalLM.from_pretrained(source)
     rows = [tuple(row) for windows, _ in seen for row in windows.tolist()]
-    assert [len(windows) for windows, _ in seen] == [SAMPLES // 2] * 4
-    statistics = calibration_windows(str(written), tiny_tokenizer(), SAMPLES, SEQ_LEN, 0, fresh=2 * SAMPLES)[:SAMPLES]
-    assert len({*rows, *map(tuple, statistics.tolist())}) == 3 * SAMPLES, "a window came twice"
+    assert [len(windows) for windows, _ in seen] == [SAMPLES // 2] * options.get("passes", 3)
+    assert len(set(rows)) == len(seen) * SAMPLES // 2, "a window came twice"
+    (windows,) = statistics
+    assert len(windows) == SAMPLES
+    assert not {*rows} & {*map(tuple, windows.tolist())}, "a window of the statistics is in a pass"
     for windows, hidden in seen:
         torch.testing.assert_close(hidden, torch.cat(list(dense_end(dense, windows, 32))), rtol=1e-4, atol=1e-5)
 

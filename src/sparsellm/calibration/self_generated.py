@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +18,29 @@ if TYPE_CHECKING:
 BATCH = 16
 
 
+class Author(NamedTuple):
+    """The dense model, which writes the text of the source ``self``.
+
+    Attributes:
+        model: the whole model.
+        progress: called with (tokens written, tokens of all windows).
+    """
+
+    model: PreTrainedModel
+    progress: Callable[[int, int], None] | None = None
+
+
 @torch.no_grad()
 def self_generated_windows(
-    model: PreTrainedModel,
+    author: Author,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     seq_len: int,
     seed: int,
     bos: int | None = None,
     *,
+    fresh: int = 0,
     greedy_tokens: int = 4,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Samples windows of text from a model as in LLM-QAT (2305.17888, section 2.1).
 
@@ -37,23 +49,25 @@ def self_generated_windows(
     sampled. After an end-of-text token a new text starts in the same way, so no window holds padding.
 
     The random numbers are drawn on the CPU from ``seed``. On one machine the same arguments return the same windows.
+    The first ``samples`` windows do not depend on ``fresh``.
 
     Args:
-        model: the dense model.
+        author: the dense model.
         tokenizer: its tokenizer.
         samples: the number of windows.
         seq_len: tokens in each.
         seed: of the sampling.
         bos: the token with which every window begins, see :func:`sparsellm.calibration.leading_token`; or None.
+        fresh: further windows, written after the others in batches of their own.
         greedy_tokens: tokens after the random one that are chosen greedily; LLM-QAT uses 3 to 5.
-        progress: called with (tokens written, ``samples · seq_len``).
 
     Returns:
-        ``(samples, seq_len)`` int64 token ids, on the CPU.
+        ``(samples + fresh, seq_len)`` int64 token ids, on the CPU.
 
     Raises:
         NumericalError: the model's logits are not finite.
     """
+    model, progress = author
     device = next(model.parameters()).device
     was_training = model.training
     model.train(False)
@@ -64,10 +78,9 @@ def self_generated_windows(
 
     cache_name = cache_keyword(model)
     batches = []
-    written = 0
+    written, total = 0, (samples + fresh) * seq_len
     try:
-        for first in range(0, samples, BATCH):
-            rows = min(BATCH, samples - first)
+        for rows in (min(BATCH, count - first) for count in (samples, fresh) for first in range(0, count, BATCH)):
             columns = [] if bos is None else [torch.full((rows,), bos)]
             age = torch.zeros(rows, dtype=torch.int64)  # tokens since each row's text began
             columns.append(_pick(starts, rows, generator))
@@ -80,19 +93,19 @@ def self_generated_windows(
                     raise NumericalError(f"the model's logits are not finite after {len(columns)} tokens; try float32")
                 sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
                 token = torch.where(age < greedy_tokens, logits.argmax(-1), sampled)
-                fresh = _pick(starts, rows, generator)  # at every step, so that rows do not affect each other
+                start = _pick(starts, rows, generator)  # at every step, so that rows do not affect each other
                 ended = columns[-1] == end if end is not None else torch.zeros(rows, dtype=torch.bool)
-                token, age = torch.where(ended, fresh, token), torch.where(ended, 0, age + 1)
+                token, age = torch.where(ended, start, token), torch.where(ended, 0, age + 1)
                 columns.append(token)
                 new = token.unsqueeze(1)
                 written += rows
                 if progress is not None:
-                    progress(written, samples * seq_len)
+                    progress(written, total)
             batches.append(torch.stack(columns, dim=1)[:, :seq_len])
     finally:
         model.train(was_training)
     if progress is not None:
-        progress(samples * seq_len, samples * seq_len)
+        progress(total, total)
     return torch.cat(batches)
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from sparsellm.calibration.self_generated import self_generated_windows
+from sparsellm.calibration.self_generated import Author, self_generated_windows
 from sparsellm.calibration.sources import SELF, Text, read_source
 from sparsellm.errors import DataError, shown
 from sparsellm.recipe import MOST_SEED, MOST_TOKENS, Bos
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # Documents tried per requested window before a per-document source is refused for having too few long ones.
 _TRIES_PER_WINDOW = 2000
@@ -23,18 +22,6 @@ _MOST_MISSES = 50_000  # documents in a row that are too short
 
 # Windows that may be drawn from a text of any length. Beyond this number, windows that overlap only repeat the text.
 _MOST_REPEATED = 1024
-
-
-class Author(NamedTuple):
-    """The dense model, which writes the text of the source ``self``.
-
-    Attributes:
-        model: the whole model.
-        progress: called with (tokens written, tokens of a window).
-    """
-
-    model: PreTrainedModel
-    progress: Callable[[int, int], None] | None = None
 
 
 def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | None:
@@ -82,7 +69,7 @@ def calibration_windows(
         author: the dense model; needed by the source ``self`` only.
         bos: whether every window begins with BOS, see :func:`leading_token`; it is one of the ``seq_len`` tokens.
         fresh: further windows, for passes that need no statistics, as far as the text has any that overlap with no
-            other; ``self`` writes none.
+            other; ``self`` writes all of them.
 
     Returns:
         ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU.
@@ -91,14 +78,14 @@ def calibration_windows(
         DataError: the source cannot be read, the text is too short for one window, a size is out of range, the text or
             the memory is too small for so many windows, or the tokenizer has no BOS to begin with.
     """
-    _check_sizes(samples, seq_len, seed)
+    _check_sizes(samples, seq_len, seed, fresh if source == SELF else 0)
     lead = leading_token(tokenizer, bos)
     length = _length(seq_len, lead)
     if source == SELF:
         if author is None:
             raise DataError("source 'self' needs the dense model, to write the text; pass author=, or name a text")
         check_seq_len(author.model.config, seq_len)
-        return self_generated_windows(author.model, tokenizer, samples, seq_len, seed, lead, progress=author.progress)
+        return self_generated_windows(author, tokenizer, samples, seq_len, seed, lead, fresh=fresh)
     generator = torch.Generator().manual_seed(seed)
     text = source if isinstance(source, Text) else read_source(source, "calibration")
     if text.per_document:
@@ -219,8 +206,11 @@ def _led(windows: Tensor, lead: int | None) -> Tensor:
     return windows if lead is None else torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
 
 
-def _check_sizes(samples: int, seq_len: int, seed: int) -> None:
-    """Refuses sizes that are out of range or too large for the memory, before anything is allocated."""
+def _check_sizes(samples: int, seq_len: int, seed: int, fresh: int) -> None:
+    """Refuses sizes that are out of range or too large for the memory, before anything is allocated.
+
+    ``fresh`` windows are written for later sweeps, however many; a text has no more of them than it is long.
+    """
     if samples < 1 or seq_len < 1:
         raise DataError(f"calibration needs 1 or more samples of 1 or more tokens; got {samples} of {seq_len}")
     if samples * seq_len > MOST_TOKENS:
@@ -228,11 +218,12 @@ def _check_sizes(samples: int, seq_len: int, seed: int) -> None:
             f"{shown(samples)} samples of {shown(seq_len)} tokens are more than {MOST_TOKENS} calibration tokens; "
             "lower samples or seq_len"
         )
-    needed, free = 8 * samples * seq_len, psutil.virtual_memory().available
+    needed, free = 8 * (samples + fresh) * seq_len, psutil.virtual_memory().available
     if needed > free:
+        later, remedy = (f" and {fresh} for later sweeps", "effort, ") if fresh else ("", "")
         raise DataError(
-            f"{samples} samples of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and {free / 1e9:.1f} GB "
-            "of memory are free; lower samples or seq_len"
+            f"{samples} samples{later} of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and "
+            f"{free / 1e9:.1f} GB of memory are free; lower {remedy}samples or seq_len"
         )
     if not 0 <= seed <= MOST_SEED:
         raise DataError(f"seed is {shown(seed)}; it is from 0 to {MOST_SEED}")

@@ -15,7 +15,7 @@ import torch
 from sparsellm.chain import Chain
 from sparsellm.run.memory import checkpoint_bytes
 from sparsellm.sweep.gradients import SHARE, TOKENS
-from sparsellm.sweep.whole_model import STEP_TOKENS
+from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
 
 if TYPE_CHECKING:
     from sparsellm.run.prepare import Choice
@@ -39,7 +39,7 @@ def predicted_seconds(
     seq_len: int,
     *,
     finished: int = 0,
-    written: bool = False,
+    written: int = 0,
     kept: bool = True,
 ) -> dict[str, float]:
     """Seconds of each phase after the model is opened, by the names of the phases in events.
@@ -50,7 +50,7 @@ def predicted_seconds(
         tokens: of the calibration windows of this process.
         seq_len: tokens in a window.
         finished: blocks that an earlier start has pruned; it has chosen the sparsities, too.
-        written: whether the model writes its calibration text itself.
+        written: tokens of all processes' windows that the model writes itself; the first process writes them.
         kept: whether there is memory for the outputs of pruned sublayers.
     """
     sizes = [(linear.in_features, linear.out_features) for linear in chain.linears(0)]
@@ -66,29 +66,29 @@ def predicted_seconds(
     asked = choice.allocation_needs.gradient_tokens or TOKENS * needs.output_costs
     differentiated = 0 if finished else min(tokens, asked)
     surveyed = tokens if choice.allocates and not asked and not finished else 0
-    swept = needs.passes * tokens
+    swept = needs.passes * SWEEP_SHARE * tokens
     passes = walked_passes(choice, kept=kept and chain.device.type == "cpu")
     return {
-        "calibration": written * tokens * WRITING * blocks * token,
+        "calibration": written * WRITING * blocks * token,
         "check": stored / DISK,
         "gradients": differentiated * (blocks * (1 + BACKWARD + SALIENCY) * token + 3 * SHARE * head),
         "survey": surveyed * blocks * token,
         "replay": finished * tokens * token,
         "prune": (blocks - finished) * (tokens * (passes * token + gram) + solve) + 2 * stored / DISK,
-        "sweep": swept * (blocks * (1 + BACKWARD) * token + 3 * head) + swept / STEP_TOKENS * adam,
+        "sweep": swept * (blocks * (2 + BACKWARD) * token + 4 * head) + swept / STEP_TOKENS * adam,
         "save": stored / DISK,
     }
 
 
 def walked_passes(choice: Choice, *, kept: bool) -> float:
-    """Passes of a block over all tokens in the walk, those of the dense block for a sweep included.
+    """Passes of a block over all tokens in the walk.
 
     Args:
         choice: method and allocation.
         kept: whether the outputs of pruned sublayers are kept (:mod:`sparsellm.chain.shortcuts`).
     """
     again = choice.method.workspace.writers > 0 and not kept
-    return (REPEATED if again else PASSES) + (choice.needs.passes > 0)
+    return REPEATED if again else PASSES
 
 
 @cache

@@ -45,13 +45,12 @@ from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
-from sparsellm.sweep.whole_model import STEP_TOKENS, check_sweepable
+from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE, check_sweepable
 
 if TYPE_CHECKING:
     from sparsellm.run.stages import Stage
 
 DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
-SWEEP_SHARE = 0.5  # windows of a sweep per calibration window: what a sweep gains depends on its steps more than on tokens
 
 
 @dataclass(frozen=True)
@@ -249,11 +248,11 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         sources = [each for each in (given, directory) if each is not None] or _loaded_from(request.model)
         out = destination(request, sources=sources, need_bytes=disk_bytes(chain, choice, request.stage))
     with clock.phase("calibration"):
-        progress(_expected(chain, choice, recipe))
-        progress(Progress("calibration", 0, 1))
         # Sweeps take new windows, on which the dense model runs: a model in memory is not dense any more.
         passes = choice.needs.passes if request.stage is None else request.stage.passes
         sets = passes if chain.weights is not None else 0
+        progress(_expected(chain, choice, recipe, sets))
+        progress(Progress("calibration", 0, 1))
         windows, fresh = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress, sets))
         token_states = choice.needs.token_states or choice.allocation_needs.token_states
         check_forward(chain, windows, token_states=token_states)
@@ -415,11 +414,12 @@ def _loaded_from(model: object) -> list[Path]:
     return [Path(name)] if name and Path(name).is_dir() else []
 
 
-def _expected(chain: Chain, choice: Choice, recipe: Recipe) -> Progress:
-    """The prediction of the phases, before the calibration windows are known."""
+def _expected(chain: Chain, choice: Choice, recipe: Recipe, sets: int) -> Progress:
+    """The prediction of the phases, before the calibration windows are known; ``sets`` as of :func:`_windows`."""
     seq_len = recipe.seq_len or default_seq_len(chain)
-    tokens = recipe.samples * seq_len // parallel.size()
-    return plan_of_phases(predicted_seconds(chain, choice, tokens, seq_len, written=recipe.calibration == "self"))
+    tokens = recipe.samples * seq_len
+    written = tokens + sets * windows_of_sweep(recipe.samples) * seq_len if recipe.calibration == "self" else 0
+    return plan_of_phases(predicted_seconds(chain, choice, tokens // parallel.size(), seq_len, written=written))
 
 
 def _windows(
