@@ -87,7 +87,7 @@ def main() -> None:
     for (sparsity, effort, source), row in table.items():
         first = table[sparsity, effort, arguments.calibration[0]]
         ratio = spread([cell["kl"] / other["kl"] for cell, other in zip(row, first, strict=True)], 2)
-        kl, perplexity = spread([cell["kl"] for cell in row], 3), spread([cell["perplexity"] for cell in row], 2)
+        kl, perplexity = spread([cell["kl"] for cell in row], 4), spread([cell["perplexity"] for cell in row], 2)
         seconds = sum(cell["cpu_seconds"] for cell in row) / len(row)
         print(f"| {sparsity:.0%} | {effort} | {Path(source).name} | {kl} | {ratio} | {perplexity} | {seconds:.0f} |")
 

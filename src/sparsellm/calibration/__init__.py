@@ -2,10 +2,9 @@
 
 from sparsellm.calibration import corpora, hub, text_files  # noqa: F401  (each registers its sources)
 from sparsellm.calibration.given import TextGiven, as_text, settle_calibration
-from sparsellm.calibration.self_generated import self_generated_windows
+from sparsellm.calibration.self_generated import Author, self_generated_windows
 from sparsellm.calibration.sources import SOURCES, Split, Text, check_source, read_source
 from sparsellm.calibration.windows import (
-    Author,
     calibration_windows,
     check_seq_len,
     evaluation_windows,
