@@ -45,8 +45,7 @@ def run_row(arguments: argparse.Namespace, sparsity: float, seed: int, row: tupl
         sparsity=sparsity, calibration=arguments.calibration, samples=arguments.samples, seq_len=arguments.window,
         seed=seed, options={"effort": 1},
     )  # fmt: skip
-    chosen = Prepared.sets.fget
-    assert chosen is not None
+    chosen = vars(Prepared)["sets"].fget
 
     def seen(prepared: Prepared) -> list[Tensor]:
         fresh = chosen(prepared)[0]

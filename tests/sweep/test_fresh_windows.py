@@ -79,14 +79,14 @@ def test_each_pass_takes_new_windows_while_the_text_lasts(
 def test_sets_come_again_in_turn_when_the_text_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     tokens = len(ids_in(text(tmp_path / "text.txt", 5)))
-    assert tokens // SEQ_LEN == 6, "the windows of the statistics, and one set"
+    assert tokens // SEQ_LEN == 6, "the windows of the statistics, and up to two between them"
     seen = runs_of(monkeypatch)
     recipe = {**RECIPE, "calibration": str(tmp_path / "text.txt")}
     sparsellm.prune(source, recipe, out=tmp_path / "out")
     first, second, third, fourth = (windows for windows, _ in seen)
     assert torch.equal(first, third)
     assert torch.equal(second, fourth)
-    assert [len(first), len(second)] == [SAMPLES // 2, SAMPLES]
+    assert [len(first), len(second)] == [1, SAMPLES]  # one window is half a set
     assert not {*map(tuple, first.tolist())} & {*map(tuple, second.tolist())}
 
 
@@ -110,7 +110,9 @@ def test_the_windows_of_the_statistics_and_the_fresh_ones_do_not_overlap(tmp_pat
     starts = sorted(place[tuple(row)] for row in windows.tolist())
     assert all(after - before >= 32 for before, after in itertools.pairwise(starts))
     many = calibration_windows(str(written), tiny_tokenizer(), 5, 32, 0, fresh=10**5)
-    assert len(many) == len(ids) // 32
+    assert len(ids) // 32 - 5 <= len(many) <= len(ids) // 32  # less than one window is left of each gap
+    assert torch.equal(many[:5], windows[:5])
+    assert torch.equal(windows[:5], calibration_windows(str(written), tiny_tokenizer(), 5, 32, 0))
 
 
 def test_windows_of_a_sweep_are_cut_to_its_steps_and_begin_as_all_do() -> None:

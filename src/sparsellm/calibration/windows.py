@@ -98,8 +98,7 @@ def calibration_windows(
             f"{_called(source)} has {len(ids)} tokens, from which {most} windows of {seq_len} may be drawn, not "
             f"{samples}; lower samples, or name a longer text"
         )
-    count = min(samples + fresh, max(samples, len(ids) // length))
-    return _led(ids.unfold(0, length, 1)[_offsets(len(ids), count, length, generator)], lead)
+    return _led(ids.unfold(0, length, 1)[_offsets(len(ids), samples, fresh, length, generator)], lead)
 
 
 def windows_of_ids(
@@ -241,18 +240,29 @@ def _check_long_enough(source: str | Text, tokens: int, needed: int) -> None:
         )
 
 
-def _offsets(tokens: int, samples: int, seq_len: int, generator: torch.Generator) -> Tensor:
+def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: torch.Generator) -> Tensor:
     """The offsets of the windows: disjoint if they fit, else independent draws, as in the papers.
 
     For disjoint windows, the remaining tokens are divided at random among the gaps before, between and after them.
-    Windows are in random order, so that a few held-out ones are not all from one end of the text.
+    Windows are in random order, so that a few held-out ones are not all from one end of the text. Fresh ones, as far
+    as there is room, lie in the gaps: however many there are, the others stay the same.
     """
     spare = tokens - samples * seq_len
     if spare < 0:
         return torch.randint(0, tokens - seq_len, (samples,), generator=generator)
     gaps = torch.randint(0, spare + 1, (samples,), generator=generator).sort().values
     offsets = gaps + seq_len * torch.arange(samples)
-    return offsets[torch.randperm(samples, generator=generator)]
+    order = torch.randperm(samples, generator=generator)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), offsets + seq_len])
+    room = torch.cat([offsets, torch.tensor([tokens])]) - starts
+    rest = (torch.rand(len(room), generator=generator) * (room % seq_len + 1)).long()  # of a gap, before its windows
+    between = [
+        int(first) + seq_len * number
+        for first, size in zip(starts + rest, room, strict=True)
+        for number in range(int(size) // seq_len)
+    ]
+    chosen = torch.randperm(len(between), generator=generator)[:fresh]
+    return torch.cat([offsets[order], torch.tensor(between, dtype=torch.int64)[chosen]])
 
 
 def _windows_of_documents(
