@@ -43,7 +43,7 @@ from sparsellm.sweep.training import (
 # The learning rate of a model that is far from the dense one: three times as much diverges there within one pass. What
 # a step gains falls with the square of the divergence, what its noise costs does not. So the rate does, too.
 RATE = 0.0007
-FAR = 1.5  # nats on windows that nothing was fitted to; from here on the rate is the highest
+FAR = 1.2  # nats on windows that nothing was fitted to; from here on the rate is the highest
 CAREFUL = 0.75  # nats; below this divergence the rate is tried out
 LOWEST_PROBED, PROBED = RATE / 16, 0.004  # the lowest and the highest rate that are tried
 FASTER = 4.0  # factor between the rates that are tried
