@@ -45,7 +45,7 @@ def run_row(arguments: argparse.Namespace, sparsity: float, seed: int, row: tupl
         sparsity=sparsity, calibration=arguments.calibration, samples=arguments.samples, seq_len=arguments.window,
         seed=seed, options={"effort": 1},
     )  # fmt: skip
-    chosen = vars(Prepared)["sets"].fget
+    chosen = vars(Prepared)["sweep_windows"].fget
 
     def seen(prepared: Prepared) -> list[Tensor]:
         fresh = chosen(prepared)[0]
@@ -55,7 +55,7 @@ def run_row(arguments: argparse.Namespace, sparsity: float, seed: int, row: tupl
         mock.patch("sparsellm.sweep.whole_model.STEP_TOKENS", tokens),
         mock.patch("sparsellm.run.prepare.STEP_TOKENS", tokens),
         mock.patch("sparsellm.run.prepare.SWEEP_SHARE", share),
-        mock.patch.object(Prepared, "sets", property(seen) if windows == "seen" else Prepared.sets),
+        mock.patch.object(Prepared, "sweep_windows", property(seen) if windows == "seen" else Prepared.sweep_windows),
         tempfile.TemporaryDirectory(prefix="pruned-", dir=OUT) as folder,
     ):
         began = time.process_time()

@@ -96,7 +96,8 @@ class Needs:
     """The needs of a method or an allocation, besides the walk over the blocks.
 
     Attributes:
-        passes: sweeps of the whole pruned model over the calibration windows, after all blocks.
+        passes: sweeps of the whole pruned model, after all blocks.
+        sets: sets of calibration windows that blocks take in turn for their statistics.
         stages: in how many the sparsity is approached, each with some of the sweeps; None for the run to choose.
         learning_rate: of those sweeps; None to set it by the divergence at their start.
         output_costs: whether it needs the cost of an error of each output to the dense model's loss, from a backward
@@ -109,6 +110,7 @@ class Needs:
     """
 
     passes: int = 0
+    sets: int = 1
     stages: int | None = 1
     learning_rate: float | None = None
     output_costs: bool = False

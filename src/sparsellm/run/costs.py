@@ -88,7 +88,7 @@ def walked_passes(choice: Choice, *, kept: bool) -> float:
         kept: whether the outputs of pruned sublayers are kept (:mod:`sparsellm.chain.shortcuts`).
     """
     again = choice.method.workspace.writers > 0 and not kept
-    return REPEATED if again else PASSES
+    return (REPEATED if again else PASSES) + choice.needs.sets - 1
 
 
 @cache

@@ -43,6 +43,7 @@ class Demand:
         batch_tokens: tokens in one forward call.
         workspace: of the method, the solver inside it, and the allocation.
         gradient_tokens: calibration tokens for the gradients of the dense model.
+        sets: of calibration windows, of ``samples`` each.
         swept: whether the whole model is swept at the end.
         fresh: whether later sweeps run on other windows than the first.
         unrounded: whether a sweep follows that trains values which are rounded when a block runs.
@@ -54,6 +55,7 @@ class Demand:
     batch_tokens: int
     workspace: Workspace
     gradient_tokens: int = 0
+    sets: int = 1
     swept: bool = False
     fresh: bool = False
     unrounded: bool = False
@@ -169,7 +171,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
 def hidden_bytes(chain: Chain, demand: Demand) -> int:
     """Bytes of the hidden states of the calibration windows, and of a sweep's copies of all blocks."""
     mixtures = any(chain.mixtures(index) for index in range(len(chain)))  # their inputs are stored
-    streams = max(1 + demand.workspace.streams + mixtures, SWEEP_STREAMS * (demand.swept + demand.fresh))
+    streams = max(demand.sets + demand.workspace.streams + mixtures, SWEEP_STREAMS * (demand.swept + demand.fresh))
     states = streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
     copies = SWEPT_COPIES * 4 * all_block_elements(chain) if demand.swept else 0
     return states + copies

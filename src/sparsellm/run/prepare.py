@@ -171,6 +171,8 @@ class Prepared:
         in_memory: the model that is pruned in memory; None if it is read and written block by block.
         tokenizer: saved with a model given as an object; else None.
         windows: calibration token ids ``(samples, seq)`` of all processes.
+        others: further sets of calibration windows ``(sets - 1, samples, seq_len)``: blocks take statistics of all sets
+            in turn. There may be none.
         fresh: further windows, for sweeps; there may be none.
         passes: sweeps of all stages.
         bos: whether every window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids that the user passed.
@@ -187,6 +189,7 @@ class Prepared:
     in_memory: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     windows: Tensor
+    others: Tensor
     fresh: Tensor
     passes: int
     bos: str
@@ -198,7 +201,12 @@ class Prepared:
         return self._own(self.windows)
 
     @property
-    def sets(self) -> list[Tensor]:
+    def calibration_sets(self) -> list[Tensor]:
+        """This process's share of each set of calibration windows."""
+        return [self.own_windows, *map(self._own, self.others)]
+
+    @property
+    def sweep_windows(self) -> list[Tensor]:
         """This process's share of the windows of each sweep: new ones as far as there are any, then those of the
         statistics, which the pruned weights fit already."""
         size = windows_of_sweep(len(self.windows))
@@ -253,7 +261,8 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         sets = passes if chain.weights is not None else 0
         progress(_expected(chain, choice, recipe, sets))
         progress(Progress("calibration", 0, 1))
-        windows, fresh = parallel.from_main(partial(_windows, request, chain, directory, tokenizer, progress, sets))
+        more = partial(_windows, request, chain, directory, tokenizer, progress, choice.needs.sets - 1, sets)
+        windows, others, fresh = parallel.from_main(more)
         token_states = choice.needs.token_states or choice.allocation_needs.token_states
         check_forward(chain, windows, token_states=token_states)
         heap.trim()
@@ -270,7 +279,21 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         if not any(matches(linear.weight_name, [pattern]) for _, linear in _pruned(chain, recipe))
     ]
     return Prepared(
-        request, out, recipe, choice, chain, start, directory, in_memory, beside, windows, fresh, passes, bos, warnings
+        request,
+        out,
+        recipe,
+        choice,
+        chain,
+        start,
+        directory,
+        in_memory,
+        beside,
+        windows,
+        others,
+        fresh,
+        passes,
+        bos,
+        warnings,
     )
 
 
@@ -418,7 +441,8 @@ def _expected(chain: Chain, choice: Choice, recipe: Recipe, sets: int) -> Progre
     """The prediction of the phases, before the calibration windows are known; ``sets`` as of :func:`_windows`."""
     seq_len = recipe.seq_len or default_seq_len(chain)
     tokens = recipe.samples * seq_len
-    written = tokens + sets * windows_of_sweep(recipe.samples) * seq_len if recipe.calibration == "self" else 0
+    more = (choice.needs.sets - 1) * recipe.samples + sets * windows_of_sweep(recipe.samples)
+    written = tokens + more * seq_len if recipe.calibration == "self" else 0
     return plan_of_phases(predicted_seconds(chain, choice, tokens // parallel.size(), seq_len, written=written))
 
 
@@ -428,12 +452,13 @@ def _windows(
     directory: Path | None,
     tokenizer: PreTrainedTokenizerBase | None,
     progress: ProgressCallback,
-    sets: int,
-) -> tuple[Tensor, Tensor]:
-    """The calibration windows, and others for up to ``sets`` sweeps."""
+    others: int,
+    sweeps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The calibration windows, up to ``others`` sets of as many more, and windows for up to so many sweeps."""
     if isinstance(request.calibration, Tensor):
         windows = windows_of_ids(request.calibration, chain.config, bos=request.recipe.bos)
-        return check_vocabulary(windows, chain.config), windows[:0]
+        return check_vocabulary(windows, chain.config), windows[None, :0].expand(0, -1, -1), windows[:0]
     recipe = request.recipe
     seq_len = recipe.seq_len or default_seq_len(chain)
     check_seq_len(chain.config, seq_len)
@@ -444,6 +469,7 @@ def _windows(
         progress(Progress("calibration", done, total, "the model writes its text"))
 
     source = request.calibration or recipe.calibration
+    further = others * recipe.samples + sweeps * windows_of_sweep(recipe.samples)
 
     def draw() -> Tensor:
         with _model_that_writes(chain, recipe, directory) as dense:
@@ -455,14 +481,17 @@ def _windows(
                 recipe.seed,
                 Author(dense, say) if dense is not None else None,
                 recipe.bos,
-                sets * windows_of_sweep(recipe.samples),
+                further,
             )
 
-    settings = (recipe.samples, seq_len, recipe.seed, recipe.bos, sets)
+    settings = (recipe.samples, seq_len, recipe.seed, recipe.bos, further)
     named = source if isinstance(source, str) else id(source)  # the request keeps the text alive
     key = (str(directory), named, settings, chain.dtype, chain.device.type)
     windows = check_vocabulary(request.shared.windows_of(key, draw), chain.config, tokenizer)
-    return windows[: recipe.samples], windows[recipe.samples :]
+    windows, rest = windows[: recipe.samples], windows[recipe.samples :]
+    others = min(others, len(rest) // max(1, len(windows)))
+    taken = others * len(windows)
+    return windows, rest[:taken].view(others, *windows.shape), rest[taken:]
 
 
 def windows_of_sweep(samples: int) -> int:

@@ -201,7 +201,7 @@ class Run:
             self.journal.write_swept(index, self.chain.block_tensors(index))
 
         blocks = [self.journal.block(index) for index in range(len(self.chain))]
-        first, *others = self.prepared.sets
+        first, *others = self.prepared.sweep_windows
         with self.clock.phase("sweep"):
             self.sweeps = sweep(
                 SweepTask(
@@ -303,8 +303,9 @@ class Run:
             batch_tokens=self.recipe.batch_tokens,
             workspace=choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace),
             gradient_tokens=gradient_tokens,
+            sets=len(self.prepared.calibration_sets),
             swept=bool(choice.needs.passes),
-            fresh=len(self.prepared.sets) > 1,
+            fresh=len(self.prepared.sweep_windows) > 1,
             unrounded=values != "keep" and bool(choice.needs.passes),
             read_ahead=read_ahead and chain.weights is not None,
         )
@@ -330,7 +331,7 @@ class Run:
         return Identity(
             recipe,
             model_fingerprint(self.chain, self.digests),
-            tokens_fingerprint(torch.cat([self.windows, self.prepared.fresh])),
+            tokens_fingerprint(torch.cat([self.windows, *self.prepared.others, self.prepared.fresh])),
             computing,
             used,
             self.started,

@@ -39,10 +39,10 @@ def walk(run: Run) -> None:
         _take_finished(run)
         return
     with run.clock.phase("embed"):
-        stream = run.feed.stream()
+        streams = [replace(run.feed, windows=each).stream() for each in run.prepared.calibration_sets]
     if swept and run.chain.weights is None:  # its weights are overwritten, and the sweep follows what they predict
         with run.clock.phase("dense"):
-            first = run.prepared.sets[0]
+            first = run.prepared.sweep_windows[0]
             run.dense = replace(run.feed, windows=first).stream()
             for index in range(blocks):
                 replay(run.dense, index, None)
@@ -50,22 +50,24 @@ def walk(run: Run) -> None:
         if index < len(run.finished):
             run.progress(Progress("replay", index, len(run.finished), f"block {index + 1}/{blocks}"))
             with run.clock.phase("replay"):
-                replay(stream, index, run.journal.block(index), run.integers)
+                for stream in streams:
+                    replay(stream, index, run.journal.block(index), run.integers)
         else:
-            results, counted = _prune_block(run, index, stream)
+            results, counted = _prune_block(run, index, streams)
             run.linears += results
             counts.append(counted)
-    stream.close()
+    for stream in streams:
+        stream.close()
     run.magnitudes = joined(counts)
 
 
-def _prune_block(run: Run, index: int, stream: Stream) -> tuple[list[LinearResult], Magnitudes]:
-    """Reads one block, prunes it, runs the stream through it, and writes it.
+def _prune_block(run: Run, index: int, streams: list[Stream]) -> tuple[list[LinearResult], Magnitudes]:
+    """Reads one block, prunes it on one of the streams, runs all through it, and writes it.
 
     Args:
         run: as of :func:`walk`.
         index: the number of the block.
-        stream: the inputs of the block in the pruned model.
+        streams: the inputs of the block in the pruned model, one for each set of calibration windows.
     """
     chain, clock, blocks = run.chain, run.clock, len(run.chain)
     task: BlockTask | None = None
@@ -107,7 +109,7 @@ def _prune_block(run: Run, index: int, stream: Stream) -> tuple[list[LinearResul
                 index,
                 linears,
                 run.patterns,
-                stream,
+                streams[index % len(streams)],
                 report,
                 clock,
                 output_costs=run.costs,
@@ -123,7 +125,8 @@ def _prune_block(run: Run, index: int, stream: Stream) -> tuple[list[LinearResul
         if index + 1 < blocks:  # the output of the last block is not needed
             report("forward")
             with clock.phase("forward"):
-                stream.advance(index)
+                for stream in streams:
+                    stream.advance(index)
         for linear in linears:
             if linear.name in task.unrounded:  # the sweep goes on from there; the block before it ran rounded
                 linear.assign(task.unrounded[linear.name])

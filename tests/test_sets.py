@@ -1,0 +1,68 @@
+"""Blocks take their statistics from several sets of calibration windows in turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import sparsellm
+from sparsellm.calibration import calibration_windows
+from sparsellm.run import walk
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+
+SAMPLES, SEQ_LEN, BLOCKS = 4, 16, 4
+FIELDS: dict[str, Any] = {
+    "sparsity": 0.5, "samples": SAMPLES, "seq_len": SEQ_LEN, "batch_tokens": 32, "products": "float32",
+    "calibration": "pydoc",
+}  # fmt: skip
+
+
+@pytest.fixture
+def inputs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Filled with the inputs of each block that its statistics are of."""
+    seen: list[Tensor] = []
+    task = walk.BlockTask
+
+    def recorded(index: int, linears: Any, patterns: Any, stream: Any, *rest: Any, **named: Any) -> Any:
+        seen.append(torch.cat([hidden.clone() for hidden in stream.hidden]))
+        return task(index, linears, patterns, stream, *rest, **named)
+
+    monkeypatch.setattr(walk, "BlockTask", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("sets", [1, 2, 3])
+def test_each_block_sees_its_own_set_behind_the_pruned_blocks(sets: int, inputs: list[Tensor], tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(num_hidden_layers=BLOCKS), tiny_tokenizer(), tmp_path / "dense")
+    sparsellm.prune(source, {**FIELDS, "options": {"effort": 0, "sets": sets}}, out=tmp_path / "out")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    windows = calibration_windows("pydoc", tiny_tokenizer(), SAMPLES, SEQ_LEN, 0, fresh=(sets - 1) * SAMPLES)
+    assert len({*map(tuple, windows.tolist())}) == sets * SAMPLES
+    for index, hidden in enumerate(inputs):
+        own = windows[SAMPLES * (index % sets) :][:SAMPLES]
+        expected = pruned(own, output_hidden_states=True).hidden_states[index].detach()
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_given_ids_and_short_texts_are_one_set(inputs: list[Tensor], tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(num_hidden_layers=2), tiny_tokenizer(), tmp_path / "dense")
+    windows = calibration_windows("pydoc", tiny_tokenizer(), SAMPLES, SEQ_LEN, 0)
+    recipe = {**FIELDS, "options": {"effort": 0}}
+    sparsellm.prune(source, recipe, calibration=windows, out=tmp_path / "given")
+    sparsellm.prune(source, {**recipe, "options": {"effort": 0, "sets": 1}}, out=tmp_path / "one")
+    given, one = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("given", "one"))
+    assert all(torch.equal(value, one[name]) for name, value in given.items())
+    assert len(inputs) == 4
+    short = "A text that has room for the windows of one set, not two. " * 2
+    assert SAMPLES * SEQ_LEN < len(tiny_tokenizer()(short)["input_ids"]) < 2 * SAMPLES * SEQ_LEN
+    (tmp_path / "short.txt").write_text(short)
+    sparsellm.prune(source, {**recipe, "calibration": str(tmp_path / "short.txt")}, out=tmp_path / "short")
+    first = AutoModelForCausalLM.from_pretrained(source).get_input_embeddings()
+    windows = calibration_windows(str(tmp_path / "short.txt"), tiny_tokenizer(), SAMPLES, SEQ_LEN, 0)
+    torch.testing.assert_close(inputs[4], first(windows).detach())
+    assert len(inputs[5]) == SAMPLES
