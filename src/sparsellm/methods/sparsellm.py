@@ -60,7 +60,7 @@ def _needs(options: dict[str, Any]) -> Needs:
     weighted = options["output_metric"] > 0
     return Needs(
         passes=_passes(options),
-        sets=options["sets"],
+        sets=options["sets"] or (2 if _passes(options) else 1),
         stages=options["stages"],
         learning_rate=options["sweep_rate"],
         output_costs=weighted,
@@ -112,7 +112,11 @@ def sparsellm(  # noqa: PLR0913 - options
         Field(ge=0),
         "alternations of the feed-forward units' auxiliary variables; null: 2 in sparse two-layer ReLU units",
     ] = None,
-    sets: Annotated[int, Field(ge=1, le=8), "sets of calibration windows that blocks take in turn"] = 2,
+    sets: Annotated[
+        int | None,
+        Field(ge=1, le=8),
+        "sets of calibration windows that blocks take in turn; null: 2 with a sweep, else 1",
+    ] = None,
     passes: Annotated[int | None, Field(ge=0), "sweeps of the whole model at the end; null: by effort"] = None,
     stages: Annotated[
         int | None,
