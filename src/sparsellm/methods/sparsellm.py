@@ -115,7 +115,7 @@ def sparsellm(  # noqa: PLR0913 - options
     sets: Annotated[
         int | None,
         Field(ge=1, le=8),
-        "sets of calibration windows that blocks take in turn; null: 2 with a sweep, else 1",
+        "sets of calibration windows for blocks in turn; null: 2 with a sweep, else 1",
     ] = None,
     passes: Annotated[int | None, Field(ge=0), "sweeps of the whole model at the end; null: by effort"] = None,
     stages: Annotated[
