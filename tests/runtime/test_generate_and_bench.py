@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,21 @@ def test_another_model_is_not_compared_with(
         compare(packed, other)
     assert str(caught.value).startswith(f"dense is {other}, which is another model than {packed}: in the latter, ")
     assert "\n" not in str(caught.value)
+
+
+def test_the_same_model_under_other_names_and_without_architectures_is_compared_with(
+    packed: Path, llama: Path, tmp_path: Path
+) -> None:
+    """As a base model's files have it, and a model that was pruned before it was ever saved."""
+    other = tmp_path / "other"
+    shutil.copytree(llama, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    weights = load_file(other / "model.safetensors")
+    renamed = {name.removeprefix("model."): value for name, value in weights.items()}
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, other / "model.safetensors", metadata={"format": "pt"})
+    bench._check_same_model(packed, other)
 
 
 def test_compare_without_a_dense_directory_unpacks_the_same_model(llama: Path, packed: Path) -> None:

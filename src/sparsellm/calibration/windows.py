@@ -68,8 +68,8 @@ def calibration_windows(
         seed: of the draw, and of the sampling if the source is ``self``.
         author: the dense model; needed by the source ``self`` only.
         bos: whether every window begins with BOS, see :func:`leading_token`; it is one of the ``seq_len`` tokens.
-        fresh: further windows, for passes that need no statistics, as far as the text has any that overlap with no
-            other; ``self`` writes all of them.
+        fresh: further windows, as far as the text has any that overlap with no other (windows of a source of documents
+            may); ``self`` writes all of them.
 
     Returns:
         ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU.

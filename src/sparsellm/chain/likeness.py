@@ -10,7 +10,15 @@ from sparsellm.errors import shown
 from sparsellm.storage.reader import CheckpointReader
 
 # Keys of a config that describe files, not the function of the model.
-_STORAGE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache")
+_STORAGE = (
+    "_name_or_path",
+    "architectures",  # a model that was built in memory has none until it is saved
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 
 def config_difference(config: PretrainedConfig, other: PretrainedConfig) -> str | None:
@@ -22,13 +30,14 @@ def config_difference(config: PretrainedConfig, other: PretrainedConfig) -> str 
     return None
 
 
-def shape_difference(weights: CheckpointReader, others: CheckpointReader) -> str | None:
-    """The first weight of ``others`` that ``weights`` lacks or has in another shape, as a clause; None if there is
-    none."""
+def shape_difference(weights: CheckpointReader, others: CheckpointReader, *, whole: bool = True) -> str | None:
+    """The first weight of ``others`` that ``weights`` has in another shape or, if it should be ``whole``, lacks, as a
+    clause; None if there is none."""
     for name in others:
         if name not in weights:
-            return f"weight {name} is missing"
-        if weights.shape(name) != others.shape(name):
+            if whole:
+                return f"weight {name} is missing"
+        elif weights.shape(name) != others.shape(name):
             return f"weight {name} has shape {weights.shape(name)}, not {others.shape(name)}"
     return None
 

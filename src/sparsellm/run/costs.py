@@ -41,6 +41,7 @@ def predicted_seconds(
     finished: int = 0,
     written: int = 0,
     kept: bool = True,
+    swept: int | None = None,
 ) -> dict[str, float]:
     """Seconds of each phase after the model is opened, by the names of the phases in events.
 
@@ -52,6 +53,7 @@ def predicted_seconds(
         finished: blocks that an earlier start has pruned; it has chosen the sparsities, too.
         written: tokens of all processes' windows that the model writes itself; the first process writes them.
         kept: whether there is memory for the outputs of pruned sublayers.
+        swept: tokens of all sweeps; None for those of new windows.
     """
     sizes = [(linear.in_features, linear.out_features) for linear in chain.linears(0)]
     config, speed = chain.config.get_text_config(), _speed(chain.device)
@@ -66,7 +68,7 @@ def predicted_seconds(
     asked = choice.allocation_needs.gradient_tokens or TOKENS * needs.output_costs
     differentiated = 0 if finished else min(tokens, asked)
     surveyed = tokens if choice.allocates and not asked and not finished else 0
-    swept = needs.passes * SWEEP_SHARE * tokens
+    swept_tokens = needs.passes * SWEEP_SHARE * tokens if swept is None else swept
     passes = walked_passes(choice, kept=kept and chain.device.type == "cpu")
     return {
         "calibration": written * WRITING * blocks * token,
@@ -75,7 +77,7 @@ def predicted_seconds(
         "survey": surveyed * blocks * token,
         "replay": finished * tokens * token,
         "prune": (blocks - finished) * (tokens * (passes * token + gram) + solve) + 2 * stored / DISK,
-        "sweep": swept * (blocks * (2 + BACKWARD) * token + 4 * head) + swept / STEP_TOKENS * adam,
+        "sweep": swept_tokens * (blocks * (2 + BACKWARD) * token + 4 * head) + swept_tokens / STEP_TOKENS * adam,
         "save": stored / DISK,
     }
 

@@ -171,7 +171,10 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
 def hidden_bytes(chain: Chain, demand: Demand) -> int:
     """Bytes of the hidden states of the calibration windows, and of a sweep's copies of all blocks."""
     mixtures = any(chain.mixtures(index) for index in range(len(chain)))  # their inputs are stored
-    streams = max(demand.sets + demand.workspace.streams + mixtures, SWEEP_STREAMS * (demand.swept + demand.fresh))
+    dense = demand.swept and chain.weights is None  # its last hidden states are kept from before the walk
+    streams = max(
+        demand.sets + demand.workspace.streams + mixtures + dense, SWEEP_STREAMS * (demand.swept + demand.fresh)
+    )
     states = streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
     copies = SWEPT_COPIES * 4 * all_block_elements(chain) if demand.swept else 0
     return states + copies

@@ -491,12 +491,13 @@ def _windows(
     windows, rest = windows[: recipe.samples], windows[recipe.samples :]
     others = min(others, len(rest) // max(1, len(windows)))
     taken = others * len(windows)
-    return windows, rest[:taken].view(others, *windows.shape), rest[taken:]
+    new = rest[taken : taken + sweeps * windows_of_sweep(len(windows))]
+    return windows, rest[:taken].view(others, *windows.shape), new
 
 
 def windows_of_sweep(samples: int) -> int:
-    """The windows that a sweep runs on, of a run with so many calibration windows: half as many, one per process."""
-    return min(samples, max(parallel.size(), math.ceil(SWEEP_SHARE * samples)))
+    """The windows that a sweep runs on, of a run with so many calibration windows."""
+    return math.ceil(SWEEP_SHARE * samples)
 
 
 def cut(windows: Tensor, lead: int | None) -> Tensor:

@@ -117,7 +117,7 @@ class Run:
         plan = partial(plan_memory, self.chain, demand, self.recipe.memory, sharers=sharers)
         self.memory = parallel.together(plan)
         self.progress(Progress(NOTE, 1, 1, str(self.memory)))
-        self.read_ahead = demand.read_ahead and (self.start is None or self.choice.needs.passes > 0)  # of dense blocks
+        self.read_ahead = demand.read_ahead and self.start is None  # of the dense model's blocks
         with self.clock.phase("check"):
             self.progress(Progress("check", 0, 1))
             self.digests = parallel.from_main(partial(weight_digests, self.chain, self.progress))
@@ -148,7 +148,11 @@ class Run:
             self.clock.add(record.seconds)
         tokens, seq_len = self.own_windows.numel(), self.windows.shape[1]
         finished, kept = len(self.finished), self.memory.kept > 0
-        self.predicted = predicted_seconds(self.chain, self.choice, tokens, seq_len, finished=finished, kept=kept)
+        sets = self.prepared.sweep_windows
+        swept = sum(sets[number % len(sets)].numel() for number in range(self.choice.needs.passes))
+        self.predicted = predicted_seconds(
+            self.chain, self.choice, tokens, seq_len, finished=finished, kept=kept, swept=swept
+        )
         self.progress(plan_of_phases(self.predicted))
         earlier = self.earlier["peak_rss_bytes"] if self.earlier is not None else 0
         self.peak_before = max([earlier, *(record.peak_rss for record in self.finished)])

@@ -318,6 +318,7 @@ def sweep(task: SweepTask) -> list[Pass]:
         ModelError: a weight is used in a block and outside the blocks.
     """
     check_sweepable(task.feed.chain)
+    assert task.dense is None or not task.fresh, "the dense model's states belong to one set"
     reached = task.saved.reached if task.saved is not None else None
     masters = _Masters(task.feed.chain, task.feed.scratch, task.integers)
     masters.fill(task, reached)
