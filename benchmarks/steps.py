@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from measure import cpu_name
 from quality import OUT, Cells, spread
+from selftext import scores
 from torch import Tensor
 from wikipedia import write_wikipedia
 
@@ -61,13 +62,8 @@ def run_row(arguments: argparse.Namespace, sparsity: float, seed: int, row: tupl
         began = time.process_time()
         result = sparsellm.prune(arguments.model, recipe, out=Path(folder) / "model")
         seconds = time.process_time() - began
-        found = sparsellm.evaluate(
-            str(result.path), arguments.text, seq_len=arguments.window, max_tokens=arguments.max_tokens,
-            against=arguments.model,
-        )  # fmt: skip
-    assert found.against is not None
-    held_out = [sweep.held_out for sweep in result.sweeps]
-    return {"perplexity": found.value, "kl": found.against.kl.value, "cpu_seconds": seconds, "held_out": held_out}
+        found = scores(arguments, str(result.path))
+    return {**found, "cpu_seconds": seconds, "held_out": [sweep.held_out for sweep in result.sweeps]}
 
 
 def main() -> None:

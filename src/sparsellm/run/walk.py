@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -45,13 +46,12 @@ def walk(run: Run) -> None:
             first = run.prepared.sweep_windows[0]
             run.dense = replace(run.feed, windows=first).stream()
             for index in range(blocks):
-                replay(run.dense, index, None)
+                replay([run.dense], index, None)
     for index in range(blocks):
         if index < len(run.finished):
             run.progress(Progress("replay", index, len(run.finished), f"block {index + 1}/{blocks}"))
             with run.clock.phase("replay"):
-                for stream in streams:
-                    replay(stream, index, run.journal.block(index), run.integers)
+                replay(streams, index, run.journal.block(index), run.integers)
         else:
             results, counted = _prune_block(run, index, streams)
             run.linears += results
@@ -148,19 +148,23 @@ def _take_finished(run: Run) -> None:
             pass
 
 
-def replay(stream: Stream, index: int, weights: CheckpointReader | None, integers: Integers | None = None) -> None:
-    """Advances a stream through a block that was pruned before.
+def replay(
+    streams: Sequence[Stream], index: int, weights: CheckpointReader | None, integers: Integers | None = None
+) -> None:
+    """Advances streams through a block that was pruned before, which is read once.
 
     Args:
-        stream: the inputs of the block; afterwards, its outputs.
+        streams: the inputs of the block, at least one; afterwards, its outputs.
         index: the number of the block.
         weights: the shard of the pruned block; None for the dense one.
         integers: the linears that are rounded in memory, while the shard holds the values that a sweep goes on from.
     """
-    with stream.chain.block(index, weights):
+    chain = streams[0].chain
+    with chain.block(index, weights):
         if integers is not None:
-            integers.settle(stream.chain, index)
-        stream.advance(index)
+            integers.settle(chain, index)
+        for stream in streams:
+            stream.advance(index)
 
 
 def block_seed(seed: int, index: int) -> int:

@@ -323,8 +323,12 @@ def sweep(task: SweepTask) -> list[Pass]:
     masters = _Masters(task.feed.chain, task.feed.scratch, task.integers)
     masters.fill(task, reached)
     best = _Best(task, masters, reached)
-    with _on(task, masters, task.feed.windows) as run:
-        history = _passes(task, run, best, reached)
+    if reached is not None and reached.passes >= task.passes:  # all that is left is to write the best
+        history = reached.history
+    else:
+        with _on(task, masters, task.feed.windows) as run:
+            history = _passes(task, run, best, reached)
+    task.feed.progress(Progress("sweep", 1, 1))
     masters.store.close()
     _write(task, masters, best)
     best.close()
@@ -356,7 +360,6 @@ def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) ->
             run.masters.restart(task, best)
         if task.saved is not None:
             task.saved.save(history, best.number, run.masters, last=number == task.passes)
-    task.feed.progress(Progress("sweep", 1, 1))
     return history
 
 
