@@ -15,7 +15,7 @@ import torch
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.errors import NumericalError, RecipeError, StorageError
+from sparsellm.errors import DataError, NumericalError, RecipeError, StorageError
 from sparsellm.progress import NOTE, PLAN, Progress
 from sparsellm.run import run as run_module
 from sparsellm.run import stages
@@ -155,6 +155,23 @@ def test_the_stages_of_another_run_are_refused_or_removed(
         assert "--restart" in str(caught.value)
     sparsellm.prune(source, Recipe(**{**SETTINGS, "options": {"effort": 0}}), out=out, restart=True)
     assert beside(out) == ["p"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_restart_with_bad_input_removes_nothing(
+    number: int, source: Path, whole: tuple[dict[str, Any], dict[str, int]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = tmp_path / "p"
+    stopped_in_the_second_stage(source, out, monkeypatch)
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    there = {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
+    wrong = {"options": {**OPTIONS, "stages": number}, "calibration": str(short)}
+    with pytest.raises(DataError, match="short.txt|token"):
+        sparsellm.prune(source, Recipe(**{**SETTINGS, **wrong}), out=out, restart=True)
+    assert {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()} == there
+    prune(source, out)
+    assert without_times(out) == whole[0]
 
 
 @pytest.mark.parametrize("removed", ["shards", "records"])

@@ -75,7 +75,7 @@ def predicted_seconds(
         "check": stored / DISK,
         "gradients": differentiated * (blocks * (1 + BACKWARD + SALIENCY) * token + 3 * SHARE * head),
         "survey": surveyed * blocks * token,
-        "replay": finished * tokens * token,
+        "replay": finished * needs.sets * tokens * token,
         "prune": (blocks - finished) * (tokens * (passes * token + gram) + solve) + 2 * stored / DISK,
         "sweep": swept_tokens * (blocks * (2 + BACKWARD) * token + 4 * head) + swept_tokens / STEP_TOKENS * adam,
         "save": stored / DISK,

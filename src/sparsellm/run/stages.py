@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -72,14 +73,17 @@ def execute(request: Request, progress: ProgressCallback = ignore) -> PruneResul
     parallel.from_main(partial(_remove_leftover, place, Path(request.out)))
     out = destination(request)
     assert out is not None
-    parallel.from_main(partial(_settle, place, out, request.restart, alone=recipes is None))
+    parallel.from_main(partial(_refuse, place, out, request.restart, alone=recipes is None))
+    clear = partial(_clear, place, out, alone=recipes is None) if request.restart else None
     if recipes is None:
-        return Run(request, progress).execute()
+        run = Run(request, progress)
+        _open(run, clear)
+        return run.finish()
     passes = [Choice.of(recipe).needs.passes for recipe in recipes]
     first = Stage(request.recipe, sum(passes), copies=3)  # of the first stage, of the walk after it, and of the sweep
     parts = [f"{recipe.sparsity:.0%} with {sweeps} sweeps" for recipe, sweeps in zip(recipes, passes, strict=True)]
     progress(Progress(NOTE, 1, 1, f"two stages: {', then '.join(parts)}"))
-    record = _first(replace(request, recipe=recipes[0], stage=first), place, passes, progress)
+    record = _first(replace(request, recipe=recipes[0], stage=first), place, partial(_tell, progress, 1, passes), clear)
     dense = request.dense
     assert not isinstance(dense, PreTrainedModel)  # recipes_of takes it as one stage
     second = Stage(request.recipe, sum(passes), swept=passes[0], before=record)
@@ -123,21 +127,31 @@ def recipes_of(request: Request) -> tuple[Recipe, Recipe] | None:
     )
 
 
-def _first(request: Request, place: Path, passes: list[int], progress: ProgressCallback) -> dict[str, Any]:
-    """Runs the first stage unless an earlier process finished it; returns its record."""
+def _first(
+    request: Request, place: Path, progress: ProgressCallback, clear: Callable[[], None] | None
+) -> dict[str, Any]:
+    """Runs the first stage unless an earlier process finished it; returns its record. Parts of an unfinished run are
+    removed with ``clear``, if it is given."""
     identity = parallel.from_main(partial(_identity, place))
     if identity is not None and request.stage is not None:  # its files are there; the second stage checks for its own
         request = replace(request, stage=replace(request.stage, copies=0))
-    run = Run(replace(request, out=place, overwrite=identity is not None), partial(_tell, progress, 1, passes))
-    run.open()
-    run.plan()
-    if identity is None:
+    run = Run(replace(request, out=place, overwrite=identity is not None), progress)
+    _open(run, clear)
+    if identity is None or clear is not None:
         run.finish()
     elif changed := differences(identity, run.identity.to_dict()):
         raise _another(place, "; ".join(changed[:4]))
     else:
         progress(Progress(NOTE, 1, 1, f"going on from the first stage in {place}"))
     return parallel.from_main(partial(_record, place))
+
+
+def _open(run: Run, clear: Callable[[], None] | None) -> None:
+    """Opens and plans a run. Nothing is removed before its arguments, text and model have been checked."""
+    run.open()
+    run.plan()
+    if clear is not None:
+        parallel.from_main(clear)
 
 
 def _identity(place: Path) -> dict[str, Any] | None:
@@ -172,33 +186,43 @@ def _remove_leftover(place: Path, out: Path) -> None:
         place.rmdir()  # empty only if a process was killed while it removed the directory
 
 
-def _settle(place: Path, out: Path, restart: bool, *, alone: bool) -> None:
-    """Removes a first stage in ``place`` with ``restart``, and refuses what another run left there.
+def _refuse(place: Path, out: Path, restart: bool, *, alone: bool) -> None:
+    """Refuses what another run left in the directory of the first stage, which ``restart`` may remove later.
 
     Raises:
         StorageError: there is a first stage and the run has one stage only, or there is a second one without a first;
             or another run stands where the first stage belongs, or is active there.
     """
-    finished = _identity(place) is not None
+    finished, unfinished = _identity(place) is not None, _begun(place)
     left = left_in(partial_of(place))
-    unfinished = left is not None and left.identity is not None and left.identity.get("stage") == 1
     if not alone and left is not None and left.identity is not None and not unfinished:
         raise StorageError(
             f"{partial_of(place)} holds an unfinished run into {place}, where the first stage belongs; finish that "
             "one, give another --out, or options.stages=1"
         )
     if restart:
-        if finished:
-            _drop(partial_of(out))  # the second stage, which a process that is killed here could not go on with
-            _remove(place)
-        if alone and unfinished:
-            _drop(partial_of(place))
-            discard(partial_of(place, second=True))
         return
     if alone and (finished or unfinished):
         raise _another(place if finished else partial_of(place), "it has two stages, and this one has one")
     if not alone and not finished and left_in(partial_of(out)) is not None:
         raise _another(partial_of(out), "it has one stage, and this one has two")
+
+
+def _clear(place: Path, out: Path, *, alone: bool) -> None:
+    """Removes the first stage of an unfinished run, so that this one begins anew."""
+    unfinished = _begun(place)
+    if _identity(place) is not None:
+        _drop(partial_of(out))  # the second stage, which a process that is killed here could not go on with
+        _remove(place)
+    if alone and unfinished:
+        _drop(partial_of(place))
+        discard(partial_of(place, second=True))
+
+
+def _begun(place: Path) -> bool:
+    """Whether the first stage of a run has begun, and is not finished."""
+    left = left_in(partial_of(place))
+    return left is not None and left.identity is not None and left.identity.get("stage") == 1
 
 
 def _check_models(request: Request, place: Path) -> None:
