@@ -167,7 +167,7 @@ def test_a_restart_with_bad_input_removes_nothing(
     short.write_text("Too short.")
     there = {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
     wrong = {"options": {**OPTIONS, "stages": number}, "calibration": str(short)}
-    with pytest.raises(DataError, match="short.txt|token"):
+    with pytest.raises(DataError, match="tokens"):
         sparsellm.prune(source, Recipe(**{**SETTINGS, **wrong}), out=out, restart=True)
     assert {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()} == there
     prune(source, out)
