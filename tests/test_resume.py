@@ -19,6 +19,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.methods import METHODS
+from sparsellm.progress import Progress
 from sparsellm.storage import shard
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.resume import FOLDER, read_record, write_record
@@ -179,8 +180,12 @@ def test_a_pass_that_is_saved_is_not_swept_again(source: Path, tmp_path: Path, m
             file.write_bytes(file.read_bytes()[:-1] + b"?")
         steps.clear()
         die_after = 0
-        again = sparsellm.prune(source, recipe, out=out)
+        seen: list[Progress] = []
+        again = sparsellm.prune(source, recipe, out=out, progress=seen.append)
         assert steps == list(range(1 if damaged else 2 * each + 1, 3 * each + 1))
+        shown = [event.done / event.total for event in seen if event.phase == "sweep"]
+        assert shown == sorted(shown)
+        assert shown[-1] == 1
         assert again.sweeps == result.sweeps
         assert contents(out) == contents(tmp_path / "whole")
 

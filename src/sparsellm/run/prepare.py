@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +205,7 @@ class Prepared:
         """This process's share of each set of calibration windows."""
         return [self.own_windows, *map(self._own, self.others)]
 
-    @property
+    @cached_property
     def sweep_windows(self) -> list[Tensor]:
         """This process's share of the windows of each sweep: new ones as far as there are any, then those of the
         statistics, which the pruned weights fit already."""

@@ -349,7 +349,7 @@ def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) ->
             own, among = run, train
             turn = (task.swept + number - 1) % (1 + len(task.fresh))  # 0: the first set, without what is held out
             if turn:
-                own = held.enter_context(_on(task, run.masters, task.fresh[turn - 1], number - 1))
+                own = held.enter_context(_on(task, run.masters, task.fresh[turn - 1], place))
                 among = of_all(own.places())
             held.enter_context(chain.outer())
             mean = _pass(task, own, among, place, rate * CUT ** len(harmful))
@@ -407,14 +407,23 @@ class _Position:
     undone: int
     divergence: float
 
+    @property
+    def done(self) -> int:
+        """Passes that this process has finished."""
+        return self.number - self.first
+
+    @property
+    def left(self) -> int:
+        """Passes of this process."""
+        return self.passes - self.first + 1
+
 
 def _pass(task: SweepTask, run: _Run, train: list[tuple[int, _Place]], at: _Position, rate: float) -> float:
     """Runs one pass over the pieces of all processes; returns the mean divergence per token before its steps."""
     order, count, total = shuffled(len(train), task.seed + (at.number - 1) * 1_000_003), len(train), 0.0
     for step in range(count):
-        done, left = at.number - at.first + step / count, at.passes - at.first + 1
         said = f"pass {at.number}/{at.passes} · KL {at.divergence:.3f}"
-        task.feed.progress(Progress("sweep", done, left, said))
+        task.feed.progress(Progress("sweep", at.done + step / count, at.left, said))
         process, place = train[order[step]]
         factor = schedule((at.number - 1) * count + step, at.passes * count)
         since = (at.number - 1 - at.undone) * count + step + 1  # steps since Adam's moments began
@@ -423,8 +432,8 @@ def _pass(task: SweepTask, run: _Run, train: list[tuple[int, _Place]], at: _Posi
 
 
 @contextlib.contextmanager
-def _on(task: SweepTask, masters: _Masters, windows: Tensor, done: int = 0) -> Iterator[_Run]:
-    """A run over a set of windows, with the dense model's hidden states for them; ``done`` passes are behind it."""
+def _on(task: SweepTask, masters: _Masters, windows: Tensor, at: _Position | None = None) -> Iterator[_Run]:
+    """A run over a set of windows, with the dense model's hidden states for them, before the pass ``at``."""
     feed, chain = replace(task.feed, windows=windows), task.feed.chain
     with contextlib.ExitStack() as held:
         stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS)
@@ -433,9 +442,10 @@ def _on(task: SweepTask, masters: _Masters, windows: Tensor, done: int = 0) -> I
         if wanted is None:
             dense = stream.fork()
             held.callback(dense.close)
+            done, passes = (at.done, at.left) if at is not None else (0, task.passes)
             with chain.unpruned():
                 for index in range(len(chain)):
-                    task.feed.progress(Progress("sweep", done, task.passes, f"dense block {index + 1}/{len(chain)}"))
+                    task.feed.progress(Progress("sweep", done, passes, f"dense block {index + 1}/{len(chain)}"))
                     with chain.block(index):
                         dense.advance(index)
             wanted = dense.hidden
