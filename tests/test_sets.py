@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sparsellm
+from sparsellm import Recipe
 from sparsellm.calibration import calibration_windows
 from sparsellm.run import walk
+from sparsellm.run.prepare import Choice
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SAMPLES, SEQ_LEN, BLOCKS = 4, 16, 4
@@ -61,11 +63,21 @@ def test_given_ids_and_short_texts_are_one_set(inputs: list[Tensor], tmp_path: P
     short = "A text that has room for the windows of one set, not two. " * 2
     assert SAMPLES * SEQ_LEN < len(tiny_tokenizer()(short)["input_ids"]) < 2 * SAMPLES * SEQ_LEN
     (tmp_path / "short.txt").write_text(short)
-    sparsellm.prune(source, {**recipe, "calibration": str(tmp_path / "short.txt")}, out=tmp_path / "short")
+    recipe = {**recipe, "calibration": str(tmp_path / "short.txt"), "options": {"effort": 0, "sets": 2}}
+    result = sparsellm.prune(source, recipe, out=tmp_path / "short")
+    assert [line for line in result.warnings if "room for 1 of 2 sets" in line]
     first = AutoModelForCausalLM.from_pretrained(source).get_input_embeddings()
     windows = calibration_windows(str(tmp_path / "short.txt"), tiny_tokenizer(), SAMPLES, SEQ_LEN, 0)
     torch.testing.assert_close(inputs[4], first(windows).detach())
     assert len(inputs[5]) == SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("options", "sets"),
+    [({"effort": 0}, 1), ({}, 2), ({"effort": 2}, 4), ({"effort": 3}, 4), ({"passes": 0}, 1), ({"sets": 3}, 3)],
+)
+def test_more_sweeps_take_more_sets(options: dict[str, Any], sets: int) -> None:
+    assert Choice.of(Recipe(sparsity=0.5, options=options)).needs.sets == sets
 
 
 @pytest.mark.parametrize("room", [1.5, 3.0])

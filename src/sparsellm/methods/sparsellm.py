@@ -55,12 +55,19 @@ def _passes(options: dict[str, Any]) -> int:
     return PASSES[options["effort"]] if passes is None else passes
 
 
+def _sets(options: dict[str, Any]) -> int:
+    """Sets of calibration windows: more of them cost a forward pass each and gain most where sweeps follow, whose share
+    of the time grows with effort."""
+    passes, sets = _passes(options), options["sets"]
+    return int(sets) if sets is not None else 4 if passes >= PASSES[2] else 2 if passes else 1
+
+
 def _needs(options: dict[str, Any]) -> Needs:
     inside = SOLVERS[options["solver"]].workspace
     weighted = options["output_metric"] > 0
     return Needs(
         passes=_passes(options),
-        sets=options["sets"] or (2 if _passes(options) else 1),
+        sets=_sets(options),
         stages=options["stages"],
         learning_rate=options["sweep_rate"],
         output_costs=weighted,
@@ -115,7 +122,7 @@ def sparsellm(  # noqa: PLR0913 - options
     sets: Annotated[
         int | None,
         Field(ge=1, le=8),
-        "sets of calibration windows for blocks in turn; null: 2 with a sweep, else 1",
+        "sets of calibration windows for blocks in turn; null: 2 with a sweep, 4 with three or more, else 1",
     ] = None,
     passes: Annotated[int | None, Field(ge=0), "sweeps of the whole model at the end; null: by effort"] = None,
     stages: Annotated[

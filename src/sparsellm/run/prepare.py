@@ -271,6 +271,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     beside = tokenizer if directory is None else None  # a directory's own files are copied
     warnings = unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only}, recipe.allow_dense)
     warnings += outside_blocks(chain)
+    warnings += _fewer_sets(choice.needs.sets, 1 + len(others), given=isinstance(request.calibration, Tensor))
     if start is not None and not choice.needs.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     warnings += [
@@ -493,6 +494,16 @@ def _windows(
     taken = others * len(windows)
     new = rest[taken : taken + sweeps * windows_of_sweep(len(windows))]
     return windows, rest[:taken].view(others, *windows.shape), new
+
+
+def _fewer_sets(wanted: int, sets: int, *, given: bool) -> list[str]:
+    """A warning if the text has no room for the sets of calibration windows that are wanted. Token ids are one set."""
+    if given or sets >= wanted:
+        return []
+    return [
+        f"the calibration text has room for {sets} of {wanted} sets of windows (options.sets); a longer text gives a "
+        "better model"
+    ]
 
 
 def windows_of_sweep(samples: int) -> int:
