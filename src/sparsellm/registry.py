@@ -103,7 +103,7 @@ class Needs:
         output_costs: whether it needs the cost of an error of each output to the dense model's loss, from a backward
             sweep. Not needed for N:M, where outputs do not compete.
         surveyed_tokens: calibration tokens that an allocation reads, in whole windows; None for all.
-        gradient_tokens: the number of these, from the first, for which it needs gradients.
+        gradient_tokens: the number of these, from the first, for which it needs gradients; four windows or more.
         token_states: whether it needs hidden states ``(windows, seq, width)``, to select windows or tokens by position.
         one_process: the name of an option in use that works in one process only; "" if there is none.
         workspace: of functions that the options choose, such as a solver.

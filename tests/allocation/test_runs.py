@@ -151,7 +151,7 @@ def test_room_for_the_gradients_is_planned_until_the_shares_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    many = windows(200, 40)  # of which the sweep keeps 5 MB, more than the 3 MB of the walk
+    many = windows(100, 40)  # of which the gradients keep more than the walk
     recipe = Recipe(sparsity=0.6, options={"effort": 0})
 
     def planned(**changes: Any) -> int:

@@ -127,9 +127,10 @@ def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
         recipe = Recipe(method="magnitude", sparsity=0.6, allocation="threshold", allocation_options={"tokens": tokens})
         return {linear.name: linear.zeros for linear in prune(tiny_opt(), recipe, calibration=ids).linears}
 
-    some = chosen(2 * 20 + 19, windows(6))
-    assert some == chosen(120, windows(6)[:2])
+    some = chosen(5 * 20 + 19, windows(6))
+    assert some == chosen(120, windows(6)[:5])
     assert some != chosen(120, windows(6))
+    assert chosen(1, windows(6)) == chosen(120, windows(6)[:4])
 
 
 def test_a_linear_that_no_token_reached_keeps_the_target() -> None:

@@ -32,7 +32,7 @@ def threshold(
     *,
     level: Annotated[Literal["block", "linear"], "whether each block or each linear has its own sparsity"] = "linear",
     span: Annotated[float, Field(ge=0, le=1), "how far a linear's sparsity may be from the target"] = 0.15,
-    tokens: Annotated[int, Field(ge=1), "calibration tokens for the gradients, in whole windows"] = TOKENS,
+    tokens: Annotated[int, Field(ge=1), "calibration tokens for the gradients, in four windows or more"] = TOKENS,
 ) -> Allocation:
     """Zeros of each linear: its weights whose saliency ½ w² E[g² x²] is below one threshold for the whole model.
 

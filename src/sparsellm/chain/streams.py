@@ -61,9 +61,9 @@ class Feed:
         """Tokens in a window."""
         return self.windows.shape[1]
 
-    def first(self, tokens: int) -> Feed:
-        """A feed of the first whole windows, as many as ``tokens`` holds; at least one."""
-        return replace(self, windows=self.windows[: windows_of(tokens, self.seq_len)])
+    def first(self, tokens: int, least: int = 1) -> Feed:
+        """A feed of the first whole windows, as many as ``tokens`` holds; at least ``least``, if there are so many."""
+        return replace(self, windows=self.windows[: max(least, windows_of(tokens, self.seq_len))])
 
     def in_pieces(self) -> Feed:
         """A feed of the same windows, in forward calls small enough for gradients."""

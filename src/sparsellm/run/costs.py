@@ -14,7 +14,7 @@ import torch
 
 from sparsellm.chain import Chain
 from sparsellm.run.memory import checkpoint_bytes
-from sparsellm.sweep.gradients import SHARE, TOKENS
+from sparsellm.sweep.gradients import LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def predicted_seconds(
     solve = sum(products * 2 * inputs * inputs * outputs for inputs, outputs in sizes) / speed
     adam = 8 * 4 * weights * blocks / MEMORY  # parameters, two moments and gradients in fp32, read and written
     asked = choice.allocation_needs.gradient_tokens or TOKENS * needs.output_costs
-    differentiated = 0 if finished else min(tokens, asked)
+    differentiated = min(tokens, max(asked, LEAST_WINDOWS * seq_len)) if asked and not finished else 0
     surveyed = tokens if choice.allocates and not asked and not finished else 0
     swept_tokens = needs.passes * SWEEP_SHARE * tokens if swept is None else swept
     passes = walked_passes(choice, kept=kept and chain.device.type == "cpu")

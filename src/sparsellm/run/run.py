@@ -48,7 +48,7 @@ from sparsellm.storage.destination import partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.writer import count_zeros
-from sparsellm.sweep.gradients import TOKENS
+from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS
 from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.saliency import LossGradients, loss_gradients
 from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
@@ -317,7 +317,7 @@ class Run:
     def _gradient_feed(self) -> Feed:
         """The first calibration windows of the whole run, as the feed for gradients."""
         whole = Feed(self.chain, self.windows, self.recipe.batch_tokens, progress=self.progress)
-        return whole.first(self.choice.allocation_needs.gradient_tokens or TOKENS)
+        return whole.first(self.choice.allocation_needs.gradient_tokens or TOKENS, LEAST_WINDOWS)
 
     def _identity(self) -> Identity:
         choice = self.choice

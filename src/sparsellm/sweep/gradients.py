@@ -22,7 +22,8 @@ from sparsellm.storage.scratch import TensorStore
 from sparsellm.sweep.head import next_token_loss, through_head
 from sparsellm.sweep.training import running_on
 
-TOKENS = 8192  # calibration tokens for gradients; the time is proportional to them
+TOKENS = 4096  # calibration tokens for gradients; the time is proportional to them
+LEAST_WINDOWS = 4  # with half as many the model is worse, with twice as many it is not better
 SHARE = 0.25  # of the positions of a window whose loss is differentiated
 LEAST_SCORED = 128  # positions of a window: fewer save little, because the blocks run on whole windows
 WITHOUT = "take allocation uniform and, in sparsellm, effort 0 and options.output_metric 0"
