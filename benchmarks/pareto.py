@@ -133,7 +133,9 @@ def below_the_line(rows: Rows) -> list[str]:
 def draw(rows: Rows, title: str, conditions: list[str]) -> str:
     """The SVG, with a panel for each target that has a point."""
     panels = {target: known for target, cells in rows.items() if (known := drawable(cells))}
-    parts = [*head(PANEL * max(len(panels), 1), HEIGHT, title, conditions), *legend(88, STYLES)]
+    drawn = {each.series for known in panels.values() for each in known}
+    styles = {name: style for name, style in STYLES.items() if name in drawn}
+    parts = [*head(PANEL * max(len(panels), 1), HEIGHT, title, conditions), *legend(88, styles)]
     for number, (target, cells) in enumerate(panels.items()):
         parts += panel(goal(target), cells, PANEL * number)
     return "\n".join([*parts, "</svg>"]) + "\n"
