@@ -46,7 +46,7 @@ def run_row(arguments: argparse.Namespace, sparsity: float, seed: int, row: tupl
         sparsity=sparsity, calibration=arguments.calibration, samples=arguments.samples, seq_len=arguments.window,
         seed=seed, options={"effort": 1},
     )  # fmt: skip
-    chosen = vars(Prepared)["sweep_windows"].fget
+    chosen = vars(Prepared)["sweep_windows"].func
 
     def seen(prepared: Prepared) -> list[Tensor]:
         fresh = chosen(prepared)[0]
