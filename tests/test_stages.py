@@ -261,6 +261,18 @@ def test_a_finished_stage_needs_no_second_place_on_the_disk(
     assert beside(out) == ["p"]
 
 
+def test_a_first_stage_that_is_removed_needs_its_place_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "p"
+    stopped_in_the_second_stage(source, out, monkeypatch)
+    usage = namedtuple("usage", "total used free")
+    free = int(2.2 * (source / "model.safetensors").stat().st_size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+    with pytest.raises(StorageError, match="its disk has"):
+        prune(source, out, restart=True)
+
+
 def test_the_first_stage_takes_disk_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     bytes_of_one = (source / "model.safetensors").stat().st_size

@@ -132,12 +132,13 @@ def _first(
 ) -> dict[str, Any]:
     """Runs the first stage unless an earlier process finished it; returns its record. Parts of an unfinished run are
     removed with ``clear``, if it is given."""
-    identity = parallel.from_main(partial(_identity, place))
-    if identity is not None and request.stage is not None:  # its files are there; the second stage checks for its own
-        request = replace(request, stage=replace(request.stage, copies=0))
+    identity, stage = parallel.from_main(partial(_identity, place)), request.stage
+    if identity is not None and stage is not None:  # its files are there; the second stage checks for its own
+        request = replace(request, stage=replace(stage, copies=0))
     run = Run(replace(request, out=place, overwrite=identity is not None), progress)
     _open(run, clear)
     if identity is None or clear is not None:
+        run.stage = stage  # files that were there are removed: room for new ones is checked
         run.finish()
     elif changed := differences(identity, run.identity.to_dict()):
         raise _another(place, "; ".join(changed[:4]))
