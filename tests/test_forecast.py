@@ -152,10 +152,8 @@ def test_text_that_the_model_writes_is_predicted_with_that_of_later_sweeps(tmp_p
         sparsellm.prune(model, recipe, out=out, progress=lambda event: plans.append(event) if event.costs else None)  # noqa: B023
         expected.append(plans[0].costs["calibration"])
     assert expected[0] > 0
-    assert expected[1:] == [
-        pytest.approx((8 + 3) / (4 + 1) * expected[0]),
-        0,
-    ]  # four sets of two or two, a window a sweep
+    more = (4 * 2 + 3) / (2 * 2 + 1)  # four sets of two windows in place of two, and a window for each sweep
+    assert expected[1:] == [pytest.approx(more * expected[0]), 0]
 
 
 def test_the_phase_of_the_sweep_begins_before_its_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:

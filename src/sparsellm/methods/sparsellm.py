@@ -58,8 +58,13 @@ def _passes(options: dict[str, Any]) -> int:
 def _sets(options: dict[str, Any]) -> int:
     """Sets of calibration windows: more of them cost a forward pass each and gain most where sweeps follow, whose share
     of the time grows with effort."""
-    passes, sets = _passes(options), options["sets"]
-    return int(sets) if sets is not None else 4 if passes >= PASSES[2] else 2 if passes else 1
+    sets: int | None = options["sets"]
+    if sets is not None:
+        return sets
+    passes = _passes(options)
+    if passes >= PASSES[2]:
+        return 4
+    return 2 if passes else 1
 
 
 def _needs(options: dict[str, Any]) -> Needs:

@@ -459,7 +459,7 @@ def _windows(
     """The calibration windows, up to ``others`` sets of as many more, and windows for up to so many sweeps."""
     if isinstance(request.calibration, Tensor):
         windows = windows_of_ids(request.calibration, chain.config, bos=request.recipe.bos)
-        return check_vocabulary(windows, chain.config), windows[None, :0].expand(0, -1, -1), windows[:0]
+        return check_vocabulary(windows, chain.config), windows.new_empty(0, *windows.shape), windows[:0]
     recipe = request.recipe
     seq_len = recipe.seq_len or default_seq_len(chain)
     check_seq_len(chain.config, seq_len)
