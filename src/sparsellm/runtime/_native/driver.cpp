@@ -186,11 +186,11 @@ const void* scaled(const Packed& weight, int tokens, const void* x, ValueType* k
   return out;
 }
 
-// Where a kernel may read the values of a row: in place, or, for the last rows, in a copy with room behind it.
-const uint8_t* readable(const Packed& weight, int64_t row, uint8_t* copy) {
+// Where a kernel may read the values of rows: in place, or, for the last rows, in a copy with room behind it.
+const uint8_t* readable(const Packed& weight, int64_t row, uint8_t* copy, int count = 1) {
   const int64_t end = bytes_of(weight.type, weight.offsets[weight.out]);
   const int64_t from = bytes_of(weight.type, weight.offsets[row]);
-  const int64_t to = bytes_of(weight.type, weight.offsets[row + 1]);
+  const int64_t to = bytes_of(weight.type, weight.offsets[row + count]);
   if (to + kSlack <= end) return weight.values + from;
   std::memcpy(copy, weight.values + from, static_cast<size_t>(to - from));
   return copy;
@@ -232,8 +232,8 @@ const uint8_t* int4_in_fp32(const InstructionSet& set, const Packed& weight, int
   return out;
 }
 
-// Calls dot(rows, sums) for every few rows, on several threads, and writes y. get(row, memory) returns a row's values,
-// with memory of 3 row_bytes to keep them in.
+// Calls dot(rows, sums) for every few rows, on several threads, and writes y. get(row, rows, memory) finds the values of
+// rows.count rows, with memory of 3 * kMaxRows row_bytes to keep them in.
 template <class Get, class Dot>
 void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float factor, int threads, const Get& get,
               const Dot& dot) {
@@ -254,9 +254,7 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
       rows.shift = shift;
       for (int r = 0; r < rows.count; ++r) {
         const int64_t at = row + r, later = std::min(at + kMaxRows, weight.out);
-        uint8_t* buffer = buffers + 3 * r * row_size;
         rows.mask[r] = weight.mask + at * weight.mask_step;
-        rows.values[r] = get(at, buffer);
         // int4 has been brought to other memory, which is in the cache.
         rows.values_ahead[r] =
             weight.type == kInt4 ? 0 : bytes_of(weight.type, weight.offsets[later] - weight.offsets[at]);
@@ -268,6 +266,7 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
           rows.scales[r] = of_row;
         }
       }
+      get(row, rows, buffers);
       dot(rows, sums);
       for (int r = 0; r < rows.count; ++r)
         for (int t = 0; t < tokens; ++t) {
@@ -341,9 +340,10 @@ void multiply(const InstructionSet& set, const Packed& weight, int tokens, Value
   const size_t row_size = row_bytes(weight);
   for_rows(
       weight, tokens, kind, y, how.factor, threads,
-      [&](int64_t row, uint8_t* memory) {
-        return decode ? int4_in_fp32(set, weight, row, memory, memory + row_size, memory + 2 * row_size)
-                      : readable(weight, row, memory);
+      [&](int64_t row, Rows& rows, uint8_t* memory) {
+        for (int r = 0; r < rows.count; ++r, memory += 3 * row_size)
+          rows.values[r] = decode ? int4_in_fp32(set, weight, row + r, memory, memory + row_size, memory + 2 * row_size)
+                                  : readable(weight, row + r, memory);
       },
       [&](const Rows& rows, float* sums) { how.dot(rows, panels, pitch, tokens, sums); });
 }
@@ -367,17 +367,21 @@ void multiply_rounded(const InstructionSet& set, const Packed& weight, int token
   const size_t row_size = row_bytes(weight);
   for_rows(
       weight, tokens, kind, y, 1.0f, threads,
-      [&](int64_t row, uint8_t* to) {
-        if (!decode) return readable(weight, row, to);
-        const int64_t count = weight.offsets[row + 1] - weight.offsets[row];
-        const uint8_t* from = readable(weight, row, to);
-        uint8_t* bytes = to + row_size;
-        if (how.int4_to_codes != nullptr) {
-          how.int4_to_codes(from, count, bytes);
-        } else {
-          set.int4_to_int8(from, count, reinterpret_cast<int8_t*>(bytes));
+      [&](int64_t row, Rows& rows, uint8_t* memory) {
+        if (!decode) {
+          for (int r = 0; r < rows.count; ++r) rows.values[r] = readable(weight, row + r, memory + r * row_size);
+          return;
         }
-        return static_cast<const uint8_t*>(bytes);
+        // Rows follow each other without a gap. One loop for all of them has one end that is hard to predict.
+        const int64_t* offsets = weight.offsets + row;
+        const uint8_t* from = readable(weight, row, memory, rows.count);
+        uint8_t* bytes = memory + kMaxRows * row_size;
+        if (how.int4_to_codes != nullptr) {
+          how.int4_to_codes(from, offsets[rows.count] - offsets[0], bytes);
+        } else {
+          set.int4_to_int8(from, offsets[rows.count] - offsets[0], reinterpret_cast<int8_t*>(bytes));
+        }
+        for (int r = 0; r < rows.count; ++r) rows.values[r] = bytes + (offsets[r] - offsets[0]);
       },
       [&](const Rows& rows, float* sums) { dot(rows, rounded, tokens, sums); });
 }
