@@ -153,7 +153,7 @@ class Recipe(BaseModel):
     products: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Dtype of matrix products when fp32 blocks run, forward and backward: 'auto' takes bfloat16 on a "
-        "CPU with bf16 units. Solvers that declare it take them too; sums over tokens are always fp32.",
+        "CPU with bf16 units. Solvers that declare it take them too; statistics are always fp32.",
     )
     read_ahead: bool | None = Field(
         None,

@@ -1,8 +1,9 @@
 """Matrix products of fp32 tensors in bf16, for passes that only run blocks.
 
 Processors with bf16 units (AMX, AVX-512 BF16) multiply bf16 factors about twice as fast as fp32 ones, and add up in
-fp32. Hidden states, weights and whatever is summed over tokens stay fp32: a product rounds its two factors, and its
-result once. Gram matrices never use this, and a solver only where it declares that it may (``Workspace.narrow``).
+fp32. Hidden states and weights stay fp32: a product rounds its two factors, and its result once. The gradient of a
+weight is such a product, summed over the tokens of a step in fp32 and then rounded; steps are added up in fp32. Gram
+matrices never use this, and a solver only where it declares that it may (``Workspace.narrow``).
 """
 
 from __future__ import annotations
