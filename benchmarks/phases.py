@@ -40,7 +40,7 @@ from sparsellm.recipe import Recipe
 
 PLAIN_SECONDS = 0.1  # at least, for one timing of a plain product
 REST = "everything else"
-PHASES = {  # of the run's clock; all others are REST
+PHASES = {  # of the run's clock, whose other parts of ``prune`` are its rest; all others are REST
     "prune/statistics": "walk: forward passes",
     "forward": "walk: forward passes",
     "prune/solve": "walk: solver",
@@ -189,7 +189,7 @@ def counting(counted: Counted) -> Iterator[None]:
 
     @contextmanager
     def phase(clock: PhaseClock, name: str) -> Iterator[None]:
-        with of_clock(clock, name), counted.phase(PHASES.get(name, REST)):
+        with of_clock(clock, name), counted.phase(PHASES.get(name) or PHASES.get(name.partition("/")[0], REST)):
             yield
 
     @contextmanager
