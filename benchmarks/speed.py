@@ -12,7 +12,7 @@ a batch of tokens, of the batch with itself (a Gram matrix), of a weight with a 
 that the operations of a phase would take at that speed, divided by their actual time. Products of forward passes are
 timed in the computing dtype of a block, which is bf16 for bf16 checkpoints if the CPU supports it; others are in fp32.
 Only operations that the result needs are counted: half of the attention's, since it is causal, and half of a symmetric
-product's.
+product's. ``phases.py`` counts the products of a whole run as they are executed, for any method.
 """
 
 from __future__ import annotations
@@ -52,10 +52,15 @@ class Product(NamedTuple):
 
 
 class Plain:
-    """Speeds of plain products in operations a second, by sizes and dtype; each is timed again by :meth:`again`."""
+    """Speeds of plain products in operations a second, by sizes and dtype; each is timed again by :meth:`again`.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    Args:
+        clock: returns seconds.
+        least: seconds of one timing.
+    """
+
+    def __init__(self, clock: Callable[[], float], least: float = 0.3) -> None:
+        self._clock, self._least = clock, least
         self._fastest: dict[Product, float] = {}
 
     def speed(self, product: Product) -> float:
@@ -71,7 +76,7 @@ class Plain:
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype).T
         left[:64] @ right[:, :64]  # wakes threads
         start, runs = self._clock(), 0
-        while runs == 0 or self._clock() - start < 0.3:
+        while runs == 0 or self._clock() - start < self._least:
             left @ right
             runs += 1
         speed = 2.0 * rows * inner * columns * runs / (self._clock() - start)
