@@ -178,10 +178,10 @@ def fastest(make: Callable[[], Any], repeats: int) -> tuple[float, Any]:
     return min(times), made
 
 
-def solved(case: Case, solver: Solver, way: str, pattern: Pattern, mode: Bf16Products | None, repeats: int = 1) -> Row:
+def solved(case: Case, solver: Solver, way: str, pattern: Pattern, mode: Bf16Products | None) -> Row:
     gram = case.grams[way][1]
     with bf16_products(mode):
-        taken, found = fastest(lambda: solver(case.weight, Gram(gram.matrix, gram.tokens), pattern), repeats)
+        taken, found = fastest(lambda: solver(case.weight, Gram(gram.matrix, gram.tokens), pattern), 1)
     return Row(case.test.energy(case.weight, minus=found.weight) / case.test.energy(case.weight), taken, found.notes)
 
 
@@ -215,7 +215,8 @@ def cases_of(arguments: argparse.Namespace, mode: Bf16Products | None) -> dict[s
             linears = {linear.name.rpartition(".")[2]: linear for linear in chain.linears(index)}
             for name, own in cases.items() if index in arguments.blocks else ():
                 x = inputs_of(linears[name], streams[0], index)
-                grams = {way: fastest(partial(finished, x, make), arguments.repeats) for way, make in WAYS.items()}
+                ways = WAYS if "grams" in arguments.tables else {"fp32": GramAccumulator}
+                grams = {way: fastest(partial(finished, x, make), arguments.repeats) for way, make in ways.items()}
                 own.append(Case(linears[name].weight().clone(), grams, gram_of(linears[name], streams[1], index)))
             for stream in streams:
                 stream.advance(index)
@@ -257,6 +258,15 @@ def print_grams(cases: dict[str, list[Case]], patterns: list[Pattern], mode: Bf1
                 print_row(str(pattern), name, linear, *cells)
 
 
+def in_turns(case: Case, pattern: Pattern, mode: Bf16Products | None, repeats: int) -> dict[str, Row]:
+    """The fastest run of each schedule. They run in turns, so that a machine that slows down slows all of them."""
+    rounds = [
+        {name: solved(case, solver, "fp32", pattern, mode) for name, solver in schedules().items()}
+        for _ in range(repeats)
+    ]
+    return {name: min((each[name] for each in rounds), key=lambda row: row.seconds) for name in rounds[0]}
+
+
 def print_schedules(
     cases: dict[str, list[Case]], patterns: list[Pattern], mode: Bf16Products | None, repeats: int
 ) -> None:
@@ -265,27 +275,23 @@ def print_schedules(
         print(f"\n{pattern}\n")
         print_row("schedule", *cases, "highest error", "longest time", "iterations")
         print("|---" * (len(cases) + 4) + "|")
-        usual: dict[str, list[Row]] = {}
-        for name, solver in schedules().items():
-            rows = {
-                linear: [solved(case, solver, "fp32", pattern, mode, repeats) for case in own]
-                for linear, own in cases.items()
-            }
-            usual = usual or rows
-            cells, errors, times = [], [], []
-            for linear, own in rows.items():
-                pairs = list(zip(own, usual[linear], strict=True))
-                errors += (ratios := [row.error / its.error for row, its in pairs])
-                times += [row.seconds / its.seconds for row, its in pairs]
-                taken, before = (sum(row.seconds for row in part) for part in (own, usual[linear]))
+        found = {name: [in_turns(case, pattern, mode, repeats) for case in own] for name, own in cases.items()}
+        for name in schedules():
+            cells, pairs = [], []
+            for own in found.values():
+                rows, usual = ([each[which] for each in own] for which in (name, "default"))
+                pairs += (new := list(zip(rows, usual, strict=True)))
+                ratios = [row.error / its.error for row, its in new]
+                taken, before = (sum(row.seconds for row in part) for part in (rows, usual))
                 cells.append(
-                    f"{sum(row.error for row in own) / len(own):.4f}, {taken / len(own):.3f}"
-                    if rows is usual
+                    f"{sum(row.error for row in rows) / len(own):.4f}, {taken / len(own):.3f}"
+                    if name == "default"
                     else f"{min(ratios):.3f} to {max(ratios):.3f}, {taken / before:.2f}"
                 )
-            counts = [int(note) for own in rows.values() for row in own for note in row.notes if note.isdigit()]
+            highest, longest = (max(row[at] / its[at] for row, its in pairs) for at in (0, 1))
+            counts = [int(note) for row, _ in pairs for note in row.notes if note.isdigit()]
             ran = f"{min(counts)} to {max(counts)}" if counts else "–"
-            print_row(name, *cells, f"{max(errors):.4f}", f"{max(times):.2f}", ran)
+            print_row(name, *cells, f"{highest:.4f}", f"{longest:.2f}", ran)
 
 
 def main() -> None:
