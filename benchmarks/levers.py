@@ -1,7 +1,7 @@
 """What two levers on cost are worth: products of Gram matrices in bf16, and other schedules of the solver ``admm``.
 
     python benchmarks/levers.py --text wiki.txt
-    python benchmarks/levers.py schedules --text wiki.txt --samples 64 --blocks 2 14 --linears down_proj
+    python benchmarks/levers.py --text wiki.txt --samples 64 --blocks 2 --linears o_proj down_proj --repeats 1
 
 The linears are those of a model, their inputs those of the dense model. Errors are ‖(W − W̃) X‖² / ‖W X‖² on windows
 held out from the solver; the Gram matrix of these windows is always the library's. Times are CPU seconds of one thread,
@@ -288,7 +288,8 @@ def print_schedules(
                     if name == "default"
                     else f"{min(ratios):.3f} to {max(ratios):.3f}, {taken / before:.2f}"
                 )
-            highest, longest = (max(row[at] / its[at] for row, its in pairs) for at in (0, 1))
+            highest = max(row.error / its.error for row, its in pairs)
+            longest = max(row.seconds / its.seconds for row, its in pairs)
             counts = [int(note) for row, _ in pairs for note in row.notes if note.isdigit()]
             ran = f"{min(counts)} to {max(counts)}" if counts else "–"
             print_row(name, *cells, f"{highest:.4f}", f"{longest:.2f}", ran)
@@ -308,7 +309,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="the fastest run counts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    patterns = [parse_pattern(text) if ":" in text else Unstructured(float(text)) for text in arguments.patterns]
+    patterns: list[Pattern] = [
+        parse_pattern(text) if ":" in text else Unstructured(float(text)) for text in arguments.patterns
+    ]
     mode = Bf16Products() if bf16_is_native() else None
     tokens = f"{arguments.samples} and {arguments.held_out} windows of {arguments.window}"
     print(f"{arguments.model}, blocks {arguments.blocks}, {tokens}; {cpu_name()}, torch {torch.__version__}")
