@@ -14,9 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sparsellm.patterns import NM, Unstructured
 from sparsellm.runtime.bench import resident_bytes
+from sparsellm.solvers import SOLVERS
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
+from tests.solvers.problems import gram_of, weight_of
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -239,3 +242,28 @@ def test_operations_are_counted_by_what_a_product_takes(monkeypatch: pytest.Monk
                 compute()
     found = {name: sum(each.operations for each in work.values()) for name, work in counted.work.items()}
     assert found == pytest.approx({name: operations for name, (_, operations) in expected.items()})
+
+
+def test_the_copy_of_the_solver_is_the_solver_and_every_lever_is_measured(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    levers = importlib.import_module("levers")
+    weight, gram = weight_of(24, 40), gram_of(40)
+    for pattern in (Unstructured(0.7), NM(2, 4)):
+        usual = SOLVERS["admm"].function(weight, gram, pattern)
+        assert torch.equal(levers.alternate(weight, gram, pattern).weight, usual.weight)
+        stopped = levers.alternate(weight, gram, pattern, stalled="ends")
+        assert int(stopped.notes[0]) < levers.ITERATIONS
+    dense = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    common = ("--model", str(dense), "--text", text, "--blocks", "0", "2", "--linears", "q_proj", "down_proj")
+    output = printed("levers.py", monkeypatch, capsys, *common, "--window", "16", "--patterns", "0.5", "--repeats", "1")
+    rows = [row for row in rows_of(output) if row[0] != "schedule"]
+    products, errors, schedules = rows[: len(levers.WAYS)], rows[len(levers.WAYS) + 1 :][:4], rows[-11:]
+    assert [row[0] for row in products] == list(levers.WAYS)
+    differences = {row[0]: float(row[2].rpartition(" ")[2]) for row in products}
+    assert differences["fp32"] == 0 < differences["fp32 results"] < differences["bf16, 512 tokens"]
+    assert [row[1:3] for row in errors] == [[s, n] for s in ("sparsegpt", "admm") for n in ("q_proj", "down_proj")]
+    assert [row[0] for row in schedules] == list(levers.schedules())
+    assert schedules[0][3:5] == ["1.0000", "1.00"]
+    assert schedules[1][3] != "1.0000"
