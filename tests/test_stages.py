@@ -249,14 +249,19 @@ def test_a_model_in_the_place_of_the_first_stage_is_refused(source: Path, tmp_pa
     assert (place / "model.safetensors").exists()
 
 
+def room_for(models: float, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every disk has room for so many files of weights like the source's."""
+    usage = namedtuple("usage", "total used free")
+    free = int(models * (source / "model.safetensors").stat().st_size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+
+
 def test_a_finished_stage_needs_no_second_place_on_the_disk(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "p"
     stopped_in_the_second_stage(source, out, monkeypatch)
-    usage = namedtuple("usage", "total used free")
-    free = int(2.2 * (source / "model.safetensors").stat().st_size)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+    room_for(2.2, source, monkeypatch)
     prune(source, out)
     assert beside(out) == ["p"]
 
@@ -266,18 +271,13 @@ def test_a_first_stage_that_is_removed_needs_its_place_again(
 ) -> None:
     out = tmp_path / "p"
     stopped_in_the_second_stage(source, out, monkeypatch)
-    usage = namedtuple("usage", "total used free")
-    free = int(2.2 * (source / "model.safetensors").stat().st_size)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+    room_for(2.2, source, monkeypatch)
     with pytest.raises(StorageError, match="its disk has"):
         prune(source, out, restart=True)
 
 
 def test_the_first_stage_takes_disk_too(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    bytes_of_one = (source / "model.safetensors").stat().st_size
-    free = int(2.9 * bytes_of_one)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+    room_for(2.9, source, monkeypatch)
     with pytest.raises(StorageError, match="its disk has"):
         prune(source, tmp_path / "p")
     assert os.listdir(tmp_path) == []

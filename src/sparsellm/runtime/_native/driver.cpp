@@ -374,12 +374,13 @@ void multiply_rounded(const InstructionSet& set, const Packed& weight, int token
         }
         // Rows follow each other without a gap. One loop for all of them has one end that is hard to predict.
         const int64_t* offsets = weight.offsets + row;
+        const int64_t count = offsets[rows.count] - offsets[0];
         const uint8_t* from = readable(weight, row, memory, rows.count);
         uint8_t* bytes = memory + kMaxRows * row_size;
         if (how.int4_to_codes != nullptr) {
-          how.int4_to_codes(from, offsets[rows.count] - offsets[0], bytes);
+          how.int4_to_codes(from, count, bytes);
         } else {
-          set.int4_to_int8(from, offsets[rows.count] - offsets[0], reinterpret_cast<int8_t*>(bytes));
+          set.int4_to_int8(from, count, reinterpret_cast<int8_t*>(bytes));
         }
         for (int r = 0; r < rows.count; ++r) rows.values[r] = bytes + (offsets[r] - offsets[0]);
       },

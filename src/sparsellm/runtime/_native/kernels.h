@@ -64,7 +64,7 @@ struct Integer {
   bool (*supported)();
   IntegerDot int8;  // values in bytes, scales of rows left to the caller
   IntegerDot int4;  // values in bytes, scales of columns
-  // Codes of one row as bytes for `int4`, as int4_to_int8 does for those where this is null.
+  // Codes of rows that follow each other as bytes for `int4`; where this is null, int4_to_int8 does it.
   void (*int4_to_codes)(const uint8_t* nibbles, int64_t count, uint8_t* out);
 };
 
@@ -75,7 +75,7 @@ struct InstructionSet {
   Multiply multiply[kValueTypes];
   Spread spread16;  // of 16-bit values
   Spread spread32;  // of 32-bit values
-  // Codes of one row (low nibble first, value + 8) as int8. May read and write kSlack bytes past the end.
+  // Codes of one row or several (low nibble first, value + 8) as int8. May read and write kSlack bytes past the end.
   void (*int4_to_int8)(const uint8_t* codes, int64_t count, int8_t* out);
   // Whole numbers times a scale, exact in fp32 for codes of int4. May read and write kSlack bytes past the end.
   void (*int8_to_fp32)(const int8_t* values, float scale, int64_t count, float* out);
