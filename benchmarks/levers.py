@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from measure import cpu_name
+from measure import cpu_name, pattern_of
 from nm import gram_of
 from torch import Tensor
 
@@ -38,7 +38,7 @@ from sparsellm.chain import Feed, LinearView, Stream, open_chain
 from sparsellm.chain.capture import watch
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.chain.products import Bf16Products, bf16_is_native, bf16_products
-from sparsellm.patterns import Pattern, Unstructured, parse_pattern
+from sparsellm.patterns import Pattern
 from sparsellm.solvers import SOLVERS, Solution, Solver, admm
 from sparsellm.solvers.solver import solution
 from sparsellm.solvers.support import refine_on_support
@@ -309,9 +309,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="the fastest run counts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    patterns: list[Pattern] = [
-        parse_pattern(text) if ":" in text else Unstructured(float(text)) for text in arguments.patterns
-    ]
+    patterns = [pattern_of(text) for text in arguments.patterns]
     mode = Bf16Products() if bf16_is_native() else None
     tokens = f"{arguments.samples} and {arguments.held_out} windows of {arguments.window}"
     print(f"{arguments.model}, blocks {arguments.blocks}, {tokens}; {cpu_name()}, torch {torch.__version__}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from sparsellm.patterns import Pattern, Unstructured, parse_pattern
 from sparsellm.version import __version__
 
 INTERVAL = 0.05  # seconds between samples of memory: watched more often, a single core computes noticeably less
@@ -105,3 +106,8 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def pattern_of(text: str) -> Pattern:
+    """That of a sparsity, or N:M."""
+    return parse_pattern(text) if ":" in text else Unstructured(float(text))

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import cpu_name
+from measure import cpu_name, pattern_of
 from torch import Tensor
 
-from sparsellm.patterns import Pattern, Unstructured, parse_pattern
+from sparsellm.patterns import Pattern
 from sparsellm.solvers import SOLVERS
 from sparsellm.solvers.admm import RHO_STEPS, ROUGH_ITERATIONS
 from sparsellm.statistics import Gram, GramAccumulator
@@ -121,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    pattern = parse_pattern(arguments.pattern) if ":" in arguments.pattern else Unstructured(float(arguments.pattern))
+    pattern = pattern_of(arguments.pattern)
 
     print(
         f"Pattern {pattern}, seed {arguments.seed}, fastest of {arguments.repeats}; {conditions(arguments.device)}.\n"

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import cpu_name
+from measure import cpu_name, pattern_of
 from quality import OUT, Cells
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -59,7 +59,7 @@ from sparsellm.decomposition.updates import (
 )
 from sparsellm.methods.feed_forward import plain
 from sparsellm.methods.weighting import token_weights
-from sparsellm.patterns import Pattern, Unstructured, parse_pattern
+from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.solvers import SOLVERS
 from sparsellm.solvers.support import refine_on_support
 from sparsellm.sources.resolve import checkpoint_directory
@@ -442,7 +442,7 @@ def cell_of(
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:  # fmt: skip
     target, solver, way = row
-    pattern = parse_pattern(target) if ":" in target else Unstructured(float(target))
+    pattern = pattern_of(target)
     make, depends = WAYS[way]
     conditions = "".join(f"/{key}={getattr(arguments, key)}" for key in depends)
 
