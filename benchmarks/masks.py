@@ -10,6 +10,9 @@ predictions with the library's Adam and schedule, new calibration windows in eve
 * ``split:PENALTY``: a dense copy ``x`` of the weights is trained, drawn to a sparse copy ``z`` by ``PENALTY/2 · H
   (x − z + u)²``; ``z`` is the projection of ``x + u`` in the metric ``H`` (ELSA, arXiv 2510.01650, with Adam's second
   moment), renewed at the same steps. Then ``z``'s masks stay for the last quarter.
+* ``chosen``: after half of the steps masks are chosen a second time, block by block in the order they run. A block gets
+  the dense model's weights back and is pruned by the library to the sparsities that its linears had, with inputs, and
+  costs of outputs, of the model as it is then. Then kept weights are trained for the other half.
 
     python benchmarks/masks.py --model out/opt --calibration out/opt/train.txt --text out/opt/heldout.txt
 """
@@ -21,14 +24,17 @@ import copy
 import math
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import cpu_name
 from quality import OUT, Cells
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import sparsellm
 from sparsellm.calibration.windows import calibration_windows, evaluation_windows
@@ -41,7 +47,7 @@ ROUNDS = 8  # of which masks move after each but the last two
 class Student:
     """A pruned model in training, its weights with zeros, and Adam's state of each parameter."""
 
-    def __init__(self, model: nn.Module, names: set[str]) -> None:
+    def __init__(self, model: PreTrainedModel, names: set[str]) -> None:
         self.model = model
         self.trained = {name: p for name, p in model.named_parameters() if ".layers." in name}
         self.masks = {name: p != 0 for name, p in self.trained.items() if name in names}
@@ -128,6 +134,33 @@ class Split:
             self.student.trained[name].data.mul_(mask)
 
 
+def choose_again(
+    dense: nn.Module, model: PreTrainedModel, *, names: set[str], recipe: sparsellm.Recipe, tokenizer: Any
+) -> None:
+    """Prunes the dense weights of one block after the other within the trained model, which is changed in place.
+
+    Args:
+        dense: its weights are the ones to choose from.
+        model: pruned and trained.
+        names: of the weights of all pruned linears.
+        recipe: that of the first choice.
+        tokenizer: of both models.
+    """
+    own, original = dict(model.named_parameters()), dict(dense.named_parameters())
+    for number in range(model.config.num_hidden_layers):
+        inside = [name for name in own if f".layers.{number}." in name]
+        weights = [name for name in inside if name in names]
+        zeros = {name: int((own[name] == 0).sum()) for name in weights}
+        sparsities = {name.removesuffix(".weight"): zeros[name] / own[name].numel() for name in weights}
+        for name in inside:
+            own[name].data.copy_(original[name])
+        one = recipe.updated(
+            only=list(sparsities), sparsity_of=sparsities, allocation="uniform",
+            sparsity=sum(zeros.values()) / sum(own[name].numel() for name in weights),
+        )  # fmt: skip
+        sparsellm.prune(model, one, tokenizer=tokenizer)
+
+
 def divergence(dense: nn.Module, model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         target = functional.log_softmax(dense(ids).logits.flatten(0, 1).float(), -1)
@@ -160,6 +193,34 @@ def train(dense: nn.Module, student: Student, windows: Tensor, way: str, rate: f
     return moved
 
 
+def tried(
+    dense: nn.Module, start: PreTrainedModel, windows: Tensor, judges: Tensor, way: str, rate: float,
+    choose: Callable[[PreTrainedModel], None],
+) -> dict[str, object]:  # fmt: skip
+    """Trains a copy of the pruned model ``start``, and measures it; ``choose`` chooses its masks again.
+
+    Returns:
+        The divergences before and after, the shares of masks that moved (after a choice: also the divergence then), and
+        CPU seconds.
+    """
+    names = {f"{name}.weight" for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
+    student = Student(copy.deepcopy(start), names)
+    before, began = judge(dense, student.model, judges), time.process_time()
+    if way == "chosen":
+        half = len(windows) // 2
+        train(dense, student, windows[:half], "fixed", rate)
+        old = student.masks
+        choose(student.model)
+        student = Student(student.model, names)
+        new = sum(int((student.masks[name] & ~old[name]).sum()) for name in old)
+        moved = [new / sum(int(mask.sum()) for mask in old.values()), judge(dense, student.model, judges)]
+        train(dense, student, windows[half:], "fixed", rate)
+    else:
+        moved = train(dense, student, windows, way, rate)
+    seconds = time.process_time() - began
+    return {"before": before, "after": judge(dense, student.model, judges), "moved": moved, "cpu_seconds": seconds}
+
+
 @torch.no_grad()
 def judge(dense: nn.Module, model: nn.Module, windows: Tensor) -> float:
     parts = [float(divergence(dense, model, part)) * part.numel() for part in windows.split(4)]
@@ -184,6 +245,7 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     linears = {f"{name}.weight" for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     judges = evaluation_windows(arguments.text, tokenizer, arguments.window, max_tokens=16384)
+    OUT.mkdir(exist_ok=True)
     cells = Cells(arguments.cells)
     rows = []
     for target in arguments.targets:
@@ -195,24 +257,14 @@ def main() -> None:
                 )  # fmt: skip
                 sparsellm.prune(arguments.model, recipe, out=Path(folder) / "model")
                 pruned = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+            choose = partial(choose_again, dense, names=linears, recipe=recipe, tokenizer=tokenizer)
             for passes in arguments.passes:
                 windows = calibration_windows(
                     arguments.calibration, tokenizer, arguments.samples * passes, arguments.window, seed + 1000
                 )
                 for way in arguments.ways:
                     for rate in arguments.rates:
-
-                        def run(
-                            way: str = way, rate: float = rate, windows: Tensor = windows, start: nn.Module = pruned
-                        ) -> dict[str, object]:
-                            student = Student(copy.deepcopy(start), linears)
-                            before = judge(dense, student.model, judges)
-                            began = time.process_time()
-                            moved = train(dense, student, windows, way, rate)
-                            seconds = time.process_time() - began
-                            after = judge(dense, student.model, judges)
-                            return {"before": before, "after": after, "moved": moved, "cpu_seconds": seconds}
-
+                        run = partial(tried, dense, pruned, windows, judges, way, rate, choose)
                         key = "/".join(map(str, (arguments.model, target, seed, passes, way, rate)))
                         cell = cells.get(key, run)
                         rows.append((target, seed, passes, way, rate, cell))

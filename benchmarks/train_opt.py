@@ -7,6 +7,8 @@ of steps within the given minutes depends on the machine and is printed.
     python benchmarks/train_opt.py --out out/opt                    # ten minutes
     python benchmarks/quality.py --model out/opt --text out/opt/heldout.txt --calibration out/opt/train.txt --window 256
     python benchmarks/train_opt.py --architecture llama --bf16 --layers 4 --vocabulary 2048 --rate 3e-3 --out out/llama
+
+``--packages torch scipy`` adds the docstrings of those installed packages, which have far more text than Python itself.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import math
 import random
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -40,19 +43,35 @@ HELD_OUT = 0.08  # of the documents
 SHORTEST = 200  # characters of a document
 
 
-def documents(seed: int) -> list[str]:
-    """The language's help topics and the standard library's docstrings, module by module, in random order."""
-    found = [str(topics[name]) for name in sorted(topics)]
-    for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-        if "site-packages" in path.parts or "test" in path.parts or "tests" in path.parts:
+def docstrings(folder: Path) -> list[list[str]]:
+    """The docstrings of every module under a folder, module by module."""
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        inside = path.relative_to(folder).parts
+        if not {"site-packages", "test", "tests"}.isdisjoint(inside):
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):  # written for other tools, or broken on purpose
             continue
         named = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        docstrings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, named)]
-        found.append("\n\n".join(text for text in docstrings if text))
+        texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, named)]
+        found.append([text for text in texts if text])
+    return found
+
+
+def documents(seed: int, packages: Sequence[str] = ()) -> list[str]:
+    """The language's help topics, and docstrings of the standard library and of packages, in random order.
+
+    Modules of a package often copy a docstring. Only the first has it here, so that no copy is in the part held out.
+    """
+    found = [str(topics[name]) for name in sorted(topics)]
+    found += ["\n\n".join(texts) for texts in docstrings(Path(sysconfig.get_path("stdlib")))]
+    seen: set[str] = set()
+    for name in packages:
+        for texts in docstrings(Path(str(files(name)))):
+            found.append("\n\n".join(dict.fromkeys(text for text in texts if text not in seen)))
+            seen.update(texts)
     found = [text for text in dict.fromkeys(found) if len(text) >= SHORTEST]
     random.Random(seed).shuffle(found)
     return found
@@ -151,7 +170,7 @@ def run(
     arguments: argparse.Namespace, make: Callable[[argparse.Namespace, PreTrainedTokenizerFast], PreTrainedModel]
 ) -> None:
     """Trains the model that ``make`` returns, and writes it with its tokenizer and texts."""
-    texts = documents(arguments.seed)
+    texts = documents(arguments.seed, arguments.packages)
     cut = max(1, round(HELD_OUT * len(texts)))
     held_out, training = texts[:cut], texts[cut:]
     tokenizer = tokenizer_of(training, arguments.vocabulary, arguments.positions)
@@ -182,6 +201,7 @@ def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser
     parser.add_argument("--batch", type=int, help="windows in a step")
     parser.add_argument("--rate", type=float)
     parser.add_argument("--bf16", action="store_true", help="products in bf16: faster where the CPU has AVX-512 BF16")
+    parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose docstrings are text too")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(**defaults)
     return parser
