@@ -1,4 +1,4 @@
-"""Draws the figure of the README: perplexity by sparsity, with numbers from docs/results.md.
+"""Draws the figure of the front page of the docs: perplexity by sparsity, with numbers from docs/results.md.
 
     python benchmarks/figure.py            # docs/figures/perplexity.json → docs/figures/perplexity.svg
 

@@ -22,7 +22,7 @@ import typer
 
 from sparsellm import __version__, interrupts
 from sparsellm.errors import RecipeError, SparseLLMError, shown
-from sparsellm.storage.remains import kept_by_prune
+from sparsellm.storage.remains import kept_by_compare, kept_by_prune
 
 if TYPE_CHECKING:
     from sparsellm.recipe import Recipe
@@ -114,7 +114,8 @@ DtypeOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help=f"Dtype in which blocks compute: float32, bfloat16 or float16.{_default('as the weights are stored')}",
+        help="Dtype in which blocks compute: float32, bfloat16 or float16."
+        + _default("as the weights are stored, or float32 where a CPU does not multiply in that"),
         autocompletion=_one_of(*DTYPES),
         rich_help_panel=RESOURCES,
     ),
@@ -756,10 +757,13 @@ def compare(  # noqa: PLR0913 - a command
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune MODEL by every method at every sparsity, measure each against it, and recommend one.
+    """Prune MODEL by every method at every sparsity, and measure each against it.
 
-    The comparison is one job that the same command resumes. Each run is a checkpoint in DIR.
+    With --recover or --max-bytes it recommends one. The comparison is one job that the same command resumes. Each run
+    is a checkpoint in DIR.
     """
+    global _kept
+    _kept = partial(kept_by_compare, out)
     from sparsellm import compare as grid
     from sparsellm import console, tables
     from sparsellm.inputs.sizes import parse_bytes

@@ -37,9 +37,9 @@ from sparsellm.run.stages import execute
 from sparsellm.runtime import bench
 from sparsellm.runtime.convert import pack
 from sparsellm.storage.files import explained, replace_atomically, write_all
+from sparsellm.storage.remains import GRID
 from sparsellm.storage.results import append_result
 
-GRID = "compare.json"
 PAGE = "compare.html"
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
 

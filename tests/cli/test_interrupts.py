@@ -62,6 +62,24 @@ def test_the_command_that_goes_on_does_not_begin_anew(llama: Path, tmp_path: Pat
     assert "--restart" not in said
 
 
+def test_a_comparison_says_how_many_cells_are_kept_and_goes_on(llama: Path, tmp_path: Path, run: Any) -> None:
+    command = [
+        *("compare", llama, "--out", tmp_path / "grid", "--plugin", child.waiting_solver(tmp_path), "--sparsity", 0.5),
+        *("--method", "magnitude,waiting", "--calibration", "pydoc", "--text", "pydoc", "--seq-len", 32),
+        *("--max-tokens", 64, "--set", "samples=2", "--set", "seq_len=16"),
+    ]
+    with child.command(tmp_path, *map(str, command)) as process:
+        child.send(process, signal.SIGINT)
+        assert child.ended(process) == 130
+    line = (tmp_path / "stderr").read_text().splitlines()[-1]
+    kept = f"1 finished cell and the blocks of the next one are kept in {tmp_path / 'grid'}"
+    assert line.startswith(f"interrupted (SIGINT); {kept}; the same command resumes it:")
+    (tmp_path / "go").touch()
+    code, _, stderr = run(*shlex.split(line.partition("the same command resumes it:")[2])[1:])
+    assert code == 0, stderr
+    assert "1 of 3 blocks are done" in stderr
+
+
 @pytest.mark.parametrize("words", [["eval", "{llama}", "--text", "pydoc"], ["inspect", "{llama}"]])
 def test_a_command_that_keeps_nothing_says_so(words: list[str], llama: Path, tmp_path: Path) -> None:
     command = [word.format(llama=llama) for word in words]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
+
+GRID = "compare.json"  # the finished cells of a comparison, in its directory
 
 
 def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
@@ -36,6 +39,14 @@ def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
     beside = out.with_name(partial.name)  # shorter, but another place where ``out`` is a link
     place = beside if os.path.realpath(beside) == str(partial) else partial
     return f"{before}{done} of {of} blocks are kept in {place}", True
+
+
+def kept_by_compare(out: Path) -> tuple[str, bool]:
+    """A sentence on the cells that a comparison into ``out`` has finished, and that the command resumes it."""
+    cells = 0
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no file yet, or another's
+        cells = len(json.loads((out / GRID).read_text(encoding="utf-8"))["cells"])
+    return f"{cells} finished cell{'' if cells == 1 else 's'} and the blocks of the next one are kept in {out}", True
 
 
 def _blocks(partial: Path) -> tuple[int, int] | None:
