@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -100,6 +101,7 @@ def main() -> None:
         runs, sizes = forms(arguments, Path(folder))
         taken: dict[str, list[float]] = {name: [] for name in runs}
         copies = []
+        print("all forms are made; measuring", file=sys.stderr, flush=True)
         for turn in range(arguments.rounds + 1):
             copies.append(copying(clock))
             for name, run in runs.items():

@@ -29,6 +29,18 @@ def packed_of(weight: Tensor, values: str = "keep", layout: str = "bitmask") -> 
     return packed
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 7])
+def test_the_groups_that_are_rounded_at_once_change_no_bit(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = sparse_weight(7, 200, 0.5, torch.float32)
+    together = packed_of(weight, "int4")
+    monkeypatch.setattr("sparsellm.packed.codes._GROUPS_AT_ONCE", at_once)
+    parted = packed_of(weight, "int4")
+    assert together.scales is not None
+    assert parted.scales is not None
+    assert together.values.equal(parted.values)
+    assert together.scales.equal(parted.scales)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", FLOAT_TYPES.values())
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])

