@@ -135,16 +135,16 @@ class Split:
 
 
 def choose_again(
-    dense: nn.Module, model: PreTrainedModel, *, names: set[str], recipe: sparsellm.Recipe, tokenizer: Any
+    dense: nn.Module, recipe: sparsellm.Recipe, tokenizer: Any, model: PreTrainedModel, names: set[str]
 ) -> None:
     """Prunes the dense weights of one block after the other within the trained model, which is changed in place.
 
     Args:
         dense: its weights are the ones to choose from.
-        model: pruned and trained.
-        names: of the weights of all pruned linears.
         recipe: that of the first choice.
         tokenizer: of both models.
+        model: pruned and trained.
+        names: of the weights of all pruned linears.
     """
     own, original = dict(model.named_parameters()), dict(dense.named_parameters())
     for number in range(model.config.num_hidden_layers):
@@ -195,7 +195,7 @@ def train(dense: nn.Module, student: Student, windows: Tensor, way: str, rate: f
 
 def tried(
     dense: nn.Module, start: PreTrainedModel, windows: Tensor, judges: Tensor, way: str, rate: float,
-    choose: Callable[[PreTrainedModel], None],
+    choose: Callable[[PreTrainedModel, set[str]], None],
 ) -> dict[str, object]:  # fmt: skip
     """Trains a copy of the pruned model ``start``, and measures it; ``choose`` chooses its masks again.
 
@@ -210,7 +210,7 @@ def tried(
         half = len(windows) // 2
         train(dense, student, windows[:half], "fixed", rate)
         old = student.masks
-        choose(student.model)
+        choose(student.model, names)
         student = Student(student.model, names)
         new = sum(int((student.masks[name] & ~old[name]).sum()) for name in old)
         moved = [new / sum(int(mask.sum()) for mask in old.values()), judge(dense, student.model, judges)]
@@ -243,9 +243,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     dense = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    linears = {f"{name}.weight" for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     judges = evaluation_windows(arguments.text, tokenizer, arguments.window, max_tokens=16384)
-    OUT.mkdir(exist_ok=True)
+    OUT.mkdir(parents=True, exist_ok=True)
     cells = Cells(arguments.cells)
     rows = []
     for target in arguments.targets:
@@ -257,7 +256,7 @@ def main() -> None:
                 )  # fmt: skip
                 sparsellm.prune(arguments.model, recipe, out=Path(folder) / "model")
                 pruned = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
-            choose = partial(choose_again, dense, names=linears, recipe=recipe, tokenizer=tokenizer)
+            choose = partial(choose_again, dense, recipe, tokenizer)
             for passes in arguments.passes:
                 windows = calibration_windows(
                     arguments.calibration, tokenizer, arguments.samples * passes, arguments.window, seed + 1000
