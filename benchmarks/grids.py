@@ -8,7 +8,11 @@ fit; errors are ‖(Ŵ − W) G^½‖² / ‖W G^½‖² with the Gram matrix of
     nearest       to nearest
     descent       coordinate descent, as `prune --values`
     exponents     scales of columns that are powers of two, by the best of four powers of the inputs' size, then descent
+                  over -8 … 7 or -4 … 3 without 0
     free scales   the same without the restriction to powers of two
+    uneven        exponents, then descent over the uneven numbers with a gap around 0 that `prune --values` takes for
+                  bitmasks, of int4 or int3
+    learnt        the same with numbers found for each linear by Lloyd's method
     gap           ±(b + k s), k = 0 … 7, with b and s for each group (16 bits a group more), exponents, then descent
     Q4_0          llama.cpp's, of the gguf package: groups of 32, an fp16 scale, to nearest
 
@@ -33,7 +37,7 @@ from wikipedia import write_wikipedia
 import sparsellm
 from sparsellm.calibration import calibration_windows
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.packed.codes import best_group
+from sparsellm.packed.codes import GAPPED, PLAIN, best_group
 from sparsellm.packed.grid import Groups
 from sparsellm.patterns import Unstructured
 from sparsellm.solvers import SOLVERS
@@ -43,6 +47,7 @@ from sparsellm.statistics import Gram
 
 STARTS = (0.02, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # b of the grid with a gap, as a part of the largest magnitude
 PASSES = 8
+LLOYD = 6  # steps of Lloyd's method
 
 
 @dataclass
@@ -53,9 +58,13 @@ class Grid:
     zero: bool  # whether a value may be 0
     step: Tensor
     start: Tensor | None = None
+    numbers: Tensor | None = None  # ascending, where they are uneven
 
     def nearest(self, values: Tensor, columns: slice = slice(None)) -> Tensor:
         step = self.step[:, columns]
+        if self.numbers is not None:
+            units = torch.where(step == 0, 0.0, values / step).contiguous()
+            return self.numbers[torch.bucketize(units, (self.numbers[1:] + self.numbers[:-1]) / 2)] * step
         if self.start is not None:
             start = self.start[:, columns]
             return values.sign() * (start + ((values.abs() - start) / step).round().clamp(0, 7) * step)
@@ -65,9 +74,20 @@ class Grid:
         return (whole if self.zero else torch.where(whole == 0, units.sign(), whole)) * step
 
 
-def chosen(weight: Tensor, diagonal: Tensor, factors: Tensor, group: int, bits: int, zero: bool, gap: bool) -> Grid:
+@dataclass
+class Kind:
+    """A weight's bits, the columns that share a scale, and whether a value may be 0."""
+
+    bits: int
+    group: int
+    zero: bool
+
+
+def chosen(
+    weight: Tensor, diagonal: Tensor, factors: Tensor, kind: Kind, way: str, numbers: Tensor | None = None
+) -> Grid:
     """The grid whose scales have the least error in the diagonal; column j's are multiplied by ``factors[j]``."""
-    groups = Groups(weight.shape[1], group)
+    groups, gap = Groups(weight.shape[1], kind.group, PLAIN["int4"]), way == "gap"
     grouped, curvature = groups.collect(weight / factors), groups.collect((diagonal * factors**2).expand_as(weight))
     extreme = grouped.gather(1, grouped.abs().argmax(1, keepdim=True))
     least, step, start = torch.full_like(extreme, math.inf), torch.ones_like(extreme), torch.zeros_like(extreme)
@@ -75,14 +95,28 @@ def chosen(weight: Tensor, diagonal: Tensor, factors: Tensor, group: int, bits: 
         for part in STARTS if gap else (0.0,):
             largest = extreme.abs() * fraction if gap else -extreme * fraction
             tried_start = (largest * part).bfloat16().float()
-            tried = (largest * (1 - part) / (7 if gap else 2 ** (bits - 1))).bfloat16().float()
-            grid = Grid(bits, zero, tried, tried_start if gap else None)
+            steps = 128 if numbers is not None else 7 if gap else 2 ** (kind.bits - 1)
+            tried = (largest * (1 - part) / steps).bfloat16().float()
+            grid = Grid(kind.bits, kind.zero, tried, tried_start if gap else None, numbers)
             error = torch.where(grouped == 0, 0.0, grid.nearest(grouped) - grouped).square().mul(curvature)
             error = error.sum(1, keepdim=True)
             step, start = torch.where(error < least, tried, step), torch.where(error < least, tried_start, start)
             least = torch.minimum(error, least)
     steps, starts = (groups.spread(each.expand_as(grouped)) * factors for each in (step, start))
-    return Grid(bits, zero, steps, starts if gap else None)
+    return Grid(kind.bits, kind.zero, steps, starts if gap else None, numbers)
+
+
+def learnt(weight: Tensor, diagonal: Tensor, factors: Tensor, kind: Kind) -> Tensor:
+    """Numbers from -128 on with the least error in the diagonal for the scales that they choose (Lloyd's method)."""
+    numbers, kept = torch.tensor(GAPPED[f"int{kind.bits}"].numbers).float(), weight != 0
+    for _ in range(LLOYD):
+        step = chosen(weight, diagonal, factors, kind, "learnt", numbers).step
+        units, weights = (weight / step)[kept], (diagonal.expand_as(weight) * step.square())[kept]
+        places = torch.bucketize(units, (numbers[1:] + numbers[:-1]) / 2)
+        sums = [torch.zeros(len(numbers)).index_add_(0, places, each) for each in (units * weights, weights)]
+        numbers = torch.where(sums[1] > 0, sums[0] / sums[1].clamp(min=1e-30), numbers).round().clamp(-128, 127)
+        numbers[0] = -128
+    return numbers
 
 
 def descended(weight: Tensor, start: Tensor, grid: Grid, gram: Tensor, free: Tensor) -> Tensor:
@@ -121,20 +155,23 @@ def rounded(weight: Tensor, gram: Tensor, way: str, bits: int) -> tuple[Tensor, 
         kind = gguf.GGMLQuantizationType.Q4_0
         return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind).copy()), 4.5
     zero, gap = share == 1, way == "gap"
-    group, diagonal = best_group(share), gram.diagonal().clamp(min=1e-30)
+    kind, diagonal = Kind(bits, best_group(share), zero), gram.diagonal().clamp(min=1e-30)
+    numbers = torch.tensor(GAPPED[f"int{bits}"].numbers).float() if way == "uneven" else None
     magnitudes = diagonal.sqrt().log2() - diagonal.sqrt().log2().mean()
     tried = []
-    for power in (0.0, *POWERS) if way in ("exponents", "free scales", "gap") else (0.0,):
+    for power in (0.0, *POWERS) if way not in ("nearest", "descent") else (0.0,):
         exponents = (-power * magnitudes).clamp(-8, 7)
         factors = 2.0 ** (exponents if way == "free scales" else exponents.round())
-        grid = chosen(weight, diagonal, factors, group, bits, zero, gap)
+        if way == "learnt":
+            numbers = learnt(weight, diagonal, factors, kind)
+        grid = chosen(weight, diagonal, factors, kind, way, numbers)
         nearest = torch.where((weight == 0) & (not zero), 0.0, grid.nearest(weight))
         tried.append((energy(nearest - weight, gram), grid, nearest))
     _, grid, found = min(tried, key=lambda each: each[0])
     if way != "nearest":
         free = torch.ones_like(weight) if zero else (weight != 0).float()
         found = descended(weight, found, grid, gram, free)
-    return found, (0 if zero else 1) + bits * share + (32 if gap else 16) / group
+    return found, (0 if zero else 1) + bits * share + (32 if gap else 16) / kind.group
 
 
 def linears_and_grams(arguments: argparse.Namespace) -> dict[str, tuple[Tensor, Gram, Tensor]]:
@@ -173,7 +210,11 @@ def linears_and_grams(arguments: argparse.Namespace) -> dict[str, tuple[Tensor, 
     }
 
 
-ROWS = (("nearest", 4), ("descent", 4), ("exponents", 4), ("free scales", 4), ("gap", 4), ("exponents", 3), ("Q4_0", 4))
+ROWS = (
+    *((way, 4) for way in ("nearest", "descent", "exponents", "free scales", "uneven", "learnt", "gap")),
+    *((way, 3) for way in ("exponents", "uneven", "learnt")),
+    ("Q4_0", 4),
+)
 
 
 def main() -> None:
@@ -203,7 +244,7 @@ def main() -> None:
         }
         reference: list[float] = []
         for way, _, bits in (each.partition("/") for each in arguments.ways):
-            if (way == "Q4_0" and sparsity) or (way == "gap" and not sparsity):
+            if (way == "Q4_0" and sparsity) or (way in ("gap", "uneven", "learnt") and not sparsity):
                 continue
             alone, total, sizes = [], [], []
             for name, (dense, gram, held_out) in linears.items():

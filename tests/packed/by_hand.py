@@ -55,7 +55,8 @@ def int4_by_hand(packed: Any) -> Tensor:
                 continue
             byte = int(packed.values[(first + rank) // 2])
             nibble = byte & 15 if rank % 2 == 0 else byte >> 4
-            dense[row, column] = (nibble - 8) * packed.scales[row, column // group].float()
+            number = nibble - 8 if packed.levels is None else int(packed.levels[nibble])
+            dense[row, column] = number * packed.scales[row, column // group].float()
             rank += 1
         assert rank <= last - first <= rank + 1
     return dense

@@ -48,7 +48,7 @@ def test_the_checksum_of_the_config_is_the_documented_one(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text('{"a": 1, "quantization_config": ' + text + "}", encoding="utf-8")
     (tmp_path / "a.safetensors").write_bytes(b"123")
     assert manifest(tmp_path) == {
-        "format_version": 3,
+        "format_version": 4,
         "sha256": {"a.safetensors": hashlib.sha256(b"123").hexdigest()},
         "quantization_config_sha256": config_digest(content),
     }

@@ -16,8 +16,11 @@ VALUE_TYPES = (*FLOATS, "int8", "int4")
 def random_weight(
     out: int, columns: int, value_type: str, sparsity: float, seed: int, *, special_rows: bool = True, group: int = 64
 ) -> tuple[PackedWeight, Tensor]:
-    """A random packed weight and its dense form in fp64. With ``special_rows``, the first row is empty, the second full
-    and the last empty. A sparsity below 0 is the layout ``dense``. ``group`` columns share a scale of int4."""
+    """A random packed weight and its dense form in fp64.
+
+    With ``special_rows``, the first row is empty, the second full and the last empty. A sparsity below 0 is the layout
+    ``dense``. ``group`` columns share a scale of int4, whose numbers are random with an even seed, else plain.
+    """
     random = torch.Generator().manual_seed(seed)
     special_rows = special_rows and sparsity >= 0
     kept = torch.rand(out, columns, generator=random) >= sparsity
@@ -27,6 +30,9 @@ def random_weight(
         kept[-1] = out == 2
     mask = bytearray()
     offsets, values, scales = [0], [], []
+    uneven = value_type == "int4" and seed % 2 == 0
+    levels = torch.randint(-128, 128, (16,), generator=random).to(torch.int8) if uneven else None
+    whole = torch.arange(-8, 8) if levels is None else levels
     dense = torch.zeros(out, columns, dtype=torch.float64)
     for row in range(out):
         bits = [0] * (8 * ((columns + 63) // 64))
@@ -47,12 +53,12 @@ def random_weight(
             dense[row, places] = codes.double() * scale.double()
             offsets.append(offsets[-1] + len(places))
         else:
-            codes = torch.randint(-8, 8, (len(places),), generator=random)
+            codes = torch.randint(0, 16, (len(places),), generator=random)
             some = (torch.rand((columns + group - 1) // group, generator=random) + 0.01).bfloat16()
             scales.append(some.unsqueeze(0))
-            dense[row, places] = codes.double() * some.double()[torch.tensor(places, dtype=torch.long) // group]
-            stored = codes.tolist() + [-8] * (len(places) % 2)
-            pairs = [low + 8 | high + 8 << 4 for low, high in zip(stored[::2], stored[1::2], strict=True)]
+            dense[row, places] = whole[codes].double() * some.double()[torch.tensor(places, dtype=torch.long) // group]
+            stored = codes.tolist() + [0] * (len(places) % 2)
+            pairs = [low | high << 4 for low, high in zip(stored[::2], stored[1::2], strict=True)]
             values.append(torch.tensor(pairs, dtype=torch.uint8))
             offsets.append(offsets[-1] + len(stored))
     return (
@@ -64,6 +70,7 @@ def random_weight(
             torch.tensor(offsets),
             torch.cat(scales) if scales else None,
             value_type,
+            levels=levels,
         ),
         dense,
     )

@@ -69,6 +69,7 @@ def test_it_compiles_for_a_card_as_it_was_meant(kind: int, values: str, scales: 
 
     names = _multiply.arg_names
     types = {"mask_pointer": "*u8", "values_pointer": values, "offsets_pointer": "*i64", "scales_pointer": scales}
+    types["levels_pointer"] = "*i8"
     types |= {
         "x_pointer": "*bf16",
         "y_pointer": "*bf16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsellm.packed.codes import EXPONENTS, exponents_of_text, text_of_exponents
-from sparsellm.packed.grid import HIGHEST, INTEGERS, LOWEST, Groups, on_grid
+from sparsellm.packed.codes import EXPONENTS, GAPPED, PLAIN, Levels, exponents_of_text, levels_of, text_of_exponents
+from sparsellm.packed.grid import INTEGERS, Groups, on_grid
 from sparsellm.packed.layout import form_of, pack, unpack
 from sparsellm.patterns import NM, Pattern, Unstructured
 from sparsellm.solvers import rounding
@@ -70,9 +71,9 @@ def test_every_value_is_a_whole_number_of_its_scale(dtype: torch.dtype) -> None:
     for row in found.weight / 2.0**exponents:
         for columns in row.split(64):
             group = columns[columns != 0]
-            scale = -group[group.abs().argmax()] / 8
+            scale = -group[group.abs().argmax()] / 128
             whole = (group / scale).round()
-            assert bool(((whole >= -8) & (whole <= 7) & (whole != 0)).all())
+            assert set(whole.int().tolist()) <= set(GAPPED["int4"].numbers)
             assert torch.allclose(whole * scale, group, rtol=2**-8 if dtype != torch.float32 else 0.0)
             assert float(scale.bfloat16()) == float(scale)
 
@@ -80,48 +81,78 @@ def test_every_value_is_a_whole_number_of_its_scale(dtype: torch.dtype) -> None:
 def test_half_a_scale_is_not_rounded_to_zero() -> None:
     weight = torch.zeros(1, 128)
     weight[0, :4] = torch.tensor([-8.0, 0.5, -0.5, 0.25])
-    for values, scale in (("int4", 1.0), ("int8", 8 / 127)):
+    for values, most in (("int4", 1.0), ("int8", 8 / 127)):
         found = on_grid(weight, values, torch.float32)
         assert torch.equal(found != 0, weight != 0)
-        assert bool(((found - weight).abs() <= scale).all())
+        assert bool(((found - weight).abs() <= most).all())
 
 
-def best_by_brute_force(weight: Tensor, fixed: int, scale: float, values: str, gram: Gram) -> float:
+@pytest.mark.parametrize("levels", [*GAPPED.values(), *PLAIN.values()], ids=lambda levels: str(len(levels.numbers)))
+def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
+    units = torch.cat(
+        (torch.linspace(-140, 140, 28001), torch.tensor(levels.numbers).float(), torch.tensor([math.nan]))
+    )
+    numbers = torch.tensor([number for number in levels.numbers if number]).float()
+    wanted = (units.unsqueeze(1) - numbers).abs().min(dim=1).values
+    found = levels.nearest(units)
+    kept = (units != 0) & units.isfinite()
+    assert set(found[kept].int().tolist()) <= set(numbers.int().tolist())
+    assert torch.allclose((found - units).abs()[kept], wanted[kept], atol=1e-4)
+    assert bool((found[units == 0] == 0).all())
+    whole = torch.tensor(levels.numbers).float()
+    if len(levels.numbers) <= 16:
+        codes = levels.codes(whole)
+        assert codes.tolist() == list(range(codes[0], codes[0] + len(whole)))
+        table = torch.arange(16) - 8 if levels.table is None else levels.table
+        assert torch.equal(table[codes.long()].float(), whole)
+
+
+def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels, gram: Gram) -> float:
     """The least loss over all numbers of the grid for the kept values of one row but ``fixed``."""
-    grid = [whole * scale for whole in range(LOWEST[values], HIGHEST[values] + 1) if whole]
+    grid = [whole * scale for whole in levels.numbers if whole]
     free = [place for place in range(weight.shape[1]) if weight[0, place] != 0 and place != fixed]
     tried = torch.tensor(list(itertools.product(grid, repeat=len(free))))
     rows = weight.new_zeros(len(tried), weight.shape[1])
     rows[:, free] = tried
-    rows[:, fixed] = LOWEST[values] * scale
+    rows[:, fixed] = levels.lowest * scale
     difference = (rows - weight).double()
     return float((difference @ gram.matrix.double() * difference).sum(dim=1).min())
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_is_near_the_best_of_all_grid_points(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("layout", "columns"), [("dense", 6), ("bitmask", 216)])
+def test_is_near_the_best_of_all_grid_points(
+    layout: str, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For the scale and the anchor that were chosen; the descent moves one value at a time and may miss the best."""
     monkeypatch.setattr(rounding, "POWERS", ())
-    weight, gram = pruned(1, 6, Unstructured(1 / 3), seed), gram_of(6, seed=seed)
+    weight = torch.zeros(1, columns)
+    weight[:, :5] = weight_of(1, 5, seed)  # more than 4:8 keeps
+    gram = gram_of(columns, seed=seed)
+    assert form_of(weight, "int4") == (layout, 32 if layout == "dense" else 1024)
     found = rounded(weight, gram, "int4", torch.float32, fixed_mask=True).weight
+    levels = levels_of("int4", layout)
     fixed = int(found.abs().argmax())
-    least = best_by_brute_force(weight, fixed, float(-found[0, fixed] / 8), "int4", gram)
+    least = best_by_brute_force(weight, fixed, float(found[0, fixed] / levels.lowest), levels, gram)
     assert least - 1e-9 <= loss(found, weight, gram) <= 1.5 * least + 1e-9
 
 
 def test_no_single_value_can_be_improved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "POWERS", ())
-    weight, gram = pruned(3, 40, Unstructured(0.5)), gram_of(40)
+    weight, gram = pruned(12, 120, Unstructured(0.5)), gram_of(120)
     found = rounded(weight, gram, "int4", torch.float32).weight
-    lowest, groups = loss(found, weight, gram), Groups.of(found, "int4")
-    scales = groups.spread((groups.collect(found).abs().amax(1, keepdim=True) / 8).expand(-1, groups.size))
+    lowest, groups, numbers = loss(found, weight, gram), Groups.of(found, "int4"), GAPPED["int4"].numbers
+    grouped = groups.collect(found)
+    extreme = grouped.gather(1, grouped.abs().argmax(1, keepdim=True))
+    scales = groups.spread((extreme / -128).expand(-1, groups.size))
     for row, column in (found != 0).nonzero().tolist():
-        for step in (-1, 1):
-            other = found.clone()
-            other[row, column] += step * scales[row, column]
-            inside = other[row, column].abs() < 7.5 * scales[row, column] and other[row, column].abs() > 0
-            if inside and found[row, column].abs() < 7.5 * scales[row, column]:
-                assert loss(other, weight, gram) > lowest * (1 - 1e-3)
+        scale = float(scales[row, column])
+        number = round(float(found[row, column]) / scale)
+        for other in {numbers[max(0, numbers.index(number) - 1)], numbers[min(15, numbers.index(number) + 1)]}:
+            if number != -128 and other != -128:  # the scale would be another
+                changed = found.clone()
+                changed[row, column] = other * scale
+                assert loss(changed, weight, gram) > lowest * (1 - 1e-3)
 
 
 def test_the_error_falls_with_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +183,19 @@ def test_an_empty_row_stays_empty() -> None:
         assert int(found[1].count_nonzero()) > 0
 
 
-@pytest.mark.parametrize("values", ["int8", "int4"])
-def test_exponents_of_columns_lower_the_error(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("values", "size", "every"), [("int8", 16.0, 32), ("int4", 64.0, 64)])
+def test_exponents_of_columns_lower_the_error(
+    values: str, size: float, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, sizes = pruned(48, 128, Unstructured(0.5)), torch.ones(128)
-    sizes[::32] = 16.0
+    sizes[::every] = size
     x = weight_of(400, 128, seed=1) * sizes
     gram = Gram(x.T @ x / 400, 400)
     found = rounded(weight, gram, values, torch.float32)
     assert found.exponents is not None
-    assert set(found.exponents[::32].tolist()) == {-1}  # the large inputs take finer steps
-    assert set(found.exponents[1:32].tolist()) == {0}
+    large, small = set(found.exponents[::every].tolist()), set(found.exponents[1:every].tolist())
+    assert len(large) == len(small) == 1
+    assert max(large) < min(small)  # the large inputs take finer steps
     monkeypatch.setattr(rounding, "POWERS", ())
     plain = rounded(weight, gram, values, torch.float32)
     assert plain.exponents is None

@@ -2,8 +2,8 @@
 
 A packed checkpoint is a directory of safetensors files like any other, but a packed linear ``X`` has
 ``X.weight_mask``, ``X.weight_values``, ``X.weight_offsets`` (unless it is dense) and, for integers, ``X.weight_scales``
-and perhaps ``X.weight_exponents``; ``X.weight`` is a placeholder. ``quantization_config`` of ``config.json`` describes
-them. ``packed.json`` has the SHA-256 of the weight files and of that description.
+and perhaps ``X.weight_exponents`` and ``X.weight_levels``; ``X.weight`` is a placeholder. ``quantization_config`` of
+``config.json`` describes them. ``packed.json`` has the SHA-256 of the weight files and of that description.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from sparsellm.sources.cache import sha256
 from sparsellm.storage.reader import CheckpointReader
 
 QUANT_METHOD = "sparsellm"
-FORMAT_VERSION = 3
-# Version 2 had offsets of dense weights and no exponents. Version 1 had no layout dense, and int4 a scale for each 32
-# values in place of columns.
-READABLE = (1, 2, 3)
+FORMAT_VERSION = 4
+# Version 3 had no levels. Version 2 had offsets of dense weights and no exponents. Version 1 had no layout dense, and
+# int4 a scale for each 32 values in place of columns.
+READABLE = (1, 2, 3, 4)
 MANIFEST = "packed.json"
-FIELDS = ("mask", "values", "offsets", "scales", "exponents")
+FIELDS = ("mask", "values", "offsets", "scales", "exponents", "levels")
 
 _Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -246,6 +246,7 @@ class PackedReader(CheckpointReader):
             value_type,
             entry.pattern,
             parts.get("exponents"),
+            parts.get("levels"),
             narrow,
         )
         validate(packed, name)

@@ -1,9 +1,9 @@
 """Weights that a packed integer type represents exactly: whole numbers times the scale of their group.
 
 A group is what shares a scale: a row for int8; for int4 and int3 so many columns of a row that about 32 values are
-kept. Its value of largest magnitude, the *anchor*, stands at the end of the grid (-8, -4 or ±127). So the scale can be
-read off the weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same numbers
-again.
+kept. Its value of largest magnitude, the *anchor*, stands at the end of the grid (-128, -8, -4 or ±127). So the scale
+can be read off the weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same
+numbers again. Which numbers a grid has depends on type and layout (:func:`~sparsellm.packed.codes.levels_of`).
 
 Columns may have exponents: every value of a column is then multiplied by that power of two, exactly, and magnitudes
 compare without it. They cannot be read off a weight; who has them passes them on.
@@ -19,12 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsellm.packed.codes import ENDS, powers_of
+from sparsellm.packed.codes import PLAIN, Levels, levels_of, powers_of
 from sparsellm.packed.layout import form_of
 
 INTEGERS = ("int8", "int4", "int3")
-LOWEST = {"int8": -127, **{values: ends[0] for values, ends in ENDS.items()}}
-HIGHEST = {"int8": 127, **{values: ends[1] for values, ends in ENDS.items()}}
 
 
 @dataclass(frozen=True)
@@ -34,18 +32,20 @@ class Groups:
     Attributes:
         columns: of the weight.
         size: columns of a group; the last group of a row may have fewer.
-        dense: whether the weight is packed dense, where 0 is a number of the grid.
+        levels: the numbers of the grid.
+        dense: whether the weight is packed dense, where a value may become 0.
     """
 
     columns: int
     size: int
+    levels: Levels
     dense: bool = False
 
     @classmethod
     def of(cls, weight: Tensor, value_type: str) -> Groups:
         """The groups in which ``weight`` would be packed; they depend on its zeros alone."""
         layout, group = form_of(weight, value_type)
-        return cls(weight.shape[1], group or weight.shape[1], layout == "dense")
+        return cls(weight.shape[1], group or weight.shape[1], levels_of(value_type, layout), layout == "dense")
 
     def collect(self, dense: Tensor) -> Tensor:
         """The values ``(groups, size)`` of a matrix ``(out, in)``, with 0 beyond its columns."""
@@ -61,28 +61,26 @@ def anchors(grouped: Tensor) -> Tensor:
     return grouped.abs().argmax(dim=1, keepdim=True)
 
 
-def scales_of(extreme: Tensor, value_type: str, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
+def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
     """The scales with which these values become anchors, in fp32 as they are read from a packed file.
 
     Args:
         extreme: ``(groups, 1)``; rounded to ``dtype`` for int8, and to bf16 otherwise, so that the anchor is exact.
-        value_type: ``int8``, ``int4`` or ``int3``.
+        levels: the numbers of the grid.
         dtype: of the checkpoint.
         unit: the power of two of each one's column, ``(groups, 1)``; None for 1. The anchor is ``extreme`` times it.
     """
     one = torch.ones_like(extreme) if unit is None else unit
-    if value_type == "int8":
+    if levels == PLAIN["int8"]:
         return (extreme.abs() * one).to(dtype).float() / one / 127
     # Rounded again: fp16 has a narrower range.
-    end = -LOWEST[value_type] * one
-    return (extreme / LOWEST[value_type]).bfloat16().float().mul_(end).to(dtype).float() / end
+    end = -levels.lowest * one
+    return (extreme / levels.lowest).bfloat16().float().mul_(end).to(dtype).float() / end
 
 
-def whole_numbers(values: Tensor, scales: Tensor, value_type: str, *, zero: bool = False) -> Tensor:
+def whole_numbers(values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False) -> Tensor:
     """The nearest numbers of the grid in units of ``scales``, without 0 unless ``zero``; 0 for a value of 0."""
-    units = torch.where(scales == 0, 0.0, values / scales)
-    whole = units.round().clamp_(LOWEST[value_type], HIGHEST[value_type])
-    return whole if zero else torch.where(whole == 0, units.sign(), whole)
+    return levels.nearest(torch.where(scales == 0, 0.0, values / scales), zero=zero)
 
 
 def as_stored(whole: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,9 +104,10 @@ def on_grid(weight: Tensor, value_type: str, dtype: torch.dtype, exponents: Tens
     units = groups.collect(powers.expand_as(weight))
     grouped = groups.collect(weight / powers)
     places = anchors(grouped)
-    scales = scales_of(grouped.gather(1, places), value_type, dtype, units.gather(1, places))
+    scales = scales_of(grouped.gather(1, places), groups.levels, dtype, units.gather(1, places))
     if groups.dense:
-        found = groups.spread(as_stored(whole_numbers(grouped, scales, value_type, zero=True), scales * units, dtype))
+        whole = whole_numbers(grouped, scales, groups.levels, zero=True)
+        found = groups.spread(as_stored(whole, scales * units, dtype))
         if Groups.of(found, value_type).dense:
             return found
-    return groups.spread(as_stored(whole_numbers(grouped, scales, value_type), scales * units, dtype))
+    return groups.spread(as_stored(whole_numbers(grouped, scales, groups.levels), scales * units, dtype))

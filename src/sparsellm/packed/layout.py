@@ -16,6 +16,7 @@ from sparsellm.errors import RecipeError, StorageError, nearest
 from sparsellm.packed.codes import (
     FLOAT_TYPES,
     GROUPED,
+    Encoded,
     best_group,
     bytes_of_values,
     decode_values,
@@ -44,7 +45,7 @@ class PackedWeight:
             code of ``w`` bits for each group of ``m``; see :mod:`sparsellm.packed.masks`. ``dense``: the bitmask of
             one row, ``(1, 8·⌈in/64⌉)``, with all columns kept; all rows share it.
         values: the kept values, row by row. One-dimensional bf16, fp16, fp32 or int8; or, for int4, uint8 that holds
-            two values, the earlier one in the low nibble, each plus 8, every row beginning on a byte.
+            two codes, the earlier one in the low nibble, every row beginning on a byte.
         offsets: int64 ``(out + 1,)``: where each row's values begin, counted in values, and where the last row's end.
             For int4, a row with an odd number of values counts one more, so that every offset is even.
         scales: None for floating types. int8: fp32 ``(out,)``, one for each row. int4: bf16
@@ -53,7 +54,8 @@ class PackedWeight:
         pattern: ``(n, m)`` of the layout ``nm``, else None.
         exponents: int8 ``(in,)``, -8 … 7, with integers: column ``j`` is multiplied by ``2^exponents[j]``; None for
             none.
-        narrow: whether all values of int4 are -4 … 3, so that a file has them as int3.
+        levels: the whole number of each code of int4, int8 ``(16,)``; None for the code minus 8.
+        narrow: whether all codes of int4 are 4 … 11, so that a file has them as int3.
     """
 
     shape: tuple[int, int]
@@ -65,6 +67,7 @@ class PackedWeight:
     value_type: str
     pattern: tuple[int, int] | None = None
     exponents: Tensor | None = None
+    levels: Tensor | None = None
     narrow: bool = False
 
     @property
@@ -76,7 +79,7 @@ class PackedWeight:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors in memory, by field."""
         tensors = {"mask": self.mask, "values": self.values, "offsets": self.offsets}
-        more = {"scales": self.scales, "exponents": self.exponents}
+        more = {"scales": self.scales, "exponents": self.exponents, "levels": self.levels}
         return tensors | {field: tensor for field, tensor in more.items() if tensor is not None}
 
     @property
@@ -114,8 +117,9 @@ def pack(
     """The packed form of a weight, or None if the dense weight is smaller.
 
     For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 is
-    symmetric with one scale a row, the largest magnitude over 127; int4 (-8 … 7) has a scale for each group of
-    columns, chosen among seven for the least squared error.
+    symmetric with one scale a row, the largest magnitude over 127; int4 and int3 have a scale for each group of
+    columns, chosen among seven for the least squared error. With a bitmask their numbers are those of two sets that
+    have less of it, plain or with a gap around 0 (:data:`~sparsellm.packed.codes.GAPPED`).
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.
@@ -163,10 +167,21 @@ def pack(
         kept = torch.ones_like(kept)
         mask = to_bits(kept[:1])
     exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
-    values, offsets, scales = encode_values(weight, kept, value_type, group, exponents)
+    found = encode_values(weight, kept, value_type, group, exponents, gap=layout == "bitmask")
     narrow = value_type == "int3"
-    value_type = "int4" if narrow else value_type
-    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, pair, exponents, narrow)
+    return PackedWeight(
+        shape,
+        layout,
+        mask,
+        found.values,
+        found.offsets,
+        found.scales,
+        "int4" if narrow else value_type,
+        pair,
+        exponents,
+        found.levels,
+        narrow,
+    )
 
 
 def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
@@ -224,7 +239,8 @@ def _forms(
             columns_of_scale = group or best_group(int(values.sum()) / (out * columns))
         groups = groups_of(columns, columns_of_scale or 1)
         index += 0 if layout == "dense" else 8 * (out + 1)
-        forms[layout] = (index + bytes_of_values(values, value_type, groups), columns_of_scale)
+        size = bytes_of_values(values, value_type, groups, gap=layout == "bitmask")
+        forms[layout] = (index + size, columns_of_scale)
     return forms
 
 
@@ -244,9 +260,7 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, dtype: torch.dtype)
     kept = from_bits(mask[first:last], packed.shape[1])
     values = decode_values(
         packed.value_type,
-        packed.values,
-        packed.offsets,
-        packed.scales,
+        Encoded(packed.values, packed.offsets, packed.scales, packed.levels),
         slice(first, last),
         kept,
         packed.group,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import StorageError
-from sparsellm.packed.codes import EXPONENTS, FLOAT_TYPES, SCALES_OF, STORED_AS, VALUE_TYPES, group_of
+from sparsellm.packed.codes import CODES, EXPONENTS, FLOAT_TYPES, SCALES_OF, STORED_AS, VALUE_TYPES, group_of
 from sparsellm.packed.layout import LAYOUTS, PackedWeight
 from sparsellm.packed.masks import PATTERNS, decode_groups, from_bits, mask_stride, popcount, row_bytes
 from sparsellm.patterns import NM
@@ -21,7 +21,8 @@ def validate(packed: PackedWeight, name: str) -> None:
         StorageError: value type, layout or pattern is unknown; types or shapes of the tensors do not fit together; an
             offset is out of range or less than the one before it; the number of values in a row is not the number of
             inputs that its mask keeps; a padding bit is set, or a bit of a dense weight's mask is not; a code is not
-            below C(m, n); a scale is not finite; or an exponent is not -8 … 7.
+            below C(m, n); a scale is not finite; an exponent is not -8 … 7; or there are levels of other values than
+            int4, or not 16 of them.
             The message contains ``name``.
     """
     try:
@@ -30,6 +31,7 @@ def validate(packed: PackedWeight, name: str) -> None:
         _check_counts(_counts(packed), offsets, packed.value_type)
         _check_scales(packed)
         _check_exponents(packed)
+        _check_levels(packed)
     except ValueError as error:
         raise StorageError(f"packed weight {name}: {error}; {PACK_AGAIN}") from None
 
@@ -124,6 +126,12 @@ def _check_exponents(packed: PackedWeight) -> None:
     least, most = int(packed.exponents.min()), int(packed.exponents.max())
     wrong = least if least < EXPONENTS.start else most
     _require(wrong in EXPONENTS, f"an exponent is {wrong}, not one of {EXPONENTS.start} to {EXPONENTS.stop - 1}")
+
+
+def _check_levels(packed: PackedWeight) -> None:
+    if packed.levels is not None:
+        _require(packed.value_type == "int4", f"levels with values of type {packed.value_type}")
+        _check_tensor("levels", packed.levels, torch.int8, (CODES,))
 
 
 def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -31,7 +31,14 @@ TILE = 1 << 20  # weights in a tile; a larger one leaves the cache before it is 
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
 
 ACTIVATIONS = ("int8", "fp32")  # what kernels multiply weights of int8 and int4 by; the first is the default
-PACKED_BUFFERS = ("weight_mask", "weight_values", "weight_offsets", "weight_scales", "weight_exponents")
+PACKED_BUFFERS = (
+    "weight_mask",
+    "weight_values",
+    "weight_offsets",
+    "weight_scales",
+    "weight_exponents",
+    "weight_levels",
+)
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
 
 
@@ -153,12 +160,13 @@ def _assemble(
     offsets: Tensor,
     scales: Tensor | None,
     exponents: Tensor | None,
-    value_type: str,
+    levels: Tensor | None,
 ) -> PackedWeight:
     """The packed weight of these buffers; a single mask for several rows is that of the layout ``dense``."""
     shape = (offsets.shape[0] - 1, columns)
     layout = "dense" if mask.shape[0] == 1 < shape[0] else "bitmask"
-    return PackedWeight(shape, layout, mask, values, offsets, scales, value_type, exponents=exponents)
+    kind = type_of_values(values.dtype)
+    return PackedWeight(shape, layout, mask, values, offsets, scales, kind, exponents=exponents, levels=levels)
 
 
 @torch.library.custom_op("sparsellm::packed_linear", mutates_args=())
@@ -169,11 +177,11 @@ def packed_linear(
     offsets: Tensor,
     scales: Tensor | None,
     exponents: Tensor | None,
-    value_type: str,
+    levels: Tensor | None,
     rounded: bool,
 ) -> Tensor:
     """:func:`multiply` as an operator for torch.compile and autograd; ``x (tokens, in)``."""
-    return multiply(_assemble(x.shape[-1], mask, values, offsets, scales, exponents, value_type), x, rounded)
+    return multiply(_assemble(x.shape[-1], mask, values, offsets, scales, exponents, levels), x, rounded)
 
 
 @packed_linear.register_fake
@@ -184,7 +192,7 @@ def _(
     offsets: Tensor,
     scales: Tensor | None,
     exponents: Tensor | None,
-    value_type: str,
+    levels: Tensor | None,
     rounded: bool,
 ) -> Tensor:
     return x.new_empty(x.shape[0], offsets.shape[0] - 1)
@@ -198,11 +206,11 @@ def packed_linear_backward(
     offsets: Tensor,
     scales: Tensor | None,
     exponents: Tensor | None,
-    value_type: str,
+    levels: Tensor | None,
     columns: int,
 ) -> Tensor:
     """The gradient of the input, ``grad W`` for ``grad (tokens, out)``. An operator, as unpacking cannot be traced."""
-    return grad @ unpack(_assemble(columns, mask, values, offsets, scales, exponents, value_type), grad.dtype)
+    return grad @ unpack(_assemble(columns, mask, values, offsets, scales, exponents, levels), grad.dtype)
 
 
 @packed_linear_backward.register_fake
@@ -213,7 +221,7 @@ def _(
     offsets: Tensor,
     scales: Tensor | None,
     exponents: Tensor | None,
-    value_type: str,
+    levels: Tensor | None,
     columns: int,
 ) -> Tensor:
     return grad.new_empty(grad.shape[0], columns)
@@ -237,9 +245,9 @@ class PackedLinear(nn.Module):
 
     ``weight`` is a placeholder with one element. It has the dtype and device that other code reads from a linear's
     weight, and its shape makes loaders without support for the format raise an error. The packed weight is in the
-    buffers ``weight_mask``, ``weight_values``, ``weight_offsets``, ``weight_scales`` and ``weight_exponents``. ``.to``
-    moves them, but a change of dtype converts only the placeholder and the bias: values keep the type in which they
-    were packed.
+    buffers ``weight_mask``, ``weight_values``, ``weight_offsets``, ``weight_scales``, ``weight_exponents`` and
+    ``weight_levels``. ``.to`` moves them, but a change of dtype converts only the placeholder and the bias: values keep
+    the type in which they were packed.
 
     Args:
         in_features, out_features: as in ``nn.Linear``.
@@ -254,6 +262,7 @@ class PackedLinear(nn.Module):
     weight_offsets: Tensor | None
     weight_scales: Tensor | None
     weight_exponents: Tensor | None
+    weight_levels: Tensor | None
 
     def __init__(
         self,
@@ -314,16 +323,16 @@ class PackedLinear(nn.Module):
         """
         if self.weight_mask is None or self.weight_values is None or self.weight_offsets is None:
             raise SparseLLMError("this PackedLinear has no weight yet; load it with sparsellm.load(DIR)")
-        more = (self.weight_scales, self.weight_exponents)
+        more = (self.weight_scales, self.weight_exponents, self.weight_levels)
         parts = (self.weight_mask, self.weight_values, self.weight_offsets, *more)
-        return _assemble(self.in_features, *parts, self.value_type)
+        return _assemble(self.in_features, *parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             parts = [getattr(self, name) for name in PACKED_BUFFERS]
-            y: Tensor = packed_linear(flat, *parts, self.value_type, self.rounded)
+            y: Tensor = packed_linear(flat, *parts, self.rounded)
         else:
             y = multiply(self.packed, flat, self.rounded)
         if self.bias is not None:
@@ -365,7 +374,6 @@ class PackedLinear(nn.Module):
         error_messages = rest[-1]
         if {"weight_mask", "weight_values", "weight_offsets"} <= parts.keys():
             try:
-                value_type = type_of_values(parts["weight_values"].dtype)
                 packed = _assemble(
                     self.in_features,
                     parts["weight_mask"],
@@ -373,7 +381,7 @@ class PackedLinear(nn.Module):
                     parts["weight_offsets"],
                     parts.get("weight_scales"),
                     parts.get("weight_exponents"),
-                    value_type,
+                    parts.get("weight_levels"),
                 )
                 if packed.shape[0] != self.out_features:
                     raise StorageError(f"{prefix}weight has {packed.shape[0]} rows, not {self.out_features}")
@@ -384,7 +392,7 @@ class PackedLinear(nn.Module):
             for name in PACKED_BUFFERS:
                 part = parts.get(name)
                 self._buffers[name] = None if part is None else torch.empty_like(part, device=self.weight.device)
-            self.value_type = value_type
+            self.value_type = packed.value_type
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
 

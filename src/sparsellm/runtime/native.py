@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import KernelError, nearest
-from sparsellm.packed.codes import SCALES_OF, STORED_AS, VALUE_TYPES, groups_of
+from sparsellm.packed.codes import CODES, SCALES_OF, STORED_AS, VALUE_TYPES, groups_of
 from sparsellm.packed.layout import PackedWeight
 from sparsellm.packed.masks import mask_stride
 from sparsellm.runtime.compiled import extension
@@ -162,6 +162,8 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
         wanted.append((scales, SCALES_OF[kind], out * (groups_of(columns, packed.group) if packed.group else 1)))
         if packed.exponents is not None:
             wanted.append((packed.exponents, torch.int8, columns))
+        if packed.levels is not None:
+            wanted.append((packed.levels, torch.int8, CODES))
     for tensor, dtype, numbers in wanted:
         if tensor.dtype != dtype or tensor.numel() != numbers or not tensor.is_contiguous() or not tensor.is_cpu:
             raise KernelError(
@@ -180,6 +182,7 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
         packed.group or 0,
         0 if packed.layout == "dense" else stride,
         0 if packed.exponents is None else packed.exponents.data_ptr(),
+        0 if packed.levels is None else packed.levels.data_ptr(),
     )
 
 

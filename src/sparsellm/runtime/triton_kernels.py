@@ -12,6 +12,7 @@ With ``TRITON_INTERPRET=1`` the same kernel runs on the CPU, for tests.
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 import triton
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsellm.errors import KernelError
-from sparsellm.packed.codes import powers_of
+from sparsellm.packed.codes import CODES, powers_of
 from sparsellm.packed.layout import PackedWeight
 
 MAX_TOKENS = 16
@@ -47,13 +48,13 @@ def _counts(byte):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _column(values, before, byte, counts, KIND: tl.constexpr, J: tl.constexpr):  # type: ignore[no-untyped-def]
+def _column(values, levels, before, byte, counts, KIND: tl.constexpr, J: tl.constexpr):  # type: ignore[no-untyped-def]
     """The weights of column ``J`` of every byte of the mask, without scales; 0 where none is kept."""
     kept = ((byte >> J) & 1) != 0
     place = before + (((counts << 4) >> (4 * J)) & 15).to(tl.int32)
     if KIND == 2:
         pair = tl.load(values + place // 2, mask=kept, other=0).to(tl.int32)
-        weight = tl.where(kept, (((pair >> ((place % 2) * 4)) & 15) - 8).to(tl.float32), 0.0)
+        weight = tl.load(levels + ((pair >> ((place % 2) * 4)) & 15), mask=kept, other=0).to(tl.float32)
     else:
         weight = tl.load(values + place, mask=kept, other=0).to(tl.float32)
     return weight[None, :]
@@ -65,6 +66,7 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     values_pointer,
     offsets_pointer,  # int64 (out + 1,)
     scales_pointer,
+    levels_pointer,  # int4: int8 (16,)
     x_pointer,  # (tokens, columns)
     y_pointer,  # (tokens, out)
     out,
@@ -104,14 +106,14 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
         x1, x5 = tl.split(x15)
         x2, x6 = tl.split(x26)
         x3, x7 = tl.split(x37)
-        products = _column(values, before, byte, counts, KIND, 0) * x0
-        products += _column(values, before, byte, counts, KIND, 1) * x1
-        products += _column(values, before, byte, counts, KIND, 2) * x2
-        products += _column(values, before, byte, counts, KIND, 3) * x3
-        products += _column(values, before, byte, counts, KIND, 4) * x4
-        products += _column(values, before, byte, counts, KIND, 5) * x5
-        products += _column(values, before, byte, counts, KIND, 6) * x6
-        products += _column(values, before, byte, counts, KIND, 7) * x7
+        products = _column(values, levels_pointer, before, byte, counts, KIND, 0) * x0
+        products += _column(values, levels_pointer, before, byte, counts, KIND, 1) * x1
+        products += _column(values, levels_pointer, before, byte, counts, KIND, 2) * x2
+        products += _column(values, levels_pointer, before, byte, counts, KIND, 3) * x3
+        products += _column(values, levels_pointer, before, byte, counts, KIND, 4) * x4
+        products += _column(values, levels_pointer, before, byte, counts, KIND, 5) * x5
+        products += _column(values, levels_pointer, before, byte, counts, KIND, 6) * x6
+        products += _column(values, levels_pointer, before, byte, counts, KIND, 7) * x7
         if KIND == 2:
             of_row = scales_pointer + row * tl.cdiv(columns, 8 * group)
             scale = tl.load(of_row + index // group, mask=index * 8 < columns, other=0).to(tl.float32)
@@ -121,6 +123,15 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
     if KIND == 1:
         y *= tl.load(scales_pointer + row)
     tl.store(y_pointer + token.to(tl.int64) * out + row, y.to(y_pointer.dtype.element_ty), mask=token < tokens)
+
+
+@cache
+def _plain_levels(device: torch.device) -> Tensor:
+    return torch.arange(CODES, dtype=torch.int8, device=device) - CODES // 2
+
+
+def _levels(packed: PackedWeight) -> Tensor:
+    return _plain_levels(packed.values.device) if packed.levels is None else packed.levels
 
 
 def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = None) -> Tensor:
@@ -160,6 +171,7 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
         packed.values if packed.values.numel() else unused,
         packed.offsets,
         unused if packed.scales is None else packed.scales,
+        _levels(packed) if packed.value_type == "int4" else unused,
         entering.contiguous(),
         y,
         out,

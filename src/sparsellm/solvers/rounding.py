@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.packed.codes import EXPONENTS, powers_of
-from sparsellm.packed.grid import HIGHEST, LOWEST, Groups, anchors, as_stored, on_grid, scales_of, whole_numbers
+from sparsellm.packed.grid import Groups, anchors, as_stored, on_grid, scales_of, whole_numbers
 from sparsellm.registry import Workspace
 from sparsellm.statistics import Gram
 
@@ -30,7 +30,7 @@ ENOUGH = 3e-3  # a pass that lowers the error by less than this part of it is th
 BLOCK = 64  # inputs whose errors are carried to the others together
 POWERS = (0.25, 0.5, 0.75)  # of the inputs' root mean square that are tried beside 0, in this order
 JUDGES = 256  # rows of the weight that choose the power
-CELL = 0.48  # of a scale: how far an unrounded value may lie from its number of the grid
+CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a part of its distance from the next
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ class _Choice:
     """
 
     def __init__(self, weight: Tensor, gram: Gram, powers: Tensor, groups: Groups, kind: _Kind) -> None:
-        self.kind, self.powers, self.zero = kind, powers, groups.dense
+        self.kind, self.powers, self.levels, self.zero = kind, powers, groups.levels, groups.dense
         units = groups.collect(powers.expand_as(weight))
         grouped = groups.collect(weight / powers)
         curvature = groups.collect((gram.diagonal.clamp(min=1e-30) * powers.square()).expand_as(weight))
@@ -122,11 +122,11 @@ class _Choice:
         least = torch.full_like(extreme, math.inf)
         scales = torch.zeros_like(extreme)
         for fraction in FRACTIONS:
-            tried = scales_of(extreme * fraction, kind.values, kind.dtype, unit)
-            error = whole_numbers(grouped, tried, kind.values, zero=self.zero).mul_(tried).sub_(grouped)
+            tried = scales_of(extreme * fraction, self.levels, kind.dtype, unit)
+            error = whole_numbers(grouped, tried, self.levels, zero=self.zero).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
             scales, least = torch.where(error < least, tried, scales), torch.minimum(error, least)
-        whole = whole_numbers(grouped, scales, kind.values, zero=self.zero)
+        whole = whole_numbers(grouped, scales, self.levels, zero=self.zero)
         free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
         self.free = groups.spread(free) != 0  # (out, in) bool: neither zero nor an anchor
         self.scales = groups.spread(scales * units)  # (out, in)
@@ -134,7 +134,7 @@ class _Choice:
 
     def within_cells(self, weight: Tensor, best: Tensor) -> Tensor:
         """``best``, moved as near to ``weight`` as it must be to be rounded to it, with the same scales."""
-        reach, end = CELL * self.scales.abs(), -LOWEST[self.kind.values] * self.scales.abs()
+        reach, end = CELL * self.levels.closest * self.scales.abs(), -self.levels.lowest * self.scales.abs()
         moved = weight + (best - weight).clamp(-reach, reach)
         moved = torch.where(self.free, moved.clamp(-end, end), weight).to(self.kind.dtype).float()
         # A coarse dtype may itself round to another number of the grid.
@@ -145,8 +145,8 @@ class _Choice:
 def _without_small(weight: Tensor, gram: Gram, powers: Tensor, kind: _Kind) -> Tensor:
     """The weight without the values that are nearer to 0 than to the smallest number of their grid."""
     groups = replace(Groups.of(weight, kind.values), dense=False)
-    scales = _Choice(weight, gram, powers, groups, kind).scales
-    return weight.masked_fill(weight.abs() < 0.5 * scales.abs(), 0.0)
+    nearest = _Choice(weight, gram, powers, groups, kind).nearest
+    return weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
 
 
 class _Descent:
@@ -181,8 +181,7 @@ class _Descent:
         inner = self.matrix[rows, rows].contiguous()
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
-        value_type, dtype = self.choice.kind.values, self.choice.kind.dtype
-        lowest, highest = LOWEST[value_type], HIGHEST[value_type]
+        levels, zero, dtype = self.choice.levels, self.choice.zero, self.choice.kind.dtype
         parts = (each[rows].unbind() for each in (self.columns, self.slope, self.scales, self.free, self.inverse))
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
         for number, (column, slope, scales, free, inverse) in enumerate(zip(*parts, strict=True)):
@@ -191,9 +190,7 @@ class _Descent:
                 continue  # no token reaches it: nearest is as good as any
             slope = torch.addmv(slope, moves[:number].T, inner[number, :number])
             units = column.add(slope, alpha=-1 / curvature).mul_(inverse)  # 0 where not free
-            whole = units.round().clamp_(lowest, highest)
-            whole = whole if self.choice.zero else torch.where(whole == 0, units.sign_(), whole)
-            value = as_stored(whole, scales, dtype)
+            value = as_stored(levels.nearest(units, zero=zero), scales, dtype)
             move = (value - column).mul_(free)
             gain = slope.mul_(2).add_(move, alpha=curvature).mul_(move)  # negative where the error falls
             torch.mul(move, gain < 0, out=moves[number])

@@ -41,13 +41,14 @@ void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
 }
 
 // Sixty-four codes are thirty-two bytes, each brought to sixteen bits and its high nibble to the upper byte.
-void int4_to_int8(const uint8_t* codes, int64_t count, int8_t* out) {
+void int4_to_int8(const uint8_t* codes, int64_t count, const int8_t* levels, int8_t* out) {
+  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
   for (int64_t at = 0; at < count; at += 64) {
     const __m512i wide =
         _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + at / 2)));
     const __m512i nibbles =
         _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
-    _mm512_storeu_si512(out + at, _mm512_sub_epi8(nibbles, _mm512_set1_epi8(8)));
+    _mm512_storeu_si512(out + at, _mm512_shuffle_epi8(table, nibbles));
   }
 }
 

@@ -38,6 +38,8 @@ struct Linear {
     weight.group = plan.number();
     weight.mask_step = plan.number();
     weight.exponents = plan.address<const int8_t>();
+    const int8_t* levels = plan.address<const int8_t>();
+    weight.levels = levels != nullptr ? levels : kPlainLevels;
     rounded = plan.number() != 0;
     bias = plan.address<const float>();
   }

@@ -214,7 +214,7 @@ const uint16_t* group_scales(const Packed& weight, int64_t row) {
 const uint8_t* int4_in_fp32(const InstructionSet& set, const Packed& weight, int64_t row, uint8_t* copy,
                             uint8_t* whole, uint8_t* out) {
   set.int4_to_int8(readable(weight, row, copy), weight.offsets[row + 1] - weight.offsets[row],
-                   reinterpret_cast<int8_t*>(whole));
+                   weight.levels, reinterpret_cast<int8_t*>(whole));
   const uint16_t* scale = group_scales(weight, row);
   int64_t done = 0;
   for (int64_t column = 0; column < weight.columns; column += weight.group) {
@@ -377,10 +377,10 @@ void multiply_rounded(const InstructionSet& set, const Packed& weight, int token
         const int64_t count = offsets[rows.count] - offsets[0];
         const uint8_t* from = readable(weight, row, memory, rows.count);
         uint8_t* bytes = memory + kMaxRows * row_size;
-        if (how.int4_to_codes != nullptr) {
-          how.int4_to_codes(from, count, bytes);
+        if (how.int4_to_bytes != nullptr) {
+          how.int4_to_bytes(from, count, weight.levels, bytes);
         } else {
-          set.int4_to_int8(from, count, reinterpret_cast<int8_t*>(bytes));
+          set.int4_to_int8(from, count, weight.levels, reinterpret_cast<int8_t*>(bytes));
         }
         for (int r = 0; r < rows.count; ++r) rows.values[r] = bytes + (offsets[r] - offsets[0]);
       },

@@ -15,6 +15,7 @@ struct Packed {
   int64_t group;      // int4: columns that share a scale, a multiple of 32
   int64_t mask_step;  // bytes from a row's mask to the next one's: stride, or 0 where all rows share one mask
   const int8_t* exponents;  // int8 and int4: column j is multiplied by 2^exponents[j]; null for none
+  const int8_t* levels;     // int4: the number of each of the sixteen codes
 };
 
 // y (tokens, out) = x (tokens, columns) W^T, both of type kFp32, kBf16 or kFp16; at most kMaxTokens tokens.

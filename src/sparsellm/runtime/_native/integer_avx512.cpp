@@ -60,30 +60,33 @@ struct Bytes {
   }
 };
 
-// Values of int4, plus 8, that the driver has brought to bytes: they are in the cache already.
-struct Codes {
+// Values of int4, plus 128, that the driver has brought to bytes: they are in the cache already.
+struct Biased {
   using Place = const uint8_t*;
   using Weights = __m512i;
-  static constexpr int kBias = 8, kRowsOfOne = 4;
+  static constexpr int kBias = 128, kRowsOfOne = 4;
   static Place begin(const uint8_t* values) { return values; }
   static void prefetch(Place, int64_t) {}
   static void expand(uint64_t bits, Place& at, Weights& weights) {
-    weights = _mm512_mask_expand_epi8(_mm512_set1_epi8(kBias), static_cast<__mmask64>(bits), _mm512_loadu_si512(at));
+    weights = _mm512_mask_expand_epi8(_mm512_set1_epi8(static_cast<char>(kBias)), static_cast<__mmask64>(bits), _mm512_loadu_si512(at));
     at += __builtin_popcountll(bits);
   }
-  static Vector products(const Weights& weights, const Activations<Codes>& x, int) {
+  static Vector products(const Weights& weights, const Activations<Biased>& x, int) {
     return sums_of_four(weights, x.codes, x.start);
   }
 };
 
-// Sixty-four codes are thirty-two bytes, each brought to sixteen bits and its high nibble to the upper byte.
-void int4_to_codes(const uint8_t* nibbles, int64_t count, uint8_t* out) {
+// Sixty-four codes are thirty-two bytes, each brought to sixteen bits and its high nibble to the upper byte. A table of
+// four times the sixteen numbers is looked up by six bits of a byte, of which two are those of its neighbour.
+void int4_to_bytes(const uint8_t* codes, int64_t count, const int8_t* levels, uint8_t* out) {
+  const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels));
+  const __m512i table = _mm512_xor_si512(_mm512_broadcast_i32x4(sixteen), _mm512_set1_epi8(static_cast<char>(128)));
   for (int64_t at = 0; at < count; at += 64) {
     const __m512i wide =
-        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles + at / 2)));
-    __builtin_prefetch(nibbles + at / 2 + kNibblesAhead);
+        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + at / 2)));
+    __builtin_prefetch(codes + at / 2 + kNibblesAhead);
     const __m512i both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
-    _mm512_storeu_si512(out + at, _mm512_and_si512(both, _mm512_set1_epi8(15)));
+    _mm512_storeu_si512(out + at, _mm512_permutexvar_epi8(both, table));
   }
 }
 
@@ -103,7 +106,7 @@ bool supported() { return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_
 
 }  // namespace
 
-const Integer kIntegerAvx512Vnni = {supported, integer_tokens<Bytes, kOfRows>, integer_scaled<Codes>, int4_to_codes};
+const Integer kIntegerAvx512Vnni = {supported, integer_tokens<Bytes, kOfRows>, integer_scaled<Biased>, int4_to_bytes};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

@@ -18,6 +18,7 @@ constexpr int64_t kSlack = 64;
 constexpr int kMaxRows = 4;
 constexpr int kMaxTokens = 16;
 constexpr int64_t kNibblesAhead = 2048;  // bytes; int4 is prefetched so far ahead, about four rows of 2048 columns
+constexpr int8_t kPlainLevels[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 constexpr int64_t kShared = 32;   // columns that share a scale of int4, at least
 constexpr int64_t kLaneColumns = 4;  // columns whose rounded activations share a scale, as their products share a lane
 
@@ -64,8 +65,8 @@ struct Integer {
   bool (*supported)();
   IntegerDot int8;  // values in bytes, scales of rows left to the caller
   IntegerDot int4;  // values in bytes, scales of columns
-  // Codes of rows that follow each other as bytes for `int4`; where this is null, int4_to_int8 does it.
-  void (*int4_to_codes)(const uint8_t* nibbles, int64_t count, uint8_t* out);
+  // The numbers of codes as bytes for `int4`; where this is null, int4_to_int8 does it.
+  void (*int4_to_bytes)(const uint8_t* codes, int64_t count, const int8_t* levels, uint8_t* out);
 };
 
 struct InstructionSet {
@@ -75,9 +76,10 @@ struct InstructionSet {
   Multiply multiply[kValueTypes];
   Spread spread16;  // of 16-bit values
   Spread spread32;  // of 32-bit values
-  // Codes of one row or several (low nibble first, value + 8) as int8. May read and write kSlack bytes past the end.
-  void (*int4_to_int8)(const uint8_t* codes, int64_t count, int8_t* out);
-  // Whole numbers times a scale, exact in fp32 for codes of int4. May read and write kSlack bytes past the end.
+  // The numbers of codes of one row or several (low nibble first): levels[code], of sixteen levels. May read and write
+  // kSlack bytes past the end.
+  void (*int4_to_int8)(const uint8_t* codes, int64_t count, const int8_t* levels, int8_t* out);
+  // Whole numbers times a scale, exact in fp32 for those of int4. May read and write kSlack bytes past the end.
   void (*int8_to_fp32)(const int8_t* values, float scale, int64_t count, float* out);
   // As numbers.h rounds; null where that is what is used. May read and write kSlack bytes past the end.
   void (*fp32_to_bf16)(const float* numbers, int64_t count, uint16_t* out);

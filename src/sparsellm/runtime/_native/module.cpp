@@ -35,8 +35,8 @@ bool read_numbers(PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, lo
   return true;
 }
 
-// set, value type, out, columns, stride, mask, values, offsets, scales, group, mask_step, exponents
-constexpr Py_ssize_t kWeightNumbers = 12;
+// set, value type, out, columns, stride, mask, values, offsets, scales, group, mask_step, exponents, levels
+constexpr Py_ssize_t kWeightNumbers = 13;
 
 bool read_weight(const long long* n, const InstructionSet** set, Packed* weight) {
   if (n[0] < 0 || n[0] >= kCount || n[1] < 0 || n[1] >= kValueTypes || n[4] % 8 != 0 || n[4] * 8 < n[3]) {
@@ -58,7 +58,8 @@ bool read_weight(const long long* n, const InstructionSet** set, Packed* weight)
                    static_cast<ValueType>(n[1]),
                    n[9],
                    n[10],
-                   reinterpret_cast<const int8_t*>(static_cast<uintptr_t>(n[11]))};
+                   reinterpret_cast<const int8_t*>(static_cast<uintptr_t>(n[11])),
+                   n[12] != 0 ? reinterpret_cast<const int8_t*>(static_cast<uintptr_t>(n[12])) : kPlainLevels};
   return true;
 }
 

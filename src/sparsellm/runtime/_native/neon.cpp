@@ -103,12 +103,12 @@ void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
 }
 
 // Sixteen codes are eight bytes.
-void int4_to_int8(const uint8_t* codes, int64_t count, int8_t* out) {
+void int4_to_int8(const uint8_t* codes, int64_t count, const int8_t* levels, int8_t* out) {
+  const int8x16_t table = vld1q_s8(levels);
   for (int64_t at = 0; at < count; at += 16) {
     const uint8x8_t bytes = vld1_u8(codes + at / 2);
     const uint8x8x2_t nibbles = vzip_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4));
-    for (int half = 0; half < 2; ++half)
-      vst1_s8(out + at + 8 * half, vsub_s8(vreinterpret_s8_u8(nibbles.val[half]), vdup_n_s8(8)));
+    for (int half = 0; half < 2; ++half) vst1_s8(out + at + 8 * half, vqtbl1_s8(table, nibbles.val[half]));
   }
 }
 

@@ -70,8 +70,8 @@ void spread(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t
     for (uint64_t bits = read_word(mask, word); bits != 0; bits &= bits - 1) to[64 * word + lowest_bit(bits)] = *from++;
 }
 
-void int4_to_int8(const uint8_t* codes, int64_t count, int8_t* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int8_t>(((codes[i / 2] >> (i % 2 * 4)) & 15) - 8);
+void int4_to_int8(const uint8_t* codes, int64_t count, const int8_t* levels, int8_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = levels[(codes[i / 2] >> (i % 2 * 4)) & 15];
 }
 
 void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) {
