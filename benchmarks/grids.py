@@ -152,8 +152,8 @@ def rounded(weight: Tensor, gram: Tensor, way: str, bits: int) -> tuple[Tensor, 
     """The weight rounded one way, and its bits a weight."""
     share = float((weight != 0).float().mean())
     if way == "Q4_0":
-        kind = gguf.GGMLQuantizationType.Q4_0
-        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind).copy()), 4.5
+        q4 = gguf.GGMLQuantizationType.Q4_0
+        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), q4), q4).copy()), 4.5
     zero, gap = share == 1, way == "gap"
     kind, diagonal = Kind(bits, best_group(share), zero), gram.diagonal().clamp(min=1e-30)
     numbers = torch.tensor(GAPPED[f"int{bits}"].numbers).float() if way == "uneven" else None

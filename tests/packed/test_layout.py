@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, RecipeError, SparseLLMError, StorageError
-from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES, best_group, widened
+from sparsellm.packed.codes import (
+    FLOAT_TYPES,
+    GAPPED,
+    PLAIN,
+    VALUE_TYPES,
+    Levels,
+    best_group,
+    decode_values,
+    encode_values,
+    widened,
+)
 from sparsellm.packed.layout import PackedWeight, as_bitmask, pack, unpack, unpack_rows
 from sparsellm.packed.validation import validate
 from sparsellm.patterns import NM
@@ -111,6 +121,47 @@ def test_int4_error_is_within_half_a_step_unless_it_saturates() -> None:
         scale = (extreme / -8).bfloat16().float()
         plain = torch.where(scale == 0, 0.0, (group / scale)).round().clamp(-8, 7) * scale - group
         assert (wrong.square().sum(dim=1) <= plain.square().sum(dim=1) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("values", ["int4", "int3"])
+@pytest.mark.parametrize("grid", [GAPPED, PLAIN], ids=["gap", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_on_either_grid_is_found_again(grid: dict[str, Levels], values: str, dtype: torch.dtype) -> None:
+    numbers = torch.tensor([number for number in grid[values].numbers if number])
+    random = torch.Generator().manual_seed(0)
+    whole = numbers[torch.randint(len(numbers), (32, 192), generator=random)]
+    whole[torch.rand(whole.shape, generator=random) < 0.5] = 0
+    whole[:, ::64] = grid[values].lowest  # of each group
+    scales = (torch.rand(32, 3, generator=random) + 0.1).bfloat16().float().repeat_interleave(64, dim=1)
+    weight = (whole * scales).to(dtype)
+    packed = packed_of(weight, values, "bitmask")
+    assert (packed.group, packed.levels is None) == (64, grid is PLAIN)
+    assert torch.equal(unpack(packed, dtype), weight)
+    assert torch.equal(unpack(packed), int4_by_hand(packed))
+
+
+@pytest.mark.parametrize("values", ["int4", "int3"])
+def test_a_gap_is_taken_where_small_values_were_pruned(values: str) -> None:
+    weight = torch.randn(32, 512, generator=torch.Generator().manual_seed(0))
+    weight[weight.abs() < 0.6745] = 0  # half of them
+    packed = packed_of(weight, values)
+    assert packed.layout == "bitmask"
+    assert packed.levels is not None
+    plain = encode_values(weight, weight != 0, values, packed.group)
+    kept = decode_values("int4", plain, slice(0, 32), weight != 0, packed.group)
+    without = (kept - weight[weight != 0]).square().sum()
+    error = (unpack(packed) - weight).square().sum()
+    assert error < {"int4": 0.95, "int3": 0.85}[values] * without
+
+
+@pytest.mark.parametrize("values", ["int4", "int3"])
+def test_codes_of_nm_may_stand_for_zeros_so_they_have_no_gap(values: str) -> None:
+    weight = torch.randn(8, 64) * NM(2, 4).mask(torch.rand(8, 64))
+    weight[0, :4] = 0
+    packed = packed_of(weight, values, "nm")
+    assert packed.levels is None
+    assert not unpack(packed)[0, :4].any()
+    assert as_bitmask(packed).levels is None
 
 
 @pytest.mark.parametrize(("share", "group"), [(1.0, 32), (0.8, 32), (0.5, 64), (0.3, 128), (0.1, 256), (0.001, 1024)])
@@ -251,6 +302,19 @@ DAMAGE: dict[str, tuple[str, str, Any, str]] = {
     "int4 with one scale too many": ("int4", "scales", lambda scales: scales.repeat(1, 3), "6 scales a row do not"),
     "int4 with scales of values": ("int4", "scales", lambda scales: scales.view(-1), "groups of columns"),
     "int4 with half a row": ("int4", "values", lambda values: values[1:], "values, where offsets end"),
+    "int8 with levels": (
+        "int8",
+        "levels",
+        lambda _: torch.zeros(16, dtype=torch.int8),
+        "levels with values of type int8",
+    ),
+    "int4 with fifteen levels": (
+        "int4",
+        "levels",
+        lambda _: torch.zeros(15, dtype=torch.int8),
+        r"levels is torch.int8 \(15,\)",
+    ),
+    "levels of another type": ("int4", "levels", lambda _: torch.zeros(16), "levels is torch.float32"),
     "an unknown type": ("keep", "value_type", lambda _: "fp8", "fp8"),
     "an unknown layout": ("keep", "layout", lambda _: "csr", "csr"),
     "nm without numbers": ("keep", "layout", lambda _: "nm", "without n and m"),
