@@ -40,11 +40,11 @@ _GROUPS_AT_ONCE = 8192  # whose scales are tried: what a trial needs stays in th
 
 @dataclass(frozen=True)
 class Levels:
-    """The whole numbers that values of an integer type are, in units of their scale, ascending.
+    """The whole numbers that values of an integer type are, in units of their scale.
 
     Args:
-        numbers: from -128 on. In uneven ones, one of two neighbours is odd and one even, so that the middle between
-            them is no whole number: rounded to a whole number first, a value still has the same nearest one.
+        numbers: ascending. Of two neighbours in uneven ones, one is odd and one even, so that the middle between them
+            is no whole number: rounded to a whole number first, a value still has the same nearest one.
     """
 
     numbers: tuple[int, ...]
@@ -65,7 +65,7 @@ class Levels:
         return len(self.numbers) == 1 + self.numbers[-1] - self.numbers[0]
 
     def nearest(self, units: Tensor, *, zero: bool = False) -> Tensor:
-        """The nearest numbers, but 0 only where ``zero`` or where the value is 0, which no grid has to have."""
+        """The nearest numbers; 0 for a value of 0, and for others only with ``zero``."""
         whole = units.round().clamp_(self.lowest, self.numbers[-1])
         if self.even:
             return whole if zero else torch.where(whole == 0, units.sign(), whole)
