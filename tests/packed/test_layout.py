@@ -20,8 +20,6 @@ from sparsellm.packed.codes import (
     VALUE_TYPES,
     Levels,
     best_group,
-    decode_values,
-    encode_values,
     widened,
 )
 from sparsellm.packed.layout import PackedWeight, as_bitmask, pack, unpack, unpack_rows
@@ -141,17 +139,14 @@ def test_a_weight_on_either_grid_is_found_again(grid: dict[str, Levels], values:
 
 
 @pytest.mark.parametrize("values", ["int4", "int3"])
-def test_a_gap_is_taken_where_small_values_were_pruned(values: str) -> None:
+def test_a_weight_on_no_grid_gets_no_gap(values: str) -> None:
+    """Its few small values may be those of large inputs, which the gap would enlarge."""
     weight = torch.randn(32, 512, generator=torch.Generator().manual_seed(0))
-    weight[weight.abs() < 0.6745] = 0  # half of them
+    weight[weight.abs() < 0.6745] = 0  # half of them; the gap would lower the squared error
+    weight[:, 100] = 0.001
     packed = packed_of(weight, values)
-    assert packed.layout == "bitmask"
-    assert packed.levels is not None
-    plain = encode_values(weight, weight != 0, values, packed.group)
-    kept = decode_values("int4", plain, slice(0, 32), weight != 0, packed.group)
-    without = (kept - weight[weight != 0]).square().sum()
-    error = (unpack(packed) - weight).square().sum()
-    assert error < {"int4": 0.95, "int3": 0.85}[values] * without
+    assert (packed.layout, packed.levels) == ("bitmask", None)
+    assert bool((unpack(packed)[:, 100].abs() <= 0.001).all())
 
 
 @pytest.mark.parametrize("values", ["int4", "int3"])

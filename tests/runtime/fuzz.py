@@ -52,33 +52,15 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
     """Called in a child, where the sanitizers' library is loaded first."""
     use(extension)
     import torch
-    from safetensors.torch import save
 
     from sparsellm.errors import SparseLLMError
-    from sparsellm.packed.checkpoint import PackedEntry, PackedReader, quantization_config
-    from sparsellm.packed.codes import WRITTEN_TYPES
-    from sparsellm.packed.layout import pack
-    from sparsellm.patterns import NM
+    from sparsellm.packed.checkpoint import PackedReader
 
     torch.manual_seed(seed)
     torch.set_num_threads(2)
     chosen = random.Random(seed)
     outcomes: Counter[str] = Counter()
-    originals = []
-    for out, columns in SHAPES:
-        for layout in ("bitmask", "nm", "dense"):
-            weight = torch.randn(out, columns // 8 * 8 if layout == "nm" else columns)
-            if layout == "nm":
-                weight = weight * NM(2, 4).mask(weight.abs())
-            elif layout == "bitmask":
-                weight[weight.abs() < 0.67] = 0  # int4 and int3 then have levels
-            for values in WRITTEN_TYPES:
-                packed = pack(weight, values, layout, exponents=torch.randint(-8, 8, weight.shape[1:]).to(torch.int8))
-                assert packed is not None
-                entry = PackedEntry(packed.shape, layout, values, torch.float32, packed.pattern)
-                tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.stored.items()}
-                content = save({**tensors, "w.weight": torch.zeros(1)})
-                originals.append((content, json.dumps({"quantization_config": quantization_config({"w": entry})})))
+    originals = checkpoints()
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         for turn in range(files):
@@ -105,6 +87,40 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
                 sys.stdout.write(f"{turn} {dict(outcomes)}\n")
                 sys.stdout.flush()
     sys.stdout.write(f"{files} files: {dict(outcomes)}; no crash and no wrong number\n")
+
+
+def checkpoints() -> list[tuple[bytes, str]]:
+    """The content of a weight file, and of config.json, for every shape, layout and value type."""
+    import torch
+    from safetensors.torch import save
+
+    from sparsellm.packed.checkpoint import PackedEntry, quantization_config
+    from sparsellm.packed.codes import GAPPED, WRITTEN_TYPES
+    from sparsellm.packed.layout import pack
+    from sparsellm.patterns import NM
+
+    made = []
+    for out, columns in SHAPES:
+        for layout in ("bitmask", "nm", "dense"):
+            for values in WRITTEN_TYPES:
+                weight = torch.randn(out, columns // 8 * 8 if layout == "nm" else columns)
+                if layout == "nm":
+                    weight = weight * NM(2, 4).mask(weight.abs())
+                elif layout == "bitmask":
+                    if values in GAPPED:  # on the grid with a gap, so that it has levels
+                        numbers = torch.tensor(GAPPED[values].numbers)
+                        weight = numbers[torch.randint(len(numbers), weight.shape)] * 0.5
+                    weight[torch.rand(weight.shape) < 0.5] = 0
+                    weight[:, ::32] = -64.0
+                exponents = torch.randint(-8, 8, weight.shape[1:]).to(torch.int8)
+                packed = pack(weight * 2.0**exponents, values, layout, exponents=exponents)
+                assert packed is not None
+                assert (packed.levels is not None) == (layout == "bitmask" and values in GAPPED)
+                entry = PackedEntry(packed.shape, layout, values, torch.float32, packed.pattern)
+                tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.stored.items()}
+                content = save({**tensors, "w.weight": torch.zeros(1)})
+                made.append((content, json.dumps({"quantization_config": quantization_config({"w": entry})})))
+    return made
 
 
 def damaged(content: bytearray, first: int, last: int, chosen: random.Random) -> bytes:

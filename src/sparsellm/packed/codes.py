@@ -35,7 +35,8 @@ EXPONENTS = range(-8, 8)  # of columns; one is a hexadecimal digit in the record
 # Fractions of the smallest scale at which nothing saturates. If an outlier saturates, the step is finer for all other
 # values; below 0.7 that never lowered the error on normal or Laplace weights.
 _SCALE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-_JUDGES = 2048  # groups that choose between two sets of numbers
+_JUDGES = 2048  # groups that tell whether a weight is on a grid
+ON_GRID = 1e-4  # squared error of a weight that is on a grid, as a part of its squares; rounding to bf16 is below 4e-6
 _GROUPS_AT_ONCE = 8192  # whose scales are tried: what a trial needs stays in the cache, which is three times as fast
 
 
@@ -217,8 +218,8 @@ def encode_values(
         value_type: one of :data:`WRITTEN_TYPES`. Values of int3 are codes of int4, the eight in the middle.
         group: the columns that share a scale of int4 or int3.
         exponents: of the columns, for integers alone.
-        gap: whether int4 and int3 may take the numbers with a gap around 0, if the squared error is less. No kept value
-            may be 0 then.
+        gap: whether int4 and int3 take the numbers with a gap around 0 if the values are such numbers already. No kept
+            value may be 0 then.
 
     Raises:
         NumericalError: a value overflows the type, or is not finite and the type is an integer.
@@ -242,7 +243,7 @@ def encode_values(
     assert group is not None
     groups = groups_of(weight.shape[1], group)
     padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).view(-1, group)
-    levels = _better_levels(padded, value_type) if gap else PLAIN[value_type]
+    levels = GAPPED[value_type] if gap and _is_on(padded, GAPPED[value_type]) else PLAIN[value_type]
     whole, scales, _ = _quantise_groups(padded, levels)
     codes = levels.codes(whole.view(len(weight), -1)[:, : weight.shape[1]][kept])
     rows, rank = _places(counts)
@@ -334,14 +335,14 @@ def widened(data: Tensor, values: int) -> Tensor:
     return pairs[:, 0] | (pairs[:, 1] << 4)
 
 
-def _better_levels(grouped: Tensor, value_type: str) -> Levels:
-    """Of plain numbers and those with a gap, the ones with the less error, judged by some of the groups.
+def _is_on(grouped: Tensor, levels: Levels) -> bool:
+    """Whether the values are these numbers times scales already, judged by some of the groups.
 
-    A weight that is on one of the grids has no error there, so it is found again.
+    An error of a dtype's own rounding is none. Values that are not on the grid with a gap must not be brought to it by
+    magnitude alone: small ones of inputs that are large would become many times as large.
     """
     judges = grouped[:: max(1, len(grouped) // _JUDGES)]
-    error = {levels: _quantise_groups(judges, levels)[2] for levels in (GAPPED[value_type], PLAIN[value_type])}
-    return min(error, key=lambda levels: error[levels])
+    return _quantise_groups(judges, levels)[2] <= ON_GRID * float(judges.double().square().sum())
 
 
 def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, float]:
