@@ -10,8 +10,8 @@ fit; errors are ‖(Ŵ − W) G^½‖² / ‖W G^½‖² with the Gram matrix of
     exponents     scales of columns that are powers of two, by the best of four powers of the inputs' size, then descent
                   over -8 … 7 or -4 … 3 without 0
     free scales   the same without the restriction to powers of two
-    uneven        exponents, then descent over the uneven numbers with a gap around 0 that `prune --values` takes for
-                  bitmasks, of int4 or int3
+    uneven        exponents, then descent over uneven numbers with a gap around 0: those that `prune --values int3`
+                  takes for bitmasks, and sixteen found in the same way for int4
     learnt        the same with numbers found for each linear by Lloyd's method
     gap           ±(b + k s), k = 0 … 7, with b and s for each group (16 bits a group more), exponents, then descent
     Q4_0          llama.cpp's, of the gguf package: groups of 32, an fp16 scale, to nearest
@@ -48,6 +48,10 @@ from sparsellm.statistics import Gram
 STARTS = (0.02, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # b of the grid with a gap, as a part of the largest magnitude
 PASSES = 8
 LLOYD = 6  # steps of Lloyd's method
+UNEVEN = {
+    4: (-128, -111, -94, -79, -64, -49, -34, -19, 20, 35, 48, 61, 74, 89, 104, 121),
+    3: GAPPED["int3"].numbers,
+}
 
 
 @dataclass
@@ -108,7 +112,7 @@ def chosen(
 
 def learnt(weight: Tensor, diagonal: Tensor, factors: Tensor, kind: Kind) -> Tensor:
     """Numbers from -128 on with the least error in the diagonal for the scales that they choose (Lloyd's method)."""
-    numbers, kept = torch.tensor(GAPPED[f"int{kind.bits}"].numbers).float(), weight != 0
+    numbers, kept = torch.tensor(UNEVEN[kind.bits]).float(), weight != 0
     for _ in range(LLOYD):
         step = chosen(weight, diagonal, factors, kind, "learnt", numbers).step
         units, weights = (weight / step)[kept], (diagonal.expand_as(weight) * step.square())[kept]
@@ -156,7 +160,7 @@ def rounded(weight: Tensor, gram: Tensor, way: str, bits: int) -> tuple[Tensor, 
         return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), q4), q4).copy()), 4.5
     zero, gap = share == 1, way == "gap"
     kind, diagonal = Kind(bits, best_group(share), zero), gram.diagonal().clamp(min=1e-30)
-    numbers = torch.tensor(GAPPED[f"int{bits}"].numbers).float() if way == "uneven" else None
+    numbers = torch.tensor(UNEVEN[bits]).float() if way == "uneven" else None
     magnitudes = diagonal.sqrt().log2() - diagonal.sqrt().log2().mean()
     tried = []
     for power in (0.0, *POWERS) if way not in ("nearest", "descent") else (0.0,):

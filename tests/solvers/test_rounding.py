@@ -64,16 +64,17 @@ def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_value_is_a_whole_number_of_its_scale(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("values", "levels"), [("int4", PLAIN["int4"]), ("int3", GAPPED["int3"])])
+def test_every_value_is_a_whole_number_of_its_scale(values: str, levels: Levels, dtype: torch.dtype) -> None:
     """By 64 columns of a row, of which half are kept, without the code that made the groups."""
-    found = rounded(pruned(6, 200, Unstructured(0.5)), gram_of(200), "int4", dtype)
+    found = rounded(pruned(6, 200, Unstructured(0.5)), gram_of(200), values, dtype)
     exponents = torch.zeros(200) if found.exponents is None else found.exponents
     for row in found.weight / 2.0**exponents:
         for columns in row.split(64):
             group = columns[columns != 0]
-            scale = -group[group.abs().argmax()] / 128
+            scale = group[group.abs().argmax()] / levels.lowest
             whole = (group / scale).round()
-            assert set(whole.int().tolist()) <= set(GAPPED["int4"].numbers)
+            assert set(whole.int().tolist()) <= set(levels.numbers) - {0}
             assert torch.allclose(whole * scale, group, rtol=2**-8 if dtype != torch.float32 else 0.0)
             assert float(scale.bfloat16()) == float(scale)
 
@@ -120,39 +121,44 @@ def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(("layout", "columns"), [("dense", 6), ("bitmask", 216)])
+@pytest.mark.parametrize(
+    ("values", "layout", "columns"), [("int4", "dense", 6), ("int4", "bitmask", 216), ("int3", "bitmask", 216)]
+)
 def test_is_near_the_best_of_all_grid_points(
-    layout: str, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch
+    values: str, layout: str, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the scale and the anchor that were chosen; the descent moves one value at a time and may miss the best."""
     monkeypatch.setattr(rounding, "POWERS", ())
     weight = torch.zeros(1, columns)
     weight[:, :5] = weight_of(1, 5, seed)  # more than 4:8 keeps
     gram = gram_of(columns, seed=seed)
-    assert form_of(weight, "int4") == (layout, 32 if layout == "dense" else 1024)
-    found = rounded(weight, gram, "int4", torch.float32, fixed_mask=True).weight
-    levels = levels_of("int4", layout)
+    assert form_of(weight, values) == (layout, 32 if layout == "dense" else 1024)
+    found = rounded(weight, gram, values, torch.float32, fixed_mask=True).weight
+    levels = levels_of(values, layout)
     fixed = int(found.abs().argmax())
     least = best_by_brute_force(weight, fixed, float(found[0, fixed] / levels.lowest), levels, gram)
     assert least - 1e-9 <= loss(found, weight, gram) <= 1.5 * least + 1e-9
 
 
-def test_no_single_value_can_be_improved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("values", ["int4", "int3"])
+def test_no_single_value_can_be_improved(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "POWERS", ())
     weight, gram = pruned(12, 120, Unstructured(0.5)), gram_of(120)
-    found = rounded(weight, gram, "int4", torch.float32).weight
-    lowest, groups, numbers = loss(found, weight, gram), Groups.of(found, "int4"), GAPPED["int4"].numbers
+    found = rounded(weight, gram, values, torch.float32).weight
+    lowest, groups = loss(found, weight, gram), Groups.of(found, values)
+    numbers = [number for number in groups.levels.numbers if number]
     grouped = groups.collect(found)
     extreme = grouped.gather(1, grouped.abs().argmax(1, keepdim=True))
-    scales = groups.spread((extreme / -128).expand(-1, groups.size))
+    scales = groups.spread((extreme / numbers[0]).expand(-1, groups.size))
     for row, column in (found != 0).nonzero().tolist():
         scale = float(scales[row, column])
         number = round(float(found[row, column]) / scale)
-        for other in {numbers[max(0, numbers.index(number) - 1)], numbers[min(15, numbers.index(number) + 1)]}:
-            if number != -128 and other != -128:  # the scale would be another
+        place = numbers.index(number)
+        for other in {numbers[max(0, place - 1)], numbers[min(len(numbers) - 1, place + 1)]}:
+            if numbers[0] not in (number, other):  # the scale would be another
                 changed = found.clone()
                 changed[row, column] = other * scale
-                assert loss(changed, weight, gram) > lowest * (1 - 1e-3)
+                assert loss(changed, weight, gram) > lowest * (1 - rounding.ENOUGH)
 
 
 def test_the_error_falls_with_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:

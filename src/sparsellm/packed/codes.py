@@ -1,8 +1,8 @@
 """Storage of kept values: floating types unchanged, int8 with scales of rows, int4 with scales of groups of columns.
 
 int4 values are codes, two to a byte, the earlier one in the low nibble; every row begins on a byte. A code stands for a
-whole number, a :class:`Levels`, of which a weight has one of two: the plain numbers -8 … 7, or uneven ones that leave
-out the gap around 0 where pruned values were. Integers may have an exponent for each column besides: a value is then
+whole number: of -8 … 7 for int4; for int3 of -4 … 3, or of eight uneven ones that leave out the gap around 0 where
+pruned values were (:class:`Levels`). Integers may have an exponent for each column besides: a value is then
 its whole number, times its scale, times 2 to that power.
 """
 
@@ -107,11 +107,9 @@ PLAIN = {
 }
 # Least squared errors of the demo model's linears in the metric of their inputs, for 50 and 70 % of zeros (Lloyd's
 # method); those of single linears and other sparsities are within a few units of these. -128 is a power of two, so that
-# a scale can be read off the value of largest magnitude exactly.
-GAPPED = {
-    "int4": Levels((-128, -111, -94, -79, -64, -49, -34, -19, 20, 35, 48, 61, 74, 89, 104, 121)),
-    "int3": Levels((-128, -83, -52, -25, 24, 51, 80, 117)),
-}
+# a scale can be read off the value of largest magnitude exactly. int4 has none: such numbers lower the error of its
+# linears by a tenth at most and not the divergence of the whole model.
+GAPPED = {"int3": Levels((-128, -83, -52, -25, 24, 51, 80, 117))}
 
 
 def levels_of(value_type: str, layout: str) -> Levels:
@@ -218,8 +216,8 @@ def encode_values(
         value_type: one of :data:`WRITTEN_TYPES`. Values of int3 are codes of int4, the eight in the middle.
         group: the columns that share a scale of int4 or int3.
         exponents: of the columns, for integers alone.
-        gap: whether int4 and int3 take the numbers with a gap around 0 if the values are such numbers already. No kept
-            value may be 0 then.
+        gap: whether int3 takes the numbers with a gap around 0 if the values are such numbers already. No kept value
+            may be 0 then.
 
     Raises:
         NumericalError: a value overflows the type, or is not finite and the type is an integer.
@@ -243,7 +241,9 @@ def encode_values(
     assert group is not None
     groups = groups_of(weight.shape[1], group)
     padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).view(-1, group)
-    levels = GAPPED[value_type] if gap and _is_on(padded, GAPPED[value_type]) else PLAIN[value_type]
+    levels = PLAIN[value_type]
+    if gap and value_type in GAPPED and _is_on(padded, GAPPED[value_type]):
+        levels = GAPPED[value_type]
     whole, scales, _ = _quantise_groups(padded, levels)
     codes = levels.codes(whole.view(len(weight), -1)[:, : weight.shape[1]][kept])
     rows, rank = _places(counts)
@@ -293,14 +293,14 @@ def decode_values(
 def bytes_of_values(counts: Tensor, value_type: str, groups: int, *, gap: bool = False) -> int:
     """Bytes of values and scales, for ``counts (out,)`` values in each row and ``groups`` scales of int4 a row.
 
-    With ``gap``, those of the numbers that int4 and int3 then store are counted, too.
+    With ``gap``, those of the numbers that int3 then stores are counted, too.
     """
     kept = int(counts.sum())
     if value_type == "int8":
         return kept + 4 * len(counts)
     if value_type in GROUPED:
         pairs = int(((counts + 1) // 2).sum())
-        index = 2 * groups * len(counts) + CODES * gap
+        index = 2 * groups * len(counts) + CODES * (gap and value_type in GAPPED)
         return (pairs if value_type == "int4" else bytes_of_three_bits(2 * pairs)) + index
     return kept * FLOAT_TYPES[value_type].itemsize
 

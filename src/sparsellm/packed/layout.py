@@ -118,8 +118,8 @@ def pack(
 
     For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 is
     symmetric with one scale a row, the largest magnitude over 127; int4 and int3 have a scale for each group of
-    columns, chosen among seven for the least squared error. Their numbers are plain ones, or those with a gap around 0
-    (:data:`~sparsellm.packed.codes.GAPPED`) if the weight was rounded to these.
+    columns, chosen among seven for the least squared error. int3 has the numbers with a gap around 0
+    (:data:`~sparsellm.packed.codes.GAPPED`) if the weight was rounded to these, else plain ones.
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.
