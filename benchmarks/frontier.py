@@ -12,7 +12,8 @@ row has here.
 in what they do to the linears alone. Bits are all stored bytes of those weights (codes, masks, scales, minima,
 offsets), divided by their number. llama.cpp takes larger types than a mixture's name says where a row does not divide
 by 256; what is counted is what its file has. *Whole*: embedding and head too as the form's file has them: llama.cpp's
-default type, int8 by `pack --head int8` of sparsellm, and 16 bits in tools that leave them as they are. A row without a
+default type, int8 by `pack --head int8` of sparsellm (as they are where it has no such form), and 16 bits in tools that
+leave them as they are. A row without a
 second divergence has the first. A form is on the front if no other is as good in both bits and divergence.
 
 Importance matrices (mean squares of the inputs) are of the same calibration windows as sparsellm's. Speed is in
@@ -150,11 +151,14 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
     zeros = sparsellm.prune(str(bench.directory), recipe, out=folder / "pruned").sparsity
     packed = sparsellm.pack(folder / "pruned", out=folder / "packed", values=values)
     seconds = time.process_time() - began
-    whole = sparsellm.pack(folder / "pruned", out=folder / "whole", values=values, head="int8")
-    return {
-        "bits": 8 * packed.packed_bytes / packed.weights, "whole_bytes": whole.checkpoint_bytes, "zeros": zeros,
-        **bench.score(packed.path), "whole_kl": bench.score(whole.path)["kl"], "seconds": seconds,
-    }  # fmt: skip
+    row = {"bits": 8 * packed.packed_bytes / packed.weights, "zeros": zeros, **bench.score(packed.path)}
+    row["seconds"] = seconds
+    try:
+        whole = sparsellm.pack(folder / "pruned", out=folder / "whole", values=values, head="int8")
+    except sparsellm.RecipeError as error:
+        print(f"{values}, the head as it is: {error}", flush=True)
+        return {**row, "whole_bytes": packed.checkpoint_bytes}
+    return {**row, "whole_bytes": whole.checkpoint_bytes, "whole_kl": bench.score(whole.path)["kl"]}
 
 
 @dataclass(frozen=True)
