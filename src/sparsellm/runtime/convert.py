@@ -35,6 +35,7 @@ from sparsellm.packed.layout import pack as pack_weight
 from sparsellm.packed.layout import unpack as unpack_weight
 from sparsellm.packed.validation import PACK_AGAIN
 from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.runtime.module import row_scale
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.files import replace_atomically, write_all
@@ -260,7 +261,7 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
     """The tensors of embedding and head in int8, by name; adds their entries to ``result``.
 
     Raises:
-        RecipeError: one of them is no plain embedding or linear.
+        RecipeError: one of them is no linear, and no embedding whose rows are multiplied by a known factor at most.
     """
     assert chain.weights is not None
     tensors: dict[str, TensorSource] = {}
@@ -269,7 +270,8 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
         key = chain.weights.key_of.get(f"{names.get(id(module))}.weight")
         if key is None or key in tensors:  # tied: stored once
             continue
-        if type(module) not in (nn.Embedding, nn.Linear) or not key.endswith(".weight"):
+        plain = type(module) is nn.Linear or (isinstance(module, nn.Module) and row_scale(module) is not None)
+        if not plain or not key.endswith(".weight"):
             raise RecipeError(f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep")
         weight = chain.weights.reader.get(key)
         packed = pack_weight(weight, "int8", "dense")

@@ -396,14 +396,39 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
 
+def row_scale(module: nn.Module) -> float | None:
+    """The factor of the rows that an embedding returns: 1 for ``nn.Embedding``, another for those of the Gemma kind.
+
+    They hold it as a buffer, and newer ones as a number too; the buffer has no value before the weights are loaded.
+    None for other kinds of module, and where the factor is not known.
+    """
+    if type(module) is nn.Embedding:
+        return 1.0
+    held = getattr(module, "embed_scale", None)
+    if not type(module).__name__.endswith("ScaledWordEmbedding") or not isinstance(held, Tensor):
+        return None
+    number = getattr(module, "scalar_embed_scale", None)
+    if number is None and (held.is_meta or held.numel() != 1):
+        return None
+    return float(held if number is None else number)
+
+
 class PackedEmbedding(PackedLinear):
-    """``nn.Embedding`` with rows of int8, which may be the weight of the output head as well."""
+    """``nn.Embedding`` with rows of int8, which may be the weight of the output head as well.
+
+    Args:
+        embedding: one of which :func:`row_scale` knows the factor.
+    """
 
     def __init__(self, embedding: nn.Embedding) -> None:
         rows, columns = embedding.weight.shape
         super().__init__(columns, rows, False, dtype=embedding.weight.dtype, device=embedding.weight.device)
         self.weight = nn.Parameter(self.weight, requires_grad=False)  # transformers ties parameters alone
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, columns, embedding.padding_idx
+        self.kind: Any = type(embedding)
+        scale = row_scale(embedding)
+        assert scale is not None
+        self.scale = scale
 
     def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
         """As of a linear.
@@ -424,12 +449,20 @@ class PackedEmbedding(PackedLinear):
         packed = self.packed
         assert packed.scales is not None
         rows = packed.values.view(packed.shape)[ids].float() * packed.scales[ids].unsqueeze(-1)
-        return rows.to(self.weight.dtype)
+        rows = rows.to(self.weight.dtype)
+        # A factor of its own is rounded to the dtype first, as the dense embedding does.
+        return rows if self.kind is nn.Embedding else rows * torch.tensor(self.scale).to(rows)
 
     def to_embedding(self) -> nn.Embedding:
         """The same layer with a dense weight, in the dtype of the placeholder."""
         weight = unpack(self.packed, self.weight.dtype)
-        embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)
+        if self.kind is nn.Embedding:
+            embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)
+        else:
+            with torch.device(weight.device):
+                embedding = self.kind(1, self.embedding_dim, None, embed_scale=self.scale)
+            embedding.weight = nn.Parameter(weight, requires_grad=False)
+            embedding.num_embeddings, embedding.padding_idx = self.num_embeddings, self.padding_idx
         return embedding.train(self.training)
 
 

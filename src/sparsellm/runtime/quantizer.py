@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsellm.errors import ModelError, StorageError
 from sparsellm.packed.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedReader, packed_entries
-from sparsellm.runtime.module import PACKED_BUFFERS, PackedEmbedding, PackedLinear, to_dense
+from sparsellm.runtime.module import PACKED_BUFFERS, PackedEmbedding, PackedLinear, row_scale, to_dense
 
 _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
 
@@ -64,7 +64,7 @@ class PackedQuantizer(HfQuantizer):
         for name, entry in self._entries.items():
             parent, leaf, linear = _find(model, self._modules[name])
             out, columns = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
-            embedding = type(linear) is nn.Embedding
+            embedding = row_scale(linear) is not None
             if entry.shape != (out, columns) or entry.transposed != isinstance(linear, Conv1D):
                 raise ModelError(
                     f"packed weight {name} has shape {entry.shape}, where the model has {(int(out), int(columns))}; "
@@ -149,7 +149,8 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
         module = parent.get_submodule(leaf)
     except AttributeError:
         module = None
-    if isinstance(module, (nn.Linear, Conv1D, PackedLinear)) or type(module) is nn.Embedding:
+    known = isinstance(module, (nn.Linear, Conv1D, PackedLinear))
+    if known or (isinstance(module, nn.Module) and row_scale(module) is not None):
         return parent, leaf, module
     raise ModelError(f"packed weight {name} is no linear of {type(model).__name__}; config.json is not this model's")
 
