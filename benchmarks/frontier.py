@@ -57,6 +57,7 @@ from sparsellm.api import Dense
 from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.linears import weight_of
 from sparsellm.chain.open import load_tokenizer
+from sparsellm.errors import RecipeError
 from sparsellm.packed.grid import INTEGERS
 from sparsellm.sources.gguf import without_bars
 from sparsellm.sources.resolve import checkpoint_directory
@@ -155,7 +156,7 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
     row["seconds"] = seconds
     try:
         whole = sparsellm.pack(folder / "pruned", out=folder / "whole", values=values, head="int8")
-    except sparsellm.RecipeError as error:
+    except RecipeError as error:
         print(f"{values}, the head as it is: {error}", flush=True)
         return {**row, "whole_bytes": packed.checkpoint_bytes}
     return {**row, "whole_bytes": whole.checkpoint_bytes, "whole_kl": bench.score(whole.path)["kl"]}
