@@ -30,7 +30,9 @@ def test_a_scaled_embedding_is_packed_as_it_computes(name: str, dtype: torch.dty
     assert isinstance(embedding, PackedEmbedding)
     dense = sparsellm.load(sparsellm.unpack(packed, out=tmp_path / "unpacked").path)
     ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    assert dense.get_input_embeddings()(ids).abs().max() > 1.5 * dense.get_input_embeddings().weight[ids].abs().max()
+    if name == "gemma3":  # transformers 4 multiplies Gemma 2's outside the embedding
+        plain = dense.get_input_embeddings()
+        assert plain(ids).abs().max() > 1.5 * plain.weight[ids].abs().max()
     loaded.save_pretrained(tmp_path / "saved")
     again = sparsellm.load(tmp_path / "saved", activations="fp32")
     with torch.no_grad():
