@@ -13,8 +13,8 @@ in what they do to the linears alone. Bits are all stored bytes of those weights
 offsets), divided by their number. llama.cpp takes larger types than a mixture's name says where a row does not divide
 by 256; what is counted is what its file has. *Whole*: embedding and head too as the form's file has them: llama.cpp's
 default type, int8 by `pack --head int8` of sparsellm (as they are where it has no such form), and 16 bits in tools that
-leave them as they are. A row without a
-second divergence has the first. A form is on the front if no other is as good in both bits and divergence.
+leave them as they are. A row without a second divergence has the first. A form is on the front if no other is as good
+in both bits and divergence.
 
 Importance matrices (mean squares of the inputs) are of the same calibration windows as sparsellm's. Speed is in
 ``instead.py``. Finished rows are kept in a file, by conditions, form and version of the tool; ``BENCHMARK_CODE``
@@ -152,8 +152,8 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
     zeros = sparsellm.prune(str(bench.directory), recipe, out=folder / "pruned").sparsity
     packed = sparsellm.pack(folder / "pruned", out=folder / "packed", values=values)
     seconds = time.process_time() - began
-    row = {"bits": 8 * packed.packed_bytes / packed.weights, "zeros": zeros, **bench.score(packed.path)}
-    row["seconds"] = seconds
+    bits, scores = 8 * packed.packed_bytes / packed.weights, bench.score(packed.path)
+    row = {"bits": bits, "zeros": zeros, **scores, "seconds": seconds}
     try:
         whole = sparsellm.pack(folder / "pruned", out=folder / "whole", values=values, head="int8")
     except RecipeError as error:

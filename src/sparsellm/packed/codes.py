@@ -206,7 +206,7 @@ def encode_values(
     group: int | None,
     exponents: Tensor | None = None,
     *,
-    gap: bool = False,
+    layout: str,
 ) -> Encoded:
     """The kept values of a weight ``(out, in)``; ``kept`` is bool of its shape.
 
@@ -216,8 +216,7 @@ def encode_values(
         value_type: one of :data:`WRITTEN_TYPES`. Values of int3 are codes of int4, the eight in the middle.
         group: the columns that share a scale of int4 or int3.
         exponents: of the columns, for integers alone.
-        gap: whether int3 takes the numbers with a gap around 0 if the values are such numbers already. No kept value
-            may be 0 then.
+        layout: of the weight. A weight that does not stand on the numbers of its layout gets plain ones.
 
     Raises:
         NumericalError: a value overflows the type, or is not finite and the type is an integer.
@@ -241,9 +240,9 @@ def encode_values(
     assert group is not None
     groups = groups_of(weight.shape[1], group)
     padded = nn.functional.pad(exact, (0, groups * group - weight.shape[1])).view(-1, group)
-    levels = PLAIN[value_type]
-    if gap and value_type in GAPPED and _is_on(padded, GAPPED[value_type]):
-        levels = GAPPED[value_type]
+    levels = levels_of(value_type, layout)
+    if not levels.even and not _is_on(padded, levels):
+        levels = PLAIN[value_type]
     whole, scales, _ = _quantise_groups(padded, levels)
     codes = levels.codes(whole.view(len(weight), -1)[:, : weight.shape[1]][kept])
     rows, rank = _places(counts)
@@ -290,17 +289,17 @@ def decode_values(
     return found if factor is None else found.mul_(factor)
 
 
-def bytes_of_values(counts: Tensor, value_type: str, groups: int, *, gap: bool = False) -> int:
+def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -> int:
     """Bytes of values and scales, for ``counts (out,)`` values in each row and ``groups`` scales of int4 a row.
 
-    With ``gap``, those of the numbers that int3 then stores are counted, too.
+    Those of the numbers that int3 stores in this layout are counted, too.
     """
     kept = int(counts.sum())
     if value_type == "int8":
         return kept + 4 * len(counts)
     if value_type in GROUPED:
         pairs = int(((counts + 1) // 2).sum())
-        index = 2 * groups * len(counts) + CODES * (gap and value_type in GAPPED)
+        index = 2 * groups * len(counts) + CODES * (not levels_of(value_type, layout).even)
         return (pairs if value_type == "int4" else bytes_of_three_bits(2 * pairs)) + index
     return kept * FLOAT_TYPES[value_type].itemsize
 

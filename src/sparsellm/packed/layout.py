@@ -167,7 +167,7 @@ def pack(
         kept = torch.ones_like(kept)
         mask = to_bits(kept[:1])
     exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
-    found = encode_values(weight, kept, value_type, group, exponents, gap=layout == "bitmask")
+    found = encode_values(weight, kept, value_type, group, exponents, layout=layout)
     narrow = value_type == "int3"
     return PackedWeight(
         shape,
@@ -239,8 +239,7 @@ def _forms(
             columns_of_scale = group or best_group(int(values.sum()) / (out * columns))
         groups = groups_of(columns, columns_of_scale or 1)
         index += 0 if layout == "dense" else 8 * (out + 1)
-        size = bytes_of_values(values, value_type, groups, gap=layout == "bitmask")
-        forms[layout] = (index + size, columns_of_scale)
+        forms[layout] = (index + bytes_of_values(values, value_type, groups, layout), columns_of_scale)
     return forms
 
 

@@ -270,8 +270,8 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
         key = chain.weights.key_of.get(f"{names.get(id(module))}.weight")
         if key is None or key in tensors:  # tied: stored once
             continue
-        plain = type(module) is nn.Linear or (isinstance(module, nn.Module) and row_scale(module) is not None)
-        if not plain or not key.endswith(".weight"):
+        known = type(module) is nn.Linear or row_scale(module) is not None
+        if not known or not key.endswith(".weight"):
             raise RecipeError(f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep")
         weight = chain.weights.reader.get(key)
         packed = pack_weight(weight, "int8", "dense")

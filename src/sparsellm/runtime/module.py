@@ -275,7 +275,6 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.value_type = ""
         self.rounded = activations_of() == "int8"
         self.register_buffer("weight", torch.zeros(1, dtype=dtype, device=device))
         for name in PACKED_BUFFERS:
@@ -312,7 +311,6 @@ class PackedLinear(nn.Module):
         packed = as_bitmask(packed).to(self.weight.device)
         for name in PACKED_BUFFERS:
             setattr(self, name, getattr(packed, name.removeprefix("weight_")))
-        self.value_type = packed.value_type
 
     @property
     def packed(self) -> PackedWeight:
@@ -348,7 +346,8 @@ class PackedLinear(nn.Module):
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        kept = "no weight" if self.weight_values is None else f"{self.value_type}, {self.packed.nbytes / 1e6:.2f} MB"
+        packed = None if self.weight_values is None else self.packed
+        kept = "no weight" if packed is None else f"{packed.value_type}, {packed.nbytes / 1e6:.2f} MB"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -392,11 +391,10 @@ class PackedLinear(nn.Module):
             for name in PACKED_BUFFERS:
                 part = parts.get(name)
                 self._buffers[name] = None if part is None else torch.empty_like(part, device=self.weight.device)
-            self.value_type = packed.value_type
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
 
-def row_scale(module: nn.Module) -> float | None:
+def row_scale(module: Any) -> float | None:
     """The factor of the rows that an embedding returns: 1 for ``nn.Embedding``, another for those of the Gemma kind.
 
     They hold it as a buffer, and newer ones as a number too; the buffer has no value before the weights are loaded.

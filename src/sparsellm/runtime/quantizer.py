@@ -149,8 +149,7 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
         module = parent.get_submodule(leaf)
     except AttributeError:
         module = None
-    known = isinstance(module, (nn.Linear, Conv1D, PackedLinear))
-    if known or (isinstance(module, nn.Module) and row_scale(module) is not None):
+    if isinstance(module, (nn.Linear, Conv1D, PackedLinear)) or row_scale(module) is not None:
         return parent, leaf, module
     raise ModelError(f"packed weight {name} is no linear of {type(model).__name__}; config.json is not this model's")
 
