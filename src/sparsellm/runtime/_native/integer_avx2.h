@@ -15,19 +15,27 @@ inline float total(const Vector* v) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-inline __m128i two_halves(const void* low, const void* high) {
-  const __m128i first = _mm_loadl_epi64(static_cast<const __m128i*>(low));
-  return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(first), static_cast<const double*>(high)));
+inline __m128i load(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+
+inline __m256i pair(const uint8_t* low, const uint8_t* high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(load(low)), load(high), 1);
 }
 
-// Sixteen columns by one shuffle: eight bytes for each byte of the mask. The offsets into the table, eight bytes an
-// entry, are cut out of the mask in place.
-inline __m128i sixteen(uint64_t low, uint64_t high, const uint8_t*& values) {
-  const uint8_t* second = values + __builtin_popcountll(low);
-  const __m128i order = two_halves(kLookup.bytes[0] + low, kLookup.upper[0] + high);
-  const __m128i spread = _mm_shuffle_epi8(two_halves(values, second), order);
-  values = second + __builtin_popcountll(high);
-  return spread;
+// Where the entry of eight columns of a mask, from column `at` on, stands in a table of sixteen bytes an entry. With BMI2
+// a rotation is one instruction, a shift that keeps its operand two.
+inline uint64_t offset(uint64_t bits, int at) {
+  const int by = (at + 60) % 64;
+  return (bits >> by | bits << (64 - by)) & 0xff0;
+}
+
+// Thirty-two columns from column kAt on: sixteen from the values at `low`, sixteen from those at `high`, each by one
+// shuffle. Its order is that of eight columns, with their count behind it, plus that of the next eight.
+template <int kAt>
+inline __m256i thirty_two(uint64_t bits, const uint8_t* low, const uint8_t* high) {
+  const uint8_t *eight = kLookup.counted[0], *next = kLookup.behind[0];
+  const __m256i order = _mm256_add_epi8(pair(eight + offset(bits, kAt), eight + offset(bits, kAt + 16)),
+                                        pair(next + offset(bits, kAt + 8), next + offset(bits, kAt + 24)));
+  return _mm256_shuffle_epi8(pair(low, high), order);
 }
 
 template <class Values>
@@ -54,12 +62,10 @@ struct Bytes {
       at += 64;
       return;
     }
-    const __m128i a = sixteen(bits << 3 & 0x7f8, bits >> 5 & 0x7f8, at);
-    const __m128i b = sixteen(bits >> 13 & 0x7f8, bits >> 21 & 0x7f8, at);
-    const __m128i c = sixteen(bits >> 29 & 0x7f8, bits >> 37 & 0x7f8, at);
-    const __m128i d = sixteen(bits >> 45 & 0x7f8, bits >> 53 & 0x7f8, at);
-    weights.values[0] = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
-    weights.values[1] = _mm256_inserti128_si256(_mm256_castsi128_si256(c), d, 1);
+    const uint8_t* middle = at + __builtin_popcount(static_cast<uint32_t>(bits));
+    weights.values[0] = thirty_two<0>(bits, at, at + __builtin_popcount(static_cast<uint16_t>(bits)));
+    weights.values[1] = thirty_two<32>(bits, middle, at + __builtin_popcountll(bits << 16));
+    at += __builtin_popcountll(bits);
   }
   static Vector products(const Weights& weights, const Activations<Bytes>& x, int v) {
     const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.codes + 32 * v));
