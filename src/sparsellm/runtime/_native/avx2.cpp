@@ -172,7 +172,7 @@ const InstructionSet kAvx2 = {
     int4_to_int8,
     int8_to_fp32,
     fp32_to_bf16,
-    {&kIntegerAvxVnni, &kIntegerAvx2},
+    &kIntegerAvx2,
     attention_scores,
     attention_values,
 };

@@ -65,7 +65,11 @@ void spread16(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8
   }
 }
 
-bool supported() { return cpu_has_avx512() && __builtin_cpu_supports("avx512vbmi2"); }
+// Every CPU with VBMI2 has what the integer products need, too; a hypervisor may hide it.
+bool supported() {
+  return cpu_has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512vnni");
+}
 
 }  // namespace
 
@@ -79,7 +83,7 @@ const InstructionSet kAvx512Vbmi2 = {
     int4_to_int8,
     int8_to_fp32,
     fp32_to_bf16,
-    {&kIntegerAvx512Vnni, &kIntegerAvx2},
+    &kIntegerAvx512Vnni,
     attention_scores,
     attention_values,
 };

@@ -350,7 +350,7 @@ void multiply(const InstructionSet& set, const Packed& weight, int tokens, Value
 
 void multiply_rounded(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x,
                       void* y, int threads) {
-  const Integer& how = set.integer[0]->supported() ? *set.integer[0] : *set.integer[1];
+  const Integer& how = *set.integer;
   const int64_t words = weight.stride / 8, pitch = 64 * words;
   uint8_t* memory = scratch<1>(static_cast<size_t>(2 * tokens * pitch));  // a scale takes four bytes, as do its codes
   int8_t* codes = reinterpret_cast<int8_t*>(memory);

@@ -101,12 +101,9 @@ inline Vector of_columns(const Rows& rows, int r, int64_t word, int) {
 
 #include "integer_rows.h"
 
-bool supported() { return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-          __builtin_cpu_supports("avx512vnni"); }
-
 }  // namespace
 
-const Integer kIntegerAvx512Vnni = {supported, integer_tokens<Bytes, kOfRows>, integer_scaled<Biased>, int4_to_bytes};
+const Integer kIntegerAvx512Vnni = {integer_tokens<Bytes, kOfRows>, integer_scaled<Biased>, int4_to_bytes};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

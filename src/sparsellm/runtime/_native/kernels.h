@@ -62,7 +62,6 @@ using IntegerDot = void (*)(const Rows& rows, const Rounded& x, int tokens, floa
 // word. A lane becomes fp32, is multiplied by the scales and added to its own sum in one rounding; the sixteen sums are
 // added at the end, lane j to lane j + 8, then 4, 2, 1. All instruction sets do the same, so all have the same bits.
 struct Integer {
-  bool (*supported)();
   IntegerDot int8;  // values in bytes, scales of rows left to the caller
   IntegerDot int4;  // values in bytes, scales of columns
   // The numbers of codes as bytes for `int4`; where this is null, int4_to_int8 does it.
@@ -83,7 +82,7 @@ struct InstructionSet {
   void (*int8_to_fp32)(const int8_t* values, float scale, int64_t count, float* out);
   // As numbers.h rounds; null where that is what is used. May read and write kSlack bytes past the end.
   void (*fp32_to_bf16)(const float* numbers, int64_t count, uint16_t* out);
-  const Integer* integer[2];  // the first that is supported is used
+  const Integer* integer;
   void (*attention_scores)(const float* query, const float* keys, int64_t n, int64_t size, float scale, float* scores);
   void (*attention_values)(const float* weights, const float* values, int64_t n, int64_t size, float* out);
 };
@@ -95,7 +94,6 @@ extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
 extern const InstructionSet kAvx512Vbmi2;
 extern const Integer kIntegerAvx2;
-extern const Integer kIntegerAvxVnni;
 extern const Integer kIntegerAvx512Vnni;
 #endif
 #if defined(__aarch64__) && defined(__GNUC__)

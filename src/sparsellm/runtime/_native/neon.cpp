@@ -134,7 +134,7 @@ const InstructionSet kNeon = {
     int4_to_int8,
     int8_to_fp32,
     nullptr,
-    {&kIntegerNeon, nullptr},
+    &kIntegerNeon,
     attention_scores,
     attention_values,
 };

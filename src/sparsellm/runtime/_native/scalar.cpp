@@ -107,7 +107,7 @@ void integer_dot(const Rows& rows, const Rounded& x, int tokens, float* sums) {
   }
 }
 
-const Integer kIntegerScalar = {[] { return true; }, integer_dot<false>, integer_dot<true>, nullptr};
+const Integer kIntegerScalar = {integer_dot<false>, integer_dot<true>, nullptr};
 
 using Vector = float;
 constexpr int kLanes = 1;
@@ -132,7 +132,7 @@ const InstructionSet kScalar = {
     int4_to_int8,
     int8_to_fp32,
     nullptr,
-    {&kIntegerScalar, nullptr},
+    &kIntegerScalar,
     attention_scores,
     attention_values,
 };
