@@ -14,6 +14,7 @@ it is packed dense, 0 is a number like the others.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from sparsellm.packed.codes import PLAIN, Levels, levels_of, powers_of
 from sparsellm.packed.layout import form_of
 
 INTEGERS = ("int8", "int4", "int3")
+AT_ONCE = 1 << 17  # weights that are rounded together: what that needs stays in the cache
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Groups:
 
 def anchors(grouped: Tensor) -> Tensor:
     """The place of the value of largest magnitude in each group, ``(groups, 1)``."""
-    return grouped.abs().argmax(dim=1, keepdim=True)
+    return grouped.abs().max(dim=1, keepdim=True).indices
 
 
 def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
@@ -80,7 +82,7 @@ def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor 
 
 def whole_numbers(values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False) -> Tensor:
     """The nearest numbers of the grid in units of ``scales``, without 0 unless ``zero``; 0 for a value of 0."""
-    return levels.nearest(torch.where(scales == 0, 0.0, values / scales), zero=zero)
+    return levels.nearest(values / torch.where(scales == 0, math.inf, scales), zero=zero)
 
 
 def as_stored(whole: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,13 +103,23 @@ def on_grid(weight: Tensor, value_type: str, dtype: torch.dtype, exponents: Tens
     """
     groups = Groups.of(weight, value_type)
     powers = torch.ones(weight.shape[1], device=weight.device) if exponents is None else powers_of(exponents)
-    units = groups.collect(powers.expand_as(weight))
-    grouped = groups.collect(weight / powers)
-    places = anchors(grouped)
-    scales = scales_of(grouped.gather(1, places), groups.levels, dtype, units.gather(1, places))
     if groups.dense:
-        whole = whole_numbers(grouped, scales, groups.levels, zero=True)
-        found = groups.spread(as_stored(whole, scales * units, dtype))
+        found = _on_grid(weight, groups, dtype, powers, zero=True)
         if Groups.of(found, value_type).dense:
             return found
-    return groups.spread(as_stored(whole_numbers(grouped, scales, groups.levels), scales * units, dtype))
+    return _on_grid(weight, groups, dtype, powers, zero=False)
+
+
+def _on_grid(weight: Tensor, groups: Groups, dtype: torch.dtype, powers: Tensor, *, zero: bool) -> Tensor:
+    """The weight at the nearest numbers of the grid of ``groups``, a few rows at a time on a CPU."""
+    found = torch.empty_like(weight)
+    few = max(1, AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    for start in range(0, len(weight), few):
+        rows = weight[start : start + few]
+        units = groups.collect(powers.expand_as(rows))
+        grouped = groups.collect(rows / powers)
+        places = anchors(grouped)
+        scales = scales_of(grouped.gather(1, places), groups.levels, dtype, units.gather(1, places))
+        whole = whole_numbers(grouped, scales, groups.levels, zero=zero)
+        found[start : start + few] = groups.spread(as_stored(whole, scales * units, dtype))
+    return found
