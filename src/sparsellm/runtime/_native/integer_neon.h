@@ -65,5 +65,5 @@ inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
 
 }  // namespace integer
 
-const Integer kIntegerNeon = {integer::integer_tokens<integer::Bytes, integer::kOfRows>,
+const Integer kIntegerNeon = {integer::integer_tokens<integer::Bytes, kOfRows>,
                               integer::integer_scaled<integer::Bytes>, nullptr};
