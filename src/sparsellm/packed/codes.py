@@ -113,6 +113,16 @@ PLAIN = {
 GAPPED = {"int3": Levels((-128, -83, -52, -25, 24, 51, 80, 117))}
 
 
+def anchors(grouped: Tensor) -> Tensor:
+    """The place of the value of largest magnitude in each group, ``(groups, 1)``."""
+    return grouped.abs().max(dim=1, keepdim=True).indices
+
+
+def whole_numbers(values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False) -> Tensor:
+    """The nearest of ``levels`` in units of ``scales``, without 0 unless ``zero``; 0 for a value of 0."""
+    return levels.nearest(values / torch.where(scales == 0, math.inf, scales), zero=zero)
+
+
 def levels_of(value_type: str, layout: str) -> Levels:
     """The numbers to which `prune --values` rounds a weight of this layout.
 
@@ -361,12 +371,12 @@ def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, f
 
 
 def _best_of_scales(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
-    extreme = grouped.gather(1, grouped.abs().argmax(dim=1, keepdim=True))  # (groups, 1)
+    extreme = grouped.gather(1, anchors(grouped))  # (groups, 1)
     best = torch.full_like(extreme, math.inf)
     whole, scales = torch.zeros_like(grouped), torch.zeros_like(extreme)
     for fraction in _SCALE_FRACTIONS:
         scale = (extreme / levels.lowest * fraction).bfloat16().float()  # rounded as it will be read
-        tried = levels.nearest(torch.where(scale == 0, 0.0, grouped / scale), zero=True)
+        tried = whole_numbers(grouped, scale, levels, zero=True)
         error = (tried * scale - grouped).square().sum(dim=1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)

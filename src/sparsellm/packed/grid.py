@@ -14,13 +14,12 @@ it is packed dense, 0 is a number like the others.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparsellm.packed.codes import PLAIN, Levels, levels_of, powers_of
+from sparsellm.packed.codes import PLAIN, Levels, anchors, levels_of, powers_of, whole_numbers
 from sparsellm.packed.layout import form_of
 
 INTEGERS = ("int8", "int4", "int3")
@@ -58,11 +57,6 @@ class Groups:
         return grouped.reshape(-1, self.columns + -self.columns % self.size)[:, : self.columns].contiguous()
 
 
-def anchors(grouped: Tensor) -> Tensor:
-    """The place of the value of largest magnitude in each group, ``(groups, 1)``."""
-    return grouped.abs().max(dim=1, keepdim=True).indices
-
-
 def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
     """The scales with which these values become anchors, in fp32 as they are read from a packed file.
 
@@ -78,11 +72,6 @@ def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor 
     # Rounded again: fp16 has a narrower range.
     end = -levels.lowest * one
     return (extreme / levels.lowest).bfloat16().float().mul_(end).to(dtype).float() / end
-
-
-def whole_numbers(values: Tensor, scales: Tensor, levels: Levels, *, zero: bool = False) -> Tensor:
-    """The nearest numbers of the grid in units of ``scales``, without 0 unless ``zero``; 0 for a value of 0."""
-    return levels.nearest(values / torch.where(scales == 0, math.inf, scales), zero=zero)
 
 
 def as_stored(whole: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,12 +102,11 @@ def on_grid(weight: Tensor, value_type: str, dtype: torch.dtype, exponents: Tens
 def _on_grid(weight: Tensor, groups: Groups, dtype: torch.dtype, powers: Tensor, *, zero: bool) -> Tensor:
     """The weight at the nearest numbers of the grid of ``groups``, a few rows at a time on a CPU."""
     found = torch.empty_like(weight)
-    few = max(1, AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    few = max(1, min(len(weight), AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight))
+    units_of_few = groups.collect(powers.expand(few, -1))
     for start in range(0, len(weight), few):
-        rows = weight[start : start + few]
-        units = groups.collect(powers.expand_as(rows))
-        grouped = groups.collect(rows / powers)
-        places = anchors(grouped)
+        grouped = groups.collect(weight[start : start + few] / powers)
+        units, places = units_of_few[: len(grouped)], anchors(grouped)
         scales = scales_of(grouped.gather(1, places), groups.levels, dtype, units.gather(1, places))
         whole = whole_numbers(grouped, scales, groups.levels, zero=zero)
         found[start : start + few] = groups.spread(as_stored(whole, scales * units, dtype))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sparsellm import parallel
-from sparsellm.packed.codes import EXPONENTS, powers_of
-from sparsellm.packed.grid import Groups, anchors, as_stored, on_grid, scales_of, whole_numbers
+from sparsellm.packed.codes import EXPONENTS, anchors, powers_of, whole_numbers
+from sparsellm.packed.grid import Groups, as_stored, on_grid, scales_of
 from sparsellm.registry import Workspace
 from sparsellm.statistics import Gram
 

@@ -12,6 +12,8 @@ SPARSELLM_TARGET_BEGIN("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt")
 namespace sparsellm {
 namespace {
 
+#include "eight.h"
+
 using Vector = __m256;
 constexpr int kLanes = 8;
 constexpr int kLocality = 3;
@@ -23,13 +25,8 @@ inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
 inline Vector all(float number) { return _mm256_set1_ps(number); }
 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-inline float total(Vector v) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
+inline float total(Vector v) { return sum_of(v); }
 
-inline __m128i load16(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
 inline __m128i load8(const void* from) { return _mm_loadl_epi64(static_cast<const __m128i*>(from)); }
 
 inline __m128i eight_halves(uint64_t bits, const uint8_t* values) {

@@ -11,8 +11,7 @@ SPARSELLM_TARGET_BEGIN("avx2,fma,bmi,bmi2,lzcnt,popcnt")
 namespace sparsellm {
 namespace {
 
-// Sums of four products each, of bytes without a sign with bytes with one.
-inline __m256i four(__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)); }
+#include "eight.h"
 
 using Vector = __m256;
 constexpr int kLanes = 8;
@@ -21,17 +20,10 @@ constexpr int kRowsOfTwo = 1, kRowsOfFour = 1;
 inline Vector zero() { return _mm256_setzero_ps(); }
 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-inline float total(const Vector* v) {
-  const __m256 eight = _mm256_add_ps(v[0], v[1]);
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
-inline __m128i load(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+inline float total(const Vector* v) { return sum_of(_mm256_add_ps(v[0], v[1])); }
 
 inline __m256i pair(const uint8_t* low, const uint8_t* high) {
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(load(low)), load(high), 1);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(load16(low)), load16(high), 1);
 }
 
 // Where the entry of eight columns of a mask, from column `at` on, stands in a table of sixteen bytes an entry. With BMI2
@@ -51,24 +43,22 @@ inline __m256i thirty_two(uint64_t bits, const uint8_t* low, const uint8_t* high
   return _mm256_shuffle_epi8(pair(low, high), order);
 }
 
-template <class Values>
-struct Activations {
-  const int8_t* codes;
+using Activations = const int8_t*;
 
-  Activations() = default;
-  explicit Activations(const int8_t* from) : codes(from) {}
+struct Weights {
+  __m256i values[2];
 };
 
-// The product takes one operand without a sign: the weights', whose signs go to the activations.
+// Pairs of products take one operand without a sign: the weights', whose signs go to the activations.
+inline Vector products(const Weights& weights, Activations codes, int v) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * v)), w = weights.values[v];
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+  return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
 struct Bytes {
   static constexpr int kRowsOfOne = 1;
-  using Place = const uint8_t*;
-  struct Weights {
-    __m256i values[2];
-  };
-  static Place begin(const uint8_t* values) { return values; }
-  static void prefetch(Place at, int64_t ahead) { __builtin_prefetch(at + ahead); }
-  static void expand(uint64_t bits, Place& at, Weights& weights) {
+  static void expand(uint64_t bits, const uint8_t*& at, Weights& weights) {
     if (bits == ~uint64_t{0}) {  // a dense row: every word, and in a sparse one hardly any
       weights.values[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
       weights.values[1] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32));
@@ -79,11 +69,6 @@ struct Bytes {
     weights.values[0] = thirty_two<0>(bits, at, at + __builtin_popcount(static_cast<uint16_t>(bits)));
     weights.values[1] = thirty_two<32>(bits, middle, at + __builtin_popcountll(bits << 16));
     at += __builtin_popcountll(bits);
-  }
-  static Vector products(const Weights& weights, const Activations<Bytes>& x, int v) {
-    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.codes + 32 * v));
-    const __m256i some = weights.values[v];
-    return _mm256_cvtepi32_ps(four(_mm256_abs_epi8(some), _mm256_sign_epi8(codes, some)));
   }
 };
 

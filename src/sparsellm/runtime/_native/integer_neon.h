@@ -16,23 +16,26 @@ inline float total(const Vector* v) {
   return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
-template <class Values>
-struct Activations {
-  const int8_t* codes;
+using Activations = const int8_t*;
 
-  Activations() = default;
-  explicit Activations(const int8_t* from) : codes(from) {}
+struct Weights {
+  int8x16_t values[4];
 };
+
+inline Vector products(const Weights& weights, Activations codes, int v) {
+  const int8x16_t x = vld1q_s8(codes + 16 * v), w = weights.values[v];
+#ifdef __ARM_FEATURE_DOTPROD
+  return vcvtq_f32_s32(vdotq_s32(vdupq_n_s32(0), w, x));
+#else
+  // Pairs of products first: four in a lane are columns 4 j … 4 j + 3.
+  const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
+  return vcvtq_f32_s32(vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+}
 
 struct Bytes {
   static constexpr int kRowsOfOne = 2;
-  using Place = const uint8_t*;
-  struct Weights {
-    int8x16_t values[4];
-  };
-  static Place begin(const uint8_t* values) { return values; }
-  static void prefetch(Place at, int64_t ahead) { __builtin_prefetch(at + ahead); }
-  static void expand(uint64_t bits, Place& at, Weights& weights) {
+  static void expand(uint64_t bits, const uint8_t*& at, Weights& weights) {
     for (int v = 0; v < 4; ++v) {
       const uint64_t low = bits >> 16 * v & 255, high = bits >> (16 * v + 8) & 255;
       const uint8x8_t first = vtbl1_u8(vld1_u8(at), vld1_u8(kLookup.bytes[low]));
@@ -41,16 +44,6 @@ struct Bytes {
       at += __builtin_popcountll(high);
       weights.values[v] = vreinterpretq_s8_u8(vcombine_u8(first, second));
     }
-  }
-  static Vector products(const Weights& weights, const Activations<Bytes>& activations, int v) {
-    const int8x16_t x = vld1q_s8(activations.codes + 16 * v), w = weights.values[v];
-#ifdef __ARM_FEATURE_DOTPROD
-    return vcvtq_f32_s32(vdotq_s32(vdupq_n_s32(0), w, x));
-#else
-    // Pairs of products first: four in a lane are columns 4 j … 4 j + 3.
-    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
-    return vcvtq_f32_s32(vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
-#endif
   }
 };
 

@@ -1,38 +1,38 @@
 // The loop of the integer kernels. An instruction set includes this inside its own anonymous namespace (and its own
 // target attributes) after defining, for its vector type `Vector` of kLanes floats:
 //   zero(), multiply(a, b), multiply_add(a, b, c) = a * b + c, total(v[16 / kLanes]), added as struct Integer says
-//   Activations<Values>(codes)  sixty-four rounded activations
+//   Activations(codes)  sixty-four rounded activations;  Weights  as many values in bytes, zeros where none is kept
+//   products(weights, activations, v)  as fp32: lanes v * kLanes … of the sixteen sums of four products
 //   own(scales, v), of_columns<kScales>(rows, r, word, v)  scales of activations and of weights, lane by lane
 // and one class for each kind of values with
-//   begin(values)  where they begin;  expand(bits, at, weights)  the next popcount(bits) of them as `Weights`, zeros
-//   where no bit is set; `at` moves on;  kRowsOfOne  rows at once for one token
-//   products(weights, activations, v)  as fp32: lanes v * kLanes … of the sixteen sums of four products
+//   expand(bits, at, weights)  the next popcount(bits) of them, `at` moves on;  kRowsOfOne  rows at once for one token
 
 template <class Values, int kScales, int R, int T>
 inline __attribute__((always_inline)) void integer_walk(const Rows& rows, int first, const Rounded& x, int token,
                                                         int tokens, float* sums) {
   constexpr int kVectors = 16 / kLanes;
   Vector accumulators[R][T][kVectors];
-  typename Values::Place at[R];
+  const uint8_t* at[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    at[r] = Values::begin(rows.values[first + r]);
+    at[r] = rows.values[first + r];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) accumulators[r][t][v] = zero();
   }
   for (int64_t word = 0; word < rows.words; ++word) {
-    Activations<Values> activations[T];
+    Activations activations[T];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) activations[t] = Activations<Values>(x.codes + (token + t) * x.pitch + 64 * word);
+    for (int t = 0; t < T; ++t) activations[t] = Activations(x.codes + (token + t) * x.pitch + 64 * word);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       uint64_t bits;
       __builtin_memcpy(&bits, rows.mask[first + r] + 8 * word, 8);
       if (word % 8 == 0) __builtin_prefetch(rows.mask[first + r] + 8 * word + rows.mask_ahead);
-      Values::prefetch(at[r], rows.values_ahead[first + r]);
-      typename Values::Weights weights;
+      // Values with scales of columns have been brought to bytes: they are in the cache.
+      if (kScales == kOfRows) __builtin_prefetch(at[r] + rows.values_ahead[first + r]);
+      Weights weights;
       Values::expand(bits, at[r], weights);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
@@ -43,7 +43,7 @@ inline __attribute__((always_inline)) void integer_walk(const Rows& rows, int fi
           if (kScales != kOfRows)
             scale = multiply(scale, of_columns<kScales>(rows, first + r, word, v));
           Vector& sum = accumulators[r][t][v];
-          sum = multiply_add(Values::products(weights, activations[t], v), scale, sum);
+          sum = multiply_add(products(weights, activations[t], v), scale, sum);
         }
       }
     }
