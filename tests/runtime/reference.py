@@ -93,11 +93,16 @@ def bound(dense: Tensor, x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations ``(tokens, in)`` as whole numbers ``(tokens, groups, 4)`` and fp32 scales ``(tokens, groups)``."""
-    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 4)).unflatten(1, (-1, 4))
-    largest = groups.abs().amax(dim=2, keepdim=True)
-    whole = torch.where(largest > 0, groups * torch.tensor(127.0).div(largest), 0).round()
-    return whole.long(), (largest / 127).squeeze(2)
+    """Activations ``(tokens, in)`` as whole numbers ``(tokens, groups, 4)`` and fp32 scales ``(tokens, groups)``.
+
+    Groups of four columns that lie 64, 128 or 192 columns apart within 256 share a scale.
+    """
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 256)).view(len(x), -1, 4, 16, 4)
+    largest = padded.abs().amax(dim=(2, 4), keepdim=True)
+    whole = torch.where(largest > 0, padded * torch.tensor(127.0).div(largest), 0).round().long()
+    scales = (largest / 127).expand(-1, -1, 4, -1, 1)
+    groups = -(-x.shape[1] // 4)
+    return whole.reshape(len(x), -1, 4)[:, :groups], scales.reshape(len(x), -1)[:, :groups]
 
 
 def integer_product(packed: PackedWeight, x: Tensor) -> Tensor:

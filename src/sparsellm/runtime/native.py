@@ -72,9 +72,10 @@ def set_threads(count: int | None) -> None:
 def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: str | None = None) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
-    With ``rounded``, and where the weight is int8 or int4, every four columns of a token share a scale, their largest
-    magnitude over 127, and are rounded to whole numbers of it; products of whole numbers are exact. All instruction
-    sets have the same bits then. An activation that is not finite makes the whole token NaN.
+    With ``rounded``, and where the weight is int8 or int4, sixteen columns of a token (four, and those 64, 128 and 192
+    columns on) share a scale, their largest magnitude over 127, and are rounded to whole numbers of it; products of
+    whole numbers are exact. All instruction sets have the same bits then. An activation that is not finite makes the
+    whole token NaN.
 
     Args:
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed

@@ -210,6 +210,13 @@ const uint16_t* group_scales(const Packed& weight, int64_t row) {
   return static_cast<const uint16_t*>(weight.scales) + row * ((weight.columns + weight.group - 1) / weight.group);
 }
 
+// kShared << shift columns share a scale of int4.
+int shift_of(const Packed& weight) {
+  int shift = 0;
+  while (weight.type == kInt4 && kShared << shift < weight.group) ++shift;
+  return shift;
+}
+
 // A row of int4 in fp32, by way of whole numbers; both memories have row_bytes.
 const uint8_t* int4_in_fp32(const InstructionSet& set, const Packed& weight, int64_t row, uint8_t* copy,
                             uint8_t* whole, uint8_t* out) {
@@ -240,8 +247,7 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
   const float* row_scales = weight.type == kInt8 ? static_cast<const float*>(weight.scales) : nullptr;
   const size_t row_size = row_bytes(weight);
   const int64_t groups = weight.type == kInt4 ? (weight.columns + weight.group - 1) / weight.group : 0;
-  int shift = 0;
-  while (weight.type == kInt4 && kShared << shift < weight.group) ++shift;
+  const int shift = shift_of(weight);
   for_each_piece(Pieces(weight, 0, weight.out, threads), [&](int64_t first, int64_t last) {
     uint8_t* buffers = scratch<0>(3 * kMaxRows * row_size);
     float* scales = reinterpret_cast<float*>(scratch<2>(static_cast<size_t>(4 * kMaxRows * (groups + 1))));
@@ -278,34 +284,34 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
   });
 }
 
-// Activations to whole numbers -127 … 127 and a scale for every kLaneColumns of them. A scale is NaN where an activation
-// is not finite, so that every product is; activations of a lane that are all below 2^-100 count as zero.
+// Activations to whole numbers -127 … 127 and sixteen scales for every block of mask words. A scale is NaN where an
+// activation is not finite, so that every product is; activations that share a scale and are all below 2^-100 count as
+// zero.
 template <class Read>
 void round_token(const Read& read, int64_t columns, int64_t words, int8_t* codes, float* scales) {
-  for (int64_t word = 0; word < words; ++word) {
-    float numbers[64], largest[16], inverse[16];
-    const int64_t first = 64 * word, count = std::min<int64_t>(64, columns - first);
+  for (int64_t block = 0; block < words; block += kBlock, codes += 64 * kBlock, scales += 16) {
+    const int64_t first = 64 * block, size = 64 * std::min(kBlock, words - block);
+    const int64_t count = std::min(size, columns - first);
+    float numbers[64 * kBlock], factors[64];
+    int32_t largest[64] = {};
     for (int64_t i = 0; i < count; ++i) numbers[i] = read(first + i);
-    for (int64_t i = count; i < 64; ++i) numbers[i] = 0;
+    for (int64_t i = count; i < size; ++i) numbers[i] = 0;
+    for (int64_t at = 0; at < size; at += 64)
+      for (int i = 0; i < 64; ++i)
+        largest[i] = std::max(largest[i], static_cast<int32_t>(to_bits(numbers[at + i]) & 0x7fffffffu));
     for (int lane = 0; lane < 16; ++lane) {
-      uint32_t bits = 0;
-      for (int i = 0; i < kLaneColumns; ++i)
-        bits = std::max(bits, to_bits(numbers[kLaneColumns * lane + i]) & 0x7fffffffu);
-      largest[lane] = from_bits(bits);
+      const int32_t* four = largest + 4 * lane;
+      const float most = from_bits(static_cast<uint32_t>(std::max(std::max(four[0], four[1]), std::max(four[2], four[3]))));
+      const bool finite = most <= std::numeric_limits<float>::max();
+      const bool some = finite && most >= 0x1p-100f;
+      scales[lane] = some ? most / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+      std::fill_n(factors + 4 * lane, 4, some ? 127.0f / most : 0.0f);
     }
-    for (int lane = 0; lane < 16; ++lane) {
-      const bool finite = largest[lane] <= std::numeric_limits<float>::max();
-      const bool some = finite && largest[lane] >= 0x1p-100f;
-      inverse[lane] = some ? 127.0f / largest[lane] : 0.0f;
-      scales[16 * word + lane] = some     ? largest[lane] / 127.0f
-                                 : finite ? 0.0f
-                                          : std::numeric_limits<float>::quiet_NaN();
-    }
-    for (int i = 0; i < 64; ++i) {  // adding 1.5 * 2^23 rounds to a whole number, ties to even
-      const float factor = inverse[i / kLaneColumns];
-      const float product = factor == 0 ? 0.0f : numbers[i] * factor;
-      codes[first + i] = static_cast<int8_t>(to_bits(product + 0x1.8p23f));
-    }
+    for (int64_t at = 0; at < size; at += 64)
+      for (int i = 0; i < 64; ++i) {  // adding 1.5 * 2^23 rounds to a whole number, ties to even
+        const float product = factors[i] == 0 ? 0.0f : numbers[at + i] * factors[i];
+        codes[at + i] = static_cast<int8_t>(to_bits(product + 0x1.8p23f));
+      }
   }
 }
 
@@ -351,18 +357,22 @@ void multiply(const InstructionSet& set, const Packed& weight, int tokens, Value
 void multiply_rounded(const InstructionSet& set, const Packed& weight, int tokens, ValueType kind, const void* x,
                       void* y, int threads) {
   const Integer& how = *set.integer;
-  const int64_t words = weight.stride / 8, pitch = 64 * words;
-  uint8_t* memory = scratch<1>(static_cast<size_t>(2 * tokens * pitch));  // a scale takes four bytes, as do its codes
+  const int64_t words = weight.stride / 8, pitch = 64 * words, scales_pitch = (words + kBlock - 1) / kBlock * 16;
+  uint8_t* memory = scratch<1>(static_cast<size_t>(tokens * (2 * pitch + 4 * scales_pitch)));
   int8_t* codes = reinterpret_cast<int8_t*>(memory);
-  float* scales = reinterpret_cast<float*>(memory + tokens * pitch);
+  int32_t* starts = reinterpret_cast<int32_t*>(memory + tokens * pitch);
+  float* scales = reinterpret_cast<float*>(memory + 2 * tokens * pitch);
+  const bool decode = weight.type == kInt4;
+  const int unit = static_cast<int>(words_of(decode ? scales_of(shift_of(weight)) : kOfRows));
   ValueType of_x = kind;
   x = scaled(weight, tokens, x, &of_x);
   const int64_t x_bytes = bytes_of(of_x, weight.columns);
-  for (int t = 0; t < tokens; ++t)
+  for (int t = 0; t < tokens; ++t) {
     round_token(of_x, static_cast<const uint8_t*>(x) + t * x_bytes, weight.columns, words, codes + t * pitch,
-                scales + t * pitch / kLaneColumns);
-  const Rounded rounded{codes, scales, pitch};
-  const bool decode = weight.type == kInt4;
+                scales + t * scales_pitch);
+    if (how.starts != nullptr) how.starts(codes + t * pitch, words, unit, starts + t * (pitch / 4));
+  }
+  const Rounded rounded{codes, scales, pitch, scales_pitch, starts};
   const IntegerDot dot = decode ? how.int4 : how.int8;
   const size_t row_size = row_bytes(weight);
   for_rows(

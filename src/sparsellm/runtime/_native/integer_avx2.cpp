@@ -18,6 +18,7 @@ constexpr int kLanes = 8;
 constexpr int kRowsOfTwo = 1, kRowsOfFour = 1;
 
 inline Vector zero() { return _mm256_setzero_ps(); }
+inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 inline float total(const Vector* v) { return sum_of(_mm256_add_ps(v[0], v[1])); }
@@ -43,17 +44,23 @@ inline __m256i thirty_two(uint64_t bits, const uint8_t* low, const uint8_t* high
   return _mm256_shuffle_epi8(pair(low, high), order);
 }
 
+using Sums = __m256i;
 using Activations = const int8_t*;
+
+inline Activations activations(const int8_t* codes) { return codes; }
+inline Sums start(const int32_t*, int) { return _mm256_setzero_si256(); }
 
 struct Weights {
   __m256i values[2];
 };
 
+inline Vector as_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
+
 // Pairs of products take one operand without a sign: the weights', whose signs go to the activations.
-inline Vector products(const Weights& weights, Activations codes, int v) {
+inline void add_products(Sums& sums, const Weights& weights, Activations codes, int v) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * v)), w = weights.values[v];
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-  return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 struct Bytes {
@@ -72,18 +79,16 @@ struct Bytes {
   }
 };
 
-inline Vector own(const float* scales, int v) { return _mm256_loadu_ps(scales + 8 * v); }
-
 template <int kScales>
-inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
-  return _mm256_set1_ps(rows.scales[r][kScales == kOfWords ? 2 * word >> rows.shift : 2 * word + v]);
+inline Vector of_columns(const float* scales, int shift, int64_t word, int v) {
+  return _mm256_set1_ps(scales[column_of<kScales>(word, shift) + (kScales == kOfHalves ? v : 0)]);
 }
 
 #include "integer_rows.h"
 
 }  // namespace
 
-const Integer kIntegerAvx2 = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, nullptr};
+const Integer kIntegerAvx2 = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, nullptr, nullptr};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

@@ -17,6 +17,7 @@ constexpr int kLanes = 16;
 constexpr int kRowsOfTwo = 2, kRowsOfFour = 2;
 
 inline Vector zero() { return _mm512_setzero_ps(); }
+inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(const Vector* v) {
@@ -29,20 +30,15 @@ using Weights = __m512i;
 // begin at what that adds.
 constexpr int kBias = 128;
 
-struct Activations {
-  __m512i codes, start;
+using Sums = __m512i;
+using Activations = __m512i;
 
-  Activations() = default;
-  explicit Activations(const int8_t* from) : codes(_mm512_loadu_si512(from)) {
-    const __m512i none = _mm512_setzero_si512();
-    const __m512i bias = _mm512_set1_epi8(static_cast<char>(kBias));
-    start = _mm512_sub_epi32(none, _mm512_dpbusd_epi32(none, bias, codes));
-  }
-};
-
-inline Vector products(const Weights& weights, const Activations& x, int) {
-  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(x.start, weights, x.codes));
+inline Activations activations(const int8_t* codes) { return _mm512_loadu_si512(codes); }
+inline Sums start(const int32_t* starts, int) { return _mm512_loadu_si512(starts); }
+inline void add_products(Sums& sums, const Weights& weights, Activations codes, int) {
+  sums = _mm512_dpbusd_epi32(sums, weights, codes);
 }
+inline Vector as_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 
 struct Bytes {
   static constexpr int kRowsOfOne = 1;
@@ -77,20 +73,28 @@ void int4_to_bytes(const uint8_t* codes, int64_t count, const int8_t* levels, ui
   }
 }
 
-inline Vector own(const float* scales, int) { return _mm512_loadu_ps(scales); }
-
 template <int kScales>
-inline Vector of_columns(const Rows& rows, int r, int64_t word, int) {
-  const float* scales = rows.scales[r] + (2 * word >> rows.shift);
+inline Vector of_columns(const float* scales, int shift, int64_t word, int) {
+  scales += column_of<kScales>(word, shift);
   const __m512 low = _mm512_set1_ps(scales[0]);
-  return kScales == kOfWords ? low : _mm512_mask_blend_ps(0xff00, low, _mm512_set1_ps(scales[1]));
+  return kScales != kOfHalves ? low : _mm512_mask_blend_ps(0xff00, low, _mm512_set1_ps(scales[1]));
+}
+
+void starts(const int8_t* codes, int64_t words, int unit, int32_t* out) {
+  const __m512i bias = _mm512_set1_epi8(static_cast<char>(kBias)), none = _mm512_setzero_si512();
+  for (int64_t word = 0; word < words; out += 16) {
+    __m512i sums = none;
+    for (int64_t end = word + unit < words ? word + unit : words; word < end; ++word)
+      sums = _mm512_dpbusd_epi32(sums, bias, _mm512_loadu_si512(codes + 64 * word));
+    _mm512_storeu_si512(out, _mm512_sub_epi32(none, sums));
+  }
 }
 
 #include "integer_rows.h"
 
 }  // namespace
 
-const Integer kIntegerAvx512Vnni = {integer_tokens<Bytes, kOfRows>, integer_scaled<Biased>, int4_to_bytes};
+const Integer kIntegerAvx512Vnni = {integer_tokens<Bytes, kOfRows>, integer_scaled<Biased>, int4_to_bytes, starts};
 
 }  // namespace sparsellm
 SPARSELLM_TARGET_END

@@ -8,6 +8,7 @@ constexpr int kLanes = 4;
 constexpr int kRowsOfTwo = 1, kRowsOfFour = 1;
 
 inline Vector zero() { return vdupq_n_f32(0); }
+inline Vector load(const float* from) { return vld1q_f32(from); }
 inline Vector multiply(Vector a, Vector b) { return vmulq_f32(a, b); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 inline float total(const Vector* v) {
@@ -16,20 +17,26 @@ inline float total(const Vector* v) {
   return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
+using Sums = int32x4_t;
 using Activations = const int8_t*;
+
+inline Activations activations(const int8_t* codes) { return codes; }
+inline Sums start(const int32_t*, int) { return vdupq_n_s32(0); }
 
 struct Weights {
   int8x16_t values[4];
 };
 
-inline Vector products(const Weights& weights, Activations codes, int v) {
+inline Vector as_floats(Sums sums) { return vcvtq_f32_s32(sums); }
+
+inline void add_products(Sums& sums, const Weights& weights, Activations codes, int v) {
   const int8x16_t x = vld1q_s8(codes + 16 * v), w = weights.values[v];
 #ifdef __ARM_FEATURE_DOTPROD
-  return vcvtq_f32_s32(vdotq_s32(vdupq_n_s32(0), w, x));
+  sums = vdotq_s32(sums, w, x);
 #else
   // Pairs of products first: four in a lane are columns 4 j … 4 j + 3.
   const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
-  return vcvtq_f32_s32(vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+  sums = vaddq_s32(sums, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
 }
 
@@ -47,11 +54,9 @@ struct Bytes {
   }
 };
 
-inline Vector own(const float* scales, int v) { return vld1q_f32(scales + 4 * v); }
-
 template <int kScales>
-inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
-  return vdupq_n_f32(rows.scales[r][kScales == kOfWords ? 2 * word >> rows.shift : 2 * word + v / 2]);
+inline Vector of_columns(const float* scales, int shift, int64_t word, int v) {
+  return vdupq_n_f32(scales[column_of<kScales>(word, shift) + (kScales == kOfHalves ? v / 2 : 0)]);
 }
 
 #include "integer_rows.h"
@@ -59,4 +64,4 @@ inline Vector of_columns(const Rows& rows, int r, int64_t word, int v) {
 }  // namespace integer
 
 const Integer kIntegerNeon = {integer::integer_tokens<integer::Bytes, kOfRows>,
-                              integer::integer_scaled<integer::Bytes>, nullptr};
+                              integer::integer_scaled<integer::Bytes>, nullptr, nullptr};

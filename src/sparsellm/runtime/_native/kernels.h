@@ -19,8 +19,8 @@ constexpr int kMaxRows = 4;
 constexpr int kMaxTokens = 16;
 constexpr int64_t kNibblesAhead = 2048;  // bytes; int4 is prefetched so far ahead, about four rows of 2048 columns
 constexpr int8_t kPlainLevels[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-constexpr int64_t kShared = 32;   // columns that share a scale of int4, at least
-constexpr int64_t kLaneColumns = 4;  // columns whose rounded activations share a scale, as their products share a lane
+constexpr int64_t kShared = 32;  // columns that share a scale of int4, at least
+constexpr int64_t kBlock = 4;  // mask words that share the scales of rounded activations
 
 // Up to kMaxRows rows that are walked together.
 struct Rows {
@@ -46,26 +46,48 @@ struct Multiply {
   float factor;    // x is multiplied by this, and so is the sum; a power of two, so exact
 };
 
-// Activations rounded to whole numbers: value = code * scale, a scale for each kLaneColumns columns of a token.
+// Activations rounded to whole numbers: value = code * scale. Sixteen scales belong to kBlock mask words of a token: four
+// columns of a word share one, as their products share a lane, with those of the other words.
 struct Rounded {
   const int8_t* codes;  // `tokens` panels of `pitch` codes, -127 … 127
-  const float* scales;  // `tokens` panels of pitch / kLaneColumns
-  int64_t pitch;
+  const float* scales;  // `tokens` panels of `scales_pitch`
+  int64_t pitch, scales_pitch;
+  const int32_t* starts;  // what Integer::starts wrote: `tokens` panels of pitch / 4
 };
 
-enum Scales { kOfRows, kOfWords, kOfHalves };  // scales of columns: none, or one for all of a word, or for each half
+// Scales of columns: none, or one for half a mask word, for a word, for two, or for four and more.
+enum Scales { kOfRows, kOfHalves, kOfWords, kOfPairs, kOfBlocks };
+
+constexpr Scales scales_of(int shift) {
+  return shift == 0 ? kOfHalves : shift == 1 ? kOfWords : shift == 2 ? kOfPairs : kOfBlocks;
+}
+
+// Words of a block whose products are added as whole numbers.
+constexpr int64_t words_of(int scales) {
+  return scales == kOfHalves || scales == kOfWords ? 1 : scales == kOfPairs ? 2 : kBlock;
+}
+
+// Where the scale of a mask word, or of its first half, stands among those of a row of kShared << shift columns a scale.
+template <int kScales>
+constexpr int64_t column_of(int64_t word, int shift) {
+  return kScales == kOfBlocks ? 2 * word >> shift : kScales == kOfPairs ? word / 2 : kScales == kOfWords ? word : 2 * word;
+}
 
 // sums[row * tokens + token]
 using IntegerDot = void (*)(const Rows& rows, const Rounded& x, int tokens, float* sums);
 
-// Products of whole numbers. Those of four columns are added in 32 bits, exactly, to each of sixteen lanes for a mask
-// word. A lane becomes fp32, is multiplied by the scales and added to its own sum in one rounding; the sixteen sums are
-// added at the end, lane j to lane j + 8, then 4, 2, 1. All instruction sets do the same, so all have the same bits.
+// Products of whole numbers. Four columns of a mask word are added in one of sixteen lanes, in 32 bits, exactly, and so
+// are those words of a block that share a scale of the weight. These sums become fp32; the first of a block is multiplied
+// by its scale, each later one is multiplied and added to it in one rounding. The block is multiplied by the scales of
+// its activations and added to its lane in one rounding. The sixteen lanes are added at the end, lane j to lane j + 8,
+// then 4, 2, 1. All instruction sets do the same, so all have the same bits.
 struct Integer {
   IntegerDot int8;  // values in bytes, scales of rows left to the caller
   IntegerDot int4;  // values in bytes, scales of columns
   // The numbers of codes as bytes for `int4`; where this is null, int4_to_int8 does it.
   void (*int4_to_bytes)(const uint8_t* codes, int64_t count, const int8_t* levels, uint8_t* out);
+  // With what the sixteen lanes of every `unit` words of a token begin; null where that is 0.
+  void (*starts)(const int8_t* codes, int64_t words, int unit, int32_t* out);
 };
 
 struct InstructionSet {

@@ -81,33 +81,42 @@ void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) 
 // The definition of the integer product, lane by lane; every other kernel has the same bits.
 template <bool kScaled>
 void integer_dot(const Rows& rows, const Rounded& x, int tokens, float* sums) {
+  const int64_t unit = words_of(kScaled ? scales_of(rows.shift) : kOfRows);
   for (int r = 0; r < rows.count; ++r) {
-    float lanes[kMaxTokens][16] = {};
+    float totals[kMaxTokens][16] = {}, parts[kMaxTokens][16] = {};
+    int32_t products[kMaxTokens][16] = {};
     int64_t next = 0;
     for (int64_t word = 0; word < rows.words; ++word) {
-      int32_t products[kMaxTokens][16] = {};
       for (uint64_t bits = read_word(rows.mask[r], word); bits != 0; bits &= bits - 1) {
         const int column = lowest_bit(bits);
         const int32_t weight = reinterpret_cast<const int8_t*>(rows.values[r])[next++];
         for (int t = 0; t < tokens; ++t)
           products[t][column / 4] += weight * x.codes[t * x.pitch + 64 * word + column];
       }
+      const bool last = word + 1 == rows.words;
       for (int t = 0; t < tokens; ++t)
         for (int lane = 0; lane < 16; ++lane) {
-          const float scale = x.scales[(t * x.pitch + 64 * word) / kLaneColumns + lane];
-          const float both = kScaled ? scale * rows.scales[r][(2 * word + lane / 8) >> rows.shift] : scale;
-          lanes[t][lane] = std::fmaf(static_cast<float>(products[t][lane]), both, lanes[t][lane]);
+          if (last || (word + 1) % unit == 0) {
+            const float scale = kScaled ? rows.scales[r][(2 * word + lane / 8) >> rows.shift] : 1.0f;
+            parts[t][lane] = std::fmaf(static_cast<float>(products[t][lane]), scale, parts[t][lane]);
+            products[t][lane] = 0;
+          }
+          if (last || (word + 1) % kBlock == 0) {
+            const float scale = x.scales[t * x.scales_pitch + 16 * (word / kBlock) + lane];
+            totals[t][lane] = std::fmaf(parts[t][lane], scale, totals[t][lane]);
+            parts[t][lane] = 0;
+          }
         }
     }
     for (int t = 0; t < tokens; ++t) {
       for (int half = 8; half > 0; half /= 2)
-        for (int lane = 0; lane < half; ++lane) lanes[t][lane] += lanes[t][lane + half];
-      sums[r * tokens + t] = lanes[t][0];
+        for (int lane = 0; lane < half; ++lane) totals[t][lane] += totals[t][lane + half];
+      sums[r * tokens + t] = totals[t][0];
     }
   }
 }
 
-const Integer kIntegerScalar = {integer_dot<false>, integer_dot<true>, nullptr};
+const Integer kIntegerScalar = {integer_dot<false>, integer_dot<true>, nullptr, nullptr};
 
 using Vector = float;
 constexpr int kLanes = 1;
