@@ -194,7 +194,7 @@ def test_without_room_for_its_state_a_sweep_runs_and_begins_anew(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("sparsellm.run.run.saved_sweep_bytes", lambda chain: 1 << 60)
+    monkeypatch.setattr("sparsellm.run.run.saved_sweep_bytes", lambda chain, unrounded: 1 << 60)
     result = sparsellm.prune(
         source, Recipe(**SWEPT), out=tmp_path / "p", progress=lambda event: said.append(event.detail)
     )

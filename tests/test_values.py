@@ -19,7 +19,7 @@ from sparsellm.chain import open_chain
 from sparsellm.errors import NumericalError, RecipeError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.packed.codes import exponents_of_text
-from sparsellm.packed.grid import on_grid
+from sparsellm.packed.grid import Groups, on_grid
 from sparsellm.solvers import rounding
 from sparsellm.storage.destination import partial_of
 from sparsellm.sweep.whole_model import _Run
@@ -183,7 +183,8 @@ def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPa
 
 
 def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of each weight is that of its rounded value, computed by autograd on the whole rounded model."""
+    """The gradient of each weight is that of its rounded value, computed by autograd on the whole rounded model, and
+    that of a group's factor is how the loss changes if all its rounded values grow together."""
     from sparsellm.chain import Feed
     from sparsellm.storage.scratch import Scratch
     from sparsellm.sweep import whole_model
@@ -212,9 +213,18 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
             weight.copy_(on_grid(weight.t().contiguous(), "int4", torch.float32).t())
             assert not torch.equal(weight, before[name])
     divergence(dense, plain, ids).backward()
+    several = False
     for name, weight in linear_weights(plain).items():
         assert weight.grad is not None
         assert torch.allclose(found[name], weight.grad, rtol=1e-3, atol=1e-6), name
+        seen, slope = weight.detach().t(), weight.grad.t()
+        size = Groups.of(seen, "int4").size
+        several = several or size < seen.shape[1]
+        for group, start in enumerate(range(0, seen.shape[1], size)):
+            part = slice(start, start + size)
+            expected = (slope[:, part] * seen[:, part]).sum(dim=1)
+            assert torch.allclose(found[f"{name}.factors"][:, group], expected, rtol=1e-2, atol=1e-6), name
+    assert several, "every row is one group"
     for name, weight in linear_weights(model).items():  # as it is written: no step was taken
         assert torch.equal(weight, linear_weights(plain)[name]), name
 

@@ -29,6 +29,7 @@ ROUNDED = Workspace(weights=0, grams=0, blocks=7)  # the same with a block on it
 SWEPT_COPIES = 4  # of every block in fp32 during a sweep: parameters, two moments, the best state so far
 SWEEP_STREAMS = 2  # inputs and dense outputs of a set of windows; a later set is beside the first, which judges
 SAVED_COPIES = 7  # of every block in fp32 on disk: the best, and parameters and moments of two passes
+FACTORS = 1 / 32  # of a block's elements, at most, that are factors of groups where values are rounded
 # fp32 tensors of the size of a chunk of logits that are in memory at once, for each loss of the head.
 NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 4
 
@@ -176,7 +177,7 @@ def hidden_bytes(chain: Chain, demand: Demand) -> int:
         demand.sets + demand.workspace.streams + mixtures + dense, SWEEP_STREAMS * (demand.swept + demand.fresh)
     )
     states = streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
-    copies = SWEPT_COPIES * 4 * all_block_elements(chain) if demand.swept else 0
+    copies = SWEPT_COPIES * 4 * _trained(chain, demand.unrounded) if demand.swept else 0
     return states + copies
 
 
@@ -198,9 +199,15 @@ def gradient_bytes(chain: Chain, tokens: int) -> int:
     return tokens * _width(chain) * ((len(chain) + 1) * chain.dtype.itemsize + 4)
 
 
-def saved_sweep_bytes(chain: Chain) -> int:
-    """The most disk space that the saved passes of a sweep take."""
-    return SAVED_COPIES * 4 * all_block_elements(chain)
+def saved_sweep_bytes(chain: Chain, unrounded: bool) -> int:
+    """The most disk space that the saved passes of a sweep take; see :class:`Demand`."""
+    return SAVED_COPIES * 4 * _trained(chain, unrounded)
+
+
+def _trained(chain: Chain, unrounded: bool) -> int:
+    """Elements of what a sweep trains, at most."""
+    elements = all_block_elements(chain)
+    return elements + round(FACTORS * elements) if unrounded else elements
 
 
 def checkpoint_bytes(chain: Chain) -> int:

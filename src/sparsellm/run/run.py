@@ -186,7 +186,8 @@ class Run:
         if not needs.passes:
             return
         self.progress(Progress("sweep", 0, 1))
-        saved = self.journal.saved_passes(saved_sweep_bytes(self.chain), self.disk, self.progress)
+        saved_bytes = saved_sweep_bytes(self.chain, self.integers is not None)
+        saved = self.journal.saved_passes(saved_bytes, self.disk, self.progress)
         self.journal.open_sweep(checkpoint_bytes(self.chain))
         if saved is not None:
             spent, peak = saved.spent

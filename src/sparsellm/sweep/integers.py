@@ -1,9 +1,13 @@
-"""Pruned linears whose values are integers times a scale while the parameters behind them are trained in fp32."""
+"""Pruned linears whose values are integers times a scale while the parameters behind them are trained in fp32.
+
+A step of a sweep is far smaller than a step of a grid, so few values change their integer. The scales are what a sweep
+can fit: each group has a factor that is trained, too (EfficientQAT, arXiv 2407.11062, trains scales alone).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -12,7 +16,14 @@ from torch import Tensor, nn
 from sparsellm.chain import Chain
 from sparsellm.chain.linears import LinearView
 from sparsellm.packed.codes import exponents_of_text
-from sparsellm.packed.grid import on_grid
+from sparsellm.packed.grid import Groups, on_grid
+
+FACTORS = ".factors"  # behind the name of a weight: the factors of its groups
+
+
+def is_factor(name: str) -> bool:
+    """Whether a trained parameter is the factors of a weight's groups."""
+    return name.endswith(FACTORS)
 
 
 @dataclass(frozen=True)
@@ -22,34 +33,78 @@ class Integers:
     Attributes:
         values: the type.
         linears: the exponents of the columns of each linear by its name, as records have them.
+        sizes: columns of a group, by the name of the weight; filled by :meth:`factors`.
     """
 
     values: Literal["int8", "int4", "int3"]
     linears: Mapping[str, str]
+    sizes: dict[str, int] = field(default_factory=dict)
 
-    def of(self, parameters: dict[str, nn.Parameter], chain: Chain, index: int) -> dict[str, nn.Parameter]:
-        """The same parameters of block ``index``, with rounded ones in place of the weights of these linears.
+    def factors(self, chain: Chain, index: int) -> dict[str, Tensor]:
+        """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, which owns them, by
+        the names that their factors have among its parameters."""
+        found = {}
+        for linear in self._of(chain, index):
+            if chain.owns(linear.weight_name):
+                weight = linear.weight()
+                size = self.sizes[linear.weight_name] = Groups.of(weight, self.values).size
+                found[linear.weight_name + FACTORS] = weight.new_ones(len(weight), -(-weight.shape[1] // size))
+        return found
 
-        A gradient of a rounded weight is taken as that of the weight behind it (straight-through). The scale of a group
-        follows its largest weight, so scales are trained too.
+    def of(self, parameters: Mapping[str, nn.Parameter], chain: Chain, index: int) -> dict[str, nn.Parameter]:
+        """The same parameters of block ``index`` without factors, with rounded ones in place of the weights of these
+        linears.
+
+        A gradient of a rounded weight is taken as that of the weight behind it (straight-through).
         """
-        rounded = dict(parameters)
-        for linear in chain.linears(index):
-            if linear.name in self.linears and linear.weight_name in parameters:
-                weight = parameters[linear.weight_name].detach()
-                weight = weight.t().contiguous() if linear.transposed else weight
-                weight = self._rounded(linear, weight)
-                rounded[linear.weight_name] = nn.Parameter(weight.t().contiguous() if linear.transposed else weight)
+        rounded = {name: parameter for name, parameter in parameters.items() if not is_factor(name)}
+        for linear in self._of(chain, index):
+            if linear.weight_name in parameters:
+                weight = _seen(linear, parameters[linear.weight_name].detach())
+                factors = parameters[linear.weight_name + FACTORS].detach()
+                spread = factors.repeat_interleave(self.sizes[linear.weight_name], dim=1)[:, : weight.shape[1]]
+                weight = self._rounded(linear, spread.mul_(weight))  # in place: one temporary weight less
+                rounded[linear.weight_name] = nn.Parameter(_seen(linear, weight))
         return rounded
+
+    def pull_back(
+        self, parameters: Mapping[str, nn.Parameter], rounded: Mapping[str, nn.Parameter], chain: Chain, index: int
+    ) -> None:
+        """Sets the gradients of the factors of block ``index`` from those of its weights: the whole numbers of a group
+        are held, so its values move together.
+
+        Args:
+            parameters: of the block, weights with their gradients.
+            rounded: what :meth:`of` made of them.
+            chain: the model.
+            index: of the block.
+        """
+        for linear in self._of(chain, index):
+            name = linear.weight_name
+            gradient = parameters[name].grad if name in parameters else None
+            if gradient is None:
+                continue
+            products = _seen(linear, gradient * rounded[name].detach())
+            padded = nn.functional.pad(products, (0, -products.shape[1] % self.sizes[name]))
+            factors = parameters[name + FACTORS]
+            factors.grad = padded.unflatten(1, (-1, self.sizes[name])).sum(dim=2).div_(factors.detach())
 
     @torch.no_grad()
     def settle(self, chain: Chain, index: int) -> None:
         """Rounds the weights of the loaded block ``index``."""
-        for linear in chain.linears(index):
-            if linear.name in self.linears and chain.owns(linear.weight_name):
+        for linear in self._of(chain, index):
+            if chain.owns(linear.weight_name):
                 linear.assign(self._rounded(linear, linear.weight()))
+
+    def _of(self, chain: Chain, index: int) -> list[LinearView]:
+        return [linear for linear in chain.linears(index) if linear.name in self.linears]
 
     def _rounded(self, linear: LinearView, weight: Tensor) -> Tensor:
         exponents = exponents_of_text(self.linears[linear.name])
         exponents = None if exponents is None else exponents.to(weight.device)
         return on_grid(weight, self.values, linear.storage_dtype, exponents)
+
+
+def _seen(linear: LinearView, matrix: Tensor) -> Tensor:
+    """A matrix as its parameter has it as ``(out, in)``, or the other way round."""
+    return matrix.t().contiguous() if linear.transposed else matrix

@@ -27,7 +27,7 @@ from sparsellm.progress import Progress
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch, TensorStore
 from sparsellm.sweep.head import divergence_from, through_head
-from sparsellm.sweep.integers import Integers
+from sparsellm.sweep.integers import Integers, is_factor
 from sparsellm.sweep.training import (
     Adam,
     Float32Calls,
@@ -186,7 +186,8 @@ class _Masters:
                 everything = self.chain.block_parameters(index)
                 own = {name: p for name, p in everything.items() if self.chain.owns(name)}
                 self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
-                self.shapes.append({name: p.shape for name, p in own.items()})
+                factors = self.integers.factors(self.chain, index) if self.integers is not None else {}
+                self.shapes.append({name: p.shape for name, p in [*own.items(), *factors.items()]})
                 self._aliases.append({name: self.chain.home(name) for name in everything if name not in own})
                 self._dtypes.append(self.chain.written_dtypes(index))
                 flat = self._flat(index)
@@ -215,7 +216,9 @@ class _Masters:
         return self.store[2 * block + 1]
 
     def _flat(self, index: int) -> Tensor:
-        own = self.chain.block_parameters(index)
+        own: dict[str, Tensor] = dict(self.chain.block_parameters(index))
+        if self.integers is not None:
+            own |= self.integers.factors(self.chain, index)
         return torch.cat([own[name].detach().float().flatten() for name in self.shapes[index]])
 
     def views(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
@@ -531,9 +534,9 @@ class _Run:
             loss, gradient = self._end(entering.pop(), piece, gradient=True)
         for index in reversed(range(len(self.chain))):
             flat, state = self.masters.parameters(index), self.masters.moments(index)
-            parameters = self.masters.all_views(flat, index)
+            parameters = used = self.masters.all_views(flat, index)
             if piece is not None:
-                hidden, used = entering.pop(), parameters
+                hidden = entering.pop()
                 if self.masters.integers is not None:
                     used = self.masters.all_views(flat, index, running=True)
                 with running_on(self.chain, index, used), torch.enable_grad():
@@ -542,16 +545,18 @@ class _Run:
                     leaving.backward(gradient)
                 gradient = hidden.grad
                 assert gradient is not None
-                for name, parameter in parameters.items():
-                    parameter.grad = used[name].grad  # of a rounded value: straight through
+                for name in used:
+                    parameters[name].grad = used[name].grad  # of a rounded value: straight through
             for first, name in self.masters.borrowed(index).items():
                 _add_gradient(waiting, first, parameters[name].grad)
             own = {name: parameters[name] for name in self.masters.shapes[index]}
             for name in own.keys() & waiting.keys():
                 _add_gradient(waiting, name, own[name].grad)
                 own[name].grad = waiting.pop(name)
+            if piece is not None and self.masters.integers is not None:
+                self.masters.integers.pull_back(own, used, self.chain, index)
             share_gradients(own.values(), process)
-            Adam(own, self.masters.pruned, state).step(rate, number)
+            Adam(own, self.masters.pruned, state, frozenset(filter(is_factor, own))).step(rate, number)
             self.masters.store[2 * index] = flat
             self.masters.store[2 * index + 1] = state
         return parallel.broadcast(loss, process)
