@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from sparsellm.chain import open_chain
 from sparsellm.chain.streams import Stream
-from sparsellm.sweep.training import held_out_of
+from sparsellm.sweep.training import Adam, held_out_of
 from tests.models import tiny_opt
 from tests.sweep.helpers import CPU, ids_of
 
@@ -36,3 +38,15 @@ def test_what_is_held_out(count: int, fraction: float, held: list[int]) -> None:
     train, judges = held_out_of(list(range(count)), fraction)
     assert train == [i for i in range(count) if i not in held]
     assert judges == (held or list(range(count)))
+
+
+@pytest.mark.parametrize(("rate", "step"), [(1e-4, 5e-4), (7e-4, 1e-3)])
+def test_factors_take_longer_steps(rate: float, step: float) -> None:
+    """Adam's first step is the rate against the gradient's sign, here relative to a root mean square of 1."""
+    parameters = {name: nn.Parameter(torch.ones(4)) for name in ("w", "w.factors")}
+    for parameter in parameters.values():
+        parameter.grad = torch.tensor([3.0, -0.1, 1e-3, 2.0])
+    Adam(parameters, set(), torch.zeros(2, 8), frozenset(["w.factors"])).step(rate, 1)
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    assert torch.allclose(1 - parameters["w"].detach(), rate * signs, rtol=1e-3)
+    assert torch.allclose(1 - parameters["w.factors"].detach(), step * signs, rtol=1e-3)

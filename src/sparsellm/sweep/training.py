@@ -16,7 +16,7 @@ from sparsellm.statistics.held_out import spread_evenly
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
-FASTER, FASTEST = 5.0, 1e-3  # steps of factors of whole groups: so many times the rate, and at most this
+FACTOR_RATE, FACTOR_LIMIT = 5.0, 1e-3  # steps of factors of groups: so many times the rate, and at most this
 MOST_HELD_OUT = 8  # steps: enough to compare states; further steps are worth more as training data
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class Adam:
             if name in self._pruned:
                 _clear_where_zero_(parameter.grad, parameter)
             size = float(parameter.norm()) / parameter.numel() ** 0.5
-            own = min(FASTER * rate, FASTEST) if name in self._factors else rate
+            own = min(FACTOR_RATE * rate, FACTOR_LIMIT) if name in self._factors else rate
             groups.append({"params": [parameter], "lr": own * max(size, EPSILON)})
             before = torch.tensor(number - 1.0, device=parameter.device)
             state[parameter] = {"step": before, "exp_avg": first, "exp_avg_sq": second}
