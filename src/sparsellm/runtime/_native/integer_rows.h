@@ -95,7 +95,7 @@ inline __attribute__((always_inline)) void integer_walk(const Rows& rows, int fi
   for (int r = 0; r < R; ++r) {
     walk.at[r] = rows.values[first + r];
     walk.mask[r] = rows.mask[first + r];
-    walk.scales[r] = rows.scales[first + r];
+    if (kScales != kOfRows) walk.scales[r] = rows.scales[first + r];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 16
