@@ -21,11 +21,6 @@ from sparsellm.packed.grid import Groups, on_grid
 FACTORS = ".factors"  # behind the name of a weight: the factors of its groups
 
 
-def is_factor(name: str) -> bool:
-    """Whether a trained parameter is the factors of a weight's groups."""
-    return name.endswith(FACTORS)
-
-
 @dataclass(frozen=True)
 class Integers:
     """The linears of a model whose values are rounded to the grid of a packed type.
@@ -33,12 +28,12 @@ class Integers:
     Attributes:
         values: the type.
         linears: the exponents of the columns of each linear by its name, as records have them.
-        sizes: columns of a group, by the name of the weight; filled by :meth:`factors`.
+        groups: of each weight, by its name; filled by :meth:`factors`.
     """
 
     values: Literal["int8", "int4", "int3"]
     linears: Mapping[str, str]
-    sizes: dict[str, int] = field(default_factory=dict)
+    groups: dict[str, Groups] = field(default_factory=dict)
 
     def factors(self, chain: Chain, index: int) -> dict[str, Tensor]:
         """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, which owns them, by
@@ -47,8 +42,9 @@ class Integers:
         for linear in self._of(chain, index):
             if chain.owns(linear.weight_name):
                 weight = linear.weight()
-                size = self.sizes[linear.weight_name] = Groups.of(weight, self.values).size
-                found[linear.weight_name + FACTORS] = weight.new_ones(len(weight), -(-weight.shape[1] // size))
+                groups = self.groups[linear.weight_name] = Groups.of(weight, self.values)
+                of_a_row = len(groups.collect(weight)) // len(weight)
+                found[linear.weight_name + FACTORS] = weight.new_ones(len(weight), of_a_row)
         return found
 
     def of(self, parameters: Mapping[str, nn.Parameter], chain: Chain, index: int) -> dict[str, nn.Parameter]:
@@ -57,14 +53,14 @@ class Integers:
 
         A gradient of a rounded weight is taken as that of the weight behind it (straight-through).
         """
-        rounded = {name: parameter for name, parameter in parameters.items() if not is_factor(name)}
+        rounded = {name: parameter for name, parameter in parameters.items() if not name.endswith(FACTORS)}
         for linear in self._of(chain, index):
             if linear.weight_name in parameters:
                 weight = _seen(linear, parameters[linear.weight_name].detach())
                 factors = parameters[linear.weight_name + FACTORS].detach()
-                spread = factors.repeat_interleave(self.sizes[linear.weight_name], dim=1)[:, : weight.shape[1]]
-                weight = self._rounded(linear, spread.mul_(weight))  # in place: one temporary weight less
-                rounded[linear.weight_name] = nn.Parameter(_seen(linear, weight))
+                groups = self.groups[linear.weight_name]
+                weight = groups.spread(groups.collect(weight) * factors.reshape(-1, 1))
+                rounded[linear.weight_name] = nn.Parameter(_seen(linear, self._rounded(linear, weight)))
         return rounded
 
     def pull_back(
@@ -85,9 +81,8 @@ class Integers:
             if gradient is None:
                 continue
             products = _seen(linear, gradient * rounded[name].detach())
-            padded = nn.functional.pad(products, (0, -products.shape[1] % self.sizes[name]))
             factors = parameters[name + FACTORS]
-            factors.grad = padded.unflatten(1, (-1, self.sizes[name])).sum(dim=2).div_(factors.detach())
+            factors.grad = self.groups[name].collect(products).sum(dim=1).view_as(factors).div_(factors.detach())
 
     @torch.no_grad()
     def settle(self, chain: Chain, index: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -53,7 +53,7 @@ class Adam:
         parameters: Mapping[str, nn.Parameter],
         pruned: set[str],
         state: Tensor,
-        factors: frozenset[str] = frozenset(),
+        factors: Collection[str] = (),
     ) -> None:
         self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self._pruned = pruned

@@ -27,7 +27,7 @@ from sparsellm.progress import Progress
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch, TensorStore
 from sparsellm.sweep.head import divergence_from, through_head
-from sparsellm.sweep.integers import Integers, is_factor
+from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.training import (
     Adam,
     Float32Calls,
@@ -174,6 +174,7 @@ class _Masters:
         self.chain = chain
         self.integers = integers
         self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
+        self.factors: set[str] = set()  # names of the factors of groups, where values are rounded
         self.store = scratch.store(chain.device)
         self.shapes: list[dict[str, torch.Size]] = []
         self._dtypes: list[dict[str, tuple[torch.dtype, torch.dtype]]] = []
@@ -183,14 +184,13 @@ class _Masters:
         """Loads the pruned blocks, or the state after the last saved pass if further passes follow."""
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
-                everything = self.chain.block_parameters(index)
-                own = {name: p for name, p in everything.items() if self.chain.owns(name)}
+                everything, own = self.chain.block_parameters(index), self._own(index)
                 self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
-                factors = self.integers.factors(self.chain, index) if self.integers is not None else {}
-                self.shapes.append({name: p.shape for name, p in [*own.items(), *factors.items()]})
+                self.factors |= own.keys() - everything.keys()
+                self.shapes.append({name: p.shape for name, p in own.items()})
                 self._aliases.append({name: self.chain.home(name) for name in everything if name not in own})
                 self._dtypes.append(self.chain.written_dtypes(index))
-                flat = self._flat(index)
+                flat = _flat(own)
             if reached is not None and task.saved is not None and reached.passes < task.passes:
                 self.store.append(task.saved.parameters(reached.passes, index))
                 self.store.append(task.saved.moments(reached.passes, index))
@@ -205,7 +205,7 @@ class _Masters:
                 flat = best[index].clone()
             else:
                 with self.chain.block(index, task.pruned(index)):
-                    flat = self._flat(index)
+                    flat = _flat(self._own(index))
             self.store[2 * index] = flat
             self.store[2 * index + 1] = torch.zeros(2, len(flat), device=flat.device)
 
@@ -215,11 +215,11 @@ class _Masters:
     def moments(self, block: int) -> Tensor:
         return self.store[2 * block + 1]
 
-    def _flat(self, index: int) -> Tensor:
-        own: dict[str, Tensor] = dict(self.chain.block_parameters(index))
-        if self.integers is not None:
-            own |= self.integers.factors(self.chain, index)
-        return torch.cat([own[name].detach().float().flatten() for name in self.shapes[index]])
+    def _own(self, index: int) -> dict[str, Tensor]:
+        """What is trained in the loaded block: its own parameters, and factors of groups where values are rounded."""
+        factors = {} if self.integers is None else self.integers.factors(self.chain, index)
+        parameters = self.chain.block_parameters(index)
+        return {**{name: p for name, p in parameters.items() if self.chain.owns(name)}, **factors}
 
     def views(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
         """Views of a block's flat tensor, by parameter. All require gradients, so that moments have the same layout."""
@@ -254,6 +254,10 @@ class _Masters:
     def borrowed(self, index: int) -> dict[str, str]:
         """For each parameter that block ``index`` borrows of another, by its name there, its name in the block."""
         return {first: name for name, (at, first) in self._aliases[index].items() if at != index}
+
+
+def _flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([each.detach().float().flatten() for each in tensors.values()])
 
 
 class _Best:
@@ -556,7 +560,7 @@ class _Run:
             if piece is not None and self.masters.integers is not None:
                 self.masters.integers.pull_back(own, used, self.chain, index)
             share_gradients(own.values(), process)
-            Adam(own, self.masters.pruned, state, frozenset(filter(is_factor, own))).step(rate, number)
+            Adam(own, self.masters.pruned, state, self.masters.factors).step(rate, number)
             self.masters.store[2 * index] = flat
             self.masters.store[2 * index + 1] = state
         return parallel.broadcast(loss, process)
