@@ -213,7 +213,11 @@ class BlockTask:
         if self.trained and not self.stream.chain.is_shared(linear.weight_name):  # later blocks run on a shared one
             self.unrounded[linear.name] = found.unrounded.to(linear.storage_dtype)
         return replace(
-            solution, weight=found.weight, mask=found.weight != 0, error=lost / energy if energy > 0 else 0.0
+            solution,
+            weight=found.weight,
+            mask=found.weight != 0,
+            error=lost / energy if energy > 0 else 0.0,
+            notes=(*solution.notes, *found.notes),
         )
 
     def finish(self) -> list[LinearResult]:

@@ -2,10 +2,17 @@
 
 The error is ``‖(Ŵ − W) G^½‖²`` for a pruned weight W and its rounded one Ŵ. Columns of large inputs take finer steps
 (AWQ, arXiv 2306.00978): their exponents are those of a power of the inputs' root mean square, the power with the least
-error after rounding to nearest. Each group takes the scale with the least error in the diagonal of G. Then cyclic
-coordinate descent (QuantEase, arXiv 2309.01885) moves one input of all outputs at a time: with the others held, the
-best value of ``ŵ_j`` is ``ŵ_j − ((Ŵ − W) G)_j / G_jj``, and the number of the grid that is nearest to it is optimal. So
-the error never rises.
+error after rounding to nearest. Each group takes the scale with the least error in the diagonal of G. Then three things
+lower the error in the metric of G itself:
+
+1. Inputs are rounded one after another, and all after one make up for its error (GPTQ, arXiv 2210.17323). A descent
+   from here ends lower than one from the nearest numbers.
+2. The scales of a row's groups are solved for together, with the whole numbers held: least squares.
+3. Cyclic coordinate descent (QuantEase, arXiv 2309.01885) moves one input of all outputs at a time: with the others
+   held, the best value of ``ŵ_j`` is ``ŵ_j − ((Ŵ − W) G)_j / G_jj``, and the number of the grid that is nearest to it
+   is optimal.
+
+2 and 3 take turns, and neither raises the error of a row.
 """
 
 from __future__ import annotations
@@ -21,12 +28,18 @@ from sparsellm.packed.codes import EXPONENTS, anchors, powers_of, whole_numbers
 from sparsellm.packed.grid import Groups, as_stored, on_grid, scales_of
 from sparsellm.registry import Workspace
 from sparsellm.statistics import Gram
+from sparsellm.statistics.gram import Factor
 
-ROUNDING = Workspace(weights=15, grams=1.5, products=6)
+ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=6)
 
 FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)  # of the largest magnitude: beyond, clipped
-PASSES = 8  # of the descent
-ENOUGH = 3e-3  # a pass that lowers the error by less than this part of it is the last
+DAMPING = 0.03  # of the factor for rounding one after another; 0.01 and 0.1 give the same error after the descent
+ROUNDS = 3  # of scales and numbers
+RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a part of it
+FACTORS = (0.5, 2.0)  # of a scale: the least and the greatest in a round
+SYSTEMS = 1 << 22  # elements of the systems that are solved at once: 16 MiB
+PASSES = 8  # of the descent, in a round
+ENOUGH = 1e-2  # a pass that lowers the error by less than this part of it is the last
 BLOCK = 64  # inputs whose errors are carried to the others together
 POWERS = (0.25, 0.5, 0.75)  # of the inputs' root mean square that are tried beside 0, in this order
 JUDGES = 256  # rows of the weight that choose the power
@@ -42,11 +55,13 @@ class Rounded:
         unrounded: ``(out, in)`` fp32: the best value of each weight with all others at theirs, within the cell that
             rounds to ``weight``. It is where training goes on.
         exponents: int8 ``(in,)``, of the columns; None if all are 0.
+        notes: for the user.
     """
 
     weight: Tensor
     unrounded: Tensor
     exponents: Tensor | None
+    notes: tuple[str, ...] = ()
 
 
 def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, fixed_mask: bool = False) -> Rounded:
@@ -65,17 +80,30 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
     groups, kind = Groups.of(weight, value_type), _Kind(value_type, dtype)
     powers = _powers(weight, gram, groups, kind)
     if groups.dense:
-        chosen = _Choice(weight, gram, powers, groups, kind)
-        final, best = _Descent(chosen, weight, gram).run()
-        groups = Groups.of(final, value_type)
+        grid = _Grid(weight, gram, powers, groups, kind)
+        found = _fitted(grid, weight, gram)
+        groups = Groups.of(found.weight, value_type)
     if not groups.dense:
         start = weight if fixed_mask else _without_small(weight, gram, powers, kind)
-        chosen = _Choice(start, gram, powers, replace(Groups.of(start, value_type), dense=False), kind)
-        final, best = _Descent(chosen, weight, gram).run()
-    found = parallel.broadcast_(final.contiguous())
-    unrounded = parallel.broadcast_(chosen.within_cells(final, best).contiguous())
+        grid = _Grid(start, gram, powers, replace(Groups.of(start, value_type), dense=False), kind)
+        found = _fitted(grid, weight, gram)
+    final = parallel.broadcast_(found.weight.contiguous())
+    unrounded = parallel.broadcast_(found.unrounded.contiguous())
     exponents = powers.log2().round_().to(torch.int8)
-    return Rounded(found, unrounded, exponents if bool(exponents.any()) else None)
+    return Rounded(final, unrounded, exponents if bool(exponents.any()) else None, found.notes)
+
+
+def _fitted(grid: _Grid, target: Tensor, gram: Gram) -> Rounded:
+    """The target on the grid, whose scales change; without exponents."""
+    start, notes = _one_after_another(grid, target, gram)
+    before, own = gram.energy(start, minus=target), grid.own
+    nearest = gram.energy(grid.nearest, minus=target)
+    if nearest < before:
+        start, before = grid.nearest, nearest
+    final, best = _Descent(grid, start, target, gram).run()
+    if gram.energy(final, minus=target) > before:  # rounding errors of the slopes, at the optimum
+        final, best, grid.own = start, start, own
+    return Rounded(final, grid.within_cells(final, best), None, notes)
 
 
 @dataclass(frozen=True)
@@ -95,13 +123,13 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, kind: _Kind) -> Tensor:
     for power in (0.0, *POWERS):
         exponents = (-power * magnitudes).round_().clamp_(EXPONENTS.start, EXPONENTS.stop - 1)
         tried = powers_of(exponents.to(torch.int8))
-        error = gram.energy(_Choice(judges, gram, tried, groups, kind).nearest, minus=judges)
+        error = gram.energy(_Grid(judges, gram, tried, groups, kind).nearest, minus=judges)
         if error < least:
             found, least = tried, error
     return parallel.broadcast_(found)
 
 
-class _Choice:
+class _Grid:
     """The grid of a weight: scales and anchors of its groups, and the weight rounded to nearest.
 
     Args:
@@ -113,28 +141,33 @@ class _Choice:
     """
 
     def __init__(self, weight: Tensor, gram: Gram, powers: Tensor, groups: Groups, kind: _Kind) -> None:
-        self.kind, self.powers, self.levels, self.zero = kind, powers, groups.levels, groups.dense
-        units = groups.collect(powers.expand_as(weight))
+        self.kind, self.powers, self.groups, self.levels, self.zero = kind, powers, groups, groups.levels, groups.dense
         grouped = groups.collect(weight / powers)
         curvature = groups.collect((gram.diagonal.clamp(min=1e-30) * powers.square()).expand_as(weight))
         places = anchors(grouped)
-        extreme, unit = grouped.gather(1, places), units.gather(1, places)  # (groups, 1)
+        extreme = grouped.gather(1, places)  # (groups, 1)
+        self.units = groups.collect(powers.expand_as(weight)).gather(1, places)  # (groups, 1), of the anchors
         least = torch.full_like(extreme, math.inf)
-        scales = torch.zeros_like(extreme)
+        self.own = torch.zeros_like(extreme)  # (groups, 1): scales without the powers of columns
         for fraction in FRACTIONS:
-            tried = scales_of(extreme * fraction, self.levels, kind.dtype, unit)
+            tried = scales_of(extreme * fraction, self.levels, kind.dtype, self.units)
             error = whole_numbers(grouped, tried, self.levels, zero=self.zero).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
-            scales, least = torch.where(error < least, tried, scales), torch.minimum(error, least)
-        whole = whole_numbers(grouped, scales, self.levels, zero=self.zero)
+            self.own, least = torch.where(error < least, tried, self.own), torch.minimum(error, least)
+        whole = whole_numbers(grouped, self.own, self.levels, zero=self.zero)
         free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
         self.free = groups.spread(free) != 0  # (out, in) bool: neither zero nor an anchor
-        self.scales = groups.spread(scales * units)  # (out, in)
-        self.nearest = as_stored(groups.spread(whole), self.scales, kind.dtype)  # (out, in)
+        self.nearest = as_stored(groups.spread(whole), self.scales(), kind.dtype)  # (out, in)
+
+    def scales(self, own: Tensor | None = None) -> Tensor:
+        """``(out, in)``: the scale of each value, of these scales of groups or else of its own."""
+        own = self.own if own is None else own
+        return self.groups.spread(own.expand(-1, self.groups.size)).mul_(self.powers)
 
     def within_cells(self, weight: Tensor, best: Tensor) -> Tensor:
         """``best``, moved as near to ``weight`` as it must be to be rounded to it, with the same scales."""
-        reach, end = CELL * self.levels.closest * self.scales.abs(), -self.levels.lowest * self.scales.abs()
+        scales = self.scales().abs_()
+        reach, end = CELL * self.levels.closest * scales, -self.levels.lowest * scales
         moved = weight + (best - weight).clamp(-reach, reach)
         moved = torch.where(self.free, moved.clamp(-end, end), weight).to(self.kind.dtype).float()
         # A coarse dtype may itself round to another number of the grid.
@@ -145,52 +178,107 @@ class _Choice:
 def _without_small(weight: Tensor, gram: Gram, powers: Tensor, kind: _Kind) -> Tensor:
     """The weight without the values that are nearer to 0 than to the smallest number of their grid."""
     groups = replace(Groups.of(weight, kind.values), dense=False)
-    nearest = _Choice(weight, gram, powers, groups, kind).nearest
+    nearest = _Grid(weight, gram, powers, groups, kind).nearest
     return weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
 
 
-class _Descent:
-    """Coordinate descent over the free values of a weight, on transposed matrices ``(in, out)``."""
+def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor, tuple[str, ...]]:
+    """The target ``(out, in)`` rounded input by input, each error made up for by the inputs after it, and notes.
 
-    def __init__(self, choice: _Choice, target: Tensor, gram: Gram) -> None:
-        self.choice, self.matrix, self.target, self.gram = choice, gram.matrix, target, gram
-        self.columns = choice.nearest.T.contiguous()
-        self.scales = choice.scales.T.contiguous()
-        self.free = choice.free.T.to(self.columns.dtype).contiguous()
-        self.inverse = torch.where(choice.free, 1 / choice.scales, 0.0).T.contiguous()
-        self.slope = self.matrix @ (choice.nearest - target).T.contiguous()  # half the gradient of the error
+    With ``UᵀU = (G + λI)⁻¹`` the best change of the later inputs for an error ``e_j`` of one is ``−(e_j / U_jj) U_jk``
+    (arXiv 2210.17323, section 3). Inputs with the largest mean square come first, while there are most to make up.
+    """
+    order, factor = gram.remember(("rounding", DAMPING), lambda: _ordered(gram))
+    columns = target.T[order]  # (in, out), a copy
+    found = torch.where(grid.free, 0.0, grid.nearest).T[order]  # anchors and zeros are what they are
+    scales, free = grid.scales().T[order], grid.free.T[order].to(target.dtype)
+    for start in range(0, len(columns), BLOCK):
+        rows = slice(start, start + BLOCK)
+        upper = factor.matrix[rows, rows].contiguous()
+        errors = torch.zeros_like(columns[rows])
+        for number, place in enumerate(range(start, start + len(errors))):
+            wanted = torch.addmv(columns[place], errors[:number].T, upper[:number, number], alpha=-1)
+            units = wanted / torch.where(scales[place] == 0, math.inf, scales[place])
+            value = as_stored(grid.levels.nearest(units, zero=grid.zero), scales[place], grid.kind.dtype)
+            found[place].add_(value.mul_(free[place]))
+            torch.sub(wanted, found[place], out=errors[number]).div_(upper[number, number])
+        columns[start + BLOCK :].addmm_(factor.matrix[rows, start + BLOCK :].T, errors, alpha=-1)
+    del columns, scales, free
+    return torch.empty_like(found).index_copy_(0, order, found).T.contiguous(), factor.notes
+
+
+def _ordered(gram: Gram) -> tuple[Tensor, Factor]:
+    """The inputs by their mean square, the largest first, and the inverse Cholesky factor in that order."""
+    order = gram.diagonal.argsort(descending=True, stable=True)
+    return order, Gram(gram.matrix[order][:, order], gram.tokens).inverse_cholesky(DAMPING)
+
+
+class _Descent:
+    """Scales and numbers of a weight in turn, each with the other held; on transposed matrices ``(in, out)``."""
+
+    def __init__(self, grid: _Grid, start: Tensor, target: Tensor, gram: Gram) -> None:
+        self.grid, self.matrix, self.target = grid, gram.matrix, target.T.contiguous()
+        self.columns = start.T.contiguous()
+        self.free = grid.free.T.to(self.columns.dtype).contiguous()
+        self.slope = self.matrix @ (self.columns - self.target)  # half the gradient of the error
 
     def run(self) -> tuple[Tensor, Tensor]:
         """The weight with the least error found, and the best value of each of its entries with all others held."""
-        error = before = self.gram.energy(self.choice.nearest, minus=self.target)
+        for _ in range(ROUNDS):
+            self._scales()
+            self._numbers()
+        curvature = self.matrix.diagonal()[:, None]
+        best = torch.where(curvature > 0, self.columns - self.slope / curvature, self.columns)
+        return self.columns.T.contiguous(), best.T.contiguous()
+
+    def _scales(self) -> None:
+        """Takes the best scales for the numbers, in the rows where they have a lower error as they are stored."""
+        grid = self.grid
+        own = grid.own * best_factors(self.columns.T, self.slope.T, self.matrix, grid.groups).view_as(grid.own)
+        own = scales_of(own * grid.levels.lowest, grid.levels, grid.kind.dtype, grid.units)
+        columns = as_stored(self._whole(), grid.scales(own).T, grid.kind.dtype)
+        slope = self.matrix @ (columns - self.target)
+        worse = ~(self._errors(columns, slope) < self._errors(self.columns, self.slope))  # (out,)
+        columns[:, worse], slope[:, worse] = self.columns[:, worse], self.slope[:, worse]
+        self.columns, self.slope = columns, slope
+        grid.own = torch.where(worse.repeat_interleave(len(own) // len(worse))[:, None], grid.own, own)
+
+    def _whole(self) -> Tensor:
+        """The numbers that the columns are, in units of their scales."""
+        scales = self.grid.scales().T
+        return (self.columns / scales.masked_fill(scales == 0, math.inf)).round_()
+
+    def _errors(self, columns: Tensor, slope: Tensor) -> Tensor:
+        """The error of each row of the weight, ``(out,)``."""
+        return (columns - self.target).mul_(slope).sum(dim=0)
+
+    def _numbers(self) -> None:
+        """Passes of coordinate descent over the free values."""
+        scales = self.grid.scales().T.contiguous()
+        inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
+        error = float(self._errors(self.columns, self.slope).double().sum())
         for _ in range(PASSES):
-            gained = sum(self._block(start) for start in range(0, len(self.columns), BLOCK))
+            gained = sum(self._block(start, scales, inverse) for start in range(0, len(self.columns), BLOCK))
             error -= gained
             if gained <= ENOUGH * max(error, 0.0):
                 break
-        final = self.columns.T.contiguous()
-        if self.gram.energy(final, minus=self.target) > before:  # rounding errors of the slopes, at the optimum
-            final = self.choice.nearest
-        curvature = self.matrix.diagonal()[:, None]
-        best = torch.where(curvature > 0, self.columns - self.slope / curvature, self.columns)
-        return final, best.T.contiguous()
 
-    def _block(self, start: int) -> float:
+    def _block(self, start: int, scales: Tensor, inverse: Tensor) -> float:
         """Moves some inputs one after another, then corrects the slopes of all; returns by how much the error fell."""
         rows = slice(start, min(start + BLOCK, len(self.columns)))
         inner = self.matrix[rows, rows].contiguous()
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
-        levels, zero, dtype = self.choice.levels, self.choice.zero, self.choice.kind.dtype
-        parts = (each[rows].unbind() for each in (self.columns, self.slope, self.scales, self.free, self.inverse))
+        levels, zero, dtype = self.grid.levels, self.grid.zero, self.grid.kind.dtype
+        parts = (each[rows].unbind() for each in (self.columns, self.slope, scales, self.free, inverse))
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
-        for number, (column, slope, scales, free, inverse) in enumerate(zip(*parts, strict=True)):
+        for number, (column, slope, scale, free, inverted) in enumerate(zip(*parts, strict=True)):
             curvature = float(inner[number, number])
             if curvature <= 0:
                 continue  # no token reaches it: nearest is as good as any
             slope = torch.addmv(slope, moves[:number].T, inner[number, :number])
-            units = column.add(slope, alpha=-1 / curvature).mul_(inverse)  # 0 where not free
-            value = as_stored(levels.nearest(units, zero=zero), scales, dtype)
+            units = column.add(slope, alpha=-1 / curvature).mul_(inverted)  # 0 where not free
+            value = as_stored(levels.nearest(units, zero=zero), scale, dtype)
             move = (value - column).mul_(free)
             gain = slope.mul_(2).add_(move, alpha=curvature).mul_(move)  # negative where the error falls
             torch.mul(move, gain < 0, out=moves[number])
@@ -198,3 +286,38 @@ class _Descent:
             gained -= gain.clamp_(max=0)
         self.slope.addmm_(self.matrix[:, rows], moves)
         return float(gained.double().sum())
+
+
+def best_factors(weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups) -> Tensor:
+    """By what to multiply each group of a weight so that the error of its row is least, ``(out, groups)``.
+
+    With the groups of a row as vectors ``v_a``, the factors ``1 + t`` solve ``A t = −s`` with ``A_ab = v_aᵀ G v_b`` and
+    ``s_a`` the slope along ``v_a``. A small ridge keeps them near 1 where the rows hardly tell groups apart.
+
+    Args:
+        weight: ``(out, in)``.
+        slope: ``(out, in)``: half the gradient of the error, ``(Ŵ − W) G``.
+        matrix: G.
+        groups: of the weight.
+    """
+    of_a_row = len(groups.collect(weight[:1]))
+    factors = weight.new_ones(len(weight), of_a_row)
+    rows = max(1, SYSTEMS // max(of_a_row**2, weight.shape[1]))
+    for top in range(0, len(weight), rows):
+        part = weight[top : top + rows]
+        system = part.new_zeros(len(part), of_a_row, of_a_row)
+        for number in range(of_a_row):
+            first = number * groups.size
+            inside = slice(first, first + groups.size)
+            # The system is symmetric: products with the columns of earlier groups are known.
+            products = (part[:, inside] @ matrix[inside, first:]).mul_(part[:, first:])
+            products = replace(groups, columns=products.shape[1]).collect(products).sum(dim=1).view(len(part), -1)
+            system[:, number:, number] = products
+        diagonal = system.diagonal(dim1=1, dim2=2)
+        diagonal.mul_(1 + RIDGE).masked_fill_(diagonal <= 0, 1.0)
+        along = groups.collect(slope[top : top + rows] * part).sum(dim=1).view(len(part), of_a_row, 1)
+        lower, failed = torch.linalg.cholesky_ex(system)  # of the lower half; a row where it fails keeps its scales
+        found = torch.cholesky_solve(along, lower).squeeze(2)
+        found = torch.where((failed == 0).unsqueeze(1) & found.isfinite(), found, 0.0)
+        factors[top : top + rows] -= found
+    return factors.clamp_(*FACTORS)
