@@ -108,9 +108,11 @@ def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
         assert torch.equal(table[codes.long()].float(), whole)
 
 
-def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels, gram: Gram) -> float:
-    """The least loss over all numbers of the grid for the kept values of one row but ``fixed``."""
-    grid = [whole * scale for whole in levels.numbers if whole]
+def best_by_brute_force(
+    weight: Tensor, fixed: int, scale: float, levels: Levels, gram: Gram, *, zero: bool = False
+) -> float:
+    """The least loss over all numbers of the grid for the kept values of one row but ``fixed``; 0 only with ``zero``."""
+    grid = [whole * scale for whole in levels.numbers if whole or zero]
     free = [place for place in range(weight.shape[1]) if weight[0, place] != 0 and place != fixed]
     tried = torch.tensor(list(itertools.product(grid, repeat=len(free))))
     rows = weight.new_zeros(len(tried), weight.shape[1])
@@ -127,7 +129,8 @@ def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels
 def test_is_near_the_best_of_all_grid_points(
     values: str, layout: str, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the scale and the anchor that were chosen; the descent moves one value at a time and may miss the best."""
+    """For the scale and the anchor that were chosen; the descent moves one value at a time and may miss the best by a
+    little: five strongly dependent inputs are hard for it."""
     monkeypatch.setattr(rounding, "POWERS", ())
     weight = torch.zeros(1, columns)
     weight[:, :5] = weight_of(1, 5, seed)  # more than 4:8 keeps
@@ -136,8 +139,97 @@ def test_is_near_the_best_of_all_grid_points(
     found = rounded(weight, gram, values, torch.float32, fixed_mask=True).weight
     levels = levels_of(values, layout)
     fixed = int(found.abs().argmax())
-    least = best_by_brute_force(weight, fixed, float(found[0, fixed] / levels.lowest), levels, gram)
-    assert least - 1e-9 <= loss(found, weight, gram) <= 1.5 * least + 1e-9
+    scale = float(found[0, fixed] / levels.lowest)
+    least = best_by_brute_force(weight, fixed, scale, levels, gram, zero=layout == "dense")
+    assert least - 1e-9 <= loss(found, weight, gram) <= 2.5 * least + 1e-9
+
+
+def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: Tensor) -> Tensor:
+    """What rounding one input after another gives, fp64, by the definition: after each, all later ones take the values
+    that are best for the error so far."""
+    order = sorted(range(len(matrix)), key=lambda place: -float(matrix[place, place]))
+    wanted, found = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    scales = grid.scales()
+    for number, place in enumerate(order):
+        later = order[number + 1 :]
+        for row in range(len(weight)):
+            value = float(grid.nearest[row, place])
+            if bool(grid.free[row, place]):
+                scale = float(scales[row, place])
+                units = torch.tensor(float(wanted[row, place]) / scale)
+                value = float(grid.levels.nearest(units[None], zero=grid.zero)[0]) * scale
+            found[row, place] = value
+            if later:
+                error = found[row, place] - wanted[row, place]
+                change = torch.linalg.solve(matrix[later][:, later], matrix[later, place] * error)
+                wanted[row, later] -= change
+    return found
+
+
+@pytest.mark.parametrize("values", INTEGERS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_each_input_is_made_up_for_by_all_after_it(values: str, sparsity: float) -> None:
+    weight, gram = pruned(6, 80, Unstructured(sparsity)), gram_of(80)
+    kind, powers = rounding._Kind(values, torch.float32), torch.ones(80)
+    grid = rounding._Grid(weight, gram, powers, Groups.of(weight, values), kind)
+    found, notes = rounding._one_after_another(grid, weight, gram)
+    damped = gram.matrix.double().clone()
+    damped.diagonal().add_(rounding.DAMPING * gram.mean_diagonal)
+    expected = removing_one_input_at_a_time(weight, grid, damped)
+    # A value in the middle between two numbers may fall to either side in fp32, and all later ones of its row differ.
+    same = torch.isclose(found.double(), expected, atol=1e-6).all(dim=1)
+    assert int(same.sum()) >= 5
+    assert notes == ()
+    assert torch.equal(found == 0, grid.nearest == 0) or grid.zero
+
+
+def test_damping_that_had_to_be_raised_is_said() -> None:
+    matrix = torch.ones(32, 32) * 1e8 + torch.eye(32) * 1e-3
+    matrix[0, 1] = matrix[1, 0] = 5e8  # not positive definite, as sums of ill-conditioned inputs may come out
+    found = rounded(weight_of(4, 32), Gram(matrix, 10), "int4", torch.float32)
+    assert any("damping raised" in note for note in found.notes)
+    assert bool(found.weight.isfinite().all())
+
+
+@pytest.mark.parametrize(("columns", "size"), [(96, 32), (80, 32), (70, 70)])
+def test_factors_of_groups_are_those_of_least_squares(columns: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "RIDGE", 0.0)
+    monkeypatch.setattr(rounding, "SYSTEMS", 200)  # two rows at a time
+    x = weight_of(300, columns, seed=1) * torch.linspace(0.5, 2.0, columns)
+    wanted = weight_of(5, columns)
+    weight = wanted * (1 + 0.2 * weight_of(5, columns, seed=2))
+    weight[3, :size] = 0.0  # an empty group
+    matrix, groups = x.T @ x / 300, Groups(columns, size, PLAIN["int4"])
+    found = rounding.best_factors(weight, (weight - wanted) @ matrix, matrix, groups)
+    for row in range(5):
+        parts = [x[:, s : s + size] @ weight[row, s : s + size] for s in range(0, columns, size)]
+        design = torch.stack(parts, dim=1).double()
+        expected = torch.linalg.lstsq(design, (x @ wanted[row]).double(), driver="gelsd").solution
+        live = design.square().sum(dim=0) > 0
+        assert torch.allclose(found[row].double()[live], expected[live], atol=1e-4)
+        assert bool((found[row][~live] == 1).all())
+
+
+@pytest.mark.parametrize("values", ["int4", "int3"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_order_and_scales_lower_what_the_descent_from_nearest_reaches(
+    values: str, sparsity: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, gram = pruned(64, 128, Unstructured(sparsity)), gram_of(128)
+    errors = [loss(rounded(weight, gram, values, torch.float32).weight, weight, gram)]
+    monkeypatch.setattr(rounding._Descent, "_scales", lambda self: None)
+    errors.append(loss(rounded(weight, gram, values, torch.float32).weight, weight, gram))
+    monkeypatch.setattr(rounding, "_one_after_another", lambda grid, target, gram: (grid.nearest, ()))
+    errors.append(loss(rounded(weight, gram, values, torch.float32).weight, weight, gram))
+    assert errors[0] < 0.98 * errors[1] < 0.96 * errors[2]
+
+
+def test_a_weight_on_its_grid_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "POWERS", ())
+    weight, gram = pruned(24, 96, Unstructured(0.5)), gram_of(96)
+    for values in INTEGERS:
+        found = rounded(weight, gram, values, torch.bfloat16)
+        assert torch.equal(rounded(found.weight, gram, values, torch.bfloat16).weight, found.weight)
 
 
 @pytest.mark.parametrize("values", ["int4", "int3"])
@@ -162,13 +254,14 @@ def test_no_single_value_can_be_improved(values: str, monkeypatch: pytest.Monkey
 
 
 def test_the_error_falls_with_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "ROUNDS", 1)
     weight, gram = pruned(16, 64, Unstructured(0.5)), gram_of(64)
     errors = []
     for passes in range(5):
         monkeypatch.setattr(rounding, "PASSES", passes)
         errors.append(loss(rounded(weight, gram, "int4", torch.float32).weight, weight, gram))
     assert errors == sorted(errors, reverse=True)
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_an_input_that_no_token_reaches_is_rounded_to_nearest() -> None:
@@ -189,7 +282,7 @@ def test_an_empty_row_stays_empty() -> None:
         assert int(found[1].count_nonzero()) > 0
 
 
-@pytest.mark.parametrize(("values", "size", "every"), [("int8", 16.0, 32), ("int4", 64.0, 64)])
+@pytest.mark.parametrize(("values", "size", "every"), [("int8", 16.0, 32), ("int4", 64.0, 32)])
 def test_exponents_of_columns_lower_the_error(
     values: str, size: float, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
