@@ -111,7 +111,7 @@ def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
 def best_by_brute_force(
     weight: Tensor, fixed: int, scale: float, levels: Levels, gram: Gram, *, zero: bool = False
 ) -> float:
-    """The least loss over all numbers of the grid for the kept values of one row but ``fixed``; 0 only with ``zero``."""
+    """The least loss over all numbers of the grid, 0 only with ``zero``, for the kept values of a row but ``fixed``."""
     grid = [whole * scale for whole in levels.numbers if whole or zero]
     free = [place for place in range(weight.shape[1]) if weight[0, place] != 0 and place != fixed]
     tried = torch.tensor(list(itertools.product(grid, repeat=len(free))))
