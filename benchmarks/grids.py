@@ -6,7 +6,7 @@ fit; errors are ‖(Ŵ − W) G^½‖² / ‖W G^½‖² with the Gram matrix of
 ("rounding") or the dense one ("in all"); means over the linears. Bits count mask, values and scales.
 
     nearest       to nearest
-    descent       coordinate descent, as `prune --values`
+    descent       coordinate descent from nearest
     exponents     scales of columns that are powers of two, by the best of four powers of the inputs' size, then descent
                   over -8 … 7 or -4 … 3 without 0
     free scales   the same without the restriction to powers of two
@@ -14,6 +14,8 @@ fit; errors are ‖(Ŵ − W) G^½‖² / ‖W G^½‖² with the Gram matrix of
                   takes for bitmasks, and sixteen found in the same way for int4
     learnt        the same with numbers found for each linear by Lloyd's method
     gap           ±(b + k s), k = 0 … 7, with b and s for each group (16 bits a group more), exponents, then descent
+    prune         as `prune --values`: powers of two, one input after another, then scales of a row together and descent
+                  in turn; uneven numbers for int3 with zeros
     Q4_0          llama.cpp's, of the gguf package: groups of 32, an fp16 scale, to nearest
 
     python benchmarks/grids.py --model demo --blocks 15 --sparsities 0 0.5 0.7
@@ -40,7 +42,7 @@ from sparsellm.chain.open import load_tokenizer
 from sparsellm.packed.codes import GAPPED, PLAIN, best_group
 from sparsellm.packed.grid import Groups
 from sparsellm.patterns import Unstructured
-from sparsellm.solvers import SOLVERS
+from sparsellm.solvers import SOLVERS, rounding
 from sparsellm.solvers.rounding import FRACTIONS, POWERS
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.statistics import Gram
@@ -154,6 +156,11 @@ def energy(difference: Tensor, gram: Tensor) -> float:
 
 def rounded(weight: Tensor, gram: Tensor, way: str, bits: int) -> tuple[Tensor, float]:
     """The weight rounded one way, and its bits a weight."""
+    if way == "prune":
+        found = rounding.rounded(weight, Gram(gram, 1), f"int{bits}", torch.float32).weight
+        share = float((found != 0).float().mean())
+        dense = Groups.of(found, f"int{bits}").dense
+        return found, (bits if dense else 1 + bits * share) + 16 / (32 if dense else best_group(share))
     share = float((weight != 0).float().mean())
     if way == "Q4_0":
         q4 = gguf.GGMLQuantizationType.Q4_0
@@ -215,8 +222,8 @@ def linears_and_grams(arguments: argparse.Namespace) -> dict[str, tuple[Tensor, 
 
 
 ROWS = (
-    *((way, 4) for way in ("nearest", "descent", "exponents", "free scales", "uneven", "learnt", "gap")),
-    *((way, 3) for way in ("exponents", "uneven", "learnt")),
+    *((way, 4) for way in ("nearest", "descent", "exponents", "prune", "free scales", "uneven", "learnt", "gap")),
+    *((way, 3) for way in ("exponents", "uneven", "prune", "learnt")),
     ("Q4_0", 4),
 )
 
