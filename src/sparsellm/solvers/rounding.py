@@ -304,7 +304,7 @@ def best_factors(weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups) 
     factors = weight.new_ones(len(weight), of_a_row)
     rows = max(1, SYSTEMS // max(of_a_row**2, weight.shape[1]))
     for top in range(0, len(weight), rows):
-        part = weight[top : top + rows]
+        part = weight[top : top + rows].contiguous()  # columns of a transposed one would be far apart
         system = part.new_zeros(len(part), of_a_row, of_a_row)
         for number in range(of_a_row):
             first = number * groups.size
