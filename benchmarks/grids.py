@@ -159,8 +159,8 @@ def rounded(weight: Tensor, gram: Tensor, way: str, bits: int) -> tuple[Tensor, 
     if way == "prune":
         found = rounding.rounded(weight, Gram(gram, 1), f"int{bits}", torch.float32).weight
         share = float((found != 0).float().mean())
-        dense = Groups.of(found, f"int{bits}").dense
-        return found, (bits if dense else 1 + bits * share) + 16 / (32 if dense else best_group(share))
+        groups = Groups.of(found, f"int{bits}")
+        return found, (bits if groups.dense else 1 + bits * share) + 16 / groups.size
     share = float((weight != 0).float().mean())
     if way == "Q4_0":
         q4 = gguf.GGMLQuantizationType.Q4_0

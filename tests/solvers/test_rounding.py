@@ -29,6 +29,14 @@ def pruned(out: int, inputs: int, pattern: Pattern, seed: int = 0) -> Tensor:
     return weight * pattern.mask(weight.abs())
 
 
+@pytest.fixture
+def descent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One descent from the nearest numbers, with the first scales."""
+    monkeypatch.setattr(rounding, "ROUNDS", 1)
+    monkeypatch.setattr(rounding._Descent, "_scales", lambda self: None)
+    monkeypatch.setattr(rounding, "_one_after_another", lambda grid, target, gram: (grid.nearest, ()))
+
+
 def nearest(weight: Tensor, values: str, dtype: torch.dtype) -> Tensor:
     """What packing without rounding first gives back."""
     packed = pack(weight.to(dtype), values)
@@ -127,10 +135,9 @@ def best_by_brute_force(
     ("values", "layout", "columns"), [("int4", "dense", 6), ("int4", "bitmask", 216), ("int3", "bitmask", 216)]
 )
 def test_is_near_the_best_of_all_grid_points(
-    values: str, layout: str, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch
+    values: str, layout: str, columns: int, seed: int, monkeypatch: pytest.MonkeyPatch, descent_alone: None
 ) -> None:
-    """For the scale and the anchor that were chosen; the descent moves one value at a time and may miss the best by a
-    little: five strongly dependent inputs are hard for it."""
+    """For the scale and the anchor that were chosen; the descent moves one value at a time and may miss the best."""
     monkeypatch.setattr(rounding, "POWERS", ())
     weight = torch.zeros(1, columns)
     weight[:, :5] = weight_of(1, 5, seed)  # more than 4:8 keeps
@@ -141,7 +148,7 @@ def test_is_near_the_best_of_all_grid_points(
     fixed = int(found.abs().argmax())
     scale = float(found[0, fixed] / levels.lowest)
     least = best_by_brute_force(weight, fixed, scale, levels, gram, zero=layout == "dense")
-    assert least - 1e-9 <= loss(found, weight, gram) <= 2.5 * least + 1e-9
+    assert least - 1e-9 <= loss(found, weight, gram) <= 1.5 * least + 1e-9
 
 
 def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: Tensor) -> Tensor:
@@ -253,15 +260,14 @@ def test_no_single_value_can_be_improved(values: str, monkeypatch: pytest.Monkey
                 assert loss(changed, weight, gram) > lowest * (1 - rounding.ENOUGH)
 
 
-def test_the_error_falls_with_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "ROUNDS", 1)
+def test_the_error_falls_with_every_pass(monkeypatch: pytest.MonkeyPatch, descent_alone: None) -> None:
     weight, gram = pruned(16, 64, Unstructured(0.5)), gram_of(64)
     errors = []
     for passes in range(5):
         monkeypatch.setattr(rounding, "PASSES", passes)
         errors.append(loss(rounded(weight, gram, "int4", torch.float32).weight, weight, gram))
     assert errors == sorted(errors, reverse=True)
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_an_input_that_no_token_reaches_is_rounded_to_nearest() -> None:
@@ -282,9 +288,9 @@ def test_an_empty_row_stays_empty() -> None:
         assert int(found[1].count_nonzero()) > 0
 
 
-@pytest.mark.parametrize(("values", "size", "every"), [("int8", 16.0, 32), ("int4", 64.0, 32)])
+@pytest.mark.parametrize(("values", "size", "every"), [("int8", 16.0, 32), ("int4", 64.0, 64)])
 def test_exponents_of_columns_lower_the_error(
-    values: str, size: float, every: int, monkeypatch: pytest.MonkeyPatch
+    values: str, size: float, every: int, monkeypatch: pytest.MonkeyPatch, descent_alone: None
 ) -> None:
     weight, sizes = pruned(48, 128, Unstructured(0.5)), torch.ones(128)
     sizes[::every] = size

@@ -87,10 +87,13 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
         start = weight if fixed_mask else _without_small(weight, gram, powers, kind)
         grid = _Grid(start, gram, powers, replace(Groups.of(start, value_type), dense=False), kind)
         found = _fitted(grid, weight, gram)
-    final = parallel.broadcast_(found.weight.contiguous())
-    unrounded = parallel.broadcast_(found.unrounded.contiguous())
     exponents = powers.log2().round_().to(torch.int8)
-    return Rounded(final, unrounded, exponents if bool(exponents.any()) else None, found.notes)
+    return replace(
+        found,
+        weight=parallel.broadcast_(found.weight.contiguous()),
+        unrounded=parallel.broadcast_(found.unrounded.contiguous()),
+        exponents=exponents if bool(exponents.any()) else None,
+    )
 
 
 def _fitted(grid: _Grid, target: Tensor, gram: Gram) -> Rounded:
@@ -198,8 +201,8 @@ def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor,
         errors = torch.zeros_like(columns[rows])
         for number, place in enumerate(range(start, start + len(errors))):
             wanted = torch.addmv(columns[place], errors[:number].T, upper[:number, number], alpha=-1)
-            units = wanted / torch.where(scales[place] == 0, math.inf, scales[place])
-            value = as_stored(grid.levels.nearest(units, zero=grid.zero), scales[place], grid.kind.dtype)
+            whole = whole_numbers(wanted, scales[place], grid.levels, zero=grid.zero)
+            value = as_stored(whole, scales[place], grid.kind.dtype)
             found[place].add_(value.mul_(free[place]))
             torch.sub(wanted, found[place], out=errors[number]).div_(upper[number, number])
         columns[start + BLOCK :].addmm_(factor.matrix[rows, start + BLOCK :].T, errors, alpha=-1)
@@ -236,17 +239,13 @@ class _Descent:
         grid = self.grid
         own = grid.own * best_factors(self.columns.T, self.slope.T, self.matrix, grid.groups).view_as(grid.own)
         own = scales_of(own * grid.levels.lowest, grid.levels, grid.kind.dtype, grid.units)
-        columns = as_stored(self._whole(), grid.scales(own).T, grid.kind.dtype)
+        whole = whole_numbers(self.columns, grid.scales().T.contiguous(), grid.levels, zero=grid.zero)
+        columns = as_stored(whole, grid.scales(own).T, grid.kind.dtype)
         slope = self.matrix @ (columns - self.target)
         worse = ~(self._errors(columns, slope) < self._errors(self.columns, self.slope))  # (out,)
         columns[:, worse], slope[:, worse] = self.columns[:, worse], self.slope[:, worse]
         self.columns, self.slope = columns, slope
         grid.own = torch.where(worse.repeat_interleave(len(own) // len(worse))[:, None], grid.own, own)
-
-    def _whole(self) -> Tensor:
-        """The numbers that the columns are, in units of their scales."""
-        scales = self.grid.scales().T
-        return (self.columns / scales.masked_fill(scales == 0, math.inf)).round_()
 
     def _errors(self, columns: Tensor, slope: Tensor) -> Tensor:
         """The error of each row of the weight, ``(out,)``."""
