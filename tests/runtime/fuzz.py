@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 SOURCES = Path(__file__).parents[2] / "src/sparsellm/runtime/_native"
 EXTENSION = "sparsellm.runtime._kernels"
@@ -38,7 +39,7 @@ def build(folder: Path) -> Path:
     return out
 
 
-def use(path: Path) -> None:
+def use(path: Path) -> ModuleType:
     """Makes an extension the one that the library imports."""
     spec = importlib.util.spec_from_file_location(EXTENSION, path)
     assert spec is not None
@@ -46,6 +47,7 @@ def use(path: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[EXTENSION] = module
+    return module
 
 
 def fuzz(extension: Path, files: int, seed: int) -> None:

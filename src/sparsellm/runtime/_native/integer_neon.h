@@ -1,7 +1,5 @@
-// Integer products with NEON, included inside its anonymous namespace: pairs of products in 16 bits, then sums in 32;
-// one instruction where the compiler's target has the dot product.
-
-namespace integer {
+// The integer kernels of 64-bit ARM. A file includes this inside its own anonymous namespace after defining
+//   add_sixteen(sums, w, x)  adds to each of four sums the products of its four columns
 
 using Vector = float32x4_t;
 constexpr int kLanes = 4;
@@ -30,14 +28,7 @@ struct Weights {
 inline Vector as_floats(Sums sums) { return vcvtq_f32_s32(sums); }
 
 inline void add_products(Sums& sums, const Weights& weights, Activations codes, int v) {
-  const int8x16_t x = vld1q_s8(codes + 16 * v), w = weights.values[v];
-#ifdef __ARM_FEATURE_DOTPROD
-  sums = vdotq_s32(sums, w, x);
-#else
-  // Pairs of products first: four in a lane are columns 4 j … 4 j + 3.
-  const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(x)), high = vmull_high_s8(w, x);
-  sums = vaddq_s32(sums, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
-#endif
+  sums = add_sixteen(sums, weights.values[v], vld1q_s8(codes + 16 * v));
 }
 
 struct Bytes {
@@ -60,8 +51,3 @@ inline Vector of_columns(const float* scales, int shift, int64_t word, int v) {
 }
 
 #include "integer_rows.h"
-
-}  // namespace integer
-
-const Integer kIntegerNeon = {integer::integer_tokens<integer::Bytes, kOfRows>,
-                              integer::integer_scaled<integer::Bytes>, nullptr, nullptr};

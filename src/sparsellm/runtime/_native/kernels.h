@@ -121,6 +121,13 @@ extern const Integer kIntegerAvx512Vnni;
 #if defined(__aarch64__) && defined(__GNUC__)
 #define SPARSELLM_NEON 1
 extern const InstructionSet kNeon;
+extern const Integer kIntegerNeon;
+// Compilers that can turn the dot product on for one file, or have it on.
+#if defined(__ARM_FEATURE_DOTPROD) || (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 8)
+#define SPARSELLM_DOTPROD 1
+extern const InstructionSet kNeonDotprod;
+extern const Integer kIntegerNeonDotprod;
+#endif
 #endif
 
 }  // namespace sparsellm

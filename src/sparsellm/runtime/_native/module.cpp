@@ -16,6 +16,9 @@ const InstructionSet* const kSets[] = {
 #ifdef SPARSELLM_X86
     &kAvx512Vbmi2, &kAvx512, &kAvx2,
 #endif
+#ifdef SPARSELLM_DOTPROD
+    &kNeonDotprod,
+#endif
 #ifdef SPARSELLM_NEON
     &kNeon,
 #endif

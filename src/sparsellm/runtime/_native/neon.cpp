@@ -3,6 +3,9 @@
 
 #ifdef SPARSELLM_NEON
 #include <arm_neon.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
 
 #include "lookup.h"
 
@@ -120,24 +123,41 @@ void int8_to_fp32(const int8_t* values, float scale, int64_t count, float* out) 
   }
 }
 
-#include "integer_neon.h"
+constexpr InstructionSet with(const char* name, bool (*supported)(), const Integer* integer) {
+  return {
+      name,
+      supported,
+      kLanes,
+      {{dot<Bf16>, 1, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
+      spread16,
+      spread32,
+      int4_to_int8,
+      int8_to_fp32,
+      nullptr,
+      integer,
+      attention_scores,
+      attention_values,
+  };
+}
+
+#ifdef SPARSELLM_DOTPROD
+bool has_dotprod() {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return true;
+#elif defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 }  // namespace
 
-const InstructionSet kNeon = {
-    "neon",
-    [] { return true; },
-    kLanes,
-    {{dot<Bf16>, 1, 1.0f}, {dot<Fp16>, 1, 1.0f}, {dot<Fp32>, 1, 1.0f}, {dot<Int8>, 1, 1.0f}, {nullptr, 1, 1.0f}},
-    spread16,
-    spread32,
-    int4_to_int8,
-    int8_to_fp32,
-    nullptr,
-    &kIntegerNeon,
-    attention_scores,
-    attention_values,
-};
+const InstructionSet kNeon = with("neon", [] { return true; }, &kIntegerNeon);
+#ifdef SPARSELLM_DOTPROD
+const InstructionSet kNeonDotprod = with("neon_dotprod", has_dotprod, &kIntegerNeonDotprod);
+#endif
 
 }  // namespace sparsellm
 #endif

@@ -1,0 +1,123 @@
+"""The kernels' tests on 64-bit ARM, emulated: the extension cross-compiled, Python and its packages for ARM, qemu.
+
+    dpkg --add-architecture arm64 && apt-get update && apt-get install g++-aarch64-linux-gnu qemu-user
+    python -m tests.runtime.arm FOLDER [tests/runtime/test_native.py -k rounded ...]
+
+Debian's or Ubuntu's packages and wheels of the running environment's versions are fetched into FOLDER once; the
+extension is built anew. The commands of the first line need root. Everything under ``tests/runtime`` that starts no
+child process runs by default; tests run forty times as long as on the machine itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from importlib.metadata import requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "src/sparsellm/runtime/_native"
+COMPILER = "aarch64-linux-gnu-g++"
+# Newer wheels for ARM bring CUDA.
+TORCH = "torch<2.9"
+PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
+# Emulated CPUs, and what of the extension each must be able to run.
+CPUS = {"max": ["neon_dotprod", "neon", "scalar"], "cortex-a53": ["neon", "scalar"]}
+NEEDED = ("sparsellm", "hypothesis", "pytest", "pytest-timeout")
+TESTS = ("test_native.py", "test_exponents.py", "test_decode.py", "test_scaled_embeddings.py")
+NOT_HERE = "not forked and not python_threads"  # these start another interpreter
+
+USE = "import sys; from pathlib import Path; from tests.runtime.fuzz import use; library = use(Path(sys.argv[1])); "
+ASK = "print(*(name for name, supported in library.instruction_sets() if supported))"
+RUN = "import pytest; sys.exit(pytest.main(sys.argv[2:]))"
+
+
+def system(folder: Path) -> Path:
+    """Python and the libraries it needs, unpacked; the interpreter."""
+    root, packages = folder / "root", folder / "debs"
+    if not root.exists():
+        packages.mkdir(parents=True, exist_ok=True)
+        needed = output("apt-cache", "depends", "--recurse", "--important", "python3:arm64", "libstdc++6:arm64")
+        names = sorted({line for line in needed.split("\n") if re.fullmatch(r"[a-z0-9][^ ]*:arm64", line)})
+        subprocess.run(["apt-get", "download", "-qq", *names], cwd=packages, check=True)
+        (root / "usr/lib").mkdir(parents=True)
+        (root / "lib").symlink_to("usr/lib")
+        for package in packages.glob("*.deb"):
+            subprocess.run(["dpkg-deb", "--fsys-tarfile", package], stdout=(folder / "deb.tar").open("wb"), check=True)
+            subprocess.run(["tar", "-xf", folder / "deb.tar", "-C", root, "--keep-directory-symlink"], check=True)
+    return next((root / "usr/bin").glob("python3.[0-9]*"))
+
+
+def wheels(folder: Path, python: Path) -> Path:
+    """What the tests import, in the versions of this environment."""
+    site = folder / "site"
+    if not site.exists():
+        named = [TORCH, *(f"{name}=={version(name)}" for name in sorted(needs(NEEDED)) if name != "torch")]
+        platforms = [word for each in PLATFORMS for word in ("--platform", each)]
+        target = ["--target", site, "--python-version", python.name.removeprefix("python"), "--only-binary=:all:"]
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *target, *platforms, *named]
+        subprocess.run(install, check=True)
+    return site
+
+
+def needs(packages: Iterable[str]) -> set[str]:
+    """Packages of this environment and all that they require, without CUDA and without ``sparsellm`` itself."""
+    found: set[str] = set()
+    waiting = [Requirement(package) for package in packages]
+    while waiting:
+        asked = waiting.pop()
+        for requirement in map(Requirement, [asked.name, *(requires(asked.name) or [])]):
+            marker, name = requirement.marker, canonicalize_name(requirement.name)
+            if marker and not any(marker.evaluate({"extra": extra}) for extra in asked.extras or {""}):
+                continue
+            if name not in found and not name.startswith(("nvidia-", "cuda-", "triton")):
+                found.add(name)
+                waiting.append(requirement)
+    return found - {"sparsellm"}
+
+
+def extension(folder: Path, level: str = "-O3") -> Path:
+    """The kernels for ARM, with the flags of ``setup.py``."""
+    built = folder / "_kernels.abi3.so"
+    flags = ["-std=c++17", level, "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-fPIC", "-shared"]
+    flags += ["-DPy_LIMITED_API=0x030A0000", f"-I{sysconfig.get_path('include')}"]
+    subprocess.run([COMPILER, *flags, *sorted(SOURCES.glob("*.cpp")), "-o", built], check=True)
+    return built
+
+
+def output(*command: str | Path, **environment: str) -> str:
+    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    arguments, tests = parser.parse_known_args()
+    folder = arguments.folder.resolve()
+    python = system(folder)
+    site = wheels(folder, python)
+    built = extension(folder)
+    emulated = ["qemu-aarch64", "-L", folder / "root", python]
+    home = {"PYTHONHOME": str(folder / "root/usr"), "PYTHONPATH": f"{site}:{ROOT / 'src'}:{ROOT}"}
+    for cpu, wanted in CPUS.items():
+        found = output(*emulated, "-c", USE + ASK, built, QEMU_CPU=cpu, **home).split()
+        if found != wanted:
+            sys.exit(f"on {cpu} the extension runs {found}, not {wanted}")
+        sys.stdout.write(f"{cpu}: {' '.join(found)}\n")
+        sys.stdout.flush()
+    chosen = tests or [*(f"tests/runtime/{name}" for name in TESTS), "-k", NOT_HERE]
+    run = [*emulated, "-c", USE + RUN, built, "-p", "no:cacheprovider", *chosen]
+    sys.exit(subprocess.run(run, env=os.environ | home, cwd=ROOT).returncode)
+
+
+if __name__ == "__main__":
+    main()
