@@ -16,6 +16,7 @@ from torch.nn import functional
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Stream, open_chain
+from sparsellm.patterns import Unstructured
 from sparsellm.progress import NOTE, PLAN, Forecast, Progress, plan_of_phases
 from sparsellm.run import costs
 from sparsellm.run import run as running
@@ -140,6 +141,15 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
     local = costs.predicted_seconds(chain, Choice.of(Recipe(method="wanda")), 4096, 64)
     assert (local["gradients"], local["sweep"]) == (0, 0)
     assert local["prune"] < whole["prune"]
+
+
+def test_rounding_values_is_predicted_beside_solving() -> None:
+    chain = open_chain(tiny_llama(), device=torch.device("cpu"))
+    kept = Choice.of(Recipe(sparsity=0.5))
+    rounded = kept.on({"": Unstructured(0.5)}, "int4")
+    assert (
+        costs.predicted_seconds(chain, rounded, 64, 64)["prune"] > costs.predicted_seconds(chain, kept, 64, 64)["prune"]
+    )
 
 
 def test_text_that_the_model_writes_is_predicted_with_that_of_later_sweeps(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -87,8 +87,9 @@ class Workspace:
     writers: int = 0
 
     def beside(self, other: Workspace) -> Workspace:
-        """Elementwise maximum of two workspaces that never coexist."""
-        return Workspace(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
+        """Of two functions that run one after the other: the larger memory, and the work of both."""
+        larger = Workspace(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
+        return replace(larger, products=self.products + other.products)
 
 
 @dataclass(frozen=True)
