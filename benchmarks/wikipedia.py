@@ -1,5 +1,7 @@
 """Calibration text for the benchmarks: a sample of English Wikipedia that ships inside the gensim package.
 
+    python benchmarks/wikipedia.py wikipedia.txt
+
 The text is by Wikipedia's authors, under CC BY-SA. It is read from the installed package and not stored here.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import re
+import sys
 from pathlib import Path
 
 from gensim.corpora.wikicorpus import extract_pages, filter_wiki
@@ -36,3 +39,7 @@ def write_wikipedia(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(wikipedia_articles()), encoding="utf-8")
     return path
+
+
+if __name__ == "__main__":
+    write_wikipedia(Path(sys.argv[1]))
