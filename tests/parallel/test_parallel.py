@@ -14,6 +14,7 @@ from sparsellm.chain.capture import merged
 from sparsellm.errors import RecipeError
 from tests.parallel import workers
 from tests.parallel.processes import run_in
+from tests.solvers.problems import gram_of, loss
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -83,6 +84,21 @@ def test_a_solver_that_is_not_registered_as_distributed_solves_whole_weights(fou
     assert all(same_bits(first, other) for other in rest)
     weight = first["model.layers.0.mlp.up_proj.weight"]
     assert int((weight == 0).sum()) == round(0.7 * weight.numel())
+
+
+def test_processes_round_some_rows_each_to_what_one_rounds_all(found: Any) -> None:
+    (first, seen), *rest = found("rounded")
+    alone, gram = workers.rounded_weights(), gram_of(96)
+    size = 1 + len(rest)
+    assert sum(seen) + sum(sum(rows) for _, rows in rest) < 3 * (1 + 3 + 4 + 25) * size  # not all rows in each
+    for name, (weight, one, unrounded) in first.items():
+        assert all(torch.equal(other[name][1], one) and torch.equal(other[name][2], unrounded) for other, _ in rest)
+        # Products of fewer rows round otherwise, and a value in the middle between two numbers falls to either side.
+        differing = int((one != alone[name][1]).any(dim=1).sum())
+        assert differing <= len(weight) // 10, name
+        assert loss(one, weight, gram) == pytest.approx(loss(alone[name][1], weight, gram), rel=0.02)
+    models = found("rounded model")
+    assert all(same_bits(models[0], other) for other in models[1:])
 
 
 def test_groups_seen_by_any_process_hold_for_all() -> None:

@@ -13,12 +13,14 @@ import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.methods import METHODS
-from sparsellm.patterns import highest
-from sparsellm.solvers import SOLVERS
+from sparsellm.packed.grid import INTEGERS
+from sparsellm.patterns import Unstructured, highest
+from sparsellm.solvers import SOLVERS, rounding
 from sparsellm.solvers.divided import divide, divided_solution, highest_of_all
 from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, GramAccumulator
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
+from tests.solvers.problems import gram_of, weight_of
 
 WINDOWS = 7  # neither two nor four processes divide it
 
@@ -159,8 +161,6 @@ def _refuse(why: str = "a field is missing") -> None:
 
 
 def fewer_rows_than_processes(folder: Path) -> None:
-    from sparsellm.patterns import Unstructured
-
     accumulator = GramAccumulator(9)
     accumulator.update(torch.randn(30, 9, generator=torch.Generator().manual_seed(2)))
     weight = torch.randn(1, 9, generator=torch.Generator().manual_seed(4))
@@ -178,7 +178,35 @@ def fewer_rows_than_processes(folder: Path) -> None:
         assert torch.equal(again.weight, alone.weight)
 
 
+def rounded_weights() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """A weight, what it was rounded to, and from where training would go on, for each type and number of rows."""
+    gram, found = gram_of(96), {}
+    for rows in (1, 3, 4, 25):  # fewer than four processes, as many, and some over
+        weight = weight_of(rows, 96, rows)
+        weight *= Unstructured(0.5).mask(weight.abs())
+        for values in INTEGERS:
+            one = rounding.rounded(weight, gram, values, torch.bfloat16)
+            found[f"{rows} {values}"] = (weight, one.weight, one.unrounded)
+    return found
+
+
+def rounding_of_some_rows(folder: Path) -> None:
+    """Rounds weights and a model; the rows that this process has rounded are counted."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen, one_after_another = [], rounding._one_after_another
+        patch.setattr(
+            rounding,
+            "_one_after_another",
+            lambda grid, target, gram: seen.append(len(target)) or one_after_another(grid, target, gram),
+        )
+        leave(folder, "rounded", (rounded_weights(), seen))
+    model = tiny_llama()
+    sparsellm.prune(model, Recipe(method="sparsegpt", values="int4"), calibration=windows())
+    leave(folder, "rounded model", dict(model.state_dict()))
+
+
 def everything(folder: Path) -> None:
     sums_and_selections(folder)
     fewer_rows_than_processes(folder)
+    rounding_of_some_rows(folder)
     prune_everything(folder)

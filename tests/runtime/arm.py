@@ -13,18 +13,20 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.runtime.extension import built
+
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "src/sparsellm/runtime/_native"
 COMPILER = "aarch64-linux-gnu-g++"
 # Newer wheels for ARM bring CUDA.
 TORCH = "torch<2.9"
@@ -35,37 +37,46 @@ NEEDED = ("sparsellm", "hypothesis", "pytest", "pytest-timeout")
 TESTS = ("test_native.py", "test_exponents.py", "test_decode.py", "test_scaled_embeddings.py")
 NOT_HERE = "not forked and not python_threads"  # these start another interpreter
 
-USE = "import sys; from pathlib import Path; from tests.runtime.fuzz import use; library = use(Path(sys.argv[1])); "
+USE = (
+    "import sys; from pathlib import Path; from tests.runtime.extension import use; library = use(Path(sys.argv[1])); "
+)
 ASK = "print(*(name for name, supported in library.instruction_sets() if supported))"
 RUN = "import pytest; sys.exit(pytest.main(sys.argv[2:]))"
 
 
-def system(folder: Path) -> Path:
-    """Python and the libraries it needs, unpacked; the interpreter."""
-    root, packages = folder / "root", folder / "debs"
-    if not root.exists():
-        packages.mkdir(parents=True, exist_ok=True)
-        needed = output("apt-cache", "depends", "--recurse", "--important", "python3:arm64", "libstdc++6:arm64")
-        names = sorted({line for line in needed.split("\n") if re.fullmatch(r"[a-z0-9][^ ]*:arm64", line)})
-        subprocess.run(["apt-get", "download", "-qq", *names], cwd=packages, check=True)
-        (root / "usr/lib").mkdir(parents=True)
-        (root / "lib").symlink_to("usr/lib")
-        for package in packages.glob("*.deb"):
-            subprocess.run(["dpkg-deb", "--fsys-tarfile", package], stdout=(folder / "deb.tar").open("wb"), check=True)
-            subprocess.run(["tar", "-xf", folder / "deb.tar", "-C", root, "--keep-directory-symlink"], check=True)
-    return next((root / "usr/bin").glob("python3.[0-9]*"))
+def once(directory: Path, fill: Callable[[Path], None]) -> Path:
+    """A directory that is filled if it is not there; it has its name only when it is full."""
+    if not directory.exists():
+        unfinished = directory.with_name(f"{directory.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        fill(unfinished)
+        unfinished.rename(directory)
+    return directory
 
 
-def wheels(folder: Path, python: Path) -> Path:
-    """What the tests import, in the versions of this environment."""
-    site = folder / "site"
-    if not site.exists():
-        named = [TORCH, *(f"{name}=={version(name)}" for name in sorted(needs(NEEDED)) if name != "torch")]
-        platforms = [word for each in PLATFORMS for word in ("--platform", each)]
-        target = ["--target", site, "--python-version", python.name.removeprefix("python"), "--only-binary=:all:"]
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *target, *platforms, *named]
-        subprocess.run(install, check=True)
-    return site
+def system(directory: Path) -> None:
+    """Python and the libraries it needs, unpacked."""
+    packages = directory / "packages"
+    packages.mkdir()
+    needed = output("apt-cache", "depends", "--recurse", "--important", "python3:arm64", "libstdc++6:arm64")
+    names = sorted({line for line in needed.split("\n") if re.fullmatch(r"[a-z0-9][^ ]*:arm64", line)})
+    subprocess.run(["apt-get", "download", "-qq", *names], cwd=packages, check=True)
+    (directory / "usr/lib").mkdir(parents=True)
+    (directory / "lib").symlink_to("usr/lib")
+    for package in packages.glob("*.deb"):
+        content = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True, check=True).stdout
+        unpack = ["tar", "-xf", "-", "-C", directory, "--keep-directory-symlink"]
+        subprocess.run(unpack, input=content, check=True)
+
+
+def wheels(python: str, directory: Path) -> None:
+    """What the tests import, in the versions of this environment, for a version of Python."""
+    named = [TORCH, *(f"{name}=={version(name)}" for name in sorted(needs(NEEDED)) if name != "torch")]
+    platforms = [word for each in PLATFORMS for word in ("--platform", each)]
+    target = ["--target", directory, "--python-version", python, *platforms]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", *target]
+    subprocess.run([*install, *named], check=True)
 
 
 def needs(packages: Iterable[str]) -> set[str]:
@@ -84,15 +95,6 @@ def needs(packages: Iterable[str]) -> set[str]:
     return found - {"sparsellm"}
 
 
-def extension(folder: Path, level: str = "-O3") -> Path:
-    """The kernels for ARM, with the flags of ``setup.py``."""
-    built = folder / "_kernels.abi3.so"
-    flags = ["-std=c++17", level, "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-fPIC", "-shared"]
-    flags += ["-DPy_LIMITED_API=0x030A0000", f"-I{sysconfig.get_path('include')}"]
-    subprocess.run([COMPILER, *flags, *sorted(SOURCES.glob("*.cpp")), "-o", built], check=True)
-    return built
-
-
 def output(*command: str | Path, **environment: str) -> str:
     done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout
@@ -103,19 +105,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     arguments, tests = parser.parse_known_args()
     folder = arguments.folder.resolve()
-    python = system(folder)
-    site = wheels(folder, python)
-    built = extension(folder)
-    emulated = ["qemu-aarch64", "-L", folder / "root", python]
-    home = {"PYTHONHOME": str(folder / "root/usr"), "PYTHONPATH": f"{site}:{ROOT / 'src'}:{ROOT}"}
+    root = once(folder / "root", system)
+    python = next((root / "usr/bin").glob("python3.[0-9]*"))
+    site = once(folder / "site", partial(wheels, python.name.removeprefix("python")))
+    extension = built(folder, COMPILER, "-O3", "-fvisibility=hidden")
+    emulated = ["qemu-aarch64", "-L", root, python]
+    home = {"PYTHONHOME": str(root / "usr"), "PYTHONPATH": f"{site}:{ROOT / 'src'}:{ROOT}"}
     for cpu, wanted in CPUS.items():
-        found = output(*emulated, "-c", USE + ASK, built, QEMU_CPU=cpu, **home).split()
+        found = output(*emulated, "-c", USE + ASK, extension, QEMU_CPU=cpu, **home).split()
         if found != wanted:
             sys.exit(f"on {cpu} the extension runs {found}, not {wanted}")
         sys.stdout.write(f"{cpu}: {' '.join(found)}\n")
         sys.stdout.flush()
     chosen = tests or [*(f"tests/runtime/{name}" for name in TESTS), "-k", NOT_HERE]
-    run = [*emulated, "-c", USE + RUN, built, "-p", "no:cacheprovider", *chosen]
+    run = [*emulated, "-c", USE + RUN, extension, "-p", "no:cacheprovider", *chosen]
     sys.exit(subprocess.run(run, env=os.environ | home, cwd=ROOT).returncode)
 
 

@@ -11,43 +11,19 @@ same tensors. A sanitizer ends the process at the first wrong access.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import random
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
-SOURCES = Path(__file__).parents[2] / "src/sparsellm/runtime/_native"
-EXTENSION = "sparsellm.runtime._kernels"
-FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-DPy_LIMITED_API=0x030A0000"]
+from tests.runtime.extension import built, use
+
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 SHAPES = ((3, 40), (5, 65), (8, 200))
-
-
-def build(folder: Path) -> Path:
-    """The extension with sanitizers."""
-    out = folder / "_kernels.abi3.so"
-    include = f"-I{sysconfig.get_path('include')}"
-    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    subprocess.run([os.environ.get("CXX", "g++"), *FLAGS, *SANITIZERS, include, *sources, "-o", str(out)], check=True)
-    return out
-
-
-def use(path: Path) -> ModuleType:
-    """Makes an extension the one that the library imports."""
-    spec = importlib.util.spec_from_file_location(EXTENSION, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[EXTENSION] = module
-    return module
 
 
 def fuzz(extension: Path, files: int, seed: int) -> None:
@@ -172,7 +148,7 @@ def main() -> None:
         return
     compiler = os.environ.get("CXX", "g++")
     with tempfile.TemporaryDirectory() as folder:
-        extension = build(Path(folder))
+        extension = built(Path(folder), compiler, "-O1", "-g", *SANITIZERS)
         libraries = [
             subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
             for name in ("libasan.so", "libubsan.so")

@@ -246,7 +246,7 @@ def encode_values(
     exact = weight.float() if exponents is None else weight.float() * powers_of(-exponents)
     if value_type == "int8":
         scales = exact.abs().amax(dim=1) / 127
-        whole = (exact / scales.unsqueeze(1)).round_().clamp_(-127, 127)
+        whole = whole_numbers(exact, scales.unsqueeze(1), PLAIN["int8"], zero=True)
         return Encoded(whole[kept].to(torch.int8), offsets, scales)
     assert group is not None
     groups = groups_of(weight.shape[1], group)

@@ -14,7 +14,7 @@ it is packed dense, 0 is a number like the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,14 @@ def as_stored(whole: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (whole * scales).to(dtype).float().add_(0.0)  # 0 times a negative scale is -0.0
 
 
-def on_grid(weight: Tensor, value_type: str, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
+def on_grid(
+    weight: Tensor,
+    value_type: str,
+    dtype: torch.dtype,
+    exponents: Tensor | None = None,
+    *,
+    groups: Groups | None = None,
+) -> Tensor:
     """The weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero. fp32.
 
     The scales follow from the largest magnitudes of ``weight``, so nothing is clipped.
@@ -89,18 +96,18 @@ def on_grid(weight: Tensor, value_type: str, dtype: torch.dtype, exponents: Tens
         value_type: ``int8``, ``int4`` or ``int3``.
         dtype: of the checkpoint that it is written to.
         exponents: int8 ``(in,)``, of the columns; None for none.
+        groups: of the weight, where they are known already.
     """
-    groups = Groups.of(weight, value_type)
+    groups = Groups.of(weight, value_type) if groups is None else groups
     powers = torch.ones(weight.shape[1], device=weight.device) if exponents is None else powers_of(exponents)
-    if groups.dense:
-        found = _on_grid(weight, groups, dtype, powers, zero=True)
-        if Groups.of(found, value_type).dense:
-            return found
-    return _on_grid(weight, groups, dtype, powers, zero=False)
+    found = on_grid_of(groups, weight, dtype, powers)
+    if groups.dense and not Groups.of(found, value_type).dense:
+        found = on_grid_of(replace(groups, dense=False), weight, dtype, powers)
+    return found
 
 
-def _on_grid(weight: Tensor, groups: Groups, dtype: torch.dtype, powers: Tensor, *, zero: bool) -> Tensor:
-    """The weight at the nearest numbers of the grid of ``groups``, a few rows at a time on a CPU."""
+def on_grid_of(groups: Groups, weight: Tensor, dtype: torch.dtype, powers: Tensor) -> Tensor:
+    """As :func:`on_grid` for given groups and powers of two ``(in,)`` of columns; a few rows at a time on a CPU."""
     found = torch.empty_like(weight)
     few = max(1, min(len(weight), AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight))
     units_of_few = groups.collect(powers.expand(few, -1))
@@ -108,6 +115,6 @@ def _on_grid(weight: Tensor, groups: Groups, dtype: torch.dtype, powers: Tensor,
         grouped = groups.collect(weight[start : start + few] / powers)
         units, places = units_of_few[: len(grouped)], anchors(grouped)
         scales = scales_of(grouped.gather(1, places), groups.levels, dtype, units.gather(1, places))
-        whole = whole_numbers(grouped, scales, groups.levels, zero=zero)
+        whole = whole_numbers(grouped, scales, groups.levels, zero=groups.dense)
         found[start : start + few] = groups.spread(as_stored(whole, scales * units, dtype))
     return found

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.packed.codes import EXPONENTS, anchors, powers_of, whole_numbers
-from sparsellm.packed.grid import Groups, as_stored, on_grid, scales_of
+from sparsellm.packed.grid import Groups, as_stored, on_grid_of, scales_of
 from sparsellm.registry import Workspace
 from sparsellm.statistics import Gram
 from sparsellm.statistics.gram import Factor
 
-# In products it takes 50 of linears with 576 inputs, 11 with 5632: the descent's steps are smaller than its matrices.
+# It takes the time of 50 products in linears with 576 inputs, and of 11 with 5632.
 ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=25)
 
 FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)  # of the largest magnitude: beyond, clipped
@@ -68,7 +68,7 @@ class Rounded:
 def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, fixed_mask: bool = False) -> Rounded:
     """The weight with its values on the grid of a packed integer type; zeros stay zero.
 
-    All processes call it with the same arguments and get the same result.
+    All processes call it with the same arguments and get the same result; each rounds some rows.
 
     Args:
         weight: ``(out, in)`` fp32, pruned.
@@ -76,18 +76,19 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
         value_type: ``int8``, ``int4`` or ``int3``.
         dtype: of the checkpoint that it is written to.
         fixed_mask: keep every value that is not 0. Otherwise one that is nearer to 0 than to its grid becomes 0, and
-            the others make up for it.
+            the others make up for it. In a weight so full that it is packed dense values may become 0 in any case.
+
+    Raises:
+        NumericalError: the Gram matrix cannot be factorised with any damping.
     """
     groups, kind = Groups.of(weight, value_type), _Kind(value_type, dtype)
     powers = _powers(weight, gram, groups, kind)
     if groups.dense:
-        grid = _Grid(weight, gram, powers, groups, kind)
-        found = _fitted(grid, weight, gram)
+        found = _fitted(weight, weight, gram, powers, groups, kind)
         groups = Groups.of(found.weight, value_type)
     if not groups.dense:
         start = weight if fixed_mask else _without_small(weight, gram, powers, kind)
-        grid = _Grid(start, gram, powers, replace(Groups.of(start, value_type), dense=False), kind)
-        found = _fitted(grid, weight, gram)
+        found = _fitted(start, weight, gram, powers, replace(Groups.of(start, value_type), dense=False), kind)
     exponents = powers.log2().round_().to(torch.int8)
     return replace(
         found,
@@ -97,17 +98,20 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
     )
 
 
-def _fitted(grid: _Grid, target: Tensor, gram: Gram) -> Rounded:
-    """The target on the grid, whose scales change; without exponents."""
-    start, notes = _one_after_another(grid, target, gram)
-    before, own = gram.energy(start, minus=target), grid.own
-    nearest = gram.energy(grid.nearest, minus=target)
-    if nearest < before:
-        start, before = grid.nearest, nearest
-    final, best = _Descent(grid, start, target, gram).run()
-    if gram.energy(final, minus=target) > before:  # rounding errors of the slopes, at the optimum
-        final, best, grid.own = start, start, own
-    return Rounded(final, grid.within_cells(final, best), None, notes)
+def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: Groups, kind: _Kind) -> Rounded:
+    """The target ``(out, in)`` on the grid of a weight whose zeros it takes; without exponents.
+
+    The processes divide the rows: rows depend on each other only in when the descent ends.
+    """
+    divided = len(target) >= parallel.size()
+    rows = parallel.share(len(target)) if divided else slice(None)
+    grid = _Grid(start[rows], gram, powers, groups, kind)
+    first, notes = _one_after_another(grid, target[rows], gram)
+    weight, best, scales = _Descent(grid, first, target[rows], gram).run()
+    unrounded = grid.within_cells(weight, best, scales)
+    if divided:
+        weight, unrounded = (torch.cat(parallel.gather_list(each)) for each in (weight, unrounded))
+    return Rounded(weight, unrounded, None, notes)
 
 
 @dataclass(frozen=True)
@@ -152,30 +156,29 @@ class _Grid:
         extreme = grouped.gather(1, places)  # (groups, 1)
         self.units = groups.collect(powers.expand_as(weight)).gather(1, places)  # (groups, 1), of the anchors
         least = torch.full_like(extreme, math.inf)
-        self.own = torch.zeros_like(extreme)  # (groups, 1): scales without the powers of columns
+        self.first = torch.zeros_like(extreme)  # (groups, 1): scales to begin with, without the powers of columns
         for fraction in FRACTIONS:
             tried = scales_of(extreme * fraction, self.levels, kind.dtype, self.units)
             error = whole_numbers(grouped, tried, self.levels, zero=self.zero).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
-            self.own, least = torch.where(error < least, tried, self.own), torch.minimum(error, least)
-        whole = whole_numbers(grouped, self.own, self.levels, zero=self.zero)
+            self.first, least = torch.where(error < least, tried, self.first), torch.minimum(error, least)
+        whole = whole_numbers(grouped, self.first, self.levels, zero=self.zero)
         free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
         self.free = groups.spread(free) != 0  # (out, in) bool: neither zero nor an anchor
-        self.nearest = as_stored(groups.spread(whole), self.scales(), kind.dtype)  # (out, in)
+        self.nearest = as_stored(groups.spread(whole), self.scales(self.first), kind.dtype)  # (out, in)
 
-    def scales(self, own: Tensor | None = None) -> Tensor:
-        """``(out, in)``: the scale of each value, of these scales of groups or else of its own."""
-        own = self.own if own is None else own
-        return self.groups.spread(own.expand(-1, self.groups.size)).mul_(self.powers)
+    def scales(self, of_groups: Tensor) -> Tensor:
+        """``(out, in)``: the scale of each value, from those of groups ``(groups, 1)``."""
+        return self.groups.spread(of_groups.expand(-1, self.groups.size)).mul_(self.powers)
 
-    def within_cells(self, weight: Tensor, best: Tensor) -> Tensor:
-        """``best``, moved as near to ``weight`` as it must be to be rounded to it, with the same scales."""
-        scales = self.scales().abs_()
+    def within_cells(self, weight: Tensor, best: Tensor, of_groups: Tensor) -> Tensor:
+        """``best``, moved as near to ``weight`` as it must be to be rounded to it, with these scales of groups."""
+        scales = self.scales(of_groups).abs_()
         reach, end = CELL * self.levels.closest * scales, -self.levels.lowest * scales
         moved = weight + (best - weight).clamp(-reach, reach)
         moved = torch.where(self.free, moved.clamp(-end, end), weight).to(self.kind.dtype).float()
         # A coarse dtype may itself round to another number of the grid.
-        again = on_grid(moved, self.kind.values, self.kind.dtype, self.powers.log2().to(torch.int8))
+        again = on_grid_of(self.groups, moved, self.kind.dtype, self.powers)
         return torch.where(again == weight, moved, weight)
 
 
@@ -195,7 +198,7 @@ def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor,
     order, factor = gram.remember(("rounding", DAMPING), lambda: _ordered(gram))
     columns = target.T[order]  # (in, out), a copy
     found = torch.where(grid.free, 0.0, grid.nearest).T[order]  # anchors and zeros are what they are
-    scales, free = grid.scales().T[order], grid.free.T[order].to(target.dtype)
+    scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
     for start in range(0, len(columns), BLOCK):
         rows = slice(start, start + BLOCK)
         upper = factor.matrix[rows, rows].contiguous()
@@ -222,46 +225,58 @@ class _Descent:
 
     def __init__(self, grid: _Grid, start: Tensor, target: Tensor, gram: Gram) -> None:
         self.grid, self.matrix, self.target = grid, gram.matrix, target.T.contiguous()
+        self.scales = grid.first  # (groups, 1)
         self.columns = start.T.contiguous()
         self.free = grid.free.T.to(self.columns.dtype).contiguous()
         self.slope = self.matrix @ (self.columns - self.target)  # half the gradient of the error
 
-    def run(self) -> tuple[Tensor, Tensor]:
-        """The weight with the least error found, and the best value of each of its entries with all others held."""
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight ``(out, in)`` with the least error found, the best value of each of its entries with all others
+        held, and the scales of its groups."""
         for _ in range(ROUNDS):
-            self._scales()
-            self._numbers()
+            self._fit_scales()
+            self._fit_numbers()
         curvature = self.matrix.diagonal()[:, None]
         best = torch.where(curvature > 0, self.columns - self.slope / curvature, self.columns)
-        return self.columns.T.contiguous(), best.T.contiguous()
+        return self.columns.T.contiguous(), best.T.contiguous(), self.scales
 
-    def _scales(self) -> None:
+    def _fit_scales(self) -> None:
         """Takes the best scales for the numbers, in the rows where they have a lower error as they are stored."""
         grid = self.grid
-        own = grid.own * best_factors(self.columns.T, self.slope.T, self.matrix, grid.groups).view_as(grid.own)
-        own = scales_of(own * grid.levels.lowest, grid.levels, grid.kind.dtype, grid.units)
-        whole = whole_numbers(self.columns, grid.scales().T.contiguous(), grid.levels, zero=grid.zero)
-        columns = as_stored(whole, grid.scales(own).T, grid.kind.dtype)
+        factors = best_factors(self.columns.T, self.slope.T, self.matrix, grid.groups).view_as(self.scales)
+        found = scales_of(self.scales * factors * grid.levels.lowest, grid.levels, grid.kind.dtype, grid.units)
+        whole = whole_numbers(self.columns, grid.scales(self.scales).T.contiguous(), grid.levels, zero=grid.zero)
+        columns = as_stored(whole, grid.scales(found).T, grid.kind.dtype)
         slope = self.matrix @ (columns - self.target)
         worse = ~(self._errors(columns, slope) < self._errors(self.columns, self.slope))  # (out,)
         columns[:, worse], slope[:, worse] = self.columns[:, worse], self.slope[:, worse]
         self.columns, self.slope = columns, slope
-        grid.own = torch.where(worse.repeat_interleave(len(own) // len(worse))[:, None], grid.own, own)
+        kept = worse.repeat_interleave(len(found) // len(worse))[:, None]
+        self.scales = torch.where(kept, self.scales, found)
 
     def _errors(self, columns: Tensor, slope: Tensor) -> Tensor:
         """The error of each row of the weight, ``(out,)``."""
         return (columns - self.target).mul_(slope).sum(dim=0)
 
-    def _numbers(self) -> None:
+    def _fit_numbers(self) -> None:
         """Passes of coordinate descent over the free values."""
-        scales = self.grid.scales().T.contiguous()
+        scales = self.grid.scales(self.scales).T.contiguous()
         inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
-        error = float(self._errors(self.columns, self.slope).double().sum())
+        self._round_unreached(scales, inverse)
+        error = parallel.total(float(self._errors(self.columns, self.slope).double().sum()))
         for _ in range(PASSES):
-            gained = sum(self._block(start, scales, inverse) for start in range(0, len(self.columns), BLOCK))
+            blocks = range(0, len(self.columns), BLOCK)
+            gained = parallel.total(sum(self._block(start, scales, inverse) for start in blocks))
             error -= gained
             if gained <= ENOUGH * max(error, 0.0):
                 break
+
+    def _round_unreached(self, scales: Tensor, inverse: Tensor) -> None:
+        """Rounds the inputs that no token reaches to nearest: they have no part in the error, and no slope."""
+        places = (self.matrix.diagonal() <= 0).nonzero().flatten()
+        whole = self.grid.levels.nearest(self.target[places] * inverse[places], zero=self.grid.zero)
+        rounded = as_stored(whole, scales[places], self.grid.kind.dtype)
+        self.columns[places] = torch.where(self.free[places] != 0, rounded, self.columns[places])
 
     def _block(self, start: int, scales: Tensor, inverse: Tensor) -> float:
         """Moves some inputs one after another, then corrects the slopes of all; returns by how much the error fell."""
@@ -272,10 +287,10 @@ class _Descent:
         levels, zero, dtype = self.grid.levels, self.grid.zero, self.grid.kind.dtype
         parts = (each[rows].unbind() for each in (self.columns, self.slope, scales, self.free, inverse))
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
-        for number, (column, slope, scale, free, inverted) in enumerate(zip(*parts, strict=True)):
-            curvature = float(inner[number, number])
+        columns = zip(inner.diagonal().tolist(), *parts, strict=True)
+        for number, (curvature, column, slope, scale, free, inverted) in enumerate(columns):
             if curvature <= 0:
-                continue  # no token reaches it: nearest is as good as any
+                continue  # no token reaches it
             slope = torch.addmv(slope, moves[:number].T, inner[number, :number])
             units = column.add(slope, alpha=-1 / curvature).mul_(inverted)  # 0 where not free
             value = as_stored(levels.nearest(units, zero=zero), scale, dtype)

@@ -60,7 +60,7 @@ class Integers:
                 factors = parameters[linear.weight_name + FACTORS].detach()
                 groups = self.groups[linear.weight_name]
                 weight = groups.spread(groups.collect(weight) * factors.reshape(-1, 1))
-                rounded[linear.weight_name] = nn.Parameter(_seen(linear, self._rounded(linear, weight)))
+                rounded[linear.weight_name] = nn.Parameter(_seen(linear, self._rounded(linear, weight, groups)))
         return rounded
 
     def pull_back(
@@ -94,10 +94,10 @@ class Integers:
     def _of(self, chain: Chain, index: int) -> list[LinearView]:
         return [linear for linear in chain.linears(index) if linear.name in self.linears]
 
-    def _rounded(self, linear: LinearView, weight: Tensor) -> Tensor:
+    def _rounded(self, linear: LinearView, weight: Tensor, groups: Groups | None = None) -> Tensor:
         exponents = exponents_of_text(self.linears[linear.name])
         exponents = None if exponents is None else exponents.to(weight.device)
-        return on_grid(weight, self.values, linear.storage_dtype, exponents)
+        return on_grid(weight, self.values, linear.storage_dtype, exponents, groups=groups)
 
 
 def _seen(linear: LinearView, matrix: Tensor) -> Tensor:

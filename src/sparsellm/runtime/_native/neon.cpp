@@ -145,7 +145,7 @@ bool has_dotprod() {
 #if defined(__ARM_FEATURE_DOTPROD)
   return true;
 #elif defined(__linux__)
-  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  return (getauxval(AT_HWCAP) & 1 << 20) != 0;  // HWCAP_ASIMDDP, which old headers lack
 #else
   return false;
 #endif

@@ -1,0 +1,34 @@
+"""The extension, compiled in other ways than the installation does it, and used in its place."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+NAME = "sparsellm.runtime._kernels"
+SOURCES = Path(__file__).parents[2] / "src/sparsellm/runtime/_native"
+# As in setup.py, but for the level of optimisation.
+FLAGS = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-DPy_LIMITED_API=0x030A0000"]
+
+
+def built(folder: Path, compiler: str, *flags: str) -> Path:
+    """The extension, compiled into a folder."""
+    out = folder / "_kernels.abi3.so"
+    include = f"-I{sysconfig.get_path('include')}"
+    subprocess.run([compiler, *FLAGS, *flags, include, *sorted(SOURCES.glob("*.cpp")), "-o", out], check=True)
+    return out
+
+
+def use(path: Path) -> ModuleType:
+    """Makes an extension the one that the library imports."""
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[NAME] = module
+    return module
