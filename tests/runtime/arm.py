@@ -4,8 +4,8 @@
     python -m tests.runtime.arm FOLDER [tests/runtime/test_native.py -k rounded ...]
 
 Debian's or Ubuntu's packages and wheels of the running environment's versions are fetched into FOLDER once; the
-extension is built anew. The commands of the first line need root. Everything under ``tests/runtime`` that starts no
-child process runs by default; tests run forty times as long as on the machine itself.
+extension is built anew. The commands of the first line need root. By default those tests of the kernels, of decoding
+and of embeddings run that start no other interpreter.
 """
 
 from __future__ import annotations

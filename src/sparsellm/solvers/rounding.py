@@ -90,12 +90,7 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
         start = weight if fixed_mask else _without_small(weight, gram, powers, kind)
         found = _fitted(start, weight, gram, powers, replace(Groups.of(start, value_type), dense=False), kind)
     exponents = powers.log2().round_().to(torch.int8)
-    return replace(
-        found,
-        weight=parallel.broadcast_(found.weight.contiguous()),
-        unrounded=parallel.broadcast_(found.unrounded.contiguous()),
-        exponents=exponents if bool(exponents.any()) else None,
-    )
+    return replace(found, exponents=exponents if bool(exponents.any()) else None)
 
 
 def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: Groups, kind: _Kind) -> Rounded:
@@ -111,6 +106,8 @@ def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: G
     unrounded = grid.within_cells(weight, best, scales)
     if divided:
         weight, unrounded = (torch.cat(parallel.gather_list(each)) for each in (weight, unrounded))
+    else:
+        weight, unrounded = (parallel.broadcast_(each.contiguous()) for each in (weight, unrounded))
     return Rounded(weight, unrounded, None, notes)
 
 

@@ -7,9 +7,7 @@
 
 #include "lookup.h"
 #include "target.h"
-#ifndef __ARM_FEATURE_DOTPROD
 SPARSELLM_TARGET_BEGIN("arch=armv8.2-a+dotprod")  // GCC before 13 takes no less
-#endif
 
 namespace sparsellm {
 namespace {
@@ -23,7 +21,5 @@ inline int32x4_t add_sixteen(int32x4_t sums, int8x16_t w, int8x16_t x) { return 
 const Integer kIntegerNeonDotprod = {integer_tokens<Bytes, kOfRows>, integer_scaled<Bytes>, nullptr, nullptr};
 
 }  // namespace sparsellm
-#ifndef __ARM_FEATURE_DOTPROD
 SPARSELLM_TARGET_END
-#endif
 #endif
