@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-source = Path("src/sparsellm/runtime/_native")
+source = Path("src/sparsepack/_native")
 windows = sys.platform == "win32"
 flags = (
     ["/std:c++17", "/O2"]
@@ -16,7 +16,7 @@ flags = (
 setup(
     ext_modules=[
         Extension(
-            "sparsellm.runtime._kernels",
+            "sparsepack._kernels",
             sources=sorted(path.as_posix() for path in source.glob("*.cpp")),
             depends=sorted(path.as_posix() for path in source.glob("*.h")),
             define_macros=[("Py_LIMITED_API", "0x030A0000")],

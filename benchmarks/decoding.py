@@ -30,7 +30,7 @@ from payoff import conditions, llama, prune_at_random
 from transformers import AutoModelForCausalLM
 
 import sparsellm
-from sparsellm.runtime.bench import one_run, resident_bytes
+from sparsepack.bench import one_run, resident_bytes
 
 COPIED = 64 << 20  # bytes, more than a cache holds
 

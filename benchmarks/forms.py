@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsellm.chain.linears import iterate_linears, weight_of
 from sparsellm.chain.structure import find_blocks
-from sparsellm.runtime.bench import resident_bytes
+from sparsepack.bench import resident_bytes
 
 # By model_type of transformers: the architecture's name in llama.cpp, which its mixtures of types depend on.
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "gemma3_text": gguf.MODEL_ARCH.GEMMA3}

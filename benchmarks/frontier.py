@@ -58,9 +58,9 @@ from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.linears import weight_of
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.errors import RecipeError
-from sparsellm.packed.grid import INTEGERS
 from sparsellm.sources.gguf import without_bars
 from sparsellm.sources.resolve import checkpoint_directory
+from sparsepack.grid import INTEGERS
 
 SPARSITIES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
 PLAIN = ("Q8_0", "Q6_K", "Q4_0", "Q4_K_M", "Q3_K_M", "Q3_K_S", "Q2_K")

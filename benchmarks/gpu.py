@@ -34,10 +34,10 @@ from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.packed.layout import pack
 from sparsellm.patterns import NM
-from sparsellm.runtime.bench import measure, resident_bytes
-from sparsellm.runtime.semi_structured import to_semi_structured
+from sparsepack.bench import measure, resident_bytes
+from sparsepack.layout import pack
+from sparsepack.semi_structured import to_semi_structured
 
 SHAPES = ("2048x2048", "5632x2048", "2048x5632", "4096x4096", "11008x4096", "4096x11008")  # of 1.1B and of Llama 7B
 BLOCKS = {"1.1B": (2048, 5632, 4), "7B": (4096, 11008, 32)}  # width, inner width, heads of keys and values
@@ -128,7 +128,7 @@ def multiplying(x: Tensor, weight: Tensor) -> tuple[Product, int]:
 
 
 def packed_product(x: Tensor, weight: Tensor, values: str, launch: dict[str, int] | None) -> tuple[Product, int]:
-    from sparsellm.runtime import triton_kernels
+    from sparsepack import triton_kernels
 
     first = pack(weight, values, "bitmask")
     assert first is not None

@@ -39,13 +39,13 @@ from wikipedia import write_wikipedia
 import sparsellm
 from sparsellm.calibration import calibration_windows
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.packed.codes import GAPPED, PLAIN, best_group
-from sparsellm.packed.grid import Groups
 from sparsellm.patterns import Unstructured
 from sparsellm.solvers import SOLVERS, rounding
 from sparsellm.solvers.rounding import FRACTIONS, POWERS
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.statistics import Gram
+from sparsepack.codes import GAPPED, PLAIN, best_group
+from sparsepack.grid import Groups
 
 STARTS = (0.02, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # b of the grid with a gap, as a part of the largest magnitude
 PASSES = 8

@@ -34,10 +34,10 @@ import sparsellm
 from sparsellm.calibration.windows import evaluation_windows
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.evaluation.perplexity import nll_from_logits, perplexity
-from sparsellm.runtime.bench import one_run, resident_bytes
-from sparsellm.runtime.module import kernel_name
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.resolve import checkpoint_directory
+from sparsepack.bench import one_run, resident_bytes
+from sparsepack.module import kernel_name
 
 CLOCKS: tuple[Callable[[], float], ...] = (time.perf_counter, time.process_time)
 VALUES = ("keep", "bf16", "int8", "int4")

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import sparsellm
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.demo import PROMPT
-from sparsellm.packed.layout import pack, unpack
-from sparsellm.runtime.bench import measure, resident_bytes
-from sparsellm.runtime.module import kernel_name, multiply
+from sparsepack.bench import measure, resident_bytes
+from sparsepack.layout import pack, unpack
+from sparsepack.module import kernel_name, multiply
 
 BARS = {0.5: (0.57, 1.4), 0.7: (0.37, 2.0), 0.9: (None, 3.0)}  # bytes of bf16 at most, times as fast at least
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 import sparsellm
 from sparsellm.calibration.windows import evaluation_windows
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.runtime.module import SMALL_BATCH, kernel_name
+from sparsepack.module import SMALL_BATCH, kernel_name
 
 
 @torch.no_grad()

@@ -26,10 +26,10 @@ from collections.abc import Callable
 
 import torch
 
-from sparsellm.packed.codes import FLOAT_TYPES, VALUE_TYPES
-from sparsellm.packed.layout import PackedWeight, pack
-from sparsellm.runtime import native
-from sparsellm.runtime.module import multiply
+from sparsepack import native
+from sparsepack.codes import FLOAT_TYPES, VALUE_TYPES
+from sparsepack.layout import PackedWeight, pack
+from sparsepack.module import multiply
 
 SHAPES = ((11008, 4096), (5632, 2048))
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)

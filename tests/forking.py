@@ -14,7 +14,7 @@ _MODULES = [
     "sparsellm.api",
     "sparsellm.console",
     "sparsellm.methods",
-    "sparsellm.runtime.convert",
+    "sparsellm.convert",
     "sparsellm.tables",
     "tests.models",
     "transformers.models.llama.modeling_llama",

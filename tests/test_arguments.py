@@ -15,8 +15,8 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.arguments import as_path, check_arguments
 from sparsellm.errors import DataError, ModelError, RecipeError, SparseLLMError, StorageError, shown
-from sparsellm.runtime.bench import compare
-from sparsellm.runtime.generate import generate
+from sparsepack.bench import compare
+from sparsepack.generate import generate
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12

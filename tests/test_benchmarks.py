@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sparsellm.patterns import NM, Unstructured
-from sparsellm.runtime.bench import resident_bytes
 from sparsellm.solvers import SOLVERS
+from sparsepack.bench import resident_bytes
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 from tests.solvers.problems import gram_of, weight_of

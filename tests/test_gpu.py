@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.packed.layout import pack
-from sparsellm.runtime.bench import one_run
-from sparsellm.runtime.generate import generate
-from sparsellm.runtime.load import load
-from sparsellm.runtime.module import PackedLinear, kernel_name
+from sparsepack.bench import one_run
+from sparsepack.generate import generate
+from sparsepack.layout import pack
+from sparsepack.load import load
+from sparsepack.module import PackedLinear, kernel_name
 from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 from tests.parallel.test_command_line import by_torchrun, ended
@@ -136,7 +136,7 @@ def test_a_packed_layer_multiplies_on_the_device(value_type: str, tokens: int) -
 @on_a_card
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
 def test_the_compiled_triton_kernel_multiplies(value_type: str) -> None:
-    triton_kernels = pytest.importorskip("sparsellm.runtime.triton_kernels")
+    triton_kernels = pytest.importorskip("sparsepack.triton_kernels")
     assert kernel_name("cuda") == "triton"
     for out, columns, sparsity in ((1, 1, 0.0), (5, 65, 0.7), (70, 1100, 0.5), (33, 300, -1.0), (256, 4096, 0.5)):
         packed, dense = random_weight(out, columns, value_type, sparsity, seed=columns)

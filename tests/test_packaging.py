@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparsellm import __version__
-from sparsellm.runtime.compiled import extension, kernels
+from sparsepack.compiled import extension, kernels
 
 ROOT = Path(__file__).parents[1]
 NO_COMPILER = {"CC": "false", "CXX": "false"}
@@ -27,11 +27,11 @@ def test_the_import_is_light() -> None:
 
 
 def test_the_kernels_are_told_with_and_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsellm.runtime import native
+    from sparsepack import native
 
     if native.instruction_sets():
         assert kernels() == ", ".join(native.instruction_sets())
-    monkeypatch.setitem(sys.modules, "sparsellm.runtime._kernels", None)
+    monkeypatch.setitem(sys.modules, "sparsepack._kernels", None)
     extension.cache_clear()
     try:
         assert kernels().startswith("not compiled, torch does their work")

@@ -18,12 +18,12 @@ from sparsellm import Recipe
 from sparsellm.chain import open_chain
 from sparsellm.errors import NumericalError, RecipeError, StorageError
 from sparsellm.methods import METHODS
-from sparsellm.packed.codes import exponents_of_text
-from sparsellm.packed.grid import Groups, on_grid
 from sparsellm.solvers import rounding
 from sparsellm.storage.destination import partial_of
 from sparsellm.sweep.whole_model import _Run
 from sparsellm.tables import print_packed
+from sparsepack.codes import exponents_of_text
+from sparsepack.grid import Groups, on_grid
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import mixtral
 from tests.sweep.helpers import dense_end, divergence, ids_of, linear_weights, sharing_llama

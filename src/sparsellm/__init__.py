@@ -10,35 +10,35 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsellm.runtime.registration import register_when_needed
 from sparsellm.version import __version__
+from sparsepack.registration import register_when_needed
 
 if TYPE_CHECKING:
     from sparsellm.api import PruneResult, card, evaluate, inspect, prune, push
     from sparsellm.console import progress as show_progress
+    from sparsellm.convert import PackResult, pack, unpack
     from sparsellm.errors import SparseLLMError
     from sparsellm.evaluation.measured import Evaluation
     from sparsellm.evaluation.perplexity import Perplexity
     from sparsellm.recipe import Recipe
-    from sparsellm.runtime.convert import PackResult, pack, unpack
-    from sparsellm.runtime.load import load
+    from sparsepack.load import load
 
 _HOME = {
     "Evaluation": "sparsellm.evaluation.measured",
-    "PackResult": "sparsellm.runtime.convert",
+    "PackResult": "sparsellm.convert",
     "PruneResult": "sparsellm.api",
     "card": "sparsellm.api",
     "evaluate": "sparsellm.api",
     "inspect": "sparsellm.api",
-    "load": "sparsellm.runtime.load",
-    "pack": "sparsellm.runtime.convert",
+    "load": "sparsepack.load",
+    "pack": "sparsellm.convert",
     "prune": "sparsellm.api",
     "push": "sparsellm.api",
     "show_progress": "sparsellm.console:progress",
     "SparseLLMError": "sparsellm.errors",
     "Perplexity": "sparsellm.evaluation.perplexity",
     "Recipe": "sparsellm.recipe",
-    "unpack": "sparsellm.runtime.convert",
+    "unpack": "sparsellm.convert",
 }
 
 __all__ = [

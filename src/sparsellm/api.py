@@ -41,8 +41,8 @@ from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.prepare import Request, default_seq_len, open_model
 from sparsellm.run.result import PruneResult, stamp, versions
 from sparsellm.run.stages import execute
-from sparsellm.runtime.load import load
 from sparsellm.sources.resolve import checkpoint_directory
+from sparsepack.load import load
 
 
 @checked_arguments()

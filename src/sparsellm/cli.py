@@ -1,4 +1,4 @@
-"""The commands: each parses its options, calls :mod:`sparsellm.api` or :mod:`sparsellm.runtime`, and prints."""
+"""The commands: each parses its options, calls :mod:`sparsellm.api` or :mod:`sparsepack`, and prints."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ PluginOption = Annotated[
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from sparsellm.runtime.compiled import kernels
+        from sparsepack.compiled import kernels
 
         sys.stdout.write(f"{PROGRAM} {__version__}\nkernels: {kernels()}\n")
         raise typer.Exit()
@@ -897,8 +897,7 @@ def pack(  # noqa: PLR0913 - a command
     as_json: JsonOption = False,
 ) -> None:
     """Pack a pruned MODEL: store the kept values and a bit for each weight. It stays packed in memory too."""
-    from sparsellm import console, tables
-    from sparsellm.runtime import convert
+    from sparsellm import console, convert, tables
 
     with console.progress(quiet=quiet, verbose=verbose) as progress:
         result = convert.pack(
@@ -923,8 +922,7 @@ def unpack(
     as_json: JsonOption = False,
 ) -> None:
     """Write a packed checkpoint as an ordinary dense one."""
-    from sparsellm import console
-    from sparsellm.runtime import convert
+    from sparsellm import console, convert
 
     with console.progress(quiet=quiet, verbose=verbose) as progress:
         result = convert.unpack(directory, out=out, overwrite=overwrite, restart=restart, progress=progress)
@@ -1016,9 +1014,9 @@ def generate(  # noqa: PLR0913 - a command
     from sparsellm import console
     from sparsellm.arguments import check_arguments
     from sparsellm.chain.open import load_tokenizer
-    from sparsellm.runtime.generate import generate as continue_prompt
-    from sparsellm.runtime.load import load
-    from sparsellm.runtime.threads import use_threads
+    from sparsepack.generate import generate as continue_prompt
+    from sparsepack.load import load
+    from sparsepack.threads import use_threads
 
     use_threads(threads)
     check_arguments(prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -1093,8 +1091,8 @@ def bench(  # noqa: PLR0913 - a command
     from sparsellm import console, tables
     from sparsellm.machine.devices import resolve_device
     from sparsellm.run.result import stamp
-    from sparsellm.runtime.bench import compare
     from sparsellm.storage import results
+    from sparsepack.bench import compare
 
     keeps = _keeps(directory, save=save)
     with console.progress(quiet=quiet, verbose=verbose) as progress:

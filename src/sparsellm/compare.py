@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sparsellm import api
 from sparsellm.arguments import as_recipe
+from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.inputs.json_input import read_object
 from sparsellm.methods import METHODS
-from sparsellm.packed.codes import resolve_value_type
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.report.comparison import write_comparison
@@ -34,11 +34,11 @@ from sparsellm.run.prepare import Request
 from sparsellm.run.result import stamp
 from sparsellm.run.shared import Shared
 from sparsellm.run.stages import execute
-from sparsellm.runtime import bench
-from sparsellm.runtime.convert import pack
 from sparsellm.storage.files import explained, replace_atomically, write_all
 from sparsellm.storage.remains import GRID
 from sparsellm.storage.results import append_result
+from sparsepack import bench
+from sparsepack.codes import resolve_value_type
 
 PAGE = "compare.html"
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsellm import api
 from sparsellm.chain.open import load_tokenizer
+from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, StorageError
 from sparsellm.evaluation.measured import Against, Evaluation
 from sparsellm.machine.devices import resolve_device
@@ -19,15 +20,14 @@ from sparsellm.report.document import write_report
 from sparsellm.run.prepare import Request
 from sparsellm.run.result import stamp
 from sparsellm.run.stages import execute
-from sparsellm.runtime.bench import Comparison, Speed, compare
-from sparsellm.runtime.convert import pack
-from sparsellm.runtime.generate import generate
-from sparsellm.runtime.load import load
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.results import append_result
 from sparsellm.storage.resume import PACK
+from sparsepack.bench import Comparison, Speed, compare
+from sparsepack.generate import generate
+from sparsepack.load import load
 
 # Sized for five minutes on two cores.
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096

@@ -17,12 +17,12 @@ from sparsellm.console import count, duration, out, phases, say, speed, table, v
 if TYPE_CHECKING:
     from sparsellm.api import MatrixZeros, PruneResult
     from sparsellm.compare import GridResult
+    from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
     from sparsellm.evaluation.measured import Evaluation, Interval
     from sparsellm.recipe import Recipe
     from sparsellm.registry import Registry
-    from sparsellm.runtime.bench import Comparison
-    from sparsellm.runtime.convert import PackResult
+    from sparsepack.bench import Comparison
 
 
 def print_warnings(result: PruneResult, printed: Iterable[str] = ()) -> None:

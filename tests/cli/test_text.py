@@ -18,8 +18,8 @@ from sparsellm.api import PruneResult
 from sparsellm.demo import DemoResult
 from sparsellm.evaluation.measured import Against, Evaluation, Interval
 from sparsellm.methods import LinearResult
-from sparsellm.runtime.bench import Comparison, Speed
-from sparsellm.runtime.compiled import kernels
+from sparsepack.bench import Comparison, Speed
+from sparsepack.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 NASTY = ("a[/b]", "run[v2]", ":x:", "[bold]b", "\\[x", "%s{0}", "ünï")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sparsellm.errors import StorageError
-from sparsellm.packed.checkpoint import PackedEntry, config_digest, manifest, packed_entries, quantization_config
-from sparsellm.packed.codes import VALUE_TYPES
+from sparsepack.checkpoint import PackedEntry, config_digest, manifest, packed_entries, quantization_config
+from sparsepack.codes import VALUE_TYPES
 
 ENTRIES = {
     f"layer {index}": PackedEntry((3, 8), layout, values, dtype, (2, 4) if layout == "nm" else None, transposed)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, RecipeError, SparseLLMError, StorageError
-from sparsellm.packed.codes import (
+from sparsellm.patterns import NM
+from sparsepack.codes import (
     FLOAT_TYPES,
     GAPPED,
     PLAIN,
@@ -22,9 +23,8 @@ from sparsellm.packed.codes import (
     best_group,
     widened,
 )
-from sparsellm.packed.layout import PackedWeight, as_bitmask, pack, unpack, unpack_rows
-from sparsellm.packed.validation import validate
-from sparsellm.patterns import NM
+from sparsepack.layout import PackedWeight, as_bitmask, pack, unpack, unpack_rows
+from sparsepack.validation import validate
 from tests.packed.by_hand import bitmask_by_hand, int4_by_hand, nm_by_hand, sparse_weight
 
 SHAPES = [(1, 1), (3, 8), (5, 63), (4, 64), (7, 65), (9, 200)]
@@ -41,7 +41,7 @@ def packed_of(weight: Tensor, values: str = "keep", layout: str = "bitmask") -> 
 def test_the_groups_that_are_rounded_at_once_change_no_bit(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = sparse_weight(7, 200, 0.5, torch.float32)
     together = packed_of(weight, "int4")
-    monkeypatch.setattr("sparsellm.packed.codes._GROUPS_AT_ONCE", at_once)
+    monkeypatch.setattr("sparsepack.codes._GROUPS_AT_ONCE", at_once)
     parted = packed_of(weight, "int4")
     assert together.scales is not None
     assert parted.scales is not None

@@ -13,12 +13,12 @@ import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.methods import METHODS
-from sparsellm.packed.grid import INTEGERS
 from sparsellm.patterns import Unstructured, highest
 from sparsellm.solvers import SOLVERS, rounding
 from sparsellm.solvers.divided import divide, divided_solution, highest_of_all
 from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, GramAccumulator
+from sparsepack.grid import INTEGERS
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
 from tests.solvers.problems import gram_of, weight_of
 

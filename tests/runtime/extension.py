@@ -9,8 +9,8 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
-NAME = "sparsellm.runtime._kernels"
-SOURCES = Path(__file__).parents[2] / "src/sparsellm/runtime/_native"
+NAME = "sparsepack._kernels"
+SOURCES = Path(__file__).parents[2] / "src/sparsepack/_native"
 # As in setup.py, but for the level of optimisation.
 FLAGS = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-DPy_LIMITED_API=0x030A0000"]
 

@@ -32,7 +32,7 @@ def fuzz(extension: Path, files: int, seed: int) -> None:
     import torch
 
     from sparsellm.errors import SparseLLMError
-    from sparsellm.packed.checkpoint import PackedReader
+    from sparsepack.checkpoint import PackedReader
 
     torch.manual_seed(seed)
     torch.set_num_threads(2)
@@ -72,10 +72,10 @@ def checkpoints() -> list[tuple[bytes, str]]:
     import torch
     from safetensors.torch import save
 
-    from sparsellm.packed.checkpoint import PackedEntry, quantization_config
-    from sparsellm.packed.codes import GAPPED, WRITTEN_TYPES
-    from sparsellm.packed.layout import pack
     from sparsellm.patterns import NM
+    from sparsepack.checkpoint import PackedEntry, quantization_config
+    from sparsepack.codes import GAPPED, WRITTEN_TYPES
+    from sparsepack.layout import pack
 
     made = []
     for out, columns in SHAPES:
@@ -115,8 +115,8 @@ def check(packed: object) -> None:
     """Every kernel against plain torch, on a weight that passed the checks."""
     import torch
 
-    from sparsellm.packed.layout import PackedWeight, as_bitmask, unpack
-    from sparsellm.runtime import native
+    from sparsepack import native
+    from sparsepack.layout import PackedWeight, as_bitmask, unpack
     from tests.runtime.reference import activations, bound
 
     assert isinstance(packed, PackedWeight)

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from sparsellm.packed.layout import PackedWeight, unpack
+from sparsepack.layout import PackedWeight, unpack
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUE_TYPES = (*FLOATS, "int8", "int4")

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sparsellm
 from sparsellm import tables
 from sparsellm.errors import ModelError, RecipeError, StorageError
-from sparsellm.packed.checkpoint import read_config
 from sparsellm.patterns import NM
-from sparsellm.runtime.module import PackedLinear
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.resume import RunState, unfinished
+from sparsepack.checkpoint import read_config
+from sparsepack.module import PackedLinear
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import family
 from tests.models.pruned import prune_tiny
@@ -200,7 +200,7 @@ def test_mistakes_are_named(llama: Path, packed: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_pack_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsellm.runtime import convert
+    from sparsellm import convert
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

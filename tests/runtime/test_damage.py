@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 import sparsellm
 from sparsellm import cli
 from sparsellm.errors import SparseLLMError, StorageError
-from sparsellm.packed.checkpoint import PackedReader, manifest, read_config
 from sparsellm.storage.reader import CheckpointReader
+from sparsepack.checkpoint import PackedReader, manifest, read_config
 from tests.models import save_tiny, tiny_gpt2, tiny_llama
 from tests.models.pruned import prune_tiny
 

@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import sparsellm
 from sparsellm.errors import KernelError, ModelError, RecipeError, StorageError
-from sparsellm.packed.layout import pack as pack_weight
-from sparsellm.runtime import generate as generation
-from sparsellm.runtime import native
-from sparsellm.runtime.decode import Decoder, why_not
-from sparsellm.runtime.module import PackedEmbedding, PackedLinear, to_dense
+from sparsepack import generate as generation
+from sparsepack import native
+from sparsepack.decode import Decoder, why_not
+from sparsepack.layout import pack as pack_weight
+from sparsepack.module import PackedEmbedding, PackedLinear, to_dense
 from tests.models import save_tiny, tiny_gpt2, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import sparsellm
 from sparsellm.errors import StorageError
-from sparsellm.packed.codes import text_of_exponents
-from sparsellm.packed.layout import PackedWeight, pack, unpack
-from sparsellm.packed.validation import validate
-from sparsellm.runtime import native
-from sparsellm.runtime.decode import Decoder, why_not
-from sparsellm.runtime.module import PackedEmbedding, PackedLinear, multiply
+from sparsepack import native
+from sparsepack.codes import text_of_exponents
+from sparsepack.decode import Decoder, why_not
+from sparsepack.layout import PackedWeight, pack, unpack
+from sparsepack.module import PackedEmbedding, PackedLinear, multiply
+from sparsepack.validation import validate
 from tests.packed.by_hand import int4_by_hand, sparse_weight
 
 KERNELS = native.instruction_sets()

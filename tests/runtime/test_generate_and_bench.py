@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm.errors import DataError, ModelError, RecipeError
-from sparsellm.runtime import bench
-from sparsellm.runtime.bench import Speed, compare, measure, resident_bytes, verdict
-from sparsellm.runtime.generate import generate
-from sparsellm.runtime.module import PackedLinear
+from sparsepack import bench
+from sparsepack.bench import Speed, compare, measure, resident_bytes, verdict
+from sparsepack.generate import generate
+from sparsepack.module import PackedLinear
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 PROMPT = "The while statement"

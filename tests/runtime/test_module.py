@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import SparseLLMError, StorageError
-from sparsellm.packed.codes import VALUE_TYPES
-from sparsellm.packed.layout import PackedWeight, pack, unpack
 from sparsellm.patterns import NM
-from sparsellm.runtime import module as runtime_module
-from sparsellm.runtime.module import PackedLinear, multiply, to_dense
+from sparsepack import module as runtime_module
+from sparsepack.codes import VALUE_TYPES
+from sparsepack.layout import PackedWeight, pack, unpack
+from sparsepack.module import PackedLinear, multiply, to_dense
 from tests.packed.by_hand import sparse_weight
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsellm.errors import KernelError
-from sparsellm.packed.layout import pack
-from sparsellm.runtime import native
+from sparsepack import native
+from sparsepack.layout import pack
 from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, integer_product, random_weight
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason=native.reason())
@@ -223,7 +223,7 @@ def test_results_are_rounded_to_nearest_even() -> None:
 def test_a_forked_child_can_multiply() -> None:
     program = """
 import os, sys, torch
-from sparsellm.runtime import native
+from sparsepack import native
 from tests.runtime.reference import activations, random_weight
 packed, _ = random_weight(400, 512, "bf16", 0.5, seed=1)
 x = activations(1, 512, torch.float32, seed=2)
@@ -244,7 +244,7 @@ for openmp in (True, False):
 def test_several_python_threads_at_once() -> None:
     program = """
 import threading, torch
-from sparsellm.runtime import native
+from sparsepack import native
 from tests.runtime.reference import activations, random_weight
 native.available()
 for openmp in (True, False):

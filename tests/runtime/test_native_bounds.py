@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsellm.packed.layout import PackedWeight
-from sparsellm.runtime import native
+from sparsepack import native
+from sparsepack.layout import PackedWeight
 from tests.runtime.reference import VALUE_TYPES, activations, bound, random_weight
 
 pytestmark = [
@@ -90,7 +90,7 @@ def _child(program: str) -> subprocess.CompletedProcess[str]:
 
 def test_no_byte_outside_the_buffers() -> None:
     done = _child(
-        "from sparsellm.runtime import native\n"
+        "from sparsepack import native\n"
         "from tests.runtime.test_native_bounds import run\n"
         "for kernel in native.instruction_sets():\n"
         "    for at_end in (True, False):\n"

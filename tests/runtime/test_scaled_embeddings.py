@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm.errors import RecipeError
-from sparsellm.runtime.module import PackedEmbedding, row_scale, to_dense
+from sparsepack.module import PackedEmbedding, row_scale, to_dense
 from tests.models.families import family, gemma3_text
 
 BUILT: dict[str, Callable[[], PreTrainedModel]] = {"gemma2": partial(family, "Gemma2"), "gemma3": gemma3_text}
@@ -62,7 +62,7 @@ def test_the_factor_of_rows_is_that_of_the_module() -> None:
 
 def test_an_embedding_of_another_kind_is_still_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gemma3_text().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("sparsellm.runtime.convert.row_scale", lambda module: None)
+    monkeypatch.setattr("sparsellm.convert.row_scale", lambda module: None)
     with pytest.raises(
         RecipeError, match=r"embed_tokens.weight is a .*Embedding, which has no int8 form; use head=keep"
     ):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsellm.errors import KernelError
-from sparsellm.runtime import semi_structured
-from sparsellm.runtime.semi_structured import to_semi_structured
+from sparsepack import semi_structured
+from sparsepack.semi_structured import to_semi_structured
 
 
 def _weight() -> torch.Tensor:

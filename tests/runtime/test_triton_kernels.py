@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 def run() -> None:
     """Called in the child."""
-    from sparsellm.runtime import triton_kernels
+    from sparsepack import triton_kernels
 
     assert triton_kernels.available() == "triton"
     for value_type in VALUE_TYPES:
@@ -65,7 +65,7 @@ def test_it_compiles_for_a_card_as_it_was_meant(kind: int, values: str, scales: 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sparsellm.runtime.triton_kernels import LAUNCH, _multiply
+    from sparsepack.triton_kernels import LAUNCH, _multiply
 
     names = _multiply.arg_names
     types = {"mask_pointer": "*u8", "values_pointer": values, "offsets_pointer": "*i64", "scales_pointer": scales}

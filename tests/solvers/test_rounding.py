@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsellm.packed.codes import EXPONENTS, GAPPED, PLAIN, Levels, exponents_of_text, levels_of, text_of_exponents
-from sparsellm.packed.grid import INTEGERS, Groups, on_grid
-from sparsellm.packed.layout import form_of, pack, unpack
 from sparsellm.patterns import NM, Pattern, Unstructured
 from sparsellm.solvers import rounding
 from sparsellm.solvers.rounding import rounded
 from sparsellm.statistics import Gram
+from sparsepack.codes import EXPONENTS, GAPPED, PLAIN, Levels, exponents_of_text, levels_of, text_of_exponents
+from sparsepack.grid import INTEGERS, Groups, on_grid
+from sparsepack.layout import form_of, pack, unpack
 from tests.solvers.problems import gram_of, loss, weight_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -18,9 +18,9 @@ import torch
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import SparseLLMError
-from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.storage import resume, shard, writer
 from sparsellm.storage.reader import raw_bytes
+from sparsepack.checkpoint import open_checkpoint
 from tests import forking
 from tests.storage.deaths import Died, dying
 

@@ -31,9 +31,9 @@ from sparsellm.chain.products import Bf16Products, bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
 from sparsellm.errors import ModelError, NumericalError, SparseLLMError, one_line
-from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
 from sparsellm.storage.shard import TensorSource
+from sparsepack.checkpoint import open_checkpoint
 
 SHOWN_TOKENS = 8  # block 0 runs on this many to reveal the type of its return value
 

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sparsellm.errors import DataError, ModelError, one_line
 from sparsellm.inputs.json_input import read_object
-from sparsellm.packed.checkpoint import is_packed
+from sparsepack.checkpoint import is_packed
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -15,11 +15,11 @@ from sparsellm.errors import StorageError, shown
 from sparsellm.hub.base import HUB_ID
 from sparsellm.inputs.json_input import read_object
 from sparsellm.inputs.yaml_input import dump_yaml
-from sparsellm.packed.checkpoint import is_packed
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
 from sparsellm.storage.files import replace_atomically, write_all
 from sparsellm.storage.results import EvaluationRecord, IntervalRecord, read_results
+from sparsepack.checkpoint import is_packed
 
 CARD, REPORT = "README.md", "pruning.json"
 _MARK = re.compile(r"<!-- Written by `sparsellm card`, which replaces it unless it was edited: ([0-9a-f]{16}) -->\n")

@@ -13,8 +13,6 @@ from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.machine import heap
-from sparsellm.packed.codes import text_of_exponents
-from sparsellm.packed.grid import INTEGERS
 from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
 from sparsellm.registry import Registry
@@ -22,6 +20,8 @@ from sparsellm.solvers import Solution
 from sparsellm.solvers.rounding import rounded
 from sparsellm.statistics import Gram, GramAccumulator
 from sparsellm.storage.writer import count_zeros
+from sparsepack.codes import text_of_exponents
+from sparsepack.grid import INTEGERS
 
 # glibc maps separate pages for tensors above 32 MiB. Weights that large cannot use the holes that smaller tensors leave
 # in the heap (0.1 GB in a block of a 7B), so the heap is trimmed after each of them. Smaller weights do use the holes,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import StorageError
-from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.report.records import PrunedLinear, PruningRecord
+from sparsepack.checkpoint import open_checkpoint
 
 WINDOW = 128  # most rows and columns
 _KEPT, _ZERO = bytes((0x0B, 0x57, 0xA4)), bytes((0xF4, 0xF1, 0xE8))

@@ -31,7 +31,6 @@ from sparsellm.machine import heap
 from sparsellm.machine.devices import resolve_device
 from sparsellm.methods import METHODS
 from sparsellm.methods.task import Method
-from sparsellm.packed.checkpoint import is_packed, read_config
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
@@ -46,6 +45,7 @@ from sparsellm.storage.destination import check_destination
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE, check_sweepable
+from sparsepack.checkpoint import is_packed, read_config
 
 if TYPE_CHECKING:
     from sparsellm.run.stages import Stage

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from sparsellm import __version__
 from sparsellm.machine.devices import machine_name, processor_name
 from sparsellm.methods import LinearResult
-from sparsellm.packed.layout import predicted_bytes
 from sparsellm.patterns import parse_pattern
 from sparsellm.recipe import Recipe
 from sparsellm.report.document import REPORT
@@ -29,6 +28,7 @@ from sparsellm.run.magnitudes import Magnitudes
 from sparsellm.run.memory import MemoryPlan
 from sparsellm.storage.results import Stamp
 from sparsellm.sweep.whole_model import Pass
+from sparsepack.layout import predicted_bytes
 
 
 def versions() -> dict[str, str]:

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from sparsellm import parallel
-from sparsellm.packed.codes import EXPONENTS, anchors, powers_of, whole_numbers
-from sparsellm.packed.grid import Groups, as_stored, on_grid_of, scales_of
 from sparsellm.registry import Workspace
 from sparsellm.statistics import Gram
 from sparsellm.statistics.gram import Factor
+from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
+from sparsepack.grid import Groups, as_stored, on_grid_of, scales_of
 
 # It takes the time of 50 products in linears with 576 inputs, and of 11 with 5632.
 ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=25)

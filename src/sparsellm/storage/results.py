@@ -101,7 +101,7 @@ class SpeedRecord(TypedDict):
 
 
 class BenchmarkRecord(Stamp):
-    """One call of ``sparsellm bench``: the fields of its ``--json``, documented at ``runtime.bench.Comparison``."""
+    """One call of ``sparsellm bench``: the fields of its ``--json``, documented at ``sparsepack.bench.Comparison``."""
 
     speeds: list[SpeedRecord]
     dense_bytes: int

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sparsellm.chain import Chain
 from sparsellm.chain.linears import LinearView
-from sparsellm.packed.codes import exponents_of_text
-from sparsellm.packed.grid import Groups, on_grid
+from sparsepack.codes import exponents_of_text
+from sparsepack.grid import Groups, on_grid
 
 FACTORS = ".factors"  # behind the name of a weight: the factors of its groups
 

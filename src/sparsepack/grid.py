@@ -3,7 +3,7 @@
 A group is what shares a scale: a row for int8; for int4 and int3 so many columns of a row that about 32 values are
 kept. Its value of largest magnitude, the *anchor*, stands at the end of the grid (-128, -8, -4 or ±127). So the scale
 can be read off the weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same
-numbers again. Which numbers a grid has depends on type and layout (:func:`~sparsellm.packed.codes.levels_of`).
+numbers again. Which numbers a grid has depends on type and layout (:func:`~sparsepack.codes.levels_of`).
 
 Columns may have exponents: every value of a column is then multiplied by that power of two, exactly, and magnitudes
 compare without it. They cannot be read off a weight; who has them passes them on.
@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sparsellm.packed.codes import PLAIN, Levels, anchors, levels_of, powers_of, whole_numbers
-from sparsellm.packed.layout import form_of
+from sparsepack.codes import PLAIN, Levels, anchors, levels_of, powers_of, whole_numbers
+from sparsepack.layout import form_of
 
 INTEGERS = ("int8", "int4", "int3")
 AT_ONCE = 1 << 17  # weights that are rounded together: what that needs stays in the cache

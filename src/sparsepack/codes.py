@@ -201,7 +201,7 @@ class Encoded:
     """The kept values of a weight as they are stored.
 
     Attributes:
-        values, offsets, scales, levels: as of :class:`~sparsellm.packed.layout.PackedWeight`.
+        values, offsets, scales, levels: as of :class:`~sparsepack.layout.PackedWeight`.
     """
 
     values: Tensor

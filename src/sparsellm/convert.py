@@ -20,7 +20,14 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError, nearest, shown
 from sparsellm.inputs.json_input import read_object
-from sparsellm.packed.checkpoint import (
+from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.storage.destination import check_destination
+from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.storage.resume import PACK, UNPACK
+from sparsellm.storage.shard import TensorSource
+from sparsellm.storage.writer import CheckpointWriter, belongs_to
+from sparsepack.checkpoint import (
     MANIFEST,
     PackedEntry,
     PackedReader,
@@ -29,19 +36,12 @@ from sparsellm.packed.checkpoint import (
     quantization_config,
     read_config,
 )
-from sparsellm.packed.codes import exponents_of_text, resolve_value_type
-from sparsellm.packed.grid import INTEGERS
-from sparsellm.packed.layout import pack as pack_weight
-from sparsellm.packed.layout import unpack as unpack_weight
-from sparsellm.packed.validation import PACK_AGAIN
-from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.runtime.module import row_scale
-from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.destination import check_destination
-from sparsellm.storage.files import replace_atomically, write_all
-from sparsellm.storage.resume import PACK, UNPACK
-from sparsellm.storage.shard import TensorSource
-from sparsellm.storage.writer import CheckpointWriter, belongs_to
+from sparsepack.codes import exponents_of_text, resolve_value_type
+from sparsepack.grid import INTEGERS
+from sparsepack.layout import pack as pack_weight
+from sparsepack.layout import unpack as unpack_weight
+from sparsepack.module import row_scale
+from sparsepack.validation import PACK_AGAIN
 
 HEADS = ("keep", "int8")
 PRUNING = "pruning.json"

@@ -13,8 +13,8 @@ from sparsellm.arguments import checked_arguments
 from sparsellm.chain.open import load_config
 from sparsellm.errors import ModelError, SparseLLMError
 from sparsellm.machine.devices import resolve_device
-from sparsellm.runtime.module import activations_of, gather, set_activations
-from sparsellm.runtime.registration import register_when_needed
+from sparsepack.module import activations_of, gather, set_activations
+from sparsepack.registration import register_when_needed
 
 
 @checked_arguments()

@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsellm.errors import ModelError, StorageError
-from sparsellm.packed.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedReader, packed_entries
-from sparsellm.runtime.module import PACKED_BUFFERS, PackedEmbedding, PackedLinear, row_scale, to_dense
+from sparsepack.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedReader, packed_entries
+from sparsepack.module import PACKED_BUFFERS, PackedEmbedding, PackedLinear, row_scale, to_dense
 
 _PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
 
@@ -33,7 +33,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """Replaces the linears with packed weights by :class:`~sparsellm.runtime.module.PackedLinear`.
+    """Replaces the linears with packed weights by :class:`~sparsepack.module.PackedLinear`.
 
     Raises (while loading):
         StorageError: the files are damaged, or do not fit ``config.json``.

@@ -162,7 +162,7 @@ PyMethodDef methods[] = {
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_kernels",
-                          "Kernels on packed sparse weights; see sparsellm.runtime.native.",
+                          "Kernels on packed sparse weights; see sparsepack.native.",
                           0,
                           methods,
                           nullptr,

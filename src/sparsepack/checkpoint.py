@@ -24,11 +24,11 @@ from torch import Tensor
 
 from sparsellm.errors import StorageError
 from sparsellm.inputs.json_input import read_object
-from sparsellm.packed.codes import FLOAT_TYPES, widened
-from sparsellm.packed.layout import PackedWeight, dense_offsets, unpack
-from sparsellm.packed.validation import PACK_AGAIN, validate
 from sparsellm.sources.cache import sha256
 from sparsellm.storage.reader import CheckpointReader
+from sparsepack.codes import FLOAT_TYPES, widened
+from sparsepack.layout import PackedWeight, dense_offsets, unpack
+from sparsepack.validation import PACK_AGAIN, validate
 
 QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 4
@@ -69,7 +69,7 @@ class PackedEntry:
 
     Attributes:
         shape: ``(out, in)``.
-        layout, value_type, pattern: as of :class:`~sparsellm.packed.layout.PackedWeight`.
+        layout, value_type, pattern: as of :class:`~sparsepack.layout.PackedWeight`.
         dtype: of the dense weight, before packing and after unpacking.
         transposed: the dense weight is stored as ``(in, out)``, as GPT-2's is.
     """

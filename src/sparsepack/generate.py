@@ -26,7 +26,7 @@ from transformers import (
 
 from sparsellm.arguments import LOADED, checked_arguments
 from sparsellm.errors import DataError, ModelError, shown
-from sparsellm.runtime.decode import Decoder, why_not
+from sparsepack.decode import Decoder, why_not
 
 TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints write that there is none
 

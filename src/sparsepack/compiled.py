@@ -11,7 +11,7 @@ from types import ModuleType
 def extension() -> ModuleType | None:
     """The extension; None if it was not built."""
     try:
-        return import_module("sparsellm.runtime._kernels")
+        return import_module("sparsepack._kernels")
     except ImportError:
         return None
 

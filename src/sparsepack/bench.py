@@ -20,12 +20,12 @@ from sparsellm.chain.likeness import config_difference, shape_difference
 from sparsellm.chain.open import load_config
 from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import RecipeError
-from sparsellm.packed.checkpoint import open_checkpoint
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.runtime.decode import Decoder, why_not
-from sparsellm.runtime.load import load
-from sparsellm.runtime.module import PackedLinear, kernel_name, to_dense
-from sparsellm.runtime.threads import threads_set
+from sparsepack.checkpoint import open_checkpoint
+from sparsepack.decode import Decoder, why_not
+from sparsepack.load import load
+from sparsepack.module import PackedLinear, kernel_name, to_dense
+from sparsepack.threads import threads_set
 
 _SAME = 0.03  # relative difference in speed below which two models count as equally fast
 
@@ -60,7 +60,7 @@ class Comparison:
         dense_bytes, packed_bytes: all weights in memory.
         dense_linear_bytes, packed_linear_bytes: those of the linears in the blocks.
         dtype, dense_dtype: of the packed model's activations, and of the dense model.
-        kernel: the kernel for small batches; see :func:`~sparsellm.runtime.module.kernel_name`.
+        kernel: the kernel for small batches; see :func:`~sparsepack.module.kernel_name`.
         verdict: one sentence a setting.
         dense_disk_bytes, packed_disk_bytes: of the weight files; None for a model that was unpacked in memory.
     """
@@ -292,7 +292,7 @@ def one_run(
 ) -> tuple[float, float]:
     """Seconds to read a prompt of random tokens, and seconds to decode ``new_tokens`` after it.
 
-    One sequence is decoded as :func:`~sparsellm.runtime.generate.generate` does, several by the model's own forward.
+    One sequence is decoded as :func:`~sparsepack.generate.generate` does, several by the model's own forward.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsellm.errors import KernelError
-from sparsellm.packed.codes import CODES, powers_of
-from sparsellm.packed.layout import PackedWeight
+from sparsepack.codes import CODES, powers_of
+from sparsepack.layout import PackedWeight
 
 MAX_TOKENS = 16
 _KINDS = {"bf16": 0, "fp16": 0, "fp32": 0, "int8": 1, "int4": 2}
@@ -139,7 +139,7 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
 
     Args:
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
-            ``sparsellm.packed.validation.validate``, on the device of ``x``.
+            ``sparsepack.validation.validate``, on the device of ``x``.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
         launch: other numbers than those of :data:`LAUNCH`; powers of two.
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.errors import KernelError, SparseLLMError, StorageError, nearest
-from sparsellm.packed.codes import FLOAT_TYPES, type_of_values
-from sparsellm.packed.layout import PackedWeight, as_bitmask, unpack, unpack_rows
-from sparsellm.packed.validation import validate
+from sparsepack.codes import FLOAT_TYPES, type_of_values
+from sparsepack.layout import PackedWeight, as_bitmask, unpack, unpack_rows
+from sparsepack.validation import validate
 
 SMALL_BATCH = 16  # tokens; the limit of the kernels on packed weights
 TILE = 1 << 20  # weights in a tile; a larger one leaves the cache before it is used, a smaller one slows the product
@@ -47,7 +47,7 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
 
     Args:
         packed: a weight in the layout ``bitmask`` or ``dense`` that passed
-            :func:`sparsellm.packed.validation.validate`.
+            :func:`sparsepack.validation.validate`.
         x: fp32, bf16 or fp16, on the weight's device.
         rounded: whether the kernel may round a small batch to int8, where the weight is int8 or int4.
     """
@@ -128,7 +128,7 @@ def _kernels(device: str) -> ModuleType | None:
     if name is None:
         return None
     try:
-        module = importlib.import_module(f"sparsellm.runtime.{name}")
+        module = importlib.import_module(f"sparsepack.{name}")
     except ImportError:  # built without a compiler, or no Triton for this platform
         return None
     return module if module.available() else None

@@ -25,7 +25,7 @@ def register_when_needed() -> None:
 
 
 def _register() -> None:
-    from sparsellm.runtime.quantizer import register
+    from sparsepack.quantizer import register
 
     register()
 

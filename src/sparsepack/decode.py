@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsellm.chain.structure import cache_keyword
-from sparsellm.packed.layout import PackedWeight
-from sparsellm.packed.masks import mask_stride, to_bits
-from sparsellm.runtime.module import PackedLinear, kernel_name
+from sparsepack.layout import PackedWeight
+from sparsepack.masks import mask_stride, to_bits
+from sparsepack.module import PackedLinear, kernel_name
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
 _ROPES = ("default", "linear", "llama3", "yarn")  # angles that do not change with the length of the text
@@ -109,7 +109,7 @@ class Decoder:
         """
         if not 0 <= position < self._capacity or not 0 <= token < len(self.logits):
             raise IndexError(f"token {token} at position {position}: the cache has {self._capacity} positions")
-        from sparsellm.runtime import native
+        from sparsepack import native
 
         native.decode(self._plan, token, position)
         return self.logits
@@ -120,7 +120,7 @@ class Decoder:
         return self._kept[-1].data_ptr()
 
     def _linear(self, module: Any) -> list[int]:
-        from sparsellm.runtime import native
+        from sparsepack import native
 
         packed = module.packed if isinstance(module, PackedLinear) else self._dense(module)
         self._kept += packed.tensors.values()

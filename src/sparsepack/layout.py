@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import RecipeError, StorageError, nearest
-from sparsellm.packed.codes import (
+from sparsellm.patterns import NM, detect
+from sparsepack.codes import (
     FLOAT_TYPES,
     GROUPED,
     Encoded,
@@ -26,8 +27,7 @@ from sparsellm.packed.codes import (
     narrowed,
     resolve_value_type,
 )
-from sparsellm.packed.masks import PATTERNS, decode_groups, encode_groups, from_bits, mask_stride, row_bytes, to_bits
-from sparsellm.patterns import NM, detect
+from sparsepack.masks import PATTERNS, decode_groups, encode_groups, from_bits, mask_stride, row_bytes, to_bits
 
 LAYOUTS = ("bitmask", "nm", "dense")
 _DENSE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -42,7 +42,7 @@ class PackedWeight:
         layout: ``bitmask``, or ``nm`` if every ``m`` consecutive inputs keep exactly ``n`` values.
         mask: uint8. ``bitmask``: ``(out, 8·⌈in/64⌉)``; bit ``j`` (the ``j``-th least significant) of byte ``k`` is set
             if column ``8k + j`` is kept; bits from column ``in`` on are 0. ``nm``: ``(out, ⌈in/m·w/8⌉)``, one
-            code of ``w`` bits for each group of ``m``; see :mod:`sparsellm.packed.masks`. ``dense``: the bitmask of
+            code of ``w`` bits for each group of ``m``; see :mod:`sparsepack.masks`. ``dense``: the bitmask of
             one row, ``(1, 8·⌈in/64⌉)``, with all columns kept; all rows share it.
         values: the kept values, row by row. One-dimensional bf16, fp16, fp32 or int8; or, for int4, uint8 that holds
             two codes, the earlier one in the low nibble, every row beginning on a byte.
@@ -119,7 +119,7 @@ def pack(
     For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 is
     symmetric with one scale a row, the largest magnitude over 127; int4 and int3 have a scale for each group of
     columns, chosen among seven for the least squared error. int3 has the numbers with a gap around 0
-    (:data:`~sparsellm.packed.codes.GAPPED`) if the weight was rounded to these, else plain ones.
+    (:data:`~sparsepack.codes.GAPPED`) if the weight was rounded to these, else plain ones.
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import StorageError
-from sparsellm.packed.codes import CODES, EXPONENTS, FLOAT_TYPES, SCALES_OF, STORED_AS, VALUE_TYPES, group_of
-from sparsellm.packed.layout import LAYOUTS, PackedWeight
-from sparsellm.packed.masks import PATTERNS, decode_groups, from_bits, mask_stride, popcount, row_bytes
 from sparsellm.patterns import NM
+from sparsepack.codes import CODES, EXPONENTS, FLOAT_TYPES, SCALES_OF, STORED_AS, VALUE_TYPES, group_of
+from sparsepack.layout import LAYOUTS, PackedWeight
+from sparsepack.masks import PATTERNS, decode_groups, from_bits, mask_stride, popcount, row_bytes
 
 PACK_AGAIN = "the checkpoint is damaged or was not written by sparsellm: pack the model again"
 

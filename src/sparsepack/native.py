@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import KernelError, nearest
-from sparsellm.packed.codes import CODES, SCALES_OF, STORED_AS, VALUE_TYPES, groups_of
-from sparsellm.packed.layout import PackedWeight
-from sparsellm.packed.masks import mask_stride
-from sparsellm.runtime.compiled import extension
+from sparsepack.codes import CODES, SCALES_OF, STORED_AS, VALUE_TYPES, groups_of
+from sparsepack.compiled import extension
+from sparsepack.layout import PackedWeight
+from sparsepack.masks import mask_stride
 
 MAX_TOKENS = 16  # in one call; the kernels' own limit
 
@@ -79,7 +79,7 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
 
     Args:
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
-            ``sparsellm.packed.validation.validate``; offsets and mask are not checked again.
+            ``sparsepack.validation.validate``; offsets and mask are not checked again.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
         rounded: round ``x`` to int8 for weights of int8 and int4; no other weight is affected.
         kernel: an instruction set other than :func:`available`'s.
@@ -128,7 +128,7 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, ker
 
 
 def decode(plan: Tensor, token: int, position: int) -> None:
-    """One token through the decoder that a plan of :mod:`sparsellm.runtime.decode` describes.
+    """One token through the decoder that a plan of :mod:`sparsepack.decode` describes.
 
     Raises:
         KernelError: there is no compiled kernel to use.

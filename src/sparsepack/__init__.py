@@ -1,0 +1,1 @@
+"""The packed format and its runtime: layout, codes, checkpoint, validation, modules, kernels."""
