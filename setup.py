@@ -19,12 +19,12 @@ setup(
             "sparsepack._kernels",
             sources=sorted(path.as_posix() for path in source.glob("*.cpp")),
             depends=sorted(path.as_posix() for path in source.glob("*.h")),
-            define_macros=[("Py_LIMITED_API", "0x030A0000")],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=flags,
             extra_link_args=[] if windows else ["-pthread"],
             py_limited_api=True,
             optional=True,
         )
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -602,7 +601,7 @@ def open_chain(
 def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a config, its weights on the meta device."""
     try:
-        with init_empty_weights(include_buffers=False), _no_initial_values():
+        with init_empty_weights(include_buffers=False):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         empty.tie_weights()
     except Exception as error:  # a wrong config raises KeyError, ValueError, RuntimeError, ZeroDivisionError, ...
@@ -611,12 +610,6 @@ def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: b
         ) from None
     assert isinstance(empty, PreTrainedModel)
     return empty
-
-
-def _no_initial_values() -> contextlib.AbstractContextManager[None]:
-    """A context in which transformers 4 leaves parameters alone: for some it makes values that fit no meta tensor."""
-    without = getattr(transformers.modeling_utils, "no_init_weights", None)
-    return without() if without is not None else contextlib.nullcontext()
 
 
 def _check_parameters(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ of the checkpoint, so that every other tool still reads it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import core_model_loading as loading
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from sparsellm.chain.experts import Index, Part
 from sparsellm.errors import ModelError
@@ -67,7 +70,7 @@ def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: Mappin
     same: dict[str, str] = {}
     made: dict[str, dict[str, list[str]]] = {}
     name_of: dict[str, str] = {}
-    for key in rename.ordered(keys):
+    for key in sorted(keys, key=loading.dot_natural_key):
         name, pattern = rename(key)
         name_of[key] = name
         if pattern is not None:
@@ -88,7 +91,9 @@ def published_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> tup
         model: in memory.
         values: its ``state_dict()``.
     """
-    written = _reverted(model, values)
+    written = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
+    with contextlib.suppress(Exception):  # a rule that cannot be reversed: transformers reads the model's names too
+        written = loading.revert_weight_conversion(model, written)
     names = checkpoint_names(model, written, values)
     made = {name for name in names.converted if name not in names.key_of}
     kept = {name: name for name in values if name not in names.key_of and name not in made}
@@ -235,22 +240,9 @@ class _Renaming:
     def __init__(self, model: PreTrainedModel, values: Mapping[str, Tensor]) -> None:
         self._values = values
         self._prefix = str(getattr(model, "base_model_prefix", "") or "")
-        self._patterns: dict[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-        self._loading: Any = None
-        try:
-            from transformers import core_model_loading as loading
-            from transformers.conversion_mapping import get_model_conversion_mapping
-        except ImportError:  # transformers 4 has patterns of prefixes in the model's class, and nothing else
-            return
-        rules = get_model_conversion_mapping(model, self._patterns or None)
-        self._loading = loading
+        rules = get_model_conversion_mapping(model, getattr(model, "_checkpoint_conversion_mapping", None) or None)
         self._renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
-
-    def ordered(self, keys: Iterable[str]) -> list[str]:
-        """In the order in which transformers goes through them: some rules wait for the first tensor of a kind."""
-        by = getattr(self._loading, "dot_natural_key", None)
-        return sorted(keys, key=by)
 
     def conversion(self, made: dict[str, list[str]]) -> Conversion:
         """How a weight is made of tensors, which are given by the patterns that they match."""
@@ -259,50 +251,10 @@ class _Renaming:
 
     def __call__(self, key: str) -> tuple[str, str | None]:
         """The name in the model, and the pattern of a conversion if more than the name is changed on the way."""
-        if self._loading is None:
-            return self._with_prefix(self._by_patterns(key)), None
-        rename = self._loading.rename_source_key
-        name, pattern = rename(key, self._renamings, self._converters, self._prefix, self._values)
+        name, pattern = loading.rename_source_key(key, self._renamings, self._converters, self._prefix, self._values)
         if name not in self._values:
-            plain = self._with_prefix(key)
-            if plain in self._values:
-                return plain, None
+            prefix = f"{self._prefix}."
+            for plain in (key, key.removeprefix(prefix), prefix + key):
+                if plain in self._values:
+                    return plain, None
         return name, pattern
-
-    def _by_patterns(self, key: str) -> str:
-        key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
-        for pattern, replacement in self._patterns.items():
-            renamed, count = re.subn(pattern, replacement, key)
-            if count:
-                return renamed
-        return key
-
-    def _with_prefix(self, key: str) -> str:
-        """The name with or without the prefix of the base model, whichever the model has."""
-        prefix = f"{self._prefix}."
-        return next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in self._values), key)
-
-
-def _reverted(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that transformers writes for a model, by published name, on the meta device."""
-    stand_ins = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return {_reverted_by_patterns(model, name): value for name, value in stand_ins.items()}
-    try:
-        reverted: dict[str, Tensor] = revert_weight_conversion(model, stand_ins)
-    except Exception:  # a rule that cannot be reversed: the model's names are read as well
-        return stand_ins
-    return reverted
-
-
-def _reverted_by_patterns(model: PreTrainedModel, name: str) -> str:
-    """As transformers 4 does it."""
-    patterns: dict[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-    for replacement, pattern in patterns.items():
-        plain = re.sub(r"\(.*\)", "", replacement.lstrip("^"))
-        renamed, count = re.subn(pattern, plain, name)
-        if count:
-            return renamed
-    return name

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def environment() -> dict[str, str]:
 
 def stamp(device: torch.device) -> Stamp:
     """The stamp of a measurement that ends now, on this device."""
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"sparsellm": __version__, "machine": machine_name(device), "date": date}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -104,14 +103,6 @@ def _convert(path: Path, directory: Path, dtype: torch.dtype) -> None:
     with without_bars():
         _without_quantization(model).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    _name_tokenizer_class(directory / "tokenizer_config.json")
-
-
-def _name_tokenizer_class(path: Path) -> None:
-    """Writes a class name that every version of transformers accepts; that of version 5 is refused by version 4."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _without_quantization(model: Any) -> Any:
