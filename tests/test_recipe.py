@@ -87,7 +87,6 @@ def test_settings_reach_fields_and_options() -> None:
         ("options: {a: .inf}", "options.a is inf"),
         ("device: ''", "empty"),
         ("calibration: ' '", "empty"),
-        ("read_ahead: 1", "read_ahead is 1"),
         ("self: 1", "unknown recipe field 'self'"),
         ("{" + "x" * 300 + ": 1}", "unknown recipe field"),
     ],

@@ -297,7 +297,7 @@ def _log(tracker: Any, cell: Measured) -> None:
 
 
 def _settings(model: str | os.PathLike[str], cell: Cell, protocol: Protocol) -> dict[str, Any]:
-    recipe = cell.recipe.model_dump(mode="json", exclude={"memory", "read_ahead"})
+    recipe = cell.recipe.model_dump(mode="json", exclude={"memory"})
     return {"model": str(model), "recipe": recipe, "protocol": asdict(protocol)}
 
 

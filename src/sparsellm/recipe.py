@@ -155,11 +155,6 @@ class Recipe(BaseModel):
         description="Dtype of matrix products when fp32 blocks run, forward and backward: 'auto' takes bfloat16 on a "
         "CPU with bf16 units. Solvers that declare it take them too; statistics are always fp32.",
     )
-    read_ahead: bool | None = Field(
-        None,
-        description="Read the next block in a thread while the current one is pruned; takes the memory of one more "
-        "block. null reads ahead only with a GPU.",
-    )
 
     def __init__(self, /, **values: Any) -> None:
         try:

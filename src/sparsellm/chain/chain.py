@@ -25,7 +25,6 @@ from sparsellm.chain.fit import check_sizes
 from sparsellm.chain.linears import LinearView, iterate_linears
 from sparsellm.chain.names import expert_parts, published_names, tower_names
 from sparsellm.chain.open import load_config
-from sparsellm.chain.prefetch import Prefetcher
 from sparsellm.chain.products import Bf16Products, bf16_is_native, bf16_products
 from sparsellm.chain.structure import find_blocks
 from sparsellm.chain.weights import CheckpointWeights
@@ -113,7 +112,6 @@ class Chain:
         self._rewrap: Callable[[Tensor], Any] | None = None
         self._returns_more = False
         self._shared: dict[str, Tensor] = {}
-        self._ahead: Prefetcher | None = None
         self._shared_by_blocks = {first for first in self._canonical.values() if first.startswith(f"{list_name}.")}
         if self.weights is not None:
             # Buffers that are not in the checkpoint (rotary frequencies, causal masks) were made on the CPU.
@@ -185,9 +183,8 @@ class Chain:
             pruned: other weights, named as in :meth:`block_tensors`: the shard of the pruned block, or a checkpoint;
                 None for the model's own.
         """
-        ahead = self._ahead.take(index) if pruned is None and self._ahead is not None else {}
         try:
-            self._load(self._names_of(index), pruned, ahead)
+            self._load(self._names_of(index), pruned)
             yield self.blocks[index]
         finally:
             self._release(self._names_of(index))
@@ -200,17 +197,6 @@ class Chain:
             yield
         finally:
             self._release(self._run_outer)
-
-    def read_ahead(self, index: int) -> None:
-        """Starts to read the model's own weights of block ``index`` in a thread, for the next :meth:`block`.
-
-        Does nothing if there is no such block or the model is in memory.
-        """
-        if self.weights is None or index >= len(self):
-            return
-        self._ahead = self._ahead or Prefetcher(pin=self.device.type == "cuda")
-        names = {self._canonical.get(name, name) for name in self._names_of(index)} - self._shared_by_blocks
-        self._ahead.start(index, sorted({self._key(name) for name in names}), self.weights.reader.get)
 
     @torch.no_grad()
     def settle_block(self, index: int) -> None:
@@ -359,9 +345,7 @@ class Chain:
     def _names_of(self, index: int) -> list[str]:
         return [f"{self.block_names[index]}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
-    def _load(
-        self, names: list[str], pruned: CheckpointReader | None = None, ahead: dict[str, Tensor] | None = None
-    ) -> None:
+    def _load(self, names: list[str], pruned: CheckpointReader | None = None) -> None:
         if self.weights is None:
             if pruned is not None:
                 for name in names:
@@ -374,7 +358,7 @@ class Chain:
             canonical = self._canonical.get(name, name)
             if canonical not in loaded:
                 own = pruned if canonical == name else None  # one of an earlier block was pruned with that
-                loaded[canonical] = self._fetch(canonical, own, ahead or {}, whole)
+                loaded[canonical] = self._fetch(canonical, own, whole)
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
             if leaf in module._parameters:
@@ -382,32 +366,23 @@ class Chain:
             else:
                 module._buffers[leaf] = loaded[canonical]
 
-    def _fetch(
-        self, name: str, pruned: CheckpointReader | None, ahead: dict[str, Tensor], whole: dict[str, Tensor]
-    ) -> Tensor:
+    def _fetch(self, name: str, pruned: CheckpointReader | None, whole: dict[str, Tensor]) -> Tensor:
         """A weight, on the device, in the computing dtype. What is read for its part alone is added to ``whole``."""
         key = self._key(name)
         if name in self._shared and (pruned is None or key not in pruned):
             shared = self._shared[name]
             return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
         if name not in self.parts:
-            return self._read(key, pruned, ahead)
+            return self._read(key, pruned)
         if key not in whole:
-            whole[key] = self._read(key, pruned, ahead)
+            whole[key] = self._read(key, pruned)
         return self.parts[name].of(whole[key])
 
-    def _read(self, key: str, pruned: CheckpointReader | None, ahead: dict[str, Tensor]) -> Tensor:
+    def _read(self, key: str, pruned: CheckpointReader | None) -> Tensor:
         assert self.weights is not None
         if pruned is not None and key in pruned:
             return pruned.get(key, self.device, self.dtype)
-        if key in ahead:
-            return self._placed(ahead.pop(key))
         return self.weights.reader.get(key, self.device, self.dtype)
-
-    def _placed(self, stored: Tensor) -> Tensor:
-        """A stored weight on the device, in the computing dtype; the conversion runs on the device."""
-        moved = stored.to(self.device, non_blocking=stored.is_pinned())
-        return moved.to(self.dtype) if stored.is_floating_point() else moved
 
     def forget_shared(self) -> None:
         """Forgets the weights that blocks share, so that they are read again: for a walk over other weights."""

@@ -48,7 +48,6 @@ class Demand:
         swept: whether the whole model is swept at the end.
         fresh: whether later sweeps run on other windows than the first.
         unrounded: whether a sweep follows that trains values which are rounded when a block runs.
-        read_ahead: whether the next block is read while the current one is pruned.
     """
 
     samples: int
@@ -60,7 +59,6 @@ class Demand:
     swept: bool = False
     fresh: bool = False
     unrounded: bool = False
-    read_ahead: bool = False
 
     @property
     def whole_workspace(self) -> Workspace:
@@ -149,8 +147,6 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
     worst = max(moments, key=lambda name: moments[name])
     on_device = moments[worst] if chain.device.type != "cpu" else 0
     working = LIBRARIES + (_largest_tensor(chain) if on_device else moments[worst])
-    if demand.read_ahead:
-        working += max(stored_block_bytes(chain, index) for index in range(len(chain)))
     if start + working > most:
         raise MemoryBudgetError(
             f"this run needs {(start + working) / 1e9:.2f} GB ({start / 1e9:.2f} before the start, {working / 1e9:.2f} "
@@ -215,11 +211,6 @@ def checkpoint_bytes(chain: Chain) -> int:
     if chain.weights is not None:
         return chain.weights.reader.bytes
     return sum(value.numel() * value.element_size() for value in chain.model.state_dict().values())
-
-
-def stored_block_bytes(chain: Chain, index: int) -> int:
-    """Bytes of a block in the dtypes of the checkpoint."""
-    return sum(source.bytes for source in chain.block_tensors(index).values())
 
 
 def block_elements(chain: Chain, index: int) -> int:

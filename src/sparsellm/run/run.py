@@ -117,7 +117,6 @@ class Run:
         plan = partial(plan_memory, self.chain, demand, self.recipe.memory, sharers=sharers)
         self.memory = parallel.together(plan)
         self.progress(Progress(NOTE, 1, 1, str(self.memory)))
-        self.read_ahead = demand.read_ahead and self.start is None  # of the dense model's blocks
         with self.clock.phase("check"):
             self.progress(Progress("check", 0, 1))
             self.digests = parallel.from_main(partial(weight_digests, self.chain, self.progress))
@@ -289,7 +288,7 @@ class Run:
 
         The first of two stages demands what the second needs too, which is refused before the work of both.
         """
-        choice, chain, seq_len = self.choice, self.chain, self.windows.shape[1]
+        choice, seq_len = self.choice, self.windows.shape[1]
         values = self.recipe.values if self.stage is None else self.stage.asked.values
         surveyed = gradient_tokens = 0
         if parallel.is_main():
@@ -301,7 +300,6 @@ class Run:
                     gradient_tokens = self._gradient_feed().windows.numel()
             if choice.needs.output_costs and not self.journal.knows(OUTPUT_COSTS):
                 gradient_tokens = self._gradient_feed().windows.numel()
-        read_ahead = chain.device.type == "cuda" if self.recipe.read_ahead is None else self.recipe.read_ahead
         return Demand(
             samples=max(surveyed, len(self.own_windows), gradient_tokens // seq_len),
             seq_len=seq_len,
@@ -312,7 +310,6 @@ class Run:
             swept=bool(choice.needs.passes),
             fresh=len(self.prepared.sweep_windows) > 1,
             unrounded=values != "keep" and bool(choice.needs.passes),
-            read_ahead=read_ahead and chain.weights is not None,
         )
 
     def _gradient_feed(self) -> Feed:
@@ -323,7 +320,7 @@ class Run:
     def _identity(self) -> Identity:
         choice = self.choice
         recipe = {
-            **self.recipe.model_dump(exclude={"memory", "read_ahead", "min_tokens_per_expert", "products"}),
+            **self.recipe.model_dump(exclude={"memory", "min_tokens_per_expert", "products"}),
             "options": choice.options,
             "allocation": choice.allocator.name,
             "allocation_options": choice.allocation_options,

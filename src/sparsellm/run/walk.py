@@ -99,8 +99,6 @@ def _prune_block(run: Run, index: int, streams: list[Stream]) -> tuple[list[Line
         report("reading")
         with clock.phase("read"):
             held.enter_context(chain.block(index, run.start))
-            if run.read_ahead:
-                chain.read_ahead(index + 1)
         with clock.phase("prune"):
             linears = [linear for linear in chain.linears(index) if linear.name in run.patterns]
             for linear in linears:
