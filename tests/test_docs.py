@@ -149,22 +149,34 @@ def test_the_numbers_of_the_figure_stand_in_the_results() -> None:
             assert value is None or f"| {value:,.1f} |" in results, f"{series['name']}: {value}"
 
 
-def test_the_script_of_figures_counts_a_known_source() -> None:
+def test_figures_count_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     script = runpy.run_path(str(ROOT / "tools" / "figures.py"))
     source = (
         "class A:\n    def f(self, x: dict[str, Any], *, y=1):\n        def inner(*z): pass\n        return x\n\n"
-        "async def g() -> list[dict[str, Any]]:\n    'dict[str, Any]'\n"
+        "async def g() -> list[dict[str, Any]]:  # of A\n    'dict[str, Any]'\n"
     )
-    found = [(each.place, each.lines, each.parameters) for each in script["functions"]({"src/sparsellm/a.py": source})]
-    assert found == [
+    counted = [
+        (each.place, each.lines, each.parameters) for each in script["functions"]({"src/sparsellm/a.py": source})
+    ]
+    assert counted == [
         ("src/sparsellm/a.py:A.f", 3, 2),
         ("src/sparsellm/a.py:A.f.inner", 1, 1),
         ("src/sparsellm/a.py:g", 2, 0),
     ]
-    method = "def sparsellm(task, *, a=1, b=2): ...\n"
-    figures = script["figures"]({"src/sparsellm/a.py": source, "src/sparsellm/methods/sparsellm.py": method})
-    assert figures["lines of Python in `src`"] == "8"
-    assert figures["options of `sparsellm`"] == "2"
+    files = {"src/sparsellm/a.py": source, "src/sparsellm/run/b.py": "A()\n", "tests/c.py": "1\n", "README.md": "a b"}
+    figures = script["figures"](files)
+    assert figures["lines of `sparsellm`"] == "8"
     assert figures["occurrences of `dict[str, Any]`"] == "2"
-    assert figures["files at the top level of the package"] == "1"
+    assert figures["classes named between `prune()` and a solver"] == "1"
     assert figures["longest function"] == "3 lines, `a.A.f`"
+    assert figures["banned phrases in `src`"] == "1"
+    assert figures["words of README and docs"] == "2"
+    over = script["over_budget"](files, {"sparsellm": 7, "sparsellm/run": 1})
+    assert over == ["tests has 1 lines, and its budget is 0"]
+
+
+def test_banned_phrases_are_found_with_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    banned = runpy.run_path(str(ROOT / "tools" / "language.py"))["banned"]
+    text = "weights: of the linear\nthe inputs of a linear\nkept as of a linear, so many times\n"
+    assert [place for place, _ in banned({"a.py": text})] == ["a.py:1", "a.py:3", "a.py:3"]

@@ -1,28 +1,40 @@
-"""Figures of the size and shape of the code, for the last section of docs/architecture.md.
+"""Figures of the size and shape of the code, for docs/architecture.md, and the budget of lines of each package.
 
     python tools/figures.py                      # of this checkout, as rows of a table
-    python tools/figures.py --commit 35ebe64     # of a commit, read from git
     python tools/figures.py 35ebe64 HEAD         # before | after: the table itself
     python tools/figures.py --list               # functions beyond the limits, with their places
+    python tools/figures.py --budget             # exit code 1 where a package is over tools/budget.toml
 
-Only the standard library; the package need not be importable. Lines of Python are all lines of all ``.py`` files below
-``src``, blank lines and comments included. A function's length is counted from its ``def`` to its last line, docstring
-included, decorators not. Parameters are all of them, ``self`` and ``cls`` not counted.
+Only the standard library; the package need not be importable. Lines of Python are all lines of all ``.py`` files, blank
+lines and comments included. A function's length is counted from its ``def`` to its last line, decorators not.
+Parameters are all of them, ``self`` and ``cls`` not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import io
 import subprocess
 import sys
+import tarfile
+import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from language import BANNED
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "src/sparsellm"
-METHOD = f"{PACKAGE}/methods/sparsellm.py", "sparsellm"  # whose keyword-only parameters are options
+READ = ("src", "tests", "docs", "README.md")
+ON_THE_WAY = (
+    "api.py",
+    "prune.py",
+    "run/",
+    "methods/sparsellm.py",
+)  # from `sparsellm.prune` to the method's first solver
 LONGEST, MOST_PARAMETERS = 80, 8
 
 
@@ -36,11 +48,17 @@ class Function:
 
 
 def files_of(commit: str | None) -> dict[str, str]:
-    """The text of every Python file below ``src`` by its path, of a commit or, for None, of the checkout."""
+    """Python files and pages by path, in a commit or, for None, in the checkout."""
     if commit is None:
-        return {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in sorted((ROOT / "src").rglob("*.py"))}
-    names = _git("ls-tree", "-r", "--name-only", commit, "src").splitlines()
-    return {name: _git("show", f"{commit}:{name}") for name in names if name.endswith(".py")}
+        paths = [path for name in READ for path in ([ROOT / name], (ROOT / name).rglob("*"))[(ROOT / name).is_dir()]]
+        texts = {str(path.relative_to(ROOT)): path for path in sorted(paths) if path.suffix in (".py", ".md")}
+        return {name: path.read_text("utf-8") for name, path in texts.items()}
+    done = subprocess.run(["git", "archive", commit, *READ], cwd=ROOT, capture_output=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr.decode().strip())
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        members = [each for each in archive if each.isfile() and each.name.endswith((".py", ".md"))]
+        return {each.name: archive.extractfile(each).read().decode() for each in members}  # type: ignore[union-attr]
 
 
 def functions(files: dict[str, str]) -> Iterator[Function]:
@@ -49,27 +67,48 @@ def functions(files: dict[str, str]) -> Iterator[Function]:
         yield from _functions(ast.parse(text), f"{path}:")
 
 
+def lines_by_package(files: dict[str, str]) -> Counter[str]:
+    """Lines of Python of each folder of ``sparsellm``, of its top-level files together, of ``sparsepack``, of tests."""
+    lines: Counter[str] = Counter()
+    for path, text in files.items():
+        parts = path.removeprefix("src/").split("/")
+        if path.endswith(".py"):
+            lines["/".join(parts[:2]) if parts[0] == "sparsellm" and len(parts) > 2 else parts[0]] += text.count("\n")
+    return lines
+
+
+def over_budget(files: dict[str, str], budget: dict[str, int]) -> list[str]:
+    """A sentence for every package that has more lines than its budget, or none."""
+    return [
+        f"{package} has {lines} lines, and its budget is {budget.get(package, 0)}"
+        for package, lines in sorted(lines_by_package(files).items())
+        if lines > budget.get(package, 0)
+    ]
+
+
 def figures(files: dict[str, str]) -> dict[str, str]:
     """Every figure as it stands in the table, by its name."""
-    every = list(functions(files))
+    source = {path: text for path, text in files.items() if path.startswith("src/")}
+    every = list(functions(source))
     longest = max(every, key=lambda function: function.lines)
     widest = max(every, key=lambda function: function.parameters)
-    inner = [each for each in every if not each.place.startswith(f"{PACKAGE}/cli.py:")]
-    narrower = max(inner, key=lambda function: function.parameters)
-    top = [path for path in files if path.startswith(f"{PACKAGE}/") and path.count("/") == 2]
-    entries = sum(_mapping_of_any(ast.parse(text)) for text in files.values())
+    lines = lines_by_package(files)
+    trees = [ast.parse(text) for text in source.values()]
+    words = sum(len(text.split()) for path, text in files.items() if path.endswith(".md"))
     return {
-        "lines of Python in `src`": f"{sum(len(text.splitlines()) for text in files.values()):,}",
+        "lines of `sparsellm`": f"{sum(n for name, n in lines.items() if name.startswith('sparsellm')):,}",
+        "lines of `sparsepack`": f"{lines['sparsepack']:,}",
+        "lines of tests": f"{lines['tests']:,}",
         "longest function": f"{longest.lines} lines, {_named(longest)}",
         f"functions beyond {LONGEST} lines": str(sum(each.lines > LONGEST for each in every)),
         "most parameters": f"{widest.parameters}, {_named(widest)}",
-        "most parameters, commands aside": f"{narrower.parameters}, {_named(narrower)}",
         f"functions of more than {MOST_PARAMETERS} parameters": str(
             sum(each.parameters > MOST_PARAMETERS for each in every)
         ),
-        "files at the top level of the package": str(len(top)),
-        "options of `sparsellm`": str(_options(files)),
-        "occurrences of `dict[str, Any]`": str(entries),
+        "classes named between `prune()` and a solver": str(len(_classes_on_the_way(source))),
+        "occurrences of `dict[str, Any]`": str(sum(map(_mapping_of_any, trees))),
+        "banned phrases in `src`": str(sum(len(BANNED.findall(text)) for text in source.values())),
+        "words of README and docs": f"{words:,}",
     }
 
 
@@ -86,17 +125,22 @@ def _functions(node: ast.AST, prefix: str) -> Iterator[Function]:
 def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     given = function.args
     names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    own = bool(names) and names[0] in ("self", "cls")
-    return len(names) - own + (given.vararg is not None) + (given.kwarg is not None)
+    bound = bool(names) and names[0] in ("self", "cls")
+    return len(names) - bound + (given.vararg is not None) + (given.kwarg is not None)
 
 
-def _options(files: dict[str, str]) -> int:
-    """The keyword-only parameters of the method ``sparsellm``."""
-    path, name = METHOD
-    for node in ast.parse(files[path]).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return len(node.args.kwonlyargs)
-    raise SystemExit(f"{path} has no function {name}")
+def _classes_on_the_way(source: dict[str, str]) -> set[str]:
+    """Classes of the package that the files between ``sparsellm.prune`` and the first solver name."""
+    nodes = {path: list(ast.walk(ast.parse(text))) for path, text in source.items()}
+    classes = {node.name for inside in nodes.values() for node in inside if isinstance(node, ast.ClassDef)}
+    way = tuple(f"{PACKAGE}/{name}" for name in ON_THE_WAY)
+    named = {
+        getattr(node, "id", None) or getattr(node, "attr", None)
+        for path, inside in nodes.items()
+        if path.startswith(way)
+        for node in inside
+    }
+    return classes & named
 
 
 def _mapping_of_any(tree: ast.AST) -> int:
@@ -109,33 +153,28 @@ def _named(function: Function) -> str:
     return f"`{Path(path).stem}.{name}`"
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr.strip())
-    return done.stdout
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commits", nargs="*", help="columns of the table, commits; none for this checkout alone")
-    parser.add_argument("--commit", help="one commit in place of this checkout")
+    parser.add_argument("commits", nargs="*", help="columns of the table; none for this checkout alone")
     parser.add_argument("--list", action="store_true", help="functions beyond the limits")
+    parser.add_argument("--budget", action="store_true", help="check the lines of each package")
     arguments = parser.parse_args()
+    if arguments.budget:
+        budget = tomllib.loads((ROOT / "tools" / "budget.toml").read_text("utf-8"))
+        over = over_budget(files_of(None), budget)
+        raise SystemExit("\n".join(over) or None)
+    columns = [files_of(commit) for commit in arguments.commits or [None]]
     if arguments.list:
-        beyond = [
-            function
-            for function in functions(files_of(arguments.commit))
-            if function.lines > LONGEST or function.parameters > MOST_PARAMETERS
-        ]
-        for function in sorted(beyond, key=lambda function: -function.lines):
-            sys.stdout.write(f"{function.lines:4} lines {function.parameters:3} parameters  {function.place}\n")
+        for each in sorted(
+            functions({path: text for path, text in columns[-1].items() if path.startswith("src/")}),
+            key=lambda function: -function.lines,
+        ):
+            if each.lines > LONGEST or each.parameters > MOST_PARAMETERS:
+                sys.stdout.write(f"{each.lines:4} lines {each.parameters:3} parameters  {each.place}\n")
         return
-    columns = [figures(files_of(commit)) for commit in arguments.commits or [arguments.commit]]
-    names = arguments.commits or [arguments.commit or "this checkout"]
-    lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    lines += [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
-    sys.stdout.write("\n".join(lines) + "\n")
+    table = [figures(files) for files in columns]
+    sys.stdout.write(f"| | {' | '.join(arguments.commits or ['this checkout'])} |\n|---|{'---|' * len(table)}\n")
+    sys.stdout.writelines(f"| {name} | {' | '.join(each[name] for each in table)} |\n" for name in table[0])
 
 
 if __name__ == "__main__":

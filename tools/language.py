@@ -1,0 +1,80 @@
+"""Counts turns of phrase that a reader has to decode, in src, README, docs and the help texts of the command line.
+
+    python tools/language.py           # counts; exit code 1 if src, README or help have one
+    python tools/language.py --list    # the places too
+
+A phrase that begins with "of" after a colon, a hash or at the start of a help text has no subject. The others are
+idioms of this project's past, for which plain English has shorter words.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BANNED = re.compile(r"(?:: |# )[Oo]f |[Ss]o many |\b[Aa]s of (?:a|the) |[Bb]y what to |\b[Ee]ntering\b|\b[Ll]eaving\b")
+SUFFIXES = {".py", ".cpp", ".h", ".md", ".html", ".css", ".js", ".jinja"}
+STRICT = ("src", "README", "help")  # where none is allowed
+
+Place = tuple[str, str]
+"""Where a phrase stands, and the line."""
+
+
+def banned(texts: dict[str, str]) -> list[Place]:
+    """Each banned phrase of texts by path, as ``path:line``."""
+    return [
+        (f"{path}:{number}", line.strip())
+        for path, text in texts.items()
+        for number, line in enumerate(text.splitlines(), 1)
+        for _ in BANNED.finditer(line)
+    ]
+
+
+def files(*roots: Path) -> dict[str, str]:
+    """The texts of all files below ``roots`` that people read, by path."""
+    paths = (path for root in roots for path in ([root] if root.is_file() else sorted(root.rglob("*"))))
+    return {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in paths if path.suffix in SUFFIXES}
+
+
+def help_texts() -> Iterator[Place]:
+    """Help of every command and option, and of every option of a method, with what they belong to."""
+    import typer
+
+    from sparsellm import cli
+    from sparsellm.allocation import ALLOCATIONS
+    from sparsellm.methods import METHODS
+
+    group = typer.main.get_command(cli.app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        yield name, command.help or ""
+        yield from ((f"{name} {each.name}", getattr(each, "help", None) or "") for each in command.params)
+    for registry in (METHODS, ALLOCATIONS):
+        for entry in registry:
+            yield from ((f"{entry.name} {each.name}", each.description) for each in entry.options.values())
+
+
+def places() -> dict[str, list[Place]]:
+    """All places, by where they count."""
+    return {
+        "src": banned(files(ROOT / "src")),
+        "README": banned(files(ROOT / "README.md")),
+        "help": banned({f"--help of {name}": f": {text}" for name, text in help_texts()}),
+        "docs": banned(files(ROOT / "docs", ROOT / "CONTRIBUTING.md")),
+        "tests": banned(files(ROOT / "tests")),
+    }
+
+
+def main() -> int:
+    found = places()
+    for part, each in found.items():
+        sys.stdout.write(f"{part}: {len(each)}\n")
+        if "--list" in sys.argv[1:]:
+            sys.stdout.writelines(f"  {place}: {line}\n" for place, line in each)
+    return any(found[part] for part in STRICT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
