@@ -37,7 +37,6 @@ from sparsellm import Recipe
 from sparsellm.patterns import NM
 from sparsepack.bench import measure, resident_bytes
 from sparsepack.layout import pack
-from sparsepack.semi_structured import to_semi_structured
 
 SHAPES = ("2048x2048", "5632x2048", "2048x5632", "4096x4096", "11008x4096", "4096x11008")  # of 1.1B and of Llama 7B
 BLOCKS = {"1.1B": (2048, 5632, 4), "7B": (4096, 11008, 32)}  # width, inner width, heads of keys and values
@@ -109,13 +108,12 @@ def products(
     forms = {"cuBLAS bf16": multiplying(x, weight.bfloat16().to(arguments.device))}
     for values in arguments.values:
         forms[f"packed {values}"] = packed_product(x, weight, values, None)
-    if sparsity == 0.5 and arguments.device == "cuda":
+    if sparsity == 0.5 and arguments.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         two_of_four = torch.randn(out, columns).abs().add(1e-3)
         two_of_four *= NM(2, 4).mask(two_of_four)
         dense, size = two_of_four.bfloat16().to(arguments.device), out * columns * 9 // 8
-        sparse = [to_semi_structured(dense) for _ in range(copies(size, x))]
-        if type(sparse[0]) is not Tensor:  # else the card has no such cores
-            forms["torch 2:4 bf16"] = ((lambda turn: torch.nn.functional.linear(x, sparse[turn % len(sparse)])), size)
+        sparse = [torch.sparse.to_sparse_semi_structured(dense) for _ in range(copies(size, x))]
+        forms["torch 2:4 bf16"] = ((lambda turn: torch.nn.functional.linear(x, sparse[turn % len(sparse)])), size)
     if importlib.util.find_spec("bitsandbytes") is not None and arguments.device == "cuda":
         forms["bitsandbytes 4 bits"] = bitsandbytes_product(x, weight)
     return forms

@@ -16,7 +16,7 @@ from sparsellm import Recipe
 from sparsellm.arguments import as_path, check_arguments
 from sparsellm.errors import DataError, ModelError, RecipeError, SparseLLMError, StorageError, shown
 from sparsepack.bench import compare
-from sparsepack.generate import generate
+from sparsepack.generation import generate
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12

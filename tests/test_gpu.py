@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 import sparsellm
 from sparsellm import Recipe
 from sparsepack.bench import one_run
-from sparsepack.generate import generate
+from sparsepack.generation import generate
 from sparsepack.layout import pack
-from sparsepack.load import load
+from sparsepack.loading import load
 from sparsepack.module import PackedLinear, kernel_name
 from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparsellm.evaluation.measured import Evaluation
     from sparsellm.evaluation.perplexity import Perplexity
     from sparsellm.recipe import Recipe
-    from sparsepack.load import load
+    from sparsepack.loading import load
 
 _HOME = {
     "Evaluation": "sparsellm.evaluation.measured",
@@ -30,7 +30,7 @@ _HOME = {
     "card": "sparsellm.api",
     "evaluate": "sparsellm.api",
     "inspect": "sparsellm.api",
-    "load": "sparsepack.load",
+    "load": "sparsepack.loading",
     "pack": "sparsellm.convert",
     "prune": "sparsellm.api",
     "push": "sparsellm.api",

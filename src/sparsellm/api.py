@@ -42,7 +42,7 @@ from sparsellm.run.prepare import Request, default_seq_len, open_model
 from sparsellm.run.result import PruneResult, stamp, versions
 from sparsellm.run.stages import execute
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsepack.load import load
+from sparsepack.loading import load
 
 
 @checked_arguments()

@@ -1014,8 +1014,8 @@ def generate(  # noqa: PLR0913 - a command
     from sparsellm import console
     from sparsellm.arguments import check_arguments
     from sparsellm.chain.open import load_tokenizer
-    from sparsepack.generate import generate as continue_prompt
-    from sparsepack.load import load
+    from sparsepack.generation import generate as continue_prompt
+    from sparsepack.loading import load
     from sparsepack.threads import use_threads
 
     use_threads(threads)

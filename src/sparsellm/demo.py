@@ -26,8 +26,8 @@ from sparsellm.storage.destination import check_destination
 from sparsellm.storage.results import append_result
 from sparsellm.storage.resume import PACK
 from sparsepack.bench import Comparison, Speed, compare
-from sparsepack.generate import generate
-from sparsepack.load import load
+from sparsepack.generation import generate
+from sparsepack.loading import load
 
 # Sized for five minutes on two cores.
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096

@@ -23,7 +23,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsepack.checkpoint import open_checkpoint
 from sparsepack.decode import Decoder, why_not
-from sparsepack.load import load
+from sparsepack.loading import load
 from sparsepack.module import PackedLinear, kernel_name, to_dense
 from sparsepack.threads import threads_set
 
@@ -292,7 +292,7 @@ def one_run(
 ) -> tuple[float, float]:
     """Seconds to read a prompt of random tokens, and seconds to decode ``new_tokens`` after it.
 
-    One sequence is decoded as :func:`~sparsepack.generate.generate` does, several by the model's own forward.
+    One sequence is decoded as :func:`~sparsepack.generation.generate` does, several by the model's own forward.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size

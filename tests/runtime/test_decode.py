@@ -11,8 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import sparsellm
 from sparsellm.errors import KernelError, ModelError, RecipeError, StorageError
-from sparsepack import generate as generation
-from sparsepack import native
+from sparsepack import generation, native
 from sparsepack.decode import Decoder, why_not
 from sparsepack.layout import pack as pack_weight
 from sparsepack.module import PackedEmbedding, PackedLinear, to_dense

@@ -18,7 +18,7 @@ import sparsellm
 from sparsellm.errors import DataError, ModelError, RecipeError
 from sparsepack import bench
 from sparsepack.bench import Speed, compare, measure, resident_bytes, verdict
-from sparsepack.generate import generate
+from sparsepack.generation import generate
 from sparsepack.module import PackedLinear
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
