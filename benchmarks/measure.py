@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 
-from sparsellm.patterns import Pattern, Unstructured, parse_pattern
 from sparsellm.version import __version__
 
 INTERVAL = 0.05  # seconds between samples of memory: watched more often, a single core computes noticeably less
@@ -106,8 +105,3 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def pattern_of(text: str) -> Pattern:
-    """That of a sparsity, or N:M."""
-    return parse_pattern(text) if ":" in text else Unstructured(float(text))

@@ -1,4 +1,4 @@
-"""Perplexity against CPU time of every method and effort, beside llmcompressor and the published algorithm.
+"""Perplexity against CPU time of every method and effort, with llmcompressor and the published algorithm.
 
     python benchmarks/pareto.py --text wikitext2-raw-test.txt --python peers/bin/python --picture pareto.svg
     python benchmarks/pareto.py ... --only-known                     # the table and the picture of finished cells
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from drawing import Line, Marker, Plot, head, legend, lower_left, marker, polyline, text
-from peers import run, write_windows
+from peers import run
 from quality import OUT, Cells, add_conditions, cell_key, conditions_of, excess_ratio, heading, measure, run_cell
 from wikipedia import write_wikipedia
 
@@ -61,7 +61,7 @@ class Tried:
 
         def make() -> Cell:
             if peer:
-                return run(arguments, PEER, self.method, target, write_windows(arguments), score=True)
+                return run(arguments, self.method, target)
             return run_cell(arguments, self.method, target, arguments.seed, self.settings)
 
         made: Cell = cells.get(key, make)

@@ -6,7 +6,6 @@ import importlib
 import json
 import runpy
 import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,12 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparsellm.patterns import NM, Unstructured
-from sparsellm.solvers import SOLVERS
 from sparsepack.bench import resident_bytes
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
-from tests.solvers.problems import gram_of, weight_of
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -184,86 +180,3 @@ def test_a_model_in_gguf_reads_back_as_its_own_numbers(tmp_path: Path, monkeypat
     forms.write_gguf(tiny_llama().bfloat16(), tmp_path / "half.gguf", torch.float16)
     half = forms.gguf_numbers(tmp_path / "half.gguf", parameters)
     assert {name: 2 * matrices[name].numel() for name in matrices} == half.bytes
-
-
-def test_the_products_of_every_phase_are_counted(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    phases = importlib.import_module("phases")
-    monkeypatch.setattr(phases, "PLAIN_SECONDS", 0.0)
-    monkeypatch.setattr(phases, "OUT", tmp_path)
-    monkeypatch.setattr("sparsellm.chain.products.LEAST", 0)
-    model = tiny_llama()
-    dense = save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
-    common = ("--calibration", text, "--samples", "8", "--seq-len", "16", "--products", "bfloat16")
-    monkeypatch.setattr(sys, "argv", ["phases.py", "--model", str(dense), *common])
-    phases.main()
-    rows = {row[0]: row[1:] for row in rows_of(capsys.readouterr().out)}
-    assert rows.keys() >= {phases.REST, "sweep: dense model's pass", *phases.PHASES.values(), *phases.PARTS.values()}
-    assert sum(float(row[1].rstrip("%")) for name, row in rows.items() if name != "**all**") == pytest.approx(
-        100, abs=1
-    )
-    width, inner, blocks = (
-        getattr(model.config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
-    )
-    grams, crosses = 3 * width**2 + inner**2, width**2 + width * inner
-    assert float(rows["walk: Gram matrices"][3]) == pytest.approx(2e-9 * 8 * 16 * blocks * (grams + crosses), rel=5e-3)
-    assert rows["walk: Gram matrices"][2] == "0"
-    assert rows["sweep: Adam"][2:] == ["–"] * 6
-    parameters = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
-    teacher = rows["sweep: dense model's pass"]
-    assert float(teacher[2]) == pytest.approx(2e-9 * 4 * 16 * parameters, rel=5e-3)  # of half as many windows
-
-
-def test_operations_are_counted_by_what_a_product_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    phases = importlib.import_module("phases")
-    linear, entering = torch.nn.Linear(6, 5), torch.randn(2, 7, 6, requires_grad=True)
-    heads = torch.randn(2, 3, 7, 4)
-    square = torch.eye(8)
-
-    def attend() -> None:
-        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
-
-    expected = {
-        "linear": (lambda: linear(entering).sum().backward(), 3 * 2 * 2 * 7 * 6 * 5),
-        "attention": (attend, 2 * 2 * 3 * 7 * 7 * 4),  # two products, half of each
-        "factor": (lambda: torch.linalg.cholesky_ex(square), 8**3 / 3),
-        "inverse": (lambda: torch.cholesky_inverse(square), 8**3 * 2 / 3),
-        "triangle": (lambda: torch.linalg.solve_triangular(square, square, upper=False), 8**3),
-        "solve": (lambda: torch.cholesky_solve(square[:, :3], square), 2 * 8 * 8 * 3),
-        "sum": (lambda: torch.addmm(square, square, square), 2 * 8**3),
-    }
-    counted = phases.Counted(phases.Plain(time.process_time, 0.0))
-    with counted:
-        for name, (compute, _) in expected.items():
-            with counted.phase(name):
-                compute()
-    found = {name: sum(each.operations for each in work.values()) for name, work in counted.work.items()}
-    assert found == pytest.approx({name: operations for name, (_, operations) in expected.items()})
-
-
-def test_the_copy_of_the_solver_is_the_solver_and_every_lever_is_measured(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    levers = importlib.import_module("levers")
-    weight, gram = weight_of(24, 40), gram_of(40)
-    for pattern in (Unstructured(0.7), NM(2, 4)):
-        usual = SOLVERS["admm"].function(weight, gram, pattern)
-        assert torch.equal(levers.alternate(weight, gram, pattern).weight, usual.weight)
-        stopped = levers.alternate(weight, gram, pattern, stalled="ends")
-        assert int(stopped.notes[0]) < levers.ITERATIONS
-    dense = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    common = ("--model", str(dense), "--text", text, "--blocks", "0", "2", "--linears", "q_proj", "down_proj")
-    output = printed("levers.py", monkeypatch, capsys, *common, "--window", "16", "--patterns", "0.5", "--repeats", "1")
-    rows = [row for row in rows_of(output) if row[0] != "schedule"]
-    products, errors, schedules = rows[: len(levers.WAYS)], rows[len(levers.WAYS) + 1 :][:4], rows[-11:]
-    assert [row[0] for row in products] == list(levers.WAYS)
-    differences = {row[0]: float(row[2].rpartition(" ")[2]) for row in products}
-    assert differences["fp32"] == 0 < differences["fp32 results"] < differences["bf16, 512 tokens"]
-    assert [row[1:3] for row in errors] == [[s, n] for s in ("sparsegpt", "admm") for n in ("q_proj", "down_proj")]
-    assert [row[0] for row in schedules] == list(levers.schedules())
-    assert schedules[0][3:5] == ["1.0000", "1.00"]
-    assert schedules[1][3] != "1.0000"

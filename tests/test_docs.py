@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 import shlex
@@ -22,7 +21,6 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FIGURE = ROOT / "docs" / "figures" / "perplexity.json"
 
 # What makes a command of a page quick; the last value of an option counts.
 SMALL = {
@@ -132,21 +130,6 @@ def test_recipes_of_a_page_are_recipes(page: Path) -> None:
 def test_python_of_a_page_compiles(page: Path) -> None:
     for block in blocks(page, "python"):
         compile(block, page.name, "exec")
-
-
-def test_the_figure_is_drawn_from_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    draw = runpy.run_path(str(ROOT / "benchmarks" / "figure.py"))["draw"]
-    assert FIGURE.with_suffix(".svg").read_text(encoding="utf-8") == draw(json.loads(FIGURE.read_text("utf-8")))
-
-
-def test_the_numbers_of_the_figure_stand_in_the_results() -> None:
-    figure = json.loads(FIGURE.read_text("utf-8"))
-    results = (ROOT / "docs" / "results.md").read_text("utf-8")
-    for series in figure["series"]:
-        assert len(series["perplexity"]) == len(figure["sparsities"])
-        for value in series["perplexity"]:
-            assert value is None or f"| {value:,.1f} |" in results, f"{series['name']}: {value}"
 
 
 def test_figures_count_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:
