@@ -146,7 +146,7 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
 def test_rounding_values_is_predicted_beside_solving() -> None:
     chain = open_chain(tiny_llama(), device=torch.device("cpu"))
     kept = Choice.of(Recipe(sparsity=0.5))
-    rounded = kept.on({"": Unstructured(0.5)}, "int4")
+    rounded = kept.on({"": Unstructured(1, 2)}, "int4")
     assert (
         costs.predicted_seconds(chain, rounded, 64, 64)["prune"] > costs.predicted_seconds(chain, kept, 64, 64)["prune"]
     )

@@ -18,11 +18,11 @@ from sparsellm.chain.experts import Part, separate_experts
 from sparsellm.chain.names import Conversion, _part_before
 from sparsellm.methods import routed
 from sparsellm.methods.task import BlockTask
-from sparsellm.patterns import Unstructured
 from sparsellm.progress import PhaseClock
 from sparsellm.tuning.full import ZeroKeeper
 from tests.models import save_tiny
 from tests.models.families import MIXTURES, mixtral, sparse_attention
+from tests.shares import Share
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
 RECIPE = Recipe(method="wanda", samples=6, seq_len=24, sparsity=0.5)
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif("Mixtral" not in MIXTURES, reason="this transfor
 def task_of(model: PreTrainedModel) -> BlockTask:
     chain = open_chain(model, device=torch.device("cpu"))
     linears = chain.linears(0)
-    patterns = {linear.name: Unstructured(0.5) for linear in linears}
+    patterns = {linear.name: Share(0.5) for linear in linears}
     stream = Feed(chain, IDS, 48).stream()
     return BlockTask(0, linears, dict(patterns), stream, lambda step: None, PhaseClock())
 

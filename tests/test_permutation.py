@@ -20,11 +20,12 @@ from sparsellm.chain import Feed, LinearView, open_chain
 from sparsellm.methods import BlockTask
 from sparsellm.methods.permutation import Channels, find_channels, permute_block, permute_expert, spread
 from sparsellm.methods.routed import ExpertTokens, prune_experts
-from sparsellm.patterns import NM, Pattern, Unstructured
+from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
 from tests import victim
 from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import FAMILIES, family, gemma4_text
+from tests.shares import Share
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -173,7 +174,7 @@ def test_a_head_that_m_does_not_divide_is_left_alone() -> None:
 def test_only_n_of_m_is_permuted() -> None:
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
-    _, found = permuted(model, Unstructured(0.5))
+    _, found = permuted(model, Share(0.5))
     assert not found
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 

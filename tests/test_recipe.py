@@ -35,8 +35,9 @@ def test_bos_is_written_without_quotes(text: str, bos: str) -> None:
 
 def test_a_pattern_sets_the_sparsity_that_it_implies() -> None:
     assert Recipe(pattern="1:4").sparsity == 0.75
-    assert Recipe(pattern="1:4").weight_pattern() == NM(1, 4)
-    assert Recipe(sparsity=0.3).weight_pattern() == Unstructured(0.3)
+    assert Recipe(pattern="1:4").pattern_of(8) == NM(1, 4)
+    assert Recipe(sparsity=0.3).pattern_of(9) == Unstructured(3, 9)
+    assert Recipe(sparsity=0.3).pattern_of(9, zeros=5) == Unstructured(5, 9)
     assert Recipe(pattern="2:4").updated(sparsity=0.9).pattern is None
     assert Recipe(sparsity=0.9).updated(pattern="2:4").sparsity == 0.5
 

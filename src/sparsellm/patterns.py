@@ -1,4 +1,4 @@
-"""Sparsity patterns: unstructured and N:M, with exact masks and exact checks.
+"""Sparsity patterns: unstructured and N:M, with exact masks.
 
 Everything here is deterministic. Among equal scores the lowest index (row by row, then along the input) is kept. So
 weights from a 4-bit file, which have many equal values, always get the same mask with the same count.
@@ -22,13 +22,14 @@ from sparsellm.errors import NumericalError, RecipeError, shown
 
 Scope = Literal["matrix", "row"]
 
-GROUPS = (4, 8)  # sizes of the groups for which :func:`strictest` looks
-SAMPLED = 1 << 15  # values of a row from which on a threshold is first located in a sample
-STRIDE = 31  # of the sample; a prime, so that it meets all columns of a matrix
+GROUPS = (4, 8)  # sizes of the groups that strictest() looks for: those that kernels exist for
+SAMPLED = 1 << 15  # from this length on a threshold is first located in a sample: two passes instead of a partition
+STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix
+RANKED = 16  # largest M whose members are ranked by comparing pairs, which is far cheaper than a sort
 
 
 class Pattern(ABC):
-    """A rule for the number and the positions of zeros in a matrix ``(out, in)``."""
+    """A rule for the number and the positions of zeros in a weight ``(out, in)``."""
 
     @property
     @abstractmethod
@@ -41,23 +42,15 @@ class Pattern(ABC):
         return 1
 
     @abstractmethod
-    def zeros(self, shape: tuple[int, ...] | torch.Size) -> int:
-        """The number of zeros in a matrix of this shape."""
-
-    def keep_count(self, shape: tuple[int, ...] | torch.Size) -> int:
-        """The number of kept weights in a matrix of this shape."""
-        return math.prod(shape) - self.zeros(shape)
-
-    @abstractmethod
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
-        """Raises RecipeError, with the name of the weight, if this pattern does not fit a matrix of this shape."""
+        """Raises RecipeError, with the name of the weight, if this pattern does not fit a weight of this shape."""
 
     @abstractmethod
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         """The kept weights: bool, the shape of ``scores`` (out, in); True at the highest scores the pattern allows.
 
         Args:
-            scores: importance of each weight, any real dtype; higher is kept first, the lowest index among equals.
+            scores: importance of each weight, any real dtype.
             scope: ``matrix`` compares all weights with each other, ``row`` only those of one output. The total is
                 the same in both; a remainder is spread evenly over the rows. N:M compares within groups.
 
@@ -73,7 +66,7 @@ class Pattern(ABC):
         Args:
             scores: as in :meth:`mask`, but transposed, ``(columns, out)``: an input of the weight is one row here.
             start: the first of these inputs.
-            inputs: the number of inputs of the whole weight.
+            inputs: the number of inputs of the weight.
 
         Returns:
             Bool ``(columns, out)``.
@@ -82,53 +75,36 @@ class Pattern(ABC):
     def total(self, value: float) -> float:
         """The sum over all rows of the weight, from the sum over the rows of this process.
 
-        Both are equal unless rows are divided over processes. Use it to compare whole weights.
+        Both are equal unless rows are divided over processes. Use it to compare weights as a whole.
         """
         return value
-
-    @abstractmethod
-    def violations(self, weight: Tensor) -> int:
-        """The number of zeros that a weight lacks for this pattern; 0 if it satisfies the pattern."""
 
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Zeros anywhere: ``round(fraction * numel)`` of them."""
+    """``zeros`` zeros anywhere among ``weights`` weights."""
 
-    fraction: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:  # also refuses NaN
-            raise RecipeError(f"sparsity is {self.fraction}; it is the fraction of zeros, at least 0 and below 1")
-
-    def __str__(self) -> str:
-        return f"{100 * self.fraction:.6g} %"
+    zeros: int
+    weights: int
 
     @property
     def sparsity(self) -> float:
-        return self.fraction
-
-    def zeros(self, shape: tuple[int, ...] | torch.Size) -> int:
-        return round(self.fraction * math.prod(shape))
+        return self.zeros / self.weights
 
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
-        _require_matrix(shape, name)
+        if math.prod(shape) != self.weights:
+            raise RecipeError(f"{name} of shape {tuple(shape)} has not the {self.weights} weights of its pattern")
 
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
         require_finite(scores)
-        zeros, rows = self.zeros(scores.shape), scores.shape[0]
         if scope == "matrix":
-            return highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
-        return highest_of_rows(scores, zeros, 0, rows)
+            return highest(scores.reshape(1, -1), self.zeros).reshape(scores.shape)
+        return highest_of_rows(scores, self.zeros, 0, len(scores))
 
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
-        columns, outputs = scores.shape
-        zeros = share(self.zeros((outputs, inputs)), start, start + columns, inputs)
+        zeros = share(self.zeros, start, start + len(scores), inputs)
         return highest(scores.reshape(1, -1), zeros).reshape(scores.shape)
-
-    def violations(self, weight: Tensor) -> int:
-        return max(0, self.zeros(weight.shape) - (weight.numel() - int(weight.count_nonzero())))
 
 
 @dataclass(frozen=True)
@@ -153,11 +129,7 @@ class NM(Pattern):
     def step(self) -> int:
         return self.m
 
-    def zeros(self, shape: tuple[int, ...] | torch.Size) -> int:
-        return math.prod(shape) // self.m * (self.m - self.n)
-
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
-        _require_matrix(shape, name)
         if shape[1] % self.m:
             raise RecipeError(
                 f"{name} has {shape[1]} inputs, which {self.m} does not divide; "
@@ -168,10 +140,10 @@ class NM(Pattern):
         self.validate(scores.shape, "scores")
         require_finite(scores)
         members = [member.contiguous() for member in scores.reshape(-1, self.m).unbind(1)]  # m times (groups,)
-        if self.m > 16:
+        if self.m > RANKED:
             order = torch.stack(members).argsort(dim=0, descending=True, stable=True)
             kept = torch.zeros_like(order, dtype=torch.bool).scatter_(0, order[: self.n], True)
-        else:  # a member's rank is the number of higher members: a few comparisons are far cheaper than a sort
+        else:  # a member's rank is the number of higher members
             rank = torch.zeros(self.m, len(members[0]), dtype=torch.uint8, device=scores.device)
             for later in range(1, self.m):
                 for earlier in range(later):
@@ -185,6 +157,7 @@ class NM(Pattern):
         return self.mask(scores.T).T
 
     def violations(self, weight: Tensor) -> int:
+        """The number of zeros that a weight lacks for this pattern; 0 if it satisfies the pattern."""
         self.validate(weight.shape)
         nonzero = (weight != 0).reshape(-1, self.m).sum(dim=1)
         return int((nonzero - self.n).clamp(min=0).sum())
@@ -230,15 +203,15 @@ def detect(weight: Tensor) -> NM | None:
 
 
 def strictest(weight: Tensor) -> tuple[NM, ...]:
-    """The strictest N:4 and N:8 that a weight ``(out, in)`` satisfies, without the one that follows from the other."""
+    """The strictest N:4 and N:8 that a weight ``(out, in)`` satisfies, without one that follows from the other."""
     kept = {m: (weight != 0).reshape(-1, m).sum(dim=1) for m in GROUPS if weight.numel() and weight.shape[1] % m == 0}
     return _without_followers({m: max(1, int(counts.max())) for m, counts in kept.items()})
 
 
 def common(patterns: Iterable[tuple[NM, ...]]) -> tuple[NM, ...]:
-    """As :func:`strictest`, of several weights together, from its results for each."""
+    """The result of :func:`strictest` for several weights together, from its results for each."""
     every = list(patterns)
-    return _without_followers({m: max(min((own.most(m) for own in each), default=m) for each in every) for m in GROUPS})
+    return _without_followers({m: max(min((one.most(m) for one in some), default=m) for some in every) for m in GROUPS})
 
 
 def listed(patterns: tuple[NM, ...]) -> str | None:
@@ -247,10 +220,10 @@ def listed(patterns: tuple[NM, ...]) -> str | None:
 
 
 def _without_followers(kept: Mapping[int, int]) -> tuple[NM, ...]:
-    """Patterns of the most weights kept in groups of each size, the strictest first."""
-    found = [NM(n, m) for m, n in kept.items() if n < m]
-    alone = [own for own in found if not any(other != own and other.implies(own) for other in found)]
-    return tuple(sorted(alone, key=lambda own: own.n / own.m))
+    """The patterns with the most weights kept in groups of each size, the strictest first."""
+    patterns = [NM(n, m) for m, n in kept.items() if n < m]
+    alone = [one for one in patterns if not any(other != one and other.implies(one) for other in patterns)]
+    return tuple(sorted(alone, key=lambda one: one.n / one.m))
 
 
 def share(total: int, start: int, stop: int, length: int) -> int:
@@ -270,18 +243,27 @@ def highest(scores: Tensor, zeros: int) -> Tensor:
     surplus = scores.shape[1] - zeros - kept.sum(dim=1, dtype=torch.int32)  # (rows,) equals that stay
     tied = surplus.nonzero()[:, 0]
     if len(tied):
-        row, column = (scores[tied] == threshold[tied]).nonzero(as_tuple=True)  # in order of row, then column
-        in_row = torch.bincount(row, minlength=len(tied))
-        place = torch.arange(len(row), device=row.device) - (in_row.cumsum(0) - in_row)[row]
+        row, column, place = places_in_rows(scores[tied] == threshold[tied])
         first = place < surplus[tied][row]
         kept[tied[row[first]], column[first]] = True
     return kept
 
 
+def places_in_rows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column, and number among those of its row, for each True of a mask ``(rows, columns)``, in order."""
+    row, column = mask.nonzero(as_tuple=True)
+    in_row = torch.bincount(row, minlength=len(mask))
+    return row, column, torch.arange(len(row), device=row.device) - (in_row.cumsum(0) - in_row)[row]
+
+
 def highest_of_rows(scores: Tensor, zeros: int, first: int, rows: int) -> Tensor:
-    """As :func:`highest`, with ``zeros`` spread evenly over ``rows`` rows; ``scores`` has those from ``first`` on."""
-    own = range(first, first + len(scores))
-    shares = torch.tensor([share(zeros, row, row + 1, rows) for row in own], device=scores.device)
+    """Same as :func:`highest` for the rows ``scores``, of which the first is row ``first`` of a matrix with ``rows``.
+
+    The ``zeros`` of the matrix are spread evenly over its rows.
+    """
+    shares = torch.tensor(
+        [share(zeros, row, row + 1, rows) for row in range(first, first + len(scores))], device=scores.device
+    )
     kept = torch.empty_like(scores, dtype=torch.bool)
     for count in (zeros // rows, zeros // rows + 1):  # rows differ by one zero at most
         chosen = shares == count
@@ -315,14 +297,10 @@ def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
     return numpy.partition(candidates, rank - below - 1)[rank - below - 1]
 
 
-def _require_matrix(shape: tuple[int, ...] | torch.Size, name: str) -> None:
-    if len(shape) != 2:
-        raise RecipeError(f"{name} has shape {tuple(shape)}; a pattern is laid over a matrix (out, in)")
-
-
 def require_finite(scores: Tensor) -> None:
+    """Raises NumericalError if a score is NaN or infinite."""
     # A finite sum means that every score is finite, in one pass without a temporary. If finite scores overflow in the
-    # sum, the exact test below decides.
+    # sum, the exact test decides.
     if not math.isfinite(scores.sum().item()) and not bool(torch.isfinite(scores).all()):
         bad = int((~torch.isfinite(scores)).sum())
         raise NumericalError(

@@ -278,12 +278,13 @@ class Recipe(BaseModel):
         """The M of a pattern with a choice of N for each linear; None for any other pattern."""
         return parse_chosen(self.pattern) if self.pattern else None
 
-    def weight_pattern(self) -> Pattern:
-        """The pattern of every pruned linear before allocation."""
+    def pattern_of(self, weights: int, zeros: int | None = None) -> Pattern:
+        """The pattern of a linear with this number of weights, and with ``zeros`` zeros if an allocation chose them."""
         m = self.chosen_of
-        if m is not None:
-            return NM(min(max(round((1 - self.sparsity) * m), 1), m - 1), m)
-        return parse_pattern(self.pattern) if self.pattern else Unstructured(self.sparsity)
+        if self.pattern and m is None:
+            return parse_pattern(self.pattern)
+        zeros = round(self.sparsity * weights) if zeros is None else zeros
+        return Unstructured(zeros, weights) if m is None else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
 
     def updated(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, checked again."""

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsellm.allocation import LinearSize, Survey
 from sparsellm.chain import Chain, Feed, open_chain
-from sparsellm.sweep.saliency import loss_gradients
+from sparsellm.sweep.saliency import LossGradients, loss_gradients
 from tests.models import VOCABULARY
 
 
@@ -37,7 +37,7 @@ def survey_of(
     chain = open_chain(model, device=torch.device("cpu"))
     feed = Feed(chain, ids, changes.pop("batch_tokens", 2 * ids.shape[1]), **changes)
     names = {size.name for size in sizes_of(chain)}
-    return Survey(feed, sizes_of(chain), sparsity, loss_gradients(feed, names, saliency=True) if gradients else None)
+    return survey_on(feed, sizes_of(chain), sparsity, loss_gradients(feed, names, saliency=True) if gradients else None)
 
 
 def bare_survey(shapes: Sequence[Sequence[tuple[int, int]]], sparsity: float) -> Survey:
@@ -47,7 +47,13 @@ def bare_survey(shapes: Sequence[Sequence[tuple[int, int]]], sparsity: float) ->
         for block, inside in enumerate(shapes)
         for i, shape in enumerate(inside)
     ]
-    return Survey(Feed(None, torch.zeros(1, 2), 2), linears, sparsity)  # type: ignore[arg-type]
+    return survey_on(Feed(None, torch.zeros(1, 2), 2), linears, sparsity)  # type: ignore[arg-type]
+
+
+def survey_on(
+    feed: Feed, linears: Sequence[LinearSize], sparsity: float, gradients: LossGradients | None = None
+) -> Survey:
+    return Survey(feed, linears, sparsity, round(sparsity * sum(linear.weights for linear in linears)), gradients)
 
 
 def linears_of(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

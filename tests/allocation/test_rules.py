@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sparsellm.allocation import ALLOCATIONS, Survey
 from sparsellm.chain import Feed, open_chain
-from tests.allocation.helpers import Record, bare_survey, sizes_of, survey_of, weight_of, windows
+from tests.allocation.helpers import Record, bare_survey, sizes_of, survey_of, survey_on, weight_of, windows
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
 Family = Callable[..., PreTrainedModel]
@@ -89,7 +89,7 @@ def test_dlp_compares_medians(family: Family) -> None:
 def test_a_checkpoint_read_lazily_gives_what_the_model_in_memory_gives(name: str, tmp_path: Path) -> None:
     model = tiny_llama()
     chain = open_chain(save_tiny(model, tiny_tokenizer(), tmp_path / "m"), device=torch.device("cpu"))
-    lazy = Survey(Feed(chain, windows(), 40), sizes_of(chain), 0.6)
+    lazy = survey_on(Feed(chain, windows(), 40), sizes_of(chain), 0.6)
     assert ALLOCATIONS[name].function(lazy) == ALLOCATIONS[name].function(survey_of(model, 0.6))
     assert all(parameter.is_meta for parameter in chain.model.parameters())  # nothing stays loaded
 

@@ -22,6 +22,7 @@ from sparsellm.run.memory import gradient_bytes
 from sparsellm.run.prepare import plan as plan_of
 from tests.allocation.helpers import survey_of, windows
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.shares import Share
 
 SMALL = ("--samples", "4", "--seq-len", "24", "--sparsity", "0.6", "--method", "wanda")
 
@@ -83,7 +84,7 @@ def test_the_command_line_chooses_lists_and_reports(tmp_path: Path, run: Any) ->
         (("--allocation", "owk"), "'owl'"),
         (("--allocation", "atp", "--set", "allocation_options.slope=1"), "no option 'slope'"),
         (("--allocation", "threshold", "--set", "allocation_options.span=7"), "span of threshold is 7"),
-        (("--allocation", "threshold", "--set", "allocation_options.level=row"), "level of threshold is 'row'"),
+        (("--allocation", "threshold", "--set", "allocation_options.span=2"), "span of threshold is 2"),
     ],
 )
 def test_mistakes_are_one_line_before_any_work(arguments: tuple[str, ...], said: str, tmp_path: Path, run: Any) -> None:
@@ -179,12 +180,11 @@ def test_nothing_to_prune_asks_nothing_of_the_model() -> None:
 def test_the_plan_without_an_allocation_is_the_recipe_s_pattern_everywhere() -> None:
     model = tiny_opt()
     chain = open_chain(model, device=torch.device("cpu"))
-    assert set(plan_of(chain, Recipe(sparsity=0.3)).values()) == {Unstructured(0.3)}
     survey = survey_of(model, 0.3)
+    assert plan_of(chain, Recipe(sparsity=0.3)) == {x.name: Share(0.3).of(x.shape) for x in survey.linears}
     found = ALLOCATIONS["owl"].function(survey)
     patterns = plan_of(chain, Recipe(sparsity=0.3, allocation="owl"), found)
-    assert {x.name: patterns[x.name].zeros(x.shape) for x in survey.linears} == found.zeros
-    assert patterns == found.patterns(survey)
+    assert patterns == {x.name: Unstructured(found.zeros[x.name], x.weights) for x in survey.linears}
 
 
 def test_a_run_that_goes_on_does_not_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,32 +59,15 @@ def test_it_gives_what_a_sort_of_all_saliencies_gives(family: Family) -> None:
     assert max(shares) - min(shares) > 0.2  # there was something to find
 
 
-def test_blocks_give_what_the_sort_gives_and_their_linears_alike(family: Family) -> None:
-    model = family()
-    survey = survey_of(model, gradients=True, sparsity=0.6)
-    found = ALLOCATIONS["threshold"].function(survey, span=1.0, level="block").zeros
-    exact = saliencies(model, survey)
-    threshold = float(torch.cat([values.flatten() for values in exact.values()]).sort().values[survey.zeros])
-    assert sum(found.values()) == survey.zeros
-    for block in survey.blocks:
-        inside = [linear for linear in survey.linears if linear.block == block]
-        values = torch.cat([exact[linear.name].flatten() for linear in inside])
-        zeros, weights = sum(found[linear.name] for linear in inside), sum(linear.weights for linear in inside)
-        assert abs(zeros - int((values < threshold).sum())) <= near(values, threshold) + len(inside)
-        for linear in inside:
-            assert abs(found[linear.name] - zeros * linear.weights / weights) <= 1
-
-
-@pytest.mark.parametrize("level", ["linear", "block"])
-def test_span_limits_every_linear(level: str) -> None:
+def test_span_limits_every_linear() -> None:
     survey = survey_of(tiny_llama(), gradients=True, sparsity=0.6)
-    found = ALLOCATIONS["threshold"].function(survey, span=0.05, level=level).zeros
+    found = ALLOCATIONS["threshold"].function(survey, span=0.05).zeros
     assert sum(found.values()) == survey.zeros
     shares = [found[linear.name] / linear.weights for linear in survey.linears]
     assert min(shares) >= 0.55 - 0.002
     assert max(shares) <= 0.65 + 0.002
     assert min(shares) < 0.551  # the limit is met
-    alike = ALLOCATIONS["threshold"].function(survey, span=0.0, level=level).zeros
+    alike = ALLOCATIONS["threshold"].function(survey, span=0.0).zeros
     assert all(abs(alike[linear.name] - 0.6 * linear.weights) < 1 for linear in survey.linears)
 
 
@@ -98,7 +80,7 @@ def test_histograms_count_every_weight_and_what_costs_nothing_comes_first() -> N
         assert int(counts[linear.name].sum()) == linear.weights
     down = counts["model.layers.1.mlp.down_proj"]
     assert int(down[0]) == 16 * 80
-    found = from_histograms(survey, counts, level="linear", span=1.0).zeros
+    found = from_histograms(survey, counts, span=1.0).zeros
     assert found["model.layers.1.mlp.down_proj"] >= 16 * 80
 
 
@@ -136,9 +118,8 @@ def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
 def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
     survey = bare_survey([[(20, 50), (20, 50)], [(20, 50)]], 0.7)
     counts = {"blocks.0.0": histogram(at=100, weights=1000), "blocks.1.0": histogram(at=200, weights=1000)}
-    for level in ("linear", "block"):
-        found = from_histograms(survey, counts, level=level, span=0.2).zeros
-        assert found == {"blocks.0.0": 900, "blocks.0.1": 700, "blocks.1.0": 500}
+    found = from_histograms(survey, counts, span=0.2).zeros
+    assert found == {"blocks.0.0": 900, "blocks.0.1": 700, "blocks.1.0": 500}
 
 
 def test_a_weight_in_two_places_keeps_the_target_and_the_report_says_so() -> None:
@@ -155,7 +136,7 @@ def test_a_weight_in_two_places_keeps_the_target_and_the_report_says_so() -> Non
 def test_one_bin_that_holds_everything_is_shared() -> None:
     survey = bare_survey([[(20, 50)], [(40, 50)]], 0.7)
     counts = {"blocks.0.0": histogram(at=5, weights=1000), "blocks.1.0": histogram(at=5, weights=2000)}
-    assert from_histograms(survey, counts, level="linear", span=1.0).zeros == {"blocks.0.0": 700, "blocks.1.0": 1400}
+    assert from_histograms(survey, counts, span=1.0).zeros == {"blocks.0.0": 700, "blocks.1.0": 1400}
 
 
 def histogram(at: int, weights: int) -> Tensor:
@@ -170,12 +151,11 @@ def histogram(at: int, weights: int) -> Tensor:
     ),
     st.floats(0, 0.999),
     st.floats(0, 1),
-    st.sampled_from(["linear", "block"]),
     st.integers(0, 2**32),
 )
 @settings(max_examples=30, deadline=None)
 def test_the_total_is_exact_whatever_the_histograms(
-    shapes: list[list[tuple[int, int]]], sparsity: float, span: float, level: str, seed: int
+    shapes: list[list[tuple[int, int]]], sparsity: float, span: float, seed: int
 ) -> None:
     survey = bare_survey(shapes, sparsity)
     generator = torch.Generator().manual_seed(seed)
@@ -185,7 +165,7 @@ def test_the_total_is_exact_whatever_the_histograms(
         bins = torch.randint(centre, centre + 200, (linear.weights,), generator=generator)
         if torch.rand(1, generator=generator) < 0.8:
             counts[linear.name] = torch.bincount(bins, minlength=BINS)
-    found = from_histograms(survey, counts, level=level, span=span).zeros  # type: ignore[arg-type]
-    assert sum(found.values()) == round(sparsity * survey.weights)
+    found = from_histograms(survey, counts, span=span).zeros
+    assert sum(found.values()) == round(sparsity * sum(linear.weights for linear in survey.linears))
     for linear in survey.linears:
         assert abs(found[linear.name] - sparsity * linear.weights) <= span * linear.weights + 1

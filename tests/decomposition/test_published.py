@@ -12,10 +12,11 @@ from torch import Tensor
 from sparsellm.chain.activations import relu, silu
 from sparsellm.decomposition import FeedForward, Result, Settings, true_error
 from sparsellm.errors import NumericalError
-from sparsellm.patterns import NM, Pattern, Unstructured
+from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import SOLVERS
 from sparsellm.statistics import Gram
 from tests.decomposition.helpers import by_input_norm, prune_feed_forward, random_chunks, random_unit
+from tests.shares import Share
 from tests.solvers.test_sparsegpt import column_by_column
 
 sparsegpt = SOLVERS["sparsegpt"].function
@@ -108,7 +109,7 @@ def published(
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4])
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [Share(0.5), NM(2, 4)], ids=str)
 @pytest.mark.parametrize(
     ("gated", "penalty", "output_update"),
     [
@@ -139,7 +140,7 @@ def test_one_epoch_is_the_solver_on_the_dense_weights() -> None:
     unit = random_unit(6, 12, gated=False, bias=True, activation=relu)
     chunks = random_chunks(unit, [80])
     settings = Settings.published(1, 0.1, "gradient")
-    result = prune_feed_forward(unit, chunks, (), by_input_norm, Unstructured(0.5), settings)
+    result = prune_feed_forward(unit, chunks, (), by_input_norm, Share(0.5), settings)
     for role, linear in result.unit.linears().items():
         dense = unit.linears()[role]
         assert torch.equal(linear.weight, torch.where(linear.weight != 0, dense.weight, 0.0))
@@ -160,7 +161,7 @@ def test_it_diverges_and_with_the_safeguard_it_never_ends_worse_than_sparsegpt(
 
     def run(epochs: int, safeguard: bool = False) -> Result:
         settings = Settings.published(epochs, 5.0 if gated else 0.1, output_update, safeguard=safeguard)
-        return prune_feed_forward(unit, chunks, (), sparsegpt, Unstructured(0.7), settings)
+        return prune_feed_forward(unit, chunks, (), sparsegpt, Share(0.7), settings)
 
     local = run(1)
     if gated:

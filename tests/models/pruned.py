@@ -6,12 +6,13 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsellm.chain import open_chain
-from sparsellm.patterns import Pattern, Unstructured
+from sparsellm.patterns import Pattern
+from tests.shares import Share
 
 
 def prune_tiny(model: PreTrainedModel, pattern: Pattern | None = None) -> PreTrainedModel:
     """Zeros in every linear of the blocks, the smallest weights first; 70 % if no pattern is given. In place."""
-    pattern = pattern or Unstructured(0.7)
+    pattern = pattern or Share(0.7)
     chain = open_chain(model, device=torch.device("cpu"))
     for index in range(len(chain)):
         for linear in chain.linears(index):

@@ -13,13 +13,14 @@ import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.methods import METHODS
-from sparsellm.patterns import Unstructured, highest
+from sparsellm.patterns import highest
 from sparsellm.solvers import SOLVERS, rounding
 from sparsellm.solvers.divided import divide, divided_solution, highest_of_all
 from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, GramAccumulator
 from sparsepack.grid import INTEGERS
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
+from tests.shares import Share
 from tests.solvers.problems import gram_of, weight_of
 
 WINDOWS = 7  # neither two nor four processes divide it
@@ -165,14 +166,14 @@ def fewer_rows_than_processes(folder: Path) -> None:
     accumulator.update(torch.randn(30, 9, generator=torch.Generator().manual_seed(2)))
     weight = torch.randn(1, 9, generator=torch.Generator().manual_seed(4))
     entry = SOLVERS["sparsegpt"]
-    found = divide(entry)(weight, accumulator.finish(), Unstructured(0.5))
-    alone = entry.function(weight, accumulator.finish(), Unstructured(0.5))
+    found = divide(entry)(weight, accumulator.finish(), Share(0.5))
+    alone = entry.function(weight, accumulator.finish(), Share(0.5))
     assert torch.equal(found.weight, alone.weight)
     assert torch.equal(found.mask, alone.mask)
     assert found.error == alone.error
     for rows in (1, 5):  # a weight that all have, its error measured by all
         weight = torch.randn(rows, 9, generator=torch.Generator().manual_seed(rows))
-        alone = entry.function(weight, accumulator.finish(), Unstructured(0.5))
+        alone = entry.function(weight, accumulator.finish(), Share(0.5))
         again = divided_solution(weight, alone.weight, alone.mask, accumulator.finish())
         assert abs(again.error - alone.error) <= 1e-5 * alone.error > 0
         assert torch.equal(again.weight, alone.weight)
@@ -183,7 +184,7 @@ def rounded_weights() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     gram, found = gram_of(96), {}
     for rows in (1, 3, 4, 25):  # fewer than four processes, as many, and some over
         weight = weight_of(rows, 96, rows)
-        weight *= Unstructured(0.5).mask(weight.abs())
+        weight *= Share(0.5).mask(weight.abs())
         for values in INTEGERS:
             one = rounding.rounded(weight, gram, values, torch.bfloat16)
             found[f"{rows} {values}"] = (weight, one.weight, one.unrounded)

@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from sparsellm.patterns import Pattern, Unstructured
+from sparsellm.patterns import NM, Pattern
 from sparsellm.statistics import Gram
+from tests.shares import zeros_of
 
 
 def weight_of(out: int, inputs: int, seed: int = 0) -> Tensor:
@@ -53,14 +54,14 @@ def true_best(original: Tensor, gram: Gram, pattern: Pattern) -> float:
         lowest = dict.fromkeys(range(inputs + 1), math.inf)
         for kept in itertools.product([False, True], repeat=inputs):
             mask = torch.tensor([kept])
-            if isinstance(pattern, Unstructured) or pattern.violations(mask.float()) == 0:
+            if not isinstance(pattern, NM) or pattern.violations(mask.float()) == 0:
                 zeros = inputs - sum(kept)
                 lowest[zeros] = min(lowest[zeros], loss(best_on(mask, row[None], gram), row[None], gram))
         by_zeros.append(lowest)
-    total = pattern.zeros(original.shape)
+    total = zeros_of(pattern, original.shape)
     over_rows = {0: 0.0}  # the lowest loss of the rows so far for each number of zeros in them
     for lowest in by_zeros:
-        if not isinstance(pattern, Unstructured):
+        if isinstance(pattern, NM):
             lowest = {total // outputs: lowest[total // outputs]}
         together: dict[int, float] = {}
         for (before, one), (zeros, other) in itertools.product(over_rows.items(), lowest.items()):

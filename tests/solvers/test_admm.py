@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from sparsellm.chain.products import Bf16Products
-from sparsellm.patterns import NM, Pattern, Unstructured
+from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import SOLVERS
 from sparsellm.solvers.admm import RHO_STEPS
 from sparsellm.solvers.divided import divide
 from sparsellm.statistics import Gram
+from tests.shares import Share
 from tests.solvers.problems import best_on, gram_of, loss, relative, true_best, weight_of
 
 admm = SOLVERS["admm"].function
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [Share(0.5), Share(0.7), NM(2, 4)], ids=str)
 def test_near_the_true_best(pattern: Pattern):
     """On the problems on which SparseGPT, as its own test says, loses up to 25 times as much as the best mask."""
     ratios = []
@@ -34,7 +35,7 @@ def test_near_the_true_best(pattern: Pattern):
 def test_finds_the_true_best_where_inputs_are_independent():
     """Then weights do not interact, and the best mask is that of ``w² E x²``."""
     weight, squares = weight_of(5, 12), torch.rand(12, generator=torch.Generator().manual_seed(1)) + 0.1
-    found = admm(weight, Gram(torch.diag(squares), 100), Unstructured(0.5))
+    found = admm(weight, Gram(torch.diag(squares), 100), Share(0.5))
     cost = (weight.square() * squares).flatten()
     expected = torch.zeros(60, dtype=torch.bool)
     expected[cost.argsort(descending=True)[:30]] = True
@@ -42,13 +43,12 @@ def test_finds_the_true_best_where_inputs_are_independent():
     torch.testing.assert_close(found.weight, torch.where(found.mask, weight, 0.0))
 
 
-@pytest.mark.parametrize("scope", ["matrix", "row"])
 @pytest.mark.parametrize("tokens", [6, 40, 400])
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.9), NM(2, 4)], ids=str)
-def test_never_worse_than_the_projected_and_refined_start(pattern: Pattern, tokens: int, scope: str):
+@pytest.mark.parametrize("pattern", [Share(0.5), Share(0.9), NM(2, 4)], ids=str)
+def test_never_worse_than_the_projected_and_refined_start(pattern: Pattern, tokens: int):
     for seed in range(4):
         weight, gram = weight_of(8, 32, seed), gram_of(32, tokens, seed)
-        options = {"scope": scope, "damping": 0.0, "refine_iterations": 20}
+        options = {"damping": 0.0, "refine_iterations": 20}
         start = admm(weight, gram, pattern, iterations=0, **options)
         found = admm(weight, gram, pattern, **options)
         assert found.error <= start.error * (1 + 1e-4) + 1e-6
@@ -56,19 +56,14 @@ def test_never_worse_than_the_projected_and_refined_start(pattern: Pattern, toke
 
 def test_the_kept_weights_are_refined():
     weight, gram = weight_of(12, 48), gram_of(48, 500)
-    found = admm(weight, gram, Unstructured(0.6), damping=0.0, refine_iterations=100)
+    found = admm(weight, gram, Share(0.6), damping=0.0, refine_iterations=100)
     assert loss(found.weight, weight, gram) <= 1.01 * loss(best_on(found.mask, weight, gram), weight, gram)
 
 
 def test_the_default_refinements_are_near_the_minimum():
     weight, gram = weight_of(64, 256), gram_of(256, 4000)
-    short, long = (admm(weight, gram, Unstructured(0.7), **n).error for n in ({}, {"refine_iterations": 100}))
+    short, long = (admm(weight, gram, Share(0.7), **n).error for n in ({}, {"refine_iterations": 100}))
     assert long <= short <= 1.05 * long
-
-
-def test_the_row_scope_takes_as_many_from_each_row():
-    found = admm(weight_of(8, 30), gram_of(30), Unstructured(0.5), scope="row")
-    assert found.mask.sum(dim=1).tolist() == [15] * 8
 
 
 def test_linears_of_one_input_share_the_factorisations(monkeypatch: pytest.MonkeyPatch):
@@ -77,13 +72,13 @@ def test_linears_of_one_input_share_the_factorisations(monkeypatch: pytest.Monke
     monkeypatch.setattr(Gram, "_invert", lambda gram, damping: made.append(damping) or invert(gram, damping))
     gram = gram_of(32)
     for seed in range(3):  # q, k, v
-        admm(weight_of(8, 32, seed), gram, Unstructured(0.5))
+        admm(weight_of(8, 32, seed), gram, Share(0.5))
     assert len(made) == 1 + RHO_STEPS  # one of the metric and one for each ρ
 
 
 def test_a_ridge_keeps_weights_of_a_singular_gram_in_bounds():
     weight, gram = weight_of(8, 60), gram_of(60, tokens=4)
-    found = admm(weight, gram, Unstructured(0.5))
+    found = admm(weight, gram, Share(0.5))
     assert found.notes == ()
     assert found.weight.abs().max() < 20 * weight.abs().max()
 
@@ -94,8 +89,8 @@ def test_a_first_mask_that_is_better_is_found_and_kept():
     for seed in range(8):
         weight, gram = weight_of(8, 32, seed), gram_of(32, 6, seed)
         options = {"damping": 0.0, "rho_start": 30.0, "rho_stop": 30.0}
-        start = admm(weight, gram, Unstructured(0.5), iterations=0, damping=0.0)
-        found = admm(weight, gram, Unstructured(0.5), iterations=1, **options)
+        start = admm(weight, gram, Share(0.5), iterations=0, damping=0.0)
+        found = admm(weight, gram, Share(0.5), iterations=1, **options)
         kept_the_first += torch.equal(found.mask, start.mask)
         assert found.error <= start.error * (1 + 1e-3) + 1e-6
     assert kept_the_first
@@ -105,7 +100,7 @@ def test_rounded_products_change_the_mask_little_and_the_error_less():
     weight, gram = weight_of(64, 256), gram_of(256, 4000)
     products = Bf16Products()
     exact, rounded, plain = (
-        divide(SOLVERS["admm"], given)(weight, gram, Unstructured(0.7)) for given in (None, products, None)
+        divide(SOLVERS["admm"], given)(weight, gram, Share(0.7)) for given in (None, products, None)
     )
     assert torch.equal(exact.weight, plain.weight)
     assert not torch.equal(exact.weight, rounded.weight)  # products were rounded
@@ -115,7 +110,5 @@ def test_rounded_products_change_the_mask_little_and_the_error_less():
 
 def test_a_solver_that_does_not_ask_for_it_is_never_rounded():
     weight, gram = weight_of(64, 256), gram_of(256, 4000)
-    exact, same = (
-        divide(SOLVERS["sparsegpt"], given)(weight, gram, Unstructured(0.7)) for given in (None, Bf16Products())
-    )
+    exact, same = (divide(SOLVERS["sparsegpt"], given)(weight, gram, Share(0.7)) for given in (None, Bf16Products()))
     assert torch.equal(exact.weight, same.weight)

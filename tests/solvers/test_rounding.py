@@ -11,17 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsellm.patterns import NM, Pattern, Unstructured
+from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import rounding
 from sparsellm.solvers.rounding import rounded
 from sparsellm.statistics import Gram
 from sparsepack.codes import EXPONENTS, GAPPED, PLAIN, Levels, exponents_of_text, levels_of, text_of_exponents
 from sparsepack.grid import INTEGERS, Groups, on_grid
 from sparsepack.layout import form_of, pack, unpack
+from tests.shares import Share
 from tests.solvers.problems import gram_of, loss, weight_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PATTERNS = [Unstructured(0.5), Unstructured(0.9), Unstructured(0.0), NM(2, 4)]
+PATTERNS = [Share(0.5), Share(0.9), Share(0.0), NM(2, 4)]
 
 
 def pruned(out: int, inputs: int, pattern: Pattern, seed: int = 0) -> Tensor:
@@ -75,7 +76,7 @@ def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torc
 @pytest.mark.parametrize(("values", "levels"), [("int4", PLAIN["int4"]), ("int3", GAPPED["int3"])])
 def test_every_value_is_a_whole_number_of_its_scale(values: str, levels: Levels, dtype: torch.dtype) -> None:
     """By 64 columns of a row, of which half are kept, without the code that made the groups."""
-    found = rounded(pruned(6, 200, Unstructured(0.5)), gram_of(200), values, dtype)
+    found = rounded(pruned(6, 200, Share(0.5)), gram_of(200), values, dtype)
     exponents = torch.zeros(200) if found.exponents is None else found.exponents
     for row in found.weight / 2.0**exponents:
         for columns in row.split(64):
@@ -176,7 +177,7 @@ def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: T
 @pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_each_input_is_made_up_for_by_all_after_it(values: str, sparsity: float) -> None:
-    weight, gram = pruned(6, 80, Unstructured(sparsity)), gram_of(80)
+    weight, gram = pruned(6, 80, Share(sparsity)), gram_of(80)
     kind, powers = rounding._Kind(values, torch.float32), torch.ones(80)
     grid = rounding._Grid(weight, gram, powers, Groups.of(weight, values), kind)
     found, notes = rounding._one_after_another(grid, weight, gram)
@@ -222,7 +223,7 @@ def test_factors_of_groups_are_those_of_least_squares(columns: int, size: int, m
 def test_order_and_scales_lower_what_the_descent_from_nearest_reaches(
     values: str, sparsity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, gram = pruned(64, 128, Unstructured(sparsity)), gram_of(128)
+    weight, gram = pruned(64, 128, Share(sparsity)), gram_of(128)
     errors = [loss(rounded(weight, gram, values, torch.float32).weight, weight, gram)]
     monkeypatch.setattr(rounding._Descent, "_fit_scales", lambda self: None)
     errors.append(loss(rounded(weight, gram, values, torch.float32).weight, weight, gram))
@@ -233,7 +234,7 @@ def test_order_and_scales_lower_what_the_descent_from_nearest_reaches(
 
 def test_a_weight_on_its_grid_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "POWERS", ())
-    weight, gram = pruned(24, 96, Unstructured(0.5)), gram_of(96)
+    weight, gram = pruned(24, 96, Share(0.5)), gram_of(96)
     for values in INTEGERS:
         found = rounded(weight, gram, values, torch.bfloat16)
         assert torch.equal(rounded(found.weight, gram, values, torch.bfloat16).weight, found.weight)
@@ -242,7 +243,7 @@ def test_a_weight_on_its_grid_does_not_change(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("values", ["int4", "int3"])
 def test_no_single_value_can_be_improved(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "POWERS", ())
-    weight, gram = pruned(12, 120, Unstructured(0.5)), gram_of(120)
+    weight, gram = pruned(12, 120, Share(0.5)), gram_of(120)
     found = rounded(weight, gram, values, torch.float32).weight
     lowest, groups = loss(found, weight, gram), Groups.of(found, values)
     numbers = [number for number in groups.levels.numbers if number]
@@ -261,7 +262,7 @@ def test_no_single_value_can_be_improved(values: str, monkeypatch: pytest.Monkey
 
 
 def test_the_error_falls_with_every_pass(monkeypatch: pytest.MonkeyPatch, descent_alone: None) -> None:
-    weight, gram = pruned(16, 64, Unstructured(0.5)), gram_of(64)
+    weight, gram = pruned(16, 64, Share(0.5)), gram_of(64)
     errors = []
     for passes in range(5):
         monkeypatch.setattr(rounding, "PASSES", passes)
@@ -276,7 +277,7 @@ def test_inputs_that_no_token_reaches_are_rounded_to_nearest(values: str, sparsi
     """On the grid in the end, of which others have chosen the scales."""
     matrix, dead = gram_of(96).matrix.clone(), torch.arange(3, 96, 5)
     matrix[dead] = matrix[:, dead] = 0.0
-    weight = pruned(24, 96, Unstructured(sparsity))
+    weight = pruned(24, 96, Share(sparsity))
     found = rounded(weight, Gram(matrix, 100), values, torch.float32)
     assert bool(found.weight.isfinite().all())
     powers = torch.ones(96) if found.exponents is None else torch.exp2(found.exponents.float())
@@ -294,7 +295,7 @@ def test_inputs_that_no_token_reaches_are_rounded_to_nearest(values: str, sparsi
 def test_one_input_that_no_token_reaches_moves_no_further_than_its_step() -> None:
     matrix = gram_of(16).matrix.clone()
     matrix[3] = matrix[:, 3] = 0.0
-    weight = pruned(4, 16, Unstructured(0.0))
+    weight = pruned(4, 16, Share(0.0))
     found = rounded(weight, Gram(matrix, 100), "int8", torch.float32).weight
     assert bool(torch.isfinite(found).all())
     assert torch.allclose(found[:, 3], weight[:, 3], atol=float(weight.abs().max()) / 250)
@@ -306,7 +307,7 @@ def test_no_row_loses_by_new_scales(values: str, dtype: torch.dtype) -> None:
     """As they are stored: scales of bf16 may be worse than those before, though the exact ones are the best."""
     stayed = 0
     for seed in range(8):
-        weight, gram = pruned(64, 128, Unstructured(0.5), seed), gram_of(128, seed=seed)
+        weight, gram = pruned(64, 128, Share(0.5), seed), gram_of(128, seed=seed)
         kind, groups = rounding._Kind(values, dtype), Groups.of(weight, values)
         grid = rounding._Grid(weight, gram, torch.ones(128), groups, kind)
         descent = rounding._Descent(grid, grid.nearest, weight, gram)
@@ -328,7 +329,7 @@ def test_no_row_loses_by_new_scales(values: str, dtype: torch.dtype) -> None:
 
 
 def test_values_nearer_to_zero_leave_a_bitmask_and_stay_with_a_fixed_mask() -> None:
-    weight, gram = pruned(16, 128, Unstructured(0.5)), gram_of(128)
+    weight, gram = pruned(16, 128, Share(0.5)), gram_of(128)
     weight[:, 7] = 1e-5
     for values in ("int4", "int3"):
         assert int(rounded(weight, gram, values, torch.float32).weight[:, 7].count_nonzero()) == 0
@@ -337,7 +338,7 @@ def test_values_nearer_to_zero_leave_a_bitmask_and_stay_with_a_fixed_mask() -> N
 
 
 def test_scales_and_numbers_in_turn_gain_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, gram = pruned(64, 128, Unstructured(0.5)), gram_of(128)
+    weight, gram = pruned(64, 128, Share(0.5)), gram_of(128)
     errors = []
     for rounds in (1, 2, 3):
         monkeypatch.setattr(rounding, "ROUNDS", rounds)
@@ -357,7 +358,7 @@ def test_factors_stay_near_one() -> None:
 
 
 def test_an_empty_row_stays_empty() -> None:
-    weight = pruned(4, 32, Unstructured(0.5))
+    weight = pruned(4, 32, Share(0.5))
     weight[2] = 0.0
     for values in INTEGERS:
         found = rounded(weight, gram_of(32), values, torch.bfloat16).weight
@@ -369,7 +370,7 @@ def test_an_empty_row_stays_empty() -> None:
 def test_exponents_of_columns_lower_the_error(
     values: str, size: float, every: int, monkeypatch: pytest.MonkeyPatch, descent_alone: None
 ) -> None:
-    weight, sizes = pruned(48, 128, Unstructured(0.5)), torch.ones(128)
+    weight, sizes = pruned(48, 128, Share(0.5)), torch.ones(128)
     sizes[::every] = size
     x = weight_of(400, 128, seed=1) * sizes
     gram = Gram(x.T @ x / 400, 400)
@@ -385,7 +386,7 @@ def test_exponents_of_columns_lower_the_error(
 
 
 def test_alike_inputs_have_no_exponents() -> None:
-    weight = pruned(8, 64, Unstructured(0.5))
+    weight = pruned(8, 64, Share(0.5))
     assert rounded(weight, Gram(torch.eye(64), 100), "int4", torch.float32).exponents is None
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsellm.patterns import NM, Pattern, Unstructured
+from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import SOLVERS
 from sparsellm.statistics import Gram
+from tests.shares import Share, zeros_of
 from tests.solvers.problems import best_on, gram_of, loss, relative, true_best, weight_of
 
 sparsegpt = SOLVERS["sparsegpt"].function
@@ -33,7 +34,7 @@ def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, block: int, d
                 order = scores.argsort(dim=1)[:, : pattern.m - pattern.n]
                 kept[:, j:stop] = kept[:, j:stop].scatter(1, order, False)
             else:
-                zeros = pattern.zeros(weight.shape)
+                zeros = zeros_of(pattern, weight.shape)
                 count = zeros * stop // inputs - zeros * j // inputs
                 # columns first: ties aside, the order does not matter
                 flat = scores.flatten()
@@ -52,8 +53,8 @@ def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, block: int, d
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
 def test_unstructured_equals_column_by_column(sparsity: float, block: int):
     weight, gram = weight_of(6, 70), gram_of(70)
-    found = sparsegpt(weight, gram, Unstructured(sparsity), block_size=block)
-    expected = column_by_column(weight, gram, Unstructured(sparsity), block)
+    found = sparsegpt(weight, gram, Share(sparsity), block_size=block)
+    expected = column_by_column(weight, gram, Share(sparsity), block)
     assert torch.equal(found.weight != 0, expected != 0)
     torch.testing.assert_close(found.weight.double(), expected, rtol=1e-3, atol=1e-4)
 
@@ -71,14 +72,14 @@ def test_one_pruned_weight_is_made_up_for_in_closed_form():
     """Pruning the first input of an output: the others take the values of the normal equation without it."""
     weight, gram = weight_of(1, 5), gram_of(5)
     weight[0, 0] = 1e-3  # so that it is the one to go
-    found = sparsegpt(weight, gram, Unstructured(0.2), damping=0.0)
+    found = sparsegpt(weight, gram, Share(0.2), damping=0.0)
     expected = best_on(torch.tensor([[False, True, True, True, True]]), weight, gram)
     torch.testing.assert_close(found.weight.double(), expected, rtol=1e-4, atol=1e-6)
     inverse = torch.linalg.inv(gram.matrix.double())
     assert loss(found.weight, weight, gram) == pytest.approx(1e-6 / float(inverse[0, 0]), rel=1e-3)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [Share(0.5), NM(2, 4)], ids=str)
 def test_near_the_true_best(pattern: Pattern):
     """Inputs correlate so strongly that the best mask loses 0.3 %: the hardest case for a method that goes by order."""
     ratios = []
@@ -98,6 +99,6 @@ def test_better_than_wanda_whose_weights_stay():
 
 def test_a_singular_gram_is_said_in_the_notes():
     gram = gram_of(40, tokens=5)
-    found = sparsegpt(weight_of(8, 40), gram, Unstructured(0.5), damping=0.0)
+    found = sparsegpt(weight_of(8, 40), gram, Share(0.5), damping=0.0)
     assert "damping raised from 0 to" in found.notes[0]
-    assert sparsegpt(weight_of(8, 40), gram, Unstructured(0.5), damping=0.01).notes == ()
+    assert sparsegpt(weight_of(8, 40), gram, Share(0.5), damping=0.01).notes == ()

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsellm.allocation.exact import bounds, round_exactly, round_to_groups, shift_to_total
 from sparsellm.allocation.survey import LinearSize, Survey
-from sparsellm.patterns import NM, Pattern, Unstructured
 from sparsellm.registry import Registry
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The number of zeros of each linear.
-
-    Attributes:
-        zeros: by the name of the linear.
-        report: JSON values for the user that explain the choice.
-    """
+    """The number of zeros of each linear by its name, and JSON values that explain the choice to the user."""
 
     zeros: dict[str, int]
     report: dict[str, Any] = field(default_factory=dict)
 
-    def patterns(self, survey: Survey) -> dict[str, Pattern]:
-        """The pattern of each linear of the survey, with exactly that number of zeros."""
-        return {linear.name: pattern_of(self.zeros[linear.name], linear.weights) for linear in survey.linears}
+    @classmethod
+    def of(
+        cls, linears: Sequence[LinearSize], zeros: Sequence[int], report: dict[str, Any] | None = None
+    ) -> Allocation:
+        return cls({linear.name: count for linear, count in zip(linears, zeros, strict=True)}, report or {})
 
 
 Allocator = Callable[..., Allocation]
@@ -38,32 +34,20 @@ ALLOCATIONS: Registry[Allocator] = Registry("allocation")
 def in_groups(allocation: Allocation, linears: Sequence[LinearSize], m: int, total: int) -> Allocation:
     """The allocation of N:M nearest to one of single weights, with ``total`` zeros or the nearest number possible."""
     zeros = round_to_groups([allocation.zeros[x.name] for x in linears], [x.weights for x in linears], m, total)
-    return replace(allocation, zeros=dict(zip((linear.name for linear in linears), zeros, strict=True)))
-
-
-def pattern_of(zeros: int, weights: int, m: int | None = None) -> Pattern:
-    """The pattern with exactly ``zeros`` zeros, N:m if there is an m.
-
-    Without one it is a fraction, and the rounding of the quotient is far less than one zero.
-    """
-    if m is not None:
-        return NM(m - zeros * m // weights, m)
-    largest = 1 - 2.0**-53  # a pattern's sparsity must be below 1, even if it rounds to every weight
-    return Unstructured(min(zeros / weights, largest))
+    return Allocation.of(linears, zeros, allocation.report)
 
 
 def from_sparsities(
     survey: Survey, sparsities: Mapping[str, float], report: dict[str, Any] | None = None
 ) -> Allocation:
-    """The allocation nearest to wanted sparsities, with the exact total.
+    """The allocation nearest to these sparsities, with the exact total.
 
     One number is added to all sparsities, so that the mean over the weights is right; they are clipped to [0, 0.99].
     """
     weights = [linear.weights for linear in survey.linears]
     limits = bounds(weights, survey.sparsity)
-    wanted = [sparsities[linear.name] for linear in survey.linears]
-    zeros = round_exactly(shift_to_total(weights, wanted, survey.zeros, limits), survey.zeros, limits)
-    return Allocation(dict(zip((linear.name for linear in survey.linears), zeros, strict=True)), report or {})
+    shifted = shift_to_total(weights, [sparsities[linear.name] for linear in survey.linears], survey.zeros, limits)
+    return Allocation.of(survey.linears, round_exactly(shifted, survey.zeros, limits), report)
 
 
 def from_block_importance(
@@ -74,11 +58,6 @@ def from_block_importance(
 
     With ``d_l = 2 reach (I_l − min I) / (max I − min I)``, block l keeps the fraction ``1 − S + d_l − mean(d)``. So
     sparsity falls linearly with importance, and the most and least important block are ``2 reach`` apart.
-
-    Args:
-        survey: the linears.
-        importance: of each block.
-        reach: half the difference in sparsity between the sparsest and the densest block.
     """
     least, most = min(importance.values()), max(importance.values())
     unit = 2 * reach / (most - least) if most > least else 0.0

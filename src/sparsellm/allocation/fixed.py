@@ -1,10 +1,10 @@
-"""Sparsities that the recipe fixes for some linears; the other linears get the rest of the zeros."""
+"""Zeros that the recipe fixes for some linears; the other linears get the rest."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sparsellm.allocation.allocator import Allocation
 from sparsellm.allocation.exact import LARGEST, bounds, round_exactly
@@ -16,14 +16,8 @@ _DIGITS = 10**6  # bounds of the possible sparsity are shown with six digits, ro
 
 @dataclass(frozen=True)
 class Division:
-    """The zeros of a model, divided into fixed ones and those of free linears.
-
-    Attributes:
-        fixed: zeros of the linears whose sparsity the recipe fixes, by name.
-        free: the other linears.
-        zeros: of all free linears together.
-        sparsity: over the free linears.
-    """
+    """The zeros of a model: ``fixed`` ones by the name of the linear, and ``zeros`` in the ``free`` linears together,
+    which then have ``sparsity``."""
 
     fixed: dict[str, int]
     free: list[LinearSize]
@@ -39,11 +33,10 @@ class Division:
         """
         if chosen is not None and not self.fixed:
             return chosen
-        weights = [linear.weights for linear in self.free]
-        wanted = [chosen.zeros[x.name] if chosen else self.sparsity * x.weights for x in self.free]
-        zeros = round_exactly(wanted, self.zeros, bounds(weights, self.sparsity)) if self.free else []
-        free = dict(zip((linear.name for linear in self.free), zeros, strict=True))
-        return replace(chosen or Allocation({}), zeros={**self.fixed, **free})
+        goals = [chosen.zeros[x.name] if chosen else self.sparsity * x.weights for x in self.free]
+        limits = bounds([x.weights for x in self.free], self.sparsity)
+        free = Allocation.of(self.free, round_exactly(goals, self.zeros, limits))
+        return Allocation({**self.fixed, **free.zeros}, chosen.report if chosen else {})
 
 
 def divide(linears: Sequence[LinearSize], sparsity: float) -> Division:
@@ -51,20 +44,16 @@ def divide(linears: Sequence[LinearSize], sparsity: float) -> Division:
 
     If every linear is fixed, their sum may differ from the total by the rounding of each.
 
-    Args:
-        linears: the linears to prune.
-        sparsity: over all of them.
-
     Raises:
         RecipeError: the free linears cannot make up for the fixed ones; the message names the possible sparsities.
     """
-    fixed = {x.name: round(x.fixed * x.weights) for x in linears if x.fixed is not None}
+    fixed = {x.name: x.fixed for x in linears if x.fixed is not None}
     free = [x for x in linears if x.fixed is None]
-    if not fixed:
-        return Division({}, free, round(sparsity * sum(x.weights for x in free)), sparsity)
     weights, weights_free = sum(x.weights for x in linears), sum(x.weights for x in free)
     given = sum(fixed.values())
     zeros = round(sparsity * weights) - given
+    if not fixed:
+        return Division({}, free, zeros, sparsity)
     if free and 0 <= zeros <= LARGEST * weights_free:
         return Division(fixed, free, zeros, zeros / weights_free)
     if not free and abs(zeros) <= len(linears):

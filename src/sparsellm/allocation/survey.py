@@ -19,13 +19,14 @@ from sparsellm.sweep.saliency import LossGradients
 class LinearSize:
     """A linear to prune: its name, its block's number, and its shape ``(out, in)``.
 
-    ``fixed`` is its sparsity if the recipe's ``sparsity_of`` sets it, else None. An allocation sees no such linear.
+    ``fixed`` is its number of zeros if the recipe's ``sparsity_of`` sets it, else None. An allocation sees no such
+    linear.
     """
 
     name: str
     block: int
     shape: tuple[int, int]
-    fixed: float | None = None
+    fixed: int | None = None
 
     @property
     def weights(self) -> int:
@@ -39,16 +40,20 @@ class Survey:
         feed: the dense model and the calibration windows.
         linears: the linears to prune, in the order of the chain.
         sparsity: fraction of zeros over all of them.
+        zeros: their number of zeros together.
         gradients: of the loss, for an allocation that declares ``gradient_tokens``; else None.
     """
 
     def __init__(
-        self, feed: Feed, linears: Sequence[LinearSize], sparsity: float, gradients: LossGradients | None = None
+        self,
+        feed: Feed,
+        linears: Sequence[LinearSize],
+        sparsity: float,
+        zeros: int,
+        gradients: LossGradients | None = None,
     ) -> None:
-        self.feed = feed
-        self.chain = feed.chain
-        self.linears = tuple(linears)
-        self.sparsity = sparsity
+        self.feed, self.chain = feed, feed.chain
+        self.linears, self.sparsity, self.zeros = tuple(linears), sparsity, zeros
         self._gradients = gradients
 
     @property
@@ -59,16 +64,6 @@ class Survey:
                 "the allocation uses survey.gradients and declares no gradient_tokens; add needs=... to it"
             )
         return self._gradients
-
-    @property
-    def weights(self) -> int:
-        """The number of weights in all linears."""
-        return sum(linear.weights for linear in self.linears)
-
-    @property
-    def zeros(self) -> int:
-        """The number of zeros in all linears together: ``round(sparsity · weights)``."""
-        return round(self.sparsity * self.weights)
 
     @cached_property
     def names(self) -> frozenset[str]:

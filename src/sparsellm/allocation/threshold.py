@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -23,65 +24,43 @@ def _needs(options: dict[str, Any]) -> Needs:
 
 
 @ALLOCATIONS.register(
-    "threshold",
-    paper="optimal brain damage (LeCun et al. 1990) with the empirical Fisher",
-    needs=_needs,
+    "threshold", paper="optimal brain damage (LeCun et al. 1990) with the empirical Fisher", needs=_needs
 )
 def threshold(
     survey: Survey,
     *,
-    level: Annotated[Literal["block", "linear"], "whether each block or each linear has its own sparsity"] = "linear",
     span: Annotated[float, Field(ge=0, le=1), "how far a linear's sparsity may be from the target"] = 0.15,
     tokens: Annotated[int, Field(ge=1), "calibration tokens for the gradients, in four windows or more"] = TOKENS,
 ) -> Allocation:
     """Zeros of each linear: its weights whose saliency ½ w² E[g² x²] is below one threshold for the whole model.
 
-    See :class:`~sparsellm.sweep.saliency.SaliencyHistograms`. With ``level=block`` the weights are counted for each
-    block, and its linears share one sparsity. A linear that no token reached has the target sparsity, and so has one
-    whose weight the model uses in several places, because the sweep covers only one of them.
+    See :class:`~sparsellm.sweep.saliency.SaliencyHistograms`. A linear that no token reached has the target sparsity,
+    and so has one whose weight the model uses in several places, because the sweep covers only one of them.
     """
     counts = {name: one for name, one in survey.gradients.saliency.items() if name not in survey.shared}
     report = {"tokens": survey.gradients.tokens, "kept_target": sorted(survey.names - counts.keys())}
-    return replace(from_histograms(survey, counts, level=level, span=span), report=report)
+    return replace(from_histograms(survey, counts, span=span), report=report)
 
 
-def from_histograms(
-    survey: Survey, counts: dict[str, Tensor], *, level: Literal["block", "linear"], span: float
-) -> Allocation:
-    """As :func:`threshold`, from the histograms ``counts``, int64 ``(BINS,)``, of the linears that have one.
+def from_histograms(survey: Survey, counts: Mapping[str, Tensor], *, span: float) -> Allocation:
+    """The allocation of :func:`threshold` from the histograms ``counts``, int64 ``(BINS,)``, of linears that have one.
 
     In the bin that contains the threshold, all linears lose the same share of the weights in that bin.
     """
-    linears = survey.linears
-    weights = [linear.weights for linear in linears]
+    weights = [linear.weights for linear in survey.linears]
     fewest, most = bounds(weights, survey.sparsity, span)
-    for i, linear in enumerate(linears):
-        if linear.name not in counts:
+    below = torch.zeros(len(weights), BINS + 1, dtype=torch.float64)  # (linears, edges): weights below each bin's edge
+    for i, linear in enumerate(survey.linears):
+        if linear.name in counts:
+            below[i, 1:] = counts[linear.name].cumsum(0)
+        else:
             fewest[i], most[i] = math.floor(survey.sparsity * weights[i]), math.ceil(survey.sparsity * weights[i])
-    groups: dict[object, list[int]] = {}  # indices of the linears that share one sparsity
-    for i, linear in enumerate(linears):
-        alone = level == "linear" or linear.name not in counts
-        groups.setdefault(linear.name if alone else linear.block, []).append(i)
-    members = list(groups.values())
-    low = torch.tensor([sum(fewest[i] for i in group) for group in members], dtype=torch.float64)
-    high = torch.tensor([sum(most[i] for i in group) for group in members], dtype=torch.float64)
-    below = torch.zeros(len(members), BINS + 1, dtype=torch.float64)  # weights below each edge of the bins
-    for row, group in enumerate(members):
-        for i in group:
-            if linears[i].name in counts:
-                below[row, 1:] += counts[linears[i].name].cumsum(0)
-    given = below.clamp(low[:, None], high[:, None])  # (groups, edges): zeros with the threshold at each edge
-    edge = int(torch.searchsorted(given.sum(0), float(survey.zeros)))
+    low, high = (torch.tensor(limits, dtype=torch.float64)[:, None] for limits in (fewest, most))
+    zeros = below.clamp(low, high)  # with the threshold at each edge
+    edge = int(torch.searchsorted(zeros.sum(0), float(survey.zeros)))
     if edge == 0 or edge > BINS:  # all at their fewest, or all at their most
-        chosen = given[:, min(edge, BINS)]
+        chosen = zeros[:, min(edge, BINS)]
     else:
-        before, after = given[:, edge - 1], given[:, edge]
-        step = (after - before).sum()
-        chosen = before + (after - before) * ((survey.zeros - before.sum()) / step)
-    wanted = [0.0] * len(linears)
-    for group, zeros in zip(members, chosen.tolist(), strict=True):
-        size = sum(weights[i] for i in group)
-        for i in group:
-            wanted[i] = zeros * weights[i] / size
-    rounded = round_exactly(wanted, survey.zeros, (fewest, most))
-    return Allocation(dict(zip((linear.name for linear in linears), rounded, strict=True)))
+        before, after = zeros[:, edge - 1], zeros[:, edge]
+        chosen = before + (after - before) * ((survey.zeros - before.sum()) / (after - before).sum())
+    return Allocation.of(survey.linears, round_exactly(chosen.tolist(), survey.zeros, (fewest, most)))

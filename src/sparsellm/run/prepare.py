@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
-from sparsellm.allocation.allocator import pattern_of
 from sparsellm.allocation.fixed import divide
 from sparsellm.calibration import Author, Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain, open_chain
@@ -345,14 +344,13 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
             the sparsity.
         ModelError: a large part of a block is not in linears, and the recipe does not accept that it stays dense.
     """
-    pattern = recipe.weight_pattern()
     patterns: dict[str, Pattern] = {}
     sizes = sizes_of(chain, recipe)
     if allocation is None and any(linear.fixed is not None for linear in sizes):
         allocation = divide(sizes, recipe.sparsity).allocation()
     for linear in sizes:
         zeros = allocation.zeros[linear.name] if allocation is not None else None
-        patterns[linear.name] = pattern if zeros is None else pattern_of(zeros, linear.weights, recipe.chosen_of)
+        patterns[linear.name] = recipe.pattern_of(linear.weights, zeros)
         patterns[linear.name].validate(linear.shape, f"{linear.name}.weight")
     if not patterns:
         named = [f"{field} {value}" for field in ("only", "exclude") if (value := getattr(recipe, field))]
@@ -365,10 +363,12 @@ def plan(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> 
 
 def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
     """The linears to prune, in the order of the chain."""
-    return [
-        LinearSize(linear.name, index, (linear.out_features, linear.in_features), _fixed(linear.weight_name, recipe))
-        for index, linear in _pruned(chain, recipe)
-    ]
+    sizes = []
+    for index, linear in _pruned(chain, recipe):
+        shape, sparsity = (linear.out_features, linear.in_features), _fixed(linear.weight_name, recipe)
+        fixed = None if sparsity is None else round(sparsity * math.prod(shape))
+        sizes.append(LinearSize(linear.name, index, shape, fixed))
+    return sizes
 
 
 def _pruned(chain: Chain, recipe: Recipe) -> Iterator[tuple[int, LinearView]]:

@@ -378,7 +378,7 @@ class Run:
         if not parts.free:
             return parts.allocation()
         feed = replace(self.feed, windows=self.windows, blocks=self.start)
-        survey = Survey(feed, parts.free, parts.sparsity, gradients)
+        survey = Survey(feed, parts.free, parts.sparsity, parts.zeros, gradients)
         found = parts.allocation(self.choice.allocator.function(survey, **self.choice.allocation_options))
         m = self.recipe.chosen_of
         return found if m is None else in_groups(found, parts.free, m, parts.zeros)

@@ -33,7 +33,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsellm.patterns import Pattern, Scope
+from sparsellm.patterns import Pattern
 from sparsellm.registry import Workspace
 from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
 from sparsellm.solvers.support import refine_on_support
@@ -51,14 +51,13 @@ CLEARLY_BETTER = 0.9  # the first mask is refitted in full only if the last one'
     workspace=Workspace(weights=12, grams=3, remembered=4, products=27, narrow=True),
     distributed=True,
 )
-def admm(  # noqa: PLR0913 - options
+def admm(
     weight: Tensor,
     gram: Gram,
     pattern: Pattern,
     *,
     iterations: Annotated[int, Field(ge=0), "alternations of weights and mask; 0 keeps the mask of the start"] = 16,
     refine_iterations: Annotated[int, Field(ge=0), "conjugate-gradient steps on the weights that are kept"] = 4,
-    scope: Annotated[Scope, "weights compete in the whole matrix, or in each row (output)"] = "matrix",
     damping: Annotated[float, Field(ge=0), "ridge towards the dense weight, in mean curvatures"] = 0.05,
     rho_start: Annotated[float, Field(gt=0), "first penalty between weights and mask; the mean curvature is 1"] = 0.2,
     rho_stop: Annotated[float, Field(gt=0), "last penalty between weights and mask"] = 0.8,
@@ -67,7 +66,7 @@ def admm(  # noqa: PLR0913 - options
     check(weight, gram, pattern)
     metric, scale = gram.remember(("admm", damping), lambda: _metric(gram, damping))
     dense = weight * scale.masked_fill(gram.dead, 0.0)  # (out, in): W₀, from here on in the units of the metric
-    kept = pattern.mask(dense.abs(), scope)
+    kept = pattern.mask(dense.abs())
     first = refine_on_support(dense, metric, kept, dense, ROUGH_ITERATIONS if iterations else refine_iterations)
     if not iterations:
         return solution(weight, first.weight / scale, kept, gram)
@@ -84,7 +83,7 @@ def admm(  # noqa: PLR0913 - options
         multiplier = (state - sparse).mul_(last_rho / rho)  # V, in units of the present ρ
         pull = sparse.sub_(multiplier).sub_(dense).mul_(inverse.damping * metric.mean_diagonal)  # ρ(D − V − W₀)
         state = torch.addmm(multiplier.add_(dense), pull, inverse.matrix)  # in bf16 where the run multiplies in it
-        kept = pattern.mask(state.abs(), scope)
+        kept = pattern.mask(state.abs())
         last_rho = rho
         del sparse, multiplier, pull, inverse  # the fit that follows takes the most memory
 
