@@ -47,8 +47,8 @@ LAYERS, WIDTH, VOCABULARY, POSITIONS = 2, 64, 300, 128
 LARGEST = 20_000_000  # parameters
 RUNS: dict[str, dict[str, Any]] = {
     "sparsegpt 50 %": {"method": "sparsegpt", "sparsity": 0.5},
-    "sparsellm 60 %, effort 0": {"method": "sparsellm", "sparsity": 0.6, "options": {"effort": 0}},
-    "sparsellm 60 %, effort 1": {"method": "sparsellm", "sparsity": 0.6, "options": {"effort": 1}},
+    "sparsellm 60 %, effort 0": {"method": "sparsellm", "sparsity": 0.6, "effort": 0},
+    "sparsellm 60 %, effort 1": {"method": "sparsellm", "sparsity": 0.6, "effort": 1},
     "wanda 2:4": {"method": "wanda", "pattern": "2:4"},
     "sparsity 0": {"method": "magnitude", "sparsity": 0.0},
 }

@@ -227,8 +227,8 @@ def prune(arguments: argparse.Namespace) -> None:
         width, inner, heads = BLOCKS[name]
         model = llama(1, hidden_size=width, intermediate_size=inner, num_key_value_heads=heads)
         ids = torch.randint(32000, (arguments.samples, 1024), generator=torch.Generator().manual_seed(0))
-        options = {"effort": 0} if method == "sparsellm" else {}
-        recipe = Recipe(method=method, options=options, device=arguments.device, dtype="bfloat16")
+        effort = 0 if method == "sparsellm" else None
+        recipe = Recipe(method=method, effort=effort, device=arguments.device, dtype="bfloat16")
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(Path(folder) / "dense")
             if arguments.device == "cuda":

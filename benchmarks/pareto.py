@@ -71,7 +71,7 @@ class Tried:
 def tried(arguments: argparse.Namespace) -> list[Tried]:
     local = [Tried(name, LOCAL, name, name) for name in arguments.methods if name != PAPER]
     efforts = [
-        Tried(f"sparsellm, effort {n}", BY_EFFORT, f"effort {n}", "sparsellm", (f"options.effort={n}",))
+        Tried(f"sparsellm, effort {n}", BY_EFFORT, f"effort {n}", "sparsellm", (f"effort={n}",))
         for n in arguments.efforts
     ]
     peers = [Tried(f"{PEER}: {name}", PEER, name, name) for name in PEERS]

@@ -32,7 +32,7 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "sparsellm")
 ONLY = {"magnitude": ("0.5", "0.7", "2:4"), "wanda": ("0.5", "0.7", "2:4")}
 # What each part buys: a name, the method, and the settings of the run. Parts that stay off by default are rows as well.
 ALIKE = "options.output_metric=0"  # a linear's outputs compete for weights as if errors of all cost the same
-UNIFORM = ("options.effort=0", "allocation=uniform", ALIKE)
+UNIFORM = ("effort=0", "allocation=uniform", ALIKE)
 ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("sparsegpt", "sparsegpt", ()),
     ("admm", "admm", ()),
@@ -41,19 +41,19 @@ ABLATION: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("refit of the writers", "sparsellm", UNIFORM),
     ("refit, with sparsegpt inside", "sparsellm", (*UNIFORM, "options.solver=sparsegpt")),
     *((f"refit, outputs compete by E[g²]{power}", "sparsellm",
-       ("options.effort=0", "allocation=uniform", f"options.output_metric={metric}"))
+       ("effort=0", "allocation=uniform", f"options.output_metric={metric}"))
       for power, metric in (("^½", 0.5), ("", 1.0))),
     *((f"refit, variables, {n} iterations", "sparsellm", (*UNIFORM, f"options.iterations={n}")) for n in (1, 2, 4, 8)),
-    *((f"refit, allocation {name}", "sparsellm", ("options.effort=0", f"allocation={name}", ALIKE))
+    *((f"refit, allocation {name}", "sparsellm", ("effort=0", f"allocation={name}", ALIKE))
       for name in ("atp", "owl", "dlp", "threshold")),
-    ("effort 0: threshold, and outputs compete by E[g²]^½", "sparsellm", ("options.effort=0",)),
-    ("the same, without the refit", "sparsellm", ("options.effort=0", "options.refit=false")),
-    ("the same, with sparsegpt inside", "sparsellm", ("options.effort=0", "options.solver=sparsegpt")),
-    ("effort 1, uniform, outputs alike", "sparsellm", ("options.effort=1", "allocation=uniform", ALIKE)),
-    ("effort 1: one sweep", "sparsellm", ("options.effort=1",)),
-    ("effort 2: three sweeps", "sparsellm", ("options.effort=2",)),
-    ("effort 3: eight sweeps", "sparsellm", ("options.effort=3",)),
-    ("effort 1 with sparsegpt inside", "sparsellm", ("options.effort=1", "options.solver=sparsegpt")),
+    ("effort 0: threshold, and outputs compete by E[g²]^½", "sparsellm", ("effort=0",)),
+    ("the same, without the refit", "sparsellm", ("effort=0", "options.refit=false")),
+    ("the same, with sparsegpt inside", "sparsellm", ("effort=0", "options.solver=sparsegpt")),
+    ("effort 1, uniform, outputs alike", "sparsellm", ("effort=1", "allocation=uniform", ALIKE)),
+    ("effort 1: one sweep", "sparsellm", ("effort=1",)),
+    ("effort 2: three sweeps", "sparsellm", ("effort=2",)),
+    ("effort 3: eight sweeps", "sparsellm", ("effort=3",)),
+    ("effort 1 with sparsegpt inside", "sparsellm", ("effort=1", "options.solver=sparsegpt")),
     ("sparsellm-paper: the authors' released code", "sparsellm-paper", ()),
     ("sparsellm-paper, safeguard", "sparsellm-paper", ("options.safeguard=true",)),
     ("sparsellm-paper, an older state of the code", "sparsellm-paper",
@@ -217,7 +217,7 @@ def main() -> None:
             for method in arguments.methods:
                 if target in ONLY.get(method, arguments.targets):
                     chosen = arguments.effort is not None and method == "sparsellm"
-                    settings = (f"options.effort={arguments.effort}",) if chosen else ()
+                    settings = (f"effort={arguments.effort}",) if chosen else ()
                     key = cell_key(arguments, method, target, seed, settings)
                     table[method, target, seed] = cells.get(
                         key, lambda m=method, t=target, s=seed, x=settings: run_cell(arguments, m, t, s, x)

@@ -135,7 +135,7 @@ def test_perplexity_against_time_is_listed_and_drawn_and_a_failure_is_named(
         f"code/{conditions}/dense": {"perplexity": 10, "tokens_scored": 60},
         f"code/{conditions}/magnitude/0.7/0": cell(4000, 50),
         f"code/{conditions}/sparsegpt/0.7/0": cell(40, 100),
-        f"code/{conditions}/sparsellm/options.effort=0/0.7/0": cell(20, 200),
+        f"code/{conditions}/sparsellm/effort=0/0.7/0": cell(20, 200),
         f"code/{conditions}/sparsellm-paper/0.7/0": {"failed": "error: diverged in block 11"},
         f"{conditions}/llmcompressor/sparsegpt/0.7/0": cell(50, 150),  # of every version of sparsellm
         f"{conditions}/llmcompressor/wanda/0.7/0": cell(30, 150),

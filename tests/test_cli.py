@@ -106,7 +106,7 @@ def test_effort_sweeps_the_default_method(llama: Path, tmp_path: Path, run: Any)
     assert passes == {0: [], 1: [0, 1], 2: [0, 1, 2, 3]}
     code, _, stderr = run("prune", llama, "--out", tmp_path / "x", *SMALL, "--method", "wanda", "--effort", 1)
     assert code == 2
-    assert "wanda has no option 'effort'; it has no options at all; leave it out" in stderr
+    assert "method wanda has no sweep, so no effort; leave it out" in stderr
 
 
 def test_methods_lists_options_and_papers(run: Any) -> None:

@@ -15,7 +15,7 @@ from sparsellm.evaluation import streamed
 from sparsellm.run import run as running
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
-SETTINGS = {"samples": 4, "seq_len": 32, "options": {"effort": 0}}
+SETTINGS = {"samples": 4, "seq_len": 32, "effort": 0}
 PROTOCOL = Protocol("pydoc", 32, 256)
 
 
@@ -57,8 +57,6 @@ def test_every_cell_is_what_a_run_by_itself_gives(model: Path, finished: GridRes
     for cell in finished.cells:
         recipe = {**SETTINGS, "method": cell.method}
         recipe.update({"pattern": cell.target} if ":" in cell.target else {"sparsity": float(cell.target)})
-        if cell.method == "magnitude":
-            recipe["options"] = {}
         sparsellm.prune(model, recipe, out=tmp_path / cell.name)
         for shard in (tmp_path / cell.name).glob("*.safetensors"):
             assert shard.read_bytes() == (finished.out / cell.name / shard.name).read_bytes(), cell.name
@@ -177,7 +175,7 @@ def test_the_recommendation_is_the_smallest_that_recovers_enough_or_the_best_tha
         ("--sparsity 0.5,x", "give fractions with commas"),
         ("--sparsity 0.5,0.5", "asked for twice"),
         ("--sparsity 0.5 --method wandaa", "wanda"),
-        ("--sparsity 0.5 --method wanda --set options.effort=1", "known to none"),
+        ("--sparsity 0.5 --method wanda --set effort=1", "known to none"),
         ("--sparsity 0.5 --recover 1.5", "--recover is 1.5"),
         ("--sparsity 0.5 --log excel", "trackio or wandb"),
         ("--sparsity 1.5", "sparsity"),

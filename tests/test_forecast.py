@@ -157,7 +157,7 @@ def test_text_that_the_model_writes_is_predicted_with_that_of_later_sweeps(tmp_p
     expected = []
     for source, passes in (("self", 1), ("self", 3), ("pydoc", 3)):
         plans: list[Progress] = []
-        recipe = Recipe(sparsity=0.5, samples=2, seq_len=8, calibration=source, options={"passes": passes})
+        recipe = Recipe(sparsity=0.5, samples=2, seq_len=8, calibration=source, passes=passes)
         out = tmp_path / f"{source}{passes}"
         sparsellm.prune(model, recipe, out=out, progress=lambda event: plans.append(event) if event.costs else None)  # noqa: B023
         expected.append(plans[0].costs["calibration"])
@@ -176,7 +176,7 @@ def test_the_phase_of_the_sweep_begins_before_its_first_pass(monkeypatch: pytest
         return real(task)
 
     monkeypatch.setattr(running, "sweep", begun)
-    recipe = Recipe(samples=4, seq_len=16, options={"effort": 1})
+    recipe = Recipe(samples=4, seq_len=16, effort=1)
     sparsellm.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer(), progress=events.append)
     assert phases == ["sweep"]
 
@@ -211,8 +211,7 @@ def test_the_passes_of_the_walk_are_as_predicted(
     monkeypatch.setattr(running, "walk", walk_alone)
     if not kept:
         monkeypatch.setattr(Stream, "keep", lambda stream, shortcut: None)
-    options = {} if effort is None else {"effort": effort}
-    recipe = Recipe(method=method, allocation="uniform", sparsity=0.5, products="float32", options=options)
+    recipe = Recipe(method=method, allocation="uniform", sparsity=0.5, products="float32", effort=effort)
     with pytest.raises(ZeroDivisionError):
         sparsellm.prune(model, recipe, calibration=ids)
     passes = sum(products) / (sum(weight.numel() for weight in weights.values()) * ids.numel())

@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
     "sparsegpt": (tiny_llama, {"method": "sparsegpt", "pattern": "2:4"}),
     "admm": (tiny_llama, {"method": "admm", "options": {"iterations": 8}}),
     "allocated": (tiny_llama, {"method": "wanda", "allocation": "threshold"}),
-    "sparsellm": (tiny_llama, {"method": "sparsellm", "options": {"passes": 0}}),
+    "sparsellm": (tiny_llama, {"method": "sparsellm", "passes": 0}),
 }
 
 
@@ -97,7 +97,7 @@ def test_a_sweep_on_the_device_lowers_the_divergence() -> None:
     histories = []
     for device in (DEVICE, "cpu"):
         model = tiny_llama().to(device)  # type: ignore[arg-type]  # of torch's decorated method
-        recipe = Recipe(method="sparsellm", options={"solver": "wanda", "passes": 3}, sparsity=0.6)
+        recipe = Recipe(method="sparsellm", passes=3, options={"solver": "wanda"}, sparsity=0.6)
         result = sparsellm.prune(model, recipe, calibration=windows())
         histories.append([each.held_out for each in result.sweeps])
     found, wanted = histories

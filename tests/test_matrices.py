@@ -201,7 +201,7 @@ def test_zeros_that_stayed_dense_matrices_have_are_counted_after_a_sweep(tmp_pat
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[:, :8] = 0
     source = save_tiny(model, None, tmp_path / "model")
-    recipe = Recipe(sparsity=0.6, exclude=["*.down_proj"], options={"effort": 1})
+    recipe = Recipe(sparsity=0.6, exclude=["*.down_proj"], effort=1)
     result = sparsellm.prune(source, recipe, calibration=IDS, out=tmp_path / "out")
     assert [matrix.zeros for matrix in result.dense] == [0, 32 * 8, 0]
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -460,7 +460,7 @@ CPMANT = {
     "settings",
     [
         {},
-        {"allocation": "uniform", "options": {"effort": 0, "output_metric": 0.0}},
+        {"allocation": "uniform", "effort": 0, "options": {"output_metric": 0.0}},
         {"method": "sparsellm-paper"},
         {"method": "sparsegpt", "allocation": "threshold"},
     ],
@@ -500,7 +500,7 @@ def test_a_router_that_returns_more_than_its_outputs_is_no_linear(model_type: st
     model = built(model_type, **settings)
     before = {name: value.clone() for name, value in model.state_dict().items() if "router" in name}
     assert before
-    recipe = Recipe(sparsity=0.5, exclude=["*.experts.*"], options={"effort": 0})
+    recipe = Recipe(sparsity=0.5, exclude=["*.experts.*"], effort=0)
     result = sparsellm.prune(model, recipe, calibration=IDS)
     assert not [linear.name for linear in result.linears if "router" in linear.name]
     assert [matrix.reason for matrix in result.dense if "router" in matrix.name] == ["gate"] * 2

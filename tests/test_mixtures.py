@@ -154,9 +154,11 @@ def test_the_last_linear_of_an_expert_is_refitted() -> None:
         model = mixtral()
         x, _, _ = by_hand(model, 0)
         dense = [inner(model, n, x) @ model.model.layers[0].mlp.experts.down_proj[n].T for n in range(4)]
-        options = {"effort": 0, "output_metric": 0.0, "norm_weighting": 0.0, "refit": refit, "refit_damping": 0.001}
+        options = {"output_metric": 0.0, "norm_weighting": 0.0, "refit": refit, "refit_damping": 0.001}
         exclude = ["*.self_attn.*"]  # the inputs of the mixture stay the same
-        recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, options=options, exclude=exclude, allocation="uniform")
+        recipe = Recipe(
+            samples=6, seq_len=24, sparsity=0.6, effort=0, options=options, exclude=exclude, allocation="uniform"
+        )
         sparsellm.prune(model, recipe, calibration=IDS)
         errors[refit] = 0.0
         for number in range(4):
@@ -167,8 +169,8 @@ def test_the_last_linear_of_an_expert_is_refitted() -> None:
 
 
 def test_the_auxiliary_variables_work_per_expert() -> None:
-    options = {"effort": 0, "iterations": 2}
-    recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, options=options, allocation="uniform")
+    options = {"iterations": 2}
+    recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, effort=0, options=options, allocation="uniform")
     result = sparsellm.prune(mixtral(), recipe, calibration=IDS)
     histories = {linear.name: linear.history for linear in result.linears if "down_proj" in linear.name}
     assert len(histories) == 8
@@ -290,7 +292,7 @@ def test_an_indexer_that_chooses_tokens_stays_dense(tmp_path: Path) -> None:
 
 def test_a_swept_mixture_keeps_its_zeros_and_comes_nearer() -> None:
     model = mixtral()
-    recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, options={"effort": 1, "sweep_rate": 0.01})
+    recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, effort=1, sweep_rate=0.01)
     result = sparsellm.prune(model, recipe, calibration=IDS)
     assert result.sweeps[1].held_out < result.sweeps[0].held_out
     zeros = sum(int((p == 0).sum()) for name, p in model.named_parameters() if "experts" in name)

@@ -229,8 +229,8 @@ def test_exchanges_see_rows_and_never_keep_less(monkeypatch: pytest.MonkeyPatch)
 def test_the_order_lowers_the_error(make: Callable[..., PreTrainedModel]) -> None:
     def error(permute: bool) -> float:
         model = make()
-        options: dict[str, Any] = {"effort": 0, "refit": False, "permute": permute}
-        result = sparsellm.prune(model, Recipe(pattern="2:4", options=options), calibration=windows(24, 48))
+        options: dict[str, Any] = {"refit": False, "permute": permute}
+        result = sparsellm.prune(model, Recipe(pattern="2:4", effort=0, options=options), calibration=windows(24, 48))
         names = ("o_proj", "out_proj", "c_proj", "fc2", "down_proj")
         return sum(each.error for each in result.linears if each.name.endswith(names))
 
@@ -240,7 +240,7 @@ def test_the_order_lowers_the_error(make: Callable[..., PreTrainedModel]) -> Non
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_run_that_was_killed_ends_in_the_same_bytes(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "model")
-    recipe = {"pattern": "2:4", "options": {"effort": 0}, "samples": 4, "seq_len": 32, "dtype": "float32"}
+    recipe = {"pattern": "2:4", "effort": 0, "samples": 4, "seq_len": 32, "dtype": "float32"}
     steps = victim.count_steps(source, tmp_path / "whole", recipe)
     out = tmp_path / "cut"
     assert victim.run(source, out, recipe, ("write", steps["write"] // 2)) == -signal.SIGKILL

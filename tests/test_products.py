@@ -91,7 +91,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, out: Path, products: str) -> bytes:
-    recipe = {"sparsity": 0.5, "samples": 4, "seq_len": 16, "products": products, "options": {"effort": 1}}
+    recipe = {"sparsity": 0.5, "samples": 4, "seq_len": 16, "products": products, "effort": 1}
     sparsellm.prune(model, {**recipe, "calibration": "pydoc"}, out=out)
     return b"".join(file.read_bytes() for file in sorted(out.glob("*.safetensors")))
 

@@ -23,7 +23,9 @@ def entry() -> Entry[Any]:
         if options["low"] > options["high"]:
             raise RecipeError(f"low {options['low']} is above high {options['high']}")
 
-    @registry.register("mine", paper="none", validate=validate, needs=lambda options: Needs(passes=options["low"]))
+    @registry.register(
+        "mine", paper="none", validate=validate, needs=lambda options: Needs(gradient_tokens=options["low"])
+    )
     def mine(
         weight: object, *, low: Annotated[int, Field(ge=0), "the least"] = 1, high: float = 3.0, name: str | None = None
     ) -> None:
@@ -37,7 +39,7 @@ def test_options_are_filled_and_coerced() -> None:
     filled = entry().check({"high": "2.5", "low": "2"})
     assert filled == {"low": 2, "high": 2.5, "name": None}
     assert list(filled) == ["low", "high", "name"]  # of the signature, not of the recipe
-    assert entry().needs_of(filled).passes == 2
+    assert entry().needs_of(filled).gradient_tokens == 2
 
 
 @pytest.mark.parametrize(

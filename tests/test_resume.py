@@ -89,8 +89,7 @@ def test_killed_once(kind: str, source: Path, whole: tuple[dict[str, Any], dict[
         assert contents(out) == expected, (kind, number)
 
 
-SWEEPING = {"effort": 0, "passes": 1, "sweep_rate": 0.0007}
-SWEPT: dict[str, Any] = {**RECIPE, "method": "sparsellm", "dtype": "float32", "options": SWEEPING}
+SWEPT: dict[str, Any] = {**RECIPE, "method": "sparsellm", "dtype": "float32", "passes": 1, "sweep_rate": 0.0007}
 
 
 def test_killed_in_the_sweep(source: Path, tmp_path: Path) -> None:
@@ -112,7 +111,7 @@ def test_killed_in_the_sweep(source: Path, tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.glob(f"{out.name}*")) == [out.name]
 
 
-SWEPT_THRICE: dict[str, Any] = {**SWEPT, "options": {**SWEEPING, "passes": 3}}
+SWEPT_THRICE: dict[str, Any] = {**SWEPT, "passes": 3}
 
 
 def test_killed_in_a_sweep_it_goes_on_after_the_last_pass(source: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_an_allocation_that_misses_the_total_is_corrected(monkeypatch: pytest.Mo
 
 def test_a_run_that_goes_on_has_the_same_zeros_and_the_order_of_patterns_is_part_of_it(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(sparsity=0.6, sparsity_of=OF, only=["*.mlp", "*.v_proj"], options={"effort": 1})
+    recipe = Recipe(sparsity=0.6, sparsity_of=OF, only=["*.mlp", "*.v_proj"], effort=1)
     whole = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "whole")
 
     def stop(event: Progress) -> None:

@@ -14,7 +14,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.calibration import calibration_windows
 from sparsellm.run import walk
-from sparsellm.run.prepare import Choice
+from sparsellm.run.effort import Effort
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SAMPLES, SEQ_LEN, BLOCKS = 4, 16, 4
@@ -41,7 +41,7 @@ def inputs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 @pytest.mark.parametrize("sets", [1, 2, 3])
 def test_each_block_sees_its_own_set_behind_the_pruned_blocks(sets: int, inputs: list[Tensor], tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(num_hidden_layers=BLOCKS), tiny_tokenizer(), tmp_path / "dense")
-    sparsellm.prune(source, {**FIELDS, "options": {"effort": 0, "sets": sets}}, out=tmp_path / "out")
+    sparsellm.prune(source, {**FIELDS, "effort": 0, "sets": sets}, out=tmp_path / "out")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     windows = calibration_windows("pydoc", tiny_tokenizer(), SAMPLES, SEQ_LEN, 0, fresh=(sets - 1) * SAMPLES)
     assert len({*map(tuple, windows.tolist())}) == sets * SAMPLES
@@ -54,16 +54,16 @@ def test_each_block_sees_its_own_set_behind_the_pruned_blocks(sets: int, inputs:
 def test_given_ids_and_short_texts_are_one_set(inputs: list[Tensor], tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(num_hidden_layers=2), tiny_tokenizer(), tmp_path / "dense")
     windows = calibration_windows("pydoc", tiny_tokenizer(), SAMPLES, SEQ_LEN, 0)
-    recipe = {**FIELDS, "options": {"effort": 0}}
+    recipe = {**FIELDS, "effort": 0}
     sparsellm.prune(source, recipe, calibration=windows, out=tmp_path / "given")
-    sparsellm.prune(source, {**recipe, "options": {"effort": 0, "sets": 1}}, out=tmp_path / "one")
+    sparsellm.prune(source, {**recipe, "effort": 0, "sets": 1}, out=tmp_path / "one")
     given, one = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("given", "one"))
     assert all(torch.equal(value, one[name]) for name, value in given.items())
     assert len(inputs) == 4
     short = "A text that has room for the windows of one set, not two. " * 2
     assert SAMPLES * SEQ_LEN < len(tiny_tokenizer()(short)["input_ids"]) < 2 * SAMPLES * SEQ_LEN
     (tmp_path / "short.txt").write_text(short)
-    recipe = {**recipe, "calibration": str(tmp_path / "short.txt"), "options": {"effort": 0, "sets": 2}}
+    recipe = {**recipe, "calibration": str(tmp_path / "short.txt"), "effort": 0, "sets": 2}
     result = sparsellm.prune(source, recipe, out=tmp_path / "short")
     assert [line for line in result.warnings if "room for 1 of 2 sets" in line]
     first = AutoModelForCausalLM.from_pretrained(source).get_input_embeddings()
@@ -73,11 +73,11 @@ def test_given_ids_and_short_texts_are_one_set(inputs: list[Tensor], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "sets"),
+    ("settings", "sets"),
     [({"effort": 0}, 1), ({}, 2), ({"effort": 2}, 4), ({"effort": 3}, 4), ({"passes": 0}, 1), ({"sets": 3}, 3)],
 )
-def test_more_sweeps_take_more_sets(options: dict[str, Any], sets: int) -> None:
-    assert Choice.of(Recipe(sparsity=0.5, options=options)).needs.sets == sets
+def test_more_sweeps_take_more_sets(settings: dict[str, Any], sets: int) -> None:
+    assert Effort.of(Recipe(**settings)).sets == sets
 
 
 @pytest.mark.parametrize("room", [1.5, 3.0])
@@ -86,7 +86,7 @@ def test_a_model_in_memory_sweeps_one_set(room: float, tmp_path: Path) -> None:
     sentence = "Some text about nothing, again. "
     length = len(tiny_tokenizer()(sentence)["input_ids"])
     (tmp_path / "text.txt").write_text(sentence * round(room * SAMPLES * SEQ_LEN / length + 1))
-    recipe = {**FIELDS, "calibration": str(tmp_path / "text.txt"), "options": {"passes": 3, "sweep_rate": 0.001}}
+    recipe = {**FIELDS, "calibration": str(tmp_path / "text.txt"), "passes": 3, "sweep_rate": 0.001}
     result = sparsellm.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer())
     assert len(result.sweeps) == 4
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)

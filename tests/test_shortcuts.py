@@ -40,7 +40,7 @@ LEFT_OUT = {
 
 
 def recipe(**fields: Any) -> Recipe:
-    values: dict[str, Any] = {"method": "sparsellm", "sparsity": 0.5, "options": {"effort": 0}, "batch_tokens": 48}
+    values: dict[str, Any] = {"method": "sparsellm", "sparsity": 0.5, "effort": 0, "batch_tokens": 48}
     return Recipe(**{**values, **fields})
 
 
@@ -78,7 +78,7 @@ def test_no_bit_changes(
 ) -> None:
     def pruned() -> dict[str, Tensor]:
         model = family(name)
-        sparsellm.prune(model, recipe(options={"effort": 0, **options}, allow_dense=STAY_DENSE), calibration=IDS)
+        sparsellm.prune(model, recipe(effort=0, options=options, allow_dense=STAY_DENSE), calibration=IDS)
         return model.state_dict()
 
     quick = pruned()
@@ -169,7 +169,7 @@ def test_what_finds_no_room_is_run_again(
 def test_a_resumed_run_has_the_same_bits(values: str, effort: int, tmp_path: Path) -> None:
     """Its blocks that are finished run plainly, and weights are stored in bf16 but computed in fp32."""
     source = save_tiny(tiny_llama(num_hidden_layers=2).to(torch.bfloat16), None, tmp_path / "dense")
-    wanted = recipe(dtype="float32", values=values, options={"effort": effort})
+    wanted = recipe(dtype="float32", values=values, effort=effort)
 
     def stop(progress: Progress) -> None:
         if progress.phase == "prune" and progress.done == 1:

@@ -37,9 +37,9 @@ def error(model: PreTrainedModel, dense: PreTrainedModel) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
-def pruned(family: Family, method: str, **options: object) -> PreTrainedModel:
+def pruned(family: Family, method: str, **settings: Any) -> PreTrainedModel:
     model = family()
-    recipe = Recipe(method=method, sparsity=0.6, options=options, batch_tokens=200)
+    recipe = Recipe(method=method, sparsity=0.6, **settings, batch_tokens=200)
     result = sparsellm.prune(model, recipe, calibration=windows(1))
     shares = {linear.asked for linear in result.linears}
     if method == "sparsellm":
@@ -66,7 +66,7 @@ def test_it_repeats_to_the_bit(family: Family) -> None:
 
 def test_n_of_m_holds_after_refinement() -> None:
     model = tiny_llama()
-    sparsellm.prune(model, Recipe(method="sparsellm", pattern="2:4", options={"passes": 2}), calibration=windows(1))
+    sparsellm.prune(model, Recipe(method="sparsellm", pattern="2:4", passes=2), calibration=windows(1))
     for block in model.model.layers:
         weight = block.mlp.down_proj.weight
         assert bool(((weight != 0).reshape(-1, 4).sum(1) <= 2).all())
@@ -127,7 +127,7 @@ def test_auxiliary_variables_are_taken_where_they_pay(
     family: Family, goal: dict[str, Any], solver: str, taken: bool
 ) -> None:
     def histories(**options: Any) -> list[Any]:
-        recipe = Recipe(options={"effort": 0, "solver": solver, **options}, allocation="uniform", **goal)
+        recipe = Recipe(effort=0, options={"solver": solver, **options}, allocation="uniform", **goal)
         return [x.history for x in sparsellm.prune(family(), recipe, calibration=windows(1)).linears if x.history]
 
     assert bool(histories()) == taken
@@ -197,8 +197,8 @@ def test_outputs_that_cost_more_keep_more_weights(family: Family) -> None:
 
     def kept(metric: float) -> dict[str, Tensor]:
         model = family()
-        options = {"passes": 0, "output_metric": metric}
-        recipe = Recipe(method="sparsellm", sparsity=0.6, allocation="uniform", options=options)
+        options = {"output_metric": metric}
+        recipe = Recipe(effort=0, sparsity=0.6, allocation="uniform", options=options)
         result = sparsellm.prune(model, recipe, calibration=windows(1))
         assert all(linear.zeros == round(0.6 * linear.shape[0] * linear.shape[1]) for linear in result.linears)
         found = {}

@@ -31,9 +31,9 @@ from tests.parallel import workers
 from tests.parallel.processes import run_in
 from tests.test_resume import contents, fail_in_block
 
-OPTIONS = {"effort": 0, "passes": 3, "sweep_rate": 0.0007, "stages": 2}
 SETTINGS: dict[str, Any] = {
-    "sparsity": 0.8, "samples": 4, "seq_len": 24, "batch_tokens": 48, "dtype": "float32", "options": OPTIONS
+    "sparsity": 0.8, "samples": 4, "seq_len": 24, "batch_tokens": 48, "dtype": "float32",
+    "passes": 3, "sweep_rate": 0.0007, "stages": 2,
 }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_the_second_stage_goes_on_from_the_first(source: Path, tmp_path: Path, m
     assert (len(first["sweeps"]), len(result.sweeps)) == (2, 3)
     assert result.zeros == round(0.8 * result.weights)
     assert sum(result.seconds.values()) > sum(first["seconds"].values())
-    assert result.recipe.options == OPTIONS
+    assert (result.recipe.passes, result.recipe.stages) == (3, 2)
     assert result.base["name"] == str(source)
     assert Recipe.from_yaml(tmp_path / "p" / "recipe.yaml") == result.recipe
     assert beside(tmp_path / "p") == ["p"]
@@ -147,13 +147,13 @@ def test_the_stages_of_another_run_are_refused_or_removed(
     out = tmp_path / "p"
     stopped_in_the_second_stage(source, out, monkeypatch)
     for changes, said in (
-        ({"options": {**OPTIONS, "stages": 1}}, "it has two stages, and this one has one"),
+        ({"stages": 1}, "it has two stages, and this one has one"),
         ({"seed": 1}, "recipe.seed is 0 there and 1 here"),
     ):
         with pytest.raises(StorageError, match=said) as caught:
             sparsellm.prune(source, Recipe(**{**SETTINGS, **changes}), out=out)
         assert "--restart" in str(caught.value)
-    sparsellm.prune(source, Recipe(**{**SETTINGS, "options": {"effort": 0}}), out=out, restart=True)
+    sparsellm.prune(source, Recipe(**{**SETTINGS, "passes": 0, "stages": 1}), out=out, restart=True)
     assert beside(out) == ["p"]
 
 
@@ -166,7 +166,7 @@ def test_a_restart_with_bad_input_removes_nothing(
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     there = {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()}
-    wrong = {"options": {**OPTIONS, "stages": number}, "calibration": str(short)}
+    wrong = {"stages": number, "calibration": str(short)}
     with pytest.raises(DataError, match="tokens"):
         sparsellm.prune(source, Recipe(**{**SETTINGS, **wrong}), out=out, restart=True)
     assert {path: path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()} == there
@@ -204,7 +204,7 @@ def test_a_run_of_one_stage_is_not_gone_on_with(source: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Run, "sweep", lambda run: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            sparsellm.prune(source, Recipe(**{**SETTINGS, "options": {**OPTIONS, "stages": 1}}), out=out)
+            sparsellm.prune(source, Recipe(**{**SETTINGS, "stages": 1}), out=out)
     with pytest.raises(StorageError, match="it has one stage, and this one has two"):
         prune(source, out)
     assert not partial_of(stage_of(out)).exists()
@@ -222,7 +222,7 @@ def test_a_directory_of_somebody_else_is_left_alone(source: Path, tmp_path: Path
 def test_the_run_of_somebody_else_is_left_alone(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unfinished run into `p.stage` is no first stage of a run into `p`; an empty directory is not ours either."""
     place = stage_of(tmp_path / "p")
-    one = Recipe(**{**SETTINGS, "options": {"effort": 0}})
+    one = Recipe(**{**SETTINGS, "passes": 0, "stages": 1})
     with monkeypatch.context() as patch:
         fail_in_block(1, patch)
         with pytest.raises(NumericalError):
@@ -300,26 +300,26 @@ def test_several_processes_go_through_the_stages_together(tmp_path: Path) -> Non
 
 
 def request(**changes: Any) -> Request:
-    settings = {"sparsity": 0.9, "options": {"effort": 2}, **changes}
+    settings = {"sparsity": 0.9, "effort": 2, **changes}
     return Request("model", Recipe(**settings), "out")
 
 
 def test_two_stages_where_they_pay() -> None:
     recipes = recipes_of(request())
     assert recipes is not None
-    assert [(recipe.sparsity, recipe.options["passes"]) for recipe in recipes] == [(0.85, 1), (0.9, 2)]
-    recipes = recipes_of(request(options={"effort": 3}, values="int4"))
+    assert [(recipe.sparsity, recipe.passes) for recipe in recipes] == [(0.85, 1), (0.9, 2)]
+    recipes = recipes_of(request(effort=3, values="int4"))
     assert recipes is not None
-    assert [(recipe.values, recipe.options["passes"]) for recipe in recipes] == [("keep", 3), ("int4", 5)]
+    assert [(recipe.values, recipe.passes) for recipe in recipes] == [("keep", 3), ("int4", 5)]
     for changes in (
-        {"options": {"effort": 1}},
-        {"sparsity": 0.7, "options": {"effort": 3}},
-        {"options": {"effort": 2, "stages": 1}},
+        {"effort": 1},
+        {"sparsity": 0.7, "effort": 3},
+        {"effort": 2, "stages": 1},
         {"sparsity_of": {"*.o_proj": 0.5}},
-        {"method": "wanda", "options": {}},
+        {"method": "wanda", "effort": None},
     ):
         assert recipes_of(request(**changes)) is None, changes
-    assert recipes_of(Request("model", Recipe(pattern="1:16", options={"effort": 2}), "out")) is None
+    assert recipes_of(Request("model", Recipe(pattern="1:16", effort=2), "out")) is None
     assert recipes_of(Request("model", request().recipe, "out", teacher="dense")) is None
     assert recipes_of(Request("model", request().recipe)) is None
 
@@ -330,13 +330,13 @@ def test_two_stages_where_they_pay() -> None:
         ({"pattern": "2:8", "sparsity": 0.75}, "pattern 2:8"),
         ({"sparsity": 0.33}, "sparsity 0.33; they begin above 0.33"),
         ({"sparsity_of": {"*.o_proj": 0.5}}, "do not go with sparsity_of"),
-        ({"options": {**OPTIONS, "passes": 1}}, "1 sweeps are too few for two stages"),
+        ({"passes": 1}, "1 sweeps are too few for two stages"),
     ],
 )
 def test_two_stages_that_cannot_be_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=reason) as caught:
         sparsellm.prune("/no/such/model", Recipe(**{**SETTINGS, **changes}), out=tmp_path / "p")
-    assert str(caught.value).startswith("options.stages is 2, and ")
+    assert str(caught.value).startswith("stages is 2, and ")
 
 
 def test_a_model_in_memory_is_pruned_in_one_stage() -> None:

@@ -18,7 +18,7 @@ from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.models.families import FAMILIES, STAY_DENSE, family
 
 SETTINGS: dict[str, Any] = {"samples": 8, "seq_len": 24, "batch_tokens": 48, "dtype": "float32"}
-SWEPT = Recipe(**SETTINGS, sparsity=0.8, options={"effort": 0, "passes": 2, "sweep_rate": 0.01})
+SWEPT = Recipe(**SETTINGS, sparsity=0.8, effort=0, passes=2, sweep_rate=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def divergence(model: Path, dense: Path) -> float:
 
 
 def test_the_sweep_follows_the_teacher(dense: Path, half: Path, tmp_path: Path) -> None:
-    recipe = SWEPT.updated(samples=32, options={"effort": 0, "passes": 4, "sweep_rate": 0.03})
+    recipe = SWEPT.updated(samples=32, effort=0, passes=4, sweep_rate=0.03)
     result = sparsellm.prune(half, recipe, out=tmp_path / "taught", teacher=dense)
     alone = sparsellm.prune(half, recipe, out=tmp_path / "alone")
     assert divergence(tmp_path / "taught", dense) < 0.9 * divergence(tmp_path / "alone", dense)
@@ -84,7 +84,7 @@ def test_the_teacher_is_read_whole_after_a_survey_of_the_other_model(
     fields: dict[str, Any] = {"samples": 4, "seq_len": 24, "allow_dense": STAY_DENSE}
     half = Recipe(method="magnitude", sparsity=0.5, **fields)
     sparsellm.prune(tmp_path / "dense", half, out=tmp_path / "half", calibration=ids)
-    recipe = Recipe(sparsity=0.7, options={"effort": 0, "passes": 1}, **fields)
+    recipe = Recipe(sparsity=0.7, effort=0, passes=1, **fields)
 
     def prune(out: str) -> None:
         sparsellm.prune(tmp_path / "half", recipe, out=tmp_path / out, teacher=tmp_path / "dense", calibration=ids)

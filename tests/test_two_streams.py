@@ -17,7 +17,6 @@ from sparsellm.errors import ModelError, RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.methods import sparsellm as module
 from sparsellm.methods.task import BlockTask
-from sparsellm.registry import Needs
 from sparsellm.run.prepare import Request
 from sparsellm.run.run import Run
 from sparsellm.statistics import CrossAccumulator
@@ -26,7 +25,7 @@ from tests.sweep.helpers import ids_of, tiny_mistral
 
 IDS = ids_of(6)
 BATCH = 48  # tokens: two windows
-EVERYTHING = {"passes": 2, "iterations": 1, "norm_weighting": 0, "output_metric": 1.0}
+EVERYTHING = {"passes": 2, "options": {"iterations": 1, "norm_weighting": 0, "output_metric": 1.0}}
 
 
 def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -34,10 +33,10 @@ def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
-@pytest.mark.parametrize("options", [{}, {"effort": 3}, EVERYTHING], ids=["default", "effort 3", "everything"])
-def test_nothing_changes_where_nothing_is_pruned(family: Callable[..., Any], options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{}, {"effort": 3}, EVERYTHING], ids=["default", "effort 3", "everything"])
+def test_nothing_changes_where_nothing_is_pruned(family: Callable[..., Any], settings: dict[str, Any]) -> None:
     model = family()
-    recipe = Recipe(method="sparsellm", sparsity=0.0, options=options, batch_tokens=BATCH)
+    recipe = Recipe(method="sparsellm", sparsity=0.0, **settings, batch_tokens=BATCH)
     result = sparsellm.prune(model, recipe, calibration=IDS)
     assert same(model, family())
     assert result.sweeps == []
@@ -50,7 +49,7 @@ def idle() -> Iterator[str]:
     def method(task: BlockTask) -> None:
         """Nothing."""
 
-    METHODS.register("idle", paper="none", needs=lambda options: Needs(passes=1))(method)
+    METHODS.register("idle", paper="none", effort=1)(method)
     yield "idle"
     del METHODS._entries["idle"]
 
@@ -127,7 +126,7 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
 
     monkeypatch.setattr(module, "CrossAccumulator", Watched)
     monkeypatch.setattr(module, "_gram", see)
-    recipe = Recipe(method="sparsellm", sparsity=0.6, options={"effort": 0}, batch_tokens=BATCH)
+    recipe = Recipe(method="sparsellm", sparsity=0.6, effort=0, batch_tokens=BATCH)
     sparsellm.prune(model, recipe, calibration=IDS)
     at = 2  # sublayers of block 0 come first
     for number, writer in enumerate(writers):
@@ -159,7 +158,8 @@ def test_one_group_without_auxiliary_variables_is_the_local_solver(left_in: list
         other = tiny_llama()
         recipe = Recipe(
             method="sparsellm",
-            options={"effort": 0, "solver": solver, "norm_weighting": 0, "output_metric": 0, **options},
+            effort=0,
+            options={"solver": solver, "norm_weighting": 0, "output_metric": 0, **options},
             **settings,
         )
         sparsellm.prune(other, recipe, calibration=IDS)
@@ -170,13 +170,13 @@ def test_a_group_of_several_is_never_taken_for_a_writer() -> None:
     """Without o and down, gate and up are the last group that is left; neither is fitted to the other's target."""
     settings: dict[str, Any] = {"sparsity": 0.6, "exclude": ["*.o_proj", "*.down_proj"], "batch_tokens": BATCH}
     fitted, plain = tiny_llama(), tiny_llama()
-    options = {"effort": 0, "norm_weighting": 0}
-    sparsellm.prune(fitted, Recipe(method="sparsellm", options=options, **settings), calibration=IDS)
-    sparsellm.prune(plain, Recipe(method="sparsellm", options={**options, "refit": False}, **settings), calibration=IDS)
+    for model, options in ((fitted, {}), (plain, {"refit": False})):
+        recipe = Recipe(method="sparsellm", effort=0, options={"norm_weighting": 0, **options}, **settings)
+        sparsellm.prune(model, recipe, calibration=IDS)
     assert same(fitted, plain)
 
 
-@pytest.mark.parametrize("name", ["effort", "passes", "iterations", "refit_damping", "output_metric"])
+@pytest.mark.parametrize("name", ["iterations", "refit_damping", "output_metric"])
 def test_negative_options_are_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=f"option {name} of sparsellm is -1"):
         METHODS["sparsellm"].check({name: -1})

@@ -30,8 +30,8 @@ from tests.sweep.helpers import dense_end, divergence, ids_of, linear_weights, s
 from tests.test_resume import RECIPE, contents, fail_in_block
 
 LOCAL: dict[str, Any] = {"method": "sparsegpt"}
-GLOBAL: dict[str, Any] = {"method": "sparsellm", "options": {"effort": 0}}
-SWEPT: dict[str, Any] = {"method": "sparsellm", "options": {"passes": 2, "sweep_rate": 0.003}}
+GLOBAL: dict[str, Any] = {"method": "sparsellm", "effort": 0}
+SWEPT: dict[str, Any] = {"method": "sparsellm", "passes": 2, "sweep_rate": 0.003}
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
@@ -147,8 +147,10 @@ def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("sparsellm.methods.task.rounded", recorded)
     model, ids = tiny_llama(), ids_of(4)
-    options = {"effort": 0, "norm_weighting": 0.0, "refit": False}
-    sparsellm.prune(model, Recipe(sparsity=0.5, values="int4", options=options, products="float32"), calibration=ids)
+    options = {"norm_weighting": 0.0, "refit": False}
+    sparsellm.prune(
+        model, Recipe(sparsity=0.5, values="int4", effort=0, options=options, products="float32"), calibration=ids
+    )
     seen: list[Tensor] = []
     down = model.model.layers[0].mlp.down_proj
     with torch.no_grad():
@@ -163,7 +165,7 @@ def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPa
     source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
     ids = ids_of(4)
     fields = {"sparsity": 0.5, "values": "int4", "products": "float32"}
-    sparsellm.prune(source, Recipe(**fields, options={"effort": 0}), calibration=ids, out=tmp_path / "walked")
+    sparsellm.prune(source, Recipe(**fields, effort=0), calibration=ids, out=tmp_path / "walked")
     losses: list[float] = []
     step = _Run.step
 
@@ -172,8 +174,9 @@ def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPa
         return losses[-1] * self.tokens(piece)
 
     monkeypatch.setattr(_Run, "step", counted)
-    options = {"passes": 1, "sweep_rate": 1e-9}
-    swept = sparsellm.prune(source, Recipe(**fields, options=options), calibration=ids, out=tmp_path / "swept")
+    swept = sparsellm.prune(
+        source, Recipe(**fields, passes=1, sweep_rate=1e-9), calibration=ids, out=tmp_path / "swept"
+    )
     walked = AutoModelForCausalLM.from_pretrained(tmp_path / "walked")
     expected = float(divergence(tiny_opt(), walked, ids).detach())
     assert swept.sweeps[0].held_out == pytest.approx(expected, rel=1e-3)
@@ -232,8 +235,8 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", sorted(entry.name for entry in METHODS))
 def test_resumes_with_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
-    options = SWEPT["options"] if method == "sparsellm" else {}
-    fields = {**RECIPE, "method": method, "options": options, "dtype": "float32", "allocation": "uniform"}
+    swept = SWEPT if method == "sparsellm" else {}
+    fields = {**RECIPE, **swept, "method": method, "dtype": "float32", "allocation": "uniform"}
     recipe = Recipe(**fields, values="int4")
     sparsellm.prune(source, recipe, out=tmp_path / "whole")
     with monkeypatch.context() as patched:
@@ -270,7 +273,7 @@ def test_a_sweep_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.
 
 def test_weights_that_blocks_share_are_rounded_once() -> None:
     model, ids = sharing_llama(), ids_of(4)
-    recipe = Recipe(sparsity=0.5, values="int4", options=SWEPT["options"], products="float32")
+    recipe = Recipe(**SWEPT, sparsity=0.5, values="int4", products="float32")
     result = sparsellm.prune(model, recipe, calibration=ids)
     recorded = {id(model.get_submodule(each.name).weight): each.name for each in result.linears}
     for name, weight in linear_weights(model).items():
@@ -289,7 +292,7 @@ def test_other_values_are_another_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_experts_are_rounded_too() -> None:
     model = mixtral()
-    recipe = Recipe(sparsity=0.5, values="int4", options={"effort": 0})
+    recipe = Recipe(sparsity=0.5, values="int4", effort=0)
     result = sparsellm.prune(model, recipe, calibration=ids_of(4))
     chain = open_chain(model, device=torch.device("cpu"))
     for index in range(len(chain)):

@@ -430,9 +430,9 @@ def prune(  # noqa: PLR0913 - a command
         "memory": memory,
         "device": device,
         "dtype": dtype,
+        "effort": effort,
     }
-    effort_set = [f"options.effort={effort}"] if effort is not None else []
-    chosen = _recipe(recipe, given, [*effort_set, *_as_settings(sparsity_of), *(settings or [])])
+    chosen = _recipe(recipe, given, [*_as_settings(sparsity_of), *(settings or [])])
     with console.progress(quiet=quiet or not parallel.is_main(), verbose=verbose) as progress:
         result = api.prune(
             model,

@@ -27,7 +27,7 @@ from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.inputs.json_input import read_object
 from sparsellm.methods import METHODS
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.recipe import Recipe
+from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 from sparsellm.run.prepare import Request
@@ -228,7 +228,8 @@ def cells_of(
     """The cells of a grid: every method at every sparsity, then at every pattern.
 
     Args:
-        base: the other settings. Its options hold for the methods that have them.
+        base: the other settings. Its options hold for the methods that have them, and those of a sweep for the methods
+            with one.
         methods: names of methods.
         sparsities: fractions of zeros.
         patterns: N:M.
@@ -244,12 +245,16 @@ def cells_of(
     for option in recipe.options:
         if not any(option in entry.options for entry in entries):
             raise RecipeError(f"option {option} is known to none of the methods {', '.join(methods)}; leave it out")
+    swept = [field for field in SWEEP if getattr(recipe, field) is not None]
+    if swept and all(entry.effort is None for entry in entries):
+        raise RecipeError(f"{swept[0]} is known to none of the methods {', '.join(methods)}; leave it out")
     cells = []
     targets: list[dict[str, Any]] = [*({"sparsity": each} for each in sparsities), *({"pattern": p} for p in patterns)]
     for target in targets:
         for entry in entries:
             options = {key: value for key, value in recipe.options.items() if key in entry.options}
-            own = recipe.updated(method=entry.name, options=options, **target)
+            without = dict.fromkeys(swept) if entry.effort is None else {}
+            own = recipe.updated(method=entry.name, options=options, **without, **target)
             name = f"{entry.name}-{own.pattern.replace(':', '-') if own.pattern else format(own.sparsity, 'g')}"
             cells.append(Cell(name, own))
     twice = sorted({cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1})

@@ -27,6 +27,7 @@ from sparsellm.patterns import NM, Pattern, Unstructured, parse_chosen, parse_pa
 
 MOST_TOKENS = 1 << 31  # in all calibration windows together, whose ids alone take 16 GiB
 MOST_SEED = (1 << 63) - 1
+SWEEP = ("effort", "passes", "sets", "stages", "sweep_rate")  # fields for methods that a sweep may follow
 
 
 def _whole(value: Any) -> Any:
@@ -77,6 +78,31 @@ class Recipe(BaseModel):
         "allocation chooses for each linear, so that `sparsity` is reached.",
     )
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Options of the method, by name.")
+    effort: Whole | None = Field(
+        None,
+        ge=0,
+        le=3,
+        description="Passes of a sweep over the whole model at the end, for method sparsellm: 0 none, 1 one, 2 three, "
+        "3 eight. More passes take longer and lose less. null for the method's default: 1 for sparsellm.",
+    )
+    passes: Whole | None = Field(None, ge=0, description="Passes of the sweep, as a number; null: by `effort`.")
+    sets: Whole | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one "
+        "pass, 4 with three or more.",
+    )
+    stages: Whole | None = Field(
+        None,
+        ge=1,
+        le=2,
+        description="2: prune to 1.5 times the density and sweep, then prune on; null: 2 from 80 % on with three "
+        "passes or more.",
+    )
+    sweep_rate: float | None = Field(
+        None, gt=0, description="Learning rate of the sweep; null: by the divergence at its start."
+    )
     allocation: str | None = Field(
         None,
         max_length=200,

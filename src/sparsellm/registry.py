@@ -97,10 +97,6 @@ class Needs:
     """The needs of a method or an allocation, besides the walk over the blocks.
 
     Attributes:
-        passes: sweeps of the whole pruned model, after all blocks.
-        sets: sets of calibration windows that blocks take in turn for their statistics.
-        stages: in how many the sparsity is approached, each with some of the sweeps; None for the run to choose.
-        learning_rate: of those sweeps; None to set it by the divergence at their start.
         output_costs: whether it needs the cost of an error of each output to the dense model's loss, from a backward
             sweep. Not needed for N:M, where outputs do not compete.
         surveyed_tokens: calibration tokens that an allocation reads, in whole windows; None for all.
@@ -110,10 +106,6 @@ class Needs:
         workspace: of functions that the options choose, such as a solver.
     """
 
-    passes: int = 0
-    sets: int = 1
-    stages: int | None = 1
-    learning_rate: float | None = None
     output_costs: bool = False
     surveyed_tokens: int | None = None
     gradient_tokens: int = 0
@@ -130,7 +122,8 @@ class Entry(Generic[F]):
     RecipeError if they contradict each other.
     ``distributed`` declares support for several processes. For a solver: rows may be solved apart, because it compares
     them through its pattern only. For a method: every process may run it on its share of the windows.
-    ``allocation`` is the default allocation of a method, unless a pattern fixes the sparsity.
+    ``allocation`` is the default allocation of a method, unless a pattern fixes the sparsity. ``effort`` is the default
+    effort of the sweep that follows; None if none may follow.
     """
 
     name: str
@@ -143,6 +136,7 @@ class Entry(Generic[F]):
     validate: Callable[[dict[str, Any]], None] | None = None
     distributed: bool = False
     allocation: str = "uniform"
+    effort: int | None = None
 
     def needs_of(self, options: dict[str, Any]) -> Needs:
         """The needs of a run with these options, as :meth:`check` returns them."""
@@ -185,12 +179,13 @@ class Registry(Generic[F]):
         validate: Callable[[dict[str, Any]], None] | None = None,
         distributed: bool = False,
         allocation: str = "uniform",
+        effort: int | None = None,
     ) -> Callable[[F], F]:
         """A decorator that registers a function.
 
         Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``. pydantic checks values
         against the type, and users see the description. ``workspace`` is for the memory prediction; ``needs`` returns
-        the :class:`Needs` for given options; ``validate``, ``distributed`` and ``allocation``: see :class:`Entry`.
+        the :class:`Needs` for given options; the others: see :class:`Entry`.
 
         Raises:
             TypeError: the default of an option is no JSON value.
@@ -209,8 +204,8 @@ class Registry(Generic[F]):
                     json.dumps(option.default)  # raises TypeError: options go into reports and identities
                 options[option.name] = option
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-            room = workspace or Workspace()
-            self.add(Entry(name, function, paper, summary, options, room, needs, validate, distributed, allocation))
+            room, own = workspace or Workspace(), (needs, validate, distributed, allocation, effort)
+            self.add(Entry(name, function, paper, summary, options, room, *own))
             return function
 
         return add

@@ -55,7 +55,7 @@ def test_the_total_is_the_nearest_and_the_choice_the_best(
 @pytest.mark.parametrize("sparsity", [0.5, 0.625])
 def test_every_linear_has_a_plain_pattern_and_all_together_the_sparsity(make: Any, sparsity: float) -> None:
     model = make()
-    recipe = Recipe(pattern="auto:8", sparsity=sparsity, options={"effort": 0})
+    recipe = Recipe(pattern="auto:8", sparsity=sparsity, effort=0)
     result = sparsellm.prune(model, recipe, calibration=windows())
     assert result.zeros == sparsity * result.weights
     assert result.allocation["name"] == "threshold"
@@ -87,7 +87,7 @@ def test_a_fixed_pattern_and_none_are_recorded_as_such() -> None:
 
 def test_a_resumed_run_takes_the_choice_of_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "model")
-    recipe = Recipe(**AUTO, options={"effort": 0}, samples=4, seq_len=24)
+    recipe = Recipe(**AUTO, effort=0, samples=4, seq_len=24)
     sparsellm.prune(source, recipe, out=tmp_path / "whole")
 
     def stop(self: Any) -> None:

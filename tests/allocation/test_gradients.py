@@ -206,7 +206,7 @@ def test_gradients_that_are_not_finite_are_named() -> None:
 
     model = tiny_llama()
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: Broken.apply(output))
-    recipe = Recipe(sparsity=0.5, options={"effort": 0})
+    recipe = Recipe(sparsity=0.5, effort=0)
     for asking in (recipe, recipe.updated(allocation="uniform")):
         with pytest.raises(NumericalError, match=r"gradients at model\.layers\.1\..* not finite; .* do without"):
             prune(model, asking, calibration=windows())
@@ -242,7 +242,7 @@ def test_a_block_may_change_in_place_what_it_is_given() -> None:
     assert all(torch.equal(changed[name], copied[name]) for name in copied)
     one, other = changing(True), changing(False)
     for model in (one, other):
-        prune(model, Recipe(sparsity=0.5, options={"passes": 1}), calibration=windows())
+        prune(model, Recipe(sparsity=0.5, passes=1), calibration=windows())
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
@@ -254,14 +254,14 @@ def test_a_block_without_a_gradient_is_named_and_needs_none_where_nobody_asks() 
 
     model = tiny_llama()
     model.model.layers[1].__class__ = Closed
-    recipe = Recipe(sparsity=0.5, options={"effort": 0})
+    recipe = Recipe(sparsity=0.5, effort=0)
     advice = r"model\.layers\.1 has no gradient .*; do without: take allocation uniform and, in sparsellm, effort 0 and"
     for asking in (recipe, recipe.updated(allocation="uniform"), recipe.updated(options={"output_metric": 0})):
         with pytest.raises(ModelError, match=advice):
             prune(model, asking, calibration=windows())
-    asking = recipe.updated(allocation="uniform", options={"effort": 0, "output_metric": 0})
+    asking = recipe.updated(allocation="uniform", effort=0, options={"output_metric": 0})
     assert prune(model, asking, calibration=windows()).sparsity > 0.49
-    assert prune(model, Recipe(pattern="2:4", options={"effort": 0}), calibration=windows()).sparsity > 0.49
+    assert prune(model, Recipe(pattern="2:4", effort=0), calibration=windows()).sparsity > 0.49
 
 
 def test_windows_without_a_next_token_are_refused() -> None:

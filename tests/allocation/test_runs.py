@@ -115,19 +115,16 @@ def test_a_method_has_an_allocation_of_its_own() -> None:
         assert Recipe.from_yaml(result.recipe.to_yaml()) == result.recipe
         return result.allocation.get("name"), [linear.zeros for linear in result.linears]
 
-    effort = {"effort": 0}
-    own = shares(Recipe(sparsity=0.6, options=effort))
-    assert own == shares(Recipe(sparsity=0.6, options=effort, allocation="threshold"))
+    own = shares(Recipe(sparsity=0.6, effort=0))
+    assert own == shares(Recipe(sparsity=0.6, effort=0, allocation="threshold"))
     assert own[0] == "threshold"
-    alike = shares(Recipe(sparsity=0.6, options=effort, allocation="uniform"))
+    alike = shares(Recipe(sparsity=0.6, effort=0, allocation="uniform"))
     assert alike[0] is None
     assert own[1] != alike[1]
     assert shares(Recipe(method="sparsegpt", sparsity=0.6)) == alike
-    assert shares(Recipe(pattern="2:4", options=effort)) == shares(
-        Recipe(pattern="2:4", options=effort, allocation="uniform")
-    )
+    assert shares(Recipe(pattern="2:4", effort=0)) == shares(Recipe(pattern="2:4", effort=0, allocation="uniform"))
     assert shares(Recipe(sparsity=0.0))[0] is None
-    recipe = Recipe(options=effort, allocation_options={"span": 0.0}, pattern="2:4")
+    recipe = Recipe(effort=0, allocation_options={"span": 0.0}, pattern="2:4")
     with pytest.raises(RecipeError, match="uniform has no option 'span'"):
         sparsellm.prune(tiny_llama(), recipe, calibration=windows())
 
@@ -153,14 +150,14 @@ def test_room_for_the_gradients_is_planned_until_the_shares_are_known(
 ) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     many = windows(100, 40)  # of which the gradients keep more than the walk
-    recipe = Recipe(sparsity=0.6, options={"effort": 0})
+    recipe = Recipe(sparsity=0.6, effort=0)
 
     def planned(**changes: Any) -> int:
         plan = sparsellm.prune(source, recipe.updated(**changes), calibration=many, out=tmp_path / "p", overwrite=True)
         assert plan.memory is not None
         return plan.memory.hidden_in_memory + plan.memory.hidden_on_disk
 
-    walk = planned(allocation="uniform", options={"effort": 0, "output_metric": 0})
+    walk = planned(allocation="uniform", effort=0, options={"output_metric": 0})
     swept = gradient_bytes(open_chain(source, device=torch.device("cpu")), many.numel())
     assert planned(allocation="uniform") == planned() == swept > walk
     with monkeypatch.context() as patched:

@@ -118,10 +118,10 @@ def test_torchrun_sweeps_what_one_process_sweeps(checkpoint: Path, tmp_path: Pat
     """The second stage reads the shards of the first in every process, and leaves nothing of either."""
     out = tmp_path / "pruned"
     given = ("--method=sparsellm", "--samples=5", "--seq-len=40", "--set=batch_tokens=80", "--set=allocation=owl")
-    run = by_torchrun(2, "prune", str(checkpoint), f"--out={out}", *given, "--set=options={passes: 2}")
+    run = by_torchrun(2, "prune", str(checkpoint), f"--out={out}", *given, "--set=passes=2")
     _, stderr = ended(run)
     assert run.returncode == 0, stderr
-    recipe = Recipe(method="sparsellm", samples=5, seq_len=40, batch_tokens=80, allocation="owl", options={"passes": 2})
+    recipe = Recipe(method="sparsellm", samples=5, seq_len=40, batch_tokens=80, allocation="owl", passes=2)
     sparsellm.prune(checkpoint, recipe, out=tmp_path / "alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "pruned"]
     found, expected = tensors(out), tensors(tmp_path / "alone")

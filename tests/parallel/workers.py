@@ -41,9 +41,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "admm row": (tiny_gpt2, {"method": "admm", "options": {"iterations": 8, "scope": "row"}}),
     "admm 2:4": (two_blocks, {"method": "admm", "pattern": "2:4"}),
     "allocated": (two_blocks, {"method": "wanda", "allocation": "threshold"}),
-    "sparsellm": (two_blocks, {"method": "sparsellm", "options": {"passes": 0}}),
-    "sparsellm 2:4": (two_blocks, {"method": "sparsellm", "pattern": "2:4", "options": {"passes": 0}}),
-    "swept": (two_blocks, {"method": "sparsellm", "options": {"solver": "wanda", "passes": 3}}),
+    "sparsellm": (two_blocks, {"method": "sparsellm", "passes": 0}),
+    "sparsellm 2:4": (two_blocks, {"method": "sparsellm", "pattern": "2:4", "passes": 0}),
+    "swept": (two_blocks, {"method": "sparsellm", "passes": 3, "options": {"solver": "wanda"}}),
 }
 
 
@@ -68,7 +68,7 @@ def prune_case(name: str) -> dict[str, Any]:
 
 
 TWO_STAGES: dict[str, Any] = {
-    "sparsity": 0.8, "samples": 6, "seq_len": 24, "batch_tokens": 48, "options": {"passes": 2, "stages": 2}
+    "sparsity": 0.8, "samples": 6, "seq_len": 24, "batch_tokens": 48, "passes": 2, "stages": 2
 }  # fmt: skip
 
 

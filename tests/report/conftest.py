@@ -20,7 +20,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(tiny_opt(), tiny_tokenizer(), folder / "dense-opt")
     save_tiny(tiny_llama(), tiny_tokenizer(), folder / "dense-llama")
     small = {"samples": 8, "seq_len": 32}
-    options = {"effort": 1, "iterations": 2, "solver": "sparsegpt"}
+    options = {"iterations": 2, "solver": "sparsegpt"}
     prune(folder / "dense-opt", Recipe(sparsity=0.8, options=options, **small), out=folder / "opt")
     prune(folder / "dense-llama", Recipe(sparsity=0.5, method="wanda", **small), out=folder / "half")
     prune(folder / "dense-llama", Recipe(pattern="2:4", method="sparsegpt", **small), out=folder / "nm")

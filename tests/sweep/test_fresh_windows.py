@@ -25,7 +25,8 @@ RECIPE = {
     "samples": SAMPLES,
     "seq_len": SEQ_LEN,
     "batch_tokens": 32,
-    "options": {"passes": 4, "sweep_rate": 0.001},
+    "passes": 4,
+    "sweep_rate": 0.001,
 }
 
 
@@ -54,9 +55,9 @@ def text(path: Path, lines: int) -> Path:
 
 
 @pytest.mark.parametrize("calibration", ["text.txt", "self"])
-@pytest.mark.parametrize("options", [{"passes": 4, "sweep_rate": 0.001}, {"effort": 2}])
+@pytest.mark.parametrize("passes", [4, None])
 def test_each_pass_takes_new_windows_while_the_text_lasts(
-    calibration: str, options: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibration: str, passes: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The text of a model itself has no end."""
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
@@ -64,10 +65,10 @@ def test_each_pass_takes_new_windows_while_the_text_lasts(
     monkeypatch.chdir(tmp_path)
     seen, statistics, walk = runs_of(monkeypatch), [], Run.walk
     monkeypatch.setattr(Run, "walk", lambda run: statistics.append(run.windows) or walk(run))
-    sparsellm.prune(source, {**RECIPE, "calibration": calibration, "options": options}, out=tmp_path / "out")
+    sparsellm.prune(source, {**RECIPE, "calibration": calibration, "effort": 2, "passes": passes}, out=tmp_path / "out")
     dense = AutoModelForCausalLM.from_pretrained(source)
     rows = [tuple(row) for windows, _ in seen for row in windows.tolist()]
-    assert [len(windows) for windows, _ in seen] == [SAMPLES // 2] * options.get("passes", 3)
+    assert [len(windows) for windows, _ in seen] == [SAMPLES // 2] * (passes or 3)
     assert len(set(rows)) == len(seen) * SAMPLES // 2, "a window came twice"
     (windows,) = statistics
     assert len(windows) == SAMPLES
@@ -136,7 +137,7 @@ def test_the_dense_model_of_a_later_set_has_its_own_shared_weights(
     seen = runs_of(monkeypatch)
     small = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
     recipe = {**RECIPE, "calibration": str(text(tmp_path / "text.txt", 400)), "exclude": small}
-    sparsellm.prune(source, {**recipe, "options": {"passes": 2, "sweep_rate": 0.001}}, out=tmp_path / "out")
+    sparsellm.prune(source, {**recipe, "passes": 2, "sweep_rate": 0.001}, out=tmp_path / "out")
     dense = AutoModelForCausalLM.from_pretrained(source)
     for windows, hidden in seen:
         torch.testing.assert_close(hidden, torch.cat(list(dense_end(dense, windows, 32))), rtol=1e-4, atol=1e-5)

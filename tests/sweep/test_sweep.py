@@ -208,8 +208,7 @@ def test_blocks_that_share_weights_are_swept_as_one_from_disk_and_memory(tmp_pat
     if not hasattr(transformers, "ZambaConfig"):
         pytest.skip("this transformers has no Zamba")
     small = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
-    options = {"effort": 1, "sweep_rate": 0.001}
-    ids, recipe = ids_of(4), Recipe(sparsity=0.5, samples=4, seq_len=24, options=options, exclude=small)
+    ids, recipe = ids_of(4), Recipe(sparsity=0.5, samples=4, seq_len=24, sweep_rate=0.001, exclude=small)
     source = save_tiny(tiny_zamba(), None, tmp_path / "dense")
     model = tiny_zamba()
     result = sparsellm.prune(model, recipe, calibration=ids, out=tmp_path / "p")
@@ -235,7 +234,7 @@ def test_a_weight_that_is_used_outside_the_blocks_is_refused_before_the_work() -
     with pytest.raises(ModelError, match=r"layers\.2\.input_layernorm\.weight is used outside the blocks.*passes=0"):
         sparsellm.prune(model, recipe, calibration=ids_of(2))
     assert same_bits(model.state_dict(), before)
-    sparsellm.prune(model, recipe.updated(options={"passes": 0}), calibration=ids_of(2))
+    sparsellm.prune(model, recipe.updated(passes=0), calibration=ids_of(2))
 
 
 def test_a_divergence_that_is_not_finite_is_said() -> None:
@@ -256,7 +255,7 @@ def test_a_gradient_that_is_not_finite_moves_no_zero() -> None:
 
 def test_through_the_api_disk_and_memory_are_the_same_and_zeros_are_those_written(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(method="sparsellm", sparsity=0.6, batch_tokens=48, options={"effort": 0, "passes": 2})
+    recipe = Recipe(method="sparsellm", sparsity=0.6, batch_tokens=48, effort=0, passes=2)
     in_memory = sparsellm.prune(source, recipe, calibration=ids_of(6))
     on_disk = sparsellm.prune(source, recipe, calibration=ids_of(6), out=tmp_path / "pruned")
     assert in_memory.model is not None
@@ -275,8 +274,7 @@ def test_through_the_api_disk_and_memory_are_the_same_and_zeros_are_those_writte
 def test_a_linear_that_is_left_out_keeps_the_zeros_it_had() -> None:
     model = halved(tiny_llama())
     before = model.model.layers[1].mlp.down_proj.weight.detach().clone()
-    options = {"passes": 2, "sweep_rate": 0.003}
-    recipe = Recipe(method="sparsellm", sparsity=0.6, exclude=["*.down_proj"], options=options)
+    recipe = Recipe(method="sparsellm", sparsity=0.6, exclude=["*.down_proj"], passes=2, sweep_rate=0.003)
     sparsellm.prune(model, recipe, calibration=ids_of(6))
     after = model.model.layers[1].mlp.down_proj.weight
     assert torch.equal(after == 0, before == 0)

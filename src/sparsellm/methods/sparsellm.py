@@ -45,36 +45,14 @@ from sparsellm.solvers import SOLVERS, Solver
 from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
 
-PASSES = (0, 1, 3, 8)  # sweeps of the whole model, by effort
 ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and eight gain no more
 PAYS = 0.75  # sparsity from which they do
-
-
-def _passes(options: dict[str, Any]) -> int:
-    passes: int | None = options["passes"]
-    return PASSES[options["effort"]] if passes is None else passes
-
-
-def _sets(options: dict[str, Any]) -> int:
-    """Sets of calibration windows: more of them cost a forward pass each and gain most where sweeps follow, whose share
-    of the time grows with effort."""
-    sets: int | None = options["sets"]
-    if sets is not None:
-        return sets
-    passes = _passes(options)
-    if passes >= PASSES[2]:
-        return 4
-    return 2 if passes else 1
 
 
 def _needs(options: dict[str, Any]) -> Needs:
     inside = SOLVERS[options["solver"]].workspace
     weighted = options["output_metric"] > 0
     return Needs(
-        passes=_passes(options),
-        sets=_sets(options),
-        stages=options["stages"],
-        learning_rate=options["sweep_rate"],
         output_costs=weighted,
         token_states=True,
         one_process="iterations" if options["iterations"] else "",
@@ -90,8 +68,6 @@ def _validate(options: dict[str, Any]) -> None:
     SOLVERS[options["solver"]]  # raises RecipeError for an unknown name
     if options["iterations"] and not options["refit"]:
         raise RecipeError("options.iterations of sparsellm includes the refit; leave options.refit at true")
-    if options["stages"] == 2 and (sweeps := _passes(options)) < 2:
-        raise RecipeError(f"options.stages is 2, and {sweeps} sweeps are too few for two stages; give effort 2 or 3")
 
 
 @METHODS.register(
@@ -104,11 +80,11 @@ def _validate(options: dict[str, Any]) -> None:
     ),  # of the refit; writers of attention and feed-forward
     distributed=True,
     allocation="threshold",
+    effort=1,
 )
-def sparsellm(  # noqa: PLR0913 - options
+def sparsellm(
     task: BlockTask,
     *,
-    effort: Annotated[int, Field(ge=0, le=3), "sweeps of the whole model at the end: 0, 1, 3 or 8"] = 1,
     solver: Annotated[str, "the local solver inside"] = "admm",
     refit: Annotated[bool, "fit the last linear of each sublayer to the dense sublayer's output"] = True,
     refit_damping: Annotated[float, Field(ge=0), "ridge of that fit towards the dense weight"] = 0.1,
@@ -123,20 +99,6 @@ def sparsellm(  # noqa: PLR0913 - options
         int | None,
         Field(ge=0),
         "alternations of the feed-forward units' auxiliary variables; null: 2 in sparse two-layer ReLU units",
-    ] = None,
-    sets: Annotated[
-        int | None,
-        Field(ge=1, le=8),
-        "sets of calibration windows for blocks in turn; null: 2 with a sweep, 4 with three or more, else 1",
-    ] = None,
-    passes: Annotated[int | None, Field(ge=0), "sweeps of the whole model at the end; null: by effort"] = None,
-    stages: Annotated[
-        int | None,
-        Field(ge=1, le=2),
-        "2: prune to 1.5 times the density and sweep, then prune on; null: 2 from 80 % on with three sweeps or more",
-    ] = None,
-    sweep_rate: Annotated[
-        float | None, Field(gt=0), "learning rate of the sweeps; null: by the divergence at their start"
     ] = None,
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""

@@ -35,6 +35,7 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_p
 from sparsellm.recipe import Recipe
 from sparsellm.registry import Entry, Needs
 from sparsellm.run.costs import predicted_seconds
+from sparsellm.run.effort import Effort
 from sparsellm.run.memory import checkpoint_bytes
 from sparsellm.run.shared import Shared
 from sparsellm.run.teacher import check_teacher, open_start
@@ -89,6 +90,7 @@ class Choice:
         method: prunes each block.
         options: of the method, including defaults.
         needs: of the method, besides the walk.
+        effort: of the sweep.
         allocator: chooses per-layer sparsities.
         allocation_options: of the allocation, including defaults.
         allocation_needs: of the allocation.
@@ -98,6 +100,7 @@ class Choice:
     method: Entry[Method]
     options: dict[str, Any]
     needs: Needs
+    effort: Effort
     allocator: Entry[Allocator]
     allocation_options: dict[str, Any]
     allocation_needs: Needs
@@ -111,25 +114,26 @@ class Choice:
             RecipeError: a name or an option is unknown, or an option does not fit.
         """
         method = METHODS[recipe.method]
-        options = method.check(recipe.options)
+        options, effort = method.check(recipe.options), Effort.of(recipe)
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
         allocation_options = allocator.check(recipe.allocation_options)
         allocates = allocator.name != "uniform" and recipe.sparsity != 0
         allocation_needs = allocator.needs_of(allocation_options) if allocates else Needs()
         needs = method.needs_of(options)
-        return cls(method, options, needs, allocator, allocation_options, allocation_needs, allocates)
+        return cls(method, options, needs, effort, allocator, allocation_options, allocation_needs, allocates)
 
     def on(self, patterns: dict[str, Pattern], values: str) -> Choice:
         """The same choice, without needs that are useless for these patterns, and with those of integer values."""
         needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns.values())
+        effort = self.effort
         if values != "keep":
             workspace = needs.workspace.beside(ROUNDING)
             needs = replace(needs, workspace=workspace, output_costs=needs.output_costs and pruned)
         elif not pruned:
-            needs = Needs()  # no weight changes, so nothing has to be compensated
+            needs, effort = Needs(), Effort()  # no weight changes, so nothing has to be compensated
         if not any(isinstance(pattern, Unstructured) for pattern in patterns.values()):
             needs = replace(needs, output_costs=False)  # in N:M, weights of different outputs do not compete
-        return replace(self, needs=needs)
+        return replace(self, needs=needs, effort=effort)
 
     def check_processes(self, samples: int) -> None:
         """Checks that the run can be divided among the processes that were started.
@@ -250,17 +254,17 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
         # The first of two stages keeps its values, and needs what the second does: that is refused before the work.
         values = recipe.values if request.stage is None else request.stage.asked.values
         choice = choice.on(plan(chain, recipe), values)
-        if choice.needs.passes:
+        if choice.effort.passes:
             check_sweepable(chain)
         sources = [each for each in (given, directory) if each is not None] or _loaded_from(request.model)
         out = destination(request, sources=sources, need_bytes=disk_bytes(chain, choice, request.stage))
     with clock.phase("calibration"):
         # Sweeps take new windows, on which the dense model runs: a model in memory is not dense any more.
-        passes = choice.needs.passes if request.stage is None else request.stage.passes
+        passes = choice.effort.passes if request.stage is None else request.stage.passes
         sets = passes if chain.weights is not None else 0
         progress(_expected(chain, choice, recipe, sets))
         progress(Progress("calibration", 0, 1))
-        more = partial(_windows, request, chain, directory, tokenizer, progress, choice.needs.sets - 1, sets)
+        more = partial(_windows, request, chain, directory, tokenizer, progress, choice.effort.sets - 1, sets)
         windows, others, fresh = parallel.from_main(more)
         token_states = choice.needs.token_states or choice.allocation_needs.token_states
         check_forward(chain, windows, token_states=token_states)
@@ -270,8 +274,8 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     beside = tokenizer if directory is None else None  # a directory's own files are copied
     warnings = unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only}, recipe.allow_dense)
     warnings += outside_blocks(chain)
-    warnings += _fewer_sets(choice.needs.sets, 1 + len(others), given=isinstance(request.calibration, Tensor))
-    if start is not None and not choice.needs.passes:
+    warnings += _fewer_sets(choice.effort.sets, 1 + len(others), given=isinstance(request.calibration, Tensor))
+    if start is not None and not choice.effort.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     warnings += [
         f"sparsity_of {pattern!r} matches no pruned linear"
@@ -388,7 +392,7 @@ def _fixed(weight: str, recipe: Recipe) -> float | None:
 def disk_bytes(chain: Chain, choice: Choice, stage: Stage | None = None) -> int:
     """Disk space for the checkpoint, for the walk's blocks, which are kept until the end if a sweep follows, and for
     the first stage if another one follows."""
-    copies = (2 if choice.needs.passes else 1) if stage is None else stage.copies
+    copies = (2 if choice.effort.passes else 1) if stage is None else stage.copies
     return checkpoint_bytes(chain) * copies
 
 
@@ -442,7 +446,7 @@ def _expected(chain: Chain, choice: Choice, recipe: Recipe, sets: int) -> Progre
     """The prediction of the phases, before the calibration windows are known; ``sets`` as of :func:`_windows`."""
     seq_len = recipe.seq_len or default_seq_len(chain)
     tokens = recipe.samples * seq_len
-    more = (choice.needs.sets - 1) * recipe.samples + sets * windows_of_sweep(recipe.samples)
+    more = (choice.effort.sets - 1) * recipe.samples + sets * windows_of_sweep(recipe.samples)
     written = tokens + more * seq_len if recipe.calibration == "self" else 0
     return plan_of_phases(predicted_seconds(chain, choice, tokens // parallel.size(), seq_len, written=written))
 
@@ -501,7 +505,7 @@ def _fewer_sets(wanted: int, sets: int, *, given: bool) -> list[str]:
     if given or sets >= wanted:
         return []
     return [
-        f"the calibration text has room for {sets} of {wanted} sets of windows (options.sets); a longer text gives a "
+        f"the calibration text has room for {sets} of {wanted} sets of windows (sets); a longer text gives a "
         "better model"
     ]
 

@@ -148,7 +148,7 @@ class Run:
         tokens, seq_len = self.own_windows.numel(), self.windows.shape[1]
         finished, kept = len(self.finished), self.memory.kept > 0
         sets = self.prepared.sweep_windows
-        swept = sum(sets[number % len(sets)].numel() for number in range(self.choice.needs.passes))
+        swept = sum(sets[number % len(sets)].numel() for number in range(self.choice.effort.passes))
         self.predicted = predicted_seconds(
             self.chain, self.choice, tokens, seq_len, finished=finished, kept=kept, swept=swept
         )
@@ -171,7 +171,7 @@ class Run:
     @property
     def integers(self) -> Integers | None:
         """The linears whose values are rounded in a sweep; None if there is none or the values are kept."""
-        if self.recipe.values == "keep" or not self.choice.needs.passes:
+        if self.recipe.values == "keep" or not self.choice.effort.passes:
             return None
         return Integers(self.recipe.values, {each.name: each.exponents for each in self.linears})
 
@@ -181,8 +181,8 @@ class Run:
 
     def sweep(self) -> None:
         """Trains all kept weights of the pruned model towards the dense model's predictions, if the method needs it."""
-        needs = self.choice.needs
-        if not needs.passes:
+        effort = self.choice.effort
+        if not effort.passes:
             return
         self.progress(Progress("sweep", 0, 1))
         saved_bytes = saved_sweep_bytes(self.chain, self.integers is not None)
@@ -211,10 +211,10 @@ class Run:
                 SweepTask(
                     replace(self.feed, windows=first),
                     self.dense.hidden if self.dense is not None else None,
-                    needs.passes,
+                    effort.passes,
                     self.recipe.seed,
                     write,
-                    learning_rate=needs.learning_rate,
+                    learning_rate=effort.rate,
                     blocks=[block for block in blocks if block is not None] or None,
                     saved=saved,
                     fresh=others,
@@ -307,9 +307,9 @@ class Run:
             workspace=choice.method.workspace.beside(choice.needs.workspace).beside(choice.allocator.workspace),
             gradient_tokens=gradient_tokens,
             sets=len(self.prepared.calibration_sets),
-            swept=bool(choice.needs.passes),
+            swept=bool(choice.effort.passes),
             fresh=len(self.prepared.sweep_windows) > 1,
-            unrounded=values != "keep" and bool(choice.needs.passes),
+            unrounded=values != "keep" and bool(choice.effort.passes),
         )
 
     def _gradient_feed(self) -> Feed:
@@ -320,8 +320,10 @@ class Run:
     def _identity(self) -> Identity:
         choice = self.choice
         recipe = {
-            **self.recipe.model_dump(exclude={"memory", "min_tokens_per_expert", "products"}),
+            **self.recipe.model_dump(exclude={"memory", "min_tokens_per_expert", "products", "effort", "stages"}),
             "options": choice.options,
+            "passes": choice.effort.passes,
+            "sets": choice.effort.sets,
             "allocation": choice.allocator.name,
             "allocation_options": choice.allocation_options,
             "sparsity_of": list(self.recipe.sparsity_of.items()),  # a list, because the order counts

@@ -24,7 +24,8 @@ from sparsellm.errors import RecipeError, StorageError
 from sparsellm.inputs.json_input import read_object
 from sparsellm.progress import NOTE, PLAN, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.run.prepare import Choice, Request, destination
+from sparsellm.run.effort import Effort
+from sparsellm.run.prepare import Request, destination
 from sparsellm.run.result import PruneResult
 from sparsellm.run.run import Run
 from sparsellm.storage.destination import partial_of, stage_of
@@ -79,7 +80,7 @@ def execute(request: Request, progress: ProgressCallback = ignore) -> PruneResul
         run = Run(request, progress)
         _open(run, clear)
         return run.finish()
-    passes = [Choice.of(recipe).needs.passes for recipe in recipes]
+    passes = [Effort.of(recipe).passes for recipe in recipes]
     first = Stage(request.recipe, sum(passes), copies=3)  # of the first stage, of the walk after it, and of the sweep
     parts = [f"{recipe.sparsity:.0%} with {sweeps} sweeps" for recipe, sweeps in zip(recipes, passes, strict=True)]
     progress(Progress(NOTE, 1, 1, f"two stages: {', then '.join(parts)}"))
@@ -101,8 +102,8 @@ def recipes_of(request: Request) -> tuple[Recipe, Recipe] | None:
     Raises:
         RecipeError: the recipe asks for two stages, and they do not go with its other settings.
     """
-    recipe, needs = request.recipe, Choice.of(request.recipe).needs
-    if needs.stages == 1:
+    recipe, effort = request.recipe, Effort.of(request.recipe)
+    if effort.stages == 1:
         return None
     by_name = request.out is not None and not isinstance(request.model, PreTrainedModel)
     hindered = (
@@ -112,18 +113,17 @@ def recipes_of(request: Request) -> tuple[Recipe, Recipe] | None:
         (not by_name, "a model in memory; give it by name, and out=DIR"),
     )
     why = next((said for there, said in hindered if there), None)
-    if needs.stages is None and (
-        why is not None or recipe.sparsity < PAYS or needs.passes < LEAST_PASSES or request.teacher is not None
+    if effort.stages is None and (
+        why is not None or recipe.sparsity < PAYS or effort.passes < LEAST_PASSES or request.teacher is not None
     ):
         return None
     if why is not None:
-        raise RecipeError(f"options.stages is 2, and two stages do not go with {why}")
-    passes = min(max(1, round(SHARE * needs.passes)), needs.passes - 1)
-    options = {**recipe.options, "stages": 1}
+        raise RecipeError(f"stages is 2, and two stages do not go with {why}")
+    passes = min(max(1, round(SHARE * effort.passes)), effort.passes - 1)
     sparsity = round(1 - DENSITY * (1 - recipe.sparsity), 6)
     return (
-        recipe.updated(sparsity=sparsity, values="keep", options={**options, "passes": passes}),
-        recipe.updated(options={**options, "passes": needs.passes - passes}),
+        recipe.updated(sparsity=sparsity, values="keep", stages=1, passes=passes),
+        recipe.updated(stages=1, passes=effort.passes - passes),
     )
 
 
@@ -199,7 +199,7 @@ def _refuse(place: Path, out: Path, restart: bool, *, alone: bool) -> None:
     if not alone and left is not None and left.identity is not None and not unfinished:
         raise StorageError(
             f"{partial_of(place)} holds an unfinished run into {place}, where the first stage belongs; finish that "
-            "one, give another --out, or options.stages=1"
+            "one, give another --out, or stages=1"
         )
     if restart:
         return

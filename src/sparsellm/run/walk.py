@@ -34,7 +34,7 @@ def walk(run: Run) -> None:
     blocks = len(run.chain)
     run.linears = [result for record in run.finished for result in record.linears]
     counts = [record.magnitudes for record in run.finished]
-    swept = run.choice.needs.passes > 0
+    swept = run.choice.effort.passes > 0
     if len(run.finished) == blocks and not swept:
         run.magnitudes = joined(counts)
         _take_finished(run)
