@@ -55,6 +55,8 @@ RUNS: dict[str, dict[str, Any]] = {
 RIGHT, SOME_DENSE, PART, REFUSED = "right", "right, some dense", "in part", "refused"
 NOT_BUILT, TOO_SLOW = "not built", "too slow"
 FAILS, WRONG, DIED = "fails", "wrong", "died"  # none of these may be
+ORDER = (RIGHT, SOME_DENSE, PART, REFUSED, TOO_SLOW, NOT_BUILT, FAILS, WRONG, DIED)
+REASON = 150  # characters of a reason on the page
 SUGGESTED = re.compile(r"allow_dense=(\[.*\])")
 
 # The first that matches a name gives its size; {heads}, {kv} and {head_dim} vary from one attempt to the next.
@@ -131,10 +133,12 @@ class Tried:
         if reason and reason not in self.reasons:
             self.reasons.append(reason)
 
+    def reason(self) -> str:
+        return "; ".join(self.reasons).replace("|", "/").replace("*", r"\*").replace("<", "&lt;")
+
     def row(self) -> str:
         cells = [self.cells.get(run, "–") for run in RUNS]
-        reason = "; ".join(self.reasons).replace("|", "/").replace("*", r"\*").replace("<", "&lt;")
-        return f"| {self.kind} | {self.result} | {' | '.join(cells)} | {reason} |"
+        return f"| {self.kind} | {self.result} | {' | '.join(cells)} | {self.reason()} |"
 
 
 def main() -> None:
@@ -154,8 +158,7 @@ def main() -> None:
     done.sort(key=lambda tried: tried.kind)
     print(f"\n{summary(done)}")
     if arguments.out is not None:
-        rows = "\n".join(tried.row() for tried in done)
-        arguments.out.write_text(f"{PAGE.format(summary=summary(done))}\n{header}\n{rows}\n")
+        arguments.out.write_text(f"{PAGE.format(summary=summary(done))}\n{grouped(done)}\n")
     if any(tried.result in (DIED, FAILS, WRONG) for tried in done):
         raise SystemExit(1)
 
@@ -164,12 +167,26 @@ PAGE = """# Families
 
 {summary}
 
-Every type of causal language model in transformers is built as a tiny random model from its default config, saved, and
-pruned from its directory. A tick stands for a run whose sparsity is reached, whose checkpoint plain transformers reads
-again under the names it had, and whose logits at sparsity 0 are those of the dense model, bit for bit. A percentage
-beside it is the sparsity over all matrices of the blocks where that is less than requested, because of matrices that
-stay dense; they are named. *refused* is an error of one line before the work. Printed by `benchmarks/families.py`.
+Every type of causal language model in transformers is built as a tiny random model from its default config, saved,
+and pruned from its directory by `sparsegpt` (50 %), `sparsellm` (60 %, efforts 0 and 1), `wanda` (2:4), and at
+sparsity 0. *Right* means that the sparsity is reached, that plain transformers reads the checkpoint again under the
+names it had, and that the logits at sparsity 0 are those of the dense model, bit for bit. Matrices that stay dense
+are named; a percentage is the sparsity over all matrices of the blocks at 50 %, where that is below 49.5 %. *In
+part*: `sparsellm` refuses the type, the local methods prune it. *Refused* is an error of one line before the work.
+Printed by `benchmarks/families.py`.
 """
+
+
+def grouped(done: Sequence[Tried]) -> str:
+    """The table: a row for all types with one result and one reason."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for tried in done:
+        percent = next(iter(tried.cells.values()), "").removeprefix("✓").strip().removesuffix("%")
+        low = f" ({percent} %)" if percent.replace(".", "").isdigit() and float(percent) < 49.5 else ""
+        rows.setdefault((tried.result, tried.reason()[:REASON]), []).append(tried.kind + low)
+    ordered = sorted(rows.items(), key=lambda row: (ORDER.index(row[0][0]), -len(row[1])))
+    lines = [f"| {result} | {', '.join(types)} | {reason} |" for (result, reason), types in ordered]
+    return "\n".join(["| result | types | why |", "|---|---|---|", *lines])
 
 
 def summary(done: Sequence[Tried]) -> str:
