@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SparseLLMError(Exception):
@@ -65,6 +69,15 @@ def one_line(error: BaseException) -> str:
     said = " ".join(str(error).split())  # some have the reason in the second line
     named = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in named[:300])
+
+
+def refusal(name: str, error: ValidationError) -> str:
+    """One line on the first value that pydantic refuses in the argument or field ``name``."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{name} is {shown(first['input'])}: {reason[:1].lower()}{reason[1:]}".replace(
+        ": input should", ": it should"
+    )
 
 
 def shown(value: object, most: int = 160) -> str:

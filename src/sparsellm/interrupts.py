@@ -1,4 +1,10 @@
-"""SIGINT, SIGTERM and SIGHUP for the command line: a first stops at a safe point, a second at once, none in a rename.
+"""SIGINT, SIGTERM and SIGHUP for the command line: the first stops at a safe point, a second at once, none in a rename.
+
+The handlers are ordinary Python ones, which run in the main thread between two instructions of Python. The first signal
+raises :class:`Interrupted` there; if a library swallows it, :func:`check` raises it again at the next step of progress.
+A second signal ends the process without unwinding. Within one call of a C library, such as a matrix product, neither
+is seen before the call returns; SIGQUIT (Ctrl-\\) and SIGKILL end even that, and are as safe: files are complete at any
+moment. Where files must be exchanged together, :func:`held` lets signals wait.
 
 Only the command line installs these handlers. A Python program that calls :func:`sparsellm.prune` keeps its own, and
 gets its own KeyboardInterrupt; :func:`held` works for it as well.
@@ -10,7 +16,6 @@ import contextlib
 import os
 import shlex
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,25 +25,16 @@ from types import FrameType
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAME = 0.5  # seconds; two signals within this time count as one, since `timeout` and closing terminals send two
-PATIENCE = 2.0  # seconds from a signal to the message that the current step has to end first
+RESUMES = "; the same command resumes it:  "
 
 _received: int | None = None
-_holders = 0  # the number of open held() contexts
+_since = 0.0  # when it was received, by time.monotonic()
+_owner = 0  # the process that installed the handlers; a fork of it is another
+_describe: Callable[[], tuple[str, bool]] | None = None
 
 
 class Interrupted(BaseException):
-    """Raised when a signal stops the process.
-
-    It is not an Exception, so that error handlers do not swallow it, and not a KeyboardInterrupt, which typer turns
-    into its own exit code.
-
-    Attributes:
-        signum: the signal.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+    """Raised when a signal stops the process; no Exception, so that error handlers do not swallow it."""
 
 
 def received() -> int | None:
@@ -52,208 +48,100 @@ def exit_code(signum: int) -> int:
 
 
 def check() -> None:
-    """Raises Interrupted again if a signal was received and a library swallowed the exception.
-
-    Raises:
-        Interrupted: a signal was received, and no :func:`held` postpones it.
-    """
-    if _received is not None and not _holders:
-        raise Interrupted(_received)
+    """Raises Interrupted again if a signal was received and a library swallowed the exception."""
+    if _received is not None:
+        raise Interrupted
 
 
 @contextlib.contextmanager
-def installed(on_slow: Callable[[int], None]) -> Iterator[None]:
-    """Installs handlers: a first signal raises :class:`Interrupted` in the main thread, a second ends the process.
+def installed() -> Iterator[None]:
+    """Installs the handlers; a signal that is ignored (``nohup``, a background job) stays ignored.
 
-    A signal that is ignored (``nohup``, a background job) stays ignored. Does nothing outside the main thread, where
-    Python cannot install handlers.
-
-    Args:
-        on_slow: called with the signal, in another thread, if the main thread has not returned to Python code within
-            :data:`PATIENCE` seconds.
+    Does nothing outside the main thread, where Python cannot install handlers.
     """
-    global _received
-    _received = None
-    if threading.current_thread() is not threading.main_thread():
+    global _received, _describe, _owner
+    _received, _describe, _owner = None, None, os.getpid()
+    with _handled_by(_stop):
         yield
-        return
-    theirs = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    ours = [signum for signum, handler in theirs.items() if handler not in (signal.SIG_IGN, None)]
-    with _watched(on_slow, set(ours)):
-        for signum in ours:
-            signal.signal(signum, _stop)
-        try:
-            yield
-            check()
-        finally:
-            for signum in ours:
-                signal.signal(signum, theirs[signum])
+        check()
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """Postpones signals to the end of the context, for steps that belong together, such as renaming two directories.
 
-    Works with any handlers, including the default ones: each is called after the context. A second signal waits as
-    well. Does nothing outside the main thread, the only one that handles signals.
+    Works with any handlers, the default ones included: each is called after the context. A second signal waits too.
     """
-    global _holders
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    earlier = _received
-    _holders += 1
+    arrived: list[int] = []
     try:
-        with _postponed():
+        with _handled_by(lambda signum, _: arrived.append(signum)):
             yield
     finally:
-        _holders -= 1
-        if _received != earlier:  # a signal came inside the context, with our own handlers
-            check()
-
-
-@contextlib.contextmanager
-def _postponed() -> Iterator[None]:
-    """As :func:`held`, for handlers other than :func:`_stop`, which postpones by itself."""
-    over = False
-    arrived: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    before = {signum: was for signum, was in before.items() if was not in (signal.SIG_IGN, None, _stop)}
-
-    def note(signum: int, _: FrameType | None) -> None:
-        if over:  # the signal came while the handlers are restored
-            signal.signal(signum, before[signum])
-            signal.raise_signal(signum)
-        arrived.append(signum)
-
-    try:
-        for signum in before:
-            signal.signal(signum, note)
-        yield
-    finally:
-        over = True
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
         for signum in dict.fromkeys(arrived):
             signal.raise_signal(signum)
 
 
-def _stop(signum: int, _: FrameType | None) -> None:
-    """The handler. The watching thread handles later signals, without waiting for the main thread."""
-    global _received
-    if _received is None:
-        _received = signum
-        if not _holders:
-            raise Interrupted(signum)
-
-
 @contextlib.contextmanager
-def _watched(on_slow: Callable[[int], None], ours: set[int]) -> Iterator[None]:
-    """Runs a thread that reads the numbers of signals as they arrive, even while the main thread is in a library."""
-    reading, writing = socket.socketpair()
-    writing.setblocking(False)
-    before = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(reading, on_slow, ours), daemon=True)
-    thread.start()
-    _to_forget.update(ours)
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handles the signals that are not ignored. SIGINT, which may raise KeyboardInterrupt, is first and last."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before = {signum: theirs for signum, theirs in before.items() if theirs not in (signal.SIG_IGN, None)}
     try:
+        for signum in before:
+            signal.signal(signum, handler)
         yield
     finally:
-        _to_forget.clear()
-        signal.set_wakeup_fd(before)
-        writing.close()  # ends the thread
-        thread.join()
-        reading.close()
+        for signum, theirs in reversed(before.items()):
+            signal.signal(signum, theirs)
 
 
-def _watch(reading: socket.socket, on_slow: Callable[[int], None], ours: set[int]) -> None:
-    first = told = 0
-    since = 0.0
-    while True:
-        reading.settimeout(PATIENCE if first and not told else None)
-        try:
-            data = reading.recv(64)
-        except TimeoutError:
-            if _received is not None:
-                told = first
-            elif not _holders:
-                told = first
-                on_slow(first)
-            continue
-        if not data:
-            return
-        for signum in ours.intersection(data):
-            if not first:
-                first, since = signum, time.monotonic()
-            elif time.monotonic() - since > SAME and not _holders:
-                _end_at_once(signum)
-
-
-def _end_at_once(signum: int) -> None:
-    show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
-    with contextlib.suppress(OSError):
-        os.write(2, show_cursor + b"\nstopped at once\n")
-    os._exit(exit_code(signum))
-
-
-def _forget() -> None:
-    """Restores default handling of signals in a forked child."""
-    if _to_forget:
-        signal.set_wakeup_fd(-1)
-    for signum in _to_forget:
-        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-
-
-_to_forget: set[int] = set()  # signals that installed() handles now
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+def _stop(signum: int, _: FrameType | None) -> None:
+    global _received, _since
+    if os.getpid() != _owner:  # a forked child, which ends as it would without these handlers
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+    if _received is None:
+        _received, _since = signum, time.monotonic()
+        raise Interrupted
+    if time.monotonic() - _since > SAME:
+        show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
+        with contextlib.suppress(OSError):
+            os.write(2, show_cursor + b"\nstopped at once\n")
+        os._exit(exit_code(signum))
 
 
 # ---------------------------------------------------------------------- what to say
 
-RESUMES = "; the same command resumes it:  "
+
+def describe_with(kept: Callable[[], tuple[str, bool]]) -> None:
+    """Lets ``kept`` describe the files of this command if it is stopped: a sentence, and whether it can be resumed."""
+    global _describe
+    _describe = kept
 
 
-def command_line(*, without: tuple[str, ...] = ()) -> str:
-    """The current command line, quoted for a shell; under torchrun, the command line of torchrun.
+def last_words(signum: int) -> str:
+    """The message about the files that are kept, and the command that resumes the run."""
+    stopped = f"interrupted ({signal.Signals(signum).name}); "
+    if _describe is None:
+        return f"{stopped}this command keeps nothing: start it again with  {command_line()}"
+    sentence, goes_on = _describe()
+    return f"{stopped}{sentence}" + (f"{RESUMES}{command_line(without='--restart')}" if goes_on else "")
 
-    Args:
-        without: options to leave out, such as ``--restart``, which would prevent resuming.
-    """
-    words = _launcher_words() or _own_words()
-    return shlex.join(word for word in words if word not in without)
 
-
-def _own_words() -> list[str]:
+def command_line(*, without: str = "") -> str:
+    """The current command line (under torchrun, that of torchrun), quoted for a shell, without an option."""
     if Path(sys.argv[0]).name != "__main__.py":
-        return [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return [sys.orig_argv[0], "-m", "sparsellm", *sys.argv[1:]]
+        words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    else:
+        words = [sys.orig_argv[0], "-m", "sparsellm", *sys.argv[1:]]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        import psutil
 
-
-def _launcher_words() -> list[str]:
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return []
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        words: list[str] = psutil.Process(os.getppid()).cmdline()
-        if "sparsellm" in words:  # python .../torchrun, or python -m torch.distributed.run
-            return ["torchrun", *words[2:]] if len(words) > 1 and Path(words[1]).name == "torchrun" else words
-    return []
-
-
-def last_words(signum: int, kept: Callable[[], tuple[str, bool]] | None) -> str:
-    """The message about the files that are kept, and the command that resumes the run.
-
-    Args:
-        signum: the signal that ended the command.
-        kept: returns a sentence on the files that are left, and whether the run can be resumed; None for a command
-            that keeps nothing.
-    """
-    name = signal.Signals(signum).name
-    if kept is None:
-        return f"interrupted ({name}); this command keeps nothing: start it again with  {command_line()}"
-    sentence, goes_on = kept()
-    if not goes_on:
-        return f"interrupted ({name}); {sentence}"
-    return f"interrupted ({name}); {sentence}{RESUMES}{command_line(without=('--restart',))}"
+        with contextlib.suppress(psutil.Error):
+            parents: list[str] = psutil.Process(os.getppid()).cmdline()
+            if "sparsellm" in parents:  # python .../torchrun, or python -m torch.distributed.run
+                words = ["torchrun", *parents[2:]] if Path(parents[1]).name == "torchrun" else parents
+    return shlex.join(word for word in words if word != without)

@@ -1,4 +1,7 @@
-"""The recipe: all settings of a pruning run as one typed model, read from and written to YAML."""
+"""The recipe: every setting of a pruning run once, with its type, limits, default, help text and command-line option.
+
+Importing this module imports no torch, so that ``--help`` and shell completion are fast.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import json
 import numbers
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,24 +24,46 @@ from pydantic import (
     model_validator,
 )
 
-from sparsellm.errors import RecipeError, nearest, shown
+from sparsellm.errors import RecipeError, nearest, refusal, shown
 from sparsellm.inputs.sizes import parse_bytes
 from sparsellm.inputs.yaml_input import dump_yaml, parse_yaml, read_yaml
-from sparsellm.patterns import NM, Pattern, Unstructured, parse_chosen, parse_pattern
+
+if TYPE_CHECKING:
+    from sparsellm.patterns import Pattern
 
 MOST_TOKENS = 1 << 31  # in all calibration windows together, whose ids alone take 16 GiB
 MOST_SEED = (1 << 63) - 1
 SWEEP = ("effort", "passes", "sets", "stages", "sweep_rate")  # fields for methods that a sweep may follow
 
+WHAT, CALIBRATION, RESOURCES = "What to prune", "Calibration", "Resources"  # panels of --help
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Marks a field that has an option on the command line, and says how the option looks.
+
+    Attributes:
+        panel: group of options in ``--help``.
+        metavar: placeholder for the value.
+        flag: name of the option; "" for the field's name with dashes.
+        null: meaning of None, shown as the default.
+        values: values that a shell completes; a ``Literal`` needs none.
+        registered: subpackages whose registered names a shell completes.
+    """
+
+    panel: str
+    metavar: str
+    flag: str = ""
+    null: str = ""
+    values: tuple[str, ...] = ()
+    registered: tuple[str, ...] = ()
+
 
 def _whole(value: Any) -> Any:
-    """Converts whole numbers, such as ``1e3`` in YAML or numpy's types, to ``int``; a bool stays and is refused."""
+    """``int`` for whole numbers, such as ``1e3`` in YAML or numpy's types; a bool stays and is refused."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 def _yes_or_no(value: Any) -> Any:
@@ -45,7 +71,10 @@ def _yes_or_no(value: Any) -> Any:
     return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
+Whole = Annotated[int, BeforeValidator(_whole)]
 Bos = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Globs = Annotated[list[str], Field(strict=False)]
 
 
 class Recipe(BaseModel):
@@ -59,31 +88,64 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    method: str = Field(
-        "sparsellm", max_length=200, description="How weights are chosen and refitted; `sparsellm methods` lists them."
+    method: Annotated[str, CommandLine(WHAT, "NAME", registered=("methods", "solvers"))] = Field(
+        "sparsellm", max_length=200, description="How weights are chosen and refitted; `sparsellm methods` lists all."
     )
-    sparsity: float = Field(
+    sparsity: Annotated[float, CommandLine(WHAT, "SHARE")] = Field(
         0.7,
-        description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; `allocation` divides "
-        "them among the linears.",
+        description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; the allocation divides "
+        "them.",
     )
-    values: Literal["keep", "int8", "int4", "int3"] = Field(
-        "keep",
-        description="Type of the kept values: 'keep' for the checkpoint's own; 'int8', 'int4' or 'int3' to round them, "
-        "each making up for the others, to numbers that `sparsellm pack` stores in that type without loss.",
-    )
-    pattern: str | None = Field(
+    pattern: Annotated[str | None, CommandLine(WHAT, "N:M")] = Field(
         None,
-        description="N:M: N weights kept of every M consecutive inputs, e.g. '2:4'; 'auto:8' for an N of 8 that the "
-        "allocation chooses for each linear, so that `sparsity` is reached.",
+        description="Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 "
+        "for each linear, and the sparsity is reached.",
+    )
+    values: Annotated[Literal["keep", "int8", "int4", "int3"], CommandLine(WHAT, "TYPE")] = Field(
+        "keep",
+        description="Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while "
+        "pruning, so that `sparsellm pack --values` stores them without loss.",
     )
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Options of the method, by name.")
-    effort: Whole | None = Field(
+    allocation: Annotated[
+        str | None,
+        CommandLine(WHAT, "NAME", null="threshold with sparsellm, else uniform", registered=("allocation",)),
+    ] = Field(
+        None,
+        max_length=200,
+        description="How the zeros are divided among blocks and linears; `sparsellm methods` lists all. A fixed "
+        "pattern needs none.",
+    )
+    allocation_options: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Options of the allocation, by name."
+    )
+    only: Annotated[Globs, CommandLine(WHAT, "GLOB")] = Field(
+        default_factory=list,
+        description="Linears to prune, as shell patterns such as '*.mlp.*'; all others stay dense.",
+    )
+    exclude: Annotated[Globs, CommandLine(WHAT, "GLOB", flag="--skip")] = Field(
+        default_factory=list,
+        description="Linears, other parameters or modules that stay dense, as shell patterns such as '*.down_proj'.",
+    )
+    sparsity_of: Annotated[dict[str, Annotated[float, Field(ge=0, lt=1)]], CommandLine(WHAT, "GLOB=SHARE")] = Field(
+        default_factory=dict,
+        description="Sparsities of some linears, by shell patterns such as '*.down_proj'; of two that match, the later "
+        "one counts. The others make up for it, so that the sparsity is reached.",
+    )
+    allow_dense: Annotated[Globs, CommandLine(WHAT, "GLOB")] = Field(
+        default_factory=list,
+        description="Parameters that no linear owns and that may stay dense, as shell patterns such as '*.conv1d'. "
+        "Without it, more than 2 % of a block is refused.",
+    )
+    effort: Annotated[
+        Whole | None,
+        CommandLine(WHAT, "0-3", null="1 for sparsellm; the other methods have no sweep"),
+    ] = Field(
         None,
         ge=0,
         le=3,
-        description="Passes of a sweep over the whole model at the end, for method sparsellm: 0 none, 1 one, 2 three, "
-        "3 eight. More passes take longer and lose less. null for the method's default: 1 for sparsellm.",
+        description="Passes of a sweep over the whole model at the end: 0 none, 1 one, 2 three, 3 eight. More passes "
+        "take longer and lose less.",
     )
     passes: Whole | None = Field(None, ge=0, description="Passes of the sweep, as a number; null: by `effort`.")
     sets: Whole | None = Field(
@@ -103,57 +165,34 @@ class Recipe(BaseModel):
     sweep_rate: float | None = Field(
         None, gt=0, description="Learning rate of the sweep; null: by the divergence at its start."
     )
-    allocation: str | None = Field(
-        None,
-        max_length=200,
-        description="How zeros are divided among blocks and linears; `sparsellm methods` lists the allocations. null "
-        "for the method's default: 'threshold' for sparsellm, 'uniform' for others and if a pattern is set.",
-    )
-    allocation_options: dict[str, JsonValue] = Field(
-        default_factory=dict, description="Options of the allocation, by name."
-    )
-    exclude: Annotated[list[str], Field(strict=False)] = Field(
-        default_factory=list,
-        description="Names of linears, other parameters or modules that stay dense, as shell patterns, e.g. "
-        "'*.down_proj' or '*.experts.*'.",
-    )
-    allow_dense: Annotated[list[str], Field(strict=False)] = Field(
-        default_factory=list,
-        description="Parameters that no linear owns and that may stay dense, as shell patterns, e.g. '*.conv1d'. "
-        "Linears are pruned all the same. Without it, more than 2 % of a block is refused.",
-    )
-    only: Annotated[list[str], Field(strict=False)] = Field(
-        default_factory=list,
-        description="Shell patterns as in `exclude`; if there are any, whatever none of them names stays dense.",
-    )
-    sparsity_of: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default_factory=dict,
-        description="Sparsities of some linears, by shell patterns as in `exclude`, e.g. {'*.down_proj': 0.6}; of two "
-        "that match, the later one counts. The allocation divides the other zeros, so that `sparsity` is reached.",
-    )
-    calibration: str = Field(
+    calibration: Annotated[
+        str, CommandLine(CALIBRATION, "SOURCE", values=("pydoc", "self", "wikitext2", "ptb", "c4", "hub:"))
+    ] = Field(
         "pydoc",
         max_length=5000,
-        description="Text to calibrate on: a file, a hub data set or alias, 'self', or 'pydoc'.",
+        description="Text to calibrate on: a .txt, .jsonl or .parquet file, wikitext2, ptb, c4, hub:OWNER/NAME, self "
+        "(the model writes it), or pydoc (Python's documentation).",
     )
-    samples: Whole = Field(128, ge=1, le=MOST_TOKENS // 2, description="Calibration windows.")
-    seq_len: Whole | None = Field(
-        None,
-        ge=2,
-        le=MOST_TOKENS,
-        description="Tokens in a calibration window; null for 2048, or the limit of the model if that is less.",
+    samples: Annotated[Whole, CommandLine(CALIBRATION, "N")] = Field(
+        128, ge=1, le=MOST_TOKENS // 2, description="Calibration windows."
     )
-    bos: Bos = Field(
+    seq_len: Annotated[Whole | None, CommandLine(CALIBRATION, "N", null="2048, or the limit of the model")] = Field(
+        None, ge=2, le=MOST_TOKENS, description="Tokens in a window."
+    )
+    seed: Annotated[Whole, CommandLine(CALIBRATION, "N")] = Field(
+        0, ge=0, le=MOST_SEED, description="Seed of all random choices."
+    )
+    bos: Annotated[Bos, CommandLine(CALIBRATION, "WHEN")] = Field(
         "auto",
-        description="Whether every calibration window begins with the tokenizer's beginning-of-text token (BOS): "
-        "'auto' where the tokenizer adds it by itself, 'yes', or 'no' for windows cut anywhere, as in the papers.",
+        description="Whether every window begins with the tokenizer's beginning-of-text token: auto (where the "
+        "tokenizer adds it by itself), yes, or no (windows cut anywhere, as in the papers).",
     )
-    min_tokens_per_expert: Whole = Field(
+    min_tokens_per_expert: Annotated[Whole, CommandLine(CALIBRATION, "N")] = Field(
         1,
         ge=0,
         le=MOST_TOKENS,
-        description="Warn of experts of a mixture that fewer calibration tokens than this are routed to. Such experts "
-        "are pruned mostly by the statistics of all tokens.",
+        description="Warn of experts that fewer calibration tokens are routed to; they are pruned mostly by the "
+        "statistics of all tokens.",
     )
     batch_tokens: Whole = Field(
         4096,
@@ -161,32 +200,28 @@ class Recipe(BaseModel):
         le=MOST_TOKENS,
         description="Calibration tokens in one forward call of a block; more take more memory.",
     )
-    memory: str | Whole | None = Field(
-        None,
-        description="Most resident memory of the whole run, such as '4GiB'; hidden states that do not fit go to disk. "
-        "null for a share of the machine's free memory.",
+    memory: Annotated[str | Whole | None, CommandLine(RESOURCES, "SIZE", null="80 % of the free memory")] = Field(
+        None, description="Most memory of the run, such as 4GiB; hidden states beyond it go to disk."
     )
-    seed: Whole = Field(0, ge=0, le=MOST_SEED, description="Seed of all random choices.")
-    device: str = Field(
-        "auto", max_length=200, description="'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' for a GPU if there is one."
+    device: Annotated[str, CommandLine(RESOURCES, "NAME", values=("cpu", "cuda", "mps", "auto"))] = Field(
+        "auto", max_length=200, description="cpu, cuda, cuda:1, mps, or auto for a GPU if there is one."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Annotated[Dtype, CommandLine(RESOURCES, "NAME")] = Field(
         "auto",
-        description="Dtype in which blocks compute; 'auto' for the stored dtype, or fp32 if the device emulates that. "
-        "Weights are always saved in their stored dtype.",
+        description="Dtype in which blocks compute: float32, bfloat16, float16, or auto for the stored one, or float32 "
+        "where a CPU does not multiply in that. Weights are saved in their stored dtype.",
     )
-
     products: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Dtype of matrix products when fp32 blocks run, forward and backward: 'auto' takes bfloat16 on a "
-        "CPU with bf16 units. Solvers that declare it take them too; statistics are always fp32.",
+        description="Dtype of matrix products when fp32 blocks run, forward and backward; auto takes bfloat16 on a CPU "
+        "with bf16 units. Solvers that declare it take them too; statistics are always fp32.",
     )
 
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise RecipeError(_explain(error, type(self))) from None
+            raise RecipeError(_explain(error)) from None
 
     @field_validator("sparsity")
     @classmethod
@@ -225,63 +260,50 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _sparsity_follows_pattern(cls, values: Any) -> Any:
-        """Sets ``sparsity`` to the fraction that a pattern implies, so that the recipe does not show a wrong default.
+    def _sparsity_follows_pattern(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Sets ``sparsity`` to the fraction that a fixed pattern implies, so that the recipe shows no wrong default.
 
-        A pattern or sparsity of another type is left to its field's own validation.
+        A pattern or sparsity of another type is left to the validation of its field.
         """
-        pattern = values.get("pattern")
+        from sparsellm.patterns import NM, parse_chosen, parse_pattern
+
+        pattern, given = values.get("pattern"), values.get("sparsity")
         if isinstance(pattern, NM):
-            pattern = str(pattern)
-        if not isinstance(pattern, str):
+            values = {**values, "pattern": str(pattern)}
+        elif not isinstance(pattern, str) or parse_chosen(pattern) is not None:
             return values
-        if parse_chosen(pattern) is not None:
-            return {**values, "pattern": pattern}
-        implied = parse_pattern(pattern).sparsity
-        given = values.get("sparsity")
+        implied = parse_pattern(str(pattern)).sparsity
+        if given is None:
+            return {**values, "sparsity": implied}
         if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < 1:
             if abs(given - implied) > 1e-9:
                 raise RecipeError(f"pattern {pattern} means sparsity {implied:g}, not {shown(given)}; give one of them")
-        elif given is not None:
-            return {**values, "pattern": pattern}
-        return {**values, "pattern": pattern, "sparsity": implied}
+            return {**values, "sparsity": implied}
+        return values
 
     @model_validator(mode="after")
-    def _one_of_pattern_and_sparsity_of(self) -> Recipe:
-        if self.pattern is not None and self.sparsity_of:
-            why = "fixes the sparsity of every linear" if self.chosen_of is None else "divides the zeros itself"
-            raise RecipeError(f"pattern {self.pattern} {why}; leave out sparsity_of")
-        return self
-
-    @model_validator(mode="after")
-    def _chosen_pattern_reaches_sparsity(self) -> Recipe:
+    def _fields_fit_together(self) -> Recipe:
         m = self.chosen_of
+        if self.pattern is not None and self.sparsity_of:
+            why = "fixes the sparsity of every linear" if m is None else "divides the zeros itself"
+            raise RecipeError(f"pattern {self.pattern} {why}; leave out sparsity_of")
         if m is not None and (m < 2 or not 1 / m <= self.sparsity <= 1 - 1 / m):
             least = f"from {1 / m:.4g} to {1 - 1 / m:.4g}" if m > 1 else "none at all"
             raise RecipeError(
                 f"pattern {self.pattern} cannot reach sparsity {self.sparsity:g}: 1 to {m} - 1 kept of {m} is {least}; "
                 "change sparsity or the pattern"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _tokens_within_limit(self) -> Recipe:
         if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
             raise RecipeError(
                 f"{self.samples} samples of {self.seq_len} tokens are more than {MOST_TOKENS} calibration tokens; "
                 "lower samples or seq_len"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _fixed_patterns_are_uniform(self) -> Recipe:
-        if self.chosen_of is not None:
-            if self.allocation == "uniform":
-                raise RecipeError(
-                    f"pattern {self.pattern} leaves every linear's N to the allocation, and uniform chooses none; take "
-                    "another allocation, or a pattern such as 4:8"
-                )
-        elif self.pattern is not None and self.allocation not in (None, "uniform"):
+        if m is not None and self.allocation == "uniform":
+            raise RecipeError(
+                f"pattern {self.pattern} leaves every linear's N to the allocation, and uniform chooses none; take "
+                "another allocation, or a pattern such as 4:8"
+            )
+        if self.pattern is not None and m is None and self.allocation not in (None, "uniform"):
             raise RecipeError(
                 f"allocation {self.allocation} cannot go with pattern {self.pattern}, which fixes the sparsity of "
                 "every linear; take allocation uniform, or sparsity in place of the pattern"
@@ -302,10 +324,16 @@ class Recipe(BaseModel):
     @property
     def chosen_of(self) -> int | None:
         """The M of a pattern with a choice of N for each linear; None for any other pattern."""
-        return parse_chosen(self.pattern) if self.pattern else None
+        if self.pattern is None:
+            return None
+        from sparsellm.patterns import parse_chosen
+
+        return parse_chosen(self.pattern)
 
     def pattern_of(self, weights: int, zeros: int | None = None) -> Pattern:
         """The pattern of a linear with this number of weights, and with ``zeros`` zeros if an allocation chose them."""
+        from sparsellm.patterns import NM, Unstructured, parse_pattern
+
         m = self.chosen_of
         if self.pattern and m is None:
             return parse_pattern(self.pattern)
@@ -313,49 +341,49 @@ class Recipe(BaseModel):
         return Unstructured(zeros, weights) if m is None else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
 
     def updated(self, /, **changes: Any) -> Recipe:
-        """A copy with some fields changed, checked again."""
+        """A copy with some fields changed, checked again. Of sparsity and a fixed pattern, the changed one counts."""
         values = {**self.model_dump(), **changes}
-        chosen = isinstance(values["pattern"], str) and parse_chosen(values["pattern"]) is not None
-        if "pattern" in changes and "sparsity" not in changes and not chosen:
-            values.pop("sparsity")
-        if "sparsity" in changes and "pattern" not in changes and not chosen:
-            values["pattern"] = None
+        if not isinstance(values["pattern"], str) or "auto" not in values["pattern"]:
+            if "pattern" in changes and "sparsity" not in changes:
+                values.pop("sparsity")
+            if "sparsity" in changes and "pattern" not in changes:
+                values["pattern"] = None
         return Recipe(**values)
 
     def with_settings(self, settings: list[str]) -> Recipe:
-        """Applies ``key=value`` settings; ``options.damping=0.1`` sets an option of the method,
-        ``allocation_options.b=0.01`` one of the allocation, and ``sparsity_of.*.up_proj=0.5`` an entry of that field.
-        Values are YAML.
+        """Applies ``key=value`` settings, with values in YAML; ``options.damping=0.1`` sets one entry of a mapping.
 
         Raises:
             RecipeError: a setting has no ``=`` or no key, one key is set twice, or a key or value does not fit.
         """
         changes: dict[str, Any] = {}
-        options: dict[str, dict[str, Any]] = {}
+        entries: dict[str, dict[str, Any]] = {}
         for setting in settings:
             key, equals, text = setting.partition("=")
-            key = key.strip()
-            field, dot, name = key.partition(".")
+            field, dot, name = (part.strip() for part in key.partition("."))
             if not equals or not field or (dot and not name):
-                raise RecipeError(f"--set {shown(setting)} has no {'key' if equals else repr('=')}; write key=value")
-            value = parse_yaml(text, f"the value of --set {shown(setting)}")
-            into, entry = (options.setdefault(field, {}), name) if dot and field in _MAPPINGS else (changes, key)
-            if entry in into:
-                raise RecipeError(f"--set {shown(key)} is given twice; give it once")
-            into[entry] = value
-        for field, named in options.items():
-            whole = changes.get(field, getattr(self, field))
-            if field in changes and (not isinstance(whole, dict) or not named.keys().isdisjoint(whole)):
+                raise RecipeError(f"setting {shown(setting)} has no {'key' if equals else repr('=')}; write key=value")
+            value = parse_yaml(text, f"the value of setting {shown(setting)}")
+            target, entry = (
+                (entries.setdefault(field, {}), name) if dot and field in MAPPINGS else (changes, key.strip())
+            )
+            if entry in target:
+                raise RecipeError(f"setting {shown(key)} is given twice; give it once")
+            target[entry] = value
+        for field, named in entries.items():
+            before = changes.get(field, getattr(self, field))
+            if field in changes and (not isinstance(before, dict) or not named.keys().isdisjoint(before)):
                 name = next(iter(named))
-                raise RecipeError(f"--set sets {field} to {shown(whole)} and {field}.{name} too; give one of them")
-            changes[field] = {**{name: whole[name] for name in whole if name not in named}, **named}
+                raise RecipeError(f"settings set {field} to {shown(before)} and {field}.{name} too; give one of them")
+            changes[field] = {**{name: before[name] for name in before if name not in named}, **named}
         return self.updated(**changes) if changes else self
 
     def to_yaml(self) -> str:
         """Every field, each under its description."""
         lines = []
         for name, field in type(self).model_fields.items():
-            lines.append(f"# {field.description}")
+            null = (command_line(name) or CommandLine("", "")).null
+            lines.append(f"# {field.description}" + (f" null: {null}." if null else ""))
             lines.append(dump_yaml({name: getattr(self, name)}).rstrip())
         return "\n".join(lines) + "\n"
 
@@ -366,9 +394,7 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: no such file, not a mapping, or a field does not fit.
         """
-        if isinstance(source, str):
-            return cls.of(parse_yaml(source, "the recipe"))
-        return cls.of(read_yaml(Path(source)))
+        return cls.of(parse_yaml(source, "the recipe") if isinstance(source, str) else read_yaml(Path(source)))
 
     @classmethod
     def of(cls, values: Any) -> Recipe:
@@ -382,17 +408,19 @@ class Recipe(BaseModel):
         return cls(**values)
 
 
-_MAPPINGS = ("options", "allocation_options", "sparsity_of")
+MAPPINGS = ("options", "allocation_options", "sparsity_of")  # fields whose entries a setting names after a dot
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+def command_line(name: str) -> CommandLine | None:
+    """The command-line option of a field; None for a field that only ``--set`` reaches."""
+    return next((mark for mark in Recipe.model_fields[name].metadata if isinstance(mark, CommandLine)), None)
+
+
+def _explain(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     key = str(first["loc"][0]) if first["loc"] else "recipe"
     if first["type"] == "extra_forbidden":
-        return f"unknown recipe field {shown(key)}; {nearest(key[:100], model.model_fields)}"
-    if key in _MAPPINGS and len(first["loc"]) > 1:
+        return f"unknown recipe field {shown(key)}; {nearest(key[:100], Recipe.model_fields)}"
+    if key in MAPPINGS and len(first["loc"]) > 1:
         key = f"{key}.{shown(first['loc'][1]).strip(chr(39))}"
-    reason = first["msg"].removeprefix("Value error, ")
-    if key.startswith("sparsity_of."):
-        reason = "give the fraction of zeros, from 0 up to, not including, 1"
-    return f"recipe field {key} is {shown(first['input'])}: {reason}"
+    return refusal(f"recipe field {key}", error)

@@ -160,6 +160,14 @@ class Entry(Generic[F]):
             self.validate(checked)
         return checked
 
+    def to_dict(self) -> dict[str, Any]:
+        """Summary, paper and options as plain JSON values."""
+        options = {
+            option.name: {"type": option.type_name, "default": option.default, "description": option.description}
+            for option in self.options.values()
+        }
+        return {"summary": self.summary, "paper": self.paper, "options": options}
+
 
 class Registry(Generic[F]):
     """Maps names to entries. A package's ``__init__`` imports its modules, which register their functions."""

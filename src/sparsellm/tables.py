@@ -15,6 +15,8 @@ from rich.text import Text
 from sparsellm.console import count, duration, out, phases, say, speed, table, visible
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sparsellm.api import MatrixZeros, PruneResult
     from sparsellm.compare import GridResult
     from sparsellm.convert import PackResult
@@ -193,8 +195,8 @@ def print_packed(result: PackResult) -> None:
     say(f"written to {result.path}")
 
 
-def print_evaluation(result: Evaluation) -> None:
-    """Prints perplexity and protocol, the comparison with a dense model, and the metrics of the tasks."""
+def print_evaluation(result: Evaluation, saved: Path | None) -> None:
+    """Prints perplexity and protocol, the comparison with a dense model, tasks, and the file with the results."""
     protocol = result.protocol
     begins = {"yes": "each begins with BOS", "no": "cut anywhere", "given": "as given"}[protocol["bos"]]
     say(
@@ -212,6 +214,8 @@ def print_evaluation(result: Evaluation) -> None:
         for name, metric in metrics.items():
             error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.4f}"
             say(f"{task}: {name} {metric['value']:.4f}{error}")
+    if saved is not None:
+        say(f"results in {saved}")
 
 
 def _ends(interval: Interval) -> str:
@@ -248,7 +252,7 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
         say(f"compared in {result.page}")
 
 
-def print_speeds(report: Comparison) -> None:
+def print_speeds(report: Comparison, saved: Path | None) -> None:
     """Prints tokens per second of a packed and a dense checkpoint: the median, and the slowest and fastest round."""
     shown = table(("",), ("batch", "threads", "dense tok/s", "packed tok/s", "ratio"))
     for first, second in report.pairs():
@@ -268,3 +272,5 @@ def print_speeds(report: Comparison) -> None:
     say(f"small batches: {report.kernel} · activations {report.dtype}, dense weights {report.dense_dtype}")
     for line in report.verdict:
         say(line)
+    if saved is not None:
+        say(f"results in {saved}")

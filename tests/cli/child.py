@@ -23,7 +23,7 @@ LIMIT = 120.0  # seconds, far beyond what any command here takes
 
 # A solver that stops in the second block of a tiny Llama (seven linears each) and says that it is there.
 WAITING_SOLVER = """
-import ctypes, time
+import time
 from pathlib import Path
 from sparsellm.solvers import SOLVERS
 
@@ -43,13 +43,6 @@ def swallow():
 def swallow_for_ever():
     while not (HERE / "go").exists():
         swallow()
-
-def deadlock():  # in C, where Python's handlers cannot run
-    mutex = ctypes.create_string_buffer(128)
-    lock = ctypes.CDLL(None).pthread_mutex_lock
-    lock(mutex)
-    if not (HERE / "go").exists():
-        lock(mutex)
 
 @SOLVERS.register("waiting", paper="none")
 def waiting(weight, gram, pattern):
@@ -74,7 +67,7 @@ def command_line(
 ) -> None:
     """What the process of a command runs; arguments as of :func:`command`."""
     torch.set_num_threads(1)
-    interrupts.PATIENCE, interrupts.SAME = 0.1, 0.0
+    interrupts.SAME = 0.0
     for signum in ignore:
         signal.signal(signum, signal.SIG_IGN)
     for number, name in ((1, "stdout"), (2, "stderr")):

@@ -15,7 +15,7 @@ import pytest
 from transformers.utils.logging import disable_progress_bar
 
 import sparsellm
-from sparsellm import cli, console
+from sparsellm import console, options
 from sparsellm.allocation import ALLOCATIONS
 from sparsellm.errors import ModelError
 from sparsellm.interrupts import Interrupted
@@ -240,8 +240,8 @@ def test_quiet_and_verbose_contradict_each_other(command: str, model: Path, tmp_
 
 
 def test_the_shell_completes_the_registered_names_without_importing_them() -> None:
-    assert set(cli._registered("methods", "solvers")()) == {entry.name for entry in METHODS}
-    assert set(cli._registered("allocation")()) == {entry.name for entry in ALLOCATIONS}
+    assert set(options.registered("methods", "solvers")) == {entry.name for entry in METHODS}
+    assert set(options.registered("allocation")) == {entry.name for entry in ALLOCATIONS}
 
 
 # ---------------------------------------------------------------------- Python

@@ -1,0 +1,194 @@
+"""Options of the command line, as parameters of a signature that typer reads.
+
+An option that sets a field of the recipe is made from that field, which holds all that the option shows and checks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import Parameter
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from sparsellm.errors import RecipeError
+from sparsellm.recipe import MAPPINGS, RESOURCES, WHAT, Recipe, command_line
+
+MODEL, TEXT, MEASURE, VALUES, OUTPUT = "Model", "Text", "Measurement", "Values", "Output"
+KINDS = {
+    "": bool,
+    "N": int,
+    "FRACTION": float,
+    "T": float,
+    "DIR": Path,
+    "FILE": Path,
+}  # by placeholder; others are text
+
+
+def argument(metavar: str, help: str, kind: Any = str) -> Parameter:
+    """A positional argument; its parameter is called like the placeholder."""
+    annotation = Annotated[kind, typer.Argument(metavar=metavar, help=help, rich_help_panel=MODEL)]
+    return Parameter(metavar.strip(".").lower(), Parameter.KEYWORD_ONLY, annotation=annotation)
+
+
+def option(
+    usage: str,
+    help: str,
+    panel: str = OUTPUT,
+    *,
+    default: Any = None,
+    shown: object = "",
+    kind: Any = None,
+    values: Sequence[str] | Callable[[], list[str]] = (),
+) -> Parameter:
+    """An option; its parameter is called like the first name.
+
+    Args:
+        usage: names, then the placeholder of the value, such as ``--quiet -q`` or ``--out DIR``.
+        help: what it does.
+        panel: its group in ``--help``.
+        default: its value where it is not given.
+        shown: shown as default in place of ``default``.
+        kind: the type as which it is parsed; None for the type of its placeholder in :data:`KINDS`.
+        values: completed by a shell.
+    """
+    *names, last = usage.split()
+    names, metavar = ([*names, last], "") if last.startswith("-") else (names, last)
+    text = f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help  # the bracket is no markup of rich
+    made: Any = typer.Option(
+        *names,
+        metavar=metavar,  # "" for a flag; without any, typer shows a type that is not given
+        help=text,
+        show_default=shown == "",
+        autocompletion=(lambda: list(values() if callable(values) else values)) if values else None,
+        rich_help_panel=panel,
+    )
+    name = re.split("/", names[0].removeprefix("--"))[0].replace("-", "_")
+    annotation = Annotated[kind or KINDS.get(metavar, str), made]
+    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def flag(usage: str, help: str, panel: str = OUTPUT) -> Parameter:
+    """An option without a value."""
+    return option(usage, help, panel, default=False)
+
+
+def registered(*packages: str) -> list[str]:
+    """The names that the modules of packages register, read from their text: a shell cannot wait for torch."""
+    modules = [path for package in packages for path in sorted((Path(__file__).parent / package).glob("*.py"))]
+    texts = (path.read_text(encoding="utf-8") for path in modules)
+    return [name for text in texts for name in re.findall(r'\.register\(\s*"([^"]+)"', text)]
+
+
+def field(name: str, panel: str = "") -> Parameter:
+    """The option for a field of the recipe; the recipe checks its value."""
+    info, line = Recipe.model_fields[name], command_line(name)
+    assert line is not None
+    default = info.get_default(call_default_factory=True)
+    repeated = isinstance(default, list | dict)
+    choices = line.values or (get_args(info.annotation) if get_origin(info.annotation) is Literal else ())
+    made = option(
+        f"{line.flag or '--' + name.replace('_', '-')} {line.metavar}",
+        f"{info.description} Repeatable." if repeated else str(info.description),
+        panel or line.panel,
+        kind=_parsed_as(info.annotation),
+        shown=line.null if default is None else "" if repeated else default,
+        values=partial(registered, *line.registered) if line.registered else choices,
+    )
+    return made.replace(name=name)
+
+
+def _parsed_as(annotation: Any) -> Any:
+    if get_origin(annotation) in (list, dict):
+        return list[str]
+    kinds = {get_args(kind)[0] if hasattr(kind, "__metadata__") else kind for kind in get_args(annotation)}
+    return next((kind for kind in (int, float) if annotation is kind or kinds == {kind, type(None)}), str)
+
+
+FIELDS = [name for name in Recipe.model_fields if command_line(name) is not None]
+RECIPE = [
+    option("--recipe FILE", "A recipe in YAML; options given here override it.", WHAT),
+    option(
+        "--set KEY=VALUE",
+        "Any field of the recipe, options.NAME, allocation_options.NAME or sparsity_of.GLOB. Repeatable.",
+        WHAT,
+        kind=list[str],
+    ),
+]
+
+
+def take_recipe(options: dict[str, Any]) -> Recipe:
+    """Takes the recipe out of a command's options: the file, then the fields over it, then ``--set``."""
+    chosen = Recipe.from_yaml(options.pop("recipe")) if "recipe" in options else Recipe()
+    given = {name: options.pop(name) for name in FIELDS if name in options}
+    entries = [f"{name}.{entry}" for name in MAPPINGS for entry in given.pop(name, ())]
+    return chosen.updated(**given).with_settings([*entries, *options.pop("set", ())])
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a text with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def fractions(text: str) -> list[float]:
+    """The numbers of a text with commas.
+
+    Raises:
+        RecipeError: a part is no number.
+    """
+    try:
+        return [float(part) for part in listed(text)]
+    except ValueError:
+        raise RecipeError(f"--sparsity is {text!r}; give fractions with commas, such as 0.5,0.7") from None
+
+
+# Options of several commands
+ONE_MODEL = argument("MODEL", "Checkpoint directory, hub id, .gguf file, or 'demo'.")
+SOURCES = field("calibration").annotation.__metadata__[0].autocompletion()
+WINDOW = [
+    option("--seq-len N", "Tokens in a window.", TEXT, shown="2048, or the limit of the model"),
+    option("--max-tokens N", "Most tokens of the text to use.", TEXT, shown="all"),
+]
+TRUST = flag("--trust-remote-code", "Run modelling code that comes with the checkpoint.", RESOURCES)
+PLUGIN = option(
+    "--plugin FILE|MODULE",
+    "Python code that registers solvers, allocations or methods. It is run. Repeatable.",
+    WHAT,
+    kind=list[str],
+)
+PACKED_VALUES = option(
+    "--values TYPE",
+    "Type of the kept values: keep (the stored type, lossless), bf16, fp16, fp32, int8, int4 or int3.",
+    VALUES,
+    default="keep",
+    values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
+)
+RUNNING = [
+    option("--device NAME", "cpu, cuda or cuda:1.", RESOURCES, default="cpu", values=("cpu", "cuda", "mps", "auto")),
+    field("dtype"),
+    option(
+        "--activations TYPE",
+        "Activations of packed int8 and int4 weights: int8 (faster) or fp32 (exact).",
+        RESOURCES,
+        shown="SPARSELLM_ACTIVATIONS, else int8",
+        values=("int8", "fp32"),
+    ),
+]
+SAVE = option("--save/--no-save", "Append the result to results.json where sparsellm wrote DIR.", default=True)
+QUIET = flag("--quiet -q", "Print no progress, only the result, warnings and errors.")
+VERBOSE = flag("--verbose -v", "Print every step, and the time of every phase.")
+JSON = flag("--json", "Print one JSON object on stdout, and nothing else there.")
+REPORTING = [QUIET, VERBOSE, JSON]
+RESTARTING = [
+    flag("--overwrite", "Replace the checkpoint in DIR."),
+    flag("--restart", "Start from the beginning; remove what an unfinished run left for DIR."),
+]
+WRITING = [*RESTARTING, *REPORTING]
+
+
+def out(help: str) -> Parameter:
+    """The directory that a command must write to."""
+    return option("--out DIR", help, default=Parameter.empty)
