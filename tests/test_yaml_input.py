@@ -12,26 +12,20 @@ from sparsellm.errors import DataError, RecipeError, SparseLLMError
 from sparsellm.inputs.yaml_input import dump_yaml, parse_yaml, read_yaml
 
 
-def test_reads_plain_values() -> None:
+def test_plain_values_are_read() -> None:
     text = "a: 1e-3\nb: 2:4\nc: 2024-01-01\nd: 0x10\ne: yes\nf: ~\ng:\nh: -.5\ni: 0o17\nj: 010\nk: '1'\nl: [1., x]\n"
     assert parse_yaml(text, "r") == {
         "a": 0.001, "b": "2:4", "c": "2024-01-01", "d": 16, "e": True, "f": None, "g": None, "h": -0.5, "i": 15,
         "j": 10, "k": "1", "l": [1.0, "x"],
     }  # fmt: skip
-    assert parse_yaml(b"\xef\xbb\xbfa: &x [1]\nb: *x", "r") == {"a": [1], "b": [1]}
-
-
-BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
-    f"{name}: &{name} [{','.join([f'*{before}'] * 8)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
+    assert parse_yaml(b"\xef\xbb\xbfa: [1]", "r") == {"a": [1]}
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (BOMB, "more than 20000 values"),
-        ("a: &a [*a]", "inside its own anchor"),
-        ("a: *b", "alias"),
+        ("a: &a [*a]", "the alias *a is not read"),
+        ("a: *b", "the alias *b is not read"),
         ("[" * 100_000, "nested deeper than 32"),
         ("- " * 1000 + "1", "nested deeper than 32"),
         ("a: " + "9" * 5000, "5000 characters"),
@@ -51,7 +45,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
         ("x" * 300_000, "more than 256 KiB"),
     ],
 )
-def test_refuses_what_could_hurt_later(data: bytes | str, said: str) -> None:
+def test_yaml_that_could_hurt_later_is_refused(data: bytes | str, said: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_yaml(data, "the file", DataError)
     assert said in str(caught.value)

@@ -23,49 +23,26 @@ if TYPE_CHECKING:
     from sparsellm.recipe import Recipe
     from sparsepack.loading import load
 
-_HOME = {
-    "Evaluation": "sparsellm.evaluation.measured",
-    "PackResult": "sparsellm.convert",
-    "PruneResult": "sparsellm.api",
-    "card": "sparsellm.api",
-    "evaluate": "sparsellm.api",
-    "inspect": "sparsellm.api",
-    "load": "sparsepack.loading",
-    "pack": "sparsellm.convert",
-    "prune": "sparsellm.api",
-    "push": "sparsellm.api",
-    "show_progress": "sparsellm.console:progress",
-    "SparseLLMError": "sparsellm.errors",
-    "Perplexity": "sparsellm.evaluation.perplexity",
-    "Recipe": "sparsellm.recipe",
-    "unpack": "sparsellm.convert",
+_MODULES = {
+    "sparsellm.api": ("PruneResult", "card", "evaluate", "inspect", "prune", "push"),
+    "sparsellm.console": ("show_progress",),
+    "sparsellm.convert": ("PackResult", "pack", "unpack"),
+    "sparsellm.errors": ("SparseLLMError",),
+    "sparsellm.evaluation.measured": ("Evaluation",),
+    "sparsellm.evaluation.perplexity": ("Perplexity",),
+    "sparsellm.recipe": ("Recipe",),
+    "sparsepack.loading": ("load",),
 }
 
-__all__ = [
-    "Evaluation",
-    "PackResult",
-    "Perplexity",
-    "PruneResult",
-    "Recipe",
-    "SparseLLMError",
-    "__version__",
-    "card",
-    "evaluate",
-    "inspect",
-    "load",
-    "pack",
-    "prune",
-    "push",
-    "show_progress",
-    "unpack",
-]
+__all__ = ["Evaluation", "PackResult", "Perplexity", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
+__all__ += ["card", "evaluate", "inspect", "load", "pack", "prune", "push", "show_progress", "unpack"]
 
 register_when_needed()  # so that from_pretrained loads packed checkpoints
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch and transformers when they are first needed, so that ``sparsellm --help`` is fast."""
-    if name in _HOME:
-        module, _, other = _HOME[name].partition(":")
-        return getattr(importlib.import_module(module), other or name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), "progress" if name == "show_progress" else name)
     raise AttributeError(f"module 'sparsellm' has no attribute {name!r}")

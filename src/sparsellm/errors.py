@@ -11,10 +11,9 @@ if TYPE_CHECKING:
 
 
 class SparseLLMError(Exception):
-    """Base of every error that this library raises on purpose; the command line prints one line and exits with code 2.
+    """Base of every error that this library raises on purpose; the command line prints it and exits with code 2.
 
-    The message is always one printable line: line breaks, control characters and halves of surrogate pairs, in names
-    and paths for example, are written as escapes.
+    The message is one printable line: line breaks, control characters and halves of surrogate pairs become escapes.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -85,14 +84,11 @@ def shown(value: object, most: int = 160) -> str:
     of a path says most. It never raises."""
     if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write more than 4,300 digits
         return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str) and len(value) > 2 * most:  # so that a megabyte of text is not formatted
-        value = value[:most] + value[-most:]
-    if isinstance(value, bytes) and len(value) > 2 * most:
-        value = value[:most] + value[-most:]
+    if isinstance(value, str | bytes) and len(value) > 2 * most:  # so that a megabyte of text is not formatted
+        value = value[:most] + value[-most:]  # type: ignore[operator]  # both are of one type
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except Exception:  # from the repr of a user's class, or of a list with a number that is too long
         return f"a {type(value).__name__}"
-    text = " ".join(text.split())
     head = most // 2
     return text if len(text) <= most else f"{text[:head]}…{text[head + 1 - most :]}"

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sparsellm.errors import RecipeError, nearest
+from sparsellm.errors import RecipeError, nearest, refusal
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,49 +30,40 @@ class Option:
 
     @property
     def type_name(self) -> str:
+        """The type as users read it, such as ``int`` or ``float | None``."""
         bare = typing.get_args(self.type)[0] if hasattr(self.type, "__metadata__") else self.type
         if typing.get_origin(bare) in (typing.Literal, typing.Union, types.UnionType):
             return str(bare).replace("typing.", "")
         return getattr(bare, "__name__", str(bare))
 
-    @property
-    def required(self) -> bool:
-        return self.default is inspect.Parameter.empty
-
     def checked(self, owner: str, values: dict[str, Any]) -> Any:
-        """The value of this option, coerced to its type, or its default.
-
-        Args:
-            owner: the name of the registered function, for error messages.
-            values: all options that the user set.
+        """The value of this option among ``values``, coerced to its type, or its default.
 
         Raises:
             RecipeError: the value is of the wrong type or out of range, or is missing and there is no default.
         """
         if self.name not in values:
-            if self.required:
+            if self.default is inspect.Parameter.empty:
                 raise RecipeError(f"{owner} needs option {self.name}: {self.description or self.type_name}")
             return self.default
-        value = values[self.name]
         try:
-            return TypeAdapter(self.type, config=FINITE).validate_python(value)
+            return TypeAdapter(self.type, config=FINITE).validate_python(values[self.name])
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise RecipeError(f"option {self.name} of {owner} is {value!r}: {reason}") from None
+            raise RecipeError(refusal(f"option {self.name} of {owner}", error)) from None
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The most memory that a registered function holds at a time, besides the block it works on, and its main work.
+    """The most memory that a registered function holds at a time, next to the block it works on, and its main work.
 
     Attributes:
         weights: fp32 copies of the weight that is pruned.
         grams: matrices as large as the Gram matrix of its inputs, including that matrix.
         remembered: factorisations that it caches for other linears with the same inputs; they are bounded, see
             :meth:`sparsellm.statistics.Gram.remember`.
-        blocks: fp32 copies of the whole block, such as gradients and moments of an optimiser.
+        blocks: fp32 copies of the block, such as gradients and moments of an optimiser.
         streams: copies of the hidden states of all calibration tokens, such as targets.
-        products: of the weight with a matrix as large as the Gram matrix, for the prediction of time.
+        products: number of products of the weight with a matrix as large as the Gram matrix, to predict the time.
         narrow: whether factors of its products may be rounded to bf16 where the running blocks multiply in it.
         writers: output projections of a block whose inputs, for all tokens, are kept as far as memory goes.
     """
@@ -87,23 +78,23 @@ class Workspace:
     writers: int = 0
 
     def beside(self, other: Workspace) -> Workspace:
-        """Of two functions that run one after the other: the larger memory, and the work of both."""
+        """The larger memory, and the work of both, for two functions that run one after the other."""
         larger = Workspace(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
         return replace(larger, products=self.products + other.products)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """The needs of a method or an allocation, besides the walk over the blocks.
+    """The needs of a method or an allocation with given options.
 
     Attributes:
         output_costs: whether it needs the cost of an error of each output to the dense model's loss, from a backward
             sweep. Not needed for N:M, where outputs do not compete.
-        surveyed_tokens: calibration tokens that an allocation reads, in whole windows; None for all.
+        surveyed_tokens: calibration tokens that an allocation reads, in complete windows; None for all.
         gradient_tokens: the number of these, from the first, for which it needs gradients; four windows or more.
         token_states: whether it needs hidden states ``(windows, seq, width)``, to select windows or tokens by position.
-        one_process: the name of an option in use that works in one process only; "" if there is none.
-        workspace: of functions that the options choose, such as a solver.
+        one_process: name of an option in use that works in one process only; "" for none.
+        workspace: memory and work of functions that the options choose, such as a solver.
     """
 
     output_costs: bool = False
@@ -116,14 +107,21 @@ class Needs:
 
 @dataclass(frozen=True)
 class Entry(Generic[F]):
-    """A registered function with the name users type, its paper, and its options.
+    """A registered function.
 
-    ``needs`` and ``validate`` are called with all options, as :meth:`check` returns them; ``validate`` raises
-    RecipeError if they contradict each other.
-    ``distributed`` declares support for several processes. For a solver: rows may be solved apart, because it compares
-    them through its pattern only. For a method: every process may run it on its share of the windows.
-    ``allocation`` is the default allocation of a method, unless a pattern fixes the sparsity. ``effort`` is the default
-    effort of the sweep that follows; None if none may follow.
+    Attributes:
+        name: as users type it.
+        function: the function.
+        paper: where it is published.
+        summary: first paragraph of its docstring.
+        options: its keyword-only parameters, by name.
+        workspace: its memory and work.
+        needs: returns its needs for all options, as :meth:`check` returns them.
+        validate: raises RecipeError if options contradict each other.
+        distributed: whether it works in several processes. A solver does if rows may be solved apart, because it
+            compares them through its pattern only; a method if every process may run it on its share of the windows.
+        allocation: a method's default allocation, unless a pattern fixes the sparsity.
+        effort: a method's default effort of the sweep that follows; None if none may follow.
     """
 
     name: str
@@ -143,9 +141,7 @@ class Entry(Generic[F]):
         return self.needs(options) if self.needs is not None else Needs()
 
     def check(self, values: dict[str, Any]) -> dict[str, Any]:
-        """All options with their values: those that the user set, coerced to the declared types, and defaults.
-
-        They are JSON values, in the order of the signature, so that reports and identities can contain them.
+        """All options with their values, coerced to the declared types, as JSON values in the order of the signature.
 
         Raises:
             RecipeError: an option is unknown (the message has the nearest known name), missing, of the wrong type or
@@ -177,23 +173,11 @@ class Registry(Generic[F]):
         self._entries: dict[str, Entry[F]] = {}
         self._listeners: list[Callable[[Entry[F]], None]] = []
 
-    def register(
-        self,
-        name: str,
-        *,
-        paper: str,
-        workspace: Workspace | None = None,
-        needs: Callable[[dict[str, Any]], Needs] | None = None,
-        validate: Callable[[dict[str, Any]], None] | None = None,
-        distributed: bool = False,
-        allocation: str = "uniform",
-        effort: int | None = None,
-    ) -> Callable[[F], F]:
-        """A decorator that registers a function.
+    def register(self, name: str, *, paper: str, **declared: Any) -> Callable[[F], F]:
+        """A decorator that registers a function; ``declared`` are further attributes of its :class:`Entry`.
 
         Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``. pydantic checks values
-        against the type, and users see the description. ``workspace`` is for the memory prediction; ``needs`` returns
-        the :class:`Needs` for given options; the others: see :class:`Entry`.
+        against the type, and users see the description.
 
         Raises:
             TypeError: the default of an option is no JSON value.
@@ -205,15 +189,13 @@ class Registry(Generic[F]):
             for parameter in inspect.signature(function).parameters.values():
                 if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
                     continue
+                if parameter.default is not inspect.Parameter.empty:
+                    json.dumps(parameter.default)  # raises TypeError: options go into reports and identities
                 hint = hints[parameter.name]
                 description = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, str)), "")
-                option = Option(parameter.name, hint, parameter.default, description)
-                if not option.required:
-                    json.dumps(option.default)  # raises TypeError: options go into reports and identities
-                options[option.name] = option
+                options[parameter.name] = Option(parameter.name, hint, parameter.default, description)
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-            room, own = workspace or Workspace(), (needs, validate, distributed, allocation, effort)
-            self.add(Entry(name, function, paper, summary, options, room, *own))
+            self.add(Entry(name, function, paper, summary, options, **declared))
             return function
 
         return add
@@ -229,7 +211,7 @@ class Registry(Generic[F]):
     def on_add(self, listener: Callable[[Entry[F]], None]) -> None:
         """Calls ``listener`` with every registered entry, and with each later one when it is registered."""
         self._listeners.append(listener)
-        for entry in self._entries.values():
+        for entry in self:
             listener(entry)
 
     def __getitem__(self, name: str) -> Entry[F]:

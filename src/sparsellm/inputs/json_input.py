@@ -13,20 +13,15 @@ MOST_DIGITS = 64  # of an integer; tokenizers write 10^30 for "no limit"
 
 
 def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = StorageError) -> Any:
-    """The value of a JSON text.
-
-    Args:
-        data: the text; bytes are UTF-8, with or without a byte order mark.
-        where: the name of the text in error messages, such as its path, or its path and line.
-        error: the kind of error to raise.
+    """The value of a JSON text; bytes are UTF-8, with or without a byte order mark.
 
     Raises:
-        SparseLLMError: of the kind ``error``: the text is too long, not UTF-8, not JSON, nested too deeply, or holds an
-            integer of more than :data:`MOST_DIGITS` digits or half of a surrogate pair.
+        SparseLLMError: of the kind ``error``, beginning with ``where``, if the text is not JSON, is too long or too
+            deep, or holds an integer of more than :data:`MOST_DIGITS` digits or half of a surrogate pair.
     """
-    if len(data) > MOST_BYTES:
-        raise error(f"{where} has {len(data) / 1e6:.0f} MB; at most {MOST_BYTES / 1e6:.0f} MB of JSON are read")
     try:
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{len(data) / 1e6:.0f} MB; at most {MOST_BYTES / 1e6:.0f} MB of JSON are read")
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, parse_int=_integer)
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written again
@@ -43,29 +38,18 @@ def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = Stor
     return value
 
 
-def read_json(path: Path, error: type[SparseLLMError] = StorageError) -> Any:
-    """As :func:`parse_json`, for a file.
+def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
-        SparseLLMError: of the kind ``error``, also if the file cannot be read.
+        SparseLLMError: of the kind ``error``: the file cannot be read, or as :func:`parse_json`, or is not an object.
     """
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise error(f"{path} has {size / 1e6:.0f} MB; at most {MOST_BYTES / 1e6:.0f} MB of JSON are read")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except OSError as bad:
         raise error(f"cannot read {path}: {bad.strerror or bad}") from None
-    return parse_json(data, str(path), error)
-
-
-def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[str, Any]:
-    """As :func:`read_json`, for a file that must hold a JSON object.
-
-    Raises:
-        SparseLLMError: of the kind ``error``, also if the value is no object.
-    """
-    value = read_json(path, error)
+    value = parse_json(data, str(path), error)
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

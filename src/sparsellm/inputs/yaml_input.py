@@ -14,43 +14,35 @@ from sparsellm.errors import RecipeError, SparseLLMError
 MOST_BYTES = 256 << 10  # a hundred times a recipe
 MOST_DEPTH = 32
 MOST_DIGITS = 64  # of a number
-MOST_NODES = 20_000  # with aliases expanded
 
 
 def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
     """The value of a YAML text: null, booleans, numbers, strings, lists and mappings.
 
     Numbers are those of YAML 1.2: ``1e-3`` is a number; ``2:4`` and ``2024-01-01`` are strings, while YAML 1.1 reads a
-    number of base 60 and a date. Tags and repeated keys in a mapping are refused.
-
-    Args:
-        data: the text; bytes are UTF-8, with or without a byte order mark.
-        where: the name of the text in error messages, such as its path.
-        error: the kind of error to raise.
+    number of base 60 and a date. Tags, aliases and repeated keys are refused. Bytes are UTF-8, with or without a BOM.
 
     Raises:
-        SparseLLMError: of the kind ``error``: the text is not UTF-8 or not YAML, or beyond a limit of this module.
+        SparseLLMError: of the kind ``error``, beginning with ``where``: the text is not YAML, or beyond a limit.
     """
     if len(data) > MOST_BYTES:
         raise error(f"{where} has more than {MOST_BYTES >> 10} KiB; give a shorter one")
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        _check_size(text)
+        _check(text)
         return yaml.load(text, Loader=_Loader)
     except UnicodeDecodeError as bad:
         raise error(f"{where} is not UTF-8 (byte {bad.start}); save it as UTF-8") from None
     except yaml.MarkedYAMLError as bad:
         mark = bad.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise error(
-            f"{where} is not valid YAML ({_first_line(bad.problem or bad.context or 'syntax')}{place})"
-        ) from None
+        raise error(f"{where} is not valid YAML ({_first_line(bad.problem or bad.context)}{place})") from None
     except (yaml.YAMLError, ValueError, OverflowError) as bad:
         raise error(f"{where} is not valid YAML ({_first_line(str(bad))})") from None
 
 
 def read_yaml(path: Path, error: type[SparseLLMError] = RecipeError) -> Any:
-    """As :func:`parse_yaml`, for a file.
+    """Same as :func:`parse_yaml` for a file.
 
     Raises:
         SparseLLMError: of the kind ``error``, also if the file cannot be read.
@@ -68,44 +60,23 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _first_line(text: str) -> str:
-    return (text.strip() or "syntax").splitlines()[0][:200]
+def _first_line(text: str | None) -> str:
+    return ((text or "").strip() or "syntax").splitlines()[0][:200]
 
 
-def _check_size(text: str) -> None:
-    """Refuses a text, before it is loaded, that is nested too deeply, too large with aliases expanded, or has tags."""
-    sizes: dict[str, int] = {}  # nodes below each anchor whose node is complete
-    open_nodes: list[tuple[str | None, int]] = []  # anchor, and the nodes that came before it
-    nodes = 0
+def _check(text: str) -> None:
+    """Refuses, before it is loaded, what is nested too deeply or is no plain value."""
+    depth = 0
     for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_nodes.pop()
-            if anchor is not None:
-                sizes[anchor] = nodes - before
-            continue
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise ValueError(f"the alias *{event.anchor} is inside its own anchor, or has none")
-            nodes += sizes[event.anchor]
-        elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
-            nodes += 1
-            _check_plain(event)
-        if isinstance(event, yaml.ScalarEvent) and event.anchor is not None:
-            sizes[event.anchor] = 1
-        elif isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, nodes - 1))
-            if len(open_nodes) > MOST_DEPTH:
-                raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
-        if nodes > MOST_NODES:
-            raise ValueError(f"it has more than {MOST_NODES} values")
-
-
-def _check_plain(event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
-    """Refuses a tag, which would create an object of some class, and half of a surrogate pair."""
-    if event.tag is not None:
-        raise ValueError(f"the tag {event.tag[:80]} is not allowed; write plain values")
-    if isinstance(event, yaml.ScalarEvent) and any("\ud800" <= each <= "\udfff" for each in event.value):
-        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+            raise ValueError(f"the alias *{event.anchor} is not read; write the value again")
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"the tag {event.tag[:80]} is not allowed; write plain values")
+        if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
+            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,6 +98,9 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     """YAML's safe dumper, which quotes strings that YAML 1.1 or 1.2 would read as another type."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _number(loader: yaml.SafeLoader, node: Any) -> int | float:
