@@ -312,7 +312,7 @@ def tiny(kind: str) -> PreTrainedModel:
     """A random model of the type whose forward runs.
 
     Raises:
-        Exception: of the last attempt, whatever the family's code raises.
+        Exception: the last attempt failed, with whatever the family's code raises.
     """
     failed: Exception = ValueError("no attempt")
     for (heads, kv, head_dim), explicit in itertools.product(TRIES, (True, False)):

@@ -146,7 +146,7 @@ def importance_matrix(directory: Path, windows: Tensor) -> dict[str, Tensor]:
     """The mean squares of the inputs of each linear of the blocks, fp32 ``(in,)``, by the name of its weight.
 
     Args:
-        directory: of the dense checkpoint.
+        directory: the dense checkpoint.
         windows: ``(windows, tokens)`` ids of the calibration text.
     """
     model = open_dense(directory)
@@ -170,8 +170,8 @@ def quantised_gguf(
     Args:
         source: the GGUF file to quantise.
         kind: llama.cpp's name of the mixture of types, such as Q4_K_M.
-        path: of the result.
-        threads: of the CPU.
+        path: the file to write.
+        threads: CPU threads that quantise.
         importance: mean squares of inputs by the tensor's name in the file.
 
     Raises:

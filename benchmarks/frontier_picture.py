@@ -5,7 +5,7 @@ from __future__ import annotations
 from drawing import Marker, Plot, Point, head, legend, lower_left, marker, polyline
 
 WIDTH, HEIGHT = 900, 600
-PLACE = (76, 104, 872, 540)  # of the plot
+PLACE = (76, 104, 872, 540)  # the plot's rectangle
 HALVES = [step / 2 for step in range(2, 41)]
 # Markers by the position of a series among the other tools' and among ours; ours have one colour.
 OTHERS: tuple[Marker, ...] = (

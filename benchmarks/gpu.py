@@ -38,11 +38,11 @@ from sparsellm.patterns import NM
 from sparsepack.bench import measure, resident_bytes
 from sparsepack.layout import pack
 
-SHAPES = ("2048x2048", "5632x2048", "2048x5632", "4096x4096", "11008x4096", "4096x11008")  # of 1.1B and of Llama 7B
+SHAPES = ("2048x2048", "5632x2048", "2048x5632", "4096x4096", "11008x4096", "4096x11008")  # 1.1B and Llama 7B
 BLOCKS = {"1.1B": (2048, 5632, 4), "7B": (4096, 11008, 32)}  # width, inner width, heads of keys and values
 HELD = 256 << 20  # bytes of weights that take turns: more than any cache
 BURST = 20  # products in one measurement
-Product = Callable[[int], object]  # of the weight whose turn it is
+Product = Callable[[int], object]  # the weight whose turn it is
 
 
 def main() -> None:

@@ -189,7 +189,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only-known", action="store_true", help="run nothing")
     parser.add_argument("--picture", type=Path, help="write an SVG")
     parser.add_argument("--cells", type=Path, default=OUT / "quality.json")
-    parser.set_defaults(set=[], batch_size=1)  # of quality.py and peers.py: no more settings, llmcompressor's default
+    parser.set_defaults(set=[], batch_size=1)  # no more settings; llmcompressor's default
     arguments = parser.parse_args()
     if arguments.python and shutil.which(arguments.python) is None:
         parser.error(f"--python {arguments.python}: no such program; give the interpreter that has llmcompressor")

@@ -31,7 +31,7 @@ WORKER = Path(__file__).with_name("peers_llmcompressor.py")
 def run(arguments: argparse.Namespace, method: str, target: str) -> dict[str, Any]:
     """One run: its time and memory, the zeros of the result, and its perplexity."""
     out = OUT / "peers" / f"{method}-{target}"
-    shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
+    shutil.rmtree(out, ignore_errors=True)  # a stopped run left it
     command = [
         arguments.python, str(WORKER), str(checkpoint_directory(arguments.model)), f"--out={out}",
         f"--method={method}", f"--{'pattern' if ':' in target else 'sparsity'}={target}",

@@ -7,7 +7,7 @@
 
 Writes a checkpoint of random weights under a real config, shard by shard, and runs ``sparsellm prune`` on it in a
 process of its own, whose resident memory (of the whole process tree) is sampled. The memory of a process that only
-imports the package is subtracted. With ``--blocks`` the process is killed by SIGKILL when so many blocks are on the
+imports the package is subtracted. With ``--blocks N`` the process is killed by SIGKILL when N blocks are on the
 disk, and started again to check that it resumes; the second run is killed after one more block.
 
 Memory and time do not depend on the values of weights, so random ones suffice. Every block has the weights of the
@@ -230,10 +230,10 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--samples", type=int, nargs="+", default=[8])
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--memory", help="as of `sparsellm prune`")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `sparsellm prune`")
-    parser.add_argument("--layers", type=int, help="cut the model to so many blocks")
-    parser.add_argument("--blocks", type=int, help="kill the run when so many are done, and go on for one more")
+    parser.add_argument("--memory", help="see `sparsellm prune`")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="see `sparsellm prune`")
+    parser.add_argument("--layers", type=int, help="cut the model to N blocks")
+    parser.add_argument("--blocks", type=int, help="kill the run when N are done, and go on for one more")
     parser.add_argument("--once", action="store_true", help="with --blocks: do not go on after the kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -39,7 +39,7 @@ from transformers import (
 
 OUT = Path(__file__).parent / "out"
 BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
-HELD_OUT = 0.08  # of the documents
+HELD_OUT = 0.08  # fraction of the documents
 SHORTEST = 200  # characters of a document
 
 
@@ -111,7 +111,7 @@ def held_out_loss(model: PreTrainedModel, ids: torch.Tensor, positions: int, win
 
 
 def train(model: PreTrainedModel, ids: torch.Tensor, arguments: argparse.Namespace) -> None:
-    """AdamW for so many minutes; the learning rate follows the clock: up over the first 5 %, then down by a cosine.
+    """AdamW for `minutes`; the learning rate follows the clock: up over the first 5 %, then down by a cosine.
 
     The clock is that of the thread, so that other programs of a busy machine take no steps away.
     """

@@ -63,7 +63,7 @@ def places() -> dict[str, list[Place]]:
         "README": banned(files(ROOT / "README.md")),
         "help": banned({f"--help of {name}": f": {text}" for name, text in help_texts()}),
         "docs": banned(files(ROOT / "docs", ROOT / "CONTRIBUTING.md")),
-        "tests": banned(files(ROOT / "tests")),
+        "tests, benchmarks": banned(files(ROOT / "tests", ROOT / "benchmarks", ROOT / "examples")),
     }
 
 
