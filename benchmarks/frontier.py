@@ -110,7 +110,7 @@ class Bench:
             tokenizer=None if isinstance(model, Path) else self.tokenizer,
         )  # fmt: skip
         assert found.against is not None
-        return {"perplexity": found.value, "kl": found.against.kl.value, "tokens": found.tokens}
+        return {"perplexity": found.value, "kl": found.against.kl, "tokens": found.tokens}
 
     def of_numbers(self, numbers: Numbers) -> Row:
         """The row of a form that is numbers, for linears alone or for more."""

@@ -238,7 +238,13 @@ def prune(arguments: argparse.Namespace) -> None:
             seconds = time.perf_counter() - start
         used = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else 0
         assert result.memory is not None
-        row(name, method, f"{seconds:.1f}", f"{used / 1e9:.2f}", f"{result.memory.device / 1e9:.2f}")
+        row(
+            name,
+            method,
+            f"{seconds:.1f}",
+            f"{used / 1e9:.2f}",
+            f"{result.memory.predicted_peak_device_bytes / 1e9:.2f}",
+        )
 
 
 def decode(arguments: argparse.Namespace) -> None:

@@ -104,8 +104,8 @@ def test_auxiliary_variables_record_their_history_and_never_end_worse(family: Fa
     assert {linear.name.rpartition(".")[2] for linear in result.linears if linear.history} <= writers
     assert len(histories) == model.config.num_hidden_layers
     for history in histories:
-        (chosen,) = (record for record in history if record["chosen"])
-        assert chosen["held_out_error"] == min(record["held_out_error"] for record in history)
+        (chosen,) = (record for record in history if record.chosen)
+        assert chosen.held_out_error == min(record.held_out_error for record in history)
     for linear in result.linears:
         assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
     assert error(model, family()) < error(pruned(family, "admm"), family())
@@ -143,8 +143,8 @@ def test_the_published_algorithm_runs_on_the_whole_model_and_shows_its_errors(fa
     histories = [linear.history for linear in result.linears if linear.history]
     assert len(histories) == model.config.num_hidden_layers
     for history in histories:
-        assert [record["chosen"] for record in history] == [False, False, True]
-        assert all(record["held_out_error"] is None for record in history)
+        assert [record.chosen for record in history] == [False, False, True]
+        assert all(record.held_out_error is None for record in history)
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
@@ -179,11 +179,11 @@ def test_the_safeguard_keeps_the_best_epoch_of_each_unit(diverging: PreTrainedMo
     recipe = Recipe(method="sparsellm-paper", sparsity=0.5, options={"epochs": 5, "safeguard": True})
     result = sparsellm.prune(diverging, recipe, calibration=windows(1))
     for history in (linear.history for linear in result.linears if linear.history):
-        (chosen,) = (record for record in history if record["chosen"])
-        assert chosen["train_error"] == min(record["train_error"] for record in history)
+        (chosen,) = (record for record in history if record.chosen)
+        assert chosen.train_error == min(record.train_error for record in history)
     worst = next(x.history for x in result.linears if x.name == "model.layers.1.mlp.down_proj")
-    assert worst[0]["chosen"]
-    assert worst[-1]["train_error"] > 100 * worst[0]["train_error"]
+    assert worst[0].chosen
+    assert worst[-1].train_error > 100 * worst[0].train_error
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
 

@@ -75,12 +75,12 @@ def test_the_second_stage_goes_on_from_the_first(source: Path, tmp_path: Path, m
     assert [(task.passes, task.swept, len(task.fresh)) for task in tasks] == [(1, 0, 2), (2, 1, 2)]
     assert all(torch.equal(one, two) for one, two in zip(tasks[0].fresh, tasks[1].fresh, strict=True))
     (first,) = result.stages
-    assert first["sparsity_pruned"] == pytest.approx(0.7, abs=1e-3)
-    assert (len(first["sweeps"]), len(result.sweeps)) == (2, 3)
+    assert first.sparsity_pruned == pytest.approx(0.7, abs=1e-3)
+    assert (len(first.sweeps), len(result.sweeps)) == (2, 3)
     assert result.zeros == round(0.8 * result.weights)
-    assert sum(result.seconds.values()) > sum(first["seconds"].values())
+    assert sum(result.seconds.values()) > sum(first.seconds.values())
     assert (result.recipe.passes, result.recipe.stages) == (3, 2)
-    assert result.base["name"] == str(source)
+    assert result.base.name == str(source)
     assert Recipe.from_yaml(tmp_path / "p" / "recipe.yaml") == result.recipe
     assert beside(tmp_path / "p") == ["p"]
     assert "A first stage, at sparsity 70%, was left at" in (tmp_path / "p" / "report.html").read_text(encoding="utf-8")

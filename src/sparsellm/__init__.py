@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from sparsellm.console import progress as show_progress
     from sparsellm.convert import PackResult, pack, unpack
     from sparsellm.errors import SparseLLMError
-    from sparsellm.evaluation.measured import Evaluation
     from sparsellm.evaluation.perplexity import Perplexity
     from sparsellm.recipe import Recipe
+    from sparsellm.records import Evaluation
     from sparsepack.loading import load
 
 _MODULES = {
@@ -28,9 +28,9 @@ _MODULES = {
     "sparsellm.console": ("show_progress",),
     "sparsellm.convert": ("PackResult", "pack", "unpack"),
     "sparsellm.errors": ("SparseLLMError",),
-    "sparsellm.evaluation.measured": ("Evaluation",),
     "sparsellm.evaluation.perplexity": ("Perplexity",),
     "sparsellm.recipe": ("Recipe",),
+    "sparsellm.records": ("Evaluation",),
     "sparsepack.loading": ("load",),
 }
 

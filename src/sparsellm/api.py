@@ -28,7 +28,7 @@ from sparsellm.calibration.given import DOCUMENTS, IDS
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import DataError, RecipeError
-from sparsellm.evaluation.measured import Evaluation, Interval, compared
+from sparsellm.evaluation.measured import compared, perplexity_of
 from sparsellm.evaluation.streamed import Kept, streamed_scores
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.hub.card import rebuild_card
@@ -36,6 +36,7 @@ from sparsellm.hub.push import Pushed, push_checkpoint
 from sparsellm.machine.heap import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
+from sparsellm.records import Evaluation, Protocol
 from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.prepare import Request, default_seq_len, open_model
@@ -148,26 +149,21 @@ def evaluate(  # noqa: PLR0913 - the Python door
         progress(Progress("evaluate", 0, 1, "tasks"))
         results = run_tasks(own.whole(device, dtype, trust_remote_code), own.tokenizer, tasks, manager, bos=leads)
     source = text if isinstance(text, str) else IDS if isinstance(text, Tensor) else DOCUMENTS
-    perplexity = Interval.of_perplexity(scores.loss)
     return Evaluation(
-        value=perplexity.value,
-        tokens=windows.numel() - len(windows),
-        window=windows.shape[1],
+        protocol=Protocol(
+            text=source,
+            digest=tokens_fingerprint(windows),
+            window=windows.shape[1],
+            windows=len(windows),
+            tokens=windows.numel() - len(windows),
+            bos="given" if isinstance(text, Tensor) else "yes" if leads else "no",
+            dtype=str(own.chain.dtype).removeprefix("torch."),
+        ),
+        perplexity=perplexity_of(scores.loss),
         nll=float(scores.loss.mean()),
-        low=perplexity.low,
-        high=perplexity.high,
-        protocol={
-            "text": source,
-            "digest": tokens_fingerprint(windows),
-            "window": windows.shape[1],
-            "windows": len(windows),
-            "tokens": windows.numel() - len(windows),
-            "bos": "given" if isinstance(text, Tensor) else "yes" if leads else "no",
-            "dtype": str(own.chain.dtype).removeprefix("torch."),
-        },
         against=None if dense is None else compared(dense.name, scores),
         tasks=results,
-        stamp=stamp(own.chain.device),
+        **vars(stamp(own.chain.device)),
     )
 
 

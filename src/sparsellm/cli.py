@@ -201,14 +201,14 @@ def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", 
     clock = PhaseClock()
     with clock.phase("evaluate"):
         result = api.evaluate(model, text, tasks=use.listed(tasks) or None, progress=progress, **options)
-    saved = results.append_result(place, "evaluations", result.to_dict()) if place is not None else None
+    saved = results.append_result(place, result) if place is not None else None
     content = {
-        **result.to_dict(),
+        **result.model_dump(mode="json"),
         "perplexity": result.value,
-        "interval": [result.low, result.high],
+        "interval": [result.perplexity.low, result.perplexity.high],
         "nll": result.nll,
         "tokens_scored": result.tokens,
-        "window": result.window,
+        "window": result.protocol.window,
         "model": model,
         "text": text,
         "results": saved and str(saved),
@@ -494,6 +494,7 @@ def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,)
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
     from sparsellm import tables
     from sparsellm.machine.devices import resolve_device
+    from sparsellm.records import Benchmark
     from sparsellm.run.result import stamp
     from sparsellm.storage import results
     from sparsepack.bench import compare
@@ -502,8 +503,8 @@ def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,)
     measured = compare(directory, batches=batch, progress=progress, **options)
     saved = None
     if place is not None:
-        record: Any = {**measured.to_dict(), **stamp(resolve_device(options["device"]))}
-        saved = results.append_result(place, "benchmarks", record)
+        stamped = vars(stamp(resolve_device(options["device"])))
+        saved = results.append_result(place, Benchmark.model_validate(measured.to_dict() | stamped))
     return {**measured.to_dict(), "results": saved and str(saved)}, lambda: tables.print_speeds(measured, saved)
 
 

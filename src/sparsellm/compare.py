@@ -28,6 +28,7 @@ from sparsellm.inputs.json_input import read_object
 from sparsellm.methods import METHODS
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import SWEEP, Recipe
+from sparsellm.records import PRUNING, Benchmark, Pruning, read_pruning
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 from sparsellm.run.prepare import Request
@@ -338,7 +339,7 @@ def _measure(
 ) -> Measured:
     """Prunes one cell unless its checkpoint is there, packs it, and measures the packed checkpoint."""
     place = Path(os.fspath(request.out or ""))
-    pruned = _pruned(place, cell) or execute(request, progress).to_dict()
+    pruned = _pruned(place, cell) or execute(request, progress).record
     to = f"{place}{PACKED}"
     packed = pack(place, out=to, values=protocol.values, overwrite=True, restart=True, progress=progress)
     evaluation = api.evaluate(
@@ -354,7 +355,7 @@ def _measure(
     )
     same = [packed.path, place] if protocol.values == "keep" else [packed.path]  # other values are other models
     for directory in same:
-        append_result(directory, "evaluations", evaluation.to_dict())
+        append_result(directory, evaluation)
     speeds = _speeds(place, packed.path, progress) if protocol.speed else None
     with contextlib.suppress(MissingExtraError):  # the run has said so
         write_report(place)
@@ -364,44 +365,44 @@ def _measure(
         name=cell.name,
         method=cell.recipe.method,
         target=cell.target,
-        sparsity=pruned["sparsity_pruned"],
+        sparsity=pruned.sparsity_pruned,
         perplexity=evaluation.value,
         dense_perplexity=against.perplexity.value,
-        kl=against.kl.value,
+        kl=against.kl,
         agreement=against.agreement,
         recovery=against.recovery,
         packed_bytes=packed.checkpoint_bytes,
-        dense_bytes=pruned["base"]["bytes"],
+        dense_bytes=pruned.base.bytes or 0,
         tokens_per_second=speeds[1] if speeds else None,
         dense_tokens_per_second=speeds[0] if speeds else None,
-        seconds=sum(took for phase, took in pruned["seconds"].items() if "/" not in phase),
-        peak_rss=pruned["peak_rss_bytes"],
+        seconds=sum(pruned.whole_seconds.values()),
+        peak_rss=pruned.peak_rss_bytes,
         settings=settings,
     )
 
 
-def _pruned(place: Path, cell: Cell) -> dict[str, Any] | None:
-    """The facts of a cell that was pruned and not yet measured; None if it is not there.
+def _pruned(place: Path, cell: Cell) -> Pruning | None:
+    """The record of a cell that was pruned and not yet measured; None if it is not there.
 
     Raises:
         StorageError: another run is there.
     """
-    if not (place / "pruning.json").is_file():
+    if not (place / PRUNING).is_file():
         return None
-    facts = read_object(place / "pruning.json")
-    actual = {key: facts.get("recipe", {}).get(key) for key in ("samples", "seq_len")}
+    pruning = read_pruning(place)
+    actual = {key: pruning.recipe.get(key) for key in ("samples", "seq_len")}
     wanted = {**cell.recipe.model_dump(mode="json"), **actual}
-    if any(facts.get("recipe", {}).get(key) != value for key, value in wanted.items() if key != "memory"):
+    if any(pruning.recipe.get(key) != value for key, value in wanted.items() if key != "memory"):
         raise StorageError(f"{place} is another run than {cell.name} of this comparison; give another --out")
-    return facts
+    return pruning
 
 
 def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[float, float]:
     """Tokens a second of the dense and the packed checkpoint, decoding in turns; kept in the results of both."""
     measured = bench.compare(packed, dense=place, progress=progress)
-    record: Any = {**measured.to_dict(), **stamp(torch.device("cpu"))}
+    record = Benchmark.model_validate(measured.to_dict() | vars(stamp(torch.device("cpu"))))
     for directory in (place, packed):
-        append_result(directory, "benchmarks", record)
+        append_result(directory, record)
     dense, sparse = next(pair for pair in measured.pairs() if pair[0].phase == "decode")
     return dense.median, sparse.median
 

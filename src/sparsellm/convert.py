@@ -9,18 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor, nn
 
 from sparsellm.arguments import CHECKPOINT, checked_arguments
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError, nearest, shown
-from sparsellm.inputs.json_input import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.files import replace_atomically, write_all
@@ -44,7 +43,6 @@ from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
 HEADS = ("keep", "int8")
-PRUNING = "pruning.json"
 _REPORTS = (PRUNING, "recipe.yaml")  # reports of the pruning, which are valid for the packed model too
 
 
@@ -283,18 +281,6 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
     return tensors
 
 
-class _Linear(BaseModel):
-    """What packing needs of a linear in ``pruning.json``."""
-
-    name: str
-    exponents: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
-
-
-class _Pruning(BaseModel):
-    values: str = "keep"
-    linears: list[_Linear] = []
-
-
 def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
     """The exponents of columns, by linear, with which the run that wrote a checkpoint rounded values of this type.
 
@@ -304,14 +290,7 @@ def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
     path = directory / PRUNING
     if values not in INTEGERS or not path.is_file():
         return {}
-    again = "put the file back as it was"
-    try:
-        pruning = _Pruning.model_validate(read_object(path))
-    except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        where = ".".join(map(str, mistake["loc"]))
-        said = f"{shown(where)} is {shown(mistake['input'])} ({mistake['msg']})"
-        raise StorageError(f"{path}: {said}; {again}") from None
+    pruning = read_pruning(directory)
     if pruning.values != values:
         return {}
     columns = {linear.name: linear.in_features for index in range(len(chain)) for linear in chain.linears(index)}
@@ -321,7 +300,7 @@ def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
         if exponents is not None and columns.get(linear.name) != len(exponents):
             wanted = columns.get(linear.name, "no such linear")
             said = f"{len(exponents)} exponents of {shown(linear.name)}, where the model has {wanted}"
-            raise StorageError(f"{path}: {said}; {again}")
+            raise StorageError(f"{path}: {said}; {PUT_BACK}")
         if exponents is not None:
             found[linear.name] = exponents
     return found

@@ -12,10 +12,10 @@ from sparsellm import api
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, StorageError
-from sparsellm.evaluation.measured import Against, Evaluation
 from sparsellm.machine.devices import resolve_device
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
+from sparsellm.records import Against, Benchmark, Continuation, Evaluation
 from sparsellm.report.document import write_report
 from sparsellm.run.prepare import Request
 from sparsellm.run.result import stamp
@@ -83,7 +83,7 @@ class DemoResult:
             "dense_path": str(self.dense_path),
             "packed_path": str(self.packed_path),
             "report": str(self.pruned.report) if self.pruned.report is not None else None,
-            "evaluation": self.evaluation.to_dict(),
+            "evaluation": self.evaluation.model_dump(mode="json"),
             "speeds": self.speeds.to_dict(),
             "prompt": self.prompt,
             "continuations": {"dense": self.dense_text, "pruned": self.pruned_text},
@@ -130,17 +130,17 @@ def run_demo(
         evaluation = api.evaluate(
             pruned, "pydoc", seq_len=SEQ_LEN, max_tokens=EVALUATION_TOKENS, against=dense, progress=progress
         )
-        append_result(pruned, "evaluations", evaluation.to_dict())
+        append_result(pruned, evaluation)
     with phase("bench"):
         speeds = compare(
             packed, dense, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, repeats=ROUNDS, progress=progress
         )
-        record: Any = {**speeds.to_dict(), **stamp(resolve_device("cpu"))}
+        record = Benchmark.model_validate(speeds.to_dict() | vars(stamp(resolve_device("cpu"))))
         for place in (pruned, packed):
-            append_result(place, "benchmarks", record)
+            append_result(place, record)
     with phase("generate"):
         texts = [_continuation(path) for path in (dense, packed)]
-        append_result(pruned, "continuations", {"prompt": PROMPT, "dense": texts[0], "pruned": texts[1]})
+        append_result(pruned, Continuation(prompt=PROMPT, dense=texts[0], pruned=texts[1]))
     with suppress(MissingExtraError):  # the run has said what to install
         write_report(pruned)
     return DemoResult(dense, packed, result, evaluation, speeds, PROMPT, texts[0], texts[1], clock.seconds)

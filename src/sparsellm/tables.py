@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from sparsellm.compare import GridResult
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
-    from sparsellm.evaluation.measured import Evaluation, Interval
     from sparsellm.recipe import Recipe
+    from sparsellm.records import Evaluation, Interval
     from sparsellm.registry import Registry
     from sparsepack.bench import Comparison
 
@@ -36,7 +36,7 @@ def print_warnings(result: PruneResult, printed: Iterable[str] = ()) -> None:
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     """Prints zeros and error of each kind of linear, the time of each phase, and the path of the result."""
-    allocation = result.allocation.get("name")
+    allocation = result.allocated_by
     out().print(_kinds(result, spread=allocation is not None or bool(result.recipe.sparsity_of)))
     for linear in result.linears:
         for note in linear.notes:
@@ -147,7 +147,7 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     )
     rates = [speed(each.median, each.slowest, each.fastest) for each in result.decoding]
     shown.add_row("perplexity, held-out text", f"{against.perplexity.value:.2f}", f"{result.evaluation.value:.2f}")
-    shown.add_row("KL from the dense model", "0", f"{against.kl.value:.3f} nats a token")
+    shown.add_row("KL from the dense model", "0", f"{against.kl:.3f} nats a token")
     shown.add_row("same next token as dense", "100.0%", f"{against.agreement:.1%}")
     shown.add_row("zeros in the linears", "–", f"{pruned.sparsity_pruned:.2%}")
     shown.add_row("weights on disk", _megabytes(speeds.dense_disk_bytes), _megabytes(speeds.packed_disk_bytes))
@@ -198,22 +198,22 @@ def print_packed(result: PackResult) -> None:
 def print_evaluation(result: Evaluation, saved: Path | None) -> None:
     """Prints perplexity and protocol, the comparison with a dense model, tasks, and the file with the results."""
     protocol = result.protocol
-    begins = {"yes": "each begins with BOS", "no": "cut anywhere", "given": "as given"}[protocol["bos"]]
+    begins = {"yes": "each begins with BOS", "no": "cut anywhere", "given": "as given"}[protocol.bos]
     say(
-        f"perplexity {result.value:.4f}{_ends(result.perplexity)} · {result.tokens} tokens scored in "
-        f"{protocol['windows']} windows of {result.window}, {begins}"
+        f"perplexity {result.value:.4f}{_ends(result.perplexity)} · {protocol.tokens} tokens scored in "
+        f"{protocol.windows} windows of {protocol.window}, {begins}"
     )
     if result.against is not None:
         dense = result.against
         say(f"dense model {dense.model}: perplexity {dense.perplexity.value:.4f}{_ends(dense.perplexity)}")
         say(
-            f"recovery {dense.recovery:.2%} · KL divergence {dense.kl.value:.4g} nats a token{_ends(dense.kl)} · same "
-            f"first choice for {dense.agreement:.2%} of the tokens"
+            f"recovery {dense.recovery:.2%} · KL divergence {dense.kl:.4g} nats a token{_ends(dense.divergence)} · "
+            f"same first choice for {dense.agreement:.2%} of the tokens"
         )
     for task, metrics in (result.tasks or {}).items():
         for name, metric in metrics.items():
-            error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.4f}"
-            say(f"{task}: {name} {metric['value']:.4f}{error}")
+            error = "" if metric.stderr is None else f" ± {metric.stderr:.4f}"
+            say(f"{task}: {name} {metric.value:.4f}{error}")
     if saved is not None:
         say(f"results in {saved}")
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import pytest
 from sparsellm import Recipe, __version__, cli, console, tables
 from sparsellm.api import PruneResult
 from sparsellm.demo import DemoResult
-from sparsellm.evaluation.measured import Against, Evaluation, Interval
-from sparsellm.methods import LinearResult
+from sparsellm.records import Against, Evaluation, Interval, LinearResult, Protocol
 from sparsepack.bench import Comparison, Speed
 from sparsepack.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -183,12 +181,23 @@ def test_no_arguments_show_the_help_and_no_empty_error(run: Any) -> None:
 def large_result() -> PruneResult:
     kinds = ("q_proj", "a_kind_of_linear_with_a_very_long_name_that_must_be_folded", "down_proj")
     linears = [
-        LinearResult(f"model.layers.{block}.{kind}", (53_084_160, 100), 3_715_891_200, 0.7, 0.0123)
+        LinearResult(
+            name=f"model.layers.{block}.{kind}", shape=(53_084_160, 100), zeros=3_715_891_200, asked=0.7, error=0.0123
+        )
         for block in range(2)
         for kind in kinds
     ]
     seconds = {"open": 81.3, "calibration": 0.4, "allocation": 133.4, "prune": 593.2, "prune/solve": 472.2, "odd": 1.0}
-    return PruneResult(Path("/x"), None, Recipe(), linears, seconds, 1 << 30, 4096, allocation={"name": "threshold"})
+    return PruneResult(
+        path=Path("/x"),
+        recipe=Recipe(),
+        sparsity_asked=0.7,
+        linears=linears,
+        seconds=seconds,
+        peak_rss_bytes=1 << 30,
+        calibration_tokens=4096,
+        allocation={"name": "threshold"},
+    )
 
 
 def test_the_report_fits_80_columns_and_cuts_no_number(
@@ -302,7 +311,7 @@ def test_the_demo_ends_with_one_table_that_shows_texts_as_they_are(
     monkeypatch.setenv("COLUMNS", "80")
     console.out.cache_clear()
     (tmp_path / "report.html").touch()
-    tables.print_demo(demo_result(replace(large_result(), path=tmp_path)))
+    tables.print_demo(demo_result(large_result().model_copy(update={"path": tmp_path})))
     shown = capsys.readouterr().out
     assert len([line for line in shown.splitlines() if line.startswith("┏")]) == 1  # one table
     assert all(part in shown for part in ("[b]is[/b] :smile:", "[/] \\x1b[2J", "[i]Python[/i] …"))
@@ -318,11 +327,12 @@ def test_the_demo_ends_with_one_table_that_shows_texts_as_they_are(
 def demo_result(pruned: PruneResult) -> DemoResult:
     """A result with a text that looks like markup, another with control characters, and large numbers."""
     assert pruned.path is not None
-    large = Interval(12345.6, 12000.0, 13000.0)
-    against = Against("demo", large, Interval(1.2345, None, None), 0.98765, 0.5)
-    protocol: Any = {"text": "pydoc", "window": 512, "windows": 8, "tokens": 4088, "bos": "no", "dtype": "float32"}
-    stamp: Any = {"sparsellm": "0", "machine": "[m]", "date": "today"}
-    evaluation = Evaluation(12345.6, 4088, 512, 9.4, 12000.0, 13000.0, protocol, against, None, stamp)
+    large = Interval(value=12345.6, low=12000.0, high=13000.0)
+    against = Against(model="demo", perplexity=large, kl=1.2345, agreement=0.98765, recovery=0.5)
+    sizes = {"window": 512, "windows": 8, "tokens": 4088}
+    protocol = Protocol(text="pydoc", digest="", bos="no", dtype="float32", **sizes)
+    stamp = {"sparsellm": "0", "machine": "[m]", "date": "today"}
+    evaluation = Evaluation(protocol=protocol, perplexity=large, against=against, **stamp)
     speeds = [Speed(model, "decode", 1, 2, 12_345.6, 9_876.4, 13_000.0) for model in ("dense", "packed")]
     sizes = (539_000_000, 123_000_000)
     comparison = Comparison(speeds, *sizes, *sizes, "float32", "float32", "[avx512]", ["packed"], *sizes)

@@ -17,6 +17,7 @@ import sparsellm
 from sparsellm import Recipe, api
 from sparsellm.errors import DataError, ModelError, RecipeError
 from sparsellm.evaluation import streamed
+from sparsellm.records import Protocol
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.storage.results import read_results
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -100,10 +101,10 @@ def test_divergence_from_a_dense_model_is_that_of_both_whole_models(llama: Path,
     found = sparsellm.evaluate(other, text, seq_len=16, against=llama).against
     assert found is not None
     assert found.model == str(llama)
-    assert found.kl.value == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert found.kl == pytest.approx(kl.mean().item(), rel=1e-4)
     spread = 1.959964 * kl.mean(1).std().item() / math.sqrt(len(windows))
-    assert found.kl.low == pytest.approx(kl.mean().item() - spread, rel=1e-4)
-    assert found.kl.high == pytest.approx(kl.mean().item() + spread, rel=1e-4)
+    assert found.kl_low == pytest.approx(kl.mean().item() - spread, rel=1e-4)
+    assert found.kl_high == pytest.approx(kl.mean().item() + spread, rel=1e-4)
     assert found.agreement == pytest.approx((dense.argmax(-1) == model.argmax(-1)).double().mean().item())
     losses = [losses_by_hand(windows, tiny_llama(seed=seed, num_hidden_layers=3 - seed)).mean() for seed in (0, 1)]
     assert found.perplexity.value == pytest.approx(math.exp(losses[0]), rel=1e-5)
@@ -122,14 +123,14 @@ def test_parts_and_chunks_of_the_text_change_nothing(
     assert parts.value == pytest.approx(whole.value, rel=1e-5)
     assert parts.against is not None
     assert whole.against is not None
-    assert parts.against.kl.value == pytest.approx(whole.against.kl.value, rel=1e-4)
+    assert parts.against.kl == pytest.approx(whole.against.kl, rel=1e-4)
     assert parts.against.agreement == whole.against.agreement
 
 
 def test_a_model_does_not_diverge_from_itself(llama: Path, text: Path) -> None:
     found = sparsellm.evaluate(tiny_llama(), by_hand(text, bos=True), against=llama).against
     assert found is not None
-    assert found.kl.value == pytest.approx(0, abs=1e-6)
+    assert found.kl == pytest.approx(0, abs=1e-6)
     assert (found.agreement, found.recovery) == (1.0, 1.0)
 
 
@@ -182,27 +183,26 @@ def test_results_are_appended_beside_a_checkpoint_of_ours(llama: Path, pruned: P
     assert "each begins with BOS" in stdout
     code, stdout, stderr = run(*arguments, "--against", llama, "--bos", "no", "--json")
     assert code == 0, stderr
-    first, second = read_results(pruned)["evaluations"]
+    first, second = read_results(pruned).evaluations
     windows = by_hand(text, bos=False)
-    assert second["protocol"] == {
-        "text": str(text),
-        "digest": tokens_fingerprint(windows),
-        "window": 16,
-        "windows": len(windows),
-        "tokens": len(windows) * 15,
-        "bos": "no",
-        "dtype": "float32",
-    }
-    assert first["protocol"]["bos"] == "yes"
-    assert "against" not in first
-    assert "tasks" not in first
-    assert second["against"]["model"] == str(llama)
+    assert second.protocol == Protocol(
+        text=str(text),
+        digest=tokens_fingerprint(windows),
+        window=16,
+        windows=len(windows),
+        tokens=len(windows) * 15,
+        bos="no",
+        dtype="float32",
+    )
+    assert (first.protocol.bos, first.against, first.tasks) == ("yes", None, None)
+    assert second.against is not None
+    assert second.against.model == str(llama)
     shown = json.loads(stdout)
-    assert shown["against"] == second["against"]
-    assert shown["perplexity"] == second["perplexity"]["value"]
+    assert shown["against"] == second.against.model_dump()
+    assert shown["perplexity"] == second.value
     assert shown["results"] == str(pruned / "results.json")
     assert run(*arguments, "--no-save")[0] == 0
-    assert len(read_results(pruned)["evaluations"]) == 2
+    assert len(read_results(pruned).evaluations) == 2
 
 
 def test_results_are_never_written_into_other_directories(llama: Path, text: Path, run: Any) -> None:
@@ -230,7 +230,7 @@ def test_a_directory_in_place_of_results_is_refused(pruned: Path, text: Path, ru
     (pruned / "results.json").mkdir()
     code, _, stderr = run("eval", pruned, "--text", text, "--seq-len", 16)
     assert code == 2
-    assert "no ordinary file" in stderr
+    assert "not an ordinary file" in stderr
 
 
 def test_the_demo_model_is_not_a_directory_of_that_name(
@@ -267,11 +267,11 @@ def test_benchmarks_are_appended_too(pruned: Path, tmp_path: Path, run: Any) -> 
     small = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
     code, stdout, stderr = run("bench", tmp_path / "packed", "--dense", pruned, *small, "--json")
     assert code == 0, stderr
-    (record,) = read_results(tmp_path / "packed")["benchmarks"]
+    (record,) = read_results(tmp_path / "packed").benchmarks
     report = json.loads(stdout)
     assert report.pop("results") == str(tmp_path / "packed" / "results.json")
-    assert {key: value for key, value in record.items() if key not in ("sparsellm", "machine", "date")} == report
-    for path, size in ((pruned, record["dense_disk_bytes"]), (tmp_path / "packed", record["packed_disk_bytes"])):
+    assert record.model_dump(mode="json", exclude={"sparsellm", "machine", "date"}) == report
+    for path, size in ((pruned, record.dense_disk_bytes), (tmp_path / "packed", record.packed_disk_bytes)):
         assert size == sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
@@ -326,11 +326,11 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
         found = sparsellm.evaluate(model, text, seq_len=16, tasks=["tiny_numbers"], tasks_dir=folder)
         assert found.tasks is not None
         metric = found.tasks["tiny_numbers"]["acc"]
-        assert metric["value"] == pytest.approx(expected)
-        assert metric["stderr"] is not None
+        assert metric.value == pytest.approx(expected)
+        assert metric.stderr is not None
     without = sparsellm.evaluate(llama, text, seq_len=16, bos="no", tasks=["tiny_numbers"], tasks_dir=folder)
     assert without.tasks is not None
-    assert without.tasks["tiny_numbers"]["acc"]["value"] == pytest.approx(accuracy_by_hand(folder, bos=False))
+    assert without.tasks["tiny_numbers"]["acc"].value == pytest.approx(accuracy_by_hand(folder, bos=False))
 
 
 def test_an_unknown_task_is_refused_before_the_model_is_opened(

@@ -93,7 +93,9 @@ def results(perplexity: float, dense: float | None = 20.0, **more: Any) -> dict[
         "text": "wikitext2", "digest": "ab", "window": 64, "windows": 4, "tokens": 252, "bos": "no",
         "dtype": "float32",
     }  # fmt: skip
+    stamp = {"sparsellm": "0.1.0", "machine": "cpu", "date": "2026-01-01"}
     evaluation: dict[str, Any] = {
+        **stamp,
         "protocol": protocol,
         "perplexity": {"value": perplexity, "low": 0.9 * perplexity, "high": 1.1 * perplexity},
         "tasks": {"arc_easy": {"acc": {"value": 0.51, "stderr": 0.012}}},
@@ -108,4 +110,7 @@ def results(perplexity: float, dense: float | None = 20.0, **more: Any) -> dict[
         for phase in ("prefill", "decode")
         for model, m in (("dense", 20.0), ("packed", 33.0))
     ]
-    return {"format": 1, "evaluations": [evaluation], "benchmarks": [{"speeds": speeds}], **more}
+    sizes = ("dense_bytes", "packed_bytes", "dense_linear_bytes", "packed_linear_bytes", "packed_disk_bytes")
+    kinds = dict.fromkeys(("dtype", "dense_dtype", "kernel"), "float32")
+    benchmark = {**stamp, **dict.fromkeys(sizes, 1), **kinds, "dense_disk_bytes": None, "speeds": speeds, "verdict": []}
+    return {"format": 1, "evaluations": [evaluation], "benchmarks": [benchmark], **more}

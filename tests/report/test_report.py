@@ -22,8 +22,8 @@ from sparsellm import Recipe, pack, prune
 from sparsellm.errors import MissingExtraError, StorageError
 from sparsellm.progress import Progress
 from sparsellm.report import document
+from sparsellm.report.checkpoint import read_checkpoint
 from sparsellm.report.document import write_report
-from sparsellm.report.records import read_record
 from sparsellm.run.journal import BlockRecord
 from sparsellm.run.magnitudes import joined
 from sparsellm.run.result import PruneResult
@@ -248,9 +248,9 @@ def test_it_is_rebuilt_in_place_and_counts_as_ours(runs: Path, tmp_path: Path) -
     [
         ("pruning.json", None, "has no pruning.json; give a directory that `sparsellm prune` wrote"),
         ("pruning.json", "[]", "holds a JSON list, not an object"),
-        ("pruning.json", '{"linears": []}', "'linears' is \\[\\]"),
-        ("results.json", '{"format": 2}', "has format 2, not 1; update sparsellm"),
-        ("results.json", '{"evaluations": [{"perplexity": 3}]}', "'evaluations.0.perplexity' is 3"),
+        ("pruning.json", '{"sparsity_asked": 0.5, "linears": []}', "linears is \\[\\]"),
+        ("results.json", '{"format": 2}', "format is 2"),
+        ("results.json", '{"evaluations": [{"perplexity": 3}]}', "evaluations.0"),
         ("results.json", "{", "is not valid JSON"),
     ],
 )
@@ -350,7 +350,7 @@ def test_experts_are_one_cell_of_a_block(copied: Path) -> None:
         for e in range(4)
     ]
     rewrite(copied / "pruning.json", linears=linears)
-    record = read_record(copied)
+    record = read_checkpoint(copied)
     assert {linear.kind for linear in record.pruning.linears} == {"mlp.experts.*.w1"}
     assert record.blocks == 2
     page = page_of(write_report(copied))

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from sparsellm.records import Continuation
 from sparsellm.storage import files, results
-from sparsellm.storage.results import ContinuationRecord, append_result, read_results
+from sparsellm.storage.results import append_result, read_results
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="there are no locks")
@@ -25,8 +26,8 @@ def test_records_that_are_appended_at_once_are_all_kept(tmp_path: Path, monkeypa
         return found
 
     monkeypatch.setattr(results, "read_results", read)
-    records: list[ContinuationRecord] = [{"prompt": each, "dense": "", "pruned": ""} for each in ("one", "other")]
+    records = [Continuation(prompt=each, dense="", pruned="") for each in ("one", "other")]
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda record: append_result(tmp_path, "continuations", record), records))
-    kept = read_results(tmp_path)["continuations"]
-    assert {record["prompt"] for record in kept} == {"one", "other"}
+        list(threads.map(lambda record: append_result(tmp_path, record), records))
+    kept = read_results(tmp_path).continuations
+    assert {record.prompt for record in kept} == {"one", "other"}

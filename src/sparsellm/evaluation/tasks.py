@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from sparsellm.errors import DataError, RecipeError, nearest, one_line, shown
-from sparsellm.storage.results import MetricRecord
+from sparsellm.records import Metric, Tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
 
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], manager: Any, *, bos: bool
-) -> dict[str, dict[str, MetricRecord]]:
+) -> Tasks:
     """Value and standard error of every metric of some tasks; groups and their members are listed alike.
 
     Args:
@@ -76,16 +76,16 @@ def run_tasks(
     return {name: metrics for name, metrics in tasks.items() if metrics}
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, MetricRecord]:
+def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
     """The metrics in lm-eval's results of one task, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
-    metrics: dict[str, MetricRecord] = {}
+    metrics: dict[str, Metric] = {}
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr") or not _is_number(value):
             continue
         error = values.get(f"{metric}_stderr,{filtered}")
         name = metric if filtered == "none" else key
-        metrics[name] = {"value": float(value), "stderr": float(error) if _is_number(error) else None}
+        metrics[name] = Metric(value=float(value), stderr=float(error) if _is_number(error) else None)
     return metrics
 
 

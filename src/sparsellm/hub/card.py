@@ -5,42 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
-
-from sparsellm.errors import StorageError, shown
+from sparsellm.errors import StorageError
 from sparsellm.hub.base import HUB_ID
 from sparsellm.inputs.json_input import read_object
 from sparsellm.inputs.yaml_input import dump_yaml
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
+from sparsellm.records import PRUNING, Evaluation, Interval, Pruning, Settings, read_pruning
 from sparsellm.storage.files import replace_atomically, write_all
-from sparsellm.storage.results import EvaluationRecord, IntervalRecord, read_results
+from sparsellm.storage.results import read_results
 from sparsepack.checkpoint import is_packed
 
-CARD, REPORT = "README.md", "pruning.json"
+CARD = "README.md"
 _MARK = re.compile(r"<!-- Written by `sparsellm card`, which replaces it unless it was edited: ([0-9a-f]{16}) -->\n")
 _ALWAYS = ("method", "sparsity", "calibration", "samples", "seq_len")  # of the recipe; other settings if not default
-
-
-class _Counts(BaseModel):
-    zeros: int
-    weights: int
-
-
-class Report(BaseModel):
-    """What a card takes from ``pruning.json``."""
-
-    sparsity_reached: float
-    sparsity_pruned: float
-    matrices: _Counts
-    calibration_tokens: int
-    recipe: dict[str, Any]
-    versions: dict[str, str] = Field(default_factory=dict)
-    base: dict[str, Any] = Field(default_factory=dict)
 
 
 def rebuild_card(directory: Path, *, force: bool = False) -> Path:
@@ -55,12 +36,12 @@ def rebuild_card(directory: Path, *, force: bool = False) -> Path:
             edited. Nothing is overwritten then.
     """
     path = directory / CARD
-    if not (directory / REPORT).is_file():
-        raise StorageError(f"{directory} has no {REPORT}; give a checkpoint that `sparsellm prune` has written")
-    evaluations = read_results(directory)["evaluations"]
+    if not (directory / PRUNING).is_file():
+        raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune` has written")
+    evaluations = read_results(directory).evaluations
     if not evaluations:
         raise StorageError(f"{directory} was never evaluated; run `sparsellm eval` on it first, then `card` again")
-    report = _checked(Report, read_object(directory / REPORT), directory / REPORT)
+    report = read_pruning(directory)
     config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
     if not force and path.exists() and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
@@ -79,12 +60,12 @@ def is_unedited(path: Path) -> bool:
     return found is not None and found[1] == _digest(text.replace(found[0], "", 1))
 
 
-def first_card(report: Mapping[str, Any]) -> str:
-    """The card of a checkpoint that was just pruned, from the content of its ``pruning.json``."""
-    return card_text(Report.model_validate(dict(report)), [], packed=False)
+def first_card(report: Pruning) -> str:
+    """The card of a checkpoint that was just pruned."""
+    return card_text(report, [], packed=False)
 
 
-def card_text(report: Report, evaluations: Iterable[EvaluationRecord], *, packed: bool) -> str:
+def card_text(report: Pruning, evaluations: Iterable[Evaluation], *, packed: bool) -> str:
     """The text of a card, with a mark by which :func:`is_unedited` knows it.
 
     It does not name the directory, which may be moved or uploaded. Texts that come from files and users stand in code
@@ -120,28 +101,28 @@ def card_text(report: Report, evaluations: Iterable[EvaluationRecord], *, packed
     return f"{head}{mark}\n{body}"
 
 
-def _front_matter(report: Report) -> str:
+def _front_matter(report: Pruning) -> str:
     from huggingface_hub import ModelCardData  # takes a tenth of a second
 
     pattern = report.recipe.get("pattern")
     fixed = isinstance(pattern, str) and parse_chosen(pattern) is None
-    base = {key: value for key, value in report.base.items() if key in ("license", "license_name", "license_link")}
+    base = report.base.model_dump(include={"license", "license_name", "license_link"}, exclude_none=True)
     data = ModelCardData(
         base_model=_base(report),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["sparsellm", "pruning", "sparsity", *([f"sparsity-{pattern}"] if fixed else [])],
-        **base,  # type: ignore[arg-type]
+        **base,
     )
     return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n"
 
 
-def _base(report: Report) -> str | None:
-    name = report.base.get("model", "")
-    return name if HUB_ID.fullmatch(name) else None
+def _base(report: Pruning) -> str | None:
+    name = report.base.model
+    return name if name and HUB_ID.fullmatch(name) else None
 
 
-def _summary(report: Report) -> list[str]:
+def _summary(report: Pruning) -> list[str]:
     base = _base(report)
     dense = f"[{_code(base)}](https://huggingface.co/{base})" if base else "A language model"
     pattern = report.recipe.get("pattern")
@@ -160,26 +141,26 @@ def _summary(report: Report) -> list[str]:
     ]
 
 
-def _results(one: EvaluationRecord) -> list[str]:
+def _results(one: Evaluation) -> list[str]:
     """A table for one evaluation, under its protocol."""
-    protocol, against = one["protocol"], one.get("against")
-    rows = [("perplexity", _interval(one["perplexity"]))]
+    protocol, against = one.protocol, one.against
+    rows = [("perplexity", _interval(one.perplexity))]
     if against is not None:
-        dense = _code(Path(against["model"]).name)
+        dense = _code(Path(against.model).name)
         rows += [
-            (f"perplexity of the dense model {dense}", _interval(against["perplexity"])),
-            (f"KL divergence from {dense}", _with_ends(against["kl"], against["kl_low"], against["kl_high"])),
-            ("same likeliest token", f"{against['agreement']:.1%}"),
-            ("recovery", f"{against['recovery']:.1%}"),
+            (f"perplexity of the dense model {dense}", _interval(against.perplexity)),
+            (f"KL divergence from {dense}", _interval(against.divergence)),
+            ("same likeliest token", f"{against.agreement:.1%}"),
+            ("recovery", f"{against.recovery:.1%}"),
         ]
-    for task, metrics in one.get("tasks", {}).items():
+    for task, metrics in (one.tasks or {}).items():
         for metric, found in metrics.items():
-            spread = f" ± {_number(found['stderr'])}" if found["stderr"] is not None else ""
-            rows.append((f"{_code(task)}, {_code(metric)}", _number(found["value"]) + spread))
-    bos = {"yes": ", each begins with BOS", "no": ", none begins with BOS"}.get(protocol["bos"], "")
-    windows = f"windows of {protocol['window']} tokens{bos}"
+            spread = f" ± {_number(found.stderr)}" if found.stderr is not None else ""
+            rows.append((f"{_code(task)}, {_code(metric)}", _number(found.value) + spread))
+    bos = {"yes": ", each begins with BOS", "no": ", none begins with BOS"}.get(protocol.bos, "")
+    windows = f"windows of {protocol.window} tokens{bos}"
     return [
-        f"On {_code(protocol['text'])}: {windows}; {protocol['tokens']:,} tokens scored.",
+        f"On {_code(protocol.text)}: {windows}; {protocol.tokens:,} tokens scored.",
         "",
         "| | |",
         "|---|---|",
@@ -210,19 +191,10 @@ def _use(packed: bool) -> list[str]:
     ]
 
 
-def _settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(recipe: Settings) -> Settings:
     """The settings of a recipe that are not the defaults, and those that are always of interest."""
     defaults = Recipe().model_dump()
     return {key: value for key, value in recipe.items() if key in _ALWAYS or value != defaults.get(key)}
-
-
-def _checked(kind: type[Any], value: Any, path: Path) -> Any:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise StorageError(f"{path}: {place} is {shown(first['input'])}: {first['msg']}; the file is damaged") from None
 
 
 def _code(value: object) -> str:
@@ -243,13 +215,10 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) and abs(value) < 1e4 else f"{value:.3e}"
 
 
-def _interval(found: IntervalRecord) -> str:
-    return _with_ends(found["value"], found["low"], found["high"])
-
-
-def _with_ends(value: float, low: float | None, high: float | None) -> str:
-    ends = f" ({_number(low)} to {_number(high)})" if low is not None and high is not None else ""
-    return _number(value) + ends
+def _interval(found: Interval) -> str:
+    if found.low is None or found.high is None:
+        return _number(found.value)
+    return f"{_number(found.value)} ({_number(found.low)} to {_number(found.high)})"
 
 
 def _digest(text: str) -> str:

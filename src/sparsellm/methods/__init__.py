@@ -4,7 +4,8 @@ import importlib
 import pkgutil
 
 from sparsellm.methods.local import from_solver
-from sparsellm.methods.task import METHODS, BlockTask, LinearResult
+from sparsellm.methods.task import METHODS, BlockTask
+from sparsellm.records import LinearResult
 from sparsellm.solvers import SOLVERS
 
 for _module in pkgutil.iter_modules(__path__):

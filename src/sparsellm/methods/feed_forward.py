@@ -20,6 +20,7 @@ from sparsellm.decomposition import (
     split,
 )
 from sparsellm.methods.task import BlockTask
+from sparsellm.records import Step
 from sparsellm.solvers import Solution, Solver
 
 # Memory of a unit for all tokens, in units of the hidden states: inputs, targets, and Z (or U and S), four times as
@@ -96,16 +97,16 @@ def alternate(
     task.history[unit.down.name] = history_of(result, judged=len(held_out) > 0)
 
 
-def history_of(result: Result, *, judged: bool) -> list[dict[str, object]]:
-    """One JSON record for each iteration; ``held_out_error`` is null if nothing was held out."""
+def history_of(result: Result, *, judged: bool) -> list[Step]:
+    """One record for each iteration; ``held_out_error`` is None if nothing was held out."""
     return [
-        {
-            "iteration": record.iteration,
-            "held_out_error": record.error if judged else None,
-            "train_error": record.train_error,
-            "objective": record.terms.total if record.terms is not None else None,
-            "chosen": record.iteration == result.chosen,
-        }
+        Step(
+            iteration=record.iteration,
+            held_out_error=record.error if judged else None,
+            train_error=record.train_error,
+            objective=record.terms.total if record.terms is not None else None,
+            chosen=record.iteration == result.chosen,
+        )
         for record in result.history
     ]
 

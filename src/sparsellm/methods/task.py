@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from sparsellm.chain.experts import ExpertLinear
 from sparsellm.machine import heap
 from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
+from sparsellm.records import LinearResult, Step
 from sparsellm.registry import Registry
 from sparsellm.solvers import Solution
 from sparsellm.solvers.rounding import rounded
@@ -28,56 +28,6 @@ from sparsepack.grid import INTEGERS
 # and trimming after every solve took a third of the solver's time on the demo model.
 OWN_PAGES = 32 << 20
 UNREACHED = "pruned by magnitude: no calibration token reached it"  # note in the result of such a linear
-
-
-@dataclass(frozen=True)
-class LinearResult:
-    """The result of one linear.
-
-    Attributes:
-        name: the module's name in the model.
-        shape: ``(out, in)``.
-        zeros: zeros in the stored weight.
-        asked: the requested fraction of zeros.
-        error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
-        notes: messages to the user, such as a damping that had to be raised.
-        history: one record for each iteration, for methods that iterate.
-        tokens: the number of calibration tokens that were routed to it, if it belongs to an expert; else None.
-        pattern: its N:M, such as ``2:4``; None for zeros anywhere.
-        exponents: of the columns of integer values, a hexadecimal digit each (the exponent plus 8); empty if all are 0.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    zeros: int
-    asked: float
-    error: float
-    notes: tuple[str, ...] = ()
-    history: tuple[dict[str, Any], ...] = ()
-    tokens: int | None = None
-    pattern: str | None = None
-    exponents: str = ""
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / (self.shape[0] * self.shape[1])
-
-    def to_dict(self) -> dict[str, Any]:
-        lists = {"shape": list(self.shape), "notes": list(self.notes), "history": list(self.history)}
-        return {**asdict(self), **lists, "sparsity": self.sparsity}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LinearResult:
-        """The inverse of :meth:`to_dict`, also after JSON."""
-        known = {each.name: values.get(each.name, each.default) for each in fields(cls)}
-        return cls(
-            **{
-                **known,
-                "shape": tuple(known["shape"]),
-                "notes": tuple(known["notes"]),
-                "history": tuple(known["history"]),
-            }
-        )
 
 
 @dataclass
@@ -111,7 +61,7 @@ class BlockTask:
     report: Callable[[str], None]
     clock: PhaseClock
     results: list[LinearResult] = field(default_factory=list)
-    history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    history: dict[str, list[Step]] = field(default_factory=dict)
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     routed: dict[str, int] = field(default_factory=dict)
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -187,12 +137,12 @@ class BlockTask:
         linear.assign(solution.weight)
         self.results = [result for result in self.results if result.name != linear.name]
         result = LinearResult(
-            linear.name,
-            (linear.out_features, linear.in_features),
-            count_zeros(linear.parameter),
-            self.patterns[linear.name].sparsity,
-            solution.error,
-            solution.notes,
+            name=linear.name,
+            shape=(linear.out_features, linear.in_features),
+            zeros=count_zeros(linear.parameter),
+            asked=self.patterns[linear.name].sparsity,
+            error=solution.error,
+            notes=solution.notes,
         )
         self.results.append(result)
         if solution.weight.nbytes >= OWN_PAGES:
@@ -231,14 +181,15 @@ class BlockTask:
                 self.results.append(self._by_magnitude(linear))
         weights = {linear.name: linear.parameter for linear in self.linears}  # zeros by rounding included
         return [
-            replace(
-                result,
-                zeros=count_zeros(weights[result.name]),
-                notes=(*result.notes, *self.notes.get(result.name, ())),
-                history=tuple(self.history.get(result.name, ())),
-                tokens=self.routed.get(result.name),
-                pattern=str(pattern) if isinstance(pattern := self.patterns[result.name], NM) else None,
-                exponents=self.exponents.get(result.name, ""),
+            result.model_copy(
+                update={
+                    "zeros": count_zeros(weights[result.name]),
+                    "notes": (*result.notes, *self.notes.get(result.name, ())),
+                    "history": tuple(self.history.get(result.name, ())),
+                    "tokens": self.routed.get(result.name),
+                    "pattern": str(pattern) if isinstance(pattern := self.patterns[result.name], NM) else None,
+                    "exponents": self.exponents.get(result.name, ""),
+                }
             )
             for result in self.results
         ]
@@ -254,8 +205,14 @@ class BlockTask:
             gram = Gram(torch.eye(linear.in_features, device=weight.device), 1)
             weight = self._rounded(linear, Solution(weight, weight != 0, 0.0), gram, weight).weight
         linear.assign(weight)
-        shape = (linear.out_features, linear.in_features)
-        return LinearResult(linear.name, shape, count_zeros(linear.parameter), pattern.sparsity, 0.0, notes)
+        return LinearResult(
+            name=linear.name,
+            shape=(linear.out_features, linear.in_features),
+            zeros=count_zeros(linear.parameter),
+            asked=pattern.sparsity,
+            error=0.0,
+            notes=notes,
+        )
 
 
 Method = Callable[..., None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsellm.report.records import PrunedLinear, Pruning, Step
+from sparsellm.records import LinearResult, Pruning, Step
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; each line also has a dash and a symbol of its own.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
@@ -133,17 +133,17 @@ class _Grid:
 
     kinds: list[str]
     blocks: list[int]
-    cells: dict[tuple[str, int], list[PrunedLinear]]
+    cells: dict[tuple[str, int], list[LinearResult]]
 
     @classmethod
-    def of(cls, linears: Sequence[PrunedLinear]) -> _Grid:
+    def of(cls, linears: Sequence[LinearResult]) -> _Grid:
         names = short_names(linear.kind for linear in linears)
-        cells: dict[tuple[str, int], list[PrunedLinear]] = {}
+        cells: dict[tuple[str, int], list[LinearResult]] = {}
         for linear in linears:
             cells.setdefault((names[linear.kind], linear.block), []).append(linear)
         return cls(list(names.values()), sorted({block for _, block in cells}), cells)
 
-    def values(self, of: Callable[[list[PrunedLinear]], float]) -> list[list[float | None]]:
+    def values(self, of: Callable[[list[LinearResult]], float]) -> list[list[float | None]]:
         """One row for each kind, one column for each block; None where a block has no such linear."""
         return [
             [of(self.cells[kind, block]) if (kind, block) in self.cells else None for block in self.blocks]
@@ -158,19 +158,19 @@ class _Grid:
         return Table(("block", *self.kinds), rows)
 
 
-def sparsity_of(linears: Iterable[PrunedLinear]) -> float:
+def sparsity_of(linears: Iterable[LinearResult]) -> float:
     """The fraction of zeros over some linears."""
     each = list(linears)
     return sum(linear.zeros for linear in each) / sum(linear.weights for linear in each)
 
 
-def error_of(linears: Iterable[PrunedLinear]) -> float:
+def error_of(linears: Iterable[LinearResult]) -> float:
     """The mean error of some linears, those without a finite one left out; NaN if there are none."""
     errors = [linear.error for linear in linears if math.isfinite(linear.error)]
     return sum(errors) / len(errors) if errors else math.nan
 
 
-def sparsity_map(linears: Sequence[PrunedLinear]) -> Chart:
+def sparsity_map(linears: Sequence[LinearResult]) -> Chart:
     """Sparsity by kind of linear and block."""
     grid = _Grid.of(linears)
     values = grid.values(sparsity_of)
@@ -187,7 +187,7 @@ def sparsity_map(linears: Sequence[PrunedLinear]) -> Chart:
     )
 
 
-def error_map(linears: Sequence[PrunedLinear]) -> Chart:
+def error_map(linears: Sequence[LinearResult]) -> Chart:
     """Relative error by kind of linear and block, in a logarithmic colour scale."""
     grid = _Grid.of(linears)
     values = grid.values(error_of)
@@ -255,7 +255,7 @@ def allocation_chart(pruning: Pruning) -> Chart:
         for position, (kind, row) in enumerate(zip(grid.kinds, by_kind, strict=True))
     ]
     traces.append(line("all of the block", grid.blocks, whole, 0, line={"color": COLOURS[0], "width": 4}))  # on top
-    name = pruning.allocation.get("name", "uniform")
+    name = pruning.allocated_by or "uniform"
     return Chart(
         "allocation",
         "Where the zeros went",
@@ -355,7 +355,7 @@ def decomposition_charts(pruning: Pruning) -> list[Chart]:
 
 def time_chart(pruning: Pruning) -> Chart | None:
     """Seconds of each phase; None if they are not known."""
-    whole = {name: value for name, value in pruning.seconds.items() if "/" not in name and value >= 0}
+    whole = {name: value for name, value in pruning.whole_seconds.items() if value >= 0}
     total = sum(whole.values())
     if not total:
         return None

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsellm.errors import StorageError, shown
+from sparsellm.records import Evaluation, Protocol
 from sparsellm.report import charts
 from sparsellm.report.charts import COLOURS, Chart, Table, Trace, axis, line, number, percent, whole_axis
+from sparsellm.report.checkpoint import Checkpoint, read_checkpoint
 from sparsellm.report.document import checked_out, page, write_page
 from sparsellm.report.headline import NOT_MEASURED, commands_of, headline, packed_commands
-from sparsellm.report.records import Evaluation, Protocol, PruningRecord, read_record
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,17 @@ class ComparedRun:
     """
 
     name: str
-    record: PruningRecord
+    record: Checkpoint
     evaluation: Evaluation | None
 
     @property
     def perplexity(self) -> float | None:
-        measured = self.evaluation.perplexity if self.evaluation is not None else None
-        return measured.value if measured is not None else None
+        return self.evaluation.value if self.evaluation is not None else None
 
     @property
     def dense_perplexity(self) -> float | None:
         against = self.evaluation.against if self.evaluation is not None else None
-        return against.perplexity.value if against is not None and against.perplexity is not None else None
+        return against.perplexity.value if against is not None else None
 
 
 def write_comparison(directories: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
@@ -55,12 +55,12 @@ def write_comparison(directories: Sequence[str | os.PathLike[str]], out: str | o
         MissingExtraError: the chart library is not installed.
     """
     place = checked_out(out)
-    records = [read_record(directory) for directory in directories]
+    records = [read_checkpoint(directory) for directory in directories]
     _check_same_model(records)
     return write_page(place, render_comparison(records))
 
 
-def _check_same_model(records: Sequence[PruningRecord]) -> None:
+def _check_same_model(records: Sequence[Checkpoint]) -> None:
     """Refuses runs of different base models, and one that is named twice.
 
     Runs compare by the digest of the dense model; those of a release that recorded none, by names and shapes.
@@ -82,11 +82,11 @@ def _check_same_model(records: Sequence[PruningRecord]) -> None:
             )
 
 
-def _shapes(record: PruningRecord) -> dict[str, tuple[int, int]]:
+def _shapes(record: Checkpoint) -> dict[str, tuple[int, int]]:
     return {linear.name: linear.shape for linear in record.pruning.linears}
 
 
-def render_comparison(records: Sequence[PruningRecord]) -> str:
+def render_comparison(records: Sequence[Checkpoint]) -> str:
     """The comparison as HTML.
 
     Raises:
@@ -120,18 +120,18 @@ def render_comparison(records: Sequence[PruningRecord]) -> str:
     )
 
 
-def _again(records: Sequence[PruningRecord]) -> list[str]:
+def _again(records: Sequence[Checkpoint]) -> list[str]:
     return [f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"]
 
 
-def _common_protocol(records: Sequence[PruningRecord]) -> Protocol | None:
+def _common_protocol(records: Sequence[Checkpoint]) -> Protocol | None:
     """The protocol by which most runs were measured; None if none was measured."""
-    protocols = [each.protocol for record in records for each in record.latest().values() if each.protocol is not None]
+    protocols = [each.protocol for record in records for each in record.latest().values()]
     counts = Counter(protocol.key for protocol in protocols)
     return max(protocols, key=lambda protocol: counts[protocol.key], default=None)
 
 
-def _names(records: Sequence[PruningRecord]) -> list[str]:
+def _names(records: Sequence[Checkpoint]) -> list[str]:
     """The last part of each directory, or the whole path where two are called alike."""
     lasts = [Path(os.path.abspath(record.directory)).name for record in records]
     return [last if lasts.count(last) == 1 else record.name for last, record in zip(lasts, records, strict=True)]
@@ -153,8 +153,8 @@ def _summary(runs: Sequence[ComparedRun]) -> Table:
                 _or_absent(against.kl if against is not None else None, lambda value: number(value, 3)),
                 _or_absent(against.agreement if against is not None else None, percent),
                 f"{record.file_bytes / 1e6:,.1f} MB",
-                _or_absent(speeds[1]["median"] if speeds is not None else None, number),
-                f"{sum(t for name, t in record.pruning.seconds.items() if '/' not in name):,.0f} s",
+                _or_absent(speeds[1].median if speeds is not None else None, number),
+                f"{sum(record.pruning.whole_seconds.values()):,.0f} s",
             )
         )
     size, speed = _dense_size(runs), _dense_speed(runs)
@@ -187,7 +187,7 @@ def _dense_size(runs: Sequence[ComparedRun]) -> float | None:
 
 def _dense_speed(runs: Sequence[ComparedRun]) -> float | None:
     """Tokens a second of the dense model, the mean over the runs that were compared with it."""
-    speeds = [speeds[0]["median"] for run in runs if (speeds := run.record.decode_speeds()) is not None]
+    speeds = [speeds[0].median for run in runs if (speeds := run.record.decode_speeds()) is not None]
     return sum(speeds) / len(speeds) if speeds else None
 
 
@@ -196,7 +196,7 @@ def _quality(runs: Sequence[ComparedRun]) -> list[Chart]:
 
     def speed(run: ComparedRun) -> float | None:
         speeds = run.record.decode_speeds()
-        return speeds[1]["median"] if speeds is not None else None
+        return speeds[1].median if speeds is not None else None
 
     views = (
         ("size", "weight files, MB", lambda run: run.record.file_bytes / 1e6, _dense_size(runs)),

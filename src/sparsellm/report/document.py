@@ -21,9 +21,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sparsellm.errors import MissingExtraError, StorageError, shown
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table
+from sparsellm.report.checkpoint import Checkpoint, read_checkpoint
 from sparsellm.report.headline import commands_of, headline, packed_commands
 from sparsellm.report.mask_picture import mask_picture
-from sparsellm.report.records import PruningRecord, read_record
 from sparsellm.storage.files import replace_atomically, write_all
 
 REPORT = "report.html"
@@ -50,7 +50,7 @@ def write_report(
         MissingExtraError: the chart library is not installed.
     """
     place = checked_out(Path(directory).expanduser() / REPORT if out is None else out, exists=out is not None)
-    record = read_record(directory, name)
+    record = read_checkpoint(directory, name)
     return write_page(place, render_run(record))
 
 
@@ -97,7 +97,7 @@ def write_page(place: Path, text: str) -> Path:
     return place
 
 
-def render_run(record: PruningRecord) -> str:
+def render_run(record: Checkpoint) -> str:
     """The report of one run as HTML.
 
     Raises:
@@ -111,7 +111,7 @@ def render_run(record: PruningRecord) -> str:
     clocks = (charts.time_chart(pruning), charts.forecast_chart(pruning), charts.memory_chart(pruning))
     course = [each for each in (sweep, *decomposition, *clocks) if each is not None]
     magnitudes = charts.magnitude_charts(pruning.magnitudes)
-    wanted = pruning.recipe.get("pattern") or f"{pruning.sparsity_asked:.0%}"
+    wanted = pruning.target
     sections = [("headline", "Dense against pruned"), ("linears", "Every linear"), ("depth", "Allocation")]
     sections += [("weights", "Weights"), ("course", "The course of the run"), ("made", "How it was made")]
     if record.results.continuations:

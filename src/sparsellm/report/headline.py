@@ -7,10 +7,12 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from sparsellm.records import Interval
 from sparsellm.report.charts import number, percent
-from sparsellm.report.records import Against, Measured, PruningRecord
+from sparsellm.report.checkpoint import Checkpoint
 
 NOT_MEASURED = "not measured"
+KL, SAME = "KL(dense ‖ pruned), nats a token", "Same likeliest token"
 _TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
 
 
@@ -34,7 +36,7 @@ class Row:
     command: str = ""
 
 
-def headline(record: PruningRecord) -> list[Row]:
+def headline(record: Checkpoint) -> list[Row]:
     """The rows of the table: quality, tasks, size, speed, sparsity."""
     return [*_sparsity(record), *_quality(record), *_tasks(record), _size(record), _speed(record)]
 
@@ -44,7 +46,7 @@ def commands_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row.command for row in rows if row.command))
 
 
-def evaluate_command(record: PruningRecord, tasks: str = "") -> str:
+def evaluate_command(record: Checkpoint, tasks: str = "") -> str:
     """The command that compares a checkpoint with its dense model, on the calibration's data set if it is a named one.
 
     Args:
@@ -57,9 +59,9 @@ def evaluate_command(record: PruningRecord, tasks: str = "") -> str:
     return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model) if model else 'MODEL'}"
 
 
-def packed_commands(record: PruningRecord) -> list[str]:
+def packed_commands(record: Checkpoint) -> list[str]:
     """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed."""
-    if _is_packed(record):
+    if record.packed:
         return []
     packed = replace(record, name=f"{record.name.rstrip('/')}-packed")
     name = shlex.quote(packed.name)
@@ -67,7 +69,7 @@ def packed_commands(record: PruningRecord) -> list[str]:
     return [pack, evaluate_command(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
 
 
-def _sparsity(record: PruningRecord) -> list[Row]:
+def _sparsity(record: Checkpoint) -> list[Row]:
     pruning = record.pruning
     rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
     if pruning.matrices.weights > sum(linear.weights for linear in pruning.linears):
@@ -75,35 +77,32 @@ def _sparsity(record: PruningRecord) -> list[Row]:
     return rows
 
 
-def _quality(record: PruningRecord) -> list[Row]:
+def _quality(record: Checkpoint) -> list[Row]:
     evaluations = record.latest()
     rows = []
     for evaluation in evaluations.values():
         protocol = str(evaluation.protocol)
-        against = evaluation.against or Against()
-        again = "" if evaluation.against is not None else evaluate_command(record)
-        pruned, dense = evaluation.perplexity, against.perplexity
-        if pruned is not None:
-            change = _ratio(pruned.value, dense.value) if dense is not None else ""
-            rows.append(
-                Row("Perplexity", protocol, _interval(dense), _interval(pruned), change, again if dense is None else "")
-            )
-        kl = number(against.kl, 3) if against.kl is not None else None
-        if kl is not None and against.kl_low is not None and against.kl_high is not None:
-            kl += f" ({number(against.kl_low, 3)}–{number(against.kl_high, 3)})"
-        share = percent(against.agreement) if against.agreement is not None else None
-        rows.append(Row("KL(dense ‖ pruned), nats a token", protocol, "0", kl, "", again if kl is None else ""))
-        rows.append(Row("Same likeliest token", protocol, "100%", share, "", again if share is None else ""))
-        if against.recovery is not None:
-            rows.append(Row("Recovery", protocol, "100%", percent(against.recovery)))
+        against, pruned = evaluation.against, evaluation.perplexity
+        if against is None:
+            again = evaluate_command(record)
+            rows.append(Row("Perplexity", protocol, None, _interval(pruned), "", again))
+            rows += [Row(name, protocol, dense, command=again) for name, dense in ((KL, "0"), (SAME, "100%"))]
+            continue
+        dense = against.perplexity
+        change = _ratio(pruned.value, dense.value)
+        rows += [
+            Row("Perplexity", protocol, _interval(dense), _interval(pruned), change),
+            Row(KL, protocol, "0", _interval(against.divergence, 3)),
+            Row(SAME, protocol, "100%", percent(against.agreement)),
+            Row("Recovery", protocol, "100%", percent(against.recovery)),
+        ]
     if rows:
         return rows
     command = evaluate_command(record)
-    names = ("Perplexity", "KL(dense ‖ pruned), nats a token", "Same likeliest token")
-    return [Row(name, command=command) for name in names]
+    return [Row(name, command=command) for name in ("Perplexity", KL, SAME)]
 
 
-def _tasks(record: PruningRecord) -> list[Row]:
+def _tasks(record: Checkpoint) -> list[Row]:
     rows = []
     for (task, metric), value in record.tasks().items():
         error = f" ± {number(value.stderr, 2)}" if value.stderr is not None else ""
@@ -111,9 +110,9 @@ def _tasks(record: PruningRecord) -> list[Row]:
     return rows or [Row("Tasks", command=evaluate_command(record, "hellaswag,arc_easy"))]
 
 
-def _size(record: PruningRecord) -> Row:
+def _size(record: Checkpoint) -> Row:
     dense, own = record.pruning.base.bytes, record.file_bytes
-    detail = "packed" if _is_packed(record) else "zeros are stored; packing leaves them out"
+    detail = "packed" if record.packed else "zeros are stored; packing leaves them out"
     return Row(
         "Weight files",
         detail,
@@ -123,28 +122,23 @@ def _size(record: PruningRecord) -> Row:
     )
 
 
-def _speed(record: PruningRecord) -> Row:
+def _speed(record: Checkpoint) -> Row:
     speeds = record.decode_speeds()
     if speeds is None:
-        packed = _is_packed(record)
+        packed = record.packed
         command = f"sparsellm bench {shlex.quote(record.name)}" if packed else ""
         return Row("Tokens a second, decoding", "" if packed else "of the packed form", command=command)
     dense, packed_speed = speeds
-    detail = f"packed, batch {packed_speed['batch']}, {packed_speed['threads']} threads"
-    before, after = dense["median"], packed_speed["median"]
+    detail = f"packed, batch {packed_speed.batch}, {packed_speed.threads} threads"
+    before, after = dense.median, packed_speed.median
     return Row("Tokens a second, decoding", detail, number(before), number(after), _ratio(after, before))
 
 
-def _is_packed(record: PruningRecord) -> bool:
-    return (record.directory / "packed.json").is_file()
-
-
-def _interval(value: Measured | None) -> str | None:
-    if value is None:
-        return None
+def _interval(value: Interval, digits: int = 4) -> str:
+    said = number(value.value, digits)
     if value.low is None or value.high is None:
-        return number(value.value)
-    return f"{number(value.value)} ({number(value.low)}–{number(value.high)})"
+        return said
+    return f"{said} ({number(value.low, digits)}–{number(value.high, digits)})"
 
 
 def _ratio(value: float, reference: float) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import StorageError
-from sparsellm.report.records import PrunedLinear, PruningRecord
+from sparsellm.records import LinearResult
+from sparsellm.report.checkpoint import Checkpoint
 from sparsepack.checkpoint import open_checkpoint
 
 WINDOW = 128  # most rows and columns
@@ -44,7 +45,7 @@ class NoPicture:
     source: None = None
 
 
-def mask_picture(record: PruningRecord) -> MaskPicture | NoPicture:
+def mask_picture(record: Checkpoint) -> MaskPicture | NoPicture:
     """The picture of the largest pruned linear of the middle block; the reason if its weight cannot be read."""
     linear = _chosen(record)
     try:
@@ -75,14 +76,14 @@ def png(kept: Tensor) -> bytes:
     )
 
 
-def _chosen(record: PruningRecord) -> PrunedLinear:
+def _chosen(record: Checkpoint) -> LinearResult:
     linears = record.pruning.linears
     blocks = sorted({linear.block for linear in linears})
     middle = blocks[len(blocks) // 2]
     return max((linear for linear in linears if linear.block == middle), key=lambda linear: linear.weights)
 
 
-def _weight(record: PruningRecord, linear: PrunedLinear) -> Tensor | None:
+def _weight(record: Checkpoint, linear: LinearResult) -> Tensor | None:
     """The weight ``(out, in)`` of a linear; its name in the checkpoint may begin in another way than in the model."""
     reader = open_checkpoint(record.directory)
     name = f"{linear.name}.weight"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
-from sparsellm.methods import LinearResult
 from sparsellm.methods.task import UNREACHED
 from sparsellm.patterns import NM, listed, strictest
 from sparsellm.recipe import Recipe
+from sparsellm.records import DenseMatrix, LinearResult, Totals
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
 
@@ -62,56 +62,6 @@ class MatrixZeros:
         }
 
 
-@dataclass(frozen=True)
-class DenseMatrix:
-    """A matrix of a block that a run did not prune.
-
-    Attributes:
-        name: of the linear, or of the parameter if no linear owns it.
-        block: the number of its block.
-        shape: as the parameter is stored.
-        zeros: the number of its zeros.
-        reason: ``excluded`` or ``allowed dense`` by the recipe; ``shared with the embedding or the head``, which stay
-            dense; a ``gate``, whose outputs choose or scale other modules; ``small`` and not a linear; or ``not a
-            linear``.
-        kind: the name inside the block, the same for all blocks.
-    """
-
-    name: str
-    block: int
-    shape: tuple[int, ...]
-    zeros: int
-    reason: Reason
-    kind: str
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**asdict(self), "shape": list(self.shape)}
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Zeros and weights over every matrix of the blocks."""
-
-    zeros: int
-    weights: int
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / self.weights if self.weights else 0.0
-
-
-def totals(linears: Iterable[LinearResult], dense: Iterable[DenseMatrix]) -> Totals:
-    """Zeros and weights of the pruned linears and the dense matrices together."""
-    counts = [(linear.zeros, math.prod(linear.shape)) for linear in linears]
-    counts += [(matrix.zeros, matrix.weights) for matrix in dense]
-    return Totals(sum(zeros for zeros, _ in counts), sum(weights for _, weights in counts))
-
-
 def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
     """The zeros of every matrix of the loaded block ``index``."""
     counts = []
@@ -149,7 +99,16 @@ def left_dense(
             reader = CheckpointReader(shards[block].parent, [shards[block]])
         zeros = count_zeros(chain.parameter(matrix.name, reader))
         kind = kind_of(chain, matrix.label, matrix.block)
-        dense.append(DenseMatrix(matrix.label, matrix.block, matrix.shape, zeros, reasons[matrix.name], kind))
+        dense.append(
+            DenseMatrix(
+                name=matrix.label,
+                block=matrix.block,
+                shape=matrix.shape,
+                zeros=zeros,
+                reason=reasons[matrix.name],
+                kind=kind,
+            )
+        )
     return dense
 
 
@@ -211,7 +170,7 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
         dense: the matrices that were not pruned.
         asked: the recipe's sparsity.
     """
-    whole = totals(linears, dense)
+    whole = Totals.of([*linears, *dense])
     if asked * whole.weights - whole.zeros <= len(linears) + len(dense):
         return []
     kinds: dict[tuple[str, str], list[DenseMatrix]] = {}

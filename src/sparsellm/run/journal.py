@@ -21,8 +21,8 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.allocation import Allocation
 from sparsellm.machine import heap
-from sparsellm.methods import LinearResult
 from sparsellm.progress import NOTE, Progress, ProgressCallback
+from sparsellm.records import LinearResult
 from sparsellm.run.magnitudes import Magnitudes
 from sparsellm.run.result import versions
 from sparsellm.storage.destination import partial_of
@@ -86,11 +86,11 @@ class BlockRecord:
     magnitudes: Magnitudes | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "linears": [linear.to_dict() for linear in self.linears]}
+        return {**vars(self), "linears": [linear.model_dump(mode="json") for linear in self.linears]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockRecord:
-        linears = [LinearResult.from_dict(each) for each in values["linears"]]
+        linears = [LinearResult.model_validate(each) for each in values["linears"]]
         counted = values.get("magnitudes")
         return cls(linears, values["versions"], values["seconds"], values["peak_rss"], counted)
 

@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from sparsellm.methods import LinearResult
 from sparsellm.patterns import Pattern
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
 from sparsellm.recipe import Recipe
+from sparsellm.records import Base, EarlierStage, Memory, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run import prepare as before
 from sparsellm.run.costs import predicted_seconds
@@ -41,7 +41,7 @@ from sparsellm.run.fingerprint import (
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, BlockRecord, Identity, Journal, other_conditions
 from sparsellm.run.magnitudes import Magnitudes, add, magnitudes
 from sparsellm.run.memory import Demand, checkpoint_bytes, plan_memory, saved_sweep_bytes
-from sparsellm.run.result import PruneResult
+from sparsellm.run.result import PruneResult, bits_per_weight
 from sparsellm.run.teacher import check_outside
 from sparsellm.run.walk import walk
 from sparsellm.storage.destination import partial_of
@@ -224,7 +224,7 @@ class Run:
             )
         if self.dense is not None:
             self.dense.close()
-        self.linears = [replace(each, zeros=zeros[each.name]) for each in self.linears]
+        self.linears = [each.model_copy(update={"zeros": zeros[each.name]}) for each in self.linears]
         self.magnitudes = {kind: {**counts, **after[kind]} for kind, counts in self.magnitudes.items()}
         self.journal.write_outer(self.chain.outer_tensors)
 
@@ -237,27 +237,32 @@ class Run:
         self.warnings += few_tokens(self.linears, self.recipe.min_tokens_per_expert)
         self.warnings += unreached(self.linears) + shortfall(self.linears, dense, self.recipe.sparsity)
         peak = max(heap.peak_rss(), self.peak_before)
+        recipe = self._asked()
         result = PruneResult(
-            self.out,
-            self.prepared.in_memory,
-            self._asked(),
-            self.linears,
-            self.clock.seconds,
-            max(parallel.gather(peak)),
-            self.windows.numel(),
-            self.prepared.bos,
+            path=self.out,
+            model=self.prepared.in_memory,
+            recipe=recipe,
+            sparsity_asked=recipe.sparsity,
+            values=recipe.values,
+            seed=recipe.seed,
+            bits_per_weight=bits_per_weight(recipe, self.linears),
+            linears=self.linears,
+            seconds=self.clock.seconds,
+            peak_rss_bytes=max(parallel.gather(peak)),
+            calibration_tokens=self.windows.numel(),
+            calibration_bos=self.prepared.bos,
             warnings=self.warnings,
-            memory=self.memory,
+            memory=Memory(**self.memory.to_dict()),
             resumed=len(self.finished),
-            sweeps=self.sweeps,
+            sweeps=[SweepPass(**vars(each)) for each in self.sweeps],
             allocation={"name": self.choice.allocator.name, **self.allocation.report} if self.allocation else {},
             processes=parallel.size(),
             dense=dense,
             base=self._base(),
-            predicted=self.predicted,
-            peaks=self.clock.peaks,
+            predicted_seconds=self.predicted,
+            peaks_bytes=self.clock.peaks,
             magnitudes=self.magnitudes,
-            stages=[self.earlier] if self.earlier is not None else [],
+            stages=[EarlierStage.model_validate(self.earlier)] if self.earlier is not None else [],
         )
         parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
         parallel.from_main(lambda: self._finish(result))  # no process returns before the checkpoint has its name
@@ -271,17 +276,14 @@ class Run:
             return self.recipe
         return self.stage.asked.updated(samples=self.recipe.samples, seq_len=self.recipe.seq_len)
 
-    def _base(self) -> dict[str, Any]:
+    def _base(self) -> Base:
         """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
         model = self.request.dense
         name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
         known = base_of(model, self.prepared.directory)
-        return {
-            "name": self.request.name or name,
-            "digest": self.identity.model,
-            "bytes": checkpoint_bytes(self.chain),
-            **known,
-        }
+        return Base(
+            name=self.request.name or name, digest=self.identity.model, bytes=checkpoint_bytes(self.chain), **known
+        )
 
     def _demand(self) -> Demand:
         """The memory demand of this process; the first one also surveys the dense model.
@@ -404,7 +406,7 @@ class Run:
             return
         writer.write_text("recipe.yaml", result.recipe.to_yaml())
         writer.write_json("pruning.json", result.to_dict())
-        writer.write_text(CARD, first_card(result.to_dict()))
+        writer.write_text(CARD, first_card(result.record))
         try:
             write_report(writer.partial, name=writer.out)
         except Exception as error:  # it can be written at any time, and must not cost the result of hours

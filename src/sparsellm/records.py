@@ -1,0 +1,491 @@
+"""The one schema of ``pruning.json`` (what a run did) and ``results.json`` (what was measured since).
+
+Everything that writes or reads these files does so through these models. A file may come from another release or from
+somebody else, so every field is checked by type. Fields without a default must be there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, computed_field
+
+from sparsellm.errors import StorageError, shown
+from sparsellm.inputs.json_input import read_object
+
+PRUNING, RESULTS = "pruning.json", "results.json"
+PUT_BACK = "put the file back as it was"
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Seconds = Annotated[float, PlainSerializer(lambda value: round(value, 3))]
+Settings = dict[str, JsonValue]
+Magnitudes = dict[str, dict[str, list[Count]]]
+"""By kind of linear, the counts ``before`` and ``after`` of :mod:`sparsellm.run.magnitudes`."""
+
+
+class Record(BaseModel):
+    """A model without conversions between types; NaN and infinities are written as JSON's usual extension."""
+
+    model_config = ConfigDict(strict=True, ser_json_inf_nan="constants")
+
+
+class Measurement(Record):
+    """A part of ``results.json``: finite numbers only; fields of a later release are kept when it is written again."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_record(kind: type[R], path: Path, advice: str = PUT_BACK) -> R:
+    """A JSON file as a record.
+
+    Raises:
+        StorageError: the file cannot be read, or a field is missing or wrong; the message ends with ``advice``.
+    """
+    try:
+        return kind.model_validate(read_object(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = shown(".".join(map(str, first["loc"])))[1:-1]
+        wrong = "missing" if first["type"] == "missing" else f"{shown(first['input'])} ({first['msg']})"
+        raise StorageError(f"{path}: {place} is {wrong}; {advice}") from None
+
+
+# ---------------------------------------------------------------------- pruning.json
+
+
+class Step(Record):
+    """One iteration of the decomposition of a feed-forward unit; ``held_out_error`` is None if nothing was held out."""
+
+    iteration: int
+    held_out_error: float | None = None
+    train_error: float | None = None
+    objective: float | None = None
+    chosen: bool = False
+
+
+class LinearResult(Record):
+    """The result of one linear.
+
+    Attributes:
+        name: the module's name in the model.
+        shape: ``(out, in)``.
+        zeros: zeros in the stored weight.
+        asked: the requested fraction of zeros.
+        error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
+        notes: messages to the user, such as a damping that had to be raised.
+        history: one step for each iteration, for methods that iterate.
+        tokens: the number of calibration tokens that were routed to it, if it belongs to an expert; else None.
+        pattern: its N:M, such as ``2:4``; None for zeros anywhere.
+        exponents: of the columns of integer values, a hexadecimal digit each (the exponent plus 8); empty if all are 0.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    shape: Annotated[tuple[Size, Size], Field(strict=False)]
+    zeros: Count
+    asked: float = math.nan
+    error: float = math.nan
+    notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    history: Annotated[tuple[Step, ...], Field(strict=False)] = ()
+    tokens: Count | None = None
+    pattern: str | None = None
+    exponents: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights
+
+    @property
+    def block(self) -> int:
+        """The number of its block: the first number in its name; 0 if there is none."""
+        number = re.search(r"(?<=\.)\d+(?=\.)", self.name)
+        return int(number.group()) if number is not None and len(number.group()) < 10 else 0
+
+    @property
+    def kind(self) -> str:
+        """Its name inside the block, with ``*`` for further numbers: ``mlp.experts.*.w1``."""
+        inner = re.split(r"\.\d+\.", self.name, maxsplit=1)[-1]
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
+
+
+class DenseMatrix(Record):
+    """A matrix of a block that a run did not prune.
+
+    Attributes:
+        name: the name of the linear, or of the parameter if no linear owns it.
+        block: the number of its block.
+        shape: as the parameter is stored.
+        zeros: the number of its zeros.
+        reason: ``excluded`` or ``allowed dense`` by the recipe; ``shared with the embedding or the head``, which stay
+            dense; a ``gate``, whose outputs choose or scale other modules; ``small`` and not a linear; or ``not a
+            linear``.
+        kind: the name inside the block, the same for all blocks.
+    """
+
+    name: str
+    block: Count
+    shape: Annotated[tuple[Size, ...], Field(strict=False)]
+    zeros: Count
+    reason: str
+    kind: str
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+
+class Totals(Record):
+    """Zeros and weights of several matrices."""
+
+    zeros: Count = 0
+    weights: Count = 0
+
+    @classmethod
+    def of(cls, matrices: Iterable[LinearResult | DenseMatrix]) -> Totals:
+        counts = [(matrix.zeros, matrix.weights) for matrix in matrices]
+        return cls(zeros=sum(zeros for zeros, _ in counts), weights=sum(weights for _, weights in counts))
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros; 0 without weights."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+class SweepPass(Record):
+    """KL(dense ‖ pruned) in nats a token after a number of passes; see :class:`sparsellm.sweep.whole_model.Pass`."""
+
+    passes: int
+    held_out: float
+    train: float | None = None
+    rate: float | None = None
+
+
+class Memory(Record):
+    """The memory that was predicted, in bytes; see :class:`sparsellm.run.memory.MemoryPlan`."""
+
+    budget_bytes: Count = 0
+    predicted_peak_rss_bytes: Count = 0
+    start_bytes: Count = 0
+    working_bytes: Count = 0
+    worst: str = ""
+    hidden_in_memory_bytes: Count = 0
+    hidden_on_disk_bytes: Count = 0
+    kept_bytes: Count = 0
+    predicted_peak_device_bytes: Count = 0
+    steps_bytes: dict[str, Count] = {}
+
+
+class Base(Record):
+    """The dense model: its name, the digest of config and weights, the bytes of the weights, and, where they are known,
+    its hub id as ``model`` and the license that its card states."""
+
+    name: str = ""
+    digest: str | None = None
+    bytes: Count | None = None
+    model: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+
+
+class EarlierStage(Record):
+    """A stage before the last, at a lower sparsity."""
+
+    sparsity_pruned: float
+    sweeps: list[SweepPass] = []
+    seconds: dict[str, Seconds] = {}
+    peak_rss_bytes: Count = 0
+
+
+class RunRecord(Record):
+    """What is known of a run; with its recipe, the contents of ``pruning.json``.
+
+    Attributes:
+        path: the finished checkpoint; None if the model was pruned in memory only.
+        sparsity_asked: the recipe's sparsity, which holds for the pruned linears.
+        bits_per_weight: of the pruned linears, as ``pack`` will write them in the type to which the values were
+            rounded; None if they were kept.
+        dense: the matrices of the blocks that were not pruned.
+        seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
+        predicted_seconds: seconds of each step, as predicted when the run began; empty if nothing was.
+        peak_rss_bytes: the peak memory of one process, in this run or an earlier start of it.
+        peaks_bytes: the peak memory of this process when each phase last ended.
+        memory: the memory prediction of the first process.
+        calibration_tokens: tokens of the statistics.
+        calibration_bos: whether every calibration window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids
+            that the user passed.
+        processes: the number of processes.
+        versions: versions of Python and the libraries that affect the result.
+        allocation: for per-layer sparsities that are not uniform: ``name``, and the allocation's own report.
+        sweeps: the divergence from the dense model after each pass of the sweep; empty without a sweep.
+        stages: the stages before the last.
+    """
+
+    format: Literal[1] = 1
+    path: Annotated[Path | None, Field(strict=False)] = None
+    base: Base = Base()
+    sparsity_asked: float
+    values: str = "keep"
+    seed: int = 0
+    bits_per_weight: float | None = None
+    linears: list[LinearResult]
+    dense: list[DenseMatrix] = []
+    seconds: dict[str, Seconds] = {}
+    predicted_seconds: dict[str, Seconds] = {}
+    peak_rss_bytes: Count = 0
+    peaks_bytes: dict[str, Count] = {}
+    memory: Memory | None = None
+    calibration_tokens: Count = 0
+    calibration_bos: str = "given"
+    processes: Count = 1
+    versions: dict[str, str] = {}
+    environment: dict[str, str] = {}
+    command: str = ""
+    warnings: list[str] = []
+    allocation: Settings = {}
+    sweeps: list[SweepPass] = []
+    stages: list[EarlierStage] = []
+    magnitudes: Magnitudes = {}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def zeros(self) -> int:
+        """Zeros in all pruned linears."""
+        return sum(linear.zeros for linear in self.linears)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def weights(self) -> int:
+        """Weights in all pruned linears."""
+        return sum(linear.weights for linear in self.linears)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def matrices(self) -> Totals:
+        """Zeros and weights over every matrix of the blocks, pruned or not."""
+        return Totals.of([*self.linears, *self.dense])
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity_reached(self) -> float:
+        """Fraction of zeros over every matrix of the blocks."""
+        return self.matrices.sparsity
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity_pruned(self) -> float:
+        """Fraction of zeros over the pruned linears alone; the recipe's ``sparsity`` sets this one."""
+        return Totals.of(self.linears).sparsity
+
+    @property
+    def allocated_by(self) -> str | None:
+        """The name of the allocation; None if all linears have the same sparsity."""
+        name = self.allocation.get("name")
+        return str(name) if name is not None else None
+
+    @property
+    def whole_seconds(self) -> dict[str, float]:
+        """The seconds of the phases that are not a part of another one."""
+        return {name: took for name, took in self.seconds.items() if "/" not in name}
+
+
+class Pruning(RunRecord):
+    """The contents of ``pruning.json``, whose recipe may be that of another release."""
+
+    recipe: Settings = {}
+
+    @property
+    def method(self) -> str:
+        return str(self.recipe.get("method", "unknown method"))
+
+    @property
+    def target(self) -> str:
+        """The pattern that was asked for, or the sparsity in percent."""
+        return str(self.recipe.get("pattern") or f"{self.sparsity_asked:.0%}")
+
+
+def read_pruning(directory: Path) -> Pruning:
+    """``pruning.json`` of a checkpoint.
+
+    Raises:
+        StorageError: there is none, or it cannot be read.
+    """
+    return read_record(Pruning, directory / PRUNING)
+
+
+# ---------------------------------------------------------------------- results.json
+
+
+class Interval(Measurement):
+    """A value and its 95 % confidence interval; the ends are None if there was one window only.
+
+    It says how much the value would change with other windows of the same kind of text, and nothing about other texts.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        return "" if self.low is None or self.high is None else f"95 %: {self.low:.4g} to {self.high:.4g}"
+
+
+class Protocol(Measurement):
+    """The conditions of a perplexity; values of different protocols do not compare.
+
+    Attributes:
+        text: the name of the source.
+        digest: the digest of the token ids.
+        window, windows: tokens in a window, and the number of windows.
+        tokens: the number of tokens scored.
+        bos: ``yes`` or ``no`` (whether every window begins with BOS), or ``given`` for token ids that the user passed.
+        dtype: the dtype of the computation.
+    """
+
+    text: str
+    digest: str
+    window: Count
+    windows: Count
+    tokens: Count
+    bos: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{os.path.basename(self.text) or self.text}, window {self.window}, {self.tokens:,} tokens"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for protocols whose results compare; the dtype may differ."""
+        return (self.digest or self.text, self.window, self.windows, self.tokens, self.bos)
+
+
+class Against(Measurement):
+    """A comparison with a dense model on the same windows.
+
+    Attributes:
+        model: the name of the dense model.
+        perplexity: the perplexity of the dense model.
+        kl, kl_low, kl_high: ``KL(dense ‖ model)`` in nats, the mean over the scored tokens, and its interval.
+        agreement: the fraction of the scored tokens for which both models have the same first choice.
+        recovery: the dense perplexity divided by the model's, ``exp(dense loss - loss)``: 1 if nothing was lost.
+    """
+
+    model: str
+    perplexity: Interval
+    kl: float
+    kl_low: float | None = None
+    kl_high: float | None = None
+    agreement: float
+    recovery: float
+
+    @property
+    def divergence(self) -> Interval:
+        """``kl`` with its interval."""
+        return Interval(value=self.kl, low=self.kl_low, high=self.kl_high)
+
+
+class Metric(Measurement):
+    """A metric of an lm-eval task; ``stderr`` is None where lm-eval gives none."""
+
+    value: float
+    stderr: float | None = None
+
+
+class Stamp(Measurement):
+    """The version of sparsellm, the processor with its threads, and the time (ISO 8601, UTC) of a measurement."""
+
+    sparsellm: str
+    machine: str
+    date: str
+
+
+Tasks = dict[str, dict[str, Metric]]
+"""By task and name, the metrics of lm-eval."""
+
+
+class Evaluation(Stamp):
+    """The result of :func:`sparsellm.evaluate`: a perplexity, and what was measured with it.
+
+    Attributes:
+        protocol: the conditions.
+        perplexity: the perplexity with its interval.
+        nll: the mean negative log-likelihood of a scored token, in nats; None for one that was read.
+        against: the comparison with a dense model, if one was named.
+        tasks: the metrics of the lm-eval tasks, if some were named.
+    """
+
+    protocol: Protocol
+    perplexity: Interval
+    nll: float | None = Field(None, exclude=True)
+    against: Against | None = None
+    tasks: Tasks | None = None
+
+    @property
+    def value(self) -> float:
+        """The perplexity."""
+        return self.perplexity.value
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens scored."""
+        return self.protocol.tokens
+
+
+class Speed(Measurement):
+    """Tokens per second of the ``dense`` or ``packed`` model in one setting: median and range."""
+
+    model: str
+    phase: str
+    batch: int
+    threads: int
+    median: float
+    slowest: float
+    fastest: float
+
+
+class Benchmark(Stamp):
+    """One call of ``sparsellm bench``: the fields of its ``--json``, documented at ``bench.Comparison``."""
+
+    speeds: list[Speed]
+    dense_bytes: Count
+    packed_bytes: Count
+    dense_linear_bytes: Count
+    packed_linear_bytes: Count
+    dense_disk_bytes: Count | None
+    packed_disk_bytes: Count | None
+    dtype: str
+    dense_dtype: str
+    kernel: str
+    verdict: list[str]
+
+
+class Continuation(Measurement):
+    """One prompt, continued by the dense and by the pruned model."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
+class Results(Measurement):
+    """The contents of ``results.json``."""
+
+    format: Literal[1] = 1
+    evaluations: list[Evaluation] = []
+    benchmarks: list[Benchmark] = []
+    continuations: list[Continuation] = []

@@ -1,0 +1,94 @@
+"""A pruned checkpoint as the pages show it: the record of its run and what was measured since."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsellm.errors import StorageError, shown
+from sparsellm.records import PRUNING, Evaluation, Metric, Pruning, Results, Speed, read_pruning
+from sparsellm.storage.results import read_results
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a pruned checkpoint.
+
+    Attributes:
+        directory: the directory of the checkpoint.
+        name: the directory in commands, as the user named it.
+        pruning: the record of the run.
+        results: measurements since; empty if there are none.
+        file_bytes: size of the weight files.
+    """
+
+    directory: Path
+    name: str
+    pruning: Pruning
+    results: Results
+    file_bytes: int
+
+    @property
+    def model(self) -> str:
+        """The name of the dense model for headings: the last part of its path."""
+        return os.path.basename(self.pruning.base.name.rstrip("/")) or "a model"
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks, by the largest number of one."""
+        return 1 + max(linear.block for linear in self.pruning.linears)
+
+    @property
+    def packed(self) -> bool:
+        return (self.directory / "packed.json").is_file()
+
+    def latest(self) -> dict[tuple[object, ...], Evaluation]:
+        """The latest evaluation of each protocol, by the protocol's key."""
+        return {each.protocol.key: each for each in self.results.evaluations}
+
+    def tasks(self) -> dict[tuple[str, str], Metric]:
+        """The latest value of each task and metric."""
+        return {
+            (task, name): metric
+            for evaluation in self.results.evaluations
+            for task, metrics in (evaluation.tasks or {}).items()
+            for name, metric in metrics.items()
+        }
+
+    def decode_speeds(self) -> tuple[Speed, Speed] | None:
+        """The speeds of the dense and the packed model while decoding, of the latest benchmark; the smallest batch."""
+        for benchmark in reversed(self.results.benchmarks):
+            speeds = sorted((each for each in benchmark.speeds if each.phase == "decode"), key=lambda each: each.batch)
+            for packed in (each for each in speeds if each.model == "packed"):
+                for dense in (each for each in speeds if each.model == "dense"):
+                    if (dense.batch, dense.threads) == (packed.batch, packed.threads):
+                        return dense, packed
+        return None
+
+
+def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """What a pruned checkpoint says of itself.
+
+    Args:
+        directory: of the checkpoint.
+        name: of the directory in commands, if it will have another one.
+
+    Raises:
+        StorageError: it is not a directory, was not written by ``prune``, or a file in it cannot be read.
+    """
+    text = os.fspath(directory)
+    place = Path(text).expanduser()
+    try:
+        pruned = (place / PRUNING).is_file()
+        sizes = [file.stat().st_size for file in place.glob("*.safetensors")] if pruned else []
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL character
+        raise StorageError(f"{shown(text)} cannot be looked up ({error}); give a directory that prune wrote") from None
+    if not pruned:
+        raise StorageError(
+            f"{shown(text)} has no {PRUNING}; give a directory that `sparsellm prune` wrote, or its packed form"
+        )
+    pruning = read_pruning(place)
+    if not pruning.linears:
+        raise StorageError(f"{place / PRUNING}: linears is []; there is nothing to report")
+    return Checkpoint(place, os.fspath(directory if name is None else name), pruning, read_results(place), sum(sizes))
