@@ -138,7 +138,6 @@ def test_half_precision_is_computed_in_the_asked_dtype(tmp_path: Path) -> None:
     model = tiny_llama().to(torch.bfloat16)
     chain = open_chain(save_tiny(model, None, tmp_path), device=CPU, dtype=torch.float32)
     with chain.block(0) as block:
-        assert chain.storage_dtype is torch.bfloat16
         assert block.self_attn.q_proj.weight.dtype is torch.float32
         assert next(iter(chain.block_tensors(0).values())).dtype is torch.bfloat16
 

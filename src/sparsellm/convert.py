@@ -132,9 +132,9 @@ def pack(
         raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
     chain = open_chain(directory, device=torch.device("cpu"))
     exponents = _exponents(chain, directory, values)
-    assert chain.weights is not None
+    assert chain.reader is not None
     # With any value type, no linear takes more space than its dense weight.
-    size = chain.weights.reader.bytes
+    size = chain.reader.bytes
     with CheckpointWriter(
         out, shards=len(chain) + 1, identity={}, kind=PACK, restart=restart, overwrite=overwrite, need_bytes=size
     ) as writer:
@@ -236,12 +236,12 @@ def _checked_reader(source: Path) -> PackedReader:
             shape of a square weight does not show.
     """
     chain = open_chain(source, device=torch.device("cpu"))
-    assert chain.weights is not None
-    reader = chain.weights.reader
+    assert chain.reader is not None
+    reader = chain.reader
     assert isinstance(reader, PackedReader)
     for index in range(len(chain)):
         for linear in chain.linears(index):
-            name = chain.weights.key_of[linear.weight_name].removesuffix(".weight")
+            name = chain.key_of[linear.weight_name].removesuffix(".weight")
             entry = reader.entries.get(name)
             if entry is not None and entry.transposed != linear.transposed:
                 raise StorageError(
@@ -261,17 +261,17 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
     Raises:
         RecipeError: one of them is no linear, and no embedding whose rows are multiplied by a known factor at most.
     """
-    assert chain.weights is not None
+    assert chain.reader is not None
     tensors: dict[str, TensorSource] = {}
     names = {id(module): name for name, module in chain.model.named_modules()}
     for module in (chain.model.get_input_embeddings(), chain.model.get_output_embeddings()):
-        key = chain.weights.key_of.get(f"{names.get(id(module))}.weight")
+        key = chain.key_of.get(f"{names.get(id(module))}.weight")
         if key is None or key in tensors:  # tied: stored once
             continue
         known = type(module) is nn.Linear or row_scale(module) is not None
         if not known or not key.endswith(".weight"):
             raise RecipeError(f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep")
-        weight = chain.weights.reader.get(key)
+        weight = chain.reader.get(key)
         packed = pack_weight(weight, "int8", "dense")
         assert packed is not None
         name = key.removesuffix(".weight")
@@ -310,13 +310,13 @@ def _packed_block(
     chain: Chain, index: int, values: str, exponents: dict[str, Tensor], result: PackResult
 ) -> dict[str, Tensor]:
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
-    assert chain.weights is not None
+    assert chain.reader is not None
     # Experts stay dense: transformers stacks their weights while it loads, packed or not.
     every = chain.linears(index)
     linears = [linear for linear in every if not isinstance(linear.module, ExpertLinear)]
     experts = [linear for linear in every if isinstance(linear.module, ExpertLinear)]
     result.expert_weights += sum(linear.parameter.numel() for linear in experts)
-    chain_linears = {chain.weights.key_of[linear.weight_name]: linear for linear in linears}
+    chain_linears = {chain.key_of[linear.weight_name]: linear for linear in linears}
     tensors = chain.stored_block(index)
     for key, linear in chain_linears.items():
         stored = tensors.pop(key)

@@ -89,7 +89,7 @@ def check_depth(
             :data:`TRIFLING` of the weights, and these belong to no tower of the config's architecture.
     """
     where, (list_name, depth) = reader.directory / "config.json", blocks
-    taken = {*names.key_of.values(), *(key for keys in names.converted.values() for key in keys)}
+    taken = names.taken()
     apart = [name for name in reader if name not in taken and not any(each.search(name) for each in _OLD_BUFFERS)]
     ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
     # The model's class may ignore a whole tower: its matrices are worth a word, other tensors are not.

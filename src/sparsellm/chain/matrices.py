@@ -61,7 +61,7 @@ def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
     matrices = []
     for inner, parameter in chain.blocks[index].named_parameters():
         name = f"{chain.block_names[index]}.{inner}"
-        if not parameter.is_floating_point() or not chain.counts(name):
+        if not parameter.is_floating_point() or chain.home(name)[1] != name:
             continue
         linear = linears.get(name)
         matrix = sum(length > 1 for length in parameter.shape) > 1 and not inner.endswith("bias")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,23 +29,6 @@ _SENSES = re.compile("vision|audio")  # in the name of a config inside one that 
 
 
 @dataclass(frozen=True)
-class Names:
-    """What the tensors of a checkpoint are to a model.
-
-    Attributes:
-        key_of: for each weight of the model that is one tensor of the checkpoint, the name of that tensor.
-        converted: for each weight that transformers makes of other tensors, or by an operation, their names.
-        name_of: for every tensor of the checkpoint, the name that transformers looks for in the model.
-        conversions: for each of ``converted``, how it is made.
-    """
-
-    key_of: dict[str, str]
-    converted: dict[str, list[str]]
-    name_of: dict[str, str]
-    conversions: dict[str, Conversion] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Conversion:
     """How transformers makes a weight of tensors of a checkpoint.
 
@@ -57,29 +40,61 @@ class Conversion:
     sources: list[list[str]]
     operations: list[Any]
 
+    @property
+    def keys(self) -> list[str]:
+        return [key for keys in self.sources for key in keys]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the tensors of a checkpoint are to a model.
+
+    Attributes:
+        key_of: for each weight of the model that is one tensor of the checkpoint, the name of that tensor.
+        conversions: for each weight that transformers makes of other tensors, or by an operation, how it is made.
+        name_of: for every tensor of the checkpoint, the name that transformers looks for in the model.
+    """
+
+    key_of: dict[str, str]
+    conversions: dict[str, Conversion]
+    name_of: dict[str, str]
+
+    def taken(self) -> set[str]:
+        """The tensors of the checkpoint that become weights of the model."""
+        return {*self.key_of.values(), *(key for each in self.conversions.values() for key in each.keys)}
+
 
 def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: Mapping[str, Tensor]) -> Names:
-    """Which tensor of a checkpoint is which weight of the model; nothing is read.
+    """Which tensor of a checkpoint is which weight of the model, by the steps of ``from_pretrained``.
 
     Args:
         model: may be on the meta device.
         keys: names of all tensors of the checkpoint.
         values: the model's ``state_dict()``.
     """
-    rename = _Renaming(model, values)
+    rules = get_model_conversion_mapping(model, getattr(model, "_checkpoint_conversion_mapping", None) or None)
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+    base = str(getattr(model, "base_model_prefix", "") or "")
     same: dict[str, str] = {}
-    made: dict[str, dict[str, list[str]]] = {}
+    made: dict[str, dict[str, list[str]]] = {}  # name → pattern of a converter → tensors
     name_of: dict[str, str] = {}
-    for key in sorted(keys, key=loading.dot_natural_key):
-        name, pattern = rename(key)
+    for key in sorted(keys, key=loading.dot_natural_key):  # some rules wait for the first tensor of a kind
+        name, pattern = loading.rename_source_key(key, renamings, converters, base, values)
+        if name not in values:
+            plain = (key, key.removeprefix(f"{base}."), f"{base}.{key}")
+            name, pattern = next(((each, None) for each in plain if each in values), (name, pattern))
         name_of[key] = name
         if pattern is not None:
             made.setdefault(name, {}).setdefault(pattern, []).append(key)
         else:
             same.setdefault(name, key)
-    in_order = {name: same[name] for name in values if name in same}
-    converted = {name: [key for keys in made[name].values() for key in keys] for name in values if name in made}
-    return Names(in_order, converted, name_of, {name: rename.conversion(made[name]) for name in converted})
+    conversions = {}
+    for name in filter(made.__contains__, values):
+        rule = next(rule for rule in converters if next(iter(made[name])) in rule.source_patterns)
+        sources = [made[name][pattern] for pattern in rule.source_patterns if pattern in made[name]]
+        conversions[name] = Conversion(sources, list(rule.operations))
+    return Names({name: same[name] for name in values if name in same}, conversions, name_of)
 
 
 def published_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> tuple[Names, dict[str, tuple[int, ...]]]:
@@ -92,20 +107,21 @@ def published_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> tup
         values: its ``state_dict()``.
     """
     written = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
-    with contextlib.suppress(Exception):  # a rule that cannot be reversed: transformers reads the model's names too
+    with contextlib.suppress(Exception):  # a rule that cannot be reversed: the model's names are read as well
         written = loading.revert_weight_conversion(model, written)
     names = checkpoint_names(model, written, values)
-    made = {name for name in names.converted if name not in names.key_of}
-    kept = {name: name for name in values if name not in names.key_of and name not in made}
-    names = replace(names, key_of={**names.key_of, **kept})
-    shapes = {**{key: tuple(tensor.shape) for key, tensor in written.items()}}
-    return names, {**shapes, **{name: tuple(values[name].shape) for name in kept}}
+    kept = {name: name for name in values if name not in names.key_of and name not in names.conversions}
+    shapes = {key: tuple(tensor.shape) for key, tensor in written.items()}
+    return (
+        Names({**names.key_of, **kept}, names.conversions, names.name_of),
+        {**shapes, **{name: tuple(values[name].shape) for name in kept}},
+    )
 
 
 def expert_parts(
     parts: Mapping[str, Part], names: Names, values: Mapping[str, Tensor], shape: Callable[[str], tuple[int, ...]]
 ) -> dict[str, Part]:
-    """For each weight of a separated expert, the part of a tensor of the checkpoint that it is; nothing is read.
+    """For each weight of a separated expert, the part of a tensor of the checkpoint that it is.
 
     A weight whose conversion is not known, or for which tensors are missing, is left out.
 
@@ -115,20 +131,19 @@ def expert_parts(
         values: the parameters of the model.
         shape: the shape of a tensor of the checkpoint.
     """
-    found: dict[str, Part] = {}
+    before: dict[str, Part] = {}
     for name, part in parts.items():
         if part.source in names.key_of:
-            found[name] = Part(names.key_of[part.source], part.index, part.transposed)
+            before[name] = Part(names.key_of[part.source], part.index, part.transposed)
         elif part.source in names.conversions:
-            conversion = names.conversions[part.source]
-            taken = _part_before(part, conversion, tuple(values[part.source].shape), shape)
-            if taken is not None:
-                found[name] = taken
-    return found
+            source = _part_before(part, names.conversions[part.source], tuple(values[part.source].shape), shape)
+            if source is not None:
+                before[name] = source
+    return before
 
 
 def _part_before(
-    part: Part, conversion: Conversion, whole: tuple[int, ...], shape: Callable[[str], tuple[int, ...]]
+    part: Part, conversion: Conversion, stack: tuple[int, ...], shape: Callable[[str], tuple[int, ...]]
 ) -> Part | None:
     """The part of a tensor of the checkpoint that becomes this part of stacked experts; None if that is not known.
 
@@ -136,34 +151,32 @@ def _part_before(
     after the other; two dimensions are exchanged; the outputs of gate and up, which come in turn, are put apart.
     """
     steps = [(type(each).__name__, getattr(each, "dim", None)) for each in conversion.operations]
+    last = conversion.operations[-1]
     expert, *inner = part.index
     if not isinstance(expert, int):
         return None
     merged = steps[:1] == [("MergeModulelist", 0)]
-    if any(len(keys) != (whole[0] if merged else 1) for keys in conversion.sources):
+    if any(len(keys) != (stack[0] if merged else 1) for keys in conversion.sources):
         return None
     keys = [each[expert if merged else 0] for each in conversion.sources]
-    own: Index = () if merged else (expert,)
+    before: Index = () if merged else (expert,)
     steps = steps[merged:]
-    if not steps and len(keys) == 1:
-        return Part(keys[0], (*own, *inner), part.transposed)
     rows = inner[0] if len(inner) == 1 else None
+    if not steps and len(keys) == 1:
+        return Part(keys[0], (*before, *inner), part.transposed)
     if steps == [("Concatenate", 1)] and isinstance(rows, slice):
-        size = whole[1] // len(keys)
-        if rows in [slice(start, start + size) for start in range(0, whole[1], size)]:
-            return Part(keys[rows.start // size], own, part.transposed)
-    if steps == [("Interleave", 1)] and not conversion.operations[-1].inverse and isinstance(rows, slice):
-        half = whole[1] // 2
-        if rows in (slice(0, half), slice(half, whole[1])):
-            return Part(keys[0], (*own, slice(rows.start // half, None, 2)), part.transposed)
-    if [name for name, _ in steps] == ["Transpose"] and {
-        conversion.operations[0].dim0,
-        conversion.operations[0].dim1,
-    } == {1, 2}:
-        if conversion.operations[0].check_dims and shape(keys[0]) == whole:
+        size = stack[1] // len(keys)
+        if rows in [slice(start, start + size) for start in range(0, stack[1], size)]:
+            return Part(keys[rows.start // size], before, part.transposed)
+    if steps == [("Interleave", 1)] and not last.inverse and isinstance(rows, slice):
+        half = stack[1] // 2
+        if rows in (slice(0, half), slice(half, stack[1])):
+            return Part(keys[0], (*before, slice(rows.start // half, None, 2)), part.transposed)
+    if [name for name, _ in steps] == ["Transpose"] and {last.dim0, last.dim1} == {1, 2}:
+        if last.check_dims and shape(keys[0]) == stack:
             return Part(keys[0], part.index, part.transposed)
         exchanged = inner[1:] if len(inner) == 2 else [slice(None), *inner] if inner else []
-        return Part(keys[0], (*own, *exchanged), not part.transposed)
+        return Part(keys[0], (*before, *exchanged), not part.transposed)
     return None
 
 
@@ -191,29 +204,25 @@ def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel,
 
 
 def architecture_keys(model: PreTrainedModel, reader: CheckpointReader) -> set[str]:
-    """The tensors that belong to the whole architecture that ``config.json`` names, where ``model`` is its text part.
+    """The tensors that belong to the architecture that ``config.json`` names, of which ``model`` is the text part.
 
     A multimodal directory opened as a language model has towers that the language model lacks. Empty where the config
-    names no other architecture, or one that this transformers has not.
+    names no other architecture, or one that this transformers does not have.
     """
     try:
         config = AutoConfig.from_pretrained(reader.directory)
     except Exception:  # modelling code of the checkpoint, which is not run for this
         return set()
-    found: set[str] = set()
+    keys: set[str] = set()
     for architecture in getattr(config, "architectures", None) or []:
         family: Any = getattr(transformers, str(architecture), None)
         known = isinstance(family, type) and issubclass(family, PreTrainedModel)
-        if not known or family is type(model) or type(config) is type(model.config):
-            continue
-        try:
-            with torch.device("meta"):
-                whole = family(config)
-        except Exception:  # sizes of a tower that do not go together: then nothing is known of it
-            continue
-        names = checkpoint_names(whole, list(reader), whole.state_dict())
-        found.update(names.key_of.values(), *names.converted.values())
-    return found
+        if known and family is not type(model) and type(config) is not type(model.config):
+            with contextlib.suppress(Exception):  # sizes of a tower may not go together: then nothing is known of it
+                with torch.device("meta"):
+                    full = family(config)
+                keys |= checkpoint_names(full, list(reader), full.state_dict()).taken()
+    return keys
 
 
 def tower_names(model: PreTrainedModel) -> list[str]:
@@ -221,40 +230,14 @@ def tower_names(model: PreTrainedModel) -> list[str]:
 
     They are the models inside it that have a config of their own other than that of the text.
     """
-    whole = model.config
-    text = whole.get_text_config()
-    own = [getattr(whole, key, None) for key in getattr(whole, "sub_configs", {}) if _SENSES.search(key)]
-    kinds = (PretrainedConfig,) if text is not whole else tuple({type(each) for each in own if each is not None})
+    config = model.config
+    text = config.get_text_config()
+    inner = [getattr(config, key, None) for key in getattr(config, "sub_configs", {}) if _SENSES.search(key)]
+    kinds = (PretrainedConfig,) if text is not config else tuple({type(each) for each in inner if each is not None})
     towers: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or isinstance(module.config, (type(text), type(whole))):
+        if not isinstance(module, PreTrainedModel) or isinstance(module.config, (type(text), type(config))):
             continue
         if isinstance(module.config, kinds) and not any(name.startswith(f"{tower}.") for tower in towers):
             towers.append(name)
     return towers
-
-
-class _Renaming:
-    """From the name of a tensor to the name of a weight: the steps of ``from_pretrained``."""
-
-    def __init__(self, model: PreTrainedModel, values: Mapping[str, Tensor]) -> None:
-        self._values = values
-        self._prefix = str(getattr(model, "base_model_prefix", "") or "")
-        rules = get_model_conversion_mapping(model, getattr(model, "_checkpoint_conversion_mapping", None) or None)
-        self._renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
-        self._converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
-
-    def conversion(self, made: dict[str, list[str]]) -> Conversion:
-        """How a weight is made of tensors, which are given by the patterns that they match."""
-        converter = next(rule for rule in self._converters if next(iter(made)) in rule.source_patterns)
-        return Conversion([made[p] for p in converter.source_patterns if p in made], list(converter.operations))
-
-    def __call__(self, key: str) -> tuple[str, str | None]:
-        """The name in the model, and the pattern of a conversion if more than the name is changed on the way."""
-        name, pattern = loading.rename_source_key(key, self._renamings, self._converters, self._prefix, self._values)
-        if name not in self._values:
-            prefix = f"{self._prefix}."
-            for plain in (key, key.removeprefix(prefix), prefix + key):
-                if plain in self._values:
-                    return plain, None
-        return name, pattern

@@ -33,8 +33,8 @@ def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[st
     """
 
     report = partial(_report, progress)
-    if chain.weights is not None:
-        return chain.weights.reader.digests(report)
+    if chain.reader is not None:
+        return chain.reader.digests(report)
     values = chain.model.state_dict(keep_vars=True)
     total, done = sum(value.nbytes for value in values.values()), 0
     digests: dict[str, str] = {}
@@ -74,7 +74,7 @@ def model_fingerprint(chain: Chain, digests: dict[str, str]) -> str:
     """
     config: dict[str, Any] = {key: value for key, value in chain.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    reader = chain.weights.reader if chain.weights is not None else None
+    reader = chain.reader
     values = chain.model.state_dict()
     for name in sorted(digests):
         kind = f"{values[name].dtype} {tuple(values[name].shape)}" if reader is None else reader.stored_as(name)

@@ -168,7 +168,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
 def hidden_bytes(chain: Chain, demand: Demand) -> int:
     """Bytes of the hidden states of the calibration windows, and of a sweep's copies of all blocks."""
     mixtures = any(chain.mixtures(index) for index in range(len(chain)))  # their inputs are stored
-    dense = demand.swept and chain.weights is None  # its last hidden states are kept from before the walk
+    dense = demand.swept and chain.reader is None  # its last hidden states are kept from before the walk
     streams = max(
         demand.sets + demand.workspace.streams + mixtures + dense, SWEEP_STREAMS * (demand.swept + demand.fresh)
     )
@@ -208,8 +208,8 @@ def _trained(chain: Chain, unrounded: bool) -> int:
 
 def checkpoint_bytes(chain: Chain) -> int:
     """Bytes of the checkpoint's weight files; for a model in memory, of its parameters and buffers."""
-    if chain.weights is not None:
-        return chain.weights.reader.bytes
+    if chain.reader is not None:
+        return chain.reader.bytes
     return sum(value.numel() * value.element_size() for value in chain.model.state_dict().values())
 
 
@@ -231,7 +231,7 @@ def accumulator_bytes(features: int) -> int:
 
 def head_bytes(chain: Chain, copies: int) -> int:
     """Bytes of the weights outside the blocks, and of so many fp32 copies of a chunk of logits."""
-    outer = chain.dtype.itemsize * chain.outer_elements() if chain.weights is not None else 0
+    outer = chain.dtype.itemsize * chain.outer_elements() if chain.reader is not None else 0
     return outer + copies * 4 * HEAD_TOKENS * int(chain.config.get_text_config().vocab_size)
 
 
@@ -242,12 +242,12 @@ def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
     moments = {"checking": _largest_tensor(chain), "embedding": 0, "statistics": 0, "solving": 0}
     for index in range(len(chain)):
         elements = block_elements(chain, index)
-        loaded = chain.dtype.itemsize * elements if chain.weights is not None else 0
+        loaded = chain.dtype.itemsize * elements if chain.reader is not None else 0
         loaded += 2 * elements if chain.products is not None else 0  # the factors in bf16
         loaded += chain.dtype.itemsize * elements if demand.unrounded else 0
         running = loaded + _activation_bytes(chain, index, tokens)
         if index == 0:
-            outer = chain.dtype.itemsize * chain.outer_elements(head=False) if chain.weights is not None else 0
+            outer = chain.dtype.itemsize * chain.outer_elements(head=False) if chain.reader is not None else 0
             moments["embedding"] = outer + running
         moments["statistics"] = max(moments["statistics"], running + _statistics_bytes(chain, index, workspace))
         optimised = running + int(workspace.blocks * 4 * elements)

@@ -261,7 +261,7 @@ def prepare(request: Request, clock: PhaseClock, progress: ProgressCallback) -> 
     with clock.phase("calibration"):
         # Sweeps take new windows, on which the dense model runs: a model in memory is not dense any more.
         passes = choice.effort.passes if request.stage is None else request.stage.passes
-        sets = passes if chain.weights is not None else 0
+        sets = passes if chain.reader is not None else 0
         progress(_expected(chain, choice, recipe, sets))
         progress(Progress("calibration", 0, 1))
         more = partial(_windows, request, chain, directory, tokenizer, progress, choice.effort.sets - 1, sets)

@@ -42,7 +42,7 @@ def open_start(chain: Chain, directory: Path, teacher: Path, *, trust: bool, tok
         ModelError: config, tokenizer, or the name or shape of a weight differs.
         StorageError: the model cannot be read.
     """
-    assert chain.weights is not None
+    assert chain.reader is not None
     if why := config_difference(load_config(directory, trust_remote_code=trust), chain.config):
         raise _unlike(directory, teacher, why)
     if tokenizers:
@@ -50,7 +50,7 @@ def open_start(chain: Chain, directory: Path, teacher: Path, *, trust: bool, tok
         if one != two:
             raise _unlike(directory, teacher, "the tokenizers differ")
     start = open_checkpoint(directory)
-    if why := shape_difference(start, chain.weights.reader):
+    if why := shape_difference(start, chain.reader):
         raise _unlike(directory, teacher, why)
     return start
 
@@ -61,8 +61,8 @@ def check_outside(chain: Chain, start: CheckpointReader) -> None:
     Raises:
         ModelError: a weight outside the blocks differs.
     """
-    assert chain.weights is not None
-    reader = chain.weights.reader
+    assert chain.reader is not None
+    reader = chain.reader
     for name in chain.outer_tensors():
         if not torch.equal(reader.get(name), start.get(name, dtype=reader.dtype(name))):
             raise _unlike(start.directory, reader.directory, f"weight {name}, outside the blocks, has other values")

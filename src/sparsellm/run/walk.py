@@ -41,7 +41,7 @@ def walk(run: Run) -> None:
         return
     with run.clock.phase("embed"):
         streams = [replace(run.feed, windows=each).stream() for each in run.prepared.calibration_sets]
-    if swept and run.chain.weights is None:  # its weights are overwritten, and the sweep follows what they predict
+    if swept and run.chain.reader is None:  # its weights are overwritten, and the sweep follows what they predict
         with run.clock.phase("dense"):
             first = run.prepared.sweep_windows[0]
             run.dense = replace(run.feed, windows=first).stream()
@@ -139,7 +139,7 @@ def _prune_block(run: Run, index: int, streams: list[Stream]) -> tuple[list[Line
 
 def _take_finished(run: Run) -> None:
     """Puts the finished blocks into a model in memory, which is dense as the user gave it; a chain on disk has them."""
-    if run.chain.weights is not None:
+    if run.chain.reader is not None:
         return
     for index in range(len(run.chain)):
         with run.chain.block(index, run.journal.block(index)):
