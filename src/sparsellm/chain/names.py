@@ -64,7 +64,7 @@ class Names:
         return {*self.key_of.values(), *(key for each in self.conversions.values() for key in each.keys)}
 
 
-def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: Mapping[str, Tensor]) -> Names:
+def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: dict[str, Tensor]) -> Names:
     """Which tensor of a checkpoint is which weight of the model, by the steps of ``from_pretrained``.
 
     Args:
@@ -97,7 +97,7 @@ def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: Mappin
     return Names({name: same[name] for name in values if name in same}, conversions, name_of)
 
 
-def published_names(model: PreTrainedModel, values: Mapping[str, Tensor]) -> tuple[Names, dict[str, tuple[int, ...]]]:
+def published_names(model: PreTrainedModel, values: dict[str, Tensor]) -> tuple[Names, dict[str, tuple[int, ...]]]:
     """The names under which ``save_pretrained`` writes the weights of a model, and the shape of each tensor.
 
     A weight that would not be read back into its place keeps the model's name, which transformers reads as well.

@@ -62,8 +62,10 @@ class ModelWeights:
         self._run_outer = [name for name in self._outer if not name.startswith(in_tower)]
         self._shared: dict[str, Tensor] = {}  # weights of several blocks, as the first of these blocks left them
         self._unused: list[str] = []
+        self.key_of: dict[str, str] = {}
+        self.parts: dict[str, Part] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of the tensors of a checkpoint that is not written yet
         if reader is not None:
-            self._shape = reader.shape
             self._name_by_checkpoint(reader, stacked, experts)
             self.device = device
             for module in self.model.modules():  # buffers that no checkpoint has, such as rotary frequencies
@@ -80,13 +82,13 @@ class ModelWeights:
                         "load the model in bfloat16, float16, float32 or float64"
                     )
             names, shapes = published_names(self.model, stacked)
-            self._shape = shapes.__getitem__
-            self._add_parts(names.key_of, expert_parts(experts, names, stacked, self._shape))
+            self._shapes = shapes
+            self._add_parts(names.key_of, expert_parts(experts, names, stacked, shapes.__getitem__))
             first = next(self.blocks[0].parameters())
             self.device, self.dtype = first.device, first.dtype
 
     def _name_by_checkpoint(
-        self, reader: CheckpointReader, stacked: Mapping[str, Tensor], experts: Mapping[str, Part]
+        self, reader: CheckpointReader, stacked: dict[str, Tensor], experts: Mapping[str, Part]
     ) -> None:
         values = self.model.state_dict(keep_vars=True)
         in_tower = tuple(f"{tower}." for tower in self.towers)  # copied, and never loaded
@@ -131,6 +133,9 @@ class ModelWeights:
             return tuple(self.parts[name].of(torch.empty(shape, device="meta")).shape)
         except (IndexError, RuntimeError):
             return None
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return self._shapes[key] if self.reader is None else self.reader.shape(key)
 
     # ------------------------------------------------------------------ names and ties
 
