@@ -1,36 +1,26 @@
-"""The commands: each calls :mod:`sparsellm.api` or :mod:`sparsepack` and returns what is printed. And the process.
-
-A command is a function with the options of its decorator. It returns a JSON value and a function that prints the same
-for a reader.
-"""
+"""The commands: each calls :mod:`sparsellm.api` or :mod:`sparsepack`, and returns a JSON value and what prints it."""
 
 from __future__ import annotations
 
-import io
 import itertools
-import logging
-import os
-import signal
 import sys
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
-from sparsellm import __version__, interrupts
+from sparsellm import __version__, interrupts, process
 from sparsellm import options as use
-from sparsellm.errors import RecipeError, SparseLLMError
-from sparsellm.options import MEASURE, RESOURCES, TEXT, WHAT, argument, field, flag, option
+from sparsellm.errors import RecipeError
+from sparsellm.options import MEASURE, TEXT, argument, field, flag, option
+from sparsellm.recipe import RESOURCES, WHAT
 from sparsellm.storage.remains import kept_by_compare, kept_by_prune
 
-PROGRAM = "sparsellm"
 Printed = tuple[Any, Callable[[], None]] | None
 
 app = typer.Typer(
@@ -81,7 +71,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from sparsepack.compiled import kernels
 
-        sys.stdout.write(f"{PROGRAM} {__version__}\nkernels: {kernels()}\n")
+        sys.stdout.write(f"sparsellm {__version__}\nkernels: {kernels()}\n")
         raise typer.Exit()
 
 
@@ -99,7 +89,7 @@ def _begin(
         ),
     ] = False,
 ) -> None:
-    if _processes() > 1 and context.invoked_subcommand != "prune":
+    if process.count() > 1 and context.invoked_subcommand != "prune":
         raise RecipeError(f"'sparsellm {context.invoked_subcommand}' runs in one process; start it without torchrun")
 
 
@@ -254,20 +244,17 @@ def inspect(directory: str, trust_remote_code: bool) -> Printed:
 )
 def report(directories: list[str], out: Path | None = None) -> Printed:
     """Write the report of a pruned checkpoint, or compare several, as one HTML file that loads nothing."""
+    from sparsellm import console
     from sparsellm.report.comparison import write_comparison
     from sparsellm.report.document import write_report
 
     if len(directories) == 1:
-        return _written(write_report(directories[0], out))
-    if out is None:
+        path = write_report(directories[0], out)
+    elif out is not None:
+        path = write_comparison(directories, out)
+    else:
         raise RecipeError(f"{len(directories)} runs are compared in a file of their own; give --out compare.html")
-    return _written(write_comparison(directories, out))
-
-
-def _written(path: Path) -> Printed:
-    from sparsellm import console
-
-    return {"path": str(path)}, lambda: console.say(f"written to {path}")
+    return None, lambda: console.say(f"written to {path}")
 
 
 @_command(
@@ -403,9 +390,10 @@ def unpack(directory: str, progress: Any, **options: Any) -> Printed:
 )
 def card(directory: str, force: bool) -> Printed:
     """Write the model card (README.md) of DIRECTORY anew, with the results of its evaluations."""
-    from sparsellm import api
+    from sparsellm import api, console
 
-    return _written(api.card(directory, force=force))
+    path = api.card(directory, force=force)
+    return {"path": str(path)}, lambda: console.say(f"written to {path}")
 
 
 @_command(
@@ -508,124 +496,6 @@ def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,)
     return {**measured.to_dict(), "results": saved and str(saved)}, lambda: tables.print_speeds(measured, saved)
 
 
-# ---------------------------------------------------------------------- the process
-
-
 def main() -> None:
     """Runs the command line. A user's mistake prints one line on stderr and exits with code 2, without a traceback."""
-    code = _run()
-    if _processes() > 1:
-        _leave_the_others(code)
-    _drop_what_cannot_be_written(sys.stderr, *([sys.stdout] if interrupts.received() is not None else []))
-    if code:
-        sys.exit(code)
-
-
-def _run() -> int:
-    """The exit code of the command, or of its error."""
-    _quiet_libraries()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # characters that the encoding lacks become escapes
-    try:
-        with interrupts.installed(), _joined():
-            returned = app(prog_name=PROGRAM, standalone_mode=False)
-            return returned if isinstance(returned, int) else 0
-    except typer.Exit as done:
-        return done.exit_code
-    except (interrupts.Interrupted, KeyboardInterrupt, typer.Abort):
-        return _interrupted(interrupts.received() or signal.SIGINT)
-    except Exception as error:
-        if (signum := interrupts.received()) is not None:  # it has ended another process, for example
-            return _interrupted(signum)
-        if isinstance(error, SparseLLMError):
-            _say_why(f"error: {error}")
-            return 2
-        if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
-            if message := error.format_message():  # empty if the help was shown instead
-                _say_why(f"error: {message}")
-            return 2
-        if _processes() == 1:
-            raise
-        _say_why(f"unexpected {type(error).__name__}")
-        traceback.print_exc()
-        return 1
-
-
-def _interrupted(signum: int) -> int:
-    """Prints which files are kept and which command resumes the run; returns the exit code."""
-    words = interrupts.last_words(signum)
-    if sys.stderr.isatty():  # the command in a line of its own, to copy it
-        words, _, command = words.partition(interrupts.RESUMES)
-        _say_why(*filter(None, (words, command and interrupts.RESUMES.strip("; "), command)))
-    else:
-        _say_why(words)
-    return interrupts.exit_code(signum)
-
-
-def _leave_the_others(code: int) -> None:
-    """Ends a process that torchrun started, without the interpreter's usual shutdown.
-
-    After a failure, the process group has threads that are not joined. During a usual shutdown one of them sometimes
-    aborts the process ("terminate called without an active exception").
-    """
-    with suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    if code:
-        from sparsellm import parallel
-
-        parallel.await_other_failures()
-    os._exit(code)
-
-
-def _drop_what_cannot_be_written(*streams: TextIO) -> None:
-    """Discards output for a closed terminal or pipe, so that the last flush does not fail and change the exit code."""
-    for stream in streams:
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _processes() -> int:
-    """The number of processes that torchrun started; does not import torch if there is only one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 1
-    from sparsellm import parallel
-
-    return parallel.launched()
-
-
-@contextmanager
-def _joined() -> Iterator[None]:
-    if _processes() == 1:
-        yield
-        return
-    from sparsellm import parallel
-
-    with parallel.session():
-        yield
-
-
-def _say_why(*lines: str) -> None:
-    """Prints an error; if several processes fail, only the first does."""
-    from sparsellm import console
-
-    first, *more = lines
-    if _processes() > 1:
-        from sparsellm import parallel
-
-        if not parallel.claims_failure():
-            return
-        first = f"process {parallel.rank()} of {parallel.launched()}: {first}"
-    for line in (first, *more):
-        console.say(line, error=True)
-
-
-def _quiet_libraries() -> None:
-    """Silences bars and warnings of libraries, which would break our progress bars or mix with results on stdout."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    process.run(lambda: app(prog_name="sparsellm", standalone_mode=False))

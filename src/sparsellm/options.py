@@ -30,7 +30,7 @@ KINDS = {
 
 def argument(metavar: str, help: str, kind: Any = str) -> Parameter:
     """A positional argument; its parameter is called like the placeholder."""
-    annotation = Annotated[kind, typer.Argument(metavar=metavar, help=help, rich_help_panel=MODEL)]
+    annotation: Any = Annotated[kind, typer.Argument(metavar=metavar, help=help, rich_help_panel=MODEL)]
     return Parameter(metavar.strip(".").lower(), Parameter.KEYWORD_ONLY, annotation=annotation)
 
 
@@ -66,8 +66,8 @@ def option(
         autocompletion=(lambda: list(values() if callable(values) else values)) if values else None,
         rich_help_panel=panel,
     )
-    name = re.split("/", names[0].removeprefix("--"))[0].replace("-", "_")
-    annotation = Annotated[kind or KINDS.get(metavar, str), made]
+    name = names[0].removeprefix("--").partition("/")[0].replace("-", "_")
+    annotation: Any = Annotated[kind or KINDS.get(metavar, str), made]
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 

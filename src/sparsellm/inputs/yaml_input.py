@@ -73,8 +73,8 @@ def _check(text: str) -> None:
             raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"the alias *{event.anchor} is not read; write the value again")
-        if getattr(event, "tag", None) is not None:
-            raise ValueError(f"the tag {event.tag[:80]} is not allowed; write plain values")
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise ValueError(f"the tag {tag[:80]} is not allowed; write plain values")
         if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
             raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
 

@@ -1,0 +1,135 @@
+"""A command as a process: its exit code, errors in one line, signals, and processes that torchrun started."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import typer
+
+from sparsellm import interrupts
+from sparsellm.errors import SparseLLMError
+
+
+def count() -> int:
+    """The number of processes that torchrun started; does not import torch if there is only one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 1
+    from sparsellm import parallel
+
+    return parallel.launched()
+
+
+def run(command: Callable[[], Any]) -> None:
+    """Runs a command and ends the process if its exit code is not 0.
+
+    A user's mistake exits with code 2 after one line on stderr, a signal with 128 and its number.
+    """
+    _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # characters that the encoding lacks become escapes
+    code = _exit_code(command)
+    if count() > 1:
+        _leave_the_others(code)
+    for stream in (sys.stderr, sys.stdout) if interrupts.received() is not None else (sys.stderr,):
+        try:
+            stream.flush()
+        except OSError:  # the terminal or pipe is closed; the last flush must not change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    try:
+        with interrupts.installed(), _joined():
+            returned = command()
+            return returned if isinstance(returned, int) else 0
+    except typer.Exit as done:
+        return done.exit_code
+    except (interrupts.Interrupted, KeyboardInterrupt, typer.Abort):
+        return _interrupted(interrupts.received() or signal.SIGINT)
+    except Exception as error:
+        if (signum := interrupts.received()) is not None:  # it has ended another process, for example
+            return _interrupted(signum)
+        if isinstance(error, SparseLLMError):
+            _say_why(f"error: {error}")
+            return 2
+        if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
+            if message := error.format_message():  # empty if the help was shown instead
+                _say_why(f"error: {message}")
+            return 2
+        if count() == 1:
+            raise
+        _say_why(f"unexpected {type(error).__name__}")
+        traceback.print_exc()
+        return 1
+
+
+def _interrupted(signum: int) -> int:
+    """Prints which files are kept and which command resumes the run; returns the exit code."""
+    words = interrupts.last_words(signum)
+    if sys.stderr.isatty():  # the command in a line of its own, to copy it
+        words, _, command = words.partition(interrupts.RESUMES)
+        _say_why(*filter(None, (words, command and interrupts.RESUMES.strip("; "), command)))
+    else:
+        _say_why(words)
+    return interrupts.exit_code(signum)
+
+
+def _say_why(first: str, *more: str) -> None:
+    """Prints an error; if several processes fail, only the first does."""
+    from sparsellm import console
+
+    if count() > 1:
+        from sparsellm import parallel
+
+        if not parallel.claims_failure():
+            return
+        first = f"process {parallel.rank()} of {parallel.launched()}: {first}"
+    for line in (first, *more):
+        console.say(line, error=True)
+
+
+@contextmanager
+def _joined() -> Iterator[None]:
+    if count() == 1:
+        yield
+        return
+    from sparsellm import parallel
+
+    with parallel.session():
+        yield
+
+
+def _leave_the_others(code: int) -> None:
+    """Ends a process that torchrun started, without the interpreter's usual shutdown.
+
+    After a failure, the process group has threads that are not joined. During a usual shutdown one of them sometimes
+    aborts the process ("terminate called without an active exception").
+    """
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if code:
+        from sparsellm import parallel
+
+        parallel.await_other_failures()
+    os._exit(code)
+
+
+def _quiet_libraries() -> None:
+    """Silences bars and warnings of libraries, which would break our progress bars or mix with results on stdout."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
