@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -19,7 +20,8 @@ EXCEPTIONS = {
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def functions() -> Iterator[tuple[str, Function]]:
+@cache
+def functions() -> tuple[tuple[str, Function], ...]:
     """Every function of both packages by its dotted name."""
 
     def inside(node: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
@@ -29,9 +31,8 @@ def functions() -> Iterator[tuple[str, Function]]:
                 yield name, child
             yield from inside(child, name)
 
-    for path in sorted(SOURCE.rglob("*.py")):
-        module = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-        yield from inside(ast.parse(path.read_text(encoding="utf-8")), module)
+    modules = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
+    return tuple(each for name, path in modules.items() for each in inside(ast.parse(path.read_text("utf-8")), name))
 
 
 def lines(function: Function) -> int:
