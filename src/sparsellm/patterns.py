@@ -97,7 +97,7 @@ class Unstructured(Pattern):
 
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
-        require_finite(scores)
+        require_finite(scores, "scores")
         if scope == "matrix":
             return highest(scores.reshape(1, -1), self.zeros).reshape(scores.shape)
         return highest_of_rows(scores, self.zeros, 0, len(scores))
@@ -138,7 +138,7 @@ class NM(Pattern):
 
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         self.validate(scores.shape, "scores")
-        require_finite(scores)
+        require_finite(scores, "scores")
         members = [member.contiguous() for member in scores.reshape(-1, self.m).unbind(1)]  # m times (groups,)
         if self.m > RANKED:
             order = torch.stack(members).argsort(dim=0, descending=True, stable=True)
@@ -297,12 +297,12 @@ def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
     return numpy.partition(candidates, rank - below - 1)[rank - below - 1]
 
 
-def require_finite(scores: Tensor) -> None:
-    """Raises NumericalError if a score is NaN or infinite."""
-    # A finite sum means that every score is finite, in one pass without a temporary. If finite scores overflow in the
+def require_finite(values: Tensor, name: str) -> None:
+    """Raises NumericalError, with this name, if a value is NaN or infinite."""
+    # A finite sum means that every value is finite, in one pass without a temporary. If finite values overflow in the
     # sum, the exact test decides.
-    if not math.isfinite(scores.sum().item()) and not bool(torch.isfinite(scores).all()):
-        bad = int((~torch.isfinite(scores)).sum())
+    if not math.isfinite(values.sum().item()) and not bool(torch.isfinite(values).all()):
+        bad = int((~torch.isfinite(values)).sum())
         raise NumericalError(
-            f"{bad} of {scores.numel()} scores are NaN or infinite; look for such values in the weight or its inputs"
+            f"{name}: {bad} of {values.numel()} values are NaN or infinite; look for such weights or activations"
         )

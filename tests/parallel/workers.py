@@ -23,22 +23,21 @@ from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
 from tests.shares import Share
 from tests.solvers.problems import gram_of, weight_of
 
-WINDOWS = 7  # neither two nor four processes divide it
+WINDOWS = 7  # three processes do not divide it
 
 
 def two_blocks() -> Any:
     return tiny_llama(num_hidden_layers=2)
 
 
-# name → family and recipe: every solver, both scopes, N:M, an allocation by gradients, and the method with a median,
+# name → family and recipe: every solver, N:M, an allocation by gradients, and the method with a median,
 # refits, and Adam on the whole model beside the dense stream
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "magnitude": (two_blocks, {"method": "magnitude"}),
     "wanda": (two_blocks, {"method": "wanda", "sparsity": 0.55}),
-    "sparsegpt": (two_blocks, {"method": "sparsegpt", "options": {"block_size": 16}}),
+    "sparsegpt": (two_blocks, {"method": "sparsegpt"}),
     "sparsegpt 2:4": (tiny_gpt2, {"method": "sparsegpt", "pattern": "2:4"}),
     "admm": (two_blocks, {"method": "admm", "options": {"iterations": 8}}),
-    "admm row": (tiny_gpt2, {"method": "admm", "options": {"iterations": 8, "scope": "row"}}),
     "admm 2:4": (two_blocks, {"method": "admm", "pattern": "2:4"}),
     "allocated": (two_blocks, {"method": "wanda", "allocation": "threshold"}),
     "sparsellm": (two_blocks, {"method": "sparsellm", "passes": 0}),
@@ -55,7 +54,9 @@ def prune_case(name: str) -> dict[str, Any]:
     """The pruned model's weights, and the report."""
     family, fields = CASES[name]
     model = family()
-    result = sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsellm.solvers.sparsegpt.PANEL", 16)  # several panels in so small a model
+        result = sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows())
     linears = [(linear.name, linear.zeros, linear.error) for linear in result.linears]
     return {
         "weights": dict(model.state_dict()),
@@ -108,8 +109,9 @@ def _refusals() -> None:
 def _a_solver_that_knows_nothing_of_processes(folder: Path) -> None:
     @SOLVERS.register("keep-large-columns", paper="none")
     def keep_large_columns(weight: Tensor, gram: Any, pattern: Any) -> Solution:
-        assert parallel.is_main()
-        scores = (weight / weight.square().sum(dim=0).sqrt()).abs()  # of the whole weight: rows are not apart
+        scores = (weight / weight.square().sum(dim=0).sqrt()).abs()  # rows depend on each other
+        if not parallel.is_main():
+            scores = -scores  # another solution in every other process
         return solution(weight, weight, pattern.mask(scores), gram)
 
     assert METHODS["keep-large-columns"].distributed
@@ -182,7 +184,7 @@ def fewer_rows_than_processes(folder: Path) -> None:
 def rounded_weights() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """A weight, what it was rounded to, and from where training would go on, for each type and number of rows."""
     gram, found = gram_of(96), {}
-    for rows in (1, 3, 4, 25):  # fewer than four processes, as many, and some over
+    for rows in (1, 2, 3, 25):  # fewer than three processes, as many, and some over
         weight = weight_of(rows, 96, rows)
         weight *= Share(0.5).mask(weight.abs())
         for values in INTEGERS:

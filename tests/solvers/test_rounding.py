@@ -178,8 +178,7 @@ def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: T
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_each_input_is_made_up_for_by_all_after_it(values: str, sparsity: float) -> None:
     weight, gram = pruned(6, 80, Share(sparsity)), gram_of(80)
-    kind, powers = rounding._Kind(values, torch.float32), torch.ones(80)
-    grid = rounding._Grid(weight, gram, powers, Groups.of(weight, values), kind)
+    grid = rounding._Grid(weight, gram, torch.ones(80), Groups.of(weight, values), torch.float32)
     found, notes = rounding._one_after_another(grid, weight, gram)
     damped = gram.matrix.double().clone()
     damped.diagonal().add_(rounding.DAMPING * gram.mean_diagonal)
@@ -308,8 +307,7 @@ def test_no_row_loses_by_new_scales(values: str, dtype: torch.dtype) -> None:
     stayed = 0
     for seed in range(8):
         weight, gram = pruned(64, 128, Share(0.5), seed), gram_of(128, seed=seed)
-        kind, groups = rounding._Kind(values, dtype), Groups.of(weight, values)
-        grid = rounding._Grid(weight, gram, torch.ones(128), groups, kind)
+        grid = rounding._Grid(weight, gram, torch.ones(128), Groups.of(weight, values), dtype)
         descent = rounding._Descent(grid, grid.nearest, weight, gram)
         for _ in range(3):
             descent._fit_numbers()

@@ -17,13 +17,13 @@ from tests.solvers.problems import best_on, gram_of, loss, relative, true_best, 
 sparsegpt = SOLVERS["sparsegpt"].function
 
 
-def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, block: int, damping: float = 0.01) -> Tensor:
+def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, panel: int, damping: float = 0.01) -> Tensor:
     """Column j is pruned, then every later column is updated, with the inverse of what is left recomputed each time."""
     outputs, inputs = weight.shape
     work = weight.double().clone()
     damped = gram.matrix.double() + damping * gram.matrix.double().diagonal().mean() * torch.eye(inputs)
     kept = torch.ones(weight.shape, dtype=torch.bool)
-    step = pattern.m if isinstance(pattern, NM) else block
+    step = pattern.m if isinstance(pattern, NM) else panel
     for j in range(inputs):
         if j % step == 0:
             stop = min(j + step, inputs)
@@ -49,12 +49,13 @@ def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, block: int, d
     return work
 
 
-@pytest.mark.parametrize("block", [1, 7, 20, 128])
+@pytest.mark.parametrize("panel", [1, 7, 20, 128])
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
-def test_unstructured_equals_column_by_column(sparsity: float, block: int):
+def test_unstructured_equals_column_by_column(sparsity: float, panel: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sparsellm.solvers.sparsegpt.PANEL", panel)
     weight, gram = weight_of(6, 70), gram_of(70)
-    found = sparsegpt(weight, gram, Share(sparsity), block_size=block)
-    expected = column_by_column(weight, gram, Share(sparsity), block)
+    found = sparsegpt(weight, gram, Share(sparsity))
+    expected = column_by_column(weight, gram, Share(sparsity), panel)
     assert torch.equal(found.weight != 0, expected != 0)
     torch.testing.assert_close(found.weight.double(), expected, rtol=1e-3, atol=1e-4)
 

@@ -75,21 +75,6 @@ def test_token_weights():
     assert_close(cross.finish(), torch.einsum("bt,bto,bti->oi", weights.double(), target.double(), x.double()) / 120)
 
 
-def test_accumulators_merge():
-    x, target = normal(90, 11), normal(90, 4, seed=1)
-    parts, crosses = [], []
-    for rows in (slice(0, 20), slice(20, 90)):
-        parts.append(GramAccumulator(11))
-        parts[-1].update(x[rows])
-        crosses.append(CrossAccumulator(4, 11))
-        crosses[-1].update(target[rows], x[rows])
-    parts[0].merge(parts[1])
-    crosses[0].merge(crosses[1])
-    assert_close(parts[0].finish().matrix, x.double().T @ x.double() / 90)
-    assert_close(crosses[0].finish(), target.double().T @ x.double() / 90)
-    assert parts[0].finish().tokens == crosses[0].tokens == 90
-
-
 def reduced_in_one_process(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     accumulator = GramAccumulator(6)
@@ -256,10 +241,3 @@ def test_least_squares_reports_a_raised_damping():
     cross = CrossAccumulator(40, 40)
     cross.update(x, x)
     assert "damping raised" in least_squares(gram_of(x), cross.finish(), damping=0.0).notes[0]
-
-
-def test_a_gram_is_square_and_finite():
-    with pytest.raises(ValueError, match="square"):
-        Gram(torch.ones(2, 3), 1)
-    with pytest.raises(NumericalError):
-        Gram(torch.full((2, 2), float("nan")), 1)

@@ -6,7 +6,6 @@ are sums over them. The pattern does both, so a solver is written as if it had a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +37,7 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None) -> Solver
     """The solver with its work divided over the processes of this run.
 
     All processes call it with the same arguments, and each gets the solution of all rows. In one process it is the
-    solver itself. The main process solves alone if the solver is not registered as distributed, or if the weight has
+    solver itself. All rows are solved at once if the solver is not registered as distributed, or if the weight has
     fewer rows than there are processes. A pattern without zeros leaves the weight as it is.
 
     Args:
@@ -56,7 +55,10 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None) -> Solver
         if parallel.size() == 1:
             return run(weight, gram, pattern, **options)
         if not entry.distributed or len(weight) < parallel.size():
-            return _in_main(lambda: run(weight, gram, pattern, **options), weight)
+            # All solve it, and agree on the main process's bits.
+            full = run(weight, gram, pattern, **options)
+            sparse, mask = (parallel.broadcast_(part.contiguous()) for part in (full.weight, full.mask))
+            return Solution(sparse, mask, *parallel.broadcast((full.error, full.notes)))
         rows = parallel.share(len(weight))
         part = run(weight[rows], gram, _of_rows(pattern, rows.start, len(weight)), **options)
         error, notes = _joined(part, gram.energy(weight[rows]))
@@ -88,20 +90,6 @@ def _joined(part: Solution, energy: float) -> tuple[float, tuple[str, ...]]:
     return lost / energy if energy > 0 else 0.0, tuple(dict.fromkeys(note for part in parts for note in part[2]))
 
 
-def _in_main(solve: Callable[[], Solution], weight: Tensor) -> Solution:
-    """Solves in the main process and returns the solution in all."""
-    solutions: list[Solution] = []  # stays empty in other processes
-
-    def error_and_notes() -> tuple[float, tuple[str, ...]]:
-        solutions.append(solve())
-        return solutions[0].error, solutions[0].notes
-
-    error, notes = parallel.from_main(error_and_notes)
-    sparse = solutions[0].weight.contiguous() if solutions else torch.empty_like(weight)
-    mask = solutions[0].mask.contiguous() if solutions else torch.empty_like(weight, dtype=torch.bool)
-    return Solution(parallel.broadcast_(sparse), parallel.broadcast_(mask), error, notes)
-
-
 def _of_rows(pattern: Pattern, first: int, rows: int) -> Pattern:
     """The pattern for this process's rows of a weight with ``rows`` rows, from row ``first`` on."""
     if isinstance(pattern, NM):
@@ -129,7 +117,7 @@ class DividedUnstructured(Unstructured):
         super().validate((self.rows, shape[1]), name)
 
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
-        require_finite(scores)
+        require_finite(scores, "scores")
         if scope == "row":
             return highest_of_rows(scores, self.zeros, self.first, self.rows)
         return highest_of_all(scores.reshape(1, -1), self.zeros).reshape(scores.shape)

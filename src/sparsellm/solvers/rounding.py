@@ -33,18 +33,18 @@ from sparsepack.grid import Groups, as_stored, on_grid_of, scales_of
 # It takes the time of 50 products in linears with 576 inputs, and of 11 with 5632.
 ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=25)
 
-FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)  # of the largest magnitude: beyond, clipped
-DAMPING = 0.03  # of the factor for rounding one after another; 0.01 and 0.1 give the same error after the descent
-ROUNDS = 3  # of scales and numbers
-RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a part of it
-FACTORS = (0.5, 2.0)  # of a scale: the least and the greatest in a round
+FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))  # of the largest magnitude: values beyond are clipped
+DAMPING = 0.03  # for rounding one after another; 0.01 and 0.1 give the same error after the descent
+ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
+RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
+FACTORS = (0.5, 2.0)  # bounds of the change of a scale in a turn, for systems that are nearly singular
 SYSTEMS = 1 << 22  # elements of the systems that are solved at once: 16 MiB
-PASSES = 8  # of the descent, in a round
-ENOUGH = 1e-2  # a pass that lowers the error by less than this part of it is the last
-BLOCK = 64  # inputs whose errors are carried to the others together
-POWERS = (0.25, 0.5, 0.75)  # of the inputs' root mean square that are tried beside 0, in this order
+PASSES = 8  # most passes of the descent in a turn; few weights need as many
+ENOUGH = 1e-2  # a pass that lowers the error by less than this share of it is the last
+PANEL = 64  # inputs whose errors are carried to the others together: the work inside stays small beside the product
+POWERS = (0.25, 0.5, 0.75)  # of the inputs' root mean square that are tried after 0; 1 was always worse
 JUDGES = 256  # rows of the weight that choose the power
-CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a part of its distance from the next
+CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Rounded:
         weight: ``(out, in)`` fp32.
         unrounded: ``(out, in)`` fp32: the best value of each weight with all others at theirs, within the cell that
             rounds to ``weight``. It is where training goes on.
-        exponents: int8 ``(in,)``, of the columns; None if all are 0.
+        exponents: of the columns, int8 ``(in,)``; None if all are 0.
         notes: for the user.
     """
 
@@ -81,109 +81,101 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
     Raises:
         NumericalError: the Gram matrix cannot be factorised with any damping.
     """
-    groups, kind = Groups.of(weight, value_type), _Kind(value_type, dtype)
-    powers = _powers(weight, gram, groups, kind)
+    groups = Groups.of(weight, value_type)
+    powers = _powers(weight, gram, groups, dtype)
     if groups.dense:
-        found = _fitted(weight, weight, gram, powers, groups, kind)
-        groups = Groups.of(found.weight, value_type)
+        result = _fitted(weight, weight, gram, powers, groups, dtype)
+        groups = Groups.of(result.weight, value_type)
     if not groups.dense:
-        start = weight if fixed_mask else _without_small(weight, gram, powers, kind)
-        found = _fitted(start, weight, gram, powers, replace(Groups.of(start, value_type), dense=False), kind)
+        start = weight
+        if not fixed_mask:  # values that are nearer to 0 than to the smallest number of their grid
+            nearest = _Grid(weight, gram, powers, replace(Groups.of(weight, value_type), dense=False), dtype).nearest
+            start = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
+        groups = replace(Groups.of(start, value_type), dense=False)
+        result = _fitted(start, weight, gram, powers, groups, dtype)
     exponents = powers.log2().round_().to(torch.int8)
-    return replace(found, exponents=exponents if bool(exponents.any()) else None)
+    return replace(result, exponents=exponents if bool(exponents.any()) else None)
 
 
-def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: Groups, kind: _Kind) -> Rounded:
-    """The target ``(out, in)`` on the grid of a weight whose zeros it takes; without exponents.
+def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: Groups, dtype: torch.dtype) -> Rounded:
+    """The target ``(out, in)`` on the grid of ``start``, whose zeros it takes; without exponents.
 
     The processes divide the rows: rows depend on each other only in when the descent ends.
     """
     divided = len(target) >= parallel.size()
     rows = parallel.share(len(target)) if divided else slice(None)
-    grid = _Grid(start[rows], gram, powers, groups, kind)
+    grid = _Grid(start[rows], gram, powers, groups, dtype)
     first, notes = _one_after_another(grid, target[rows], gram)
     weight, best, scales = _Descent(grid, first, target[rows], gram).run()
     unrounded = grid.within_cells(weight, best, scales)
     if divided:
-        weight, unrounded = (torch.cat(parallel.gather_list(each)) for each in (weight, unrounded))
+        weight, unrounded = (torch.cat(parallel.gather_list(part)) for part in (weight, unrounded))
     else:
-        weight, unrounded = (parallel.broadcast_(each.contiguous()) for each in (weight, unrounded))
+        weight, unrounded = (parallel.broadcast_(part.contiguous()) for part in (weight, unrounded))
     return Rounded(weight, unrounded, None, notes)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """The packed type, and the dtype of the checkpoint."""
-
-    values: str
-    dtype: torch.dtype
-
-
-def _powers(weight: Tensor, gram: Gram, groups: Groups, kind: _Kind) -> Tensor:
+def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> Tensor:
     """Two to the power of each column's exponent, fp32 ``(in,)``: the values of a column are multiplied by it."""
     magnitudes = gram.scale.log2()  # 0 for dead inputs
     magnitudes = torch.where(gram.dead, 0.0, magnitudes - magnitudes.sum() / (~gram.dead).sum().clamp(min=1))
     judges = weight[:: max(1, len(weight) // JUDGES)]
-    found, least = torch.ones_like(magnitudes), math.inf
+    best, least = torch.ones_like(magnitudes), math.inf
     for power in (0.0, *POWERS):
         exponents = (-power * magnitudes).round_().clamp_(EXPONENTS.start, EXPONENTS.stop - 1)
-        tried = powers_of(exponents.to(torch.int8))
-        error = gram.energy(_Grid(judges, gram, tried, groups, kind).nearest, minus=judges)
+        powers = powers_of(exponents.to(torch.int8))
+        error = gram.energy(_Grid(judges, gram, powers, groups, dtype).nearest, minus=judges)
         if error < least:
-            found, least = tried, error
-    return parallel.broadcast_(found)
+            best, least = powers, error
+    return parallel.broadcast_(best)
 
 
 class _Grid:
-    """The grid of a weight: scales and anchors of its groups, and the weight rounded to nearest.
+    """The grid of a weight ``(out, in)``: scales and anchors of its groups, and the weight rounded to nearest.
 
-    Args:
-        weight: ``(out, in)`` fp32.
-        gram: of its inputs.
-        powers: of two, one for each column.
-        groups: of the weight.
-        kind: the type.
+    ``powers`` are powers of two, one for each column.
     """
 
-    def __init__(self, weight: Tensor, gram: Gram, powers: Tensor, groups: Groups, kind: _Kind) -> None:
-        self.kind, self.powers, self.groups, self.levels, self.zero = kind, powers, groups, groups.levels, groups.dense
+    def __init__(self, weight: Tensor, gram: Gram, powers: Tensor, groups: Groups, dtype: torch.dtype) -> None:
+        self.dtype, self.powers, self.groups, self.levels, self.zero = (
+            dtype,
+            powers,
+            groups,
+            groups.levels,
+            groups.dense,
+        )
         grouped = groups.collect(weight / powers)
         curvature = groups.collect((gram.diagonal.clamp(min=1e-30) * powers.square()).expand_as(weight))
         places = anchors(grouped)
         extreme = grouped.gather(1, places)  # (groups, 1)
-        self.units = groups.collect(powers.expand_as(weight)).gather(1, places)  # (groups, 1), of the anchors
+        self.units = groups.collect(powers.expand_as(weight)).gather(1, places)  # (groups, 1): powers of the anchors
         least = torch.full_like(extreme, math.inf)
         self.first = torch.zeros_like(extreme)  # (groups, 1): scales to begin with, without the powers of columns
         for fraction in FRACTIONS:
-            tried = scales_of(extreme * fraction, self.levels, kind.dtype, self.units)
-            error = whole_numbers(grouped, tried, self.levels, zero=self.zero).mul_(tried).sub_(grouped)
+            tried = scales_of(extreme * fraction, self.levels, dtype, self.units)
+            error = self.whole(grouped, tried).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
             self.first, least = torch.where(error < least, tried, self.first), torch.minimum(error, least)
-        whole = whole_numbers(grouped, self.first, self.levels, zero=self.zero)
         free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
         self.free = groups.spread(free) != 0  # (out, in) bool: neither zero nor an anchor
-        self.nearest = as_stored(groups.spread(whole), self.scales(self.first), kind.dtype)  # (out, in)
+        self.nearest = as_stored(groups.spread(self.whole(grouped, self.first)), self.scales(self.first), dtype)
 
-    def scales(self, of_groups: Tensor) -> Tensor:
-        """``(out, in)``: the scale of each value, from those of groups ``(groups, 1)``."""
-        return self.groups.spread(of_groups.expand(-1, self.groups.size)).mul_(self.powers)
+    def whole(self, values: Tensor, scales: Tensor) -> Tensor:
+        """The numbers of the grid that are nearest to these values."""
+        return whole_numbers(values, scales, self.levels, zero=self.zero)
 
-    def within_cells(self, weight: Tensor, best: Tensor, of_groups: Tensor) -> Tensor:
+    def scales(self, scales: Tensor) -> Tensor:
+        """The scale of each value, ``(out, in)``, from those of groups ``(groups, 1)``."""
+        return self.groups.spread(scales.expand(-1, self.groups.size)).mul_(self.powers)
+
+    def within_cells(self, weight: Tensor, best: Tensor, scales: Tensor) -> Tensor:
         """``best``, moved as near to ``weight`` as it must be to be rounded to it, with these scales of groups."""
-        scales = self.scales(of_groups).abs_()
+        scales = self.scales(scales).abs_()
         reach, end = CELL * self.levels.closest * scales, -self.levels.lowest * scales
         moved = weight + (best - weight).clamp(-reach, reach)
-        moved = torch.where(self.free, moved.clamp(-end, end), weight).to(self.kind.dtype).float()
+        moved = torch.where(self.free, moved.clamp(-end, end), weight).to(self.dtype).float()
         # A coarse dtype may itself round to another number of the grid.
-        again = on_grid_of(self.groups, moved, self.kind.dtype, self.powers)
-        return torch.where(again == weight, moved, weight)
-
-
-def _without_small(weight: Tensor, gram: Gram, powers: Tensor, kind: _Kind) -> Tensor:
-    """The weight without the values that are nearer to 0 than to the smallest number of their grid."""
-    groups = replace(Groups.of(weight, kind.values), dense=False)
-    nearest = _Grid(weight, gram, powers, groups, kind).nearest
-    return weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
+        return torch.where(on_grid_of(self.groups, moved, self.dtype, self.powers) == weight, moved, weight)
 
 
 def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor, tuple[str, ...]]:
@@ -194,21 +186,20 @@ def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor,
     """
     order, factor = gram.remember(("rounding", DAMPING), lambda: _ordered(gram))
     columns = target.T[order]  # (in, out), a copy
-    found = torch.where(grid.free, 0.0, grid.nearest).T[order]  # anchors and zeros are what they are
+    result = torch.where(grid.free, 0.0, grid.nearest).T[order]  # anchors and zeros are what they are
     scales, free = grid.scales(grid.first).T[order], grid.free.T[order].to(target.dtype)
-    for start in range(0, len(columns), BLOCK):
-        rows = slice(start, start + BLOCK)
+    for start in range(0, len(columns), PANEL):
+        rows = slice(start, start + PANEL)
         upper = factor.matrix[rows, rows].contiguous()
         errors = torch.zeros_like(columns[rows])
         for number, place in enumerate(range(start, start + len(errors))):
-            wanted = torch.addmv(columns[place], errors[:number].T, upper[:number, number], alpha=-1)
-            whole = whole_numbers(wanted, scales[place], grid.levels, zero=grid.zero)
-            value = as_stored(whole, scales[place], grid.kind.dtype)
-            found[place].add_(value.mul_(free[place]))
-            torch.sub(wanted, found[place], out=errors[number]).div_(upper[number, number])
-        columns[start + BLOCK :].addmm_(factor.matrix[rows, start + BLOCK :].T, errors, alpha=-1)
+            goal = torch.addmv(columns[place], errors[:number].T, upper[:number, number], alpha=-1)
+            value = as_stored(grid.whole(goal, scales[place]), scales[place], grid.dtype)
+            result[place].add_(value.mul_(free[place]))
+            torch.sub(goal, result[place], out=errors[number]).div_(upper[number, number])
+        columns[start + PANEL :].addmm_(factor.matrix[rows, start + PANEL :].T, errors, alpha=-1)
     del columns, scales, free
-    return torch.empty_like(found).index_copy_(0, order, found).T.contiguous(), factor.notes
+    return torch.empty_like(result).index_copy_(0, order, result).T.contiguous(), factor.notes
 
 
 def _ordered(gram: Gram) -> tuple[Tensor, Factor]:
@@ -228,8 +219,8 @@ class _Descent:
         self.slope = self.matrix @ (self.columns - self.target)  # half the gradient of the error
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight ``(out, in)`` with the least error found, the best value of each of its entries with all others
-        held, and the scales of its groups."""
+        """The weight ``(out, in)`` with the least error, the best value of each of its entries with all others held,
+        and the scales of its groups."""
         for _ in range(ROUNDS):
             self._fit_scales()
             self._fit_numbers()
@@ -241,15 +232,15 @@ class _Descent:
         """Takes the best scales for the numbers, in the rows where they have a lower error as they are stored."""
         grid = self.grid
         factors = best_factors(self.columns.T, self.slope.T, self.matrix, grid.groups).view_as(self.scales)
-        found = scales_of(self.scales * factors * grid.levels.lowest, grid.levels, grid.kind.dtype, grid.units)
-        whole = whole_numbers(self.columns, grid.scales(self.scales).T.contiguous(), grid.levels, zero=grid.zero)
-        columns = as_stored(whole, grid.scales(found).T, grid.kind.dtype)
+        scales = scales_of(self.scales * factors * grid.levels.lowest, grid.levels, grid.dtype, grid.units)
+        whole = grid.whole(self.columns, grid.scales(self.scales).T.contiguous())
+        columns = as_stored(whole, grid.scales(scales).T, grid.dtype)
         slope = self.matrix @ (columns - self.target)
         worse = ~(self._errors(columns, slope) < self._errors(self.columns, self.slope))  # (out,)
         columns[:, worse], slope[:, worse] = self.columns[:, worse], self.slope[:, worse]
         self.columns, self.slope = columns, slope
-        kept = worse.repeat_interleave(len(found) // len(worse))[:, None]
-        self.scales = torch.where(kept, self.scales, found)
+        kept = worse.repeat_interleave(len(scales) // len(worse))[:, None]
+        self.scales = torch.where(kept, self.scales, scales)
 
     def _errors(self, columns: Tensor, slope: Tensor) -> Tensor:
         """The error of each row of the weight, ``(out,)``."""
@@ -262,8 +253,8 @@ class _Descent:
         self._round_unreached(scales, inverse)
         error = parallel.total(float(self._errors(self.columns, self.slope).double().sum()))
         for _ in range(PASSES):
-            blocks = range(0, len(self.columns), BLOCK)
-            gained = parallel.total(sum(self._block(start, scales, inverse) for start in blocks))
+            panels = range(0, len(self.columns), PANEL)
+            gained = parallel.total(sum(self._panel(start, scales, inverse) for start in panels))
             error -= gained
             if gained <= ENOUGH * max(error, 0.0):
                 break
@@ -272,17 +263,17 @@ class _Descent:
         """Rounds the inputs that no token reaches to nearest: they have no part in the error, and no slope."""
         places = (self.matrix.diagonal() <= 0).nonzero().flatten()
         whole = self.grid.levels.nearest(self.target[places] * inverse[places], zero=self.grid.zero)
-        rounded = as_stored(whole, scales[places], self.grid.kind.dtype)
-        self.columns[places] = torch.where(self.free[places] != 0, rounded, self.columns[places])
+        nearest = as_stored(whole, scales[places], self.grid.dtype)
+        self.columns[places] = torch.where(self.free[places] != 0, nearest, self.columns[places])
 
-    def _block(self, start: int, scales: Tensor, inverse: Tensor) -> float:
-        """Moves some inputs one after another, then corrects the slopes of all; returns by how much the error fell."""
-        rows = slice(start, min(start + BLOCK, len(self.columns)))
+    def _panel(self, start: int, scales: Tensor, inverse: Tensor) -> float:
+        """Moves some inputs one after another, then corrects the slopes of all; returns how far the error fell."""
+        rows = slice(start, min(start + PANEL, len(self.columns)))
         inner = self.matrix[rows, rows].contiguous()
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
-        levels, zero, dtype = self.grid.levels, self.grid.zero, self.grid.kind.dtype
-        parts = (each[rows].unbind() for each in (self.columns, self.slope, scales, self.free, inverse))
+        levels, zero, dtype = self.grid.levels, self.grid.zero, self.grid.dtype
+        parts = (part[rows].unbind() for part in (self.columns, self.slope, scales, self.free, inverse))
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
         columns = zip(inner.diagonal().tolist(), *parts, strict=True)
         for number, (curvature, column, slope, scale, free, inverted) in enumerate(columns):
@@ -301,24 +292,24 @@ class _Descent:
 
 
 def best_factors(weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups) -> Tensor:
-    """By what to multiply each group of a weight so that the error of its row is least, ``(out, groups)``.
+    """Least-squares scale factor of each group of a weight ``(out, in)``: ``(out, groups)``.
 
     With the groups of a row as vectors ``v_a``, the factors ``1 + t`` solve ``A t = −s`` with ``A_ab = v_aᵀ G v_b`` and
     ``s_a`` the slope along ``v_a``. A small ridge keeps them near 1 where the rows hardly tell groups apart.
 
     Args:
         weight: ``(out, in)``.
-        slope: ``(out, in)``: half the gradient of the error, ``(Ŵ − W) G``.
+        slope: half the gradient of the error, ``(Ŵ − W) G``, ``(out, in)``.
         matrix: G.
         groups: of the weight.
     """
-    of_a_row = len(groups.collect(weight[:1]))
-    factors = weight.new_ones(len(weight), of_a_row)
-    rows = max(1, SYSTEMS // max(of_a_row**2, weight.shape[1]))
+    count = len(groups.collect(weight[:1]))  # groups of a row
+    factors = weight.new_ones(len(weight), count)
+    rows = max(1, SYSTEMS // max(count**2, weight.shape[1]))
     for top in range(0, len(weight), rows):
         part = weight[top : top + rows].contiguous()  # columns of a transposed one would be far apart
-        system = part.new_zeros(len(part), of_a_row, of_a_row)
-        for number in range(of_a_row):
+        system = part.new_zeros(len(part), count, count)
+        for number in range(count):
             first = number * groups.size
             inside = slice(first, first + groups.size)
             # The system is symmetric: products with the columns of earlier groups are known.
@@ -327,9 +318,8 @@ def best_factors(weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups) 
             system[:, number:, number] = products
         diagonal = system.diagonal(dim1=1, dim2=2)
         diagonal.mul_(1 + RIDGE).masked_fill_(diagonal <= 0, 1.0)
-        along = groups.collect(slope[top : top + rows] * part).sum(dim=1).view(len(part), of_a_row, 1)
-        lower, failed = torch.linalg.cholesky_ex(system)  # of the lower half; a row where it fails keeps its scales
-        found = torch.cholesky_solve(along, lower).squeeze(2)
-        found = torch.where((failed == 0).unsqueeze(1) & found.isfinite(), found, 0.0)
-        factors[top : top + rows] -= found
+        along = groups.collect(slope[top : top + rows] * part).sum(dim=1).view(len(part), count, 1)
+        lower, failed = torch.linalg.cholesky_ex(system)  # reads the lower half; a row where it fails keeps its scales
+        change = torch.cholesky_solve(along, lower).squeeze(2)
+        factors[top : top + rows] -= torch.where((failed == 0).unsqueeze(1) & change.isfinite(), change, 0.0)
     return factors.clamp_(*FACTORS)

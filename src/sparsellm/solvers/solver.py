@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, RecipeError
-from sparsellm.patterns import Pattern
+from sparsellm.patterns import Pattern, require_finite
 from sparsellm.registry import Registry
 from sparsellm.statistics import Gram
 
@@ -40,12 +40,8 @@ def check(weight: Tensor, gram: Gram, pattern: Pattern) -> None:
     """
     pattern.validate(weight.shape)
     if weight.shape[1] != gram.features:
-        raise RecipeError(
-            f"weight has {weight.shape[1]} inputs, its Gram matrix {gram.features}; they must be of one linear"
-        )
-    if not math.isfinite(float(weight.sum())) and not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise NumericalError(f"weight of shape {tuple(weight.shape)}: {bad} values are NaN or infinite")
+        raise RecipeError(f"weight has {weight.shape[1]} inputs, its Gram matrix {gram.features}")
+    require_finite(weight, f"weight of shape {tuple(weight.shape)}")
 
 
 def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()) -> Solution:
@@ -59,7 +55,5 @@ def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: 
     sparse = (weight * mask.view(torch.uint8).to(weight.dtype)).add_(0.0)
     energy, lost = gram.energy(original), gram.energy(sparse, minus=original)
     if not math.isfinite(lost) or not math.isfinite(energy):
-        raise NumericalError(
-            f"the error of a pruned weight of shape {tuple(weight.shape)} is {lost}, of {energy} in all"
-        )
+        raise NumericalError(f"a pruned weight of shape {tuple(weight.shape)} has error {lost} of energy {energy}")
     return Solution(sparse, mask, lost / energy if energy > 0 else 0.0, notes)

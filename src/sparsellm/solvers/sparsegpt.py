@@ -22,6 +22,7 @@ from sparsellm.registry import Workspace
 from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
 from sparsellm.statistics import Gram
 
+PANEL = 128  # columns whose mask is chosen together, as in the paper; N:M chooses by its groups of M
 LEAF = 16  # columns eliminated one by one: few enough to stay in cache, enough that the products outside are efficient
 
 
@@ -34,15 +35,12 @@ def sparsegpt(
     pattern: Pattern,
     *,
     damping: Annotated[float, Field(ge=0), "added to the Gram matrix's diagonal, as a fraction of its mean"] = 0.01,
-    block_size: Annotated[int, Field(ge=1), "inputs whose mask is chosen together; N:M uses its groups of M"] = 128,
 ) -> Solution:
     """Prunes input by input, and updates the weights of later inputs to compensate the error."""
     check(weight, gram, pattern)
     factor = gram.inverse_cholesky(damping)
-    # N:M chooses the mask of a group when the elimination reaches it; unstructured, that of block_size columns at once.
-    step = block_size if pattern.step == 1 else pattern.step
     elimination = _Elimination(weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern)
-    elimination.prune(0, weight.shape[1], step)
+    elimination.prune(0, weight.shape[1], PANEL if pattern.step == 1 else pattern.step)
     pruned, kept = elimination.columns.T.contiguous(), elimination.kept.T.contiguous()
     del elimination
     return solution(weight, pruned, kept, gram, factor.notes)
@@ -58,7 +56,7 @@ class _Elimination:
         self.upper = upper  # (in, in)
         self.pivots = upper.diagonal()  # (in,)
         self.pattern = pattern
-        self.first, self.divisors = 0, self.errors[:0]  # (columns, out) of the columns from the first on; see choose()
+        self.first, self.divisors = 0, self.errors[:0]  # (columns, out) from column first on; see choose()
 
     def prune(self, start: int, stop: int, step: int) -> None:
         """Choose the mask of ``start:stop``, ``step`` columns at a time, and eliminate the pruned weights."""

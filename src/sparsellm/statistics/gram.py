@@ -1,12 +1,11 @@
 """Second moments of activations, accumulated in chunks: the only statistics of the calibration tokens that solvers use.
 
 ``G = XᵀX / N`` for inputs ``X (tokens, features)`` and ``C = TᵀX / N`` with targets ``T (tokens, out)``. Memory depends
-on the features only, never on the number of tokens. Sums are additive, so accumulators of several processes merge.
+on the features only, never on the number of tokens. Sums are additive, so accumulators of several processes add up.
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.errors import NumericalError
+from sparsellm.patterns import require_finite
 
 PANEL = 256  # rows of one panel: wide enough for a full-speed product, narrow enough that little is computed twice
-TRIANGLE = 512  # rows of a triangular matrix that is inverted at once
+TRIANGLE = 512  # rows of a triangular matrix that is inverted at once: products are faster beyond
 CHUNK_ELEMENTS = 1 << 23  # elements converted to fp32 at a time: 32 MiB
 REMEMBERED_BYTES = 1 << 29  # limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
-DAMPING_TRIES = 8
+DAMPING_TRIES = 8  # each is ten times the one before, so the last is larger than any ratio of fp32 rounding
 
 T = TypeVar("T")
 
@@ -51,17 +51,11 @@ class Gram:
     _memory: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
-            raise ValueError(f"a Gram matrix is square, this has shape {tuple(self.matrix.shape)}")
         require_finite(self.matrix, f"Gram matrix of {self.features} inputs")
 
     @property
     def features(self) -> int:
         return self.matrix.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.matrix.device
 
     @cached_property
     def diagonal(self) -> Tensor:
@@ -90,10 +84,10 @@ class Gram:
         return Gram((self.matrix / self.scale).div_(self.scale[:, None]), self.tokens)
 
     def energy(self, weight: Tensor, minus: Tensor | None = None) -> float:
-        """``‖W G^½‖²_F``, the mean over tokens of ``‖W x‖²``, for ``weight`` (out, features).
+        """``‖W G^½‖²_F``, the mean over tokens of ``‖W x‖²``, for ``weight (out, features)``, or ``weight − minus``.
 
-        With ``minus``, of the same shape, that of ``weight − minus``. Products are fp32, sums fp64. It takes some rows
-        at a time: a copy of a large weight would be most of a solver's memory.
+        Products are fp32, sums fp64. It takes some rows at a time: a copy of a large weight would be most of a
+        solver's memory.
         """
         total = 0.0
         rows = max(1, CHUNK_ELEMENTS // max(1, self.features))
@@ -105,8 +99,8 @@ class Gram:
             for start in range(0, self.features, PANEL):
                 rest = part[:, start:]  # (rows, features - start)
                 products = (rest[:, :PANEL] @ self.matrix[start : start + PANEL, start:]).mul_(rest)
-                own = products[:, :PANEL]
-                total += float(2 * products.sum(dim=1).double().sum() - own.sum(dim=1).double().sum())
+                inside = products[:, :PANEL]
+                total += float(2 * products.sum(dim=1).double().sum() - inside.sum(dim=1).double().sum())
         return max(total, 0.0)
 
     def cholesky(self, damping: float) -> Factor:
@@ -121,7 +115,15 @@ class Gram:
 
     def inverse(self, damping: float) -> Factor:
         """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`."""
-        return self.remember(("inverse", damping), lambda: self._invert(damping))
+
+        def invert() -> Factor:
+            factor = self._factorise(damping)  # not remembered: the inverse takes its place
+            torch.cholesky_inverse(factor.matrix, out=factor.matrix)
+            # The inverse is symmetric except for the last bits. The transpose turns LAPACK's columns into rows, so that
+            # one process and several get the same bits.
+            return Factor(factor.matrix.mT, factor.damping, factor.notes)
+
+        return self.remember(("inverse", damping), invert)
 
     def inverse_cholesky(self, damping: float) -> Factor:
         """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``, as the optimal brain surgeon needs it.
@@ -130,7 +132,15 @@ class Gram:
         factorisation and a triangular inverse, which is more accurate than factorising an explicit inverse. Damping as
         in :meth:`cholesky`.
         """
-        return self.remember(("inverse_cholesky", damping), lambda: self._factorise_inverse(damping))
+
+        def factorise() -> Factor:
+            factor = self._factorise(damping, flipped=True)
+            lower = factor.matrix.mT
+            reverse_(lower)  # now Rᵀ
+            invert_lower_(lower)
+            return Factor(lower.mT, factor.damping, factor.notes)
+
+        return self.remember(("inverse_cholesky", damping), factorise)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """The cached return value of ``make`` for this key, so that linears with the same input share the work.
@@ -139,8 +149,7 @@ class Gram:
         it is next needed.
         """
         if key not in self._memory:
-            size = self.matrix.numel() * self.matrix.element_size()
-            while self._memory and (len(self._memory) + 1) * size > REMEMBERED_BYTES:
+            while self._memory and (len(self._memory) + 1) * self.matrix.nbytes > REMEMBERED_BYTES:
                 self._memory.popitem(last=False)  # before the next is made, to make room for it
             self._memory[key] = make()
         value: T = self._memory[key]
@@ -152,7 +161,7 @@ class Gram:
 
     def _factorise(self, damping: float, flipped: bool = False) -> Factor:
         """Lower Cholesky factor, in the memory of one matrix; ``flipped`` reverses the order of inputs first."""
-        asked = damping
+        asked, name = damping, f"the Gram matrix of {self.features} inputs over {self.tokens} tokens"
         for _ in range(DAMPING_TRIES):
             matrix = self.matrix.clone()
             matrix.diagonal().add_(damping * self.mean_diagonal)
@@ -167,31 +176,13 @@ class Gram:
             # A pivot that lost every digit to cancellation is a failure, even if rounding left its sign positive.
             pivots = lower.diagonal().square() / diagonal
             if not failed and bool((pivots > 4 * torch.finfo(matrix.dtype).eps).all()):
-                notes = (f"damping raised from {asked:g} to {damping:g}: {self._name} could not be factorised",)
+                notes = (f"damping raised from {asked:g} to {damping:g}: {name} could not be factorised",)
                 return Factor(lower, damping, notes if damping != asked else ())
             damping = damping * 10 if damping > 0 else 1e-6
         raise NumericalError(
-            f"{self._name} could not be factorised with any damping from {asked:g} to {damping / 10:g}; "
+            f"{name} could not be factorised with any damping from {asked:g} to {damping / 10:g}; "
             "use more calibration tokens, or look for inputs of enormous size"
         )
-
-    def _invert(self, damping: float) -> Factor:
-        factor = self._factorise(damping)  # not remembered: the inverse takes its place
-        torch.cholesky_inverse(factor.matrix, out=factor.matrix)
-        # The inverse is symmetric except for the last bits. The transpose turns LAPACK's columns into rows, so that one
-        # process and several get the same bits.
-        return Factor(factor.matrix.mT, factor.damping, factor.notes)
-
-    def _factorise_inverse(self, damping: float) -> Factor:
-        factor = self._factorise(damping, flipped=True)
-        lower = factor.matrix.mT
-        reverse_(lower)  # now Rᵀ
-        invert_lower_(lower)
-        return Factor(lower.mT, factor.damping, factor.notes)
-
-    @property
-    def _name(self) -> str:
-        return f"the Gram matrix of {self.features} inputs over {self.tokens} tokens"
 
 
 class GramAccumulator:
@@ -203,9 +194,7 @@ class GramAccumulator:
     """
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
-        self.features = features
-        self.device = torch.device(device or "cpu")
-        self.tokens = 0
+        self.features, self.device, self.tokens = features, torch.device(device or "cpu"), 0
         self.panels = [
             _zeros(min(PANEL, features - start), features - start, self.device) for start in range(0, features, PANEL)
         ]
@@ -223,12 +212,6 @@ class GramAccumulator:
                 panel += right[:, : len(panel)].T @ right
             self.tokens += len(rows)
 
-    def merge(self, other: GramAccumulator) -> None:
-        """Add the tokens of another accumulator."""
-        for own, its in zip(self.panels, other.panels, strict=True):
-            own += its.to(self.device)
-        self.tokens += other.tokens
-
     def reduce(self) -> None:
         """Add up the accumulators of all processes, in every one of them."""
         for panel in self.panels:
@@ -241,14 +224,14 @@ class GramAccumulator:
         Raises:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
-        tokens = require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
+        tokens = _require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
         matrix = torch.empty(self.features, self.features, device=self.device)
         for panel in self.panels:
             start = self.features - panel.shape[1]
             stop = start + len(panel)
             matrix[start:stop, start:] = panel / tokens
-            block = matrix[start:stop, start:stop]
-            block.copy_(block.triu() + block.triu(1).T)  # the two halves of a product may differ in the last bit
+            square = matrix[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)  # the halves of a product may differ in the last bit
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
         return Gram(matrix, self.tokens)
 
@@ -266,11 +249,6 @@ class CrossAccumulator:
             self.total += target_rows.T @ rows
             self.tokens += len(rows)
 
-    def merge(self, other: CrossAccumulator) -> None:
-        """Add the tokens of another accumulator."""
-        self.total += other.total.to(self.total.device)
-        self.tokens += other.tokens
-
     def reduce(self) -> None:
         """Add up the accumulators of all processes, in every one of them."""
         parallel.all_sum_(self.total)
@@ -283,14 +261,9 @@ class CrossAccumulator:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
         name = f"cross moment of shape {tuple(self.total.shape)}"
-        matrix = (self.total / require_tokens(self.tokens, name)).float()
+        matrix = (self.total / _require_tokens(self.tokens, name)).float()
         require_finite(matrix, name)
         return matrix
-
-
-def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
-    """A matrix of zeros, in fp64 if the device has it, else fp32."""
-    return torch.zeros(rows, columns, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,15 +323,12 @@ def invert_lower_(matrix: Tensor) -> None:
     below.copy_((last @ below) @ first).neg_()
 
 
-def require_finite(matrix: Tensor, name: str) -> None:
-    if math.isfinite(float(matrix.sum())):
-        return  # one pass without a temporary; if a finite matrix overflows in the sum, the exact test below decides
-    if not bool(torch.isfinite(matrix).all()):
-        bad = int((~torch.isfinite(matrix)).sum())
-        raise NumericalError(f"{name}: {bad} of {matrix.numel()} values are NaN or infinite; look for such activations")
+def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
+    """A matrix of zeros, in fp64 if the device has it, else fp32."""
+    return torch.zeros(rows, columns, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
-def require_tokens(tokens: int, name: str) -> int:
+def _require_tokens(tokens: int, name: str) -> int:
     if tokens == 0:
         raise NumericalError(f"{name}: no token was seen")
     return tokens
@@ -368,10 +338,9 @@ def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.d
     """The same tokens of each tensor ``(..., features)``, as fp32 ``(tokens, features)``, scaled by √weight."""
     flat = [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
     tokens = len(flat[0])
-    if any(len(rows) != tokens for rows in flat) or (weights is not None and weights.numel() != tokens):
-        of_weights = "" if weights is None else f", {weights.numel()} token weights"
-        raise ValueError(f"tensors of {[len(rows) for rows in flat]} tokens{of_weights}")
     root = None if weights is None else weights.detach().reshape(-1, 1).to(device, torch.float32).sqrt()
+    if any(len(rows) != tokens for rows in flat) or (root is not None and len(root) != tokens):
+        raise ValueError(f"tensors of {[len(rows) for rows in flat]} tokens do not fit each other or their weights")
     step = max(256, CHUNK_ELEMENTS // max(tensor.shape[-1] for tensor in tensors))
     for start in range(0, tokens, step):
         parts = tuple(rows[start : start + step].to(device, torch.float32) for rows in flat)
