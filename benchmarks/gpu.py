@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.patterns import NM
-from sparsepack.bench import measure, resident_bytes
+from sparsepack.bench import Rounds, measure, resident_bytes
 from sparsepack.layout import pack
 
 SHAPES = ("2048x2048", "5632x2048", "2048x5632", "4096x4096", "11008x4096", "4096x11008")  # 1.1B and Llama 7B
@@ -264,7 +264,8 @@ def decode(arguments: argparse.Namespace) -> None:
                 sparsellm.pack(dense, out=Path(folder) / values, values=values)
                 models[f"packed {values}"] = sparsellm.load(Path(folder) / values, device=arguments.device)
             threads = [torch.get_num_threads()]
-            found = measure(models, threads=threads, new_tokens=arguments.new_tokens, repeats=min(5, arguments.rounds))
+            rounds = Rounds(threads=threads, new_tokens=arguments.new_tokens, repeats=min(5, arguments.rounds))
+            found = measure(models, rounds)
         rates = {(speed.model, speed.phase): speed.median for speed in found}
         for name, model in models.items():
             row(

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import sparsellm
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.demo import PROMPT
-from sparsepack.bench import measure, resident_bytes
+from sparsepack.bench import Rounds, measure, resident_bytes
 from sparsepack.layout import pack, unpack
 from sparsepack.module import kernel_name, multiply
 
@@ -108,10 +108,12 @@ def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> l
             models[f"{name}, fp32 activations"] = sparsellm.load(folder / values, dtype="float32")
     found = measure(
         models,
-        threads=[arguments.threads],
-        prompt_tokens=arguments.prompt_tokens,
-        new_tokens=arguments.new_tokens,
-        repeats=arguments.repeats,
+        Rounds(
+            threads=[arguments.threads],
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            repeats=arguments.repeats,
+        ),
         clock=time.process_time if arguments.cpu_seconds else time.perf_counter,
     )
     rates = {(speed.model, speed.phase): speed for speed in found}

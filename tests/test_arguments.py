@@ -15,8 +15,6 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.arguments import as_path, check_arguments
 from sparsellm.errors import DataError, ModelError, RecipeError, SparseLLMError, StorageError, shown
-from sparsepack.bench import compare
-from sparsepack.generation import generate
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
@@ -257,15 +255,6 @@ def test_a_recipe_is_taken_as_mapping_and_as_file(llama: Path, tmp_path: Path) -
         (lambda path: sparsellm.pack(path, out=path / "x", overwrite="yes"), "overwrite is 'yes'"),
         (lambda path: sparsellm.unpack(5, out=path / "x"), "directory is 5"),  # type: ignore[arg-type]
         (lambda path: sparsellm.unpack(path, out=None), "out is None"),  # type: ignore[arg-type]
-        (lambda path: sparsellm.load(""), "directory is empty"),
-        (lambda path: sparsellm.load(path, device=None), "device is None"),  # type: ignore[arg-type]
-        (lambda path: compare(path, repeats=0), "repeats is 0"),
-        (lambda path: compare(path, batches=[1, 0]), "batches[1] is 0"),
-        (lambda path: compare(5), "packed is 5"),  # type: ignore[arg-type]
-        (lambda path: generate("m", tiny_tokenizer(), "x"), "model is a str"),  # type: ignore[arg-type]
-        (lambda path: generate(tiny_llama(), tiny_tokenizer(), "x", seed=2**63), "seed is 9223372036854775808"),
-        (lambda path: generate(tiny_llama(), tiny_tokenizer(), 5), "prompt is 5"),  # type: ignore[arg-type]
-        (lambda path: generate(tiny_llama(), tiny_tokenizer(), "x", temperature=float("nan")), "temperature is nan"),
         (lambda path: check_arguments(prompt="\ud800"), "not UTF-8"),
     ],
 )

@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import sparsepack  # noqa: F401 - so that from_pretrained loads packed checkpoints
 from sparsellm.version import __version__
-from sparsepack.registration import register_when_needed
 
 if TYPE_CHECKING:
     from sparsellm.api import PruneResult, card, evaluate, inspect, prune, push
@@ -36,8 +36,6 @@ _MODULES = {
 
 __all__ = ["Evaluation", "PackResult", "Perplexity", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
 __all__ += ["card", "evaluate", "inspect", "load", "pack", "prune", "push", "show_progress", "unpack"]
-
-register_when_needed()  # so that from_pretrained loads packed checkpoints
 
 
 def __getattr__(name: str) -> Any:

@@ -433,17 +433,13 @@ def push(directory: str, repo: str, **options: Any) -> Printed:
         "sparsellm generate packed 'Once upon a time' --temperature 0.8 --max-new-tokens 200",
     ),
 )
-def generate(
-    directory: str, prompt: str, quiet: bool, json: bool, threads: int | None = None, **options: Any
-) -> Printed:
+def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: Any) -> Printed:
     """Continue PROMPT, token by token, and print the speed."""
     from sparsellm import console
     from sparsellm.chain.open import load_tokenizer
     from sparsepack.generation import generate as continue_prompt
     from sparsepack.loading import load
-    from sparsepack.threads import use_threads
 
-    use_threads(threads)
     how = {name: options.pop(name) for name in ("device", "dtype", "activations") if name in options}
     model, tokenizer = load(directory, **how), load_tokenizer(Path(directory).expanduser())
     pieces = itertools.chain([prompt], itertools.repeat(""))  # the prompt goes before the first piece, once
@@ -482,13 +478,14 @@ def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,)
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
     from sparsellm import tables
     from sparsellm.machine.devices import resolve_device
+    from sparsellm.progress import Progress
     from sparsellm.records import Benchmark
     from sparsellm.run.result import stamp
     from sparsellm.storage import results
     from sparsepack.bench import compare
 
     place = _kept_in(directory, save=save)
-    measured = compare(directory, batches=batch, progress=progress, **options)
+    measured = compare(directory, batches=batch, progress=lambda *step: progress(Progress(*step)), **options)
     saved = None
     if place is not None:
         stamped = vars(stamp(resolve_device(options["device"])))

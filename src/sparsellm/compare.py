@@ -399,7 +399,7 @@ def _pruned(place: Path, cell: Cell) -> Pruning | None:
 
 def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[float, float]:
     """Tokens a second of the dense and the packed checkpoint, decoding in turns; kept in the results of both."""
-    measured = bench.compare(packed, dense=place, progress=progress)
+    measured = bench.compare(packed, dense=place, progress=lambda *step: progress(Progress(*step)))
     record = Benchmark.model_validate(measured.to_dict() | vars(stamp(torch.device("cpu"))))
     for directory in (place, packed):
         append_result(directory, record)

@@ -1,4 +1,4 @@
-"""Packs and unpacks whole checkpoints; ``docs/format.md`` describes the format."""
+"""Packs and unpacks the checkpoint of a directory; :mod:`sparsepack` has the format."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +16,28 @@ from torch import Tensor, nn
 from sparsellm.arguments import CHECKPOINT, checked_arguments
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.experts import ExpertLinear
-from sparsellm.errors import RecipeError, SparseLLMError, StorageError, nearest, shown
+from sparsellm.errors import NumericalError, RecipeError, StorageError, nearest, shown
+from sparsellm.inputs.json_input import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
 from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.storage.packed_reader import PackedReader
 from sparsellm.storage.resume import PACK, UNPACK
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.writer import CheckpointWriter, belongs_to
-from sparsepack.checkpoint import (
-    MANIFEST,
-    PackedEntry,
-    PackedReader,
-    is_packed,
-    manifest,
-    quantization_config,
-    read_config,
-)
-from sparsepack.codes import exponents_of_text, resolve_value_type
+from sparsepack import PackError
+from sparsepack.checkpoint import MANIFEST, PackedEntry, is_packed, manifest, quantization_config
+from sparsepack.codes import WRITTEN_TYPES, exponents_of_text
 from sparsepack.grid import INTEGERS
+from sparsepack.layout import PackedWeight
 from sparsepack.layout import pack as pack_weight
 from sparsepack.layout import unpack as unpack_weight
 from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
+VALUES = ("keep", *WRITTEN_TYPES)
 HEADS = ("keep", "int8")
 _REPORTS = (PRUNING, "recipe.yaml")  # reports of the pruning, which are valid for the packed model too
 
@@ -58,8 +54,8 @@ class PackResult:
         weights: number of these weights.
         checkpoint_bytes: size of all weight files of the new checkpoint.
         head: the packed form of embedding and output head; empty if they were copied.
-        expert_weights: number of weights of experts, which stay dense and count in none of the others.
-        rounded: the linears whose values were no numbers of their integer grid yet, and were rounded to nearest.
+        expert_weights: number of weights of experts, which stay dense and are not counted above.
+        rounded: the linears whose values were not on their integer grid, and were rounded to nearest.
     """
 
     path: Path
@@ -117,28 +113,50 @@ def pack(
         progress: called with the progress of the run.
 
     Raises:
-        RecipeError: the value type or ``head`` is unknown, the checkpoint is packed already, or its embedding is of a
+        RecipeError: ``values`` or ``head`` is unknown, the checkpoint is packed already, or its embedding is of a
             kind that has no int8 form.
         ModelError, StorageError: the checkpoint cannot be read, or ``out`` cannot be written.
         NumericalError: a weight does not fit into the value type.
     """
-    resolve_value_type(values, torch.float32)
-    if head not in HEADS:
-        raise RecipeError(f"head: {head!r:.100} is unknown; {nearest(head, HEADS)}")
+    for name, value, known in (("values", values, VALUES), ("head", head, HEADS)):
+        if value not in known:
+            raise RecipeError(f"{name}: {value!r:.100} is unknown; {nearest(value, known)}")
     check_destination(out, overwrite=overwrite, restart=restart, kind=PACK)
     directory = checkpoint_directory(str(model))
     out = check_destination(out, sources=[directory], overwrite=overwrite, restart=restart, kind=PACK)
-    if is_packed(read_config(directory)):
+    if is_packed(read_object(directory / "config.json")):
         raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
     chain = open_chain(directory, device=torch.device("cpu"))
     exponents = _exponents(chain, directory, values)
     assert chain.reader is not None
-    # With any value type, no linear takes more space than its dense weight.
-    size = chain.reader.bytes
     with CheckpointWriter(
-        out, shards=len(chain) + 1, identity={}, kind=PACK, restart=restart, overwrite=overwrite, need_bytes=size
+        out,
+        shards=len(chain) + 1,
+        identity={},
+        kind=PACK,
+        restart=restart,
+        overwrite=overwrite,
+        need_bytes=chain.reader.bytes,  # with any value type, no linear takes more space than its dense weight
     ) as writer:
-        return _finish(writer, lambda: _write_packed(writer, chain, directory, (values, head, exponents), progress))
+
+        def write() -> PackResult:
+            result = PackResult(writer.out)
+            writer.write_shard(
+                len(chain), chain.outer_tensors() | (_packed_head(chain, result) if head != "keep" else {})
+            )
+            for index in range(len(chain)):
+                progress(Progress("pack", index, len(chain), chain.block_names[index]))
+                writer.write_shard(index, _sources(_packed_block(chain, index, values, exponents, result)))
+            progress(Progress("pack", len(chain), len(chain)))
+            _write_companions(writer, directory)
+            entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
+            if entries:
+                config = read_object(writer.partial / "config.json")
+                writer.write_json("config.json", {**config, "quantization_config": quantization_config(entries)})
+                writer.write_json(MANIFEST, manifest(writer.partial))
+            return result
+
+        return _finish(writer, write)
 
 
 @checked_arguments()
@@ -153,7 +171,7 @@ def unpack(
     """Writes the dense checkpoint of a packed one; floating values are exact. If it fails, no files are left.
 
     Args:
-        directory: of the packed checkpoint.
+        directory: a packed checkpoint.
         out, overwrite, restart, progress: as in :func:`pack`.
 
     Raises:
@@ -164,7 +182,7 @@ def unpack(
     check_destination(out, overwrite=overwrite, restart=restart, kind=UNPACK)
     source = checkpoint_directory(str(directory))
     out = check_destination(out, sources=[source], overwrite=overwrite, restart=restart, kind=UNPACK)
-    if not is_packed(read_config(source)):
+    if not is_packed(read_object(source / "config.json")):
         raise RecipeError(f"{source} is not packed; there is nothing to unpack")
     reader = _checked_reader(source)
     shards: dict[str, list[str]] = {}
@@ -179,52 +197,18 @@ def unpack(
         overwrite=overwrite,
         need_bytes=reader.bytes,
     ) as writer:
-        return _finish(writer, lambda: _write_dense(writer, reader, list(shards.values()), progress))
 
+        def write() -> PackResult:
+            for index, names in enumerate(shards.values()):
+                progress(Progress("unpack", index, len(shards)))
+                writer.write_shard(index, _sources(reader.read(names)))
+            progress(Progress("unpack", len(shards), len(shards)))
+            _write_companions(writer, source)
+            weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
+            size = sum(math.prod(entry.shape) * entry.torch_dtype.itemsize for entry in reader.entries.values())
+            return PackResult(writer.out, dict.fromkeys(reader.entries), size, size, weights)
 
-def _write_packed(
-    writer: CheckpointWriter,
-    chain: Chain,
-    source: Path,
-    kinds: tuple[str, str, dict[str, Tensor]],
-    progress: ProgressCallback,
-) -> PackResult:
-    """Writes all files of the packed checkpoint; ``kinds``: the types of values and head, exponents by linear."""
-    values, head, exponents = kinds
-    result = PackResult(writer.out)
-    outer = chain.outer_tensors()
-    if head == "int8":
-        outer.update(_packed_head(chain, result))
-    writer.write_shard(len(chain), outer)
-    for index in range(len(chain)):
-        progress(Progress("pack", index, len(chain), chain.block_names[index]))
-        writer.write_shard(index, _sources(_packed_block(chain, index, values, exponents, result)))
-    progress(Progress("pack", len(chain), len(chain)))
-    _write_companions(writer, source)
-    entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
-    if entries:
-        config = {**read_config(writer.partial), "quantization_config": quantization_config(entries)}
-        writer.write_json("config.json", config)
-        writer.write_json(MANIFEST, manifest(writer.partial))
-    return result
-
-
-def _write_dense(
-    writer: CheckpointWriter, reader: PackedReader, shards: list[list[str]], progress: ProgressCallback
-) -> PackResult:
-    """Writes all files of the unpacked checkpoint, the weights divided into ``shards`` by name."""
-    for index, names in enumerate(shards):
-        progress(Progress("unpack", index, len(shards)))
-        writer.write_shard(index, _sources(reader.read(names)))
-    progress(Progress("unpack", len(shards), len(shards)))
-    _write_companions(writer, reader.directory)
-    result = PackResult(writer.out, dict.fromkeys(reader.entries))
-    for entry in reader.entries.values():
-        count = math.prod(entry.shape)
-        result.weights += count
-        result.dense_bytes += count * entry.dtype.itemsize
-    result.packed_bytes = result.dense_bytes
-    return result
+        return _finish(writer, write)
 
 
 def _checked_reader(source: Path) -> PackedReader:
@@ -239,15 +223,14 @@ def _checked_reader(source: Path) -> PackedReader:
     assert chain.reader is not None
     reader = chain.reader
     assert isinstance(reader, PackedReader)
-    for index in range(len(chain)):
-        for linear in chain.linears(index):
-            name = chain.key_of[linear.weight_name].removesuffix(".weight")
-            entry = reader.entries.get(name)
-            if entry is not None and entry.transposed != linear.transposed:
-                raise StorageError(
-                    f"config.json: quantization_config describes {name!r} with transposed = {entry.transposed}, which "
-                    f"the model's {type(linear.module).__name__} is not; {PACK_AGAIN}"
-                )
+    for linear in (linear for index in range(len(chain)) for linear in chain.linears(index)):
+        name = chain.key_of[linear.weight_name].removesuffix(".weight")
+        entry = reader.entries.get(name)
+        if entry is not None and entry.transposed != linear.transposed:
+            raise StorageError(
+                f"config.json: quantization_config describes {name!r} with transposed = {entry.transposed}, which "
+                f"the model's {type(linear.module).__name__} is not; {PACK_AGAIN}"
+            )
     return reader
 
 
@@ -255,14 +238,20 @@ def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
     return {name: TensorSource.of(tensor) for name, tensor in tensors.items()}
 
 
+def _stored(key: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a packed weight, and a placeholder with a shape that loaders refuse for the weight."""
+    parts = {f"{key}_{part}": tensor for part, tensor in packed.stored.items()}
+    return {key: torch.zeros(1, dtype=dtype), **parts}
+
+
 def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
     """The tensors of embedding and head in int8, by name; adds their entries to ``result``.
 
     Raises:
-        RecipeError: one of them is no linear, and no embedding whose rows are multiplied by a known factor at most.
+        RecipeError: one of them is neither a linear nor an embedding whose rows are multiplied by a known factor.
     """
     assert chain.reader is not None
-    tensors: dict[str, TensorSource] = {}
+    tensors: dict[str, Tensor] = {}
     names = {id(module): name for name, module in chain.model.named_modules()}
     for module in (chain.model.get_input_embeddings(), chain.model.get_output_embeddings()):
         key = chain.key_of.get(f"{names.get(id(module))}.weight")
@@ -274,11 +263,9 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
         weight = chain.reader.get(key)
         packed = pack_weight(weight, "int8", "dense")
         assert packed is not None
-        name = key.removesuffix(".weight")
-        result.head[name] = PackedEntry(packed.shape, packed.layout, packed.value_type, weight.dtype)
-        tensors[key] = TensorSource.of(torch.zeros(1, dtype=weight.dtype))
-        tensors.update(_sources({f"{key}_{part}": tensor for part, tensor in packed.stored.items()}))
-    return tensors
+        result.head[key.removesuffix(".weight")] = PackedEntry.of(packed, weight.dtype)
+        tensors |= _stored(key, packed, weight.dtype)
+    return _sources(tensors)
 
 
 def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
@@ -294,16 +281,15 @@ def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
     if pruning.values != values:
         return {}
     columns = {linear.name: linear.in_features for index in range(len(chain)) for linear in chain.linears(index)}
-    found: dict[str, Tensor] = {}
+    exponents: dict[str, Tensor] = {}
     for linear in pruning.linears:
-        exponents = exponents_of_text(linear.exponents)
-        if exponents is not None and columns.get(linear.name) != len(exponents):
-            wanted = columns.get(linear.name, "no such linear")
-            said = f"{len(exponents)} exponents of {shown(linear.name)}, where the model has {wanted}"
-            raise StorageError(f"{path}: {said}; {PUT_BACK}")
-        if exponents is not None:
-            found[linear.name] = exponents
-    return found
+        numbers, expected = exponents_of_text(linear.exponents), columns.get(linear.name, "no such linear")
+        if numbers is not None and expected != len(numbers):
+            mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
+            raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
+        if numbers is not None:
+            exponents[linear.name] = numbers
+    return exponents
 
 
 def _packed_block(
@@ -311,40 +297,31 @@ def _packed_block(
 ) -> dict[str, Tensor]:
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
     assert chain.reader is not None
-    # Experts stay dense: transformers stacks their weights while it loads, packed or not.
-    every = chain.linears(index)
-    linears = [linear for linear in every if not isinstance(linear.module, ExpertLinear)]
-    experts = [linear for linear in every if isinstance(linear.module, ExpertLinear)]
-    result.expert_weights += sum(linear.parameter.numel() for linear in experts)
-    chain_linears = {chain.key_of[linear.weight_name]: linear for linear in linears}
     tensors = chain.stored_block(index)
-    for key, linear in chain_linears.items():
+    for linear in chain.linears(index):
+        if isinstance(linear.module, ExpertLinear):  # stays dense: transformers stacks experts while it loads
+            result.expert_weights += linear.parameter.numel()
+            continue
+        key = chain.key_of[linear.weight_name]
         stored = tensors.pop(key)
         weight = stored.t().contiguous() if linear.transposed else stored
         name = key.removesuffix(".weight")
-        try:
-            # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
-            # A weight that several modules share stays dense too: one of them would have it packed, the others none.
-            apart = key.endswith(".weight") and not chain.is_shared(linear.weight_name)
-            packed = pack_weight(weight, values, exponents=exponents.get(linear.name)) if apart else None
-        except SparseLLMError as error:
-            raise type(error)(f"{key}: {error}") from None
-        dense = stored.numel() * stored.element_size()
+        packed = None
+        # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
+        # A weight that several modules share stays dense too: one of them would have it packed, the others not.
+        if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
+            try:
+                packed = pack_weight(weight, values, exponents=exponents.get(linear.name))
+            except PackError as error:
+                raise NumericalError(f"{key}: {error}") from None
         result.weights += stored.numel()
-        result.dense_bytes += dense
-        if packed is None:
-            tensors[key] = stored
-            result.linears[name] = None
-            result.packed_bytes += dense
-            continue
-        result.linears[name] = PackedEntry(
-            packed.shape, packed.layout, packed.written_type, stored.dtype, packed.pattern, linear.transposed
-        )
-        result.packed_bytes += packed.nbytes
-        if values in INTEGERS and not torch.equal(unpack_weight(packed, weight.dtype), weight):
+        result.dense_bytes += stored.nbytes
+        result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
+        entry = None if packed is None else PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
+        result.linears[name] = entry
+        if packed is not None and values in INTEGERS and not torch.equal(unpack_weight(packed, weight.dtype), weight):
             result.rounded.append(name)
-        tensors[key] = torch.zeros(1, dtype=stored.dtype)  # loaders refuse this shape for the weight
-        tensors.update({f"{key}_{field}": tensor for field, tensor in packed.stored.items()})
+        tensors |= {key: stored} if packed is None else _stored(key, packed, stored.dtype)
     return tensors
 
 
@@ -364,14 +341,10 @@ def _finish(writer: CheckpointWriter, write: Callable[[], PackResult]) -> PackRe
 def _write_companions(writer: CheckpointWriter, source: Path) -> None:
     """Writes config, tokenizer and the reports of the pruning."""
     writer.copy_companions(source)
-    for name in _REPORTS:
-        if (source / name).is_file() and belongs_to(source, source / name):
+    for path in (source / name for name in _REPORTS):
+        if path.is_file() and belongs_to(source, path):
             try:
-                content = (source / name).read_bytes()
+                content = path.read_bytes()
             except OSError as error:
-                raise StorageError(f"cannot read {source / name}: {error.strerror or error}") from None
-            replace_atomically(writer.partial / name, partial(_write, content))
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    write_all(file, content)
+                raise StorageError(f"cannot read {path}: {error.strerror or error}") from None
+            replace_atomically(writer.partial / path.name, lambda file, content=content: write_all(file, content))

@@ -133,7 +133,12 @@ def run_demo(
         append_result(pruned, evaluation)
     with phase("bench"):
         speeds = compare(
-            packed, dense, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, repeats=ROUNDS, progress=progress
+            packed,
+            dense,
+            prompt_tokens=PROMPT_TOKENS,
+            new_tokens=NEW_TOKENS,
+            repeats=ROUNDS,
+            progress=lambda *step: progress(Progress(*step)),
         )
         record = Benchmark.model_validate(speeds.to_dict() | vars(stamp(resolve_device("cpu"))))
         for place in (pruned, packed):

@@ -17,6 +17,7 @@ import typer
 
 from sparsellm import interrupts
 from sparsellm.errors import SparseLLMError
+from sparsepack.errors import PackError
 
 
 def count() -> int:
@@ -61,7 +62,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except Exception as error:
         if (signum := interrupts.received()) is not None:  # it has ended another process, for example
             return _interrupted(signum)
-        if isinstance(error, SparseLLMError):
+        if isinstance(error, SparseLLMError | PackError):
             _say_why(f"error: {error}")
             return 2
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option

@@ -6,28 +6,41 @@ import inspect
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
 
-from sparsellm.arguments import checked_arguments
-from sparsellm.chain.likeness import config_difference, shape_difference
-from sparsellm.chain.open import load_config
-from sparsellm.chain.structure import cache_keyword
-from sparsellm.errors import RecipeError
-from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsepack.checkpoint import open_checkpoint
-from sparsepack.decode import Decoder, why_not
+from sparsepack.arguments import checked, first_mistake
+from sparsepack.decode import Decoder, cache_keyword, why_not
+from sparsepack.errors import FormatError, SettingError
 from sparsepack.loading import load
-from sparsepack.module import PackedLinear, kernel_name, to_dense
-from sparsepack.threads import threads_set
+from sparsepack.module import PackedLinear, kernel_name, threads_set, to_dense
 
-_SAME = 0.03  # relative difference in speed below which two models count as equally fast
+ProgressCallback = Callable[[str, float, float, str], object]
+"""Called with a phase, the steps done, the steps in all, and a text on the step in work."""
+
+_SAME = 0.03  # relative difference in speed below which two models count as equally fast: what repeats differ by
+
+# Keys of a config that describe files, not the function of the model.
+_STORAGE = (
+    "_name_or_path",
+    "architectures",  # a model that was built in memory has none until it is saved
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+
+
+def ignore(phase: str, done: float, total: float, detail: str) -> None:
+    """Ignores progress."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,8 @@ class Speed:
     Attributes:
         model: its name in the comparison.
         phase: ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
-        batch: sequences side by side.
-        threads: of the CPU.
+        batch: sequences decoded together.
+        threads: CPU threads.
         median, slowest, fastest: tokens per second, over all sequences of the batch.
     """
 
@@ -56,13 +69,13 @@ class Comparison:
     """A packed checkpoint against a dense one.
 
     Attributes:
-        speeds: of ``dense`` and ``packed``, in every setting.
+        speeds: those of ``dense`` and ``packed``, in every setting.
         dense_bytes, packed_bytes: all weights in memory.
         dense_linear_bytes, packed_linear_bytes: those of the linears in the blocks.
-        dtype, dense_dtype: of the packed model's activations, and of the dense model.
+        dtype, dense_dtype: type of the packed model's activations, and of the dense model.
         kernel: the kernel for small batches; see :func:`~sparsepack.module.kernel_name`.
         verdict: one sentence a setting.
-        dense_disk_bytes, packed_disk_bytes: of the weight files; None for a model that was unpacked in memory.
+        dense_disk_bytes, packed_disk_bytes: size of the weight files; None for a model that was unpacked in memory.
     """
 
     speeds: list[Speed]
@@ -79,55 +92,78 @@ class Comparison:
 
     def pairs(self) -> Iterator[tuple[Speed, Speed]]:
         """The dense and the packed model's speed in each setting."""
-        return zip(
-            (speed for speed in self.speeds if speed.model == "dense"),
-            (speed for speed in self.speeds if speed.model == "packed"),
-            strict=True,
-        )
+        dense, packed = ([speed for speed in self.speeds if speed.model == name] for name in ("dense", "packed"))
+        return zip(dense, packed, strict=True)
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
         return asdict(self)
 
 
-@checked_arguments()
+class Rounds(BaseModel):
+    """What is measured, and how often.
+
+    Attributes:
+        batches: numbers of sequences decoded together.
+        threads: numbers of CPU threads; None for the current setting of torch.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens decoded after it.
+        repeats: rounds that count.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    batches: Annotated[Sequence[Annotated[int, Field(ge=1, le=1 << 20)]], Field(min_length=1)] = (1,)
+    threads: Annotated[Sequence[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)] | None = None
+    prompt_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 128
+    new_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = 32
+    repeats: Annotated[int, Field(ge=1, le=1_000_000)] = 5
+
+
+@checked
 def compare(
     packed: str | os.PathLike[str],
     dense: str | os.PathLike[str] | None = None,
     *,
     device: str = "cpu",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     activations: str | None = None,
     progress: ProgressCallback = ignore,
-    **settings: Any,
+    **rounds: Any,
 ) -> Comparison:
     """Speed and memory of a packed and a dense checkpoint; the models run in turns.
 
     Args:
         packed: a packed checkpoint.
         dense: a dense one; None for the packed one unpacked in memory, which is the same model with stored zeros.
-        device, dtype, activations: as in :func:`sparsellm.load`; the last is of no concern to a dense model.
+        device, dtype, activations: as in :func:`~sparsepack.loading.load`; a dense model ignores the last.
         progress: called with the progress of the measurement.
-        settings: as in :func:`measure`.
+        rounds: the fields of :class:`Rounds`.
 
     Raises:
-        RecipeError: ``packed`` is not packed, ``dense`` is another model, or a setting is out of range.
-        ModelError, StorageError: a checkpoint cannot be loaded.
+        SettingError: ``packed`` is not packed, ``dense`` is another model, or a setting is out of range.
+        FormatError: a checkpoint cannot be loaded.
     """
-    if dense is not None:
-        _check_same_model(Path(packed).expanduser(), Path(dense).expanduser())
-    progress(Progress("load", 0, 2, "packed"))
+    try:
+        chosen = Rounds(**rounds)
+    except ValidationError as error:
+        raise SettingError(first_mistake(error)) from None
+    packed = Path(packed).expanduser()
+    dense = None if dense is None else Path(dense).expanduser()
+    if dense is not None and packed.is_dir() and dense.is_dir():
+        difference = _difference(packed, dense)
+        if difference:
+            raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
+    progress("load", 0, 2, "packed")
     models = {"packed": load(packed, device=device, dtype=dtype, activations=activations)}
     if not any(isinstance(module, PackedLinear) for module in models["packed"].modules()):
-        raise RecipeError(f"{packed} is not packed; pack it first: sparsellm pack {packed} --out DIR")
-    progress(Progress("load", 1, 2, "dense"))
+        raise SettingError(f"{packed} is not packed; pack it first: sparsellm pack {packed} --out DIR")
+    progress("load", 1, 2, "dense")
+    models["dense"] = load(packed if dense is None else dense, device=device, dtype=dtype)
     if dense is None:
-        models["dense"] = load(packed, device=device, dtype=dtype)
         to_dense(models["dense"])
-    else:
-        models["dense"] = load(dense, device=device, dtype=dtype)
-    progress(Progress("load", 2, 2))
-    speeds = measure(models, progress=progress, **settings)
+    progress("load", 2, 2, "")
+    speeds = measure(models, chosen, progress=progress)
     return Comparison(
         speeds,
         resident_bytes(models["dense"]),
@@ -138,38 +174,35 @@ def compare(
         str(models["dense"].dtype).removeprefix("torch."),
         kernel_name(models["packed"].device.type),
         verdict(speeds, "dense", "packed"),
-        None if dense is None else weight_file_bytes(Path(dense)),
-        weight_file_bytes(Path(packed)),
+        None if dense is None else weight_file_bytes(dense),
+        weight_file_bytes(packed),
     )
 
 
-def _check_same_model(packed: Path, dense: Path) -> None:
-    """Refuses a dense checkpoint of another model; what is no directory is left to :func:`load`.
+def _difference(packed: Path, dense: Path) -> str | None:
+    """The first value of ``config.json`` that the models of two checkpoints have different, as a clause.
 
     Raises:
-        RecipeError: a config or the shape of a weight differs.
-        ModelError, StorageError: a checkpoint cannot be read.
+        FormatError: a config cannot be read.
     """
-    if not (packed.is_dir() and dense.is_dir()):
-        return
-    why = config_difference(load_config(packed), load_config(dense)) or shape_difference(
-        open_checkpoint(packed),
-        open_checkpoint(dense),
-        whole=False,  # the same model may be saved under other names
-    )
-    if why is not None:
-        raise RecipeError(f"dense is {dense}, which is another model than {packed}: in the latter, {why}")
+    functions = []
+    for directory in (packed, dense):
+        try:
+            content = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+        except Exception as error:  # transformers raises ValueError, OSError, KeyError, ... for the same fault
+            raise FormatError(f"transformers cannot read {directory / 'config.json'}: {error!s:.300}") from None
+        functions.append({key: value for key, value in content.items() if key not in _STORAGE})
+    own, other = functions
+    for key in sorted(own.keys() | other.keys()):
+        if own.get(key) != other.get(key):
+            return f"{key} in config.json is {own.get(key)!r:.100}, not {other.get(key)!r:.100}"
+    return None
 
 
-@checked_arguments()
 def measure(
-    models: dict[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel],
+    rounds: Rounds | None = None,
     *,
-    batches: Sequence[int] = (1,),
-    threads: Sequence[int] | None = None,
-    prompt_tokens: int = 128,
-    new_tokens: int = 32,
-    repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
     progress: ProgressCallback = ignore,
 ) -> list[Speed]:
@@ -179,46 +212,38 @@ def measure(
 
     Args:
         models: by name, in memory, on the CPU or another device.
-        batches: sequences side by side.
-        threads: of the CPU; None for the current setting of torch.
-        prompt_tokens: tokens of each prompt.
-        new_tokens: tokens decoded after it.
-        repeats: rounds that count.
+        rounds: what is measured, and how often.
         clock: returns seconds; ``time.process_time`` excludes other processes, but is only right for one thread.
         progress: called with the progress of the measurement.
 
     Raises:
-        RecipeError: a number is not positive, or prompt and new tokens exceed the positions of a model.
+        SettingError: prompt and new tokens exceed the positions of a model.
     """
-    threads = threads or (torch.get_num_threads(),)
+    rounds = rounds or Rounds()
+    tokens = {"prefill": rounds.prompt_tokens, "decode": rounds.new_tokens}
     for name, model in models.items():
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(limit, int) and limit < prompt_tokens + new_tokens:
-            raise RecipeError(f"{prompt_tokens} + {new_tokens} tokens are more than the {limit} that {name} takes")
+        if isinstance(limit, int) and limit < sum(tokens.values()):
+            raise SettingError(
+                f"{rounds.prompt_tokens} + {rounds.new_tokens} tokens are more than the {limit} that {name} takes"
+            )
     speeds = []
-    settings = [(count, batch) for count in threads for batch in batches]
+    settings = [(count, batch) for count in rounds.threads or (torch.get_num_threads(),) for batch in rounds.batches]
     for index, (count, batch) in enumerate(settings):
         seconds: dict[tuple[str, str], list[float]] = {}
         with threads_set(count):
-            for turn in range(repeats + 1):
-                progress(
-                    Progress(
-                        "bench",
-                        index + turn / (repeats + 1),
-                        len(settings),
-                        f"batch {batch}, {count} threads",
-                    )
-                )
+            for turn in range(rounds.repeats + 1):
+                share = turn / (rounds.repeats + 1)
+                progress("bench", index + share, len(settings), f"batch {batch}, {count} threads")
                 for name, model in models.items():
-                    prefill, decode = one_run(model, batch, prompt_tokens, new_tokens, clock)
+                    run = one_run(model, batch, *tokens.values(), clock)
                     if turn:  # the first round includes page faults, the start of threads and the choice of kernels
-                        seconds.setdefault((name, "prefill"), []).append(prefill)
-                        seconds.setdefault((name, "decode"), []).append(decode)
-        for phase, tokens in (("prefill", prompt_tokens), ("decode", new_tokens)):
-            for name in models:
-                rates = [batch * tokens / taken for taken in seconds[name, phase]]
-                speeds.append(Speed(name, phase, batch, count, statistics.median(rates), min(rates), max(rates)))
-    progress(Progress("bench", len(settings), len(settings)))
+                        for phase, taken in zip(tokens, run, strict=True):
+                            seconds.setdefault((phase, name), []).append(taken)
+        for (phase, name), runs in sorted(seconds.items(), key=lambda item: item[0][0], reverse=True):  # prefill first
+            rates = [batch * tokens[phase] / taken for taken in runs]
+            speeds.append(Speed(name, phase, batch, count, statistics.median(rates), min(rates), max(rates)))
+    progress("bench", len(settings), len(settings), "")
     return speeds
 
 
@@ -231,14 +256,14 @@ def verdict(speeds: Sequence[Speed], dense: str, packed: str) -> list[str]:
             continue
         ratio = speed.median / medians[dense, speed.phase, speed.batch, speed.threads]
         if abs(ratio - 1) < _SAME:
-            what = "as fast as dense"
+            outcome = "as fast as dense"
         elif ratio > 1:
-            what = f"{ratio:.2f} times as fast as dense"
+            outcome = f"{ratio:.2f} times as fast as dense"
         else:
-            what = f"SLOWER than dense on this machine, {ratio:.2f} times its speed"
+            outcome = f"SLOWER than dense on this machine, {ratio:.2f} times its speed"
         plural = "" if speed.threads == 1 else "s"
         lines.append(
-            f"{speed.phase}, batch {speed.batch}, {speed.threads} thread{plural}: packed is {what} "
+            f"{speed.phase}, batch {speed.batch}, {speed.threads} thread{plural}: packed is {outcome} "
             f"({speed.median:.1f} tokens/s)"
         )
     return lines
@@ -246,40 +271,30 @@ def verdict(speeds: Sequence[Speed], dense: str, packed: str) -> list[str]:
 
 def weight_file_bytes(directory: Path) -> int:
     """Bytes of the safetensors files of a checkpoint."""
-    return sum(file.stat().st_size for file in directory.expanduser().glob("*.safetensors"))
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:
     """Bytes of a model's weights in memory, shared ones once; with ``linears_only``, of the linears in its blocks.
 
-    Linears are :class:`PackedLinear` and ``nn.Linear``; an output head tied to the embedding, or any
-    other linear outside a ``ModuleList``, is no linear of a block.
+    Linears are :class:`PackedLinear` and ``nn.Linear`` inside a ``ModuleList``, so an output head is not one.
     """
-    if not linears_only:
-        return _storage_bytes([*model.parameters(), *model.buffers()])
-    inside = {
-        id(linear)
-        for blocks in model.modules()
-        if isinstance(blocks, nn.ModuleList)
-        for linear in blocks.modules()
-        if isinstance(linear, (nn.Linear, PackedLinear))
-    }
-    chosen = [module for module in model.modules() if id(module) in inside]
-    return _storage_bytes([tensor for module in chosen for tensor in (*module.parameters(), *module.buffers())])
-
-
-def _storage_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    parts = [part for tensor in tensors for part in _made_of(tensor)]
-    sizes = {part.data_ptr(): part.numel() * part.element_size() for part in parts}
+    modules: Sequence[nn.Module] = [model]
+    if linears_only:
+        blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        linears = [m for block in blocks for m in block.modules() if isinstance(m, (nn.Linear, PackedLinear))]
+        modules = list(dict.fromkeys(linears))
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    sizes = {part.data_ptr(): part.nbytes for tensor in tensors for part in _plain_parts(tensor)}
     return sum(sizes.values())
 
 
-def _made_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+def _plain_parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors of a tensor: itself, or the parts of a subclass such as torchao's quantised weights."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         return [tensor]
-    return [part for name in flatten()[0] for part in _made_of(getattr(tensor, name))]
+    return [part for name in flatten()[0] for part in _plain_parts(getattr(tensor, name))]
 
 
 @torch.no_grad()
@@ -297,9 +312,6 @@ def one_run(
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)
-    keyword = cache_keyword(model)
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    wait: Callable[[], Any] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     if batch == 1 and why_not(model) is None:
         decoder = Decoder(model, prompt_tokens + new_tokens)
         start = clock()
@@ -308,6 +320,9 @@ def one_run(
         for position in range(prompt_tokens, prompt_tokens + new_tokens):
             logits = decoder.step(int(logits.argmax()), position)
         return read - start, clock() - read
+    keyword = cache_keyword(model)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    wait: Callable[[], Any] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     wait()
     start = clock()
     output: Any = model(input_ids=ids, use_cache=True, **last_only)

@@ -1,28 +1,28 @@
 """Storage of kept values: floating types unchanged, int8 with scales of rows, int4 with scales of groups of columns.
 
 int4 values are codes, two to a byte, the earlier one in the low nibble; every row begins on a byte. A code stands for a
-whole number: of -8 … 7 for int4; for int3 of -4 … 3, or of eight uneven ones that leave out the gap around 0 where
-pruned values were (:class:`Levels`). Integers may have an exponent for each column besides: a value is then
-its whole number, times its scale, times 2 to that power.
+whole number: -8 … 7 for int4; for int3, -4 … 3 or eight uneven ones that leave out the gap around 0 where pruned values
+were (:class:`Levels`). Integers may have an exponent for each column: a value is then its whole number, times its
+scale, times 2 to that power.
 """
 
 from __future__ import annotations
 
 import math
-import string
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor, nn
 
-from sparsellm.errors import NumericalError, RecipeError, StorageError, nearest
+from sparsepack.errors import FormatError, SettingError
 
 FLOAT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUE_TYPES = (*FLOAT_TYPES, "int8", "int4")  # in memory
 WRITTEN_TYPES = (*VALUE_TYPES, "int3")  # in files; int3 becomes int4 when it is read
-GROUPED = ("int4", "int3")  # types whose scales are of groups of columns
+GROUPED = ("int4", "int3")  # types whose scales belong to groups of columns
 STORED_AS = {**FLOAT_TYPES, "int8": torch.int8, "int4": torch.uint8}
 SCALES_OF = {"int8": torch.float32, "int4": torch.bfloat16}
 _NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
@@ -36,7 +36,7 @@ EXPONENTS = range(-8, 8)  # of columns; one is a hexadecimal digit in the record
 # values; below 0.7 that never lowered the error on normal or Laplace weights.
 _SCALE_FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _JUDGES = 2048  # groups that tell whether a weight is on a grid
-ON_GRID = 1e-4  # squared error of a weight that is on a grid, as a part of its squares; rounding to bf16 is below 4e-6
+ON_GRID = 1e-4  # relative squared error of a weight that is on a grid; rounding to bf16 is below 4e-6
 _GROUPS_AT_ONCE = 8192  # whose scales are tried: what a trial needs stays in the cache, which is three times as fast
 
 
@@ -46,7 +46,7 @@ class Levels:
 
     Args:
         numbers: ascending. Of two neighbours in uneven ones, one is odd and one even, so that the middle between them
-            is no whole number: rounded to a whole number first, a value still has the same nearest one.
+            is not a whole number: rounded to a whole number first, a value still has the same nearest one.
     """
 
     numbers: tuple[int, ...]
@@ -73,8 +73,8 @@ class Levels:
         if self.even:
             return whole if zero else whole.add_(whole.abs().clamp_(max=1).sub_(1).neg_().mul_(units.sign()))
         places = whole.sub_(self.lowest).nan_to_num_().to(torch.int32)  # a scale is NaN where a value is
-        found = _nearest_levels(self.numbers, units.device).index_select(0, places.view(-1)).view_as(units)
-        return found.mul_(units.sign().abs_())
+        nearest = _nearest_levels(self.numbers, units.device).index_select(0, places.view(-1)).view_as(units)
+        return nearest.mul_(units.sign().abs_())
 
     def codes(self, whole: Tensor) -> Tensor:
         """The codes 0 … 15 of some of the numbers, uint8."""
@@ -89,8 +89,8 @@ class Levels:
         """The number of each code, int8 ``(16,)``, as weights store it; None for plain ones: the code minus 8."""
         if self.even:
             return None
-        beside = (CODES - len(self.numbers)) // 2
-        return nn.functional.pad(torch.tensor(self.numbers, dtype=torch.int8), (beside, beside))
+        margin = (CODES - len(self.numbers)) // 2
+        return nn.functional.pad(torch.tensor(self.numbers, dtype=torch.int8), (margin, margin))
 
 
 @cache
@@ -135,38 +135,26 @@ def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
     """``keep`` as the name of ``dtype``; any other name is checked.
 
     Raises:
-        RecipeError: the name is unknown.
-        StorageError: ``keep``, and the dtype has no packed form.
+        SettingError: the name is unknown.
+        FormatError: ``keep``, and the dtype has no packed form.
     """
     if value_type == "keep":
         if dtype not in _NAME_OF:
-            raise StorageError(f"values of {dtype} have no packed form; choose one of {', '.join(VALUE_TYPES)}")
+            raise FormatError(f"values of {dtype} have no packed form; choose one of {', '.join(VALUE_TYPES)}")
         return _NAME_OF[dtype]
     if value_type not in WRITTEN_TYPES:
-        raise RecipeError(f"unknown value type {value_type!r}; {nearest(value_type, ('keep', *WRITTEN_TYPES))}")
+        raise SettingError(f"unknown value type {value_type!r:.100}; choose one of keep, {', '.join(WRITTEN_TYPES)}")
     return value_type
 
 
-def type_of_values(dtype: torch.dtype) -> str:
-    """The value type that is stored as ``dtype``.
-
-    Raises:
-        StorageError: there is none.
-    """
-    for name, stored in STORED_AS.items():
-        if stored == dtype:
-            return name
-    raise StorageError(f"packed values cannot be {dtype}; pack the model again")
-
-
 def group_of(columns: int, groups: int) -> int | None:
-    """The columns that share a scale (32, 64, … 1024) where a row has so many scales; None if none fits."""
+    """The columns that share a scale (32, 64, … 1024) where a row has this number of scales; None if none fits."""
     sizes = (GROUP << step for step in range((LARGEST_GROUP // GROUP).bit_length()))
     return next((size for size in sizes if groups_of(columns, size) == groups), None)
 
 
 def best_group(share: float) -> int:
-    """The columns that share a scale where this share of the weights is kept: so many that about 32 are kept."""
+    """The columns that share a scale where this share of the weights is kept, so that about 32 of them are kept."""
     group = GROUP
     while group < LARGEST_GROUP and group * share < GROUP / math.sqrt(2):
         group *= 2
@@ -190,19 +178,11 @@ def text_of_exponents(exponents: Tensor | None) -> str:
 
 def exponents_of_text(text: str) -> Tensor | None:
     """The inverse of :func:`text_of_exponents`: int8 ``(in,)``, or None."""
-    if not text:
-        return None
-    digits = bytes(int(chr(code), 16) if chr(code) in string.hexdigits else 0 for code in range(256))
-    return torch.frombuffer(bytearray(text.encode("ascii").translate(digits)), dtype=torch.int8) + EXPONENTS.start
+    return torch.tensor([int(digit, 16) + EXPONENTS.start for digit in text], dtype=torch.int8) if text else None
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The kept values of a weight as they are stored.
-
-    Attributes:
-        values, offsets, scales, levels: as of :class:`~sparsepack.layout.PackedWeight`.
-    """
+class Encoded(NamedTuple):
+    """The kept values of a weight; fields are those of :class:`~sparsepack.layout.PackedWeight`."""
 
     values: Tensor
     offsets: Tensor
@@ -211,26 +191,20 @@ class Encoded:
 
 
 def encode_values(
-    weight: Tensor,
-    kept: Tensor,
-    value_type: str,
-    group: int | None,
-    exponents: Tensor | None = None,
-    *,
-    layout: str,
+    weight: Tensor, kept: Tensor, value_type: str, group: int | None, exponents: Tensor | None, layout: str
 ) -> Encoded:
-    """The kept values of a weight ``(out, in)``; ``kept`` is bool of its shape.
+    """The kept values of a weight.
 
     Args:
-        weight: floating.
+        weight: floating ``(out, in)``.
         kept: bool of its shape.
         value_type: one of :data:`WRITTEN_TYPES`. Values of int3 are codes of int4, the eight in the middle.
         group: the columns that share a scale of int4 or int3.
-        exponents: of the columns, for integers alone.
-        layout: of the weight. A weight that does not stand on the numbers of its layout gets plain ones.
+        exponents: int8 ``(in,)``, for integers alone.
+        layout: that of the weight. A weight that does not stand on the numbers of its layout gets plain ones.
 
     Raises:
-        NumericalError: a value overflows the type, or is not finite and the type is an integer.
+        FormatError: a value overflows the type, or is not finite and the type is an integer.
     """
     counts = kept.count_nonzero(dim=1)
     offsets = torch.cat((counts.new_zeros(1), (counts + counts % 2 if value_type in GROUPED else counts).cumsum(0)))
@@ -239,10 +213,10 @@ def encode_values(
         stored = values.to(FLOAT_TYPES[value_type])
         overflowed = int((torch.isfinite(values) & ~torch.isfinite(stored)).sum())
         if overflowed:
-            raise NumericalError(f"{overflowed} weights are too large for {value_type}; choose bf16 or fp32")
+            raise FormatError(f"{overflowed} weights are too large for {value_type}; choose bf16 or fp32")
         return Encoded(stored, offsets)
     if not bool(torch.isfinite(values).all()):
-        raise NumericalError(f"a weight is NaN or infinite and cannot be stored as {value_type}")
+        raise FormatError(f"a weight is NaN or infinite and cannot be stored as {value_type}")
     exact = weight.float() if exponents is None else weight.float() * powers_of(-exponents)
     if value_type == "int8":
         scales = exact.abs().amax(dim=1) / 127
@@ -259,12 +233,11 @@ def encode_values(
     rows, rank = _places(counts)
     slots = torch.full((int(offsets[-1]),), CODES // 2, dtype=torch.uint8)
     slots[offsets[rows] + rank] = codes
-    pairs = slots.view(-1, 2)
-    return Encoded(pairs[:, 0] | (pairs[:, 1] << 4), offsets, scales.view(len(weight), groups), levels.table)
+    return Encoded(_in_pairs(slots), offsets, scales.view(len(weight), groups), levels.table)
 
 
 def decode_values(
-    value_type: str, stored: Encoded, rows: slice, kept: Tensor, group: int | None, exponents: Tensor | None = None
+    value_type: str, stored: Encoded, rows: slice, kept: Tensor, group: int | None, exponents: Tensor | None
 ) -> Tensor:
     """The kept values of some rows, in order, with their scales applied.
 
@@ -274,37 +247,30 @@ def decode_values(
         rows: the rows, ``first:last``.
         kept: bool ``(rows, in)``, the columns that are kept in each of these rows.
         group: the columns that share a scale of int4.
-        exponents: of the columns, or None.
+        exponents: int8 ``(in,)``, or None.
 
     Returns:
         One number for each kept weight; floating types as they are stored, integers as fp32.
     """
-    values, offsets, scales, levels = stored.values, stored.offsets, stored.scales, stored.levels
+    values, offsets, scales, levels = stored
     start, stop = int(offsets[rows.start]), int(offsets[rows.stop])
     if value_type in FLOAT_TYPES:
         return values[start:stop]
     assert scales is not None
     counts = kept.count_nonzero(dim=1)
-    factor = None if exponents is None else powers_of(exponents).expand(kept.shape)[kept]
     if value_type == "int8":
-        found = values[start:stop].float() * scales[rows].repeat_interleave(counts)
-        return found if factor is None else found.mul_(factor)
-    assert group is not None
-    data = values[start // 2 : stop // 2]
-    slots = torch.stack((data & 15, data >> 4), dim=1).view(-1)
-    row, rank = _places(counts)
-    codes = slots[(offsets[rows] - start)[row] + rank]
-    whole = codes.float() - CODES // 2 if levels is None else levels.float()[codes.int()]
-    column = kept.nonzero()[:, 1]
-    found = whole * scales[rows][row, column // group].float()
-    return found if factor is None else found.mul_(factor)
+        exact = values[start:stop].float() * scales[rows].repeat_interleave(counts)
+    else:
+        assert group is not None
+        row, rank = _places(counts)
+        codes = _nibbles(values[start // 2 : stop // 2])[(offsets[rows] - start)[row] + rank]
+        whole = codes.float() - CODES // 2 if levels is None else levels.float()[codes.int()]
+        exact = whole * scales[rows][row, kept.nonzero()[:, 1] // group].float()
+    return exact if exponents is None else exact.mul_(powers_of(exponents).expand(kept.shape)[kept])
 
 
 def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -> int:
-    """Bytes of values and scales, for ``counts (out,)`` values in each row and ``groups`` scales of int4 a row.
-
-    Those of the numbers that int3 stores in this layout are counted, too.
-    """
+    """Bytes of values, scales and levels, for ``counts (out,)`` values and ``groups`` scales of int4 in each row."""
     kept = int(counts.sum())
     if value_type == "int8":
         return kept + 4 * len(counts)
@@ -316,13 +282,13 @@ def bytes_of_values(counts: Tensor, value_type: str, groups: int, layout: str) -
 
 
 def bytes_of_three_bits(values: int) -> int:
-    """Bytes of so many values of int3."""
+    """Bytes of this number of values of int3."""
     return (3 * values + 7) // 8
 
 
-def narrowed(nibbles: Tensor) -> Tensor:
+def narrowed(pairs: Tensor) -> Tensor:
     """Codes of int4 that are all 4 … 11 in three bits each, minus 4, least significant bit first: uint8."""
-    codes = torch.stack((nibbles & 15, nibbles >> 4), dim=1).view(-1, 1) - CODES // 4
+    codes = _nibbles(pairs).view(-1, 1) - CODES // 4
     bits = numpy.unpackbits(codes.numpy(), axis=1, count=3, bitorder="little")
     return torch.from_numpy(numpy.packbits(bits.reshape(-1), bitorder="little"))
 
@@ -331,32 +297,40 @@ def widened(data: Tensor, values: int) -> Tensor:
     """The inverse of :func:`narrowed` for an even number of values.
 
     Raises:
-        StorageError: there are not so many values, or a bit after the last is set.
+        ValueError: there is another number of values, or a bit after the last is set.
     """
     if values < 0 or values % 2 or data.dtype != torch.uint8 or tuple(data.shape) != (bytes_of_three_bits(values),):
-        raise StorageError(
-            f"{data.dtype} {tuple(data.shape)} are not {values} values of three bits; pack the model again"
-        )
+        raise ValueError(f"{data.dtype} {tuple(data.shape)} are not {values} values of three bits")
     bits = numpy.unpackbits(data.numpy(), bitorder="little")
     if bits[3 * values :].any():
-        raise StorageError("a bit after the last value of three bits is set; pack the model again")
+        raise ValueError("a bit after the last value of three bits is set")
     codes = numpy.packbits(bits[: 3 * values].reshape(-1, 3), axis=1, bitorder="little")
-    pairs = torch.from_numpy(codes).view(-1, 2) + CODES // 4
+    return _in_pairs(torch.from_numpy(codes).view(-1) + CODES // 4)
+
+
+def _nibbles(pairs: Tensor) -> Tensor:
+    """The codes of int4, two from each byte."""
+    return torch.stack((pairs & 15, pairs >> 4), dim=1).view(-1)
+
+
+def _in_pairs(codes: Tensor) -> Tensor:
+    """The inverse of :func:`_nibbles`."""
+    pairs = codes.view(-1, 2)
     return pairs[:, 0] | (pairs[:, 1] << 4)
 
 
 def _is_on(grouped: Tensor, levels: Levels) -> bool:
-    """Whether the values are these numbers times scales already, judged by some of the groups.
+    """Whether the values are these numbers times scales already, up to a dtype's rounding, judged by some groups.
 
-    An error of a dtype's own rounding is none. Values that are not on the grid with a gap must not be brought to it by
-    magnitude alone: small ones of inputs that are large would become many times as large.
+    Values that are not on the grid with a gap must not be brought to it by magnitude alone: small ones of inputs that
+    are large would become many times as large.
     """
     judges = grouped[:: max(1, len(grouped) // _JUDGES)]
     return _quantise_groups(judges, levels)[2] <= ON_GRID * float(judges.double().square().sum())
 
 
 def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, float]:
-    """Whole numbers ``(groups, columns)``, bf16 scales ``(groups,)``, the best of those tried, and the squared error.
+    """Whole numbers ``(groups, columns)``, the best bf16 scales ``(groups,)`` of those tried, and the squared error.
 
     The value of largest magnitude becomes the lowest number, which has no positive counterpart, so a scale may be
     negative.

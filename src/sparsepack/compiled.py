@@ -6,6 +6,8 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
+NOT_BUILT = "install a C++ compiler and install sparsellm again"
+
 
 @cache
 def extension() -> ModuleType | None:
@@ -16,9 +18,12 @@ def extension() -> ModuleType | None:
         return None
 
 
-def kernels() -> str:
-    """One line that says which instruction sets of the extension this machine can run, best first."""
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets of the extension that this machine can run, best first; empty if it was not built."""
     library = extension()
-    if library is None:
-        return "not compiled, torch does their work; install a C++ compiler and install sparsellm again"
-    return ", ".join(name for name, supported in library.instruction_sets() if supported)
+    return () if library is None else tuple(name for name, supported in library.instruction_sets() if supported)
+
+
+def kernels() -> str:
+    """One line that says which instruction sets this machine can run, best first."""
+    return ", ".join(instruction_sets()) or f"not compiled, torch does their work; {NOT_BUILT}"

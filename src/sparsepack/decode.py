@@ -7,21 +7,28 @@ whatever the dtype of the model.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsellm.chain.structure import cache_keyword
+from sparsepack import native
+from sparsepack.codes import FLOAT_TYPES
 from sparsepack.layout import PackedWeight
-from sparsepack.masks import mask_stride, to_bits
+from sparsepack.masks import to_bits
 from sparsepack.module import PackedLinear, kernel_name
 
 FAMILIES = ("Llama", "Mistral", "Qwen2")
 _ROPES = ("default", "linear", "llama3", "yarn")  # angles that do not change with the length of the text
 _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The name of the key-value cache in a model's forward and its output, which differs between releases."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def why_not(model: Any) -> str | None:
@@ -40,8 +47,8 @@ def why_not(model: Any) -> str | None:
         return f"it has {config.hidden_act} activations and {kind} angles"
     if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
         return "its attention has a window"
-    expected = {f"{family}{part}" for part in ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")}
-    known = {*expected, f"{family}RotaryEmbedding", "ModuleList", "Linear", "Embedding", "SiLU", "SiLUActivation"}
+    parts = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+    known = {*(f"{family}{part}" for part in parts), "ModuleList", "Linear", "Embedding", "SiLU", "SiLUActivation"}
     for module in model.modules():
         name = type(module).__name__
         if name not in known and not isinstance(module, PackedLinear):
@@ -57,28 +64,27 @@ def _head_size(config: Any) -> int:
 
 
 class Decoder:
-    """Decodes one sequence with a model that :func:`why_not` has nothing against.
+    """Decodes one sequence with a model for which :func:`why_not` returns None.
 
     Args:
-        model: is read, and must stay as it is while this lives.
+        model: is read, and must stay as it is while this object lives.
         capacity: tokens of the prompt and of the continuation.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
         config, inside = model.config, model.model
-        self._model = model
-        self._kept: list[Tensor] = []  # what the plan has addresses of
-        self._size, self._capacity = _head_size(config), capacity
+        self._model, self._capacity = model, capacity
+        self._kept: list[Tensor] = []  # tensors whose addresses are in the plan
+        size = _head_size(config)
         heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
         inner = config.intermediate_size
         positions = torch.arange(capacity).unsqueeze(0)
         angles = inside.rotary_emb(torch.zeros(1, 1, hidden, dtype=torch.float32), positions)
-        cache = (len(inside.layers), 2, kv_heads, capacity, self._size)
-        self._cache = torch.zeros(cache)
-        work = torch.zeros(3 * hidden + 2 * heads * self._size + 2 * inner + heads * capacity)
+        self._cache = torch.zeros(len(inside.layers), 2, kv_heads, capacity, size)
+        work = torch.zeros(3 * hidden + 2 * heads * size + 2 * inner + heads * capacity)
         self.logits = torch.zeros(config.vocab_size)
         settings = torch.tensor([config.rms_norm_eps, inside.layers[0].self_attn.scaling])
-        plan = [len(inside.layers), hidden, heads, kv_heads, self._size, inner, capacity]
+        plan = [len(inside.layers), hidden, heads, kv_heads, size, inner, capacity]
         plan += [self._address(tensor[0]) for tensor in angles]
         plan += [self._address(settings), self._address(work), self.logits.data_ptr()]
         plan.append(self._address(inside.norm.weight))
@@ -109,30 +115,26 @@ class Decoder:
         """
         if not 0 <= position < self._capacity or not 0 <= token < len(self.logits):
             raise IndexError(f"token {token} at position {position}: the cache has {self._capacity} positions")
-        from sparsepack import native
-
         native.decode(self._plan, token, position)
         return self.logits
 
     def _address(self, tensor: Tensor) -> int:
-        """Of a copy in fp32, kept."""
+        """Address of an fp32 copy that this object keeps alive."""
         self._kept.append(tensor.detach().float().contiguous())
         return self._kept[-1].data_ptr()
 
     def _linear(self, module: Any) -> list[int]:
-        from sparsepack import native
-
-        packed = module.packed if isinstance(module, PackedLinear) else self._dense(module)
+        packed = module.packed if isinstance(module, PackedLinear) else _dense(module)
         self._kept += packed.tensors.values()
         rounded = isinstance(module, PackedLinear) and module.rounded and packed.scales is not None
         bias = getattr(module, "bias", None)
         return [*native.addresses(packed), int(rounded), 0 if bias is None else self._address(bias)]
 
-    def _dense(self, module: nn.Linear | nn.Embedding) -> PackedWeight:
-        """A dense weight in the layout of the kernels, without a copy."""
-        weight = module.weight.detach().contiguous()
-        rows, columns = weight.shape
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        mask = to_bits(torch.ones(1, columns, dtype=torch.bool)).view(1, mask_stride(columns))
-        offsets = torch.arange(rows + 1) * columns
-        return PackedWeight((rows, columns), "dense", mask, weight.view(-1), offsets, None, names[weight.dtype])
+
+def _dense(module: nn.Linear | nn.Embedding) -> PackedWeight:
+    """A dense weight in the layout of the kernels, without a copy."""
+    weight = module.weight.detach().contiguous()
+    rows, columns = weight.shape
+    kind = next(name for name, dtype in FLOAT_TYPES.items() if dtype == weight.dtype)
+    mask = to_bits(torch.ones(1, columns, dtype=torch.bool))
+    return PackedWeight((rows, columns), "dense", mask, weight.view(-1), torch.arange(rows + 1) * columns, None, kind)

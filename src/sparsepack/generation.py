@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import torch
@@ -24,11 +24,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sparsellm.arguments import LOADED, checked_arguments
-from sparsellm.errors import DataError, ModelError, shown
+from sparsepack.arguments import checked, first_mistake
 from sparsepack.decode import Decoder, why_not
+from sparsepack.errors import FormatError, SettingError
+from sparsepack.module import threads_set
 
 TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints write that there is none
+Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Generation:
         prompt_tokens, new_tokens: number of tokens of the prompt and of the new text.
         prefill_seconds: from the start to the first new token.
         decode_seconds: from the first new token to the last.
-        threads: of the CPU.
+        threads: CPU threads.
     """
 
     text: str
@@ -57,11 +59,11 @@ class Generation:
 
     def to_dict(self) -> dict[str, Any]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
-        return {**self.__dict__, "tokens_per_second": self.tokens_per_second}
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 
 
 class _Settings(BaseModel):
-    """What is taken from the generation config of a checkpoint: where a text ends, and how tokens are sampled."""
+    """The part of a checkpoint's generation config that is used: where a text ends, and how tokens are sampled."""
 
     model_config = ConfigDict(strict=True, from_attributes=True, allow_inf_nan=False)
 
@@ -72,16 +74,17 @@ class _Settings(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
 
 
-@checked_arguments(model=LOADED)
+@checked
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
-    max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    seed: int = 0,
-    on_text: Callable[[str], None] | None = None,
+    max_new_tokens: Tokens = 100,
+    temperature: Annotated[float, Field(ge=0, le=1e6, strict=False)] = 0.0,
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0,
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None,
+    on_text: Callable[[str], Any] | None = None,
 ) -> Generation:
     """The continuation of a prompt, up to the end-of-text token or ``max_new_tokens``.
 
@@ -94,30 +97,30 @@ def generate(
         prompt: the text to continue; no chat template is applied.
         max_new_tokens: the most tokens to generate.
         temperature: 0 takes the most likely token each time; above 0, tokens are sampled.
-        seed: of the sampling.
+        seed: that of the sampling.
+        threads: CPU threads; None for the current setting of torch.
         on_text: called with each new piece of text.
 
     Raises:
-        DataError: the prompt has no token, or is too long for the model.
-        ModelError: a setting of the generation config that is used has another type or is out of range.
-        RecipeError: ``max_new_tokens`` or ``temperature`` is out of range.
+        SettingError: the prompt has no token, or is too long for the model; or another argument is out of range.
+        FormatError: a setting of the generation config that is used has another type or is out of range.
     """
     settings = _settings(model, temperature)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = int(inputs["input_ids"].shape[1])
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length == 0:
-        raise DataError("the prompt is empty; give some text to continue")
+        raise SettingError("the prompt is empty; give some text to continue")
     if isinstance(limit, int) and 0 < limit < length + max_new_tokens:
-        raise DataError(
+        raise SettingError(
             f"the prompt has {length} tokens and {max_new_tokens} are to follow; the model takes {limit} in all"
         )
     streamer = _Streamer(tokenizer, on_text)
     torch.manual_seed(seed)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen = {"max_new_tokens": max_new_tokens, "pad_token_id": padding}
-    with torch.no_grad(), _generation_config(model, settings):
-        start = time.perf_counter()
+    with torch.no_grad(), _generation_config(model, settings), threads_set(threads):
+        start, count = time.perf_counter(), torch.get_num_threads()
         if why_not(model) is None:
             output = _decode(model, inputs["input_ids"], settings, max_new_tokens, streamer)
         else:
@@ -125,7 +128,7 @@ def generate(
     new = output[0, length:]
     first, last = streamer.times[0], streamer.times[-1]
     text = tokenizer.decode(new, skip_special_tokens=True)
-    return Generation(str(text), length, len(new), first - start, last - first, torch.get_num_threads())
+    return Generation(str(text), length, len(new), first - start, last - first, count)
 
 
 def _decode(model: PreTrainedModel, ids: Tensor, settings: GenerationConfig, limit: int, streamer: _Streamer) -> Tensor:
@@ -168,10 +171,8 @@ def _settings(model: PreTrainedModel, temperature: float) -> GenerationConfig:
     try:
         used = _Settings.model_validate(model.generation_config)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        raise ModelError(
-            f"{first['loc'][0]} of the model's generation config is {shown(first['input'])}: {first['msg']}; "
-            "correct generation_config.json, or remove it"
+        raise FormatError(
+            f"generation config of the model: {first_mistake(error)}; correct generation_config.json, or remove it"
         ) from None
     if temperature > 0:
         return GenerationConfig(do_sample=True, temperature=temperature, **used.model_dump())
@@ -183,7 +184,7 @@ def _settings(model: PreTrainedModel, temperature: float) -> GenerationConfig:
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Puts a config in place of the model's: what is passed to ``generate`` is filled up from the model's own."""
+    """Puts a config in place of the model's: one passed to ``generate`` is completed from the model's own."""
     before = model.generation_config
     model.generation_config = config
     try:
@@ -195,7 +196,7 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
 class _Streamer(TextStreamer):
     """transformers' streamer of printable text, which also records the time of each token."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], Any] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.on_text = on_text
         self.times: list[float] = []

@@ -1,12 +1,12 @@
 """Weights that a packed integer type represents exactly: whole numbers times the scale of their group.
 
-A group is what shares a scale: a row for int8; for int4 and int3 so many columns of a row that about 32 values are
-kept. Its value of largest magnitude, the *anchor*, stands at the end of the grid (-128, -8, -4 or ±127). So the scale
-can be read off the weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same
-numbers again. Which numbers a grid has depends on type and layout (:func:`~sparsepack.codes.levels_of`).
+A group is what shares a scale: a row for int8; for int4 and int3 the columns of a row of which about 32 are kept. Its
+value of largest magnitude, the *anchor*, stands at the end of the grid (-128, -8, -4 or ±127). So the scale can be read
+off the weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same numbers
+again. Which numbers a grid has depends on type and layout (:func:`~sparsepack.codes.levels_of`).
 
 Columns may have exponents: every value of a column is then multiplied by that power of two, exactly, and magnitudes
-compare without it. They cannot be read off a weight; who has them passes them on.
+compare without it. They cannot be read off a weight; the caller passes them.
 
 In a weight that is packed with a bitmask no value becomes 0: it would leave the mask. In one that has so few zeros that
 it is packed dense, 0 is a number like the others.
@@ -31,7 +31,7 @@ class Groups:
     """The groups of a weight ``(out, in)`` whose values share a scale.
 
     Attributes:
-        columns: of the weight.
+        columns: those of the weight.
         size: columns of a group; the last group of a row may have fewer.
         levels: the numbers of the grid.
         dense: whether the weight is packed dense, where a value may become 0.
@@ -63,7 +63,7 @@ def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor 
     Args:
         extreme: ``(groups, 1)``; rounded to ``dtype`` for int8, and to bf16 otherwise, so that the anchor is exact.
         levels: the numbers of the grid.
-        dtype: of the checkpoint.
+        dtype: that of the checkpoint.
         unit: the power of two of each one's column, ``(groups, 1)``; None for 1. The anchor is ``extreme`` times it.
     """
     one = torch.ones_like(extreme) if unit is None else unit
@@ -94,21 +94,21 @@ def on_grid(
     Args:
         weight: fp32.
         value_type: ``int8``, ``int4`` or ``int3``.
-        dtype: of the checkpoint that it is written to.
-        exponents: int8 ``(in,)``, of the columns; None for none.
-        groups: of the weight, where they are known already.
+        dtype: that of the checkpoint that it is written to.
+        exponents: int8 ``(in,)``; None for none.
+        groups: those of the weight, where they are known already.
     """
     groups = Groups.of(weight, value_type) if groups is None else groups
     powers = torch.ones(weight.shape[1], device=weight.device) if exponents is None else powers_of(exponents)
-    found = on_grid_of(groups, weight, dtype, powers)
-    if groups.dense and not Groups.of(found, value_type).dense:
-        found = on_grid_of(replace(groups, dense=False), weight, dtype, powers)
-    return found
+    rounded = on_grid_of(groups, weight, dtype, powers)
+    if groups.dense and not Groups.of(rounded, value_type).dense:
+        rounded = on_grid_of(replace(groups, dense=False), weight, dtype, powers)
+    return rounded
 
 
 def on_grid_of(groups: Groups, weight: Tensor, dtype: torch.dtype, powers: Tensor) -> Tensor:
-    """As :func:`on_grid` for given groups and powers of two ``(in,)`` of columns; a few rows at a time on a CPU."""
-    found = torch.empty_like(weight)
+    """:func:`on_grid` for given groups and powers of two ``(in,)`` of columns; a few rows at a time on a CPU."""
+    rounded = torch.empty_like(weight)
     few = max(1, min(len(weight), AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight))
     units_of_few = groups.collect(powers.expand(few, -1))
     for start in range(0, len(weight), few):
@@ -116,5 +116,5 @@ def on_grid_of(groups: Groups, weight: Tensor, dtype: torch.dtype, powers: Tenso
         units, places = units_of_few[: len(grouped)], anchors(grouped)
         scales = scales_of(grouped.gather(1, places), groups.levels, dtype, units.gather(1, places))
         whole = whole_numbers(grouped, scales, groups.levels, zero=groups.dense)
-        found[start : start + few] = groups.spread(as_stored(whole, scales * units, dtype))
-    return found
+        rounded[start : start + few] = groups.spread(as_stored(whole, scales * units, dtype))
+    return rounded

@@ -1,7 +1,7 @@
 """One packed sparse weight: kept values, a bitmask or codes for their positions, and row offsets.
 
-The layout is that of the files (``docs/format.md``), so that a loaded tensor needs no conversion. This file is plain
-torch and numpy; the kernels read the same tensors.
+The layout is that of the files (``docs/format.md``), so a loaded tensor needs no conversion. This file is plain torch
+and numpy; the kernels read the same tensors.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsellm.errors import RecipeError, StorageError, nearest
-from sparsellm.patterns import NM, detect
 from sparsepack.codes import (
     FLOAT_TYPES,
     GROUPED,
@@ -27,9 +25,25 @@ from sparsepack.codes import (
     narrowed,
     resolve_value_type,
 )
-from sparsepack.masks import PATTERNS, decode_groups, encode_groups, from_bits, mask_stride, row_bytes, to_bits
+from sparsepack.errors import FormatError, SettingError
+from sparsepack.masks import (
+    NM,
+    PATTERNS,
+    decode_groups,
+    detect,
+    encode_groups,
+    filled,
+    from_bits,
+    implies,
+    mask_stride,
+    row_bytes,
+    to_bits,
+)
 
 LAYOUTS = ("bitmask", "nm", "dense")
+FIELDS = ("mask", "values", "offsets", "scales", "exponents", "levels")
+"""The tensors of a packed weight; the last three may be missing."""
+
 _DENSE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,7 +53,7 @@ class PackedWeight:
 
     Attributes:
         shape: ``(out, in)``.
-        layout: ``bitmask``, or ``nm`` if every ``m`` consecutive inputs keep exactly ``n`` values.
+        layout: ``bitmask``; ``nm`` if every ``m`` consecutive columns keep exactly ``n`` values; or ``dense``.
         mask: uint8. ``bitmask``: ``(out, 8·⌈in/64⌉)``; bit ``j`` (the ``j``-th least significant) of byte ``k`` is set
             if column ``8k + j`` is kept; bits from column ``in`` on are 0. ``nm``: ``(out, ⌈in/m·w/8⌉)``, one
             code of ``w`` bits for each group of ``m``; see :mod:`sparsepack.masks`. ``dense``: the bitmask of
@@ -52,7 +66,7 @@ class PackedWeight:
             ``(out, ⌈in/group⌉)``, one for each ``group`` (32, 64, … 1024) consecutive columns of a row, kept or not.
         value_type: ``bf16``, ``fp16``, ``fp32``, ``int8`` or ``int4``.
         pattern: ``(n, m)`` of the layout ``nm``, else None.
-        exponents: int8 ``(in,)``, -8 … 7, with integers: column ``j`` is multiplied by ``2^exponents[j]``; None for
+        exponents: int8 ``(in,)``, -8 … 7, for integers: column ``j`` is multiplied by ``2^exponents[j]``; None for
             none.
         levels: the whole number of each code of int4, int8 ``(16,)``; None for the code minus 8.
         narrow: whether all codes of int4 are 4 … 11, so that a file has them as int3.
@@ -65,7 +79,7 @@ class PackedWeight:
     offsets: Tensor
     scales: Tensor | None
     value_type: str
-    pattern: tuple[int, int] | None = None
+    pattern: NM | None = None
     exponents: Tensor | None = None
     levels: Tensor | None = None
     narrow: bool = False
@@ -78,13 +92,11 @@ class PackedWeight:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors in memory, by field."""
-        tensors = {"mask": self.mask, "values": self.values, "offsets": self.offsets}
-        more = {"scales": self.scales, "exponents": self.exponents, "levels": self.levels}
-        return tensors | {field: tensor for field, tensor in more.items() if tensor is not None}
+        return {field: getattr(self, field) for field in FIELDS if getattr(self, field) is not None}
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """The tensors in a file, by field: all rows of a dense weight are as long, so it has no offsets there."""
+        """The tensors in a file, by field: all rows of a dense weight have the same length, so no offsets there."""
         left_out = "offsets" if self.layout == "dense" else None
         written = {field: tensor for field, tensor in self.tensors.items() if field != left_out}
         return {**written, "values": narrowed(self.values)} if self.narrow else written
@@ -99,7 +111,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors in a file."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored.values())
+        return sum(tensor.nbytes for tensor in self.stored.values())
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device."""
@@ -123,63 +135,61 @@ def pack(
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.
-        value_type: one of :data:`VALUE_TYPES`, or ``keep`` for the weight's own type.
+        value_type: one of :data:`~sparsepack.codes.WRITTEN_TYPES`, or ``keep`` for the weight's own type.
         layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
             bits), or ``auto`` for the smallest one.
-        group: columns that share a scale of int4; None for so many that about 32 of them are kept.
-        exponents: int8 ``(in,)``, of the columns, for integers; None for none.
+        group: columns that share a scale of int4; None for the number of which about 32 are kept.
+        exponents: int8 ``(in,)``, for integers; None for none.
 
     Returns:
         The packed weight on the CPU; None if ``layout`` is ``auto`` and the dense weight takes no more bytes.
 
     Raises:
-        RecipeError: the value type or the layout is unknown, or the weight satisfies no N:M pattern.
-        StorageError: the weight is no floating matrix, or ``keep`` is given for a type that has no packed form.
-        NumericalError: a value is not finite and the value type is an integer; or it overflows the value type.
+        SettingError: the value type or the layout is unknown, or the weight satisfies no N:M pattern.
+        FormatError: the weight is not a floating matrix; ``keep`` is given for a type that has no packed form; or a
+            value overflows the value type, or is not finite and the value type is an integer.
     """
     if weight.dim() != 2 or weight.dtype not in _DENSE_TYPES or weight.numel() == 0:
-        raise StorageError(
+        raise FormatError(
             f"a weight of {weight.dtype} and shape {tuple(weight.shape)} cannot be packed; "
             "only matrices of fp64, fp32, fp16 and bf16 are"
         )
     if layout not in ("auto", *LAYOUTS):
-        raise RecipeError(f"unknown layout {layout!r}; {nearest(layout, ('auto', *LAYOUTS))}")
+        raise SettingError(f"unknown layout {layout!r:.100}; choose one of auto, {', '.join(LAYOUTS)}")
     value_type = resolve_value_type(value_type, weight.dtype)
     weight = weight.detach().cpu()
     kept = weight != 0
-    pattern = _detect(weight) if layout not in ("bitmask", "dense") else None
+    pattern = detect(kept) if layout not in ("bitmask", "dense") else None
     if layout == "nm" and pattern is None:
-        raise RecipeError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
-    shape = (weight.shape[0], weight.shape[1])
-    forms = _forms(shape, kept.count_nonzero(dim=1), pattern, value_type, group)
+        raise SettingError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
+    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), pattern, value_type, group)
     if layout == "auto":
         layout = min(forms, key=lambda name: forms[name][0])
-        if forms[layout][0] >= weight.numel() * weight.element_size():
+        if forms[layout][0] >= weight.nbytes:
             return None
-    group = forms[layout][1]
-    mask, pair = to_bits(kept), None
     if layout == "nm":
         assert pattern is not None
-        # A group with more zeros than the pattern requires stores the first of them as kept values.
-        kept = pattern.mask(kept.to(torch.float32))
-        mask, pair = encode_groups(kept, pattern), (pattern.n, pattern.m)
+        kept = filled(kept, pattern)
+        mask = encode_groups(kept, pattern)
     elif layout == "dense":
         kept = torch.ones_like(kept)
         mask = to_bits(kept[:1])
+    else:
+        mask = to_bits(kept)
     exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
-    found = encode_values(weight, kept, value_type, group, exponents, layout=layout)
+    encoded = encode_values(weight, kept, value_type, forms[layout][1], exponents, layout)
     narrow = value_type == "int3"
     return PackedWeight(
-        shape,
+        _shape(weight),
         layout,
         mask,
-        found.values,
-        found.offsets,
-        found.scales,
+        encoded.values,
+        encoded.offsets,
+        encoded.scales,
         "int4" if narrow else value_type,
-        pair,
+        pattern if layout == "nm" else None,
         exponents,
-        found.levels,
+        encoded.levels,
         narrow,
     )
 
@@ -189,9 +199,8 @@ def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
 
     Both depend on its zeros alone.
     """
-    weight = weight.detach().cpu()
-    shape = (weight.shape[0], weight.shape[1])
-    forms = _forms(shape, weight.count_nonzero(dim=1), _detect(weight), value_type, None)
+    kept = weight.detach().cpu() != 0
+    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), detect(kept), value_type, None)
     layout = min(forms, key=lambda name: forms[name][0])
     return layout, forms[layout][1]
 
@@ -199,18 +208,18 @@ def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
 def predicted_bytes(
     shape: tuple[int, int], zeros: int, value_type: str, pattern: NM | None = None, *, exponents: bool = False
 ) -> int:
-    """Bytes that :func:`pack` writes of an integer weight ``(out, in)`` with so many zeros, if all rows have as many.
+    """Bytes of a weight in its smallest form, from its zeros, which are taken to be spread evenly over the rows.
 
     Args:
-        shape: of the weight.
+        shape: ``(out, in)``.
         zeros: their number.
-        value_type: ``int8``, ``int4`` or ``int3``.
-        pattern: an N:M that the weight satisfies; None for none.
+        value_type: the type of the values.
+        pattern: the N:M that the weight satisfies; None for none.
         exponents: whether its columns have exponents.
     """
     out, columns = shape
     counts = (torch.arange(out + 1) * (out * columns - zeros) // out).diff()
-    coded = next((each for each in PATTERNS if pattern is not None and pattern.implies(each)), None)
+    coded = next((other for other in PATTERNS if pattern is not None and implies(pattern, other)), None)
     return min(size for size, _ in _forms(shape, counts, coded, value_type, None).values()) + columns * exponents
 
 
@@ -220,26 +229,29 @@ def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:
     return torch.arange(out + 1) * (columns + columns % 2 if value_type == "int4" else columns)
 
 
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
+
+
 def _forms(
     shape: tuple[int, int], counts: Tensor, pattern: NM | None, value_type: str, group: int | None
 ) -> dict[str, tuple[int, int | None]]:
     """The bytes and the int4 group of a weight in every layout that it can have, from the kept values of each row."""
     out, columns = shape
-    wanted = {
-        "bitmask": (counts, out * mask_stride(columns)),
+    index_of_rows = 8 * (out + 1)
+    parts = {  # values of each row, and bytes of mask and offsets
+        "bitmask": (counts, out * mask_stride(columns) + index_of_rows),
         "dense": (torch.full_like(counts, columns), mask_stride(columns)),
     }
     if pattern is not None:
-        full = torch.full_like(counts, columns // pattern.m * pattern.n)
-        wanted["nm"] = (full, out * row_bytes(pattern, columns))
+        kept = torch.full_like(counts, columns // pattern[1] * pattern[0])
+        parts["nm"] = (kept, out * row_bytes(pattern, columns) + index_of_rows)
     forms: dict[str, tuple[int, int | None]] = {}
-    for layout, (values, index) in wanted.items():
-        columns_of_scale = None
+    for layout, (values, index) in parts.items():
+        size = None
         if value_type in GROUPED:
-            columns_of_scale = group or best_group(int(values.sum()) / (out * columns))
-        groups = groups_of(columns, columns_of_scale or 1)
-        index += 0 if layout == "dense" else 8 * (out + 1)
-        forms[layout] = (index + bytes_of_values(values, value_type, groups, layout), columns_of_scale)
+            size = group or best_group(int(values.sum()) / (out * columns))
+        forms[layout] = (index + bytes_of_values(values, value_type, groups_of(columns, size or 1), layout), size)
     return forms
 
 
@@ -257,14 +269,8 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, dtype: torch.dtype)
     """Rows ``first:last`` of a weight in the layout ``bitmask`` or ``dense``, dense: ``(last - first, in)``."""
     mask = packed.mask.expand(last, -1) if packed.layout == "dense" else packed.mask
     kept = from_bits(mask[first:last], packed.shape[1])
-    values = decode_values(
-        packed.value_type,
-        Encoded(packed.values, packed.offsets, packed.scales, packed.levels),
-        slice(first, last),
-        kept,
-        packed.group,
-        packed.exponents,
-    )
+    stored = Encoded(packed.values, packed.offsets, packed.scales, packed.levels)
+    values = decode_values(packed.value_type, stored, slice(first, last), kept, packed.group, packed.exponents)
     dense = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
     return dense.masked_scatter_(kept, values.to(dtype))
 
@@ -273,11 +279,5 @@ def as_bitmask(packed: PackedWeight) -> PackedWeight:
     """The same weight as kernels read it: codes of N:M become a bitmask; other layouts and values do not change."""
     if packed.pattern is None:
         return packed
-    kept = decode_groups(packed.mask, NM(*packed.pattern), packed.shape[1])
-    mask = to_bits(kept).to(packed.mask.device)
+    mask = to_bits(decode_groups(packed.mask, packed.pattern, packed.shape[1])).to(packed.mask.device)
     return dataclasses.replace(packed, layout="bitmask", mask=mask, pattern=None)
-
-
-def _detect(weight: Tensor) -> NM | None:
-    """As :func:`detect`, but faster for an unstructured weight, which the first rows nearly always rule out."""
-    return detect(weight) if detect(weight[:16]) is not None else None

@@ -9,58 +9,73 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsellm.arguments import checked_arguments
-from sparsellm.chain.open import load_config
-from sparsellm.errors import ModelError, SparseLLMError
-from sparsellm.machine.devices import resolve_device
-from sparsepack.module import activations_of, gather, set_activations
+from sparsepack.arguments import checked
+from sparsepack.errors import FormatError, PackError, SettingError
+from sparsepack.module import PackedLinear, activations_of, gather
 from sparsepack.registration import register_when_needed
 
 
-@checked_arguments()
+@checked
 def load(
     directory: str | os.PathLike[str],
     *,
-    device: str = "cpu",
-    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
     activations: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A causal language model from a directory that :func:`sparsellm.pack` wrote; its linears stay packed in memory.
+    """A causal language model from a directory that ``sparsellm pack`` wrote; its linears stay packed in memory.
 
-    ``AutoModelForCausalLM.from_pretrained`` returns the same after ``import sparsellm``. A dense directory loads as
+    ``AutoModelForCausalLM.from_pretrained`` returns the same after ``import sparsepack``. A dense directory loads as
     usual. Only safetensors are read.
 
     Args:
         directory: a checkpoint, packed or dense.
         device: the device of the model: ``auto``, ``cpu``, ``cuda``, ...
-        dtype: of activations and of the weights that are not packed: ``auto`` for the one in ``config.json``.
+        dtype: that of activations and of the weights that are not packed: ``auto`` for the one in ``config.json``.
         activations: ``int8`` where the kernels may round activations to whole numbers (decoding, weights of int8 and
             int4), ``fp32`` for exact ones; None for ``SPARSELLM_ACTIVATIONS`` in the environment, else int8.
         kwargs: passed on to ``from_pretrained``.
 
     Raises:
-        RecipeError: the machine has no such device.
-        KernelError: ``activations`` is unknown.
-        ModelError: there is no checkpoint, or it is not a decoder-only model.
-        StorageError: the files are damaged.
+        SettingError: the machine has no such device, or ``activations`` is unknown.
+        FormatError: there is no checkpoint, it is damaged, or transformers cannot load it.
     """
-    place = resolve_device(device)
-    activations_of(activations)
+    place = _device(device)
+    rounded = activations_of(activations) == "int8"
     path = Path(directory).expanduser()
     if not path.is_dir():
-        raise ModelError(f"{directory} is no directory; give one that `sparsellm pack` or save_pretrained wrote")
-    load_config(path, trust_remote_code=bool(kwargs.get("trust_remote_code", False)))
+        raise FormatError(f"{path} is not a directory; give one that `sparsellm pack` or save_pretrained wrote")
     register_when_needed()
+    chosen = {"trust_remote_code": False, **kwargs}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kwargs)
-    except SparseLLMError:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **chosen)
+    except PackError:
         raise
     except Exception as error:  # damage raises TypeError, KeyError, SafetensorError, ...
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"transformers cannot load {directory}: {first_line[:300]}") from error
+        raise FormatError(f"transformers cannot load {path}: {first_line[:300]}") from error
     assert isinstance(model, PreTrainedModel)
-    set_activations(model, activations)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.rounded = rounded
     torch.nn.Module.to(model.eval(), place)
     gather(model)
     return model
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """The device of a name; ``auto`` is the first GPU, or the CPU.
+
+    Raises:
+        SettingError: torch cannot use it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingError(f"device {str(name)!r:.100} cannot be used here ({reason[:160]}); try cpu or auto") from None
+    return device

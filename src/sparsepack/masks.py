@@ -1,11 +1,10 @@
-"""Positions of the kept values: a bitmask, or for N:M one code for each group of ``m`` consecutive inputs.
+"""Positions of the kept values: a bitmask, or for N:M one code for each group of ``m`` consecutive columns.
 
-A bitmask has one bit for each input, least significant first, and rows of whole 64-bit words.
+A bitmask has one bit for each column, least significant first, and rows of whole 64-bit words.
 
-A code encodes which ``n`` of ``m`` inputs are kept, in fewer than ``m`` bits. There are C(m, n) possibilities. They are
-numbered in lexicographic order of the kept positions (2:4: 01 02 03 12 13 23 are 0 … 5), and the number takes
-⌈log2 C(m, n)⌉ bits: 3 for 2:4, 2 for 1:4, 7 for 4:8. The codes of a row are concatenated as bits, least significant
-first, and every row begins on a byte.
+A code says which ``n`` of ``m`` columns are kept. The C(m, n) possibilities are numbered in lexicographic order of the
+kept positions (2:4: 01 02 03 12 13 23 are 0 … 5); a number takes ⌈log2 C(m, n)⌉ bits: 3 for 2:4, 2 for 1:4, 7 for 4:8.
+The codes of a row are concatenated as bits, least significant first, and every row begins on a byte.
 """
 
 from __future__ import annotations
@@ -18,9 +17,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from sparsellm.patterns import NM
+NM = tuple[int, int]
+"""``(n, m)``: of every ``m`` consecutive columns, ``n`` are kept."""
 
-PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8))  # the packed format has codes for these
+PATTERNS: tuple[NM, ...] = ((1, 4), (2, 4), (4, 8))  # those that have codes, the strictest first
+_SAMPLE = 16  # rows that nearly always rule out N:M for an unstructured weight
+
+_SET_BITS = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1).sum(axis=1, dtype=numpy.uint8)
 
 
 def mask_stride(columns: int) -> int:
@@ -39,42 +42,60 @@ def to_bits(kept: Tensor) -> Tensor:
 def from_bits(mask: Tensor, columns: int) -> Tensor:
     """A bitmask ``(rows, stride)`` as bool ``(rows, columns)``, on its device."""
     if mask.device.type == "cpu":
-        return torch.from_numpy(numpy.unpackbits(mask.numpy(), axis=1, count=columns, bitorder="little")).view(
-            torch.bool
-        )
+        bits = numpy.unpackbits(mask.numpy(), axis=1, count=columns, bitorder="little")
+        return torch.from_numpy(bits).view(torch.bool)
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
     return bits.view(len(mask), -1)[:, :columns].bool()
 
 
-def popcount(mask: Tensor) -> Tensor:
-    """The number of set bits in each row of a bitmask, int64 ``(rows,)``; adds 64 bits at a time."""
-    words = numpy.ascontiguousarray(mask.cpu().numpy()).view(numpy.uint64)
-    words = words - ((words >> numpy.uint64(1)) & numpy.uint64(0x5555555555555555))
-    quads = numpy.uint64(0x3333333333333333)
-    words = (words & quads) + ((words >> numpy.uint64(2)) & quads)
-    words = (words + (words >> numpy.uint64(4))) & numpy.uint64(0x0F0F0F0F0F0F0F0F)
-    return torch.from_numpy(words.view(numpy.uint8).sum(axis=1, dtype=numpy.int64))
+def set_bits(mask: Tensor) -> Tensor:
+    """The number of set bits in each row of a bitmask, int64 ``(rows,)``."""
+    return torch.from_numpy(_SET_BITS[mask.cpu().numpy()].sum(axis=1, dtype=numpy.int64))
+
+
+def detect(kept: Tensor) -> NM | None:
+    """The strictest of :data:`PATTERNS` that bool ``(out, in)`` satisfies, if any."""
+
+    def satisfied(rows: Tensor, n: int, m: int) -> bool:
+        return rows.shape[1] % m == 0 and bool((rows.reshape(-1, m).sum(dim=1) <= n).all())
+
+    return next((nm for nm in PATTERNS if satisfied(kept[:_SAMPLE], *nm) and satisfied(kept, *nm)), None)
+
+
+def implies(pattern: NM, other: NM) -> bool:
+    """Whether each weight that satisfies a pattern must satisfy the other."""
+    (n, m), (most, size) = pattern, other
+    kept = min(n, size) if m % size == 0 else n * size // m if size % m == 0 else size
+    return kept <= most
+
+
+def filled(kept: Tensor, pattern: NM) -> Tensor:
+    """Bool ``(out, in)`` with exactly ``n`` of every ``m``: the kept ones, then the first of the others."""
+    n, m = pattern
+    groups = kept.view(len(kept), -1, m)
+    missing = n - groups.sum(dim=2, keepdim=True)
+    return (groups | ((~groups).cumsum(dim=2) <= missing)).view_as(kept)
 
 
 def code_bits(pattern: NM) -> int:
     """Bits of one group's code."""
-    return (math.comb(pattern.m, pattern.n) - 1).bit_length()
+    n, m = pattern
+    return (math.comb(m, n) - 1).bit_length()
 
 
 def row_bytes(pattern: NM, columns: int) -> int:
     """Bytes of one row of codes."""
-    return (columns // pattern.m * code_bits(pattern) + 7) // 8
+    return (columns // pattern[1] * code_bits(pattern) + 7) // 8
 
 
 def encode_groups(kept: Tensor, pattern: NM) -> Tensor:
     """Bool ``(out, in)`` with exactly ``n`` of every ``m`` set, as codes: uint8 ``(out, row_bytes)``."""
-    out, columns = kept.shape
-    groups = kept.cpu().numpy().reshape(out, columns // pattern.m, pattern.m)
+    groups = kept.cpu().numpy().reshape(len(kept), -1, pattern[1])
     as_number = numpy.packbits(groups, axis=2, bitorder="little")[:, :, 0]  # (out, groups), m ≤ 8 bits
     code = numpy.zeros(256, dtype=numpy.uint8)
     code[_members(pattern)] = numpy.arange(len(_members(pattern)))
     bits = numpy.unpackbits(code[as_number][..., None], axis=2, count=code_bits(pattern), bitorder="little")
-    return torch.from_numpy(numpy.packbits(bits.reshape(out, -1), axis=1, bitorder="little"))
+    return torch.from_numpy(numpy.packbits(bits.reshape(len(kept), -1), axis=1, bitorder="little"))
 
 
 def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
@@ -83,7 +104,7 @@ def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
     Raises:
         ValueError: a code is not below C(m, n), or a bit after a row's last code is set.
     """
-    out, width, groups = len(codes), code_bits(pattern), columns // pattern.m
+    out, width, groups = len(codes), code_bits(pattern), columns // pattern[1]
     bits = numpy.unpackbits(codes.cpu().numpy(), axis=1, bitorder="little")
     if bits[:, groups * width :].any():
         raise ValueError("a padding bit is set")
@@ -91,14 +112,13 @@ def decode_groups(codes: Tensor, pattern: NM, columns: int) -> Tensor:
     members = _members(pattern)
     highest = int(numpy.max(code))
     if highest >= len(members):
-        raise ValueError(f"code {highest} is none of the {len(members)} of {pattern}")
-    number = members[code]  # (out, groups)
-    kept = numpy.unpackbits(number[..., None], axis=2, count=pattern.m, bitorder="little")
+        raise ValueError(f"code {highest} is not below {len(members)}")
+    kept = numpy.unpackbits(members[code][..., None], axis=2, count=pattern[1], bitorder="little")
     return torch.from_numpy(kept.reshape(out, columns)).view(torch.bool)
 
 
 @cache
 def _members(pattern: NM) -> numpy.ndarray:
     """The bits of each code, as a number: uint8 ``(C(m, n),)``."""
-    chosen = itertools.combinations(range(pattern.m), pattern.n)
+    chosen = itertools.combinations(range(pattern[1]), pattern[0])
     return numpy.array([sum(1 << place for place in places) for places in chosen], dtype=numpy.uint8)

@@ -13,32 +13,28 @@ import importlib
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from sparsellm.errors import KernelError, SparseLLMError, StorageError, nearest
-from sparsepack.codes import FLOAT_TYPES, type_of_values
-from sparsepack.layout import PackedWeight, as_bitmask, unpack, unpack_rows
-from sparsepack.validation import validate
+from sparsepack.codes import FLOAT_TYPES, STORED_AS
+from sparsepack.errors import FormatError, PackError, SettingError
+from sparsepack.layout import FIELDS, PackedWeight, as_bitmask, unpack, unpack_rows
+from sparsepack.validation import PACK_AGAIN, validate
 
 SMALL_BATCH = 16  # tokens; the limit of the kernels on packed weights
 TILE = 1 << 20  # weights in a tile; a larger one leaves the cache before it is used, a smaller one slows the product
 ROWS = 64  # the rows of a tile are a multiple of this, for blocked products
+LARGE_PAGES = 1 << 22  # bytes from which on weights are gathered: two large pages
 
 ACTIVATIONS = ("int8", "fp32")  # what kernels multiply weights of int8 and int4 by; the first is the default
-PACKED_BUFFERS = (
-    "weight_mask",
-    "weight_values",
-    "weight_offsets",
-    "weight_scales",
-    "weight_exponents",
-    "weight_levels",
-)
+PACKED_BUFFERS = tuple(f"weight_{field}" for field in FIELDS)
+Parts = Sequence[Optional[Tensor]]  # noqa: UP045 - torch reads this spelling alone
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
 
 
@@ -46,8 +42,7 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)``: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
     Args:
-        packed: a weight in the layout ``bitmask`` or ``dense`` that passed
-            :func:`sparsepack.validation.validate`.
+        packed: a weight in the layout ``bitmask`` or ``dense`` that passed :func:`sparsepack.validation.validate`.
         x: fp32, bf16 or fp16, on the weight's device.
         rounded: whether the kernel may round a small batch to int8, where the weight is int8 or int4.
     """
@@ -64,21 +59,13 @@ def activations_of(name: str | None = None) -> str:
     """``int8`` or ``fp32``: a name that was given, else ``SPARSELLM_ACTIVATIONS`` in the environment, else int8.
 
     Raises:
-        KernelError: it is neither.
+        SettingError: it is neither.
     """
     asked = os.environ.get("SPARSELLM_ACTIVATIONS", "").strip() if name is None else name
     if asked and asked not in ACTIVATIONS:
         source = "SPARSELLM_ACTIVATIONS" if name is None else "activations"
-        raise KernelError(f"{source}: {asked!r:.100} is unknown; {nearest(asked, ACTIVATIONS)}")
+        raise SettingError(f"{source}: {asked!r:.100} is unknown; choose one of {', '.join(ACTIVATIONS)}")
     return asked or ACTIVATIONS[0]
-
-
-def set_activations(model: nn.Module, name: str | None = None) -> None:
-    """Sets whether the kernels round activations (:func:`activations_of`) in all packed layers of a model."""
-    rounded = activations_of(name) == "int8"
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.rounded = rounded
 
 
 def gather(model: nn.Module) -> None:
@@ -94,7 +81,7 @@ def gather(model: nn.Module) -> None:
                 if buffer is not None and buffer.device.type == "cpu" and buffer.numel():
                     places.setdefault(buffer.data_ptr(), []).append((module, name))
     sizes = [-(-getattr(*users[0]).nbytes // 64) * 64 for users in places.values()]
-    if sum(sizes) < 1 << 22:  # two large pages
+    if sum(sizes) < LARGE_PAGES:
         return
     block = torch.empty(sum(sizes), dtype=torch.uint8)
     _ask_for_large_pages(block)
@@ -115,6 +102,17 @@ def _ask_for_large_pages(block: Tensor) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
 
 
+@contextmanager
+def threads_set(count: int | None) -> Iterator[None]:
+    """Uses this number of CPU threads inside the context, then restores the previous one; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def kernel_name(device: str = "cpu") -> str:
     """The instruction set of the kernel for small batches on this machine, or ``torch`` if there is no kernel."""
     kernels = _kernels(device)
@@ -129,7 +127,7 @@ def _kernels(device: str) -> ModuleType | None:
         return None
     try:
         module = importlib.import_module(f"sparsepack.{name}")
-    except ImportError:  # built without a compiler, or no Triton for this platform
+    except ImportError:  # no Triton for this platform
         return None
     return module if module.available() else None
 
@@ -140,101 +138,70 @@ def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., 
     if rows > ROWS:
         rows -= rows % ROWS
     y = x.new_empty(len(x), out)
-    buffer = x.new_empty(rows, columns) if unpack_tile is not None else None
+    buffer = None if unpack_tile is None else x.new_empty(rows, columns)
     for first in range(0, out, rows):
         last = min(first + rows, out)
-        if unpack_tile is not None:
-            assert buffer is not None
+        if unpack_tile is None or buffer is None:
+            tile = unpack_rows(packed, first, last, x.dtype)
+        else:
             tile = buffer[: last - first]
             unpack_tile(packed, first, last, tile)
-        else:
-            tile = unpack_rows(packed, first, last, x.dtype)
-        torch.mm(x, tile.t(), out=y[:, first:last])  # a copy from a result of its own costs a tenth of a short prompt
+        torch.mm(x, tile.t(), out=y[:, first:last])  # a copy from a separate result costs a tenth of a short prompt
     return y
 
 
-def _assemble(
-    columns: int,
-    mask: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    exponents: Tensor | None,
-    levels: Tensor | None,
-) -> PackedWeight:
-    """The packed weight of these buffers; a single mask for several rows is that of the layout ``dense``."""
+def _assemble(parts: Parts, columns: int, name: str = "weight") -> PackedWeight:
+    """The packed weight of the tensors of :data:`FIELDS`; one mask for several rows is that of the layout ``dense``.
+
+    Raises:
+        FormatError: the values have a type that the format does not have.
+    """
+    mask, values, offsets, scales, exponents, levels = parts
+    assert mask is not None
+    assert values is not None
+    assert offsets is not None
+    kind = next((kind for kind, stored in STORED_AS.items() if stored == values.dtype), None)
+    if kind is None:
+        raise FormatError(f"packed weight {name}: values cannot be {values.dtype}; {PACK_AGAIN}")
     shape = (offsets.shape[0] - 1, columns)
     layout = "dense" if mask.shape[0] == 1 < shape[0] else "bitmask"
-    kind = type_of_values(values.dtype)
     return PackedWeight(shape, layout, mask, values, offsets, scales, kind, exponents=exponents, levels=levels)
 
 
 @torch.library.custom_op("sparsellm::packed_linear", mutates_args=())
-def packed_linear(
-    x: Tensor,
-    mask: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    exponents: Tensor | None,
-    levels: Tensor | None,
-    rounded: bool,
-) -> Tensor:
+def packed_linear(x: Tensor, parts: Parts, rounded: bool) -> Tensor:
     """:func:`multiply` as an operator for torch.compile and autograd; ``x (tokens, in)``."""
-    return multiply(_assemble(x.shape[-1], mask, values, offsets, scales, exponents, levels), x, rounded)
+    return multiply(_assemble(parts, x.shape[-1]), x, rounded)
 
 
 @packed_linear.register_fake
-def _(
-    x: Tensor,
-    mask: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    exponents: Tensor | None,
-    levels: Tensor | None,
-    rounded: bool,
-) -> Tensor:
+def _(x: Tensor, parts: Parts, rounded: bool) -> Tensor:
+    offsets = parts[2]
+    assert offsets is not None
     return x.new_empty(x.shape[0], offsets.shape[0] - 1)
 
 
 @torch.library.custom_op("sparsellm::packed_linear_backward", mutates_args=())
-def packed_linear_backward(
-    grad: Tensor,
-    mask: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    exponents: Tensor | None,
-    levels: Tensor | None,
-    columns: int,
-) -> Tensor:
+def packed_linear_backward(grad: Tensor, parts: Parts, columns: int) -> Tensor:
     """The gradient of the input, ``grad W`` for ``grad (tokens, out)``. An operator, as unpacking cannot be traced."""
-    return grad @ unpack(_assemble(columns, mask, values, offsets, scales, exponents, levels), grad.dtype)
+    return grad @ unpack(_assemble(parts, columns), grad.dtype)
 
 
 @packed_linear_backward.register_fake
-def _(
-    grad: Tensor,
-    mask: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    scales: Tensor | None,
-    exponents: Tensor | None,
-    levels: Tensor | None,
-    columns: int,
-) -> Tensor:
+def _(grad: Tensor, parts: Parts, columns: int) -> Tensor:
     return grad.new_empty(grad.shape[0], columns)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *ctx.parts, _ = inputs
+    x, ctx.parts, _ = inputs
     ctx.columns = x.shape[-1]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Only the input has a gradient: a packed weight is not trained."""
-    return packed_linear_backward(grad, *ctx.parts, ctx.columns), None, None, None, None, None, None, None
+    # torch takes a list with a None in it for one argument, and one of tensors alone for several.
+    none = None if any(part is None for part in ctx.parts) else [None] * len(ctx.parts)
+    return packed_linear_backward(grad, ctx.parts, ctx.columns), none, None
 
 
 packed_linear.register_autograd(_backward, setup_context=_remember)
@@ -245,24 +212,17 @@ class PackedLinear(nn.Module):
 
     ``weight`` is a placeholder with one element. It has the dtype and device that other code reads from a linear's
     weight, and its shape makes loaders without support for the format raise an error. The packed weight is in the
-    buffers ``weight_mask``, ``weight_values``, ``weight_offsets``, ``weight_scales``, ``weight_exponents`` and
-    ``weight_levels``. ``.to`` moves them, but a change of dtype converts only the placeholder and the bias: values keep
-    the type in which they were packed.
+    buffers :data:`PACKED_BUFFERS`. ``.to`` moves them, but a change of dtype converts only the placeholder and the
+    bias: values keep the type in which they were packed.
 
     Args:
-        in_features, out_features: as in ``nn.Linear``.
-        bias: whether there is one.
-        dtype: of the placeholder and the bias.
-        device: of the placeholder and the bias.
+        in_features, out_features, bias: as in ``nn.Linear``.
+        dtype, device: those of the placeholder and the bias.
     """
 
     weight: Tensor
     weight_mask: Tensor | None
     weight_values: Tensor | None
-    weight_offsets: Tensor | None
-    weight_scales: Tensor | None
-    weight_exponents: Tensor | None
-    weight_levels: Tensor | None
 
     def __init__(
         self,
@@ -288,7 +248,7 @@ class PackedLinear(nn.Module):
         """A layer around a packed weight, on its device.
 
         Raises:
-            StorageError: the packed weight is inconsistent.
+            FormatError: the packed weight is inconsistent.
         """
         module = cls(packed.shape[1], packed.shape[0], bias is not None, dtype=dtype, device=packed.mask.device)
         module.set_packed(packed)
@@ -300,44 +260,47 @@ class PackedLinear(nn.Module):
         """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask.
 
         Raises:
-            StorageError: it is inconsistent, or has another shape than this layer.
+            FormatError: it is inconsistent, or has another shape than this layer.
         """
+        self._check(packed, name)
+        packed = as_bitmask(packed).to(self.weight.device)
+        for name, field in zip(PACKED_BUFFERS, FIELDS, strict=True):
+            setattr(self, name, getattr(packed, field))
+
+    def _check(self, packed: PackedWeight, name: str) -> None:
         if packed.shape != (self.out_features, self.in_features):
-            raise StorageError(
+            raise FormatError(
                 f"packed weight {name} has shape {packed.shape}, where the model has "
                 f"{(self.out_features, self.in_features)}; config.json and the weight files do not belong together"
             )
         validate(packed, name)
-        packed = as_bitmask(packed).to(self.weight.device)
-        for name in PACKED_BUFFERS:
-            setattr(self, name, getattr(packed, name.removeprefix("weight_")))
 
     @property
     def packed(self) -> PackedWeight:
         """The packed weight, without a copy.
 
         Raises:
-            SparseLLMError: none was loaded.
+            PackError: none was loaded.
         """
-        if self.weight_mask is None or self.weight_values is None or self.weight_offsets is None:
-            raise SparseLLMError("this PackedLinear has no weight yet; load it with sparsellm.load(DIR)")
-        more = (self.weight_scales, self.weight_exponents, self.weight_levels)
-        parts = (self.weight_mask, self.weight_values, self.weight_offsets, *more)
-        return _assemble(self.in_features, *parts)
+        if self.weight_mask is None:
+            raise PackError("this PackedLinear has no weight yet; load it with sparsepack.load(DIR)")
+        return _assemble(self._parts(), self.in_features)
+
+    def _parts(self) -> list[Tensor | None]:
+        return [self._buffers[name] for name in PACKED_BUFFERS]
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
         flat = x.reshape(-1, self.in_features)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            parts = [getattr(self, name) for name in PACKED_BUFFERS]
-            y: Tensor = packed_linear(flat, *parts, self.rounded)
+            y: Tensor = packed_linear(flat, self._parts(), self.rounded)
         else:
             y = multiply(self.packed, flat, self.rounded)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
-    def to_linear(self) -> nn.Linear:
+    def to_dense(self) -> nn.Module:
         """The same layer with a dense weight, in the dtype of the placeholder."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(unpack(self.packed, self.weight.dtype), requires_grad=False)
@@ -346,8 +309,9 @@ class PackedLinear(nn.Module):
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        packed = None if self.weight_values is None else self.packed
-        kept = "no weight" if packed is None else f"{packed.value_type}, {packed.nbytes / 1e6:.2f} MB"
+        kept = "no weight"
+        if self.weight_mask is not None:
+            kept = f"{self.packed.value_type}, {self.packed.nbytes / 1e6:.2f} MB"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {kept}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
@@ -369,27 +333,15 @@ class PackedLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         """Checks the loaded tensors, then resizes the buffers, since each weight has another number of kept values."""
-        parts = {name: state_dict[prefix + name] for name in PACKED_BUFFERS if prefix + name in state_dict}
-        error_messages = rest[-1]
-        if {"weight_mask", "weight_values", "weight_offsets"} <= parts.keys():
+        parts = [state_dict.get(prefix + name) for name in PACKED_BUFFERS]
+        if not any(part is None for part in parts[:3]):
             try:
-                packed = _assemble(
-                    self.in_features,
-                    parts["weight_mask"],
-                    parts["weight_values"],
-                    parts["weight_offsets"],
-                    parts.get("weight_scales"),
-                    parts.get("weight_exponents"),
-                    parts.get("weight_levels"),
-                )
-                if packed.shape[0] != self.out_features:
-                    raise StorageError(f"{prefix}weight has {packed.shape[0]} rows, not {self.out_features}")
-                validate(packed, prefix.rstrip("."))
-            except StorageError as error:
-                error_messages.append(str(error))
+                name = prefix.rstrip(".")
+                self._check(_assemble(parts, self.in_features, name), name)
+            except FormatError as error:
+                rest[-1].append(str(error))
                 return
-            for name in PACKED_BUFFERS:
-                part = parts.get(name)
+            for name, part in zip(PACKED_BUFFERS, parts, strict=True):
                 self._buffers[name] = None if part is None else torch.empty_like(part, device=self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
@@ -428,19 +380,14 @@ class PackedEmbedding(PackedLinear):
         assert scale is not None
         self.scale = scale
 
-    def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
-        """As of a linear.
-
-        Raises:
-            StorageError: it is inconsistent, has another shape, or is not dense int8.
-        """
+    def _check(self, packed: PackedWeight, name: str) -> None:
         if (packed.layout, packed.value_type, packed.exponents) != ("dense", "int8", None):
             more = "" if packed.exponents is None else " with exponents"
-            raise StorageError(
+            raise FormatError(
                 f"packed weight {name} is {packed.layout}, {packed.value_type}{more}; an embedding is dense, int8: "
                 "pack the model again"
             )
-        super().set_packed(packed, name)
+        super()._check(packed, name)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of token ids, ``(..., columns)`` in the dtype of the placeholder."""
@@ -448,11 +395,11 @@ class PackedEmbedding(PackedLinear):
         assert packed.scales is not None
         rows = packed.values.view(packed.shape)[ids].float() * packed.scales[ids].unsqueeze(-1)
         rows = rows.to(self.weight.dtype)
-        # A factor of its own is rounded to the dtype first, as the dense embedding does.
+        # The factor is rounded to the dtype first, as the dense embedding does.
         return rows if self.kind is nn.Embedding else rows * torch.tensor(self.scale).to(rows)
 
-    def to_embedding(self) -> nn.Embedding:
-        """The same layer with a dense weight, in the dtype of the placeholder."""
+    def to_dense(self) -> nn.Module:
+        """The same embedding with a dense weight, in the dtype of the placeholder."""
         weight = unpack(self.packed, self.weight.dtype)
         if self.kind is nn.Embedding:
             embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)
@@ -468,10 +415,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     """Replaces every packed layer of a model, in place, by a dense one with the same weights."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, PackedEmbedding):
-                setattr(module, name, child.to_embedding())
-            elif isinstance(child, PackedLinear):
-                setattr(module, name, child.to_linear())
+            if isinstance(child, PackedLinear):
+                setattr(module, name, child.to_dense())
     tie = getattr(model, "tie_weights", None)  # of transformers: a head may be the embedding's weight
     if tie is not None:
         tie()

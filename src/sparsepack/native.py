@@ -18,9 +18,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparsellm.errors import KernelError, nearest
 from sparsepack.codes import CODES, SCALES_OF, STORED_AS, VALUE_TYPES, groups_of
-from sparsepack.compiled import extension
+from sparsepack.compiled import NOT_BUILT, extension, instruction_sets
+from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
 from sparsepack.masks import mask_stride
 
@@ -28,8 +28,6 @@ MAX_TOKENS = 16  # in one call; the kernels' own limit
 
 _VALUE_TYPES = {name: number for number, name in enumerate(VALUE_TYPES)}  # bf16, fp16, fp32, int8, int4 in kernels.h
 _ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-
-_threads: int | None = None
 
 
 def available() -> str | None:
@@ -46,29 +44,6 @@ def reason() -> str:
     return _chosen()[1]
 
 
-def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that this machine can run, best first; empty if the extension was not built."""
-    library = _library()
-    return () if library is None else tuple(name for name, supported in library.instruction_sets() if supported)
-
-
-def threads() -> int:
-    """The threads of a product: the number set by :func:`set_threads`, else ``torch.get_num_threads()``."""
-    return torch.get_num_threads() if _threads is None else _threads
-
-
-def set_threads(count: int | None) -> None:
-    """Sets the number of :func:`threads`; None for torch's.
-
-    Raises:
-        KernelError: ``count`` is less than 1.
-    """
-    global _threads
-    if count is not None and count < 1:
-        raise KernelError(f"threads: {count} is less than 1; give a positive number, or None to follow torch")
-    _threads = count
-
-
 def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: str | None = None) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
@@ -79,7 +54,7 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
 
     Args:
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
-            ``sparsepack.validation.validate``; offsets and mask are not checked again.
+            :func:`sparsepack.validation.validate`; offsets and mask are not checked again.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
         rounded: round ``x`` to int8 for weights of int8 and int4; no other weight is affected.
         kernel: an instruction set other than :func:`available`'s.
@@ -95,12 +70,10 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
         raise KernelError(
             f"activations of shape {tuple(x.shape)}; the kernels take (1 to {MAX_TOKENS}, {packed.shape[1]})"
         )
-    _require_cpu(x, "activations")
-    x = x.contiguous()
+    kind, x = _kind(x, "activations"), x.contiguous()
     y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
-    whole = rounded and packed.value_type in SCALES_OF
-    kind = _ACTIVATIONS[x.dtype]
-    library.multiply(index, *addresses(packed), x.shape[0], kind, x.data_ptr(), y.data_ptr(), threads(), int(whole))
+    arguments = (x.shape[0], kind, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    library.multiply(index, *addresses(packed), *arguments, int(rounded and packed.value_type in SCALES_OF))
     return y
 
 
@@ -123,8 +96,8 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, ker
         raise KernelError(f"rows {first}:{last} of a weight with {rows} rows")
     if tuple(out.shape) != (last - first, columns) or not out.is_contiguous():
         raise KernelError(f"rows go into a contiguous {(last - first, columns)}, not into {tuple(out.shape)}")
-    _require_cpu(out, "rows")
-    library.unpack_rows(index, *addresses(packed), first, last, _ACTIVATIONS[out.dtype], out.data_ptr(), threads())
+    arguments = (first, last, _kind(out, "rows"), out.data_ptr(), torch.get_num_threads())
+    library.unpack_rows(index, *addresses(packed), *arguments)
 
 
 def decode(plan: Tensor, token: int, position: int) -> None:
@@ -134,12 +107,14 @@ def decode(plan: Tensor, token: int, position: int) -> None:
         KernelError: there is no compiled kernel to use.
     """
     library, index = _kernel(None)
-    library.decode(index, plan.data_ptr(), token, position, threads())
+    library.decode(index, plan.data_ptr(), token, position, torch.get_num_threads())
 
 
-def _require_cpu(tensor: Tensor, what: str) -> None:
+def _kind(tensor: Tensor, what: str) -> int:
+    """The extension's number for the type of activations."""
     if tensor.dtype not in _ACTIVATIONS or tensor.device.type != "cpu":
         raise KernelError(f"{what} are {tensor.dtype} on {tensor.device}; the kernels take fp32, bf16, fp16 on the CPU")
+    return _ACTIVATIONS[tensor.dtype]
 
 
 def addresses(packed: PackedWeight) -> tuple[int, ...]:
@@ -153,19 +128,21 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
         raise KernelError(
             f"layout {packed.layout!r}, values {kind!r}: the kernels take bitmasks, {', '.join(STORED_AS)}"
         )
-    stride = mask_stride(columns)
-    rows = 1 if packed.layout == "dense" else out
-    wanted = [(packed.mask, torch.uint8, rows * stride), (packed.offsets, torch.int64, out + 1)]
-    wanted.append((packed.values, STORED_AS[kind], packed.values.numel()))
+    stride, dense = mask_stride(columns), packed.layout == "dense"
+    expected = [
+        (packed.mask, torch.uint8, stride * (1 if dense else out)),
+        (packed.offsets, torch.int64, out + 1),
+        (packed.values, STORED_AS[kind], packed.values.numel()),
+    ]
     if kind in SCALES_OF:
         if scales is None:
             raise KernelError(f"values of type {kind} without scales")
-        wanted.append((scales, SCALES_OF[kind], out * (groups_of(columns, packed.group) if packed.group else 1)))
+        expected.append((scales, SCALES_OF[kind], out * (groups_of(columns, packed.group) if packed.group else 1)))
         if packed.exponents is not None:
-            wanted.append((packed.exponents, torch.int8, columns))
+            expected.append((packed.exponents, torch.int8, columns))
         if packed.levels is not None:
-            wanted.append((packed.levels, torch.int8, CODES))
-    for tensor, dtype, numbers in wanted:
+            expected.append((packed.levels, torch.int8, CODES))
+    for tensor, dtype, numbers in expected:
         if tensor.dtype != dtype or tensor.numel() != numbers or not tensor.is_contiguous() or not tensor.is_cpu:
             raise KernelError(
                 f"packed weight: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, where the kernels need "
@@ -181,13 +158,14 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
         packed.offsets.data_ptr(),
         0 if scales is None else scales.data_ptr(),
         packed.group or 0,
-        0 if packed.layout == "dense" else stride,
+        0 if dense else stride,
         0 if packed.exponents is None else packed.exponents.data_ptr(),
         0 if packed.levels is None else packed.levels.data_ptr(),
     )
 
 
 def _kernel(name: str | None) -> tuple[ModuleType, int]:
+    """The extension, and the number of an instruction set in it."""
     library = _library()
     name = available() if name is None else name
     if library is None or name is None:
@@ -199,11 +177,10 @@ def _kernel(name: str | None) -> tuple[ModuleType, int]:
 def _index(name: str) -> int:
     library = _library()
     assert library is not None
-    known: list[tuple[str, bool]] = library.instruction_sets()
-    names = [each for each, _ in known]
+    names = [known for known, _ in library.instruction_sets()]
     if name not in names:
-        raise KernelError(f"unknown instruction set {name!r}; {nearest(name, [*names, 'torch'])}")
-    if not known[names.index(name)][1]:
+        raise KernelError(f"unknown instruction set {name!r:.100}; choose one of {', '.join(names)}, torch")
+    if name not in instruction_sets():
         raise KernelError(f"this machine has no {name}; it can run {', '.join(instruction_sets())}, or torch")
     return names.index(name)
 
@@ -214,10 +191,9 @@ def _chosen() -> tuple[str | None, str]:
     if asked == "torch":
         return None, "SPARSELLM_KERNEL=torch is set"
     if _library() is None:
-        hint = "install a C++ compiler and install sparsellm again"
         if asked:
-            raise KernelError(f"SPARSELLM_KERNEL={asked}: the kernels were not built; {hint}")
-        return None, f"the kernels were not built; {hint}"
+            raise KernelError(f"SPARSELLM_KERNEL={asked}: the kernels were not built; {NOT_BUILT}")
+        return None, f"the kernels were not built; {NOT_BUILT}"
     if asked:
         _index(asked)
         return asked, f"SPARSELLM_KERNEL={asked} is set"
@@ -227,11 +203,8 @@ def _chosen() -> tuple[str | None, str]:
 
 @cache
 def _library() -> ModuleType | None:
-    library = extension()
-    if library is None:
-        return None
-    start = _openmp_of_torch()
-    if start is not None:
+    library, start = extension(), _openmp_of_torch()
+    if library is not None and start is not None:
         library.use_openmp(start)
     return library
 
@@ -249,8 +222,8 @@ def _openmp_of_torch() -> int | None:
     except OSError:
         return None
     paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "omp" in line.rpartition("/")[2]}
-    beside_torch = str(Path(torch.__file__).parent)
-    for path in sorted(paths, key=lambda path: (not path.startswith(beside_torch), path)):
+    folder = str(Path(torch.__file__).parent)  # torch's own library first
+    for path in sorted(paths, key=lambda path: (not path.startswith(folder), path)):
         try:
             # RTLD_NOLOAD: only a library that is loaded already; a second OpenMP would have its own threads.
             function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel

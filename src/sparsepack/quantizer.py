@@ -6,7 +6,6 @@ linears, so that no release of transformers converts them to the model's dtype.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsellm.errors import ModelError, StorageError
-from sparsepack.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedReader, packed_entries
+from sparsepack.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedTensors, open_packed, packed_entries
+from sparsepack.errors import FormatError
 from sparsepack.module import PACKED_BUFFERS, PackedEmbedding, PackedLinear, row_scale, to_dense
 
-_PACKED_KEY = re.compile(rf"\.({'|'.join(PACKED_BUFFERS)})$")
+_PACKED_KEY = rf"\.({'|'.join(PACKED_BUFFERS)})$"
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -36,8 +35,7 @@ class PackedQuantizer(HfQuantizer):
     """Replaces the linears with packed weights by :class:`~sparsepack.module.PackedLinear`.
 
     Raises (while loading):
-        StorageError: the files are damaged, or do not fit ``config.json``.
-        ModelError: a packed linear does not exist in the model, or is another kind of module there.
+        FormatError: the files are damaged, do not fit ``config.json``, or are not those of the model.
     """
 
     requires_calibration = True  # a dense checkpoint is packed by `sparsellm pack`, not while loading
@@ -47,66 +45,61 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._entries = packed_entries(quantization_config.to_dict())
-        self._reader: PackedReader | None = None
+        self._tensors: PackedTensors | None = None
         self._modules: dict[str, str] = {}  # the linear in the model, by its name in the checkpoint
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        from sparsellm.chain.names import checkpoint_names  # this module may be imported while transformers is
-
-        directory = _directory(model, checkpoint_files)
-        self._reader = PackedReader(directory)
-        if self._reader.entries != self._entries:
-            raise ModelError(f"the given config describes other packed weights than {directory / 'config.json'}")
-        names = checkpoint_names(model, self._reader, model.state_dict(keep_vars=True))
-        self._modules = {name: names.name_of[f"{name}.weight"].removesuffix(".weight") for name in self._entries}
+        files = [Path(file) for file in checkpoint_files or ()]
+        if not files or any(file.suffix != ".safetensors" for file in files):
+            raise FormatError("a packed model has safetensors files; there are none here")
+        self._tensors = open_packed(files)
+        if self._tensors.entries != self._entries:
+            raise FormatError(f"the given config describes other packed weights than {files[0].parent / 'config.json'}")
+        self._modules = _module_names(model, list(self._entries))
         for name, entry in self._entries.items():
             parent, leaf, linear = _find(model, self._modules[name])
-            out, columns = linear.weight.shape[::-1] if isinstance(linear, Conv1D) else linear.weight.shape
-            embedding = row_scale(linear) is not None
-            if entry.shape != (out, columns) or entry.transposed != isinstance(linear, Conv1D):
-                raise ModelError(
+            transposed = isinstance(linear, Conv1D)
+            out, columns = linear.weight.shape[::-1] if transposed else linear.weight.shape
+            if entry.shape != (out, columns) or entry.transposed != transposed:
+                raise FormatError(
                     f"packed weight {name} has shape {entry.shape}, where the model has {(int(out), int(columns))}; "
                     "config.json does not belong to these weights: pack the model again"
                 )
+            embedding = row_scale(linear) is not None
             packed = PackedEmbedding(linear) if embedding else _packed_linear(linear, out, columns)
             packed.requires_grad_(False)
             setattr(parent, leaf, packed)
-        # transformers must ignore the tensors that are loaded below: 5.x reads this attribute of the model (a list at
-        # first, a set in later releases), 4.x calls update_unexpected_keys.
+        # transformers must ignore the tensors that are loaded below. The attribute is a list in some releases of
+        # transformers and a set in others.
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-        ignored = [] if ignored is None else ignored
-        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, _PACKED_KEY.pattern])
+        kind = list if ignored is None else type(ignored)
+        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), _PACKED_KEY])
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        assert self._reader is not None
-        for name in self._entries:
+        assert self._tensors is not None
+        linears = {}
+        for name, entry in self._entries.items():
             _, _, module = _find(model, self._modules[name])
             assert isinstance(module, PackedLinear)
             if module.weight.is_meta:
-                raise ModelError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
-            module.set_packed(self._reader.packed(name), name)
+                raise FormatError(f"{name} is to be offloaded to disk; a packed model must fit into memory")
+            module.set_packed(self._tensors.packed(name), name)
+            # What save_pretrained writes: the modules hold bitmasks for codes, and int4 for int3.
+            layout = "bitmask" if entry.layout == "nm" else entry.layout
+            value_type = "int4" if entry.value_type == "int3" else entry.value_type
+            held = {"layout": layout, "value_type": value_type, "pattern": None}
+            linears[name] = entry.model_copy(update=held).to_dict()
         _share_embedding(model)
-        self._reader = None
-        linears = {name: entry.to_dict() for name, entry in self._entries.items()}
-        for (
-            written
-        ) in linears.values():  # the modules hold bitmasks for codes and int4 for int3; save_pretrained writes those
-            if written.pop("pattern", None) is not None:
-                written["layout"] = "bitmask"
-            if written["value_type"] == "int3":
-                written["value_type"] = "int4"
+        self._tensors = None
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.linears = linears
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         return to_dense(model)
-
-    def update_unexpected_keys(self, model: Any, unexpected_keys: list[str], prefix: str) -> list[str]:
-        return [key for key in unexpected_keys if not _PACKED_KEY.search(key)]
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
         return True
@@ -123,8 +116,27 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(PackedQuantizer)
 
 
+def _module_names(model: Any, names: list[str]) -> dict[str, str]:
+    """The module of the model for each name of a linear in a checkpoint, by transformers' own rules."""
+    # Here, as this module may be imported while transformers is.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model, getattr(model, "_checkpoint_conversion_mapping", None) or None)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    weights, prefix = model.state_dict(keep_vars=True), model.base_model_prefix
+    modules = {}
+    for name in names:
+        key = f"{name}.weight"
+        found, _ = rename_source_key(key, renamings, converters, prefix, weights)
+        others = (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}")  # a rule for other releases may have misled
+        modules[name] = next((other for other in (found, *others) if other in weights), found).removesuffix(".weight")
+    return modules
+
+
 def _share_embedding(model: Any) -> None:
-    """Gives a head that is tied to a packed embedding a module of its own for the same tensors."""
+    """Gives a head that is tied to a packed embedding its own module for the same tensors."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(embedding, PackedEmbedding) and isinstance(head, nn.Linear):
         if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
@@ -151,14 +163,6 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module, str, Any]:
         module = None
     if isinstance(module, (nn.Linear, Conv1D, PackedLinear)) or row_scale(module) is not None:
         return parent, leaf, module
-    raise ModelError(f"packed weight {name} is no linear of {type(model).__name__}; config.json is not this model's")
-
-
-def _directory(model: Any, checkpoint_files: list[str] | None) -> Path:
-    """The directory of the checkpoint: transformers 5 passes its files, transformers 4 has its name in the config."""
-    if checkpoint_files:
-        return Path(checkpoint_files[0]).parent
-    name = str(getattr(model.config, "_name_or_path", ""))
-    if Path(name).is_dir():
-        return Path(name)
-    raise StorageError(f"no directory of packed weights at {name!r}; download the model, then give its directory")
+    raise FormatError(
+        f"packed weight {name} is not a linear of {type(model).__name__}; config.json is not this model's"
+    )

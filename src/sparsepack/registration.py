@@ -6,12 +6,12 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from importlib.abc import Loader, MetaPathFinder
-else:  # importing these base classes takes longer than all the rest of ``import sparsellm``, and they do nothing here
-    Loader = MetaPathFinder = object
+    from importlib.abc import MetaPathFinder
+else:  # importing the base class takes longer than all the rest of ``import sparsepack``, and it does nothing here
+    MetaPathFinder = object
 
 _HOST = "transformers.quantizers.auto"  # the module with the registry of quantisation methods
 
@@ -41,20 +41,13 @@ class _AfterImport(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                del loader.exec_module  # from the instance, so that the class's own method is back
+                execute(module)
+                _register()
+
+            loader.exec_module = exec_module
         return spec
-
-
-class _RegisteringLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _register()

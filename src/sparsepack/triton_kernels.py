@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsellm.errors import KernelError
 from sparsepack.codes import CODES, powers_of
+from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
 
 MAX_TOKENS = 16
@@ -115,8 +115,8 @@ def _multiply(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel
         products += _column(values, levels_pointer, before, byte, counts, KIND, 6) * x6
         products += _column(values, levels_pointer, before, byte, counts, KIND, 7) * x7
         if KIND == 2:
-            of_row = scales_pointer + row * tl.cdiv(columns, 8 * group)
-            scale = tl.load(of_row + index // group, mask=index * 8 < columns, other=0).to(tl.float32)
+            scales = scales_pointer + row * tl.cdiv(columns, 8 * group)
+            scale = tl.load(scales + index // group, mask=index * 8 < columns, other=0).to(tl.float32)
             products *= scale[None, :]
         sums += products
     y = tl.sum(sums, axis=1)
@@ -130,16 +130,12 @@ def _plain_levels(device: torch.device) -> Tensor:
     return torch.arange(CODES, dtype=torch.int8, device=device) - CODES // 2
 
 
-def _levels(packed: PackedWeight) -> Tensor:
-    return _plain_levels(packed.values.device) if packed.levels is None else packed.levels
-
-
 def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = None) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
-            ``sparsepack.validation.validate``, on the device of ``x``.
+            :func:`sparsepack.validation.validate`, on the device of ``x``.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
         launch: other numbers than those of :data:`LAUNCH`; powers of two.
 
@@ -163,16 +159,17 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
             f"activations {x.dtype} {tuple(x.shape)}: the Triton kernels take fp32, bf16 or fp16 "
             f"of (1 to {MAX_TOKENS}, {columns})"
         )
-    entering = x if packed.exponents is None else x.float() * powers_of(packed.exponents)
+    scaled = x if packed.exponents is None else x.float() * powers_of(packed.exponents)
     unused = packed.offsets
+    levels = _plain_levels(x.device) if packed.levels is None else packed.levels
     y = torch.empty(len(x), out, dtype=x.dtype, device=x.device)
     _multiply[(out,)](
         packed.mask,
         packed.values if packed.values.numel() else unused,
         packed.offsets,
         unused if packed.scales is None else packed.scales,
-        _levels(packed) if packed.value_type == "int4" else unused,
-        entering.contiguous(),
+        levels if packed.value_type == "int4" else unused,
+        scaled.contiguous(),
         y,
         out,
         columns,

@@ -7,38 +7,38 @@ import itertools
 from pathlib import Path
 
 import pytest
-import torch
 
-from sparsellm.errors import StorageError
 from sparsepack.checkpoint import PackedEntry, config_digest, manifest, packed_entries, quantization_config
-from sparsepack.codes import VALUE_TYPES
+from sparsepack.codes import WRITTEN_TYPES
+from sparsepack.errors import FormatError
 
-ENTRIES = {
-    f"layer {index}": PackedEntry((3, 8), layout, values, dtype, (2, 4) if layout == "nm" else None, transposed)
-    for index, (layout, values, dtype, transposed) in enumerate(
-        itertools.product(
-            ("bitmask", "nm"),
-            VALUE_TYPES,
-            (torch.float64, torch.float32, torch.float16, torch.bfloat16),
-            (False, True),
-        )
-    )
-}
+CHOICES = itertools.product(
+    ("bitmask", "nm"), WRITTEN_TYPES, ("float64", "float32", "float16", "bfloat16"), (False, True)
+)
 
 
 def test_entries_are_read_as_they_were_written() -> None:
-    assert packed_entries(quantization_config(ENTRIES)) == ENTRIES
-
-
-def test_stored_shape_is_that_of_the_dense_tensor() -> None:
-    assert PackedEntry((3, 8), "bitmask", "bf16", torch.float32).stored_shape == (3, 8)
-    assert PackedEntry((3, 8), "bitmask", "bf16", torch.float32, transposed=True).stored_shape == (8, 3)
+    entries = {
+        f"layer {index}": PackedEntry(
+            shape=(3, 8),
+            layout=layout,
+            value_type=values,
+            dtype=dtype,
+            pattern=(2, 4) if layout == "nm" else None,
+            transposed=transposed,
+        )
+        for index, (layout, values, dtype, transposed) in enumerate(CHOICES)
+    }
+    assert packed_entries(quantization_config(entries)) == entries
+    assert {entry.stored_shape for entry in entries.values() if entry.transposed} == {(8, 3)}
+    plain = {"shape": [3, 8], "layout": "bitmask", "value_type": "bf16", "dtype": "float64"}
+    assert entries["layer 0"].to_dict() == plain
 
 
 @pytest.mark.parametrize("content", [None, [], "x", {}, {"shape": [3, 8]}, {"shape": [3, 8, 1], "layout": []}])
-def test_what_is_no_entry_is_refused_with_its_name(content: object) -> None:
-    with pytest.raises(StorageError, match="describes 'some layer' wrongly"):
-        PackedEntry.from_dict("some layer", content)
+def test_a_malformed_entry_is_refused_with_its_name(content: object) -> None:
+    with pytest.raises(FormatError, match="describes 'some layer' wrongly"):
+        packed_entries({"format_version": 4, "linears": {"some layer": content}})
 
 
 def test_the_checksum_of_the_config_is_the_documented_one(tmp_path: Path) -> None:

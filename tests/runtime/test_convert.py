@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import tables
-from sparsellm.errors import ModelError, RecipeError, StorageError
+from sparsellm.errors import RecipeError, StorageError
 from sparsellm.patterns import NM
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.resume import RunState, unfinished
 from sparsepack.checkpoint import read_config
+from sparsepack.errors import FormatError
 from sparsepack.module import PackedLinear
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import family
@@ -194,7 +195,7 @@ def test_mistakes_are_named(llama: Path, packed: Path, tmp_path: Path) -> None:
         sparsellm.pack(llama, out=llama, overwrite=True)
     with pytest.raises(StorageError, match="--overwrite"):
         sparsellm.unpack(packed, out=llama)
-    with pytest.raises(ModelError, match="no directory"):
+    with pytest.raises(FormatError, match="not a directory"):
         sparsellm.load(tmp_path / "nowhere")
     assert not (tmp_path / "p").exists()
 

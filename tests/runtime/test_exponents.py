@@ -18,6 +18,7 @@ from sparsellm.errors import StorageError
 from sparsepack import native
 from sparsepack.codes import text_of_exponents
 from sparsepack.decode import Decoder, why_not
+from sparsepack.errors import FormatError
 from sparsepack.layout import PackedWeight, pack, unpack
 from sparsepack.module import PackedEmbedding, PackedLinear, multiply
 from sparsepack.validation import validate
@@ -81,7 +82,7 @@ def test_a_layer_is_that_of_its_dense_weight(values: str) -> None:
     again = PackedLinear(96, 24, bias=False)
     again.load_state_dict(module.state_dict())
     assert torch.equal(again.packed.exponents, packed.exponents)  # type: ignore[arg-type]
-    assert torch.equal(module.to_linear().weight, dense)
+    assert torch.equal(module.to_dense().weight, dense)
 
 
 def damaged(exponents: Tensor | None, value_type: str = "int4") -> PackedWeight:
@@ -96,20 +97,20 @@ def test_an_exponent_outside_the_limits_is_refused(exponent: int, place: int) ->
     if -8 <= exponent <= 7:
         validate(damaged(exponents), "w")
     else:
-        with pytest.raises(StorageError, match=f"packed weight w: an exponent is {exponent}, not one of -8 to 7"):
+        with pytest.raises(FormatError, match=f"packed weight w: an exponent is {exponent}, not one of -8 to 7"):
             validate(damaged(exponents), "w")
 
 
 def test_exponents_that_do_not_fit_are_refused() -> None:
     for exponents in (exponents_of(39), exponents_of(40).int(), exponents_of(40).view(1, -1)):
-        with pytest.raises(StorageError, match="exponents is torch"):
+        with pytest.raises(FormatError, match="exponents is torch"):
             validate(damaged(exponents), "w")
     packed = pack(sparse_weight(4, 40, 0.5))
     assert packed is not None
-    with pytest.raises(StorageError, match="exponents with values of type fp32"):
+    with pytest.raises(FormatError, match="exponents with values of type fp32"):
         validate(dataclasses.replace(packed, exponents=exponents_of(40)), "w")
     embedding = PackedEmbedding(torch.nn.Embedding(4, 40))
-    with pytest.raises(StorageError, match="int8 with exponents; an embedding is dense"):
+    with pytest.raises(FormatError, match="int8 with exponents; an embedding is dense"):
         embedding.set_packed(packed_of(4, 40, "int8", 0.0))
 
 

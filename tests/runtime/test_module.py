@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsellm.errors import SparseLLMError, StorageError
 from sparsellm.patterns import NM
 from sparsepack import module as runtime_module
 from sparsepack.codes import VALUE_TYPES
-from sparsepack.layout import PackedWeight, pack, unpack
+from sparsepack.errors import FormatError, PackError
+from sparsepack.layout import FIELDS, PackedWeight, pack, unpack
 from sparsepack.module import PackedLinear, multiply, to_dense
 from tests.packed.by_hand import sparse_weight
 
@@ -73,7 +73,7 @@ def test_small_batches_go_to_the_kernel_and_large_ones_use_its_tiles(monkeypatch
     kernels = SimpleNamespace(multiply=product, unpack_rows=rows, available=lambda: "abacus")
     monkeypatch.setattr(runtime_module, "_kernels", lambda device: kernels)
     module = layer()
-    dense = copy.deepcopy(module).to_linear()
+    dense = copy.deepcopy(module).to_dense()
     for tokens, called in ((1, ("multiply", 1)), (16, ("multiply", 16)), (17, ("rows", 48))):
         asked.clear()
         x = torch.randn(tokens, 130)
@@ -87,7 +87,7 @@ def test_any_number_of_leading_dimensions(shape: tuple[int, ...]) -> None:
     module = layer()
     x = torch.randn(shape)
     assert module(x).shape == (*shape[:-1], 48)
-    assert torch.allclose(module(x), module.to_linear()(x), atol=1e-5)
+    assert torch.allclose(module(x), module.to_dense()(x), atol=1e-5)
 
 
 def test_dtype_changes_leave_the_values_alone() -> None:
@@ -130,10 +130,10 @@ def test_damaged_state_is_refused_and_changes_nothing() -> None:
 
 
 def test_a_layer_without_a_weight_says_so() -> None:
-    with pytest.raises(SparseLLMError, match="no weight yet"):
+    with pytest.raises(PackError, match="no weight yet"):
         PackedLinear(8, 8)(torch.randn(1, 8))
     assert "no weight" in repr(PackedLinear(8, 8))
-    with pytest.raises(StorageError, match="shape"):
+    with pytest.raises(FormatError, match="shape"):
         PackedLinear(8, 8).set_packed(layer().packed)
 
 
@@ -146,19 +146,20 @@ def test_codes_of_n_m_are_computed_with_as_bits() -> None:
     assert torch.allclose(module(x), x @ weight.t(), atol=1e-5)
 
 
-def test_the_operator_keeps_torch_s_rules() -> None:
+@pytest.mark.parametrize("levels", [None, torch.arange(-8, 8).to(torch.int8)])
+def test_the_operator_keeps_torch_s_rules(levels: Tensor | None) -> None:
     exponents = torch.arange(70).remainder(16).sub(8).to(torch.int8)
-    packed = pack(sparse_weight(24, 70, 0.5), "int8", exponents=exponents)
+    packed = pack(sparse_weight(24, 70, 0.5), "int4", exponents=exponents)
     assert packed is not None
     x = torch.randn(5, 70, requires_grad=True)
-    arguments = (x, packed.mask, packed.values, packed.offsets, packed.scales, exponents, None, False)
-    torch.library.opcheck(runtime_module.packed_linear, arguments)
+    parts = [getattr(packed, field) for field in FIELDS[:-1]]
+    torch.library.opcheck(runtime_module.packed_linear, (x, [*parts, levels], False))
 
 
 def test_gradient_of_the_input_is_that_of_the_dense_layer() -> None:
     module = layer("bf16")
     module.requires_grad_(False)
-    dense = copy.deepcopy(module).to_linear()
+    dense = copy.deepcopy(module).to_dense()
     x = torch.randn(2, 3, 130, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     module(x).square().sum().backward()

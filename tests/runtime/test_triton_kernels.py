@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from sparsellm.errors import KernelError
+from sparsepack.errors import KernelError
 from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, random_weight
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -19,8 +19,8 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import SparseLLMError
 from sparsellm.storage import resume, shard, writer
+from sparsellm.storage.packed_reader import open_checkpoint
 from sparsellm.storage.reader import raw_bytes
-from sparsepack.checkpoint import open_checkpoint
 from tests import forking
 from tests.storage.deaths import Died, dying
 

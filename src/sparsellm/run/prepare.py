@@ -26,6 +26,7 @@ from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.chain.products import Bf16Products, bf16_is_native
 from sparsellm.chain.streams import check_forward, windows_in_batch
 from sparsellm.errors import DataError, RecipeError
+from sparsellm.inputs.json_input import read_object
 from sparsellm.machine import heap
 from sparsellm.machine.devices import resolve_device
 from sparsellm.methods import METHODS
@@ -45,7 +46,7 @@ from sparsellm.storage.destination import check_destination
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE, check_sweepable
-from sparsepack.checkpoint import is_packed, read_config
+from sparsepack.checkpoint import is_packed
 
 if TYPE_CHECKING:
     from sparsellm.run.stages import Stage
@@ -423,7 +424,7 @@ def _directory(
         return None
     directory = parallel.main_first(lambda: checkpoint_directory(str(model), argument))
     destination(request, sources=[directory])
-    if request.out is None and is_packed(read_config(directory)):
+    if request.out is None and is_packed(read_object(directory / "config.json")):
         raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
     return directory
 

@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import astuple
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | 
             linear.shape,
             linear.zeros,
             recipe.values,
-            parse_pattern(linear.pattern) if linear.pattern is not None else None,
+            None if linear.pattern is None else astuple(parse_pattern(linear.pattern)),
             exponents=bool(linear.exponents),
         )
         for linear in linears

@@ -12,8 +12,8 @@ from sparsellm.chain import Chain
 from sparsellm.chain.likeness import config_difference, shape_difference
 from sparsellm.chain.open import load_config, load_tokenizer
 from sparsellm.errors import ModelError, RecipeError
+from sparsellm.storage.packed_reader import open_checkpoint
 from sparsellm.storage.reader import CheckpointReader
-from sparsepack.checkpoint import open_checkpoint
 
 _SAME = "give the dense model that this one was pruned from"
 
