@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm.arguments import CHECKPOINT, as_path, as_recipe, checked_arguments
+from sparsellm.arguments import (
+    AnyText,
+    Checkpoint,
+    Count,
+    DeviceName,
+    DtypeName,
+    Model,
+    Name,
+    Out,
+    PathGiven,
+    RecipeGiven,
+    SeqLen,
+    checked,
+)
 from sparsellm.calibration import (
     Text,
-    TextGiven,
     as_text,
     check_seq_len,
     evaluation_windows,
@@ -46,15 +56,15 @@ from sparsellm.sources.resolve import checkpoint_directory
 from sparsepack.loading import load
 
 
-@checked_arguments()
+@checked
 def prune(  # noqa: PLR0913 - the Python door
-    model: str | os.PathLike[str] | PreTrainedModel,
-    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    model: Model,
+    recipe: RecipeGiven = None,
     *,
-    out: str | os.PathLike[str] | None = None,
-    calibration: TextGiven | None = None,
+    out: Out | None = None,
+    calibration: AnyText | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    teacher: str | os.PathLike[str] | None = None,
+    teacher: Checkpoint | None = None,
     overwrite: bool = False,
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -83,26 +93,26 @@ def prune(  # noqa: PLR0913 - the Python door
         SparseLLMError: a subclass of it that names the cause. All input is checked before the work.
     """
     given = as_text(calibration, "calibration", "calibration") if calibration is not None else None
-    recipe = settle_calibration(as_recipe(recipe), given)
-    beside = None if isinstance(given, str) else given  # the recipe contains a source
-    request = Request(model, recipe, out, beside, tokenizer, overwrite, restart, trust_remote_code, teacher)
+    settled = settle_calibration(Recipe.of(recipe), given)
+    text = None if isinstance(given, str) else given  # the recipe contains a source
+    request = Request(model, settled, out, text, tokenizer, overwrite, restart, trust_remote_code, teacher)
     return execute(request, progress)
 
 
-@checked_arguments()
+@checked
 def evaluate(  # noqa: PLR0913 - the Python door
-    model: str | os.PathLike[str] | PreTrainedModel,
-    text: TextGiven,
+    model: Model,
+    text: AnyText,
     *,
-    seq_len: int | None = None,
-    max_tokens: int | None = None,
+    seq_len: SeqLen | None = None,
+    max_tokens: Count | None = None,
     bos: Bos = "auto",
-    against: str | os.PathLike[str] | PreTrainedModel | Dense | None = None,
+    against: Model | Dense | None = None,
     tasks: Sequence[str] | None = None,
-    tasks_dir: str | os.PathLike[str] | None = None,
+    tasks_dir: PathGiven | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> Evaluation:
@@ -111,19 +121,15 @@ def evaluate(  # noqa: PLR0913 - the Python door
     For perplexity and divergence, models are read block by block and need not fit into memory; tasks load the model.
 
     Args:
-        model: as in :func:`prune`.
+        model, tokenizer, trust_remote_code, progress: as in :func:`prune`.
         text: as ``calibration`` in :func:`prune`.
         seq_len: tokens in a window, 2 or more; None for 2048, or the limit of the model if that is less.
         max_tokens: the most tokens of the text to use.
-        bos: as in :class:`Recipe`: whether every window begins with BOS, which is not scored.
+        bos, device, dtype: as in :class:`Recipe`; a BOS is not scored.
         against: the dense model, with the same tokenizer, to compare with on the same windows; a :class:`Dense` runs
             only once for several evaluations.
         tasks: names of tasks, groups or tags of lm-eval.
         tasks_dir: a directory with further tasks in lm-eval's YAML files.
-        tokenizer: needed only for a model given as an object, unless ``text`` is token ids.
-        device, dtype: as in :class:`Recipe`.
-        trust_remote_code: run modelling code that comes with the checkpoint.
-        progress: called with the progress of the run.
 
     Raises:
         SparseLLMError: a model or the text cannot be read, the text is too short, the models have different tokenizers,
@@ -131,7 +137,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     """
     if tasks_dir is not None and not tasks:
         raise RecipeError("tasks_dir is given without tasks; name the tasks to run")
-    manager = find_tasks(tasks, as_path(tasks_dir, "tasks_dir") if tasks_dir is not None else None) if tasks else None
+    manager = find_tasks(tasks, Path(tasks_dir) if tasks_dir is not None else None) if tasks else None
     text = as_text(text, "text", "evaluation")
     progress(Progress("open", 0, 1))
     settings = Recipe(device=device, dtype=dtype, products="float32")
@@ -167,13 +173,13 @@ def evaluate(  # noqa: PLR0913 - the Python door
     )
 
 
-@checked_arguments()
+@checked
 def check_evaluation(
-    model: str | os.PathLike[str],
-    text: TextGiven,
+    model: Checkpoint,
+    text: AnyText,
     *,
-    seq_len: int | None = None,
-    max_tokens: int | None = None,
+    seq_len: SeqLen | None = None,
+    max_tokens: Count | None = None,
     bos: Bos = "auto",
     trust_remote_code: bool = False,
 ) -> None:
@@ -194,7 +200,7 @@ class Dense:
         model: as in :func:`evaluate`.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | PreTrainedModel) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.outputs: Kept | None = None
         self._opened: _Opened | None = None
@@ -219,7 +225,7 @@ class _Opened:
     @classmethod
     def of(
         cls,
-        model: str | os.PathLike[str] | PreTrainedModel,
+        model: Model,
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         with_tokenizer: bool,
@@ -286,8 +292,8 @@ class _Opened:
         return model
 
 
-@checked_arguments()
-def card(directory: str | os.PathLike[str], *, force: bool = False) -> Path:
+@checked
+def card(directory: Checkpoint, *, force: bool = False) -> Path:
     """Writes the model card (``README.md``) of a checkpoint anew, with the results of its evaluations.
 
     Args:
@@ -304,8 +310,8 @@ def card(directory: str | os.PathLike[str], *, force: bool = False) -> Path:
     return rebuild_card(Path(directory).expanduser(), force=force)
 
 
-@checked_arguments()
-def push(directory: str | os.PathLike[str], repo: str, *, private: bool = False, revision: str | None = None) -> Pushed:
+@checked
+def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: Name | None = None) -> Pushed:
     """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds.
 
     Args:
@@ -320,8 +326,8 @@ def push(directory: str | os.PathLike[str], repo: str, *, private: bool = False,
     return push_checkpoint(Path(directory).expanduser(), repo, private=private, revision=revision)
 
 
-@checked_arguments(model=CHECKPOINT)
-def inspect(model: str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[MatrixZeros]:
+@checked
+def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[MatrixZeros]:
     """The zeros of every matrix in the blocks of a checkpoint, linear or not; it is read one block at a time.
 
     Raises:

@@ -21,7 +21,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sparsellm import api
-from sparsellm.arguments import as_recipe
 from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.inputs.json_input import read_object
@@ -239,7 +238,7 @@ def cells_of(
         RecipeError: nothing is asked for, something is named twice, a method or target is wrong, or no method has an
             option of the base.
     """
-    recipe = as_recipe(base)
+    recipe = Recipe.of(base)
     if not methods or not (sparsities or patterns):
         raise RecipeError("a comparison needs one method or more, and one sparsity or pattern or more")
     entries = [METHODS[name] for name in methods]

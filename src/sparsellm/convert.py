@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsellm.arguments import CHECKPOINT, checked_arguments
+from sparsellm.arguments import Checkpoint, Out, checked
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import NumericalError, RecipeError, StorageError, nearest, shown
@@ -85,11 +84,11 @@ class PackResult:
         }
 
 
-@checked_arguments(model=CHECKPOINT)
+@checked
 def pack(
-    model: str | os.PathLike[str],
+    model: Checkpoint,
     *,
-    out: str | os.PathLike[str],
+    out: Out,
     values: str = "keep",
     head: str = "keep",
     overwrite: bool = False,
@@ -159,11 +158,11 @@ def pack(
         return _finish(writer, write)
 
 
-@checked_arguments()
+@checked
 def unpack(
-    directory: str | os.PathLike[str],
+    directory: Checkpoint,
     *,
-    out: str | os.PathLike[str],
+    out: Out,
     overwrite: bool = False,
     restart: bool = False,
     progress: ProgressCallback = ignore,

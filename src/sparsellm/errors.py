@@ -73,10 +73,9 @@ def one_line(error: BaseException) -> str:
 def refusal(name: str, error: ValidationError) -> str:
     """One line on the first value that pydantic refuses in the argument or field ``name``."""
     first = error.errors(include_url=False, include_context=False)[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    return f"{name} is {shown(first['input'])}: {reason[:1].lower()}{reason[1:]}".replace(
-        ": input should", ": it should"
-    )
+    place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    return f"{name}{place} is {shown(first['input'])}: {reason}"
 
 
 def shown(value: object, most: int = 160) -> str:

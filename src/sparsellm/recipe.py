@@ -394,18 +394,25 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: no such file, not a mapping, or a field does not fit.
         """
-        return cls.of(parse_yaml(source, "the recipe") if isinstance(source, str) else read_yaml(Path(source)))
+        values = parse_yaml(source, "the recipe") if isinstance(source, str) else read_yaml(Path(source))
+        if not isinstance(values, Mapping):
+            raise RecipeError("the recipe is not a mapping of fields; write lines like 'sparsity: 0.7'")
+        return cls.of(values)
 
     @classmethod
-    def of(cls, values: Any) -> Recipe:
-        """A recipe from a mapping of fields.
+    def of(cls, given: Any) -> Recipe:
+        """A recipe from a recipe, a mapping of its fields, the path of a YAML file, or None for the defaults.
 
         Raises:
-            RecipeError: not a mapping of fields, or a field does not fit.
+            RecipeError: it is none of these, the file cannot be read, or a field does not fit.
         """
-        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-            raise RecipeError("the recipe is not a mapping of fields; write lines like 'sparsity: 0.7'")
-        return cls(**values)
+        if given is None or isinstance(given, Recipe):
+            return given or cls()
+        if isinstance(given, Mapping) and all(isinstance(key, str) for key in given):
+            return cls(**given)
+        if isinstance(given, str | os.PathLike):
+            return cls.from_yaml(Path(given))
+        raise RecipeError(f"recipe is {shown(given)}; give a mapping of fields, or the path of a file with such lines")
 
 
 MAPPINGS = ("options", "allocation_options", "sparsity_of")  # fields whose entries a setting names after a dot
