@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsellm.arguments import (
-    AnyText,
-    Checkpoint,
-    Count,
-    DeviceName,
-    DtypeName,
-    Model,
-    Name,
-    Out,
-    PathGiven,
-    RecipeGiven,
-    SeqLen,
-    checked,
-)
-from sparsellm.calibration import (
-    Text,
-    as_text,
-    check_seq_len,
-    evaluation_windows,
-    leading_token,
-    settle_calibration,
-    windows_of_ids,
-)
-from sparsellm.calibration.given import DOCUMENTS, IDS
-from sparsellm.chain import Chain, open_chain
+from sparsellm import arguments
+from sparsellm.arguments import Checkpoint, Model, Name, checked
+from sparsellm.calibration import Text, as_text, check_seq_len, evaluation_windows, leading_token, windows_of_ids
+from sparsellm.calibration.given import DOCUMENTS, IDS, settle_calibration
+from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import DataError, RecipeError
 from sparsellm.evaluation.measured import compared, perplexity_of
@@ -59,10 +37,10 @@ from sparsepack.loading import load
 @checked
 def prune(  # noqa: PLR0913 - the Python door
     model: Model,
-    recipe: RecipeGiven = None,
+    recipe: arguments.RecipeGiven = None,
     *,
-    out: Out | None = None,
-    calibration: AnyText | None = None,
+    out: arguments.Out | None = None,
+    calibration: arguments.AnyText | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher: Checkpoint | None = None,
     overwrite: bool = False,
@@ -102,17 +80,17 @@ def prune(  # noqa: PLR0913 - the Python door
 @checked
 def evaluate(  # noqa: PLR0913 - the Python door
     model: Model,
-    text: AnyText,
+    text: arguments.AnyText,
     *,
-    seq_len: SeqLen | None = None,
-    max_tokens: Count | None = None,
+    seq_len: arguments.SeqLen | None = None,
+    max_tokens: arguments.Count | None = None,
     bos: Bos = "auto",
     against: Model | Dense | None = None,
     tasks: Sequence[str] | None = None,
-    tasks_dir: PathGiven | None = None,
+    tasks_dir: arguments.PathGiven | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    device: DeviceName = "auto",
-    dtype: DtypeName = "auto",
+    device: arguments.DeviceName = "auto",
+    dtype: arguments.DtypeName = "auto",
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> Evaluation:
@@ -138,23 +116,23 @@ def evaluate(  # noqa: PLR0913 - the Python door
     if tasks_dir is not None and not tasks:
         raise RecipeError("tasks_dir is given without tasks; name the tasks to run")
     manager = find_tasks(tasks, Path(tasks_dir) if tasks_dir is not None else None) if tasks else None
-    text = as_text(text, "text", "evaluation")
+    words = as_text(text, "text", "evaluation")
+    by_ids = isinstance(words, Tensor)
     progress(Progress("open", 0, 1))
     settings = Recipe(device=device, dtype=dtype, products="float32")
-    open_one = partial(_Opened.of, settings=settings, trust=trust_remote_code)
-    own = open_one(model, tokenizer, with_tokenizer=not isinstance(text, Tensor) or manager is not None)
-    windows = own.windows(text, seq_len, max_tokens, bos)
+    own = _Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
+    windows = own.windows(words, seq_len, max_tokens, bos)
     leads = own.leads(bos, exactly=manager is not None)
     kept = against if against is None or isinstance(against, Dense) else Dense(against)
-    dense = None if kept is None else kept.open(partial(open_one, with_tokenizer=not isinstance(text, Tensor)))
+    dense = kept.open(settings, trust_remote_code, with_tokenizer=not by_ids) if kept is not None else None
     if dense is not None:
         own.check_comparable(dense, windows)
-    scores = streamed_scores(own.chain, windows, None if kept is None else kept.outputs, progress=progress)
+    scores = streamed_scores(own.chain, windows, kept.outputs if kept is not None else None, progress=progress)
     results = None
     if tasks and own.tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
-        results = run_tasks(own.whole(device, dtype, trust_remote_code), own.tokenizer, tasks, manager, bos=leads)
-    source = text if isinstance(text, str) else IDS if isinstance(text, Tensor) else DOCUMENTS
+        results = run_tasks(own.in_memory(), own.tokenizer, tasks, manager, bos=leads)
+    source = words if isinstance(words, str) else IDS if by_ids else DOCUMENTS
     return Evaluation(
         protocol=Protocol(
             text=source,
@@ -162,7 +140,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
             window=windows.shape[1],
             windows=len(windows),
             tokens=windows.numel() - len(windows),
-            bos="given" if isinstance(text, Tensor) else "yes" if leads else "no",
+            bos="given" if by_ids else "yes" if leads else "no",
             dtype=str(own.chain.dtype).removeprefix("torch."),
         ),
         perplexity=perplexity_of(scores.loss),
@@ -176,10 +154,10 @@ def evaluate(  # noqa: PLR0913 - the Python door
 @checked
 def check_evaluation(
     model: Checkpoint,
-    text: AnyText,
+    text: arguments.AnyText,
     *,
-    seq_len: SeqLen | None = None,
-    max_tokens: Count | None = None,
+    seq_len: arguments.SeqLen | None = None,
+    max_tokens: arguments.Count | None = None,
     bos: Bos = "auto",
     trust_remote_code: bool = False,
 ) -> None:
@@ -188,8 +166,7 @@ def check_evaluation(
     Raises:
         SparseLLMError: as :func:`evaluate` would.
     """
-    settings = Recipe(device="cpu", products="float32")
-    own = _Opened.of(model, None, settings=settings, trust=trust_remote_code, with_tokenizer=True)
+    own = _Opened(model, Recipe(device="cpu", products="float32"), trust_remote_code)
     own.windows(as_text(text, "text", "evaluation"), seq_len, max_tokens, bos)
 
 
@@ -205,40 +182,41 @@ class Dense:
         self.outputs: Kept | None = None
         self._opened: _Opened | None = None
 
-    def open(self, open_one: Callable[..., _Opened]) -> _Opened:
+    def open(self, settings: Recipe, trust: bool, *, with_tokenizer: bool) -> _Opened:
         """The opened model."""
         if self._opened is None:
-            self._opened = open_one(self.model, None, argument="against")
+            self._opened = _Opened(self.model, settings, trust, with_tokenizer=with_tokenizer, argument="against")
             self.outputs = Kept(self._opened.chain)
         return self._opened
 
 
-@dataclass(frozen=True)
 class _Opened:
-    """A model to evaluate: its name, chain, directory (None for an object) and tokenizer (None if none is needed)."""
+    """A model to evaluate.
 
-    name: str
-    chain: Chain
-    directory: Path | None
-    tokenizer: PreTrainedTokenizerBase | None
+    Attributes:
+        name: for messages and results.
+        chain: its blocks.
+        tokenizer: None if none is needed, or a model given as an object has none.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: Model,
-        tokenizer: PreTrainedTokenizerBase | None,
-        *,
-        with_tokenizer: bool,
         settings: Recipe,
         trust: bool,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        with_tokenizer: bool = True,
         argument: str = "model",
-    ) -> _Opened:
-        name = str(model.name_or_path) if isinstance(model, PreTrainedModel) else str(model)
-        directory = None if isinstance(model, PreTrainedModel) else checkpoint_directory(name, argument)
-        chain, _ = open_model(model, directory, settings, trust, whole=False)
-        if tokenizer is None and directory is not None and with_tokenizer:
-            tokenizer = load_tokenizer(directory, trust_remote_code=trust)
-        return cls(name or type(model).__name__, chain, directory, tokenizer)
+    ) -> None:
+        given = model if isinstance(model, PreTrainedModel) else None
+        self.name = (str(model) if given is None else str(given.name_or_path)) or type(model).__name__
+        self.tokenizer = tokenizer
+        self._directory = checkpoint_directory(str(model), argument) if given is None else None
+        self._settings, self._trust = settings, trust
+        self.chain, _ = open_model(model, self._directory, settings, trust, whole=False)
+        if tokenizer is None and self._directory is not None and with_tokenizer:
+            self.tokenizer = load_tokenizer(self._directory, trust_remote_code=trust)
 
     def windows(self, text: str | Tensor | Text, seq_len: int | None, max_tokens: int | None, bos: Bos) -> Tensor:
         """The windows to score, checked against the model."""
@@ -270,7 +248,7 @@ class _Opened:
             DataError: its tokenizer, vocabulary or number of positions differs.
         """
         check_seq_len(dense.chain.config, windows.shape[1])
-        sizes = [each.chain.config.get_text_config().vocab_size for each in (self, dense)]
+        sizes = [opened.chain.config.get_text_config().vocab_size for opened in (self, dense)]
         differ = sizes[0] != sizes[1]
         if self.tokenizer is not None and dense.tokenizer is not None and not differ:
             sample = self.tokenizer.decode(windows[0])
@@ -283,29 +261,25 @@ class _Opened:
                 "models), so their predictions do not compare; give against= the dense model that was pruned"
             )
 
-    def whole(self, device: str, dtype: str, trust: bool) -> PreTrainedModel:
-        """The whole model in memory."""
-        if self.directory is not None:
-            return load(self.directory, device=device, dtype=dtype, trust_remote_code=trust)
-        model = self.chain.model
-        assert isinstance(model, PreTrainedModel)
-        return model
+    def in_memory(self) -> PreTrainedModel:
+        """The complete model in memory."""
+        if self._directory is not None:
+            device, dtype = self._settings.device, self._settings.dtype
+            return load(self._directory, device=device, dtype=dtype, trust_remote_code=self._trust)
+        assert isinstance(self.chain.model, PreTrainedModel)
+        return self.chain.model
 
 
 @checked
 def card(directory: Checkpoint, *, force: bool = False) -> Path:
-    """Writes the model card (``README.md``) of a checkpoint anew, with the results of its evaluations.
+    """Writes the model card (``README.md``) of a checkpoint anew, with its evaluations, and returns its path.
 
     Args:
-        directory: of a checkpoint that :func:`prune` wrote and :func:`evaluate` measured.
+        directory: a checkpoint that :func:`prune` wrote and :func:`evaluate` measured.
         force: replace a card that was edited.
 
-    Returns:
-        The path of the card.
-
     Raises:
-        StorageError: the checkpoint was never evaluated, a file is damaged, or the card was edited. Nothing is
-            overwritten then.
+        StorageError: the checkpoint was never evaluated, a file is damaged, or the card was edited; nothing is written.
     """
     return rebuild_card(Path(directory).expanduser(), force=force)
 
@@ -315,7 +289,7 @@ def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: 
     """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds.
 
     Args:
-        directory: of the checkpoint. Files that are not part of it stay where they are.
+        directory: the checkpoint. Files that are not part of it stay where they are.
         repo: ``owner/name``; created if the hub has none.
         private: create a private repository; an existing public one is refused.
         revision: the branch, created if there is none; None for the main one.
@@ -342,15 +316,5 @@ def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[Matri
     return zeros
 
 
-__all__ = [
-    "Evaluation",
-    "MatrixZeros",
-    "PruneResult",
-    "card",
-    "evaluate",
-    "inspect",
-    "peak_rss",
-    "prune",
-    "push",
-    "versions",
-]
+__all__ = ["Evaluation", "MatrixZeros", "PruneResult", "card", "evaluate", "inspect", "peak_rss", "prune", "push"]
+__all__ += ["versions"]
