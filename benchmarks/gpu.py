@@ -1,12 +1,11 @@
 """Everything that is measured on a GPU, in one command.
 
     pip install 'sparsellm[bench,gpu]'
-    python benchmarks/gpu.py [--parts gemv launches prune decode] [--tokens 1 8] [--rounds 20] [--layers 22]
+    python benchmarks/gpu.py [--parts gemv prune decode] [--tokens 1 8] [--rounds 20] [--layers 22]
 
-    gemv      the Triton kernel on packed weights against cuBLAS in bf16, torch's 2:4 and bitsandbytes' 4 bits
-    launches  the same kernel with other numbers of bytes and warps a program
-    prune     seconds and memory to prune one block
-    decode    tokens per second of packed models and of the dense one
+    gemv    the Triton kernel on packed weights against cuBLAS in bf16, torch's 2:4 and bitsandbytes' 4 bits
+    prune   seconds and memory to prune one block
+    decode  tokens per second of packed models and of the dense one
 
 Products are captured in a CUDA graph of several, on weights that take turns, so that neither Python nor the cache is
 measured. The forms run in turns, and every round's time is divided by that of cuBLAS in the same round; medians are
@@ -47,7 +46,7 @@ Product = Callable[[int], object]  # the weight whose turn it is
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed on a GPU.")
-    parser.add_argument("--parts", nargs="+", default=["gemv", "launches", "prune", "decode"], choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=["gemv", "prune", "decode"], choices=PARTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7])
@@ -107,7 +106,7 @@ def products(
     weight[torch.rand(out, columns) < sparsity] = 0
     forms = {"cuBLAS bf16": multiplying(x, weight.bfloat16().to(arguments.device))}
     for values in arguments.values:
-        forms[f"packed {values}"] = packed_product(x, weight, values, None)
+        forms[f"packed {values}"] = packed_product(x, weight, values)
     if sparsity == 0.5 and arguments.device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         two_of_four = torch.randn(out, columns).abs().add(1e-3)
         two_of_four *= NM(2, 4).mask(two_of_four)
@@ -125,7 +124,7 @@ def multiplying(x: Tensor, weight: Tensor) -> tuple[Product, int]:
     return (lambda turn: torch.nn.functional.linear(x, weights[turn % len(weights)])), size
 
 
-def packed_product(x: Tensor, weight: Tensor, values: str, launch: dict[str, int] | None) -> tuple[Product, int]:
+def packed_product(x: Tensor, weight: Tensor, values: str) -> tuple[Product, int]:
     from sparsepack import triton_kernels
 
     first = pack(weight, values, "bitmask")
@@ -133,7 +132,7 @@ def packed_product(x: Tensor, weight: Tensor, values: str, launch: dict[str, int
     weights = [first.to(x.device)]
     for _ in range(copies(first.nbytes, x) - 1):
         weights.append(first.to("cpu").to(x.device))
-    return (lambda turn: triton_kernels.multiply(weights[turn % len(weights)], x, launch)), first.nbytes
+    return (lambda turn: triton_kernels.multiply(weights[turn % len(weights)], x)), first.nbytes
 
 
 def bitsandbytes_product(x: Tensor, weight: Tensor) -> tuple[Product, int]:
@@ -196,29 +195,6 @@ def burst(run: Product, device: str) -> Callable[[], float]:
     return replay
 
 
-def launches(arguments: argparse.Namespace) -> None:
-    """Which launch of the kernel is the fastest; the library's is triton_kernels.LAUNCH."""
-    sys.stdout.write("\nLaunches of the kernel, 4096 × 4096 (or the first shape), 50 %, fastest first\n\n")
-    table("values", "tokens", "bytes", "warps", "µs")
-    shape = "4096x4096" if "4096x4096" in arguments.shapes else arguments.shapes[0]
-    out, columns = (int(side) for side in shape.split("x"))
-    weight = torch.randn(out, columns)
-    weight[torch.rand(out, columns) < 0.5] = 0
-    numbers = [
-        {"BYTES": size, "num_warps": warps} for size, warps in itertools.product((32, 64, 128, 256), (1, 2, 4, 8))
-    ]
-    if arguments.device != "cuda":
-        numbers = numbers[:2]
-    for values, tokens in itertools.product(arguments.values, arguments.tokens):
-        x = torch.randn(tokens, columns, device=arguments.device).bfloat16()
-        timed = []
-        for launch in numbers:
-            product, _ = packed_product(x, weight, values, launch)
-            timed.append((statistics.median(in_turns([product], arguments)[0]), launch))
-        for seconds, launch in sorted(timed, key=lambda pair: pair[0])[:5]:
-            row(values, str(tokens), *(str(number) for number in launch.values()), f"{seconds * 1e6:.1f}")
-
-
 def prune(arguments: argparse.Namespace) -> None:
     """Seconds and memory to prune one block of a real size."""
     sys.stdout.write(f"\nOne block, {arguments.samples} windows of 1024 tokens, 50 %, bf16\n\n")
@@ -276,7 +252,6 @@ def decode(arguments: argparse.Namespace) -> None:
 
 PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "gemv": gemv,
-    "launches": launches,
     "prune": prune,
     "decode": decode,
 }

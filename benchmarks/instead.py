@@ -28,12 +28,12 @@ from gguf import GGUFReader
 from measure import cpu_name
 from quality import OUT, Cells
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm.calibration.windows import evaluation_windows
 from sparsellm.chain.open import load_tokenizer
-from sparsellm.evaluation.perplexity import nll_from_logits, perplexity
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsepack.bench import one_run, resident_bytes
@@ -41,6 +41,13 @@ from sparsepack.module import kernel_name
 
 CLOCKS: tuple[Callable[[], float], ...] = (time.perf_counter, time.process_time)
 VALUES = ("keep", "bf16", "int8", "int4")
+
+
+@torch.no_grad()
+def perplexity(logits: Callable[[Tensor], Tensor], windows: Tensor) -> float:
+    """``logits`` maps the ids of a window ``(tokens,)`` to ``(tokens, vocabulary)``."""
+    losses = [float(functional.cross_entropy(logits(ids)[:-1].float(), ids[1:])) for ids in windows]
+    return math.exp(statistics.mean(losses))
 
 
 @dataclass
@@ -59,7 +66,7 @@ def of_transformers(model: PreTrainedModel, score_as: PreTrainedModel | None = N
         resident_bytes(model, linears_only=True),
         resident_bytes(model),
         lambda prompt, new, cpu_seconds: one_run(model, 1, prompt, new, CLOCKS[cpu_seconds])[1],
-        lambda windows: perplexity(score_as or model, windows).value,
+        lambda windows: perplexity(lambda ids: (score_as or model)(ids[None], use_cache=False).logits[0], windows),
     )
 
 
@@ -105,13 +112,12 @@ def llama_cpp(source: Path, kind: str, out: Path, threads: int, window: int) -> 
         return clock() - start
 
     def score(windows: Tensor) -> float:
-        total, tokens = 0.0, 0
-        for ids in windows:
+        def logits(ids: Tensor) -> Tensor:
             model.reset()
             model.eval(ids.tolist())
-            nll, count = nll_from_logits(torch.from_numpy(model.scores[: len(ids)]), ids)
-            total, tokens = total + nll, tokens + count
-        return math.exp(total / tokens)
+            return torch.from_numpy(model.scores[: len(ids)])
+
+        return perplexity(logits, windows)
 
     tensors = GGUFReader(path).tensors
     linears = [tensor for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
@@ -156,7 +162,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--skip", nargs="*", default=[], help="leave out rows whose name begins so")
     parser.add_argument("--out", type=Path, default=OUT / "instead", help="for packed and quantised files")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after a perplexity when so much time is gone")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after a perplexity when this time is gone")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)

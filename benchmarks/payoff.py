@@ -2,7 +2,6 @@
 
     python benchmarks/payoff.py [--layers 22] [--sparsities 0.5 0.7 0.9] [--threads 1] [--values keep int4]
     python benchmarks/payoff.py --text demo-pruned-dir          # is greedy text the same, dense and packed?
-    python benchmarks/payoff.py --kernel                        # one linear by itself, against memory copies
 
 The model has the shape of a 1.1B Llama (TinyLlama: 22 layers, 2048 wide, 5632 inside, 4 of 32 heads for keys and
 values, vocabulary 32000) and random weights with random zeros: speed does not depend on their values. The models of one
@@ -12,12 +11,8 @@ sparsity run in turns, so that other load on the machine affects all; medians ar
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +25,7 @@ import sparsellm
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.demo import PROMPT
 from sparsepack.bench import Rounds, measure, resident_bytes
-from sparsepack.layout import pack, unpack
-from sparsepack.module import kernel_name, multiply
-
-BARS = {0.5: (0.57, 1.4), 0.7: (0.37, 2.0), 0.9: (None, 3.0)}  # bytes of bf16 at most, times as fast at least
+from sparsepack.module import kernel_name
 
 
 def llama(layers: int, **changes: int) -> Any:
@@ -79,7 +71,7 @@ def speeds(arguments: argparse.Namespace) -> None:
     )
     print(
         "| sparsity | model | MB on disk | MB in memory | linears / dense bf16 | prefill tokens/s | decode tokens/s "
-        "| × bf16 | × fp32 | bar |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| × bf16 |\n|---|---|---|---|---|---|---|---|"
     )
     for sparsity in sorted(arguments.sparsities):
         with tempfile.TemporaryDirectory() as folder:
@@ -93,19 +85,14 @@ def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> l
     source.save_pretrained(folder / "dense")
     del source
     sizes = {"bf16": disk(folder / "dense")}
-    sizes["fp32"] = 2 * sizes["bf16"]
     models: dict[str, PreTrainedModel] = {
-        "bf16": AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.bfloat16),
-        "fp32": AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32),
+        "bf16": AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.bfloat16)
     }
-    models.update(quantised(folder / "dense"))
     for values in arguments.values:
         name = f"packed {values}"
         sparsellm.pack(folder / "dense", out=folder / values, values=values)
         sizes[name] = disk(folder / values)
         models[name] = sparsellm.load(folder / values)
-        if arguments.fp32:
-            models[f"{name}, fp32 activations"] = sparsellm.load(folder / values, dtype="float32")
     found = measure(
         models,
         Rounds(
@@ -122,35 +109,13 @@ def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> l
     for name, model in models.items():
         share = resident_bytes(model, linears_only=True) / linear_bytes
         decode = rates[name, "decode"]
-        ratios = [decode.median / rates[other, "decode"].median for other in ("bf16", "fp32")]
+        ratio = decode.median / rates["bf16", "decode"].median
         spread = f" ({decode.slowest:.2f} – {decode.fastest:.2f})" if arguments.verbose else ""
-        on_disk = f"{sizes[name] / 1e6:.0f}" if name in sizes else "–"
         lines.append(
-            f"| {sparsity:.0%} | {name} | {on_disk} | {resident_bytes(model) / 1e6:.0f} | {share:.3f} "
-            f"| {rates[name, 'prefill'].median:.1f} | {decode.median:.2f}{spread} | {ratios[0]:.2f} | {ratios[1]:.2f} "
-            f"| {bar(sparsity, share, min(ratios)) if name.startswith('packed keep') else ''} |"
+            f"| {sparsity:.0%} | {name} | {sizes[name] / 1e6:.0f} | {resident_bytes(model) / 1e6:.0f} | {share:.3f} "
+            f"| {rates[name, 'prefill'].median:.1f} | {decode.median:.2f}{spread} | {ratio:.2f} |"
         )
     return lines
-
-
-def quantised(directory: Path) -> dict[str, PreTrainedModel]:
-    """The dense model in torchao's integer formats, where torchao is installed."""
-    if importlib.util.find_spec("torchao") is None:
-        print("(no torchao rows: torchao is not installed)")
-        return {}
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    quantize_(model.model.layers, Int8WeightOnlyConfig())
-    return {"torchao int8": model}
-
-
-def bar(sparsity: float, share: float, ratio: float) -> str:
-    if sparsity not in BARS:
-        return ""
-    most, least = BARS[sparsity]
-    size = "" if most is None else f"bytes ≤ {most}: {'met' if share <= most else 'MISSED'}, "
-    return f"{size}speed ≥ {least} ×: {'met' if ratio >= least else 'MISSED'}"
 
 
 def text(directory: Path, tokens: int) -> None:
@@ -176,48 +141,6 @@ def text(directory: Path, tokens: int) -> None:
     )
 
 
-def kernel(arguments: argparse.Namespace) -> None:
-    """One linear, 11008 × 4096 bf16, batch 1: time, and the bytes it reads by the speed of a memory copy.
-
-    A copy reads each byte and writes it: `of copy` is against the bytes copied, `of traffic` against twice those.
-    """
-    torch.set_num_threads(arguments.threads)
-    print(f"One linear 11008 × 4096, bf16, batch 1; {conditions(arguments.threads)}.\n")
-    print(
-        "| sparsity | dense bf16 (ms) | packed (ms) | × | packed GB/s | dense GB/s | copy GB/s | of copy | of traffic |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    block = torch.empty(1 << 28, dtype=torch.uint8)
-    target = torch.empty_like(block)
-    for sparsity in arguments.sparsities:
-        weight = torch.randn(11008, 4096).bfloat16()
-        weight[torch.rand(weight.shape) < sparsity] = 0
-        packed = pack(weight, layout="bitmask")
-        assert packed is not None
-        assert torch.equal(unpack(packed), weight)
-        x = torch.randn(1, 4096).bfloat16()
-        tasks: dict[str, Callable[[], Any]] = {
-            "copy": partial(target.copy_, block),
-            "dense": partial(nn.functional.linear, x, weight),
-            "packed": partial(multiply, packed, x),
-        }
-        taken: dict[str, list[float]] = {name: [] for name in tasks}
-        for _ in range(arguments.repeats * 4 + 1):
-            for name, task in tasks.items():
-                start = time.perf_counter()
-                task()
-                taken[name].append(time.perf_counter() - start)
-        median = {name: statistics.median(values[1:]) for name, values in taken.items()}
-        bandwidth, dense = packed.nbytes / median["packed"], 2 * weight.numel() / median["dense"]
-        copy = block.numel() / median["copy"]
-        print(
-            f"| {sparsity:.0%} | {1e3 * median['dense']:.2f} | {1e3 * median['packed']:.2f} "
-            f"| {median['dense'] / median['packed']:.2f} | {bandwidth / 1e9:.1f} | {dense / 1e9:.1f} "
-            f"| {copy / 1e9:.1f} | {bandwidth / copy:.0%} | {bandwidth / copy / 2:.0%} |",
-            flush=True,
-        )
-
-
 def disk(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
@@ -231,14 +154,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.9])
     parser.add_argument("--values", nargs="+", default=["keep"], help="value types to pack in")
-    parser.add_argument("--fp32", action="store_true", help="packed with activations in fp32 too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-seconds", action="store_true", help="processor time: one thread on a shared machine")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--verbose", action="store_true", help="with the range of the rounds")
-    parser.add_argument("--kernel", action="store_true", help="one linear instead of a model")
     parser.add_argument(
         "--text", type=Path, metavar="DIR", help="compare greedy text of this pruned checkpoint instead"
     )
@@ -247,8 +168,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.text is not None:
         text(arguments.text, arguments.tokens)
-    elif arguments.kernel:
-        kernel(arguments)
     else:
         speeds(arguments)
 

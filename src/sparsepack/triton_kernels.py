@@ -34,7 +34,7 @@ def available() -> str | None:
 
 
 # The bytes of a row's mask that a program takes at once, and its warps: a thread has a byte, and no warp waits for
-# another. benchmarks/gpu.py times others.
+# another.
 LAUNCH = {"BYTES": 32, "num_warps": 1}
 
 
@@ -130,14 +130,13 @@ def _plain_levels(device: torch.device) -> Tensor:
     return torch.arange(CODES, dtype=torch.int8, device=device) - CODES // 2
 
 
-def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = None) -> Tensor:
+def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
             :func:`sparsepack.validation.validate`, on the device of ``x``.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
-        launch: other numbers than those of :data:`LAUNCH`; powers of two.
 
     Returns:
         ``(tokens, out)`` in the type of ``x``.
@@ -179,6 +178,6 @@ def multiply(packed: PackedWeight, x: Tensor, launch: dict[str, int] | None = No
         len(x),
         KIND=_KINDS[packed.value_type],
         TOKENS=triton.next_power_of_2(len(x)),
-        **(launch or LAUNCH),
+        **LAUNCH,
     )
     return y
