@@ -10,6 +10,7 @@ import pytest
 from sparsellm import Recipe
 from sparsellm.errors import RecipeError
 from sparsellm.patterns import NM, Unstructured
+from sparsellm.run.effort import Effort
 
 
 def test_yaml_round_trip_keeps_every_field() -> None:
@@ -163,6 +164,12 @@ def test_paths_that_the_system_does_not_take() -> None:
     for path in ("x" * 5000, "a\0b"):
         with pytest.raises(RecipeError, match="cannot read"):
             Recipe.from_yaml(Path(path))
+
+
+def test_effort_is_a_number_of_passes() -> None:
+    assert [Effort.of(Recipe(effort=effort)).passes for effort in (None, 0, 1, 2, 3)] == [1, 0, 1, 3, 8]
+    assert Effort.of(Recipe(effort=1, passes=5)).passes == 5
+    assert Effort.of(Recipe(method="wanda")).passes == 0
 
 
 def test_bad_settings_and_files(tmp_path: Path) -> None:
