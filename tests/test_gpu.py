@@ -22,11 +22,11 @@ from sparsepack.bench import one_run
 from sparsepack.generation import generate
 from sparsepack.layout import pack
 from sparsepack.loading import load
-from sparsepack.module import PackedLinear, kernel_name
+from sparsepack.module import kernel_name
 from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.models.pruned import prune_tiny
 from tests.parallel.test_command_line import by_torchrun, ended
-from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, random_weight
+from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, layer_of, random_weight
 
 DEVICE = os.environ.get("SPARSELLM_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -128,7 +128,7 @@ def test_the_memory_of_the_device_is_predicted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 def test_a_packed_layer_multiplies_on_the_device(value_type: str, tokens: int) -> None:
     packed, dense = random_weight(70, 1100, value_type, 0.5, seed=1)
-    layer = PackedLinear.from_packed(packed, dtype=torch.float32).to(DEVICE)
+    layer = layer_of(packed, dtype=torch.float32).to(DEVICE)
     layer.rounded = False
     x = activations(tokens, 1100, torch.float32, seed=2)
     y = layer(x.to(DEVICE)).cpu()

@@ -6,8 +6,9 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -346,4 +347,8 @@ def _write_companions(writer: CheckpointWriter, source: Path) -> None:
                 content = path.read_bytes()
             except OSError as error:
                 raise StorageError(f"cannot read {path}: {error.strerror or error}") from None
-            replace_atomically(writer.partial / path.name, lambda file, content=content: write_all(file, content))
+            replace_atomically(writer.partial / path.name, partial(_write, content))
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    write_all(file, content)

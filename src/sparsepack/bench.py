@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sparsepack.arguments import checked, first_mistake
 from sparsepack.decode import Decoder, cache_keyword, why_not
-from sparsepack.errors import FormatError, SettingError
+from sparsepack.errors import SettingError
 from sparsepack.loading import load
 from sparsepack.module import PackedLinear, kernel_name, threads_set, to_dense
 
@@ -45,14 +45,14 @@ def ignore(phase: str, done: float, total: float, detail: str) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of one model in one setting: the median of the repeats, and their range.
+    """Tokens per second of one model in one setting, over all sequences of the batch.
 
     Attributes:
         model: its name in the comparison.
         phase: ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
         batch: sequences decoded together.
         threads: CPU threads.
-        median, slowest, fastest: tokens per second, over all sequences of the batch.
+        median, slowest, fastest: those of the repeats.
     """
 
     model: str
@@ -148,20 +148,15 @@ def compare(
         chosen = Rounds(**rounds)
     except ValidationError as error:
         raise SettingError(first_mistake(error)) from None
-    packed = Path(packed).expanduser()
-    dense = None if dense is None else Path(dense).expanduser()
-    if dense is not None and packed.is_dir() and dense.is_dir():
-        difference = _difference(packed, dense)
-        if difference:
-            raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
     progress("load", 0, 2, "packed")
     models = {"packed": load(packed, device=device, dtype=dtype, activations=activations)}
     if not any(isinstance(module, PackedLinear) for module in models["packed"].modules()):
         raise SettingError(f"{packed} is not packed; pack it first: sparsellm pack {packed} --out DIR")
     progress("load", 1, 2, "dense")
-    models["dense"] = load(packed if dense is None else dense, device=device, dtype=dtype)
-    if dense is None:
-        to_dense(models["dense"])
+    models["dense"] = load(dense or packed, device=device, dtype=dtype)
+    to_dense(models["dense"])
+    if difference := _difference(models["packed"].config, models["dense"].config):
+        raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
     progress("load", 2, 2, "")
     speeds = measure(models, chosen, progress=progress)
     return Comparison(
@@ -174,28 +169,17 @@ def compare(
         str(models["dense"].dtype).removeprefix("torch."),
         kernel_name(models["packed"].device.type),
         verdict(speeds, "dense", "packed"),
-        None if dense is None else weight_file_bytes(dense),
-        weight_file_bytes(packed),
+        None if dense is None else weight_file_bytes(Path(dense)),
+        weight_file_bytes(Path(packed)),
     )
 
 
-def _difference(packed: Path, dense: Path) -> str | None:
-    """The first value of ``config.json`` that the models of two checkpoints have different, as a clause.
-
-    Raises:
-        FormatError: a config cannot be read.
-    """
-    functions = []
-    for directory in (packed, dense):
-        try:
-            content = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
-        except Exception as error:  # transformers raises ValueError, OSError, KeyError, ... for the same fault
-            raise FormatError(f"transformers cannot read {directory / 'config.json'}: {error!s:.300}") from None
-        functions.append({key: value for key, value in content.items() if key not in _STORAGE})
-    own, other = functions
-    for key in sorted(own.keys() | other.keys()):
-        if own.get(key) != other.get(key):
-            return f"{key} in config.json is {own.get(key)!r:.100}, not {other.get(key)!r:.100}"
+def _difference(config: PretrainedConfig, other: PretrainedConfig) -> str | None:
+    """The first key of ``config.json`` that another model has different, as a clause; None if there is none."""
+    own, its = ({k: v for k, v in each.to_dict().items() if k not in _STORAGE} for each in (config, other))
+    for key in sorted(own.keys() | its.keys()):
+        if own.get(key) != its.get(key):
+            return f"{key} in config.json is {own.get(key)!r:.100}, not {its.get(key)!r:.100}"
     return None
 
 
@@ -206,15 +190,10 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     progress: ProgressCallback = ignore,
 ) -> list[Speed]:
-    """Speed of several models, which take turns; the first round of each setting is not counted.
+    """Speed of several models by name, which take turns; the first round of each setting is not counted.
 
-    Prompts are random tokens, since speed does not depend on the text.
-
-    Args:
-        models: by name, in memory, on the CPU or another device.
-        rounds: what is measured, and how often.
-        clock: returns seconds; ``time.process_time`` excludes other processes, but is only right for one thread.
-        progress: called with the progress of the measurement.
+    Prompts are random tokens, since speed does not depend on the text. ``clock`` returns seconds: ``time.process_time``
+    excludes other processes, but is only right for one thread.
 
     Raises:
         SettingError: prompt and new tokens exceed the positions of a model.
@@ -236,7 +215,7 @@ def measure(
                 share = turn / (rounds.repeats + 1)
                 progress("bench", index + share, len(settings), f"batch {batch}, {count} threads")
                 for name, model in models.items():
-                    run = one_run(model, batch, *tokens.values(), clock)
+                    run = one_run(model, batch, rounds.prompt_tokens, rounds.new_tokens, clock)
                     if turn:  # the first round includes page faults, the start of threads and the choice of kernels
                         for phase, taken in zip(tokens, run, strict=True):
                             seconds.setdefault((phase, name), []).append(taken)
@@ -271,14 +250,11 @@ def verdict(speeds: Sequence[Speed], dense: str, packed: str) -> list[str]:
 
 def weight_file_bytes(directory: Path) -> int:
     """Bytes of the safetensors files of a checkpoint."""
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in directory.expanduser().glob("*.safetensors"))
 
 
 def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:
-    """Bytes of a model's weights in memory, shared ones once; with ``linears_only``, of the linears in its blocks.
-
-    Linears are :class:`PackedLinear` and ``nn.Linear`` inside a ``ModuleList``, so an output head is not one.
-    """
+    """Bytes of a model's weights in memory, shared ones once; with ``linears_only``, of linears inside a ModuleList."""
     modules: Sequence[nn.Module] = [model]
     if linears_only:
         blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

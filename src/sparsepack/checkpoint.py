@@ -1,9 +1,8 @@
 """Reads and checks packed checkpoints on disk; ``docs/format.md`` describes the format.
 
-A packed checkpoint is a directory of safetensors files like any other, but a packed linear ``X`` has
-``X.weight_mask``, ``X.weight_values``, ``X.weight_offsets`` (unless it is dense) and, for integers, ``X.weight_scales``
-and perhaps ``X.weight_exponents`` and ``X.weight_levels``; ``X.weight`` is a placeholder. ``quantization_config`` of
-``config.json`` describes them. ``packed.json`` has the SHA-256 of the weight files and of that description.
+A packed linear ``X`` has the tensors ``X.weight_mask``, ``X.weight_values`` and so on; ``X.weight`` is a placeholder.
+``quantization_config`` of ``config.json`` describes them. ``packed.json`` has the SHA-256 of the weight files and of
+that description.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ from sparsepack.validation import PACK_AGAIN, validate
 
 QUANT_METHOD = "sparsellm"
 FORMAT_VERSION = 4
-# Version 3 had no levels. Version 2 had offsets of dense weights and no exponents. Version 1 had no layout dense, and
-# int4 a scale for each 32 values in place of columns.
-READABLE = (1, 2, 3, 4)
+READABLE = (2, 3, 4)  # version 3 had no levels; version 2 had offsets of dense weights and no exponents
 MANIFEST = "packed.json"
 
 _Count = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
@@ -43,7 +40,8 @@ class PackedEntry(BaseModel):
 
     Attributes:
         shape: ``(out, in)``.
-        layout, value_type, pattern: those of :class:`~sparsepack.layout.PackedWeight`; the type is that in a file.
+        layout, pattern: those of :class:`~sparsepack.layout.PackedWeight`.
+        value_type: the type in the file.
         dtype: that of the dense weight, before packing and after unpacking.
         transposed: the dense weight is stored as ``(in, out)``, as GPT-2's is.
     """
@@ -60,23 +58,14 @@ class PackedEntry(BaseModel):
     @classmethod
     def of(cls, packed: PackedWeight, dtype: torch.dtype, *, transposed: bool = False) -> PackedEntry:
         """The entry of a packed weight whose dense weight has this dtype."""
-        return cls.model_validate(
-            {
-                "shape": packed.shape,
-                "layout": packed.layout,
-                "value_type": packed.written_type,
-                "dtype": str(dtype).removeprefix("torch."),
-                "pattern": packed.pattern,
-                "transposed": transposed,
-            }
-        )
+        fields = {"shape": packed.shape, "layout": packed.layout, "value_type": packed.written_type}
+        more = {"dtype": str(dtype).removeprefix("torch."), "pattern": packed.pattern, "transposed": transposed}
+        return cls.model_validate(fields | more)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the dense weight."""
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -108,22 +97,17 @@ def packed_entries(quantization_config: Mapping[str, Any]) -> dict[str, PackedEn
     Raises:
         FormatError: it is of another version, or malformed.
     """
-    version, linears = quantization_config.get("format_version"), quantization_config.get("linears")
-    _check_version(version)
+    _check_version(quantization_config.get("format_version"))
+    linears = quantization_config.get("linears")
     if not isinstance(linears, dict):
         raise FormatError(f"config.json: quantization_config has no table of linears; {PACK_AGAIN}")
     entries = {}
     for name, content in linears.items():
         try:
-            entries[name] = entry = PackedEntry.model_validate(content)
+            entries[name] = PackedEntry.model_validate(content)
         except ValidationError as error:
             mistake = f"config.json: quantization_config describes {name!r:.100} wrongly: {first_mistake(error)}"
             raise FormatError(f"{mistake}; {PACK_AGAIN}") from None
-        if version == 1 and (entry.value_type == "int4" or entry.layout == "dense"):
-            raise FormatError(
-                f"config.json: {name!r:.100} is {entry.layout}, {entry.value_type} of format version 1, which is no "
-                "longer read; pack the model again"
-            )
     return entries
 
 
@@ -137,8 +121,7 @@ class PackedTensors:
     """The packed linears of a checkpoint.
 
     Args:
-        directory: the checkpoint.
-        files: its weight files.
+        directory, files: the checkpoint and its weight files.
         described: a tensor of the dtype and shape of each stored one, by name; it may be on the meta device.
         get: reads a stored tensor.
 
@@ -147,8 +130,7 @@ class PackedTensors:
         hidden: the names of tensors that are parts of packed linears.
 
     Raises:
-        FormatError: the files or ``quantization_config`` have changed since they were written (SHA-256), the
-            directory is not packed, or the tensors do not fit ``quantization_config``.
+        FormatError: files or ``quantization_config`` have changed since they were written, or do not fit each other.
     """
 
     def __init__(
@@ -185,11 +167,7 @@ class PackedTensors:
                 raise FormatError(f"{key!r} in {directory} is not described in config.json; {PACK_AGAIN}")
 
     def packed(self, name: str) -> PackedWeight:
-        """The packed weight of a linear.
-
-        Raises:
-            FormatError: it is inconsistent.
-        """
+        """The packed weight of a linear; a FormatError if it is inconsistent."""
         entry = self.entries[name]
         parts = {field: self._get(key) for field, key in self._parts[name].items()}
         narrow = entry.value_type == "int3"
@@ -204,19 +182,9 @@ class PackedTensors:
                 parts["values"] = widened(parts["values"], int(offsets[-1]))
             except ValueError as error:
                 raise FormatError(f"packed weight {name}: {error}; {PACK_AGAIN}") from None
-        packed = PackedWeight(
-            entry.shape,
-            entry.layout,
-            parts["mask"],
-            parts["values"],
-            parts["offsets"],
-            parts.get("scales"),
-            value_type,
-            entry.pattern,
-            parts.get("exponents"),
-            parts.get("levels"),
-            narrow,
-        )
+        described = {"shape": entry.shape, "layout": entry.layout, "value_type": value_type, "pattern": entry.pattern}
+        tensors = {field: parts.get(field) for field in FIELDS}
+        packed = PackedWeight(**described, **tensors, narrow=narrow)  # type: ignore[arg-type]
         validate(packed, name)
         return packed
 
@@ -238,11 +206,7 @@ class PackedTensors:
 
 
 def open_packed(files: list[Path]) -> PackedTensors:
-    """The packed linears in the weight files of a checkpoint, all in one directory.
-
-    Raises:
-        FormatError: a file cannot be read, or see :class:`PackedTensors`.
-    """
+    """The packed linears in the weight files of a checkpoint, all in one directory; raises as the class does."""
     mapped: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -255,11 +219,7 @@ def open_packed(files: list[Path]) -> PackedTensors:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The content of ``config.json`` of a checkpoint.
-
-    Raises:
-        FormatError: there is none, or it is not a JSON object.
-    """
+    """The content of ``config.json`` of a checkpoint; a FormatError if it cannot be read."""
     return _read_object(directory / "config.json")
 
 
@@ -276,11 +236,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def manifest(directory: Path) -> dict[str, Any]:
-    """The content of ``packed.json``: SHA-256 of every weight file of a directory, and of its ``quantization_config``.
-
-    Raises:
-        FormatError: ``config.json`` cannot be read.
-    """
+    """The content of ``packed.json``: SHA-256 of the weight files of a directory and of its ``quantization_config``."""
     return {
         "format_version": FORMAT_VERSION,
         "sha256": _hashes(sorted(directory.glob("*.safetensors"))),
@@ -305,8 +261,7 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
         structure of its tensors alone.
 
     Raises:
-        FormatError: a file is missing, not listed or has changed, ``quantization_config`` has changed, or
-            ``packed.json`` is malformed.
+        FormatError: something is missing, not listed, malformed or has changed.
     """
     path = directory / MANIFEST
     if not path.is_file():

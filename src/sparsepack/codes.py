@@ -42,11 +42,10 @@ _GROUPS_AT_ONCE = 8192  # whose scales are tried: what a trial needs stays in th
 
 @dataclass(frozen=True)
 class Levels:
-    """The whole numbers that values of an integer type are, in units of their scale.
+    """The whole numbers that values of an integer type are, in units of their scale, ascending.
 
-    Args:
-        numbers: ascending. Of two neighbours in uneven ones, one is odd and one even, so that the middle between them
-            is not a whole number: rounded to a whole number first, a value still has the same nearest one.
+    Of two neighbours in uneven ones, one is odd and one even, so that the middle between them is not a whole number:
+    rounded to a whole number first, a value still has the same nearest one.
     """
 
     numbers: tuple[int, ...]
@@ -132,12 +131,7 @@ def levels_of(value_type: str, layout: str) -> Levels:
 
 
 def resolve_value_type(value_type: str, dtype: torch.dtype) -> str:
-    """``keep`` as the name of ``dtype``; any other name is checked.
-
-    Raises:
-        SettingError: the name is unknown.
-        FormatError: ``keep``, and the dtype has no packed form.
-    """
+    """``keep`` as the name of ``dtype``; a SettingError for a name that is unknown."""
     if value_type == "keep":
         if dtype not in _NAME_OF:
             raise FormatError(f"values of {dtype} have no packed form; choose one of {', '.join(VALUE_TYPES)}")
@@ -201,7 +195,7 @@ def encode_values(
         value_type: one of :data:`WRITTEN_TYPES`. Values of int3 are codes of int4, the eight in the middle.
         group: the columns that share a scale of int4 or int3.
         exponents: int8 ``(in,)``, for integers alone.
-        layout: that of the weight. A weight that does not stand on the numbers of its layout gets plain ones.
+        layout: a weight that does not stand on the numbers of its layout gets plain ones.
 
     Raises:
         FormatError: a value overflows the type, or is not finite and the type is an integer.
@@ -239,18 +233,10 @@ def encode_values(
 def decode_values(
     value_type: str, stored: Encoded, rows: slice, kept: Tensor, group: int | None, exponents: Tensor | None
 ) -> Tensor:
-    """The kept values of some rows, in order, with their scales applied.
+    """The kept values of rows ``first:last``, in order; floating types as they are stored, integers as fp32.
 
-    Args:
-        value_type: one of :data:`VALUE_TYPES`.
-        stored: the values of the whole weight.
-        rows: the rows, ``first:last``.
-        kept: bool ``(rows, in)``, the columns that are kept in each of these rows.
-        group: the columns that share a scale of int4.
-        exponents: int8 ``(in,)``, or None.
-
-    Returns:
-        One number for each kept weight; floating types as they are stored, integers as fp32.
+    ``stored`` has the whole weight; ``kept``, bool ``(rows, in)``, the columns that are kept in these rows. Other
+    arguments are those of :func:`encode_values`.
     """
     values, offsets, scales, levels = stored
     start, stop = int(offsets[rows.start]), int(offsets[rows.stop])
@@ -294,11 +280,7 @@ def narrowed(pairs: Tensor) -> Tensor:
 
 
 def widened(data: Tensor, values: int) -> Tensor:
-    """The inverse of :func:`narrowed` for an even number of values.
-
-    Raises:
-        ValueError: there is another number of values, or a bit after the last is set.
-    """
+    """The inverse of :func:`narrowed`; a ValueError if the data are not an even number of values."""
     if values < 0 or values % 2 or data.dtype != torch.uint8 or tuple(data.shape) != (bytes_of_three_bits(values),):
         raise ValueError(f"{data.dtype} {tuple(data.shape)} are not {values} values of three bits")
     bits = numpy.unpackbits(data.numpy(), bitorder="little")

@@ -1,7 +1,6 @@
 """One packed sparse weight: kept values, a bitmask or codes for their positions, and row offsets.
 
-The layout is that of the files (``docs/format.md``), so a loaded tensor needs no conversion. This file is plain torch
-and numpy; the kernels read the same tensors.
+The layout is that of the files (``docs/format.md``), so a loaded tensor needs no conversion.
 """
 
 from __future__ import annotations
@@ -49,10 +48,9 @@ _DENSE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A sparse matrix ``W (out, in)``.
+    """A sparse matrix of ``shape (out, in)``.
 
     Attributes:
-        shape: ``(out, in)``.
         layout: ``bitmask``; ``nm`` if every ``m`` consecutive columns keep exactly ``n`` values; or ``dense``.
         mask: uint8. ``bitmask``: ``(out, 8·⌈in/64⌉)``; bit ``j`` (the ``j``-th least significant) of byte ``k`` is set
             if column ``8k + j`` is kept; bits from column ``in`` on are 0. ``nm``: ``(out, ⌈in/m·w/8⌉)``, one
@@ -120,25 +118,18 @@ class PackedWeight:
 
 
 def pack(
-    weight: Tensor,
-    value_type: str = "keep",
-    layout: str = "auto",
-    group: int | None = None,
-    exponents: Tensor | None = None,
+    weight: Tensor, value_type: str = "keep", layout: str = "auto", exponents: Tensor | None = None
 ) -> PackedWeight | None:
     """The packed form of a weight, or None if the dense weight is smaller.
 
-    For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 is
-    symmetric with one scale a row, the largest magnitude over 127; int4 and int3 have a scale for each group of
-    columns, chosen among seven for the least squared error. int3 has the numbers with a gap around 0
-    (:data:`~sparsepack.codes.GAPPED`) if the weight was rounded to these, else plain ones.
+    For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 has a
+    scale a row; int4 and int3 have one for each group of columns, with the least squared error of seven.
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.
         value_type: one of :data:`~sparsepack.codes.WRITTEN_TYPES`, or ``keep`` for the weight's own type.
         layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
             bits), or ``auto`` for the smallest one.
-        group: columns that share a scale of int4; None for the number of which about 32 are kept.
         exponents: int8 ``(in,)``, for integers; None for none.
 
     Returns:
@@ -162,7 +153,7 @@ def pack(
     pattern = detect(kept) if layout not in ("bitmask", "dense") else None
     if layout == "nm" and pattern is None:
         raise SettingError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
-    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), pattern, value_type, group)
+    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), pattern, value_type)
     if layout == "auto":
         layout = min(forms, key=lambda name: forms[name][0])
         if forms[layout][0] >= weight.nbytes:
@@ -179,18 +170,10 @@ def pack(
     exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
     encoded = encode_values(weight, kept, value_type, forms[layout][1], exponents, layout)
     narrow = value_type == "int3"
+    value_type, pattern = "int4" if narrow else value_type, pattern if layout == "nm" else None
+    values, offsets, scales, levels = encoded
     return PackedWeight(
-        _shape(weight),
-        layout,
-        mask,
-        encoded.values,
-        encoded.offsets,
-        encoded.scales,
-        "int4" if narrow else value_type,
-        pattern if layout == "nm" else None,
-        exponents,
-        encoded.levels,
-        narrow,
+        _shape(weight), layout, mask, values, offsets, scales, value_type, pattern, exponents, levels, narrow
     )
 
 
@@ -200,7 +183,7 @@ def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
     Both depend on its zeros alone.
     """
     kept = weight.detach().cpu() != 0
-    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), detect(kept), value_type, None)
+    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), detect(kept), value_type)
     layout = min(forms, key=lambda name: forms[name][0])
     return layout, forms[layout][1]
 
@@ -208,19 +191,14 @@ def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:
 def predicted_bytes(
     shape: tuple[int, int], zeros: int, value_type: str, pattern: NM | None = None, *, exponents: bool = False
 ) -> int:
-    """Bytes of a weight in its smallest form, from its zeros, which are taken to be spread evenly over the rows.
+    """Bytes of a weight ``(out, in)`` in its smallest form, with its zeros spread evenly over the rows.
 
-    Args:
-        shape: ``(out, in)``.
-        zeros: their number.
-        value_type: the type of the values.
-        pattern: the N:M that the weight satisfies; None for none.
-        exponents: whether its columns have exponents.
+    ``pattern`` is the N:M that it satisfies, if any; ``exponents``, whether its columns have exponents.
     """
     out, columns = shape
     counts = (torch.arange(out + 1) * (out * columns - zeros) // out).diff()
     coded = next((other for other in PATTERNS if pattern is not None and implies(pattern, other)), None)
-    return min(size for size, _ in _forms(shape, counts, coded, value_type, None).values()) + columns * exponents
+    return min(size for size, _ in _forms(shape, counts, coded, value_type).values()) + columns * exponents
 
 
 def dense_offsets(shape: tuple[int, int], value_type: str) -> Tensor:
@@ -234,7 +212,7 @@ def _shape(weight: Tensor) -> tuple[int, int]:
 
 
 def _forms(
-    shape: tuple[int, int], counts: Tensor, pattern: NM | None, value_type: str, group: int | None
+    shape: tuple[int, int], counts: Tensor, pattern: NM | None, value_type: str
 ) -> dict[str, tuple[int, int | None]]:
     """The bytes and the int4 group of a weight in every layout that it can have, from the kept values of each row."""
     out, columns = shape
@@ -248,19 +226,14 @@ def _forms(
         parts["nm"] = (kept, out * row_bytes(pattern, columns) + index_of_rows)
     forms: dict[str, tuple[int, int | None]] = {}
     for layout, (values, index) in parts.items():
-        size = None
-        if value_type in GROUPED:
-            size = group or best_group(int(values.sum()) / (out * columns))
+        size = best_group(int(values.sum()) / (out * columns)) if value_type in GROUPED else None
         forms[layout] = (index + bytes_of_values(values, value_type, groups_of(columns, size or 1), layout), size)
     return forms
 
 
 def unpack(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The dense weight ``(out, in)``, on the device of the packed one.
-
-    With ``dtype`` None it has the type of the values, or fp32 for integers. The result is exact if the values' type is
-    floating and ``dtype`` can represent it.
-    """
+    """The dense weight ``(out, in)``, on the device of the packed one; by default in the type of floating values, which
+    is exact, or in fp32."""
     dtype = dtype or FLOAT_TYPES.get(packed.value_type, torch.float32)
     return unpack_rows(as_bitmask(packed), 0, packed.shape[0], dtype)
 

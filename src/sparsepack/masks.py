@@ -42,8 +42,8 @@ def to_bits(kept: Tensor) -> Tensor:
 def from_bits(mask: Tensor, columns: int) -> Tensor:
     """A bitmask ``(rows, stride)`` as bool ``(rows, columns)``, on its device."""
     if mask.device.type == "cpu":
-        bits = numpy.unpackbits(mask.numpy(), axis=1, count=columns, bitorder="little")
-        return torch.from_numpy(bits).view(torch.bool)
+        unpacked = numpy.unpackbits(mask.numpy(), axis=1, count=columns, bitorder="little")
+        return torch.from_numpy(unpacked).view(torch.bool)
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
     return bits.view(len(mask), -1)[:, :columns].bool()
 

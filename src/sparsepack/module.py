@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 import mmap
 import os
 import sys
@@ -74,12 +75,11 @@ def gather(model: nn.Module) -> None:
     Products stream through them: with pages of 4 KB, a seventh of the time of a token goes to the pages' addresses.
     """
     places: dict[int, list[tuple[PackedLinear, str]]] = {}
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            for name in ("weight_mask", "weight_values"):
-                buffer = getattr(module, name)
-                if buffer is not None and buffer.device.type == "cpu" and buffer.numel():
-                    places.setdefault(buffer.data_ptr(), []).append((module, name))
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for module, name in itertools.product(layers, ("weight_mask", "weight_values")):
+        buffer = getattr(module, name)
+        if buffer is not None and buffer.device.type == "cpu" and buffer.numel():
+            places.setdefault(buffer.data_ptr(), []).append((module, name))
     sizes = [-(-getattr(*users[0]).nbytes // 64) * 64 for users in places.values()]
     if sum(sizes) < LARGE_PAGES:
         return
@@ -240,21 +240,6 @@ class PackedLinear(nn.Module):
         for name in PACKED_BUFFERS:
             self.register_buffer(name, None)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
-
-    @classmethod
-    def from_packed(
-        cls, packed: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> PackedLinear:
-        """A layer around a packed weight, on its device.
-
-        Raises:
-            FormatError: the packed weight is inconsistent.
-        """
-        module = cls(packed.shape[1], packed.shape[0], bias is not None, dtype=dtype, device=packed.mask.device)
-        module.set_packed(packed)
-        if bias is not None:
-            module.bias = nn.Parameter(bias.detach().to(module.weight), requires_grad=False)
-        return module
 
     def set_packed(self, packed: PackedWeight, name: str = "weight") -> None:
         """Checks a packed weight and moves it to the device of the placeholder; N:M codes become a bitmask.

@@ -30,33 +30,33 @@ _VALUE_TYPES = {name: number for number, name in enumerate(VALUE_TYPES)}  # bf16
 _ACTIVATIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
+@cache
 def available() -> str | None:
     """The instruction set that products use, such as ``avx512vbmi2``; None if there is no compiled kernel to use.
 
     Raises:
         KernelError: ``SPARSELLM_KERNEL`` names an instruction set that does not exist or cannot run here.
     """
-    return _chosen()[0]
-
-
-def reason() -> str:
-    """One sentence that explains the result of :func:`available`."""
-    return _chosen()[1]
+    asked = os.environ.get("SPARSELLM_KERNEL", "").strip()
+    if asked == "torch" or (not asked and _library() is None):
+        return None
+    if asked:
+        _index(asked)
+    return asked or instruction_sets()[0]
 
 
 def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: str | None = None) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     With ``rounded``, and where the weight is int8 or int4, sixteen columns of a token (four, and those 64, 128 and 192
-    columns on) share a scale, their largest magnitude over 127, and are rounded to whole numbers of it; products of
-    whole numbers are exact. All instruction sets have the same bits then. An activation that is not finite makes the
-    whole token NaN.
+    columns on) share a scale, their largest magnitude over 127, and are rounded to whole numbers of it. All instruction
+    sets have the same bits then. An activation that is not finite makes the whole token NaN.
 
     Args:
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
             :func:`sparsepack.validation.validate`; offsets and mask are not checked again.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
-        rounded: round ``x`` to int8 for weights of int8 and int4; no other weight is affected.
+        rounded: round ``x`` to int8, see above.
         kernel: an instruction set other than :func:`available`'s.
 
     Returns:
@@ -81,11 +81,9 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, ker
     """Writes rows ``first:last`` of a packed weight, dense, into ``out``.
 
     Args:
-        packed: as for :func:`multiply`.
+        packed, kernel: as for :func:`multiply`.
         first, last: ``0 ≤ first ≤ last ≤`` rows of the weight.
-        out: contiguous ``(last - first, in)`` of fp32, bf16 or fp16 on the CPU. Integers times their scales are rounded
-            to its type once; a floating value of another type is converted.
-        kernel: as for :func:`multiply`.
+        out: contiguous ``(last - first, in)`` of fp32, bf16 or fp16 on the CPU; values are rounded to its type once.
 
     Raises:
         KernelError: there is no such kernel here, or types, shapes or devices do not fit.
@@ -101,11 +99,7 @@ def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, ker
 
 
 def decode(plan: Tensor, token: int, position: int) -> None:
-    """One token through the decoder that a plan of :mod:`sparsepack.decode` describes.
-
-    Raises:
-        KernelError: there is no compiled kernel to use.
-    """
+    """One token through the decoder that a plan of :mod:`sparsepack.decode` describes."""
     library, index = _kernel(None)
     library.decode(index, plan.data_ptr(), token, position, torch.get_num_threads())
 
@@ -166,39 +160,23 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
 
 def _kernel(name: str | None) -> tuple[ModuleType, int]:
     """The extension, and the number of an instruction set in it."""
-    library = _library()
-    name = available() if name is None else name
+    library, name = _library(), name or available()
     if library is None or name is None:
-        raise KernelError(f"there are no compiled kernels to use: {reason()}")
+        raise KernelError(f"SPARSELLM_KERNEL=torch is set, or the kernels were not built; {NOT_BUILT}")
     return library, _index(name)
 
 
 @cache
 def _index(name: str) -> int:
     library = _library()
-    assert library is not None
+    if library is None:
+        raise KernelError(f"instruction set {name!r:.100}: the kernels were not built; {NOT_BUILT}")
     names = [known for known, _ in library.instruction_sets()]
     if name not in names:
         raise KernelError(f"unknown instruction set {name!r:.100}; choose one of {', '.join(names)}, torch")
     if name not in instruction_sets():
         raise KernelError(f"this machine has no {name}; it can run {', '.join(instruction_sets())}, or torch")
     return names.index(name)
-
-
-@cache
-def _chosen() -> tuple[str | None, str]:
-    asked = os.environ.get("SPARSELLM_KERNEL", "").strip()
-    if asked == "torch":
-        return None, "SPARSELLM_KERNEL=torch is set"
-    if _library() is None:
-        if asked:
-            raise KernelError(f"SPARSELLM_KERNEL={asked}: the kernels were not built; {NOT_BUILT}")
-        return None, f"the kernels were not built; {NOT_BUILT}"
-    if asked:
-        _index(asked)
-        return asked, f"SPARSELLM_KERNEL={asked} is set"
-    best = instruction_sets()[0]
-    return best, f"{best} is the best that this machine has"
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsepack.layout import PackedWeight, unpack
+from sparsepack.module import PackedLinear
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VALUE_TYPES = (*FLOATS, "int8", "int4")
@@ -115,3 +116,12 @@ def integer_product(packed: PackedWeight, x: Tensor) -> Tensor:
     whole, of_x = rounded(x)
     products = torch.einsum("tgk,ogk->tog", whole, codes)  # int64
     return (products.double() * of_x.double().unsqueeze(1) * scales[:, ::4]).sum(dim=2)
+
+
+def layer_of(packed: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> PackedLinear:
+    """A layer around a packed weight."""
+    layer = PackedLinear(packed.shape[1], packed.shape[0], bias is not None, dtype=dtype)
+    layer.set_packed(packed)
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias.to(layer.weight))
+    return layer

@@ -23,6 +23,7 @@ from sparsepack.layout import PackedWeight, pack, unpack
 from sparsepack.module import PackedEmbedding, PackedLinear, multiply
 from sparsepack.validation import validate
 from tests.packed.by_hand import int4_by_hand, sparse_weight
+from tests.runtime.reference import layer_of
 
 KERNELS = native.instruction_sets()
 
@@ -69,7 +70,7 @@ def test_kernels_multiply_activations_first(kernel: str, values: str, rows: int,
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_a_layer_is_that_of_its_dense_weight(values: str) -> None:
     packed = packed_of(24, 96, values, 0.5)
-    module = PackedLinear.from_packed(packed)
+    module = layer_of(packed)
     module.rounded = False
     dense = unpack(packed)
     for tokens in (3, 40):  # a small batch, and tiles
@@ -121,15 +122,18 @@ def with_exponents(llama: Path, values: str, out: Path) -> Path:
         for name, weight in load_file(file).items():
             if "_proj" in name:
                 text = text_of_exponents(exponents_of(weight.shape[1]))
-                linears.append({"name": name.removesuffix(".weight"), "exponents": text})
-    (llama / "pruning.json").write_text(json.dumps({"values": values, "linears": linears}))
+                linears.append(
+                    {"name": name.removesuffix(".weight"), "exponents": text, "shape": weight.shape, "zeros": 0}
+                )
+    record = {"values": values, "sparsity_asked": 0.5, "linears": linears}
+    (llama / "pruning.json").write_text(json.dumps(record))
     try:
         return sparsellm.pack(llama, out=out, values=values).path
     finally:
         (llama / "pruning.json").unlink()
 
 
-@pytest.mark.skipif(native.available() is None, reason=native.reason())
+@pytest.mark.skipif(native.available() is None, reason="no compiled kernels")
 @pytest.mark.parametrize("activations", ["fp32", "int8"])
 @pytest.mark.parametrize("values", ["int8", "int4"])
 def test_a_token_in_one_call(values: str, activations: str, llama: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from sparsepack.errors import FormatError, PackError
 from sparsepack.layout import FIELDS, PackedWeight, pack, unpack
 from sparsepack.module import PackedLinear, multiply, to_dense
 from tests.packed.by_hand import sparse_weight
+from tests.runtime.reference import layer_of
 
 
 def packed_of(weight: Tensor, values: str = "keep", layout: str = "bitmask") -> PackedWeight:
@@ -26,7 +27,7 @@ def packed_of(weight: Tensor, values: str = "keep", layout: str = "bitmask") -> 
 
 def layer(values: str = "keep", *, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
     weight = sparse_weight(48, 130, 0.6).to(dtype)
-    return PackedLinear.from_packed(packed_of(weight, values), torch.randn(48).to(dtype) if bias else None, dtype)
+    return layer_of(packed_of(weight, values), torch.randn(48).to(dtype) if bias else None, dtype)
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_a_layer_without_a_weight_says_so() -> None:
 def test_codes_of_n_m_are_computed_with_as_bits() -> None:
     weight = torch.randn(16, 64)
     weight = weight * NM(2, 4).mask(weight.abs())
-    module = PackedLinear.from_packed(packed_of(weight, layout="nm"))
+    module = layer_of(packed_of(weight, layout="nm"))
     x = torch.randn(4, 64)
     assert module.packed.layout == "bitmask"
     assert torch.allclose(module(x), x @ weight.t(), atol=1e-5)
@@ -168,7 +169,7 @@ def test_gradient_of_the_input_is_that_of_the_dense_layer() -> None:
 
 
 def test_compiled_without_a_break_in_the_graph() -> None:
-    model = nn.Sequential(layer(), nn.ReLU(), PackedLinear.from_packed(packed_of(sparse_weight(16, 48, 0.5), "int4")))
+    model = nn.Sequential(layer(), nn.ReLU(), layer_of(packed_of(sparse_weight(16, 48, 0.5), "int4")))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for tokens in (1, 20):
@@ -188,7 +189,7 @@ def test_to_dense_replaces_every_layer() -> None:
 
 def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:
     weight = sparse_weight(1024, 4096, 0.5)
-    model = nn.Sequential(PackedLinear.from_packed(packed_of(weight)), nn.ReLU(), layer("int8"))
+    model = nn.Sequential(layer_of(packed_of(weight)), nn.ReLU(), layer("int8"))
     shared = PackedLinear(4096, 1024)
     shared.set_packed(model[0].packed)  # as a head that is the embedding
     model.append(shared)

@@ -21,7 +21,7 @@ from sparsepack.layout import PackedWeight
 from tests.runtime.reference import VALUE_TYPES, activations, bound, random_weight
 
 pytestmark = [
-    pytest.mark.skipif(not native.instruction_sets(), reason=native.reason()),
+    pytest.mark.skipif(not native.instruction_sets(), reason="no compiled kernels"),
     pytest.mark.skipif(sys.platform != "linux", reason="pages are protected through mprotect of Linux"),
 ]
 
