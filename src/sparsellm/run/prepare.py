@@ -24,7 +24,7 @@ from sparsellm.chain.linears import LinearView, iterate_linears
 from sparsellm.chain.matrices import is_excluded, matches, outside_blocks, refuse_silent_dense, unmatched_patterns
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.chain.products import Bf16Products, bf16_is_native
-from sparsellm.chain.streams import check_forward, windows_in_batch
+from sparsellm.chain.streams import check_forward, windows_of
 from sparsellm.errors import DataError, RecipeError
 from sparsellm.inputs.json_input import read_object
 from sparsellm.machine import heap
@@ -220,7 +220,7 @@ class Prepared:
         return [self._own(cut(part, lead) if self.bos != "given" else part) for part in (*fresh, *known)]
 
     def _own(self, windows: Tensor) -> Tensor:
-        unit = windows_in_batch(self.recipe.batch_tokens, windows.shape[1])
+        unit = windows_of(self.recipe.batch_tokens, windows.shape[1])
         return windows[parallel.share(len(windows), unit)]
 
 
