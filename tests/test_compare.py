@@ -12,7 +12,7 @@ from sparsellm import cli, compare
 from sparsellm.compare import Constraints, GridResult, Measured, Protocol, cells_of, recommend
 from sparsellm.errors import RecipeError
 from sparsellm.evaluation import streamed
-from sparsellm.run import run as running
+from sparsellm.run import targets as running
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SETTINGS = {"samples": 4, "seq_len": 32, "effort": 0}
@@ -172,7 +172,7 @@ def test_the_recommendation_is_the_smallest_that_recovers_enough_or_the_best_tha
     ("words", "message"),
     [
         ("", "one sparsity or pattern"),
-        ("--sparsity 0.5,x", "sparsity is 'x'"),
+        ("--sparsity 0.5,x", "give fractions with commas"),
         ("--sparsity 0.5,0.5", "asked for twice"),
         ("--sparsity 0.5 --method wandaa", "wanda"),
         ("--sparsity 0.5 --method wanda --set effort=1", "known to none"),

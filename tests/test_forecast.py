@@ -19,8 +19,8 @@ from sparsellm.chain import Stream, open_chain
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import NOTE, PLAN, Forecast, Progress, plan_of_phases
 from sparsellm.run import costs
-from sparsellm.run import run as running
-from sparsellm.run.prepare import Choice
+from sparsellm.run import prune as running
+from sparsellm.run.choice import Choice
 from sparsellm.run.result import command_line
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -146,7 +146,7 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
 def test_rounding_values_is_predicted_beside_solving() -> None:
     chain = open_chain(tiny_llama(), device=torch.device("cpu"))
     kept = Choice.of(Recipe(sparsity=0.5))
-    rounded = kept.on({"": Unstructured(1, 2)}, "int4")
+    rounded = kept.on([Unstructured(1, 2)], "int4")
     assert (
         costs.predicted_seconds(chain, rounded, 64, 64)["prune"] > costs.predicted_seconds(chain, kept, 64, 64)["prune"]
     )
@@ -202,10 +202,10 @@ def test_the_passes_of_the_walk_are_as_predicted(
         products.append(weight.numel() * x.shape[:-1].numel() if id(weight) in weights else 0)
         return multiply(x, weight, bias)
 
-    def walk_alone(run: Any) -> None:
+    def walk_alone(*arguments: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(functional, "linear", linear)
-            walk(run)
+            list(walk(*arguments))
         raise ZeroDivisionError("what follows is not counted")
 
     monkeypatch.setattr(running, "walk", walk_alone)

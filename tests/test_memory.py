@@ -18,6 +18,7 @@ from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.inputs.sizes import parse_bytes
 from sparsellm.machine import heap
 from sparsellm.methods import METHODS
+from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.run import memory
 from sparsellm.run.memory import Demand, plan_memory, working_bytes
@@ -55,62 +56,67 @@ def chain(tmp_path: Path) -> Chain:
 
 
 def test_what_does_not_fit_goes_to_disk_and_what_cannot_work_is_refused(chain: Chain) -> None:
-    def plan(budget: int | None, streams: int = 0) -> memory.MemoryPlan:
+    def plan(budget: int | None, streams: int = 0) -> Memory:
         return plan_memory(chain, Demand(1_000_000, 128, 4096, Workspace(streams=streams)), budget)
 
     hidden = 1_000_000 * 128 * 32 * 4
     free = plan(1 << 50)
-    assert (free.hidden_in_memory, free.hidden_on_disk) == (hidden, 0)
-    assert free.peak == free.start + free.working + hidden
-    assert plan(1 << 50, streams=2).hidden_in_memory == 3 * hidden
+    assert (free.hidden_in_memory_bytes, free.hidden_on_disk_bytes) == (hidden, 0)
+    assert free.predicted_peak_rss_bytes == free.start_bytes + free.working_bytes + hidden
+    assert plan(1 << 50, streams=2).hidden_in_memory_bytes == 3 * hidden
     tight = plan(3 << 30)
-    assert tight.hidden_in_memory + tight.hidden_on_disk == hidden
-    assert 0 < tight.hidden_in_memory < hidden
-    assert tight.peak <= 3 << 30
+    assert tight.hidden_in_memory_bytes + tight.hidden_on_disk_bytes == hidden
+    assert 0 < tight.hidden_in_memory_bytes < hidden
+    assert tight.predicted_peak_rss_bytes <= 3 << 30
     with pytest.raises(MemoryBudgetError, match=r"may take 0\.00 GB; allow more with --memory"):
         plan(1 << 20)
 
 
 def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:
-    def plan(budget: int, writers: int = 2) -> memory.MemoryPlan:
+    def plan(budget: int, writers: int = 2) -> Memory:
         return plan_memory(chain, Demand(100_000, 128, 4096, Workspace(writers=writers)), budget)
 
     one = 100_000 * 128 * 4
     free = plan(1 << 50)
-    assert free.kept == (80 + 32) * one  # of the feed-forward unit and of attention
-    assert plan(1 << 50, writers=1).kept == 80 * one
-    assert plan(1 << 50, writers=0).kept == 0
-    assert free.peak == free.start + free.working + free.hidden_in_memory + free.kept
-    assert free.steps["statistics"] == free.peak
-    least = free.start + free.working  # of this process, which has run other tests before
+    assert free.kept_bytes == (80 + 32) * one  # of the feed-forward unit and of attention
+    assert plan(1 << 50, writers=1).kept_bytes == 80 * one
+    assert plan(1 << 50, writers=0).kept_bytes == 0
+    assert (
+        free.predicted_peak_rss_bytes
+        == free.start_bytes + free.working_bytes + free.hidden_in_memory_bytes + free.kept_bytes
+    )
+    assert free.steps_bytes["statistics"] == free.predicted_peak_rss_bytes
+    least = free.start_bytes + free.working_bytes  # of this process, which has run other tests before
     tight = plan(least + (32 + 40) * one)
-    assert (tight.hidden_in_memory, tight.hidden_on_disk) == (32 * one, 0)
-    assert 0 < tight.kept < free.kept
-    assert tight.peak <= least + (32 + 40) * one
+    assert (tight.hidden_in_memory_bytes, tight.hidden_on_disk_bytes) == (32 * one, 0)
+    assert 0 < tight.kept_bytes < free.kept_bytes
+    assert tight.predicted_peak_rss_bytes <= least + (32 + 40) * one
     less = plan(least + 16 * one)
-    assert less.hidden_on_disk > 0
-    assert less.kept == 0
+    assert less.hidden_on_disk_bytes > 0
+    assert less.kept_bytes == 0
 
 
 def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chain) -> None:
     plain = plan_memory(chain, Demand(4, 128, 4096, Workspace()), 1 << 50)
     swept = plan_memory(chain, Demand(4, 128, 4096, Workspace(), gradient_tokens=512), 1 << 50)
     blocks = chain.config.num_hidden_layers
-    assert (plain.hidden_in_memory, plain.hidden_on_disk) == (512 * 32 * 4, 0)
-    assert swept.hidden_in_memory == plain.hidden_in_memory
-    assert swept.hidden_on_disk == 512 * 32 * 4 * (blocks + 1)  # of blocks + 2 the first is in memory
+    assert (plain.hidden_in_memory_bytes, plain.hidden_on_disk_bytes) == (512 * 32 * 4, 0)
+    assert swept.hidden_in_memory_bytes == plain.hidden_in_memory_bytes
+    assert swept.hidden_on_disk_bytes == 512 * 32 * 4 * (blocks + 1)  # of blocks + 2 the first is in memory
     large = open_chain(tiny_llama(vocab_size=100_000), device=CPU)
     logits = 256 * 100_000 * 4
     for given, copies in (({"gradient_tokens": 512}, 3), ({"swept": True}, 4)):
         plan = plan_memory(large, Demand(4, 128, 4096, Workspace(), **given), 1 << 50)  # type: ignore[arg-type]
         assert plan.worst == ("gradients" if copies == 3 else "sweeps")
-        assert plan.working - memory.LIBRARIES == copies * logits  # the model, given as an object, is there already
+        assert (
+            plan.working_bytes - memory.LIBRARIES == copies * logits
+        )  # the model, given as an object, is there already
 
 
 def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heap, "free_memory", lambda: 10 << 30)
     plan = plan_memory(chain, Demand(4, 32, 4096, Workspace()), None)
-    assert plan.budget == pytest.approx(plan.start + 8 * (1 << 30))
+    assert plan.budget_bytes == pytest.approx(plan.start_bytes + 8 * (1 << 30))
 
 
 def test_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,15 +170,18 @@ def test_the_head_is_not_read_to_run_the_blocks(chain: Chain) -> None:
 
 
 def test_a_small_budget_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
 
-    from sparsellm.run import run
+    from sparsellm.run import plan as planning
 
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     recipe = Recipe(method="sparsegpt", sparsity=0.6, samples=6, seq_len=32, batch_tokens=64)
     sparsellm.prune(source, recipe, out=tmp_path / "memory")
-    plan = run.plan_memory
-    monkeypatch.setattr(run, "plan_memory", lambda *a, **k: replace(plan(*a, **k), hidden_in_memory=2 * 64 * 32 * 4))
+    plan = planning.plan_memory
+    monkeypatch.setattr(
+        planning,
+        "plan_memory",
+        lambda *a, **k: plan(*a, **k).model_copy(update={"hidden_in_memory_bytes": 2 * 64 * 32 * 4}),
+    )
     sparsellm.prune(source, recipe, out=tmp_path / "disk")
     shards = sorted(path.name for path in (tmp_path / "memory").glob("*.safetensors"))
     assert len(shards) == 4

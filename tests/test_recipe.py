@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy
 import pytest
+from sparsellm.run.effort import Effort
 
 from sparsellm import Recipe
 from sparsellm.errors import RecipeError
 from sparsellm.patterns import NM, Unstructured
-from sparsellm.run.effort import Effort
 
 
 def test_yaml_round_trip_keeps_every_field() -> None:

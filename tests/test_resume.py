@@ -193,7 +193,7 @@ def test_without_room_for_its_state_a_sweep_runs_and_begins_anew(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("sparsellm.run.run.saved_sweep_bytes", lambda chain, unrounded: 1 << 60)
+    monkeypatch.setattr("sparsellm.run.prune.saved_sweep_bytes", lambda chain, unrounded: 1 << 60)
     result = sparsellm.prune(
         source, Recipe(**SWEPT), out=tmp_path / "p", progress=lambda event: said.append(event.detail)
     )
@@ -263,7 +263,7 @@ def test_every_method_goes_on_with_the_same_bits(
             sparsellm.prune(source, recipe, out=tmp_path / "p")
     torch.manual_seed(12345)  # nothing may depend on what was drawn before
     with monkeypatch.context() as patched:
-        patched.setattr("sparsellm.run.run.loss_gradients", None)  # what it found is there
+        patched.setattr("sparsellm.run.targets.loss_gradients", None)  # what it found is there
         result = sparsellm.prune(source, recipe, out=tmp_path / "p")
     assert result.resumed == 1
     assert contents(tmp_path / "p") == contents(tmp_path / "whole")

@@ -14,7 +14,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.calibration import calibration_windows
 from sparsellm.run import walk
-from sparsellm.run.effort import Effort
+from sparsellm.run.choice import Effort
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SAMPLES, SEQ_LEN, BLOCKS = 4, 16, 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from sparsellm import Recipe
 from sparsellm.chain import Stream
 from sparsellm.methods import sublayers
 from sparsellm.progress import Progress
-from sparsellm.run import run
+from sparsellm.run import plan as planning
 from tests.models import VOCABULARY, save_tiny, tiny_llama
 from tests.models.families import FAMILIES, STAY_DENSE, family
 
@@ -158,8 +157,8 @@ def test_what_finds_no_room_is_run_again(
     whole = pruned()
     assert left_out == {"LlamaAttention", "LlamaMLP"}
     left_out.clear()
-    plan = run.plan_memory
-    monkeypatch.setattr(run, "plan_memory", lambda *a, **k: replace(plan(*a, **k), kept=kept))
+    plan = planning.plan_memory
+    monkeypatch.setattr(planning, "plan_memory", lambda *a, **k: plan(*a, **k).model_copy(update={"kept_bytes": kept}))
     tight = pruned()
     assert left_out == modules
     assert all(torch.equal(value, tight[key]) for key, value in whole.items())

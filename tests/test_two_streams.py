@@ -17,9 +17,9 @@ from sparsellm.errors import ModelError, RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.methods import sparsellm as module
 from sparsellm.methods.task import BlockTask
-from sparsellm.run.prepare import Request
-from sparsellm.run.run import Run
+from sparsellm.run import prune as story
 from sparsellm.statistics import CrossAccumulator
+from sparsellm.sweep.whole_model import SweepTask
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 from tests.sweep.helpers import ids_of, tiny_mistral
 
@@ -55,17 +55,18 @@ def idle() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt, tiny_mistral], ids=lambda family: family.__name__)
-def test_the_dense_stream_is_that_of_the_dense_model(family: Callable[..., Any], idle: str) -> None:
-    run = Run(Request(family(), Recipe(method=idle, sparsity=0.5, batch_tokens=BATCH), calibration=IDS))
-    run.open()
-    run.plan()
-    run.resume()
-    run.survey()
-    run.walk()
-    assert run.dense is not None
-    chain = run.chain
+def test_the_dense_stream_is_that_of_the_dense_model(
+    family: Callable[..., Any], idle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[SweepTask] = []
+    monkeypatch.setattr(story, "sweep", lambda task: tasks.append(task) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sparsellm.prune(family(), Recipe(method=idle, sparsity=0.5, batch_tokens=BATCH), calibration=IDS)
+    (task,) = tasks
+    chain, dense = task.feed.chain, task.dense
+    assert dense is not None
     assert not same(chain.model, family())  # it is pruned by now
-    found = torch.cat([chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(run.dense.hidden)])
+    found = torch.cat([chain.finish(h, IDS[2 * i : 2 * i + 2]) for i, h in enumerate(dense)])
     with torch.no_grad():
         wanted = family()(IDS, use_cache=False).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -183,7 +184,7 @@ def test_negative_options_are_refused(name: str) -> None:
 
 
 def test_an_unknown_solver_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsellm.run.run.walk", None)
+    monkeypatch.setattr("sparsellm.run.prune.walk", None)
     with pytest.raises(RecipeError, match="unknown solver 'adm'; did you mean"):
         sparsellm.prune(tiny_opt(), Recipe(method="sparsellm", options={"solver": "adm"}), calibration=IDS)
 

@@ -11,7 +11,6 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 
 from sparsellm import Recipe, api
 from sparsellm.chain import LinearView
-from sparsellm.run import run as run_module
+from sparsellm.run import plan as planning
 from sparsellm.storage import files, resume, scratch, shard
 from sparsellm.storage.reader import CheckpointReader
 from tests import forking
@@ -102,8 +101,10 @@ def prune(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if hidden_in_memory is not None:
-        plan = run_module.plan_memory
-        run_module.plan_memory = lambda *a, **k: replace(plan(*a, **k), hidden_in_memory=hidden_in_memory)  # type: ignore[assignment]
+        plan = planning.plan_memory
+        planning.plan_memory = lambda *a, **k: plan(*a, **k).model_copy(  # type: ignore[assignment]
+            update={"hidden_in_memory_bytes": hidden_in_memory}
+        )
     with watched(counter):
         try:
             api.prune(source, Recipe(**recipe), out=out)

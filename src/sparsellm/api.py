@@ -27,9 +27,11 @@ from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Evaluation, Protocol
 from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.fingerprint import tokens_fingerprint
-from sparsellm.run.prepare import Request, default_seq_len, open_model
+from sparsellm.run.opening import open_model
+from sparsellm.run.plan import Request
 from sparsellm.run.result import PruneResult, stamp, versions
-from sparsellm.run.stages import execute
+from sparsellm.run.sets import default_seq_len
+from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsepack.loading import load
 
@@ -74,7 +76,7 @@ def prune(  # noqa: PLR0913 - the Python door
     settled = settle_calibration(Recipe.of(recipe), given)
     text = None if isinstance(given, str) else given  # the recipe contains a source
     request = Request(model, settled, out, text, tokenizer, overwrite, restart, trust_remote_code, teacher)
-    return execute(request, progress)
+    return prune_in_stages(request, progress)
 
 
 @checked

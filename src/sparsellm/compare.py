@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,9 @@ from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.records import PRUNING, Benchmark, Pruning, read_pruning
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
-from sparsellm.run.prepare import Request
+from sparsellm.run.plan import Request
 from sparsellm.run.result import stamp
-from sparsellm.run.shared import Shared
-from sparsellm.run.stages import execute
+from sparsellm.run.stages import prune_in_stages
 from sparsellm.storage.files import explained, replace_atomically, write_all
 from sparsellm.storage.remains import GRID
 from sparsellm.storage.results import append_result
@@ -201,7 +200,7 @@ def compare(
     )
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    shared, dense = Shared(), api.Dense(model)
+    shared, dense = dict[Hashable, Any](), api.Dense(model)
     for number, cell in enumerate(cells):
         if cell.name in known:
             continue
@@ -338,7 +337,7 @@ def _measure(
 ) -> Measured:
     """Prunes one cell unless its checkpoint is there, packs it, and measures the packed checkpoint."""
     place = Path(os.fspath(request.out or ""))
-    pruned = _pruned(place, cell) or execute(request, progress).record
+    pruned = _pruned(place, cell) or prune_in_stages(request, progress).record
     to = f"{place}{PACKED}"
     packed = pack(place, out=to, values=protocol.values, overwrite=True, restart=True, progress=progress)
     evaluation = api.evaluate(

@@ -17,9 +17,9 @@ from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_p
 from sparsellm.recipe import Recipe
 from sparsellm.records import Against, Benchmark, Continuation, Evaluation
 from sparsellm.report.document import write_report
-from sparsellm.run.prepare import Request
+from sparsellm.run.plan import Request
 from sparsellm.run.result import stamp
-from sparsellm.run.stages import execute
+from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.destination import check_destination
@@ -123,7 +123,7 @@ def run_demo(
     progress(plan_of_phases(COSTS))
     with clock.phase("prune"):
         request = Request(dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME)
-        result = execute(request, progress)
+        result = prune_in_stages(request, progress)
     with phase("pack"):
         pack(pruned, out=packed, overwrite=overwrite, restart=restart, progress=progress)
     with phase("evaluate"):

@@ -176,7 +176,19 @@ class SweepPass(Record):
 
 
 class Memory(Record):
-    """The memory that was predicted, in bytes; see :class:`sparsellm.run.memory.MemoryPlan`."""
+    """The resident memory that is predicted for one process, in bytes.
+
+    Attributes:
+        budget_bytes: the most that the process may hold.
+        start_bytes: held before the run, including Python and libraries.
+        working_bytes: added at the peak: a block, statistics, the solver's workspace, activations.
+        worst: the step of the run at the peak.
+        hidden_in_memory_bytes: hidden states, and the sweep's copies of the weights, that stay in memory.
+        hidden_on_disk_bytes: the most of these in files at any time, in the walk or in the backward sweep.
+        kept_bytes: outputs of pruned sublayers that save passes; none of them goes to disk.
+        predicted_peak_device_bytes: needed in the memory of an accelerator; 0 on the CPU.
+        steps_bytes: resident memory at the peak of each step of the run, on the CPU.
+    """
 
     budget_bytes: Count = 0
     predicted_peak_rss_bytes: Count = 0
@@ -234,6 +246,7 @@ class RunRecord(Record):
         allocation: for per-layer sparsities that are not uniform: ``name``, and the allocation's own report.
         sweeps: the divergence from the dense model after each pass of the sweep; empty without a sweep.
         stages: the stages before the last.
+        identity: everything that the bits of the result depend on.
     """
 
     format: Literal[1] = 1
@@ -260,6 +273,7 @@ class RunRecord(Record):
     allocation: Settings = {}
     sweeps: list[SweepPass] = []
     stages: list[EarlierStage] = []
+    identity: Settings = {}
     magnitudes: Magnitudes = {}
 
     @computed_field  # type: ignore[prop-decorator]

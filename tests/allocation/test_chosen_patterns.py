@@ -97,7 +97,7 @@ def test_a_resumed_run_takes_the_choice_of_its_first_start(tmp_path: Path, monke
         patch.setattr(CheckpointWriter, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             sparsellm.prune(source, recipe, out=tmp_path / "cut")
-    monkeypatch.setattr("sparsellm.run.run.Run._allocate", None)  # not called again
+    monkeypatch.setattr("sparsellm.run.targets._allocate", None)  # not called again
     assert sparsellm.prune(source, recipe, out=tmp_path / "cut").resumed == 3
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()

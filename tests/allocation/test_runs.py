@@ -19,7 +19,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import Progress
 from sparsellm.run.memory import gradient_bytes
-from sparsellm.run.prepare import plan as plan_of
+from sparsellm.run.zeros import patterns_of as plan_of
 from tests.allocation.helpers import survey_of, windows
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.shares import Share
@@ -155,13 +155,13 @@ def test_room_for_the_gradients_is_planned_until_the_shares_are_known(
     def planned(**changes: Any) -> int:
         plan = sparsellm.prune(source, recipe.updated(**changes), calibration=many, out=tmp_path / "p", overwrite=True)
         assert plan.memory is not None
-        return plan.memory.hidden_in_memory + plan.memory.hidden_on_disk
+        return plan.memory.hidden_in_memory_bytes + plan.memory.hidden_on_disk_bytes
 
     walk = planned(allocation="uniform", effort=0, options={"output_metric": 0})
     swept = gradient_bytes(open_chain(source, device=torch.device("cpu")), many.numel())
     assert planned(allocation="uniform") == planned() == swept > walk
     with monkeypatch.context() as patched:
-        patched.setattr("sparsellm.run.run.walk", None)
+        patched.setattr("sparsellm.run.prune.walk", None)
         with pytest.raises(TypeError):
             planned()
     assert planned() == walk  # the cut run has left what it found: shares, and what errors of outputs cost

@@ -24,8 +24,8 @@ from sparsellm.progress import Progress
 from sparsellm.report import document
 from sparsellm.report.checkpoint import read_checkpoint
 from sparsellm.report.document import write_report
+from sparsellm.run.counts import joined
 from sparsellm.run.journal import BlockRecord
-from sparsellm.run.magnitudes import joined
 from sparsellm.run.result import PruneResult
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.report.pages import LOADS, Page, page_of, results, rewrite

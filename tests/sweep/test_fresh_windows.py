@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm.calibration import calibration_windows
-from sparsellm.run import prepare
-from sparsellm.run.run import Run
+from sparsellm.run import prune as story
+from sparsellm.run import sets as reading
 from sparsellm.sweep import whole_model
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.sweep.helpers import dense_end, ids_of, tiny_zamba
@@ -63,8 +63,8 @@ def test_each_pass_takes_new_windows_while_the_text_lasts(
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     text(tmp_path / "text.txt", 400)
     monkeypatch.chdir(tmp_path)
-    seen, statistics, walk = runs_of(monkeypatch), [], Run.walk
-    monkeypatch.setattr(Run, "walk", lambda run: statistics.append(run.windows) or walk(run))
+    seen, statistics, walk = runs_of(monkeypatch), [], story.walk
+    monkeypatch.setattr(story, "walk", lambda plan, *rest: statistics.append(plan.windows.first) or walk(plan, *rest))
     sparsellm.prune(source, {**RECIPE, "calibration": calibration, "effort": 2, "passes": passes}, out=tmp_path / "out")
     dense = AutoModelForCausalLM.from_pretrained(source)
     rows = [tuple(row) for windows, _ in seen for row in windows.tolist()]
@@ -118,13 +118,13 @@ def test_the_windows_of_the_statistics_and_the_fresh_ones_do_not_overlap(tmp_pat
 
 def test_windows_of_a_sweep_are_cut_to_its_steps_and_begin_as_all_do() -> None:
     windows = torch.arange(2 * 1300).view(2, 1300)
-    plain, led = prepare.cut(windows, None), prepare.cut(windows, 9)
+    plain, led = reading._cut(windows, None), reading._cut(windows, 9)
     step = whole_model.STEP_TOKENS
     assert plain.tolist() == [row[start : start + step] for row in windows.tolist() for start in (0, step)]
     assert torch.equal(plain[:, 1:], led[:, 1:])
     assert set(led[:, 0].tolist()) == {9}
     assert windows[0, 0] == 0, "the windows of the statistics changed"
-    assert torch.equal(prepare.cut(windows[:, :1000], 9), windows[:, :1000])
+    assert torch.equal(reading._cut(windows[:, :1000], 9), windows[:, :1000])
 
 
 def test_the_dense_model_of_a_later_set_has_its_own_shared_weights(

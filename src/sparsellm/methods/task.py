@@ -135,7 +135,7 @@ class BlockTask:
         if self.values in INTEGERS:
             solution = self._rounded(linear, solution, gram, wanted)
         linear.assign(solution.weight)
-        self.results = [result for result in self.results if result.name != linear.name]
+        self.results[:] = [result for result in self.results if result.name != linear.name]
         result = LinearResult(
             name=linear.name,
             shape=(linear.out_features, linear.in_features),

@@ -1,1 +1,1 @@
-"""One pruning run from start to end: :class:`~sparsellm.run.run.Run` has its steps in order."""
+"""One pruning run from start to end: :mod:`sparsellm.run.prune` is its story."""

@@ -1,24 +1,20 @@
-"""Predicts the seconds of each phase of a run, from shapes and tokens: the weights of the bar that shows its progress.
+"""The seconds of each phase of a run, predicted from shapes and tokens.
 
-The predictions are rough. What counts is their proportions, because a display corrects them by the phases that are
-finished (:class:`sparsellm.progress.Forecast`).
+Only their proportions count: a display corrects them by finished phases (:class:`sparsellm.progress.Forecast`).
 """
 
 from __future__ import annotations
 
 import time
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
 from sparsellm.chain import Chain
+from sparsellm.run.choice import Choice
 from sparsellm.run.memory import checkpoint_bytes
 from sparsellm.sweep.gradients import LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
-
-if TYPE_CHECKING:
-    from sparsellm.run.prepare import Choice
 
 DISK = 1e9  # bytes read, checked or written in a second
 MEMORY = 5e9  # bytes of parameters and moments that a step of Adam moves in a second
@@ -62,7 +58,7 @@ def predicted_seconds(
     token = (2 * weights + 4 * seq_len * config.hidden_size) / (BUSY * speed)  # through one block
     head = 2 * config.vocab_size * config.hidden_size / (BUSY * speed)
     gram = sum(2 * inputs**2 for inputs, _ in sizes) / speed  # of one token
-    products = choice.method.workspace.beside(needs.workspace).products
+    products = choice.workspace.products
     solve = sum(products * 2 * inputs * inputs * outputs for inputs, outputs in sizes) / speed
     adam = 8 * 4 * weights * blocks / MEMORY  # parameters, two moments and gradients in fp32, read and written
     asked = choice.allocation_needs.gradient_tokens or TOKENS * needs.output_costs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,22 @@ from sparsellm.storage.reader import CheckpointReader, not_finite, raw_bytes
 
 _PIECE = 1 << 22  # elements hashed at a time
 _LENGTH = 16  # hexadecimal digits: enough to avoid collisions, short enough for a message
-
-# Keys that transformers writes into a config and that do not describe the model.
-_NOT_THE_MODEL = ("_name_or_path", "transformers_version")
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # keys that transformers writes into a config
 
 
-def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[str, str]:
-    """SHA-256 of every weight of the model, by name. The whole model is read once, and every value checked.
-
-    For a model on disk, later reads are compared with these digests.
+def weight_digests(model: Chain | CheckpointReader, progress: ProgressCallback = ignore) -> dict[str, str]:
+    """SHA-256 of every weight of a model, by name. The whole model is read once, and every value checked.
 
     Raises:
         NumericalError: a weight is NaN or infinite; the message names it.
         StorageError: the checkpoint cannot be read.
     """
-
     report = partial(_report, progress)
-    if chain.reader is not None:
-        return chain.reader.digests(report)
-    values = chain.model.state_dict(keep_vars=True)
+    if isinstance(model, CheckpointReader):
+        return model.digests(report)
+    if model.reader is not None:
+        return model.reader.digests(report)
+    values = model.model.state_dict(keep_vars=True)
     total, done = sum(value.nbytes for value in values.values()), 0
     digests: dict[str, str] = {}
     for name, value in values.items():
@@ -47,16 +43,6 @@ def weight_digests(chain: Chain, progress: ProgressCallback = ignore) -> dict[st
     return digests
 
 
-def start_digests(start: CheckpointReader, progress: ProgressCallback = ignore) -> dict[str, str]:
-    """As :func:`weight_digests`, of the checkpoint whose weights are pruned in place of the dense model's."""
-    return start.digests(partial(_report, progress))
-
-
-def _report(progress: ProgressCallback, done: int, total: int) -> None:
-    said = f"reading all weights once, for their checksums: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
-    progress(Progress("check", done, max(total, 1), said))
-
-
 def start_fingerprint(start: CheckpointReader, digests: dict[str, str]) -> str:
     """A digest of the name, dtype, shape and values of every weight of a checkpoint."""
     described = "".join(f"{name} {start.stored_as(name)} {digests[name]}" for name in sorted(digests))
@@ -64,15 +50,11 @@ def start_fingerprint(start: CheckpointReader, digests: dict[str, str]) -> str:
 
 
 def model_fingerprint(chain: Chain, digests: dict[str, str]) -> str:
-    """A digest of the config, and of the name, dtype, shape and values of every weight.
+    """A digest of the config, and of the name, dtype, shape and values of every weight of the unchanged model.
 
     It does not depend on paths, dates, or how the weights are divided into files.
-
-    Args:
-        chain: the model.
-        digests: the result of :func:`weight_digests` for the unchanged model.
     """
-    config: dict[str, Any] = {key: value for key, value in chain.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    config = {key: value for key, value in chain.config.to_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     reader = chain.reader
     values = chain.model.state_dict()
@@ -82,14 +64,18 @@ def model_fingerprint(chain: Chain, digests: dict[str, str]) -> str:
     return digest.hexdigest()[:_LENGTH]
 
 
+def tokens_fingerprint(windows: Tensor) -> str:
+    """A digest of token ids ``(windows, seq)``."""
+    return hashlib.sha256(str(tuple(windows.shape)).encode() + raw_bytes(windows.long())).hexdigest()[:_LENGTH]
+
+
+def _report(progress: ProgressCallback, done: int, total: int) -> None:
+    said = f"reading all weights once, for their checksums: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
+    progress(Progress("check", done, max(total, 1), said))
+
+
 def _sha256(value: Tensor) -> str:
-    """SHA-256 of the values of a tensor, computed a piece at a time."""
     digest = hashlib.sha256()
     for piece in value.detach().reshape(-1).split(_PIECE):
         digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def tokens_fingerprint(windows: Tensor) -> str:
-    """A digest of token ids ``(windows, seq)``."""
-    return hashlib.sha256(str(tuple(windows.shape)).encode() + raw_bytes(windows.long())).hexdigest()[:_LENGTH]

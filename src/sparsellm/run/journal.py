@@ -23,7 +23,7 @@ from sparsellm.allocation import Allocation
 from sparsellm.machine import heap
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.records import LinearResult
-from sparsellm.run.magnitudes import Magnitudes
+from sparsellm.run.counts import Magnitudes
 from sparsellm.run.result import versions
 from sparsellm.storage.destination import partial_of
 from sparsellm.storage.files import explained, replace_atomically

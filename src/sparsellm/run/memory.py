@@ -1,27 +1,26 @@
-"""Predicts a run's memory before it starts. Every formula of bytes is in this file.
+"""The memory of a run, predicted before it starts. Every formula of bytes is in this file.
 
-Solvers, methods and allocations declare the tensors they hold in a :class:`~sparsellm.registry.Workspace`. This file
-computes bytes from those declarations, the model's shapes and the number of calibration tokens.
+Solvers, methods and allocations declare the tensors they hold in a :class:`~sparsellm.registry.Workspace`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from sparsellm.chain import Chain, LinearView
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs.sizes import parse_bytes
 from sparsellm.machine import heap
+from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.head import HEAD_TOKENS
 
 DEFAULT_SHARE = 0.8  # of the memory that is free now; the rest is for the page cache and other processes
-SLACK = 0.05  # of the budget, not used for hidden states, because the prediction is not exact
-LIBRARIES = 128 << 20  # memory of torch, its kernels and the allocator that is not counted otherwise
+SLACK = 0.05  # of the budget: hidden states leave it free, because the prediction is not exact
+LIBRARIES = 128 << 20  # torch, its kernels and the allocator
 
 GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its activations, one weight's Fisher diagonal
 SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
@@ -29,9 +28,8 @@ ROUNDED = Workspace(weights=0, grams=0, blocks=7)  # the same with a block on it
 SWEPT_COPIES = 4  # of every block in fp32 during a sweep: parameters, two moments, the best state so far
 SWEEP_STREAMS = 2  # inputs and dense outputs of a set of windows; a later set is beside the first, which judges
 SAVED_COPIES = 7  # of every block in fp32 on disk: the best, and parameters and moments of two passes
-FACTORS = 1 / 32  # of a block's elements, at most, that are factors of groups where values are rounded
-# fp32 tensors of the size of a chunk of logits that are in memory at once, for each loss of the head.
-NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 4
+FACTORS = 1 / 32  # factors of groups / elements of a block, at most, where values are rounded
+NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 4  # fp32 copies of a chunk of logits, in each loss of the head
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,11 @@ class Demand:
     """The properties of a run that determine the memory of one process.
 
     Attributes:
-        samples: calibration windows that this process runs.
-        seq_len: tokens in each.
+        samples: calibration windows that this process runs, in each of ``sets`` sets.
+        seq_len: tokens in a window.
         batch_tokens: tokens in one forward call.
-        workspace: of the method, the solver inside it, and the allocation.
+        workspace: the workspace of the method, the solver inside it, and the allocation.
         gradient_tokens: calibration tokens for the gradients of the dense model.
-        sets: of calibration windows, of ``samples`` each.
         swept: whether the whole model is swept at the end.
         fresh: whether later sweeps run on other windows than the first.
         unrounded: whether a sweep follows that trains values which are rounded when a block runs.
@@ -67,79 +64,19 @@ class Demand:
         return whole.beside(ROUNDED if self.unrounded else SWEEP) if self.swept else whole
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """The predicted resident memory, in bytes.
-
-    Attributes:
-        budget: the most that the process may hold.
-        start: held before the run, including Python and libraries.
-        working: added at the peak: a block, statistics, the solver's workspace, activations.
-        worst: the step of the run at the peak.
-        hidden_in_memory: hidden states of the calibration windows, and the sweep's copies of the weights, that stay in
-            memory.
-        hidden_on_disk: the most of these in files at any time: during the walk, or during the backward sweep, which
-            keeps the hidden states before every block.
-        kept: outputs of pruned sublayers that save passes, in the memory that is left then; none of them goes to disk.
-        device: needed in the memory of an accelerator at the peak; 0 on the CPU.
-        steps: predicted resident memory at the peak of each step of the run, on the CPU.
-    """
-
-    budget: int
-    start: int
-    working: int
-    worst: str
-    hidden_in_memory: int
-    hidden_on_disk: int
-    kept: int = 0
-    device: int = 0
-    steps: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def peak(self) -> int:
-        """Predicted peak of resident memory."""
-        return self.start + self.working + self.hidden_in_memory + self.kept
-
-    def __str__(self) -> str:
-        hidden = f"hidden states and swept weights {self.hidden_in_memory / 1e9:.2f} GB in memory"
-        if self.hidden_on_disk:
-            hidden += f", {self.hidden_on_disk / 1e9:.2f} GB on disk"
-        if self.kept:
-            hidden += f", {self.kept / 1e9:.2f} GB of outputs kept within a block"
-        device = f", {self.device / 1e9:.2f} GB on the device" if self.device else ""
-        return (
-            f"predicted peak memory {self.peak / 1e9:.2f} GB of {self.budget / 1e9:.2f} GB{device} "
-            f"({self.start / 1e9:.2f} before the start, {self.working / 1e9:.2f} for {self.worst}; {hidden})"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "budget_bytes": self.budget,
-            "predicted_peak_rss_bytes": self.peak,
-            "start_bytes": self.start,
-            "working_bytes": self.working,
-            "worst": self.worst,
-            "hidden_in_memory_bytes": self.hidden_in_memory,
-            "hidden_on_disk_bytes": self.hidden_on_disk,
-            "kept_bytes": self.kept,
-            "predicted_peak_device_bytes": self.device,
-            "steps_bytes": self.steps,
-        }
-
-
-def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, sharers: int = 1) -> MemoryPlan:
+def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, sharers: int = 1) -> Memory:
     """Predicts the peak and divides the budget: first the working memory, then hidden states; the rest goes to disk.
 
     Args:
         chain: the model, nothing loaded.
-        demand: of the run.
+        demand: what the run needs.
         budget: the most that the process may hold; None for a share of the machine's free memory, on top of what the
             process holds already.
         sharers: the number of processes that share the machine.
 
     Raises:
         MemoryBudgetError: the run needs more than the budget.
-        RecipeError: the budget is no number of bytes.
+        RecipeError: the budget is not a number of bytes.
     """
     start = heap.resident()
     most = int(start + DEFAULT_SHARE * heap.free_memory() / sharers) if budget is None else parse_bytes(budget)
@@ -149,9 +86,9 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
     working = LIBRARIES + (_largest_tensor(chain) if on_device else moments[worst])
     if start + working > most:
         raise MemoryBudgetError(
-            f"this run needs {(start + working) / 1e9:.2f} GB ({start / 1e9:.2f} before the start, {working / 1e9:.2f} "
-            f"for {worst}) and may take {most / 1e9:.2f} GB; allow more with --memory, lower batch_tokens (now "
-            f"{demand.batch_tokens}), or take a method that needs less"
+            f"this run needs {_gb(start + working)} ({_gb(start)} before the start, {_gb(working)} for {worst}) and "
+            f"may take {_gb(most)}; allow more with --memory, lower batch_tokens (now {demand.batch_tokens}), or take "
+            "a method that needs less"
         )
     hidden = hidden_bytes(chain, demand)
     room = max(0, int(most * (1 - SLACK)) - start - working)
@@ -162,7 +99,36 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
     steps = {} if on_device else {step: start + LIBRARIES + moments[step] + in_memory for step in moments}
     for step in ("statistics", "solving") if steps else ():
         steps[step] += kept
-    return MemoryPlan(most, start, working, worst, in_memory, on_disk, kept, on_device, steps)
+    return Memory(
+        budget_bytes=most,
+        predicted_peak_rss_bytes=start + working + in_memory + kept,
+        start_bytes=start,
+        working_bytes=working,
+        worst=worst,
+        hidden_in_memory_bytes=in_memory,
+        hidden_on_disk_bytes=on_disk,
+        kept_bytes=kept,
+        predicted_peak_device_bytes=on_device,
+        steps_bytes=steps,
+    )
+
+
+def described(plan: Memory) -> str:
+    """The prediction in one line."""
+    hidden = f"hidden states and swept weights {_gb(plan.hidden_in_memory_bytes)} in memory"
+    if plan.hidden_on_disk_bytes:
+        hidden += f", {_gb(plan.hidden_on_disk_bytes)} on disk"
+    if plan.kept_bytes:
+        hidden += f", {_gb(plan.kept_bytes)} of outputs kept within a block"
+    device = f", {_gb(plan.predicted_peak_device_bytes)} on the device" if plan.predicted_peak_device_bytes else ""
+    return (
+        f"predicted peak memory {_gb(plan.predicted_peak_rss_bytes)} of {_gb(plan.budget_bytes)}{device} "
+        f"({_gb(plan.start_bytes)} before the start, {_gb(plan.working_bytes)} for {plan.worst}; {hidden})"
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 def hidden_bytes(chain: Chain, demand: Demand) -> int:
@@ -178,8 +144,8 @@ def hidden_bytes(chain: Chain, demand: Demand) -> int:
 
 
 def kept_bytes(chain: Chain, demand: Demand) -> int:
-    """The most bytes of the inputs of a block's output projections for all tokens, or of their outputs where these are
-    larger: they are kept on the CPU only (:meth:`Stream.keep`)."""
+    """The most bytes of the inputs, or the outputs where these are larger, of a block's writers for all tokens; they
+    are kept on the CPU only (:meth:`Stream.keep`)."""
     if chain.device.type != "cpu":
         return 0
     width, most = _width(chain), 0
@@ -191,7 +157,7 @@ def kept_bytes(chain: Chain, demand: Demand) -> int:
 
 
 def gradient_bytes(chain: Chain, tokens: int) -> int:
-    """Bytes that a backward sweep keeps for so many tokens: hidden states around every block, and a gradient."""
+    """Bytes that a backward sweep keeps for ``tokens`` tokens: hidden states around every block, and a gradient."""
     return tokens * _width(chain) * ((len(chain) + 1) * chain.dtype.itemsize + 4)
 
 
@@ -201,8 +167,8 @@ def saved_sweep_bytes(chain: Chain, unrounded: bool) -> int:
 
 
 def _trained(chain: Chain, unrounded: bool) -> int:
-    """Elements of what a sweep trains, at most."""
-    elements = all_block_elements(chain)
+    """The most elements that a sweep trains."""
+    elements = sum(block_elements(chain, index) for index in range(len(chain)))
     return elements + round(FACTORS * elements) if unrounded else elements
 
 
@@ -218,11 +184,6 @@ def block_elements(chain: Chain, index: int) -> int:
     return sum(math.prod(source.shape) for source in chain.block_tensors(index).values())
 
 
-def all_block_elements(chain: Chain) -> int:
-    """The number of elements of all blocks."""
-    return sum(block_elements(chain, index) for index in range(len(chain)))
-
-
 def accumulator_bytes(features: int) -> int:
     """Bytes of a :class:`~sparsellm.statistics.GramAccumulator`: fp64 panels of its upper triangle."""
     starts = range(0, features, PANEL)
@@ -230,7 +191,7 @@ def accumulator_bytes(features: int) -> int:
 
 
 def head_bytes(chain: Chain, copies: int) -> int:
-    """Bytes of the weights outside the blocks, and of so many fp32 copies of a chunk of logits."""
+    """Bytes of the weights outside the blocks, and of ``copies`` fp32 copies of a chunk of logits."""
     outer = chain.dtype.itemsize * chain.outer_elements() if chain.reader is not None else 0
     return outer + copies * 4 * HEAD_TOKENS * int(chain.config.get_text_config().vocab_size)
 
@@ -267,11 +228,8 @@ def _activation_bytes(chain: Chain, index: int, tokens: int) -> int:
 
 
 def _statistics_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
-    """Bytes of the statistics: sums for every linear, the largest Gram matrix, and a chunk of tokens in fp32.
-
-    Linears that share an input are only known when the block runs, so none is assumed here. Experts have statistics one
-    at a time.
-    """
+    """Bytes of the statistics: sums for every linear, the largest Gram matrix, and a chunk of tokens in fp32. Experts
+    have statistics one at a time; which linears share an input is known when the block runs, so none is assumed to."""
     if not workspace.grams:
         return 2 * 4 * CHUNK_ELEMENTS
     linears, experts = _parted(chain, index)

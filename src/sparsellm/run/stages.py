@@ -3,95 +3,80 @@
 What a weight is worth is judged by second-order statistics around the model that is pruned. From a dense model 90 % is
 far away; from a model at 80 % that the sweep has fitted it is nearer, and so are the weights that are kept.
 
-Each stage is a whole run with its own working directory, and resumes by itself. The first one writes ``<out>.stage``,
-whose ``pruning.json`` has its identity, so that a process that goes on recognises it; it is removed at the end.
+Each stage is a run of its own and resumes by itself. The first writes ``<out>.stage``; the second takes that as its
+model and the dense model as its teacher, and at its end the first is removed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from sparsellm import interrupts, parallel, plugins
 from sparsellm.errors import RecipeError, StorageError
-from sparsellm.inputs.json_input import read_object
-from sparsellm.progress import NOTE, PLAN, Progress, ProgressCallback, ignore
+from sparsellm.machine import heap
+from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
-from sparsellm.run.effort import Effort
-from sparsellm.run.prepare import Request, destination
+from sparsellm.records import PRUNING, EarlierStage, Pruning, read_pruning
+from sparsellm.run.choice import Effort
+from sparsellm.run.plan import Before, Request, make_plan
+from sparsellm.run.prune import execute, prune
 from sparsellm.run.result import PruneResult
-from sparsellm.run.run import Run
 from sparsellm.storage.destination import partial_of, stage_of
-from sparsellm.storage.resume import RunState, differences, discard, empty, left_in
+from sparsellm.storage.resume import RunState, differences, empty, left_in
 
-PAYS = 0.8  # sparsity from which two stages pay, unstructured, with three sweeps or more (docs/results.md)
+PAYS = 0.8  # sparsity from which two stages pay, unstructured, with LEAST_PASSES or more (docs/results.md)
 LEAST_PASSES = 3
-DENSITY = 1.5  # the first stage keeps so many times the weights that the second keeps
-RECORDED = ("sparsity_pruned", "sweeps", "seconds", "peak_rss_bytes")  # what a report says of the first stage
-REMOVED = ".sparsellm-removed"  # the report of a first stage whose removal has begun
+DENSITY = 1.5  # weights that the first stage keeps / weights that the second keeps: 70 % on the way to 80 %
 SHARE = 1 / 3  # of the passes in the first stage; at least one in each
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One of the two stages of a run.
-
-    Attributes:
-        asked: the recipe of the whole run.
-        passes: sweeps of both stages.
-        swept: sweeps of the stage before this one, whose windows this one does not take again.
-        copies: of the checkpoint that are on the disk at once, from this stage on.
-        before: the record of the stage before this one; None for the first.
-    """
-
-    asked: Recipe
-    passes: int
-    swept: int = 0
-    copies: int = 2
-    before: dict[str, Any] | None = None
-
-
-def execute(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
-    """Runs all stages of a request, mostly one.
+def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
+    """Prunes in the one or two stages that the recipe asks for.
 
     Raises:
         SparseLLMError: a subclass of it that names the cause.
     """
-    plugins.load_installed()  # the recipe may name what they register; each run warns of those left out
+    plugins.load_installed()  # the recipe may name what they register
     recipes = recipes_of(request)
     if request.out is None:
-        return Run(request, progress).execute()
-    progress = progress if parallel.is_main() else ignore
-    place = stage_of(request.out)
-    _check_models(request, place)
+        return prune(request, progress)
+    progress, clock = progress if parallel.is_main() else ignore, PhaseClock(heap.peak_rss)
+    place, dense = stage_of(request.out), request.dense
+    for name, model in (("model", request.model), ("teacher", request.teacher)):
+        if isinstance(model, (str, Path)) and Path(model).resolve() == place.resolve():
+            raise RecipeError(f"the {name} {model} is where a first stage of this run would be; give another --out")
     parallel.from_main(partial(_remove_leftover, place, Path(request.out)))
-    out = destination(request)
+    out = request.destination()
     assert out is not None
-    parallel.from_main(partial(_refuse, place, out, request.restart, alone=recipes is None))
-    clear = partial(_clear, place, out, alone=recipes is None) if request.restart else None
-    if recipes is None:
-        run = Run(request, progress)
-        _open(run, clear)
-        return run.finish()
-    passes = [Effort.of(recipe).passes for recipe in recipes]
-    first = Stage(request.recipe, sum(passes), copies=3)  # of the first stage, of the walk after it, and of the sweep
-    parts = [f"{recipe.sparsity:.0%} with {sweeps} sweeps" for recipe, sweeps in zip(recipes, passes, strict=True)]
-    progress(Progress(NOTE, 1, 1, f"two stages: {', then '.join(parts)}"))
-    record = _first(replace(request, recipe=recipes[0], stage=first), place, partial(_tell, progress, 1, passes), clear)
-    dense = request.dense
-    assert not isinstance(dense, PreTrainedModel)  # recipes_of takes it as one stage
-    second = Stage(request.recipe, sum(passes), swept=passes[0], before=record)
-    result = Run(
-        replace(request, recipe=recipes[1], model=place, teacher=dense, stage=second),
-        partial(_tell, progress, 2, passes),
-    ).execute()
+    finished = parallel.from_main(partial(_check, place, out, request.restart, two=recipes is not None))
+    if recipes is None or isinstance(dense, PreTrainedModel):
+        plan = make_plan(request, clock, progress)
+        if request.restart:
+            parallel.from_main(partial(_clear, place, out))
+        return execute(plan, clock, progress)
+    parts = [(recipe, Effort.of(recipe).passes) for recipe in recipes]
+    said = ", then ".join(f"{recipe.sparsity:.0%} with {passes} sweeps" for recipe, passes in parts)
+    progress(Progress(NOTE, 1, 1, f"two stages: {said}"))
+    # The disk must have room for the first result, and for walk and sweep of the second.
+    first = replace(request, recipe=recipes[0], out=place, first=True, overwrite=finished, copies=0 if finished else 3)
+    tell = partial(_tell, progress, 1, parts[1][1] / parts[0][1])
+    plan = make_plan(first, clock, tell)
+    if request.restart:
+        parallel.from_main(partial(_clear, place, out))
+    if request.restart or not finished:
+        execute(replace(plan, request=replace(first, copies=3)), clock, tell)
+    elif changed := differences(_stage(place).identity, plan.identity.to_dict()):
+        raise _another(place, "; ".join(changed[:4]))
+    else:
+        progress(Progress(NOTE, 1, 1, f"going on from the first stage in {place}"))
+    before = Before(request.recipe, _earlier(parallel.from_main(partial(_stage, place))))
+    second = replace(request, recipe=recipes[1], model=place, teacher=dense, before=before)
+    result = prune(second, partial(_tell, progress, 2, 1.0))
     parallel.from_main(partial(_remove, place))
     return result
 
@@ -127,114 +112,95 @@ def recipes_of(request: Request) -> tuple[Recipe, Recipe] | None:
     )
 
 
-def _first(
-    request: Request, place: Path, progress: ProgressCallback, clear: Callable[[], None] | None
-) -> dict[str, Any]:
-    """Runs the first stage unless an earlier process finished it; returns its record. Parts of an unfinished run are
-    removed with ``clear``, if it is given."""
-    identity, stage = parallel.from_main(partial(_identity, place)), request.stage
-    if identity is not None and stage is not None:  # its files are there; the second stage checks for its own
-        request = replace(request, stage=replace(stage, copies=0))
-    run = Run(replace(request, out=place, overwrite=identity is not None), progress)
-    _open(run, clear)
-    if identity is None or clear is not None:
-        run.stage = stage  # files that were there are removed: room for new ones is checked
-        run.finish()
-    elif changed := differences(identity, run.identity.to_dict()):
-        raise _another(place, "; ".join(changed[:4]))
-    else:
-        progress(Progress(NOTE, 1, 1, f"going on from the first stage in {place}"))
-    return parallel.from_main(partial(_record, place))
+def _check(place: Path, out: Path, restart: bool, *, two: bool) -> bool:
+    """Whether ``place`` has a finished first stage.
+
+    Raises:
+        StorageError: another run is where the first stage belongs; or, without ``restart``, the unfinished run into
+            ``out`` has another number of stages.
+    """
+    finished, begun = _is_finished(place), _begun(place)
+    left = left_in(partial_of(place))
+    if two and not begun and left is not None and left.identity:
+        raise StorageError(
+            f"{partial_of(place)} holds an unfinished run into {place}, where the first stage belongs; finish that "
+            "one, give another --out, or stages=1"
+        )
+    if not restart and not two and (finished or begun):
+        raise _another(place if finished else partial_of(place), "it has two stages, and this one has one")
+    if not restart and two and not finished and left_in(partial_of(out)) is not None:
+        raise _another(partial_of(out), "it has one stage, and this one has two")
+    return finished
 
 
-def _open(run: Run, clear: Callable[[], None] | None) -> None:
-    """Opens and plans a run. Nothing is removed before its arguments, text and model have been checked."""
-    run.open()
-    run.plan()
-    if clear is not None:
-        parallel.from_main(clear)
-
-
-def _identity(place: Path) -> dict[str, Any] | None:
-    """The identity of the finished first stage in ``place``; None if it holds none."""
-    report = place / "pruning.json"
+def _report(place: Path) -> Pruning | None:
+    """The report of the first stage in ``place``, which may be removed in part; None if it holds none."""
     try:
-        found = read_object(report) if report.is_file() else {}
-    except StorageError:  # no run of ours wrote it
+        report = read_pruning(place)
+    except StorageError:  # there is none, or no run of ours wrote it
         return None
-    identity = found.get("stage")
-    return identity if isinstance(identity, dict) and found.keys() >= set(RECORDED) else None
+    return report if _is_first(report.identity) else None
 
 
-def _record(place: Path) -> dict[str, Any]:
-    """What the report of a run says of its first stage."""
-    report = read_object(place / "pruning.json")
-    return {key: report[key] for key in RECORDED}
+def _stage(place: Path) -> Pruning:
+    report = _report(place)
+    assert report is not None
+    return report
+
+
+def _earlier(report: Pruning) -> EarlierStage:
+    """What the result reports of its first stage."""
+    return EarlierStage(**{name: getattr(report, name) for name in EarlierStage.model_fields})
+
+
+def _is_finished(place: Path) -> bool:
+    """Whether ``place`` has a finished first stage."""
+    return (place / "config.json").is_file() and _report(place) is not None
+
+
+def _begun(place: Path) -> bool:
+    """Whether an unfinished first stage into ``place`` has begun."""
+    left = left_in(partial_of(place))
+    return left is not None and _is_first(left.identity)
+
+
+def _is_first(identity: object) -> bool:
+    return isinstance(identity, dict) and identity.get("stage") == 1
+
+
+def _clear(place: Path, out: Path) -> None:
+    """Removes what an unfinished run of one stage or two has left, the last part first.
+
+    Raises:
+        StorageError: a process is active in it, or it holds foreign files.
+    """
+    for partial_directory in (partial_of(out), *([partial_of(place)] if _begun(place) else [])):
+        left = left_in(partial_directory)
+        if left is not None and left.kind is not None and left.identity is not None:
+            RunState(partial_directory, left.identity, kind=left.kind).discard()
+    if _report(place) is not None:
+        _remove(place)
 
 
 def _remove_leftover(place: Path, out: Path) -> None:
     """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``, or
     while it removed that stage."""
-    if (place / REMOVED).is_file():
+    report, reported = _report(place), read_pruning(out).stages if (out / PRUNING).is_file() else []
+    if report is not None and (not _is_finished(place) or reported == [_earlier(report)]):
         _remove(place)
-    report = out / "pruning.json"
-    stages = read_object(report).get("stages") if report.is_file() else None
-    if not stages:
-        return
-    if _identity(place) is not None and stages == [_record(place)]:
-        _remove(place)
-    with contextlib.suppress(OSError):
-        place.rmdir()  # empty only if a process was killed while it removed the directory
+    if reported:
+        with contextlib.suppress(OSError):
+            place.rmdir()  # empty only if a process was killed while it removed the directory
 
 
-def _refuse(place: Path, out: Path, restart: bool, *, alone: bool) -> None:
-    """Refuses what another run left in the directory of the first stage, which ``restart`` may remove later.
-
-    Raises:
-        StorageError: there is a first stage and the run has one stage only, or there is a second one without a first;
-            or another run stands where the first stage belongs, or is active there.
-    """
-    finished, unfinished = _identity(place) is not None, _begun(place)
-    left = left_in(partial_of(place))
-    if not alone and left is not None and left.identity is not None and not unfinished:
-        raise StorageError(
-            f"{partial_of(place)} holds an unfinished run into {place}, where the first stage belongs; finish that "
-            "one, give another --out, or stages=1"
-        )
-    if restart:
-        return
-    if alone and (finished or unfinished):
-        raise _another(place if finished else partial_of(place), "it has two stages, and this one has one")
-    if not alone and not finished and left_in(partial_of(out)) is not None:
-        raise _another(partial_of(out), "it has one stage, and this one has two")
-
-
-def _clear(place: Path, out: Path, *, alone: bool) -> None:
-    """Removes the first stage of an unfinished run, so that this one begins anew."""
-    unfinished = _begun(place)
-    if _identity(place) is not None:
-        _drop(partial_of(out))  # the second stage, which a process that is killed here could not go on with
-        _remove(place)
-    if alone and unfinished:
-        _drop(partial_of(place))
-        discard(partial_of(place, second=True))
-
-
-def _begun(place: Path) -> bool:
-    """Whether the first stage of a run has begun, and is not finished."""
-    left = left_in(partial_of(place))
-    return left is not None and left.identity is not None and left.identity.get("stage") == 1
-
-
-def _check_models(request: Request, place: Path) -> None:
-    """Refuses a model that stands where the first stage of this run belongs, and would be removed.
-
-    Raises:
-        RecipeError: the model or its teacher is there.
-    """
-    for name, model in (("model", request.model), ("teacher", request.teacher)):
-        if isinstance(model, (str, Path)) and Path(model).resolve() == place.resolve():
-            raise RecipeError(f"the {name} {model} is where a first stage of this run would be; give another --out")
+def _remove(place: Path) -> None:
+    """Removes a first stage: its config first, so that it is not finished any more, and its report last, so that a
+    process that goes on knows whose files are left."""
+    with interrupts.held(), contextlib.suppress(OSError):  # the result is complete, or the user wants to start again
+        (place / "config.json").unlink(missing_ok=True)
+        empty(place, (PRUNING,))
+        (place / PRUNING).unlink(missing_ok=True)
+        place.rmdir()
 
 
 def _another(place: Path, why: str) -> StorageError:
@@ -244,40 +210,15 @@ def _another(place: Path, why: str) -> StorageError:
     )
 
 
-def _drop(partial: Path) -> None:
-    """Removes the unfinished run in a working directory, if there is one.
-
-    Raises:
-        StorageError: a process is active in it, or it holds foreign files.
-    """
-    left = left_in(partial)
-    if left is not None and left.kind is not None and left.identity is not None:
-        RunState(partial, left.identity, kind=left.kind).discard()
-
-
-def _remove(place: Path) -> None:
-    """Removes a first stage. Its report gets another name first and is removed last, so that a process that goes on
-    knows what an interrupted removal has left."""
-    report, removed = place / "pruning.json", place / REMOVED
-    with interrupts.held(), contextlib.suppress(OSError):  # the result is complete, or the user wants to start again
-        if report.is_file():
-            os.replace(report, removed)
-        empty(place, (removed.name,))
-        removed.unlink(missing_ok=True)
-        place.rmdir()
-
-
-def _tell(progress: ProgressCallback, number: int, passes: list[int], event: Progress) -> None:
-    """Shows an event of a stage; the prediction of the first includes the second, of the same cost but for passes."""
+def _tell(progress: ProgressCallback, number: int, ratio: float, event: Progress) -> None:
+    """Shows an event of a stage. The prediction of the first includes the second, of the same cost but for the sweep,
+    which has ``ratio`` times the passes."""
     if event.phase == NOTE:
         progress(event)
         return
-
-    def name(phase: str, stage: int) -> str:
-        return f"{phase}, stage {stage}"
-
-    costs = {name(phase, number): cost for phase, cost in event.costs.items()}
-    if number == 1 and event.phase == PLAN:
-        more = {"calibration": 0.0, "replay": 0.0, "sweep": passes[1] / passes[0]}
-        costs |= {name(phase, 2): more.get(phase, 1.0) * cost for phase, cost in event.costs.items()}
-    progress(replace(event, phase=event.phase if event.phase == PLAN else name(event.phase, number), costs=costs))
+    costs = {f"{phase}, stage {number}": cost for phase, cost in event.costs.items()}
+    if number == 1:
+        more = {"calibration": 0.0, "replay": 0.0, "sweep": ratio}
+        costs |= {f"{phase}, stage 2": more.get(phase, 1.0) * cost for phase, cost in event.costs.items()}
+    phase = event.phase if event.phase == PLAN else f"{event.phase}, stage {number}"
+    progress(replace(event, phase=phase, costs=costs))

@@ -1,149 +1,125 @@
-"""The walk over the chain: read a block, prune it, run it, write it. It depends on no method and no model family."""
+"""The walk over the chain: read a block, prune it, run it. It depends on no method and no model family."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from sparsellm.chain import Stream
 from sparsellm.chain.matrices import kind_of
-from sparsellm.machine import heap
 from sparsellm.methods import BlockTask, LinearResult
-from sparsellm.progress import Progress
-from sparsellm.run.journal import BlockRecord, conditions
-from sparsellm.run.magnitudes import Magnitudes, add, joined, magnitudes
+from sparsellm.progress import PhaseClock, Progress, ProgressCallback
+from sparsellm.run.counts import Magnitudes, add, magnitudes
+from sparsellm.run.plan import Plan
+from sparsellm.run.targets import Targets
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.integers import Integers
 
-if TYPE_CHECKING:
-    from sparsellm.run.run import Run
+
+@dataclass(frozen=True)
+class BlockResult:
+    """The results of the linears of one block, and the histograms of its weights before and after."""
+
+    index: int
+    linears: list[LinearResult]
+    magnitudes: Magnitudes
 
 
-def walk(run: Run) -> None:
-    """Prunes the chain block by block, each on the outputs of the pruned blocks before it.
+def walk(
+    plan: Plan,
+    targets: Targets,
+    streams: Sequence[Stream],
+    begin: int,
+    finished: Sequence[LinearResult],
+    clock: PhaseClock,
+    progress: ProgressCallback,
+) -> Iterator[BlockResult]:
+    """Prunes block after block, each on the outputs of the pruned blocks before it.
 
-    Args:
-        run: its ``finished`` blocks are only run. Afterwards ``run.linears`` holds the results of all linears, and, if
-            a sweep follows that cannot run the dense model any more, ``run.dense`` its stream behind the last block.
-    """
-    blocks = len(run.chain)
-    run.linears = [result for record in run.finished for result in record.linears]
-    counts = [record.magnitudes for record in run.finished]
-    swept = run.choice.effort.passes > 0
-    if len(run.finished) == blocks and not swept:
-        run.magnitudes = joined(counts)
-        _take_finished(run)
-        return
-    with run.clock.phase("embed"):
-        streams = [replace(run.feed, windows=each).stream() for each in run.prepared.calibration_sets]
-    if swept and run.chain.reader is None:  # its weights are overwritten, and the sweep follows what they predict
-        with run.clock.phase("dense"):
-            first = run.prepared.sweep_windows[0]
-            run.dense = replace(run.feed, windows=first).stream()
-            for index in range(blocks):
-                replay([run.dense], index, None)
-    for index in range(blocks):
-        if index < len(run.finished):
-            run.progress(Progress("replay", index, len(run.finished), f"block {index + 1}/{blocks}"))
-            with run.clock.phase("replay"):
-                replay(streams, index, run.journal.block(index), run.integers)
-        else:
-            results, counted = _prune_block(run, index, streams)
-            run.linears += results
-            counts.append(counted)
-    for stream in streams:
-        stream.close()
-    run.magnitudes = joined(counts)
-
-
-def _prune_block(run: Run, index: int, streams: list[Stream]) -> tuple[list[LinearResult], Magnitudes]:
-    """Reads one block, prunes it on one of the streams, runs all through it, and writes it.
+    Yields the result of each block while it is loaded with the weights to be written.
 
     Args:
-        run: as of :func:`walk`.
-        index: the number of the block.
-        streams: the inputs of the block in the pruned model, one for each set of calibration windows.
+        plan: the plan of the run.
+        targets: the pattern of each linear, and the costs of outputs.
+        streams: the inputs of block ``begin``, one for each set of calibration windows; blocks take them in turn.
+        begin: the number of the first block.
+        finished: the results of the linears before that block.
+        clock: counts the seconds of each phase.
+        progress: called at each step.
     """
-    chain, clock, blocks = run.chain, run.clock, len(run.chain)
-    task: BlockTask | None = None
-    counted: Magnitudes = {}
-    linears_here, begun, last = len(chain.linears(index)), len(run.finished), run.linears[-1:]
-    zeros_before = sum(each.zeros for each in run.linears)
-    weights_before = sum(math.prod(each.shape) for each in run.linears)
+    chain, done, blocks = plan.chain, list(finished), len(plan.chain)
 
-    def report(step: str, part: float | None = None) -> None:
-        results = [] if task is None else task.results
+    def tell(index: int, here: Sequence[LinearResult], step: str, part: float | None = None) -> None:
+        """Reports a step in block ``index``, which has the results ``here`` so far."""
+        known = [*done, *here]
+        weights = sum(each.shape[0] * each.shape[1] for each in known)
+        sparsity = sum(each.zeros for each in known) / weights if weights else None
         if part is None:
-            part = len(results) / (linears_here + 1)  # the outputs of the block take about one more
-        known = [*last, *results]
-        zeros = zeros_before + sum(each.zeros for each in results)
-        weights = weights_before + sum(math.prod(each.shape) for each in results)
-        run.progress(
-            Progress(
-                "prune",
-                index - begun + part,
-                blocks - begun,
-                f"block {index + 1}/{blocks} {step}",
-                known[-1].error if known else None,
-                zeros / weights if weights else None,
-            )
-        )
+            part = len(here) / (len(chain.linears(index)) + 1)  # the outputs of the block take about one more
+        error, said = known[-1].error if known else None, f"block {index + 1}/{blocks} {step}"
+        progress(Progress("prune", index - begin + part, blocks - begin, said, error, sparsity))
 
-    torch.manual_seed(block_seed(run.recipe.seed, index))
-    with contextlib.ExitStack() as held:
-        report("reading")
-        with clock.phase("read"):
-            held.enter_context(chain.block(index, run.start))
-        with clock.phase("prune"):
-            linears = [linear for linear in chain.linears(index) if linear.name in run.patterns]
-            for linear in linears:
-                add(counted, kind_of(chain, linear.name, index), "before", magnitudes(linear.parameter))
+    for index in range(begin, blocks):
+        torch.manual_seed(block_seed(plan.recipe.seed, index))
+        results: list[LinearResult] = []
+        report = partial(tell, index, results)
+        with contextlib.ExitStack() as held:
+            report("reading")
+            with clock.phase("read"):
+                held.enter_context(chain.block(index, plan.model.start))
+            linears = [linear for linear in chain.linears(index) if linear.name in targets.patterns]
             task = BlockTask(
                 index,
                 linears,
-                run.patterns,
+                targets.patterns,
                 streams[index % len(streams)],
                 report,
                 clock,
-                output_costs=run.costs,
-                values=run.recipe.values,
-                trained=run.integers is not None,
+                results,
+                output_costs=targets.costs,
+                values=plan.recipe.values,
+                trained=plan.trains_integers,
             )
-            if linears:
-                run.choice.method.function(task, **run.choice.options)
-            chain.settle_block(index)
-            results = task.finish()
+            with clock.phase("prune"):
+                counted = _prune(plan, task)
+            if index + 1 < blocks:  # the output of the last block is not needed
+                report("forward")
+                with clock.phase("forward"):
+                    for stream in streams:
+                        stream.advance(index)
             for linear in linears:
-                add(counted, kind_of(chain, linear.name, index), "after", magnitudes(linear.parameter))
-        if index + 1 < blocks:  # the output of the last block is not needed
-            report("forward")
-            with clock.phase("forward"):
-                for stream in streams:
-                    stream.advance(index)
-        for linear in linears:
-            if linear.name in task.unrounded:  # the sweep goes on from there; the block before it ran rounded
-                linear.assign(task.unrounded[linear.name])
-        if run.journal.writes:
+                if linear.name in task.unrounded:  # the sweep goes on from there; this block ran rounded
+                    linear.assign(task.unrounded[linear.name])
             report("writing")
-            with clock.phase("write"):
-                record = BlockRecord(results, conditions(), clock.lap(), heap.peak_rss(), counted)
-                run.journal.write_block(index, chain.block_tensors(index), record)
-    report("is done", part=1)
-    return results, counted
+            yield BlockResult(index, list(results), counted)
+        done += results
+        tell(index, (), "is done", part=1)
 
 
-def _take_finished(run: Run) -> None:
-    """Puts the finished blocks into a model in memory, which is dense as the user gave it; a chain on disk has them."""
-    if run.chain.reader is not None:
-        return
-    for index in range(len(run.chain)):
-        with run.chain.block(index, run.journal.block(index)):
-            pass
+def _prune(plan: Plan, task: BlockTask) -> Magnitudes:
+    """Prunes the loaded block of a task; returns the histograms of its weights before and after."""
+    chain, choice, counted = plan.chain, plan.choice, Magnitudes()
+    for linear in task.linears:
+        add(counted, kind_of(chain, linear.name, task.index), "before", magnitudes(linear.parameter))
+    if task.linears:
+        choice.method.function(task, **choice.options)
+    chain.settle_block(task.index)
+    task.results[:] = task.finish()
+    for linear in task.linears:
+        add(counted, kind_of(chain, linear.name, task.index), "after", magnitudes(linear.parameter))
+    return counted
+
+
+def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
+    """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
+    values = plan.recipe.values
+    if values == "keep" or not plan.passes:
+        return None
+    return Integers(values, {each.name: each.exponents for each in linears})
 
 
 def replay(
@@ -152,10 +128,10 @@ def replay(
     """Advances streams through a block that was pruned before, which is read once.
 
     Args:
-        streams: the inputs of the block, at least one; afterwards, its outputs.
+        streams: the inputs of the block; afterwards, its outputs.
         index: the number of the block.
         weights: the shard of the pruned block; None for the dense one.
-        integers: the linears that are rounded in memory, while the shard holds the values that a sweep goes on from.
+        integers: the linears that are rounded in memory, while the shard has the values that a sweep goes on from.
     """
     chain = streams[0].chain
     with chain.block(index, weights):

@@ -1,0 +1,140 @@
+"""The functions that a recipe names, with all options and needs, and the sweep that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from pydantic import JsonValue
+
+from sparsellm import parallel
+from sparsellm.allocation import ALLOCATIONS, Allocator
+from sparsellm.errors import RecipeError
+from sparsellm.methods import METHODS
+from sparsellm.methods.task import Method
+from sparsellm.patterns import Pattern, Unstructured
+from sparsellm.recipe import SWEEP, Recipe
+from sparsellm.registry import Entry, Needs, Workspace
+from sparsellm.solvers.rounding import ROUNDING
+
+PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The settings of the sweep.
+
+    Attributes:
+        passes: passes of the sweep over the whole model; 0 for no sweep.
+        sets: sets of calibration windows that the blocks take in turn.
+        stages: 1 or 2; None for the run to choose.
+        rate: learning rate of the sweep; None for one by the divergence at its start.
+    """
+
+    passes: int = 0
+    sets: int = 1
+    stages: int | None = 1
+    rate: float | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Effort:
+        """The sweep that a recipe asks for.
+
+        More sets cost a forward pass each and gain most where a sweep follows, whose share of the time grows with its
+        passes.
+
+        Raises:
+            RecipeError: the method has no sweep and the recipe sets one, or two stages have too few passes.
+        """
+        default = METHODS[recipe.method].effort
+        if default is None:
+            given = next((name for name in SWEEP if getattr(recipe, name)), None)
+            if given is not None:
+                raise RecipeError(f"method {recipe.method} has no sweep, so no {given}; leave it out")
+            return cls()
+        passes, sets = recipe.passes, recipe.sets
+        if passes is None:
+            passes = PASSES[default if recipe.effort is None else recipe.effort]
+        if recipe.stages == 2 and passes < 2:
+            raise RecipeError(f"stages is 2, and {passes} sweeps are too few for two stages; give effort 2 or 3")
+        if sets is None:
+            sets = 4 if passes >= PASSES[2] else 2 if passes else 1
+        return cls(passes, sets, recipe.stages, recipe.sweep_rate)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method, the allocation and the sweep of a run; options include defaults.
+
+    Attributes:
+        allocates: whether the allocation is called: it is not uniform, and something is pruned.
+    """
+
+    method: Entry[Method]
+    options: dict[str, JsonValue]
+    needs: Needs
+    effort: Effort
+    allocator: Entry[Allocator]
+    allocation_options: dict[str, JsonValue]
+    allocation_needs: Needs
+    allocates: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Choice:
+        """The choice of a recipe.
+
+        Raises:
+            RecipeError: a name or an option is unknown, or an option does not fit.
+        """
+        method = METHODS[recipe.method]
+        options, effort = method.check(recipe.options), Effort.of(recipe)
+        allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
+        allocation_options = allocator.check(recipe.allocation_options)
+        allocates = allocator.name != "uniform" and recipe.sparsity != 0
+        allocation_needs = allocator.needs_of(allocation_options) if allocates else Needs()
+        needs = method.needs_of(options)
+        return cls(method, options, needs, effort, allocator, allocation_options, allocation_needs, allocates)
+
+    @property
+    def workspace(self) -> Workspace:
+        """The memory and work of the method and the functions that its options choose."""
+        return self.method.workspace.beside(self.needs.workspace)
+
+    @property
+    def token_states(self) -> bool:
+        """Whether hidden states must be ``(windows, seq, width)``."""
+        return self.needs.token_states or self.allocation_needs.token_states
+
+    def on(self, patterns: Collection[Pattern], values: str) -> Choice:
+        """The same choice without needs that are useless for these patterns, and with those of integer values."""
+        needs, effort, pruned = self.needs, self.effort, any(pattern.sparsity for pattern in patterns)
+        if values != "keep":
+            workspace = needs.workspace.beside(ROUNDING)
+            needs = replace(needs, workspace=workspace, output_costs=needs.output_costs and pruned)
+        elif not pruned:
+            needs, effort = Needs(), Effort()  # no weight changes, so nothing has to be compensated
+        if not any(isinstance(pattern, Unstructured) for pattern in patterns):
+            needs = replace(needs, output_costs=False)  # in N:M, weights of different outputs do not compete
+        return replace(self, needs=needs, effort=effort)
+
+    def check_processes(self, samples: int) -> None:
+        """Checks that the run can be divided among the processes that were started.
+
+        Raises:
+            RecipeError: the method or an option runs in one process only, or there are fewer windows than processes.
+        """
+        size, name = parallel.size(), self.method.name
+        if size == 1:
+            return
+        if not self.method.distributed:
+            raise RecipeError(f"method {name} runs in one process, not in {size}; start it without torchrun")
+        if self.needs.one_process:
+            raise RecipeError(
+                f"option {self.needs.one_process} of {name} runs in one process, not in {size}; leave it out, or "
+                "start without torchrun"
+            )
+        if samples < size:
+            raise RecipeError(
+                f"{samples} calibration windows cannot be divided among {size} processes; "
+                f"ask for {size} samples or more, or start fewer processes"
+            )

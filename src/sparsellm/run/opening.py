@@ -1,0 +1,177 @@
+"""Opens the models of a run: the dense one as a chain and, where there is a teacher, the weights to prune."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsellm import parallel
+from sparsellm.chain import Chain, open_chain
+from sparsellm.chain.likeness import config_difference, shape_difference
+from sparsellm.chain.open import load_config, load_tokenizer
+from sparsellm.chain.products import Bf16Products, bf16_is_native
+from sparsellm.errors import ModelError, RecipeError
+from sparsellm.inputs.json_input import read_object
+from sparsellm.machine.devices import resolve_device
+from sparsellm.recipe import Recipe
+from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.storage.packed_reader import open_checkpoint
+from sparsellm.storage.reader import CheckpointReader
+from sparsepack.checkpoint import is_packed
+
+Model = str | os.PathLike[str] | PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The models of a run.
+
+    Attributes:
+        chain: the dense model.
+        start: the weights to prune, if they are not those of the dense model.
+        directory: the directory of the dense model; None for a model given as an object.
+        in_memory: the model that is pruned in memory; None if it is read and written block by block.
+        tokenizer: the tokenizer of the text; None for token ids.
+        sources: the directories that the result must not replace.
+    """
+
+    chain: Chain
+    start: CheckpointReader | None
+    directory: Path | None
+    in_memory: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    sources: tuple[Path, ...]
+
+
+def open_models(
+    model: Model,
+    teacher: str | os.PathLike[str] | None,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    text: bool,
+    whole: bool,
+    trust: bool,
+) -> Opened:
+    """Opens the model and its teacher.
+
+    Args:
+        model, teacher, tokenizer: as in :func:`sparsellm.prune`.
+        recipe: for device, dtype and products.
+        text: whether the calibration is a text, which needs a tokenizer.
+        whole: whether the model is pruned in memory.
+        trust: whether modelling code of the checkpoint may run.
+
+    Raises:
+        SparseLLMError: a model cannot be opened, or the teacher is another model.
+    """
+    if teacher is not None and (whole or any(isinstance(each, PreTrainedModel) for each in (model, teacher))):
+        raise RecipeError("teacher needs models on disk: give model and teacher by name, and out=DIR")
+    given = _directory(model, "model")
+    directory = given if teacher is None else _directory(teacher, "teacher")
+    if whole and directory is not None and is_packed(read_object(directory / "config.json")):
+        raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
+    chain, in_memory = open_model(model if teacher is None else teacher, directory, recipe, trust, whole=whole)
+    if tokenizer is None and directory is not None and text:
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust)
+    start = None
+    if teacher is not None and given is not None:
+        start = _open_start(chain, given, tokenizer if text else None, trust)
+    sources = [each for each in (given, directory) if each is not None]
+    name = getattr(model, "name_or_path", "")  # the directory that a model in memory was loaded from
+    if not sources and name and Path(name).is_dir():
+        sources = [Path(name)]
+    return Opened(chain, start, directory, in_memory, tokenizer, tuple(sources))
+
+
+def open_model(
+    model: Model, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
+) -> tuple[Chain, PreTrainedModel | None]:
+    """A chain over a model, and the model itself if it is in memory.
+
+    Args:
+        model: as in :func:`sparsellm.prune`.
+        directory: the directory of its checkpoint; None for a model given as an object.
+        recipe: for device, dtype and products.
+        trust: whether modelling code of the checkpoint may run.
+        whole: load the whole checkpoint into memory.
+
+    Raises:
+        RecipeError: the recipe sets device or dtype for a model that is in memory already.
+    """
+    device = resolve_device(parallel.own_device(recipe.device))
+    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    if isinstance(model, PreTrainedModel):
+        if recipe.device != "auto" or dtype is not None:
+            raise RecipeError("a model given as an object is pruned where and as it is: leave device and dtype 'auto'")
+        chain, loaded = open_chain(model, device=device), model
+    else:
+        assert directory is not None
+        chain, loaded = open_chain(directory, device=device, dtype=dtype, trust_remote_code=trust), None
+        if whole:
+            loaded = load_whole(directory, chain.dtype, device, trust)
+            chain = open_chain(loaded, device=device)
+    native = chain.device.type == "cpu" and bf16_is_native()
+    if recipe.products == "bfloat16" or (recipe.products == "auto" and native):
+        chain.products = Bf16Products()
+    return chain, loaded
+
+
+def load_whole(directory: Path, dtype: torch.dtype, device: torch.device, trust: bool) -> PreTrainedModel:
+    """The model of a directory, in memory."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=trust, use_safetensors=True)
+    assert isinstance(model, PreTrainedModel)
+    torch.nn.Module.to(model, device)
+    return model
+
+
+def check_outside(chain: Chain, start: CheckpointReader) -> None:
+    """Refuses a model whose embedding, norm or head is not the teacher's: a run changes blocks alone.
+
+    Raises:
+        ModelError: a weight outside the blocks differs.
+    """
+    assert chain.reader is not None
+    reader = chain.reader
+    for name in chain.outer_tensors():
+        if not torch.equal(reader.get(name), start.get(name, dtype=reader.dtype(name))):
+            raise _unlike(start.directory, reader.directory, f"weight {name}, outside the blocks, has other values")
+
+
+def _directory(model: Model, argument: str) -> Path | None:
+    """The directory of a checkpoint, fetched or converted first if needed; None for a model given as an object."""
+    if isinstance(model, PreTrainedModel):
+        return None
+    return parallel.main_first(lambda: checkpoint_directory(str(model), argument))
+
+
+def _open_start(
+    teacher: Chain, directory: Path, tokenizer: PreTrainedTokenizerBase | None, trust: bool
+) -> CheckpointReader:
+    """The weights of the model to prune.
+
+    Raises:
+        ModelError: config, tokenizer, or the name or shape of a weight is not the teacher's.
+        StorageError: the model cannot be read.
+    """
+    assert teacher.reader is not None
+    dense = teacher.reader
+    why = config_difference(load_config(directory, trust_remote_code=trust), teacher.config)
+    if not why and tokenizer is not None:
+        alike = load_tokenizer(directory, trust_remote_code=trust).get_vocab() == tokenizer.get_vocab()
+        why = None if alike else "the tokenizers differ"
+    if why:
+        raise _unlike(directory, dense.directory, why)
+    start = open_checkpoint(directory)
+    if why := shape_difference(start, dense):
+        raise _unlike(directory, dense.directory, why)
+    return start
+
+
+def _unlike(directory: Path, teacher: Path, why: str) -> ModelError:
+    advice = "give the dense model that this one was pruned from"
+    return ModelError(f"{teacher} cannot be the teacher of {directory}: {why}; {advice}")

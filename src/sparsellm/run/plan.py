@@ -1,0 +1,350 @@
+"""The plan of a run: everything that is decided before the work. Bad input is refused here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsellm import parallel, plugins
+from sparsellm.calibration import Text
+from sparsellm.chain import Chain
+from sparsellm.chain.linears import iterate_linears
+from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
+from sparsellm.chain.streams import check_forward, windows_of
+from sparsellm.machine import heap
+from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, plan_of_phases
+from sparsellm.recipe import Recipe
+from sparsellm.records import EarlierStage, Memory
+from sparsellm.run.choice import Choice
+from sparsellm.run.costs import predicted_seconds
+from sparsellm.run.fingerprint import (
+    model_fingerprint,
+    start_fingerprint,
+    tokens_fingerprint,
+    weight_digests,
+)
+from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Identity, Journal
+from sparsellm.run.memory import Demand, checkpoint_bytes, described, plan_memory
+from sparsellm.run.opening import Model, Opened, check_outside, open_models
+from sparsellm.run.sets import Windows, default_seq_len, given_windows, read_windows, windows_of_pass
+from sparsellm.run.zeros import patterns_of, unmatched
+from sparsellm.storage.destination import check_destination
+from sparsellm.storage.writer import count_zeros
+from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS
+from sparsellm.sweep.whole_model import check_sweepable
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Before:
+    """A run on whose result this one goes on; the result reports both as one.
+
+    Attributes:
+        recipe: the recipe of both together.
+        record: what the result reports of the first.
+    """
+
+    recipe: Recipe
+    record: EarlierStage
+
+    @property
+    def passes(self) -> int:
+        """The passes of its sweep."""
+        return max(0, len(self.record.sweeps) - 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of :func:`sparsellm.prune`, documented there, and:
+
+    Attributes:
+        name: the model's name in reports, in place of the one that it was given by.
+        shared: results that several requests of one process share, see :meth:`once`.
+        first: whether this run is the first of two stages.
+        before: the first stage, if this run is the second.
+        copies: copies of the checkpoint that the disk must have room for; None for those of this run.
+    """
+
+    model: Model
+    recipe: Recipe
+    out: str | os.PathLike[str] | None = None
+    calibration: Tensor | Text | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    overwrite: bool = False
+    restart: bool = False
+    trust_remote_code: bool = False
+    teacher: str | os.PathLike[str] | None = None
+    name: str = ""
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+    first: bool = False
+    before: Before | None = None
+    copies: int | None = None
+
+    @property
+    def dense(self) -> Model:
+        """The dense model: the teacher if there is one, else the model itself."""
+        return self.model if self.teacher is None else self.teacher
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of ``make``, computed once for the same key in all requests that share."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        value: T = self.shared[key]
+        return value
+
+    def destination(self, sources: Iterable[Path] = (), need_bytes: int = 0) -> Path | None:
+        """The directory of the result, resolved and checked by the first process; None if the result stays in memory.
+
+        Raises:
+            StorageError: no checkpoint can be written there.
+        """
+        if self.out is None:
+            return None
+        check = partial(check_destination, self.out, overwrite=self.overwrite, restart=self.restart)
+        return Path(parallel.from_main(partial(check, sources=sources, need_bytes=need_bytes)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked and can start.
+
+    Attributes:
+        request: the arguments.
+        recipe: with the actual number and length of the calibration windows.
+        choice: method, allocation and sweep.
+        out: the directory to write, absolute and without links; None for a model that is pruned in memory only.
+        model: the opened model.
+        windows: the calibration windows.
+        memory: the predicted memory of this process.
+        identity: everything that the bits of the result depend on.
+        warnings: messages for the user.
+    """
+
+    request: Request
+    recipe: Recipe
+    choice: Choice
+    out: Path | None
+    model: Opened
+    windows: Windows
+    memory: Memory
+    identity: Identity
+    warnings: tuple[str, ...]
+
+    @property
+    def chain(self) -> Chain:
+        """The dense model."""
+        return self.model.chain
+
+    @property
+    def passes(self) -> int:
+        """Passes of the sweep."""
+        return self.choice.effort.passes
+
+    @property
+    def passes_before(self) -> int:
+        """Passes of an earlier stage."""
+        return self.request.before.passes if self.request.before is not None else 0
+
+    @cached_property
+    def sweep_windows(self) -> list[Tensor]:
+        """This process's windows of each pass, those of an earlier stage first."""
+        return self.windows.swept(self.passes_before + self.passes)
+
+    @property
+    def trains_integers(self) -> bool:
+        """Whether a sweep trains values that are rounded when a block runs."""
+        return self.recipe.values != "keep" and self.passes > 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """Disk space for checkpoint, walk and hidden states."""
+        hidden = int(parallel.total(self.memory.hidden_on_disk_bytes))
+        return _copies(self.request, self.choice) * checkpoint_bytes(self.chain) + hidden
+
+    @property
+    def gradient_windows(self) -> Tensor:
+        """The windows for the gradients of the dense model's loss."""
+        return _gradient_windows(self.choice, self.windows)
+
+
+def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
+    """Opens the model, reads the calibration text, predicts the memory and checks every weight.
+
+    Raises:
+        SparseLLMError: model, text, recipe or destination are wrong in a way that shows before the work.
+    """
+    warnings = plugins.load_installed()
+    recipe, choice, ids = request.recipe, Choice.of(request.recipe), request.calibration
+    choice.check_processes(len(ids) if isinstance(ids, Tensor) else recipe.samples)
+    request.destination()
+    with clock.phase("open"):
+        progress(Progress("open", 0, 1))
+        model = open_models(
+            request.model,
+            request.teacher,
+            recipe,
+            request.tokenizer,
+            text=not isinstance(ids, Tensor),
+            whole=request.out is None,
+            trust=request.trust_remote_code,
+        )
+        chain = model.chain
+        choice = choice.on(patterns_of(chain, recipe).values(), recipe.values)
+        if choice.effort.passes:
+            check_sweepable(chain)
+        out = request.destination(model.sources, _copies(request, choice) * checkpoint_bytes(chain))
+    with clock.phase("calibration"):
+        windows = _windows(request, choice, model, progress)
+        check_forward(chain, windows.first, token_states=choice.token_states)
+        heap.trim()
+    recipe = recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
+    choice.check_processes(recipe.samples)  # there may be fewer than requested
+    warnings += unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only}, recipe.allow_dense)
+    warnings += outside_blocks(chain) + unmatched(chain, recipe)
+    if not isinstance(ids, Tensor) and len(windows.sets) < choice.effort.sets:
+        room = f"the calibration text has room for {len(windows.sets)} of {choice.effort.sets} sets of windows (sets)"
+        warnings.append(f"{room}; a longer text gives a better model")
+    if request.teacher is not None and not choice.effort.passes:
+        warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
+    demand = _demand(
+        request, choice, chain, windows, Journal(out, len(chain), restart=request.restart, overwrite=False)
+    )
+    memory = parallel.together(partial(plan_memory, chain, demand, recipe.memory, sharers=parallel.on_this_machine()))
+    progress(Progress(NOTE, 1, 1, described(memory)))
+    with clock.phase("check"):
+        progress(Progress("check", 0, 1))
+        digests = parallel.from_main(partial(weight_digests, chain, progress))
+        if chain.reader is not None:
+            chain.reader.expect(digests)  # later reads are compared with them
+        started = _start_of(model, request.before, progress)
+        warnings += [each for each in (chain.unused(), _already_pruned(model)) if each is not None]
+    identity = parallel.from_main(partial(_identity, request, recipe, choice, model, windows, digests, started))
+    return Plan(request, recipe, choice, out, model, windows, memory, identity, tuple(warnings))
+
+
+def _windows(request: Request, choice: Choice, model: Opened, progress: ProgressCallback) -> Windows:
+    """The calibration windows, read by the first process; before that, the prediction of the phases."""
+    recipe, chain, effort = request.recipe, model.chain, choice.effort
+    # The sweep takes new windows, on which the dense model runs: a model in memory is not dense any more.
+    passes = effort.passes if chain.reader is not None else 0
+    if passes and request.before is not None:
+        passes += request.before.passes
+    seq_len = recipe.seq_len or default_seq_len(chain)
+    drawn = effort.sets * recipe.samples + passes * windows_of_pass(recipe.samples)
+    written = drawn * seq_len if recipe.calibration == "self" else 0
+    tokens = recipe.samples * seq_len // parallel.size()
+    progress(plan_of_phases(predicted_seconds(chain, choice, tokens, seq_len, written=written)))
+    progress(Progress("calibration", 0, 1))
+    if isinstance(request.calibration, Tensor):
+        return parallel.from_main(partial(given_windows, request.calibration, chain, recipe))
+    text = recipe.calibration if request.calibration is None else request.calibration
+    settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens, effort.sets, passes)
+    source = text if isinstance(text, str) else id(text)  # the request keeps the text alive
+    key = (str(model.directory), source, settings, chain.dtype, chain.device.type)
+    read = partial(read_windows, text, chain, recipe, model.directory, model.tokenizer, effort.sets, passes, progress)
+    return parallel.from_main(partial(request.once, key, read))
+
+
+def _copies(request: Request, choice: Choice) -> int:
+    """Copies of the checkpoint on the disk: the walk's blocks are kept until the end if a sweep follows."""
+    return request.copies if request.copies is not None else 2 if choice.effort.passes else 1
+
+
+def _gradient_windows(choice: Choice, windows: Windows) -> Tensor:
+    tokens = choice.allocation_needs.gradient_tokens or TOKENS
+    return windows.first[: max(LEAST_WINDOWS, windows_of(tokens, windows.first.shape[1]))]
+
+
+def _demand(request: Request, choice: Choice, chain: Chain, windows: Windows, journal: Journal) -> Demand:
+    """The memory demand of this process; the first one also surveys the dense model, unless the journal knows what an
+    earlier start of the run found."""
+    samples, seq_len = windows.first.shape
+    before = request.before.passes if request.before is not None else 0
+    surveyed = gradient_tokens = 0
+    if parallel.is_main():
+        allocates = choice.allocates and not journal.knows(ALLOCATION)
+        if allocates:
+            tokens = choice.allocation_needs.surveyed_tokens
+            surveyed = samples if tokens is None else min(samples, windows_of(tokens, seq_len))
+        if (allocates and choice.allocation_needs.gradient_tokens) or (
+            choice.needs.output_costs and not journal.knows(OUTPUT_COSTS)
+        ):
+            gradient_tokens = _gradient_windows(choice, windows).numel()
+    passes = choice.effort.passes
+    return Demand(
+        samples=max(surveyed, len(windows.own[0]), gradient_tokens // seq_len),
+        seq_len=seq_len,
+        batch_tokens=request.recipe.batch_tokens,
+        workspace=choice.workspace.beside(choice.allocator.workspace),
+        gradient_tokens=gradient_tokens,
+        sets=len(windows.sets),
+        swept=passes > 0,
+        fresh=len(windows.swept(before + passes)) > 1,
+        unrounded=request.recipe.values != "keep" and passes > 0,
+    )
+
+
+def _start_of(model: Opened, before: Before | None, progress: ProgressCallback) -> str:
+    """The digest of the weights to prune, which later reads are compared with; "" if they are the dense model's."""
+    if model.start is None:
+        return ""
+    digests = parallel.from_main(partial(weight_digests, model.start, progress))
+    model.start.expect(digests)
+    check_outside(model.chain, model.start)
+    swept = f" after {before.passes} passes" if before is not None else ""
+    return start_fingerprint(model.start, digests) + swept
+
+
+def _already_pruned(model: Opened) -> str | None:
+    """A warning if a fifth of the weights of the first block are zero, since dense weights have hardly any zeros."""
+    if model.start is not None:
+        return None
+    zeros = weights = 0
+    with model.chain.block(0) as block:
+        for _, module in iterate_linears(block, model.chain.block_names[0]):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            zeros, weights = zeros + count_zeros(weight), weights + weight.numel()
+    if zeros < 0.2 * weights:
+        return None
+    return f"the model is already pruned: {zeros / weights:.1%} of the weights of block 1 are zero; pruning it further"
+
+
+def _identity(
+    request: Request,
+    recipe: Recipe,
+    choice: Choice,
+    model: Opened,
+    windows: Windows,
+    digests: dict[str, str],
+    started: str,
+) -> Identity:
+    settings = {
+        **recipe.model_dump(exclude={"memory", "min_tokens_per_expert", "products", "effort", "stages"}),
+        "options": choice.options,
+        "passes": choice.effort.passes,
+        "sets": choice.effort.sets,
+        "allocation": choice.allocator.name,
+        "allocation_options": choice.allocation_options,
+        "sparsity_of": [list(item) for item in recipe.sparsity_of.items()],  # a list, because the order counts
+    }
+    names = (choice.method.name, choice.allocator.name)
+    used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
+    products = ", products in bf16" if model.chain.products is not None else ""
+    return Identity(
+        settings,
+        model_fingerprint(model.chain, digests),
+        tokens_fingerprint(windows.everything),
+        f"{model.chain.dtype} on {model.chain.device.type}{products}",
+        used,
+        started,
+        int(request.first),
+    )

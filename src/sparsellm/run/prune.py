@@ -1,0 +1,300 @@
+"""One pruning run: plan → walk → sweep → finish. Each step is a function; what one finds, the next is given."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from transformers import PreTrainedModel
+
+from sparsellm import parallel
+from sparsellm.chain import Feed, Stream
+from sparsellm.chain.matrices import kind_of
+from sparsellm.errors import SparseLLMError, one_line
+from sparsellm.hub.base import base_of
+from sparsellm.hub.card import CARD, first_card
+from sparsellm.machine import heap
+from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
+from sparsellm.records import Base, LinearResult, SweepPass
+from sparsellm.report.document import REPORT, write_report
+from sparsellm.run.costs import predicted_seconds
+from sparsellm.run.counts import Magnitudes, add, few_tokens, joined, left_dense, magnitudes, shortfall, unreached
+from sparsellm.run.journal import BlockRecord, Journal, conditions, other_conditions
+from sparsellm.run.memory import checkpoint_bytes, saved_sweep_bytes
+from sparsellm.run.plan import Plan, Request, make_plan
+from sparsellm.run.result import PruneResult, bits_per_weight
+from sparsellm.run.targets import Targets, survey
+from sparsellm.run.walk import integers_of, replay, walk
+from sparsellm.storage.destination import partial_of
+from sparsellm.storage.files import explained
+from sparsellm.storage.scratch import Scratch
+from sparsellm.storage.writer import CheckpointWriter, count_zeros
+from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What walk and sweep did.
+
+    Attributes:
+        linears: the results of all linears.
+        magnitudes: histograms of their weights, before and after.
+        sweeps: the divergence from the dense model after each pass of the sweep.
+        peak: the peak memory of earlier starts, in bytes.
+    """
+
+    linears: list[LinearResult]
+    magnitudes: Magnitudes
+    sweeps: list[Pass]
+    peak: int
+
+
+def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
+    """Prunes the model of a request and, if it names a directory, writes it there.
+
+    Raises:
+        SparseLLMError: a subclass of it that names the cause.
+    """
+    progress, clock = progress if parallel.is_main() else ignore, PhaseClock(heap.peak_rss)
+    return execute(make_plan(request, clock, progress), clock, progress)
+
+
+def execute(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneResult:
+    """Executes a plan, from the block that an earlier process reached.
+
+    Raises:
+        SparseLLMError: a subclass of it that names the cause.
+    """
+    chain, request = plan.chain, plan.request
+    with Journal(plan.out, len(chain), restart=request.restart, overwrite=request.overwrite) as journal:
+        journal.open(plan.identity, plan.disk_bytes)
+        finished = journal.finished(progress)
+        if request.before is not None:
+            clock.add(request.before.record.seconds)
+        for record in finished:
+            clock.add(record.seconds)
+        predicted = _predicted(plan, len(finished))
+        progress(plan_of_phases(predicted))
+        journal.write_outer(chain.outer_tensors)
+        folder = partial_of(plan.out) if plan.out is not None else None
+        scratch = Scratch(plan.memory.hidden_in_memory_bytes, folder, spare=plan.memory.kept_bytes)
+        feed = Feed(chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
+        targets = parallel.main_alone(partial(survey, plan, feed, journal, len(finished) == len(chain), clock))
+        if plan.model.start is not None:
+            chain.forget_shared()  # the walk reads the teacher's first, also in a process that did not survey
+        clock.lap()
+        dense = _dense_end(plan, feed, clock)
+        blocks = _walk(plan, targets, feed, journal, finished, clock)
+        pruned = _sweep(plan, feed, dense, journal, blocks, clock)
+        result = _result(plan, targets, pruned, journal, finished, predicted, clock)
+        parallel.barrier()  # after this no process reads the walk's blocks, so they can be removed
+        parallel.from_main(partial(_save, plan, result, journal.writer, progress))
+    return result
+
+
+def _predicted(plan: Plan, finished: int) -> dict[str, float]:
+    """Seconds of each phase that is left after ``finished`` blocks."""
+    first, *_ = plan.windows.own
+    sets = plan.sweep_windows
+    swept = sum(sets[number % len(sets)].numel() for number in range(plan.passes))
+    kept = plan.memory.kept_bytes > 0
+    return predicted_seconds(
+        plan.chain, plan.choice, first.numel(), first.shape[1], finished=finished, kept=kept, swept=swept
+    )
+
+
+def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
+    """The stream behind the last block of the dense model, for a sweep that cannot run this model any more: pruning
+    overwrites the weights of a model in memory. None if no sweep needs it."""
+    if not plan.passes or plan.chain.reader is not None:
+        return None
+    with clock.phase("dense"):
+        stream = replace(feed, windows=plan.sweep_windows[0]).stream()
+        for index in range(len(plan.chain)):
+            replay([stream], index, None)
+    return stream
+
+
+def _walk(
+    plan: Plan,
+    targets: Targets,
+    feed: Feed,
+    journal: Journal,
+    finished: Sequence[BlockRecord],
+    clock: PhaseClock,
+) -> list[BlockRecord]:
+    """Prunes and writes the blocks that an earlier process has not; returns the records of all blocks."""
+    chain, records = plan.chain, list(finished)
+    begin, linears = len(finished), [linear for record in finished for linear in record.linears]
+    if begin == len(chain):
+        for index in range(begin if chain.reader is None else 0):  # a model in memory is dense as the user gave it
+            with chain.block(index, journal.block(index)):
+                pass
+        return records
+    with clock.phase("embed"):
+        streams = [replace(feed, windows=windows).stream() for windows in plan.windows.own]
+    integers = integers_of(plan, linears)
+    for index in range(begin):
+        feed.progress(Progress("replay", index, begin, f"block {index + 1}/{len(chain)}"))
+        with clock.phase("replay"):
+            replay(streams, index, journal.block(index), integers)
+    for block in walk(plan, targets, streams, begin, linears, clock, feed.progress):
+        with clock.phase("write"):
+            record = BlockRecord(
+                linears=block.linears,
+                versions=conditions(),
+                seconds=clock.lap(),
+                peak_rss=heap.peak_rss(),
+                magnitudes=block.magnitudes,
+            )
+            if journal.writes:
+                journal.write_block(block.index, chain.block_tensors(block.index), record)
+        records.append(record)
+    for stream in streams:
+        stream.close()
+    return records
+
+
+def _sweep(
+    plan: Plan, feed: Feed, dense: Stream | None, journal: Journal, blocks: Sequence[BlockRecord], clock: PhaseClock
+) -> Pruned:
+    """Trains all kept weights of the pruned model towards the dense model's predictions, if the plan has passes."""
+    chain = plan.chain
+    linears = [linear for record in blocks for linear in record.linears]
+    counted, peak = joined([record.magnitudes for record in blocks]), max(record.peak_rss for record in blocks)
+    if not plan.passes:
+        return Pruned(linears, counted, [], peak)
+    feed.progress(Progress("sweep", 0, 1))
+    saved = journal.saved_passes(saved_sweep_bytes(chain, plan.trains_integers), plan.disk_bytes, feed.progress)
+    journal.open_sweep(checkpoint_bytes(chain))
+    if saved is not None:
+        spent, earlier = saved.spent
+        clock.add({"sweep": spent})
+        peak, began = max(peak, earlier), time.perf_counter() - spent
+        saved.seconds = lambda: time.perf_counter() - began
+    zeros: dict[str, int] = {}
+    after = Magnitudes()
+
+    def write(index: int) -> None:
+        for linear in chain.linears(index):
+            zeros[linear.name] = count_zeros(linear.parameter)
+            if linear.name in pruned:
+                add(after, kind_of(chain, linear.name, index), "after", magnitudes(linear.parameter))
+        journal.write_swept(index, chain.block_tensors(index))
+
+    pruned = {linear.name for linear in linears}
+    shards = [journal.block(index) for index in range(len(chain))]
+    first, *others = plan.sweep_windows
+    with clock.phase("sweep"):
+        sweeps = sweep(
+            SweepTask(
+                replace(feed, windows=first),
+                dense.hidden if dense is not None else None,
+                plan.passes,
+                plan.recipe.seed,
+                write,
+                learning_rate=plan.choice.effort.rate,
+                blocks=[shard for shard in shards if shard is not None] or None,
+                saved=saved,
+                fresh=others,
+                integers=integers_of(plan, linears),
+                swept=plan.passes_before,
+            )
+        )
+    if dense is not None:
+        dense.close()
+    journal.write_outer(chain.outer_tensors)
+    counted = {kind: {**counts, **after[kind]} for kind, counts in counted.items()}
+    return Pruned([each.model_copy(update={"zeros": zeros[each.name]}) for each in linears], counted, sweeps, peak)
+
+
+def _result(
+    plan: Plan,
+    targets: Targets,
+    pruned: Pruned,
+    journal: Journal,
+    finished: Sequence[BlockRecord],
+    predicted: dict[str, float],
+    clock: PhaseClock,
+) -> PruneResult:
+    """The result of a run, with the warnings that follow from it. A second stage reports both."""
+    chain, before, allocation = plan.chain, plan.request.before, targets.allocation
+    with clock.phase("count"):
+        dense = parallel.from_main(partial(left_dense, chain, plan.recipe, pruned.linears, journal.written))
+    warnings = [
+        *plan.warnings,
+        *other_conditions(list(finished)),
+        *few_tokens(pruned.linears, plan.recipe.min_tokens_per_expert),
+    ]
+    warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, plan.recipe.sparsity)
+    recipe, peak = plan.recipe, max(heap.peak_rss(), pruned.peak)
+    if before is not None:
+        recipe = before.recipe.updated(samples=recipe.samples, seq_len=recipe.seq_len)
+        peak = max(peak, before.record.peak_rss_bytes)
+    return PruneResult(
+        path=plan.out,
+        model=plan.model.in_memory,
+        recipe=recipe,
+        sparsity_asked=recipe.sparsity,
+        values=recipe.values,
+        seed=recipe.seed,
+        bits_per_weight=bits_per_weight(recipe, pruned.linears),
+        linears=pruned.linears,
+        seconds=clock.seconds,
+        peak_rss_bytes=max(parallel.gather(peak)),
+        calibration_tokens=plan.windows.first.numel(),
+        calibration_bos=plan.windows.bos,
+        predicted_seconds=predicted,
+        resumed=len(finished),
+        warnings=warnings,
+        memory=plan.memory,
+        sweeps=[SweepPass(**vars(each)) for each in pruned.sweeps],
+        allocation={"name": plan.choice.allocator.name, **allocation.report} if allocation is not None else {},
+        processes=parallel.size(),
+        dense=dense,
+        base=_base(plan),
+        peaks_bytes=clock.peaks,
+        magnitudes=pruned.magnitudes,
+        stages=[before.record] if before is not None else [],
+        identity=plan.identity.to_dict(),
+    )
+
+
+def _base(plan: Plan) -> Base:
+    """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
+    model = plan.request.dense
+    name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
+    known = base_of(model, plan.model.directory)
+    size = checkpoint_bytes(plan.chain)
+    return Base(name=plan.request.name or name, digest=plan.identity.model, bytes=size, **known)
+
+
+def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, progress: ProgressCallback) -> None:
+    """Writes the files next to the weights, and gives the checkpoint its final name."""
+    if writer is None:
+        return
+    progress(Progress("save", 0, 1))
+    directory = plan.model.directory
+    if directory is not None:
+        links = writer.copy_companions(directory)
+        result.warnings += [f"{name} of the model was not copied: it is a link out of {directory}" for name in links]
+    else:  # of a model that was given as an object
+        generation = getattr(plan.chain.model, "generation_config", None)
+        with explained(writer.partial):
+            for part in (plan.chain.config, generation, plan.request.tokenizer):
+                if part is not None:
+                    part.save_pretrained(writer.partial)
+        writer.clean_config()
+    writer.write_text("recipe.yaml", result.recipe.to_yaml())
+    writer.write_json("pruning.json", result.to_dict())
+    writer.write_text(CARD, first_card(result.record))
+    try:
+        write_report(writer.partial, name=writer.out)
+    except Exception as error:  # it can be written at any time, and must not cost the result of hours
+        reason = str(error) if isinstance(error, SparseLLMError) else one_line(error)
+        later = f"afterwards `sparsellm report {shlex.quote(str(writer.out))}` writes it"
+        progress(Progress(NOTE, 1, 1, f"{REPORT} was not written: {reason}; {later}"))
+    writer.finish()
