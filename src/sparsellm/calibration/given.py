@@ -27,6 +27,7 @@ _HINT = (
     "give a source such as 'pydoc', the path of a file, token ids (windows, tokens), or a data set with a column "
     "'text' or 'input_ids'"
 )
+_WHOLE = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 
 
 def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
@@ -50,17 +51,28 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
         check_source(value, split)
         return value
     if isinstance(value, os.PathLike):
-        return _file_source(os.fsdecode(value), split)
-    if isinstance(value, Tensor | numpy.ndarray):
-        return _ids(value, name)
+        path = os.fsdecode(value)  # also if it looks like a name or ``name:argument``
+        plain = os.path.splitext(path)[1].lower() in FILE_SUFFIXES and path.partition(":")[0] not in SOURCES
+        source = path if plain else f"file:{path}"
+        check_source(source, split)
+        return source
     if isinstance(value, Mapping) and "input_ids" in value:  # the return value of a tokenizer
-        return _ids(_rows(value["input_ids"], name), name)
+        return _ids(value["input_ids"], name)
     if isinstance(value, Mapping | bytes | bytearray) or not isinstance(value, Iterable):
         detail = f" with the keys {shown(list(value))}" if isinstance(value, Mapping) else ""
         raise DataError(f"{name} is a {type(value).__name__}{detail}; {_HINT}")
+    if isinstance(value, Tensor | numpy.ndarray):
+        return _ids(value, name)
     if not hasattr(value, "__len__"):
         raise DataError(f"{name} is a {type(value).__name__} without a length; give a list of its first rows")
-    return _sequence(value, name)
+    rows = list(value)
+    if rows and isinstance(rows[0], Mapping):
+        return _of_mappings(rows, name)
+    if rows and isinstance(rows[0], str | bytes):
+        raise DataError(
+            f"{name} holds {type(rows[0]).__name__}; give documents as [{{'text': ...}}, ...], or the path of a file"
+        )
+    return _ids(rows, name)
 
 
 def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) -> Recipe:
@@ -77,69 +89,24 @@ def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) 
     return recipe.updated(calibration=IDS if isinstance(calibration, Tensor) else DOCUMENTS)
 
 
-def _file_source(path: str, split: Split) -> str:
-    """The source string for a path, also if the path looks like a name or ``name:argument``."""
-    plain = os.path.splitext(path)[1].lower() in FILE_SUFFIXES and path.partition(":")[0] not in SOURCES
-    source = path if plain else f"file:{path}"
-    check_source(source, split)
-    return source
-
-
-def _sequence(value: Any, name: str) -> Tensor | Text:
-    rows = list(value)
-    if not rows:
-        raise DataError(f"{name} is empty; {_HINT}")
-    first = rows[0]
-    if isinstance(first, Mapping):
-        if not all(isinstance(row, Mapping) for row in rows):
-            raise DataError(f"{name} has rows that are no mappings beside rows that are")
-        if "input_ids" in first:
-            return _ids(_rows([_field(row, "input_ids", name, at) for at, row in enumerate(rows)], name), name)
-        documents = [_field(row, "text", name, at) for at, row in enumerate(rows)]
-        for at, document in enumerate(documents):
-            if not isinstance(document, str):
-                raise DataError(f"{name}, row {at}: 'text' is {shown(document)}, not a string")
-        return Text(documents)
-    if isinstance(first, str | bytes):
-        raise DataError(
-            f"{name} holds {type(first).__name__}; give documents as [{{'text': ...}}, ...], or the path of a file"
-        )
-    return _ids(_rows(rows, name), name)
-
-
-def _field(row: Mapping[str, Any], field: str, name: str, at: int) -> Any:
-    if field not in row:
-        raise DataError(f"{name}, row {at}, has no 'text' and no 'input_ids'; its columns: {shown(list(row), 200)}")
-    return row[field]
-
-
-def _rows(rows: Any, name: str) -> numpy.ndarray | Tensor:
-    """Rows of ids of one length as one array."""
-    if isinstance(rows, Tensor | numpy.ndarray):
-        return rows
-    if not isinstance(rows, Sequence):
-        raise DataError(f"{name} holds ids as a {type(rows).__name__}; {_HINT}")
-    arrays: list[numpy.ndarray] = []
+def _of_mappings(rows: list[Any], name: str) -> Tensor | Text:
+    """The documents or token ids of the rows of a data set."""
+    field = "input_ids" if "input_ids" in rows[0] else "text"
     for at, row in enumerate(rows):
-        if isinstance(row, int) or not hasattr(row, "__len__") or isinstance(row, str | bytes | Mapping):
-            raise DataError(f"{name}, row {at}, is {shown(row)}, not a window of ids; give [[id, id, ...], ...]")
-        try:
-            array = row.detach().cpu().numpy() if isinstance(row, Tensor) else numpy.asarray(row)
-        except (ValueError, TypeError, OverflowError, RuntimeError):  # different lengths, or another dtype
-            array = numpy.empty((0, 0))
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise DataError(f"{name}, row {at}, is {shown(row)}; a window of ids is a list of integers")
-        if len(array) != len(arrays[0] if arrays else array):
-            raise DataError(
-                f"{name} has windows of {len(arrays[0])} and {len(array)} ids (row {at}); cut them to one length"
-            )
-        arrays.append(array)
-    if not arrays:
-        raise DataError(f"{name} is empty; {_HINT}")
-    return numpy.stack(arrays)
+        if not isinstance(row, Mapping):
+            raise DataError(f"{name} has rows that are no mappings beside rows that are")
+        if field not in row:
+            raise DataError(f"{name}, row {at}, has no 'text' and no 'input_ids'; its columns: {shown(list(row), 200)}")
+        if field == "text" and not isinstance(row["text"], str):
+            raise DataError(f"{name}, row {at}: 'text' is {shown(row['text'])}, not a string")
+    values = [row[field] for row in rows]
+    return Text(values) if field == "text" else _ids(values, name)
 
 
-def _ids(value: Tensor | numpy.ndarray, name: str) -> Tensor:
+def _ids(value: Any, name: str) -> Tensor:
+    """Token ids ``(windows, tokens)`` from an array, or from rows of one length."""
+    if not isinstance(value, Tensor | numpy.ndarray):
+        value = _stacked(value, name)
     described = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     whole = value.dtype.kind in "iu" if isinstance(value, numpy.ndarray) else value.dtype in _WHOLE
     if not whole or value.ndim != 2 or value.shape[0] < 1 or value.shape[1] < 2:
@@ -155,4 +122,24 @@ def _ids(value: Tensor | numpy.ndarray, name: str) -> Tensor:
     return value.detach().to("cpu", torch.int64)
 
 
-_WHOLE = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+def _stacked(rows: Any, name: str) -> numpy.ndarray:
+    if not isinstance(rows, Sequence):
+        raise DataError(f"{name} holds ids as a {type(rows).__name__}; {_HINT}")
+    if not rows:
+        raise DataError(f"{name} is empty; {_HINT}")
+    arrays: list[numpy.ndarray] = []
+    for at, row in enumerate(rows):
+        if isinstance(row, int) or not hasattr(row, "__len__") or isinstance(row, str | bytes | Mapping):
+            raise DataError(f"{name}, row {at}, is {shown(row)}, not a window of ids; give [[id, id, ...], ...]")
+        try:
+            array = row.detach().cpu().numpy() if isinstance(row, Tensor) else numpy.asarray(row)
+        except (ValueError, TypeError, OverflowError, RuntimeError):  # different lengths, or another dtype
+            array = numpy.empty((0, 0))
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise DataError(f"{name}, row {at}, is {shown(row)}; a window of ids is a list of integers")
+        arrays.append(array)
+        if len(array) != len(arrays[0]):
+            raise DataError(
+                f"{name} has windows of {len(arrays[0])} and {len(array)} ids (row {at}); cut them to one length"
+            )
+    return numpy.stack(arrays)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsellm.calibration.sources import SOURCES, Split, Text
-from sparsellm.errors import DataError, shown
+from sparsellm.errors import DataError, one_line, shown
 
 
 @SOURCES.register("hub", paper="https://huggingface.co/docs/datasets")
@@ -45,8 +45,9 @@ def hub_column(source: str, *arguments: Any, column: str = "text", **settings: A
     try:
         data = datasets.load_dataset(*arguments, **settings)
     except Exception as error:  # errors of network, Hub and format, from several packages without a common base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"source {source!r} cannot be loaded: {reason}; check name and network, {instead}") from error
+        raise DataError(
+            f"source {source!r} cannot be loaded: {one_line(error)}; check name and network, {instead}"
+        ) from error
     if column not in data.column_names:
         raise DataError(f"source {source!r} has no column {column!r}; its columns: {', '.join(data.column_names)}")
     texts: Sequence[str] = data[column]

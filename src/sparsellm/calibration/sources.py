@@ -15,9 +15,7 @@ from sparsellm.registry import Registry
 
 Split = Literal["calibration", "evaluation"]
 
-# The only source that reads no text: the dense model writes its own. See self_generated.py.
-SELF = "self"
-
+SELF = "self"  # the only source that reads no text: the dense model writes its own, see self_generated.py
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -41,33 +39,25 @@ class Text:
         return self.joiner.join(self.documents)
 
 
-# (argument after the colon, or "", and the split) -> text
-TextSource = Callable[[str, Split], Text]
+TextSource = Callable[[str, Split], Text]  # (argument after the colon, or "", and the split) -> text
 SOURCES: Registry[TextSource] = Registry("text source")
 
-# Names of the sources without an argument, and of those whose argument is the path of a file.
 _WITHOUT_ARGUMENT: set[str] = {SELF}
-_FILE_READERS: set[str] = set()
+_FILE_READERS: set[str] = set()  # sources whose argument is the path of a file
 
 F = TypeVar("F", bound=TextSource)
 
 
 def takes_no_argument(name: str) -> Callable[[F], F]:
-    """Decorator beside ``SOURCES.register``: ``name:anything`` is refused."""
-    return _noting(_WITHOUT_ARGUMENT, name)
+    """Decorator next to ``SOURCES.register``: ``name:anything`` is refused."""
+    _WITHOUT_ARGUMENT.add(name)
+    return lambda function: function
 
 
 def reads_file(name: str) -> Callable[[F], F]:
-    """Decorator beside ``SOURCES.register``: the text after the colon, if any, is the path of a file."""
-    return _noting(_FILE_READERS, name)
-
-
-def _noting(names: set[str], name: str) -> Callable[[F], F]:
-    def note(function: F) -> F:
-        names.add(name)
-        return function
-
-    return note
+    """Decorator next to ``SOURCES.register``: the text after the colon, if any, is the path of a file."""
+    _FILE_READERS.add(name)
+    return lambda function: function
 
 
 def check_source(source: str, split: Split) -> tuple[str, str]:
@@ -92,7 +82,7 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
             "to evaluate, name a text: a file, 'pydoc' or 'wikitext2'"
         )
     if name == "file" and PurePath(argument).suffix.lower() not in FILE_SUFFIXES:
-        raise DataError(f"{shown(argument)} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
+        raise _unreadable(argument)
     if name in _FILE_READERS and (argument or name == "file"):
         text_file(argument)
     return name, argument
@@ -118,15 +108,18 @@ def text_file(path: str) -> Path:
         file = Path(path).expanduser()
         if file.is_file():
             return file
-        reason = "is a directory" if file.is_dir() else "is no ordinary file" if file.exists() else "does not exist"
+        reason = "is a directory" if file.is_dir() else "is not a file" if file.exists() else "does not exist"
     except (OSError, RuntimeError, ValueError) as error:  # too long; no such user after '~'; a null byte
         reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
     raise DataError(f"text file {shown(path)} {reason}; check the path, or name another source")
 
 
+def _unreadable(path: str) -> DataError:
+    return DataError(f"{shown(path)} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
+
+
 def _refuse_unknown(source: str) -> NoReturn:
     if any(separator in source for separator in ("/", "\\")) or source.startswith(("~", ".")):
-        file = text_file(source)  # raises if it does not exist
-        raise DataError(f"{shown(str(file))} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
+        raise _unreadable(str(text_file(source)))  # or that it does not exist
     hint = nearest(source.partition(":")[0][:100], [*(entry.name for entry in SOURCES), SELF])
     raise DataError(f"unknown text source {shown(source)}; {hint}, or a path ending in {', '.join(FILE_SUFFIXES)}")

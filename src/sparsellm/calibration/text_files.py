@@ -7,8 +7,8 @@ from pathlib import Path, PurePath
 
 import psutil
 
-from sparsellm.calibration.sources import FILE_SUFFIXES, SOURCES, Split, Text, reads_file, text_file
-from sparsellm.errors import DataError, shown
+from sparsellm.calibration.sources import SOURCES, Split, Text, reads_file, text_file
+from sparsellm.errors import DataError, one_line
 from sparsellm.inputs.json_input import parse_json
 
 
@@ -23,11 +23,8 @@ def read_file(argument: str, split: Split) -> Text:
     Raises:
         DataError: the file is absent, of another kind, not UTF-8, or without the field ``text``.
     """
-    readers = {".txt": text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    reader = readers.get(PurePath(argument).suffix.lower())
-    if reader is None:
-        raise DataError(f"{shown(argument)} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
-    return Text(read_rows(argument, reader))
+    readers = {".txt": text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}  # check_source refuses others
+    return Text(read_rows(argument, readers[PurePath(argument).suffix.lower()]))
 
 
 def read_rows(argument: str, reader: Callable[[Path], list[str]]) -> list[str]:
@@ -86,5 +83,4 @@ def _parquet_rows(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise DataError(f"{path} holds text that is not UTF-8; write the file again") from None
     except Exception as error:  # a damaged file raises errors of Arrow, of Thrift, of the system, or KeyError
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise DataError(f"{path} is not a readable Parquet file: {reason}") from error
+        raise DataError(f"{path} is not a readable Parquet file: {one_line(error)}") from error

@@ -16,12 +16,9 @@ from sparsellm.recipe import MOST_SEED, MOST_TOKENS, Bos
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-# Documents tried per requested window before a per-document source is refused for having too few long ones.
-_TRIES_PER_WINDOW = 2000
+_TRIES_PER_WINDOW = 2000  # documents tried before a source is refused for having too few long ones
 _MOST_MISSES = 50_000  # documents in a row that are too short
-
-# Windows that may be drawn from a text of any length. Beyond this number, windows that overlap only repeat the text.
-_MOST_REPEATED = 1024
+_MOST_REPEATED = 1024  # windows that may be drawn from a text of any length; more that overlap only repeat the text
 
 
 def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | None:
@@ -30,7 +27,7 @@ def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int 
     Args:
         tokenizer: of the model.
         bos: ``auto`` for BOS where the tokenizer puts it before a text by itself; ``yes``; or ``no``, the protocol of
-            the papers, in which a text begins as the tokenizer's defaults have it and windows begin anywhere.
+            the papers, in which a text begins by the tokenizer's defaults and windows begin anywhere.
 
     Raises:
         DataError: ``bos`` is ``yes``, and the tokenizer has no such token.
@@ -67,7 +64,7 @@ def calibration_windows(
         seq_len: tokens in each.
         seed: of the draw, and of the sampling if the source is ``self``.
         author: the dense model; needed by the source ``self`` only.
-        bos: whether every window begins with BOS, see :func:`leading_token`; it is one of the ``seq_len`` tokens.
+        bos: whether every window begins with BOS, which is one of the ``seq_len`` tokens, see :func:`leading_token`.
         fresh: further windows, as far as the text has any that overlap with no other (windows of a source of documents
             may); ``self`` writes all of them.
 
@@ -76,7 +73,7 @@ def calibration_windows(
 
     Raises:
         DataError: the source cannot be read, the text is too short for one window, a size is out of range, the text or
-            the memory is too small for so many windows, or the tokenizer has no BOS to begin with.
+            the memory is too small for all windows, or the tokenizer has no BOS to begin with.
     """
     _check_sizes(samples, seq_len, seed, fresh if source == SELF else 0)
     lead = leading_token(tokenizer, bos)
@@ -108,7 +105,7 @@ def windows_of_ids(
     max_tokens: int | None = None,
     bos: Bos = "auto",
 ) -> Tensor:
-    """The windows of token ids that a user passed instead of a text, checked against the model's config.
+    """The windows of token ids that a user passed in place of a text, checked against the model's config.
 
     Args:
         ids: ``(windows, tokens)`` as :func:`sparsellm.calibration.as_text` returns them.
@@ -140,14 +137,12 @@ def evaluation_windows(
     max_tokens: int | None = None,
     bos: Bos = "auto",
 ) -> Tensor:
-    """The whole text cut into consecutive windows; the remainder at the end is dropped, as in the papers.
+    """The text cut into consecutive windows; the remainder at the end is dropped, as in the papers.
 
     Args:
-        source: a registered name, a path, or the text itself; ``self`` is refused.
-        tokenizer: called once on the joined text with its defaults.
+        source, tokenizer, bos: as for :func:`calibration_windows`; the source ``self`` is refused.
         seq_len: tokens in a window, 2 or more.
         max_tokens: use only the first windows that fit in this many tokens.
-        bos: whether every window begins with BOS, see :func:`leading_token`; it is one of the ``seq_len`` tokens.
 
     Returns:
         ``(windows, seq_len)`` int64 token ids, on the CPU.
@@ -165,19 +160,16 @@ def evaluation_windows(
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
     ids = _tokens(tokenizer, text.joined(), lead)
     _check_long_enough(source, len(ids), length)
-    windows = len(ids) // length
-    if text.most_windows is not None:
-        windows = min(windows, text.most_windows)
-    if max_tokens is not None:
-        windows = min(windows, max_tokens // seq_len)
+    limits = [len(ids) // length, text.most_windows, None if max_tokens is None else max_tokens // seq_len]
+    windows = min(limit for limit in limits if limit is not None)
     return _led(ids[: windows * length].view(windows, length), lead)
 
 
 def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
-    """Refuses windows longer than the number of positions of a model; a config without a limit takes any.
+    """Refuses windows longer than the ``max_position_embeddings`` of a model; a config without a limit takes any.
 
     Raises:
-        DataError: ``seq_len`` is above the configuration's ``max_position_embeddings``.
+        DataError: they are longer.
     """
     text_config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text_config, "max_position_embeddings", None)  # transformers maps n_positions and the like to it
@@ -206,10 +198,7 @@ def _led(windows: Tensor, lead: int | None) -> Tensor:
 
 
 def _check_sizes(samples: int, seq_len: int, seed: int, fresh: int) -> None:
-    """Refuses sizes that are out of range or too large for the memory, before anything is allocated.
-
-    ``fresh`` windows are written for later sweeps, however many; a text has no more of them than it is long.
-    """
+    """Refuses sizes that are out of range or too large for the memory, before anything is allocated."""
     if samples < 1 or seq_len < 1:
         raise DataError(f"calibration needs 1 or more samples of 1 or more tokens; got {samples} of {seq_len}")
     if samples * seq_len > MOST_TOKENS:

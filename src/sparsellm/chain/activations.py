@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-Function = Callable[[Tensor], Tensor]
-Derivatives = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Derivatives = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,23 @@ class Activation:
     """
 
     name: str
-    function: Function = field(repr=False)
-    derivatives: Derivatives = field(repr=False)
+    function: Callable[[Tensor], Tensor] = field(repr=False)
+    derivatives: Callable[[Tensor], Derivatives] = field(repr=False)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.function(z)
 
 
-def _relu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _relu(z: Tensor) -> Derivatives:
     return torch.relu(z), (z > 0).to(z.dtype), torch.zeros_like(z)
 
 
-def _relu2(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _relu2(z: Tensor) -> Derivatives:
     positive = torch.relu(z)
     return positive.square(), 2 * positive, 2 * (z > 0).to(z.dtype)
 
 
-def _sloped_silu(z: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+def _sloped_silu(z: Tensor, slope: float) -> Derivatives:
     """z σ(kz): SiLU for k = 1, the sigmoid approximation of GELU for k = 1.702."""
     gate = torch.sigmoid(z * slope)
     rest = (1 - gate) * slope
@@ -51,15 +52,7 @@ def _sloped_silu(z: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     return value, first, second
 
 
-def _silu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _sloped_silu(z, 1.0)
-
-
-def _quick_gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _sloped_silu(z, 1.702)
-
-
-def _gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gelu(z: Tensor) -> Derivatives:
     density = torch.exp(z.square().mul_(-0.5)).mul_(1 / math.sqrt(2 * math.pi))
     distribution = torch.erf(z * math.sqrt(0.5)).add_(1).mul_(0.5)
     value = z * distribution
@@ -67,39 +60,25 @@ def _gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, first, density.mul_(z.square().neg_().add_(2))
 
 
-_TANH_SCALE, _TANH_CUBIC = math.sqrt(2 / math.pi), 0.044715
-
-
-def _gelu_tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gelu_tanh(z: Tensor) -> Derivatives:
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
     square = z.square()
-    t = torch.tanh((square * _TANH_CUBIC).add_(1).mul_(z).mul_(_TANH_SCALE))
-    slope = (square * (3 * _TANH_CUBIC)).add_(1).mul_(_TANH_SCALE)  # d(argument)/dz
+    t = torch.tanh((square * cubic).add_(1).mul_(z).mul_(scale))
+    slope = (square * (3 * cubic)).add_(1).mul_(scale)  # d(argument)/dz
     dt = t.square().neg_().add_(1).mul_(slope)  # dt/dz
     half = (t + 1).mul_(0.5)
     value = z * half
     first = torch.addcmul(half, z, dt, value=0.5)
     # d²t/dz² = dt · (argument''/slope − 2 t slope); argument'' = 6 c s z, and dt/slope = 1 − t²
-    curve = (1 - t.square()) * (z * (6 * _TANH_CUBIC * _TANH_SCALE)) - 2 * t * slope * dt
+    curve = (1 - t.square()) * (z * (6 * cubic * scale)) - 2 * t * slope * dt
     return value, first, torch.addcmul(dt, z, curve, value=0.5)
 
 
-def _function_quick_gelu(z: Tensor) -> Tensor:
-    return z * torch.sigmoid(1.702 * z)
-
-
-def _function_gelu_tanh(z: Tensor) -> Tensor:
-    return torch.nn.functional.gelu(z, approximate="tanh")
-
-
-def _function_relu2(z: Tensor) -> Tensor:
-    return torch.relu(z).square()
-
-
 relu = Activation("relu", torch.relu, _relu)
-relu2 = Activation("relu2", _function_relu2, _relu2)
-silu = Activation("silu", torch.nn.functional.silu, _silu)
-gelu = Activation("gelu", torch.nn.functional.gelu, _gelu)
-gelu_tanh = Activation("gelu_tanh", _function_gelu_tanh, _gelu_tanh)
-quick_gelu = Activation("quick_gelu", _function_quick_gelu, _quick_gelu)
+relu2 = Activation("relu2", lambda z: torch.relu(z).square(), _relu2)
+silu = Activation("silu", functional.silu, partial(_sloped_silu, slope=1.0))
+gelu = Activation("gelu", functional.gelu, _gelu)
+gelu_tanh = Activation("gelu_tanh", partial(functional.gelu, approximate="tanh"), _gelu_tanh)
+quick_gelu = Activation("quick_gelu", lambda z: z * torch.sigmoid(1.702 * z), partial(_sloped_silu, slope=1.702))
 
 KNOWN = (relu, relu2, silu, gelu, gelu_tanh, quick_gelu)

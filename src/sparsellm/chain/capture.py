@@ -12,53 +12,54 @@ from sparsellm import parallel
 from sparsellm.chain.linears import LinearView, iterate_linears
 from sparsellm.errors import ModelError
 
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
 
 @contextlib.contextmanager
-def watch(linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor], None]) -> Iterator[None]:
+def hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
+    """Calls ``hook(module, args, kwargs, output)`` whenever one of the modules has run, until the context ends."""
+    with contextlib.ExitStack() as handles:
+        for module, hook in hooks.items():
+            handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def watch(
+    linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor], None]
+) -> contextlib.AbstractContextManager[None]:
     """Calls ``see(linear, input, output)`` whenever one of the linears runs, until the context ends.
 
     Raises:
         ModelError: from the forward, if a linear is not called with one tensor first, or returns something else.
     """
 
-    def hook_for(linear: LinearView) -> Callable[..., None]:
+    def hook_for(linear: LinearView) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entering = next(iter((*args, *kwargs.values())), None)
-            if not isinstance(entering, Tensor) or not isinstance(output, Tensor):
+            given = next(iter((*args, *kwargs.values())), None)
+            if not isinstance(given, Tensor) or not isinstance(output, Tensor):
                 raise ModelError(
-                    f"{linear.name}, a {type(module).__name__}, takes {type(entering).__name__} and returns "
+                    f"{linear.name}, a {type(module).__name__}, takes {type(given).__name__} and returns "
                     f"{type(output).__name__}, not one tensor each; this model cannot be pruned"
                 )
-            see(linear, entering, output)
+            see(linear, given, output)
 
         return hook
 
-    handles = [linear.module.register_forward_hook(hook_for(linear), with_kwargs=True) for linear in linears]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked({linear.module: hook_for(linear) for linear in linears})
 
 
-@contextlib.contextmanager
-def choosing(block: nn.Module, found: set[str]) -> Iterator[None]:
-    """Adds the weights of linears inside modules that return one tensor of whole numbers to ``found``, by their names
-    in the block, whenever the block runs, until the context ends."""
+def choosing(block: nn.Module, chosen: set[str]) -> contextlib.AbstractContextManager[None]:
+    """Until the context ends, adds to ``chosen`` the weights of linears inside modules that return one tensor of whole
+    numbers, by their names in the block, whenever the block runs."""
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def hook_for(name: str) -> Hook:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and not output.is_floating_point() and not output.is_complex():
-                found.update(f"{linear}.weight" for linear, _ in iterate_linears(module, name))
+                chosen.update(f"{linear}.weight" for linear, _ in iterate_linears(module, name))
 
         return hook
 
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in block.named_modules() if name]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked({module: hook_for(name) for name, module in block.named_modules() if name})
 
 
 @contextlib.contextmanager
@@ -67,17 +68,17 @@ def replacing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
 
     A ``forward`` that was already set on an instance is restored afterwards.
     """
-    own = {module: vars(module).get("forward") for module in forwards}
+    before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module, before in own.items():
-            if before is None:
+        for module, earlier in before.items():
+            if earlier is None:
                 del module.forward
             else:
-                module.forward = before
+                module.forward = earlier
 
 
 def zeros_of(linear: LinearView) -> Callable[..., Tensor]:
@@ -85,15 +86,14 @@ def zeros_of(linear: LinearView) -> Callable[..., Tensor]:
     width = linear.out_features
 
     def zeros(*args: Any, **kwargs: Any) -> Tensor:
-        entering: Tensor = next(iter((*args, *kwargs.values())))
-        return entering.new_zeros(*entering.shape[:-1], width)
+        given: Tensor = next(iter((*args, *kwargs.values())))
+        return given.new_zeros(*given.shape[:-1], width)
 
     return zeros
 
 
 def skipping(linears: list[LinearView]) -> contextlib.AbstractContextManager[None]:
-    """Replaces these linears by functions that return zeros, until the context ends: for runs that need no output of
-    theirs."""
+    """Replaces linears whose output nobody needs by functions that return zeros, until the context ends."""
     return replacing({linear.module: zeros_of(linear) for linear in linears})
 
 
@@ -117,15 +117,15 @@ class RunOrder:
     def unread(
         self, linears: list[LinearView], *, inputs: list[LinearView], outputs: list[LinearView]
     ) -> list[LinearView]:
-        """The linears that first ran after all wanted inputs and outputs existed: none of those depends on them.
+        """Those of ``linears`` that first ran after all requested values existed: none of these depends on them.
 
         A linear that did not run is not returned. If a linear in ``inputs`` or ``outputs`` did not run, the list is
         empty.
 
         Args:
             linears: candidates.
-            inputs: linears whose input is wanted.
-            outputs: linears whose output is wanted.
+            inputs: linears whose input is requested.
+            outputs: linears whose output is requested.
         """
         if any(linear.name not in self._last for linear in (*inputs, *outputs)):
             return []
@@ -146,19 +146,18 @@ class InputGroups:
         self._head_of: dict[str, str] = {}
         self._frozen = False
 
-    def add(self, linear: LinearView, entering: Tensor) -> bool:
+    def add(self, linear: LinearView, given: Tensor) -> bool:
         """Adds a linear to its group; returns whether it is the group's first, whose statistics serve all of them."""
         if linear.name not in self._head_of:
-            for tensor, group in zip(self._inputs, self.groups, strict=False):
-                if same_tensor(tensor, entering):
-                    group.append(linear)
-                    self._head_of[linear.name] = group[0].name
-                    break
-            else:
-                self.groups.append([linear])
-                self._head_of[linear.name] = linear.name
+            known = zip(self._inputs, self.groups, strict=False)
+            group = next((group for tensor, group in known if same_tensor(tensor, given)), None)
+            if group is None:
+                group = []
+                self.groups.append(group)
                 if not self._frozen:
-                    self._inputs.append(entering)
+                    self._inputs.append(given)
+            group.append(linear)
+            self._head_of[linear.name] = group[0].name
         return self._head_of[linear.name] == linear.name
 
     def freeze(self) -> None:
@@ -181,10 +180,9 @@ def merged(views: list[list[list[str]]]) -> list[list[str]]:
     Two names that share a group in any view share one here. A view that separates them met them after its first batch.
     """
     head_of: dict[str, str] = {}
-    for groups in views:
-        for head, *others in groups:
-            head_of.setdefault(head, head)
-            head_of.update(dict.fromkeys(others, head))
+    for head, *others in (group for groups in views for group in groups):
+        head_of.setdefault(head, head)
+        head_of.update(dict.fromkeys(others, head))
     names_of: dict[str, list[str]] = {}
     for name, head in head_of.items():
         names_of.setdefault(head, []).append(name)
@@ -192,7 +190,7 @@ def merged(views: list[list[list[str]]]) -> list[list[str]]:
 
 
 def same_tensor(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are one: the same object, or the same values in memory in the same shape."""
+    """Whether two tensors are the same object, or the same values in memory in the same shape."""
     return first is second or (
         first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
     )

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from sparsellm.errors import ModelError
 
 Index = tuple[int | slice, ...]
-Record = Callable[["Routed"], None]
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 _ROUTED = 3  # arguments of a forward that gets tokens, the experts of each, and their weights
 _STACKED = "separated"  # attribute of a mixture in the twin: the parts of its stacked parameters
@@ -30,13 +29,7 @@ _STACKED = "separated"  # attribute of a mixture in the twin: the parts of its s
 
 @dataclass(frozen=True)
 class Part:
-    """A matrix or a bias as a part of a larger tensor.
-
-    Attributes:
-        source: the name of the tensor.
-        index: selects the part.
-        transposed: whether the part is then transposed.
-    """
+    """A matrix or a bias as a part of the tensor ``source``: selected by ``index``, then transposed or not."""
 
     source: str
     index: Index = ()
@@ -54,19 +47,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Routed:
-    """The tokens of one call of a mixture.
+    """The tokens of one call of a mixture."""
 
-    Attributes:
-        inputs: ``(tokens, width)``.
-        experts: the numbers of the experts of each token, ``(tokens, k)``.
-        weights: the factors of their outputs, ``(tokens, k)``.
-        places: of the tokens in the flattened batch ``(tokens,)``.
-    """
-
-    inputs: Tensor
-    experts: Tensor
-    weights: Tensor
-    places: Tensor
+    inputs: Tensor  # (tokens, width)
+    experts: Tensor  # numbers of the experts of each token, (tokens, k)
+    weights: Tensor  # factors of their outputs, (tokens, k)
+    places: Tensor  # of the tokens in the flattened batch, (tokens,)
 
 
 class ExpertLinear(nn.Linear):
@@ -83,54 +69,44 @@ class Expert(nn.Module):
     """``down(φ(gate(x)) ∘ up(x))`` or ``down(φ(up(x)))``, with the activation of its mixture.
 
     Args:
-        mixture: the twin of the model's own module, which has the activation.
+        mixture: the twin of the model's own module, which may have a norm for the outputs.
         layout: of the mixture.
         matrices: the linears, by role.
     """
 
     def __init__(self, mixture: nn.Module, layout: _Layout, matrices: dict[str, ExpertLinear]) -> None:
         super().__init__()
-        self._owner: tuple[Any] = (mixture,)  # in a tuple, so that it is not a submodule
+        self._mixture: tuple[Any] = (mixture,)  # in a tuple, so that it is not a submodule
         self._layout = layout
         for role, linear in matrices.items():
             self.add_module(role, linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        leaving: Tensor = self.get_submodule(DOWN)(self.inner(x))
-        return self._owner[0].post_expert_norm(leaving) if self._layout.normed else leaving
+        y: Tensor = self.get_submodule(DOWN)(self.inner(x))
+        return self._mixture[0].post_expert_norm(y) if self._layout.normed else y
 
     def inner(self, x: Tensor) -> Tensor:
         """The input of the last linear, for ``x (tokens, width)``."""
         layout, up = self._layout, self.get_submodule(UP)(x)
         if not layout.gated:
             return layout.activation(up)
+        gate = self.get_submodule(GATE)(x)
         if layout.apply_gate is None:
-            product: Tensor = layout.activation(self.get_submodule(GATE)(x)) * up
+            product: Tensor = layout.activation(gate) * up
             return product
-        parts = (self.get_submodule(GATE)(x), up)
-        both = torch.stack(parts, -1).flatten(-2) if layout.interleaved else torch.cat(parts, -1)
-        inner: Tensor = layout.apply_gate(both)
-        return inner
+        return layout.apply_gate(
+            torch.stack((gate, up), -1).flatten(-2) if layout.interleaved else torch.cat((gate, up), -1)
+        )
 
     def frozen(self) -> Expert:
-        """A copy with weights of its own, which later changes of this expert do not affect."""
-        linears = {name: _copied(child) for name, child in self.named_children() if isinstance(child, ExpertLinear)}
-        return Expert(self._owner[0], self._layout, linears)
-
-
-def _copied(linear: ExpertLinear) -> ExpertLinear:
-    bias = linear.bias
-    return ExpertLinear(linear.weight.detach().clone(), bias.detach().clone() if bias is not None else None)
+        """A copy with copies of its weights, which later changes of this expert do not affect."""
+        linears = {name: copy.deepcopy(child) for name, child in self.named_children()}
+        return Expert(self._mixture[0], self._layout, linears)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of experts in a block of a chain.
-
-    Attributes:
-        name: in the whole model.
-        module: holds the experts as children ``0``, ``1``, ...
-    """
+    """A mixture of experts in a block of a chain, and its name in the model. Children ``0``, ``1``, ... are experts."""
 
     name: str
     module: nn.Module
@@ -143,11 +119,8 @@ class Mixture:
         assert isinstance(child, Expert)
         return child
 
-    def observe(self, record: Record | None) -> None:
-        """Calls ``record`` with the tokens of each call from now on, in place of computing the outputs; None to stop.
-
-        The outputs are then zero.
-        """
+    def observe(self, record: Callable[[Routed], None] | None) -> None:
+        """Calls ``record`` with the tokens of each call from now on, and returns zeros as outputs; None to stop."""
         vars(self.module)["record"] = record
 
 
@@ -158,7 +131,7 @@ class _Layout:
     Attributes:
         parts: of every expert, by role and ``weight`` or ``bias``.
         activation: φ.
-        apply_gate: the mixture's own product of gate and up, of one tensor with both; None for ``φ(gate) ∘ up``.
+        apply_gate: the mixture's own product of gate and up, given one tensor with both; None for ``φ(gate) ∘ up``.
         interleaved: whether that tensor has the outputs of gate and up in turn.
         gated: whether there is a gate.
         normed: whether the output of an expert is normalised.
@@ -212,10 +185,10 @@ def stacks_of(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Paramete
 def gates_of(module: nn.Module, prefix: str) -> set[str]:
     """The weights inside a block whose outputs choose or scale other modules, by name; they stay dense.
 
-    These are the matrices beside the experts of a mixture with as many outputs as there are experts (routers), and
+    These are the matrices next to the experts of a mixture with as many outputs as there are experts (routers), and
     linears with a single output, which scales all features alike (the gate of a shared expert).
     """
-    found: set[str] = set()
+    gates: set[str] = set()
     for name, child in module.named_modules():
         experts = 0
         if _STACKED in vars(child):
@@ -223,15 +196,13 @@ def gates_of(module: nn.Module, prefix: str) -> set[str]:
         elif isinstance(child, nn.ModuleList) and len(child) > 1:
             experts = len(child)
         elif isinstance(child, nn.Linear) and child.out_features == 1:
-            found.add(f"{prefix}.{name}.weight")
-        if not experts:
-            continue
-        scope = name.rpartition(".")[0]
-        for other, parameter in module.get_submodule(scope).named_parameters(prefix=scope):
-            beside = not other.startswith(f"{name}.")
-            if beside and parameter.dim() == 2 and len(parameter) == experts:
-                found.add(f"{prefix}.{other}")
-    return found
+            gates.add(f"{prefix}.{name}.weight")
+        if experts:
+            scope = name.rpartition(".")[0]
+            for other, parameter in module.get_submodule(scope).named_parameters(prefix=scope):
+                if parameter.dim() == 2 and len(parameter) == experts and not other.startswith(f"{name}."):
+                    gates.add(f"{prefix}.{other}")
+    return gates
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
@@ -258,18 +229,16 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
 
 def _separate(module: nn.Module, twin: nn.Module, layout: _Layout) -> None:
     """Replaces the stacked parameters of a mixture's twin by experts, and its forward by one that runs them."""
+
+    def values(part: Part | None) -> Tensor | None:
+        return None if part is None else part.of(module.get_parameter(part.source).detach())
+
     stacked: dict[str, Part] = {}
     for number, parts in enumerate(layout.parts):
         linears: dict[str, ExpertLinear] = {}
         for role in (GATE, UP, DOWN):
-            if f"{role}.weight" not in parts:
-                continue
-            values = [
-                None if part is None else part.of(module.get_parameter(part.source).detach())
-                for part in (parts[f"{role}.weight"], parts.get(f"{role}.bias"))
-            ]
-            assert values[0] is not None
-            linears[role] = ExpertLinear(values[0], values[1])
+            if (weight := values(parts.get(f"{role}.weight"))) is not None:
+                linears[role] = ExpertLinear(weight, values(parts.get(f"{role}.bias")))
         twin._modules[str(number)] = Expert(twin, layout, linears)
         stacked.update({f"{number}.{inner}": part for inner, part in parts.items()})
     for source in {part.source for part in stacked.values()}:
@@ -278,8 +247,8 @@ def _separate(module: nn.Module, twin: nn.Module, layout: _Layout) -> None:
             twin._modules.pop(owner, None)
         else:
             vars(twin)["_parameters"] = {name: p for name, p in twin._parameters.items() if name != leaf}
-    vars(twin).update({_STACKED: stacked, "record": None})
-    vars(twin)["forward"] = MethodType(_forward if layout.routed else _forward_of_all, twin)
+    forward = MethodType(_forward if layout.routed else _forward_of_all, twin)
+    vars(twin).update({_STACKED: stacked, "record": None, "forward": forward})
 
 
 def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -299,25 +268,25 @@ def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tens
     for number in chosen.unique().tolist():
         if str(number) in self._modules:
             tokens, places = torch.where(chosen == number)
-            leaving = self._modules[str(number)](flat[tokens]) * weights[tokens, places, None]
-            total.index_add_(0, tokens, leaving.to(total.dtype))
+            outputs = self._modules[str(number)](flat[tokens]) * weights[tokens, places, None]
+            total.index_add_(0, tokens, outputs.to(total.dtype))
     return total.view_as(inputs)
 
 
 def _forward_of_all(self: Any, inputs: Tensor) -> Tensor:
-    """As :func:`_forward`, for inputs ``(experts · tokens, width)`` that are weighted, and zero where not routed."""
+    """:func:`_forward` for inputs ``(experts · tokens, width)`` that are weighted, and zero where not routed."""
     experts = sum(isinstance(child, Expert) for child in self._modules.values())
-    own = inputs.view(experts, -1, inputs.shape[-1])
-    routed = (own != 0).any(-1)
+    by_expert = inputs.view(experts, -1, inputs.shape[-1])
+    routed = (by_expert != 0).any(-1)
     if self.record is not None:
         numbers, tokens = torch.where(routed)
-        self.record(Routed(own[numbers, tokens], numbers[:, None], own.new_ones(len(numbers), 1), tokens))
+        self.record(Routed(by_expert[numbers, tokens], numbers[:, None], inputs.new_ones(len(numbers), 1), tokens))
         return torch.zeros_like(inputs)
-    total = torch.zeros_like(own)
+    total = torch.zeros_like(by_expert)
     for number in range(experts):
         (tokens,) = torch.where(routed[number])
         if len(tokens):
-            total[number, tokens] = self._modules[str(number)](own[number, tokens])
+            total[number, tokens] = self._modules[str(number)](by_expert[number, tokens])
     return total.view_as(inputs)
 
 
@@ -339,44 +308,46 @@ def _decorated(module: Any) -> _Layout:
     """The layout that the flags of transformers' ``use_experts_implementation`` describe."""
     from transformers.integrations.moe import _default_apply_gate
 
-    first, gated = ("gate_up_proj", True) if module.has_gate else ("up_proj", False)
+    first, transposed = "gate_up_proj" if module.has_gate else "up_proj", module.is_transposed
     shape = module.get_parameter(first).shape
-    width = shape[2 if module.is_transposed else 1]
-    rows = {UP: slice(None)}
-    if gated:
-        half = width // 2
-        joined = {GATE: slice(0, half), UP: slice(half, width)}
-        rows = joined if module.is_concatenated else {GATE: slice(0, None, 2), UP: slice(1, None, 2)}
+    rows: dict[str, slice | None] = {UP: None}
+    if module.has_gate:
+        cut = _halves(shape[2 if transposed else 1])
+        rows = {**(cut if module.is_concatenated else {GATE: slice(0, None, 2), UP: slice(1, None, 2)})}
     parts = []
     for number in range(shape[0]):
-        own = {f"{DOWN}.weight": Part(DOWN, (number,), module.is_transposed)}
-        for role, rows_of in rows.items():
-            full: Index = (number,) if rows_of == slice(None) else (number, rows_of)
-            across: Index = full if len(full) == 1 else (number, slice(None), rows_of)
-            own[f"{role}.weight"] = Part(first, across if module.is_transposed else full, module.is_transposed)
+        expert = {f"{DOWN}.weight": Part(DOWN, (number,), transposed)}
+        for role, outputs in rows.items():
+            index: Index = (number,) if outputs is None else (number, outputs)
+            across: Index = index if outputs is None else (number, slice(None), outputs)
+            expert[f"{role}.weight"] = Part(first, across if transposed else index, transposed)
             if module.has_bias:
-                own[f"{role}.bias"] = Part(f"{first}_bias", full)
+                expert[f"{role}.bias"] = Part(f"{first}_bias", index)
         if module.has_bias:
-            own[f"{DOWN}.bias"] = Part(f"{DOWN}_bias", (number,))
-        parts.append(own)
+            expert[f"{DOWN}.bias"] = Part(f"{DOWN}_bias", (number,))
+        parts.append(expert)
     default = type(module)._apply_gate is _default_apply_gate
     return _Layout(
         parts,
         getattr(module, "act_fn", nn.Identity()),
-        apply_gate=None if default or not gated else module._apply_gate,
+        apply_gate=None if default or not module.has_gate else module._apply_gate,
         interleaved=not module.is_concatenated,
-        gated=gated,
+        gated=module.has_gate,
         normed=bool(getattr(module, "has_post_expert_norm", False)),
     )
 
 
+def _halves(width: int) -> dict[str, slice]:
+    """The outputs of gate and up, one after the other."""
+    return {GATE: slice(0, width // 2), UP: slice(width // 2, width)}
+
+
 def _transposed_stacks(module: Any) -> _Layout:
-    """``gate_up_proj (experts, width, 2 · inner)`` and ``down_proj (experts, inner, width)``, as Llama 4 has them."""
+    """``gate_up_proj (experts, width, 2 · inner)`` and ``down_proj (experts, inner, width)``, as in Llama 4."""
     experts, _, both = module.gate_up_proj.shape
-    cut = {GATE: slice(0, both // 2), UP: slice(both // 2, both)}
     parts = [
         {
-            **{f"{role}.weight": Part("gate_up_proj", (number, slice(None), own), True) for role, own in cut.items()},
+            **{f"{r}.weight": Part("gate_up_proj", (number, slice(None), c), True) for r, c in _halves(both).items()},
             f"{DOWN}.weight": Part(DOWN, (number,), True),
         }
         for number in range(experts)
@@ -385,16 +356,9 @@ def _transposed_stacks(module: Any) -> _Layout:
 
 
 def _two_dimensional_stacks(module: Any) -> _Layout:
-    """``w1``, ``v1`` and ``w2`` ``(experts · inner, width)``, as DBRX has them."""
+    """``w1``, ``v1`` and ``w2`` ``(experts · inner, width)``, as in DBRX."""
     inner = module.mlp.w1.shape[0] // module.num_experts
-    parts = []
-    for number in range(module.num_experts):
-        rows: Index = (slice(number * inner, (number + 1) * inner),)
-        parts.append(
-            {
-                f"{GATE}.weight": Part("mlp.w1", rows),
-                f"{UP}.weight": Part("mlp.v1", rows),
-                f"{DOWN}.weight": Part("mlp.w2", rows, True),
-            }
-        )
+    rows = [(slice(first, first + inner),) for first in range(0, inner * module.num_experts, inner)]
+    sources = {GATE: "mlp.w1", UP: "mlp.v1", DOWN: "mlp.w2"}
+    parts = [{f"{role}.weight": Part(name, own, role == DOWN) for role, name in sources.items()} for own in rows]
     return _Layout(parts, module.mlp.activation_fn)

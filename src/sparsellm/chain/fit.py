@@ -21,15 +21,9 @@ _PROBABILITY = re.compile(r"(^|_)(p?drop|dropout|layerdrop)(_prob|_rate|_p)?$")
 _COUNTS = re.compile(r"^(num|n)_(\w*_)?(layers?|blocks?|experts)$")
 _IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a name such as model.layers.3.mlp.up_proj
 # Buffers of older releases of transformers, which newer ones make themselves.
-_OLD_BUFFERS = [
-    re.compile(each)
-    for each in (
-        r"rotary_emb\.inv_freq",
-        r"(^|\.)position_ids$",
-        r"attn\.(masked_)?bias$",
-        r"attention\.(masked_)?bias$",
-    )
-]
+_OLD_BUFFERS = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$|att(n|ention)\.(masked_)?bias$")
+_DIFFER = "config and weights are of different models"
+_AGAIN = "download the checkpoint again"
 
 
 def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
@@ -40,33 +34,25 @@ def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
             have; or a probability is not from 0 to 1.
     """
     text = config.get_text_config()
-    where = reader.directory / "config.json"
-    longest = _longest_list(reader)
+    longest = 1 + max((int(number) for name in reader for number in _IN_THEIR_LISTS.findall(name)), default=-1)
     largest = max((size for name in reader for size in reader.shape(name)), default=0)
     sizes = {name: getattr(text, name, None) for name in _SIZES}  # transformers maps the family's own names to these
     for name, value in {**text.to_dict(), **sizes}.items():
+        says = f"{reader.directory / 'config.json'} says {name} {value!s:.40}"
         if _PROBABILITY.search(name) and isinstance(value, int | float) and not 0 <= value <= 1:
-            raise ModelError(
-                f"{where} says {name} {value}; a probability is from 0 to 1: download the checkpoint again"
-            )
+            raise ModelError(f"{says}; a probability is from 0 to 1: {_AGAIN}")
         if type(value) is not int:
             continue
         if abs(value) >= 1 << 63:
-            raise ModelError(f"{where} says {name} {value:.3g}, which no model has: download the checkpoint again")
+            raise ModelError(f"{says}, which no model has: {_AGAIN}")
         if value < 1 and name in _SIZES:
-            raise ModelError(f"{where} says {name} {value}; it must be 1 or more: download the checkpoint again")
+            raise ModelError(f"{says}; it must be 1 or more: {_AGAIN}")
         if value > largest and name in ("hidden_size", "vocab_size"):
-            raise ModelError(
-                f"{where} says {name} {value}, and no weight beside it has more than {largest} rows or columns; "
-                "config and weights are of different models"
-            )
+            raise ModelError(f"{says}, and no weight beside it has more than {largest} rows or columns; {_DIFFER}")
         if value > max(_QUICK, longest) and name == "num_hidden_layers":
-            raise ModelError(_other_depth(where, value, longest))
+            raise _other_depth(reader, value, longest)
         if value > max(_MANY, longest, largest) and _COUNTS.match(name):
-            raise ModelError(
-                f"{where} says {name} {value}, and the weights have no more than {longest} of a kind; "
-                "config and weights are of different models"
-            )
+            raise ModelError(f"{says}, and the weights have no more than {longest} of a kind; {_DIFFER}")
 
 
 def check_depth(
@@ -78,7 +64,7 @@ def check_depth(
         model: built from the config.
         reader: of the checkpoint.
         blocks: the name of the list of blocks in the model, and its length.
-        names: what each tensor of the checkpoint is in the model.
+        names: the weight of the model that each tensor of the checkpoint becomes.
         complete: whether the checkpoint has every weight of the model.
 
     Returns:
@@ -88,17 +74,16 @@ def check_depth(
         ModelError: config and weights differ in the number of layers, or the model does not use more than
             :data:`TRIFLING` of the weights, and these belong to no tower of the config's architecture.
     """
-    where, (list_name, depth) = reader.directory / "config.json", blocks
+    list_name, depth = blocks
     taken = names.taken()
-    apart = [name for name in reader if name not in taken and not any(each.search(name) for each in _OLD_BUFFERS)]
     ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
-    # The model's class may ignore a whole tower: its matrices are worth a word, other tensors are not.
-    unused = [
-        name
-        for name in apart
-        if len(reader.shape(name)) > 1
-        or not any(each.search(name) or each.search(names.name_of[name]) for each in ignored)
-    ]
+
+    def is_ignored(name: str) -> bool:
+        return any(each.search(name) or each.search(names.name_of[name]) for each in ignored)
+
+    unused = [name for name in reader if name not in taken and not _OLD_BUFFERS.search(name)]
+    # The model's class may ignore a tower: its matrices are named in a warning, other tensors are not.
+    unused = [name for name in unused if len(reader.shape(name)) > 1 or not is_ignored(name)]
     prefix = f"{model.base_model_prefix}."
     in_list = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(list_name.removeprefix(prefix))}\.(\d{{1,9}})\.")
     number = {key: int(match[1]) for key in (*taken, *unused) if (match := in_list.match(names.name_of[key]))}
@@ -106,19 +91,23 @@ def check_depth(
     ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
     most = depth + (ahead if type(ahead) is int and ahead > 0 else 0)  # layers that predict further tokens come last
     if layers > most or (0 < layers < depth and not complete):
-        raise ModelError(_other_depth(where, depth, layers))
+        raise _other_depth(reader, depth, layers)
     weights = {name: math.prod(reader.shape(name)) for name in reader if reader.dtype(name) in WEIGHT_DTYPES}
-    left = {n: weights[n] for n in unused if n in weights and len(reader.shape(n)) > 1 and number.get(n, 0) < depth}
-    left = {n: size for n, size in left.items() if not any(e.search(n) or e.search(names.name_of[n]) for e in ignored)}
-    if complete and sum(left.values()) > TRIFLING * sum(weights.values()):
-        whole = architecture_keys(model, reader)
-        left = {name: size for name, size in left.items() if name not in whole}
-    if complete and sum(left.values()) > TRIFLING * sum(weights.values()):
-        raise ModelError(
-            f"{reader.directory} has weights that the model of its config does not use: {len(left)} tensors, "
-            f"{sum(left.values()) / sum(weights.values()):.0%} of all, such as {max(left, key=lambda n: left[n])}; "
-            "download the checkpoint again, or load it with transformers and pass the model to prune()"
-        )
+    left = {
+        name: weights[name]
+        for name in unused
+        if name in weights and len(reader.shape(name)) > 1 and number.get(name, 0) < depth and not is_ignored(name)
+    }
+    total = sum(weights.values())
+    if complete and sum(left.values()) > TRIFLING * total:
+        known = architecture_keys(model, reader)
+        left = {name: size for name, size in left.items() if name not in known}
+        if sum(left.values()) > TRIFLING * total:
+            raise ModelError(
+                f"{reader.directory} has weights that the model of its config does not use: {len(left)} tensors, "
+                f"{sum(left.values()) / total:.0%} of all, such as {max(left, key=lambda name: left[name])}; "
+                f"{_AGAIN}, or load it with transformers and pass the model to prune()"
+            )
     return unused
 
 
@@ -143,13 +132,6 @@ def check_dtypes(model_values: Mapping[str, Tensor], key_of: Mapping[str, str], 
             )
 
 
-def _other_depth(where: object, config: int, weights: int) -> str:
-    return (
-        f"{where} says {config} layers, the weights have {weights}; config and weights are of different models: "
-        "download the checkpoint again"
-    )
-
-
-def _longest_list(reader: CheckpointReader) -> int:
-    """The length of the longest list of modules, judged by the numbers in the names of tensors."""
-    return 1 + max((int(number) for name in reader for number in _IN_THEIR_LISTS.findall(name)), default=-1)
+def _other_depth(reader: CheckpointReader, config: int, weights: int) -> ModelError:
+    where = reader.directory / "config.json"
+    return ModelError(f"{where} says {config} layers, the weights have {weights}; {_DIFFER}: {_AGAIN}")

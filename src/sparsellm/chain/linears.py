@@ -15,11 +15,12 @@ from transformers.pytorch_utils import Conv1D
 class LinearView:
     """One linear as ``Y = X Wᵀ + b`` with ``W (out, in)``, however its module stores it.
 
+    Assigned values are rounded to the storage dtype at once, so that the model in memory equals the model on disk.
+
     Args:
         name: the name of the module inside the whole model.
         module: an ``nn.Linear``, or the ``Conv1D`` of GPT-2, which stores ``Wᵀ``.
-        storage_dtype: the dtype in which the weight will be written. Assigned values are rounded to it at once, so
-            that the model in memory equals the model on disk.
+        storage_dtype: the dtype in which the weight will be written.
     """
 
     name: str
@@ -58,9 +59,16 @@ class LinearView:
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
-        """Overwrites the weight with ``weight (out, in)``, rounded to the storage dtype, without negative zeros."""
+        """Overwrites the weight with ``weight (out, in)``, without negative zeros."""
         stored = (weight.t() if self.transposed else weight).to(self.storage_dtype) + 0.0
         self.parameter.copy_(stored.to(self.parameter.dtype))
+
+    @torch.no_grad()
+    def assign_bias(self, bias: Tensor) -> None:
+        """Overwrites the bias with ``bias (out,)``."""
+        target = self.module.bias
+        assert isinstance(target, Tensor)
+        target.copy_(bias.to(self.storage_dtype).to(target.dtype))
 
     @torch.no_grad()
     def permute(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
@@ -70,13 +78,6 @@ class LinearView:
                 self.parameter.copy_(self.parameter.index_select(1 - axis if self.transposed else axis, index))
         if outputs is not None and isinstance(self.module.bias, Tensor):
             self.module.bias.copy_(self.module.bias[outputs])
-
-    @torch.no_grad()
-    def assign_bias(self, bias: Tensor) -> None:
-        """Overwrites the bias with ``bias (out,)``, rounded to the storage dtype."""
-        target = self.module.bias
-        assert isinstance(target, Tensor)
-        target.copy_(bias.to(self.storage_dtype).to(target.dtype))
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
@@ -108,12 +109,11 @@ def _returns_outputs(module: nn.Linear | Conv1D) -> bool:
     if kind not in _RETURNS_OUTPUTS:
         weight = weight_of(module)
         on_meta = {name: parameter.to("meta") for name, parameter in module.named_parameters()}
-        inputs = weight.shape[0 if isinstance(module, Conv1D) else 1]
-        entering = torch.empty(2, inputs, device="meta", dtype=weight.dtype)
+        x = torch.empty(2, weight.shape[0 if isinstance(module, Conv1D) else 1], device="meta", dtype=weight.dtype)
         try:
             with torch.no_grad():
-                returned = torch.func.functional_call(module, on_meta, (entering,))
-        except Exception:  # needs another shape, or fails on meta tensors: neither shows that it is no linear
-            returned = entering
+                returned = torch.func.functional_call(module, on_meta, (x,))
+        except Exception:  # needs another shape, or fails on meta tensors: neither shows that it is not a linear
+            returned = x
         _RETURNS_OUTPUTS[kind] = isinstance(returned, Tensor)
     return _RETURNS_OUTPUTS[kind]

@@ -76,12 +76,7 @@ def all_matrices(chain: Chain) -> list[BlockMatrix]:
 
 
 def matches(parameter: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns names a parameter, or a module that it belongs to.
-
-    Args:
-        parameter: its name in the whole model.
-        patterns: shell patterns; ``*`` matches dots too.
-    """
+    """Whether a shell pattern (``*`` matches dots too) names a parameter of the model, or a module around it."""
     parts = parameter.split(".")
     names = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
@@ -104,9 +99,9 @@ def unmatched_patterns(
     """
     if not any(patterns.values()) and not allow_dense:
         return []
-    everything = all_matrices(chain)
-    dense = [matrix.name for matrix in everything if matrix.linear is None]
-    names = [matrix.name for matrix in everything]
+    matrices = all_matrices(chain)
+    names = [matrix.name for matrix in matrices]
+    dense = [matrix.name for matrix in matrices if matrix.linear is None]
     warnings = [
         f"{field} {pattern!r} matches no matrix of the blocks; names are like {names[0]!r}"
         for field, each in patterns.items()
@@ -117,29 +112,24 @@ def unmatched_patterns(
     return warnings + [
         f"allow_dense {pattern!r} matches no parameter that is not a linear's{like}"
         for pattern in allow_dense
-        if not any(is_excluded(name, [pattern]) for name in dense)
+        if not any(matches(name, [pattern]) for name in dense)
     ]
 
 
 def outside_blocks(chain: Chain) -> list[str]:
-    """A warning that names the linears outside the blocks, towers and head aside, if they are many; else empty.
-
-    They stay dense and do not count. Many are more than :data:`DENSE_LIMIT` of the weights of the blocks.
-    """
-    inside, head = (
-        tuple(f"{name}." for name in (*chain.block_names, *chain.towers)),
-        chain.model.get_output_embeddings(),
-    )
+    """A warning that names the linears outside blocks, towers and head if they have more than :data:`DENSE_LIMIT` of
+    the weights of the blocks; else empty. They stay dense and do not count."""
+    inside = tuple(f"{name}." for name in (*chain.block_names, *chain.towers))
+    head = chain.model.get_output_embeddings()
     linears = [(name.removeprefix("."), module) for name, module in iterate_linears(chain.model, "")]
     outside = {name: weight_of(m).numel() for name, m in linears if m is not head and not name.startswith(inside)}
     share = sum(outside.values()) / sum(matrix.weights for matrix in all_matrices(chain))
     if share <= DENSE_LIMIT:
         return []
-    names = list(outside)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    more = f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""
     return [
-        f"linears outside the blocks stay dense and are not counted: {', '.join(names[:_SHOWN])}{more}, as many "
-        f"weights as {share:.1%} of the blocks"
+        f"linears outside the blocks stay dense and are not counted: {', '.join(list(outside)[:_SHOWN])}{more}, as "
+        f"many weights as {share:.1%} of the blocks"
     ]
 
 
@@ -158,42 +148,31 @@ def refuse_silent_dense(chain: Chain, accepted: Sequence[str], only: Sequence[st
         ModelError: they are more. The message lists names, shapes and shares, and an ``allow_dense`` that accepts them.
     """
     refused: list[BlockMatrix] = []
-    of_block: list[int] = []
+    in_block: list[int] = []
     for index in range(len(chain)):
-        own = block_matrices(chain, index)
-        of_block.append(sum(matrix.weights for matrix in own))
+        matrices = block_matrices(chain, index)
+        in_block.append(sum(matrix.weights for matrix in matrices))
         dense = [
             matrix
-            for matrix in own
+            for matrix in sorted(matrices, key=lambda matrix: -matrix.weights)
             if matrix.linear is None and matrix.name not in chain.gates and not is_excluded(matrix.name, accepted, only)
         ]
-        dense.sort(key=lambda matrix: -matrix.weights)
         small = 0
-        while dense and small + dense[-1].weights <= DENSE_LIMIT * of_block[index]:
+        while dense and small + dense[-1].weights <= DENSE_LIMIT * in_block[index]:
             small += dense.pop().weights  # the smallest ones, which stay within the limit once the others are accepted
         refused += dense
-    if refused:
-        raise ModelError(_would_stay_dense(chain, refused, of_block))
-
-
-def _would_stay_dense(chain: Chain, refused: Sequence[BlockMatrix], of_block: Sequence[int]) -> str:
-    """The error message: one line that names the first matrix of each kind, and the ``allow_dense`` that accepts them.
-
-    Args:
-        chain: the model.
-        refused: the matrices that would stay dense, the largest of each block first.
-        of_block: weights of each block.
-    """
-    first: dict[str, BlockMatrix] = {}
+    if not refused:
+        return
+    first: dict[str, BlockMatrix] = {}  # of each kind
     for matrix in refused:
         first.setdefault(kind_of(chain, matrix.name, matrix.block), matrix)
     listed = [
-        f"{matrix.name} ({'×'.join(map(str, matrix.shape))}) with {matrix.weights / of_block[matrix.block]:.1%}"
+        f"{matrix.name} ({'×'.join(map(str, matrix.shape))}) with {matrix.weights / in_block[matrix.block]:.1%}"
         for matrix in first.values()
     ]
     more = f", and {len(listed) - _SHOWN} more kinds" if len(listed) > _SHOWN else ""
-    share = sum(matrix.weights for matrix in refused) / sum(of_block)
-    return (
+    share = sum(matrix.weights for matrix in refused) / sum(in_block)
+    raise ModelError(
         f"these would stay dense, as only linears are pruned: {', '.join(listed[:_SHOWN])} of the weights of the "
         f"block{more}; all {len(refused)} of them are {share:.1%} of the weights of all blocks; to leave them dense "
         f"and prune the rest, set allow_dense={[f'*.{kind}' for kind in first]} (--allow-dense PATTERN for each)"
@@ -202,5 +181,4 @@ def _would_stay_dense(chain: Chain, refused: Sequence[BlockMatrix], of_block: Se
 
 def kind_of(chain: Chain, name: str, block: int) -> str:
     """The name of a parameter inside its block, with ``*`` for numbers: ``mlp.experts.*.w1.weight``."""
-    inner = name.removeprefix(f"{chain.block_names[block]}.")
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name.removeprefix(f"{chain.block_names[block]}."))

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from sparsellm.errors import DataError, ModelError, one_line
 from sparsellm.inputs.json_input import read_object
@@ -18,29 +21,29 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
 
     Raises:
         ModelError: it cannot be read, is not of a decoder-only language model, or says that weights are quantised; or
-            the generation config beside it cannot be read.
+            the generation config cannot be read.
     """
-    read_object(directory / "config.json", ModelError)
+    path = directory / "config.json"
+    read_object(path, ModelError)
     _check_readable(directory / "generation_config.json")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
     except Exception as error:  # transformers raises ValueError, OSError, KeyError, ... for the same fault
-        raise ModelError(f"transformers cannot read {directory / 'config.json'}: {one_line(error)}") from None
+        raise ModelError(f"transformers cannot read {path}: {one_line(error)}") from None
     if not isinstance(text, PretrainedConfig):
-        raise ModelError(f"{directory / 'config.json'} has a text_config that a {config.model_type} does not have")
+        raise ModelError(f"{path} has a text_config that a {config.model_type} does not have")
+    kind = f"{directory} is a {config.model_type}"
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{directory} is a {config.model_type}: an encoder-decoder; only decoder-only models are pruned"
-        )
+        raise ModelError(f"{kind}: an encoder-decoder; only decoder-only models are pruned")
+    # BERT and similar families have a causal head too, but are encoders. A decoder-only family has no ...ForMaskedLM;
+    # in a family that has both heads, is_decoder decides.
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    encoder = known and not _attends_causally(config)
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     auto_map = getattr(config, "auto_map", None)
     remote = trust_remote_code and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
-    if encoder or not (known or remote):
-        raise ModelError(
-            f"{directory} is a {config.model_type}, which is not a decoder; only decoder-only models are pruned"
-        )
+    if (known and encoder) or not (known or remote):
+        raise ModelError(f"{kind}, which is not a decoder; only decoder-only models are pruned")
     assert isinstance(config, PretrainedConfig)
     quantization = getattr(config, "quantization_config", None)
     if quantization and not is_packed({"quantization_config": quantization}):
@@ -49,23 +52,13 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
 
 
 def _check_readable(path: Path) -> None:
-    """transformers takes its defaults, without a word, in place of some files that it cannot read."""
+    """Refuses some files that transformers cannot read, in place of which it silently takes its defaults."""
     if path.exists():
         read_object(path, ModelError)
 
 
-def _attends_causally(config: PretrainedConfig) -> bool:
-    """Whether a config is of a decoder. BERT and similar families have a causal head too, but are encoders.
-
-    A decoder-only family has no ``...ForMaskedLM``. In a family that has both heads, ``is_decoder`` decides.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(getattr(config, "is_decoder", False))
-
-
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights.
+    """The tokenizer of a checkpoint directory.
 
     Raises:
         ModelError: there is none, or transformers cannot read it or use it.
@@ -74,10 +67,9 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         tokenizer.decode(tokenizer("a text")["input_ids"])  # some settings are only looked at when they are used
-    except Exception as error:
-        raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # raised by the Rust tokenizers for some damaged files
+        # The Rust tokenizers raise PanicException, which is not an Exception, for some damaged files.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"no readable tokenizer in {directory}: {one_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

@@ -8,8 +8,8 @@ matrices never use this, and a solver only where it declares that it may (``Work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ LEAST = 1 << 16  # elements of a weight: rounding the factors of smaller product
 
 
 class Bf16Products(TorchFunctionMode):
-    """Runs linears with fp32 weights in bf16, forward and backward, while it is entered.
+    """As a context, runs linears with fp32 weights in bf16, forward and backward.
 
     The rounded copy of a weight is kept as long as the weight lives and is not changed, so each is made once for a
     loaded block. Other operations (attention, norms, activations) are not touched.
@@ -35,13 +35,12 @@ class Bf16Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
-        if func is functional.linear and not given and _fits(args[0], args[1]):
+        if func is functional.linear and not kwargs and _fits(args[0], args[1]):
             bias = args[2] if len(args) > 2 else None
             return _Linear.apply(args[0], args[1], bias, self._copy(args[1]))
-        if func is torch.addmm and not given and len(args) == 3 and _fits(args[1], args[2]):  # Conv1D of GPT-2
+        if func is torch.addmm and not kwargs and len(args) == 3 and _fits(args[1], args[2]):  # Conv1D of GPT-2
             return _Linear.apply(args[1], args[2].t(), args[0], self._copy(args[2]).t())
-        return func(*args, **given)
+        return func(*args, **(kwargs or {}))
 
     def _copy(self, weight: Tensor) -> Tensor:
         version, copy = self._rounded.get(weight, (None, None))
@@ -52,44 +51,38 @@ class Bf16Products(TorchFunctionMode):
         return copy
 
 
-def _fits(entering: Any, weight: Any) -> bool:
-    return (
-        isinstance(weight, Tensor)
-        and weight.dtype is entering.dtype is torch.float32
-        and weight.numel() >= LEAST
-        and not weight.is_meta
-    )
+def _fits(x: Any, weight: Any) -> bool:
+    fp32 = isinstance(weight, Tensor) and weight.dtype is x.dtype is torch.float32
+    return fp32 and weight.numel() >= LEAST and not weight.is_meta
 
 
 class _Linear(torch.autograd.Function):
     """``Y = X Wᵀ + b`` with all products in bf16; inputs and results are fp32."""
 
     @staticmethod
-    def forward(ctx: Any, entering: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor) -> Tensor:
-        narrow = entering.to(torch.bfloat16)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rounded: Tensor) -> Tensor:
+        narrow = x.to(torch.bfloat16)
         ctx.save_for_backward(narrow, rounded)
-        leaving = functional.linear(narrow, rounded).float()
-        return leaving if bias is None else leaving.add_(bias)
+        y = functional.linear(narrow, rounded).float()
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (gradient,) = gradients
+        gradient = gradients[0]
         narrow, rounded = ctx.saved_tensors
-        given = gradient.to(torch.bfloat16)
-        wanted = ctx.needs_input_grad
-        entering = (given @ rounded).float() if wanted[0] else None
-        weight = (given.flatten(0, -2).t() @ narrow.flatten(0, -2)).float() if wanted[1] else None
-        return entering, weight, gradient.flatten(0, -2).sum(0) if wanted[2] else None, None
+        of_y = gradient.to(torch.bfloat16)
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        return (
+            (of_y @ rounded).float() if of_x else None,
+            (of_y.flatten(0, -2).t() @ narrow.flatten(0, -2)).float() if of_weight else None,
+            gradient.flatten(0, -2).sum(0) if of_bias else None,
+            None,
+        )
 
 
-@contextmanager
-def bf16_products(mode: Bf16Products | None) -> Iterator[None]:
-    """Enters ``mode`` until the context ends; with None, nothing changes."""
-    if mode is None:
-        yield
-        return
-    with mode:
-        yield
+def bf16_products(mode: Bf16Products | None) -> contextlib.AbstractContextManager[Any]:
+    """``mode`` as a context; with None, nothing changes."""
+    return contextlib.nullcontext() if mode is None else mode
 
 
 def bf16_is_native() -> bool:

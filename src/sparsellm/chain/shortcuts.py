@@ -8,14 +8,14 @@ that is, is read from one run of the block: it returns the very tensor that the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsellm.chain.capture import same_tensor, zeros_of
+from sparsellm.chain.capture import hooked, same_tensor, zeros_of
 from sparsellm.chain.linears import LinearView
 
 
@@ -39,7 +39,7 @@ class Shortcut:
     like_input: bool
 
     def returned(self, output: Tensor) -> Any:
-        """What the module returns for this output of the writer."""
+        """The return value of the module for this output of the writer."""
         return (output, *[None] * (self.items - 1)) if self.items else output
 
     def zeros(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,9 +49,12 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: its result, its first tensor, and whether it could have changed anything else.
+    """One call of a module. The output is kept, so that no address is used twice during the run.
 
-    The result is kept, so that no address is used twice during the run.
+    Attributes:
+        version: of the output, which later changes in place raise.
+        items, like_input: as in :class:`Shortcut`.
+        closed: whether the module could have changed nothing else.
     """
 
     output: Tensor
@@ -72,42 +75,40 @@ class Calls:
     def __init__(self, block: nn.Module, size: int) -> None:
         self._block = block
         self._size = size
+        self._inner = [module for module in block.modules() if module is not block]
         self._calls: dict[nn.Module, list[_Call | None]] = {}
         self._before: dict[nn.Module, dict[str, Any]] = {}
 
-    @contextlib.contextmanager
-    def recorded(self) -> Iterator[None]:
+    def recorded(self) -> contextlib.AbstractContextManager[None]:
         """Records calls until the context ends."""
+        self._before = {module: _attributes(module) for module in self._inner}
+        return hooked(dict.fromkeys(self._inner, self._record))
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            call = _call(args, kwargs, output)
-            fits = call is not None and call.output.numel() == self._size
-            self._calls.setdefault(module, []).append(call if fits else None)
-
-        inner = [module for module in self._block.modules() if module is not self._block]
-        handles = [module.register_forward_hook(hook, with_kwargs=True) for module in inner]
-        self._before = {module: _attributes(module) for module in inner}
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        items = len(output) if type(output) is tuple else 0
+        first = output[0] if items else output
+        call = None
+        if isinstance(first, Tensor) and first.numel() == self._size:
+            tensors = _tensors(args, kwargs)
+            like_input = bool(tensors) and tensors[0].shape == first.shape
+            call = _Call(first, first._version, items, like_input, all(map(_closed, (*args, *kwargs.values()))))
+        self._calls.setdefault(module, []).append(call)
 
     def around(self, writer: LinearView, path: str) -> tuple[nn.Module, int, bool] | None:
         """The largest module that returns the output of ``writer`` unchanged, with ``items`` and ``like_input`` of
         :class:`Shortcut`. None if the writer runs more than once, or not at all.
 
         A larger module counts if it runs once, is given nothing that it could write to but tensors, and keeps no new
-        attributes: what it does is what it returns.
+        attributes: it has no effect but its return value.
 
         Args:
             writer: a linear of the block.
             path: its name in the block.
         """
-        own = self._only(writer.module)
-        if own is None:
+        written = self._only(writer.module)
+        if written is None:
             return None
-        found = writer.module, own.items, own.like_input
+        largest = writer.module, written.items, written.like_input
         while path := path.rpartition(".")[0]:
             module = self._block.get_submodule(path)
             if module not in self._calls:  # a list of modules
@@ -116,13 +117,13 @@ class Calls:
             if (
                 call is None
                 or not call.closed
-                or call.version != own.version
-                or not same_tensor(call.output, own.output)
+                or call.version != written.version
+                or not same_tensor(call.output, written.output)
                 or any(_changed(inner, self._before[inner]) for inner in module.modules())
             ):
                 break
-            found = module, call.items, call.like_input
-        return found
+            largest = module, call.items, call.like_input
+        return largest
 
     def _only(self, module: nn.Module) -> _Call | None:
         calls = self._calls.get(module, [])
@@ -131,32 +132,32 @@ class Calls:
 
 @dataclass(eq=False)
 class KnownOutput:
-    """The output of a shortcut's module for each batch: kept, or made of the kept input of the writer when first asked.
+    """The output of a shortcut's module for each batch, computed from the kept input of the writer when first asked.
 
     Attributes:
         shortcut: the module.
-        release: frees the room that was reserved for it.
+        release: frees the memory that was reserved for it.
     """
 
     shortcut: Shortcut
     release: Callable[[], None] = lambda: None
     _values: list[Tensor] = field(default_factory=list)
-    _made: set[int] = field(default_factory=set)
+    _computed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._forward: Callable[..., Tensor] = self.shortcut.writer.module.forward  # before any pass replaces it
 
-    def append(self, entering: Tensor) -> None:
+    def append(self, given: Tensor) -> None:
         """Adds the input of the writer for the next batch."""
-        self._values.append(entering.detach().clone())
+        self._values.append(given.detach().clone())
 
     def forwards(self, position: int) -> dict[nn.Module, Callable[..., Any]]:
         """The forward of each module that is not run for the batch of this number."""
 
         def known(*args: Any, **kwargs: Any) -> Any:
-            if position not in self._made:
+            if position not in self._computed:
                 self._values[position] = self._forward(self._values[position])
-                self._made.add(position)
+                self._computed.add(position)
             return self.shortcut.returned(self._values[position].clone())  # the block may change it in place
 
         return {**{linear.module: zeros_of(linear) for linear in self.shortcut.unread}, self.shortcut.module: known}
@@ -164,19 +165,8 @@ class KnownOutput:
     def close(self) -> None:
         """Drops the outputs."""
         self._values.clear()
-        self._made.clear()
+        self._computed.clear()
         self.release()
-
-
-def _call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> _Call | None:
-    """None if the module returned neither a tensor nor a tuple that begins with one."""
-    items = len(output) if type(output) is tuple else 0
-    first = output[0] if items else output
-    if not isinstance(first, Tensor):
-        return None
-    tensors = _tensors(args, kwargs)
-    like_input = bool(tensors) and tensors[0].shape == first.shape
-    return _Call(first, first._version, items, like_input, all(map(_closed, (*args, *kwargs.values()))))
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -185,9 +175,8 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 def _closed(value: Any) -> bool:
     """Whether nobody else reads what a module writes to this argument, unless it is a tensor."""
-    return isinstance(value, (Tensor, bool, int, float, str, type(None))) or (
-        type(value) is tuple and all(map(_closed, value))
-    )
+    plain = isinstance(value, (Tensor, bool, int, float, str, type(None)))
+    return plain or (type(value) is tuple and all(map(_closed, value)))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -23,7 +23,7 @@ PIECE_TOKENS = 2048  # in one forward call of a pass with gradients, which keeps
 
 @dataclass(frozen=True)
 class Piece:
-    """Some whole windows of one batch, with about the requested number of tokens: one optimiser step runs on them.
+    """Some windows of one batch, with about the requested number of tokens: one optimiser step runs on them.
 
     Attributes:
         batch: the number of the batch.
@@ -62,7 +62,7 @@ class Feed:
         return self.windows.shape[1]
 
     def first(self, tokens: int, least: int = 1) -> Feed:
-        """A feed of the first whole windows, as many as ``tokens`` holds; at least ``least``, if there are so many."""
+        """A feed of the first windows that fit in ``tokens``, at least ``least`` where the feed has as many."""
         return replace(self, windows=self.windows[: max(least, windows_of(tokens, self.seq_len))])
 
     def in_pieces(self) -> Feed:
@@ -70,36 +70,36 @@ class Feed:
         return replace(self, batch_tokens=min(self.batch_tokens, PIECE_TOKENS))
 
     def stream(self, weights: CheckpointReader | None = None, *, pieces: int = 0) -> Stream:
-        """The hidden states that enter block 0. Embedding and block 0 are loaded for it and released again.
+        """The inputs of block 0. Embedding and block 0 are loaded for it and released again.
 
         Args:
             weights: the shard with the pruned block 0, for a chain read from disk; None for the model's own weights.
-            pieces: as of :class:`Stream`.
+            pieces: as for :class:`Stream`.
         """
         with self.chain.outer(head=False), self.chain.block(0, weights):
             return Stream(self.chain, self.windows, batch_tokens=self.batch_tokens, scratch=self.scratch, pieces=pieces)
 
 
 def windows_of(tokens: int, seq_len: int) -> int:
-    """The number of whole windows in so many tokens; at least one."""
+    """The number of whole windows in ``tokens`` tokens, such as those of one forward call; at least one."""
     return max(1, tokens // seq_len)
 
 
 class Stream:
-    """The hidden states that enter the current block, batch by batch, and the other arguments of every block.
+    """The inputs of the current block, batch by batch, and the other arguments of every block.
 
     Args:
         chain: the chain, with its outer weights and block 0 loaded.
         windows: token ids, ``(samples, seq)``.
         batch_tokens: tokens in one forward call, at least one window.
-        scratch: where hidden states are kept; None for memory without a limit.
+        scratch: where hidden states, and other data that grows with the tokens, are kept; None for memory without a
+            limit.
         pieces: tokens in a piece, at least one window. The batches are also cut into pieces, and the arguments of each
             piece are captured anew. 0 for no pieces.
 
     Attributes:
         hidden: batches ``(batch, seq, hidden)``, in memory or on disk. Each access may read a file, so access it once.
         pieces: the batches in smaller parts, in order; empty without pieces.
-        scratch: where hidden states, and other data that grows with the tokens, are kept.
         known: modules of the current block that :meth:`run_batch` does not run, until the stream advances.
     """
 
@@ -113,31 +113,33 @@ class Stream:
         pieces: int = 0,
     ) -> None:
         self.chain = chain
-        size = windows_in_batch(batch_tokens, windows.shape[1])
+        size = windows_of(batch_tokens, windows.shape[1])
         self.scratch = scratch or Scratch()
         self.hidden = self.store()
         self.known: list[KnownOutput] = []
+        self.pieces: list[Piece] = []
         self._tokens = windows.numel()
         self._calls: list[list[Call]] = []
-        self._first_window: list[Call] = []
         self._first_ids = windows[:size]
-        self.pieces: list[Piece] = []
         rows = max(1, round(pieces / windows.shape[1]))
-        share = _Interning()
+        unique = _Unique()
         for start in range(0, len(windows), size):
             batch = windows[start : start + size]
             hidden, calls = chain.start(batch)
             if pieces:
                 require_token_states(chain, hidden, batch)
             self.hidden.append(hidden)
-            self._calls.append(share.call_all(calls))
+            self._calls.append(unique.calls(calls))
             for first in range(0, len(batch) if pieces else 0, rows):
                 part = slice(first, first + rows)
                 # Captured again rather than cut: only the model defines which dimension of an argument is windows.
-                own = self._calls[-1] if rows >= len(batch) else share.call_all(chain.start(batch[part])[1])
+                own = self._calls[-1] if rows >= len(batch) else unique.calls(chain.start(batch[part])[1])
                 self.pieces.append(Piece(len(self._calls) - 1, part, own))
-            if not start:  # captured rather than cut, like the pieces
-                self._first_window = share.call_all(chain.start(batch[:1])[1]) if len(batch) > 1 else self._calls[0]
+        # The arguments for the first window, captured like those of the pieces.
+        self._first_window = self._calls[0] if len(self._first_ids) == 1 else unique.calls(chain.start(windows[:1])[1])
+
+    def __len__(self) -> int:
+        return len(self.hidden)
 
     def fork(self) -> Stream:
         """A second stream that starts from the same hidden states, with the same calls."""
@@ -147,14 +149,8 @@ class Stream:
             twin.hidden.append(hidden)
         return twin
 
-    def __len__(self) -> int:
-        return len(self.hidden)
-
     def store(self) -> TensorStore:
-        """An empty store for as many batches, such as the targets of a block, within the limit of the scratch.
-
-        Close it after use, or use it in a ``with`` block.
-        """
+        """An empty store for one tensor of each batch, such as the targets of a block. Close it after use."""
         return self.scratch.store(self.chain.device)
 
     def close(self) -> None:
@@ -163,9 +159,9 @@ class Stream:
         self.forget()
 
     def keep(self, shortcut: Shortcut) -> KnownOutput | None:
-        """An empty :class:`KnownOutput` for as many batches; None if the scratch has no room to spare.
+        """An empty :class:`KnownOutput`; None if the scratch cannot spare the memory.
 
-        On an accelerator there is none: moving the tensors takes as long as the module.
+        On an accelerator it is always None: moving the tensors takes as long as the module.
         """
         widest = max(shortcut.writer.in_features, shortcut.writer.out_features)
         size = self._tokens * widest * self.chain.dtype.itemsize
@@ -201,7 +197,7 @@ class Stream:
         return self.chain.run(index, self.hidden[0][:1], self.call_of_window(index))
 
     def call_of_window(self, index: int) -> Call:
-        """The arguments of block ``index`` for the first window, with what blocks that ran have left in them."""
+        """The arguments of block ``index`` for the first window, with the changes by blocks that ran."""
         return self._first_window[index]
 
     def require_token_states(self) -> None:
@@ -210,8 +206,8 @@ class Stream:
 
     def advance(self, index: int) -> None:
         """Replaces the input of block ``index`` by its output."""
-        for position, leaving in enumerate(self.run(index)):
-            self.hidden[position] = leaving
+        for position, output in enumerate(self.run(index)):
+            self.hidden[position] = output
         self.forget()
 
 
@@ -236,7 +232,7 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
     """Runs the model's own forward up to block 0 on a few tokens, so that it fails early; nothing need be loaded.
 
     A module that returns nothing but whole numbers, such as an indexer that chooses the tokens of sparse attention,
-    chooses what others do: the linears in it are added to the chain's gates, in every block.
+    chooses for others: the linears in it are added to the chain's gates, in every block.
 
     Args:
         chain: the model.
@@ -247,21 +243,15 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
         ModelError: the forward fails, is not a plain chain of the blocks, or the hidden states have another shape.
     """
     few = windows[:2, : SHOWN_TOKENS + 1]
-    found: set[str] = set()
-    with chain.outer(head=False), chain.block(0) as block, choosing(block, found):
+    chosen: set[str] = set()
+    with chain.outer(head=False), chain.block(0) as block, choosing(block, chosen):
         hidden, _ = chain.start(few)
-    for inner in found:
-        chain.gates |= {f"{name}.{inner}" for name in chain.block_names}
+    chain.gates |= {f"{name}.{inner}" for inner in chosen for name in chain.block_names}
     if token_states:
         require_token_states(chain, hidden, few)
 
 
-def windows_in_batch(batch_tokens: int, seq_len: int) -> int:
-    """The number of windows in one forward call; at least one, however long."""
-    return max(1, batch_tokens // seq_len)
-
-
-class _Interning:
+class _Unique:
     """Keeps one copy of equal calls.
 
     Batches of one shape have the same masks and rotary angles. A mask of 2048 × 2048 for each of 256 windows would take
@@ -272,10 +262,10 @@ class _Interning:
         self._tensors: dict[tuple[Any, ...], list[Tensor]] = {}
         self._calls: dict[Any, Call] = {}
 
-    def call_all(self, calls: list[Call]) -> list[Call]:
-        return [self.call(call) for call in calls]
+    def calls(self, calls: list[Call]) -> list[Call]:
+        return [self._call(call) for call in calls]
 
-    def call(self, call: Call) -> Call:
+    def _call(self, call: Call) -> Call:
         shared = Call(self._visit(call.args), self._visit(call.kwargs), call.hidden_keyword)
         return self._calls.setdefault((_key(shared.args), _key(shared.kwargs), shared.hidden_keyword), shared)
 

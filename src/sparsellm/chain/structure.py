@@ -13,29 +13,28 @@ from sparsellm.errors import ModelError
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks: the ``ModuleList`` that holds most of the weights of linears.
+    """The list of decoder blocks, with its name in the model: the ``ModuleList`` with most of the weights of linears.
 
     A list nested in another (such as the experts of a block) holds no more than its parent. If two hold equally many,
     the outer one is returned. The vision and audio towers of a multimodal model are left out.
 
-    Returns:
-        The list's name in the model, and the list.
-
     Raises:
         ModelError: no ``ModuleList`` holds linears.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
     towers = tuple(f"{tower}." for tower in tower_names(model)) if isinstance(model, PreTrainedModel) else ()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and not name.startswith(towers):
-            size = sum(weight_of(linear).numel() for _, linear in iterate_linears(module, name))
-            if size and (best is None or size > best[0]):
-                best = (size, name, module)
-    if best is None:
+    sizes = {
+        name: sum(weight_of(linear).numel() for _, linear in iterate_linears(module, name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not name.startswith(towers)
+    }
+    name = max(sizes, key=lambda name: sizes[name], default="")
+    if not sizes.get(name):
         raise ModelError(f"{type(model).__name__} has no list of blocks with linear layers; it cannot be pruned")
-    return best[1], best[2]
+    blocks = model.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)
+    return name, blocks
 
 
 def cache_keyword(model: nn.Module) -> str:
-    """The name of the key-value cache in a model's forward and its output, which transformers 5 renames."""
+    """The name of the key-value cache in a model's forward and its output, which later releases rename."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

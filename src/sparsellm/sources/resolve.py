@@ -1,4 +1,4 @@
-"""Resolves the model that a user names to a checkpoint directory: a directory, hub id, ``.gguf`` file, or ``demo``."""
+"""Finds the checkpoint directory of a model that a user names: a directory, hub id, ``.gguf`` file, or ``demo``."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ from sparsellm.errors import ModelError, one_line
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.gguf import gguf_checkpoint
 
-_HUB_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
-]
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_HUB_FILES += ["LICENSE*", "NOTICE*", "README.md"]
+_GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 
 
 def checkpoint_directory(model: str, argument: str = "model") -> Path:
@@ -41,9 +33,7 @@ def checkpoint_directory(model: str, argument: str = "model") -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, an unknown user after the ~
         raise ModelError(f"{argument} {model!r:.100} cannot be looked up: {one_line(error)}") from None
     if not model.strip():
-        raise ModelError(
-            f"the name of the {argument} is empty; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
-        )
+        raise ModelError(f"the name of the {argument} is empty; {_GIVE}")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{argument} {model}: there is no such file; give the path of a .gguf file")
@@ -53,22 +43,14 @@ def checkpoint_directory(model: str, argument: str = "model") -> Path:
             raise ModelError(f"{argument} {model} has no config.json; give a directory saved by save_pretrained")
         return path
     if path.exists():
-        raise ModelError(
-            f"{argument} {model} is a file; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
-        )
-    return _from_hub(model, argument)
-
-
-def _from_hub(model: str, argument: str) -> Path:
+        raise ModelError(f"{argument} {model} is a file; {_GIVE}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
     except HFValidationError:
-        reason = "it is no directory here, and no valid hub id (owner/name)"
+        reason = "it is not a directory here, and not a valid hub id (owner/name)"
     except Exception as error:  # the hub client raises requests, httpx and its own errors
-        reason = f"it is no directory here, and it cannot be downloaded from the hub ({one_line(error)})"
-    raise ModelError(
-        f"{argument} {model!r} not found: {reason}; give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
-    )
+        reason = f"it is not a directory here, and it cannot be downloaded from the hub ({one_line(error)})"
+    raise ModelError(f"{argument} {model!r} not found: {reason}; {_GIVE}")
