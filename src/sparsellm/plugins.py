@@ -49,16 +49,16 @@ def load_plugin(name_or_path: str | os.PathLike[str], *, installed: bool = False
 
     Raises:
         RecipeError: there is no such file or module, it cannot be imported, a name that it registers is taken, or its
-            file has changed since it was loaded. What it registered before stays registered.
+            file has changed since it was loaded. What it registered before it failed stays registered.
     """
     given = os.fspath(name_or_path)
     if isinstance(given, str) and "\0" not in given:
         if given.endswith(".py") or os.sep in given:
             return _load_file(Path(given).expanduser())
-        if all(part.isidentifier() for part in given.split(".")):
-            if given not in _loaded:
-                _loaded[given] = _run(given, given, lambda: _import(given), installed)
+        if given in _loaded:
             return _loaded[given]
+        if all(part.isidentifier() for part in given.split(".")):
+            return _run(given, given, given, lambda: _import(given), installed)
     raise RecipeError(f"plugin {given!r} is neither a file nor a module; name a .py file or an importable module")
 
 
@@ -105,8 +105,10 @@ def _load_file(path: Path) -> Plugin:
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"cannot read plugin {path}: {reason}; name a .py file or an importable module") from None
     digest = hashlib.sha256(source).hexdigest()
-    if key in _loaded and _loaded[key].sha256 != digest:
-        raise RecipeError(f"plugin {path} has changed since it was loaded; start Python again")
+    if key in _loaded:
+        if _loaded[key].sha256 != digest:
+            raise RecipeError(f"plugin {path} has changed since it was loaded; start Python again")
+        return _loaded[key]
 
     def execute() -> str:
         module = ModuleType(f"sparsellm_plugin_{path.stem}_{digest[:8]}")
@@ -115,10 +117,7 @@ def _load_file(path: Path) -> Plugin:
         exec(compile(source, key, "exec"), module.__dict__)
         return digest
 
-    if key not in _loaded:
-        name = path.name.encode("utf-8", "backslashreplace").decode("utf-8")  # records and reports are UTF-8
-        _loaded[key] = _run(name, str(path), execute)
-    return _loaded[key]
+    return _run(key, path.name, str(path), execute)
 
 
 def _import(name: str) -> str:
@@ -135,16 +134,16 @@ def _import(name: str) -> str:
     return digest.hexdigest()
 
 
-def _run(name: str, shown: str, execute: Callable[[], str], installed: bool = False) -> Plugin:
-    """Runs a plugin's code, which returns its digest, and describes it; the name gets a number if it is taken."""
+def _run(key: str, name: str, shown: str, execute: Callable[[], str], installed: bool = False) -> Plugin:
+    """Runs a plugin's code, which returns its digest; a second plugin of one name is called by its path."""
     before = _registered()
     try:
         digest = execute()
     except (Exception, SystemExit) as error:
         raise RecipeError(_why(shown, error)) from error
-    numbered = (f"{name} ({number})" for number in range(2, len(_loaded) + 3))
-    free = next(label for label in (name, *numbered) if label not in loaded())
-    return Plugin(free, digest, _registered() - before, installed)
+    free = (key if name in loaded() else name).encode("utf-8", "backslashreplace").decode()  # records are UTF-8
+    _loaded[key] = Plugin(free, digest, _registered() - before, installed)
+    return _loaded[key]
 
 
 def _registered() -> frozenset[str]:

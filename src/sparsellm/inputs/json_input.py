@@ -9,15 +9,15 @@ from typing import Any
 from sparsellm.errors import SparseLLMError, StorageError
 
 MOST_BYTES = 256 << 20  # ten times the index of a model with a million tensors
-MOST_DIGITS = 64  # of an integer; tokenizers write 10^30 for "no limit"
+MOST_DIGITS = 64  # in an integer; tokenizers write 10^30 for "no limit"
 
 
 def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = StorageError) -> Any:
     """The value of a JSON text; bytes are UTF-8, with or without a byte order mark.
 
     Raises:
-        SparseLLMError: of the kind ``error``, beginning with ``where``, if the text is not JSON, is too long or too
-            deep, or holds an integer of more than :data:`MOST_DIGITS` digits or half of a surrogate pair.
+        SparseLLMError: as ``error``, with ``where`` first, if the text is not JSON, is too long or too deep, or has an
+            integer of more than :data:`MOST_DIGITS` digits or half of a surrogate pair.
     """
     try:
         if len(data) > MOST_BYTES:
@@ -42,7 +42,7 @@ def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[
     """The object in a JSON file.
 
     Raises:
-        SparseLLMError: of the kind ``error``: the file cannot be read, or as :func:`parse_json`, or is not an object.
+        SparseLLMError: as ``error``, if the file cannot be read, holds no object, or :func:`parse_json` raises it.
     """
     try:
         with path.open("rb") as file:

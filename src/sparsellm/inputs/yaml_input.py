@@ -13,7 +13,7 @@ from sparsellm.errors import RecipeError, SparseLLMError
 
 MOST_BYTES = 256 << 10  # a hundred times a recipe
 MOST_DEPTH = 32
-MOST_DIGITS = 64  # of a number
+MOST_DIGITS = 64  # in a number
 
 
 def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
@@ -23,7 +23,7 @@ def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = Reci
     number of base 60 and a date. Tags, aliases and repeated keys are refused. Bytes are UTF-8, with or without a BOM.
 
     Raises:
-        SparseLLMError: of the kind ``error``, beginning with ``where``: the text is not YAML, or beyond a limit.
+        SparseLLMError: as ``error``, with ``where`` first, if the text is not YAML, or beyond a limit.
     """
     if len(data) > MOST_BYTES:
         raise error(f"{where} has more than {MOST_BYTES >> 10} KiB; give a shorter one")
@@ -36,17 +36,13 @@ def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = Reci
     except yaml.MarkedYAMLError as bad:
         mark = bad.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise error(f"{where} is not valid YAML ({_first_line(bad.problem or bad.context)}{place})") from None
+        raise error(f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[:300]) from None
     except (yaml.YAMLError, ValueError, OverflowError) as bad:
-        raise error(f"{where} is not valid YAML ({_first_line(str(bad))})") from None
+        raise error(f"{where} is not valid YAML ({(str(bad).strip() or 'syntax').splitlines()[0][:200]})") from None
 
 
 def read_yaml(path: Path, error: type[SparseLLMError] = RecipeError) -> Any:
-    """Same as :func:`parse_yaml` for a file.
-
-    Raises:
-        SparseLLMError: of the kind ``error``, also if the file cannot be read.
-    """
+    """Same as :func:`parse_yaml` for a file, which may be unreadable too."""
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -58,10 +54,6 @@ def read_yaml(path: Path, error: type[SparseLLMError] = RecipeError) -> Any:
 def dump_yaml(value: Any) -> str:
     """YAML text from which :func:`parse_yaml` reads the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def _first_line(text: str | None) -> str:
-    return ((text or "").strip() or "syntax").splitlines()[0][:200]
 
 
 def _check(text: str) -> None:
@@ -79,6 +71,10 @@ def _check(text: str) -> None:
             raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
 
 
+def _refusal(why: str, node: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader with the numbers of YAML 1.2, without dates, and without repeated keys."""
 
@@ -89,9 +85,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value[:80]!r} occurs twice", key.start_mark
-                    )
+                    raise _refusal(f"the key {key.value[:80]!r} occurs twice", key)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -106,9 +100,7 @@ class _Dumper(yaml.SafeDumper):
 def _number(loader: yaml.SafeLoader, node: Any) -> int | float:
     text: str = node.value
     if len(text) > MOST_DIGITS:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"a number of {len(text)} characters; at most {MOST_DIGITS} are read", node.start_mark
-        )
+        raise _refusal(f"a number of {len(text)} characters; at most {MOST_DIGITS} are read", node)
     if node.tag == _INT:
         return int(text, 0) if text.lower().startswith(("0x", "0o")) else int(text)
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
