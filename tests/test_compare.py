@@ -172,7 +172,7 @@ def test_the_recommendation_is_the_smallest_that_recovers_enough_or_the_best_tha
     ("words", "message"),
     [
         ("", "one sparsity or pattern"),
-        ("--sparsity 0.5,x", "give fractions with commas"),
+        ("--sparsity 0.5,x", "sparsity is 'x'"),
         ("--sparsity 0.5,0.5", "asked for twice"),
         ("--sparsity 0.5 --method wandaa", "wanda"),
         ("--sparsity 0.5 --method wanda --set effort=1", "known to none"),

@@ -290,10 +290,12 @@ def compare(model: str, out: Path, progress: Any, plugin: Sequence[str] = (), **
     from sparsellm import compare as grid
     from sparsellm import tables
     from sparsellm.inputs.sizes import parse_bytes
+    from sparsellm.inputs.yaml_input import parse_yaml
 
     _load_plugins(plugin)
-    methods, patterns = use.listed(options.pop("method")), use.listed(options.pop("pattern"))
-    sparsities, recover, most = use.fractions(options.pop("sparsity")), options.get("recover"), options.get("max_bytes")
+    methods, patterns, fractions = (use.listed(options.pop(name)) for name in ("method", "pattern", "sparsity"))
+    sparsities = [parse_yaml(fraction, "--sparsity") for fraction in fractions]
+    recover, most = options.get("recover"), options.get("max_bytes")
     if recover is not None and not 0 < recover <= 1:
         raise RecipeError(f"--recover is {recover}; it is a fraction above 0, up to 1, such as 0.95")
     limits = grid.Constraints(recover, parse_bytes(most) if most is not None else None)

@@ -25,6 +25,7 @@ from types import FrameType
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAME = 0.5  # seconds; two signals within this time count as one, since `timeout` and closing terminals send two
+EXIT_CODE = 128  # plus the signal, as shells show it: 130 for SIGINT, 143 for SIGTERM
 RESUMES = "; the same command resumes it:  "
 
 _received: int | None = None
@@ -40,11 +41,6 @@ class Interrupted(BaseException):
 def received() -> int | None:
     """The signal that asked this process to stop, or None."""
     return _received
-
-
-def exit_code(signum: int) -> int:
-    """The exit code that shells show for a process ended by a signal: 130 for SIGINT, 143 SIGTERM, 129 SIGHUP."""
-    return 128 + signum
 
 
 def check() -> None:
@@ -110,7 +106,7 @@ def _stop(signum: int, _: FrameType | None) -> None:
         show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
         with contextlib.suppress(OSError):
             os.write(2, show_cursor + b"\nstopped at once\n")
-        os._exit(exit_code(signum))
+        os._exit(EXIT_CODE + signum)
 
 
 # ---------------------------------------------------------------------- what to say

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from sparsellm.errors import RecipeError
 from sparsellm.recipe import MAPPINGS, RESOURCES, WHAT, Recipe, command_line
 
 MODEL, TEXT, MEASURE, VALUES, OUTPUT = "Model", "Text", "Measurement", "Values", "Output"
@@ -48,11 +47,9 @@ def option(
 
     Args:
         usage: names, then the placeholder of the value, such as ``--quiet -q`` or ``--out DIR``.
-        help: what it does.
-        panel: its group in ``--help``.
-        default: its value where it is not given.
-        shown: shown as default in place of ``default``.
-        kind: the type as which it is parsed; None for the type of its placeholder in :data:`KINDS`.
+        help, panel: its text and its group in ``--help``.
+        default: its value where it is not given; ``shown`` replaces it in ``--help``.
+        kind: the type as which it is parsed; None for that of its placeholder in :data:`KINDS`.
         values: completed by a shell.
     """
     *names, last = usage.split()
@@ -71,16 +68,13 @@ def option(
     return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def flag(usage: str, help: str, panel: str = OUTPUT) -> Parameter:
-    """An option without a value."""
-    return option(usage, help, panel, default=False)
+flag = partial(option, default=False)
 
 
 def registered(*packages: str) -> list[str]:
     """The names that the modules of packages register, read from their text: a shell cannot wait for torch."""
-    modules = [path for package in packages for path in sorted((Path(__file__).parent / package).glob("*.py"))]
-    texts = (path.read_text(encoding="utf-8") for path in modules)
-    return [name for text in texts for name in re.findall(r'\.register\(\s*"([^"]+)"', text)]
+    modules = (path for package in packages for path in sorted((Path(__file__).parent / package).glob("*.py")))
+    return [name for path in modules for name in re.findall(r'\.register\(\s*"([^"]+)"', path.read_text("utf-8"))]
 
 
 def field(name: str, panel: str = "") -> Parameter:
@@ -131,18 +125,6 @@ def take_recipe(options: dict[str, Any]) -> Recipe:
 def listed(text: str) -> list[str]:
     """The parts of a text with commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def fractions(text: str) -> list[float]:
-    """The numbers of a text with commas.
-
-    Raises:
-        RecipeError: a part is no number.
-    """
-    try:
-        return [float(part) for part in listed(text)]
-    except ValueError:
-        raise RecipeError(f"--sparsity is {text!r}; give fractions with commas, such as 0.5,0.7") from None
 
 
 # Options of several commands

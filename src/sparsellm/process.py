@@ -9,8 +9,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import typer
@@ -21,12 +21,8 @@ from sparsepack.errors import PackError
 
 
 def count() -> int:
-    """The number of processes that torchrun started; does not import torch if there is only one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 1
-    from sparsellm import parallel
-
-    return parallel.launched()
+    """The number of processes that torchrun started, as its environment says; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def run(command: Callable[[], Any]) -> None:
@@ -62,11 +58,11 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except Exception as error:
         if (signum := interrupts.received()) is not None:  # it has ended another process, for example
             return _interrupted(signum)
-        if isinstance(error, SparseLLMError | PackError):
-            _say_why(f"error: {error}")
-            return 2
+        message = str(error) if isinstance(error, SparseLLMError | PackError) else None
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
-            if message := error.format_message():  # empty if the help was shown instead
+            message = error.format_message()
+        if message is not None:
+            if message:  # empty if the help was shown instead
                 _say_why(f"error: {message}")
             return 2
         if count() == 1:
@@ -84,7 +80,7 @@ def _interrupted(signum: int) -> int:
         _say_why(*filter(None, (words, command and interrupts.RESUMES.strip("; "), command)))
     else:
         _say_why(words)
-    return interrupts.exit_code(signum)
+    return interrupts.EXIT_CODE + signum
 
 
 def _say_why(first: str, *more: str) -> None:
@@ -101,15 +97,12 @@ def _say_why(first: str, *more: str) -> None:
         console.say(line, error=True)
 
 
-@contextmanager
-def _joined() -> Iterator[None]:
+def _joined() -> AbstractContextManager[None]:
     if count() == 1:
-        yield
-        return
+        return nullcontext()
     from sparsellm import parallel
 
-    with parallel.session():
-        yield
+    return parallel.session()
 
 
 def _leave_the_others(code: int) -> None:

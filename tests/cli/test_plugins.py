@@ -123,6 +123,8 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "lines in the error": ("raise ValueError('[red]a\\nb[/red]')", ["ValueError: [red]a b[/red]"]),
     "an exit": ("raise SystemExit(0)", ["SystemExit"]),
     "a module that is missing": ("import not_there", ["ModuleNotFoundError", "not_there", "line 1"]),
+    "no function": ("from sparsellm.solvers import SOLVERS\nSOLVERS.register(3, paper='')(3)", ["TypeError", "line 2"]),
+    "no end": ("def f(): f()\nf()", ["RecursionError", "line 1"]),
     "a null byte": ("x = '\0'", ["null bytes"]),
     "half of it": (SOLVER.format(name="mine") + "\n1 / 0", ["ZeroDivisionError", "line 9"]),
 }
