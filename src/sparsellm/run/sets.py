@@ -15,7 +15,7 @@ from sparsellm import parallel
 from sparsellm.calibration import Author, Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain
 from sparsellm.chain.open import check_vocabulary
-from sparsellm.chain.streams import windows_in_batch
+from sparsellm.chain.streams import windows_of
 from sparsellm.errors import DataError
 from sparsellm.progress import Progress, ProgressCallback
 from sparsellm.recipe import Recipe
@@ -66,7 +66,7 @@ class Windows:
         return [self._share(_cut(part, lead) if self.bos != "given" else part) for part in (*fresh, *known)]
 
     def _share(self, windows: Tensor) -> Tensor:
-        return windows[parallel.share(len(windows), windows_in_batch(self.batch_tokens, windows.shape[1]))]
+        return windows[parallel.share(len(windows), windows_of(self.batch_tokens, windows.shape[1]))]
 
 
 def given_windows(ids: Tensor, chain: Chain, recipe: Recipe) -> Windows:
