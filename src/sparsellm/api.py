@@ -52,9 +52,9 @@ def prune(  # noqa: PLR0913 - the Python door
 ) -> PruneResult:
     """Prunes a model block by block; after a kill, the same call resumes the run, with the same bits.
 
-    A model given by name is read and written one block at a time; without ``out`` it is loaded whole and returned in
-    ``result.model``. A model given as an object is pruned in place, and also saved if ``out`` is given. If several
-    processes of torch.distributed call this with the same arguments, they divide the work.
+    A model given by name is read and written one block at a time; without ``out`` it is loaded into memory and
+    returned in ``result.model``. A model given as an object is pruned in place, and also saved if ``out`` is given. If
+    several processes of torch.distributed call this with the same arguments, they divide the work.
 
     Args:
         model: a checkpoint directory, a hub id, a ``.gguf`` file, ``demo``, or a transformers model.
@@ -122,18 +122,18 @@ def evaluate(  # noqa: PLR0913 - the Python door
     by_ids = isinstance(words, Tensor)
     progress(Progress("open", 0, 1))
     settings = Recipe(device=device, dtype=dtype, products="float32")
-    own = _Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
-    windows = own.windows(words, seq_len, max_tokens, bos)
-    leads = own.leads(bos, exactly=manager is not None)
+    opened = _Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
+    windows = opened.windows(words, seq_len, max_tokens, bos)
+    leads = opened.leads(bos, exactly=manager is not None)
     kept = against if against is None or isinstance(against, Dense) else Dense(against)
     dense = kept.open(settings, trust_remote_code, with_tokenizer=not by_ids) if kept is not None else None
     if dense is not None:
-        own.check_comparable(dense, windows)
-    scores = streamed_scores(own.chain, windows, kept.outputs if kept is not None else None, progress=progress)
+        opened.check_comparable(dense, windows)
+    scores = streamed_scores(opened.chain, windows, kept.outputs if kept is not None else None, progress=progress)
     results = None
-    if tasks and own.tokenizer is not None:
+    if tasks and opened.tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
-        results = run_tasks(own.in_memory(), own.tokenizer, tasks, manager, bos=leads)
+        results = run_tasks(opened.in_memory(), opened.tokenizer, tasks, manager, bos=leads)
     source = words if isinstance(words, str) else IDS if by_ids else DOCUMENTS
     return Evaluation(
         protocol=Protocol(
@@ -143,13 +143,13 @@ def evaluate(  # noqa: PLR0913 - the Python door
             windows=len(windows),
             tokens=windows.numel() - len(windows),
             bos="given" if by_ids else "yes" if leads else "no",
-            dtype=str(own.chain.dtype).removeprefix("torch."),
+            dtype=str(opened.chain.dtype).removeprefix("torch."),
         ),
         perplexity=perplexity_of(scores.loss),
         nll=float(scores.loss.mean()),
         against=None if dense is None else compared(dense.name, scores),
         tasks=results,
-        **vars(stamp(own.chain.device)),
+        **vars(stamp(opened.chain.device)),
     )
 
 
@@ -168,8 +168,8 @@ def check_evaluation(
     Raises:
         SparseLLMError: as :func:`evaluate` would.
     """
-    own = _Opened(model, Recipe(device="cpu", products="float32"), trust_remote_code)
-    own.windows(as_text(text, "text", "evaluation"), seq_len, max_tokens, bos)
+    opened = _Opened(model, Recipe(device="cpu", products="float32"), trust_remote_code)
+    opened.windows(as_text(text, "text", "evaluation"), seq_len, max_tokens, bos)
 
 
 class Dense:
@@ -250,7 +250,7 @@ class _Opened:
             DataError: its tokenizer, vocabulary or number of positions differs.
         """
         check_seq_len(dense.chain.config, windows.shape[1])
-        sizes = [opened.chain.config.get_text_config().vocab_size for opened in (self, dense)]
+        sizes = [model.chain.config.get_text_config().vocab_size for model in (self, dense)]
         differ = sizes[0] != sizes[1]
         if self.tokenizer is not None and dense.tokenizer is not None and not differ:
             sample = self.tokenizer.decode(windows[0])
@@ -274,7 +274,7 @@ class _Opened:
 
 @checked
 def card(directory: Checkpoint, *, force: bool = False) -> Path:
-    """Writes the model card (``README.md``) of a checkpoint anew, with its evaluations, and returns its path.
+    """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
 
     Args:
         directory: a checkpoint that :func:`prune` wrote and :func:`evaluate` measured.
@@ -297,7 +297,7 @@ def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: 
         revision: the branch, created if there is none; None for the main one.
 
     Raises:
-        StorageError: the directory is no checkpoint, or the hub cannot be reached or refuses.
+        StorageError: the directory is not a checkpoint, or the hub cannot be reached or refuses.
     """
     return push_checkpoint(Path(directory).expanduser(), repo, private=private, revision=revision)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sparsellm.calibration.given import TextGiven
 from sparsellm.errors import RecipeError, refusal
-from sparsellm.recipe import MOST_TOKENS, Dtype, Recipe, Whole
+from sparsellm.recipe import MOST_TOKENS, Dtype, Integer, Recipe
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,8 +95,8 @@ Checkpoint = Annotated[str | os.PathLike[str], PlainValidator(_checkpoint)]
 Model: TypeAlias = Annotated[str | os.PathLike[str] | PreTrainedModel, PlainValidator(_model)]
 AnyText: TypeAlias = Annotated[TextGiven, SkipValidation]  # ``as_text`` and ``Recipe.of`` check and convert these
 RecipeGiven: TypeAlias = Annotated[Recipe | Mapping[str, Any] | str | os.PathLike[str] | None, SkipValidation]
-SeqLen = Annotated[Whole, Field(ge=2, le=MOST_TOKENS)]
-Count = Annotated[Whole, Field(ge=1, le=1 << 62)]
+SeqLen = Annotated[Integer, Field(ge=2, le=MOST_TOKENS)]
+Count = Annotated[Integer, Field(ge=1, le=1 << 62)]
 DeviceName = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_name_of)]
 DtypeName = Annotated[Dtype, BeforeValidator(_name_of)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]

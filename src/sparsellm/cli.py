@@ -67,8 +67,8 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
     return register
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(asked: bool) -> None:
+    if asked:
         from sparsepack.compiled import kernels
 
         sys.stdout.write(f"sparsellm {__version__}\nkernels: {kernels()}\n")
@@ -253,7 +253,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     elif out is not None:
         path = write_comparison(directories, out)
     else:
-        raise RecipeError(f"{len(directories)} runs are compared in a file of their own; give --out compare.html")
+        raise RecipeError(f"{len(directories)} runs need a file for the comparison; give --out compare.html")
     return None, lambda: console.say(f"written to {path}")
 
 
@@ -391,7 +391,7 @@ def unpack(directory: str, progress: Any, **options: Any) -> Printed:
     examples=("sparsellm eval pruned --text wikitext2", "sparsellm card pruned"),
 )
 def card(directory: str, force: bool) -> Printed:
-    """Write the model card (README.md) of DIRECTORY anew, with the results of its evaluations."""
+    """Write the model card (README.md) of DIRECTORY again, with the results of its evaluations."""
     from sparsellm import api, console
 
     path = api.card(directory, force=force)

@@ -25,7 +25,7 @@ class RecipeError(SparseLLMError):
 
 
 class ModelError(SparseLLMError):
-    """A model does not exist, cannot be read, or is no chain of blocks."""
+    """A model does not exist, cannot be read, or is not a chain of blocks."""
 
 
 class DataError(SparseLLMError):

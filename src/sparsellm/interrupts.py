@@ -6,8 +6,8 @@ A second signal ends the process without unwinding. Within one call of a C libra
 is seen before the call returns; SIGQUIT (Ctrl-\\) and SIGKILL end even that, and are as safe: files are complete at any
 moment. Where files must be exchanged together, :func:`held` lets signals wait.
 
-Only the command line installs these handlers. A Python program that calls :func:`sparsellm.prune` keeps its own, and
-gets its own KeyboardInterrupt; :func:`held` works for it as well.
+Only the command line installs these handlers. A Python program that calls :func:`sparsellm.prune` keeps its handlers,
+and gets its KeyboardInterrupt; :func:`held` works there too.
 """
 
 from __future__ import annotations

@@ -17,14 +17,8 @@ import typer
 from sparsellm.recipe import MAPPINGS, RESOURCES, WHAT, Recipe, command_line
 
 MODEL, TEXT, MEASURE, VALUES, OUTPUT = "Model", "Text", "Measurement", "Values", "Output"
-KINDS = {
-    "": bool,
-    "N": int,
-    "FRACTION": float,
-    "T": float,
-    "DIR": Path,
-    "FILE": Path,
-}  # by placeholder; others are text
+# Types by placeholder; values with other placeholders are text.
+KINDS = {"": bool, "N": int, "FRACTION": float, "T": float, "DIR": Path, "FILE": Path}
 
 
 def argument(metavar: str, help: str, kind: Any = str) -> Parameter:
@@ -54,7 +48,9 @@ def option(
     """
     *names, last = usage.split()
     names, metavar = ([*names, last], "") if last.startswith("-") else (names, last)
-    text = f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help  # the bracket is no markup of rich
+    text = (
+        f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help
+    )  # rich must not take the bracket for markup
     made: Any = typer.Option(
         *names,
         metavar=metavar,  # "" for a flag; without any, typer shows a type that is not given

@@ -75,7 +75,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
 def _interrupted(signum: int) -> int:
     """Prints which files are kept and which command resumes the run; returns the exit code."""
     words = interrupts.last_words(signum)
-    if sys.stderr.isatty():  # the command in a line of its own, to copy it
+    if sys.stderr.isatty():  # the command in a separate line, to copy it
         words, _, command = words.partition(interrupts.RESUMES)
         _say_why(*filter(None, (words, command and interrupts.RESUMES.strip("; "), command)))
     else:

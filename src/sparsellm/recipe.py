@@ -59,7 +59,7 @@ class CommandLine:
     registered: tuple[str, ...] = ()
 
 
-def _whole(value: Any) -> Any:
+def _integer(value: Any) -> Any:
     """``int`` for whole numbers, such as ``1e3`` in YAML or numpy's types; a bool stays and is refused."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
@@ -71,7 +71,7 @@ def _yes_or_no(value: Any) -> Any:
     return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Integer = Annotated[int, BeforeValidator(_integer)]
 Bos = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Globs = Annotated[list[str], Field(strict=False)]
@@ -138,24 +138,24 @@ class Recipe(BaseModel):
         "Without it, more than 2 % of a block is refused.",
     )
     effort: Annotated[
-        Whole | None,
+        Integer | None,
         CommandLine(WHAT, "0-3", null="1 for sparsellm; the other methods have no sweep"),
     ] = Field(
         None,
         ge=0,
         le=3,
-        description="Passes of a sweep over the whole model at the end: 0 none, 1 one, 2 three, 3 eight. More passes "
-        "take longer and lose less.",
+        description="Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More passes take "
+        "longer and lose less.",
     )
-    passes: Whole | None = Field(None, ge=0, description="Passes of the sweep, as a number; null: by `effort`.")
-    sets: Whole | None = Field(
+    passes: Integer | None = Field(None, ge=0, description="Passes of the sweep, as a number; null: by `effort`.")
+    sets: Integer | None = Field(
         None,
         ge=1,
         le=8,
         description="Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one "
         "pass, 4 with three or more.",
     )
-    stages: Whole | None = Field(
+    stages: Integer | None = Field(
         None,
         ge=1,
         le=2,
@@ -173,13 +173,13 @@ class Recipe(BaseModel):
         description="Text to calibrate on: a .txt, .jsonl or .parquet file, wikitext2, ptb, c4, hub:OWNER/NAME, self "
         "(the model writes it), or pydoc (Python's documentation).",
     )
-    samples: Annotated[Whole, CommandLine(CALIBRATION, "N")] = Field(
+    samples: Annotated[Integer, CommandLine(CALIBRATION, "N")] = Field(
         128, ge=1, le=MOST_TOKENS // 2, description="Calibration windows."
     )
-    seq_len: Annotated[Whole | None, CommandLine(CALIBRATION, "N", null="2048, or the limit of the model")] = Field(
+    seq_len: Annotated[Integer | None, CommandLine(CALIBRATION, "N", null="2048, or the limit of the model")] = Field(
         None, ge=2, le=MOST_TOKENS, description="Tokens in a window."
     )
-    seed: Annotated[Whole, CommandLine(CALIBRATION, "N")] = Field(
+    seed: Annotated[Integer, CommandLine(CALIBRATION, "N")] = Field(
         0, ge=0, le=MOST_SEED, description="Seed of all random choices."
     )
     bos: Annotated[Bos, CommandLine(CALIBRATION, "WHEN")] = Field(
@@ -187,20 +187,20 @@ class Recipe(BaseModel):
         description="Whether every window begins with the tokenizer's beginning-of-text token: auto (where the "
         "tokenizer adds it by itself), yes, or no (windows cut anywhere, as in the papers).",
     )
-    min_tokens_per_expert: Annotated[Whole, CommandLine(CALIBRATION, "N")] = Field(
+    min_tokens_per_expert: Annotated[Integer, CommandLine(CALIBRATION, "N")] = Field(
         1,
         ge=0,
         le=MOST_TOKENS,
         description="Warn of experts that fewer calibration tokens are routed to; they are pruned mostly by the "
         "statistics of all tokens.",
     )
-    batch_tokens: Whole = Field(
+    batch_tokens: Integer = Field(
         4096,
         ge=1,
         le=MOST_TOKENS,
         description="Calibration tokens in one forward call of a block; more take more memory.",
     )
-    memory: Annotated[str | Whole | None, CommandLine(RESOURCES, "SIZE", null="80 % of the free memory")] = Field(
+    memory: Annotated[str | Integer | None, CommandLine(RESOURCES, "SIZE", null="80 % of the free memory")] = Field(
         None, description="Most memory of the run, such as 4GiB; hidden states beyond it go to disk."
     )
     device: Annotated[str, CommandLine(RESOURCES, "NAME", values=("cpu", "cuda", "mps", "auto"))] = Field(

@@ -77,7 +77,7 @@ class Workspace:
     narrow: bool = False
     writers: int = 0
 
-    def beside(self, other: Workspace) -> Workspace:
+    def then(self, other: Workspace) -> Workspace:
         """The larger memory, and the work of both, for two functions that run one after the other."""
         larger = Workspace(*(max(pair) for pair in zip(astuple(self), astuple(other), strict=True)))
         return replace(larger, products=self.products + other.products)
@@ -180,7 +180,7 @@ class Registry(Generic[F]):
         against the type, and users see the description.
 
         Raises:
-            TypeError: the default of an option is no JSON value.
+            TypeError: the default of an option is not a JSON value.
         """
 
         def add(function: F) -> F:

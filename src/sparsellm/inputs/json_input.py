@@ -28,7 +28,7 @@ def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = Stor
     except UnicodeDecodeError as bad:
         raise error(f"{where} is not UTF-8 (byte {bad.start}); save it as UTF-8") from None
     except UnicodeEncodeError:
-        raise error(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
+        raise error(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character") from None
     except RecursionError:
         raise error(f"{where} is nested too deeply to be read") from None
     except json.JSONDecodeError as bad:
@@ -42,7 +42,7 @@ def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[
     """The object in a JSON file.
 
     Raises:
-        SparseLLMError: as ``error``, if the file cannot be read, holds no object, or :func:`parse_json` raises it.
+        SparseLLMError: as ``error``, if the file cannot be read, is not an object, or :func:`parse_json` raises it.
     """
     try:
         with path.open("rb") as file:

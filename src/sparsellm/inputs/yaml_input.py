@@ -57,7 +57,7 @@ def dump_yaml(value: Any) -> str:
 
 
 def _check(text: str) -> None:
-    """Refuses, before it is loaded, what is nested too deeply or is no plain value."""
+    """Refuses, before it is loaded, what is nested too deeply or is not a plain value."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -68,7 +68,7 @@ def _check(text: str) -> None:
         if (tag := getattr(event, "tag", None)) is not None:
             raise ValueError(f"the tag {tag[:80]} is not allowed; write plain values")
         if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
-            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff), which is not a character")
 
 
 def _refusal(why: str, node: Any) -> yaml.MarkedYAMLError:

@@ -98,7 +98,7 @@ class Choice:
     @property
     def workspace(self) -> Workspace:
         """The memory and work of the method and the functions that its options choose."""
-        return self.method.workspace.beside(self.needs.workspace)
+        return self.method.workspace.then(self.needs.workspace)
 
     @property
     def token_states(self) -> bool:
@@ -109,7 +109,7 @@ class Choice:
         """The same choice without needs that are useless for these patterns, and with those of integer values."""
         needs, effort, pruned = self.needs, self.effort, any(pattern.sparsity for pattern in patterns)
         if values != "keep":
-            workspace = needs.workspace.beside(ROUNDING)
+            workspace = needs.workspace.then(ROUNDING)
             needs = replace(needs, workspace=workspace, output_costs=needs.output_costs and pruned)
         elif not pruned:
             needs, effort = Needs(), Effort()  # no weight changes, so nothing has to be compensated

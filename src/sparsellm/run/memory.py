@@ -60,8 +60,8 @@ class Demand:
     @property
     def whole_workspace(self) -> Workspace:
         """The workspace including that of the gradients and of the sweep."""
-        whole = self.workspace.beside(GRADIENTS) if self.gradient_tokens else self.workspace
-        return whole.beside(ROUNDED if self.unrounded else SWEEP) if self.swept else whole
+        whole = self.workspace.then(GRADIENTS) if self.gradient_tokens else self.workspace
+        return whole.then(ROUNDED if self.unrounded else SWEEP) if self.swept else whole
 
 
 def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, sharers: int = 1) -> Memory:

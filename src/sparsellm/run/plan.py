@@ -283,7 +283,7 @@ def _demand(request: Request, choice: Choice, chain: Chain, windows: Windows, jo
         samples=max(surveyed, len(windows.own[0]), gradient_tokens // seq_len),
         seq_len=seq_len,
         batch_tokens=request.recipe.batch_tokens,
-        workspace=choice.workspace.beside(choice.allocator.workspace),
+        workspace=choice.workspace.then(choice.allocator.workspace),
         gradient_tokens=gradient_tokens,
         sets=len(windows.sets),
         swept=passes > 0,
