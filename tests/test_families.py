@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from packaging import version
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -171,14 +170,6 @@ def test_a_tower_is_not_loaded(tmp_path: Path) -> None:
     with chain.outer():
         tower = chain.model.get_submodule(chain.towers[0])
         assert all(parameter.is_meta for parameter in tower.parameters())
-
-
-@needs_qwen3_5
-def test_weights_of_no_tower_are_refused(tmp_path: Path) -> None:
-    source = save_tiny(qwen3_5(), None, tmp_path / "dense")
-    save_file({**tensors(source), "of.another.model": torch.ones(200, 300)}, source / "model.safetensors")
-    with pytest.raises(ModelError, match=r"does not use: 1 tensors, \d+% of all, such as of\.another\.model"):
-        open_chain(source, device=torch.device("cpu"))
 
 
 @needs_qwen3_5

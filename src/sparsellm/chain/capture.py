@@ -117,15 +117,9 @@ class RunOrder:
     def unread(
         self, linears: list[LinearView], *, inputs: list[LinearView], outputs: list[LinearView]
     ) -> list[LinearView]:
-        """Those of ``linears`` that first ran after all requested values existed: none of these depends on them.
+        """Those of ``linears`` that first ran after the inputs of ``inputs`` and the outputs of ``outputs`` existed.
 
-        A linear that did not run is not returned. If a linear in ``inputs`` or ``outputs`` did not run, the list is
-        empty.
-
-        Args:
-            linears: candidates.
-            inputs: linears whose input is requested.
-            outputs: linears whose output is requested.
+        None of these values depends on them. Empty if one of the linears with a value did not run.
         """
         if any(linear.name not in self._last for linear in (*inputs, *outputs)):
             return []

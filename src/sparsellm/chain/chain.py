@@ -91,16 +91,11 @@ class Chain(ModelWeights):
 
     @torch.no_grad()
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
-        """Runs the model's own forward up to the blocks. The embedding and block 0 must be loaded.
+        """The inputs of block 0, ``(batch, seq, hidden)``, and the other arguments of every block, for token ids
+        ``(batch, seq)``, from the model's own forward. The embedding and block 0 must be loaded.
 
         The first call runs block 0 on a few tokens, to learn the type of its return value. If it returns more than
         hidden states, block 0 runs on all tokens.
-
-        Args:
-            ids: token ids, ``(batch, seq)``.
-
-        Returns:
-            The inputs of block 0, ``(batch, seq, hidden)``, and the other arguments of every block.
 
         Raises:
             ModelError: the model's own forward fails, or is not a plain chain of the blocks.
@@ -142,10 +137,8 @@ class Chain(ModelWeights):
         return inputs[0], calls
 
     def _check_next(self, index: int, called: int, hidden: Tensor, inputs: list[Tensor]) -> None:
-        """Refuses a call of block ``index`` after ``called`` others, if that is not a step of a plain chain.
-
-        While arguments are captured every block returns its input, so all inputs are those of the first.
-        """
+        """Refuses a call of block ``index`` after ``called`` others, if that is not a step of a plain chain. While
+        arguments are captured every block returns its input, so all inputs are those of the first."""
         family = type(self.model).__name__
         if index != called:
             when = "more than once" if index < called else f"before {self.block_names[called]}"
@@ -171,12 +164,8 @@ class Chain(ModelWeights):
         return self.apply(index, hidden, call)
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Norm and head, through the model's own forward: logits ``(batch, seq, vocabulary)``.
-
-        Args:
-            hidden: the output of the last block, ``(batch, seq, hidden)``.
-            ids: the token ids that belong to it.
-        """
+        """Norm and head, through the model's own forward: logits ``(batch, seq, vocabulary)`` for the output of the
+        last block, ``(batch, seq, hidden)``, and the token ids that belong to it."""
 
         def replay(index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             assert self._as_returned is not None, "start() comes before logits()"

@@ -66,13 +66,7 @@ class ExpertLinear(nn.Linear):
 
 
 class Expert(nn.Module):
-    """``down(φ(gate(x)) ∘ up(x))`` or ``down(φ(up(x)))``, with the activation of its mixture.
-
-    Args:
-        mixture: the twin of the model's own module, which may have a norm for the outputs.
-        layout: of the mixture.
-        matrices: the linears, by role.
-    """
+    """``down(φ(gate(x)) ∘ up(x))`` or ``down(φ(up(x)))``, by the layout of its mixture, which may have a norm."""
 
     def __init__(self, mixture: nn.Module, layout: _Layout, matrices: dict[str, ExpertLinear]) -> None:
         super().__init__()
@@ -126,26 +120,15 @@ class Mixture:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a mixture stores its experts.
+    """How a mixture stores its experts, and what each computes."""
 
-    Attributes:
-        parts: of every expert, by role and ``weight`` or ``bias``.
-        activation: φ.
-        apply_gate: the mixture's own product of gate and up, given one tensor with both; None for ``φ(gate) ∘ up``.
-        interleaved: whether that tensor has the outputs of gate and up in turn.
-        gated: whether there is a gate.
-        normed: whether the output of an expert is normalised.
-        routed: whether the forward gets tokens with their experts and weights, or else the tokens of all experts,
-            weighted already, with zeros where a token is not routed.
-    """
-
-    parts: list[dict[str, Part]]
+    parts: list[dict[str, Part]]  # of every expert, by role and "weight" or "bias"
     activation: Callable[[Tensor], Tensor]
-    apply_gate: Callable[[Tensor], Tensor] | None = None
-    interleaved: bool = False
+    apply_gate: Callable[[Tensor], Tensor] | None = None  # of one tensor with gate and up; None for φ(gate) ∘ up
+    interleaved: bool = False  # whether that tensor has the outputs of gate and up in turn
     gated: bool = True
-    normed: bool = False
-    routed: bool = True
+    normed: bool = False  # whether the output of an expert is normalised
+    routed: bool = True  # the forward gets tokens, their experts and weights; else see _forward_of_all
 
 
 def separate_experts(model: Any) -> tuple[Any, dict[str, Part]]:
@@ -257,8 +240,7 @@ def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tens
     Args:
         self: the twin of a mixture.
         inputs: ``(..., width)``.
-        chosen: the numbers of the experts of each token, ``(tokens, k)``; numbers beyond the last expert are ignored.
-        weights: ``(tokens, k)``.
+        chosen, weights: of each token, ``(tokens, k)``; numbers beyond the last expert are ignored.
     """
     flat = inputs.reshape(-1, inputs.shape[-1])
     if self.record is not None:

@@ -16,16 +16,11 @@ class LinearView:
     """One linear as ``Y = X Wᵀ + b`` with ``W (out, in)``, however its module stores it.
 
     Assigned values are rounded to the storage dtype at once, so that the model in memory equals the model on disk.
-
-    Args:
-        name: the name of the module inside the whole model.
-        module: an ``nn.Linear``, or the ``Conv1D`` of GPT-2, which stores ``Wᵀ``.
-        storage_dtype: the dtype in which the weight will be written.
     """
 
-    name: str
-    module: nn.Module
-    storage_dtype: torch.dtype
+    name: str  # of the module in the model
+    module: nn.Module  # an nn.Linear, or the Conv1D of GPT-2, which stores Wᵀ
+    storage_dtype: torch.dtype  # in which the weight will be written
 
     @property
     def weight_name(self) -> str:

@@ -23,21 +23,13 @@ _SHOWN = 4  # kinds of parameters that a message names
 
 @dataclass(frozen=True)
 class BlockMatrix:
-    """One matrix of a block, or a stack of them in one parameter.
+    """One matrix of a block, or a stack of them in one parameter."""
 
-    Attributes:
-        name: of the parameter in the whole model, such as ``model.layers.0.mlp.down_proj.weight``.
-        block: the number of the block.
-        shape: as the parameter is stored.
-        linear: the linear that owns it and can be pruned; None if no linear does.
-        shared: whether it belongs to the embedding or the head, which are not pruned, and is used in the block too.
-    """
-
-    name: str
+    name: str  # of the parameter in the model, such as model.layers.0.mlp.down_proj.weight
     block: int
-    shape: tuple[int, ...]
-    linear: LinearView | None
-    shared: bool = False
+    shape: tuple[int, ...]  # as the parameter is stored
+    linear: LinearView | None  # that owns it and can be pruned
+    shared: bool = False  # with the embedding or the head, which are not pruned
 
     @property
     def label(self) -> str:
@@ -90,13 +82,8 @@ def is_excluded(parameter: str, exclude: Iterable[str], only: Sequence[str] = ()
 def unmatched_patterns(
     chain: Chain, patterns: Mapping[str, Iterable[str]], allow_dense: Sequence[str] = ()
 ) -> list[str]:
-    """A warning for each pattern that matches nothing that it can concern, and may be misspelt.
-
-    Args:
-        chain: the model.
-        patterns: shell patterns by the field of the recipe that has them; they concern every matrix of the blocks.
-        allow_dense: patterns for the matrices that no linear owns.
-    """
+    """A warning for each pattern that matches nothing and may be misspelt: of ``patterns``, by field of the recipe, no
+    matrix of the blocks; of ``allow_dense``, no matrix that no linear owns."""
     if not any(patterns.values()) and not allow_dense:
         return []
     matrices = all_matrices(chain)
@@ -137,12 +124,8 @@ def refuse_silent_dense(chain: Chain, accepted: Sequence[str], only: Sequence[st
     """Refuses a model if a large part of it would stay dense although the recipe does not accept that.
 
     In each block, the matrices that no linear owns and that are not accepted may be at most :data:`DENSE_LIMIT` of the
-    weights; routers and gates, which stay dense by default, do not count. No weights need be loaded.
-
-    Args:
-        chain: the model.
-        accepted: the patterns of the recipe's ``allow_dense`` and ``exclude``.
-        only: of the recipe; if there are any, what none of them names is accepted.
+    weights; routers and gates, which stay dense by default, do not count. Accepted are those that the recipe's
+    ``allow_dense`` or ``exclude`` name, or that its ``only`` does not. No weights need be loaded.
 
     Raises:
         ModelError: they are more. The message lists names, shapes and shares, and an ``allow_dense`` that accepts them.

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -30,15 +29,10 @@ _SENSES = re.compile("vision|audio")  # in the name of a config inside one that 
 
 @dataclass(frozen=True)
 class Conversion:
-    """How transformers makes a weight of tensors of a checkpoint.
+    """How transformers makes a weight of tensors of a checkpoint."""
 
-    Attributes:
-        sources: the names of the tensors of each kind, such as the ``w1`` of all experts and then their ``w3``.
-        operations: of transformers, in order.
-    """
-
-    sources: list[list[str]]
-    operations: list[Any]
+    sources: list[list[str]]  # the names of the tensors of each kind, such as the w1 of all experts, then their w3
+    operations: list[Any]  # of transformers, in order
 
     @property
     def keys(self) -> list[str]:
@@ -47,17 +41,11 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Names:
-    """What the tensors of a checkpoint are to a model.
+    """The weights that the tensors of a checkpoint become."""
 
-    Attributes:
-        key_of: for each weight of the model that is one tensor of the checkpoint, the name of that tensor.
-        conversions: for each weight that transformers makes of other tensors, or by an operation, how it is made.
-        name_of: for every tensor of the checkpoint, the name that transformers looks for in the model.
-    """
-
-    key_of: dict[str, str]
-    conversions: dict[str, Conversion]
-    name_of: dict[str, str]
+    key_of: dict[str, str]  # for each weight that is one tensor of the checkpoint, the name of that tensor
+    conversions: dict[str, Conversion]  # for each that transformers makes of other tensors, or by an operation
+    name_of: dict[str, str]  # for every tensor, the name that transformers looks for in the model
 
     def taken(self) -> set[str]:
         """The tensors of the checkpoint that become weights of the model."""
@@ -65,12 +53,9 @@ class Names:
 
 
 def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: dict[str, Tensor]) -> Names:
-    """Which tensor of a checkpoint is which weight of the model, by the steps of ``from_pretrained``.
+    """The weights of a model, whose ``state_dict()`` is ``values``, that the tensors ``keys`` of a checkpoint become.
 
-    Args:
-        model: may be on the meta device.
-        keys: names of all tensors of the checkpoint.
-        values: the model's ``state_dict()``.
+    These are the steps of ``from_pretrained``.
     """
     rules = get_model_conversion_mapping(model, getattr(model, "_checkpoint_conversion_mapping", None) or None)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
@@ -101,10 +86,6 @@ def published_names(model: PreTrainedModel, values: dict[str, Tensor]) -> tuple[
     """The names under which ``save_pretrained`` writes the weights of a model, and the shape of each tensor.
 
     A weight that would not be read back into its place keeps the model's name, which transformers reads as well.
-
-    Args:
-        model: in memory.
-        values: its ``state_dict()``.
     """
     written = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
     with contextlib.suppress(Exception):  # a rule that cannot be reversed: the model's names are read as well
@@ -121,14 +102,13 @@ def published_names(model: PreTrainedModel, values: dict[str, Tensor]) -> tuple[
 def expert_parts(
     parts: Mapping[str, Part], names: Names, values: Mapping[str, Tensor], shape: Callable[[str], tuple[int, ...]]
 ) -> dict[str, Part]:
-    """For each weight of a separated expert, the part of a tensor of the checkpoint that it is.
-
-    A weight whose conversion is not known, or for which tensors are missing, is left out.
+    """For each weight of a separated expert, which is a part of a parameter of the model, the part of a tensor of the
+    checkpoint. A weight whose conversion is not known, or for which tensors are missing, is left out.
 
     Args:
-        parts: for each such weight, its part of a parameter of the model.
-        names: of that parameter in the checkpoint.
-        values: the parameters of the model.
+        parts: for each such weight, its part of a parameter.
+        names: of these parameters in the checkpoint.
+        values: these parameters.
         shape: the shape of a tensor of the checkpoint.
     """
     before: dict[str, Part] = {}
@@ -181,12 +161,7 @@ def _part_before(
 
 
 def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel, reader: CheckpointReader) -> None:
-    """Refuses a checkpoint of which some tensors become weights of the model only by an operation, before the work.
-
-    Args:
-        converted: for each such weight of the model, the tensors that it is made of.
-        model: built from the config.
-        reader: of the checkpoint.
+    """Refuses a checkpoint with weights that transformers makes of tensors (``converted``) in a way that is not known.
 
     Raises:
         ModelError: naming one of them.
@@ -201,28 +176,6 @@ def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel,
         f"{model.config.model_type} ({made} {name}), which is not supported from a directory: load it with "
         "transformers and pass the model to prune() with an exclude for these weights, or open an issue"
     )
-
-
-def architecture_keys(model: PreTrainedModel, reader: CheckpointReader) -> set[str]:
-    """The tensors that belong to the architecture that ``config.json`` names, of which ``model`` is the text part.
-
-    A multimodal directory opened as a language model has towers that the language model lacks. Empty where the config
-    names no other architecture, or one that this transformers does not have.
-    """
-    try:
-        config = AutoConfig.from_pretrained(reader.directory)
-    except Exception:  # modelling code of the checkpoint, which is not run for this
-        return set()
-    keys: set[str] = set()
-    for architecture in getattr(config, "architectures", None) or []:
-        family: Any = getattr(transformers, str(architecture), None)
-        known = isinstance(family, type) and issubclass(family, PreTrainedModel)
-        if known and family is not type(model) and type(config) is not type(model.config):
-            with contextlib.suppress(Exception):  # sizes of a tower may not go together: then nothing is known of it
-                with torch.device("meta"):
-                    full = family(config)
-                keys |= checkpoint_names(full, list(reader), full.state_dict()).taken()
-    return keys
 
 
 def tower_names(model: PreTrainedModel) -> list[str]:

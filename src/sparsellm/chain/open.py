@@ -1,4 +1,4 @@
-"""The config, the tokenizer and the vocabulary of a checkpoint directory, checked."""
+"""The config, the tokenizer and the vocabulary of a checkpoint directory, checked, and compared with another's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from sparsellm.errors import DataError, ModelError, one_line
+from sparsellm.errors import DataError, ModelError, one_line, shown
 from sparsellm.inputs.json_input import read_object
+from sparsellm.storage.reader import CheckpointReader
 from sparsepack.checkpoint import is_packed
+
+# Keys of a config that describe files, not the function of the model. A model in memory has no architectures.
+_STORAGE = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype"}
+_STORAGE |= {"transformers_version", "use_cache"}
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -81,7 +86,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
 def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
     """Returns the token ids unchanged, after a check that the embedding has a row for each.
 
-    A tokenizer may have more tokens than the model, as long as the text uses none of those.
+    A tokenizer may have more tokens than the model, if the text uses none of those.
 
     Args:
         ids: ``(windows, seq)``.
@@ -102,3 +107,24 @@ def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTraine
         f"the tokenizer turns the text into ids up to {most} ({token!r:.50}), and the model has {vocabulary} tokens "
         "(vocab_size in config.json); use the tokenizer that belongs to the model"
     )
+
+
+def config_difference(config: PretrainedConfig, other: PretrainedConfig) -> str | None:
+    """The first value of ``config.json`` that another model has different, as a clause; None if there is none."""
+    values, others = (
+        {key: value for key, value in each.to_dict().items() if key not in _STORAGE} for each in (config, other)
+    )
+    for key in sorted(values.keys() | others.keys()):
+        if values.get(key) != others.get(key):
+            return f"{key} in config.json is {shown(values.get(key))}, not {shown(others.get(key))}"
+    return None
+
+
+def shape_difference(weights: CheckpointReader, others: CheckpointReader) -> str | None:
+    """The first weight of ``others`` that ``weights`` lacks or has in another shape, as a clause; None if none."""
+    for name in others:
+        if name not in weights:
+            return f"weight {name} is missing"
+        if weights.shape(name) != others.shape(name):
+            return f"weight {name} has shape {weights.shape(name)}, not {others.shape(name)}"
+    return None

@@ -21,25 +21,17 @@ from sparsellm.chain.linears import LinearView
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """A module that returns the output of its writer.
-
-    Attributes:
-        writer: the linear.
-        module: the largest module around it that returns its output unchanged; the writer itself if there is no other.
-        items: the length of the tuple that the module returns, whose first item is the output; 0 if it returns the
-            output alone. The other items, such as attention weights, become None.
-        unread: linears whose outputs only the writer depends on; empty if the module contains them.
-        like_input: whether the output has the shape of the module's first tensor.
-    """
+    """A module that returns the output of its writer, a linear inside."""
 
     writer: LinearView
-    module: nn.Module
-    items: int
-    unread: list[LinearView]
-    like_input: bool
+    module: nn.Module  # the largest one; the writer's own if there is no other
+    items: int  # length of the tuple that it returns, whose first item is the output; 0 for the output alone
+    unread: list[LinearView]  # whose outputs only the writer depends on; empty if the module contains them
+    like_input: bool  # whether the output has the shape of the module's first tensor
 
     def returned(self, output: Tensor) -> Any:
-        """The return value of the module for this output of the writer."""
+        """The return value of the module for this output of the writer. Other items, such as attention weights, are
+        None."""
         return (output, *[None] * (self.items - 1)) if self.items else output
 
     def zeros(self, *args: Any, **kwargs: Any) -> Any:
@@ -49,28 +41,17 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module. The output is kept, so that no address is used twice during the run.
-
-    Attributes:
-        version: of the output, which later changes in place raise.
-        items, like_input: as in :class:`Shortcut`.
-        closed: whether the module could have changed nothing else.
-    """
+    """One call of a module. The output is kept, so that no address is used twice during the run."""
 
     output: Tensor
-    version: int
+    version: int  # of the output, which counts changes in place
     items: int
     like_input: bool
-    closed: bool
+    closed: bool  # whether the module can have changed nothing else
 
 
 class Calls:
-    """The calls of the modules of a block during one run of it.
-
-    Args:
-        block: its modules.
-        size: elements of the hidden states of that run; results of another size are not kept.
-    """
+    """The calls of the modules of a block during one run of it, with hidden states of ``size`` elements."""
 
     def __init__(self, block: nn.Module, size: int) -> None:
         self._block = block
@@ -95,15 +76,11 @@ class Calls:
         self._calls.setdefault(module, []).append(call)
 
     def around(self, writer: LinearView, path: str) -> tuple[nn.Module, int, bool] | None:
-        """The largest module that returns the output of ``writer`` unchanged, with ``items`` and ``like_input`` of
-        :class:`Shortcut`. None if the writer runs more than once, or not at all.
+        """The largest module that returns the output of ``writer``, at ``path`` in the block, with ``items`` and
+        ``like_input`` of :class:`Shortcut`. None if the writer runs more than once, or not at all.
 
         A larger module counts if it runs once, is given nothing that it could write to but tensors, and keeps no new
         attributes: it has no effect but its return value.
-
-        Args:
-            writer: a linear of the block.
-            path: its name in the block.
         """
         written = self._only(writer.module)
         if written is None:
@@ -132,15 +109,10 @@ class Calls:
 
 @dataclass(eq=False)
 class KnownOutput:
-    """The output of a shortcut's module for each batch, computed from the kept input of the writer when first asked.
-
-    Attributes:
-        shortcut: the module.
-        release: frees the memory that was reserved for it.
-    """
+    """The output of a shortcut's module for each batch, computed from the kept input of the writer when first asked."""
 
     shortcut: Shortcut
-    release: Callable[[], None] = lambda: None
+    release: Callable[[], None] = lambda: None  # frees the memory that was reserved for it
     _values: list[Tensor] = field(default_factory=list)
     _computed: set[int] = field(default_factory=set)
 

@@ -23,38 +23,23 @@ PIECE_TOKENS = 2048  # in one forward call of a pass with gradients, which keeps
 
 @dataclass(frozen=True)
 class Piece:
-    """Some windows of one batch, with about the requested number of tokens: one optimiser step runs on them.
+    """Some windows of one batch, with about the requested number of tokens: one optimiser step runs on them."""
 
-    Attributes:
-        batch: the number of the batch.
-        rows: the windows of that batch.
-        calls: the arguments of every block for these windows alone, since a mask may have a row for each window.
-    """
-
-    batch: int
-    rows: slice
-    calls: list[Call]
+    batch: int  # its number
+    rows: slice  # the windows of that batch
+    calls: list[Call]  # of every block for these windows alone, since a mask may have a row for each window
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Calibration windows and the settings for running them through a chain. Every pass over the chain takes one.
-
-    Attributes:
-        chain: the model.
-        windows: token ids, ``(samples, seq)``.
-        batch_tokens: tokens in one forward call, at least one window.
-        scratch: where hidden states are kept: in memory, or in files beyond its limit.
-        progress: called with the progress of each pass.
-        blocks: the weights of the blocks for gradients, if they are not the chain's own.
-    """
+    """Calibration windows and the settings for running them through a chain. Every pass over the chain takes one."""
 
     chain: Chain
-    windows: Tensor
-    batch_tokens: int
-    scratch: Scratch = field(default_factory=Scratch)
+    windows: Tensor  # token ids, (samples, seq)
+    batch_tokens: int  # in one forward call, at least one window
+    scratch: Scratch = field(default_factory=Scratch)  # keeps hidden states, in memory or in files beyond its limit
     progress: ProgressCallback = ignore
-    blocks: CheckpointReader | None = None
+    blocks: CheckpointReader | None = None  # the weights of the blocks for gradients, if not the chain's own
 
     @property
     def seq_len(self) -> int:
@@ -70,12 +55,8 @@ class Feed:
         return replace(self, batch_tokens=min(self.batch_tokens, PIECE_TOKENS))
 
     def stream(self, weights: CheckpointReader | None = None, *, pieces: int = 0) -> Stream:
-        """The inputs of block 0. Embedding and block 0 are loaded for it and released again.
-
-        Args:
-            weights: the shard with the pruned block 0, for a chain read from disk; None for the model's own weights.
-            pieces: as for :class:`Stream`.
-        """
+        """The inputs of block 0. Embedding and block 0 are loaded for it, with ``weights`` as for :meth:`Chain.block`,
+        and released again."""
         with self.chain.outer(head=False), self.chain.block(0, weights):
             return Stream(self.chain, self.windows, batch_tokens=self.batch_tokens, scratch=self.scratch, pieces=pieces)
 
@@ -90,10 +71,7 @@ class Stream:
 
     Args:
         chain: the chain, with its outer weights and block 0 loaded.
-        windows: token ids, ``(samples, seq)``.
-        batch_tokens: tokens in one forward call, at least one window.
-        scratch: where hidden states, and other data that grows with the tokens, are kept; None for memory without a
-            limit.
+        windows, batch_tokens, scratch: as for :class:`Feed`; without a scratch, memory has no limit.
         pieces: tokens in a piece, at least one window. The batches are also cut into pieces, and the arguments of each
             piece are captured anew. 0 for no pieces.
 
@@ -229,18 +207,14 @@ def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:
 
 
 def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
-    """Runs the model's own forward up to block 0 on a few tokens, so that it fails early; nothing need be loaded.
+    """Runs the model's own forward up to block 0 on a few tokens of the windows, so that it fails early.
 
     A module that returns nothing but whole numbers, such as an indexer that chooses the tokens of sparse attention,
     chooses for others: the linears in it are added to the chain's gates, in every block.
 
-    Args:
-        chain: the model.
-        windows: token ids of the calibration, ``(samples, seq)``.
-        token_states: whether to apply :func:`require_token_states` as well.
-
     Raises:
-        ModelError: the forward fails, is not a plain chain of the blocks, or the hidden states have another shape.
+        ModelError: the forward fails, is not a plain chain of the blocks, or, with ``token_states``, see
+            :func:`require_token_states`.
     """
     few = windows[:2, : SHOWN_TOKENS + 1]
     chosen: set[str] = set()
@@ -252,11 +226,8 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
 
 
 class _Unique:
-    """Keeps one copy of equal calls.
-
-    Batches of one shape have the same masks and rotary angles. A mask of 2048 × 2048 for each of 256 windows would take
-    more memory than the model.
-    """
+    """Keeps one copy of equal calls: batches of one shape have the same masks and rotary angles, and a mask of 2048 ×
+    2048 for each of 256 windows would take more memory than the model."""
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[Any, ...], list[Tensor]] = {}

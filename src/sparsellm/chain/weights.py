@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.experts import Part, separate_experts
-from sparsellm.chain.fit import check_depth, check_dtypes
+from sparsellm.chain.fit import check_dtypes, unused_tensors
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.names import checkpoint_names, expert_parts, published_names, refuse_converted, tower_names
 from sparsellm.chain.products import bf16_is_native
@@ -105,11 +105,11 @@ class ModelWeights:
                 self.key_of[name] = key
             elif not name.startswith(in_tower):
                 missing.append(name)
-        blocks = self._prefix.removesuffix("."), len(self.blocks)
-        self._unused = check_depth(self.model, reader, blocks, names, complete=not missing)
+        self._unused = unused_tensors(self.model, reader, (self._prefix.removesuffix("."), len(self.blocks)), names)
         if missing:
             raise ModelError(
-                f"weight {missing[0]} is not in {reader.directory}; the checkpoint is incomplete: download it again"
+                f"weight {missing[0]} of the model of config.json is not in {reader.directory}; the checkpoint is "
+                "incomplete, or of another model: download it again"
             )
         for name, key in self.key_of.items():
             if self._stored_shape(name) != tuple(values[name].shape):
@@ -154,10 +154,12 @@ class ModelWeights:
         if self.towers:
             tensors = len(self._outer) - len(self._run_outer)
             said.append(f"{' and '.join(self.towers)} ({tensors} tensors) read no text; copied as they are, not pruned")
-        if self._unused:
+        if self._unused and self.reader is not None:
             more = f" and {len(self._unused) - 1} more" if len(self._unused) > 1 else ""
+            share = sum(map(self.reader.bytes_of, self._unused)) / self.reader.bytes
             said.append(
-                f"the model of config.json does not use {self._unused[0]}{more}; copied as they are, not pruned"
+                f"the model of config.json does not use {self._unused[0]}{more} ({share:.1%} of the checkpoint's "
+                "bytes); copied as they are, not pruned"
             )
         return "; ".join(said) or None
 
@@ -199,10 +201,8 @@ class ModelWeights:
     def block(self, index: int, pruned: CheckpointReader | None = None) -> Iterator[nn.Module]:
         """Loads the weights of block ``index`` onto the device, in the computing dtype, until the context ends.
 
-        Args:
-            index: which block.
-            pruned: other weights, named as in :meth:`block_tensors`: the shard of the pruned block, or a checkpoint;
-                None for the model's own. They replace those of a model in memory for good.
+        ``pruned`` has other weights, named as in :meth:`block_tensors`: the shard of the pruned block, or a checkpoint.
+        They replace those of a model in memory for good.
         """
         try:
             self._load(self._names_of(index), pruned)
@@ -326,7 +326,14 @@ class ModelWeights:
                 if stored.itemsize > 1:
                     value.add_(0.0)  # no negative zero is written
             if isinstance(value, nn.Parameter) and (bad := not_finite(value.detach())):
-                raise _not_writable(name, bad, stored)
+                dtype, largest = str(stored).removeprefix("torch."), torch.finfo(stored).max
+                wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(stored)
+                cure = f"store the model in {wider} and prune that" if wider else "raise the method's damping"
+                raise NumericalError(
+                    f"weight {name} would get {bad} infinite or NaN values once pruned and rounded to {dtype}, whose "
+                    f"largest number is {largest:.5g}; {cure}, or exclude it. The block was not written; blocks before "
+                    "it are kept"
+                )
 
     def block_tensors(self, index: int) -> dict[str, TensorSource]:
         """The weights of a loaded block under the checkpoint's names and in its dtypes, ready to be written."""
@@ -394,13 +401,3 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name: same for same in names.values() if len(same) > 1 for name in same}
-
-
-def _not_writable(name: str, values: int, stored: torch.dtype) -> NumericalError:
-    dtype, largest = str(stored).removeprefix("torch."), torch.finfo(stored).max
-    wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(stored)
-    cure = f"store the model in {wider} and prune that" if wider else "raise the method's damping"
-    return NumericalError(
-        f"weight {name} would get {values} infinite or NaN values once pruned and rounded to {dtype}, whose largest "
-        f"number is {largest:.5g}; {cure}, or exclude it. The block was not written; blocks before it are kept"
-    )

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sparsellm import parallel
 from sparsellm.chain import Chain, open_chain
-from sparsellm.chain.likeness import config_difference, shape_difference
-from sparsellm.chain.open import load_config, load_tokenizer
+from sparsellm.chain.open import config_difference, load_config, load_tokenizer, shape_difference
 from sparsellm.chain.products import Bf16Products, bf16_is_native
 from sparsellm.errors import ModelError, RecipeError
 from sparsellm.inputs.json_input import read_object

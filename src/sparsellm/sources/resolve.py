@@ -32,8 +32,6 @@ def checkpoint_directory(model: str, argument: str = "model") -> Path:
         pass  # it may be a hub id
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, an unknown user after the ~
         raise ModelError(f"{argument} {model!r:.100} cannot be looked up: {one_line(error)}") from None
-    if not model.strip():
-        raise ModelError(f"the name of the {argument} is empty; {_GIVE}")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{argument} {model}: there is no such file; give the path of a .gguf file")
