@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparsepack import PackedWeight
 
 
 def bitmask_by_hand(weight: Tensor) -> tuple[list[list[int]], list[float], list[int]]:
@@ -42,24 +43,55 @@ def nm_by_hand(kept: list[list[bool]], n: int, m: int) -> list[list[int]]:
     return lines
 
 
-def int4_by_hand(packed: Any) -> Tensor:
+def int4_by_hand(packed: PackedWeight) -> Tensor:
     """The dense weight of a packed int4 one in the layout bitmask, fp32."""
     rows, columns = packed.shape
     dense = torch.zeros(rows, columns)
+    assert packed.scales is not None
     group = next(size for size in (32, 64, 128, 256, 512, 1024) if math.ceil(columns / size) == packed.scales.shape[1])
     for row in range(rows):
         first, last = int(packed.offsets[row]), int(packed.offsets[row + 1])
-        rank = 0
-        for column in range(columns):
-            if not int(packed.mask[row, column // 8]) >> column % 8 & 1:
-                continue
+        kept = [column for column in range(columns) if int(packed.mask[row, column // 8]) >> column % 8 & 1]
+        assert last - first == len(kept) + len(kept) % 2
+        for rank, column in enumerate(kept):
             byte = int(packed.values[(first + rank) // 2])
             nibble = byte & 15 if rank % 2 == 0 else byte >> 4
             number = nibble - 8 if packed.levels is None else int(packed.levels[nibble])
-            dense[row, column] = number * packed.scales[row, column // group].float()
-            rank += 1
-        assert rank <= last - first <= rank + 1
+            power = 1.0 if packed.exponents is None else 2.0 ** int(packed.exponents[column])
+            dense[row, column] = number * packed.scales[row, column // group].float() * power
     return dense
+
+
+def two_of_four(weight: Tensor) -> Tensor:
+    """The weight with the two largest magnitudes of every four columns, and zeros."""
+    groups = weight.reshape(-1, 4)
+    kept = torch.zeros_like(groups).scatter_(1, groups.abs().topk(2, dim=1).indices, 1)
+    return (groups * kept).view_as(weight)
+
+
+def version_2(dense: dict[str, Tensor], packed: list[str]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors and ``quantization_config`` as format version 2 has them, from dense tensors in fp32.
+
+    The named weights are packed: bitmasks with their values, and the first one dense int8 with offsets.
+    """
+    tensors, linears = dict(dense), {}
+    for name in packed:
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight"] = torch.zeros(1)
+        mask, values, offsets = bitmask_by_hand(weight)
+        linears[name] = {"shape": list(weight.shape), "layout": "bitmask", "value_type": "fp32", "dtype": "float32"}
+        parts = {"mask": torch.tensor(mask, dtype=torch.uint8), "values": torch.tensor(values)}
+        if name == packed[0]:
+            linears[name] |= {"layout": "dense", "value_type": "int8"}
+            rows, columns = weight.shape
+            scales = weight.abs().amax(dim=1) / 127
+            whole = (weight / scales[:, None]).round().to(torch.int8)
+            full, _, _ = bitmask_by_hand(torch.ones(1, columns))
+            parts = {"mask": torch.tensor(full, dtype=torch.uint8), "values": whole.view(-1), "scales": scales}
+            offsets = [row * columns for row in range(rows + 1)]
+        parts["offsets"] = torch.tensor(offsets)
+        tensors |= {f"{name}.weight_{field}": tensor for field, tensor in parts.items()}
+    return tensors, {"quant_method": "sparsellm", "format_version": 2, "linears": linears}
 
 
 def sparse_weight(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,33 +153,6 @@ def test_eval_inspect_and_prune_read_it_as_if_dense(packed: Path, llama: Path, t
     assert dense(tmp_path / "more").generate(IDS[:1], max_new_tokens=2).shape == (1, 22)  # type: ignore[operator]
     with pytest.raises(RecipeError, match="out"):
         sparsellm.prune(packed, recipe, calibration=IDS)
-
-
-def test_plain_transformers_refuses_it(packed: Path) -> None:
-    """In a process that never imports sparsellm: an error, not a model with random weights."""
-    program = (
-        "import sys\nfrom transformers import AutoModelForCausalLM\n"
-        "try:\n    AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "except Exception as error:\n    print('refused', type(error).__name__)\n"
-        "else:\n    print('loaded')\n"
-        "assert 'sparsellm' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(packed)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("refused")
-
-
-@pytest.mark.parametrize("first", ["sparsellm", "transformers"])
-def test_importing_sparsellm_before_or_after_transformers_is_enough(first: str, packed: Path) -> None:
-    second = {"sparsellm": "transformers", "transformers": "sparsellm"}[first]
-    program = (
-        f"import sys, {first}\n"
-        "assert 'torch' not in sys.modules, 'importing is to stay light'\n"
-        f"import {second}\n"
-        "model = __import__('transformers').AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "print(type(model.model.layers[0].mlp.up_proj).__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(packed)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "PackedLinear"
 
 
 def test_mistakes_are_named(llama: Path, packed: Path, tmp_path: Path) -> None:

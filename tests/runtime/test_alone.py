@@ -1,0 +1,76 @@
+"""A packed model with sparsepack alone, in processes of their own; and files of format version 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import sparsepack
+from sparsepack.module import PackedLinear
+from tests.packed.by_hand import version_2
+
+ALONE = """
+import sys
+sys.modules["sparsellm"] = None  # importing it is an error from here on
+import sparsepack
+assert "torch" not in sys.modules, "importing is to stay light"
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert type(model.model.layers[0].mlp.up_proj).__name__ == "PackedLinear"
+loaded = sparsepack.load(sys.argv[1])
+written = sparsepack.generate(loaded, AutoTokenizer.from_pretrained(sys.argv[1]), "The", max_new_tokens=3)
+assert written.new_tokens == 3
+assert sparsepack.compare(sys.argv[1], prompt_tokens=3, new_tokens=1, repeats=1).verdict
+"""
+
+LATER = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except Exception as error:
+    assert "mismatch" in str(error), error
+else:
+    sys.exit("loaded with random weights")
+import sparsepack
+assert type(AutoModelForCausalLM.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__ == "PackedLinear"
+"""
+
+
+def run(program: str, packed: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", program, str(packed)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_packed_model_runs_where_sparsellm_cannot_be_imported(packed: Path) -> None:
+    run(ALONE, packed)
+
+
+def test_transformers_refuses_it_until_sparsepack_is_imported(packed: Path) -> None:
+    run(LATER, packed)
+
+
+def test_version_2_by_another_writer_is_read(llama: Path, tmp_path: Path) -> None:
+    """It has offsets of dense weights, no exponents, and no checksum file here."""
+    dense = load_file(llama / "model.safetensors")
+    names = [f"model.layers.0.mlp.{kind}_proj" for kind in ("up", "gate", "down")]
+    tensors, config = version_2(dense, names)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    written = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "quantization_config": config}))
+    packed = sparsepack.load(tmp_path, activations="fp32")
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 3
+    plain = AutoModelForCausalLM.from_pretrained(llama)
+    scales = tensors[f"{names[0]}.weight_scales"]
+    with torch.no_grad():
+        up = plain.get_submodule(names[0]).weight
+        up.copy_((up / scales[:, None]).round() * scales[:, None])
+        ids = torch.arange(20).view(1, -1)
+        assert torch.equal(sparsepack.unpack(packed.get_submodule(names[0]).packed), up)
+        assert torch.allclose(packed(ids).logits, plain(ids).logits, atol=1e-4)
