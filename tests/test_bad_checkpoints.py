@@ -202,8 +202,10 @@ def test_a_tensor_in_two_files_is_refused_unless_an_index_chooses(copy: Path, tm
 NO_WEIGHTS = ["float8_e4m3fn", "float8_e5m2", "int8", "int16", "int32", "int64", "uint8", "uint16", "bool", "complex64"]
 
 
-@pytest.mark.parametrize("dtype", NO_WEIGHTS)
-@pytest.mark.parametrize("name", [Q_PROJ, "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [*((dtype, Q_PROJ) for dtype in NO_WEIGHTS), ("int8", "model.norm.weight"), ("int8", "model.embed_tokens.weight")],
+)
 def test_weights_that_are_no_floating_point_are_named_before_the_work(
     dtype: str, name: str, copy: Path, tmp_path: Path
 ) -> None:

@@ -85,8 +85,9 @@ def test_only_what_runs_after_everything_wanted_is_unread() -> None:
     assert order.unread(everything, inputs=[never], outputs=[]) == []
 
 
-@pytest.mark.parametrize("family", [tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
-@pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
+@pytest.mark.parametrize(
+    ("family", "method"), [(tiny_llama, "sparsellm"), (tiny_opt, "sparsegpt"), (tiny_gpt2, "sparsellm")]
+)
 def test_leaving_out_what_nobody_reads_changes_no_bit(
     family: Callable[[], PreTrainedModel], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

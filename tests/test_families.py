@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging import version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -25,12 +23,6 @@ from tests.models.families import FAMILIES, MIXTURES, STAY_DENSE, family, gemma3
 
 IDS = torch.arange(4, 100).view(4, 24)
 RECIPE = Recipe(method="sparsegpt", samples=4, seq_len=24, sparsity=0.5, allow_dense=STAY_DENSE)
-
-
-needs_qwen3_5 = pytest.mark.skipif("Qwen3_5" not in FAMILIES, reason="this transformers has no Qwen 3.5")
-stacks_experts = pytest.mark.skipif(
-    version.parse(transformers.__version__).major < 5, reason="transformers 4 stacks none"
-)
 
 
 class StoppedError(Exception):
@@ -109,6 +101,7 @@ def test_at_sparsity_zero_no_bit_changes(source: Path, tmp_path: Path) -> None:
     assert same(tensors(tmp_path / "p"), tensors(source))
 
 
+@pytest.mark.parametrize("name", ["Llama", "Zamba2", "Mixtral", "GptOss", "Gemma4Text"], indirect=True, scope="module")
 def test_a_resumed_run_has_the_same_bits(source: Path, pruned: Any, tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         if progress.phase == "prune" and progress.done == 1:
@@ -143,7 +136,7 @@ def test_a_model_given_as_an_object_is_saved_under_published_names(name: str, so
     assert torch.equal(logits(model), logits(read_back(tmp_path / "p")[0]))
 
 
-@pytest.mark.parametrize("build", [gemma3, git, pytest.param(qwen3_5, marks=needs_qwen3_5)])
+@pytest.mark.parametrize("build", [gemma3, git, qwen3_5])
 def test_a_vision_tower_is_copied_and_said_so(build: Any, tmp_path: Path) -> None:
     source = save_tiny(build(), None, tmp_path / "dense")
     result = sparsellm.prune(source, RECIPE, out=tmp_path / "p", calibration=IDS)
@@ -172,7 +165,6 @@ def test_a_tower_is_not_loaded(tmp_path: Path) -> None:
         assert all(parameter.is_meta for parameter in tower.parameters())
 
 
-@needs_qwen3_5
 def test_a_text_model_loaded_from_a_multimodal_directory_is_read_back(tmp_path: Path) -> None:
     source = save_tiny(qwen3_5(), None, tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(source)
@@ -182,7 +174,6 @@ def test_a_text_model_loaded_from_a_multimodal_directory_is_read_back(tmp_path: 
     assert read_back(tmp_path / "p")[1] == read_back(tmp_path / "saved")[1]
 
 
-@stacks_experts
 def test_a_conversion_that_is_not_known_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +188,6 @@ def test_a_conversion_that_is_not_known_is_refused_before_the_work(
     assert not list(tmp_path.glob("p*"))
 
 
-@stacks_experts
 def test_a_mixture_given_as_an_object_is_read_back(tmp_path: Path) -> None:
     exclude = ("*.experts.*",)
     model = mixtral()

@@ -160,7 +160,7 @@ def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
         gguf_checkpoint(tmp_path / "none.gguf")
 
 
-@pytest.mark.parametrize("keep", [0.01, 0.2, 0.7, 0.999])
+@pytest.mark.parametrize("keep", [0.01, 0.7])
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path, keep: float, own_cache: Path) -> None:
     path = tmp_path / "cut.gguf"
     write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import core_model_loading as loading
 
 import sparsellm
 from sparsellm import Recipe
@@ -21,12 +21,11 @@ from sparsellm.methods.task import BlockTask
 from sparsellm.progress import PhaseClock
 from sparsellm.tuning.full import ZeroKeeper
 from tests.models import save_tiny
-from tests.models.families import MIXTURES, mixtral, sparse_attention
+from tests.models.families import mixtral, sparse_attention
 from tests.shares import Share
 
 IDS = torch.randint(4, 300, (6, 24), generator=torch.Generator().manual_seed(3))
 RECIPE = Recipe(method="wanda", samples=6, seq_len=24, sparsity=0.5)
-pytestmark = pytest.mark.skipif("Mixtral" not in MIXTURES, reason="this transformers has no Mixtral")
 
 
 def task_of(model: PreTrainedModel) -> BlockTask:
@@ -223,7 +222,6 @@ def test_a_part_is_found_before_the_conversion_of_transformers(
     kinds: int, shape: tuple[int, ...], steps: list[str], parts: list[Part]
 ) -> None:
     """Against transformers' own operations on tensors of random numbers."""
-    loading = pytest.importorskip("transformers.core_model_loading")
     operations = [eval(step, vars(loading)) for step in steps]
     each = EXPERTS if len(shape) == 2 else 1
     sources = [[f"{kind}.{number}" for number in range(each)] for kind in range(kinds)]
@@ -249,7 +247,6 @@ def test_a_part_is_found_before_the_conversion_of_transformers(
 
 
 def test_tensors_that_are_missing_make_no_part() -> None:
-    loading = pytest.importorskip("transformers.core_model_loading")
     conversion = Conversion([["0", "1", "2"]], [loading.MergeModulelist(0)])
     assert _part_before(DOWN, conversion, (EXPERTS, WIDTH, INNER), lambda name: (WIDTH, INNER)) is None
 
@@ -279,8 +276,6 @@ def test_zeros_of_experts_stay_in_fine_tuning() -> None:
 
 def test_an_indexer_that_chooses_tokens_stays_dense(tmp_path: Path) -> None:
     """Sparse attention of DeepSeek 3.2: what chooses is known by what it returns, whatever it is called."""
-    if "DeepseekV3" not in MIXTURES or not hasattr(transformers, "DeepseekV32Config"):
-        pytest.skip("this transformers has no such attention")
     model = sparse_attention()
     result = sparsellm.prune(model, RECIPE, calibration=IDS, out=tmp_path / "p")
     dense = {matrix.name: matrix.reason for matrix in result.dense if "indexer" in matrix.name}

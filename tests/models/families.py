@@ -265,16 +265,8 @@ _SPECIAL = {
     "OPT 350M": opt_350m,
     "Dbrx": dbrx,
 }
-# Transformers 4 does not save what blocks share (Zamba2), says nothing of the layout of stacked experts (Granite MoE,
-# gpt-oss), builds no such DBRX, and needs compiled kernels for Jamba.
-_SINCE_5 = ("Zamba2", "GraniteMoe", "GptOss", "Dbrx", "Jamba")
-FAMILIES = [
-    name
-    for name in (*_TEXT, *_SPECIAL, *_MIXTURES)
-    if hasattr(transformers, f"{name.split()[0].removesuffix('Text')}Config")  # older releases lack the latest
-    and (name not in _SINCE_5 or hasattr(transformers, "core_model_loading"))
-]
-MIXTURES = [name for name in FAMILIES if name in _MIXTURES or name == "Dbrx"]
+FAMILIES = [*_TEXT, *_SPECIAL, *_MIXTURES]
+MIXTURES = [*_MIXTURES, "Dbrx"]
 
 
 def _model(config: str, causal: str, settings: dict[str, Any]) -> PreTrainedModel:

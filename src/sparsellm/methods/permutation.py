@@ -2,15 +2,12 @@
 
 N:M keeps n weights of every m consecutive inputs of an output, whatever their size. If the outputs of a linear are
 permuted and the inputs of the linear that reads them alike, the model computes the same, but other weights meet in a
-group. That is free when the model runs, and any library reads the result. Of a block, two kinds of channels can be
-permuted: those of a feed-forward unit (outputs of gate and up, inputs of down), and those of attention's values within
-a head (outputs of v, inputs of o), alike in all heads that share their values.
+group. Two kinds of channels of a block can be permuted: those of a feed-forward unit (outputs of gate and up, inputs of
+down), and those of attention's values within a head (outputs of v, inputs of o), alike in all heads that share values.
 
 A permutation maximises the sum of kept scores ``|w_ij| √E[x_j²]`` (arXiv 2310.15929): in turn, one member is taken out
-of every group, and a linear assignment puts the members back where they are worth most.
-
-No name and no family is known. A structure is a guess that :func:`find_channels` proves: the block, with its channels
-permuted at random, must have the same output.
+of every group, and a linear assignment puts the members back where they are worth most. A structure is a guess that
+:func:`find_channels` proves: the block, with its channels permuted at random, must have the same output.
 """
 
 from __future__ import annotations
@@ -41,12 +38,9 @@ UNPROVED = "its inputs were not permuted for {}: {}"  # note of a linear
 
 @dataclass(frozen=True)
 class Channels:
-    """Outputs of some linears that are, elementwise or averaged over tokens, the inputs of another.
+    """Outputs of some linears that are, elementwise or averaged over tokens, the inputs of another, the reader.
 
-    Attributes:
-        reader: the linear whose inputs they are.
-        inputs: its inputs, ``(copies, heads, width)``. Channels are permuted within a head, alike in all copies.
-        sources: linears with their outputs, ``(copies, heads, width)``.
+    Their places are ``(copies, heads, width)``. Channels are permuted within a head, alike in all copies.
     """
 
     reader: LinearView
@@ -67,12 +61,8 @@ class Channels:
             linear.permute(outputs=_index(linear.out_features, outputs, order))
 
     def best_order(self, pattern: NM, mean_squares: Tensor) -> Tensor:
-        """The order ``(heads, width)`` that :func:`spread` chooses, on the CPU, so that any process can take it.
-
-        Args:
-            pattern: of the reader.
-            mean_squares: of its inputs, ``(in,)``.
-        """
+        """The order ``(heads, width)`` that :func:`spread` chooses by the mean squares ``(in,)`` of the inputs, on the
+        CPU, so that any process can take it."""
         scores = self.reader.weight().abs_().mul_(mean_squares.sqrt())
         heads = [torch.cat([scores[:, copy] for copy in head]) for head in self.inputs.transpose(0, 1)]
         return torch.stack([spread(head, pattern) for head in heads]).cpu()
@@ -81,11 +71,9 @@ class Channels:
 def permute_block(task: BlockTask, weights: list[Tensor] | None) -> None:
     """Permutes the channels of the loaded block, for the linears that get an N:M pattern.
 
-    The first process chooses the permutations, from its first batch. A linear whose inputs no permutation was proved
-    for, or whose sources stay dense, is left as it is, with a note.
-
-    Args:
-        weights: of tokens, batches ``(batch, seq)``, or None for equal ones.
+    The first process chooses the permutations, from its first batch and ``weights`` of its tokens, batches
+    ``(batch, seq)`` or None. A linear for whose inputs no permutation was proved, or whose sources stay dense, is left
+    as it is, with a note.
     """
     if not any(isinstance(task.patterns[linear.name], NM) for linear in task.linears):
         return
@@ -98,17 +86,10 @@ def permute_block(task: BlockTask, weights: list[Tensor] | None) -> None:
 
 
 def permute_expert(task: BlockTask, own: ExpertTokens, linears: list[LinearView]) -> None:
-    """Permutes the channels of an expert whose last linear gets an N:M pattern, as :func:`permute_block` does.
-
-    Args:
-        own: the tokens of the expert.
-        linears: of the expert, those that are pruned.
-    """
+    """Permutes the channels of an expert whose last linear gets an N:M pattern, if all its linears are pruned."""
     down = next((linear for linear in linears if linear.module is own.expert.get_submodule(DOWN)), None)
-    if down is None or len(linears) < len(list(own.expert.children())):
-        return
-    pattern = task.patterns[down.name]
-    if not isinstance(pattern, NM):
+    pattern = task.patterns[down.name] if down is not None else None
+    if down is None or not isinstance(pattern, NM) or len(linears) < len(list(own.expert.children())):
         return
 
     def choose() -> Tensor | None:
@@ -144,8 +125,8 @@ def _orders(task: BlockTask, found: list[Channels], weights: list[Tensor] | None
     """The best order of the channels of each, from the first batch of this process."""
     squares: dict[str, Tensor] = {}
 
-    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        rows = entering.flatten(0, -2).float().square()
+    def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
+        rows = x.flatten(0, -2).float().square()
         squares[linear.name] = rows.mean(0) if weights is None else (rows * weights[0].reshape(-1, 1)).mean(0)
 
     with watch([channels.reader for channels in found], see):
@@ -156,9 +137,6 @@ def _orders(task: BlockTask, found: list[Channels], weights: list[Tensor] | None
         assert isinstance(pattern, NM)
         orders.append(channels.best_order(pattern, squares[channels.reader.name]))
     return orders
-
-
-# ------------------------------------------------------------------------------------------------------------ structure
 
 
 def find_channels(task: BlockTask) -> list[Channels]:
@@ -194,9 +172,9 @@ def _groups(task: BlockTask) -> list[list[LinearView]]:
     grouping = InputGroups()
     tokens = task.stream.hidden[0].shape[1]
 
-    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        if entering.shape[:-1].numel() == tokens:
-            grouping.add(linear, entering)
+    def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
+        if x.shape[:-1].numel() == tokens:
+            grouping.add(linear, x)
 
     with watch(without_experts(task.stream.chain.linears(task.index)), see):
         task.stream.run_window(task.index)
@@ -265,20 +243,18 @@ def _outputs(task: BlockTask, reader: LinearView) -> list[Tensor]:
     Some models let later blocks read the keys and values of earlier ones, which the block puts into its arguments.
     """
     seen: list[Tensor] = []
-    with watch([reader], lambda linear, entering, leaving: seen.append(leaving.clone())):
-        leaving = task.stream.run_window(task.index)
+    with watch([reader], lambda linear, x, y: seen.append(y.clone())):
+        output = task.stream.run_window(task.index)
     call = task.stream.call_of_window(task.index)
-    return [*seen, leaving, *(tensor.clone() for tensor in _inside((call.args, call.kwargs)))]
+    return [*seen, output, *(tensor.clone() for tensor in _inside((call.args, call.kwargs)))]
 
 
-def _inside(value: Any) -> Iterator[Tensor]:
+def _inside(value: Any) -> list[Tensor]:
     """The tensors of real numbers in nested containers."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _inside(each)
+        return [value] if value.is_floating_point() else []
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _inside(item)]
 
 
 def _index(length: int, places: Tensor, order: Tensor) -> Tensor:
@@ -288,35 +264,23 @@ def _index(length: int, places: Tensor, order: Tensor) -> Tensor:
     return index
 
 
-# --------------------------------------------------------------------------------------------------------------- choice
-
-
 def spread(scores: Tensor, pattern: NM) -> Tensor:
-    """An order of the inputs, ``(inputs,)``, in which N:M keeps a larger sum of scores.
+    """An order of the inputs, ``(inputs,)``, in which N:M keeps a larger sum of scores ``(out, in)``.
 
     It starts with the inputs dealt by their mean score. With many groups, they exchange members within parts of at most
     :data:`GROUPS` groups that are alike in their scores.
-
-    Args:
-        scores: of each weight, ``(out, in)``; m divides the inputs.
-        pattern: N:M.
     """
     groups = scores.shape[1] // pattern.m
     dealt = scores.mean(0).argsort(descending=True, stable=True).view(pattern.m, groups).T  # (groups, m)
     parts = -(-groups // GROUPS)
     ordered = [_exchanged(scores, dealt[part::parts], pattern) for part in range(parts)]
     natural = torch.arange(scores.shape[1], device=scores.device).view(groups, pattern.m)
-    return max(natural, torch.cat(ordered), key=_kept_by(scores, pattern)).reshape(-1)
-
-
-def _kept_by(scores: Tensor, pattern: NM) -> Callable[[Tensor], float]:
-    """The sum of kept scores, as a function of the members of groups."""
 
     def kept(members: Tensor) -> float:
         pieces = (part[:, members].topk(pattern.n, dim=-1).values for part in scores.split(64))
         return sum(float(piece.double().sum()) for piece in pieces)
 
-    return kept
+    return max(natural, torch.cat(ordered), key=kept).reshape(-1)
 
 
 def _exchanged(scores: Tensor, members: Tensor, pattern: NM) -> Tensor:
