@@ -102,17 +102,17 @@ def session() -> Iterator[None]:
     _failures = None
 
 
-def claims_failure() -> bool:
+def claims_failure(*, alone: bool = True) -> bool:
     """Whether this process is the first to fail; only that one reports its error.
 
-    The others fail because of it, or for the same reason.
+    The others fail because of it, or for the same reason. ``alone`` is the answer where the count is gone.
     """
     if _failures is None:
         return int(os.environ.get("RANK", "0")) == 0 if launched() > 1 else True
     try:
         return int(_failures.add("count", 1)) == 1
-    except RuntimeError:  # the process with the count was killed and reported nothing
-        return True
+    except RuntimeError:
+        return alone
 
 
 def await_other_failures() -> None:

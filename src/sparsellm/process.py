@@ -90,7 +90,8 @@ def _say_why(first: str, *more: str) -> None:
     if count() > 1:
         from sparsellm import parallel
 
-        if not parallel.claims_failure():
+        # A process with the count that was killed has reported nothing; one that a signal stopped has.
+        if not parallel.claims_failure(alone=interrupts.received() is None):
             return
         first = f"process {parallel.rank()} of {parallel.launched()}: {first}"
     for line in (first, *more):
@@ -114,7 +115,7 @@ def _leave_the_others(code: int) -> None:
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    if code:
+    if code and interrupts.received() is None:  # the others may wait for this process until it is gone
         from sparsellm import parallel
 
         parallel.await_other_failures()
