@@ -200,7 +200,7 @@ def compare(
     )
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    shared, dense = dict[Hashable, Any](), api.Dense(model)
+    shared, dense = dict[Hashable, object](), api.Dense(model)
     for number, cell in enumerate(cells):
         if cell.name in known:
             continue

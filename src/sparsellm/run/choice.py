@@ -38,10 +38,7 @@ class Effort:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Effort:
-        """The sweep that a recipe asks for.
-
-        More sets cost a forward pass each and gain most where a sweep follows, whose share of the time grows with its
-        passes.
+        """The sweep that a recipe asks for. More sets cost a forward pass each and gain most where a sweep follows.
 
         Raises:
             RecipeError: the method has no sweep and the recipe sets one, or two stages have too few passes.
@@ -123,18 +120,14 @@ class Choice:
         Raises:
             RecipeError: the method or an option runs in one process only, or there are fewer windows than processes.
         """
-        size, name = parallel.size(), self.method.name
+        size, name, option = parallel.size(), self.method.name, self.needs.one_process
         if size == 1:
             return
+        alone = f"runs in one process, not in {size};"
         if not self.method.distributed:
-            raise RecipeError(f"method {name} runs in one process, not in {size}; start it without torchrun")
-        if self.needs.one_process:
-            raise RecipeError(
-                f"option {self.needs.one_process} of {name} runs in one process, not in {size}; leave it out, or "
-                "start without torchrun"
-            )
+            raise RecipeError(f"method {name} {alone} start it without torchrun")
+        if option:
+            raise RecipeError(f"option {option} of {name} {alone} leave it out, or start without torchrun")
         if samples < size:
-            raise RecipeError(
-                f"{samples} calibration windows cannot be divided among {size} processes; "
-                f"ask for {size} samples or more, or start fewer processes"
-            )
+            why = f"{samples} calibration windows cannot be divided among {size} processes"
+            raise RecipeError(f"{why}; ask for {size} samples or more, or start fewer processes")

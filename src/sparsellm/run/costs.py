@@ -19,10 +19,8 @@ from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
 DISK = 1e9  # bytes read, checked or written in a second
 MEMORY = 5e9  # bytes of parameters and moments that a step of Adam moves in a second
 BUSY = 0.5  # the share of a large product's speed that a block reaches
-PASSES = 2  # of a block over all tokens while it is pruned: each linear runs for statistics, and for the outputs
-REPEATED = (
-    3.3  # the same where pruned sublayers run again for each later group of linears: q, k, v five times, down twice
-)
+PASSES = 2  # of a block over all tokens while it is pruned: for statistics, and for the outputs
+REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
 BACKWARD = 3  # passes that a backward pass costs: the block again, and twice that for the gradients
 SALIENCY = 3  # passes that the squared gradients of the weights cost
 WRITING = 10  # passes that a token costs which the model writes itself
@@ -42,14 +40,13 @@ def predicted_seconds(
     """Seconds of each phase after the model is opened, by the names of the phases in events.
 
     Args:
-        chain: the model; nothing need be loaded.
-        choice: method and allocation.
-        tokens: of the calibration windows of this process.
-        seq_len: tokens in a window.
-        finished: blocks that an earlier start has pruned; it has chosen the sparsities, too.
-        written: tokens of all processes' windows that the model writes itself; the first process writes them.
+        chain: the model, nothing loaded.
+        choice: method, allocation and sweep.
+        tokens: tokens of the calibration windows of this process, in windows of ``seq_len``.
+        finished: blocks that an earlier process has pruned; it has chosen the sparsities, too.
+        written: tokens that the model writes itself.
         kept: whether there is memory for the outputs of pruned sublayers.
-        swept: tokens of all sweeps; None for those of new windows.
+        swept: tokens of all passes of the sweep; None for those of new windows.
     """
     sizes = [(linear.in_features, linear.out_features) for linear in chain.linears(0)]
     config, speed = chain.config.get_text_config(), _speed(chain.device)
@@ -79,12 +76,8 @@ def predicted_seconds(
 
 
 def walked_passes(choice: Choice, *, kept: bool) -> float:
-    """Passes of a block over all tokens in the walk.
-
-    Args:
-        choice: method and allocation.
-        kept: whether the outputs of pruned sublayers are kept (:mod:`sparsellm.chain.shortcuts`).
-    """
+    """Passes of a block over all tokens in the walk, where outputs of pruned sublayers are kept or not
+    (:mod:`sparsellm.chain.shortcuts`)."""
     again = choice.method.workspace.writers > 0 and not kept
     return (REPEATED if again else PASSES) + choice.effort.sets - 1
 

@@ -26,13 +26,11 @@ _SHOWN = 6  # kinds of matrices that a warning names
 
 @dataclass(frozen=True)
 class MatrixZeros:
-    """Zeros of one matrix in the blocks of a checkpoint.
+    """Zeros of one matrix in block ``block`` of a checkpoint.
 
     Attributes:
-        name: of the linear, or of the parameter if no linear owns it.
-        block: the number of its block.
+        name: the name of the linear, or of the parameter if no linear owns it.
         shape: ``(out, in)`` of a linear; else as the parameter is stored.
-        zeros: weights that are zero.
         patterns: the strictest N:4 and N:8 that a linear satisfies, without the one that follows from the other (4:8
             from 2:4); empty for other matrices.
         linear: whether it is the weight of a linear; other matrices are not pruned.
@@ -81,38 +79,27 @@ def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
 def left_dense(
     chain: Chain, recipe: Recipe, pruned: Iterable[LinearResult], shards: Sequence[Path] = ()
 ) -> list[DenseMatrix]:
-    """Every matrix of the blocks that is not among the pruned linears, with its zeros.
-
-    Args:
-        chain: the pruned model.
-        recipe: for ``exclude``, ``only`` and ``allow_dense``.
-        pruned: the results of the pruned linears.
-        shards: the files of the written blocks, one each; empty for a model in memory.
-    """
+    """Every matrix of the blocks of a pruned model that is not among the pruned linears, with its zeros. ``shards`` are
+    the files of the written blocks; empty for a model in memory."""
     done = {result.name for result in pruned}
     everything = all_matrices(chain)
     kept = [matrix for matrix in everything if matrix.linear is None or matrix.linear.name not in done]
     reasons = _reasons(everything, recipe, chain.gates)
-    dense = []
-    reader: CheckpointReader | None = None
-    block = -1
-    for matrix in kept:
-        if shards and matrix.block != block:
-            block = matrix.block
-            reader = CheckpointReader(shards[block].parent, [shards[block]])
-        zeros = count_zeros(chain.parameter(matrix.name, reader))
-        kind = kind_of(chain, matrix.label, matrix.block)
-        dense.append(
-            DenseMatrix(
-                name=matrix.label,
-                block=matrix.block,
-                shape=matrix.shape,
-                zeros=zeros,
-                reason=reasons[matrix.name],
-                kind=kind,
-            )
+    readers = {
+        block: CheckpointReader(shards[block].parent, [shards[block]])
+        for block in {matrix.block for matrix in kept if shards}
+    }
+    return [
+        DenseMatrix(
+            name=matrix.label,
+            block=matrix.block,
+            shape=matrix.shape,
+            zeros=count_zeros(chain.parameter(matrix.name, readers.get(matrix.block))),
+            reason=reasons[matrix.name],
+            kind=kind_of(chain, matrix.label, matrix.block),
         )
-    return dense
+        for matrix in kept
+    ]
 
 
 def _reasons(matrices: Sequence[BlockMatrix], recipe: Recipe, gates: set[str]) -> dict[str, Reason]:
@@ -141,10 +128,9 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
     names = [linear.name for linear in linears if UNREACHED in linear.notes]
     if not names:
         return []
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return [
         f"no calibration token reached {len(names)} of {len(linears)} linears, which were pruned by magnitude: "
-        f"{', '.join(names[:_SHOWN])}{more}; if these are experts, more calibration samples may reach them"
+        f"{_first_of(names)}; if these are experts, more calibration samples may reach them"
     ]
 
 
@@ -154,24 +140,18 @@ def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:
     few = sorted((count, name) for name, count in tokens.items() if count < least)
     if not few:
         return []
-    more = f" and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""
-    listed = ", ".join(f"{name} ({count})" for count, name in few[:_SHOWN])
+    said = _first_of([f"{name} ({count})" for count, name in few])
     return [
         f"fewer than {least} calibration tokens were routed to {len(few)} of {len(tokens)} experts, which were pruned "
-        f"mostly by the statistics of all tokens: {listed}{more}; more calibration samples may reach them"
+        f"mostly by the statistics of all tokens: {said}; more calibration samples may reach them"
     ]
 
 
 def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], asked: float) -> list[str]:
     """A warning if the sparsity over every matrix of the blocks is below the requested one; else empty.
 
-    Rounding may leave each matrix one zero short, which is no shortfall. The warning names the matrices that stayed
-    dense, largest first, each kind once, and the linears with too few zeros.
-
-    Args:
-        linears: the results of the pruned linears.
-        dense: the matrices that were not pruned.
-        asked: the recipe's sparsity.
+    Rounding may leave each matrix one zero short. The warning names the matrices that stayed dense, largest first, each
+    kind once, and the linears with too few zeros.
     """
     whole = Totals.of([*linears, *dense])
     if asked * whole.weights - whole.zeros <= len(linears) + len(dense):
@@ -189,11 +169,15 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
         for linear in linears
         if linear.asked * math.prod(linear.shape) - linear.zeros > 1
     ]
-    more = f"; and {len(causes) - _SHOWN} more" if len(causes) > _SHOWN else ""
     return [
         f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; "
-        f"left dense: {'; '.join(causes[:_SHOWN])}{more}"
+        f"left dense: {_first_of(causes, '; ')}"
     ]
+
+
+def _first_of(names: Sequence[str], between: str = ", ") -> str:
+    more = f"{between.rstrip(', ')} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return between.join(names[:_SHOWN]) + more
 
 
 # ---------------------------------------------------------------------- histograms of magnitudes
@@ -207,11 +191,8 @@ Magnitudes = dict[str, dict[str, Counts]]  # by kind of linear: ``before`` and `
 
 @torch.no_grad()
 def magnitudes(weight: Tensor) -> Counts:
-    """The number of nonzero weights in each of :data:`BINS` bins of ``log2 |w|``.
-
-    Bins that do not depend on the weights can be added up over linears, and over the starts of a resumed run. Of a
-    large weight, evenly spaced rows are counted.
-    """
+    """The number of nonzero weights, in evenly spaced rows if there are many, in each of :data:`BINS` bins of
+    ``log2 |w|``, which do not depend on the weights: so counts add up over linears."""
     rows = weight.detach()[:: max(1, -(-weight.numel() // _MOST))]
     values = rows.float().abs()
     powers = values[values > 0].log2().clamp(LOWEST, HIGHEST)

@@ -56,11 +56,9 @@ def open_models(
     whole: bool,
     trust: bool,
 ) -> Opened:
-    """Opens the model and its teacher.
+    """Opens the model and its teacher, as in :func:`sparsellm.prune`.
 
     Args:
-        model, teacher, tokenizer: as in :func:`sparsellm.prune`.
-        recipe: for device, dtype and products.
         text: whether the calibration is a text, which needs a tokenizer.
         whole: whether the model is pruned in memory.
         trust: whether modelling code of the checkpoint may run.
@@ -90,14 +88,8 @@ def open_models(
 def open_model(
     model: Model, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
 ) -> tuple[Chain, PreTrainedModel | None]:
-    """A chain over a model, and the model itself if it is in memory.
-
-    Args:
-        model: as in :func:`sparsellm.prune`.
-        directory: the directory of its checkpoint; None for a model given as an object.
-        recipe: for device, dtype and products.
-        trust: whether modelling code of the checkpoint may run.
-        whole: load the whole checkpoint into memory.
+    """A chain over a model, or over its checkpoint in ``directory``, which is loaded if it is wanted ``whole``; and the
+    model itself if it is in memory.
 
     Raises:
         RecipeError: the recipe sets device or dtype for a model that is in memory already.

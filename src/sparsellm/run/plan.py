@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -44,24 +44,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Before:
-    """A run on whose result this one goes on; the result reports both as one.
-
-    Attributes:
-        recipe: the recipe of both together.
-        record: what the result reports of the first.
-    """
-
-    recipe: Recipe
-    record: EarlierStage
-
-    @property
-    def passes(self) -> int:
-        """The passes of its sweep."""
-        return max(0, len(self.record.sweeps) - 1)
-
-
-@dataclass(frozen=True)
 class Request:
     """The arguments of :func:`sparsellm.prune`, documented there, and:
 
@@ -69,7 +51,7 @@ class Request:
         name: the model's name in reports, in place of the one that it was given by.
         shared: results that several requests of one process share, see :meth:`once`.
         first: whether this run is the first of two stages.
-        before: the first stage, if this run is the second.
+        before: the report of the first stage, if this run is the second; ``whole`` is then the recipe of both.
         copies: copies of the checkpoint that the disk must have room for; None for those of this run.
     """
 
@@ -83,9 +65,10 @@ class Request:
     trust_remote_code: bool = False
     teacher: str | os.PathLike[str] | None = None
     name: str = ""
-    shared: dict[Hashable, Any] = field(default_factory=dict)
+    shared: dict[Hashable, object] = field(default_factory=dict)
     first: bool = False
-    before: Before | None = None
+    before: EarlierStage | None = None
+    whole: Recipe | None = None
     copies: int | None = None
 
     @property
@@ -93,12 +76,16 @@ class Request:
         """The dense model: the teacher if there is one, else the model itself."""
         return self.model if self.teacher is None else self.teacher
 
+    @property
+    def passes_before(self) -> int:
+        """Passes of the sweep of the first stage, whose windows the second does not take again."""
+        return len(self.before.sweeps) - 1 if self.before is not None and self.before.sweeps else 0
+
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of ``make``, computed once for the same key in all requests that share."""
         if key not in self.shared:
             self.shared[key] = make()
-        value: T = self.shared[key]
-        return value
+        return cast(T, self.shared[key])
 
     def destination(self, sources: Iterable[Path] = (), need_bytes: int = 0) -> Path | None:
         """The directory of the result, resolved and checked by the first process; None if the result stays in memory.
@@ -117,13 +104,10 @@ class Plan:
     """A run that has been checked and can start.
 
     Attributes:
-        request: the arguments.
-        recipe: with the actual number and length of the calibration windows.
-        choice: method, allocation and sweep.
+        recipe: the recipe with the actual number and length of the calibration windows.
         out: the directory to write, absolute and without links; None for a model that is pruned in memory only.
-        model: the opened model.
-        windows: the calibration windows.
         memory: the predicted memory of this process.
+        disk_bytes: disk space for the checkpoint, the blocks of the walk and hidden states.
         identity: everything that the bits of the result depend on.
         warnings: messages for the user.
     """
@@ -135,6 +119,7 @@ class Plan:
     model: Opened
     windows: Windows
     memory: Memory
+    disk_bytes: int
     identity: Identity
     warnings: tuple[str, ...]
 
@@ -148,31 +133,15 @@ class Plan:
         """Passes of the sweep."""
         return self.choice.effort.passes
 
-    @property
-    def passes_before(self) -> int:
-        """Passes of an earlier stage."""
-        return self.request.before.passes if self.request.before is not None else 0
-
     @cached_property
     def sweep_windows(self) -> list[Tensor]:
         """This process's windows of each pass, those of an earlier stage first."""
-        return self.windows.swept(self.passes_before + self.passes)
+        return self.windows.swept(self.request.passes_before + self.passes)
 
     @property
     def trains_integers(self) -> bool:
         """Whether a sweep trains values that are rounded when a block runs."""
         return self.recipe.values != "keep" and self.passes > 0
-
-    @property
-    def disk_bytes(self) -> int:
-        """Disk space for checkpoint, walk and hidden states."""
-        hidden = int(parallel.total(self.memory.hidden_on_disk_bytes))
-        return _copies(self.request, self.choice) * checkpoint_bytes(self.chain) + hidden
-
-    @property
-    def gradient_windows(self) -> Tensor:
-        """The windows for the gradients of the dense model's loss."""
-        return _gradient_windows(self.choice, self.windows)
 
 
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
@@ -224,19 +193,19 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         digests = parallel.from_main(partial(weight_digests, chain, progress))
         if chain.reader is not None:
             chain.reader.expect(digests)  # later reads are compared with them
-        started = _start_of(model, request.before, progress)
+        started = _start_of(model, request, progress)
         warnings += [each for each in (chain.unused(), _already_pruned(model)) if each is not None]
-    identity = parallel.from_main(partial(_identity, request, recipe, choice, model, windows, digests, started))
-    return Plan(request, recipe, choice, out, model, windows, memory, identity, tuple(warnings))
+    made = partial(_identity, request, recipe, choice, model, windows, model_fingerprint(chain, digests), started)
+    disk_bytes = _copies(request, choice) * checkpoint_bytes(chain) + int(parallel.total(memory.hidden_on_disk_bytes))
+    identity = parallel.from_main(made)
+    return Plan(request, recipe, choice, out, model, windows, memory, disk_bytes, identity, tuple(warnings))
 
 
 def _windows(request: Request, choice: Choice, model: Opened, progress: ProgressCallback) -> Windows:
     """The calibration windows, read by the first process; before that, the prediction of the phases."""
     recipe, chain, effort = request.recipe, model.chain, choice.effort
     # The sweep takes new windows, on which the dense model runs: a model in memory is not dense any more.
-    passes = effort.passes if chain.reader is not None else 0
-    if passes and request.before is not None:
-        passes += request.before.passes
+    passes = effort.passes + request.passes_before if effort.passes and chain.reader is not None else 0
     seq_len = recipe.seq_len or default_seq_len(chain)
     drawn = effort.sets * recipe.samples + passes * windows_of_pass(recipe.samples)
     written = drawn * seq_len if recipe.calibration == "self" else 0
@@ -258,7 +227,8 @@ def _copies(request: Request, choice: Choice) -> int:
     return request.copies if request.copies is not None else 2 if choice.effort.passes else 1
 
 
-def _gradient_windows(choice: Choice, windows: Windows) -> Tensor:
+def gradient_windows(choice: Choice, windows: Windows) -> Tensor:
+    """The windows for the gradients of the dense model's loss."""
     tokens = choice.allocation_needs.gradient_tokens or TOKENS
     return windows.first[: max(LEAST_WINDOWS, windows_of(tokens, windows.first.shape[1]))]
 
@@ -267,7 +237,6 @@ def _demand(request: Request, choice: Choice, chain: Chain, windows: Windows, jo
     """The memory demand of this process; the first one also surveys the dense model, unless the journal knows what an
     earlier start of the run found."""
     samples, seq_len = windows.first.shape
-    before = request.before.passes if request.before is not None else 0
     surveyed = gradient_tokens = 0
     if parallel.is_main():
         allocates = choice.allocates and not journal.knows(ALLOCATION)
@@ -277,7 +246,7 @@ def _demand(request: Request, choice: Choice, chain: Chain, windows: Windows, jo
         if (allocates and choice.allocation_needs.gradient_tokens) or (
             choice.needs.output_costs and not journal.knows(OUTPUT_COSTS)
         ):
-            gradient_tokens = _gradient_windows(choice, windows).numel()
+            gradient_tokens = gradient_windows(choice, windows).numel()
     passes = choice.effort.passes
     return Demand(
         samples=max(surveyed, len(windows.own[0]), gradient_tokens // seq_len),
@@ -287,19 +256,19 @@ def _demand(request: Request, choice: Choice, chain: Chain, windows: Windows, jo
         gradient_tokens=gradient_tokens,
         sets=len(windows.sets),
         swept=passes > 0,
-        fresh=len(windows.swept(before + passes)) > 1,
+        fresh=len(windows.swept(request.passes_before + passes)) > 1,
         unrounded=request.recipe.values != "keep" and passes > 0,
     )
 
 
-def _start_of(model: Opened, before: Before | None, progress: ProgressCallback) -> str:
+def _start_of(model: Opened, request: Request, progress: ProgressCallback) -> str:
     """The digest of the weights to prune, which later reads are compared with; "" if they are the dense model's."""
     if model.start is None:
         return ""
     digests = parallel.from_main(partial(weight_digests, model.start, progress))
     model.start.expect(digests)
     check_outside(model.chain, model.start)
-    swept = f" after {before.passes} passes" if before is not None else ""
+    swept = f" after {request.passes_before} passes" if request.before is not None else ""
     return start_fingerprint(model.start, digests) + swept
 
 
@@ -319,13 +288,7 @@ def _already_pruned(model: Opened) -> str | None:
 
 
 def _identity(
-    request: Request,
-    recipe: Recipe,
-    choice: Choice,
-    model: Opened,
-    windows: Windows,
-    digests: dict[str, str],
-    started: str,
+    request: Request, recipe: Recipe, choice: Choice, model: Opened, windows: Windows, dense: str, started: str
 ) -> Identity:
     settings = {
         **recipe.model_dump(exclude={"memory", "min_tokens_per_expert", "products", "effort", "stages"}),
@@ -341,7 +304,7 @@ def _identity(
     products = ", products in bf16" if model.chain.products is not None else ""
     return Identity(
         settings,
-        model_fingerprint(model.chain, digests),
+        dense,
         tokens_fingerprint(windows.everything),
         f"{model.chain.dtype} on {model.chain.device.type}{products}",
         used,

@@ -37,14 +37,8 @@ from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
 
 @dataclass(frozen=True)
 class Pruned:
-    """What walk and sweep did.
-
-    Attributes:
-        linears: the results of all linears.
-        magnitudes: histograms of their weights, before and after.
-        sweeps: the divergence from the dense model after each pass of the sweep.
-        peak: the peak memory of earlier starts, in bytes.
-    """
+    """What walk and sweep did: the results of all linears, histograms of their weights before and after, the divergence
+    from the dense model after each pass, and the peak memory of earlier processes in bytes."""
 
     linears: list[LinearResult]
     magnitudes: Magnitudes
@@ -73,7 +67,7 @@ def execute(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
         journal.open(plan.identity, plan.disk_bytes)
         finished = journal.finished(progress)
         if request.before is not None:
-            clock.add(request.before.record.seconds)
+            clock.add(request.before.seconds)
         for record in finished:
             clock.add(record.seconds)
         predicted = _predicted(plan, len(finished))
@@ -201,7 +195,7 @@ def _sweep(
                 saved=saved,
                 fresh=others,
                 integers=integers_of(plan, linears),
-                swept=plan.passes_before,
+                swept=plan.request.passes_before,
             )
         )
     if dense is not None:
@@ -232,8 +226,8 @@ def _result(
     warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, plan.recipe.sparsity)
     recipe, peak = plan.recipe, max(heap.peak_rss(), pruned.peak)
     if before is not None:
-        recipe = before.recipe.updated(samples=recipe.samples, seq_len=recipe.seq_len)
-        peak = max(peak, before.record.peak_rss_bytes)
+        recipe = (plan.request.whole or recipe).updated(samples=recipe.samples, seq_len=recipe.seq_len)
+        peak = max(peak, before.peak_rss_bytes)
     return PruneResult(
         path=plan.out,
         model=plan.model.in_memory,
@@ -258,7 +252,7 @@ def _result(
         base=_base(plan),
         peaks_bytes=clock.peaks,
         magnitudes=pruned.magnitudes,
-        stages=[before.record] if before is not None else [],
+        stages=[before] if before is not None else [],
         identity=plan.identity.to_dict(),
     )
 

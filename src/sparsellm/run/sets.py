@@ -89,17 +89,8 @@ def read_windows(
     passes: int,
     progress: ProgressCallback,
 ) -> Windows:
-    """Windows of a text, for up to ``sets`` sets and ``passes`` passes as far as the text has room.
-
-    Args:
-        text: the text, or the name of its source.
-        chain: the dense model, which writes the text itself if the recipe says so.
-        recipe: for the number and length of windows, BOS, and the seed.
-        directory: the directory of the dense model; None for a model in memory.
-        tokenizer: the model's.
-        sets: sets for the statistics, at least one.
-        passes: passes of the sweep.
-        progress: called while the model writes.
+    """Windows of a text, or of the one that the dense model writes if the recipe says so: ``sets`` sets for the
+    statistics and further ones for ``passes`` passes, as far as the text has room.
 
     Raises:
         DataError: there is no tokenizer, or the text is too short for one set.
@@ -139,14 +130,8 @@ def windows_of_pass(samples: int) -> int:
 
 
 def _cut(windows: Tensor, lead: int | None) -> Tensor:
-    """Windows cut to the tokens of a step of the sweep; the rest at their ends is dropped.
-
-    Args:
-        windows: token ids ``(windows, seq)``.
-        lead: the id that every part begins with, in place of its first token; None for none.
-
-    Returns:
-        ``(more windows, STEP_TOKENS)``, or the windows if they are less than two steps long.
+    """Windows ``(windows, seq)`` cut to ``(more windows, STEP_TOKENS)``, unless they are less than two steps long; the
+    rest at their ends is dropped. Each part begins with the id ``lead``, if there is one, in place of its first token.
     """
     parts = windows.shape[1] // STEP_TOKENS
     if parts < 2:

@@ -23,7 +23,8 @@ from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallbac
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, EarlierStage, Pruning, read_pruning
 from sparsellm.run.choice import Effort
-from sparsellm.run.plan import Before, Request, make_plan
+from sparsellm.run.memory import checkpoint_bytes
+from sparsellm.run.plan import Request, make_plan
 from sparsellm.run.prune import execute, prune
 from sparsellm.run.result import PruneResult
 from sparsellm.storage.destination import partial_of, stage_of
@@ -33,6 +34,7 @@ PAYS = 0.8  # sparsity from which two stages pay, unstructured, with LEAST_PASSE
 LEAST_PASSES = 3
 DENSITY = 1.5  # weights that the first stage keeps / weights that the second keeps: 70 % on the way to 80 %
 SHARE = 1 / 3  # of the passes in the first stage; at least one in each
+COPIES = 3  # of the checkpoint on the disk at once: the result of the first stage, walk and sweep of the second
 
 
 def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
@@ -62,20 +64,21 @@ def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> Pr
     parts = [(recipe, Effort.of(recipe).passes) for recipe in recipes]
     said = ", then ".join(f"{recipe.sparsity:.0%} with {passes} sweeps" for recipe, passes in parts)
     progress(Progress(NOTE, 1, 1, f"two stages: {said}"))
-    # The disk must have room for the first result, and for walk and sweep of the second.
-    first = replace(request, recipe=recipes[0], out=place, first=True, overwrite=finished, copies=0 if finished else 3)
+    copies = 0 if finished else COPIES
+    first = replace(request, recipe=recipes[0], out=place, first=True, overwrite=finished, copies=copies)
     tell = partial(_tell, progress, 1, parts[1][1] / parts[0][1])
     plan = make_plan(first, clock, tell)
     if request.restart:
         parallel.from_main(partial(_clear, place, out))
     if request.restart or not finished:
-        execute(replace(plan, request=replace(first, copies=3)), clock, tell)
-    elif changed := differences(_stage(place).identity, plan.identity.to_dict()):
+        more = (COPIES - copies) * checkpoint_bytes(plan.chain)
+        execute(replace(plan, disk_bytes=plan.disk_bytes + more), clock, tell)
+    elif changed := differences(read_pruning(place).identity, plan.identity.to_dict()):
         raise _another(place, "; ".join(changed[:4]))
     else:
         progress(Progress(NOTE, 1, 1, f"going on from the first stage in {place}"))
-    before = Before(request.recipe, _earlier(parallel.from_main(partial(_stage, place))))
-    second = replace(request, recipe=recipes[1], model=place, teacher=dense, before=before)
+    before = _earlier(parallel.from_main(partial(read_pruning, place)))
+    second = replace(request, recipe=recipes[1], model=place, teacher=dense, before=before, whole=request.recipe)
     result = prune(second, partial(_tell, progress, 2, 1.0))
     parallel.from_main(partial(_remove, place))
     return result
@@ -140,12 +143,6 @@ def _report(place: Path) -> Pruning | None:
     except StorageError:  # there is none, or no run of ours wrote it
         return None
     return report if _is_first(report.identity) else None
-
-
-def _stage(place: Path) -> Pruning:
-    report = _report(place)
-    assert report is not None
-    return report
 
 
 def _earlier(report: Pruning) -> EarlierStage:

@@ -15,20 +15,15 @@ from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.journal import Journal
-from sparsellm.run.plan import Plan
+from sparsellm.run.plan import Plan, gradient_windows
 from sparsellm.run.zeros import patterns_of, sizes_of
 from sparsellm.sweep.saliency import LossGradients, loss_gradients
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the walk aims at.
-
-    Attributes:
-        patterns: the pattern of each linear that is pruned, by name.
-        costs: ``E[g_i²]`` of the outputs of each linear, by name; empty if the method needs none.
-        allocation: the zeros that an allocation chose; None for uniform ones.
-    """
+    """What the walk aims at: by the name of a linear, its pattern and ``E[g_i²]`` of its outputs (empty if the method
+    needs none); and the zeros that an allocation chose (None for uniform ones)."""
 
     patterns: dict[str, Pattern]
     costs: dict[str, Tensor]
@@ -42,7 +37,7 @@ def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseC
         plan: the plan of the run.
         feed: the calibration windows of all processes.
         journal: keeps what the survey finds.
-        walked: whether all blocks are pruned already, so that output costs are of no use.
+        walked: whether all blocks are pruned already, so that output costs are not needed.
         clock: counts the seconds.
     """
     choice, sizes = plan.choice, sizes_of(plan.chain, plan.recipe)
@@ -54,7 +49,7 @@ def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseC
     gradients: LossGradients | None = None
     if saliency or costs is None:
         with clock.phase("gradients"):
-            gradients = _gradients(plan, replace(feed, windows=plan.gradient_windows), sizes, saliency)
+            gradients = _gradients(plan, replace(feed, windows=gradient_windows(choice, plan.windows)), sizes, saliency)
         if choice.needs.output_costs:
             costs = gradients.output_squares
             journal.keep_output_costs(costs)  # first: a saved allocation implies saved costs

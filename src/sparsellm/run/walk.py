@@ -38,9 +38,8 @@ def walk(
     clock: PhaseClock,
     progress: ProgressCallback,
 ) -> Iterator[BlockResult]:
-    """Prunes block after block, each on the outputs of the pruned blocks before it.
-
-    Yields the result of each block while it is loaded with the weights to be written.
+    """Prunes block after block from ``begin`` on, each on the outputs of the pruned blocks before it; yields the result
+    of each while it is loaded with the weights to be written.
 
     Args:
         plan: the plan of the run.
@@ -125,14 +124,8 @@ def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
 def replay(
     streams: Sequence[Stream], index: int, weights: CheckpointReader | None, integers: Integers | None = None
 ) -> None:
-    """Advances streams through a block that was pruned before, which is read once.
-
-    Args:
-        streams: the inputs of the block; afterwards, its outputs.
-        index: the number of the block.
-        weights: the shard of the pruned block; None for the dense one.
-        integers: the linears that are rounded in memory, while the shard has the values that a sweep goes on from.
-    """
+    """Advances streams through block ``index``, read from the shard of the pruned block, or the dense one if that is
+    None. ``integers`` are rounded in memory, while the shard has the values that a sweep goes on from."""
     chain = streams[0].chain
     with chain.block(index, weights):
         if integers is not None:

@@ -15,13 +15,7 @@ from sparsellm.recipe import Recipe
 
 
 def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> dict[str, Pattern]:
-    """The pattern of every linear that will be pruned, by name.
-
-    Args:
-        chain: the model.
-        recipe: for the pattern, ``exclude``, ``allow_dense``, ``only`` and ``sparsity_of``.
-        allocation: the zeros of each linear; None for the recipe's pattern in every linear that ``sparsity_of`` does
-            not name.
+    """The pattern of every linear that will be pruned, by name: with the zeros of an allocation, or that of the recipe.
 
     Raises:
         RecipeError: the pattern does not fit a weight, no linear is left to prune, or ``sparsity_of`` does not go with
