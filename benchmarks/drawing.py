@@ -78,11 +78,11 @@ def polyline(line: Line) -> str:
 
 def lower_left(points: list[Point]) -> list[Point]:
     """The points that no other point beats in both values, by the first."""
-    found: list[Point] = []
-    for point in sorted(points, key=lambda each: (each[2], each[3])):
-        if not found or point[3] < found[-1][3]:
-            found.append(point)
-    return found
+    front: list[Point] = []
+    for point in sorted(points, key=lambda item: (item[2], item[3])):
+        if not front or point[3] < front[-1][3]:
+            front.append(point)
+    return front
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -208,7 +208,7 @@ def all_tried(kinds: Sequence[str], arguments: argparse.Namespace) -> Iterator[T
             process.start()
             sender.close()
             running[receiver] = left.pop(0), process
-        for receiver in [each for each in wait(list(running)) if isinstance(each, Connection)]:
+        for receiver in [item for item in wait(list(running)) if isinstance(item, Connection)]:
             kind, process = running.pop(receiver)
             try:
                 tried: Tried = receiver.recv()
@@ -293,9 +293,9 @@ def faults(
         return f"sparsity {result.sparsity_pruned:.2%} of {asked:.2%} in what was pruned"
     if set(CheckpointReader(out)) != set(CheckpointReader(source)):
         return f"other names: {sorted(set(CheckpointReader(out)) ^ set(CheckpointReader(source)))[:3]}"
-    loaded, *found = read(out)
-    if found != info:
-        return f"not read back: missing {sorted(found[0])[:2]}, unexpected {sorted(found[1])[:2]}"
+    loaded, *loading = read(out)
+    if loading != info:
+        return f"not read back: missing {sorted(loading[0])[:2]}, unexpected {sorted(loading[1])[:2]}"
     if asked == 0 and not torch.equal(logits(loaded, ids), dense):
         return "other logits at sparsity 0"
     return ""
@@ -358,7 +358,7 @@ def shrunk(config: PretrainedConfig, variable: dict[str, int], *, explicit: bool
         elif isinstance(value, list) and isinstance(depth, int) and len(value) == depth:
             size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
             few = [value[0], *value[-(LAYERS - 1) :]]
-            changes[name] = [size if isinstance(each, int) and isinstance(size, int) else each for each in few]
+            changes[name] = [size if isinstance(item, int) and isinstance(size, int) else item for item in few]
     for name, value in config.to_dict().items():
         if name in ("pad_token_id", "bos_token_id", "eos_token_id") and isinstance(value, int):
             changes[name] = min(value, 2)
@@ -367,8 +367,8 @@ def shrunk(config: PretrainedConfig, variable: dict[str, int], *, explicit: bool
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = model.eval()(ids, use_cache=False).logits
-    return found
+    loading: torch.Tensor = model.eval()(ids, use_cache=False).logits
+    return loading
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def importance_matrix(directory: Path, windows: Tensor) -> dict[str, Tensor]:
         linear.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs))
     for ids in windows:
         model(ids[None], use_cache=False, logits_to_keep=1)
-    return {name: found / windows.numel() for name, found in sums.items()}
+    return {name: total / windows.numel() for name, total in sums.items()}
 
 
 def quantised_gguf(

@@ -100,17 +100,17 @@ class Bench:
     @cached_property
     def importance(self) -> dict[str, torch.Tensor]:
         """The importance matrix by GGUF name."""
-        found = importance_matrix(self.directory, self.windows)
-        return {called: found[name] for called, name in self.source[1].items() if name in found}
+        result = importance_matrix(self.directory, self.windows)
+        return {called: result[name] for called, name in self.source[1].items() if name in result}
 
     def score(self, model: PreTrainedModel | Path) -> Row:
         asked = self.arguments
-        found = sparsellm.evaluate(
+        result = sparsellm.evaluate(
             model, asked.text, against=self.dense, seq_len=asked.window, max_tokens=asked.max_tokens or None,
             tokenizer=None if isinstance(model, Path) else self.tokenizer,
         )  # fmt: skip
-        assert found.against is not None
-        return {"perplexity": found.value, "kl": found.against.kl, "tokens": found.tokens}
+        assert result.against is not None
+        return {"perplexity": result.value, "kl": result.against.kl, "tokens": result.tokens}
 
     def of_numbers(self, numbers: Numbers) -> Row:
         """The row of a form that is numbers, for linears alone or for more."""
@@ -118,8 +118,8 @@ class Bench:
         stored = sum(numbers.bytes[name] for name in inside)
         # A linear that the tool left alone, and everything else that it does not store, takes 16 bits.
         stored += sum(2 * size for name, size in self.linears.items() if name not in inside)
-        whole = sum(numbers.bytes.values()) + sum(2 * n for name, n in self.sizes.items() if name not in numbers.bytes)
-        row = {"bits": 8 * stored / sum(self.linears.values()), "whole_bytes": whole}
+        total = sum(numbers.bytes.values()) + sum(2 * n for name, n in self.sizes.items() if name not in numbers.bytes)
+        row = {"bits": 8 * stored / sum(self.linears.values()), "whole_bytes": total}
         row |= self.score(with_numbers(self.directory, Numbers(inside, {})))
         if len(inside) < len(numbers.weights):
             row["whole_kl"] = self.score(with_numbers(self.directory, numbers))["kl"]
@@ -155,11 +155,11 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
     bits, scores = 8 * packed.packed_bytes / packed.weights, bench.score(packed.path)
     row = {"bits": bits, "zeros": zeros, **scores, "seconds": seconds}
     try:
-        whole = sparsellm.pack(folder / "pruned", out=folder / "whole", values=values, head="int8")
+        total = sparsellm.pack(folder / "pruned", out=folder / "whole", values=values, head="int8")
     except RecipeError as error:
         print(f"{values}, the head as it is: {error}", flush=True)
         return {**row, "whole_bytes": packed.checkpoint_bytes}
-    return {**row, "whole_bytes": whole.checkpoint_bytes, "whole_kl": bench.score(whole.path)["kl"]}
+    return {**row, "whole_bytes": total.checkpoint_bytes, "whole_kl": bench.score(total.path)["kl"]}
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,10 @@ def print_table(rows: dict[str, Row], front: set[str]) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         zeros = f"{row['zeros']:.1%}" if row.get("zeros", 0) else ""
-        whole = f"{row['whole_kl']:.5f}" if "whole_kl" in row else ""
+        total = f"{row['whole_kl']:.5f}" if "whole_kl" in row else ""
         print(
             f"| {name} | {zeros} | {row['bits']:.2f} | {row['kl']:.5f} | {row['perplexity']:.2f} "
-            f"| {'yes' if name in front else ''} | {row['whole_bytes'] / 1e6:.2f} | {whole} | {row['seconds']:.0f} |"
+            f"| {'yes' if name in front else ''} | {row['whole_bytes'] / 1e6:.2f} | {total} | {row['seconds']:.0f} |"
         )
 
 

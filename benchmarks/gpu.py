@@ -89,7 +89,7 @@ def gemv(arguments: argparse.Namespace) -> None:
         forms = products(out, columns, sparsity, tokens, arguments)
         times = in_turns([product for product, _ in forms.values()], arguments)
         for (name, (_, size)), taken in zip(forms.items(), times, strict=True):
-            ratio = statistics.median(first / own for first, own in zip(times[0], taken, strict=True))
+            ratio = statistics.median(first / second for first, second in zip(times[0], taken, strict=True))
             typical = statistics.median(taken)
             row(
                 f"{out} × {columns}", f"{sparsity:.0%}", str(tokens), name, f"{size / 1e6:.1f}",
@@ -241,8 +241,8 @@ def decode(arguments: argparse.Namespace) -> None:
                 models[f"packed {values}"] = sparsellm.load(Path(folder) / values, device=arguments.device)
             threads = [torch.get_num_threads()]
             rounds = Rounds(threads=threads, new_tokens=arguments.new_tokens, repeats=min(5, arguments.rounds))
-            found = measure(models, rounds)
-        rates = {(speed.model, speed.phase): speed.median for speed in found}
+            speeds = measure(models, rounds)
+        rates = {(speed.model, speed.phase): speed.median for speed in speeds}
         for name, model in models.items():
             row(
                 f"{sparsity:.0%}", name, f"{resident_bytes(model) / 1e6:.0f}", f"{rates[name, 'prefill']:.0f}",

@@ -128,7 +128,7 @@ def llama_cpp(source: Path, kind: str, out: Path, threads: int, window: int) -> 
 
 def forms(arguments: argparse.Namespace) -> dict[str, Callable[[], Form]]:
     directory, out = checkpoint_directory(arguments.model), arguments.out
-    found: dict[str, Callable[[], Form]] = {
+    openers: dict[str, Callable[[], Form]] = {
         "dense fp32": partial(dense, directory, torch.float32),
         "dense bf16": partial(dense, directory, torch.bfloat16),
         "torchao int8, weights only": partial(torchao, directory, 8),
@@ -138,13 +138,13 @@ def forms(arguments: argparse.Namespace) -> dict[str, Callable[[], Form]]:
     if source.suffix == ".gguf":
         for kind in ("as shipped", "Q8_0", "Q4_0"):
             name = source.suffixes[-2].lstrip(".") + " " + kind if kind == "as shipped" else kind
-            found[f"llama.cpp {name}"] = partial(llama_cpp, source, kind, out, arguments.threads, arguments.window)
+            openers[f"llama.cpp {name}"] = partial(llama_cpp, source, kind, out, arguments.threads, arguments.window)
     for pruned in arguments.pruned:
         sparsity, _, where = pruned.partition("=")
         for values in arguments.values:
             path = out / f"packed-{sparsity}-{values}"
-            found[f"packed {float(sparsity):.0%}, {values}"] = partial(packed, Path(where), values, path)
-    return found
+            openers[f"packed {float(sparsity):.0%}, {values}"] = partial(packed, Path(where), values, path)
+    return openers
 
 
 def main() -> None:

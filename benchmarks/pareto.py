@@ -56,8 +56,8 @@ class Tried:
         method = f"{PEER}/{self.method}" if peer else self.method
         key = cell_key(arguments, method, target, arguments.seed, self.settings)
         if arguments.only_known or (peer and not arguments.python):
-            found: Cell | None = cells.known(key)
-            return found
+            result: Cell | None = cells.known(key)
+            return result
 
         def make() -> Cell:
             if peer:
@@ -85,7 +85,7 @@ def tried(arguments: argparse.Namespace) -> list[Tried]:
 def environments(rows: Rows) -> list[str]:
     """What llmcompressor's cells were made with; more than one line if its environment changed between them."""
     versions = [cell["versions"] for cells in rows.values() for cell in cells.values() if "versions" in cell]
-    return sorted({", ".join(f"{name} {value}" for name, value in each.items()) for each in versions})
+    return sorted({", ".join(f"{name} {value}" for name, value in tool.items()) for tool in versions})
 
 
 def goal(target: str) -> str:
@@ -96,9 +96,9 @@ def print_table(rows: Rows, dense: float) -> None:
     print("| target | method | perplexity | ratio | CPU s | CPU time / sparsegpt's | peak memory (GB) |")
     print("|---|---|---|---|---|---|---|")
     for target, cells in rows.items():
-        base = next((cell for each, cell in cells.items() if each.name == "sparsegpt"), None)
-        for each, cell in cells.items():
-            print(f"| {goal(target)} | {each.name} | {columns(cell, base, dense)} |")
+        base = next((cell for tool, cell in cells.items() if tool.name == "sparsegpt"), None)
+        for tool, cell in cells.items():
+            print(f"| {goal(target)} | {tool.name} | {columns(cell, base, dense)} |")
 
 
 def columns(cell: Cell, base: Cell | None, dense: float) -> str:
@@ -113,27 +113,28 @@ def columns(cell: Cell, base: Cell | None, dense: float) -> str:
 
 
 def drawable(cells: dict[Tried, Cell]) -> dict[Tried, Cell]:
-    return {each: cell for each, cell in cells.items() if "failed" not in cell and math.isfinite(cell["perplexity"])}
+    return {tool: cell for tool, cell in cells.items() if "failed" not in cell and math.isfinite(cell["perplexity"])}
 
 
 def below_the_line(rows: Rows) -> list[str]:
     """Where no run of sparsellm at the same target has as low a perplexity as another tool's in as little CPU time."""
-    found = []
+    result = []
     for target, cells in rows.items():
         known = drawable(cells)
-        ours = [cell for each, cell in known.items() if each.series in OURS]
-        for each, cell in known.items():
-            if each.series in OTHERS and not any(
-                own["cpu_seconds"] <= cell["cpu_seconds"] and own["perplexity"] <= cell["perplexity"] for own in ours
+        ours = [cell for tool, cell in known.items() if tool.series in OURS]
+        for tool, cell in known.items():
+            if tool.series in OTHERS and not any(
+                point["cpu_seconds"] <= cell["cpu_seconds"] and point["perplexity"] <= cell["perplexity"]
+                for point in ours
             ):
-                found.append(f"{each.name} at {goal(target)}")
-    return found
+                result.append(f"{tool.name} at {goal(target)}")
+    return result
 
 
 def draw(rows: Rows, title: str, conditions: list[str]) -> str:
     """The SVG, with a panel for each target that has a point."""
     panels = {target: known for target, cells in rows.items() if (known := drawable(cells))}
-    drawn = {each.series for known in panels.values() for each in known}
+    drawn = {tool.series for known in panels.values() for tool in known}
     styles = {name: style for name, style in STYLES.items() if name in drawn}
     parts = [*head(PANEL * max(len(panels), 1), HEIGHT, title, conditions), *legend(88, styles)]
     for number, (target, cells) in enumerate(panels.items()):
@@ -147,8 +148,8 @@ def panel(name: str, cells: dict[Tried, Cell], left: float) -> list[str]:
     place = (left + 72, TOP, left + PANEL - 24, BOTTOM)
     plot = Plot(place, (min(seconds) / 1.4, max(seconds) * 1.6), (min(perplexities) / 1.6, top))
     points = [
-        (each.series, label(each, cell, top), cell["cpu_seconds"], min(cell["perplexity"], top))
-        for each, cell in cells.items()
+        (tool.series, label(tool, cell, top), cell["cpu_seconds"], min(cell["perplexity"], top))
+        for tool, cell in cells.items()
     ]
     best = lower_left([point for point in points if point[0] in OURS])
     line = steps([(plot.x(time), plot.y(perplexity)) for _, _, time, perplexity in best], plot.right)
@@ -165,9 +166,9 @@ def panel(name: str, cells: dict[Tried, Cell], left: float) -> list[str]:
     ]
 
 
-def label(each: Tried, cell: Cell, top: float) -> str:
+def label(tool: Tried, cell: Cell, top: float) -> str:
     value = cell["perplexity"]
-    return f"{each.label} {value:,.{0 if value >= 200 else 1}f}{' ↑' if value > top else ''}"
+    return f"{tool.label} {value:,.{0 if value >= 200 else 1}f}{' ↑' if value > top else ''}"
 
 
 def steps(best: Line, right: float) -> Line:
@@ -208,12 +209,12 @@ def main() -> None:
     rows: Rows = {target: {} for target in arguments.targets}
     missing = []
     for target in arguments.targets:  # all cells of a target before the next, so that times are comparable
-        for each in tried(arguments):
-            found = each.cell(arguments, target)
-            if found is None:
-                missing.append(f"{each.name} at {goal(target)}")
+        for tool in tried(arguments):
+            result = tool.cell(arguments, target)
+            if result is None:
+                missing.append(f"{tool.name} at {goal(target)}")
             else:
-                rows[target][each] = found
+                rows[target][tool] = result
     print(heading(arguments, dense, cells.code))
     for line in environments(rows):
         print(f"{line}\n")

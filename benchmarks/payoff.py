@@ -93,7 +93,7 @@ def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> l
         sparsellm.pack(folder / "dense", out=folder / values, values=values)
         sizes[name] = disk(folder / values)
         models[name] = sparsellm.load(folder / values)
-    found = measure(
+    measured = measure(
         models,
         Rounds(
             threads=[arguments.threads],
@@ -103,7 +103,7 @@ def row_group(arguments: argparse.Namespace, sparsity: float, folder: Path) -> l
         ),
         clock=time.process_time if arguments.cpu_seconds else time.perf_counter,
     )
-    rates = {(speed.model, speed.phase): speed for speed in found}
+    rates = {(speed.model, speed.phase): speed for speed in measured}
     linear_bytes = resident_bytes(models["bf16"], linears_only=True)
     lines = []
     for name, model in models.items():

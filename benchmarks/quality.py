@@ -87,8 +87,8 @@ class Cells:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        return found
+        stored: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        return stored
 
     def __contains__(self, key: str) -> bool:
         return self._prefix + key in self.read()
@@ -98,16 +98,16 @@ class Cells:
         return self.read().get(self._prefix + key)
 
     def get(self, key: str, make: Any) -> Any:
-        key, found = self._prefix + key, self.read()
-        if key in found:
-            return found[key]
+        key, stored = self._prefix + key, self.read()
+        if key in stored:
+            return stored[key]
         print(f"running {key}", file=sys.stderr, flush=True)
         made = make()
         with self.path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            whole = json.dumps({**self.read(), key: made}, indent=1)
+            content = json.dumps({**self.read(), key: made}, indent=1)
             temporary = self.path.with_suffix(".new")
-            temporary.write_text(whole)
+            temporary.write_text(content)
             temporary.replace(self.path)
         return made
 

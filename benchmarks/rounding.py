@@ -28,12 +28,12 @@ from sparsepack.module import SMALL_BATCH, kernel_name
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """``(tokens, vocabulary)`` for a window of token ids, read a small batch at a time."""
-    cache, found = None, []
+    cache, scores = None, []
     for piece in ids.split(SMALL_BATCH):
         output = model(input_ids=piece.unsqueeze(0), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        found.append(output.logits[0].float().log_softmax(-1))
-    return torch.cat(found)
+        scores.append(output.logits[0].float().log_softmax(-1))
+    return torch.cat(scores)
 
 
 def main() -> None:
@@ -59,12 +59,12 @@ def main() -> None:
                 model = sparsellm.load(directory, dtype="float32", activations=activations)
                 loss, divergence, same, tokens = 0.0, 0.0, 0, 0
                 for index, ids in enumerate(windows):
-                    found = log_probabilities(model, ids)
+                    scores = log_probabilities(model, ids)
                     if head == "keep" and activations == "fp32":
-                        exact.append(found)
-                    loss -= float(found[:-1].gather(1, ids[1:].unsqueeze(1)).double().sum())
-                    divergence += float((exact[index].exp() * (exact[index] - found)).double().sum())
-                    same += int((found.argmax(-1) == exact[index].argmax(-1)).sum())
+                        exact.append(scores)
+                    loss -= float(scores[:-1].gather(1, ids[1:].unsqueeze(1)).double().sum())
+                    divergence += float((exact[index].exp() * (exact[index] - scores)).double().sum())
+                    same += int((scores.argmax(-1) == exact[index].argmax(-1)).sum())
                     tokens += len(ids)
                 perplexity = math.exp(loss / (tokens - len(windows)))
                 print(

@@ -169,9 +169,9 @@ class Run:
 
 def records(out: Path) -> list[dict[str, float]]:
     """Seconds of each phase, of every block that a run has finished."""
-    found = sorted(out.with_name(f"{out.name}.partial").glob(".sparsellm-run/model-*.json"))
-    facts = [json.loads(path.read_text()) for path in found]
-    return [each["seconds"] for each in facts if "linears" in each]
+    paths = sorted(out.with_name(f"{out.name}.partial").glob(".sparsellm-run/model-*.json"))
+    facts = [json.loads(path.read_text()) for path in paths]
+    return [entry["seconds"] for entry in facts if "linears" in entry]
 
 
 COMMAND = ("-m", "sparsellm")
@@ -208,15 +208,15 @@ def prune(model: Path, out: Path, options: list[str], stop_after: int | None, pr
 
 def row(name: str, what: str, run: Run, imports: int, blocks: int) -> str:
     # The first block pays for the libraries' first steps.
-    work = [sum(v for k, v in each.items() if "/" not in k and k not in BEFORE) for each in run.blocks[run.first :]]
-    each = sum(work[1:] or work) / max(1, len(work[1:] or work))
+    work = [sum(v for k, v in entry.items() if "/" not in k and k not in BEFORE) for entry in run.blocks[run.first :]]
+    entry = sum(work[1:] or work) / max(1, len(work[1:] or work))
     outside = max(0.0, run.seconds - sum(work))
     peak = (run.peak - imports) / 1e9
     bar = f" ({'within' if peak <= BARS[name] else 'ABOVE'} {BARS[name]:g})" if name in BARS else ""
     return (
         f"| {name} | {what} | {run.first}…{len(run.blocks)} of {blocks} | {peak:.2f} GB{bar} "
-        f"| {run.predicted - imports / 1e9:.2f} GB | {each:.1f} s | {run.seconds:.0f} s "
-        f"| {outside + each * blocks:.0f} s |"
+        f"| {run.predicted - imports / 1e9:.2f} GB | {entry:.1f} s | {run.seconds:.0f} s "
+        f"| {outside + entry * blocks:.0f} s |"
     )
 
 

@@ -123,8 +123,8 @@ def main() -> None:
             interleaved([run_dense, run_packed, run_copy], 3)
             clock = time.process_time if options.cpu_seconds else time.perf_counter
             times = interleaved([run_dense, run_packed, run_copy], options.rounds, clock, options.cached)
-            slow, fast, copy = (min(each) for each in times)
-            usual = [f"{statistics.median(each) * 1e3:.2f}" for each in times]
+            slow, fast, copy = (min(seconds) for seconds in times)
+            usual = [f"{statistics.median(seconds) * 1e3:.2f}" for seconds in times]
             rate, copied = size / fast, PIECE / copy
             words = out * columns / 64
             print(

@@ -45,7 +45,7 @@ SHORTEST = 200  # characters of a document
 
 def docstrings(folder: Path) -> list[list[str]]:
     """The docstrings of every module under a folder, module by module."""
-    found = []
+    pages = []
     for path in sorted(folder.rglob("*.py")):
         inside = path.relative_to(folder).parts
         if not {"site-packages", "test", "tests"}.isdisjoint(inside):
@@ -56,8 +56,8 @@ def docstrings(folder: Path) -> list[list[str]]:
             continue
         named = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, named)]
-        found.append([text for text in texts if text])
-    return found
+        pages.append([text for text in texts if text])
+    return pages
 
 
 def documents(seed: int, packages: Sequence[str] = ()) -> list[str]:
@@ -65,16 +65,16 @@ def documents(seed: int, packages: Sequence[str] = ()) -> list[str]:
 
     Modules of a package often copy a docstring. Only the first has it here, so that no copy is in the part held out.
     """
-    found = [str(topics[name]) for name in sorted(topics)]
-    found += ["\n\n".join(texts) for texts in docstrings(Path(sysconfig.get_path("stdlib")))]
+    pages = [str(topics[name]) for name in sorted(topics)]
+    pages += ["\n\n".join(texts) for texts in docstrings(Path(sysconfig.get_path("stdlib")))]
     seen: set[str] = set()
     for name in packages:
         for texts in docstrings(Path(str(files(name)))):
-            found.append("\n\n".join(dict.fromkeys(text for text in texts if text not in seen)))
+            pages.append("\n\n".join(dict.fromkeys(text for text in texts if text not in seen)))
             seen.update(texts)
-    found = [text for text in dict.fromkeys(found) if len(text) >= SHORTEST]
-    random.Random(seed).shuffle(found)
-    return found
+    pages = [text for text in dict.fromkeys(pages) if len(text) >= SHORTEST]
+    random.Random(seed).shuffle(pages)
+    return pages
 
 
 def tokenizer_of(texts: list[str], vocabulary: int, positions: int) -> PreTrainedTokenizerFast:
@@ -105,7 +105,7 @@ def held_out_loss(model: PreTrainedModel, ids: torch.Tensor, positions: int, win
     model.eval()
     parts = ids[: min(windows, len(ids) // positions) * positions].view(-1, positions)
     scored = [model(part[None], use_cache=False).logits[0, :-1] for part in parts]
-    losses = [float(functional.cross_entropy(each, part[1:])) for each, part in zip(scored, parts, strict=True)]
+    losses = [float(functional.cross_entropy(scores, part[1:])) for scores, part in zip(scored, parts, strict=True)]
     model.train()
     return sum(losses) / len(losses)
 

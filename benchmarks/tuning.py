@@ -62,9 +62,9 @@ def tuned(arguments: argparse.Namespace, way: str, windows: Tensor, out: Path) -
     start = time.perf_counter()
     Trainer(model, settings, train_dataset=data, callbacks=[KeepZeros()] if way == "full" else []).train()
     seconds = time.perf_counter() - start
-    whole: PreTrainedModel = model.merge_and_unload() if way == "lora" else model
+    merged: PreTrainedModel = model.merge_and_unload() if way == "lora" else model
     shutil.rmtree(out, ignore_errors=True)
-    whole.save_pretrained(out)
+    merged.save_pretrained(out)
     load_tokenizer(arguments.pruned).save_pretrained(out)
     return {"seconds": seconds, "trained": trained, **measured(arguments, out)}
 

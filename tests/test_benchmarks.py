@@ -121,7 +121,7 @@ def test_the_frontier_counts_scores_and_draws_every_form(
     assert 0 < divergences["sparsellm 0% int8"] < divergences["sparsellm 50% int8"]
     assert rows["sparsellm 0% int8"][4] == rows["sparsellm 50% int4"][4] == "yes"  # the best, and the smallest
     drawn = ElementTree.parse(tmp_path / "frontier.svg").getroot()
-    assert {"50% int4", "50% int8", "0% int8"} <= {each.text for each in drawn.iter(f"{SVG}text")}
+    assert {"50% int4", "50% int8", "0% int8"} <= {node.text for node in drawn.iter(f"{SVG}text")}
 
 
 def test_perplexity_against_time_is_listed_and_drawn_and_a_failure_is_named(
@@ -157,9 +157,9 @@ def test_perplexity_against_time_is_listed_and_drawn_and_a_failure_is_named(
     assert rows["sparsellm-paper"] == ["error: diverged in block 11", "–", "–", "–", "–"]
     assert "Below the line: llmcompressor: wanda at 70%.\n" in output
     assert "Not measured: wanda at 70%; admm at 70%;" in output
-    drawn = {each.text for each in ElementTree.parse(picture).getroot().iter(f"{SVG}text")}
+    drawn = {node.text for node in ElementTree.parse(picture).getroot().iter(f"{SVG}text")}
     assert {"70% zeros", "magnitude 4,000 ↑", "sparsegpt 40.0", "sparsegpt 50.0", "effort 0 20.0"} <= drawn
-    assert not any("as published" in str(each) for each in drawn)
+    assert not any("as published" in str(node) for node in drawn)
     same = ("--methods", "sparsegpt", "sparsellm", "--effort", "0")  # there is no such model to make a cell from
     assert [row[3] for row in rows_of(printed("quality.py", monkeypatch, capsys, *common, *same))] == ["1.000", "0.500"]
     assert json.loads(file.read_text()) == known

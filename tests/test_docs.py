@@ -41,11 +41,11 @@ def blocks(page: Path, language: str) -> list[str]:
 def steps(page: Path) -> list[tuple[str, str]]:
     """Commands of this tool in the shell blocks of a page, and its Python blocks, in order: language and text."""
     fences = re.findall(r"^```(sh|python)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    found = []
+    result = []
     for language, text in fences:
         lines = [line for line in text.splitlines() if line.startswith("sparsellm ")] if language == "sh" else [text]
-        found += [(language, line) for line in lines]
-    return found
+        result += [(language, line) for line in lines]
+    return result
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -58,7 +58,7 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         assert file.exists(), f"{page.name}: {target}"
         if heading:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            anchors = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+            anchors = {re.sub(r"[^\w\- ]", "", item.lower()).replace(" ", "-") for item in headings}
             assert heading in anchors, f"{page.name}: {target}"
 
 
@@ -97,9 +97,9 @@ def test_every_command_of_a_page_runs(
     solver = next((block for block in blocks(page, "python") if "SOLVERS.register" in block), "")
     Path("my_solver.py").write_text(solver)
     Path("my.yaml").write_text("".join(blocks(page, "yaml")))
-    found, names = steps(page), dict[str, object]()
-    assert len(found) >= 2
-    for language, line in found:
+    result, names = steps(page), dict[str, object]()
+    assert len(result) >= 2
+    for language, line in result:
         if language == "python":
             if page.name == "guide.md" and ".register(" not in line:  # blocks go on from each other, and from commands
                 quick = line.replace('calibration="my-text.txt"', 'calibration="my-text.txt", samples=4, seq_len=32')
@@ -119,9 +119,9 @@ def test_every_command_of_a_page_runs(
 
 @pytest.mark.parametrize("page", [ROOT / "docs" / "guide.md"], ids=lambda page: page.name)
 def test_recipes_of_a_page_are_recipes(page: Path) -> None:
-    found = blocks(page, "yaml")
-    assert found
-    for block in found:
+    result = blocks(page, "yaml")
+    assert result
+    for block in result:
         recipe = Recipe.from_yaml(block)
         for key, value in yaml.safe_load(block).items():
             assert getattr(recipe, key) == value
@@ -141,7 +141,7 @@ def test_figures_count_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:
         "async def g() -> list[dict[str, Any]]:  # of A\n    'dict[str, Any]'\n"
     )
     counted = [
-        (each.place, each.lines, each.parameters) for each in script["functions"]({"src/sparsellm/a.py": source})
+        (item.place, item.lines, item.parameters) for item in script["functions"]({"src/sparsellm/a.py": source})
     ]
     assert counted == [
         ("src/sparsellm/a.py:A.f", 3, 2),

@@ -32,7 +32,7 @@ def functions() -> tuple[tuple[str, Function], ...]:
             yield from inside(child, name)
 
     modules = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
-    return tuple(each for name, path in modules.items() for each in inside(ast.parse(path.read_text("utf-8")), name))
+    return tuple(node for name, path in modules.items() for node in inside(ast.parse(path.read_text("utf-8")), name))
 
 
 def lines(function: Function) -> int:
@@ -41,13 +41,13 @@ def lines(function: Function) -> int:
 
 def parameters(function: Function) -> int:
     arguments = function.args
-    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    names = [node.arg for node in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     return len([name for name in names if name not in ("self", "cls")])
 
 
 def has_options(function: Function) -> bool:
     """Whether the parameters of a function are options of a command or of a registered name."""
-    decorators = " ".join(ast.unparse(each) for each in function.decorator_list)
+    decorators = " ".join(ast.unparse(node) for node in function.decorator_list)
     return "app.command" in decorators or ".register(" in decorators
 
 
@@ -57,16 +57,16 @@ def test_every_exception_is_needed() -> None:
 
 
 def test_no_function_is_long() -> None:
-    assert {name: lines(each) for name, each in functions() if lines(each) > MOST_LINES} == {}
+    assert {name: lines(node) for name, node in functions() if lines(node) > MOST_LINES} == {}
 
 
 def test_no_function_has_many_parameters() -> None:
-    many = {name for name, each in functions() if parameters(each) > MOST_PARAMETERS and not has_options(each)}
+    many = {name for name, node in functions() if parameters(node) > MOST_PARAMETERS and not has_options(node)}
     assert many <= EXCEPTIONS.keys()
 
 
 def test_the_door_is_forty_lines() -> None:
-    assert [lines(each) <= 40 for name, each in functions() if name == "sparsellm.api.prune"] == [True]
+    assert [lines(node) <= 40 for name, node in functions() if name == "sparsellm.api.prune"] == [True]
 
 
 def test_no_two_files_have_one_name() -> None:

@@ -57,8 +57,8 @@ def files_of(commit: str | None) -> dict[str, str]:
     if done.returncode:
         raise SystemExit(done.stderr.decode().strip())
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        members = [each for each in archive if each.isfile() and each.name.endswith((".py", ".md"))]
-        return {each.name: archive.extractfile(each).read().decode() for each in members}  # type: ignore[union-attr]
+        members = [item for item in archive if item.isfile() and item.name.endswith((".py", ".md"))]
+        return {item.name: archive.extractfile(item).read().decode() for item in members}  # type: ignore[union-attr]
 
 
 def functions(files: dict[str, str]) -> Iterator[Function]:
@@ -100,10 +100,10 @@ def figures(files: dict[str, str]) -> dict[str, str]:
         "lines of `sparsepack`": f"{lines['sparsepack']:,}",
         "lines of tests": f"{lines['tests']:,}",
         "longest function": f"{longest.lines} lines, {_named(longest)}",
-        f"functions beyond {LONGEST} lines": str(sum(each.lines > LONGEST for each in every)),
+        f"functions beyond {LONGEST} lines": str(sum(item.lines > LONGEST for item in every)),
         "most parameters": f"{widest.parameters}, {_named(widest)}",
         f"functions of more than {MOST_PARAMETERS} parameters": str(
-            sum(each.parameters > MOST_PARAMETERS for each in every)
+            sum(item.parameters > MOST_PARAMETERS for item in every)
         ),
         "classes named between `prune()` and a solver": str(len(_classes_on_the_way(source))),
         "occurrences of `dict[str, Any]`": str(sum(map(_mapping_of_any, trees))),
@@ -124,7 +124,7 @@ def _functions(node: ast.AST, prefix: str) -> Iterator[Function]:
 
 def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     given = function.args
-    names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    names = [item.arg for item in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
     bound = bool(names) and names[0] in ("self", "cls")
     return len(names) - bound + (given.vararg is not None) + (given.kwarg is not None)
 
@@ -165,16 +165,16 @@ def main() -> None:
         raise SystemExit("\n".join(over) or None)
     columns = [files_of(commit) for commit in arguments.commits or [None]]
     if arguments.list:
-        for each in sorted(
+        for item in sorted(
             functions({path: text for path, text in columns[-1].items() if path.startswith("src/")}),
             key=lambda function: -function.lines,
         ):
-            if each.lines > LONGEST or each.parameters > MOST_PARAMETERS:
-                sys.stdout.write(f"{each.lines:4} lines {each.parameters:3} parameters  {each.place}\n")
+            if item.lines > LONGEST or item.parameters > MOST_PARAMETERS:
+                sys.stdout.write(f"{item.lines:4} lines {item.parameters:3} parameters  {item.place}\n")
         return
     table = [figures(files) for files in columns]
     sys.stdout.write(f"| | {' | '.join(arguments.commits or ['this checkout'])} |\n|---|{'---|' * len(table)}\n")
-    sys.stdout.writelines(f"| {name} | {' | '.join(each[name] for each in table)} |\n" for name in table[0])
+    sys.stdout.writelines(f"| {name} | {' | '.join(item[name] for item in table)} |\n" for name in table[0])
 
 
 if __name__ == "__main__":

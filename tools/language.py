@@ -50,10 +50,10 @@ def help_texts() -> Iterator[Place]:
     group = typer.main.get_command(cli.app)
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         yield name, command.help or ""
-        yield from ((f"{name} {each.name}", getattr(each, "help", None) or "") for each in command.params)
+        yield from ((f"{name} {option.name}", getattr(option, "help", None) or "") for option in command.params)
     for registry in (METHODS, ALLOCATIONS):
         for entry in registry:
-            yield from ((f"{entry.name} {each.name}", each.description) for each in entry.options.values())
+            yield from ((f"{entry.name} {option.name}", option.description) for option in entry.options.values())
 
 
 def places() -> dict[str, list[Place]]:
@@ -68,12 +68,12 @@ def places() -> dict[str, list[Place]]:
 
 
 def main() -> int:
-    found = places()
-    for part, each in found.items():
-        sys.stdout.write(f"{part}: {len(each)}\n")
+    parts = places()
+    for part, lines in parts.items():
+        sys.stdout.write(f"{part}: {len(lines)}\n")
         if "--list" in sys.argv[1:]:
-            sys.stdout.writelines(f"  {place}: {line}\n" for place, line in each)
-    return any(found[part] for part in STRICT)
+            sys.stdout.writelines(f"  {place}: {line}\n" for place, line in lines)
+    return any(parts[part] for part in STRICT)
 
 
 if __name__ == "__main__":
