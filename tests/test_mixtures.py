@@ -167,16 +167,6 @@ def test_the_last_linear_of_an_expert_is_refitted() -> None:
     assert errors[True] < errors[False]
 
 
-def test_the_auxiliary_variables_work_per_expert() -> None:
-    options = {"iterations": 2}
-    recipe = Recipe(samples=6, seq_len=24, sparsity=0.6, effort=0, options=options, allocation="uniform")
-    result = sparsellm.prune(mixtral(), recipe, calibration=IDS)
-    histories = {linear.name: linear.history for linear in result.linears if "down_proj" in linear.name}
-    assert len(histories) == 8
-    assert all(len(history) == 3 for history in histories.values())
-    assert result.sparsity_pruned == pytest.approx(0.6, abs=1e-3)
-
-
 def test_a_twin_shares_weights_and_leaves_the_model_alone() -> None:
     model = mixtral()
     before = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}

@@ -249,14 +249,13 @@ def test_experts_are_permuted_each_by_itself(name: str, monkeypatch: pytest.Monk
         patterns: dict[str, Pattern] = dict.fromkeys([linear.name for linear in linears], TWO_OF_FOUR)
         task = BlockTask(0, linears, patterns, stream, lambda step: None, PhaseClock())
 
-        def only_permute(own: ExpertTokens, linears: list[LinearView]) -> bool:
+        def permute(own: ExpertTokens, linears: list[LinearView]) -> None:
             orders.clear()
             permute_expert(task, own, linears)
             assert len(orders) == 3  # at random and back, and as chosen
             assert not torch.equal(orders[-1], torch.arange(orders[-1].numel()).view(1, -1))
-            return True
 
         monkeypatch.setattr(Channels, "permute", see)
-        prune_experts(task, lambda linear, gram, fit=None: None, instead=only_permute)
+        prune_experts(task, lambda linear, gram, fit=None: None, before=permute)
     assert len(orders) == 3
     torch.testing.assert_close(model(windows()).logits, wanted, rtol=1e-4, atol=1e-4)

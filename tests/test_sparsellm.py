@@ -93,22 +93,32 @@ def test_token_weights_tame_massive_activations_only() -> None:
     torch.testing.assert_close(weights[1, 7], (limit / norms[1, 7]) ** 2)
 
 
-def test_auxiliary_variables_record_their_history_and_never_end_worse(family: Family) -> None:
-    model = family()
+def test_auxiliary_variables_record_their_history_and_never_end_worse() -> None:
+    model = tiny_opt()
     options = {"iterations": 2}
     result = sparsellm.prune(
         model, Recipe(method="sparsellm", sparsity=0.6, options=options, batch_tokens=200), calibration=windows(1)
     )
     histories = [linear.history for linear in result.linears if linear.history]
-    writers = {"down_proj", "fc2", "c_proj"}
-    assert {linear.name.rpartition(".")[2] for linear in result.linears if linear.history} <= writers
+    assert {linear.name.rpartition(".")[2] for linear in result.linears if linear.history} == {"fc2"}
     assert len(histories) == model.config.num_hidden_layers
     for history in histories:
         (chosen,) = (record for record in history if record.chosen)
         assert chosen.held_out_error == min(record.held_out_error for record in history)
     for linear in result.linears:
         assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
-    assert error(model, family()) < error(pruned(family, "admm"), family())
+    assert error(model, tiny_opt()) < error(pruned(tiny_opt, "admm"), tiny_opt())
+
+
+def test_iterations_in_other_units_are_told_and_change_nothing() -> None:
+    models = [tiny_llama(), tiny_llama()]
+    results = [
+        sparsellm.prune(model, Recipe(sparsity=0.6, effort=0, options=options), calibration=windows(1))
+        for model, options in zip(models, ({}, {"iterations": 2}), strict=True)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*(model.state_dict().values() for model in models), strict=True))
+    told = [linear.name for linear in results[1].linears if any("two-layer ReLU" in note for note in linear.notes)]
+    assert told == [linear.name for linear in results[1].linears if linear.name.endswith("down_proj")]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm.chain.activations import Activation, silu
-from sparsellm.decomposition import Chunk, FeedForward, Linear, Result, Settings, loop
+from sparsellm.chain.activations import Activation, relu, silu
+from sparsellm.decomposition import Chunk, FeedForward, LazyChunks, Linear, Result, Settings, loop
 from sparsellm.patterns import Pattern
 from sparsellm.solvers import Solution, Solver
 from sparsellm.solvers.support import refine_on_support
@@ -30,8 +30,8 @@ def refitted(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
 
 def prune_feed_forward(
     dense: FeedForward,
-    train: Sequence[Chunk],
-    held_out: Sequence[Chunk],
+    train: Sequence[Chunk] | LazyChunks,
+    held_out: Sequence[Chunk] | LazyChunks,
     solver: Solver,
     patterns: Pattern | Mapping[str, Pattern],
     settings: Settings | None = None,
@@ -40,15 +40,18 @@ def prune_feed_forward(
     """The loop with one solver for all linears, and one pattern or several."""
     roles = dense.linears()
     by_role = dict.fromkeys(roles, patterns) if isinstance(patterns, Pattern) else patterns
+    chunks = (some if isinstance(some, LazyChunks) else LazyChunks.of(some) for some in (train, held_out))
     return loop.prune_feed_forward(
-        dense, train, held_out, dict.fromkeys(roles, solver), by_role, settings or Settings(), **options
+        dense, *chunks, dict.fromkeys(roles, solver), by_role, settings or Settings(), **options
     )
 
 
 def random_unit(
-    d: int, f: int, *, gated: bool, bias: bool = False, activation: Activation = silu, seed: int = 0
+    d: int, f: int, *, gated: bool, bias: bool = False, activation: Activation | None = None, seed: int = 0
 ) -> FeedForward:
+    """Gated with SiLU or two-layer with ReLU, if no activation is given."""
     generator = torch.Generator().manual_seed(seed)
+    activation = activation or (silu if gated else relu)
 
     def linear(outputs: int, inputs: int) -> Linear:
         weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5

@@ -1,16 +1,15 @@
 import pytest
 import torch
 
-from sparsellm.chain.activations import gelu, silu
+from sparsellm.chain.activations import gelu, relu, silu
 from sparsellm.decomposition.objective import (
     Chunk,
     Coefficients,
     FeedForward,
     Linear,
-    Terms,
     Variables,
-    chunk_terms,
     default_coefficients,
+    objective,
 )
 from sparsellm.errors import ModelError
 from tests.decomposition.helpers import random_unit
@@ -18,44 +17,41 @@ from tests.decomposition.helpers import random_unit
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_terms_are_the_formula_and_chunks_add_up(gated: bool, weighted: bool) -> None:
+def test_the_objective_is_the_formula_and_chunks_add_up(gated: bool, weighted: bool) -> None:
     unit = random_unit(4, 6, gated=gated, bias=True, activation=gelu)
     x, y = torch.randn(2, 11, 4, generator=torch.Generator().manual_seed(0))
     up, gate, a = torch.randn(3, 11, 6, generator=torch.Generator().manual_seed(1))
     w = torch.rand(11, generator=torch.Generator().manual_seed(2)) if weighted else None
-    price = Coefficients(alpha=0.5, beta=2.0, gamma=3.0, alpha_gate=0.7)
+    price = Coefficients(alpha=0.5, beta=2.0, gamma=3.0)
     root = 1.0 if w is None else w.sqrt()[:, None]
     made = gelu(gate) * up if gated else gelu(up)
-    expected = {
-        "up": 0.5 * ((up - x @ unit.up.weight.T - unit.up.bias) * root).square().sum(),
-        "gate": 0.7 * ((gate - x @ unit.gate.weight.T - unit.gate.bias) * root).square().sum() if unit.gate else 0.0,
-        "activation": 3.0 * ((a - made) * root).square().sum(),
-        "output": 2.0 * ((y - a @ unit.down.weight.T - unit.down.bias) * root).square().sum(),
-    }
-    terms = chunk_terms(unit, Chunk(x, y, w), Variables(up, gate if gated else None), a, price)
-    for name, value in expected.items():
-        assert getattr(terms, name) == pytest.approx(float(value), rel=1e-5)
-    assert terms.total == pytest.approx(sum(float(value) for value in expected.values()), rel=1e-5)
-    parts = [slice(0, 4), slice(4, 5), slice(5, 11)]
-    streamed = Terms()
-    for p in parts:
-        chunk = Chunk(x[p], y[p], None if w is None else w[p])
-        streamed = streamed + chunk_terms(unit, chunk, Variables(up[p], gate[p] if gated else None), a[p], price)
-    assert streamed.total == pytest.approx(terms.total, rel=1e-6)
+    expected = 0.5 * ((up - x @ unit.up.weight.T - unit.up.bias) * root).square().sum()
+    if unit.gate:
+        expected += 0.5 * ((gate - x @ unit.gate.weight.T - unit.gate.bias) * root).square().sum()
+    expected += 3.0 * ((a - made) * root).square().sum()
+    expected += 2.0 * ((y - a @ unit.down.weight.T - unit.down.bias) * root).square().sum()
+    parts = [
+        objective(
+            unit,
+            Chunk(x[p], y[p], None if w is None else w[p]),
+            Variables(up[p], gate[p] if gated else None),
+            a[p],
+            price,
+        )
+        for p in (slice(0, 4), slice(4, 5), slice(5, 11))
+    ]
+    assert sum(parts) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_default_coefficients_follow_the_scale_of_the_data(gated: bool) -> None:
-    unit = random_unit(5, 8, gated=gated)
+def test_default_coefficients_follow_the_scale_of_the_data() -> None:
+    unit = random_unit(5, 8, gated=False, activation=relu)
     x = torch.randn(30, 5, generator=torch.Generator().manual_seed(3))
     y = unit(x)
     base = default_coefficients(unit, x, y)
-    louder = FeedForward(unit.up, Linear(unit.down.weight * 7), unit.activation, unit.gate)
+    louder = FeedForward(unit.up, Linear(unit.down.weight * 7), unit.activation)
     scaled = default_coefficients(louder, x, y * 7)  # the same problem in other units of the output
     assert scaled.beta == pytest.approx(base.beta / 49, rel=1e-4)
-    for name in ("alpha", "gamma", "alpha_gate"):
-        assert getattr(scaled, name) == pytest.approx(getattr(base, name), rel=1e-4)
-    assert (base.alpha_gate > 0) == gated
+    assert (scaled.alpha, scaled.gamma) == pytest.approx((base.alpha, base.gamma), rel=1e-4)
     assert min(default_coefficients(unit, x * 0, y * 0).__dict__.values()) >= 0
 
 

@@ -50,7 +50,7 @@ class Hessian:
         self.matrix = inputs @ inputs.T / inputs.shape[1]
 
     def prune(self, weight: Tensor, pattern: Pattern) -> Tensor:
-        pruned = column_by_column(weight, Gram(self.matrix.float(), 1), pattern, block=128, damping=0.01)
+        pruned = column_by_column(weight, Gram(self.matrix.float(), 1), pattern, panel=128, damping=0.01)
         self.matrix = self.matrix + 0.01 * self.matrix.diagonal().mean() * torch.eye(len(self.matrix)).double()
         return pruned
 
@@ -124,8 +124,8 @@ def test_every_epoch_is_that_of_the_published_formulas(
     unit = random_unit(8, 12, gated=gated, bias=not gated, activation=silu if gated else relu)
     chunks = random_chunks(unit, [70, 30, 60])
     tokens = torch.cat([chunk.inputs for chunk in chunks])
-    settings = Settings.published(epochs, penalty, output_update)
-    result = prune_feed_forward(unit, chunks, (), sparsegpt, pattern, settings)
+    settings = Settings.of_the_paper(epochs, penalty, output_update)
+    result = prune_feed_forward(unit, chunks, [], sparsegpt, pattern, settings)
     expected = published(unit, tokens, pattern, epochs, penalty, output_update)
     found = plain_of(result.unit)
     for name in ("w1", "w2", "b1", "b2", *(["ws"] if gated else [])):
@@ -139,8 +139,8 @@ def test_every_epoch_is_that_of_the_published_formulas(
 def test_one_epoch_is_the_solver_on_the_dense_weights() -> None:
     unit = random_unit(6, 12, gated=False, bias=True, activation=relu)
     chunks = random_chunks(unit, [80])
-    settings = Settings.published(1, 0.1, "gradient")
-    result = prune_feed_forward(unit, chunks, (), by_input_norm, Share(0.5), settings)
+    settings = Settings.of_the_paper(1, 0.1, "gradient")
+    result = prune_feed_forward(unit, chunks, [], by_input_norm, Share(0.5), settings)
     for role, linear in result.unit.linears().items():
         dense = unit.linears()[role]
         assert torch.equal(linear.weight, torch.where(linear.weight != 0, dense.weight, 0.0))
@@ -160,8 +160,8 @@ def test_it_diverges_and_with_the_safeguard_it_never_ends_worse_than_sparsegpt(
     chunks = random_chunks(unit, [200, 200], outlier=outlier)
 
     def run(epochs: int, safeguard: bool = False) -> Result:
-        settings = Settings.published(epochs, 5.0 if gated else 0.1, output_update, safeguard=safeguard)
-        return prune_feed_forward(unit, chunks, (), sparsegpt, Share(0.7), settings)
+        settings = Settings.of_the_paper(epochs, 5.0 if gated else 0.1, output_update, safeguard=safeguard)
+        return prune_feed_forward(unit, chunks, [], sparsegpt, Share(0.7), settings)
 
     local = run(1)
     if gated:

@@ -8,7 +8,7 @@ from sparsellm.decomposition.updates import (
     MomentsAccumulator,
     descend_weight,
     pseudo_inverse_weight,
-    wanted_weight,
+    ridge_weight,
 )
 from sparsellm.errors import NumericalError
 
@@ -36,7 +36,7 @@ def test_weight_from_moments_is_the_pseudo_inverses(weighted: bool, bias: bool) 
     x, t, w = _data(300, 12, 5, mean=2.0, weighted=weighted)
     linear = Linear(torch.zeros(5, 12), torch.zeros(5) if bias else None)
     moments = _moments(linear, x, t, w, chunk=64)
-    fitted = moments.linear(wanted_weight(moments, linear.weight, damping=1e-9).weight)
+    fitted = moments.linear(ridge_weight(moments, linear.weight, 1e-9).weight)
 
     rows = torch.cat([x, torch.ones(300, 1)], dim=1).double() if bias else x.double()
     root = (torch.ones(300) if w is None else w).double().sqrt()[:, None]
@@ -73,7 +73,7 @@ def test_a_target_that_the_reference_makes_gives_the_reference_back() -> None:
     x[:, 0] *= 1000
     reference = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     moments = _moments(Linear(reference), x, x @ reference.T, None, chunk=20)
-    torch.testing.assert_close(wanted_weight(moments, reference).weight, reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ridge_weight(moments, reference, 0.01).weight, reference, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

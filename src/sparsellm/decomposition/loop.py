@@ -11,7 +11,7 @@ iteration and the best iterate is the result, which is never worse than local pr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -26,10 +26,9 @@ from sparsellm.decomposition.objective import (
     FeedForward,
     LazyChunks,
     Linear,
-    Terms,
     Variables,
-    chunk_terms,
     default_coefficients,
+    objective,
     squares,
     true_error,
 )
@@ -41,13 +40,14 @@ from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Fit, Gram
 from sparsellm.storage.scratch import Scratch, TensorStore
 
-REFINE_STEPS = 30  # of conjugate gradients, if masks come from one problem and weights from another
+REFINE_STEPS = 30  # conjugate gradients where masks come from one problem and weights from another: to the minimum
 REFINE_DAMPING = 1e-3  # for directions that the tokens do not excite
+ACCUMULATED_DAMPING = 0.01  # what SparseGPT adds to the stored Gram matrix in each epoch of the published code
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the loop. The defaults worked best at 70 % sparsity; :meth:`published` is the authors' code.
+    """The settings of the loop; :meth:`of_the_paper` are those of the authors' code.
 
     Attributes:
         iterations: the number after the local solution, which is iteration 0.
@@ -58,14 +58,10 @@ class Settings:
         damping: ridge of the least squares towards the current weight (the dense one for ``down``), relative to the
             mean of the Gram matrix's diagonal. At 2.3 tokens per hidden unit 0.1 in place of 0.01 lowered the error of
             the local solution on held-out tokens by 6 to 9 %; 1 was too much. More tokens need less.
-        first_half: how the variables determine it. ``masks``: the least squares above choose the masks, and the kept
-            weights are fitted to the dense products. ``weights``: the pseudo-inverse's weights are pruned.
-        down_inputs: the inputs that ``down`` is fitted on: those that the pruned first half ``produced``, or the
-            ``auxiliary`` A.
-        down_fit: the fit of ``down``; ``ridge`` is the least squares above.
-        exact_gate: move S to its minimiser; False takes two gradient steps.
-        fit_biases: fit biases together with the weights; False holds them fixed.
-        accumulated_damping: added to the Gram matrix of the inputs after each iteration, relative to its mean diagonal.
+        published: the fit of ``down`` in the authors' code; None for ours. There the pseudo-inverse's weights of the
+            first half are pruned, where ours takes masks from the least squares and fits the kept weights to the dense
+            products; ``down`` is fitted to A, where ours takes what the pruned first half produces; and biases are
+            fixed, where ours fits them.
     """
 
     iterations: int = 4
@@ -73,45 +69,34 @@ class Settings:
     patience: int = 2
     coefficients: Coefficients | None = None
     damping: float = 0.1
-    first_half: Literal["masks", "weights"] = "masks"
-    down_inputs: Literal["produced", "auxiliary"] = "produced"
-    down_fit: Literal["ridge", "pseudo-inverse", "gradient"] = "ridge"
-    exact_gate: bool = True
-    fit_biases: bool = True
-    accumulated_damping: float = 0.0
+    published: Literal["pseudo-inverse", "gradient"] | None = None
 
     @classmethod
-    def published(
+    def of_the_paper(
         cls, epochs: int, penalty: float, down_fit: Literal["pseudo-inverse", "gradient"], *, safeguard: bool = False
     ) -> Settings:
-        """The loop of the authors' code (2402.17946), whose first epoch is local pruning.
-
-        The targets are the dense unit's outputs. The solver is SparseGPT, which adds its damping of 0.01 to the stored
-        Gram matrix of the inputs once per epoch.
+        """The loop of the authors' code (2402.17946).
 
         Args:
-            epochs: including local pruning.
+            epochs: including local pruning, which is the first.
             penalty: α = β = γ.
             down_fit: the fit of ``down``.
             safeguard: the authors' code has none.
         """
-        return cls(
-            epochs - 1, safeguard, epochs, Coefficients(penalty, penalty, penalty, penalty), first_half="weights",
-            down_inputs="auxiliary", down_fit=down_fit, exact_gate=False, fit_biases=False, accumulated_damping=0.01,
-        )  # fmt: skip
+        return cls(epochs - 1, safeguard, epochs, Coefficients(penalty, penalty, penalty), published=down_fit)
 
 
 @dataclass(frozen=True)
 class Record:
     """One iteration. Errors are ‖Y − FFN(X)‖² / ‖Y‖², token-weighted; the safeguard compares ``error``.
 
-    ``terms`` is the objective after the update of the variables; None in iteration 0.
+    ``objective`` is its value after the update of the variables; None in iteration 0.
     """
 
     iteration: int
     error: float
     train_error: float
-    terms: Terms | None = None
+    objective: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -133,8 +118,8 @@ class Result:
 @torch.no_grad()
 def prune_feed_forward(
     dense: FeedForward,
-    train: Sequence[Chunk],
-    held_out: Sequence[Chunk],
+    train: LazyChunks,
+    held_out: LazyChunks,
     solvers: Mapping[str, Solver],
     patterns: Mapping[str, Pattern],
     settings: Settings = Settings(),
@@ -144,12 +129,12 @@ def prune_feed_forward(
 
     Args:
         dense: the unit before pruning; iteration 0 prunes its weights.
-        train: read once or twice per iteration; the sequence may be lazy.
+        train: read once or twice per iteration.
         held_out: decides which iterate is kept; the result is then fitted to it as well. If empty, the training error
             decides.
         solvers: ``(weight, gram, pattern) -> Solution`` by role (``up``, ``gate``, ``down``), options bound.
         patterns: by role.
-        settings: of the loop.
+        settings: how it is done.
         scratch: storage for the variables of all tokens; None for memory.
 
     Raises:
@@ -159,10 +144,10 @@ def prune_feed_forward(
     if not len(train):
         raise DataError("no training tokens for a feed-forward unit; give at least one chunk")
     history: list[Record] = []
-    chosen: tuple[_Iterate, int] | None = None
-    with ExitStack() as held:
+    best: tuple[_Iterate, int] | None = None
+    with ExitStack() as stack:
         room, device = scratch or Scratch(), dense.up.weight.device
-        variables = {role: held.enter_context(room.store(device)) for role in dense.first_half()}
+        variables = {role: stack.enter_context(room.store(device)) for role in dense.first_half()}
         run = _Run(dense, train, solvers, patterns, settings, variables)
         unit = dense
         for iteration in range(settings.iterations + 1):
@@ -172,23 +157,23 @@ def prune_feed_forward(
                 if not math.isfinite(error):
                     raise NumericalError("look for infinite values in inputs and weights")
             except NumericalError as failure:
-                if chosen is None or not settings.safeguard:
+                if best is None or not settings.safeguard:
                     raise _diverged(iteration, history, failure) from failure
                 history.append(Record(iteration, math.inf, math.inf, None, (str(failure),)))
                 break
-            history.append(Record(iteration, error, iterate.train_error, iterate.terms, iterate.notes))
-            if chosen is None or not settings.safeguard or error < history[chosen[1]].error:
-                chosen = iterate, iteration
-            if iteration - chosen[1] >= settings.patience:
+            history.append(Record(iteration, error, iterate.train_error, iterate.objective, iterate.notes))
+            if best is None or not settings.safeguard or error < history[best[1]].error:
+                best = iterate, iteration
+            if iteration - best[1] >= settings.patience:
                 break
             unit = iterate.unit
-    assert chosen is not None
-    best, number = chosen
+    assert best is not None
+    chosen, number = best
     if len(held_out) and settings.safeguard:  # fit the chosen iterate again, to all tokens
         again = replace(settings, iterations=number, patience=number + 1, coefficients=run.prices)
-        whole = prune_feed_forward(dense, LazyChunks.joined(train, held_out), (), solvers, patterns, again, scratch)
-        return Result(whole.unit, whole.masks, number, history)
-    return Result(best.unit, best.masks, number, history)
+        refit = prune_feed_forward(dense, train + held_out, LazyChunks([]), solvers, patterns, again, scratch)
+        return Result(refit.unit, refit.masks, number, history)
+    return Result(chosen.unit, chosen.masks, number, history)
 
 
 def _diverged(iteration: int, history: list[Record], failure: NumericalError) -> NumericalError:
@@ -206,7 +191,7 @@ class _Iterate:
     unit: FeedForward
     masks: dict[str, Tensor]
     train_error: float
-    terms: Terms | None
+    objective: float | None
     notes: tuple[str, ...]
 
 
@@ -216,26 +201,25 @@ class _Run:
     def __init__(
         self,
         dense: FeedForward,
-        train: Sequence[Chunk],
+        train: LazyChunks,
         solvers: Mapping[str, Solver],
         patterns: Mapping[str, Pattern],
         settings: Settings,
         variables: dict[str, TensorStore],
     ) -> None:
-        self.dense, self.train, self.settings = dense, train, settings
+        self.dense, self.train, self.settings, self.published = dense, train, settings, settings.published
         self.solvers, self.patterns, self.variables = solvers, patterns, variables  # stores with a tensor per chunk
-        self.device = dense.up.weight.device
-        first = train[0].to(self.device)
+        first = self._chunk(0)
         self.prices = settings.coefficients or default_coefficients(dense, first.inputs, first.targets)
         self.energy = 0.0  # Σ ‖Y‖², token-weighted; known after iteration 0
-        self.grams: dict[str, Gram] = {}  # of the inputs X, by role; known after iteration 0
+        self.grams: dict[str, Gram] = {}  # Gram matrices of the inputs X, by role; known after iteration 0
 
     def iterate(self, unit: FeedForward, iteration: int) -> _Iterate:
         """One iteration: updates the variables, then the first half, then ``down``.
 
         In iteration 0 the variables are the dense products, so the fit of the first half is its dense weights.
         """
-        moments, terms = self._move_variables(unit, iteration)
+        moments, value = self._move_variables(unit, iteration)
         masks: dict[str, Tensor] = {}
         linears: dict[str, Linear] = {}
         notes: list[str] = []
@@ -247,42 +231,42 @@ class _Run:
             return solution.weight
 
         for role, dense in self.dense.first_half().items():
-            sparse = prune(role, self._wanted(unit.linears()[role], moments[role], iteration))
-            if iteration and self.settings.first_half == "masks":
+            sparse = prune(role, self._fit(unit.linears()[role], moments[role], iteration))
+            if iteration and not self.published:
                 args = (dense.weight, moments[role].gram, masks[role], dense.weight, REFINE_STEPS)
                 sparse = refine_on_support(*args, damping=REFINE_DAMPING).weight
             linears[role] = moments[role].linear(sparse)
-            if self.settings.accumulated_damping:
-                self.grams[role] = _damped(self.grams[role], self.settings.accumulated_damping)
+            if self.published:
+                matrix = self.grams[role].matrix.clone()
+                matrix.diagonal().add_(ACCUMULATED_DAMPING * float(matrix.diagonal().mean()))
+                self.grams[role] = Gram(matrix, self.grams[role].tokens)
         unit = replace(unit, up=linears["up"], gate=linears.get("gate"))
-        if self.settings.down_inputs == "produced":
+        if not self.published:
             moments["down"] = self._produced(unit)
-        sparse = prune("down", self._wanted_down(unit.down, moments["down"], iteration))
+        sparse = prune("down", self._fit_down(unit.down, moments["down"], iteration))
         unit = replace(unit, down=moments["down"].linear(sparse))
-        return _Iterate(unit, masks, self._train_error(unit, moments["down"]), terms, tuple(dict.fromkeys(notes)))
+        return _Iterate(unit, masks, self._train_error(unit, moments["down"]), value, tuple(dict.fromkeys(notes)))
 
-    def _move_variables(self, unit: FeedForward, iteration: int) -> tuple[dict[str, Moments], Terms | None]:
-        """Updates A, then Z or U and S, for every token; returns the moments for the fit of the weights."""
-        auxiliary = self.settings.down_inputs == "auxiliary"
+    def _move_variables(self, unit: FeedForward, iteration: int) -> tuple[dict[str, Moments], float | None]:
+        """Updates A, then Z or U and S, for every token; returns the moments for the fit of the weights, and the
+        objective."""
         accumulators = {
-            role: self._accumulator(linear, self.grams.get(role), exact=self.settings.first_half == "weights")
+            role: self._accumulator(linear, self.grams.get(role), exact=self.published is not None)
             for role, linear in unit.first_half().items()
         }
-        if auxiliary:
-            accumulators["down"] = self._accumulator(unit.down, exact=self.settings.down_fit == "pseudo-inverse")
+        if self.published:
+            accumulators["down"] = self._accumulator(unit.down, exact=self.published == "pseudo-inverse")
         beta, gamma = self.prices.beta, self.prices.gamma
         factor = updates.activation_factor(unit.down, beta=beta, gamma=gamma) if iteration else None
-        terms = Terms() if iteration else None
+        value = 0.0
         for index in range(len(self.train)):
-            chunk = self.train[index].to(self.device)
+            chunk = self._chunk(index)
             variables = self._variables(index, chunk)
             a = variables.made(unit.activation)
-            if factor is not None and terms is not None:
+            if factor is not None:
                 a = updates.update_activation(a, chunk.targets, factor)
-                variables = updates.move_variables(
-                    unit, unit.products(chunk.inputs), variables, a, self.prices, exact=self.settings.exact_gate
-                )
-                terms = terms + chunk_terms(unit, chunk, variables, a, self.prices)
+                variables = updates.move_variables(unit, unit.products(chunk.inputs), variables, a, self.prices)
+                value += objective(unit, chunk, variables, a, self.prices)
                 self._keep(index, variables, iteration)
             else:
                 self.energy += squares(chunk.targets, chunk.token_weights)
@@ -291,14 +275,16 @@ class _Run:
                 accumulator.update(x, target, chunk.token_weights)
         moments = {role: accumulator.finish() for role, accumulator in accumulators.items()}
         self.grams = {role: moments[role].gram for role in unit.first_half()}
-        return moments, terms
+        return moments, value if iteration else None
+
+    def _chunk(self, index: int) -> Chunk:
+        return self.train[index].to(self.dense.up.weight.device)
 
     def _variables(self, index: int, chunk: Chunk) -> Variables:
         """The current variables of a chunk; at first, the dense products."""
         if index >= len(self.variables["up"]):
             return self.dense.products(chunk.inputs)
-        kept = {role: store[index] for role, store in self.variables.items()}
-        return Variables(kept["up"], kept.get("gate"))
+        return Variables(**{role: store[index] for role, store in self.variables.items()})
 
     def _keep(self, index: int, variables: Variables, iteration: int) -> None:
         if iteration == self.settings.iterations:
@@ -313,36 +299,30 @@ class _Run:
         """The moments of ``down`` on the outputs of the pruned first half."""
         accumulator = self._accumulator(self.dense.down)
         for index in range(len(self.train)):
-            chunk = self.train[index].to(self.device)
+            chunk = self._chunk(index)
             accumulator.update(unit.activations(chunk.inputs), chunk.targets, chunk.token_weights)
         return accumulator.finish()
 
     def _accumulator(self, linear: Linear, gram: Gram | None = None, *, exact: bool = False) -> MomentsAccumulator:
-        return MomentsAccumulator(linear, gram, fit_bias=self.settings.fit_biases, exact=exact)
+        return MomentsAccumulator(linear, gram, fit_bias=not self.published, exact=exact)
 
-    def _wanted(self, now: Linear, moments: Moments, iteration: int) -> Fit:
+    def _fit(self, now: Linear, moments: Moments, iteration: int) -> Fit:
+        """The weight of a linear of the first half before it is pruned."""
         if not iteration:
             return Fit(now.weight)
-        if self.settings.first_half == "weights":
+        if self.published:
             return updates.pseudo_inverse_weight(moments)
-        return updates.wanted_weight(moments, now.weight, damping=self.settings.damping)
+        return updates.ridge_weight(moments, now.weight, self.settings.damping)
 
-    def _wanted_down(self, now: Linear, moments: Moments, iteration: int) -> Fit:
-        if self.settings.down_fit == "ridge":
-            return updates.wanted_weight(moments, self.dense.down.weight, damping=self.settings.damping)
-        if not iteration:
-            return Fit(now.weight)
-        if self.settings.down_fit == "gradient":
+    def _fit_down(self, now: Linear, moments: Moments, iteration: int) -> Fit:
+        """The weight of ``down`` before it is pruned."""
+        if not self.published:
+            return updates.ridge_weight(moments, self.dense.down.weight, self.settings.damping)
+        if self.published == "gradient" and iteration:
             return updates.descend_weight(moments, now.weight)
-        return updates.pseudo_inverse_weight(moments)
+        return self._fit(now, moments, iteration)
 
     def _train_error(self, unit: FeedForward, moments: Moments) -> float:
-        if self.settings.down_inputs == "auxiliary":
+        if self.published:
             return true_error(unit, self.train)
         return moments.error(unit.down.weight) * moments.gram.tokens / self.energy if self.energy else 0.0
-
-
-def _damped(gram: Gram, damping: float) -> Gram:
-    matrix = gram.matrix.clone()
-    matrix.diagonal().add_(damping * float(matrix.diagonal().mean()))
-    return Gram(matrix, gram.tokens)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import watch
-from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
-from sparsellm.decomposition import (
-    Chunk,
-    FeedForward,
-    LazyChunks,
-    Linear,
-    Result,
-    Settings,
-    prune_feed_forward,
-    split,
-)
+from sparsellm.chain.units import FeedForwardUnit
+from sparsellm.decomposition import FeedForward, LazyChunks, Linear, Settings, prune_feed_forward
 from sparsellm.methods.task import BlockTask
 from sparsellm.records import Step
 from sparsellm.solvers import Solution, Solver
@@ -26,11 +17,6 @@ from sparsellm.solvers import Solution, Solver
 # Memory of a unit for all tokens, in units of the hidden states: inputs, targets, and Z (or U and S), four times as
 # wide.
 UNIT_STREAMS = 10
-
-
-def find_units(task: BlockTask) -> list[FeedForwardUnit]:
-    """The feed-forward units of the block, recognised on one window."""
-    return find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
 
 
 def prune_unit(
@@ -45,35 +31,32 @@ def prune_unit(
     The result is the iterate with the least error on held-out tokens, with its weights then fitted to all tokens.
 
     Args:
-        weights: of tokens, batches ``(batch, seq)``, or None for equal ones.
-        solvers: of each linear, by name.
-        settings: of the loop.
+        task: the block.
+        unit: its feed-forward unit.
+        weights: weights of tokens, batches ``(batch, seq)``, or None for equal ones.
+        solvers: for each linear, by name.
+        settings: for the loop.
     """
     task.report("variables")
-    with (
-        task.clock.phase("prune/variables"),
-        task.stream.store() as inputs,
-        task.stream.store() as outputs,
-    ):
+    with task.clock.phase("prune/variables"), task.stream.store() as inputs, task.stream.store() as outputs:
 
-        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+        def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
             if linear is unit.up:
-                inputs.append(entering.detach().flatten(0, -2).clone())
+                inputs.append(x.detach().flatten(0, -2).clone())
             if linear is unit.down:
-                outputs.append(leaving.detach().flatten(0, -2).clone())
+                outputs.append(y.detach().flatten(0, -2).clone())
 
         with watch([unit.up, unit.down], see):
             task.run()
         flat = [weight.flatten() for weight in weights] if weights is not None else None
-        train, held_out = split(LazyChunks.stored(inputs, outputs, flat))
-        alternate(task, unit, train, held_out, solvers, settings)
+        alternate(task, unit, *LazyChunks.stored(inputs, outputs, flat).split(), solvers, settings)
 
 
 def alternate(
     task: BlockTask,
     unit: FeedForwardUnit,
-    train: Sequence[Chunk],
-    held_out: Sequence[Chunk],
+    train: LazyChunks,
+    held_out: LazyChunks,
     solvers: Mapping[str, Solver],
     settings: Settings,
 ) -> None:
@@ -89,22 +72,16 @@ def alternate(
         task.stream.scratch,
     )
     for role, pruned in result.unit.linears().items():
-        linear = roles[role]
-        weight = pruned.weight.where(result.masks[role], 0.0)
-        task.accept(linear, Solution(weight, result.masks[role], result.error, result.history[result.chosen].notes))
+        mask, notes = result.masks[role], result.history[result.chosen].notes
+        task.accept(roles[role], Solution(pruned.weight.where(mask, 0.0), mask, result.error, notes))
         if pruned.bias is not None:
-            linear.assign_bias(pruned.bias)
-    task.history[unit.down.name] = history_of(result, judged=len(held_out) > 0)
-
-
-def history_of(result: Result, *, judged: bool) -> list[Step]:
-    """One record for each iteration; ``held_out_error`` is None if nothing was held out."""
-    return [
+            roles[role].assign_bias(pruned.bias)
+    task.history[unit.down.name] = [
         Step(
             iteration=record.iteration,
-            held_out_error=record.error if judged else None,
+            held_out_error=record.error if len(held_out) else None,
             train_error=record.train_error,
-            objective=record.terms.total if record.terms is not None else None,
+            objective=record.objective,
             chosen=record.iteration == result.chosen,
         )
         for record in result.history

@@ -12,7 +12,7 @@ The inputs of the mixture are stored once. Then one expert at a time is in memor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,17 +22,12 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.experts import DOWN, Expert, ExpertLinear, Mixture, Routed
-from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
-from sparsellm.decomposition import LazyChunks, Settings, split
-from sparsellm.methods.feed_forward import alternate
 from sparsellm.methods.task import BlockTask
-from sparsellm.solvers import Solver
 from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
 
 PRIOR = 0.5  # n₀ as a fraction of the inputs
 SAMPLE = 4  # of all tokens, so many times the inputs of the last linear are run through an expert
-UNIT_TOKENS = 64  # show the structure of an expert
 NOT_ROUTED = "no calibration token was routed to it: pruned by the statistics of all tokens"  # note of such a linear
 
 
@@ -57,7 +52,7 @@ def prune_experts(
     token_weights: list[Tensor] | None = None,
     *,
     refit: float | None = None,
-    instead: Callable[[ExpertTokens, list[LinearView]], bool] | None = None,
+    before: Callable[[ExpertTokens, list[LinearView]], None] | None = None,
 ) -> None:
     """Prunes the experts of the block's mixtures.
 
@@ -68,7 +63,7 @@ def prune_experts(
         refit: None to take all statistics of an expert before any of its linears is pruned. Otherwise the last linear
             is pruned after the others, on their outputs, and first refitted to the output that the expert had, with
             this damping.
-        instead: prunes all linears of an expert in another way, and returns whether it did.
+        before: called before the linears of an expert are pruned.
     """
     views = {id(linear.module): linear for linear in task.linears if isinstance(linear.module, ExpertLinear)}
     for mixture in task.stream.chain.mixtures(task.index) if views else []:
@@ -86,8 +81,9 @@ def prune_experts(
                 task.routed.update(dict.fromkeys([linear.name for linear in linears], own.count))
                 if not own.count:
                     task.notes.update(dict.fromkeys([linear.name for linear in linears], (NOT_ROUTED,)))
-                if instead is None or not instead(own, linears):
-                    _prune(task, own, linears, every, solve, refit)
+                if before is not None:
+                    before(own, linears)
+                _prune(task, own, linears, every, solve, refit)
 
 
 def _prune(
@@ -131,32 +127,6 @@ def _of_last(task: BlockTask, own: ExpertTokens, down: LinearView, dense: Expert
         sample = _moments(own.tokens.sample(SAMPLE * down.in_features), down.in_features, task, own.expert, dense)
     shrunk = routed.shrunk_to(sample)
     return shrunk.gram(), shrunk.cross
-
-
-def find_expert_unit(own: ExpertTokens, linears: list[LinearView]) -> FeedForwardUnit | None:
-    """The feed-forward unit of an expert, recognised on a few tokens; None if it is of another kind."""
-    few, _ = next(own.tokens.sample(UNIT_TOKENS))
-    units = find_feed_forward(linears, lambda: own.expert(few[:UNIT_TOKENS]))
-    return units[0] if len(units) == 1 and len(units[0].linears()) == len(linears) else None
-
-
-def prune_expert_unit(
-    task: BlockTask, own: ExpertTokens, unit: FeedForwardUnit, solvers: Mapping[str, Solver], settings: Settings
-) -> None:
-    """Prunes the unit of an expert by its auxiliary variables, on the tokens routed to it, with the squares of their
-    weights; on tokens taken evenly from all if there are fewer than inputs. The targets are its current outputs."""
-    task.report("variables")
-    enough = own.count >= unit.down.in_features
-    rows = own.routed() if enough else own.tokens.sample(SAMPLE * unit.down.in_features)
-    weights: list[Tensor] = []
-    with task.clock.phase("prune/variables"), task.stream.store() as inputs, task.stream.store() as outputs:
-        with torch.no_grad():
-            for x, factors in rows:
-                inputs.append(x)
-                outputs.append(own.expert.get_submodule(DOWN)(own.expert.inner(x)))
-                weights.append(factors)
-        train, held_out = split(LazyChunks.stored(inputs, outputs, weights))
-        alternate(task, unit, train, held_out, solvers, settings)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,14 +5,14 @@
 2. The last linear of a sublayer is its output projection (the *writer*), which adds to the residual stream. It is
    refitted before it is pruned: least squares towards the output that the sublayer had before any of its linears was
    pruned. So it compensates the errors of the other linears.
-3. Instead of 1 and 2, a feed-forward unit is pruned by its auxiliary variables where that pays: in two-layer ReLU
-   units at high sparsity, or wherever ``options.iterations`` asks for it.
+3. Instead of 1 and 2, a two-layer ReLU unit is pruned by its auxiliary variables where that pays: at high sparsity, or
+   where ``options.iterations`` asks for it.
 4. After all blocks, the run sweeps the whole model towards the dense model's predictions (``effort``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -24,18 +24,12 @@ from sparsellm.chain import LinearView
 from sparsellm.chain.activations import relu
 from sparsellm.chain.capture import RunOrder, replacing, skipping, watch
 from sparsellm.chain.shortcuts import KnownOutput
-from sparsellm.chain.units import FeedForwardUnit
+from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
-from sparsellm.methods.feed_forward import UNIT_STREAMS, find_units, prune_unit
+from sparsellm.methods.feed_forward import UNIT_STREAMS, prune_unit
 from sparsellm.methods.permutation import permute_block, permute_expert
-from sparsellm.methods.routed import (
-    ExpertTokens,
-    find_expert_unit,
-    prune_expert_unit,
-    prune_experts,
-    without_experts,
-)
+from sparsellm.methods.routed import ExpertTokens, prune_experts, without_experts
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.methods.weighting import token_weights, weighted_solvers
@@ -75,9 +69,7 @@ def _validate(options: dict[str, Any]) -> None:
     paper="arXiv 2402.17946, with the solver of 2406.07831",
     needs=_needs,
     validate=_validate,
-    workspace=Workspace(
-        weights=7, grams=2, streams=1, writers=2
-    ),  # of the refit; writers of attention and feed-forward
+    workspace=Workspace(weights=7, grams=2, streams=1, writers=2),  # for the refit of attention and feed-forward
     distributed=True,
     allocation="threshold",
     effort=1,
@@ -98,7 +90,7 @@ def sparsellm(
     iterations: Annotated[
         int | None,
         Field(ge=0),
-        "alternations of the feed-forward units' auxiliary variables; null: 2 in sparse two-layer ReLU units",
+        "alternations of the auxiliary variables of two-layer ReLU units; null: 2 where they pay",
     ] = None,
 ) -> None:
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
@@ -110,34 +102,34 @@ def sparsellm(
     if permute:
         permute_block(task, weights)
     sublayers = find_sublayers(task, order)
-    solvers = weighted_solvers(task, solver, output_metric)
-    fitting = _Fitting(weights, solvers, refit, refit_damping, order, permute, sublayers)
+    fitting = _Fitting(weights, weighted_solvers(task, solver, output_metric), refit, refit_damping, order, sublayers)
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
-    wanted = iterations if iterations is not None else refit and sparsest >= PAYS
-    units = find_units(task) if wanted else []
-
-    def rounds_of(unit: FeedForwardUnit | None) -> int:
-        return _rounds(task, unit, solver) if iterations is None else iterations
-
+    units: list[FeedForwardUnit] = []
+    if iterations or (iterations is None and refit and sparsest >= PAYS):
+        units = find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
     for sublayer in sublayers:
         unit = next((unit for unit in units if _names(unit.linears()) == _names(sublayer.linears())), None)
-        rounds = rounds_of(unit)
+        rounds = _rounds(task, unit, solver, iterations) if unit is not None else 0
         if unit is not None and rounds:
             prune_unit(task, unit, weights, fitting.solvers, Settings(rounds, damping=refit_damping))
         else:
             _prune_in_order(task, sublayer, fitting)
-    _prune_rest(task, sublayers, fitting, rounds_of if wanted else None)
+    _prune_rest(task, fitting, permute)
 
 
-def _rounds(task: BlockTask, unit: FeedForwardUnit | None, solver: str) -> int:
-    """Alternations where the user leaves them open, by the structure of the unit, the solver and the sparsity.
+def _rounds(task: BlockTask, unit: FeedForwardUnit, solver: str, asked: int | None) -> int:
+    """Alternations of a unit: ``asked`` for, or None for a choice by the solver and the sparsity.
 
     In a ReLU model the variables lower the excess by about a tenth from :data:`PAYS` on, unstructured with SparseGPT
     inside and in N:M with ADMM inside (docs/results.md, *What the auxiliary variables are worth*). Elsewhere they gain
-    nothing that three seeds agree on, and nothing in gated units.
+    nothing that three seeds agree on. In gated units iteration 0 had the least error in every block.
     """
-    if unit is None or unit.gate is not None or unit.activation is not relu:
+    if unit.gate is not None or unit.activation is not relu:
+        if asked:
+            task.notes[unit.down.name] = ("pruned without auxiliary variables, which are for two-layer ReLU units",)
         return 0
+    if asked is not None:
+        return asked
     patterns = [task.patterns[linear.name] for linear in unit.linears()]
     sparsity = sum(pattern.sparsity for pattern in patterns) / len(patterns)
     fixed = all(isinstance(pattern, NM) for pattern in patterns)
@@ -154,13 +146,12 @@ class _Fitting:
     """The settings for fitting and pruning the linears of a block.
 
     Attributes:
-        weights: of tokens, batches ``(batch, seq)``, or None for equal ones.
-        solvers: of each linear, by name.
+        weights: weights of tokens, batches ``(batch, seq)``, or None for equal ones.
+        solvers: for each linear, by name.
         refit: whether output projections are refitted before they are pruned.
         damping: ridge of the refit.
         order: the order in which the block's linears run.
-        permute: whether N:M orders the channels of experts.
-        sublayers: of the block.
+        sublayers: the sublayers of the block.
     """
 
     weights: list[Tensor] | None
@@ -168,7 +159,6 @@ class _Fitting:
     refit: bool
     damping: float
     order: RunOrder
-    permute: bool
     sublayers: list[Sublayer]
 
 
@@ -180,137 +170,91 @@ def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> N
             task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
             shortcut = sublayer.shortcut if group[0] is sublayer.writer else None
             known = task.stream.keep(shortcut) if shortcut is not None else None
-            if group[0] is writer:
-                gram, cross = _moments_of_writer(task, writer, target, fitting, known)
+            recorded = writer if group is sublayer.groups[0] else None
+            gram, cross = _moments(task, group[0], fitting, target, known, recorded, fitted=group[0] is writer)
+            fit = None
+            if cross is not None:
                 with task.clock.phase("prune/solve"):
-                    fit = least_squares(gram, cross, fitting.damping, prior=writer.weight())
+                    fit = least_squares(gram, cross, fitting.damping, prior=group[0].weight())
                 del cross
                 gram.forget()  # frees the factors of the refit before the solver, which takes the most memory
-                _solve(task, writer, gram, fitting, fit)
-            else:
-                first = group is sublayer.groups[0]
-                gram = _gram(task, group[0], fitting, target, known, recorded=writer if first else None)
-                for linear in group:
-                    _solve(task, linear, gram, fitting)
+            for linear in group:
+                _solve(task, linear, gram, fitting, fit)
             if known is not None:
-                task.stream.known.append(known)  # of the writer as it is now
+                task.stream.known.append(known)  # the output of the writer as it is now
 
 
 def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, fit: Fit | None = None) -> None:
     """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result."""
     with task.clock.phase("prune/solve"):
-        wanted = linear.weight() if fit is None else fit.weight
-        solution = fitting.solvers[linear.name](wanted, gram, task.patterns[linear.name])
+        weight = linear.weight() if fit is None else fit.weight
+        solution = fitting.solvers[linear.name](weight, gram, task.patterns[linear.name])
     solution = solution if fit is None else replace(solution, notes=(*fit.notes, *solution.notes))
-    task.accept(linear, solution, gram, wanted)
+    task.accept(linear, solution, gram, weight)
 
 
-def _gram(
+def _moments(
     task: BlockTask,
     head: LinearView,
     fitting: _Fitting,
     target: TensorStore,
     known: KnownOutput | None,
     recorded: LinearView | None,
-) -> Gram:
-    """The Gram matrix of the input of ``head``, from one pass that also appends the outputs of ``recorded`` to
-    ``target``, and that input to ``known``."""
-    gram = GramAccumulator(head.in_features, task.stream.chain.device)
+    *,
+    fitted: bool,
+) -> tuple[Gram, Tensor | None]:
+    """The Gram matrix of the input of ``head``, and its cross-moment with the target ``(out, in)`` if it is fitted.
 
-    def see(position: int, linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        if linear is head:
-            if known is not None:
-                known.append(entering)
-            gram.update(entering, fitting.weights[position] if fitting.weights is not None else None)
-        if linear is recorded:
-            target.append(leaving.detach().clone())  # later operations may change it in place
-
-    _pass(task, head, recorded, fitting, see)
-    gram.reduce()
-    return gram.finish()
-
-
-def _moments_of_writer(
-    task: BlockTask, writer: LinearView, target: TensorStore, fitting: _Fitting, known: KnownOutput | None
-) -> tuple[Gram, Tensor]:
-    """The Gram matrix of a writer's input, and its cross-moment with the target ``(out, in)``, from one pass that also
-    appends that input to ``known``."""
-    gram = GramAccumulator(writer.in_features, task.stream.chain.device)
-    cross = CrossAccumulator(writer.out_features, writer.in_features, task.stream.chain.device)
-    bias = writer.bias
-
-    def see(position: int, linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        weights = fitting.weights[position] if fitting.weights is not None else None
-        if known is not None:
-            known.append(entering)
-        gram.update(entering, weights)
-        wanted = target[position]
-        cross.update(wanted if bias is None else wanted - bias, entering, weights)
-
-    _pass(task, writer, None, fitting, see)
-    gram.reduce()
-    cross.reduce()
-    return gram.finish(), cross.finish()
-
-
-def _pass(
-    task: BlockTask,
-    head: LinearView,
-    recorded: LinearView | None,
-    fitting: _Fitting,
-    see: Callable[[int, LinearView, Tensor, Tensor], None],
-) -> None:
-    """Runs the block on every batch and calls ``see(batch number, linear, input, output)`` for the two linears.
-
+    They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
     Linears that only run after both are skipped, and so are modules around them.
     """
+    chain = task.stream.chain
+    gram = GramAccumulator(head.in_features, chain.device)
+    cross = CrossAccumulator(head.out_features, head.in_features, chain.device) if fitted else None
+    bias = head.bias
+    position = 0  # the number of the batch, read by the hook
+
+    def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
+        if linear is head:
+            weights = fitting.weights[position] if fitting.weights is not None else None
+            if known is not None:
+                known.append(x)
+            gram.update(x, weights)
+            if cross is not None:
+                cross.update(target[position] if bias is None else target[position] - bias, x, weights)
+        if linear is recorded:
+            target.append(y.detach().clone())  # later operations may change it in place
+
     seen = [head, *([recorded] if recorded is not None else [])]
-    linears = task.stream.chain.linears(task.index)
+    linears = chain.linears(task.index)
     unread = fitting.order.unread(linears, inputs=[head], outputs=seen[1:])
     read = {linear.module for linear in seen} | {x.module for x in linears} - {x.module for x in unread}
     around = [sublayer.shortcut for sublayer in fitting.sublayers if sublayer.shortcut is not None]
-    idle = {each.module: each.zeros for each in around if each.like_input and read.isdisjoint(each.module.modules())}
-    position = 0  # the number of the batch, read by the hook
-    with (
-        task.clock.phase("prune/statistics"),
-        watch(seen, lambda *args: see(position, *args)),
-        skipping(unread),
-        replacing(idle),
-    ):
+    idle = {cut.module: cut.zeros for cut in around if cut.like_input and read.isdisjoint(cut.module.modules())}
+    with task.clock.phase("prune/statistics"), watch(seen, see), skipping(unread), replacing(idle):
         for position in range(len(task.stream)):
             task.stream.run_batch(task.index, position)
+    gram.reduce()
+    if cross is not None:
+        cross.reduce()
+    return gram.finish(), cross.finish() if cross is not None else None
 
 
-def _prune_rest(
-    task: BlockTask,
-    sublayers: list[Sublayer],
-    fitting: _Fitting,
-    rounds_of: Callable[[FeedForwardUnit | None], int] | None,
-) -> None:
+def _prune_rest(task: BlockTask, fitting: _Fitting, permute: bool) -> None:
     """Prunes the experts, and then linears that do not get every token either: each by itself.
 
     The statistics of the latter take one pass. One that no token reaches is left to :meth:`BlockTask.finish`.
-
-    Args:
-        rounds_of: the alternations of the auxiliary variables of a unit; None if no unit has any.
     """
 
     def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
         _solve(task, linear, gram, fitting, fit)
 
-    def alternate(own: ExpertTokens, linears: list[LinearView]) -> bool:
-        if fitting.permute:
-            permute_expert(task, own, linears)
-        unit = find_expert_unit(own, linears) if rounds_of is not None else None
-        rounds = rounds_of(unit) if rounds_of is not None else 0
-        if unit is None or not rounds:
-            return False
-        prune_expert_unit(task, own, unit, fitting.solvers, Settings(rounds, damping=fitting.damping))
-        return True
+    def before(expert: ExpertTokens, linears: list[LinearView]) -> None:
+        if permute:
+            permute_expert(task, expert, linears)
 
-    refit = fitting.damping if fitting.refit else None
-    prune_experts(task, solve, fitting.weights, refit=refit, instead=alternate)
-    known = {name for sublayer in sublayers for name in _names(sublayer.linears())}
+    prune_experts(task, solve, fitting.weights, refit=fitting.damping if fitting.refit else None, before=before)
+    known = {name for sublayer in fitting.sublayers for name in _names(sublayer.linears())}
     rest = [linear for linear in without_experts(task.linears) if linear.name not in known]
     if not rest:
         return

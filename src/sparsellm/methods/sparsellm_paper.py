@@ -1,7 +1,7 @@
 """The published SparseLLM, for comparison: with SparseGPT as solver, and the last iterate as the result.
 
 As in the authors' code, the statistics of a block come from one pass before any of its linears is pruned. SparseGPT
-prunes attention. The loop of :meth:`~sparsellm.decomposition.Settings.published` prunes the feed-forward unit: its
+prunes attention. The loop of :meth:`~sparsellm.decomposition.Settings.of_the_paper` prunes the feed-forward unit: its
 inputs are those from before attention was pruned, and its targets are the dense unit's outputs on them. Experts of a
 mixture are pruned by SparseGPT. Differences
 from the authors' code: all numbers are fp32, every block of the model is pruned, and variables are kept in chunks that
@@ -79,7 +79,7 @@ def sparsellm_paper(
         del statistics
         for unit in units:
             gated = unit.gate is not None
-            settings = Settings.published(
+            settings = Settings.of_the_paper(
                 epochs,
                 penalty or (5.0 if gated else 0.1),
                 output_update or ("pseudo-inverse" if gated else "gradient"),
@@ -107,7 +107,9 @@ def _prune_unit(task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, set
             targets.append(dense(x.float()))
         train = LazyChunks.stored(inputs, targets)
         try:
-            alternate(task, unit, train, (), {linear.name: sparsegpt for linear in unit.linears()}, settings)
+            alternate(
+                task, unit, train, LazyChunks([]), {linear.name: sparsegpt for linear in unit.linears()}, settings
+            )
         except NumericalError as failure:
             advice = "options.epochs stops it earlier, options.safeguard=true keeps the best epoch"
             raise NumericalError(f"{unit.down.name}: {failure}; {advice}") from failure
