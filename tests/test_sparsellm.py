@@ -41,12 +41,11 @@ def pruned(family: Family, method: str, **settings: Any) -> PreTrainedModel:
     model = family()
     recipe = Recipe(method=method, sparsity=0.6, **settings, batch_tokens=200)
     result = sparsellm.prune(model, recipe, calibration=windows(1))
-    shares = {linear.asked for linear in result.linears}
     if method == "sparsellm":
         assert result.zeros == round(0.6 * result.weights)
-        assert len(shares) > 1
+        assert len({linear.asked for linear in result.linears}) > 1
     else:
-        assert shares == {0.6}
+        assert all(abs(linear.zeros - 0.6 * linear.weights) <= 0.5 for linear in result.linears)
     for linear in result.linears:
         assert linear.zeros == round(linear.asked * linear.shape[0] * linear.shape[1])
     return model

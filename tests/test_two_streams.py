@@ -109,7 +109,7 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
     model = family()
     targets: list[list[Tensor]] = []
     states: list[PreTrainedModel] = []
-    gram = module._gram
+    moments = module._moments
 
     class Watched(CrossAccumulator):
         def __init__(self, *args: Any) -> None:
@@ -120,13 +120,13 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
             targets[-1].append(target.view(-1, IDS.shape[1], target.shape[-1]).clone())
             super().update(target, x, token_weights)
 
-    def see(*args: Any, recorded: Any) -> Any:
-        if recorded is not None:
+    def see(*args: Any, fitted: bool) -> Any:
+        if args[-1] is not None:  # the first group of a sublayer, at which the targets are recorded
             states.append(copy.deepcopy(model))
-        return gram(*args, recorded=recorded)
+        return moments(*args, fitted=fitted)
 
     monkeypatch.setattr(module, "CrossAccumulator", Watched)
-    monkeypatch.setattr(module, "_gram", see)
+    monkeypatch.setattr(module, "_moments", see)
     recipe = Recipe(method="sparsellm", sparsity=0.6, effort=0, batch_tokens=BATCH)
     sparsellm.prune(model, recipe, calibration=IDS)
     at = 2  # sublayers of block 0 come first
