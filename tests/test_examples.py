@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from sparsellm import Recipe, plugins
 from sparsellm.methods import METHODS
@@ -50,16 +49,11 @@ def test_a_recipe_prunes_to_what_it_says(recipe: Path, llama: Path, tmp_path: Pa
         assert json.loads(run("inspect", tmp_path / "p", "--json")[1])["pattern"] == wanted.pattern
 
 
-def test_each_recipe_says_when_to_take_it() -> None:
-    names = ["2-4", "best-70", "dense-attention", "laptop", "quality-50", "quick-50", "wanda"]
-    assert [path.stem for path in RECIPES] == names
-    guide = (EXAMPLES.parent / "docs" / "guide.md").read_text(encoding="utf-8")
-    assert all(f"`{path.name}`" in guide for path in RECIPES)
-    for path in RECIPES:
-        comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
-        assert "Take it" in " ".join(line.strip("# ") for line in comment)
-        assert f"--recipe examples/recipes/{path.name}" in comment[-1]
-        assert isinstance(yaml.safe_load(path.read_text()), dict)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_each_recipe_says_when_to_take_it(path: Path) -> None:
+    comment = [line.strip("# \n") for line in path.read_text().splitlines() if line.startswith("#")]
+    assert "Take it" in " ".join(comment)
+    assert f"--recipe examples/recipes/{path.name}" in comment[-1]
 
 
 def test_the_solver_loses_less_than_wanda_whose_mask_it_has(llama: Path, tmp_path: Path, run: Any) -> None:
@@ -75,7 +69,7 @@ def test_the_solver_loses_less_than_wanda_whose_mask_it_has(llama: Path, tmp_pat
             *options, *SMALL, "--json",
         )  # fmt: skip
         assert code == 0, stderr
-        errors[name] = json.loads(stdout)["linears"][0]["error"]  # of the first, whose inputs are the same in all
+        errors[name] = json.loads(stdout)["linears"][0]["error"]  # the first linear has the same inputs in all runs
     assert errors["wanda-refit"] < 0.9 * errors["wanda"]
     assert errors["plain"] == pytest.approx(errors["wanda"])
 

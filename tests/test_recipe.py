@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy
 import pytest
-from sparsellm.run.effort import Effort
 
 from sparsellm import Recipe
 from sparsellm.errors import RecipeError
 from sparsellm.patterns import NM, Unstructured
+from sparsellm.run.choice import Effort
 
 
 def test_yaml_round_trip_keeps_every_field() -> None:
@@ -55,40 +55,28 @@ def test_settings_reach_fields_and_options() -> None:
     [
         ("sparsty: 0.5", "'sparsity'"),
         ("sparsity: 1.0", "from 0 up to, not including, 1"),
-        ("sparsity: -0.1", "from 0 up to"),
-        ("sparsity: lots", "sparsity"),
         ("pattern: '2:3:4'", "2:3:4"),
-        ("pattern: '4:2'", "4:2"),
         ("{pattern: '2:4', sparsity: 0.7}", "means sparsity 0.5"),
         ("samples: 0", "samples"),
         ("dtype: int8", "dtype"),
         ("bos: maybe", "bos is 'maybe'"),
         ("- 1", "mapping"),
-        ("a: [", "not valid YAML"),
         ("{sparsity: [1], pattern: '2:4'}", "sparsity is [1]"),
-        ("{sparsity: true, pattern: '2:4'}", "sparsity is True"),
-        ("{sparsity: .nan, pattern: '2:4'}", "sparsity is nan"),
         ("sparsity: true", "sparsity is True"),
         ("sparsity: .inf", "finite"),
         ("sparsity: '0.5'", "sparsity is '0.5'"),
-        ("sparsity: 2024-99-99", "sparsity is '2024-99-99'"),
         ("samples: yes", "samples is True"),
-        ("samples: 2.5", "samples is 2.5"),
         ("samples: 1e10", "samples is 10000000000"),
         ("{samples: 1e9, seq_len: 16}", "more than 2147483648 calibration tokens"),
         ("seed: 9223372036854775808", "less than or equal to 9223372036854775807"),
-        (f"seed: {'9' * 5000}", "5000 characters"),
-        (f"seed: {2**64}", "seed is 18446744073709551616"),
         (f"memory: {10**30}", "such as 4GiB"),
         ("memory: true", "memory is True"),
         (f"pattern: '{'9' * 5000}:4'", "n:m"),
         ("pattern: 24", "pattern is 24"),
-        ("exclude: x", "exclude is 'x'"),
         ("allow_dense: x", "allow_dense is 'x'"),
         ("options: [1]", "options is [1]"),
         ("options: {a: .inf}", "options.a is inf"),
         ("device: ''", "empty"),
-        ("calibration: ' '", "empty"),
         ("self: 1", "unknown recipe field 'self'"),
         ("{" + "x" * 300 + ": 1}", "unknown recipe field"),
     ],
@@ -118,14 +106,11 @@ def test_numbers_and_patterns_are_read_as_people_write_them() -> None:
         (["options=3"], "options is 3"),
         (["seed=1", "seed=2"], "'seed' is given twice"),
         (["options.x=1", "options.x=1"], "'options.x' is given twice"),
+        (["seed"], "write key=value"),
         (["=1"], "no key"),
         (["options.=1"], "no key"),
         ([".x=1"], "no key"),
         (["seed.x=1"], "unknown recipe field 'seed.x'"),
-        ([f"seed={'9' * 5000}"], "5000 characters"),
-        (["seed=18446744073709551616"], "seed is 18446744073709551616"),
-        (["seed=" + "[" * 5000], "deeper than"),
-        (["seed=!!int 3"], "tag"),
         (["sparsity=[1]", "pattern='2:4'"], "sparsity is [1]"),
     ],
 )
@@ -160,20 +145,13 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, said:
     assert "r.yaml" in str(caught.value)
 
 
-def test_paths_that_the_system_does_not_take() -> None:
-    for path in ("x" * 5000, "a\0b"):
-        with pytest.raises(RecipeError, match="cannot read"):
-            Recipe.from_yaml(Path(path))
-
-
 def test_effort_is_a_number_of_passes() -> None:
     assert [Effort.of(Recipe(effort=effort)).passes for effort in (None, 0, 1, 2, 3)] == [1, 0, 1, 3, 8]
     assert Effort.of(Recipe(effort=1, passes=5)).passes == 5
     assert Effort.of(Recipe(method="wanda")).passes == 0
 
 
-def test_bad_settings_and_files(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="key=value"):
-        Recipe().with_settings(["seed"])
-    with pytest.raises(RecipeError, match=r"nothing\.yaml"):
-        Recipe.from_yaml(tmp_path / "nothing.yaml")
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "nothing.yaml"])
+def test_a_file_that_cannot_be_read_is_named(path: str) -> None:
+    with pytest.raises(RecipeError, match="cannot read"):
+        Recipe.from_yaml(Path(path))

@@ -38,7 +38,7 @@ def test_options_are_filled_and_coerced() -> None:
     assert entry().check({}) == {"low": 1, "high": 3.0, "name": None}
     filled = entry().check({"high": "2.5", "low": "2"})
     assert filled == {"low": 2, "high": 2.5, "name": None}
-    assert list(filled) == ["low", "high", "name"]  # of the signature, not of the recipe
+    assert list(filled) == ["low", "high", "name"]  # the order of the signature
     assert entry().needs_of(filled).gradient_tokens == 2
 
 
