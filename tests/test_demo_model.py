@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sparsellm
 from sparsellm.calibration import evaluation_windows
 from sparsellm.errors import ModelError
-from sparsellm.evaluation import perplexity
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.gguf import gguf_checkpoint
@@ -69,4 +69,4 @@ def test_the_demo_model_downloads_converts_and_predicts(tmp_path: Path) -> None:
     assert model.dtype == torch.float32
     assert tokenizer("hello")["input_ids"][0] != tokenizer.bos_token_id  # this tokenizer adds none
     windows = evaluation_windows("pydoc", tokenizer, 512, max_tokens=2048)
-    assert perplexity(model, windows).value < 30
+    assert sparsellm.evaluate(model, windows).value < 30

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from sparsellm.console import progress as show_progress
     from sparsellm.convert import PackResult, pack, unpack
     from sparsellm.errors import SparseLLMError
-    from sparsellm.evaluation.perplexity import Perplexity
     from sparsellm.recipe import Recipe
     from sparsellm.records import Evaluation
     from sparsepack.loading import load
@@ -28,13 +27,12 @@ _MODULES = {
     "sparsellm.console": ("show_progress",),
     "sparsellm.convert": ("PackResult", "pack", "unpack"),
     "sparsellm.errors": ("SparseLLMError",),
-    "sparsellm.evaluation.perplexity": ("Perplexity",),
     "sparsellm.recipe": ("Recipe",),
     "sparsellm.records": ("Evaluation",),
     "sparsepack.loading": ("load",),
 }
 
-__all__ = ["Evaluation", "PackResult", "Perplexity", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
+__all__ = ["Evaluation", "PackResult", "PruneResult", "Recipe", "SparseLLMError", "__version__"]
 __all__ += ["card", "evaluate", "inspect", "load", "pack", "prune", "push", "show_progress", "unpack"]
 
 

@@ -15,7 +15,7 @@ import torch
 
 import sparsellm
 from sparsellm import Recipe, api
-from sparsellm.errors import DataError, ModelError, RecipeError
+from sparsellm.errors import DataError, ModelError, NumericalError, RecipeError
 from sparsellm.evaluation import streamed
 from sparsellm.records import Protocol
 from sparsellm.run.fingerprint import tokens_fingerprint
@@ -356,3 +356,11 @@ def test_a_folder_of_tasks_must_exist_and_needs_tasks(llama: Path, text: Path) -
         sparsellm.evaluate(llama, text, tasks=["a"], tasks_dir="/nowhere")
     with pytest.raises(RecipeError, match="without tasks"):
         sparsellm.evaluate(llama, text, tasks_dir="/nowhere")
+
+
+def test_a_loss_that_is_not_finite_is_an_error(text: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = math.inf
+    with pytest.raises(NumericalError, match="loss of window 0 is .*float32"):
+        sparsellm.evaluate(model, by_hand(text, bos=True))

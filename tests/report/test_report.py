@@ -92,7 +92,7 @@ def test_it_shows_the_numbers_of_the_run(opt: Page, runs: Path) -> None:
     assert [row[6] for row in rows] == [f"{linears[f'model.decoder.layers.{b}.fc2']['error']:.3g}" for b in (0, 1)]
     assert [row[1] for row in opt.rows("The sweep")[1:]] == [f"{each['held_out']:.4g}" for each in pruning["sweeps"]]
     history = linears["model.decoder.layers.0.fc2"]["history"]
-    assert opt.rows("The decomposition's objective")[1][2] == f"{history[1]['objective']:.4g}"
+    assert opt.rows("The decomposition's objective")[2][1] == f"{history[1]['objective']:.4g}"
     assert opt.figures()["objective"]["data"][0]["y"][0] is None  # local pruning has no objective
     phases = {row[0] for row in opt.rows("Time of each phase")}
     assert {"prune", "sweep", "calibration", "– solve"} <= phases
@@ -283,7 +283,7 @@ def test_places_that_are_refused(place: str, copied: Path, tmp_path: Path, run: 
 
 def test_a_report_of_somebody_else_stays(copied: Path) -> None:
     (copied / "report.html").write_text("<html>mine</html>")
-    with pytest.raises(StorageError, match="is no report of sparsellm"):
+    with pytest.raises(StorageError, match="is not a report of sparsellm"):
         write_report(copied)
     assert (copied / "report.html").read_text() == "<html>mine</html>"
 

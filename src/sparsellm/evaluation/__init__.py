@@ -1,5 +1,1 @@
-"""Perplexity, and the divergence of one model's predictions from another's."""
-
-from sparsellm.evaluation.perplexity import Perplexity, kl_divergence, nll_from_logits, perplexity
-
-__all__ = ["Perplexity", "kl_divergence", "nll_from_logits", "perplexity"]
+"""Perplexity, the divergence of one model's predictions from another's, and tasks of lm-eval."""

@@ -1,4 +1,8 @@
-"""Losses of a chain, and its divergence from another, block by block, for models that do not fit into memory."""
+"""Losses of a chain, and its divergence from another, block by block, for models that do not fit into memory.
+
+Perplexity is by the protocol of the pruning papers (GPTQ 2210.17323, SparseGPT 2301.00774): each window of T tokens is
+evaluated by itself, and its tokens 1 … T-1 are scored, so all windows have the same weight.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ from torch.nn import functional
 
 from sparsellm.chain import Chain, Feed
 from sparsellm.errors import NumericalError
-from sparsellm.evaluation.perplexity import CHUNK
 from sparsellm.progress import Progress, ProgressCallback, ignore
 
+# Positions whose fp32 log-probabilities are in memory at once: 256 × 128k vocabulary entries take 128 MB.
+CHUNK = 256
 _HIDDEN_BYTES = 1 << 30  # of hidden states held at once; a longer text runs through the blocks in several passes
 _BATCH_TOKENS = 4096
 

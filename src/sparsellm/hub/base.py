@@ -5,13 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sparsellm.errors import SparseLLMError
-from sparsellm.inputs.yaml_input import MOST_BYTES, parse_yaml
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-_KEPT = ("license", "license_name", "license_link")  # what a card states of the license
-_MOST = 300  # characters of such a value
+_LICENSE = ("license", "license_name", "license_link")  # what a card states of the license
+_MOST_CHARACTERS, _MOST_BYTES = 300, 1 << 20  # of such a value, and of a card: a hundred times the usual ones
 
 
 def base_of(model: object, directory: Path | None) -> dict[str, str]:
@@ -27,7 +23,7 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
 
 
 def _hub_id(name: str, directory: Path | None) -> str | None:
-    """The id that a name is, or that the hub's cache says of a directory; a path that exists is no id."""
+    """The id that a name is, or that the hub's cache says of a directory; None for a path that exists."""
     snapshot = directory is not None and directory.parent.name == "snapshots"
     if directory is not None and snapshot and directory.parents[1].name.startswith("models--"):
         name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
@@ -37,15 +33,15 @@ def _hub_id(name: str, directory: Path | None) -> str | None:
 
 def _license(card: Path) -> dict[str, str]:
     """The license in the front matter of a card; a card that cannot be read states none."""
+    from huggingface_hub import metadata_load
+
     try:
-        with card.open("rb") as file:
-            text = file.read(MOST_BYTES).decode("utf-8-sig", "replace")
-        found = _FRONT_MATTER.match(text)
-        values = parse_yaml(found[1], str(card)) if found else None
-    except (OSError, SparseLLMError):  # it belongs to somebody else and is no reason to stop
+        values = (metadata_load(card) if card.stat().st_size <= _MOST_BYTES else None) or {}
+    except Exception:  # it belongs to somebody else and is no reason to stop
         return {}
-    if not isinstance(values, dict):
-        return {}
+    stated = {key: values.get(key) for key in _LICENSE}
     return {
-        key: values[key] for key in _KEPT if isinstance(values.get(key), str) and 0 < len(values[key].strip()) <= _MOST
+        key: value
+        for key, value in stated.items()
+        if isinstance(value, str) and 0 < len(value.strip()) <= _MOST_CHARACTERS
     }

@@ -12,21 +12,15 @@ from pathlib import Path
 from sparsellm.errors import StorageError, shown
 from sparsellm.records import Evaluation, Protocol
 from sparsellm.report import charts
-from sparsellm.report.charts import COLOURS, Chart, Table, Trace, axis, line, number, percent, whole_axis
+from sparsellm.report.charts import COLOURS, Chart, Plotly, Table, axis, line, number, percent, short_number
 from sparsellm.report.checkpoint import Checkpoint, read_checkpoint
 from sparsellm.report.document import checked_out, page, write_page
 from sparsellm.report.headline import NOT_MEASURED, commands_of, headline, packed_commands
 
 
 @dataclass(frozen=True)
-class ComparedRun:
-    """One run, with its evaluation by the protocol of the comparison.
-
-    Attributes:
-        name: short, and different from those of the others.
-        record: of the run.
-        evaluation: None if it was not measured by that protocol.
-    """
+class Run:
+    """One run: its short name, and its evaluation by the protocol of the comparison, None if there is none."""
 
     name: str
     record: Checkpoint
@@ -37,9 +31,29 @@ class ComparedRun:
         return self.evaluation.value if self.evaluation is not None else None
 
     @property
-    def dense_perplexity(self) -> float | None:
-        against = self.evaluation.against if self.evaluation is not None else None
-        return against.perplexity.value if against is not None else None
+    def speed(self) -> float | None:
+        speeds = self.record.decode_speeds()
+        return speeds[1].median if speeds is not None else None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model, as far as the runs know it: perplexity, megabytes of weights, and tokens a second (the mean over
+    the runs that were compared with it)."""
+
+    perplexity: float | None
+    megabytes: float | None
+    speed: float | None
+
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> Dense:
+        against = [run.evaluation.against for run in runs if run.evaluation is not None]
+        speeds = [speeds[0].median for run in runs if (speeds := run.record.decode_speeds()) is not None]
+        return cls(
+            next((each.perplexity.value for each in against if each is not None), None),
+            next((size / 1e6 for run in runs if (size := run.record.pruning.base.bytes)), None),
+            sum(speeds) / len(speeds) if speeds else None,
+        )
 
 
 def write_comparison(directories: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
@@ -72,18 +86,15 @@ def _check_same_model(records: Sequence[Checkpoint]) -> None:
         if place in seen:
             raise StorageError(f"{record.name} is named twice; name each run once")
         seen.add(place)
-        one, other = first.pruning.base.digest, record.pruning.base.digest
-        known = one is not None and other is not None
-        if (one != other) if known else (_shapes(first) != _shapes(record)):
-            models = [shown(each.pruning.base.name or "another model") for each in (first, record)]
+        bases = [each.pruning.base for each in (first, record)]
+        known = all(base.digest is not None for base in bases)
+        shapes = [{linear.name: linear.shape for linear in each.pruning.linears} for each in (first, record)]
+        if bases[0].digest != bases[1].digest if known else shapes[0] != shapes[1]:
+            models = [shown(base.name or "another model") for base in bases]
             raise StorageError(
                 f"{first.name} is of {models[0]} and {record.name} of {models[1]}, another base model; "
                 "compare runs of one model"
             )
-
-
-def _shapes(record: Checkpoint) -> dict[str, tuple[int, int]]:
-    return {linear.name: linear.shape for linear in record.pruning.linears}
 
 
 def render_comparison(records: Sequence[Checkpoint]) -> str:
@@ -95,14 +106,12 @@ def render_comparison(records: Sequence[Checkpoint]) -> str:
     protocol = _common_protocol(records)
     evaluations = [record.latest().get(protocol.key) if protocol is not None else None for record in records]
     names = _names(records)
-    runs = [ComparedRun(*each) for each in zip(names, records, evaluations, strict=True)]
-    quality = _quality(runs)
-    depth = [
-        _by_depth(runs, "depth-sparsity", "Sparsity by block", charts.sparsity_of, percent, {"tickformat": ".0%"}),
-        _by_depth(runs, "depth-error", "Mean error by block", charts.error_of, lambda v: number(v, 3), {"type": "log"}),
-    ]
+    runs = [Run(*each) for each in zip(names, records, evaluations, strict=True)]
+    dense = Dense.of(runs)
+    quality, depth = _quality(runs, dense), _depth(runs)
     commands = commands_of(row for record in records for row in headline(record))
-    dense = [record for record in records if record.decode_speeds() is None]
+    again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
+    unpacked = [record for record in records if record.decode_speeds() is None]
     return page(
         "comparison.html.jinja",
         f"{len(runs)} pruned versions of {records[0].model}",
@@ -112,16 +121,12 @@ def render_comparison(records: Sequence[Checkpoint]) -> str:
         records=records,
         names=names,
         protocol=str(protocol) if protocol is not None else "",
-        summary=_summary(runs),
-        commands=[*commands, *_again(records)] if commands else [],
-        packed_commands=[command for record in dense for command in packed_commands(record)[:-1]],
+        summary=_summary(runs, dense),
+        commands=[*commands, again] if commands else [],
+        packed_commands=[command for record in unpacked for command in packed_commands(record)[:-1]],
         quality=quality,
         depth=depth,
     )
-
-
-def _again(records: Sequence[Checkpoint]) -> list[str]:
-    return [f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"]
 
 
 def _common_protocol(records: Sequence[Checkpoint]) -> Protocol | None:
@@ -137,147 +142,91 @@ def _names(records: Sequence[Checkpoint]) -> list[str]:
     return [last if lasts.count(last) == 1 else record.name for last, record in zip(lasts, records, strict=True)]
 
 
-def _summary(runs: Sequence[ComparedRun]) -> Table:
+def _summary(runs: Sequence[Run], dense: Dense) -> Table:
     """One row for each run, after one of the dense model where its values are known."""
-    columns = ("run", "method", "zeros", "perplexity", "KL", "same token", "weight files", "tokens/s", "prune")
-    rows = []
+
+    def known(value: float | None, shown_as: Callable[[float], str] = number) -> str:
+        return shown_as(value) if value is not None else NOT_MEASURED
+
+    def megabytes(size: float) -> str:
+        return f"{size:,.1f} MB"
+
+    size, speed = known(dense.megabytes, megabytes), known(dense.speed)
+    rows = [("dense", "", "", known(dense.perplexity), "0", "100%", size, speed, "")]
     for run in runs:
-        record, against = run.record, run.evaluation.against if run.evaluation is not None else None
-        speeds = record.decode_speeds()
+        pruning, against = run.record.pruning, run.evaluation.against if run.evaluation is not None else None
         rows.append(
             (
                 run.name,
-                " ".join(str(record.pruning.recipe.get(key) or "") for key in ("method", "pattern")).strip(),
-                percent(record.pruning.sparsity_pruned),
-                _or_absent(run.perplexity, number),
-                _or_absent(against.kl if against is not None else None, lambda value: number(value, 3)),
-                _or_absent(against.agreement if against is not None else None, percent),
-                f"{record.file_bytes / 1e6:,.1f} MB",
-                _or_absent(speeds[1].median if speeds is not None else None, number),
-                f"{sum(record.pruning.whole_seconds.values()):,.0f} s",
+                " ".join(str(pruning.recipe.get(key) or "") for key in ("method", "pattern")).strip(),
+                percent(pruning.sparsity_pruned),
+                known(run.perplexity),
+                known(against.kl if against is not None else None, short_number),
+                known(against.agreement if against is not None else None, percent),
+                megabytes(run.record.file_bytes / 1e6),
+                known(run.speed),
+                f"{sum(pruning.whole_seconds.values()):,.0f} s",
             )
         )
-    size, speed = _dense_size(runs), _dense_speed(runs)
-    dense = next((run.dense_perplexity for run in runs if run.dense_perplexity is not None), None)
-    rows.insert(
-        0,
-        (
-            "dense",
-            "",
-            "",
-            _or_absent(dense, number),
-            "0",
-            "100%",
-            _or_absent(size, lambda megabytes: f"{megabytes:,.1f} MB"),
-            _or_absent(speed, number),
-            "",
-        ),
-    )
-    return Table(columns, rows)
-
-
-def _or_absent(value: float | None, shown_as: Callable[[float], str]) -> str:
-    return shown_as(value) if value is not None else NOT_MEASURED
-
-
-def _dense_size(runs: Sequence[ComparedRun]) -> float | None:
-    """Megabytes of the dense model's weights."""
-    return next((size / 1e6 for run in runs if (size := run.record.pruning.base.bytes)), None)
-
-
-def _dense_speed(runs: Sequence[ComparedRun]) -> float | None:
-    """Tokens a second of the dense model, the mean over the runs that were compared with it."""
-    speeds = [speeds[0].median for run in runs if (speeds := run.record.decode_speeds()) is not None]
-    return sum(speeds) / len(speeds) if speeds else None
-
-
-def _quality(runs: Sequence[ComparedRun]) -> list[Chart]:
-    """Perplexity against size, speed and sparsity, each where two values or more are known."""
-
-    def speed(run: ComparedRun) -> float | None:
-        speeds = run.record.decode_speeds()
-        return speeds[1].median if speeds is not None else None
-
-    views = (
-        ("size", "weight files, MB", lambda run: run.record.file_bytes / 1e6, _dense_size(runs)),
-        ("speed", "tokens a second, decoding", speed, _dense_speed(runs)),
-        ("sparsity", "zeros in the pruned linears", lambda run: run.record.pruning.sparsity_pruned, 0.0),
-    )
-    found = [_against(runs, name, title, of, dense) for name, title, of, dense in views]
-    return [chart for chart in found if chart is not None]
-
-
-def _against(
-    runs: Sequence[ComparedRun],
-    name: str,
-    title: str,
-    of: Callable[[ComparedRun], float | None],
-    dense: float | None,
-) -> Chart | None:
-    """A point for each run, and the dense model as a point and a line across; None if no run has both values."""
-    known = [(run.name, of(run), run.perplexity) for run in runs]
-    points = [(label, x, y) for label, x, y in known if x is not None and y is not None]
-    if not points:
-        return None
-    reference = next((run.dense_perplexity for run in runs if run.dense_perplexity is not None), None)
-    traces: list[Trace] = [
-        {**line(label, [x], [y], position), "mode": "markers+text", "text": [label], "cliponaxis": False}
-        for position, (label, x, y) in enumerate(points)
-    ]
-    across = [x for _, x, _ in points] + ([dense] if reference is not None and dense is not None else [])
-    middle = (min(across) + max(across)) / 2
-    for position, trace in enumerate(traces):  # labels towards the middle, so that none is cut off
-        trace["textposition"] = "top left" if points[position][1] >= middle else "top right"
-        trace["marker"] = {**trace["marker"], "size": 12, "color": COLOURS[position % len(COLOURS)]}
-    rows = [(label, number(x), number(y)) for label, x, y in points]
-    layout = {"xaxis": axis(title), "yaxis": axis("perplexity, lower is better"), "showlegend": False}
-    if reference is not None:
-        layout["shapes"] = [charts.reference_line(reference)]
-        if dense is not None:
-            marker = {"symbol": "star", "size": 14, "color": COLOURS[-1]}
-            traces.append(
-                {"type": "scatter", "x": [dense], "y": [reference], "name": "dense", "mode": "markers+text",
-                 "text": ["dense"], "textposition": "top left" if dense > middle else "top right", "marker": marker,
-                 "cliponaxis": False}
-            )  # fmt: skip
-        rows.insert(0, ("dense", number(dense), number(reference)))
-    best = min(points, key=lambda point: point[2])
-    said = f"; the dense model, the dashed line, has {number(reference)}" if reference is not None else ""
-    return Chart(
-        f"quality-{name}",
-        f"Quality against {name}",
-        f"{best[0]} has the lowest perplexity, {number(best[2])}{said}.",
-        Table(("run", title, "perplexity"), rows),
-        traces,
-        layout,
-        400,
+    return Table(
+        ("run", "method", "zeros", "perplexity", "KL", "same token", "weight files", "tokens/s", "prune"), rows
     )
 
 
-def _by_depth(
-    runs: Sequence[ComparedRun],
-    name: str,
-    title: str,
-    of: Callable[..., float],
-    shown_as: Callable[[float], str],
-    layout: dict[str, str],
+def _quality(runs: Sequence[Run], dense: Dense) -> list[Chart]:
+    """Perplexity against size, speed and sparsity, each where a run has both values."""
+    views: tuple[tuple[str, str, list[float | None], float | None], ...] = (
+        ("size", "weight files, MB", [run.record.file_bytes / 1e6 for run in runs], dense.megabytes),
+        ("speed", "tokens a second, decoding", [run.speed for run in runs], dense.speed),
+        ("sparsity", "zeros in the pruned linears", [run.record.pruning.sparsity_pruned for run in runs], 0.0),
+    )
+    found = []
+    for name, title, values, of_dense in views:
+        pairs = zip(runs, values, strict=True)
+        points = [(run.name, x, run.perplexity) for run, x in pairs if x is not None and run.perplexity is not None]
+        if points:
+            found.append(_scatter(name, title, points, of_dense, dense.perplexity))  # type: ignore[arg-type]
+    return found
+
+
+def _scatter(
+    name: str, title: str, points: list[tuple[str, float, float]], x: float | None, reference: float | None
 ) -> Chart:
-    """A line for each run over the blocks."""
-    blocks = sorted({linear.block for run in runs for linear in run.record.pruning.linears})
-    values = [
-        [of(own) if (own := [x for x in run.record.pruning.linears if x.block == block]) else None for block in blocks]
-        for run in runs
+    """A point for each run, and the dense model as a line across, and as a point if its ``x`` is known."""
+    best = min(points, key=lambda point: point[2])
+    text = f"{best[0]} has the lowest perplexity, {number(best[2])}"
+    layout: Plotly = {"xaxis": axis(title), "yaxis": axis("perplexity, lower is better"), "showlegend": False}
+    rows = [(label, number(at), number(y)) for label, at, y in points]
+    styles = [{"size": 12, "color": COLOURS[position % len(COLOURS)]} for position in range(len(points))]
+    if reference is not None:
+        text += f"; the dense model, the dashed line, has {number(reference)}"
+        layout["shapes"] = [charts.reference_line(reference)]
+        rows.insert(0, ("dense", number(x), number(reference)))
+        if x is not None:
+            points = [*points, ("dense", x, reference)]
+            styles.append({"size": 14, "color": COLOURS[-1], "symbol": "star"})
+    across = [at for _, at, _ in points]
+    middle = (min(across) + max(across)) / 2
+    traces = []
+    for position, ((label, at, y), style) in enumerate(zip(points, styles, strict=True)):
+        trace = line(label, [at], [y], position)
+        trace |= {"mode": "markers+text", "text": [label], "cliponaxis": False, "marker": {**trace["marker"], **style}}
+        right = at > middle or (at == middle and label != "dense")
+        trace["textposition"] = "top left" if right else "top right"  # towards the middle, so that none is cut off
+        traces.append(trace)
+    table = Table(("run", title, "perplexity"), rows)
+    return Chart(f"quality-{name}", f"Quality against {name}", f"{text}.", table, traces, layout, 400)
+
+
+def _depth(runs: Sequence[Run]) -> list[Chart]:
+    """Sparsity and error over the blocks, a line for each run."""
+    linears = {run.name: run.record.pruning.linears for run in runs}
+    blocks = sorted({linear.block for own in linears.values() for linear in own})
+    text = "Over the pruned linears of each block, one line for each run."
+    sparsity = {name: charts.by_block(own, blocks, charts.sparsity_of) for name, own in linears.items()}
+    error = {name: charts.by_block(own, blocks, charts.error_of) for name, own in linears.items()}
+    x = ("block", blocks)
+    return [
+        charts.lines(("depth-sparsity", "Sparsity by block", text), x, axis("", tickformat=".0%"), sparsity, percent),
+        charts.lines(("depth-error", "Mean error by block", text), x, axis("", type="log"), error, short_number),
     ]
-    rows = [
-        (str(block), *(shown_as(row[i]) if row[i] is not None else "–" for row in values))  # type: ignore[arg-type]
-        for i, block in enumerate(blocks)
-    ]
-    return Chart(
-        name,
-        title,
-        "Over the pruned linears of each block, one line for each run.",
-        Table(("block", *(run.name for run in runs)), rows),
-        [line(run.name, blocks, row, position) for position, (run, row) in enumerate(zip(runs, values, strict=True))],
-        {"xaxis": whole_axis("block", blocks), "yaxis": axis("", **layout)},
-        380,
-    )

@@ -43,15 +43,14 @@ def write_report(
     Args:
         directory: that ``prune`` wrote, or its packed form.
         out: the file; ``report.html`` in the directory if None. A report of ours is replaced.
-        name: of the directory in the commands on the page, if it will have another one.
+        name: the directory in the commands on the page, if it will have another name.
 
     Raises:
         StorageError: the directory has no ``pruning.json``, a file in it cannot be read, or ``out`` is refused.
         MissingExtraError: the chart library is not installed.
     """
     place = checked_out(Path(directory).expanduser() / REPORT if out is None else out, exists=out is not None)
-    record = read_checkpoint(directory, name)
-    return write_page(place, render_run(record))
+    return write_page(place, render_run(read_checkpoint(directory, name)))
 
 
 def checked_out(out: str | os.PathLike[str], *, exists: bool = True) -> Path:
@@ -68,27 +67,21 @@ def checked_out(out: str | os.PathLike[str], *, exists: bool = True) -> Path:
     try:
         place = Path(os.path.realpath(os.path.expanduser(text)))
         kind = place.stat().st_mode if place.exists() else None
+        ours = kind is not None and stat.S_ISREG(kind) and _is_ours(place)
     except (OSError, ValueError) as error:
         raise StorageError(f"--out {shown(text)} cannot be looked up ({error}); name another file") from None
     if not text or (kind is not None and stat.S_ISDIR(kind)):
         raise StorageError(f"--out {shown(text)} is a directory; name a file, such as compare.html")
-    if kind is None:
-        if exists and not place.parent.is_dir():
-            raise StorageError(f"--out {shown(text)}: {place.parent} is no directory; create it, or name another file")
-        return place
-    if not stat.S_ISREG(kind) or not _is_ours(place):
-        raise StorageError(
-            f"--out {shown(text)} exists and is no report of sparsellm, so it is not replaced; name another file"
-        )
+    if kind is not None and not ours:
+        raise StorageError(f"--out {shown(text)} is not a report of sparsellm and is not replaced; name another file")
+    if kind is None and exists and not place.parent.is_dir():
+        raise StorageError(f"--out {shown(text)}: {place.parent} is not a directory; create it, or name another file")
     return place
 
 
 def _is_ours(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return f'name="generator" content="{GENERATOR}"'.encode() in file.read(_HEAD)
-    except OSError:
-        return False
+    with path.open("rb") as file:
+        return f'name="generator" content="{GENERATOR}"'.encode() in file.read(_HEAD)
 
 
 def write_page(place: Path, text: str) -> Path:
@@ -104,14 +97,9 @@ def render_run(record: Checkpoint) -> str:
         MissingExtraError: the chart library is not installed.
     """
     pruning = record.pruning
-    rows = headline(record)
-    sparsity, errors = charts.sparsity_map(pruning.linears), charts.error_map(pruning.linears)
+    rows, magnitudes, course = headline(record), charts.magnitude_charts(pruning), charts.course(pruning)
+    linears = [charts.sparsity_map(pruning.linears), charts.error_map(pruning.linears)]
     allocation = charts.allocation_chart(pruning)
-    sweep, decomposition = charts.sweep_chart(pruning), charts.decomposition_charts(pruning)
-    clocks = (charts.time_chart(pruning), charts.forecast_chart(pruning), charts.memory_chart(pruning))
-    course = [each for each in (sweep, *decomposition, *clocks) if each is not None]
-    magnitudes = charts.magnitude_charts(pruning.magnitudes)
-    wanted = pruning.target
     sections = [("headline", "Dense against pruned"), ("linears", "Every linear"), ("depth", "Allocation")]
     sections += [("weights", "Weights"), ("course", "The course of the run"), ("made", "How it was made")]
     if record.results.continuations:
@@ -119,22 +107,18 @@ def render_run(record: Checkpoint) -> str:
     machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
     return page(
         "run.html.jinja",
-        f"{record.model} pruned to {wanted}",
-        [sparsity, errors, allocation, *magnitudes, *course],
+        f"{record.model} pruned to {pruning.target}",
+        [*linears, allocation, *magnitudes, *course],
         sections=sections,
         record=record,
         place=shlex.quote(record.name),
-        wanted=wanted,
         rows=rows,
         commands=commands_of(rows),
         packed_commands=packed_commands(record) if record.decode_speeds() is None else [],
-        sparsity=sparsity,
-        errors=errors,
+        linears=linears,
         allocation=allocation,
         magnitudes=magnitudes,
         course=course,
-        swept=sweep is not None,
-        decomposed=bool(decomposition),
         mask=mask_picture(record),
         recipe=yaml.safe_dump(pruning.recipe, sort_keys=False, allow_unicode=True, width=100),
         versions=Table(("package", "version"), sorted(pruning.versions.items())),
@@ -146,8 +130,8 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
     """One HTML file with everything that it needs.
 
     Args:
-        template: its name.
-        title: of the document.
+        template: the name of the template.
+        title: the title of the document.
         figures: every chart on the page.
         context: further values of the template; all text in them is escaped.
 
@@ -163,29 +147,17 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
     drawn = json.dumps({chart.name: chart.figure for chart in figures}, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":  # so that no text in it can end the script
         drawn = drawn.replace(character, f"\\u{ord(character):04x}")
-    return (
-        templates()
-        .get_template(template)
-        .render(
-            title=title,
-            policy=policy,
-            generator=GENERATOR,
-            style=style,
-            script=script,
-            library=library,
-            figures=drawn,
-            **context,
-        )
-    )
+    context |= {"title": title, "policy": policy, "generator": GENERATOR, "style": style, "script": script}
+    return templates().get_template(template).render(library=library, figures=drawn, **context)
 
 
 @cache
 def templates() -> Environment:
     """The templates of this package; every value in them is escaped."""
     loader = PackageLoader("sparsellm.report", "page")
-    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    templates.filters["thousands"] = lambda count: f"{count:,}"
-    return templates
+    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    found.filters["thousands"] = lambda count: f"{count:,}"
+    return found
 
 
 def _part(name: str) -> str:

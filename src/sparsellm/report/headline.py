@@ -12,7 +12,8 @@ from sparsellm.report.charts import number, percent
 from sparsellm.report.checkpoint import Checkpoint
 
 NOT_MEASURED = "not measured"
-KL, SAME = "KL(dense ‖ pruned), nats a token", "Same likeliest token"
+PERPLEXITY, KL, SAME = "Perplexity", "KL(dense ‖ pruned), nats a token", "Same likeliest token"
+SPEED = "Tokens a second, decoding"
 _TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
 
 
@@ -21,7 +22,6 @@ class Row:
     """One quantity.
 
     Attributes:
-        name: of the quantity.
         detail: the conditions under which it holds.
         dense, pruned: its values; None where it was not measured.
         change: from dense to pruned.
@@ -37,26 +37,17 @@ class Row:
 
 
 def headline(record: Checkpoint) -> list[Row]:
-    """The rows of the table: quality, tasks, size, speed, sparsity."""
-    return [*_sparsity(record), *_quality(record), *_tasks(record), _size(record), _speed(record)]
+    """The rows of the table: sparsity, quality, tasks, size, speed."""
+    pruning = record.pruning
+    rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
+    if pruning.matrices.weights > pruning.weights:
+        rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
+    return [*rows, *_quality(record), *_tasks(record), _size(record), _speed(record)]
 
 
 def commands_of(rows: Iterable[Row]) -> list[str]:
     """The commands that measure what is missing, each once."""
     return list(dict.fromkeys(row.command for row in rows if row.command))
-
-
-def evaluate_command(record: Checkpoint, tasks: str = "") -> str:
-    """The command that compares a checkpoint with its dense model, on the calibration's data set if it is a named one.
-
-    Args:
-        record: of the run.
-        tasks: run these tasks too.
-    """
-    model, calibration = record.pruning.base.name, record.pruning.recipe.get("calibration")
-    text = calibration if calibration in _TEXTS else "wikitext2"
-    command = f"sparsellm eval {shlex.quote(record.name)} --text {text}"
-    return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model) if model else 'MODEL'}"
 
 
 def packed_commands(record: Checkpoint) -> list[str]:
@@ -66,40 +57,34 @@ def packed_commands(record: Checkpoint) -> list[str]:
     packed = replace(record, name=f"{record.name.rstrip('/')}-packed")
     name = shlex.quote(packed.name)
     pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}"
-    return [pack, evaluate_command(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
+    return [pack, _evaluate(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
 
 
-def _sparsity(record: Checkpoint) -> list[Row]:
-    pruning = record.pruning
-    rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
-    if pruning.matrices.weights > sum(linear.weights for linear in pruning.linears):
-        rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
-    return rows
+def _evaluate(record: Checkpoint, tasks: str = "") -> str:
+    """The command that runs tasks, or compares a checkpoint with its dense model; the text is the data set of the
+    calibration if that is a named one."""
+    model, calibration = record.pruning.base.name, record.pruning.recipe.get("calibration")
+    text = calibration if calibration in _TEXTS else "wikitext2"
+    command = f"sparsellm eval {shlex.quote(record.name)} --text {text}"
+    return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model) if model else 'MODEL'}"
 
 
 def _quality(record: Checkpoint) -> list[Row]:
-    evaluations = record.latest()
-    rows = []
-    for evaluation in evaluations.values():
-        protocol = str(evaluation.protocol)
-        against, pruned = evaluation.against, evaluation.perplexity
+    command, rows = _evaluate(record), []
+    for evaluation in record.latest().values():
+        protocol, against, pruned = str(evaluation.protocol), evaluation.against, _interval(evaluation.perplexity)
         if against is None:
-            again = evaluate_command(record)
-            rows.append(Row("Perplexity", protocol, None, _interval(pruned), "", again))
-            rows += [Row(name, protocol, dense, command=again) for name, dense in ((KL, "0"), (SAME, "100%"))]
+            rows.append(Row(PERPLEXITY, protocol, None, pruned, command=command))
+            rows += [Row(name, protocol, dense, command=command) for name, dense in ((KL, "0"), (SAME, "100%"))]
             continue
-        dense = against.perplexity
-        change = _ratio(pruned.value, dense.value)
+        change = _ratio(evaluation.value, against.perplexity.value)
         rows += [
-            Row("Perplexity", protocol, _interval(dense), _interval(pruned), change),
+            Row(PERPLEXITY, protocol, _interval(against.perplexity), pruned, change),
             Row(KL, protocol, "0", _interval(against.divergence, 3)),
             Row(SAME, protocol, "100%", percent(against.agreement)),
             Row("Recovery", protocol, "100%", percent(against.recovery)),
         ]
-    if rows:
-        return rows
-    command = evaluate_command(record)
-    return [Row(name, command=command) for name in ("Perplexity", KL, SAME)]
+    return rows or [Row(name, command=command) for name in (PERPLEXITY, KL, SAME)]
 
 
 def _tasks(record: Checkpoint) -> list[Row]:
@@ -107,31 +92,24 @@ def _tasks(record: Checkpoint) -> list[Row]:
     for (task, metric), value in record.tasks().items():
         error = f" ± {number(value.stderr, 2)}" if value.stderr is not None else ""
         rows.append(Row(f"{task}: {metric}", "", None, f"{number(value.value)}{error}"))
-    return rows or [Row("Tasks", command=evaluate_command(record, "hellaswag,arc_easy"))]
+    return rows or [Row("Tasks", command=_evaluate(record, "hellaswag,arc_easy"))]
 
 
 def _size(record: Checkpoint) -> Row:
     dense, own = record.pruning.base.bytes, record.file_bytes
     detail = "packed" if record.packed else "zeros are stored; packing leaves them out"
-    return Row(
-        "Weight files",
-        detail,
-        _megabytes(dense) if dense else None,
-        _megabytes(own),
-        _ratio(own, dense) if dense else "",
-    )
+    before, change = (_megabytes(dense), _ratio(own, dense)) if dense else (None, "")
+    return Row("Weight files", detail, before, _megabytes(own), change)
 
 
 def _speed(record: Checkpoint) -> Row:
     speeds = record.decode_speeds()
     if speeds is None:
-        packed = record.packed
-        command = f"sparsellm bench {shlex.quote(record.name)}" if packed else ""
-        return Row("Tokens a second, decoding", "" if packed else "of the packed form", command=command)
-    dense, packed_speed = speeds
-    detail = f"packed, batch {packed_speed.batch}, {packed_speed.threads} threads"
-    before, after = dense.median, packed_speed.median
-    return Row("Tokens a second, decoding", detail, number(before), number(after), _ratio(after, before))
+        command = f"sparsellm bench {shlex.quote(record.name)}" if record.packed else ""
+        return Row(SPEED, "" if record.packed else "of the packed form", command=command)
+    before, after = speeds
+    detail = f"packed, batch {after.batch}, {after.threads} threads"
+    return Row(SPEED, detail, number(before.median), number(after.median), _ratio(after.median, before.median))
 
 
 def _interval(value: Interval, digits: int = 4) -> str:

@@ -15,56 +15,47 @@ from sparsellm.records import LinearResult
 from sparsellm.report.checkpoint import Checkpoint
 from sparsellm.storage.packed_reader import open_checkpoint
 
-WINDOW = 128  # most rows and columns
+WINDOW = 128  # most rows and columns: at three pixels a weight the picture fits a phone
 _KEPT, _ZERO = bytes((0x0B, 0x57, 0xA4)), bytes((0xF4, 0xF1, 0xE8))
 
 
 @dataclass(frozen=True)
 class MaskPicture:
-    """The mask of the first rows and columns of a linear.
+    """The mask of the first rows and columns of a linear, or the reason why there is none.
 
     Attributes:
-        linear: its name.
-        rows, columns: of the window.
-        kept: weights in it that are not zero.
-        source: the picture as a ``data:`` address; kept weights are dark, zeros light.
+        linear: the name of the linear.
+        kept: weights in the window that are not zero.
+        source: the picture as a ``data:`` address; kept weights are dark, zeros light. None if there is none.
     """
 
     linear: str
-    rows: int
-    columns: int
-    kept: int
-    source: str
+    rows: int = 0
+    columns: int = 0
+    kept: int = 0
+    source: str | None = None
+    reason: str = ""
 
 
-@dataclass(frozen=True)
-class NoPicture:
-    """Why there is no picture."""
-
-    reason: str
-    source: None = None
-
-
-def mask_picture(record: Checkpoint) -> MaskPicture | NoPicture:
+def mask_picture(record: Checkpoint) -> MaskPicture:
     """The picture of the largest pruned linear of the middle block; the reason if its weight cannot be read."""
-    linear = _chosen(record)
+    linears = record.pruning.linears
+    blocks = sorted({linear.block for linear in linears})
+    middle = [linear for linear in linears if linear.block == blocks[len(blocks) // 2]]
+    linear = max(middle, key=lambda each: each.weights)
     try:
         weight = _weight(record, linear)
-    except StorageError as error:
-        return NoPicture(str(error))  # the report is of the run; a checkpoint without its weights still has one
+    except StorageError as error:  # the report is of the run; a checkpoint without its weights still has one
+        return MaskPicture(linear.name, reason=str(error))
     if weight is None:
-        return NoPicture(f"the checkpoint has no weight of {linear.name} with the recorded shape")
+        return MaskPicture(linear.name, reason=f"{linear.name} has no weight of the recorded shape in the checkpoint")
     kept = weight[:WINDOW, :WINDOW] != 0
-    address = "data:image/png;base64," + base64.b64encode(png(kept)).decode("ascii")
+    address = "data:image/png;base64," + base64.b64encode(_png(kept)).decode("ascii")
     return MaskPicture(linear.name, kept.shape[0], kept.shape[1], int(kept.sum()), address)
 
 
-def png(kept: Tensor) -> bytes:
-    """A PNG of one bit a pixel: True in the colour of kept weights.
-
-    Args:
-        kept: ``(rows, columns)``, bool.
-    """
+def _png(kept: Tensor) -> bytes:
+    """A PNG of one bit a pixel from ``(rows, columns)`` bool: True in the colour of kept weights."""
     rows, columns = kept.shape
     bits = torch.nn.functional.pad(kept.to(torch.uint8), (0, -columns % 8)).view(rows, -1, 8)
     packed = (bits * torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)).sum(-1).to(torch.uint8)
@@ -74,13 +65,6 @@ def png(kept: Tensor) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
-
-
-def _chosen(record: Checkpoint) -> LinearResult:
-    linears = record.pruning.linears
-    blocks = sorted({linear.block for linear in linears})
-    middle = blocks[len(blocks) // 2]
-    return max((linear for linear in linears if linear.block == middle), key=lambda linear: linear.weights)
 
 
 def _weight(record: Checkpoint, linear: LinearResult) -> Tensor | None:

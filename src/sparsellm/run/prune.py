@@ -15,7 +15,7 @@ from sparsellm.chain import Feed, Stream
 from sparsellm.chain.matrices import kind_of
 from sparsellm.errors import SparseLLMError, one_line
 from sparsellm.hub.base import base_of
-from sparsellm.hub.card import CARD, first_card
+from sparsellm.hub.card import CARD, card_text
 from sparsellm.machine import heap
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
 from sparsellm.records import Base, LinearResult, SweepPass
@@ -284,7 +284,7 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
         writer.clean_config()
     writer.write_text("recipe.yaml", result.recipe.to_yaml())
     writer.write_json("pruning.json", result.to_dict())
-    writer.write_text(CARD, first_card(result.record))
+    writer.write_text(CARD, card_text(result.record))
     try:
         write_report(writer.partial, name=writer.out)
     except Exception as error:  # it can be written at any time, and must not cost the result of hours
