@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sparsellm import api
 from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
-from sparsellm.inputs.json_input import read_object
 from sparsellm.methods import METHODS
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import SWEEP, Recipe
-from sparsellm.records import PRUNING, Benchmark, Pruning, read_pruning
+from sparsellm.records import PRUNING, Benchmark, Pruning, Record, Settings, read_pruning, read_record
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 from sparsellm.run.plan import Request
@@ -55,29 +52,19 @@ class Cell:
         return self.recipe.pattern or f"{self.recipe.sparsity:g}"
 
 
-class Measured(BaseModel):
-    """The measurements of one cell.
+class Measured(Record):
+    """The measurements of one cell, whose name is that of its directory.
 
     Attributes:
-        name: of the cell and its directory.
-        method: that pruned it.
         target: the sparsity or pattern that was asked for.
         sparsity: zeros in the pruned linears, as a fraction.
-        perplexity: on the text of the grid.
-        dense_perplexity: of the dense model.
-        kl: ``KL(dense ‖ pruned)`` in nats a token.
-        agreement: the fraction of tokens with the same first choice.
-        recovery: the dense perplexity divided by the pruned one.
-        packed_bytes: weight files of the packed checkpoint.
-        dense_bytes: weight files of the dense checkpoint.
-        tokens_per_second: packed, decoding; None if the grid measures no speed.
-        dense_tokens_per_second: dense, measured in turns with it.
+        perplexity, kl, agreement, recovery: on the text of the grid, as in :class:`~sparsellm.records.Against`.
+        packed_bytes, dense_bytes: weight files of the packed and of the dense checkpoint.
+        tokens_per_second, dense_tokens_per_second: while decoding, measured in turns; None if no speed is measured.
         seconds: of pruning, by wall clock.
         peak_rss: of pruning, in bytes; the highest of the process so far.
         settings: everything that the measurements depend on.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     method: str
@@ -94,7 +81,14 @@ class Measured(BaseModel):
     dense_tokens_per_second: float | None
     seconds: float
     peak_rss: int
-    settings: dict[str, Any]
+    settings: Settings
+
+
+class Grid(Record):
+    """The finished cells of a grid, as its file has them."""
+
+    format: Literal[1] = 1
+    cells: list[Measured]
 
 
 @dataclass(frozen=True)
@@ -117,23 +111,19 @@ class GridResult:
         """The directory of a cell's packed checkpoint, which was measured."""
         return self.out / f"{cell.name}{PACKED}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Settings:
         return {
             "out": str(self.out),
             "page": str(self.page) if self.page is not None else None,
             "recommended": self.recommended.name if self.recommended is not None else None,
-            "cells": [cell.model_dump() for cell in self.cells],
+            "cells": [cell.model_dump(mode="json") for cell in self.cells],
         }
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the cells of a grid are measured; the arguments of :func:`sparsellm.evaluate` of these names, and
-
-    Attributes:
-        values: of the packed checkpoints.
-        speed: whether decoding is measured.
-    """
+    """How the cells are measured: arguments of :func:`sparsellm.evaluate`, the type of the packed values, and whether
+    the speed of decoding is measured."""
 
     text: str
     seq_len: int | None = None
@@ -144,12 +134,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a recommended cell must satisfy.
-
-    Attributes:
-        recover: the least recovery.
-        max_bytes: the most bytes of packed weight files.
-    """
+    """The least recovery, and the most bytes of packed weight files, of a recommended cell."""
 
     recover: float | None = None
     max_bytes: int | None = None
@@ -171,11 +156,10 @@ def compare(
     Args:
         model: as in :func:`sparsellm.prune`, by name.
         out: the directory of the grid; each cell has its checkpoint in it. An earlier grid is continued.
-        cells: of :func:`cells_of`.
+        cells: as :func:`cells_of` makes them.
         protocol: how they are measured.
-        constraints: of the recommendation.
-        log: ``trackio`` or ``wandb`` to log each cell there as a run of the project ``sparsellm``; the package must be
-            installed.
+        constraints: what a recommended cell must satisfy.
+        log: ``trackio`` or ``wandb``, if it is installed, to log each cell there as a run of the project ``sparsellm``.
         trust_remote_code: run modelling code that comes with the checkpoint.
         progress: called with the progress of the run.
 
@@ -186,9 +170,10 @@ def compare(
     folder = Path(out).expanduser()
     logger = _logger(log) if log is not None else None
     known = _known(folder)
-    wanted = {cell.name: _settings(model, cell, protocol) for cell in cells}
+    settings = {cell.name: _settings(model, cell, protocol) for cell in cells}
     for cell in cells:
-        _check_known(folder, known.get(cell.name), wanted[cell.name], cell)
+        if cell.name in known:
+            _check_known(folder / cell.name, known[cell.name].settings, settings[cell.name])
     resolve_value_type(protocol.values, torch.float32)
     api.check_evaluation(
         model,
@@ -209,16 +194,23 @@ def compare(
             progress(replace(event, detail=f"{title}: {event.detail}"))
 
         request = Request(model, cell.recipe, folder / cell.name, trust_remote_code=trust_remote_code, shared=shared)
-        known[cell.name] = _measure(request, cell, protocol, dense, wanted[cell.name], tell)
-        _write(folder, known)
-        if logger is not None:
-            _log(logger, known[cell.name])
-    measured = [known[cell.name] for cell in cells]
-    return GridResult(folder, measured, recommend(measured, constraints), _page(folder, measured))
+        measured = known[cell.name] = _measure(request, cell, protocol, dense, settings[cell.name], tell)
+        text = Grid(cells=list(known.values())).model_dump_json(indent=2) + "\n"
+        replace_atomically(folder / GRID, partial(write_all, data=text.encode()))
+        if logger is not None:  # trackio and wandb have the same three functions
+            logger.init(project="sparsellm", name=cell.name, config=measured.settings)
+            logger.log({key: value for key, value in measured if isinstance(value, int | float)})
+            logger.finish()
+    finished = [known[cell.name] for cell in cells]
+    page = None
+    if len(finished) > 1:
+        with contextlib.suppress(MissingExtraError):
+            page = write_comparison([folder / f"{cell.name}{PACKED}" for cell in finished], folder / PAGE)
+    return GridResult(folder, finished, recommend(finished, constraints), page)
 
 
 def cells_of(
-    base: Recipe | dict[str, Any] | str | os.PathLike[str] | None,
+    base: Recipe | Settings | str | os.PathLike[str] | None,
     *,
     methods: Sequence[str],
     sparsities: Sequence[float] = (),
@@ -248,7 +240,7 @@ def cells_of(
     if swept and all(entry.effort is None for entry in entries):
         raise RecipeError(f"{swept[0]} is known to none of the methods {', '.join(methods)}; leave it out")
     cells = []
-    targets: list[dict[str, Any]] = [*({"sparsity": each} for each in sparsities), *({"pattern": p} for p in patterns)]
+    targets: list[Settings] = [*({"sparsity": each} for each in sparsities), *({"pattern": p} for p in patterns)]
     for target in targets:
         for entry in entries:
             options = {key: value for key, value in recipe.options.items() if key in entry.options}
@@ -292,38 +284,30 @@ def _logger(name: str) -> Any:
         raise MissingExtraError(f"{name} is not installed: pip install {name}") from None
 
 
-def _log(tracker: Any, cell: Measured) -> None:
-    """Logs one cell as a run; trackio and wandb have the same three functions."""
-    tracker.init(project="sparsellm", name=cell.name, config=cell.settings)
-    numbers = {key: value for key, value in cell.model_dump().items() if isinstance(value, int | float)}
-    tracker.log(numbers)
-    tracker.finish()
-
-
-def _settings(model: str | os.PathLike[str], cell: Cell, protocol: Protocol) -> dict[str, Any]:
+def _settings(model: str | os.PathLike[str], cell: Cell, protocol: Protocol) -> Settings:
     recipe = cell.recipe.model_dump(mode="json", exclude={"memory"})
     return {"model": str(model), "recipe": recipe, "protocol": asdict(protocol)}
 
 
-def _check_known(folder: Path, known: Measured | None, wanted: dict[str, Any], cell: Cell) -> None:
-    """Refuses a cell whose directory holds another run than the wanted one."""
-    if known is not None:
-        differ = [key for key, value in _flat(wanted).items() if _flat(known.settings).get(key) != value]
-        if differ:
-            was, now = _flat(known.settings).get(differ[0]), _flat(wanted)[differ[0]]
+def _check_known(place: Path, known: Settings, asked: Settings) -> None:
+    """Refuses a cell that is finished with other settings than those that are asked for.
+
+    Raises:
+        RecipeError: a setting differs; the message names the first one.
+    """
+    was, now = _flat(known), _flat(asked)
+    for key, value in now.items():
+        if was.get(key) != value:
             raise RecipeError(
-                f"{folder / cell.name} was made with another {differ[0]} ({shown(was)}, not {shown(now)}); "
-                "give another --out, or the same settings"
+                f"{place} was made with another {key} ({shown(was.get(key))}, not {shown(value)}); give another --out, "
+                "or the same settings"
             )
 
 
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(values: Settings, before: str = "") -> Settings:
+    flat: Settings = {}
     for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{before}{key}."))
-        else:
-            flat[f"{before}{key}"] = value
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) and value else {f"{before}{key}": value}
     return flat
 
 
@@ -332,14 +316,14 @@ def _measure(
     cell: Cell,
     protocol: Protocol,
     dense: api.Dense,
-    settings: dict[str, Any],
+    settings: Settings,
     progress: ProgressCallback,
 ) -> Measured:
     """Prunes one cell unless its checkpoint is there, packs it, and measures the packed checkpoint."""
     place = Path(os.fspath(request.out or ""))
     pruned = _pruned(place, cell) or prune_in_stages(request, progress).record
-    to = f"{place}{PACKED}"
-    packed = pack(place, out=to, values=protocol.values, overwrite=True, restart=True, progress=progress)
+    out = f"{place}{PACKED}"
+    packed = pack(place, out=out, values=protocol.values, overwrite=True, restart=True, progress=progress)
     evaluation = api.evaluate(
         packed.path,
         protocol.text,
@@ -388,9 +372,10 @@ def _pruned(place: Path, cell: Cell) -> Pruning | None:
     if not (place / PRUNING).is_file():
         return None
     pruning = read_pruning(place)
-    actual = {key: pruning.recipe.get(key) for key in ("samples", "seq_len")}
-    wanted = {**cell.recipe.model_dump(mode="json"), **actual}
-    if any(pruning.recipe.get(key) != value for key, value in wanted.items() if key != "memory"):
+    asked = cell.recipe.model_dump(
+        mode="json", exclude={"memory", "samples", "seq_len"}
+    )  # the run may have settled two
+    if any(pruning.recipe.get(key) != value for key, value in asked.items()):
         raise StorageError(f"{place} is another run than {cell.name} of this comparison; give another --out")
     return pruning
 
@@ -405,15 +390,6 @@ def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[floa
     return dense.median, sparse.median
 
 
-def _page(folder: Path, measured: Sequence[Measured]) -> Path | None:
-    if len(measured) < 2:
-        return None
-    try:
-        return write_comparison([folder / f"{cell.name}{PACKED}" for cell in measured], folder / PAGE)
-    except MissingExtraError:
-        return None
-
-
 def _known(folder: Path) -> dict[str, Measured]:
     """The finished cells of a grid.
 
@@ -421,19 +397,8 @@ def _known(folder: Path) -> dict[str, Measured]:
         StorageError: the directory holds something else, or its file cannot be read.
     """
     path = folder / GRID
-    if not path.is_file():
-        if folder.exists() and (not folder.is_dir() or any((folder / name).exists() for name in ("config.json",))):
-            raise StorageError(f"{folder} is no directory of a comparison; give another --out")
-        return {}
-    try:
-        cells = TypeAdapter(list[Measured]).validate_python(read_object(path).get("cells"))
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise StorageError(f"{path}: {where} is not as `sparsellm compare` writes it; give another --out") from None
-    return {cell.name: cell for cell in cells}
-
-
-def _write(folder: Path, known: dict[str, Measured]) -> None:
-    content = {"format": 1, "cells": [cell.model_dump() for cell in known.values()]}
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_atomically(folder / GRID, partial(write_all, data=text.encode()))
+    if path.is_file():
+        return {cell.name: cell for cell in read_record(Grid, path, "give another --out").cells}
+    if (folder.exists() and not folder.is_dir()) or (folder / "config.json").exists():
+        raise StorageError(f"{folder} is not a directory of a comparison; give another --out")
+    return {}

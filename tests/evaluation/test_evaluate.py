@@ -362,5 +362,5 @@ def test_a_loss_that_is_not_finite_is_an_error(text: Path) -> None:
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = math.inf
-    with pytest.raises(NumericalError, match="loss of window 0 is .*float32"):
+    with pytest.raises(NumericalError, match=r"loss of window 0 is .*float32"):
         sparsellm.evaluate(model, by_hand(text, bos=True))
