@@ -1,4 +1,4 @@
-"""The output of the command line: two consoles, tables that fit 80 columns, progress, and the seconds of each phase.
+"""The output of the command line: two consoles, tables that fit 80 columns, and progress.
 
 Text of users and models is never markup: the consoles ignore markup and emoji names, and show control characters, which
 a terminal would obey, as escapes. Styles are set by :class:`rich.text.Text` only.
@@ -42,21 +42,15 @@ _PHASES = {
     "check": "check the weights",
     "allocation": "choose sparsities",
     "gradients": "gradients of the loss",
-    "embed": "embed",
     "replay": "run finished blocks",
     "read": "read blocks",
     "prune": "prune blocks",
     "forward": "run pruned blocks",
     "write": "write blocks",
     "count": "count zeros",
-    "save": "save",
     "survey": "survey of inputs",
     "verify": "check finished blocks",
-    "evaluate": "evaluate",
     "fetch": "fetch the model",
-    "pack": "pack",
-    "unpack": "unpack",
-    "load": "load",
     "bench": "measure speed",
     "decode": "decode in turns",
     "sweep": "sweep the whole model",
@@ -100,28 +94,28 @@ def log() -> PlainConsole:
 
 
 def visible(text: str) -> str:
-    """The text with control characters, except tabs and line breaks, as escapes such as ``\\x1b``.
-
-    Characters that change the direction of writing are escaped as well.
-    """
-    return _CONTROLS.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)
+    """The text with control characters, except tabs and line breaks, and those that change the direction of writing as
+    escapes such as ``\\x1b``."""
+    return _CONTROLS.sub(_escape, text)
 
 
 def one_line(text: str) -> str:
     """As :func:`visible`, with line breaks as escapes too."""
-    return _ENDS_OF_LINES.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), visible(text))
+    return _ENDS_OF_LINES.sub(_escape, visible(text))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found.group().encode("unicode_escape").decode("ascii")
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """Prints one line, without wrapping it, on stdout or stderr.
-
-    Errors of stderr, such as a closed terminal, are ignored.
-    """
+    """Prints one line, without wrapping it, on stdout or stderr; errors of stderr, such as a closed terminal, are
+    ignored."""
     with contextlib.suppress(*((OSError,) if error else ())):
         (log() if error else out()).print(one_line(line), soft_wrap=True)
 
 
-def write_json(content: Any) -> None:
+def write_json(content: object) -> None:
     """Prints one JSON object on stdout, in ASCII if the encoding of stdout requires it."""
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     sys.stdout.write(json.dumps(content, ensure_ascii=not utf8) + "\n")
@@ -153,10 +147,11 @@ def duration(seconds: float) -> str:
 def speed(median: float, slowest: float, fastest: float) -> str:
     """A median with its range, such as ``41.2 (40.0–41.9)``."""
 
-    def short(value: float) -> str:
-        return f"{value:.1f}" if value < 99.95 else f"{value:.0f}" if value < 9999.5 else count(value)
-
-    return f"{short(median)} ({short(slowest)}–{short(fastest)})"
+    short = [
+        f"{each:.1f}" if each < 99.95 else f"{each:.0f}" if each < 9999.5 else count(each)
+        for each in (median, slowest, fastest)
+    ]
+    return f"{short[0]} ({short[1]}–{short[2]})"
 
 
 def table(names: tuple[str, ...], numbers: tuple[str, ...], title: str | None = None) -> Table:
@@ -245,34 +240,28 @@ def _step(event: Event) -> str:
 
 def _state(event: Event) -> str:
     """The error of the last linear, the sparsity so far, and the memory."""
-    parts = []
-    if event.error is not None:
-        parts.append(f"error {event.error:.4f}")
-    if event.sparsity is not None:
-        parts.append(f"sparsity {event.sparsity:.1%}")
+    parts = [f"error {event.error:.4f}"] if event.error is not None else []
+    parts += [f"sparsity {event.sparsity:.1%}"] if event.sparsity is not None else []
     return " · ".join([*parts, f"memory {heap.resident() / 1e9:.2f} GB"])
 
 
 def _done(forecast: Forecast) -> str:
     """The share done of the whole run, and the time left if it is known."""
-    if forecast.left is None:
-        left = ""
-    else:
-        left = ", a few seconds left" if forecast.left < 10 else f", about {duration(forecast.left)} left"
-    return f"{int(100 * forecast.share)} %{left}"
+    done, left = f"{int(100 * forecast.share)} %", forecast.left
+    if left is None:
+        return done
+    return f"{done}, a few seconds left" if left < 10 else f"{done}, about {duration(left)} left"
 
 
-def _packed(parts: Iterable[str], width: int) -> Iterator[str]:
+def _packed(parts: Iterable[str], width: int) -> list[str]:
     """Lines of parts joined by dots, each part whole unless it alone is wider than a line."""
-    line = ""
+    lines: list[str] = []
     for part in map(one_line, parts):
-        if line and cell_len(line) + 3 + cell_len(part) > width:
-            yield line
-            line = part
+        if lines and cell_len(lines[-1]) + 3 + cell_len(part) <= width:
+            lines[-1] += f" · {part}"
         else:
-            line = f"{line} · {part}" if line else part
-    if line:
-        yield line
+            lines.append(part)
+    return lines
 
 
 class _Lines:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparsellm import api
 from sparsellm.chain.open import load_tokenizer
@@ -15,7 +14,7 @@ from sparsellm.errors import MissingExtraError, StorageError
 from sparsellm.machine.devices import resolve_device
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
-from sparsellm.records import Against, Benchmark, Continuation, Evaluation
+from sparsellm.records import Against, Benchmark, Continuation, Evaluation, Settings
 from sparsellm.report.document import write_report
 from sparsellm.run.plan import Request
 from sparsellm.run.result import stamp
@@ -31,7 +30,7 @@ from sparsepack.loading import load
 
 # Sized for five minutes on two cores.
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
-OPTIONS: dict[str, Any] = {"solver": "sparsegpt"}  # the default solver takes two and a half times its time
+OPTIONS: Settings = {"solver": "sparsegpt"}  # the default solver takes two and a half times its time
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # of the measurement of speed
 NAME = "SmolLM2-135M-Instruct"
 PROMPT = "The Python programming language is"
@@ -48,11 +47,10 @@ class DemoResult:
     Attributes:
         dense_path, packed_path: directories of the dense and of the packed checkpoint.
         pruned: the result of pruning; its ``path`` is the pruned checkpoint before it was packed.
-        evaluation: of the pruned model against the dense one, on held-out text.
-        speeds: of the packed model and the dense one, which took turns, with their bytes on disk and in memory.
-        prompt: that both models continued; each token is the most likely one.
-        dense_text, pruned_text: their continuations.
-        seconds: of each step.
+        evaluation: the pruned model against the dense one, on held-out text.
+        speeds: the packed model and the dense one, which took turns, with their bytes on disk and in memory.
+        texts: a prompt and how both models continue it with the most likely tokens.
+        seconds: seconds of each step.
     """
 
     dense_path: Path
@@ -60,9 +58,7 @@ class DemoResult:
     pruned: api.PruneResult
     evaluation: Evaluation
     speeds: Comparison
-    prompt: str
-    dense_text: str
-    pruned_text: str
+    texts: Continuation
     seconds: dict[str, float]
 
     @property
@@ -76,7 +72,7 @@ class DemoResult:
         """The speed of decoding, of the dense and of the packed model."""
         return next(pair for pair in self.speeds.pairs() if pair[0].phase == "decode")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Settings:
         """All results as plain JSON values, as ``--json`` prints them."""
         return {
             **self.pruned.to_dict(),
@@ -85,8 +81,8 @@ class DemoResult:
             "report": str(self.pruned.report) if self.pruned.report is not None else None,
             "evaluation": self.evaluation.model_dump(mode="json"),
             "speeds": self.speeds.to_dict(),
-            "prompt": self.prompt,
-            "continuations": {"dense": self.dense_text, "pruned": self.pruned_text},
+            "prompt": self.texts.prompt,
+            "continuations": {"dense": self.texts.dense, "pruned": self.texts.pruned},
             "demo_seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 
@@ -144,11 +140,11 @@ def run_demo(
         for place in (pruned, packed):
             append_result(place, record)
     with phase("generate"):
-        texts = [_continuation(path) for path in (dense, packed)]
-        append_result(pruned, Continuation(prompt=PROMPT, dense=texts[0], pruned=texts[1]))
+        texts = Continuation(prompt=PROMPT, dense=_continued(dense), pruned=_continued(packed))
+        append_result(pruned, texts)
     with suppress(MissingExtraError):  # the run has said what to install
         write_report(pruned)
-    return DemoResult(dense, packed, result, evaluation, speeds, PROMPT, texts[0], texts[1], clock.seconds)
+    return DemoResult(dense, packed, result, evaluation, speeds, texts, clock.seconds)
 
 
 def places(out: Path | None) -> tuple[Path, Path]:
@@ -167,5 +163,5 @@ def _checked_places(out: Path | None, *, overwrite: bool, restart: bool) -> tupl
     return pruned, packed
 
 
-def _continuation(path: Path) -> str:
+def _continued(path: Path) -> str:
     return generate(load(path), load_tokenizer(path), PROMPT, max_new_tokens=TEXT_TOKENS).text

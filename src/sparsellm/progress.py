@@ -28,7 +28,7 @@ class Progress:
         detail: a text on the step in work.
         error: relative squared error of the output of the linear that was pruned last; None elsewhere.
         sparsity: fraction of zeros in all linears pruned so far; None elsewhere.
-        costs: of a :data:`PLAN`, predicted seconds by phase. They replace earlier predictions of the same phases.
+        costs: predicted seconds by phase, in a :data:`PLAN`. They replace earlier predictions of the same phases.
     """
 
     phase: str
@@ -55,25 +55,23 @@ def plan_of_phases(costs: Mapping[str, float]) -> Progress:
 class Forecast:
     """The seconds of each phase of a run, the share done of the whole, and the time left.
 
-    Predicted seconds of phases come with a :data:`PLAN`. They are corrected by one factor, measured over the finished
-    phases and the done part of the current one. Without a plan, share and time left are those of the current phase.
-
-    Args:
-        clock: returns seconds.
+    A :data:`PLAN` predicts the seconds of phases. They are corrected by one factor, measured over the finished phases
+    and the done part of the current one. Without a plan, share and time left are those of the current phase.
 
     Attributes:
-        phase: the current one, or "".
-        seconds: of each finished phase; the times of a phase that is entered again add up.
+        phase: the current phase, or "".
+        seconds: of each finished phase; the times of a phase that begins again add up.
+        share: the share done of the whole, from 0 to 1. With a plan, it never falls.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = ""
         self.seconds: dict[str, float] = {}
+        self.share = 0.0
         self._clock = clock
         self._costs: dict[str, float] = {}
-        self._begun = self._entered = self._judged = clock()
+        self._begun = self._phase_begun = self._judged = clock()
         self._fraction = 0.0
-        self._share = 0.0
         self._left: float | None = None  # at the time _judged
 
     @property
@@ -86,50 +84,41 @@ class Forecast:
         """Seconds to the end, never negative; None while nothing is known. Between events they count down."""
         return None if self._left is None else max(0.0, self._left - (self._clock() - self._judged))
 
-    @property
-    def share(self) -> float:
-        """The share done of the whole, from 0 to 1. With a plan, it never falls."""
-        return self._share
-
     def see(self, event: Progress) -> str:
-        """Takes an event, which is no :data:`NOTE`; returns the phase that it ends, or ""."""
+        """Takes an event other than a :data:`NOTE`; returns the phase that it ends, or ""."""
         ended = ""
         if event.phase == PLAN:
-            self._share = self._share if self._costs else 0.0  # before the first plan, it was that of a phase
+            self.share = self.share if self._costs else 0.0  # before the first plan, it was that of a phase
             self._costs.update(event.costs)
         else:
-            ended = self._enter(event.phase)
+            ended = self._begin(event.phase)
             self._fraction = min(max(event.done / event.total, 0.0), 1.0) if event.total > 0 else 0.0
         self._judge()
         return ended
 
     def end(self) -> str:
         """Ends the run, which is done; returns the phase that this ends, or ""."""
-        ended = self._enter("")
-        self._share, self._left = 1.0, 0.0
+        ended = self._begin("")
+        self.share, self._left = 1.0, 0.0
         return ended
 
-    def so_far(self) -> float:
-        """Seconds since the current phase was entered."""
-        return self._clock() - self._entered
-
-    def _enter(self, phase: str) -> str:
+    def _begin(self, phase: str) -> str:
         if phase == self.phase:
             return ""
-        ended = self.phase
+        ended, now = self.phase, self._clock()
         if ended:
-            self.seconds[ended] = self.seconds.get(ended, 0.0) + self.so_far()
-        self.phase, self._entered = phase, self._clock()
+            self.seconds[ended] = self.seconds.get(ended, 0.0) + now - self._phase_begun
+        self.phase, self._phase_begun = phase, now
         return ended
 
     def _judge(self) -> None:
         self._judged = self._clock()
-        done, running = self._fraction, self.so_far()
+        done, running = self._fraction, self._judged - self._phase_begun
         own = running * (1 - done) / done if done else None  # at the speed of this phase so far
         if not self._costs:
-            self._share, self._left = done, own
+            self.share, self._left = done, own
             return
-        factor, ahead = self._factor(), self._costs.keys() - self.seconds.keys() - {self.phase}
+        factor, ahead = self._factor(running), self._costs.keys() - self.seconds.keys() - {self.phase}
         left = factor * sum(self._costs[phase] for phase in ahead)
         if self.phase in self._costs:
             trust = min(1.0, done / TRUSTED)
@@ -137,22 +126,22 @@ class Forecast:
             left += trust * own if own is not None else 0.0
         self._left = left
         if self.elapsed + left > 0:
-            self._share = max(self._share, min(MOST_BEFORE_END, self.elapsed / (self.elapsed + left)))
+            self.share = max(self.share, min(MOST_BEFORE_END, self.elapsed / (self.elapsed + left)))
 
-    def _factor(self) -> float:
+    def _factor(self, running: float) -> float:
         """Measured seconds divided by predicted ones, where both are known."""
         over = self._costs.keys() & self.seconds.keys() - {self.phase}
-        prior = PRIOR * sum(self._costs.values())
-        measured = prior + sum(self.seconds[phase] for phase in over)
-        predicted = prior + sum(self._costs[phase] for phase in over)
+        measured = predicted = PRIOR * sum(self._costs.values())
+        measured += sum(self.seconds[phase] for phase in over)
+        predicted += sum(self._costs[phase] for phase in over)
         if self._fraction and self.phase in self._costs:
-            measured += self.so_far()
+            measured += running
             predicted += self._fraction * self._costs[self.phase]
         return measured / predicted if predicted else 1.0
 
 
 class PhaseClock:
-    """Wall-clock seconds of each phase; the times of a phase that is entered again add up.
+    """Wall-clock seconds of each phase; the times of a phase that begins again add up.
 
     Args:
         peak: returns the peak memory so far; it is noted in ``peaks`` at the end of each phase.

@@ -78,8 +78,7 @@ class LinearResult(Record):
     Attributes:
         name: the module's name in the model.
         shape: ``(out, in)``.
-        zeros: zeros in the stored weight.
-        asked: the requested fraction of zeros.
+        zeros: zeros in the stored weight; ``asked`` is the requested fraction.
         error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
         notes: messages to the user, such as a damping that had to be raised.
         history: one step for each iteration, for methods that iterate.
@@ -128,12 +127,8 @@ class DenseMatrix(Record):
 
     Attributes:
         name: the name of the linear, or of the parameter if no linear owns it.
-        block: the number of its block.
         shape: as the parameter is stored.
-        zeros: the number of its zeros.
-        reason: ``excluded`` or ``allowed dense`` by the recipe; ``shared with the embedding or the head``, which stay
-            dense; a ``gate``, whose outputs choose or scale other modules; ``small`` and not a linear; or ``not a
-            linear``.
+        reason: why it stayed dense; see :mod:`sparsellm.run.counts`.
         kind: the name inside the block, the same for all blocks.
     """
 
@@ -167,7 +162,7 @@ class Totals(Record):
 
 
 class SweepPass(Record):
-    """KL(dense ‖ pruned) in nats a token after a number of passes; see :class:`sparsellm.sweep.whole_model.Pass`."""
+    """KL(dense ‖ pruned) in nats a token after a number of passes; as :class:`sparsellm.sweep.whole_model.Pass`."""
 
     passes: int
     held_out: float
@@ -230,19 +225,14 @@ class RunRecord(Record):
     Attributes:
         path: the finished checkpoint; None if the model was pruned in memory only.
         sparsity_asked: the recipe's sparsity, which holds for the pruned linears.
-        bits_per_weight: of the pruned linears, as ``pack`` will write them in the type to which the values were
-            rounded; None if they were kept.
+        bits_per_weight: of the pruned linears, as ``pack`` will write values that were rounded; None if they were kept.
         dense: the matrices of the blocks that were not pruned.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
         predicted_seconds: seconds of each step, as predicted when the run began; empty if nothing was.
         peak_rss_bytes: the peak memory of one process, in this run or an earlier start of it.
         peaks_bytes: the peak memory of this process when each phase last ended.
         memory: the memory prediction of the first process.
-        calibration_tokens: tokens of the statistics.
-        calibration_bos: whether every calibration window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids
-            that the user passed.
-        processes: the number of processes.
-        versions: versions of Python and the libraries that affect the result.
+        calibration_bos: whether every calibration window begins with BOS: ``yes``, ``no``, or ``given`` for token ids.
         allocation: for per-layer sparsities that are not uniform: ``name``, and the allocation's own report.
         sweeps: the divergence from the dense model after each pass of the sweep; empty without a sweep.
         stages: the stages before the last.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 import textwrap
@@ -22,9 +21,11 @@ if TYPE_CHECKING:
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
     from sparsellm.recipe import Recipe
-    from sparsellm.records import Evaluation, Interval
+    from sparsellm.records import DenseMatrix, Evaluation, Interval, LinearResult
     from sparsellm.registry import Registry
     from sparsepack.bench import Comparison
+
+    Counted = LinearResult | DenseMatrix | MatrixZeros
 
 
 def print_warnings(result: PruneResult, printed: Iterable[str] = ()) -> None:
@@ -53,34 +54,34 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         say(f"report: {result.report}")
 
 
-def share(matrices: Iterable[Any]) -> float:
+def share(matrices: Iterable[Counted]) -> float:
     """The fraction of zeros over some matrices."""
-    each = list(matrices)
-    return float(sum(x.zeros for x in each) / sum(math.prod(x.shape) for x in each))
+    every = list(matrices)
+    return sum(each.zeros for each in every) / sum(each.weights for each in every)
+
+
+def _row(shown: Table, name: str, matrices: Iterable[Counted], *more: str, style: str | None = None) -> None:
+    """A row with the weights, the zeros and the sparsity of some matrices."""
+    every = list(matrices)
+    weights, zeros = sum(each.weights for each in every), sum(each.zeros for each in every)
+    shown.add_row(name, count(weights), count(zeros), f"{zeros / weights:.2%}", *more, style=style)
 
 
 def _kinds(result: PruneResult, *, spread: bool) -> Table:
-    shown = table(
-        ("kind of linear",),
-        ("weights", "zeros", "sparsity", *(("of one linear",) if spread else ()), "mean error"),
-        title="Pruned",
-    )
-    kinds: dict[str, list[Any]] = {}
+    columns = ("weights", "zeros", "sparsity", *(("of one linear",) if spread else ()), "mean error")
+    shown = table(("kind of linear",), columns, title="Pruned")
+    kinds: dict[str, list[LinearResult]] = {}
     for linear in result.linears:
         kinds.setdefault(linear.name.rpartition(".")[2], []).append(linear)
     for kind, part in kinds.items():
-        weights, zeros = sum(x.shape[0] * x.shape[1] for x in part), sum(x.zeros for x in part)
-        shares = [share([linear]) for linear in part]
+        shares = [linear.sparsity for linear in part]
         ends = (f"{min(shares):.0%} – {max(shares):.0%}",) if spread else ()
-        error = sum(x.error for x in part) / len(part)
-        shown.add_row(kind, count(weights), count(zeros), f"{zeros / weights:.2%}", *ends, f"{error:.4f}")
+        _row(shown, kind, part, *ends, f"{sum(linear.error for linear in part) / len(part):.4f}")
     shown.add_section()
-    whole = result.matrices
     if result.dense:
-        weights, zeros = whole.weights - result.weights, whole.zeros - result.zeros
-        shown.add_row("pruned linears", count(result.weights), count(result.zeros), f"{result.sparsity_pruned:.2%}")
-        shown.add_row("left dense", count(weights), count(zeros), f"{zeros / weights:.2%}")
-    shown.add_row("all", count(whole.weights), count(whole.zeros), f"{whole.sparsity:.2%}", style="bold")
+        _row(shown, "pruned linears", result.linears)
+        _row(shown, "left dense", result.dense)
+    _row(shown, "all", [*result.linears, *result.dense], style="bold")
     return shown
 
 
@@ -100,19 +101,21 @@ def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]
     from sparsellm.patterns import common, listed
 
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
+
+    def row(name: str, shape: str, alike: list[MatrixZeros], held: str, style: str | None = None) -> None:
+        zeros = count(sum(matrix.zeros for matrix in alike))
+        shown.add_row(name, shape, zeros, f"{share(alike):.2%}", held, style=style)
+
     for index, part in blocks.items():
         rows: dict[str, list[MatrixZeros]] = {}
         for matrix in part:
             rows.setdefault(re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", matrix.name), []).append(matrix)
         for name, alike in rows.items():
-            shape = "×".join(map(str, alike[0].shape))
             held = listed(common(matrix.patterns for matrix in alike)) if alike[0].linear else "no linear"
-            shown.add_row(name, shape, count(sum(x.zeros for x in alike)), f"{share(alike):.2%}", held or "–")
-        shown.add_row(f"block {index}", "", count(sum(x.zeros for x in part)), f"{share(part):.2%}", "", style="bold")
+            row(name, "×".join(map(str, alike[0].shape)), alike, held or "–")
+        row(f"block {index}", "", part, "", "bold")
         shown.add_section()
-    shown.add_row(
-        "all", "", count(sum(x.zeros for x in matrices)), f"{share(matrices):.2%}", pattern or "–", style="bold"
-    )
+    row("all", "", matrices, pattern or "–", "bold")
     out().print(shown)
 
 
@@ -121,11 +124,9 @@ def print_choices(option: str, registry: Registry[Any], prefix: str, *, allocati
     out().print(f"{option}:")
     for entry in registry:
         out().print(Text(visible(entry.name), style="bold").append(f"  ({visible(entry.paper)})", style="not bold"))
-        lines = [entry.summary]
+        _print_indented(entry.summary, "  ")
         if allocations:
-            lines.append(f"Without --allocation or --pattern: {entry.allocation}.")
-        for line in lines:
-            _print_indented(line, "  ")
+            _print_indented(f"Without --allocation or --pattern: {entry.allocation}.", "  ")
         for each in entry.options.values():
             _print_indented(f"{prefix}.{each.name}: {each.type_name} = {each.default}  {each.description}", "    ")
 
@@ -156,8 +157,8 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     shown.add_row("time of pruning", "–", duration(result.seconds["prune"]))
     shown.add_row("peak memory of pruning", "–", f"{pruned.peak_rss / 1e9:.2f} GB")
     shown.add_section()
-    texts = (f"{result.prompt} …", result.dense_text, result.pruned_text)
-    shown.add_row(*(Text(visible(text.strip())) for text in texts))
+    texts = result.texts
+    shown.add_row(*(Text(visible(each.strip())) for each in (f"{texts.prompt} …", texts.dense, texts.pruned)))
     out().print(shown)
     say(f"everything took {duration(sum(result.seconds.values()))}")
     for name, path in (("pruned", pruned.path), ("packed", result.packed_path), ("report", pruned.report)):
@@ -180,10 +181,8 @@ def print_packed(result: PackResult) -> None:
     if dense:
         say(f"{dense} of {len(result.linears)} linears are smaller dense and were not packed")
     if result.expert_weights:
-        say(
-            f"note: {count(result.expert_weights)} weights of experts stay dense; they have no packed form yet",
-            error=True,
-        )
+        kept = count(result.expert_weights)
+        say(f"note: {kept} weights of experts stay dense; they have no packed form yet", error=True)
     if result.rounded:
         say(
             f"note: {len(result.rounded)} of {len(result.linears)} linears were rounded to nearest. A model that was "

@@ -17,7 +17,7 @@ from sparsellm import Recipe, __version__, api, cli, console, tables
 from sparsellm.api import PruneResult
 from sparsellm.demo import DemoResult
 from sparsellm.recipe import command_line
-from sparsellm.records import Against, Evaluation, Interval, LinearResult, Protocol
+from sparsellm.records import Against, Continuation, Evaluation, Interval, LinearResult, Protocol
 from sparsepack.bench import Comparison, Speed
 from sparsepack.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -312,11 +312,9 @@ def demo_result(pruned: PruneResult) -> DemoResult:
     speeds = [Speed(model, "decode", 1, 2, 12_345.6, 9_876.4, 13_000.0) for model in ("dense", "packed")]
     sizes = (539_000_000, 123_000_000)
     comparison = Comparison(speeds, *sizes, *sizes, "float32", "float32", "[avx512]", ["packed"], *sizes)
-    texts = (" [b]is[/b] :smile:", " [/] \x1b[2J" + 40 * " word")
+    texts = Continuation(prompt="[i]Python[/i]", dense=" [b]is[/b] :smile:", pruned=" [/] \x1b[2J" + 40 * " word")
     seconds = {"prune": 83.0, "pack": 4.0}
-    return DemoResult(
-        pruned.path, pruned.path / "packed", pruned, evaluation, comparison, "[i]Python[/i]", *texts, seconds
-    )
+    return DemoResult(pruned.path, pruned.path / "packed", pruned, evaluation, comparison, texts, seconds)
 
 
 def test_speeds_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

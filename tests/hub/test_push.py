@@ -125,7 +125,7 @@ def test_without_a_hub_or_a_right_token(
 
 @pytest.mark.parametrize("repo", ["mine", "me/mine/more", "../x", "me/", "", "me/a b"])
 def test_a_name_that_is_no_repository(checkpoint: Path, repo: str) -> None:
-    with pytest.raises(StorageError, match="is no name of the hub; give owner/name"):
+    with pytest.raises(StorageError, match="is not a name of the hub; give owner/name"):
         push_checkpoint(checkpoint, repo)
 
 

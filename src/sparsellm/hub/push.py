@@ -6,10 +6,11 @@ import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsellm.errors import StorageError, one_line
 from sparsellm.hub.base import HUB_ID
+from sparsellm.records import Settings
 from sparsellm.storage.contents import checkpoint_files, has_weights
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ class Pushed:
     """What was uploaded.
 
     Attributes:
-        url: of the commit, or of the repository if nothing had changed.
-        files: names of the files of the checkpoint.
-        left_out: names in the directory that are not of the checkpoint and stayed here.
-        bytes: of all files together.
+        url: the address of the commit, or of the repository if nothing had changed.
+        files: the files of the checkpoint.
+        left_out: names in the directory that are not part of the checkpoint and stayed here.
+        bytes: size of all files together.
     """
 
     url: str
@@ -43,13 +44,11 @@ class Pushed:
     left_out: list[str]
     bytes: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Settings:
         return vars(self)
 
 
-def push_checkpoint(
-    directory: Path, repo: str, *, private: bool = False, revision: str | None = None, endpoint: str | None = None
-) -> Pushed:
+def push_checkpoint(directory: Path, repo: str, *, private: bool = False, revision: str | None = None) -> Pushed:
     """Uploads the files of a checkpoint, in one commit. The token is the one that the hub's client finds.
 
     Args:
@@ -57,7 +56,6 @@ def push_checkpoint(
         repo: ``owner/name``; created if the hub has none.
         private: create a private repository; an existing public one is refused.
         revision: the branch, created if there is none; None for the main one.
-        endpoint: address of the hub; None for ``HF_ENDPOINT``, or huggingface.co.
 
     Raises:
         StorageError: directory or name do not fit, or the hub cannot be reached or refuses.
@@ -65,13 +63,13 @@ def push_checkpoint(
     from huggingface_hub import HfApi
 
     if not HUB_ID.fullmatch(repo):
-        raise StorageError(f"repository {repo!r:.120} is no name of the hub; give owner/name")
+        raise StorageError(f"repository {repo!r:.120} is not a name of the hub; give owner/name")
     if not directory.is_dir() or not has_weights(directory):
         raise StorageError(f"{directory} has no config.json with weights; give the directory of a checkpoint")
     try:
         files, left_out = checkpoint_files(directory)
         sizes = sum((directory / name).stat().st_size for name in files)
-        api = HfApi(endpoint=endpoint, library_name="sparsellm")
+        api = HfApi(library_name="sparsellm")
         _prepare(api, repo, private=private, revision=revision)
         commit = api.upload_folder(
             repo_id=repo,
@@ -99,6 +97,8 @@ def _prepare(api: HfApi, repo: str, *, private: bool, revision: str | None) -> N
 
 def _reason(error: Exception) -> str:
     """Why an upload failed, in one line without the token."""
+    from huggingface_hub import get_token
+
     causes: list[BaseException] = [error]  # the client wraps what happens to one file
     while causes[-1].__cause__ is not None and len(causes) < 10:
         causes.append(causes[-1].__cause__)
@@ -106,11 +106,5 @@ def _reason(error: Exception) -> str:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status in _REASONS:
             return f"{_REASONS[status]} (HTTP {status})"
-    return _TOKEN.sub("***", _without_token(one_line(error)))
-
-
-def _without_token(text: str) -> str:
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return text.replace(token, "***") if token else text
+    said, token = _TOKEN.sub("***", one_line(error)), get_token()
+    return said.replace(token, "***") if token else said

@@ -13,24 +13,16 @@ from sparsellm.records import LinearResult, Pruning, Step, Totals
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
-_MEMORY_PHASES = {  # the step of the prediction -> the phase whose end shows its peak
-    "checking": "check",
-    "embedding": "embed",
-    "gradients": "gradients",
-    "statistics": "prune/statistics",
-    "solving": "prune/solve",
-    "sweeps": "sweep",
-}
-_TIMED_PHASES = {  # the step of the prediction -> the phases whose seconds it predicts
-    "calibration": ("calibration",),
-    "check": ("check",),
-    "gradients": ("gradients",),
-    "survey": ("allocation",),
-    "replay": ("replay",),
-    "prune": ("embed", "read", "prune", "forward", "write"),
-    "sweep": ("sweep",),
+# The step of the prediction -> the phase whose end shows its peak, and the phases whose seconds it predicts.
+_MEMORY_PHASES = {
+    "checking": "check", "embedding": "embed", "gradients": "gradients", "statistics": "prune/statistics",
+    "solving": "prune/solve", "sweeps": "sweep",
+}  # fmt: skip
+_TIMED_PHASES = {
+    "calibration": ("calibration",), "check": ("check",), "gradients": ("gradients",), "survey": ("allocation",),
+    "replay": ("replay",), "prune": ("embed", "read", "prune", "forward", "write"), "sweep": ("sweep",),
     "save": ("count",),
-}
+}  # fmt: skip
 _LOWEST_POWER, _POWERS_A_BIN = -16.0, 0.5  # the bins of sparsellm.run.magnitudes
 _MOST_HISTOGRAMS = 12  # more kinds of linears, as some mixtures have, would make the page unreadable
 

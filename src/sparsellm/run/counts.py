@@ -21,6 +21,7 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
 
 Reason = Literal["excluded", "allowed dense", "shared with the embedding or the head", "gate", "small", "not a linear"]
+"""Why a matrix stays dense. A gate is one whose outputs choose or scale other modules; small ones are not linears."""
 _SHOWN = 6  # kinds of matrices that a warning names
 
 
