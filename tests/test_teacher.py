@@ -149,11 +149,6 @@ def test_a_teacher_that_is_not_there_is_named_as_such(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dense_model_to_compare_with_that_is_not_there_is_named_as_such(half: Path) -> None:
-    with pytest.raises(ModelError, match=r"^against 'nothere/' not found: "):
-        sparsellm.evaluate(half, "pydoc", seq_len=16, max_tokens=64, against="nothere/")
-
-
 def test_another_tokenizer_is_refused(dense: Path, half: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

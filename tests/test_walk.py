@@ -101,17 +101,6 @@ def test_from_disk_to_disk_equals_in_memory(family: Family, tmp_path: Path) -> N
     assert [linear.zeros for linear in on_disk.linears] == [linear.zeros for linear in in_memory.linears]
 
 
-def test_same_seed_same_bits(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(method="admm", sparsity=0.7, samples=4, seq_len=32)
-    for name in ("one", "two"):
-        sparsellm.prune(source, recipe, out=tmp_path / name)
-    shards = sorted(path.name for path in (tmp_path / "one").glob("*.safetensors"))
-    assert len(shards) == 4
-    for shard in shards:
-        assert (tmp_path / "one" / shard).read_bytes() == (tmp_path / "two" / shard).read_bytes()
-
-
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
 @pytest.mark.parametrize("pattern", [Share(0.37), NM(2, 4)])
 def test_sparsity_is_exact_in_every_linear_and_only_there(method: str, pattern: Any, tmp_path: Path) -> None:
@@ -150,12 +139,6 @@ def test_an_excluded_linear_stays_dense() -> None:
     result = sparsellm.prune(model, Recipe(method="magnitude", exclude=["*.down_proj"]), calibration=windows())
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
     assert not any(linear.name.endswith("down_proj") for linear in result.linears)
-
-
-def test_zero_sparsity_leaves_every_bit_alone() -> None:
-    model, untouched = tiny_gpt2(), tiny_gpt2()
-    sparsellm.prune(model, Recipe(method="sparsegpt", sparsity=0.0), calibration=windows())
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
 
 
 def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
@@ -206,10 +189,6 @@ def test_bad_calls_are_refused_before_any_work() -> None:
         sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=windows() + 290)
     with pytest.raises(DataError, match="seq_len is 500"):
         sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=windows(2, 500))
-    with pytest.raises(RecipeError, match="'sparsegpt'"):
-        sparsellm.prune(tiny_llama(), Recipe(method="sparsgpt"), calibration=windows())
-    with pytest.raises(RecipeError, match="damping"):
-        sparsellm.prune(tiny_llama(), Recipe(method="sparsegpt", options={"dampng": 1}), calibration=windows())
     with pytest.raises(RecipeError, match="16 does not divide"):
         sparsellm.prune(tiny_llama(intermediate_size=72), Recipe(method="wanda", pattern="3:16"), calibration=windows())
 

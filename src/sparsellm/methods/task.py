@@ -23,9 +23,8 @@ from sparsellm.storage.writer import count_zeros
 from sparsepack.codes import text_of_exponents
 from sparsepack.grid import INTEGERS
 
-# glibc maps separate pages for tensors above 32 MiB. Weights that large cannot use the holes that smaller tensors leave
-# in the heap (0.1 GB in a block of a 7B), so the heap is trimmed after each of them. Smaller weights do use the holes,
-# and trimming after every solve took a third of the solver's time on the demo model.
+# glibc maps separate pages for tensors above 32 MiB, which cannot use the holes of smaller ones in the heap (0.1 GB in
+# a block of a 7B), so the heap is trimmed after them; after every solve, that took a third of the solver's time.
 OWN_PAGES = 32 << 20
 UNREACHED = "pruned by magnitude: no calibration token reached it"  # note in the result of such a linear
 
@@ -37,13 +36,13 @@ class BlockTask:
     Attributes:
         index: the number of the block, from 0.
         linears: the linears to prune.
-        patterns: the pattern of each, by name.
+        patterns: by name, the pattern of each.
         stream: the hidden states of the pruned model that enter the block.
         report: called with a short text at each step of the method.
         clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
         results: one for each linear done.
         history: by name, one record per iteration for linears that were pruned iteratively.
-        notes: by name, messages to the user beside those of the solver.
+        notes: by name, messages to the user next to those of the solver.
         routed: by name, the number of tokens that were routed to the linears of experts.
         output_costs: ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an error there to the loss, to
             second order. For methods that need them.
@@ -51,7 +50,7 @@ class BlockTask:
         unrounded: by name, the weights from which training goes on, in the storage dtype; they round to the assigned
             ones. Filled if values are rounded and ``trained`` is set.
         trained: whether a sweep follows.
-        exponents: of the columns of rounded linears, by name, as in their results.
+        exponents: by name, the exponents of the columns of rounded linears, as in their results.
     """
 
     index: int
@@ -95,16 +94,16 @@ class BlockTask:
         order = RunOrder()
         position = 0
 
-        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-            if grouping.add(linear, entering):
+        def see(linear: LinearView, inputs: Tensor, _: Tensor) -> None:
+            if grouping.add(linear, inputs):
                 if linear.name not in accumulators:
                     accumulators[linear.name] = GramAccumulator(linear.in_features, device)
                 weights = token_weights[position] if token_weights is not None else None
-                whole = weights is not None and weights.numel() == entering.shape[:-1].numel()
-                accumulators[linear.name].update(entering, weights if whole else None)
+                whole = weights is not None and weights.numel() == inputs.shape[:-1].numel()
+                accumulators[linear.name].update(inputs, weights if whole else None)
 
         with self.clock.phase("prune/statistics"):
-            with watch(everything, lambda linear, entering, leaving: order.see(linear)), watch(linears, see):
+            with watch(everything, lambda linear, *_: order.see(linear)), watch(linears, see):
                 self.stream.run_batch(self.index, 0)
             grouping.freeze()
             unread = order.unread(everything, inputs=linears, outputs=[])
@@ -129,7 +128,7 @@ class BlockTask:
         Args:
             linear: the linear.
             solution: its pruned weight; if the recipe asks for integers, its values are rounded here.
-            gram: of its inputs, for the rounding; None to take it in a pass of the block.
+            gram: the Gram matrix of its inputs, for the rounding; None to take it in a run of the block.
             wanted: the weight that the solution approximates; None for the current one.
         """
         if self.values in INTEGERS:
@@ -178,7 +177,7 @@ class BlockTask:
         done = {result.name for result in self.results}
         for linear in self.linears:
             if linear.name not in done:
-                self.results.append(self._by_magnitude(linear))
+                self._by_magnitude(linear)
         weights = {linear.name: linear.parameter for linear in self.linears}  # zeros by rounding included
         return [
             result.model_copy(
@@ -194,25 +193,15 @@ class BlockTask:
             for result in self.results
         ]
 
-    def _by_magnitude(self, linear: LinearView) -> LinearResult:
+    def _by_magnitude(self, linear: LinearView) -> None:
         """Prunes a linear that got no input, by its weights alone. Its error is 0, since it has no outputs."""
         pattern, weight = self.patterns[linear.name], linear.weight()
-        notes: tuple[str, ...] = ()
         if pattern.sparsity:
             weight = weight * pattern.mask(weight.abs())
-            notes = (UNREACHED,)
-        if self.values in INTEGERS:
-            gram = Gram(torch.eye(linear.in_features, device=weight.device), 1)
-            weight = self._rounded(linear, Solution(weight, weight != 0, 0.0), gram, weight).weight
-        linear.assign(weight)
-        return LinearResult(
-            name=linear.name,
-            shape=(linear.out_features, linear.in_features),
-            zeros=count_zeros(linear.parameter),
-            asked=pattern.sparsity,
-            error=0.0,
-            notes=notes,
-        )
+        gram = Gram(torch.eye(linear.in_features, device=weight.device), 1)
+        solution = Solution(weight, weight != 0, 0.0, (UNREACHED,) if pattern.sparsity else ())
+        result = self.accept(linear, solution, gram, weight)
+        self.results[-1] = result.model_copy(update={"error": 0.0, "notes": solution.notes})
 
 
 Method = Callable[..., None]

@@ -19,7 +19,7 @@ from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
 DISK = 1e9  # bytes read, checked or written in a second
 MEMORY = 5e9  # bytes of parameters and moments that a step of Adam moves in a second
 BUSY = 0.5  # the share of a large product's speed that a block reaches
-PASSES = 2  # of a block over all tokens while it is pruned: for statistics, and for the outputs
+PASSES = 2  # runs of a block over all tokens while it is pruned: for statistics, and for the outputs
 REPEATED = 3.3  # the same where pruned sublayers run again for each later group: q, k, v five times, down twice
 BACKWARD = 3  # passes that a backward pass costs: the block again, and twice that for the gradients
 SALIENCY = 3  # passes that the squared gradients of the weights cost
@@ -54,7 +54,7 @@ def predicted_seconds(
     weights = sum(inputs * outputs for inputs, outputs in sizes)
     token = (2 * weights + 4 * seq_len * config.hidden_size) / (BUSY * speed)  # through one block
     head = 2 * config.vocab_size * config.hidden_size / (BUSY * speed)
-    gram = sum(2 * inputs**2 for inputs, _ in sizes) / speed  # of one token
+    gram = sum(2 * inputs**2 for inputs, _ in sizes) / speed  # for one token
     products = choice.workspace.products
     solve = sum(products * 2 * inputs * inputs * outputs for inputs, outputs in sizes) / speed
     adam = 8 * 4 * weights * blocks / MEMORY  # parameters, two moments and gradients in fp32, read and written

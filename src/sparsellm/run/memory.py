@@ -18,16 +18,18 @@ from sparsellm.registry import Workspace
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.head import HEAD_TOKENS
 
-DEFAULT_SHARE = 0.8  # of the memory that is free now; the rest is for the page cache and other processes
-SLACK = 0.05  # of the budget: hidden states leave it free, because the prediction is not exact
+DEFAULT_SHARE = (
+    0.8  # a run takes this part of the memory that is free now; the rest is for the page cache and other processes
+)
+SLACK = 0.05  # hidden states leave this part of the budget free, because the prediction is not exact
 LIBRARIES = 128 << 20  # torch, its kernels and the allocator
 
 GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its activations, one weight's Fisher diagonal
 SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
 ROUNDED = Workspace(weights=0, grams=0, blocks=7)  # the same with a block on its grid, and a weight's groups
-SWEPT_COPIES = 4  # of every block in fp32 during a sweep: parameters, two moments, the best state so far
+SWEPT_COPIES = 4  # fp32 copies of every block during a sweep: parameters, two moments, the best state so far
 SWEEP_STREAMS = 2  # inputs and dense outputs of a set of windows; a later set is beside the first, which judges
-SAVED_COPIES = 7  # of every block in fp32 on disk: the best, and parameters and moments of two passes
+SAVED_COPIES = 7  # fp32 copies of every block on disk: the best, and parameters and moments of two passes
 FACTORS = 1 / 32  # factors of groups / elements of a block, at most, where values are rounded
 NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 4  # fp32 copies of a chunk of logits, in each loss of the head
 

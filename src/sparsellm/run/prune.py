@@ -275,7 +275,7 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
     if directory is not None:
         links = writer.copy_companions(directory)
         result.warnings += [f"{name} of the model was not copied: it is a link out of {directory}" for name in links]
-    else:  # of a model that was given as an object
+    else:  # the model was given as an object
         generation = getattr(plan.chain.model, "generation_config", None)
         with explained(writer.partial):
             for part in (plan.chain.config, generation, plan.request.tokenizer):

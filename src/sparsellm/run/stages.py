@@ -33,8 +33,8 @@ from sparsellm.storage.resume import RunState, differences, empty, left_in
 PAYS = 0.8  # sparsity from which two stages pay, unstructured, with LEAST_PASSES or more (docs/results.md)
 LEAST_PASSES = 3
 DENSITY = 1.5  # weights that the first stage keeps / weights that the second keeps: 70 % on the way to 80 %
-SHARE = 1 / 3  # of the passes in the first stage; at least one in each
-COPIES = 3  # of the checkpoint on the disk at once: the result of the first stage, walk and sweep of the second
+SHARE = 1 / 3  # passes of the first stage / all passes; each has at least one
+COPIES = 3  # copies of the checkpoint on the disk at once: the result of the first stage, walk and sweep of the second
 
 
 def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
