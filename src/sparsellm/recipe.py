@@ -93,6 +93,8 @@ class Recipe(BaseModel):
     )
     sparsity: Annotated[float, CommandLine(WHAT, "SHARE")] = Field(
         0.7,
+        ge=0,
+        lt=1,
         description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; the allocation divides "
         "them.",
     )
@@ -223,13 +225,6 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise RecipeError(_explain(error)) from None
 
-    @field_validator("sparsity")
-    @classmethod
-    def _in_range(cls, value: float) -> float:
-        if not 0.0 <= value < 1.0:
-            raise ValueError("sparsity is the fraction of zeros; give a number from 0 up to, not including, 1")
-        return value
-
     @field_validator("memory")
     @classmethod
     def _is_a_size(cls, value: str | int | None) -> str | int | None:
@@ -258,32 +253,17 @@ class Recipe(BaseModel):
             raise ValueError(f"it cannot be written as JSON ({error})") from None
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _sparsity_follows_pattern(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Sets ``sparsity`` to the fraction that a fixed pattern implies, so that the recipe shows no wrong default.
-
-        A pattern or sparsity of another type is left to the validation of its field.
-        """
-        from sparsellm.patterns import NM, parse_chosen, parse_pattern
-
-        pattern, given = values.get("pattern"), values.get("sparsity")
-        if isinstance(pattern, NM):
-            values = {**values, "pattern": str(pattern)}
-        elif not isinstance(pattern, str) or parse_chosen(pattern) is not None:
-            return values
-        implied = parse_pattern(str(pattern)).sparsity
-        if given is None:
-            return {**values, "sparsity": implied}
-        if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given < 1:
-            if abs(given - implied) > 1e-9:
-                raise RecipeError(f"pattern {pattern} means sparsity {implied:g}, not {shown(given)}; give one of them")
-            return {**values, "sparsity": implied}
-        return values
-
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Recipe:
+        """Refuses contradictions; a fixed pattern sets ``sparsity``, so that the recipe shows no wrong default."""
         m = self.chosen_of
+        if self.pattern is not None and m is None:
+            from sparsellm.patterns import parse_pattern
+
+            implied = parse_pattern(self.pattern).sparsity
+            if "sparsity" in self.model_fields_set and abs(self.sparsity - implied) > 1e-9:
+                raise RecipeError(f"pattern {self.pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one")
+            object.__setattr__(self, "sparsity", implied)
         if self.pattern is not None and self.sparsity_of:
             why = "fixes the sparsity of every linear" if m is None else "divides the zeros itself"
             raise RecipeError(f"pattern {self.pattern} {why}; leave out sparsity_of")
@@ -351,31 +331,28 @@ class Recipe(BaseModel):
         return Recipe(**values)
 
     def with_settings(self, settings: list[str]) -> Recipe:
-        """Applies ``key=value`` settings, with values in YAML; ``options.damping=0.1`` sets one entry of a mapping.
+        """Applies ``key=value`` settings in order, with values in YAML; ``options.damping=0.1`` sets one entry.
 
         Raises:
             RecipeError: a setting has no ``=`` or no key, one key is set twice, or a key or value does not fit.
         """
         changes: dict[str, Any] = {}
-        entries: dict[str, dict[str, Any]] = {}
-        for setting in settings:
-            key, equals, text = setting.partition("=")
+        keys = [setting.partition("=")[0].strip() for setting in settings]
+        for key, setting in zip(keys, settings, strict=True):
+            _, equals, text = setting.partition("=")
             field, dot, name = (part.strip() for part in key.partition("."))
             if not equals or not field or (dot and not name):
                 raise RecipeError(f"setting {shown(setting)} has no {'key' if equals else repr('=')}; write key=value")
-            value = parse_yaml(text, f"the value of setting {shown(setting)}")
-            target, entry = (
-                (entries.setdefault(field, {}), name) if dot and field in MAPPINGS else (changes, key.strip())
-            )
-            if entry in target:
+            if keys.count(key) > 1:
                 raise RecipeError(f"setting {shown(key)} is given twice; give it once")
-            target[entry] = value
-        for field, named in entries.items():
-            before = changes.get(field, getattr(self, field))
-            if field in changes and (not isinstance(before, dict) or not named.keys().isdisjoint(before)):
-                name = next(iter(named))
-                raise RecipeError(f"settings set {field} to {shown(before)} and {field}.{name} too; give one of them")
-            changes[field] = {**{name: before[name] for name in before if name not in named}, **named}
+            value = parse_yaml(text, f"the value of setting {shown(setting)}")
+            if dot and field in MAPPINGS:
+                before = changes.get(field, getattr(self, field))
+                if isinstance(before, dict):  # the entry goes last: in ``sparsity_of``, the later one counts
+                    before = {**{entry: before[entry] for entry in before if entry != name}, name: value}
+                changes[field] = before
+            else:
+                changes[key] = value
         return self.updated(**changes) if changes else self
 
     def to_yaml(self) -> str:
