@@ -95,8 +95,8 @@ class ModelWeights:
         names = checkpoint_names(self.model, reader, stacked)
         parts = expert_parts(experts, names, stacked, reader.shape)
         known = {experts[name].source for name in parts}
-        unknown = {name for name in names.conversions if not name.startswith(in_tower) and name not in known}
-        refuse_converted({name: names.conversions[name].keys for name in unknown}, self.model, reader)
+        unknown = {name: c.keys for name, c in names.conversions.items() if not name.startswith(in_tower)}
+        refuse_converted({name: keys for name, keys in unknown.items() if name not in known}, self.model, reader)
         self._add_parts(names.key_of, parts)
         found, self.key_of, missing = self.key_of, {}, []
         for name in values:
