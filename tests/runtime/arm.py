@@ -35,7 +35,7 @@ PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17
 CPUS = {"max": ["neon_dotprod", "neon", "scalar"], "cortex-a53": ["neon", "scalar"]}
 NEEDED = ("sparsellm", "hypothesis", "pytest", "pytest-timeout")
 TESTS = ("test_native.py", "test_exponents.py", "test_decode.py", "test_scaled_embeddings.py")
-NOT_HERE = "not forked and not python_threads"  # these start another interpreter
+NOT_HERE = "not forked"  # these start another interpreter
 
 USE = (
     "import sys; from pathlib import Path; from tests.runtime.extension import use; library = use(Path(sys.argv[1])); "

@@ -31,7 +31,7 @@ def run() -> None:
             (4, 600, 0.5, "fp32", 128),
         ):
             packed, dense = random_weight(out, columns, value_type, sparsity, seed=columns, group=group)
-            for tokens in (*range(1, 9), 16) if columns == 65 else (1, 5):
+            for tokens in (1, 3, 8, 16) if columns == 65 else (5,):
                 x = activations(tokens, columns, FLOATS[dtype], seed=tokens)
                 y = triton_kernels.multiply(packed, x)
                 assert y.dtype == x.dtype
