@@ -71,15 +71,10 @@ class PackResult:
     def to_dict(self) -> dict[str, Any]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
         return {
+            **vars(self),
             "path": str(self.path),
-            "weights": self.weights,
-            "dense_bytes": self.dense_bytes,
-            "packed_bytes": self.packed_bytes,
             "bits_per_weight": 8 * self.packed_bytes / self.weights,
             "of_bf16": self.packed_bytes / (2 * self.weights),
-            "checkpoint_bytes": self.checkpoint_bytes,
-            "expert_weights": self.expert_weights,
-            "rounded": self.rounded,
             "head": {name: entry.to_dict() for name, entry in self.head.items()},
             "linears": {name: entry.to_dict() if entry else "dense" for name, entry in self.linears.items()},
         }
@@ -105,8 +100,7 @@ def pack(
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out: the directory of the packed checkpoint.
-        values: ``keep`` for the type each weight is stored in, or ``bf16``, ``fp16``, ``fp32``, ``int8``,
-            ``int4``, ``int3``.
+        values: one of :data:`VALUES`; ``keep`` for the type in which each weight is stored.
         head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
         overwrite: replace the checkpoint in ``out``.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
@@ -121,42 +115,31 @@ def pack(
     for name, value, known in (("values", values, VALUES), ("head", head, HEADS)):
         if value not in known:
             raise RecipeError(f"{name}: {value!r:.100} is unknown; {nearest(value, known)}")
-    check_destination(out, overwrite=overwrite, restart=restart, kind=PACK)
-    directory = checkpoint_directory(str(model))
-    out = check_destination(out, sources=[directory], overwrite=overwrite, restart=restart, kind=PACK)
-    if is_packed(read_object(directory / "config.json")):
-        raise RecipeError(f"{directory} is packed already; unpack it first to pack it another way")
-    chain = open_chain(directory, device=torch.device("cpu"))
-    exponents = _exponents(chain, directory, values)
+    source, open_writer = _doors(model, out, PACK, overwrite=overwrite, restart=restart)
+    chain = open_chain(source, device=torch.device("cpu"))
+    exponents = _exponents(chain, source, values)
     assert chain.reader is not None
-    with CheckpointWriter(
-        out,
-        shards=len(chain) + 1,
-        identity={},
-        kind=PACK,
-        restart=restart,
-        overwrite=overwrite,
-        need_bytes=chain.reader.bytes,  # with any value type, no linear takes more space than its dense weight
-    ) as writer:
+    size = chain.reader.bytes  # with any value type, no linear takes more space than its dense weight
 
-        def write() -> PackResult:
-            result = PackResult(writer.out)
-            writer.write_shard(
-                len(chain), chain.outer_tensors() | (_packed_head(chain, result) if head != "keep" else {})
-            )
-            for index in range(len(chain)):
-                progress(Progress("pack", index, len(chain), chain.block_names[index]))
-                writer.write_shard(index, _sources(_packed_block(chain, index, values, exponents, result)))
-            progress(Progress("pack", len(chain), len(chain)))
-            _write_companions(writer, directory)
-            entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
-            if entries:
-                config = read_object(writer.partial / "config.json")
-                writer.write_json("config.json", {**config, "quantization_config": quantization_config(entries)})
-                writer.write_json(MANIFEST, manifest(writer.partial))
-            return result
+    def write(writer: CheckpointWriter) -> PackResult:
+        result = PackResult(writer.out)
+        outer = chain.outer_tensors()
+        if head == "int8":
+            outer |= _packed_head(chain, result)
+        writer.write_shard(len(chain), outer)
+        for index in range(len(chain)):
+            progress(Progress("pack", index, len(chain), chain.block_names[index]))
+            writer.write_shard(index, _sources(_packed_block(chain, index, values, exponents, result)))
+        progress(Progress("pack", len(chain), len(chain)))
+        _write_companions(writer, source)
+        entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
+        if entries:
+            config = read_object(writer.partial / "config.json")
+            writer.write_json("config.json", {**config, "quantization_config": quantization_config(entries)})
+            writer.write_json(MANIFEST, manifest(writer.partial))
+        return result
 
-        return _finish(writer, write)
+    return _written(open_writer(shards=len(chain) + 1, need_bytes=size), write)
 
 
 @checked
@@ -179,48 +162,63 @@ def unpack(
         StorageError: the checkpoint is damaged, or ``out`` cannot be written.
         RecipeError: the checkpoint is not packed.
     """
-    check_destination(out, overwrite=overwrite, restart=restart, kind=UNPACK)
-    source = checkpoint_directory(str(directory))
-    out = check_destination(out, sources=[source], overwrite=overwrite, restart=restart, kind=UNPACK)
-    if not is_packed(read_object(source / "config.json")):
-        raise RecipeError(f"{source} is not packed; there is nothing to unpack")
+    source, open_writer = _doors(directory, out, UNPACK, overwrite=overwrite, restart=restart)
     reader = _checked_reader(source)
     shards: dict[str, list[str]] = {}
     for name in reader:
         shards.setdefault(reader.file_of(name).name, []).append(name)
-    with CheckpointWriter(
-        out,
-        shards=len(shards),
-        identity={},
-        kind=UNPACK,
-        restart=restart,
-        overwrite=overwrite,
-        need_bytes=reader.bytes,
-    ) as writer:
 
-        def write() -> PackResult:
-            for index, names in enumerate(shards.values()):
-                progress(Progress("unpack", index, len(shards)))
-                writer.write_shard(index, _sources(reader.read(names)))
-            progress(Progress("unpack", len(shards), len(shards)))
-            _write_companions(writer, source)
-            weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
-            size = sum(math.prod(entry.shape) * entry.torch_dtype.itemsize for entry in reader.entries.values())
-            return PackResult(writer.out, dict.fromkeys(reader.entries), size, size, weights)
+    def write(writer: CheckpointWriter) -> PackResult:
+        for index, names in enumerate(shards.values()):
+            progress(Progress("unpack", index, len(shards)))
+            writer.write_shard(index, _sources(reader.read(names)))
+        progress(Progress("unpack", len(shards), len(shards)))
+        _write_companions(writer, source)
+        weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
+        size = sum(reader.bytes_of(f"{name}.weight") for name in reader.entries)
+        return PackResult(writer.out, dict.fromkeys(reader.entries), size, size, weights)
 
-        return _finish(writer, write)
+    return _written(open_writer(shards=len(shards), need_bytes=reader.bytes), write)
+
+
+def _doors(
+    model: Checkpoint, out: Out, kind: str, *, overwrite: bool, restart: bool
+) -> tuple[Path, Callable[..., CheckpointWriter]]:
+    """The directory of the model, and a function that opens the writer, after checks of both."""
+    check = partial(check_destination, out, overwrite=overwrite, restart=restart, kind=kind)
+    check()
+    source = checkpoint_directory(str(model))
+    out = check(sources=[source])
+    packed = is_packed(read_object(source / "config.json"))
+    if packed and kind == PACK:
+        raise RecipeError(f"{source} is packed already; unpack it first to pack it another way")
+    if not packed and kind == UNPACK:
+        raise RecipeError(f"{source} is not packed; there is nothing to unpack")
+    return source, partial(CheckpointWriter, out, identity={}, kind=kind, overwrite=overwrite, restart=restart)
+
+
+def _written(writer: CheckpointWriter, write: Callable[[CheckpointWriter], PackResult]) -> PackResult:
+    """Writes all files with ``write``, then renames the directory; if ``write`` fails, its files are removed."""
+    with writer:
+        try:
+            result = write(writer)
+        except BaseException:
+            with contextlib.suppress(StorageError):
+                writer.discard()
+            raise
+        result.checkpoint_bytes = sum(file.stat().st_size for file in writer.partial.glob("*.safetensors"))
+        result.path = writer.finish()
+    return result
 
 
 def _checked_reader(source: Path) -> PackedReader:
     """A reader of a packed checkpoint whose weights fit the model that its ``config.json`` describes.
 
     Raises:
-        ModelError: a weight is missing, or has another shape than in the model.
-        StorageError: the files are damaged, or config and model disagree on whether a weight is transposed, which the
+        ModelError, StorageError: they do not, or config and model disagree on whether a weight is transposed, which the
             shape of a square weight does not show.
     """
     chain = open_chain(source, device=torch.device("cpu"))
-    assert chain.reader is not None
     reader = chain.reader
     assert isinstance(reader, PackedReader)
     for linear in (linear for index in range(len(chain)) for linear in chain.linears(index)):
@@ -240,8 +238,7 @@ def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
 
 def _stored(key: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a packed weight, and a placeholder with a shape that loaders refuse for the weight."""
-    parts = {f"{key}_{part}": tensor for part, tensor in packed.stored.items()}
-    return {key: torch.zeros(1, dtype=dtype), **parts}
+    return {key: torch.zeros(1, dtype=dtype)} | {f"{key}_{part}": each for part, each in packed.stored.items()}
 
 
 def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
@@ -323,19 +320,6 @@ def _packed_block(
             result.rounded.append(name)
         tensors |= {key: stored} if packed is None else _stored(key, packed, stored.dtype)
     return tensors
-
-
-def _finish(writer: CheckpointWriter, write: Callable[[], PackResult]) -> PackResult:
-    """Writes all files with ``write``, then renames the directory; if ``write`` fails, its files are removed."""
-    try:
-        result = write()
-    except BaseException:
-        with contextlib.suppress(StorageError):
-            writer.discard()
-        raise
-    result.checkpoint_bytes = sum(file.stat().st_size for file in writer.partial.glob("*.safetensors"))
-    result.path = writer.finish()
-    return result
 
 
 def _write_companions(writer: CheckpointWriter, source: Path) -> None:

@@ -45,14 +45,9 @@ def ignore(phase: str, done: float, total: float, detail: str) -> None:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of one model in one setting, over all sequences of the batch.
+    """Tokens per second of one model in one setting, over all ``batch`` sequences: the median of the repeats and more.
 
-    Attributes:
-        model: its name in the comparison.
-        phase: ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
-        batch: sequences decoded together.
-        threads: CPU threads.
-        median, slowest, fastest: those of the repeats.
+    ``phase`` is ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
     """
 
     model: str
@@ -70,12 +65,11 @@ class Comparison:
 
     Attributes:
         speeds: those of ``dense`` and ``packed``, in every setting.
-        dense_bytes, packed_bytes: all weights in memory.
-        dense_linear_bytes, packed_linear_bytes: those of the linears in the blocks.
+        dense_bytes, packed_bytes: all weights in memory; ``linear``: those of the linears in the blocks; ``disk``: the
+            weight files, None for a model that was unpacked in memory.
         dtype, dense_dtype: type of the packed model's activations, and of the dense model.
         kernel: the kernel for small batches; see :func:`~sparsepack.module.kernel_name`.
         verdict: one sentence a setting.
-        dense_disk_bytes, packed_disk_bytes: size of the weight files; None for a model that was unpacked in memory.
     """
 
     speeds: list[Speed]
@@ -101,15 +95,8 @@ class Comparison:
 
 
 class Rounds(BaseModel):
-    """What is measured, and how often.
-
-    Attributes:
-        batches: numbers of sequences decoded together.
-        threads: numbers of CPU threads; None for the current setting of torch.
-        prompt_tokens: tokens of each prompt.
-        new_tokens: tokens decoded after it.
-        repeats: rounds that count.
-    """
+    """What is measured: numbers of sequences decoded together and of CPU threads (None for the current setting), tokens
+    of each prompt, tokens decoded after it, and the rounds that count."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 

@@ -123,10 +123,7 @@ def whole_numbers(values: Tensor, scales: Tensor, levels: Levels, *, zero: bool 
 
 
 def levels_of(value_type: str, layout: str) -> Levels:
-    """The numbers to which `prune --values` rounds a weight of this layout.
-
-    Those with a gap are for bitmasks alone: in other layouts a pruned value may be one of those that are stored.
-    """
+    """The numbers to which `prune --values` rounds a weight: with a gap for bitmasks alone; others store zeros."""
     return GAPPED.get(value_type, PLAIN[value_type]) if layout == "bitmask" else PLAIN[value_type]
 
 

@@ -35,14 +35,11 @@ Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation of a prompt, with its speed.
+    """A continuation of a prompt, without it, and its speed.
 
     Attributes:
-        text: the new text, without the prompt.
-        prompt_tokens, new_tokens: number of tokens of the prompt and of the new text.
         prefill_seconds: from the start to the first new token.
         decode_seconds: from the first new token to the last.
-        threads: CPU threads.
     """
 
     text: str

@@ -1,15 +1,14 @@
 """Weights that a packed integer type represents exactly: whole numbers times the scale of their group.
 
-A group is what shares a scale: a row for int8; for int4 and int3 the columns of a row of which about 32 are kept. Its
-value of largest magnitude, the *anchor*, stands at the end of the grid (-128, -8, -4 or ±127). So the scale can be read
-off the weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same numbers
-again. Which numbers a grid has depends on type and layout (:func:`~sparsepack.codes.levels_of`).
+A group shares a scale: a row for int8; for int4 and int3 the columns of a row of which about 32 are kept. Its value of
+largest magnitude, the *anchor*, stands at the end of the grid (-128, -8, -4 or ±127). So the scale can be read off the
+weight, :func:`on_grid` does not change a weight that is on its grid, and packing it finds the same numbers again.
 
 Columns may have exponents: every value of a column is then multiplied by that power of two, exactly, and magnitudes
 compare without it. They cannot be read off a weight; the caller passes them.
 
-In a weight that is packed with a bitmask no value becomes 0: it would leave the mask. In one that has so few zeros that
-it is packed dense, 0 is a number like the others.
+In a weight that is packed with a bitmask no value becomes 0: it would leave the mask. In one that is packed dense, 0 is
+a number like the others.
 """
 
 from __future__ import annotations
@@ -28,13 +27,9 @@ AT_ONCE = 1 << 17  # weights that are rounded together: what that needs stays in
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of a weight ``(out, in)`` whose values share a scale.
+    """The groups of a weight with ``columns`` whose values share a scale; ``size`` columns, at the end of a row fewer.
 
-    Attributes:
-        columns: those of the weight.
-        size: columns of a group; the last group of a row may have fewer.
-        levels: the numbers of the grid.
-        dense: whether the weight is packed dense, where a value may become 0.
+    ``levels`` are the numbers of the grid; ``dense``, whether the weight is packed dense, where a value may become 0.
     """
 
     columns: int
@@ -58,13 +53,10 @@ class Groups:
 
 
 def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
-    """The scales with which these values become anchors, in fp32 as they are read from a packed file.
+    """The scales with which ``extreme (groups, 1)`` become anchors, in fp32 as they are read from a packed file.
 
-    Args:
-        extreme: ``(groups, 1)``; rounded to ``dtype`` for int8, and to bf16 otherwise, so that the anchor is exact.
-        levels: the numbers of the grid.
-        dtype: that of the checkpoint.
-        unit: the power of two of each one's column, ``(groups, 1)``; None for 1. The anchor is ``extreme`` times it.
+    ``unit``: the power of two of each one's column, ``(groups, 1)``; None for 1. The anchor is ``extreme`` times it,
+    rounded to ``dtype`` for int8 and to bf16 otherwise.
     """
     one = torch.ones_like(extreme) if unit is None else unit
     if levels == PLAIN["int8"]:
@@ -87,7 +79,7 @@ def on_grid(
     *,
     groups: Groups | None = None,
 ) -> Tensor:
-    """The weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero. fp32.
+    """The fp32 weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero.
 
     The scales follow from the largest magnitudes of ``weight``, so nothing is clipped.
 

@@ -65,11 +65,7 @@ def load(
 
 
 def _device(name: str | torch.device) -> torch.device:
-    """The device of a name; ``auto`` is the first GPU, or the CPU.
-
-    Raises:
-        SettingError: torch cannot use it.
-    """
+    """The device of a name; ``auto`` is the first GPU, or the CPU. A SettingError if torch cannot use it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

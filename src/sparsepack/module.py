@@ -40,12 +40,10 @@ _SAME_SIZE = {2: torch.int16, 4: torch.int32}
 
 
 def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
-    """``x Wᵀ`` for ``x (tokens, in)``: ``(tokens, out)`` in the type of ``x``, summed in fp32.
+    """``x Wᵀ`` for ``x (tokens, in)`` on the weight's device: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
-    Args:
-        packed: a weight in the layout ``bitmask`` or ``dense`` that passed :func:`sparsepack.validation.validate`.
-        x: fp32, bf16 or fp16, on the weight's device.
-        rounded: whether the kernel may round a small batch to int8, where the weight is int8 or int4.
+    The weight is a bitmask or dense, and passed :func:`sparsepack.validation.validate`. ``rounded``: whether the kernel
+    may round a small batch to int8, where the weight is int8 or int4.
     """
     kernels = _kernels(x.device.type)
     if kernels is not None and 0 < len(x) <= SMALL_BATCH and x.dtype in FLOAT_TYPES.values():

@@ -134,8 +134,7 @@ def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
     """``x Wᵀ`` for a packed ``W``, summed in fp32.
 
     Args:
-        packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
-            :func:`sparsepack.validation.validate`, on the device of ``x``.
+        packed: ``W (out, in)``, a bitmask or dense, that passed validation, on the device of ``x``.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
 
     Returns:

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparsepack import PackedWeight
+from sparsepack import PackedWeight, pack
+from sparsepack.validation import validate
 
 
 def bitmask_by_hand(weight: Tensor) -> tuple[list[list[int]], list[float], list[int]]:
@@ -104,3 +105,16 @@ def sparse_weight(
     if rows > 2:
         weight[1] = 0
     return weight.to(dtype)
+
+
+def packed_of(
+    weight: Tensor, values: str = "keep", layout: str = "bitmask", exponents: Tensor | None = None
+) -> PackedWeight:
+    packed = pack(weight, values, layout, exponents)
+    assert packed is not None
+    validate(packed, "w")
+    return packed
+
+
+def exponents_of(columns: int) -> Tensor:
+    return torch.arange(columns).mul(7).remainder(16).sub(8).to(torch.int8)

@@ -15,25 +15,20 @@ from torch import Tensor
 
 from sparsepack.codes import FLOAT_TYPES, GAPPED, PLAIN, VALUE_TYPES, Levels, best_group, widened
 from sparsepack.errors import FormatError, SettingError
-from sparsepack.layout import PackedWeight, as_bitmask, pack, unpack, unpack_rows
+from sparsepack.layout import as_bitmask, pack, unpack, unpack_rows
 from sparsepack.masks import PATTERNS, filled
 from sparsepack.validation import validate
-from tests.packed.by_hand import bitmask_by_hand, int4_by_hand, nm_by_hand, sparse_weight, two_of_four
+from tests.packed.by_hand import (
+    bitmask_by_hand,
+    exponents_of,
+    int4_by_hand,
+    nm_by_hand,
+    packed_of,
+    sparse_weight,
+    two_of_four,
+)
 
 SHAPES = [(1, 1), (3, 8), (5, 63), (4, 64), (7, 65), (9, 200)]
-
-
-def packed_of(
-    weight: Tensor, values: str = "keep", layout: str = "bitmask", exponents: Tensor | None = None
-) -> PackedWeight:
-    packed = pack(weight, values, layout, exponents)
-    assert packed is not None
-    validate(packed, "w")
-    return packed
-
-
-def exponents_of(columns: int) -> Tensor:
-    return torch.arange(columns).mul(7).remainder(16).sub(8).to(torch.int8)
 
 
 def test_the_number_of_groups_rounded_at_once_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:

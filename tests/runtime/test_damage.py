@@ -207,7 +207,8 @@ def test_tensors_that_do_not_fit_are_refused_without_checksums(field: str, chang
 def test_damaged_offsets_of_int3_are_refused(offsets: torch.Tensor, llama: Path, tmp_path: Path) -> None:
     """The number of values in them is needed before the values can be read."""
     out = sparsellm.pack(llama, out=tmp_path / "packed", values="int3").path
-    change_tensor(out, f"{UP}.weight_offsets", lambda _: offsets)
+    name = next(name for name, entry in PackedReader(out).entries.items() if entry.layout == "bitmask")
+    change_tensor(out, f"{name}.weight_offsets", lambda _: offsets)
     refused(out, "offsets is torch")
 
 

@@ -17,8 +17,7 @@ from sparsepack.codes import text_of_exponents
 from sparsepack.decode import Decoder, why_not
 from sparsepack.layout import unpack
 from sparsepack.module import PackedLinear, multiply
-from tests.packed.by_hand import sparse_weight
-from tests.packed.test_layout import exponents_of, packed_of
+from tests.packed.by_hand import exponents_of, packed_of, sparse_weight
 from tests.runtime.reference import layer_of
 
 

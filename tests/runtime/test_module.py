@@ -9,20 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsellm.patterns import NM
 from sparsepack import module as runtime_module
 from sparsepack.codes import VALUE_TYPES
 from sparsepack.errors import FormatError, PackError
 from sparsepack.layout import FIELDS, PackedWeight, pack, unpack
-from sparsepack.module import PackedLinear, multiply, to_dense
-from tests.packed.by_hand import sparse_weight
+from sparsepack.module import PackedLinear, multiply
+from tests.packed.by_hand import packed_of, sparse_weight
 from tests.runtime.reference import layer_of
-
-
-def packed_of(weight: Tensor, values: str = "keep", layout: str = "bitmask") -> PackedWeight:
-    packed = pack(weight, values, layout)
-    assert packed is not None
-    return packed
 
 
 def layer(values: str = "keep", *, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
@@ -36,19 +29,19 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("values", VALUE_TYPES)
-@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product_is_that_of_the_dense_weight(values: str, tokens: int, dtype: torch.dtype) -> None:
+def test_product_is_that_of_the_dense_weight(values: str, dtype: torch.dtype) -> None:
     """In fp64; fp32 sums and one rounding to the output's type are what may differ."""
     packed = packed_of(sparse_weight(48, 130, 0.6), values)
-    x = torch.randn(tokens, 130).to(dtype)
-    exact = x.double() @ unpack(packed).double().t()
-    found = multiply(packed, x)
-    assert found.dtype == dtype
+    dense = unpack(packed).double().t()
     # bf16 keeps 8 bits: the unpacked weight of a larger batch and the result are rounded to it
     bound = 2e-6 if dtype == torch.float32 else 2.0**-7
-    scale = x.double().abs() @ unpack(packed).double().abs().t()
-    assert ((found.double() - exact).abs() <= bound * scale + 1e-12).all()
+    for tokens in (1, 16, 17, 40):
+        x = torch.randn(tokens, 130).to(dtype)
+        product = multiply(packed, x)
+        assert product.dtype == dtype
+        slack = bound * (x.double().abs() @ dense.abs()) + 1e-12
+        assert ((product.double() - x.double() @ dense).abs() <= slack).all()
 
 
 @pytest.mark.usefixtures("without_kernels")
@@ -138,15 +131,6 @@ def test_a_layer_without_a_weight_says_so() -> None:
         PackedLinear(8, 8).set_packed(layer().packed)
 
 
-def test_codes_of_n_m_are_computed_with_as_bits() -> None:
-    weight = torch.randn(16, 64)
-    weight = weight * NM(2, 4).mask(weight.abs())
-    module = layer_of(packed_of(weight, layout="nm"))
-    x = torch.randn(4, 64)
-    assert module.packed.layout == "bitmask"
-    assert torch.allclose(module(x), x @ weight.t(), atol=1e-5)
-
-
 @pytest.mark.parametrize("levels", [None, torch.arange(-8, 8).to(torch.int8)])
 def test_the_operator_keeps_torch_s_rules(levels: Tensor | None) -> None:
     exponents = torch.arange(70).remainder(16).sub(8).to(torch.int8)
@@ -175,16 +159,6 @@ def test_compiled_without_a_break_in_the_graph() -> None:
         for tokens in (1, 20):
             x = torch.randn(tokens, 130)
             assert torch.allclose(compiled(x), model(x), atol=1e-5)
-
-
-def test_to_dense_replaces_every_layer() -> None:
-    model = nn.Sequential(layer(), nn.Sequential(layer(bias=False), nn.ReLU()))
-    x = torch.randn(2, 130)
-    expected = [model[0](x), model[1](x)]
-    to_dense(model)
-    assert not [module for module in model.modules() if isinstance(module, PackedLinear)]
-    assert torch.allclose(model[0](x), expected[0], atol=1e-5)
-    assert torch.allclose(model[1](x), expected[1], atol=1e-5)
 
 
 def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:

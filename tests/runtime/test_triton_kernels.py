@@ -38,8 +38,6 @@ def run() -> None:
                 # The interpreter cuts an fp32 off to bf16, where a GPU rounds it to nearest: one bit less.
                 allowed = bound(dense, x) * (2 if dtype == "bf16" else 1)
                 assert bool(((y.double() - x.double() @ dense.T).abs() <= allowed).all()), (value_type, columns, tokens)
-        other = triton_kernels.multiply(packed, x, {"BYTES": 128, "num_warps": 2})
-        assert bool(((other.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all()), value_type
     with pytest.raises(KernelError, match="int99"):
         triton_kernels.multiply(dataclasses.replace(packed, value_type="int99"), x)
     for wrong in (x[:, :-1], x[:0], x.double(), x.repeat(4, 1)):
