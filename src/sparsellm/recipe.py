@@ -246,7 +246,7 @@ class Recipe(BaseModel):
 
     @field_validator("options", "allocation_options")
     @classmethod
-    def _can_be_written(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _can_be_written(cls, value: Any) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:  # a long integer, half a surrogate pair, a list in itself

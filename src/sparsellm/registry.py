@@ -8,13 +8,14 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sparsellm.errors import RecipeError, nearest, refusal
 
 F = TypeVar("F", bound=Callable[..., Any])
+Options: TypeAlias = dict[str, Any]  # the options of a function by name: JSON values, since a recipe sets them
 
 FINITE = ConfigDict(allow_inf_nan=False)  # for numbers in options: JSON has no NaN or infinity
 
@@ -36,7 +37,7 @@ class Option:
             return str(bare).replace("typing.", "")
         return getattr(bare, "__name__", str(bare))
 
-    def checked(self, owner: str, values: dict[str, Any]) -> Any:
+    def checked(self, owner: str, values: Options) -> Any:
         """The value of this option among ``values``, coerced to its type, or its default.
 
         Raises:
@@ -130,17 +131,17 @@ class Entry(Generic[F]):
     summary: str
     options: dict[str, Option]
     workspace: Workspace = Workspace()
-    needs: Callable[[dict[str, Any]], Needs] | None = None
-    validate: Callable[[dict[str, Any]], None] | None = None
+    needs: Callable[[Options], Needs] | None = None
+    validate: Callable[[Options], None] | None = None
     distributed: bool = False
     allocation: str = "uniform"
     effort: int | None = None
 
-    def needs_of(self, options: dict[str, Any]) -> Needs:
+    def needs_of(self, options: Options) -> Needs:
         """The needs of a run with these options, as :meth:`check` returns them."""
         return self.needs(options) if self.needs is not None else Needs()
 
-    def check(self, values: dict[str, Any]) -> dict[str, Any]:
+    def check(self, values: Options) -> Options:
         """All options with their values, coerced to the declared types, as JSON values in the order of the signature.
 
         Raises:

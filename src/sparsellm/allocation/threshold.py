@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -14,12 +14,12 @@ from torch import Tensor
 from sparsellm.allocation.allocator import ALLOCATIONS, Allocation
 from sparsellm.allocation.exact import bounds, round_exactly
 from sparsellm.allocation.survey import Survey
-from sparsellm.registry import Needs
+from sparsellm.registry import Needs, Options
 from sparsellm.sweep.gradients import TOKENS
 from sparsellm.sweep.saliency import BINS
 
 
-def _needs(options: dict[str, Any]) -> Needs:
+def _needs(options: Options) -> Needs:
     return Needs(surveyed_tokens=options["tokens"], gradient_tokens=options["tokens"], token_states=True)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
@@ -34,7 +34,7 @@ from sparsellm.methods.sublayers import Sublayer, find_sublayers
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.methods.weighting import token_weights, weighted_solvers
 from sparsellm.patterns import NM
-from sparsellm.registry import Needs, Workspace
+from sparsellm.registry import Needs, Options, Workspace
 from sparsellm.solvers import SOLVERS, Solver
 from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares
 from sparsellm.storage.scratch import TensorStore
@@ -43,7 +43,7 @@ ROUNDS = 2  # alternations of the auxiliary variables, where they pay; four and 
 PAYS = 0.75  # sparsity from which they do
 
 
-def _needs(options: dict[str, Any]) -> Needs:
+def _needs(options: Options) -> Needs:
     inside = SOLVERS[options["solver"]].workspace
     weighted = options["output_metric"] > 0
     return Needs(
@@ -58,7 +58,7 @@ def _needs(options: dict[str, Any]) -> Needs:
     )
 
 
-def _validate(options: dict[str, Any]) -> None:
+def _validate(options: Options) -> None:
     SOLVERS[options["solver"]]  # raises RecipeError for an unknown name
     if options["iterations"] and not options["refit"]:
         raise RecipeError("options.iterations of sparsellm includes the refit; leave options.refit at true")
