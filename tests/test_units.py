@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from sparsellm.chain import open_chain
+from sparsellm.chain.activations import KNOWN, Activation
 from sparsellm.chain.streams import Stream
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
@@ -36,3 +38,33 @@ def test_the_unit_and_its_activation_are_found(family: Any, changes: Any, names:
     found = tuple(x.name.rpartition(".")[2] if x is not None else None for x in (unit.up, unit.gate, unit.down))
     assert found == names
     assert unit.activation.name == activation
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("relu", "relu"),
+        ("relu2", "relu2"),
+        ("silu", "silu"),
+        ("gelu", "gelu"),
+        ("gelu_new", "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("quick_gelu", "quick_gelu"),
+    ],
+)
+def test_values_are_those_of_transformers(name: str, known: str) -> None:
+    z = torch.arange(-20.0, 20.0, 0.0371)
+    (activation,) = (each for each in KNOWN if each.name == known)
+    torch.testing.assert_close(activation(z), ACT2FN[name](z), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("activation", KNOWN, ids=lambda activation: activation.name)
+def test_the_derivative_is_that_of_autograd(activation: Activation) -> None:
+    z = torch.cat([torch.linspace(-9, 9, 397), torch.tensor([1e-3, -1e-3, -1e4, 1e4])]).double()
+    z = z[z != 0].requires_grad_(True)
+    value = activation.function(z)
+    (first,) = torch.autograd.grad(value.sum(), z)
+    before = z.detach().clone()
+    for ours, theirs in zip(activation.derivatives(z.detach()), (value, first), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-9, atol=1e-9)
+    assert torch.equal(z, before)

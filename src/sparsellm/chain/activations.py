@@ -1,4 +1,4 @@
-"""The activation functions of feed-forward units, with the derivatives that updates of auxiliary variables need.
+"""The activation functions of feed-forward units, with the derivative that updates of auxiliary variables need.
 
 A model's activation is recognised by its values (see ``units``): no class name and no configuration key is read.
 """
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Derivatives = tuple[Tensor, Tensor, Tensor]
+Derivatives = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Activation:
     """An elementwise function φ.
 
-    ``derivatives(z)`` returns ``(φ(z), φ'(z), φ''(z))``, computed together because they share their expensive parts.
+    ``derivatives(z)`` returns ``(φ(z), φ'(z))``, computed together because they share their expensive parts.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Activation:
 
 
 def _relu(z: Tensor) -> Derivatives:
-    return torch.relu(z), (z > 0).to(z.dtype), torch.zeros_like(z)
+    return torch.relu(z), (z > 0).to(z.dtype)
 
 
 def _relu2(z: Tensor) -> Derivatives:
     positive = torch.relu(z)
-    return positive.square(), 2 * positive, 2 * (z > 0).to(z.dtype)
+    return positive.square(), 2 * positive
 
 
 def _sloped_silu(z: Tensor, slope: float) -> Derivatives:
@@ -46,18 +46,13 @@ def _sloped_silu(z: Tensor, slope: float) -> Derivatives:
     gate = torch.sigmoid(z * slope)
     rest = (1 - gate) * slope
     value = z * gate
-    first = torch.addcmul(gate, value, rest)
-    # σ' k (2 + z k (1 − 2σ)), with σ' = σ(1 − σ)
-    second = gate.mul_(rest).mul_((rest * 2).sub_(slope).mul_(z).add_(2))
-    return value, first, second
+    return value, torch.addcmul(gate, value, rest)
 
 
 def _gelu(z: Tensor) -> Derivatives:
     density = torch.exp(z.square().mul_(-0.5)).mul_(1 / math.sqrt(2 * math.pi))
     distribution = torch.erf(z * math.sqrt(0.5)).add_(1).mul_(0.5)
-    value = z * distribution
-    first = torch.addcmul(distribution, z, density)
-    return value, first, density.mul_(z.square().neg_().add_(2))
+    return z * distribution, torch.addcmul(distribution, z, density)
 
 
 def _gelu_tanh(z: Tensor) -> Derivatives:
@@ -67,11 +62,7 @@ def _gelu_tanh(z: Tensor) -> Derivatives:
     slope = (square * (3 * cubic)).add_(1).mul_(scale)  # d(argument)/dz
     dt = t.square().neg_().add_(1).mul_(slope)  # dt/dz
     half = (t + 1).mul_(0.5)
-    value = z * half
-    first = torch.addcmul(half, z, dt, value=0.5)
-    # d²t/dz² = dt · (argument''/slope − 2 t slope); argument'' = 6 c s z, and dt/slope = 1 − t²
-    curve = (1 - t.square()) * (z * (6 * cubic * scale)) - 2 * t * slope * dt
-    return value, first, torch.addcmul(dt, z, curve, value=0.5)
+    return z * half, torch.addcmul(half, z, dt, value=0.5)
 
 
 relu = Activation("relu", torch.relu, _relu)

@@ -100,7 +100,7 @@ def descend_gate_preactivation(
 ) -> Tensor:
     """S after the published code's two gradient steps of 0.01 on α‖s − m‖² + γ‖A − φ(s)∘U‖². All (tokens, f)."""
     for _ in range(2):
-        value, first, _ = activation.derivatives(s)
+        value, first = activation.derivatives(s)
         slope = alpha * (s - m) + gamma * (value * u - a) * first * u  # half the gradient
         s = s - 0.01 * 2 * slope
     return s
