@@ -19,7 +19,7 @@ def first_mistake(error: ValidationError, names: Sequence[str] = ()) -> str:
     """The first mistake in pydantic's list: its place, the value, and the value that is expected.
 
     Args:
-        error: of a model, or of the arguments of a function.
+        error: that of a model, or of the arguments of a function.
         names: those of the arguments, for one that was given by position.
     """
     mistake = error.errors(include_url=False, include_context=False)[0]

@@ -163,10 +163,10 @@ def compare(
 
 def _difference(config: PretrainedConfig, other: PretrainedConfig) -> str | None:
     """The first key of ``config.json`` that another model has different, as a clause; None if there is none."""
-    own, its = ({k: v for k, v in each.to_dict().items() if k not in _STORAGE} for each in (config, other))
-    for key in sorted(own.keys() | its.keys()):
-        if own.get(key) != its.get(key):
-            return f"{key} in config.json is {own.get(key)!r:.100}, not {its.get(key)!r:.100}"
+    values, others = config.to_dict(), other.to_dict()
+    for key in sorted((values.keys() | others.keys()).difference(_STORAGE)):
+        if values.get(key) != others.get(key):
+            return f"{key} in config.json is {values.get(key)!r:.100}, not {others.get(key)!r:.100}"
     return None
 
 

@@ -29,8 +29,8 @@ _NAME_OF = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 GROUP = 32  # columns in the smallest group of int4 that shares a scale; a larger one is this times a power of two
 LARGEST_GROUP = 1024
-CODES = 16  # of int4; int3 has the eight in the middle
-EXPONENTS = range(-8, 8)  # of columns; one is a hexadecimal digit in the records of a run
+CODES = 16  # those of int4; int3 has the eight in the middle
+EXPONENTS = range(-8, 8)  # a column has one; it is a hexadecimal digit in the records of a run
 
 # Fractions of the smallest scale at which nothing saturates. If an outlier saturates, the step is finer for all other
 # values; below 0.7 that never lowered the error on normal or Laplace weights.

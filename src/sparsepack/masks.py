@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 NM = tuple[int, int]
-"""``(n, m)``: of every ``m`` consecutive columns, ``n`` are kept."""
+"""``(n, m)`` means that ``n`` of every ``m`` consecutive columns are kept."""
 
 PATTERNS: tuple[NM, ...] = ((1, 4), (2, 4), (4, 8))  # those that have codes, the strictest first
 _SAMPLE = 16  # rows that nearly always rule out N:M for an unstructured weight
