@@ -17,8 +17,8 @@ from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import NumericalError, SparseLLMError, StorageError
 from sparsellm.run.fingerprint import model_fingerprint, weight_digests
-from sparsellm.storage.destination import partial_of
 from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.state import partial_of
 from tests.models import save_tiny, tiny_llama
 
 IDS = torch.arange(96).view(4, 24)
@@ -65,11 +65,11 @@ def test_a_middle_row_that_changed_between_two_starts_is_another_model(source: P
         once_in_block(1, patched, fail)
         with pytest.raises(NumericalError):
             prune(source, tmp_path / "p")
-    kept = {path.name: path.read_bytes() for path in partial_of(tmp_path / "p").glob("*.safetensors")}
+    kept = {path.name: path.read_bytes() for path in partial_of(tmp_path / "p").rglob("*.safetensors")}
     change_a_middle_row(source)
     with pytest.raises(StorageError, match="model is"):
         prune(source, tmp_path / "p")
-    assert {path.name: path.read_bytes() for path in partial_of(tmp_path / "p").glob("*.safetensors")} == kept
+    assert {path.name: path.read_bytes() for path in partial_of(tmp_path / "p").rglob("*.safetensors")} == kept
     said: list[str] = []
     save_tiny(tiny_llama(), None, source)  # as it was, though written anew
     assert prune(source, tmp_path / "p", progress=lambda event: said.append(event.detail)).resumed == 1

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config
 
 from sparsellm import demo
-from sparsellm.storage.destination import partial_of
-from sparsellm.storage.resume import RunState
+from sparsellm.storage.directory import WorkingDirectory
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 
 
@@ -235,7 +234,7 @@ def test_a_demo_that_another_release_left_unfinished_can_begin_anew(
     monkeypatch.setattr(demo, "checkpoint_directory", lambda _: model)
     for name, small in {"SAMPLES": 2, "SEQ_LEN": 64, "EVALUATION_TOKENS": 256}.items():
         monkeypatch.setattr(demo, name, small)
-    RunState(partial_of(tmp_path / "p" / "pruned"), {"a": 1}).close()
+    WorkingDirectory(tmp_path / "p" / "pruned", {"a": 1}).close()
     code, _, stderr = run("demo", "--out", tmp_path / "p", columns=1000)
     assert code == 2
     assert "give --restart" in stderr

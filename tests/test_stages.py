@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -21,10 +20,10 @@ from sparsellm.run import prune as story
 from sparsellm.run import stages
 from sparsellm.run.plan import Plan, Request
 from sparsellm.run.stages import recipes_of
-from sparsellm.storage.destination import partial_of, stage_of
 from sparsellm.storage.remains import kept_by_prune
+from sparsellm.storage.state import partial_of, stage_of
 from sparsellm.sweep.whole_model import SweepTask
-from tests import victim
+from tests import killing
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.parallel import workers
 from tests.parallel.processes import run_in
@@ -45,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, int]]:
     """The files of an uninterrupted run, and its steps."""
     out = tmp_path_factory.mktemp("whole") / "p"
-    steps = victim.count_steps(source, out, SETTINGS)
+    steps = killing.run(killing.prune, source, out, SETTINGS).steps
     return without_times(out), steps
 
 
@@ -96,14 +95,14 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(
 ) -> None:
     expected, steps = whole
     total = sum(steps.values())
-    for number in [*victim.some(3, total, seed=1), total - 5, total]:
+    for number in [*killing.some(3, total, seed=1), total - 5, total]:
         out = tmp_path / f"p{number}"
-        assert victim.run(source, out, SETTINGS, ("any", number)) == -signal.SIGKILL
+        assert killing.run(killing.prune, source, out, SETTINGS, at=number).code == killing.KILLED
         if out.exists():
             with pytest.raises(StorageError, match="exists and is not empty"):
                 prune(source, out)
         else:
-            assert victim.run(source, out, SETTINGS) == 0
+            assert killing.run(killing.prune, source, out, SETTINGS).code == 0
         assert without_times(out) == expected, number
         assert beside(out) == [out.name]
 

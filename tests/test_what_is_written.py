@@ -15,7 +15,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import NumericalError
-from sparsellm.storage.destination import partial_of
+from sparsellm.storage.state import partial_of
 from tests.models import save_tiny, tiny_llama
 from tests.sweep.helpers import halved
 
@@ -36,7 +36,7 @@ def test_weights_near_the_largest_of_fp16_stop_the_run_and_name_the_linear(metho
     said = str(caught.value)
     assert f"weight {DOWN}.weight would get " in said
     assert "float16, whose largest number is 65504; store the model in bfloat16 or float32" in said
-    shards = list(partial_of(tmp_path / "p").glob("*.safetensors"))
+    shards = list((partial_of(tmp_path / "p") / "blocks").glob("*.safetensors"))
     written = {name: value for shard in shards for name, value in load_file(shard).items()}
     assert any(name.startswith("model.layers.0.") for name in written)  # the block before is kept
     assert all(bool(value.isfinite().all()) for value in written.values())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,11 @@ from sparsellm.inputs.json_input import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.destination import check_destination
-from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.storage.directory import WorkingDirectory, check_destination
+from sparsellm.storage.files import write_bytes
 from sparsellm.storage.packed_reader import PackedReader
-from sparsellm.storage.resume import PACK, UNPACK
 from sparsellm.storage.shard import TensorSource
+from sparsellm.storage.state import PACK, UNPACK
 from sparsellm.storage.writer import CheckpointWriter, belongs_to
 from sparsepack import PackError
 from sparsepack.checkpoint import MANIFEST, PackedEntry, is_packed, manifest, quantization_config
@@ -115,14 +114,14 @@ def pack(
     for name, value, known in (("values", values, VALUES), ("head", head, HEADS)):
         if value not in known:
             raise RecipeError(f"{name}: {value!r:.100} is unknown; {nearest(value, known)}")
-    source, open_writer = _doors(model, out, PACK, overwrite=overwrite, restart=restart)
+    source, begin = _doors(model, out, PACK, overwrite=overwrite, restart=restart)
     chain = open_chain(source, device=torch.device("cpu"))
     exponents = _exponents(chain, source, values)
     assert chain.reader is not None
     size = chain.reader.bytes  # with any value type, no linear takes more space than its dense weight
 
     def write(writer: CheckpointWriter) -> PackResult:
-        result = PackResult(writer.out)
+        result = PackResult(writer.work.out)
         outer = chain.outer_tensors()
         if head == "int8":
             outer |= _packed_head(chain, result)
@@ -134,12 +133,12 @@ def pack(
         _write_companions(writer, source)
         entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
         if entries:
-            config = read_object(writer.partial / "config.json")
+            config = read_object(writer.folder / "config.json")
             writer.write_json("config.json", {**config, "quantization_config": quantization_config(entries)})
-            writer.write_json(MANIFEST, manifest(writer.partial))
+            writer.write_json(MANIFEST, manifest(writer.folder))
         return result
 
-    return _written(open_writer(shards=len(chain) + 1, need_bytes=size), write)
+    return _written(begin(need_bytes=size), len(chain) + 1, write)
 
 
 @checked
@@ -162,7 +161,7 @@ def unpack(
         StorageError: the checkpoint is damaged, or ``out`` cannot be written.
         RecipeError: the checkpoint is not packed.
     """
-    source, open_writer = _doors(directory, out, UNPACK, overwrite=overwrite, restart=restart)
+    source, begin = _doors(directory, out, UNPACK, overwrite=overwrite, restart=restart)
     reader = _checked_reader(source)
     shards: dict[str, list[str]] = {}
     for name in reader:
@@ -176,15 +175,15 @@ def unpack(
         _write_companions(writer, source)
         weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
         size = sum(reader.bytes_of(f"{name}.weight") for name in reader.entries)
-        return PackResult(writer.out, dict.fromkeys(reader.entries), size, size, weights)
+        return PackResult(writer.work.out, dict.fromkeys(reader.entries), size, size, weights)
 
-    return _written(open_writer(shards=len(shards), need_bytes=reader.bytes), write)
+    return _written(begin(need_bytes=reader.bytes), len(shards), write)
 
 
 def _doors(
     model: Checkpoint, out: Out, kind: str, *, overwrite: bool, restart: bool
-) -> tuple[Path, Callable[..., CheckpointWriter]]:
-    """The directory of the model, and a function that opens the writer, after checks of both."""
+) -> tuple[Path, Callable[..., WorkingDirectory]]:
+    """The directory of the model, and a function that opens the working directory, after checks of both."""
     check = partial(check_destination, out, overwrite=overwrite, restart=restart, kind=kind)
     check()
     source = checkpoint_directory(str(model))
@@ -194,19 +193,19 @@ def _doors(
         raise RecipeError(f"{source} is packed already; unpack it first to pack it another way")
     if not packed and kind == UNPACK:
         raise RecipeError(f"{source} is not packed; there is nothing to unpack")
-    return source, partial(CheckpointWriter, out, identity={}, kind=kind, overwrite=overwrite, restart=restart)
+    return source, partial(WorkingDirectory, out, {}, kind=kind, overwrite=overwrite, restart=restart)
 
 
-def _written(writer: CheckpointWriter, write: Callable[[CheckpointWriter], PackResult]) -> PackResult:
+def _written(work: WorkingDirectory, shards: int, write: Callable[[CheckpointWriter], PackResult]) -> PackResult:
     """Writes all files with ``write``, then renames the directory; if ``write`` fails, its files are removed."""
-    with writer:
+    with work:
+        writer = CheckpointWriter(work, shards)
         try:
             result = write(writer)
         except BaseException:
-            with contextlib.suppress(StorageError):
-                writer.discard()
+            work.discard()
             raise
-        result.checkpoint_bytes = sum(file.stat().st_size for file in writer.partial.glob("*.safetensors"))
+        result.checkpoint_bytes = sum(file.stat().st_size for file in writer.folder.glob("*.safetensors"))
         result.path = writer.finish()
     return result
 
@@ -331,8 +330,4 @@ def _write_companions(writer: CheckpointWriter, source: Path) -> None:
                 content = path.read_bytes()
             except OSError as error:
                 raise StorageError(f"cannot read {path}: {error.strerror or error}") from None
-            replace_atomically(writer.partial / path.name, partial(_write, content))
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    write_all(file, content)
+            write_bytes(writer.folder / path.name, content)

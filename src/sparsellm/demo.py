@@ -21,9 +21,9 @@ from sparsellm.run.result import stamp
 from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.destination import check_destination
+from sparsellm.storage.directory import check_destination
 from sparsellm.storage.results import append_result
-from sparsellm.storage.resume import PACK
+from sparsellm.storage.state import PACK
 from sparsepack.bench import Comparison, Speed, compare
 from sparsepack.generation import generate
 from sparsepack.loading import load

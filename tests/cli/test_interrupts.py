@@ -13,8 +13,8 @@ import pytest
 
 from sparsellm import cli, interrupts
 from sparsellm.storage.remains import kept_by_prune
-from sparsellm.storage.resume import FOLDER
-from tests.cli import child
+from sparsellm.storage.state import STATE
+from tests import killing
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 ODD_NAME = "it's [b]out[/b] :x:"
@@ -36,9 +36,9 @@ def test_a_signal_stops_the_run_and_says_what_is_kept_and_what_goes_on(
     signum: signal.Signals, llama: Path, tmp_path: Path, run: Any
 ) -> None:
     out = tmp_path / ODD_NAME
-    with child.command(tmp_path, *pruning(llama, out, child.waiting_solver(tmp_path)), "--json") as process:
-        child.send(process, signum)
-        assert child.ended(process) == CODES[signum]
+    with killing.command(tmp_path, *pruning(llama, out, killing.waiting_solver(tmp_path)), "--json") as process:
+        killing.send(process, signum)
+        assert killing.ended(process) == CODES[signum]
     assert (tmp_path / "stdout").read_text() == ""
     line = (tmp_path / "stderr").read_text().splitlines()[-1]
     assert line.startswith(f"interrupted ({signum.name}); 1 of 3 blocks are kept in {out}.partial; ")
@@ -53,9 +53,11 @@ def test_a_signal_stops_the_run_and_says_what_is_kept_and_what_goes_on(
 
 
 def test_the_command_that_goes_on_does_not_begin_anew(llama: Path, tmp_path: Path) -> None:
-    with child.command(tmp_path, *pruning(llama, tmp_path / "p", child.waiting_solver(tmp_path)), "--restart") as run:
-        child.send(run, signal.SIGTERM)
-        assert child.ended(run) == 143
+    with killing.command(
+        tmp_path, *pruning(llama, tmp_path / "p", killing.waiting_solver(tmp_path)), "--restart"
+    ) as run:
+        killing.send(run, signal.SIGTERM)
+        assert killing.ended(run) == 143
     said = (tmp_path / "stderr").read_text()
     assert "the same command resumes it:" in said
     assert "--restart" not in said
@@ -63,13 +65,22 @@ def test_the_command_that_goes_on_does_not_begin_anew(llama: Path, tmp_path: Pat
 
 def test_a_comparison_says_how_many_cells_are_kept_and_goes_on(llama: Path, tmp_path: Path, run: Any) -> None:
     command = [
-        *("compare", llama, "--out", tmp_path / "grid", "--plugin", child.waiting_solver(tmp_path), "--sparsity", 0.5),
+        *(
+            "compare",
+            llama,
+            "--out",
+            tmp_path / "grid",
+            "--plugin",
+            killing.waiting_solver(tmp_path),
+            "--sparsity",
+            0.5,
+        ),
         *("--method", "magnitude,waiting", "--calibration", "pydoc", "--text", "pydoc", "--seq-len", 32),
         *("--max-tokens", 64, "--set", "samples=2", "--set", "seq_len=16"),
     ]
-    with child.command(tmp_path, *map(str, command)) as process:
-        child.send(process, signal.SIGINT)
-        assert child.ended(process) == 130
+    with killing.command(tmp_path, *map(str, command)) as process:
+        killing.send(process, signal.SIGINT)
+        assert killing.ended(process) == 130
     line = (tmp_path / "stderr").read_text().splitlines()[-1]
     kept = f"1 finished cell and the blocks of the next one are kept in {tmp_path / 'grid'}"
     assert line.startswith(f"interrupted (SIGINT); {kept}; the same command resumes it:")
@@ -82,9 +93,9 @@ def test_a_comparison_says_how_many_cells_are_kept_and_goes_on(llama: Path, tmp_
 @pytest.mark.parametrize("words", [["eval", "{llama}", "--text", "pydoc"], ["inspect", "{llama}"]])
 def test_a_command_that_keeps_nothing_says_so(words: list[str], llama: Path, tmp_path: Path) -> None:
     command = [word.format(llama=llama) for word in words]
-    with child.command(tmp_path, *command, blocks_wait=True) as process:
-        child.send(process, signal.SIGINT)
-        assert child.ended(process) == 130
+    with killing.command(tmp_path, *command, blocks_wait=True) as process:
+        killing.send(process, signal.SIGINT)
+        assert killing.ended(process) == 130
     line = (tmp_path / "stderr").read_text().splitlines()[-1]
     assert line == (
         "interrupted (SIGINT); this command keeps nothing: start it again with  " + shlex.join(["sparsellm", *command])
@@ -92,44 +103,47 @@ def test_a_command_that_keeps_nothing_says_so(words: list[str], llama: Path, tmp
 
 
 def test_what_a_library_swallows_stops_the_run_at_its_next_step(llama: Path, tmp_path: Path) -> None:
-    with child.command(tmp_path, *pruning(llama, tmp_path / "p", child.waiting_solver(tmp_path, "swallow"))) as process:
-        child.send(process, signal.SIGINT)
-        assert child.ended(process) == 130
+    with killing.command(
+        tmp_path, *pruning(llama, tmp_path / "p", killing.waiting_solver(tmp_path, "swallow"))
+    ) as process:
+        killing.send(process, signal.SIGINT)
+        assert killing.ended(process) == 130
     assert (tmp_path / "swallowed").exists()
     assert "1 of 3 blocks are kept" in (tmp_path / "stderr").read_text()
 
 
 def test_a_second_signal_stops_at_once(llama: Path, tmp_path: Path) -> None:
-    solver = child.waiting_solver(tmp_path, "swallow_for_ever")
-    with child.command(tmp_path, *pruning(llama, tmp_path / "p", solver)) as process:
-        child.send(process, signal.SIGINT)
-        child.await_file(tmp_path / "swallowed", process)
-        child.send(process, signal.SIGTERM)
-        assert child.ended(process) == 143
+    solver = killing.waiting_solver(tmp_path, "swallow_for_ever")
+    with killing.command(tmp_path, *pruning(llama, tmp_path / "p", solver)) as process:
+        killing.send(process, signal.SIGINT)
+        killing.await_text(tmp_path / "swallowed", "", process)
+        killing.send(process, signal.SIGTERM)
+        assert killing.ended(process) == 143
     assert "stopped at once" in (tmp_path / "stderr").read_text()
 
 
 def test_a_signal_that_is_ignored_stays_ignored(llama: Path, tmp_path: Path) -> None:
     """As under nohup."""
-    solver = child.waiting_solver(tmp_path)
-    with child.command(tmp_path, *pruning(llama, tmp_path / "p", solver), ignore=(signal.SIGHUP,)) as process:
-        child.send(process, signal.SIGHUP)
+    solver = killing.waiting_solver(tmp_path)
+    with killing.command(tmp_path, *pruning(llama, tmp_path / "p", solver), ignore=(signal.SIGHUP,)) as process:
+        killing.send(process, signal.SIGHUP)
         (tmp_path / "go").touch()
-        assert child.ended(process) == 0
+        assert killing.ended(process) == 0
     assert (tmp_path / "p" / "pruning.json").is_file()
 
 
 def test_a_terminal_that_is_gone_does_not_change_the_exit_code(llama: Path, tmp_path: Path) -> None:
-    solver = child.waiting_solver(tmp_path)
-    with child.command(tmp_path, *pruning(llama, tmp_path / "p", solver), closed=True) as process:
-        child.send(process, signal.SIGHUP)
-        assert child.ended(process) == 129
+    solver = killing.waiting_solver(tmp_path)
+    with killing.command(tmp_path, *pruning(llama, tmp_path / "p", solver), closed=True) as process:
+        killing.send(process, signal.SIGHUP)
+        assert killing.ended(process) == 129
 
 
 def test_a_python_program_gets_its_own_keyboard_interrupt(llama: Path, tmp_path: Path) -> None:
-    with child.python(tmp_path, llama, tmp_path / "p") as process:
-        child.send(process, signal.SIGINT)
-        assert child.ended(process) == 0
+    with killing.started(killing.python_program, llama, tmp_path / "p", tmp_path) as process:
+        killing.await_text(tmp_path / "reached", "", process)
+        killing.send(process, signal.SIGINT)
+        assert killing.ended(process) == 0
     assert (tmp_path / "caught").read_text() == "KeyboardInterrupt"
 
 
@@ -209,8 +223,8 @@ def test_the_command_line_is_quoted(argv: list[str], expected: str, monkeypatch:
 
 
 def test_what_is_kept_is_named_where_it_is_if_the_destination_is_a_link(tmp_path: Path) -> None:
-    (tmp_path / "real.partial" / FOLDER).mkdir(parents=True)
-    (tmp_path / "real.partial" / FOLDER / "model-00001-of-00003.safetensors.json").write_text("{}")
+    (tmp_path / "real.partial" / STATE).mkdir(parents=True)
+    (tmp_path / "real.partial" / STATE / "model-00001-of-00003.safetensors.json").write_text("{}")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "p").symlink_to(tmp_path / "real")
     said, _ = kept_by_prune(tmp_path / "links" / "p", began=0.0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests import forking
+from tests import killing
 
 LIMIT = 400  # seconds, far beyond what any test here takes: one that hangs is ended, not waited for
 
@@ -16,7 +16,7 @@ LIMIT = 400  # seconds, far beyond what any test here takes: one that hangs is e
 def run_in(size: int, function: Callable[..., None], folder: Path, *arguments: Any) -> None:
     """Calls ``function(folder, *arguments)`` in each of ``size`` joined processes; fails if one of them does."""
     workers = [
-        forking.context().Process(target=_join, args=(rank, size, function, folder, *arguments), daemon=True)
+        killing.context().Process(target=_join, args=(rank, size, function, folder, *arguments), daemon=True)
         for rank in range(size)
     ]
     for worker in workers:

@@ -43,7 +43,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
-    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {name: value for file in directory.rglob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def by_torchrun(size: int, *arguments: str) -> subprocess.Popen[str]:
@@ -81,7 +81,7 @@ def wait_for_blocks(directory: Path, process: subprocess.Popen[str], shards: int
     """Until so many shards are there. Two: what stands outside the blocks, and the first block, which need not be
     recorded as finished yet."""
     deadline = time.monotonic() + LIMIT
-    while len(list(directory.glob("*.safetensors"))) < shards:
+    while len(list(directory.rglob("*.safetensors"))) < shards:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -89,7 +89,7 @@ def wait_for_blocks(directory: Path, process: subprocess.Popen[str], shards: int
 
 def check_what_is_left(out: Path) -> None:
     assert not out.exists()
-    shards = list(out.with_name(f"{out.name}.partial").glob("*.safetensors"))
+    shards = list(out.with_name(f"{out.name}.partial").rglob("*.safetensors"))
     assert 2 <= len(shards) < 41
     for shard in shards:  # each is whole
         assert all(bool(torch.isfinite(value).all()) for value in load_file(shard).values())
@@ -150,7 +150,7 @@ def cut_short(short_run: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
     wait_for_blocks(partial, killed, shards=3)
     killed.terminate()  # torchrun ends both
     ended(killed)
-    assert 3 <= len(list(partial.glob("*.safetensors"))) < 9
+    assert 3 <= len(list(partial.rglob("*.safetensors"))) < 9
     return partial
 
 

@@ -24,8 +24,6 @@ from sparsellm.progress import Progress
 from sparsellm.report import document
 from sparsellm.report.checkpoint import read_checkpoint
 from sparsellm.report.document import write_report
-from sparsellm.run.counts import joined
-from sparsellm.run.journal import BlockRecord
 from sparsellm.run.result import PruneResult
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.report.pages import LOADS, Page, page_of, results, rewrite
@@ -117,17 +115,6 @@ def test_magnitudes_are_those_of_all_weights(runs: Path) -> None:
     powers = weights.abs().log2()
     counts = json.loads((runs / "half" / "pruning.json").read_text())["magnitudes"]["mlp.up_proj"]["before"]
     assert counts[20:26] == [int(((powers >= -6 + n / 2) & (powers < -5.5 + n / 2)).sum()) for n in range(6)]
-
-
-def test_counts_are_left_out_where_a_block_has_none() -> None:
-    """A run that an older release began goes on; a part of the blocks is no histogram of the model."""
-    older = {"linears": [], "versions": {}, "seconds": {}, "peak_rss": 0}
-    record = BlockRecord.from_dict(older)
-    assert record.magnitudes is None
-    counted = {"fc1": {"before": [1] * 40, "after": [2] * 40}}
-    assert joined([counted, counted]) == {"fc1": {"before": [2] * 40, "after": [4] * 40}}
-    assert joined([counted, record.magnitudes]) == {}
-    assert BlockRecord.from_dict({**older, "magnitudes": counted}).magnitudes == counted
 
 
 def png_of(source: str) -> torch.Tensor:

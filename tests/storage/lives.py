@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import random
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import SparseLLMError
-from sparsellm.storage import resume, shard, writer
 from sparsellm.storage.packed_reader import open_checkpoint
 from sparsellm.storage.reader import raw_bytes
-from tests import forking
-from tests.storage.deaths import Died, dying
+from sparsellm.storage.state import REPLACED, partial_of
+from tests.killing import KILLED, Died, dying, full_disk, run
 
 IDS = torch.arange(16).view(2, 8)
 NAMES = ("a", "b")
-NOTES = "notes.md"  # somebody's, in a checkpoint; no companion, which packing would take over
+NOTES = "notes.md"  # a foreign file in a checkpoint, which packing does not copy
 FATES = ("lives", "lives", "dies", "dies", "dies", "full disk")
 
 
 @dataclass(frozen=True)
 class Deed:
-    """A command: what it reads, what it writes, and how."""
+    """A command (prune, pack or unpack): what it reads, what it writes, and how."""
 
-    kind: str  # prune, pack or unpack
+    kind: str
     source: str
     out: str
     sparsity: float
@@ -47,20 +41,18 @@ class Deed:
         if self.kind == "prune":
             recipe = Recipe(method="magnitude", sparsity=self.sparsity)
             sparsellm.prune(source, recipe, calibration=IDS, out=out, **again)  # type: ignore[arg-type]
-        elif self.kind == "pack":
-            sparsellm.pack(source, out=out, **again)
         else:
-            sparsellm.unpack(source, out=out, **again)
+            (sparsellm.pack if self.kind == "pack" else sparsellm.unpack)(source, out=out, **again)
 
 
 @dataclass
 class Life:
-    """A home with a dense model, two directories to write, a link to one of them, and what belongs to others.
+    """A home with a dense model, two directories to write, a link to one of them, and foreign files.
 
     Args:
         home: an empty directory.
-        dense: of the model.
-        seed: of everything that happens.
+        dense: the directory of the model.
+        seed: the seed of everything that happens.
         signals: share of the deaths that are real, by SIGKILL in a process of its own.
         results: what each command makes, by what it reads; shared among lives, as it takes a run to know.
     """
@@ -80,14 +72,14 @@ class Life:
         (self.home / "link").symlink_to("a")
         for name in ("a.txt", "a.partial.txt", "b.replaced", "notes/a.partial/thesis.txt"):
             (self.home / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.home / name).write_text(f"somebody's {name}")
-        self.others = self.snapshot()
+            (self.home / name).write_text(f"foreign {name}")
+        self.foreign = self.snapshot()
         self.names = {path.name for path in self.home.iterdir()}
 
     def live(self, deeds: int) -> None:
         for _ in range(deeds):
             if self.draw.random() < 0.15:
-                self.somebody_writes()
+                self.write_notes()
             else:
                 self.step(self.some_deed(), self.draw.choice(FATES))
         for name in NAMES:  # and in the end all can be put in order
@@ -102,25 +94,24 @@ class Life:
         sparsity = self.draw.choice((0.5, 0.7))
         return Deed(kind, source, out, sparsity, self.draw.random() < 0.8, self.draw.random() < 0.3)
 
-    def somebody_writes(self) -> None:
-        """Puts a file of theirs into a checkpoint, or takes it away again."""
+    def write_notes(self) -> None:
+        """Puts a foreign file into a checkpoint, or takes it away again."""
         notes = self.home / self.draw.choice(NAMES) / NOTES
         if notes.exists():
             notes.unlink()
         elif notes.parent.is_dir():
-            notes.write_text("somebody's")
+            notes.write_text("foreign")
         self.done.append(f"{notes.parent.name}/{NOTES} {'is there' if notes.exists() else 'is not there'}")
 
     def step(self, deed: Deed, fate: str, must: bool = False) -> None:
-        """Does it, and looks at everything."""
+        """Does a deed, and looks at everything."""
         name = "a" if deed.out == "link" else deed.out
         before = {each: whole(self.home / each) for each in NAMES}
         notes = {each for each in NAMES if (self.home / each / NOTES).exists()}
         result = self.result_of(deed, whole(self.home / deed.source, beside=False))
         ended = self.run(deed, fate)
         self.done.append(f"{deed} {fate}: {ended}")
-        after = {each: whole(self.home / each) for each in NAMES}
-        assert self.snapshot() == self.others, self.done
+        assert self.snapshot() == self.foreign, self.done
         assert notes == {each for each in NAMES if (self.home / each / NOTES).exists()}, self.done
         for each in NAMES:
             expected = {before[each]} | (self.pending[each] if each == name else set())
@@ -128,19 +119,24 @@ class Life:
                 expected.add(result)
             if each == name and ended == "done":
                 expected = {result}
-            assert after[each] in expected, (each, self.done)
+            assert whole(self.home / each) in expected, (each, self.done)
         assert ended == "done" or not must, self.done
         if ended == "died" and result is not None:
             self.pending[name].add(result)
 
     def run(self, deed: Deed, fate: str) -> str:
         """How it ended: ``done``, ``died``, or by what error."""
-        at = self.draw.randint(1, 220) if fate == "dies" else None
+        at = self.draw.randint(1, 300) if fate == "dies" else None
         if at is not None and self.draw.random() < self.signals:
-            return in_a_process_of_its_own(_do, deed, self.home, at, self.exchanges)
+            ended = run(deed.do, self.home, at=at, exchanges=self.exchanges)
+            return "died" if ended.code == KILLED else ended.error or "done"
         try:
-            with full_disk(self.draw.randint(1, 40) if fate == "full disk" else None), dying(at, self.exchanges):
-                deed.do(self.home)
+            with full_disk(self.draw.randint(1, 40) if fate == "full disk" else None):
+                if at is None:
+                    deed.do(self.home)
+                else:
+                    with dying(at, exchanges=self.exchanges):
+                        deed.do(self.home)
         except SparseLLMError as error:
             return f"{type(error).__name__}: {error}"
         except Died:
@@ -160,79 +156,29 @@ class Life:
         return self.results[key]
 
     def snapshot(self) -> dict[str, str]:
-        """All that is not ours to change; the directories' own working names are left out."""
-        found = {}
+        """The content of every path that no command may change."""
+        content = {}
         for path in [*self.home.rglob("*"), *self.dense.rglob("*")]:
             first = path.relative_to(self.home).parts[0] if path.is_relative_to(self.home) else "dense"
-            if path.is_file() or path.is_symlink():
-                stem = first.partition(".")[0]
-                ours = first in NAMES or (stem in NAMES and (self.home / first).is_dir())
-                if not ours:
-                    content = os.readlink(path) if path.is_symlink() else path.read_text("latin-1")
-                    found[str(path.relative_to(self.home) if first != "dense" else path)] = content
-        return found
+            ours = first in NAMES or (first.partition(".")[0] in NAMES and (self.home / first).is_dir())
+            if not ours and (path.is_file() or path.is_symlink()):
+                content[str(path)] = os.readlink(path) if path.is_symlink() else path.read_text("latin-1")
+        return content
 
 
 def whole(directory: Path, beside: bool = True) -> str | None:
-    """A digest of the checkpoint in a directory, which is to be whole; None where there is none.
+    """A digest of the checkpoint in a directory, which must be complete; None where there is none.
 
     Args:
         directory: the checkpoint.
         beside: look as well where an older one is kept while it is replaced by two renames.
     """
     if not directory.is_dir():
-        kept = sorted(directory.parent.glob(f"{directory.name}.replaced-*")) if beside else []
-        assert len(kept) < 2
-        return whole(kept[0]) if kept else None
+        kept = partial_of(directory) / REPLACED
+        return whole(kept, beside=False) if beside and kept.is_dir() else None
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     reader = open_checkpoint(directory)
     for name in sorted(reader):
         digest.update(name.encode() + raw_bytes(reader.get(name)))
     assert not list(directory.glob(".*")), "nothing of the run is in the result"
     return digest.hexdigest()
-
-
-@contextmanager
-def full_disk(after: int | None) -> Iterator[None]:
-    """From the given call on, nothing more can be written, until the end of the block."""
-    left = [after or 0]
-    modules = (resume, shard, writer)
-    write_all = shard.write_all
-
-    def filling(file: Any, data: Any) -> None:
-        left[0] -= 1
-        if left[0] <= 0:
-            write_all(file, memoryview(data).cast("B")[:1])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write_all(file, data)
-
-    try:
-        for module in modules if after is not None else ():
-            module.write_all = filling  # type: ignore[attr-defined]
-        yield
-    finally:
-        for module in modules:
-            module.write_all = write_all  # type: ignore[attr-defined]
-
-
-def in_a_process_of_its_own(function: Callable[..., None], *args: Any) -> str:
-    context = forking.context()
-    queue = context.SimpleQueue()
-    process = context.Process(target=function, args=(queue, *args))
-    process.start()
-    process.join(120)
-    if process.exitcode == -signal.SIGKILL:
-        return "died"
-    assert process.exitcode == 0, process.exitcode
-    return str(queue.get())
-
-
-def _do(queue: Any, deed: Deed, home: Path, at: int, exchanges: bool) -> None:
-    torch.set_num_threads(1)
-    os.fsync = lambda descriptor: None
-    try:
-        with dying(at, exchanges, signalled=True):
-            deed.do(home)
-        queue.put("done")
-    except SparseLLMError as error:
-        queue.put(f"{type(error).__name__}: {error}")

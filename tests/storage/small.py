@@ -1,22 +1,24 @@
-"""Checkpoints of a few numbers, written by the real writer, without a model: what they are can be told at once."""
+"""Checkpoints of a few numbers, written by the real writer without a model, and what a directory holds."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from sparsellm.storage.directory import WorkingDirectory
 from sparsellm.storage.shard import TensorSource
-from sparsellm.storage.writer import CheckpointWriter
+from sparsellm.storage.writer import CheckpointWriter, shard_names
 
 SHARDS = 2
 
 
 def source(directory: Path, **files: str) -> Path:
-    """The directory of a model, as far as a writer looks at it: a config and a tokenizer, and ``files`` beside."""
+    """The directory of a model, as far as a writer reads it: config, tokenizer and ``files`` (``__`` for a dot)."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": {}}))
     (directory / "tokenizer.json").write_text("{}")
@@ -26,22 +28,21 @@ def source(directory: Path, **files: str) -> Path:
 
 
 def write(out: Path, value: float, model: Path, **options: Any) -> Path:
-    """Writes a checkpoint whose weights all are ``value``; goes on where a call with the same value was cut short."""
-    with CheckpointWriter(out, shards=SHARDS, identity={"value": value}, **options) as writer:
+    """Writes a checkpoint whose weights all are ``value``."""
+    with WorkingDirectory(out, {"value": value}, **options) as work:
+        writer = CheckpointWriter(work, SHARDS)
         for index in range(SHARDS):
-            if writer.finished(index) is None:
-                writer.write_shard(index, {f"w{index}": TensorSource.of(torch.full((3, 2), value))})
+            writer.write_shard(index, {f"w{index}": TensorSource.of(torch.full((3, 2), value))})
         writer.copy_companions(model)
         writer.write_json("pruning.json", {"value": value})
         return writer.finish()
 
 
 def value_of(directory: Path) -> float:
-    """What :func:`write` was given, if the checkpoint is whole: every file says the same, and there is no other."""
-    names = {path.name for path in directory.iterdir()}
+    """The value that :func:`write` was given, if every file of the checkpoint is there and no other file."""
+    shards = set(shard_names(SHARDS))
     listed = {"config.json", "tokenizer.json", "pruning.json", "model.safetensors.index.json"}
-    shards = {f"model-{index + 1:05d}-of-{SHARDS:05d}.safetensors" for index in range(SHARDS)}
-    assert names == listed | shards, names
+    assert {path.name for path in directory.iterdir()} == listed | shards
     assert json.loads((directory / "config.json").read_text()) == {"model_type": "llama"}
     index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index.values()) == shards
@@ -49,3 +50,15 @@ def value_of(directory: Path) -> float:
     for key, shard in index.items():
         assert torch.equal(load_file(directory / shard)[key], torch.full((3, 2), value))
     return value
+
+
+def tree(directory: Path) -> dict[str, bytes | str | None]:
+    """Every path below a directory: its bytes, where it links to, or None for a folder."""
+    return {
+        str(path.relative_to(directory)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in directory.rglob("*")
+    }

@@ -16,7 +16,7 @@ from sparsellm.inputs.yaml_input import dump_yaml
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Interval, Pruning, read_pruning
-from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.storage.files import write_bytes
 from sparsellm.storage.results import read_results
 from sparsepack.checkpoint import is_packed
 
@@ -47,7 +47,7 @@ def rebuild_card(directory: Path, *, force: bool = False) -> Path:
     if not force and path.exists() and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
     text = card_text(run, evaluations, packed=is_packed(config))
-    replace_atomically(path, lambda file: write_all(file, text.encode()))
+    write_bytes(path, text.encode())
     return path
 
 

@@ -24,7 +24,7 @@ from sparsellm.report.charts import Chart, Table
 from sparsellm.report.checkpoint import Checkpoint, read_checkpoint
 from sparsellm.report.headline import commands_of, headline, packed_commands
 from sparsellm.report.mask_picture import mask_picture
-from sparsellm.storage.files import replace_atomically, write_all
+from sparsellm.storage.files import write_bytes
 
 REPORT = "report.html"
 GENERATOR = "sparsellm report"  # how a file of ours is told from others; near its beginning
@@ -86,7 +86,7 @@ def _is_ours(path: Path) -> bool:
 
 def write_page(place: Path, text: str) -> Path:
     """Writes a page in one step, and returns its path."""
-    replace_atomically(place, lambda file: write_all(file, text.encode("utf-8", "backslashreplace")))
+    write_bytes(place, text.encode("utf-8", "backslashreplace"))
     return place
 
 

@@ -206,12 +206,10 @@ def add(total: Magnitudes, kind: str, when: str, counts: Counts) -> None:
     total[kind][when] = [a + b for a, b in zip(known, counts, strict=True)]
 
 
-def joined(parts: Sequence[Magnitudes | None]) -> Magnitudes:
-    """The counts of several blocks added up, by kind of linear; empty if those of a block are not known."""
+def joined(parts: Sequence[Magnitudes]) -> Magnitudes:
+    """The counts of several blocks added up, by kind of linear."""
     total: Magnitudes = {}
     for part in parts:
-        if part is None:
-            return {}
         for kind, both in part.items():
             for when, counts in both.items():
                 add(total, kind, when, counts)

@@ -1,19 +1,19 @@
-"""All of resuming: the files of an unfinished run, from which the same command continues after a kill.
+"""The records of a run in its working directory, from which the same command continues after a kill.
 
-Beside the finished shards are records: the run's identity, one for each finished block, the allocation, the output
-costs, and the last pass of a sweep. Each record is written after the file that it describes, atomically, with a
-checksum. So a process may be killed at any moment: every file it leaves is complete, or is ignored.
+Each record is written after the file that it describes, atomically and with a checksum. So whatever the moment of a
+kill, a file is complete, or is ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,16 +25,17 @@ from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.records import LinearResult
 from sparsellm.run.counts import Magnitudes
 from sparsellm.run.result import versions
-from sparsellm.storage.destination import partial_of
-from sparsellm.storage.files import explained, replace_atomically
+from sparsellm.storage.directory import WorkingDirectory, check_room, written_bytes
+from sparsellm.storage.files import empty, explained, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.resume import FOLDER, RunState, has_kept, sha256
 from sparsellm.storage.shard import TensorSource, write_shard
+from sparsellm.storage.state import BLOCKS, STATE, SWEPT, partial_of, read_sealed, write_sealed
 from sparsellm.storage.writer import CheckpointWriter, shard_names
 from sparsellm.sweep.whole_model import Parameters, Pass, Reached
 
-ALLOCATION, OUTPUT_COSTS, SWEEP = "allocation", "output-costs", "sweep"  # names of the records
-_KEY = "bits"  # the one tensor of a sweep's file
+ALLOCATION, OUTPUT_COSTS, SWEEP = "allocation", "output-costs", "sweep"  # names of records
+_FORMAT = 3  # of the working directory
+_BITS = "bits"  # the one tensor of a sweep's file
 
 
 @dataclass(frozen=True)
@@ -60,39 +61,40 @@ class Identity:
     stage: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        values = {each.name.replace("_", " "): getattr(self, each.name) for each in fields(self)}
-        for name in ("start", "stage"):
-            if not values[name]:
-                del values[name]
-        return {"format": 2, **values}
+        return {"format": _FORMAT, **{name.replace("_", " "): value for name, value in asdict(self).items()}}
 
 
 @dataclass(frozen=True)
-class BlockRecord:
-    """The record of a finished block.
+class FileRecord:
+    """The SHA-256 of a finished file."""
 
-    Attributes:
-        linears: the results of its linears.
-        versions: of the libraries that pruned it, and the number of processes.
-        seconds: of each phase since the previous block.
-        peak_rss: the peak memory of the process so far, in bytes.
-        magnitudes: of its weights before and after; None in records of an older release.
-    """
+    sha256: str = ""
 
-    linears: list[LinearResult]
-    versions: dict[str, str]
-    seconds: dict[str, float]
+
+@dataclass(frozen=True)
+class BlockRecord(FileRecord):
+    """A finished block: results and magnitudes of its linears, the :func:`conditions` under which it was pruned,
+    seconds of each phase since the previous block, and the peak memory of the process so far, in bytes."""
+
+    linears: list[LinearResult] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss: int = 0
+    magnitudes: Magnitudes = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """The last saved pass of a sweep: digests of its files, and the seconds and peak memory of the sweep so far."""
+
+    history: list[Pass]
+    best: int
+    files: dict[str, str]
+    seconds: float
     peak_rss: int
-    magnitudes: Magnitudes | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "linears": [linear.model_dump(mode="json") for linear in self.linears]}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> BlockRecord:
-        linears = [LinearResult.model_validate(each) for each in values["linears"]]
-        counted = values.get("magnitudes")
-        return cls(linears, values["versions"], values["seconds"], values["peak_rss"], counted)
+R = TypeVar("R", bound=FileRecord)
 
 
 class Journal:
@@ -109,49 +111,14 @@ class Journal:
     """
 
     def __init__(self, out: Path | None, blocks: int, *, restart: bool, overwrite: bool) -> None:
-        self.out = out
-        self.blocks = blocks
-        self._restart = restart
-        self._overwrite = overwrite
-        self._open: Callable[..., CheckpointWriter] | None = None
+        self.out, self.blocks = out, blocks
+        self._restart, self._overwrite = restart, overwrite
+        self._partial = partial_of(out) if out is not None else Path()
+        self._state = self._partial / STATE
+        self._shards = [self._partial / BLOCKS / name for name in shard_names(blocks + 1)]
         self._held = contextlib.ExitStack()
         self._walked: CheckpointWriter | None = None  # writes the walk's blocks; in the first process only
-        self._writer: CheckpointWriter | None = None  # writes the result: of the walk, or of the sweep
-
-    # ------------------------------------------------------------------ before it is opened
-
-    def knows(self, record: str) -> bool:
-        """Whether the unfinished run has a record of this name."""
-        return self.out is not None and not self._restart and has_kept(partial_of(self.out), record)
-
-    # ------------------------------------------------------------------ opening and closing
-
-    def open(self, identity: Identity, need_bytes: int) -> None:
-        """Begins a run, or continues an unfinished one with the same identity.
-
-        Args:
-            identity: of the run.
-            need_bytes: disk space for everything that it writes.
-
-        Raises:
-            StorageError: the directory cannot be written, or holds an unfinished run with another identity.
-        """
-        if self.out is None:
-            return
-        self._open = partial(
-            CheckpointWriter,
-            self.out,
-            shards=self.blocks + 1,
-            identity=identity.to_dict(),
-            overwrite=self._overwrite,
-        )
-        self._walked = self._in_main(partial(self._open, restart=self._restart, need_bytes=need_bytes))
-        self._writer = self._walked
-
-    def open_sweep(self, need_bytes: int) -> None:
-        """Begins the second stage: the sweep writes every block again. The walk's blocks are kept until the end."""
-        if self._open is not None:
-            self._writer = self._in_main(partial(self._open, need_bytes=need_bytes, follows=self._walked))
+        self.writer: CheckpointWriter | None = None  # writes the result, that of the walk or of the sweep; there only
 
     def __enter__(self) -> Journal:
         return self
@@ -159,43 +126,58 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def _in_main(self, make: Callable[[], CheckpointWriter]) -> CheckpointWriter | None:
-        """Makes a writer in the first process; None in the others. If it fails there, it fails in all processes."""
-        made: list[CheckpointWriter] = []
-        parallel.from_main(lambda: made.append(self._held.enter_context(make())))
-        return made[0] if made else None
+    def knows(self, name: str) -> bool:
+        """Whether the unfinished run has a record of this name. May be called before :meth:`open`."""
+        return self.out is not None and not self._restart and (self._state / f"{name}.json").is_file()
+
+    def open(self, identity: Identity, need_bytes: int) -> None:
+        """Begins a run that takes ``need_bytes`` of disk, or continues an unfinished one with the same identity.
+
+        Raises:
+            StorageError: the directory cannot be written, or holds an unfinished run with another identity.
+        """
+
+        def begin(out: Path) -> None:
+            known, flags = identity.to_dict(), {"overwrite": self._overwrite, "restart": self._restart}
+            work = self._held.enter_context(WorkingDirectory(out, known, need_bytes=need_bytes, **flags))
+            self._walked = self.writer = CheckpointWriter(work, self.blocks + 1)
+
+        if self.out is not None:
+            parallel.from_main(partial(begin, self.out))
+
+    def open_sweep(self, need_bytes: int) -> None:
+        """Begins to write every block again, after a sweep. The walk's blocks are kept until the end."""
+
+        def begin() -> None:
+            assert self._walked is not None
+            self.writer = CheckpointWriter(self._walked.work, self.blocks + 1, SWEPT)
+            with explained(self.writer.folder):
+                empty(self.writer.folder)  # a sweep that was cut short writes all its blocks again
+            check_room(self.writer.work.out, need_bytes)
+
+        if self.out is not None:
+            parallel.from_main(begin)
 
     # ------------------------------------------------------------------ blocks
 
-    @property
-    def shards(self) -> list[Path]:
-        """The shards of the blocks that the walk wrote, readable by every process; empty for a model in memory."""
-        if self.out is None:
-            return []
-        return [partial_of(self.out) / name for name in shard_names(self.blocks + 1)[: self.blocks]]
-
     def block(self, index: int) -> CheckpointReader | None:
-        """The finished block ``index`` as the walk wrote it; None for a model in memory."""
-        return CheckpointReader(self.shards[index].parent, [self.shards[index]]) if self.out is not None else None
+        """The finished block ``index`` as the walk wrote it, for every process; None for a model in memory."""
+        return CheckpointReader(self._partial / BLOCKS, [self._shards[index]]) if self.out is not None else None
 
     def finished(self, progress: ProgressCallback) -> list[BlockRecord]:
         """The records of the first blocks that an earlier process finished; the shard of each is verified."""
 
-        def verified() -> list[dict[str, Any]]:
-            records: list[dict[str, Any]] = []
-            for index in range(self.blocks if self._walked is not None else 0):
-                assert self._walked is not None
-                facts = self._walked.finished(index)
-                if facts is None:
-                    break
-                records.append(facts)
+        def verified() -> list[BlockRecord]:
+            records: list[BlockRecord] = []
+            while len(records) < self.blocks and (record := self._verified(len(records), BlockRecord)) is not None:
+                records.append(record)
                 progress(Progress("verify", len(records), self.blocks, "checking the blocks of an earlier run"))
             if records:
                 said = f"resuming an unfinished run: {len(records)} of {self.blocks} blocks are done"
                 progress(Progress(NOTE, 1, 1, said))
             return records
 
-        return [BlockRecord.from_dict(facts) for facts in parallel.from_main(verified)]
+        return parallel.from_main(verified)
 
     @property
     def writes(self) -> bool:
@@ -205,36 +187,48 @@ class Journal:
     def write_block(self, index: int, tensors: Mapping[str, TensorSource], record: BlockRecord) -> None:
         """Writes a block that the walk has finished, then its record."""
         assert self._walked is not None
-        self._walked.write_shard(index, tensors, record.to_dict())
+        self._keep(self._shards[index].name, replace(record, sha256=self._walked.write_shard(index, tensors)))
 
     def write_outer(self, tensors: Callable[[], Mapping[str, TensorSource]]) -> None:
         """Writes embedding, final norm and head, unless an earlier process wrote them."""
-        if self._writer is not None and self._writer.finished(self.blocks) is None:
-            self._writer.write_shard(self.blocks, tensors())
+        walks = self.writer is self._walked
+        if self.writer is not None and not (walks and self._verified(self.blocks, FileRecord)):
+            digest = self.writer.write_shard(self.blocks, tensors())
+            if walks:
+                self._keep(self._shards[-1].name, FileRecord(digest))
 
     def write_swept(self, index: int, tensors: Mapping[str, TensorSource]) -> None:
         """Writes a block after the sweep."""
-        if self._writer is not None:
-            self._writer.write_shard(index, tensors)
+        if self.writer is not None:
+            self.writer.write_shard(index, tensors)
 
-    # ------------------------------------------------------------------ before the walk
+    @property
+    def written(self) -> list[Path]:
+        """The shards of the result's blocks, in the first process; empty in others and for a model in memory."""
+        return self.writer.shards[: self.blocks] if self.writer is not None else []
+
+    # ------------------------------------------------------------------ before the walk; in the first process only
 
     def allocation(self) -> Allocation | None:
-        """The allocation that an earlier process chose, or None. Call it in the first process only."""
-        kept = self._walked.state.kept(ALLOCATION) if self._walked is not None else None
-        return Allocation(**kept) if kept is not None else None
+        """The allocation that an earlier process chose, or None."""
+        return read_sealed(self._state / f"{ALLOCATION}.json", Allocation) if self.writes else None
 
     def keep_allocation(self, allocation: Allocation) -> None:
-        if self._walked is not None:
-            self._walked.state.keep(ALLOCATION, {"zeros": allocation.zeros, "report": allocation.report})
+        self._keep(ALLOCATION, allocation)
 
     def output_costs(self) -> dict[str, Tensor] | None:
-        """``E[g_i²]`` of every linear's outputs from an earlier process, or None. Call it in the first process only."""
-        return self._walked.state.kept_tensors(OUTPUT_COSTS) if self._walked is not None else None
+        """``E[g_i²]`` of every linear's outputs from an earlier process, or None."""
+        file = self._state / f"{OUTPUT_COSTS}.safetensors"
+        if not self.writes or not _is_same(file, read_sealed(self._state / f"{OUTPUT_COSTS}.json", FileRecord)):
+            return None
+        reader = CheckpointReader(self._state, [file])
+        return reader.read(list(reader))
 
     def keep_output_costs(self, costs: dict[str, Tensor]) -> None:
-        if self._walked is not None:
-            self._walked.state.keep_tensors(OUTPUT_COSTS, costs)
+        if self.writes:
+            tensors = {name: TensorSource.of(value) for name, value in costs.items()}
+            file = self._state / f"{OUTPUT_COSTS}.safetensors"
+            self._keep(OUTPUT_COSTS, FileRecord(replace_atomically(file, partial(write_shard, tensors=tensors))))
 
     # ------------------------------------------------------------------ the sweep
 
@@ -246,34 +240,27 @@ class Journal:
             beside: all disk space that the run takes for other files; the part that is written already is subtracted.
             progress: called with a note if there is no room.
         """
-        if self.out is None:
-            return None
-        partial = partial_of(self.out)
-        saved = SavedSweep(partial / FOLDER, self.blocks, self._walked.state if self._walked is not None else None)
 
         def has_room() -> bool:
-            there = sum(shard.stat().st_size for shard in partial.glob("*.safetensors"))
-            free = shutil.disk_usage(partial).free - beside + there
-            if saved.begun or free >= state_bytes:
+            free = shutil.disk_usage(self._partial).free - beside + written_bytes(self._partial)
+            if self.knows(SWEEP) or free >= state_bytes:
                 return True
             needs, left = f"{state_bytes / 1e9:.1f} GB", f"{max(free, 0) / 1e9:.1f} GB"
             said = f"saving each pass of the sweep takes {needs} of disk and {left} are left"
             progress(Progress(NOTE, 1, 1, f"{said}: an interrupted sweep will start again"))
             return False
 
-        return saved if parallel.from_main(has_room) else None
+        fits = self.out is not None and parallel.from_main(has_room)
+        return SavedSweep(self._state, self.blocks) if fits else None
 
-    # ------------------------------------------------------------------ the end
+    def _keep(self, name: str, record: object) -> None:
+        if self.writes:
+            write_sealed(self._state / f"{name}.json", record)
 
-    @property
-    def written(self) -> list[Path]:
-        """The shards of the result's blocks, in the first process; empty in others and for a model in memory."""
-        return [self._writer.path(index) for index in range(self.blocks)] if self._writer is not None else []
-
-    @property
-    def writer(self) -> CheckpointWriter | None:
-        """The writer of the result, in the first process; None in others."""
-        return self._writer
+    def _verified(self, index: int, kind: type[R]) -> R | None:
+        """The record of a shard of the walk, if the shard is as it was written."""
+        record = read_sealed(self._state / f"{self._shards[index].name}.json", kind) if self.writes else None
+        return record if _is_same(self._shards[index], record) else None
 
 
 class SavedSweep:
@@ -281,44 +268,28 @@ class SavedSweep:
 
     The parameters after each pass, and Adam's moments, are one file per block. One record, written last, has the number
     of the current pass and the checksums of its files. Files of earlier passes are then removed.
-
-    Args:
-        folder: of the records of the run.
-        blocks: the number of blocks of the model.
-        run: the records themselves, in the first process; None in others.
     """
 
-    def __init__(self, folder: Path, blocks: int, run: RunState | None) -> None:
-        self.folder = folder / SWEEP
-        self.blocks = blocks
-        self.seconds: Callable[[], float] = lambda: 0.0  # of the sweep so far
-        self._run = run
-        self._digests: dict[str, str] = {}
-
-    @property
-    def begun(self) -> bool:
-        """Whether a pass has been saved. Call it in the first process only."""
-        return self._run is not None and self._run.kept(SWEEP) is not None
+    def __init__(self, state: Path, blocks: int) -> None:
+        self._folder, self._record, self._blocks = state / SWEEP, state / f"{SWEEP}.json", blocks
+        self.seconds: Callable[[], float] = lambda: 0.0  # since the sweep began
+        self._last = parallel.from_main(self._intact)
 
     @property
     def reached(self) -> Reached | None:
         """The last saved pass whose files are intact; None if there is none and the sweep must begin."""
-        return self._found[0] if self._found is not None else None
+        return Reached(self._last.history, self._last.best) if self._last is not None else None
 
     @property
     def spent(self) -> tuple[float, int]:
-        """Seconds that earlier processes spent on the sweep, and their peak memory in bytes."""
-        return self._found[1:] if self._found is not None else (0.0, 0)
-
-    @cached_property
-    def _found(self) -> tuple[Reached, float, int] | None:
-        return parallel.from_main(self._verified)
+        """Seconds of the sweep up to that pass, and its peak memory in bytes."""
+        return (self._last.seconds, self._last.peak_rss) if self._last is not None else (0.0, 0)
 
     def parameters(self, number: int, block: int) -> Tensor:
-        return self._read(_file("parameters", number, block))
+        return self._read("parameters", number, block)
 
     def moments(self, number: int, block: int) -> Tensor:
-        return self._read(_file("moments", number, block))
+        return self._read("moments", number, block)
 
     def save(self, history: list[Pass], best: int, state: Parameters, *, last: bool) -> None:
         """Writes the state after the newest pass of ``history``, then removes the previous one.
@@ -327,59 +298,40 @@ class SavedSweep:
             StorageError: the disk is full.
         """
         number, seconds = history[-1].passes, self.seconds()
+        kinds = {("parameters", best)} if best else set()
+        if not last:
+            kinds |= {("parameters", number), ("moments", number)}
 
         def write() -> None:
-            assert self._run is not None, "the first process writes"
-            with explained(self.folder):
-                self.folder.mkdir(exist_ok=True)
-            for block in range(self.blocks):
-                if best == number or not last:
-                    self._write(_file("parameters", number, block), state.parameters(block))
-                if not last:
-                    self._write(_file("moments", number, block), state.moments(block))
-            needed = set(self._files(number, best, last))
-            self._digests = {name: digest for name, digest in self._digests.items() if name in needed}
-            record = {"history": [asdict(each) for each in history], "best": best, "files": self._digests}
-            peak = max(heap.peak_rss(), self.spent[1])
-            self._run.keep(SWEEP, {**record, "seconds": seconds, "peak_rss": peak})
-            with explained(self.folder):
-                for file in self.folder.iterdir():
-                    if file.name not in needed:
-                        file.unlink()
+            with explained(self._folder):
+                self._folder.mkdir(exist_ok=True)
+            digests = dict(self._last.files) if self._last is not None else {}
+            for block in range(self._blocks):
+                for kind in (kind for kind, of in sorted(kinds) if of == number):
+                    value = state.parameters(block) if kind == "parameters" else state.moments(block)
+                    # As integers: the writer of floating point drops the sign of zeros, and the bits must stay.
+                    tensors = {_BITS: TensorSource.of(value.contiguous().view(torch.int32))}
+                    file = self._file(kind, number, block)
+                    digests[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
+            names = [self._file(kind, of, block).name for kind, of in kinds for block in range(self._blocks)]
+            files, peak = {name: digests[name] for name in names}, max(heap.peak_rss(), self.spent[1])
+            self._last = SweepRecord(history, best, files, seconds, peak)
+            write_sealed(self._record, self._last)
+            with explained(self._folder):
+                empty(self._folder, tuple(files))
 
         parallel.from_main(write)
 
-    def _files(self, number: int, best: int, last: bool) -> Iterable[str]:
-        for block in range(self.blocks):
-            if best:
-                yield _file("parameters", best, block)
-            if not last:
-                yield _file("parameters", number, block)
-                yield _file("moments", number, block)
+    def _file(self, kind: str, number: int, block: int) -> Path:
+        return self._folder / f"{kind}-{number:03d}-{block:05d}.safetensors"
 
-    def _write(self, name: str, value: Tensor) -> None:
-        # As integers: the writer of floating-point tensors drops the sign of zeros, and the bits must stay the same.
-        tensors = {_KEY: TensorSource.of(value.contiguous().view(torch.int32))}
-        self._digests[name] = replace_atomically(self.folder / name, lambda file: write_shard(file, tensors))
+    def _read(self, kind: str, number: int, block: int) -> Tensor:
+        return CheckpointReader(self._folder, [self._file(kind, number, block)]).get(_BITS).view(torch.float32)
 
-    def _read(self, name: str) -> Tensor:
-        return CheckpointReader(self.folder, [self.folder / name]).get(_KEY).view(torch.float32)
-
-    def _verified(self) -> tuple[Reached, float, int] | None:
-        record = self._run.kept(SWEEP) if self._run is not None else None
-        if record is None:
-            return None
-        digests: dict[str, str] = record["files"]
-        for name, digest in digests.items():
-            try:
-                with (self.folder / name).open("rb") as file:
-                    if sha256(file) != digest:
-                        return None
-            except OSError:
-                return None
-        self._digests = digests
-        history = [Pass(**each) for each in record["history"]]
-        return Reached(history, record["best"]), record["seconds"], record["peak_rss"]
+    def _intact(self) -> SweepRecord | None:
+        record = read_sealed(self._record, SweepRecord)
+        files = record.files.items() if record is not None else ()
+        return record if all(_is_same(self._folder / name, FileRecord(digest)) for name, digest in files) else None
 
 
 def conditions() -> dict[str, str]:
@@ -398,5 +350,10 @@ def other_conditions(records: list[BlockRecord]) -> list[str]:
     return []
 
 
-def _file(what: str, number: int, block: int) -> str:
-    return f"{what}-{number:03d}-{block:05d}.safetensors"
+def _is_same(file: Path, record: FileRecord | None) -> bool:
+    """Whether a file is as it was when its record was written."""
+    try:
+        with file.open("rb") as opened:
+            return record is not None and hashlib.file_digest(opened, "sha256").hexdigest() == record.sha256
+    except OSError:
+        return False

@@ -35,7 +35,7 @@ from sparsellm.run.memory import Demand, checkpoint_bytes, described, plan_memor
 from sparsellm.run.opening import Model, Opened, check_outside, open_models
 from sparsellm.run.sets import Windows, default_seq_len, given_windows, read_windows, windows_of_pass
 from sparsellm.run.zeros import patterns_of, unmatched
-from sparsellm.storage.destination import check_destination
+from sparsellm.storage.directory import check_destination
 from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS
 from sparsellm.sweep.whole_model import check_sweepable

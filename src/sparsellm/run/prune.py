@@ -28,9 +28,9 @@ from sparsellm.run.plan import Plan, Request, make_plan
 from sparsellm.run.result import PruneResult, bits_per_weight
 from sparsellm.run.targets import Targets, survey
 from sparsellm.run.walk import integers_of, replay, walk
-from sparsellm.storage.destination import partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
+from sparsellm.storage.state import partial_of
 from sparsellm.storage.writer import CheckpointWriter, count_zeros
 from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
 
@@ -277,18 +277,18 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
         result.warnings += [f"{name} of the model was not copied: it is a link out of {directory}" for name in links]
     else:  # the model was given as an object
         generation = getattr(plan.chain.model, "generation_config", None)
-        with explained(writer.partial):
+        with explained(writer.folder):
             for part in (plan.chain.config, generation, plan.request.tokenizer):
                 if part is not None:
-                    part.save_pretrained(writer.partial)
+                    part.save_pretrained(writer.folder)
         writer.clean_config()
     writer.write_text("recipe.yaml", result.recipe.to_yaml())
     writer.write_json("pruning.json", result.to_dict())
     writer.write_text(CARD, card_text(result.record))
     try:
-        write_report(writer.partial, name=writer.out)
+        write_report(writer.folder, name=writer.work.out)
     except Exception as error:  # it can be written at any time, and must not cost the result of hours
         reason = str(error) if isinstance(error, SparseLLMError) else one_line(error)
-        later = f"afterwards `sparsellm report {shlex.quote(str(writer.out))}` writes it"
+        later = f"afterwards `sparsellm report {shlex.quote(str(writer.work.out))}` writes it"
         progress(Progress(NOTE, 1, 1, f"{REPORT} was not written: {reason}; {later}"))
     writer.finish()

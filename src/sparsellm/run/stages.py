@@ -27,8 +27,9 @@ from sparsellm.run.memory import checkpoint_bytes
 from sparsellm.run.plan import Request, make_plan
 from sparsellm.run.prune import execute, prune
 from sparsellm.run.result import PruneResult
-from sparsellm.storage.destination import partial_of, stage_of
-from sparsellm.storage.resume import RunState, differences, empty, left_in
+from sparsellm.storage.directory import discard_unfinished
+from sparsellm.storage.files import empty
+from sparsellm.storage.state import differences, left_in, partial_of, stage_of
 
 PAYS = 0.8  # sparsity from which two stages pay, unstructured, with LEAST_PASSES or more (docs/results.md)
 LEAST_PASSES = 3
@@ -171,10 +172,8 @@ def _clear(place: Path, out: Path) -> None:
     Raises:
         StorageError: a process is active in it, or it holds foreign files.
     """
-    for partial_directory in (partial_of(out), *([partial_of(place)] if _begun(place) else [])):
-        left = left_in(partial_directory)
-        if left is not None and left.kind is not None and left.identity is not None:
-            RunState(partial_directory, left.identity, kind=left.kind).discard()
+    for each in (out, place) if _begun(place) else (out,):
+        discard_unfinished(each)
     if _report(place) is not None:
         _remove(place)
 
@@ -182,7 +181,9 @@ def _clear(place: Path, out: Path) -> None:
 def _remove_leftover(place: Path, out: Path) -> None:
     """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``, or
     while it removed that stage."""
-    report, reported = _report(place), read_pruning(out).stages if (out / PRUNING).is_file() else []
+    report, reported = _report(place), []
+    with contextlib.suppress(StorageError):  # there is no report, or no run of ours wrote it
+        reported = read_pruning(out).stages
     if report is not None and (not _is_finished(place) or reported == [_earlier(report)]):
         _remove(place)
     if reported:

@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from sparsellm.errors import StorageError
 from sparsellm.inputs.json_input import read_object
 
-STATE = ".sparsellm-run"  # the folder of a run's state
 LISTED = ".sparsellm-files.json"  # names of files that were copied from the model and that is_known() does not cover
 
 _WEIGHTS = re.compile(r"model([-.][\w-]+)?\.safetensors|pytorch_model([-.][\w-]+)?\.bin")
-_PATTERNS = (
-    _WEIGHTS,
-    re.compile(r"(model|pytorch_model)([-.][\w-]+)?\.(safetensors|bin)\.index\.json"),
-    re.compile(r"(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)[\w.-]*"),
-    re.compile(r"[\w-]+\.tiktoken"),
-    re.compile(r"chat_template[\w-]*\.jinja"),
+_KNOWN = re.compile(
+    rf"{_WEIGHTS.pattern}|(model|pytorch_model)([-.][\w-]+)?\.(safetensors|bin)\.index\.json|"
+    r"(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)[\w.-]*|[\w-]+\.tiktoken|chat_template[\w-]*\.jinja"
 )
 _NAMES = {
-    *(
-        "config.json",
-        "generation_config.json",
-        "pruning.json",
-        "packed.json",
-        "results.json",
-        "report.html",
-        "recipe.yaml",
-        "README.md",
-        LISTED,
-    ),
+    *("config.json", "generation_config.json", "pruning.json", "packed.json", "results.json", "recipe.yaml"),
+    *("report.html", "README.md", LISTED),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -42,29 +28,23 @@ _TEMPLATES = "additional_chat_templates"  # the only folder that save_pretrained
 
 def is_known(name: str) -> bool:
     """Whether sparsellm or ``save_pretrained`` writes files of this name."""
-    return name in _NAMES or any(pattern.fullmatch(name) for pattern in _PATTERNS)
+    return name in _NAMES or _KNOWN.fullmatch(name) is not None
 
 
-def foreign_entries(directory: Path, known: Iterable[str] = ()) -> list[str]:
+def foreign_entries(directory: Path) -> list[str]:
     """Names in a directory that neither sparsellm nor ``save_pretrained`` wrote: other files, folders, and all links.
 
-    Args:
-        directory: of a checkpoint.
-        known: further names of files that do not count as foreign.
-
     Raises:
-        OSError: it cannot be read.
+        OSError: the directory cannot be read.
     """
-    ours = {*known, *_listed(directory)}
+    listed = _listed(directory)
     names = []
     for entry in os.scandir(directory):
         if entry.is_file(follow_symlinks=False):
-            foreign = entry.name not in ours and not is_known(entry.name)
-        elif entry.is_dir(follow_symlinks=False):
-            foreign = entry.name != STATE and not (entry.name == _TEMPLATES and _only_templates(Path(entry.path)))
+            ours = entry.name in listed or is_known(entry.name)
         else:
-            foreign = True
-        if foreign:
+            ours = entry.name == _TEMPLATES and entry.is_dir(follow_symlinks=False) and _only_templates(entry.path)
+        if not ours:
             names.append(entry.name)
     return sorted(names)
 
@@ -75,9 +55,9 @@ def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
     Hidden files are state and no part of the checkpoint; links are never part of it.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the directory cannot be read.
     """
-    other = {*foreign_entries(directory), *(entry.name for entry in os.scandir(directory) if entry.name[0] == ".")}
+    other = {*foreign_entries(directory), *(name for name in os.listdir(directory) if name[0] == ".")}
     files = [
         path.relative_to(directory).as_posix()
         for path in directory.rglob("*")
@@ -88,11 +68,8 @@ def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
 
 def unusual_files(directory: Path) -> list[str]:
     """Files in a directory for which :func:`is_known` is false; they are listed in :data:`LISTED`."""
-    return sorted(
-        entry.name
-        for entry in os.scandir(directory)
-        if entry.is_file(follow_symlinks=False) and not is_known(entry.name)
-    )
+    entries = (entry for entry in os.scandir(directory) if entry.is_file(follow_symlinks=False))
+    return sorted(entry.name for entry in entries if not is_known(entry.name))
 
 
 def has_weights(directory: Path) -> bool:
@@ -100,17 +77,20 @@ def has_weights(directory: Path) -> bool:
     return (directory / "config.json").is_file() and any(_WEIGHTS.fullmatch(name) for name in os.listdir(directory))
 
 
-def _only_templates(folder: Path) -> bool:
+def some(names: list[str]) -> str:
+    """The first five of a list of names, and the number of the others, as text."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _only_templates(folder: str) -> bool:
     return all(entry.name.endswith(".jinja") and entry.is_file(follow_symlinks=False) for entry in os.scandir(folder))
 
 
 def _listed(directory: Path) -> list[str]:
     """The names in the checkpoint's own list of copied files; empty if the list is absent or damaged."""
     path = directory / LISTED
-    if path.is_symlink() or not path.is_file():
-        return []
     try:
-        names = read_object(path).get("files")
+        names = read_object(path).get("files") if not path.is_symlink() else None
     except StorageError:
         return []
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -1,12 +1,13 @@
-"""Atomic files: written beside, synced and renamed into place, with errors that say what to do."""
+"""Files that are complete or unchanged after a kill, directories that one process at a time writes, and the system's
+errors in one sentence."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,16 +25,10 @@ T = TypeVar("T")
 TEMPORARY = ".tmp"  # suffix of a file that is being written
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last is a limit on the size of one file
-# Never follow a link, never open an existing file, never pass the descriptor to a child. Some systems lack some flags.
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-for _flag in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
-    _NEW |= getattr(os, _flag, 0)
 
 
 def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
     """Writes ``path`` with ``write`` and returns the latter's result. The file is complete and synced, or unchanged.
-
-    A file that could not be completed is removed, to free its space.
 
     Raises:
         StorageError: the disk is full, or the directory cannot be written.
@@ -41,25 +36,21 @@ def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
     temporary = path.with_name(f".{secrets.token_hex(12)}{TEMPORARY}")  # nobody can put a link there first
     with explained(path.parent):
         try:
-            with create(temporary) as file:
+            with temporary.open("xb", buffering=0) as file:  # follows no link, opens no file that exists
                 written = write(file)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             sync(path.parent)
-        except BaseException:
+        except BaseException:  # frees the space
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
     return written
 
 
-def create(path: Path) -> BinaryIO:
-    """A new unbuffered file for writing. An existing file or link is neither followed nor changed.
-
-    Raises:
-        OSError: the path exists, or the directory cannot be written.
-    """
-    return io.FileIO(os.open(path, _NEW, 0o666), "wb")  # type: ignore[return-value]
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes ``data`` as :func:`replace_atomically` does."""
+    replace_atomically(path, lambda file: write_all(file, data))
 
 
 def write_all(file: BinaryIO, data: memoryview | bytes) -> None:
@@ -86,6 +77,13 @@ def sync_tree(directory: Path) -> None:
         sync(Path(folder))
 
 
+def empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
+    """Removes all entries of a directory except those in ``keep``. Links are removed, their targets are not."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name not in keep:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
 def check_own_directory(path: Path) -> None:
     """Refuses a working directory that is a link or a file, or that belongs to another user. It need not exist.
 
@@ -97,26 +95,23 @@ def check_own_directory(path: Path) -> None:
             status = path.lstat()
         except FileNotFoundError:
             return
-        if stat.S_ISLNK(status.st_mode):
-            raise StorageError(f"{path} is a link, where a run keeps its unfinished work; remove the link")
         if not stat.S_ISDIR(status.st_mode):
-            raise StorageError(f"{path} is a file, where a run keeps its unfinished work; remove it")
-        own = _own_user()
-        if own is None or status.st_uid == own:
-            return
-        if status.st_uid != _user_of_new_files(path.parent):  # some file systems give all files the same owner
+            kind = "link" if stat.S_ISLNK(status.st_mode) else "file"
+            raise StorageError(f"{path} is a {kind}, where a run keeps its unfinished work; remove it")
+        if status.st_uid != _own_user() and status.st_uid != _user_of_new_files(path.parent):
             raise StorageError(
                 f"{path} belongs to another user (id {status.st_uid}); name another directory for the result"
             )
 
 
-def _own_user() -> int | None:
-    return os.geteuid() if hasattr(os, "geteuid") else None
+def _own_user() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0  # st_uid is 0 on Windows
 
 
 def _user_of_new_files(folder: Path) -> int:
+    """The owner of files made here, which on some file systems is always the same."""
     probe = folder / f".{secrets.token_hex(12)}{TEMPORARY}"
-    with create(probe) as file:
+    with probe.open("xb") as file:
         probe.unlink()
         return os.fstat(file.fileno()).st_uid
 
@@ -134,42 +129,31 @@ def explained(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; name another directory") from error
 
 
-def lock(folder: Path, *, wait: bool = False) -> int | None:
-    """Locks a directory, such as a run's state, against other processes until the returned descriptor is closed.
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Locks a directory against other processes until the context ends.
 
     Args:
-        folder: the directory.
-        wait: until another process releases its lock.
+        folder: the directory, such as the state of a run.
+        wait: whether to wait until another process releases its lock.
 
     Raises:
         StorageError: another process holds the lock, and ``wait`` is False.
     """
     if fcntl is None:
-        return None
+        yield
+        return
     with explained(folder):
         descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StorageError(
-            f"another process is writing {folder.parent} now; wait for it, or name another directory"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return descriptor
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """As :func:`lock`, until the context ends.
-
-    Raises:
-        StorageError: another process holds the lock, and ``wait`` is False.
-    """
-    descriptor = lock(folder, wait=wait)
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"another process is writing {folder.parent} now; wait for it, or name another directory"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)

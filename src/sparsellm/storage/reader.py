@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import hashlib
 import json
@@ -20,13 +19,34 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, StorageError
-from sparsellm.inputs.json_input import parse_json, read_object
+from sparsellm.inputs.json_input import read_object
 
-_PIECE = 1 << 22  # elements checked at a time
+_PIECE = 1 << 22  # elements checked at a time: small beside a weight, large enough that calls cost nothing
 _READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
-_LONGEST_NAME = 255  # of a file, on common file systems
+_LONGEST_NAME = 255  # bytes of a file's name, on common file systems
 _CHANGED = "the checkpoint has changed since it was opened; put the old files back"
 _GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes of weights that are read. Other dtypes are those of quantised checkpoints, or of buffers."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,7 @@ class CheckpointReader:
     mapped: a mapped file that is truncated ends the process with SIGBUS.
 
     Args:
-        directory: of the checkpoint.
+        directory: the directory of the checkpoint.
         files: the only files to read; None for all that belong to the checkpoint.
 
     Raises:
@@ -56,16 +76,13 @@ class CheckpointReader:
 
     def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
         self.directory = directory
-        wanted: dict[str, str] = {}
-        if files is None:
-            files, wanted = _weight_files(directory)
-        self.files = files
+        self.files, file_of = (files, {}) if files is not None else _weight_files(directory)
         self._stored: dict[str, _Stored] = {}
         self._stamps: dict[Path, tuple[int, int, int]] = {}
         for file in self.files:
             self._stamps[file], tensors = _header(file)
             for name, stored in tensors.items():
-                if wanted.get(name, file.name) != file.name:
+                if file_of.get(name, file.name) != file.name:
                     continue  # the index names another shard for it
                 if name in self._stored:
                     raise StorageError(
@@ -93,11 +110,14 @@ class CheckpointReader:
         return self._dtypes[name]
 
     def bytes_of(self, name: str) -> int:
-        """Size of one tensor."""
         return math.prod(self._shapes[name]) * self._dtypes[name].itemsize
 
     def file_of(self, name: str) -> Path:
         return self._file_of[name]
+
+    def stored_as(self, name: str) -> str:
+        """Dtype and shape of a tensor in its file, as text."""
+        return f"{self._stored[name].dtype} {self._stored[name].shape}"
 
     @property
     def bytes(self) -> int:
@@ -109,14 +129,27 @@ class CheckpointReader:
         return {name: self.get(name) for name in names}
 
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, on ``device``, in ``dtype`` if that is given and the tensor has floating point.
+        """One tensor that owns its memory, in ``dtype`` if that is given and the tensor has floating point.
 
         Raises:
             StorageError: its file is gone or truncated, or is not the one that was opened. If :meth:`digests` are
                 known, the values are compared instead, at the first read and whenever the file seems changed.
         """
-        wanted = dtype if dtype is not None and self._dtypes[name].is_floating_point else None
-        return self._tensor(name).to(device, wanted)
+        stored, digest = self._stored[name], self._digests.get(name)
+        data = torch.empty(stored.bytes, dtype=torch.uint8)
+        with self._opened(stored) as (file, same):
+            if not same and digest is None:
+                raise StorageError(f"{stored.file}: {_CHANGED} {_GO_ON}")
+            _fill(file, data, stored.file)
+        if digest is not None and not (same and name in self._verified):
+            if hashlib.sha256(_memory(data)).hexdigest() != digest:
+                raise StorageError(
+                    f"tensor {name} in {stored.file} is not what it was when the run began: the checkpoint changed "
+                    f"while the run was reading it; put the old file back {_GO_ON}"
+                )
+            self._verified.add(name)
+        value = data.view(stored.dtype).reshape(stored.shape)
+        return value.to(device, dtype if value.is_floating_point() else None)
 
     def digests(self, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
         """SHA-256 of every tensor as stored, by name. Each file is read once, and all values are checked.
@@ -134,9 +167,8 @@ class CheckpointReader:
             digests: dict[str, str] = {}
             done, total = 0, sum(stored.bytes for stored in self._stored.values())
             with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "digest") as pool:
-                coming = pool.map(self._digest, self._stored)
                 try:
-                    for name, digest in zip(self._stored, coming, strict=True):
+                    for name, digest in zip(self._stored, pool.map(self._digest, self._stored), strict=True):
                         digests[name] = digest
                         done += self._stored[name].bytes
                         if progress is not None:
@@ -151,39 +183,17 @@ class CheckpointReader:
         """Sets the digests, from another or an earlier process that read the same checkpoint."""
         self._digests = digests
 
-    def stored_as(self, name: str) -> str:
-        """Dtype and shape of a tensor in its file, as text."""
-        return f"{self._stored[name].dtype} {self._stored[name].shape}"
-
     @contextlib.contextmanager
     def _opened(self, stored: _Stored) -> Iterator[tuple[FileIO, bool]]:
         """The file of a tensor, positioned at its first byte, and whether its header was read from this same file."""
         try:
             with stored.file.open("rb", buffering=0) as file:
-                stamp = _stamp(os.fstat(file.fileno()))
+                stamp = _stamp(file)
                 file.seek(stored.start)
                 yield file, stamp == self._stamps[stored.file]
         except OSError as error:
-            raise StorageError(
-                f"{stored.file} cannot be read any more ({error.strerror or error}); put it back {_GO_ON}"
-            ) from None
-
-    def _tensor(self, name: str) -> Tensor:
-        """One tensor as stored. It owns its memory."""
-        stored = self._stored[name]
-        data = torch.empty(stored.bytes, dtype=torch.uint8)
-        with self._opened(stored) as (file, same):
-            if not same and name not in self._digests:
-                raise StorageError(f"{stored.file}: {_CHANGED} {_GO_ON}")
-            _fill(file, data, stored.file)
-        if name in self._digests and not (same and name in self._verified):
-            if hashlib.sha256(_memory(data)).hexdigest() != self._digests[name]:
-                raise StorageError(
-                    f"tensor {name} in {stored.file} is not what it was when the run began: the checkpoint changed "
-                    f"while the run was reading it; put the old file back {_GO_ON}"
-                )
-            self._verified.add(name)
-        return data.view(stored.dtype).reshape(stored.shape)
+            reason = error.strerror or error
+            raise StorageError(f"{stored.file} cannot be read any more ({reason}); put it back {_GO_ON}") from None
 
     def _digest(self, name: str) -> str:
         stored = self._stored[name]
@@ -236,8 +246,9 @@ def _fill(file: FileIO, data: Tensor, path: Path) -> None:
         rest = rest[count:]
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int, int]:
-    """Size, time and inode of a file, which change when it is written or replaced."""
+def _stamp(file: Any) -> tuple[int, int, int]:
+    """Size, time and inode of an open file, which change when it is written or replaced."""
+    status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
@@ -249,14 +260,13 @@ def _header(file: Path) -> tuple[tuple[int, int, int], dict[str, _Stored]]:
     """
     try:
         with safe_open(file, framework="pt"), file.open("rb") as opened:
-            stamp = _stamp(os.fstat(opened.fileno()))
+            stamp = _stamp(opened)
             length = int.from_bytes(opened.read(8), "little")
-            text = opened.read(length)
-    except (SafetensorError, OSError) as error:
+            pairs: list[tuple[str, Any]] = json.loads(opened.read(length), object_pairs_hook=list)
+    except (SafetensorError, OSError, ValueError) as error:
         raise StorageError(f"{file} is not a readable safetensors file ({error}); download it again") from None
-    parse_json(text, f"the header of {file}")
     tensors: dict[str, _Stored] = {}
-    for name, entry in _pairs(text, file):
+    for name, entry in pairs:
         if name == "__metadata__":
             continue
         if name in tensors:
@@ -272,27 +282,14 @@ def _header(file: Path) -> tuple[tuple[int, int, int], dict[str, _Stored]]:
     return stamp, tensors
 
 
-def _pairs(text: builtins.bytes, file: Path) -> list[tuple[str, Any]]:
-    """Names and entries of a header, in order, including repeated names."""
-    try:
-        pairs: list[tuple[str, Any]] = json.loads(text, object_pairs_hook=list)
-    except ValueError as error:
-        raise StorageError(f"the header of {file} cannot be read ({error}); download it again") from None
-    return pairs
-
-
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a checkpoint, and the file name of each tensor in the index, if there is one."""
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
         shard_of = _read_index(index)
         return [directory / name for name in sorted(set(shard_of.values()))], shard_of
-    if single.is_file():
-        return [single], {}
-    others = sorted(directory.glob("*.safetensors"))
-    if others:
-        return others, {}
+    if files := [single] if single.is_file() else sorted(directory.glob("*.safetensors")):
+        return files, {}
     if any(directory.glob("*.bin")):
         raise StorageError(
             f"{directory} has only pickled weights (*.bin), which can run code when opened; "
@@ -303,14 +300,12 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _read_index(index: Path) -> dict[str, str]:
     """The name of the shard that holds each tensor."""
-    shard_of = read_object(index).get("weight_map")
+    shard_of, bad = read_object(index).get("weight_map"), f"{index} is not a valid index of shards"
     if not isinstance(shard_of, dict) or not shard_of:
-        raise StorageError(f"{index} is not a valid index of shards: it has no weight_map; download it again")
+        raise StorageError(f"{bad}: it has no weight_map; download it again")
     for tensor, name in shard_of.items():
         if not isinstance(name, str):
-            raise StorageError(
-                f"{index} is not a valid index of shards: {tensor:.100} is in {name!r:.100}; download it again"
-            )
+            raise StorageError(f"{bad}: {tensor:.100} is in {name!r:.100}; download it again")
     for name in sorted(set(shard_of.values())):
         plain = Path(name).name == name and "\0" not in name and len(os.fsencode(name)) <= _LONGEST_NAME
         if not plain or not (index.parent / name).is_file():
@@ -318,25 +313,3 @@ def _read_index(index: Path) -> dict[str, str]:
                 f"{index} names the shard {name!r:.100}, which is not in {index.parent}; download it again"
             )
     return shard_of
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes of weights that are read. Other dtypes are those of quantised checkpoints, or of buffers."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
 from pathlib import Path
 
 GRID = "compare.json"  # the finished cells of a comparison, in its directory
@@ -18,27 +16,23 @@ def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
         out: the directory of the result.
         began: the start of the run, by ``time.time()``; a checkpoint in ``out`` from after that is its result.
     """
-    report = out / "pruning.json"
-    with contextlib.suppress(OSError):
-        if report.stat().st_mtime >= began:
-            return f"the checkpoint in {out} is complete", False
-    if "sparsellm.storage.destination" not in sys.modules:  # loading it, and torch with it, would take seconds
-        return "the run had not begun", True
-    from sparsellm.storage.destination import partial_of, stage_of
+    from sparsellm.storage.state import STATE, partial_of, stage_of
 
-    partial = partial_of(out)
-    first, before = stage_of(out), ""
-    if (first / "pruning.json").is_file():
-        before = f"the first stage is kept in {first}, and of the second "
-    elif _blocks(partial) is None:
-        partial = partial_of(first)
-    blocks = _blocks(partial)
-    if blocks is None:
-        return f"{before}no block was finished", True
-    done, of = blocks
-    beside = out.with_name(partial.name)  # shorter, but another place where ``out`` is a link
-    place = beside if os.path.realpath(beside) == str(partial) else partial
-    return f"{before}{done} of {of} blocks are kept in {place}", True
+    with contextlib.suppress(OSError):
+        if (out / "pruning.json").stat().st_mtime >= began:
+            return f"the checkpoint in {out} is complete", False
+    before, partial, stage = "", partial_of(out), stage_of(out)
+    if (stage / "pruning.json").is_file():
+        before = f"the first stage is kept in {stage}, and of the second "
+    elif partial_of(stage).is_dir():
+        partial = partial_of(stage)
+    names = [path.name for path in (partial / STATE).glob("model-*-of-*.safetensors.json")]
+    blocks = int(names[0].split("-of-")[1].split(".")[0]) - 1 if names else 0  # the last has the weights outside them
+    done = 0
+    while any(name.startswith(f"model-{done + 1:05d}-") for name in names) and done < blocks:
+        done += 1
+    kept = f"{done} of {blocks} blocks are kept in {partial}" if names else "no block was finished"
+    return f"{before}{kept}", True
 
 
 def kept_by_compare(out: Path) -> tuple[str, bool]:
@@ -47,17 +41,3 @@ def kept_by_compare(out: Path) -> tuple[str, bool]:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no file yet, or another's
         cells = len(json.loads((out / GRID).read_text(encoding="utf-8"))["cells"])
     return f"{cells} finished cell{'' if cells == 1 else 's'} and the blocks of the next one are kept in {out}", True
-
-
-def _blocks(partial: Path) -> tuple[int, int] | None:
-    """The number of leading blocks recorded as finished, and the number of blocks of the model."""
-    from sparsellm.storage.resume import FOLDER
-
-    names = {path.name for path in (partial / FOLDER).glob("model-*-of-*.safetensors.json")}
-    if not names:
-        return None
-    shards = int(next(iter(names)).split("-of-")[1].split(".")[0])
-    done = 0
-    while done < shards - 1 and f"model-{done + 1:05d}-of-{shards:05d}.safetensors.json" in names:
-        done += 1
-    return done, shards - 1  # the last shard holds the weights outside the blocks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparsellm.errors import StorageError
 from sparsellm.records import PRUNING, RESULTS, Benchmark, Continuation, Evaluation, Results, read_record
-from sparsellm.storage.files import locked, replace_atomically, write_all
+from sparsellm.storage.files import locked, write_bytes
 
 _OURS = (PRUNING, "packed.json")  # a directory with one of these was written by sparsellm
 _ADVICE = "move the file elsewhere, or give --no-save"
@@ -66,5 +66,5 @@ def append_result(directory: Path, record: Evaluation | Benchmark | Continuation
             case Continuation():
                 results.continuations.append(record)
         text = results.model_dump_json(indent=2) + "\n"
-        replace_atomically(path, lambda file: write_all(file, text.encode()))
+        write_bytes(path, text.encode())
     return path

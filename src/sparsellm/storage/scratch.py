@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import overload
 
 import torch
@@ -17,22 +16,16 @@ from sparsellm.storage.files import explained, write_all
 
 
 class Room:
-    """A number of bytes of memory, of which users reserve parts.
-
-    Args:
-        memory: the number; None for no limit.
-    """
+    """A number of bytes of memory, of which users reserve parts; None for no limit."""
 
     def __init__(self, memory: int | None = None) -> None:
         self._left = memory
 
     def take(self, size: int) -> bool:
         """Reserves ``size`` bytes; returns False if there is no room for them."""
-        if self._left is None:
-            return True
-        if size > self._left:
+        if self._left is not None and size > self._left:
             return False
-        self._left -= size
+        self.give_back(-size)
         return True
 
     def give_back(self, size: int) -> None:
@@ -49,7 +42,7 @@ class Scratch(Room):
     Args:
         memory: bytes that all stores together hold in memory; None for no limit.
         directory: the directory for files; None for the system's temporary directory.
-        spare: bytes of memory, beside these, for tensors that only save time; None for no limit.
+        spare: bytes of memory besides these, for tensors that only save time; None for no limit.
     """
 
     def __init__(self, memory: int | None = None, directory: Path | None = None, spare: int | None = None) -> None:
@@ -60,15 +53,6 @@ class Scratch(Room):
     def store(self, device: torch.device | str = "cpu") -> TensorStore:
         """An empty list of tensors, which are moved to ``device`` when they are read."""
         return TensorStore(self, torch.device(device))
-
-    def file(self) -> io.FileIO:
-        """A new file without a name.
-
-        Raises:
-            StorageError: the directory cannot be written.
-        """
-        with explained(self.directory):
-            return tempfile.TemporaryFile(dir=self.directory, buffering=0)
 
 
 @dataclass(frozen=True)
@@ -88,12 +72,11 @@ class TensorStore(Sequence[Tensor]):
     """A list of tensors, each in memory (on the CPU), or in a file if :class:`Scratch` has no room.
 
     An item is read as a tensor on the store's device, without gradients. Changing that tensor does not change the
-    store; assign it. Closing the store, or leaving its ``with`` block, frees its room.
+    store; assign it. Closing the store, or the end of its ``with`` block, frees its room.
     """
 
     def __init__(self, scratch: Scratch, device: torch.device) -> None:
-        self._scratch = scratch
-        self._device = device
+        self._scratch, self._device = scratch, device
         self._items: list[Tensor | _Slot] = []
         self._file: io.FileIO | None = None
         self._end = 0  # end of the file
@@ -138,15 +121,12 @@ class TensorStore(Sequence[Tensor]):
         self._items.clear()
         if self._file is not None:
             self._file.close()
-            self._file = None
-            self._end = 0
+            self._file, self._end = None, 0
 
     def __enter__(self) -> TensorStore:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _keep(self, value: Tensor, slot: _Slot | None) -> Tensor | _Slot:
@@ -155,12 +135,12 @@ class TensorStore(Sequence[Tensor]):
         fits = slot is not None and slot.bytes == value.nbytes
         if not fits and self._scratch.take(value.nbytes):
             value = value.to("cpu")
-            # A view would keep the whole of its base tensor in memory.
+            # A view would keep its base tensor in memory.
             return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
         offset = slot.offset if slot is not None and fits else self._end
-        if self._file is None:
-            self._file = self._scratch.file()
         with explained(self._scratch.directory):
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._scratch.directory, buffering=0)  # noqa: SIM115
             self._file.seek(offset)
             write_all(self._file, _bytes_of(value.to("cpu").contiguous()))
         self._end = max(self._end, offset + value.nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -15,17 +16,14 @@ from torch import Tensor
 from sparsellm.storage.files import write_all
 from sparsellm.storage.reader import DTYPES
 
-PIECE = 1 << 22  # elements converted and written at a time
+PIECE = 1 << 22  # elements converted and written at a time: small beside a block, large enough for a fast disk
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor that is read only when it is written: its dtype and shape, and a function that returns it.
-
-    ``read`` may return another dtype, which is then converted piece by piece.
-    """
+    """A tensor that is read only when it is written. ``read`` may return another dtype, which is then converted."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -46,31 +44,23 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource]) -> str:
 
     Zeros are written as +0.0: packed formats would store −0.0 as a kept value, and bitwise comparison would differ.
 
-    Returns:
-        SHA-256 of the file, in hexadecimal.
+    Returns the SHA-256 of the file, in hexadecimal.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name in order:
         source = tensors[name]
-        header[name] = {
-            "dtype": _NAMES[source.dtype],
-            "shape": list(source.shape),
-            "data_offsets": [position, position + source.bytes],
-        }
-        position += source.bytes
+        end = position + source.bytes
+        header[name] = {"dtype": _NAMES[source.dtype], "shape": source.shape, "data_offsets": [position, end]}
+        position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin at a multiple of eight bytes
     digest = hashlib.sha256()
-    for data in (len(text).to_bytes(8, "little"), text):
+    pieces = (piece for name in order for piece in _pieces(tensors[name].read(), tensors[name].dtype))
+    for data in itertools.chain((len(text).to_bytes(8, "little"), text), pieces):
         digest.update(data)
         write_all(file, data)
-    for name in order:
-        source = tensors[name]
-        for piece in _pieces(source.read(), source.dtype):
-            digest.update(piece)
-            write_all(file, piece)
     return digest.hexdigest()
 
 

@@ -1,0 +1,340 @@
+"""Commands in processes of their own, which are killed at a chosen operation on a file or by a signal.
+
+A server process imports, once, all that a pruning run imports, and each command is forked from it: importing torch and
+transformers takes seconds, a run of a tiny model a tenth of one. What is run lives in this module, not in a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import sparsellm
+from sparsellm import cli, interrupts
+from sparsellm.chain import Chain, LinearView
+from sparsellm.errors import SparseLLMError
+from sparsellm.storage import directory, files, scratch, shard
+from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.scratch import Scratch
+
+LIMIT = 120.0  # seconds, far beyond what any command here takes
+KILLED = -signal.SIGKILL
+
+# Operations by kind; "exchange" counts as a rename, and writing has its own three steps for each call.
+_CALLS = {"replace": "rename", "unlink": "remove", "rmdir": "remove", "mkdir": "make", "fsync": "sync"}
+_WRITERS = (files, shard, scratch)
+# With what the modules of sparsellm and transformers import only when they are used.
+_IMPORTED = (
+    *("sparsellm.api", "sparsellm.console", "sparsellm.methods", "sparsellm.convert", "sparsellm.tables"),
+    *("tests.models", "transformers.models.llama.modeling_llama"),
+)
+
+
+def context() -> ForkServerContext:
+    """The context of ``multiprocessing`` for all processes of tests; there is only one server."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([*_IMPORTED])
+    return forks
+
+
+# ---------------------------------------------------------------------- death at an operation
+
+
+class Died(BaseException):
+    """In place of a signal: no handler of errors catches it, and no file changes after it."""
+
+
+@contextlib.contextmanager
+def dying(
+    at: int | tuple[str, int] | None = None, *, exchanges: bool = True, signalled: bool = False
+) -> Iterator[Counter[str]]:
+    """Counts operations on files, a step before and after each, and dies at one of them.
+
+    Args:
+        at: the number of the step, from 1, or its kind and its number among those; None to live.
+        exchanges: whether the system can exchange two directories.
+        signalled: die by SIGKILL.
+
+    Yields:
+        The number of steps so far, by kind.
+    """
+    steps: Counter[str] = Counter()
+
+    def step(kind: str) -> None:
+        steps[kind] += 1
+        reached = steps.total() if isinstance(at, int) else steps[at[0]] if at is not None else 0
+        if at is not None and reached >= (at if isinstance(at, int) else at[1]):
+            if signalled:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise Died
+
+    def around(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            step(kind)
+            result = function(*args, **kwargs)
+            step(kind)
+            return result
+
+        return wrapped
+
+    write_all, exchange = files.write_all, directory.exchange
+
+    def torn(file: Any, data: Any) -> None:
+        rest = memoryview(data).cast("B")
+        for part in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+            step("write")
+            write_all(file, part)
+        step("write")
+
+    with contextlib.ExitStack() as patched:
+        for name, kind in _CALLS.items():
+            patched.enter_context(mock.patch.object(os, name, around(kind, getattr(os, name))))
+        for module in _WRITERS:
+            patched.enter_context(mock.patch.object(module, "write_all", torn))
+        for owner, name, kind in ((CheckpointReader, "get", "read"), (LinearView, "assign", "solve")):
+            patched.enter_context(mock.patch.object(owner, name, around(kind, getattr(owner, name))))
+        swap = around("rename", exchange) if exchanges else lambda first, second: False
+        patched.enter_context(mock.patch.object(directory, "exchange", swap))
+        yield steps
+
+
+@contextlib.contextmanager
+def full_disk(after: int | None) -> Iterator[None]:
+    """From the given call on, nothing more can be written, until the context ends; None for a disk with room."""
+    left, write_all = [after or 0], files.write_all
+
+    def filling(file: Any, data: Any) -> None:
+        left[0] -= 1
+        if left[0] <= 0:
+            write_all(file, memoryview(data).cast("B")[:1])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(file, data)
+
+    with contextlib.ExitStack() as patched:
+        for module in _WRITERS if after is not None else ():
+            patched.enter_context(mock.patch.object(module, "write_all", filling))
+        yield
+
+
+@contextlib.contextmanager
+def hidden_states_in(memory: int | None) -> Iterator[None]:
+    """Hidden states take at most so many bytes of memory, the others are on disk; None for no change."""
+    make = Scratch.__init__
+
+    def small(self: Scratch, _: int | None = None, *args: Any, **kwargs: Any) -> None:
+        make(self, memory, *args, **kwargs)
+
+    with mock.patch.object(Scratch, "__init__", make if memory is None else small):
+        yield
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code (minus the signal), its error, and its steps by kind."""
+
+    code: int | None
+    error: str = ""
+    steps: Counter[str] = field(default_factory=Counter)
+
+
+def run(
+    command: Callable[..., Any],
+    *args: Any,
+    at: int | tuple[str, int] | None = None,
+    exchanges: bool = True,
+    memory: int | None = None,
+    **kwargs: Any,
+) -> Ended:
+    """Runs ``command(*args, **kwargs)`` in a process of its own, which is killed at step ``at`` of :func:`dying`."""
+    reading, writing = context().Pipe(duplex=False)
+    with started(_counted, writing, (command, args, kwargs), at, exchanges, memory) as process:
+        writing.close()
+        code = ended(process)
+    try:
+        return Ended(code, *reading.recv())
+    except EOFError:
+        return Ended(code)
+
+
+def prune(source: Path, out: Path, recipe: dict[str, Any]) -> None:
+    """A command for :func:`run`."""
+    sparsellm.prune(source, sparsellm.Recipe(**recipe), out=out)
+
+
+def _counted(connection: Any, call: Any, at: Any, exchanges: bool, memory: int | None) -> None:
+    torch.set_num_threads(1)
+    command, args, kwargs = call
+    os.fsync = lambda descriptor: None  # what a kill leaves does not depend on it, and it takes the time
+    error = ""
+    with hidden_states_in(memory), dying(at, exchanges=exchanges, signalled=True) as steps:
+        try:
+            command(*args, **kwargs)
+        except SparseLLMError as refused:
+            error = f"{type(refused).__name__}: {refused}"
+    connection.send((error, Counter(steps)))
+
+
+def some(count: int, of: int, seed: int) -> list[int]:
+    """Different numbers from 1 to ``of``, in order."""
+    return sorted(random.Random(seed).sample(range(1, of + 1), min(count, of)))
+
+
+# ---------------------------------------------------------------------- death by a signal
+
+# A solver that stops in the second block of a tiny Llama (seven linears each) and says that it is there.
+_WAITING_SOLVER = """
+import time
+from pathlib import Path
+from sparsellm.solvers import SOLVERS
+
+HERE = Path(__file__).parent
+calls = 0
+
+def wait():
+    while not (HERE / "go").exists():
+        time.sleep(0.01)
+
+def swallow():
+    try:
+        wait()
+    except BaseException:
+        (HERE / "swallowed").touch()
+
+def swallow_for_ever():
+    while not (HERE / "go").exists():
+        swallow()
+
+@SOLVERS.register("waiting", paper="none")
+def waiting(weight, gram, pattern):
+    global calls
+    calls += 1
+    if calls == 10:
+        (HERE / "reached").touch()
+        {how}()
+    return SOLVERS["magnitude"].function(weight, gram, pattern)
+"""
+
+
+def waiting_solver(folder: Path, how: str = "wait") -> Path:
+    """The plugin's file. It leaves ``reached`` in its folder, and waits for ``go``."""
+    path = folder / "waiting.py"
+    path.write_text(_WAITING_SOLVER.replace("{how}", how))
+    return path
+
+
+def command_line(
+    arguments: list[str], folder: Path, ignore: tuple[int, ...] = (), blocks_wait: bool = False, closed: bool = False
+) -> None:
+    """What the process of a command runs; arguments as in :func:`command`."""
+    torch.set_num_threads(1)
+    interrupts.SAME = 0.0
+    for signum in ignore:
+        signal.signal(signum, signal.SIG_IGN)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if closed:
+            reading, writing = os.pipe()
+            os.dup2(writing, number)
+            os.close(reading)
+            os.close(writing)
+        else:
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    if blocks_wait:
+        _let_blocks_wait(folder)
+    sys.argv = ["sparsellm", *arguments]
+    cli.main()
+
+
+def _let_blocks_wait(folder: Path) -> None:
+    block = Chain.block
+
+    def waiting(self: Chain, index: int, *rest: Any) -> Any:
+        if index == 1:
+            (folder / "reached").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+        return block(self, index, *rest)
+
+    Chain.block = waiting  # type: ignore[method-assign]
+
+
+def python_program(model: Path, out: Path, folder: Path) -> None:
+    """A program that calls :func:`sparsellm.prune`, waits where it reads the second block, and leaves ``caught``."""
+    torch.set_num_threads(1)
+    _let_blocks_wait(folder)
+    caught = "nothing"
+    try:
+        sparsellm.prune(model, sparsellm.Recipe(method="magnitude", samples=2, seq_len=16), out=out)
+    except BaseException as error:
+        caught = type(error).__name__
+    (folder / "caught").write_text(caught)
+
+
+@contextlib.contextmanager
+def started(target: Any, *arguments: Any) -> Iterator[BaseProcess]:
+    """A process, killed when the context ends if it still runs."""
+    process = context().Process(target=target, args=arguments)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+@contextlib.contextmanager
+def command(folder: Path, *arguments: Any, **options: Any) -> Iterator[BaseProcess]:
+    """A command line in a process, when it has come to the point where it waits.
+
+    Args:
+        folder: where it leaves ``stdout`` and ``stderr``, and where the solver that waits is.
+        arguments: of the command line.
+        options: ``ignore``, signals that it ignores from the start, as under nohup; ``blocks_wait``, it waits where the
+            second block is read, else a solver of :func:`waiting_solver` does; ``closed``, nobody reads its output.
+    """
+    words = [str(word) for word in arguments]
+    with started(_with_options, words, folder, options) as process:
+        await_text(folder / "reached", "", process)
+        yield process
+
+
+def _with_options(words: list[str], folder: Path, options: dict[str, Any]) -> None:
+    command_line(words, folder, **options)
+
+
+def await_text(path: Path, text: str, process: BaseProcess) -> None:
+    """Waits until a file is there and has a text in it."""
+    deadline = time.monotonic() + LIMIT
+    while not path.exists() or text not in path.read_text():
+        log = path.with_name("stderr")
+        assert process.is_alive(), log.read_text() if log.exists() else "it ended"
+        assert time.monotonic() < deadline, f"{path.name}: {text!r} never came"
+        time.sleep(0.01)
+
+
+def send(process: BaseProcess, signum: int) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signum)
+
+
+def ended(process: BaseProcess) -> int:
+    """The exit code; minus the signal if one killed the process."""
+    process.join(LIMIT)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
