@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pydoc_data.topics import topics
 
 from sparsellm.calibration.hub import hub_column
 from sparsellm.calibration.sources import SOURCES, Split, Text, reads_file, takes_no_argument
 from sparsellm.calibration.text_files import read_rows, text_rows
 
-# At most this share of the characters of pydoc is held out for evaluation; calibration gets the rest.
-_HELD_OUT = 0.2
-
-# SparseGPT's evaluation on C4 reads this many documents and at most this many windows.
-_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
+_HELD_OUT = 0.2  # the largest share of the characters of pydoc that is held out for evaluation
+_RULE = re.compile(r"\s*([=*~^-])\1\1+\s*")  # a line that only underlines a heading
+_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256  # the most that SparseGPT's evaluation on C4 reads
 
 
 @takes_no_argument("pydoc")
@@ -41,17 +40,11 @@ def _new_paragraphs(document: str, seen: set[str]) -> list[str]:
     """The paragraphs that are not in ``seen``, without the rules under headings; adds them to ``seen``."""
     new = []
     for paragraph in document.split("\n\n"):
-        text = "\n".join(line for line in paragraph.split("\n") if not _is_rule(line)).strip("\n")
+        text = "\n".join(line for line in paragraph.split("\n") if not _RULE.fullmatch(line)).strip("\n")
         if text.strip() and text not in seen:
             seen.add(text)
             new.append(text)
     return new
-
-
-def _is_rule(line: str) -> bool:
-    """Whether a line only underlines a heading: three or more of one character among ``= * - ~ ^``."""
-    stripped = line.strip()
-    return len(stripped) >= 3 and stripped[0] in "=*-~^" and len(set(stripped)) == 1
 
 
 @reads_file("wikitext2")

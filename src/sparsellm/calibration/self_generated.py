@@ -46,11 +46,7 @@ def self_generated_windows(
     numbers are drawn on the CPU from ``seed``: on one machine the same arguments return the same windows.
 
     Args:
-        author: the dense model.
-        tokenizer: its tokenizer.
-        samples: the number of windows.
-        seq_len: tokens in each.
-        seed: of the sampling.
+        author, tokenizer, samples, seq_len, seed: as for :func:`sparsellm.calibration.calibration_windows`.
         bos: the token with which every window begins, see :func:`sparsellm.calibration.leading_token`; or None.
         fresh: further windows, written after the others, which do not depend on them.
         greedy_tokens: tokens after the random one that are chosen greedily.

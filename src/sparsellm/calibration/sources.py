@@ -21,19 +21,12 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, and the protocol that turns them into token windows.
+    """Documents, and the protocol that turns them into token windows."""
 
-    Attributes:
-        documents: may be lazy (a column of a data set on disk).
-        joiner: the string between two documents when all are tokenised as one string.
-        per_document: calibration windows are drawn inside single long documents, not from the joined string.
-        most_windows: the most windows that the protocol evaluates on.
-    """
-
-    documents: Sequence[str]
-    joiner: str = "\n\n"
-    per_document: bool = False
-    most_windows: int | None = None
+    documents: Sequence[str]  # may be lazy (a column of a data set on disk)
+    joiner: str = "\n\n"  # the string between two documents when all are tokenised as one string
+    per_document: bool = False  # calibration windows are drawn inside single long documents
+    most_windows: int | None = None  # that the protocol evaluates on
 
     def joined(self) -> str:
         return self.joiner.join(self.documents)

@@ -73,8 +73,7 @@ def _parquet_rows(path: Path) -> list[str]:
         if "text" not in schema.names:
             raise DataError(f"{path} has no column 'text'; its columns: {', '.join(schema.names)[:300]}")
         kind = schema.field("text").type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(f"{path} has a column 'text' of {kind}; it must hold strings")
         return [row for row in file.read(["text"]).column("text").to_pylist() if row is not None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsellm.calibration.self_generated import Author, self_generated_windows
 from sparsellm.calibration.sources import SELF, Text, read_source
 from sparsellm.errors import DataError, shown
-from sparsellm.recipe import MOST_SEED, MOST_TOKENS, Bos
+from sparsellm.recipe import Bos
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -24,10 +24,8 @@ _MOST_REPEATED = 1024  # windows that may be drawn from a text of any length; mo
 def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int | None:
     """The beginning-of-text token (BOS) with which every window begins, or None for windows cut anywhere.
 
-    Args:
-        tokenizer: of the model.
-        bos: ``auto`` for BOS where the tokenizer puts it before a text by itself; ``yes``; or ``no``, the protocol of
-            the papers, in which a text begins by the tokenizer's defaults and windows begin anywhere.
+    ``auto`` takes BOS where the tokenizer puts it before a text by itself. ``no`` is the protocol of the papers: a text
+    begins by the tokenizer's defaults, and windows begin anywhere.
 
     Raises:
         DataError: ``bos`` is ``yes``, and the tokenizer has no such token.
@@ -72,12 +70,12 @@ def calibration_windows(
         ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU.
 
     Raises:
-        DataError: the source cannot be read, the text is too short for one window, a size is out of range, the text or
-            the memory is too small for all windows, or the tokenizer has no BOS to begin with.
+        DataError: the source cannot be read, the text is too short for one window, the text or the memory is too
+            small for all windows, or the tokenizer has no BOS to begin with.
     """
-    _check_sizes(samples, seq_len, seed, fresh if source == SELF else 0)
+    _check_memory(samples, seq_len, fresh if source == SELF else 0)
     lead = leading_token(tokenizer, bos)
-    length = _length(seq_len, lead)
+    length = seq_len if lead is None else seq_len - 1
     if source == SELF:
         if author is None:
             raise DataError("source 'self' needs the dense model, to write the text; pass author=, or name a text")
@@ -151,12 +149,10 @@ def evaluation_windows(
         DataError: the source cannot be read, text or ``max_tokens`` is shorter than one window, or the tokenizer has no
             BOS to begin with.
     """
-    if seq_len < 2:
-        raise DataError(f"a window of {seq_len} tokens predicts nothing; evaluate with a seq_len of 2 or more")
     if max_tokens is not None and max_tokens < seq_len:
         raise DataError(f"max_tokens is {max_tokens}, less than one window of {seq_len}; raise it or lower seq_len")
     lead = leading_token(tokenizer, bos)
-    length = _length(seq_len, lead)
+    length = seq_len if lead is None else seq_len - 1
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
     ids = _tokens(tokenizer, text.joined(), lead)
     _check_long_enough(source, len(ids), length)
@@ -185,27 +181,13 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, lead: int | None) -> 
     return torch.tensor(ids[1:] if lead is not None and ids[:1] == [lead] else ids, dtype=torch.int64)
 
 
-def _length(seq_len: int, lead: int | None) -> int:
-    """Tokens of the text in a window."""
-    if seq_len == 1 and lead is not None:
-        raise DataError("a window of 1 token would be its beginning-of-text token alone; raise seq_len, or set bos no")
-    return seq_len if lead is None else seq_len - 1
-
-
 def _led(windows: Tensor, lead: int | None) -> Tensor:
     """The windows, each after BOS if there is one."""
     return windows if lead is None else torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
 
 
-def _check_sizes(samples: int, seq_len: int, seed: int, fresh: int) -> None:
-    """Refuses sizes that are out of range or too large for the memory, before anything is allocated."""
-    if samples < 1 or seq_len < 1:
-        raise DataError(f"calibration needs 1 or more samples of 1 or more tokens; got {samples} of {seq_len}")
-    if samples * seq_len > MOST_TOKENS:
-        raise DataError(
-            f"{shown(samples)} samples of {shown(seq_len)} tokens are more than {MOST_TOKENS} calibration tokens; "
-            "lower samples or seq_len"
-        )
+def _check_memory(samples: int, seq_len: int, fresh: int) -> None:
+    """Refuses windows whose token ids do not fit into the memory, before anything is allocated."""
     needed, free = 8 * (samples + fresh) * seq_len, psutil.virtual_memory().available
     if needed > free:
         later, remedy = (f" and {fresh} for later sweeps", "effort, ") if fresh else ("", "")
@@ -213,8 +195,6 @@ def _check_sizes(samples: int, seq_len: int, seed: int, fresh: int) -> None:
             f"{samples} samples{later} of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and "
             f"{free / 1e9:.1f} GB of memory are free; lower {remedy}samples or seq_len"
         )
-    if not 0 <= seed <= MOST_SEED:
-        raise DataError(f"seed is {shown(seed)}; it is from 0 to {MOST_SEED}")
 
 
 def _called(source: str | Text) -> str:
@@ -232,9 +212,8 @@ def _check_long_enough(source: str | Text, tokens: int, needed: int) -> None:
 def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: torch.Generator) -> Tensor:
     """The offsets of the windows: disjoint if they fit, else independent draws, as in the papers.
 
-    For disjoint windows, the remaining tokens are divided at random among the gaps before, between and after them.
-    Windows are in random order, so that a few held-out ones are not all from one end of the text. Fresh ones, as far
-    as there is room, lie in the gaps: however many there are, the others stay the same.
+    The tokens between disjoint windows are divided at random among the gaps. Windows are in random order, so that a few
+    held-out ones are not all from one end of the text. Fresh ones lie in the gaps and do not change the others.
     """
     spare = tokens - samples * seq_len
     if spare < 0:
@@ -270,14 +249,12 @@ def _windows_of_documents(
         draws += 1
         document = int(torch.randint(len(text.documents), (), generator=generator))
         ids = _tokens(tokenizer, text.documents[document], lead)
-        if len(ids) <= seq_len:
-            misses += 1
-            continue
-        misses = 0
-        offset = int(torch.randint(len(ids) - seq_len, (), generator=generator))
-        windows.append(ids[offset : offset + seq_len])
-        if len(windows) == samples:
-            return torch.stack(windows)
+        misses = misses + 1 if len(ids) <= seq_len else 0
+        if not misses:
+            offset = int(torch.randint(len(ids) - seq_len, (), generator=generator))
+            windows.append(ids[offset : offset + seq_len])
+            if len(windows) == samples:
+                return torch.stack(windows)
     raise DataError(
         f"{_called(source)} has too few documents longer than {seq_len} tokens ({len(windows)} of {samples} found in "
         f"{draws} draws); lower seq_len"
