@@ -18,7 +18,7 @@ from sparsellm import __version__, interrupts, process
 from sparsellm import options as use
 from sparsellm.errors import RecipeError
 from sparsellm.options import MEASURE, TEXT, argument, field, flag, option
-from sparsellm.recipe import RESOURCES, WHAT
+from sparsellm.recipe import RESOURCES, SOURCES, WHAT
 from sparsellm.storage.remains import kept_by_compare, kept_by_prune
 
 Printed = tuple[Any, Callable[[], None]] | None
@@ -162,7 +162,7 @@ def prune(
         "As --calibration of prune; for pydoc, the part that is never used for calibration.",
         TEXT,
         default=Parameter.empty,
-        values=use.SOURCES,
+        values=SOURCES,
     ),
     *use.WINDOW,
     field("bos", TEXT),
@@ -265,7 +265,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     *use.RECIPE,
     use.PLUGIN,
     field("calibration"),
-    option("--text SOURCE", "Text to measure on, as in eval.", TEXT, default="pydoc", values=use.SOURCES),
+    option("--text SOURCE", "Text to measure on, as in eval.", TEXT, default="pydoc", values=SOURCES),
     *use.WINDOW,
     use.PACKED_VALUES,
     flag("--speed", "Also measure how fast each packed model decodes.", MEASURE),

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from sparsellm.recipe import MAPPINGS, RESOURCES, WHAT, Recipe, command_line
+from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, WHAT, Recipe, command_line
 
 MODEL, TEXT, MEASURE, VALUES, OUTPUT = "Model", "Text", "Measurement", "Values", "Output"
 # Types by placeholder; values with other placeholders are text.
@@ -125,7 +125,6 @@ def listed(text: str) -> list[str]:
 
 # Options of several commands
 ONE_MODEL = argument("MODEL", "Checkpoint directory, hub id, .gguf file, or 'demo'.")
-SOURCES = field("calibration").annotation.__metadata__[0].autocompletion()
 WINDOW = [
     option("--seq-len N", "Tokens in a window.", TEXT, shown="2048, or the limit of the model"),
     option("--max-tokens N", "Most tokens of the text to use.", TEXT, shown="all"),
@@ -145,7 +144,7 @@ PACKED_VALUES = option(
     values=("keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"),
 )
 RUNNING = [
-    option("--device NAME", "cpu, cuda or cuda:1.", RESOURCES, default="cpu", values=("cpu", "cuda", "mps", "auto")),
+    option("--device NAME", "cpu, cuda or cuda:1.", RESOURCES, default="cpu", values=DEVICES),
     field("dtype"),
     option(
         "--activations TYPE",
@@ -155,7 +154,9 @@ RUNNING = [
         values=("int8", "fp32"),
     ),
 ]
-SAVE = option("--save/--no-save", "Append the result to results.json where sparsellm wrote DIR.", default=True)
+SAVE = option(
+    "--save/--no-save", "Append the result to results.json in a directory that sparsellm wrote.", default=True
+)
 QUIET = flag("--quiet -q", "Print no progress, only the result, warnings and errors.")
 VERBOSE = flag("--verbose -v", "Print every step, and the time of every phase.")
 JSON = flag("--json", "Print one JSON object on stdout, and nothing else there.")

@@ -35,6 +35,7 @@ MOST_TOKENS = 1 << 31  # in all calibration windows together, whose ids alone ta
 MOST_SEED = (1 << 63) - 1
 SWEEP = ("effort", "passes", "sets", "stages", "sweep_rate")  # fields for methods that a sweep may follow
 
+SOURCES, DEVICES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:"), ("cpu", "cuda", "mps", "auto")  # for a shell
 WHAT, CALIBRATION, RESOURCES = "What to prune", "Calibration", "Resources"  # panels of --help
 
 
@@ -167,9 +168,7 @@ class Recipe(BaseModel):
     sweep_rate: float | None = Field(
         None, gt=0, description="Learning rate of the sweep; null: by the divergence at its start."
     )
-    calibration: Annotated[
-        str, CommandLine(CALIBRATION, "SOURCE", values=("pydoc", "self", "wikitext2", "ptb", "c4", "hub:"))
-    ] = Field(
+    calibration: Annotated[str, CommandLine(CALIBRATION, "SOURCE", values=SOURCES)] = Field(
         "pydoc",
         max_length=5000,
         description="Text to calibrate on: a .txt, .jsonl or .parquet file, wikitext2, ptb, c4, hub:OWNER/NAME, self "
@@ -205,7 +204,7 @@ class Recipe(BaseModel):
     memory: Annotated[str | Integer | None, CommandLine(RESOURCES, "SIZE", null="80 % of the free memory")] = Field(
         None, description="Most memory of the run, such as 4GiB; hidden states beyond it go to disk."
     )
-    device: Annotated[str, CommandLine(RESOURCES, "NAME", values=("cpu", "cuda", "mps", "auto"))] = Field(
+    device: Annotated[str, CommandLine(RESOURCES, "NAME", values=DEVICES)] = Field(
         "auto", max_length=200, description="cpu, cuda, cuda:1, mps, or auto for a GPU if there is one."
     )
     dtype: Annotated[Dtype, CommandLine(RESOURCES, "NAME")] = Field(
