@@ -19,7 +19,7 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.matrices import all_matrices, block_matrices, is_excluded, refuse_silent_dense
 from sparsellm.chain.structure import find_blocks
 from sparsellm.errors import ModelError
-from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_opt
+from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 from tests.models.families import family, gemma4_text
 
 CPU = torch.device("cpu")
@@ -414,3 +414,30 @@ def test_a_forward_that_fails_is_one_line_before_the_work(method: str, tmp_path:
         sparsellm.prune(model, Recipe(method=method, sparsity=0.5), calibration=IDS, out=tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_opt], ids=lambda make: make.__name__)
+def test_a_model_of_linears_reaches_what_was_asked(make: Any) -> None:
+    result = sparsellm.prune(make(), Recipe(method="magnitude", sparsity=0.5), calibration=IDS)
+    assert result.sparsity == result.sparsity_pruned == 0.5
+    assert result.dense == []
+    assert result.warnings == []
+
+
+def test_a_pattern_of_exclude_that_matches_nothing_is_told() -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.5, exclude=["*.down_porj", "*.down_proj"])
+    result = sparsellm.prune(tiny_llama(), recipe, calibration=IDS)
+    assert [w for w in result.warnings if "down_porj" in w and "matches no matrix" in w]
+    assert not [w for w in result.warnings if "'*.down_proj'" in w]
+
+
+def test_allow_dense_accepts_what_no_linear_owns_and_prunes_every_linear() -> None:
+    recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=["*.mlp"])
+    model = with_router(8)
+    result = sparsellm.prune(model, recipe, calibration=IDS)
+    assert result.sparsity_pruned == 0.5
+    assert len(result.linears) == 3 * 5  # q, k, v, o, and one of the mixture's three; the others are gates
+    assert {matrix.reason for matrix in result.dense} == {"allowed dense"}
+    (warning,) = result.warnings
+    assert "allowed dense" in warning
+    assert "50.00% was requested" in warning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from sparsellm.calibration import (
     calibration_windows,
     check_seq_len,
     evaluation_windows,
+    leading_token,
     read_source,
     self_generated_windows,
     windows,
@@ -247,3 +249,14 @@ def test_pydoc_is_long_enough_for_a_first_try() -> None:
     text = read_source("pydoc", "evaluation").joined()
     windows = evaluation_windows("pydoc", tiny_tokenizer(), 128)
     assert tiny_tokenizer().decode(windows[0]) == text[: len(tiny_tokenizer().decode(windows[0]))]
+
+
+def test_the_leading_token_follows_the_tokenizer() -> None:
+    plain, adds = tiny_tokenizer(), tiny_tokenizer(add_bos=True)
+    assert [leading_token(plain, bos) for bos in ("auto", "yes", "no")] == [None, 0, None]
+    assert [leading_token(adds, bos) for bos in ("auto", "yes", "no")] == [0, 0, None]
+    without = copy.deepcopy(plain)
+    without.bos_token = None
+    assert leading_token(without) is None
+    with pytest.raises(DataError, match="no beginning-of-text token"):
+        leading_token(without, "yes")
