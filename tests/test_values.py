@@ -171,8 +171,8 @@ def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPa
     step = _Run.step
 
     def counted(self: Any, piece: Any, *rest: Any) -> float:
-        losses.append(step(self, piece, *rest) / self.tokens(piece))
-        return losses[-1] * self.tokens(piece)
+        losses.append(step(self, piece, *rest) / self.ids(piece).numel())
+        return losses[-1] * self.ids(piece).numel()
 
     monkeypatch.setattr(_Run, "step", counted)
     swept = sparsellm.prune(

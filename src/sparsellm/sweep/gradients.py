@@ -24,8 +24,8 @@ from sparsellm.sweep.training import running_on
 
 TOKENS = 4096  # calibration tokens for gradients; the time is proportional to them
 LEAST_WINDOWS = 4  # with half as many the model is worse, with twice as many it is not better
-SHARE = 0.25  # of the positions of a window whose loss is differentiated
-LEAST_SCORED = 128  # positions of a window: fewer save little, because the blocks run on whole windows
+SHARE = 0.25  # positions of a window whose loss is differentiated; fewer make the squares noisy
+LEAST_SCORED = 128  # fewest such positions: fewer save little, because the blocks run on all positions
 WITHOUT = "take allocation uniform and, in sparsellm, effort 0 and options.output_metric 0"
 
 
@@ -42,7 +42,7 @@ class Visitor:
 
     reads_inputs = True
 
-    def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+    def linear(self, index: int, linear: LinearView, x: Tensor, gradient: Tensor) -> None:
         """Called for a linear of block ``index``: its input ``(..., in)``, and the gradient at its output."""
 
     def boundary(self, index: int, hidden: Tensor, gradient: Tensor) -> None:
@@ -82,27 +82,26 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
         raise DataError(f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more")
     chain, blocks = feed.chain, len(feed.chain)
     stream = feed.stream()
-    with contextlib.ExitStack() as held:
-        held.callback(stream.close)
+    with contextlib.ExitStack() as stack:
+        stack.callback(stream.close)
         stream.require_token_states()
-        entering: list[TensorStore] = []
+        inputs: list[TensorStore] = []
         for index in range(blocks):
             feed.progress(Event("gradients", index, 2 * blocks, f"block {index + 1}/{blocks} forward"))
-            before = held.enter_context(stream.store())
+            inputs.append(stack.enter_context(stream.store()))
             with chain.block(index, feed.blocks):
-                for position, leaving in enumerate(stream.run(index)):
-                    before.append(stream.hidden[position])
-                    stream.hidden[position] = leaving
-            entering.append(before)
-        gradients = held.enter_context(stream.store())
+                for position, output in enumerate(stream.run(index)):
+                    inputs[index].append(stream.hidden[position])
+                    stream.hidden[position] = output
+        gradients = stack.enter_context(stream.store())
         with chain.outer():
             loss = _through_the_end(feed, stream, gradients, visitor, share)
         for index in reversed(range(blocks)):
             done = 2 * blocks - 1 - index
             feed.progress(Event("gradients", done, 2 * blocks, f"block {index + 1}/{blocks} backward"))
             with chain.block(index, feed.blocks):
-                _back_through(stream, index, entering[index], gradients, visitor, names)
-            entering[index].close()
+                _back_through(stream, index, inputs[index], gradients, visitor, names)
+            inputs[index].close()
     feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
     return loss
 
@@ -143,7 +142,7 @@ def _positions(predicted: int, share: float, seed: int) -> Tensor:
 def _back_through(
     stream: Stream,
     index: int,
-    entering: TensorStore,
+    inputs: TensorStore,
     gradients: TensorStore,
     visitor: Visitor,
     names: Collection[str] | None,
@@ -158,11 +157,11 @@ def _back_through(
         linears = [linear for linear in chain.linears(index) if names is None or linear.name in names]
         calls = [call.to(torch.float32) for call in stream.calls(index)]
         for position, call in enumerate(calls):
-            hidden = entering[position].float().detach().requires_grad_(True)
+            hidden = inputs[position].float().detach().requires_grad_(True)
             with torch.enable_grad(), watch(linears, _show(visitor, index)):
-                leaving = chain.apply(index, hidden, call)
+                output = chain.apply(index, hidden, call)
             try:
-                (gradient,) = torch.autograd.grad(leaving, hidden, gradients[position])
+                (gradient,) = torch.autograd.grad(output, hidden, gradients[position])
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # the model's own code may not be differentiable
@@ -177,8 +176,8 @@ def _back_through(
 def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor], None]:
     """A hook on a linear's output in the graph; later changes of the output in place do not affect it."""
 
-    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-        given, version = entering.detach(), entering._version
+    def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
+        given, version = x.detach(), x._version
 
         def arrived(gradient: Tensor) -> None:
             if visitor.reads_inputs and given._version != version:
@@ -188,8 +187,8 @@ def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor]
                 )
             visitor.linear(index, linear, given, gradient.detach())
 
-        if leaving.requires_grad:  # else the loss does not depend on this linear
-            leaving.register_hook(arrived)
+        if y.requires_grad:  # else the loss does not depend on this linear
+            y.register_hook(arrived)
 
     return see
 
@@ -212,7 +211,7 @@ class OutputSquares(Visitor):
         self._tokens = tokens
         self._sums: dict[str, Tensor] = {}
 
-    def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
+    def linear(self, index: int, linear: LinearView, x: Tensor, gradient: Tensor) -> None:
         if not gradient.numel():  # an expert that no token was routed to
             return
         squares = gradient.flatten(0, -2).float().square().sum(0)

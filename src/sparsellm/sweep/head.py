@@ -11,9 +11,8 @@ from torch.nn import functional
 
 from sparsellm.chain import Chain
 
-HEAD_TOKENS = 256  # in a chunk, over all windows: several tensors of (tokens, vocabulary) are in memory at once
-# Of the logits that a loss takes at a time: the allocator uses 16 MiB again, and maps more anew.
-ROWS_ELEMENTS = 1 << 22
+HEAD_TOKENS = 256  # tokens of a chunk, over all windows: several tensors (tokens, vocabulary) are in memory at once
+ROWS_ELEMENTS = 1 << 22  # logits that a loss takes at a time: the allocator uses 16 MiB again, and maps more anew
 
 HeadLoss = Callable[[Tensor, slice, Tensor | None], float]
 """``loss(logits (batch, span, vocabulary) fp32, span, slope)`` returns the loss of these positions, and writes its
@@ -27,7 +26,7 @@ def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, g
         chain: with its outer weights loaded.
         hidden: the output of the last block, ``(batch, seq, hidden)``.
         ids: the token ids that belong to it, ``(batch, seq)``.
-        loss: of the logits of a span of positions.
+        loss: for the logits of a span of positions.
         gradient: whether to compute the gradient; if not, ``hidden`` itself is returned in its place.
 
     Returns:
@@ -61,11 +60,11 @@ def next_token_loss(targets: Tensor) -> HeadLoss:
 
     def cross_entropy(logits: Tensor, span: slice, slope: Tensor | None) -> float:
         total = 0.0
-        for own, wanted, part in _rows(logits, targets[:, span, None], slope):
-            logarithm = functional.log_softmax(own, -1)
-            total -= float(logarithm.gather(-1, wanted).double().sum())
+        for rows, target, part in _rows(logits, targets[:, span, None], slope):
+            logarithm = functional.log_softmax(rows, -1)
+            total -= float(logarithm.gather(-1, target).double().sum())
             if part is not None:  # softmax − 1 at the target
-                torch.exp(logarithm, out=part).scatter_add_(-1, wanted, -torch.ones_like(wanted, dtype=part.dtype))
+                torch.exp(logarithm, out=part).scatter_add_(-1, target, -torch.ones_like(target, dtype=part.dtype))
         return total
 
     return cross_entropy
@@ -82,8 +81,8 @@ def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
 
     def divergence(logits: Tensor, span: slice, slope: Tensor | None) -> float:
         total = 0.0
-        for own, wanted, part in _rows(logits, chain.finish(dense[:, span], ids[:, span]), slope):
-            target, logarithm = functional.log_softmax(wanted.float(), -1), functional.log_softmax(own, -1)
+        for rows, goal, part in _rows(logits, chain.finish(dense[:, span], ids[:, span]), slope):
+            target, logarithm = functional.log_softmax(goal.float(), -1), functional.log_softmax(rows, -1)
             difference = target - logarithm
             total += float(difference.mul_(target.exp_()).sum(-1).double().sum())
             if part is not None:
@@ -93,8 +92,8 @@ def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
     return divergence
 
 
-def _rows(logits: Tensor, wanted: Tensor, slope: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _rows(logits: Tensor, goals: Tensor, slope: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Some positions at a time, ``(positions, ...)``, of tensors ``(batch, span, ...)``."""
     count = max(1, ROWS_ELEMENTS // logits.shape[-1])
     parts = repeat(None) if slope is None else slope.flatten(0, 1).split(count)
-    yield from zip(logits.flatten(0, 1).split(count), wanted.flatten(0, 1).split(count), parts)  # noqa: B905 - endless
+    yield from zip(logits.flatten(0, 1).split(count), goals.flatten(0, 1).split(count), parts)  # noqa: B905 - endless

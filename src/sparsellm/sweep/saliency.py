@@ -13,7 +13,7 @@ from sparsellm.errors import NumericalError
 from sparsellm.sweep.gradients import SHARE, OutputSquares, Visitor, backward_sweep, not_finite
 
 BINS = 1 << 14
-LOWEST, HIGHEST = -160.0, 60.0  # of log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
+LOWEST, HIGHEST = -160.0, 60.0  # log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
 
 
 class SaliencyHistograms(Visitor):
@@ -36,9 +36,9 @@ class SaliencyHistograms(Visitor):
         self.counts: dict[str, Tensor] = {}
         self._fisher: dict[str, Tensor] = {}  # (out, in) fp32
 
-    def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
-        self.outputs.linear(index, linear, entering, gradient)
-        rows = entering.flatten(0, -2).float().square()  # (tokens, in)
+    def linear(self, index: int, linear: LinearView, x: Tensor, gradient: Tensor) -> None:
+        self.outputs.linear(index, linear, x, gradient)
+        rows = x.flatten(0, -2).float().square()  # (tokens, in)
         if not len(rows):
             return
         if linear.name not in self._fisher:

@@ -16,7 +16,7 @@ from sparsellm.statistics.held_out import spread_evenly
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
-FACTOR_RATE, FACTOR_LIMIT = 5.0, 1e-3  # steps of factors of groups: so many times the rate, and at most this
+FACTOR_RATE, FACTOR_LIMIT = 5.0, 1e-3  # steps of factors of groups: this multiple of the rate, and at most the limit
 MOST_HELD_OUT = 8  # steps: enough to compare states; further steps are worth more as training data
 
 T = TypeVar("T")
@@ -80,8 +80,8 @@ class Adam:
             if name in self._pruned:
                 _clear_where_zero_(parameter.grad, parameter)
             size = float(parameter.norm()) / parameter.numel() ** 0.5
-            own = min(FACTOR_RATE * rate, FACTOR_LIMIT) if name in self._factors else rate
-            groups.append({"params": [parameter], "lr": own * max(size, EPSILON)})
+            step = min(FACTOR_RATE * rate, FACTOR_LIMIT) if name in self._factors else rate
+            groups.append({"params": [parameter], "lr": step * max(size, EPSILON)})
             before = torch.tensor(number - 1.0, device=parameter.device)
             state[parameter] = {"step": before, "exp_avg": first, "exp_avg_sq": second}
         if not groups:
@@ -136,11 +136,6 @@ def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
     held = spread_evenly(count, len(steps))
     judges = [step for i, step in enumerate(steps) if i in held]
     return [step for i, step in enumerate(steps) if i not in held], judges or list(steps)
-
-
-def of_all(own: Sequence[T]) -> list[tuple[int, T]]:
-    """The items of all processes in order, each with the number of its process. Items are pickled: keep them small."""
-    return [(process, item) for process, items in enumerate(parallel.gather(list(own))) for item in items]
 
 
 def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:

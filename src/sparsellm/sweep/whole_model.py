@@ -14,7 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from sparsellm.chain.streams import Piece
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.scratch import Scratch, TensorStore
 from sparsellm.sweep.head import divergence_from, through_head
 from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.training import (
@@ -33,7 +32,6 @@ from sparsellm.sweep.training import (
     Float32Calls,
     as_written,
     held_out_of,
-    of_all,
     running_on,
     schedule,
     share_gradients,
@@ -71,10 +69,10 @@ class Pass:
     rate: float | None = None
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A piece of the windows of one process: its number there, and its tokens."""
+class _Step(NamedTuple):
+    """A step of a pass: the process that has its windows, their number there, and their tokens."""
 
+    process: int
     number: int
     tokens: int
 
@@ -167,47 +165,58 @@ class SweepTask:
 class _Masters:
     """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1.
 
-    A parameter that several blocks use belongs to the first of them; the others borrow it.
+    A parameter that several blocks use belongs to the first of them; the others borrow it. The parameters after the
+    best pass are kept beside them, unless that is pass 0, the state before the first.
     """
 
-    def __init__(self, chain: Chain, scratch: Scratch, integers: Integers | None) -> None:
-        self.chain = chain
-        self.integers = integers
+    def __init__(self, task: SweepTask, reached: Reached | None) -> None:
+        self.task, self.chain, self.integers = task, task.feed.chain, task.integers
         self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
         self.factors: set[str] = set()  # names of the factors of groups, where values are rounded
-        self.store = scratch.store(chain.device)
+        self.store = task.feed.scratch.store(self.chain.device)
+        self.best, self.best_store = 0, task.feed.scratch.store()
         self.shapes: list[dict[str, torch.Size]] = []
         self._dtypes: list[dict[str, tuple[torch.dtype, torch.dtype]]] = []
         self._aliases: list[dict[str, tuple[int, str]]] = []  # other names of parameters: the block and the name there
-
-    def fill(self, task: SweepTask, reached: Reached | None) -> None:
-        """Loads the pruned blocks, or the state after the last saved pass if further passes follow."""
+        saved = task.saved if reached is not None else None
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
-                everything, own = self.chain.block_parameters(index), self._own(index)
+                parameters, trained = self.chain.block_parameters(index), self._trained(index)
                 self.pruned |= {linear.weight_name for linear in self.chain.linears(index)}
-                self.factors |= own.keys() - everything.keys()
-                self.shapes.append({name: p.shape for name, p in own.items()})
-                self._aliases.append({name: self.chain.home(name) for name in everything if name not in own})
+                self.factors |= trained.keys() - parameters.keys()
+                self.shapes.append({name: p.shape for name, p in trained.items()})
+                self._aliases.append({name: self.chain.home(name) for name in parameters if name not in trained})
                 self._dtypes.append(self.chain.written_dtypes(index))
-                flat = _flat(own)
-            if reached is not None and task.saved is not None and reached.passes < task.passes:
-                self.store.append(task.saved.parameters(reached.passes, index))
-                self.store.append(task.saved.moments(reached.passes, index))
-            else:
-                self.store.append(flat)
-                self.store.append(torch.zeros(2, len(flat), device=flat.device))
+                flat, moments = _flat(trained)
+            if saved is not None and reached is not None and reached.passes < task.passes:
+                flat, moments = saved.parameters(reached.passes, index), saved.moments(reached.passes, index)
+            self.store.append(flat)
+            self.store.append(moments)
+        if saved is not None and reached is not None and reached.best:
+            self.best = reached.best
+            for index in range(len(self.chain)):
+                self.best_store.append(saved.parameters(self.best, index))
 
-    def restart(self, task: SweepTask, best: _Best) -> None:
+    def keep(self, number: int) -> None:
+        """Copies the current parameters, which are those after pass ``number``, as the best."""
+        self.best = number
+        for index in range(len(self.chain)):
+            flat = self.parameters(index).clone()
+            if len(self.best_store) > index:
+                self.best_store[index] = flat
+            else:
+                self.best_store.append(flat)
+
+    def restart(self) -> None:
         """Restores the best state, or the blocks as they were pruned if there is none, with moments of zero."""
         for index in range(len(self.chain)):
-            if best.number:
-                flat = best[index].clone()
+            if self.best:
+                flat = self.best_store[index].clone()
+                moments = torch.zeros(2, len(flat), device=flat.device)
             else:
-                with self.chain.block(index, task.pruned(index)):
-                    flat = _flat(self._own(index))
-            self.store[2 * index] = flat
-            self.store[2 * index + 1] = torch.zeros(2, len(flat), device=flat.device)
+                with self.chain.block(index, self.task.pruned(index)):
+                    flat, moments = _flat(self._trained(index))
+            self.store[2 * index], self.store[2 * index + 1] = flat, moments
 
     def parameters(self, block: int) -> Tensor:
         return self.store[2 * block]
@@ -215,19 +224,17 @@ class _Masters:
     def moments(self, block: int) -> Tensor:
         return self.store[2 * block + 1]
 
-    def _own(self, index: int) -> dict[str, Tensor]:
-        """What is trained in the loaded block: its own parameters, and factors of groups where values are rounded."""
+    def _trained(self, index: int) -> dict[str, Tensor]:
+        """What is trained in the loaded block: the parameters it owns, and factors of groups if values are rounded."""
         factors = {} if self.integers is None else self.integers.factors(self.chain, index)
         parameters = self.chain.block_parameters(index)
         return {**{name: p for name, p in parameters.items() if self.chain.owns(name)}, **factors}
 
     def views(self, flat: Tensor, index: int) -> dict[str, nn.Parameter]:
         """Views of a block's flat tensor, by parameter. All require gradients, so that moments have the same layout."""
-        views, position = {}, 0
-        for name, shape in self.shapes[index].items():
-            views[name] = nn.Parameter(flat[position : position + shape.numel()].view(shape))
-            position += shape.numel()
-        return views
+        shapes = self.shapes[index]
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        return {name: nn.Parameter(part.view(shapes[name])) for name, part in zip(shapes, parts, strict=True)}
 
     def all_views(
         self, flat: Tensor, index: int, *, running: bool = False, written: bool = False
@@ -235,8 +242,8 @@ class _Masters:
         """:meth:`views`, and the parameters that the block borrows, which are the same objects under all their names.
 
         Args:
-            flat: of the block.
-            index: of the block.
+            flat: the parameters of the block.
+            index: the number of the block.
             running: whether values are on the grids of :class:`Integers`, as the block runs.
             written: whether they are rounded as they would be written now, too.
         """
@@ -255,43 +262,28 @@ class _Masters:
         """For each parameter that block ``index`` borrows of another, by its name there, its name in the block."""
         return {first: name for name, (at, first) in self._aliases[index].items() if at != index}
 
+    def write(self) -> None:
+        """Calls ``write_block`` for each block, loaded with its best weights, rounded as they are written."""
+        chain = self.chain
+        self.store.close()
+        for index in range(len(chain)):
+            with chain.block(index, self.task.pruned(index)):
+                if self.best:
+                    trained = self.views(self.best_store[index].to(chain.device), index)
+                    trained = trained if self.integers is None else self.integers.of(trained, chain, index)
+                    for name, value in trained.items():
+                        chain.block_parameters(index)[name].copy_(value)
+                elif self.integers is not None:
+                    self.integers.settle(chain, index)
+                chain.settle_block(index)
+                self.task.write_block(index)
+        self.best_store.close()
 
-def _flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([each.detach().float().flatten() for each in tensors.values()])
 
-
-class _Best:
-    """The parameters after the best pass so far; empty if that is the state before the first."""
-
-    def __init__(self, task: SweepTask, masters: _Masters, reached: Reached | None) -> None:
-        self._masters = masters
-        self._scratch = task.feed.scratch
-        self._store: TensorStore | None = None
-        self.number = reached.best if reached is not None else 0
-        if self.number:
-            assert task.saved is not None
-            self._store = self._scratch.store()
-            for index in range(len(masters.chain)):
-                self._store.append(task.saved.parameters(self.number, index))
-
-    def __getitem__(self, index: int) -> Tensor:
-        assert self._store is not None
-        return self._store[index]
-
-    def take(self, number: int) -> None:
-        """Copies the current parameters, which are those after pass ``number``."""
-        self.number = number
-        self._store = self._store or self._scratch.store()
-        for index in range(len(self._masters.chain)):
-            flat = self._masters.parameters(index).clone()
-            if len(self._store) > index:
-                self._store[index] = flat
-            else:
-                self._store.append(flat)
-
-    def close(self) -> None:
-        if self._store is not None:
-            self._store.close()
+def _flat(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The tensors as one, fp32, and Adam's moments for it, which are zero."""
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()])
+    return flat, torch.zeros(2, len(flat), device=flat.device)
 
 
 def check_sweepable(chain: Chain) -> None:
@@ -327,56 +319,52 @@ def sweep(task: SweepTask) -> list[Pass]:
     check_sweepable(task.feed.chain)
     assert task.dense is None or not task.fresh, "the dense model's states belong to one set"
     reached = task.saved.reached if task.saved is not None else None
-    masters = _Masters(task.feed.chain, task.feed.scratch, task.integers)
-    masters.fill(task, reached)
-    best = _Best(task, masters, reached)
+    masters = _Masters(task, reached)
     if reached is not None and reached.passes >= task.passes:  # all that is left is to write the best
         history = reached.history
     else:
-        with _on(task, masters, task.feed.windows) as run:
-            history = _passes(task, run, best, reached)
+        with _on(task, masters, task.feed.windows, 0, task.passes) as run:
+            history = _passes(task, run, reached)
     task.feed.progress(Progress("sweep", 1, 1))
-    masters.store.close()
-    _write(task, masters, best)
-    best.close()
+    masters.write()
     return history
 
 
-def _passes(task: SweepTask, run: _Run, best: _Best, reached: Reached | None) -> list[Pass]:
-    """Runs the remaining passes: each is judged, kept or undone, and saved. Returns the whole history."""
-    chain = task.feed.chain
-    train, judges = held_out_of(of_all(run.places()), task.held_out)
-    history = list(reached.history) if reached is not None else [_start(task, run, train, judges, best)]
+def _passes(task: SweepTask, run: _Run, reached: Reached | None) -> list[Pass]:
+    """Runs the remaining passes: each is judged, kept or undone, and saved. Returns the history of all passes."""
+    chain, masters = task.feed.chain, run.masters
+    train, judges = held_out_of(run.steps(), task.held_out)
+    history = list(reached.history) if reached is not None else [_start(task, run, train, judges)]
     rate, first = history[0].rate, len(history)
     assert rate is not None, "the state before the first pass has the rate"
     for number in range(first, task.passes + 1):
         harmful = harmful_passes(history)
-        place = _Position(number, task.passes, first, harmful[-1] if harmful else 0, history[-1].held_out)
-        with contextlib.ExitStack() as held:
-            own, among = run, train
+        done, passes = number - first, task.passes - first + 1  # passes of this process
+        with contextlib.ExitStack() as stack:
+            trained, steps = run, train
             turn = (task.swept + number - 1) % (1 + len(task.fresh))  # 0: the first set, without what is held out
             if turn:
-                own = held.enter_context(_on(task, run.masters, task.fresh[turn - 1], place))
-                among = of_all(own.places())
-            held.enter_context(chain.outer())
-            mean = _pass(task, own, among, place, rate * CUT ** len(harmful))
+                trained = stack.enter_context(_on(task, masters, task.fresh[turn - 1], done, passes))
+                steps = trained.steps()
+            stack.enter_context(chain.outer())
+
+            def report(share: float, number: int = number, done: int = done, passes: int = passes) -> None:
+                text = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
+                task.feed.progress(Progress("sweep", done + share, passes, text))
+
+            undone = harmful[-1] if harmful else 0  # the last pass after which Adam's moments began anew
+            mean = _pass(task, trained, steps, number, undone, rate * CUT ** len(harmful), report)
             history.append(Pass(number, run.judge(judges), mean))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
-            best.take(number)
+            masters.keep(number)
         elif number < task.passes and number in harmful_passes(history):
-            run.masters.restart(task, best)
+            masters.restart()
         if task.saved is not None:
-            task.saved.save(history, best.number, run.masters, last=number == task.passes)
+            task.saved.save(history, masters.best, masters, last=number == task.passes)
     return history
 
 
-def _start(
-    task: SweepTask,
-    run: _Run,
-    train: list[tuple[int, _Place]],
-    judges: list[tuple[int, _Place]],
-    best: _Best,
-) -> Pass:
+def _start(task: SweepTask, run: _Run, train: list[_Step], judges: list[_Step]) -> Pass:
     """The state before the first pass, with the learning rate for the sweep.
 
     The rate by rule is proportional to the square of the divergence. Where that is small, it may be far too small for
@@ -393,86 +381,54 @@ def _start(
         rate = max(chosen, LOWEST_PROBED)
         while start < CAREFUL and rate <= PROBED and len(train) >= 4 * PROBE_STEPS:
             task.feed.progress(Progress("sweep", 0, task.passes, f"trying rate {rate:.1e} · KL {least:.3f}"))
-            for number, (process, place) in enumerate(train[:PROBE_STEPS], 1):
-                run.step(run.piece(process, place), process, rate, number)
-            found = run.judge(judges)
-            run.masters.restart(task, best)
-            if not found < least:
+            for number, step in enumerate(train[:PROBE_STEPS], 1):
+                run.step(run.piece(step), step.process, rate, number)
+            divergence = run.judge(judges)
+            run.masters.restart()
+            if not divergence < least:
                 break
-            least, chosen, rate = found, rate, rate * FASTER
+            least, chosen, rate = divergence, rate, rate * FASTER
         return Pass(0, start, None, chosen)
 
 
-@dataclass(frozen=True)
-class _Position:
-    """Where a pass stands in its sweep: its number, of how many, the first of this process, the last that was undone,
-    and the divergence before it."""
-
-    number: int
-    passes: int
-    first: int
-    undone: int
-    divergence: float
-
-    @property
-    def done(self) -> int:
-        """Passes that this process has finished."""
-        return self.number - self.first
-
-    @property
-    def left(self) -> int:
-        """Passes of this process."""
-        return self.passes - self.first + 1
-
-
-def _pass(task: SweepTask, run: _Run, train: list[tuple[int, _Place]], at: _Position, rate: float) -> float:
-    """Runs one pass over the pieces of all processes; returns the mean divergence per token before its steps."""
-    order, count, total = shuffled(len(train), task.seed + (at.number - 1) * 1_000_003), len(train), 0.0
-    for step in range(count):
-        said = f"pass {at.number}/{at.passes} · KL {at.divergence:.3f}"
-        task.feed.progress(Progress("sweep", at.done + step / count, at.left, said))
-        process, place = train[order[step]]
-        factor = schedule((at.number - 1) * count + step, at.passes * count)
-        since = (at.number - 1 - at.undone) * count + step + 1  # steps since Adam's moments began
-        total += run.step(run.piece(process, place), process, rate * factor, since)
-    return total / sum(place.tokens for _, place in train)
+def _pass(
+    task: SweepTask,
+    run: _Run,
+    steps: list[_Step],
+    number: int,
+    undone: int,
+    rate: float,
+    report: Callable[[float], None],
+) -> float:
+    """Runs pass ``number`` over the steps of all processes; returns the mean divergence per token before its steps."""
+    order, count, total = shuffled(len(steps), task.seed + (number - 1) * 1_000_003), len(steps), 0.0
+    for place in range(count):
+        report(place / count)
+        step = steps[order[place]]
+        factor = schedule((number - 1) * count + place, task.passes * count)
+        since = (number - 1 - undone) * count + place + 1  # steps since Adam's moments began
+        total += run.step(run.piece(step), step.process, rate * factor, since)
+    return total / sum(step.tokens for step in steps)
 
 
 @contextlib.contextmanager
-def _on(task: SweepTask, masters: _Masters, windows: Tensor, at: _Position | None = None) -> Iterator[_Run]:
-    """A run over a set of windows, with the dense model's hidden states for them, before the pass ``at``."""
+def _on(task: SweepTask, masters: _Masters, windows: Tensor, done: int, passes: int) -> Iterator[_Run]:
+    """A run over a set of windows, with the dense model's hidden states for them, after ``done`` of ``passes``."""
     feed, chain = replace(task.feed, windows=windows), task.feed.chain
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         stream = feed.stream(task.pruned(0), pieces=STEP_TOKENS)
-        held.callback(stream.close)
-        wanted = task.dense
-        if wanted is None:
+        stack.callback(stream.close)
+        goal = task.dense
+        if goal is None:
             dense = stream.fork()
-            held.callback(dense.close)
-            done, passes = (at.done, at.left) if at is not None else (0, task.passes)
+            stack.callback(dense.close)
             with chain.unpruned():
                 for index in range(len(chain)):
                     task.feed.progress(Progress("sweep", done, passes, f"dense block {index + 1}/{len(chain)}"))
                     with chain.block(index):
                         dense.advance(index)
-            wanted = dense.hidden
-        yield _Run(chain, windows, stream, wanted, masters)
-
-
-def _write(task: SweepTask, masters: _Masters, best: _Best) -> None:
-    """Calls the task's ``write_block`` for every block, loaded with its final weights, rounded as they are written."""
-    chain = task.feed.chain
-    for index in range(len(chain)):
-        with chain.block(index, task.pruned(index)):
-            if best.number:
-                trained = masters.views(best[index].to(chain.device), index)
-                trained = trained if task.integers is None else task.integers.of(trained, chain, index)
-                for name, value in trained.items():
-                    chain.block_parameters(index)[name].copy_(value)
-            elif task.integers is not None:
-                task.integers.settle(chain, index)
-            chain.settle_block(index)
-            task.write_block(index)
+            goal = dense.hidden
+        yield _Run(chain, windows, stream, goal, masters)
 
 
 def harmful_passes(history: Sequence[Pass]) -> list[int]:
@@ -497,30 +453,28 @@ class _Run:
             self.starts.append(self.starts[-1] + len(batch))
         self._in_fp32 = Float32Calls()
 
-    def places(self) -> list[_Place]:
-        return [_Place(number, self.tokens(piece)) for number, piece in enumerate(self.stream.pieces)]
+    def steps(self) -> list[_Step]:
+        """The steps of a pass over the windows of all processes, in order."""
+        tokens = [self.ids(piece).numel() for piece in self.stream.pieces]
+        counts = enumerate(parallel.gather(tokens))
+        return [_Step(process, number, count) for process, some in counts for number, count in enumerate(some)]
 
-    def piece(self, process: int, place: _Place) -> Piece | None:
+    def piece(self, step: _Step) -> Piece | None:
         """The windows of a step, or None if another process has them."""
-        return self.stream.pieces[place.number] if process == parallel.rank() else None
+        return self.stream.pieces[step.number] if step.process == parallel.rank() else None
 
     def ids(self, piece: Piece) -> Tensor:
         """Token ids ``(windows, seq)``."""
         start = self.starts[piece.batch]
         return self.windows[start : self.starts[piece.batch + 1]][piece.rows]
 
-    def tokens(self, piece: Piece) -> int:
-        return self.ids(piece).numel()
-
-    def judge(self, judges: Sequence[tuple[int, _Place]]) -> float:
-        """The mean divergence per token over the held-out pieces of all processes."""
-        own = [self.piece(process, place) for process, place in judges]
-        sums = of_all([self.divergence(piece) for piece in own if piece is not None])
-        return sum(divergence for _, divergence in sums) / sum(place.tokens for _, place in judges)
-
-    def divergence(self, piece: Piece) -> float:
-        """The divergence summed over the tokens, with the weights as they would be written now."""
-        return self._end(self._forward(piece, written=True)[-1], piece, gradient=False)[0]
+    def judge(self, judges: Sequence[_Step]) -> float:
+        """The mean divergence per token over the held-out steps of all processes, with the weights as they would be
+        written now."""
+        pieces = [self.piece(step) for step in judges]
+        sums = [self._end(self._forward(x, written=True)[-1], x, gradient=False)[0] for x in pieces if x is not None]
+        total = sum(divergence for some in parallel.gather(sums) for divergence in some)
+        return total / sum(step.tokens for step in judges)
 
     def step(self, piece: Piece | None, process: int, rate: float, number: int) -> float:
         """Takes one step of Adam on every block; returns the divergence before it, summed over the tokens.
@@ -529,40 +483,39 @@ class _Run:
             piece: the windows of the step, or None if another process has them.
             process: the process that has them.
             rate: the learning rate.
-            number: of the step, from 1.
+            number: the number of the step, from 1.
         """
-        loss, entering, gradient = 0.0, [], None
+        chain, masters = self.chain, self.masters
+        loss, inputs, gradient = 0.0, [], None
         waiting: dict[str, Tensor] = {}  # gradients of parameters that later blocks borrow
         if piece is not None:
-            entering = self._forward(piece, written=False)
-            loss, gradient = self._end(entering.pop(), piece, gradient=True)
-        for index in reversed(range(len(self.chain))):
-            flat, state = self.masters.parameters(index), self.masters.moments(index)
-            parameters = used = self.masters.all_views(flat, index)
+            inputs = self._forward(piece, written=False)
+            loss, gradient = self._end(inputs.pop(), piece, gradient=True)
+        for index in reversed(range(len(chain))):
+            flat, state = masters.parameters(index), masters.moments(index)
+            parameters = used = masters.all_views(flat, index)
             if piece is not None:
-                hidden = entering.pop()
-                if self.masters.integers is not None:
-                    used = self.masters.all_views(flat, index, running=True)
-                with running_on(self.chain, index, used), torch.enable_grad():
+                hidden = inputs.pop()
+                if masters.integers is not None:
+                    used = masters.all_views(flat, index, running=True)
+                with running_on(chain, index, used), torch.enable_grad():
                     hidden.requires_grad_(True)
-                    leaving = self.chain.apply(index, hidden, self._in_fp32(piece.calls[index]))
-                    leaving.backward(gradient)
+                    chain.apply(index, hidden, self._in_fp32(piece.calls[index])).backward(gradient)
                 gradient = hidden.grad
                 assert gradient is not None
                 for name in used:
-                    parameters[name].grad = used[name].grad  # of a rounded value: straight through
-            for first, name in self.masters.borrowed(index).items():
+                    parameters[name].grad = used[name].grad  # straight through the rounding
+            for first, name in masters.borrowed(index).items():
                 _add_gradient(waiting, first, parameters[name].grad)
-            own = {name: parameters[name] for name in self.masters.shapes[index]}
-            for name in own.keys() & waiting.keys():
-                _add_gradient(waiting, name, own[name].grad)
-                own[name].grad = waiting.pop(name)
-            if piece is not None and self.masters.integers is not None:
-                self.masters.integers.pull_back(own, used, self.chain, index)
-            share_gradients(own.values(), process)
-            Adam(own, self.masters.pruned, state, self.masters.factors).step(rate, number)
-            self.masters.store[2 * index] = flat
-            self.masters.store[2 * index + 1] = state
+            trained = {name: parameters[name] for name in masters.shapes[index]}
+            for name in trained.keys() & waiting.keys():
+                _add_gradient(waiting, name, trained[name].grad)
+                trained[name].grad = waiting.pop(name)
+            if piece is not None and masters.integers is not None:
+                masters.integers.pull_back(trained, used, chain, index)
+            share_gradients(trained.values(), process)
+            Adam(trained, masters.pruned, state, masters.factors).step(rate, number)
+            masters.store[2 * index], masters.store[2 * index + 1] = flat, state
         return parallel.broadcast(loss, process)
 
     def _forward(self, piece: Piece, *, written: bool) -> list[Tensor]:
@@ -577,8 +530,8 @@ class _Run:
 
     def _end(self, hidden: Tensor, piece: Piece, *, gradient: bool) -> tuple[float, Tensor]:
         """The divergence summed over the tokens, and the gradient of its mean at the output of the last block."""
-        ids, wanted = self.ids(piece), self.dense[piece.batch][piece.rows]
-        loss = divergence_from(self.chain, wanted, ids)
+        ids = self.ids(piece)
+        loss = divergence_from(self.chain, self.dense[piece.batch][piece.rows], ids)
         total, slope = through_head(self.chain, hidden, ids, loss, gradient=gradient)
         return total, slope / ids.numel() if gradient else slope
 
