@@ -109,7 +109,7 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class NM(Pattern):
-    """N:M: of every ``m`` consecutive inputs of an output, ``n`` are kept; 2:4 keeps two of four."""
+    """N:M keeps ``n`` of every ``m`` consecutive inputs of an output; 2:4 keeps two of four."""
 
     n: int
     m: int

@@ -84,8 +84,8 @@ def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, tot
 
     Args:
         wanted: zeros of each linear, which add up to about ``total``.
-        weights: of each linear, multiples of m.
-        m: of the pattern.
+        weights: weights of each linear, multiples of m.
+        m: the pattern's M.
         total: the sum.
     """
     unit = math.gcd(*weights) // m

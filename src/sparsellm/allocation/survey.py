@@ -41,7 +41,7 @@ class Survey:
         linears: the linears to prune, in the order of the chain.
         sparsity: fraction of zeros over all of them.
         zeros: their number of zeros together.
-        gradients: of the loss, for an allocation that declares ``gradient_tokens``; else None.
+        gradients: gradients of the loss, for an allocation that declares ``gradient_tokens``; else None.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Survey:
         sums: dict[str, Tensor] = {}
         tokens: dict[str, int] = {}
 
-        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-            rows = entering.detach().flatten(0, -2).float()
+        def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
+            rows = x.detach().flatten(0, -2).float()
             squares = rows.square().sum(0)
             sums[linear.name] = sums[linear.name] + squares if linear.name in sums else squares
             tokens[linear.name] = tokens.get(linear.name, 0) + len(rows)

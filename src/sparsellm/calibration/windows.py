@@ -60,7 +60,7 @@ def calibration_windows(
         tokenizer: called once on the joined text with its defaults.
         samples: the number of windows.
         seq_len: tokens in each.
-        seed: of the draw, and of the sampling if the source is ``self``.
+        seed: seed of the draw, and of the sampling if the source is ``self``.
         author: the dense model; needed by the source ``self`` only.
         bos: whether every window begins with BOS, which is one of the ``seq_len`` tokens, see :func:`leading_token`.
         fresh: further windows, as far as the text has any that overlap with no other (windows of a source of documents
@@ -107,7 +107,7 @@ def windows_of_ids(
 
     Args:
         ids: ``(windows, tokens)`` as :func:`sparsellm.calibration.as_text` returns them.
-        config: of the model.
+        config: the model's config.
         seq_len: the requested window length, if any.
         max_tokens: use only the first windows that fit in this many tokens.
         bos: must be ``auto``: the windows are used as they are.
@@ -223,7 +223,9 @@ def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: tor
     order = torch.randperm(samples, generator=generator)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), offsets + seq_len])
     room = torch.cat([offsets, torch.tensor([tokens])]) - starts
-    rest = (torch.rand(len(room), generator=generator) * (room % seq_len + 1)).long()  # of a gap, before its windows
+    rest = (
+        torch.rand(len(room), generator=generator) * (room % seq_len + 1)
+    ).long()  # the part of a gap before its windows
     between = [
         int(first) + seq_len * number
         for first, size in zip(starts + rest, room, strict=True)

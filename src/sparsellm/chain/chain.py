@@ -279,6 +279,6 @@ def _learn_return(output: Any, hidden: Tensor, block: nn.Module) -> Callable[[Te
         raise ModelError(f"{type(block).__name__} changes the shape of its hidden states; this is not a plain chain")
     if isinstance(output, (tuple, list)):
         rest = tuple(output[1:])
-        make = getattr(output, "_make", tuple)  # of a named tuple
+        make = getattr(output, "_make", tuple)  # how a named tuple is made
         return lambda value: make((value, *rest))
     return lambda value: value

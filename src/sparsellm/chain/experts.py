@@ -52,7 +52,7 @@ class Routed:
     inputs: Tensor  # (tokens, width)
     experts: Tensor  # numbers of the experts of each token, (tokens, k)
     weights: Tensor  # factors of their outputs, (tokens, k)
-    places: Tensor  # of the tokens in the flattened batch, (tokens,)
+    places: Tensor  # where the tokens are in the flattened batch, (tokens,)
 
 
 class ExpertLinear(nn.Linear):
@@ -122,9 +122,9 @@ class Mixture:
 class _Layout:
     """How a mixture stores its experts, and what each computes."""
 
-    parts: list[dict[str, Part]]  # of every expert, by role and "weight" or "bias"
+    parts: list[dict[str, Part]]  # for every expert, by role and "weight" or "bias"
     activation: Callable[[Tensor], Tensor]
-    apply_gate: Callable[[Tensor], Tensor] | None = None  # of one tensor with gate and up; None for φ(gate) ∘ up
+    apply_gate: Callable[[Tensor], Tensor] | None = None  # from one tensor with gate and up; None for φ(gate) ∘ up
     interleaved: bool = False  # whether that tensor has the outputs of gate and up in turn
     gated: bool = True
     normed: bool = False  # whether the output of an expert is normalised
@@ -240,7 +240,7 @@ def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tens
     Args:
         self: the twin of a mixture.
         inputs: ``(..., width)``.
-        chosen, weights: of each token, ``(tokens, k)``; numbers beyond the last expert are ignored.
+        chosen, weights: each token's experts and weights, ``(tokens, k)``; numbers beyond the last expert are ignored.
     """
     flat = inputs.reshape(-1, inputs.shape[-1])
     if self.record is not None:

@@ -49,7 +49,7 @@ def unused_tensors(
 
     Args:
         model: built from the config.
-        reader: of the checkpoint.
+        reader: reads the checkpoint.
         blocks: the name of the list of blocks in the model, and its length.
         names: the weight of the model that each tensor of the checkpoint becomes.
 

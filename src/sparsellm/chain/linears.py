@@ -18,7 +18,7 @@ class LinearView:
     Assigned values are rounded to the storage dtype at once, so that the model in memory equals the model on disk.
     """
 
-    name: str  # of the module in the model
+    name: str  # the module's in the model
     module: nn.Module  # an nn.Linear, or the Conv1D of GPT-2, which stores Wᵀ
     storage_dtype: torch.dtype  # in which the weight will be written
 

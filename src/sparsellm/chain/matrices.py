@@ -17,7 +17,7 @@ from sparsellm.chain.chain import Chain
 from sparsellm.chain.linears import LinearView, iterate_linears, weight_of
 from sparsellm.errors import ModelError
 
-DENSE_LIMIT = 0.02  # of the weights of a block: routers, convolutions and the like stay below it in published models
+DENSE_LIMIT = 0.02  # fraction of a block; routers, convolutions and the like stay below it in published models
 _SHOWN = 4  # kinds of parameters that a message names
 
 
@@ -25,7 +25,7 @@ _SHOWN = 4  # kinds of parameters that a message names
 class BlockMatrix:
     """One matrix of a block, or a stack of them in one parameter."""
 
-    name: str  # of the parameter in the model, such as model.layers.0.mlp.down_proj.weight
+    name: str  # the parameter's in the model, such as model.layers.0.mlp.down_proj.weight
     block: int
     shape: tuple[int, ...]  # as the parameter is stored
     linear: LinearView | None  # that owns it and can be pruned
@@ -82,8 +82,8 @@ def is_excluded(parameter: str, exclude: Iterable[str], only: Sequence[str] = ()
 def unmatched_patterns(
     chain: Chain, patterns: Mapping[str, Iterable[str]], allow_dense: Sequence[str] = ()
 ) -> list[str]:
-    """A warning for each pattern that matches nothing and may be misspelt: of ``patterns``, by field of the recipe, no
-    matrix of the blocks; of ``allow_dense``, no matrix that no linear owns."""
+    """A warning for each pattern that matches nothing: ``patterns``, by field of the recipe, match matrices of the blocks,
+    ``allow_dense`` those that no linear owns."""
     if not any(patterns.values()) and not allow_dense:
         return []
     matrices = all_matrices(chain)
@@ -146,7 +146,7 @@ def refuse_silent_dense(chain: Chain, accepted: Sequence[str], only: Sequence[st
         refused += dense
     if not refused:
         return
-    first: dict[str, BlockMatrix] = {}  # of each kind
+    first: dict[str, BlockMatrix] = {}  # by kind
     for matrix in refused:
         first.setdefault(kind_of(chain, matrix.name, matrix.block), matrix)
     listed = [

@@ -32,7 +32,7 @@ class Conversion:
     """How transformers makes a weight of tensors of a checkpoint."""
 
     sources: list[list[str]]  # the names of the tensors of each kind, such as the w1 of all experts, then their w3
-    operations: list[Any]  # of transformers, in order
+    operations: list[Any]  # transformers' own, in order
 
     @property
     def keys(self) -> list[str]:
@@ -107,7 +107,7 @@ def expert_parts(
 
     Args:
         parts: for each such weight, its part of a parameter.
-        names: of these parameters in the checkpoint.
+        names: names of these parameters in the checkpoint.
         values: these parameters.
         shape: the shape of a tensor of the checkpoint.
     """

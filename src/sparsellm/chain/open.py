@@ -90,7 +90,7 @@ def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTraine
 
     Args:
         ids: ``(windows, seq)``.
-        config: of the model.
+        config: the model's config.
         tokenizer: the one that produced the ids; None for ids that the user passed.
 
     Raises:

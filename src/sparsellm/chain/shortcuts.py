@@ -44,7 +44,7 @@ class _Call:
     """One call of a module. The output is kept, so that no address is used twice during the run."""
 
     output: Tensor
-    version: int  # of the output, which counts changes in place
+    version: int  # torch's count of changes of the output in place
     items: int
     like_input: bool
     closed: bool  # whether the module can have changed nothing else

@@ -27,7 +27,7 @@ class Piece:
 
     batch: int  # its number
     rows: slice  # the windows of that batch
-    calls: list[Call]  # of every block for these windows alone, since a mask may have a row for each window
+    calls: list[Call]  # one a block, for these windows alone, since a mask may have a row for each window
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class ModelWeights:
         self._unused: list[str] = []
         self.key_of: dict[str, str] = {}
         self.parts: dict[str, Part] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}  # of the tensors of a checkpoint that is not written yet
+        self._shapes: dict[str, tuple[int, ...]] = {}  # tensors of a checkpoint that is not written yet
         if reader is not None:
             self._name_by_checkpoint(reader, stacked, experts)
             self.device = device

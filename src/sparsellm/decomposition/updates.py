@@ -135,7 +135,7 @@ class Moments:
         cross: (out, in).
         target_square: mean of ‖t‖².
         bias: the fixed bias, which is subtracted from the targets; None if there is none or it is fitted.
-        means: of inputs (in,) and targets (out,) if the bias is fitted; all moments are then centred.
+        means: means of inputs (in,) and targets (out,) if the bias is fitted; all moments are then centred.
         exact: sums ``XᵀX`` and ``TᵀX`` in fp64, for a pseudo-inverse.
     """
 

@@ -34,7 +34,7 @@ from sparsellm.storage.writer import CheckpointWriter, shard_names
 from sparsellm.sweep.whole_model import Parameters, Pass, Reached
 
 ALLOCATION, OUTPUT_COSTS, SWEEP = "allocation", "output-costs", "sweep"  # names of records
-_FORMAT = 3  # of the working directory
+_FORMAT = 3  # the working directory's
 _BITS = "bits"  # the one tensor of a sweep's file
 
 

@@ -33,7 +33,9 @@ from sparsepack.grid import Groups, as_stored, on_grid_of, scales_of
 # It takes the time of 50 products in linears with 576 inputs, and of 11 with 5632.
 ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=25)
 
-FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))  # of the largest magnitude: values beyond are clipped
+FRACTIONS = tuple(
+    step / 20 for step in range(20, 9, -1)
+)  # the anchor by the largest magnitude; values beyond are clipped
 DAMPING = 0.03  # for rounding one after another; 0.01 and 0.1 give the same error after the descent
 ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
 RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
@@ -42,7 +44,7 @@ SYSTEMS = 1 << 22  # elements of the systems that are solved at once: 16 MiB
 PASSES = 8  # most passes of the descent in a turn; few weights need as many
 ENOUGH = 1e-2  # a pass that lowers the error by less than this share of it is the last
 PANEL = 64  # inputs whose errors are carried to the others together: the work inside stays small beside the product
-POWERS = (0.25, 0.5, 0.75)  # of the inputs' root mean square that are tried after 0; 1 was always worse
+POWERS = (0.25, 0.5, 0.75)  # powers of the inputs' root mean square tried after 0; 1 was worse
 JUDGES = 256  # rows of the weight that choose the power
 CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
 
@@ -55,7 +57,7 @@ class Rounded:
         weight: ``(out, in)`` fp32.
         unrounded: ``(out, in)`` fp32: the best value of each weight with all others at theirs, within the cell that
             rounds to ``weight``. It is where training goes on.
-        exponents: of the columns, int8 ``(in,)``; None if all are 0.
+        exponents: exponents of the columns, int8 ``(in,)``; None if all are 0.
         notes: for the user.
     """
 
@@ -72,9 +74,9 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
 
     Args:
         weight: ``(out, in)`` fp32, pruned.
-        gram: of its inputs.
+        gram: Gram matrix of its inputs.
         value_type: ``int8``, ``int4`` or ``int3``.
-        dtype: of the checkpoint that it is written to.
+        dtype: dtype of the checkpoint that it is written to.
         fixed_mask: keep every value that is not 0. Otherwise one that is nearer to 0 than to its grid becomes 0, and
             the others make up for it. In a weight so full that it is packed dense values may become 0 in any case.
 
@@ -301,7 +303,7 @@ def best_factors(weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups) 
         weight: ``(out, in)``.
         slope: half the gradient of the error, ``(Ŵ − W) G``, ``(out, in)``.
         matrix: G.
-        groups: of the weight.
+        groups: the weight's groups.
     """
     count = len(groups.collect(weight[:1]))  # groups of a row
     factors = weight.new_ones(len(weight), count)

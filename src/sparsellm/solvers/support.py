@@ -26,7 +26,7 @@ def refine_on_support(
 
     Args:
         wanted: W₀ (out, in), the weight to approximate.
-        gram: of the inputs (in, in).
+        gram: Gram matrix of the inputs (in, in).
         mask: bool (out, in), True where kept.
         start: (out, in), the first iterate; ignored off the mask.
         iterations: products with the Gram matrix, besides two for the start and the end; 10 reach the minimum within

@@ -281,7 +281,7 @@ def least_squares(gram: Gram, cross: Tensor, damping: float = 0.01, prior: Tenso
     Weights on dead inputs equal the prior. Without a prior ``W₀`` is zero.
 
     Args:
-        gram: of the inputs X.
+        gram: Gram matrix of the inputs X.
         cross: ``C = TᵀX / N`` (out, features), over the same tokens with the same token weights.
         damping: relative to the mean diagonal of the Gram matrix.
         prior: ``W₀`` (out, features).

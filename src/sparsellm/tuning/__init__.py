@@ -1,1 +1,1 @@
-"""Fine-tuning of a pruned model that keeps every zero: of all weights, or of a low-rank adapter."""
+"""Fine-tuning of a pruned model that keeps every zero, by all weights or by a low-rank adapter."""
