@@ -225,7 +225,7 @@ def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: tor
     room = torch.cat([offsets, torch.tensor([tokens])]) - starts
     rest = (
         torch.rand(len(room), generator=generator) * (room % seq_len + 1)
-    ).long()  # the part of a gap before its windows
+    ).long()  # what a gap has before its windows
     between = [
         int(first) + seq_len * number
         for first, size in zip(starts + rest, room, strict=True)

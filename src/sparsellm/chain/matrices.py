@@ -82,8 +82,8 @@ def is_excluded(parameter: str, exclude: Iterable[str], only: Sequence[str] = ()
 def unmatched_patterns(
     chain: Chain, patterns: Mapping[str, Iterable[str]], allow_dense: Sequence[str] = ()
 ) -> list[str]:
-    """A warning for each pattern that matches nothing: ``patterns``, by field of the recipe, match matrices of the blocks,
-    ``allow_dense`` those that no linear owns."""
+    """A warning for each pattern that matches nothing. ``patterns``, by field of the recipe, match matrices of the
+    blocks, ``allow_dense`` those that no linear owns."""
     if not any(patterns.values()) and not allow_dense:
         return []
     matrices = all_matrices(chain)

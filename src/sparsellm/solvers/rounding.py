@@ -33,9 +33,7 @@ from sparsepack.grid import Groups, as_stored, on_grid_of, scales_of
 # It takes the time of 50 products in linears with 576 inputs, and of 11 with 5632.
 ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=25)
 
-FRACTIONS = tuple(
-    step / 20 for step in range(20, 9, -1)
-)  # the anchor by the largest magnitude; values beyond are clipped
+FRACTIONS = tuple(step / 20 for step in range(20, 9, -1))  # anchor / largest magnitude; values beyond are clipped
 DAMPING = 0.03  # for rounding one after another; 0.01 and 0.1 give the same error after the descent
 ROUNDS = 3  # turns of scales and numbers; the error falls with each, the third time by little
 RIDGE = 1e-3  # added to the diagonal of the systems of scales, as a share of it: rows hardly tell some groups apart
