@@ -119,7 +119,8 @@ def _ids(value: Any, name: str) -> Tensor:
         raise DataError(
             f"{name}: token ids must be an ordinary tensor; got {described} on {value.device}, {value.layout}"
         )
-    return value.detach().to("cpu", torch.int64)
+    ids: Tensor = value.detach().to("cpu", torch.int64)
+    return ids
 
 
 def _stacked(rows: Any, name: str) -> numpy.ndarray:

@@ -71,8 +71,8 @@ def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit | None:
                 if same and torch.equal(first.input, second.input):
                     unit = FeedForwardUnit(second.linear, down.linear, activation, gate=first.linear)
                     candidates.append((_distance(value * second.output, down.input), unit))
-    distance, unit = min(candidates, key=lambda candidate: candidate[0], default=(float("inf"), None))
-    return unit if distance <= TOLERANCE else None
+    within = [candidate for candidate in candidates if candidate[0] <= TOLERANCE]
+    return min(within, key=lambda candidate: candidate[0])[1] if within else None
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ def _convert(path: Path, directory: Path, dtype: torch.dtype) -> None:
         try:
             # Not AutoTokenizer, which would parse the whole file again to choose this class.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, **settings).to(dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, **settings)
+            model = model.to(dtype)
         except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
             raise ModelError(
                 f"{path} cannot be converted: {one_line(error)}; the file is damaged or cut short (fetch it again), or "
