@@ -7,6 +7,7 @@ process. Afterwards everything that was there is as it was, to the byte; only a 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import struct
@@ -215,7 +216,7 @@ def changed_object(draw: st.DrawFn, data: bytes) -> bytes:
             break
         action = draw(st.sampled_from(["replace", "replace", "replace", "remove", "nest"]))
         if action == "replace":
-            inside[key] = draw(st.one_of(st.sampled_from(HUGE), json_values))
+            inside[key] = copy.deepcopy(draw(st.one_of(st.sampled_from(HUGE), json_values)))
         elif action == "remove":
             inside.pop(key, None)
         else:
