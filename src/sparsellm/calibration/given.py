@@ -94,7 +94,7 @@ def _of_mappings(rows: list[Any], name: str) -> Tensor | Text:
     field = "input_ids" if "input_ids" in rows[0] else "text"
     for at, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise DataError(f"{name} has rows that are no mappings beside rows that are")
+            raise DataError(f"{name} has rows that are mappings and rows that are not")
         if field not in row:
             raise DataError(f"{name}, row {at}, has no 'text' and no 'input_ids'; its columns: {shown(list(row), 200)}")
         if field == "text" and not isinstance(row["text"], str):
@@ -108,8 +108,8 @@ def _ids(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor | numpy.ndarray):
         value = _stacked(value, name)
     described = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    whole = value.dtype.kind in "iu" if isinstance(value, numpy.ndarray) else value.dtype in _WHOLE
-    if not whole or value.ndim != 2 or value.shape[0] < 1 or value.shape[1] < 2:
+    integers = value.dtype.kind in "iu" if isinstance(value, numpy.ndarray) else value.dtype in _WHOLE
+    if not integers or value.ndim != 2 or value.shape[0] < 1 or value.shape[1] < 2:
         raise DataError(f"{name}: token ids must be integers of shape (windows, 2 or more); got {described}")
     if isinstance(value, numpy.ndarray):
         if value.dtype == numpy.uint64 and int(value.max()) >= 1 << 63:

@@ -211,10 +211,10 @@ def open_chain(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Chain:
-    """A chain over a checkpoint directory (weights read lazily) or over a model in memory.
+    """A chain over a checkpoint directory (weights read lazily) or over a model in memory, which a walk changes.
 
     Args:
-        model: the directory, or the model. The walk changes the weights of a model in memory.
+        model: the directory, or the model.
         device: where blocks run; a model in memory runs where it is.
         dtype: the computing dtype of blocks; None for the fastest that is at least as precise as the stored one.
         trust_remote_code: run the modelling code that comes with the checkpoint.

@@ -111,8 +111,8 @@ class Stream:
             for first in range(0, len(batch) if pieces else 0, rows):
                 part = slice(first, first + rows)
                 # Captured again rather than cut: only the model defines which dimension of an argument is windows.
-                own = self._calls[-1] if rows >= len(batch) else unique.calls(chain.start(batch[part])[1])
-                self.pieces.append(Piece(len(self._calls) - 1, part, own))
+                calls = self._calls[-1] if rows >= len(batch) else unique.calls(chain.start(batch[part])[1])
+                self.pieces.append(Piece(len(self._calls) - 1, part, calls))
         # The arguments for the first window, captured like those of the pieces.
         self._first_window = self._calls[0] if len(self._first_ids) == 1 else unique.calls(chain.start(windows[:1])[1])
 

@@ -27,14 +27,12 @@ class ModelWeights:
     Attributes:
         model: the transformers model, with experts as separate linears (see :mod:`sparsellm.chain.experts`); weights
             that are not loaded are on the meta device.
-        blocks: the decoder blocks, in order.
-        block_names: their names in the model.
+        blocks, block_names: the decoder blocks, in order, and their names in the model.
         reader: the checkpoint; None for a model in memory, which keeps its weights, device and dtype.
         key_of: for each weight, the name of the tensor of the checkpoint that is read or will be written.
         parts: for each weight of an expert that is a part of such a tensor, that part.
         towers: modules of a multimodal model that read no text. They are copied, neither run nor pruned.
-        device: where blocks run.
-        dtype: the dtype in which they compute.
+        device, dtype: where and in which dtype blocks run.
 
     Raises:
         ModelError: config and weights do not fit, or a weight has a dtype that is not supported; the first is named.
@@ -98,9 +96,9 @@ class ModelWeights:
         unknown = {name: c.keys for name, c in names.conversions.items() if not name.startswith(in_tower)}
         refuse_converted({name: keys for name, keys in unknown.items() if name not in known}, self.model, reader)
         self._add_parts(names.key_of, parts)
-        found, self.key_of, missing = self.key_of, {}, []
+        direct, self.key_of, missing = self.key_of, {}, []
         for name in values:
-            key = next((found[same] for same in [name, *self._same.get(name, ())] if same in found), None)
+            key = next((direct[same] for same in [name, *self._same.get(name, ())] if same in direct), None)
             if key is not None:
                 self.key_of[name] = key
             elif not name.startswith(in_tower):
@@ -151,8 +149,7 @@ class ModelWeights:
     def unused(self) -> str | None:
         """A warning that names tensors which the model does not use, or not for text; None if there are none."""
         said = []
-        if self.towers:
-            tensors = len(self._outer) - len(self._run_outer)
+        if tensors := len(self._outer) - len(self._run_outer):
             said.append(f"{' and '.join(self.towers)} ({tensors} tensors) read no text; copied as they are, not pruned")
         if self._unused and self.reader is not None:
             more = f" and {len(self._unused) - 1} more" if len(self._unused) > 1 else ""

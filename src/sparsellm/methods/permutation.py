@@ -79,9 +79,9 @@ def permute_block(task: BlockTask, weights: list[Tensor] | None) -> None:
         return
     task.report("permutation")
     with task.clock.phase("prune/permutation"), torch.no_grad():
-        found = find_channels(task)
-        orders = parallel.from_main(lambda: _orders(task, found, weights))
-        for channels, order in zip(found, orders, strict=True):
+        proved = find_channels(task)
+        orders = parallel.from_main(lambda: _orders(task, proved, weights))
+        for channels, order in zip(proved, orders, strict=True):
             _permute(task, channels, order)
 
 
@@ -116,12 +116,12 @@ def _permute(task: BlockTask, channels: Channels, order: Tensor) -> None:
 
 def _unit(down: LinearView, sources: list[LinearView]) -> Channels:
     """All inputs of ``down`` as the outputs of each source, or as those of each half of it."""
-    whole = torch.arange(down.in_features, device=down.parameter.device).view(1, 1, -1)
-    rows = [torch.arange(linear.out_features, device=whole.device).view(-1, 1, down.in_features) for linear in sources]
-    return Channels(down, whole, tuple(zip(sources, rows, strict=True)))
+    inputs = torch.arange(down.in_features, device=down.parameter.device).view(1, 1, -1)
+    rows = [torch.arange(linear.out_features, device=inputs.device).view(-1, 1, down.in_features) for linear in sources]
+    return Channels(down, inputs, tuple(zip(sources, rows, strict=True)))
 
 
-def _orders(task: BlockTask, found: list[Channels], weights: list[Tensor] | None) -> list[Tensor]:
+def _orders(task: BlockTask, proved: list[Channels], weights: list[Tensor] | None) -> list[Tensor]:
     """The best order of the channels of each, from the first batch of this process."""
     squares: dict[str, Tensor] = {}
 
@@ -129,10 +129,10 @@ def _orders(task: BlockTask, found: list[Channels], weights: list[Tensor] | None
         rows = x.flatten(0, -2).float().square()
         squares[linear.name] = rows.mean(0) if weights is None else (rows * weights[0].reshape(-1, 1)).mean(0)
 
-    with watch([channels.reader for channels in found], see):
+    with watch([channels.reader for channels in proved], see):
         task.stream.run_batch(task.index, 0)
     orders = []
-    for channels in found:
+    for channels in proved:
         pattern = task.patterns[channels.reader.name]
         assert isinstance(pattern, NM)
         orders.append(channels.best_order(pattern, squares[channels.reader.name]))
@@ -145,7 +145,7 @@ def find_channels(task: BlockTask) -> list[Channels]:
     free = [x for x in without_experts(task.linears) if not task.stream.chain.is_shared(x.weight_name)]
     names = {linear.name for linear in free}
     stream_width = task.stream.hidden[0].shape[-1]
-    found = []
+    proved = []
     for position, (reader, *others) in enumerate(groups):
         pattern = task.patterns.get(reader.name)
         earlier = [linear for group in groups[:position] for linear in group]
@@ -159,12 +159,12 @@ def find_channels(task: BlockTask) -> list[Channels]:
         elif any(linear.name not in names for linear in fitting[number].linears()):
             why = "the linears before it stay dense"
         else:
-            found.append(fitting[number])
+            proved.append(fitting[number])
             continue
         if reader.out_features != stream_width:  # it reads the residual stream, whose channels are those of all blocks
             continue
         task.notes[reader.name] = (*task.notes.get(reader.name, ()), UNPROVED.format(pattern, why))
-    return found
+    return proved
 
 
 def _groups(task: BlockTask) -> list[list[LinearView]]:
