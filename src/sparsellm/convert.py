@@ -48,8 +48,7 @@ class PackResult:
     Attributes:
         path: the finished checkpoint.
         linears: the packed form of each linear of the blocks; None for one that stays dense because that is smaller.
-        dense_bytes: size of these weights, dense, in the dtypes of the checkpoint.
-        packed_bytes: size of these weights in the new checkpoint.
+        dense_bytes, packed_bytes: size of these weights in the two checkpoints.
         weights: number of these weights.
         checkpoint_bytes: size of all weight files of the new checkpoint.
         head: the packed form of embedding and output head; empty if they were copied.
@@ -92,9 +91,8 @@ def pack(
 ) -> PackResult:
     """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
 
-    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); ``int8``, ``int4`` and
-    ``int3`` quantise the kept values, and int3 takes the memory of int4. Embedding, norms, head and biases are copied.
-    If it fails, no files are left.
+    Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); integers quantise the kept
+    values, and int3 takes the memory of int4. Norms and biases are copied. If it fails, no files are left.
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
@@ -106,8 +104,7 @@ def pack(
         progress: called with the progress of the run.
 
     Raises:
-        RecipeError: ``values`` or ``head`` is unknown, the checkpoint is packed already, or its embedding is of a
-            kind that has no int8 form.
+        RecipeError: a setting is unknown, the checkpoint is packed already, or its embedding has no int8 form.
         ModelError, StorageError: the checkpoint cannot be read, or ``out`` cannot be written.
         NumericalError: a weight does not fit into the value type.
     """
@@ -150,17 +147,7 @@ def unpack(
     restart: bool = False,
     progress: ProgressCallback = ignore,
 ) -> PackResult:
-    """Writes the dense checkpoint of a packed one; floating values are exact. If it fails, no files are left.
-
-    Args:
-        directory: a packed checkpoint.
-        out, overwrite, restart, progress: as in :func:`pack`.
-
-    Raises:
-        ModelError: the weights are not those of the model that ``config.json`` describes.
-        StorageError: the checkpoint is damaged, or ``out`` cannot be written.
-        RecipeError: the checkpoint is not packed.
-    """
+    """Writes the dense checkpoint of a packed one; floating values are exact. Arguments, errors: see :func:`pack`."""
     source, begin = _doors(directory, out, UNPACK, overwrite=overwrite, restart=restart)
     reader = _checked_reader(source)
     shards: dict[str, list[str]] = {}
@@ -211,12 +198,7 @@ def _written(work: WorkingDirectory, shards: int, write: Callable[[CheckpointWri
 
 
 def _checked_reader(source: Path) -> PackedReader:
-    """A reader of a packed checkpoint whose weights fit the model that its ``config.json`` describes.
-
-    Raises:
-        ModelError, StorageError: they do not, or config and model disagree on whether a weight is transposed, which the
-            shape of a square weight does not show.
-    """
+    """A reader of a packed checkpoint whose weights fit the model of its ``config.json``, also square ones."""
     chain = open_chain(source, device=torch.device("cpu"))
     reader = chain.reader
     assert isinstance(reader, PackedReader)
@@ -240,12 +222,15 @@ def _stored(key: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, Ten
     return {key: torch.zeros(1, dtype=dtype)} | {f"{key}_{part}": each for part, each in packed.stored.items()}
 
 
-def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
-    """The tensors of embedding and head in int8, by name; adds their entries to ``result``.
+def _packed(key: str, weight: Tensor, *how: Any) -> PackedWeight | None:
+    try:
+        return pack_weight(weight, *how)
+    except PackError as error:
+        raise NumericalError(f"{key}: {error}") from None
 
-    Raises:
-        RecipeError: one of them is neither a linear nor an embedding whose rows are multiplied by a known factor.
-    """
+
+def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
+    """The tensors of embedding and head in int8, by name; adds their entries to ``result``."""
     assert chain.reader is not None
     tensors: dict[str, Tensor] = {}
     names = {id(module): name for name, module in chain.model.named_modules()}
@@ -257,7 +242,7 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
         if not known or not key.endswith(".weight"):
             raise RecipeError(f"head=int8: {key} is a {type(module).__name__}, which has no int8 form; use head=keep")
         weight = chain.reader.get(key)
-        packed = pack_weight(weight, "int8", "dense")
+        packed = _packed(key, weight, "int8", "dense")
         assert packed is not None
         result.head[key.removesuffix(".weight")] = PackedEntry.of(packed, weight.dtype)
         tensors |= _stored(key, packed, weight.dtype)
@@ -265,11 +250,8 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
 
 
 def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
-    """The exponents of columns, by linear, with which the run that wrote a checkpoint rounded values of this type.
-
-    Raises:
-        StorageError: ``pruning.json`` cannot be read, or has exponents that do not fit the model.
-    """
+    """The exponents of columns, by linear, with which the run that wrote a checkpoint rounded values of this type; a
+    StorageError if they do not fit the model."""
     path = directory / PRUNING
     if values not in INTEGERS or not path.is_file():
         return {}
@@ -306,10 +288,7 @@ def _packed_block(
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
-            try:
-                packed = pack_weight(weight, values, exponents=exponents.get(linear.name))
-            except PackError as error:
-                raise NumericalError(f"{key}: {error}") from None
+            packed = _packed(key, weight, values, "auto", exponents.get(linear.name))
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
         result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
