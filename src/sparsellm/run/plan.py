@@ -22,7 +22,7 @@ from sparsellm.machine import heap
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
 from sparsellm.records import EarlierStage, Memory
-from sparsellm.run.choice import Choice
+from sparsellm.run.choice import Choice, patterns_of, unmatched
 from sparsellm.run.costs import predicted_seconds
 from sparsellm.run.fingerprint import (
     model_fingerprint,
@@ -34,7 +34,6 @@ from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Identity, Journal
 from sparsellm.run.memory import Demand, checkpoint_bytes, described, plan_memory
 from sparsellm.run.opening import Model, Opened, check_outside, open_models
 from sparsellm.run.sets import Windows, default_seq_len, given_windows, read_windows, windows_of_pass
-from sparsellm.run.zeros import patterns_of, unmatched
 from sparsellm.storage.directory import check_destination
 from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS

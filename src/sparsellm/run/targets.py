@@ -13,10 +13,10 @@ from sparsellm.allocation.fixed import divide
 from sparsellm.chain import Feed
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock
+from sparsellm.run.choice import patterns_of, sizes_of
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.journal import Journal
 from sparsellm.run.plan import Plan, gradient_windows
-from sparsellm.run.zeros import patterns_of, sizes_of
 from sparsellm.sweep.saliency import LossGradients, loss_gradients
 
 
