@@ -27,7 +27,7 @@ from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, l
 from sparsellm.storage.scratch import TensorStore
 
 PRIOR = 0.5  # n₀ as a fraction of the inputs
-SAMPLE = 4  # of all tokens, so many times the inputs of the last linear are run through an expert
+SAMPLE = 4  # tokens run through an expert for the statistics of all, per input of its last linear
 NOT_ROUTED = "no calibration token was routed to it: pruned by the statistics of all tokens"  # note of such a linear
 
 
@@ -92,22 +92,22 @@ def _prune(
     """Prunes the linears of one expert.
 
     Args:
-        every: of the inputs of all tokens of the mixture.
+        every: the moments of the inputs of all tokens of the mixture.
     """
     down = next((linear for linear in linears if linear.module is own.expert.get_submodule(DOWN)), None)
     first = [linear for linear in linears if linear is not down]
     dense = own.expert.frozen() if refit is not None and down is not None and first else None
     last: tuple[Gram, Tensor | None] | None = None
     with task.clock.phase("prune/statistics"):
-        entering = _moments(own.routed(), every.features, task).shrunk_to(every).gram() if first else None
+        shared = _moments(own.routed(), every.features, task).shrunk_to(every).gram() if first else None
         if dense is None and down is not None:
             last = _of_last(task, own, down, None)
     for linear in first:
-        assert entering is not None
-        solve(linear, entering)
+        assert shared is not None
+        solve(linear, shared)
     if down is None:
         return
-    del entering
+    del shared
     if last is None:
         with task.clock.phase("prune/statistics"):
             last = _of_last(task, own, down, dense)
@@ -160,7 +160,7 @@ class _Moments:
 
 
 def shrinkage(tokens: int, features: int) -> float:
-    """The share α of all tokens in the statistics of an expert that so many tokens are routed to."""
+    """The share α of all tokens in the statistics of an expert that ``tokens`` tokens are routed to."""
     return PRIOR * features / (PRIOR * features + tokens)
 
 
@@ -170,8 +170,8 @@ def _moments(
     """The moments of rows, or of the inputs of an expert's last linear for these rows.
 
     Args:
-        rows: of this process.
-        features: of the inputs.
+        rows: the rows of this process.
+        features: features of the inputs.
         task: the block.
         expert: whose last linear is meant; None for the rows themselves.
         dense: the expert before it was pruned, whose outputs, without their bias, are targets; None for no targets.
@@ -183,10 +183,10 @@ def _moments(
     crosses = None if last is None else CrossAccumulator(last.out_features, features, device)
     total = 0.0
     for x, weights in rows:
-        entering = x if expert is None else expert.inner(x)
-        grams.update(entering, weights)
+        inputs = x if expert is None else expert.inner(x)
+        grams.update(inputs, weights)
         if crosses is not None and dense is not None and last is not None:
-            crosses.update(torch.nn.functional.linear(dense.inner(x), last.weight), entering, weights)
+            crosses.update(torch.nn.functional.linear(dense.inner(x), last.weight), inputs, weights)
         total += float(weights.double().sum())
     grams.reduce()
     total = parallel.total(total)
@@ -208,7 +208,7 @@ class MixtureTokens:
         store: their inputs ``(tokens, width)``.
         experts: the experts of each, ``(tokens, k)``.
         factors: the squares of the router's weights, times the weight of the token, ``(tokens, k)``.
-        weights: of the tokens, ``(tokens,)``.
+        weights: weights of the tokens, ``(tokens,)``.
     """
 
     store: TensorStore
@@ -224,7 +224,7 @@ class MixtureTokens:
         yield from zip(self.store, self.weights, strict=True)
 
     def sample(self, wanted: int) -> Rows:
-        """About so many tokens of all processes, taken evenly."""
+        """About ``wanted`` tokens of all processes, taken evenly."""
         counts = parallel.gather(sum(len(weights) for weights in self.weights))
         step = max(1, sum(counts) // wanted)
         position = sum(counts[: parallel.rank()])

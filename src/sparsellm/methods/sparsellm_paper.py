@@ -66,8 +66,8 @@ def sparsellm_paper(
     with ExitStack() as held:
         inputs = {unit.up.name: held.enter_context(task.stream.store()) for unit in units}
 
-        def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
-            inputs[linear.name].append(entering.detach().flatten(0, -2).clone())
+        def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
+            inputs[linear.name].append(x.detach().flatten(0, -2).clone())
 
         with watch([unit.up for unit in units], see):
             statistics = task.statistics(linears)

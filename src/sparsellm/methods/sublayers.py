@@ -42,9 +42,9 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     """
     tokens, width = task.stream.hidden[0].shape[1:]
     calls = Calls(task.stream.chain.blocks[task.index], tokens * width)
-    entering: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     with calls.recorded():
-        found, leaving = _groups(task, order, entering)
+        found, output = _groups(task, order, inputs)
     sublayers: list[Sublayer] = []
     groups: list[list[LinearView]] = []
     done: list[LinearView] = []
@@ -55,7 +55,7 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
         if len(groups) > 1 and len(group) == 1 and group[0].out_features == width:
             sublayer = Sublayer(groups, group[0])
             shortcut = _shortcut(task, sublayer, order, calls, done)
-            if shortcut is not None and _proves(task, shortcut, entering[group[0].name], leaving, proven):
+            if shortcut is not None and _proves(task, shortcut, inputs[group[0].name], output, proven):
                 sublayer = replace(sublayer, shortcut=shortcut)
             sublayers.append(sublayer)
             groups = []
@@ -72,16 +72,16 @@ def _groups(task: BlockTask, order: RunOrder, inputs: dict[str, Tensor]) -> tupl
     wanted = {linear.name for linear in without_experts(task.linears)}
     tokens, width = task.stream.hidden[0].shape[1:]
 
-    def see(linear: LinearView, entering: Tensor, leaving: Tensor) -> None:
+    def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         order.see(linear)
-        if linear.name in wanted and entering.shape[:-1].numel() == tokens:
-            grouping.add(linear, entering)
+        if linear.name in wanted and x.shape[:-1].numel() == tokens:
+            grouping.add(linear, x)
             if linear.out_features == width:
-                inputs[linear.name] = entering.clone()
+                inputs[linear.name] = x.clone()
 
     with watch(task.stream.chain.linears(task.index), see):
-        leaving = task.stream.run_window(task.index)
-    return grouping.agreed(task.linears), leaving
+        output = task.stream.run_window(task.index)
+    return grouping.agreed(task.linears), output
 
 
 def _shortcut(
@@ -118,20 +118,20 @@ def _run_later(task: BlockTask, linears: list[LinearView], writer: LinearView, o
     return True
 
 
-def _proves(task: BlockTask, shortcut: Shortcut, entering: Tensor, leaving: Tensor, proven: list[KnownOutput]) -> bool:
+def _proves(task: BlockTask, shortcut: Shortcut, x: Tensor, output: Tensor, proven: list[KnownOutput]) -> bool:
     """Whether the block has the same output for the first window, to the bit, when the module is not run.
 
     Args:
-        entering: the input of the writer.
-        leaving: the output of the block.
+        x: the input of the writer.
+        output: the output of the block.
         proven: those of earlier sublayers, whose modules are not run either; this one is added if it is proven.
     """
     known = KnownOutput(shortcut)
-    known.append(entering)
+    known.append(x)
     forwards = {module: forward for each in (*proven, known) for module, forward in each.forwards(0).items()}
     try:
         with replacing(forwards):
-            same = torch.equal(task.stream.run_window(task.index), leaving)
+            same = torch.equal(task.stream.run_window(task.index), output)
     except (TypeError, AttributeError, ValueError):  # the block reads another item that the module returns
         return False
     if same:

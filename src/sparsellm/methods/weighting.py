@@ -1,4 +1,4 @@
-"""Weights in a squared error: of tokens by the norm of their hidden state, of outputs by their cost to the loss."""
+"""Weights in a squared error: tokens count by the norm of their hidden state, outputs by their cost to the loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
 
     Args:
         hidden: batches ``(batch, seq, hidden)``.
-        medians: tokens with norms up to so many times the median have weight 1.
+        medians: tokens with norms up to this multiple of the median have weight 1.
 
     Returns:
         Weights ``(batch, seq)`` for each batch.

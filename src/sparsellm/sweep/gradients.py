@@ -66,7 +66,7 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
         feed: the chain, of which nothing need be loaded, and the windows; the first token of each is not scored.
         visitor: called block by block, from the last to the first.
         names: the linears to call it for; None for all.
-        share: of the positions of a window that are scored, drawn at random, at least :data:`LEAST_SCORED`. The
+        share: the share of a window's positions that is scored, drawn at random, at least :data:`LEAST_SCORED`. The
             head, whose vocabulary may cost more than all blocks, runs for these alone. See :func:`_positions`.
 
     Returns:

@@ -28,7 +28,7 @@ class Integers:
     Attributes:
         values: the type.
         linears: the exponents of the columns of each linear by its name, as records have them.
-        groups: of each weight, by its name; filled by :meth:`factors`.
+        groups: the groups of each weight, by its name; filled by :meth:`factors`.
     """
 
     values: Literal["int8", "int4", "int3"]
@@ -70,10 +70,10 @@ class Integers:
         are held, so its values move together.
 
         Args:
-            parameters: of the block, weights with their gradients.
+            parameters: the block's parameters, weights with their gradients.
             rounded: what :meth:`of` made of them.
             chain: the model.
-            index: of the block.
+            index: the number of the block.
         """
         for linear in self._of(chain, index):
             name = linear.weight_name

@@ -66,7 +66,7 @@ class Adam:
 
         Args:
             rate: the learning rate, relative to each parameter's root mean square.
-            number: of the step, from 1.
+            number: the number of the step, from 1.
         """
         groups = []
         state: dict[Tensor, dict[str, Tensor]] = {}

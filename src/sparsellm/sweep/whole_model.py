@@ -128,11 +128,11 @@ class SweepTask:
     Attributes:
         feed: the pruned chain and the windows of the first pass, this process's share.
         dense: the output of the dense model's last block, ``(batch, seq, hidden)`` in the batches of the feed; None for
-            a chain that holds the dense model's own weights, which then runs.
+            a chain that holds the dense model's weights, which then runs.
         passes: the number of passes over a set of windows.
-        seed: of the windows' order.
+        seed: decides the windows' order.
         write_block: called for each final block in order, while it is loaded.
-        learning_rate: of Adam, relative to the root mean square of each parameter; None for one by the divergence at
+        learning_rate: Adam's rate, relative to the root mean square of each parameter; None: by the divergence at
             the start, at most :data:`RATE`.
         held_out: share of the first set that is held out to decide which state is kept.
         blocks: the shard of each pruned block, or None for a chain that holds its weights.
