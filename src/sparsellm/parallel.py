@@ -1,12 +1,11 @@
 """One run in several processes: division of the work, and exchange of the results.
 
 ``torchrun --nproc-per-node N -m sparsellm prune ...`` starts N processes that all walk the same chain. Each has a share
-of the calibration windows, and moments are summed. Each solves a share of the rows of a weight, and all get the whole
-weight. So every process has the same block when the next one is read.
+of the calibration windows, and moments are summed. Each solves a share of the rows of a weight, and all get all rows.
+So every process has the same block when the next one is read.
 
-In a single process every helper here does nothing, so callers need no second code path. Helpers that communicate must
-be called by all processes, in the same order. Tensors are sent by gloo or NCCL, depending on their device, and small
-Python values by gloo.
+In a single process every helper here does nothing. Helpers that communicate must be called by all processes, in the
+same order. Tensors are sent by gloo or NCCL, depending on their device, and small Python values by gloo.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,9 +27,7 @@ from sparsellm.errors import ProcessError, RecipeError, SparseLLMError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-# The timeout for a process that hangs (one that dies is detected at once). It is longer than any regular wait, such as
-# while the main process generates the calibration text, or computes an allocation, alone.
-TIMEOUT = timedelta(hours=12)
+TIMEOUT = timedelta(hours=12)  # for a process that hangs: longer than the main one ever works alone
 LAST_WORDS = 10.0  # seconds to wait for other processes to fail; on a busy machine they take a while to end
 CHUNK_ELEMENTS = 1 << 24  # elements converted to fp64 at a time: 128 MiB
 
@@ -38,9 +35,6 @@ T = TypeVar("T")
 
 _alone = False  # see main_alone()
 _failures: Store | None = None  # counts the processes that have failed; see claims_failure()
-
-
-# ---------------------------------------------------------------------- who is here
 
 
 def size() -> int:
@@ -54,7 +48,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the main process, which writes and reports."""
+    """Whether this process is the one that writes and reports."""
     return rank() == 0
 
 
@@ -116,10 +110,9 @@ def claims_failure(*, alone: bool = True) -> bool:
 
 
 def await_other_failures() -> None:
-    """Waits until all processes have failed, at most :data:`LAST_WORDS` seconds, since some may have been killed.
+    """Waits in a failed process until all have failed, at most :data:`LAST_WORDS` seconds, since some may be killed.
 
-    Call it in a failed process before it ends: that process may hold the count that :func:`claims_failure` reads in the
-    others.
+    This process may hold the count that :func:`claims_failure` reads in the others.
     """
     if _failures is None or int(os.environ.get("RANK", "0")) != 0:
         return
@@ -151,9 +144,6 @@ def own_device(name: str) -> str:
     return f"cuda:{number}"
 
 
-# ---------------------------------------------------------------------- what each does
-
-
 def share(total: int, unit: int = 1) -> slice:
     """The slice of ``total`` items for this process; shares differ by one unit at most.
 
@@ -171,18 +161,10 @@ def from_main(make: Callable[[], T]) -> T:
     """Calls ``make`` in the main process and returns its result in all; a SparseLLMError is raised in all, too."""
     if size() == 1:
         return make()
-    value: Any = None
-    failure: SparseLLMError | None = None
-    if is_main():
-        try:
-            value = make()
-        except SparseLLMError as error:
-            failure = error
-    value, failure = broadcast((value, failure))
+    value, failure = broadcast(_attempt(make) if is_main() else (None, None))
     if failure is not None:
         raise failure
-    made: T = value
-    return made
+    return cast(T, value)
 
 
 def main_first(make: Callable[[], T]) -> T:
@@ -193,7 +175,7 @@ def main_first(make: Callable[[], T]) -> T:
 
 
 def main_alone(make: Callable[[], T]) -> T:
-    """As :func:`from_main`, for work that would otherwise communicate: it runs as if in a single process."""
+    """Same as :func:`from_main`, for work that would otherwise communicate: it runs as if in a single process."""
 
     def apart() -> T:
         global _alone
@@ -208,19 +190,19 @@ def main_alone(make: Callable[[], T]) -> T:
 
 def together(make: Callable[[], T]) -> T:
     """Calls ``make`` in every process and returns its own result; a SparseLLMError of one is raised in all."""
-    made: list[T] = []
-    failure: SparseLLMError | None = None
+    value, failure = _attempt(make)
+    for error in gather(failure):
+        if error is not None:
+            raise error
+    return cast(T, value)
+
+
+def _attempt(make: Callable[[], T]) -> tuple[T | None, SparseLLMError | None]:
+    """The result, or the error."""
     try:
-        made.append(make())
+        return make(), None
     except SparseLLMError as error:
-        failure = error
-    failures = [each for each in gather(failure) if each is not None]
-    if failures:
-        raise failures[0]
-    return made[0]
-
-
-# ---------------------------------------------------------------------- how they agree
+        return None, error
 
 
 def barrier() -> None:
@@ -279,10 +261,9 @@ def broadcast(value: T, source: int = 0) -> T:
     """The value of the process ``source``. Values are pickled: keep them small."""
     if size() == 1:
         return value
-    values: list[Any] = [value]
+    values = [value]
     _reached(dist.broadcast_object_list, values, src=source)
-    received: T = values[0]
-    return received
+    return values[0]
 
 
 def _reached(operation: Callable[..., T], *arguments: Any, **options: Any) -> T:
