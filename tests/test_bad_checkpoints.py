@@ -307,9 +307,3 @@ def test_a_tokenizer_that_fails_when_it_is_used(copy: Path, tmp_path: Path) -> N
     error = refused(copy, tmp_path / "p", None)
     assert isinstance(error, ModelError)
     assert "no readable tokenizer" in str(error)
-
-
-def test_a_bad_config_is_not_called_a_bad_tokenizer(copy: Path, tmp_path: Path) -> None:
-    tiny_tokenizer().save_pretrained(copy)
-    (copy / "config.json").write_text("{")
-    assert "config.json is not valid JSON" in str(refused(copy, tmp_path / "p", None))

@@ -357,7 +357,6 @@ CPMANT = {
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"allocation": "uniform", "effort": 0, "options": {"output_metric": 0.0}},
         {"method": "sparsellm-paper"},
         {"method": "sparsegpt", "allocation": "threshold"},
