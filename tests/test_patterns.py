@@ -18,7 +18,6 @@ from sparsellm.patterns import (
     Pattern,
     Unstructured,
     common,
-    detect,
     parse_pattern,
     share,
     strictest,
@@ -136,16 +135,6 @@ def test_violations_count_what_is_missing():
     weight = torch.tensor([[1.0, 2, 0, 0, 1, 1, 1, 0]])
     assert NM(2, 4).violations(weight) == 1
     assert NM(1, 4).violations(weight) == 3
-
-
-def test_detect_names_the_strictest():
-    one, two = torch.tensor([[5.0, 0, 0, 0, 0, 0, 3, 0]]), torch.tensor([[5.0, 1, 0, 0, 0, 0, 3, 0]])
-    clustered = torch.tensor([[5.0, 1, 2, 3, 0, 0, 0, 0]])
-    assert detect(one) == NM(1, 4)
-    assert detect(two) == NM(2, 4)
-    assert detect(clustered) == NM(4, 8)
-    assert detect(torch.ones(2, 8)) is None
-    assert detect(torch.zeros(2, 7)) is None
 
 
 def test_the_strictest_patterns_of_four_and_eight():

@@ -194,14 +194,6 @@ def parse_chosen(text: str) -> int | None:
     return int(match[1]) if match is not None else None
 
 
-def detect(weight: Tensor) -> NM | None:
-    """The strictest of the N:M patterns in common use (1:4, 2:4, 4:8) that a weight ``(out, in)`` satisfies, if any."""
-    for pattern in (NM(1, 4), NM(2, 4), NM(4, 8)):
-        if weight.shape[1] % pattern.m == 0 and pattern.violations(weight) == 0:
-            return pattern
-    return None
-
-
 def strictest(weight: Tensor) -> tuple[NM, ...]:
     """The strictest N:4 and N:8 that a weight ``(out, in)`` satisfies, without one that follows from the other."""
     kept = {m: (weight != 0).reshape(-1, m).sum(dim=1) for m in GROUPS if weight.numel() and weight.shape[1] % m == 0}
