@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def grid(model: Path, out: Path, **changes: object) -> GridResult:
-    cells = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5, 0.7], patterns=["2:4"])
+    cells = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5], patterns=["2:4"])
     settings = {"cells": cells, "protocol": PROTOCOL, **changes}
     return compare.compare(model, out=out, **settings)  # type: ignore[arg-type]
 
@@ -53,7 +53,7 @@ def test_settings_override_options_as_those_of_prune_do(tmp_path: Path, monkeypa
 
 def test_every_cell_is_what_a_run_by_itself_gives(model: Path, finished: GridResult, tmp_path: Path) -> None:
     names = [cell.name for cell in finished.cells]
-    assert names == [f"{m}-{t}" for t in ("0.5", "0.7", "2-4") for m in ("magnitude", "sparsellm")]
+    assert names == [f"{m}-{t}" for t in ("0.5", "2-4") for m in ("magnitude", "sparsellm")]
     for cell in finished.cells:
         recipe = {**SETTINGS, "method": cell.method}
         recipe.update({"pattern": cell.target} if ":" in cell.target else {"sparsity": float(cell.target)})
@@ -95,9 +95,9 @@ def test_gradients_windows_and_the_dense_model_are_computed_once(
             return real(*args, **kwargs)  # type: ignore[operator]
 
         monkeypatch.setattr(module, name, counted)
-    grid(model, tmp_path / "out", cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.6, 0.7]))
+    grid(model, tmp_path / "out", cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.7]))
     assert made.count("loss_gradients") == 1
-    assert made.count("_leaving") == 3 + 1
+    assert made.count("_leaving") == 2 + 1
 
 
 def test_a_stopped_grid_goes_on_and_takes_further_cells(
@@ -121,7 +121,7 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
     assert [(c.name, c.perplexity, c.kl) for c in result.cells] == [
         (c.name, c.perplexity, c.kl) for c in finished.cells
     ]
-    assert len(calls) == 2 + 5
+    assert len(calls) == 2 + 3
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,7 @@ def measured(name: str, recovery: float, size: int) -> Measured:
         (Constraints(recover=0.99, max_bytes=100), None),
     ],
 )
-def test_the_recommendation_is_the_smallest_that_recovers_enough_or_the_best_that_is_small_enough(
-    constraints: Constraints, wanted: str | None
-) -> None:
+def test_the_recommendation_satisfies_the_constraints(constraints: Constraints, wanted: str | None) -> None:
     cells = [measured("a", 0.95, 80), measured("b", 0.92, 50), measured("c", 0.6, 30)]
     chosen = recommend(cells, constraints)
     assert (chosen.name if chosen else None) == wanted

@@ -240,7 +240,8 @@ def cells_of(
     if swept and all(entry.effort is None for entry in entries):
         raise RecipeError(f"{swept[0]} is known to none of the methods {', '.join(methods)}; leave it out")
     cells = []
-    targets: list[Settings] = [*({"sparsity": each} for each in sparsities), *({"pattern": p} for p in patterns)]
+    targets: list[Settings] = [{"sparsity": sparsity} for sparsity in sparsities]
+    targets += [{"pattern": pattern} for pattern in patterns]
     for target in targets:
         for entry in entries:
             options = {key: value for key, value in recipe.options.items() if key in entry.options}

@@ -187,45 +187,24 @@ def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], mo
     assert lines[-1] == "prune blocks: 0.0 s"
 
 
-def test_no_command_writes_control_codes_into_a_pipe(model: Path, tmp_path: Path, run: Any) -> None:
+# ---------------------------------------------------------------------- options
+
+
+def test_pipes_get_no_control_codes_and_json_is_one_object(model: Path, tmp_path: Path, run: Any) -> None:
+    disable_progress_bar()  # as the environment does in a process of its own
     pruned, packed, again = (tmp_path / name for name in ("pruned", "packed", "again"))
-    commands = [
+    for name, *rest in (
         ("prune", model, "--out", pruned, "--method", "magnitude", *SMALL),
         ("eval", pruned, "--text", "pydoc", "--seq-len", 32, "--max-tokens", 64),
-        ("inspect", pruned),
-        ("methods",),
         ("pack", pruned, "--out", packed),
         ("unpack", packed, "--out", again),
         ("bench", packed, "--dense", pruned, "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1),
         ("generate", packed, "hello", "--max-new-tokens", 2),
-    ]
-    for command in commands:
-        code, stdout, stderr = run(*command)
-        assert code == 0, (command, stderr)
+    ):
+        code, stdout, stderr = run(name, *rest)
+        assert code == 0, (name, stderr)
         assert "\x1b" not in stdout + stderr
-
-
-# ---------------------------------------------------------------------- options
-
-
-def test_quiet_prints_the_result_alone_and_json_is_one_object(model: Path, tmp_path: Path, run: Any) -> None:
-    disable_progress_bar()  # as the environment does in a process of its own
-    pruned, packed, again = (tmp_path / name for name in ("pruned", "packed", "again"))
-    bench = ("bench", "packed", packed, "--dense", pruned, "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
-    commands = [
-        ("prune", "path", model, "--out", pruned, "--method", "magnitude", *SMALL),
-        ("eval", "perplexity", pruned, "--text", "pydoc", "--seq-len", 32, "--max-tokens", 64),
-        ("pack", "written to", pruned, "--out", packed),
-        ("unpack", "written to", packed, "--out", again),
-        bench,
-        ("generate", "hello", packed, "hello", "--max-new-tokens", 2),
-    ]
-    for name, said, *rest in commands:
-        replaced = ["--overwrite"] if "--out" in rest else []
-        code, stdout, stderr = run(name, *rest, "--quiet")
-        assert (code, stderr) == (0, ""), name
-        assert said in stdout or name == "prune"
-        code, stdout, stderr = run(name, *rest, *replaced, "--quiet", "--json")
+        code, stdout, stderr = run(name, *rest, *(["--overwrite"] if "--out" in rest else []), "--quiet", "--json")
         assert (code, stderr) == (0, ""), name
         assert isinstance(json.loads(stdout), dict)
 

@@ -48,9 +48,15 @@ def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     }
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["run", "comparison"])
+@pytest.mark.parametrize(
+    ("name", "size", "scheme"),
+    [
+        ("run", "phone", "light"),
+        ("run", "desktop", "dark"),
+        ("comparison", "phone", "dark"),
+        ("comparison", "desktop", "light"),
+    ],
+)
 def test_a_page(name: str, size: str, scheme: str, browser: Any, pages: dict[str, Path]) -> None:
     width, height = SIZES[size]
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)

@@ -234,11 +234,8 @@ def test_it_is_rebuilt_in_place_and_counts_as_ours(runs: Path, tmp_path: Path) -
     ("name", "content", "said"),
     [
         ("pruning.json", None, "has no pruning.json; give a directory that `sparsellm prune` wrote"),
-        ("pruning.json", "[]", "holds a JSON list, not an object"),
         ("pruning.json", '{"sparsity_asked": 0.5, "linears": []}', "linears is \\[\\]"),
         ("results.json", '{"format": 2}', "format is 2"),
-        ("results.json", '{"evaluations": [{"perplexity": 3}]}', "evaluations.0"),
-        ("results.json", "{", "is not valid JSON"),
     ],
 )
 def test_files_that_are_wrong(name: str, content: str | None, said: str, copied: Path, run: Any) -> None:

@@ -1,0 +1,87 @@
+"""The schema of pruning.json and results.json: what is read, what is refused, and what is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsellm.errors import StorageError
+from sparsellm.records import Continuation, Pruning, Results, read_record
+from sparsellm.storage import files, results
+from sparsellm.storage.results import append_result, read_results
+from tests.report.pages import results as measured
+
+LINEAR: dict[str, Any] = {"name": "model.layers.3.mlp.experts.7.w1", "shape": [2, 8], "zeros": 4}
+PRUNING: dict[str, Any] = {"sparsity_asked": 0.25, "linears": [LINEAR]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "said"),
+    [
+        (Pruning, "{", "is not valid JSON"),
+        (Pruning, "[]", "holds a JSON list, not an object"),
+        (Pruning, "[" * 100_000, "nested too deeply"),
+        (Pruning, json.dumps({"linears": []}), "sparsity_asked is missing; put the file back as it was"),
+        (Pruning, json.dumps({**PRUNING, "linears": [{**LINEAR, "zeros": 1 << 64}]}), "linears.0.zeros is 1844"),
+        (Pruning, json.dumps({**PRUNING, "linears": [{**LINEAR, "shape": [2, "8"]}]}), "linears.0.shape.1 is '8'"),
+        (Pruning, json.dumps({**PRUNING, "linears": [{**LINEAR, "shape": [2, 0]}]}), "linears.0.shape.1 is 0"),
+        (Pruning, json.dumps({**PRUNING, "linears": [{**LINEAR, "exponents": "xy"}]}), "linears.0.exponents is 'xy'"),
+        (Pruning, json.dumps({**PRUNING, "versions": {"torch\n": 2}}), r"versions.torch\n is 2"),
+        (Results, json.dumps({"format": 2}), "format is 2"),
+        (Results, json.dumps({"evaluations": {"a": 1}}), "evaluations is {'a': 1}"),
+        (Results, json.dumps({"evaluations": [{}]}), "evaluations.0.sparsellm is missing"),
+        (Results, json.dumps(measured(math.inf)), "evaluations.0.perplexity.value is inf"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(kind: Any, content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(content)
+    with pytest.raises(StorageError) as caught:
+        read_record(kind, path)
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    one = Pruning.model_validate({**PRUNING, "seconds": {"prune": 1.23456}, "of_a_later_release": 1})
+    assert (one.zeros, one.weights, one.sparsity_reached) == (4, 16, 0.25)
+    assert (one.linears[0].block, one.linears[0].kind) == (3, "mlp.experts.*.w1")
+    (tmp_path / "file.json").write_text(one.model_dump_json())
+    again = read_record(Pruning, tmp_path / "file.json")
+    assert math.isnan(again.linears[0].error)
+    assert again.model_dump_json() == one.model_dump_json()
+    assert again.seconds == {"prune": 1.235}
+
+
+def test_fields_of_a_later_release_stay_in_the_results(tmp_path: Path) -> None:
+    content = measured(31.4, later=1)
+    content["evaluations"][0]["perplexity"]["later"] = 2
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    append_result(tmp_path, Continuation(prompt="", dense="", pruned=""))
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert (kept["later"], kept["evaluations"][0]["perplexity"]["later"]) == (1, 2)
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="there are no locks")
+def test_records_appended_at_once_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)
+
+    def read(directory: Path) -> Results:
+        found = read_results(directory)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)  # for the other one, which would read the same
+        return found
+
+    monkeypatch.setattr(results, "read_results", read)
+    records = [Continuation(prompt=each, dense="", pruned="") for each in ("one", "other")]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda record: append_result(tmp_path, record), records))
+    assert {record.prompt for record in read_results(tmp_path).continuations} == {"one", "other"}
