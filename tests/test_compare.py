@@ -87,7 +87,7 @@ def test_gradients_windows_and_the_dense_model_are_computed_once(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    for module, name in ((running, "loss_gradients"), (streamed, "_leaving")):
+    for module, name in ((running, "loss_gradients"), (streamed, "_outputs")):
         real = getattr(module, name)
 
         def counted(*args: object, real: object = real, name: str = name, **kwargs: object) -> object:
@@ -97,7 +97,7 @@ def test_gradients_windows_and_the_dense_model_are_computed_once(
         monkeypatch.setattr(module, name, counted)
     grid(model, tmp_path / "out", cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.7]))
     assert made.count("loss_gradients") == 1
-    assert made.count("_leaving") == 2 + 1
+    assert made.count("_outputs") == 2 + 1
 
 
 def test_a_stopped_grid_goes_on_and_takes_further_cells(

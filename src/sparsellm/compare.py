@@ -61,8 +61,8 @@ class Measured(Record):
         perplexity, kl, agreement, recovery: on the text of the grid, as in :class:`~sparsellm.records.Against`.
         packed_bytes, dense_bytes: weight files of the packed and of the dense checkpoint.
         tokens_per_second, dense_tokens_per_second: while decoding, measured in turns; None if no speed is measured.
-        seconds: of pruning, by wall clock.
-        peak_rss: of pruning, in bytes; the highest of the process so far.
+        seconds: wall-clock seconds of pruning.
+        peak_rss: bytes at the peak of pruning; the highest of the process so far.
         settings: everything that the measurements depend on.
     """
 

@@ -31,7 +31,7 @@ from sparsellm.progress import Progress as Event
 
 LONG_PHASE = 10.0  # seconds; a finished phase that took longer gets a line in a log file
 CALM = 30.0  # seconds between two lines of progress in a log file
-SMALL_SHARE = 0.02  # of the time; phases below it are added up in one row
+SMALL_SHARE = 0.02  # share of the time; phases below it are added up in one row
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _ENDS_OF_LINES = re.compile(r"[\n\u2028\u2029]")
@@ -100,7 +100,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """As :func:`visible`, with line breaks as escapes too."""
+    """Same as :func:`visible`, with line breaks as escapes too."""
     return _ENDS_OF_LINES.sub(_escape, visible(text))
 
 
@@ -136,12 +136,12 @@ def duration(seconds: float) -> str:
     """A time such as 0.3 s, 42 s, 17 min 13 s, 3 h 05 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
 def speed(median: float, slowest: float, fastest: float) -> str:
@@ -168,11 +168,11 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
         seconds: by phase; a name such as ``prune/solve`` is a part of ``prune``.
         parts: show parts as well, and small phases one by one.
     """
-    whole = {name: value for name, value in seconds.items() if "/" not in name}
-    total = sum(whole.values()) or 1.0
+    totals = {name: value for name, value in seconds.items() if "/" not in name}
+    total = sum(totals.values()) or 1.0
     shown = table(("step",), ("time", "share"))
     rest = 0.0
-    for name, value in sorted(whole.items(), key=lambda item: -item[1]):
+    for name, value in sorted(totals.items(), key=lambda item: -item[1]):
         if value < SMALL_SHARE * total and not parts:
             rest += value
             continue
@@ -183,7 +183,7 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
     if rest:
         shown.add_row("everything else", duration(rest), f"{rest / total:.0%}")
     shown.add_section()
-    shown.add_row("all", duration(sum(whole.values())), "", style="bold")
+    shown.add_row("all", duration(sum(totals.values())), "", style="bold")
     return shown
 
 

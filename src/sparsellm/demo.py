@@ -31,7 +31,7 @@ from sparsepack.loading import load
 # Sized for five minutes on two cores.
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
 OPTIONS: Settings = {"solver": "sparsegpt"}  # the default solver takes two and a half times its time
-PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # of the measurement of speed
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # for the measurement of speed
 NAME = "SmolLM2-135M-Instruct"
 PROMPT = "The Python programming language is"
 TEXT_TOKENS = 40

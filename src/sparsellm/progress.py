@@ -13,7 +13,7 @@ NOTE = "note"
 PLAN = "plan"
 """The phase of an event whose ``costs`` predict the seconds of each phase of the whole run."""
 
-PRIOR = 0.03  # of the predicted seconds; the weight of the prediction against the seconds measured so far
+PRIOR = 0.03  # weight of the prediction, as a share of its seconds, against the seconds measured so far
 MOST_BEFORE_END = 0.99  # a planned run is done when it ends, whatever was predicted
 TRUSTED = 0.1  # the part of a phase after which its own speed alone says how long the rest takes
 
@@ -60,7 +60,7 @@ class Forecast:
 
     Attributes:
         phase: the current phase, or "".
-        seconds: of each finished phase; the times of a phase that begins again add up.
+        seconds: seconds of each finished phase; the times of a phase that begins again add up.
         share: the share done of the whole, from 0 to 1. With a plan, it never falls.
     """
 

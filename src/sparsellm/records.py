@@ -84,7 +84,7 @@ class LinearResult(Record):
         history: one step for each iteration, for methods that iterate.
         tokens: the number of calibration tokens that were routed to it, if it belongs to an expert; else None.
         pattern: its N:M, such as ``2:4``; None for zeros anywhere.
-        exponents: of the columns of integer values, a hexadecimal digit each (the exponent plus 8); empty if all are 0.
+        exponents: a hexadecimal digit (the exponent plus 8) for each column of integer values; empty if all are 0.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -225,7 +225,7 @@ class RunRecord(Record):
     Attributes:
         path: the finished checkpoint; None if the model was pruned in memory only.
         sparsity_asked: the recipe's sparsity, which holds for the pruned linears.
-        bits_per_weight: of the pruned linears, as ``pack`` will write values that were rounded; None if they were kept.
+        bits_per_weight: bits as ``pack`` will write the pruned linears, if values were rounded; None if they were kept.
         dense: the matrices of the blocks that were not pruned.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
         predicted_seconds: seconds of each step, as predicted when the run began; empty if nothing was.

@@ -86,11 +86,11 @@ def _kinds(result: PruneResult, *, spread: bool) -> Table:
 
 
 def _recipe_line(recipe: Recipe, allocation: str | None) -> str:
-    wanted = f"{recipe.sparsity:.0%}"
+    target = f"{recipe.sparsity:.0%}"
     if recipe.pattern is not None:
-        wanted = recipe.pattern if recipe.chosen_of is None else f"{recipe.pattern} {wanted}"
+        target = recipe.pattern if recipe.chosen_of is None else f"{recipe.pattern} {target}"
     shares = f" by {allocation}" if allocation is not None else ""
-    return f"{recipe.method} {wanted}{shares} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"
+    return f"{recipe.method} {target}{shares} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"
 
 
 def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
@@ -186,7 +186,7 @@ def print_packed(result: PackResult) -> None:
     if result.rounded:
         say(
             f"note: {len(result.rounded)} of {len(result.linears)} linears were rounded to nearest. A model that was "
-            "pruned with the same --values loses nothing if its own pruning.json stands beside the weights",
+            "pruned with the same --values loses nothing if its own pruning.json is in the directory of the weights",
             error=True,
         )
     head = "in int8" if result.head else "unchanged"

@@ -22,7 +22,7 @@ from sparsellm.progress import Progress, ProgressCallback, ignore
 
 # Positions whose fp32 log-probabilities are in memory at once: 256 × 128k vocabulary entries take 128 MB.
 CHUNK = 256
-_HIDDEN_BYTES = 1 << 30  # of hidden states held at once; a longer text runs through the blocks in several passes
+_HIDDEN_BYTES = 1 << 30  # hidden states held at once; a longer text runs through the blocks in several parts
 _BATCH_TOKENS = 4096
 
 
@@ -54,12 +54,12 @@ class Kept:
         self.chain = chain
         self._kept: tuple[Tensor, list[Tensor]] | None = None  # windows, and the outputs of the last block
 
-    def leaving(self, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
-        """As :func:`_leaving`; the outputs on the first windows that it is called with are kept."""
+    def outputs(self, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
+        """Same as :func:`_outputs`; the outputs on the first windows that it is called with are kept."""
         if self._kept is None:
-            self._kept = windows, list(_leaving(self.chain, windows, tell))
+            self._kept = windows, list(_outputs(self.chain, windows, tell))
         known, rows = self._kept
-        return iter(rows) if torch.equal(known, windows) else _leaving(self.chain, windows, tell)
+        return iter(rows) if torch.equal(known, windows) else _outputs(self.chain, windows, tell)
 
 
 def streamed_scores(
@@ -93,7 +93,7 @@ def streamed_scores(
     rows: list[list[float]] = []
     for part in parts:
         hidden = [
-            dense.leaving(part, tell) if isinstance(dense, Kept) and each is other else _leaving(each, part, tell)
+            dense.outputs(part, tell) if isinstance(dense, Kept) and each is other else _outputs(each, part, tell)
             for each in chains
         ]
         begun = next(done)
@@ -112,7 +112,7 @@ def streamed_scores(
     return Scores(*torch.tensor(rows, dtype=torch.float64).T)
 
 
-def _leaving(chain: Chain, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
+def _outputs(chain: Chain, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
     """The output of the last block for each window, ``(1, seq, hidden)``; the blocks run when this is called."""
     stream = Feed(chain, windows, _BATCH_TOKENS).stream()
     by_window = stream.hidden[0].shape[1:2] == windows.shape[1:]

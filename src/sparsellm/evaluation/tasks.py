@@ -19,15 +19,15 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
     """lm-eval's TaskManager, after a check that it knows every task, group or tag that is named.
 
     Args:
-        names: of tasks.
-        folder: of further tasks, in YAML files.
+        names: names of tasks.
+        folder: a directory of further tasks, in YAML files.
 
     Raises:
         RecipeError: lm-eval is not installed, the folder does not exist, or a task is unknown.
     """
     if folder is not None and not folder.is_dir():
         raise RecipeError(
-            f"tasks_dir is {shown(str(folder))}, which is no directory; name one with YAML files of tasks"
+            f"tasks_dir is {shown(str(folder))}, which is not a directory; name one with YAML files of tasks"
         )
     try:
         from lm_eval.tasks import TaskManager
@@ -53,9 +53,8 @@ def run_tasks(
 
     Args:
         model: in memory, packed or dense.
-        tokenizer: of the model.
-        names: of tasks.
-        manager: of :func:`find_tasks`.
+        names: names of tasks.
+        manager: as :func:`find_tasks` returns it.
         bos: whether lm-eval puts BOS before a text.
 
     Raises:
@@ -67,12 +66,12 @@ def run_tasks(
     try:
         with _quiet():
             harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", add_bos_token=bos)
-            found = lm_eval.simple_evaluate(
+            results = lm_eval.simple_evaluate(
                 model=harness, tasks=list(names), task_manager=manager, log_samples=False, bootstrap_iters=1000
             )
-    except Exception as error:  # of lm-eval, of a task's own files, or of the library that reads its data
+    except Exception as error:  # from lm-eval, a task's own files, or the library that reads its data
         raise DataError(f"lm-eval cannot run {', '.join(names)}: {one_line(error)}") from error
-    tasks = {name: _metrics(values) for name, values in found["results"].items()}
+    tasks = {name: _metrics(values) for name, values in results["results"].items()}
     return {name: metrics for name, metrics in tasks.items() if metrics}
 
 

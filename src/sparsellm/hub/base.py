@@ -7,7 +7,7 @@ from pathlib import Path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LICENSE = ("license", "license_name", "license_link")  # what a card states of the license
-_MOST_CHARACTERS, _MOST_BYTES = 300, 1 << 20  # of such a value, and of a card: a hundred times the usual ones
+_MOST_CHARACTERS, _MOST_BYTES = 300, 1 << 20  # a value and a card; a hundred times the usual sizes
 
 
 def base_of(model: object, directory: Path | None) -> dict[str, str]:
@@ -15,7 +15,7 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
 
     Args:
         model: as the user named it, or a transformers model.
-        directory: of its checkpoint; None for a model that was given as an object.
+        directory: its checkpoint; None for a model that was given as an object.
     """
     name = getattr(model, "name_or_path", "") if directory is None else str(model)
     known = _hub_id(str(name), directory)
@@ -37,7 +37,7 @@ def _license(card: Path) -> dict[str, str]:
 
     try:
         values = (metadata_load(card) if card.stat().st_size <= _MOST_BYTES else None) or {}
-    except Exception:  # it belongs to somebody else and is no reason to stop
+    except Exception:  # it belongs to somebody else and does not stop the run
         return {}
     stated = {key: values.get(key) for key in _LICENSE}
     return {

@@ -22,14 +22,14 @@ from sparsepack.checkpoint import is_packed
 
 CARD = "README.md"
 _MARK = re.compile(r"<!-- Written by `sparsellm card`, which replaces it unless it was edited: ([0-9a-f]{16}) -->\n")
-_ALWAYS = ("method", "sparsity", "calibration", "samples", "seq_len")  # of the recipe; other settings if not default
+_ALWAYS = ("method", "sparsity", "calibration", "samples", "seq_len")  # settings shown also at their defaults
 
 
 def rebuild_card(directory: Path, *, force: bool = False) -> Path:
     """Writes the card of a checkpoint anew, with the results of its evaluations; returns its path.
 
     Args:
-        directory: of the checkpoint.
+        directory: the checkpoint.
         force: overwrite a card that somebody else wrote or edited.
 
     Raises:
@@ -65,7 +65,7 @@ def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: b
     """The text of a card, with a mark by which :func:`is_unedited` knows it.
 
     It does not name the directory, which may be moved or uploaded. Texts that come from files and users stand in code
-    spans and blocks, so they are no markup.
+    spans and blocks, so they are never markup.
     """
     from huggingface_hub import ModelCard, ModelCardData  # takes a tenth of a second
 

@@ -52,7 +52,7 @@ def push_checkpoint(directory: Path, repo: str, *, private: bool = False, revisi
     """Uploads the files of a checkpoint, in one commit. The token is the one that the hub's client finds.
 
     Args:
-        directory: of the checkpoint.
+        directory: the checkpoint.
         repo: ``owner/name``; created if the hub has none.
         private: create a private repository; an existing public one is refused.
         revision: the branch, created if there is none; None for the main one.

@@ -266,13 +266,13 @@ def error_map(linears: Sequence[LinearResult]) -> Chart:
 def allocation_chart(pruning: Pruning) -> Chart:
     """The sparsity of each block, over all its pruned linears and by kind."""
     cells, blocks = _cells(pruning.linears)
-    whole = by_block(pruning.linears, blocks, sparsity_of)
-    known = [value for value in whole if value is not None]
+    shares = by_block(pruning.linears, blocks, sparsity_of)
+    known = [value for value in shares if value is not None]
     text = (
         f"Sparsity by depth. The allocation is {pruning.allocated_by or 'uniform'}; blocks range from "
         f"{percent(min(known))} to {percent(max(known))}, and {percent(pruning.sparsity_asked)} was asked for."
     )
-    series = {"all of the block": whole}
+    series = {"all of the block": shares}
     for kind, row in cells.items():
         series[kind] = [sparsity_of(row[block]) if block in row else None for block in blocks]
     chart = lines(
@@ -350,21 +350,21 @@ def decomposition_charts(pruning: Pruning) -> list[Chart]:
 
 def time_chart(pruning: Pruning) -> Chart | None:
     """Seconds of each phase; None if they are not known."""
-    whole = {name: value for name, value in pruning.whole_seconds.items() if value >= 0}
-    total = sum(whole.values())
+    took = {name: value for name, value in pruning.whole_seconds.items() if value >= 0}
+    total = sum(took.values())
     if not total:
         return None
-    order = sorted(whole, key=lambda name: whole[name])
+    order = sorted(took, key=lambda name: took[name])
     rows = []
     for name in reversed(order):
-        rows.append((name, f"{whole[name]:.1f}", percent(whole[name] / total)))
-        parts = {key: took for key, took in pruning.seconds.items() if key.startswith(f"{name}/")}
-        rows += [(f"– {key.partition('/')[2]}", f"{took:.1f}", percent(took / total)) for key, took in parts.items()]
-    seconds = [whole[name] for name in order]
+        rows.append((name, f"{took[name]:.1f}", percent(took[name] / total)))
+        parts = {key: part for key, part in pruning.seconds.items() if key.startswith(f"{name}/")}
+        rows += [(f"– {key.partition('/')[2]}", f"{part:.1f}", percent(part / total)) for key, part in parts.items()]
+    seconds = [took[name] for name in order]
     return Chart(
         "time",
         "Time of each phase",
-        f"{total:.0f} seconds in all; {order[-1]} took {percent(whole[order[-1]] / total)} of them.",
+        f"{total:.0f} seconds in all; {order[-1]} took {percent(took[order[-1]] / total)} of them.",
         Table(("phase", "seconds", "share"), rows),
         [{"type": "bar", "orientation": "h", "x": seconds, "y": order, "marker": {"color": COLOURS[0]}}],
         {"xaxis": axis("seconds"), "yaxis": {"type": "category"}},

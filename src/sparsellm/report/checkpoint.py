@@ -71,8 +71,8 @@ def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[s
     """What a pruned checkpoint says of itself.
 
     Args:
-        directory: of the checkpoint.
-        name: of the directory in commands, if it will have another one.
+        directory: the checkpoint.
+        name: the directory in commands, if it will have another name.
 
     Raises:
         StorageError: it is not a directory, was not written by ``prune``, or a file in it cannot be read.

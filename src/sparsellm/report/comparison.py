@@ -180,13 +180,13 @@ def _quality(runs: Sequence[Run], dense: Dense) -> list[Chart]:
         ("speed", "tokens a second, decoding", [run.speed for run in runs], dense.speed),
         ("sparsity", "zeros in the pruned linears", [run.record.pruning.sparsity_pruned for run in runs], 0.0),
     )
-    found = []
+    drawn = []
     for name, title, values, of_dense in views:
         pairs = zip(runs, values, strict=True)
         points = [(run.name, x, run.perplexity) for run, x in pairs if x is not None and run.perplexity is not None]
         if points:
-            found.append(_scatter(name, title, points, of_dense, dense.perplexity))  # type: ignore[arg-type]
-    return found
+            drawn.append(_scatter(name, title, points, of_dense, dense.perplexity))  # type: ignore[arg-type]
+    return drawn
 
 
 def _scatter(

@@ -155,9 +155,9 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
 def templates() -> Environment:
     """The templates of this package; every value in them is escaped."""
     loader = PackageLoader("sparsellm.report", "page")
-    found = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    found.filters["thousands"] = lambda count: f"{count:,}"
-    return found
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["thousands"] = lambda count: f"{count:,}"
+    return environment
 
 
 def _part(name: str) -> str:
