@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -75,7 +75,7 @@ def run_tasks(
     return {name: metrics for name, metrics in tasks.items() if metrics}
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
+def _metrics(values: Mapping[str, object]) -> dict[str, Metric]:
     """The metrics in lm-eval's results of one task, whose keys are ``metric,filter`` and ``metric_stderr,filter``."""
     metrics: dict[str, Metric] = {}
     for key, value in values.items():
