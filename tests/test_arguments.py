@@ -141,7 +141,7 @@ def test_rows_with_text_are_documents(llama: Path, tmp_path: Path) -> None:
         (({"text": "a"} for _ in range(3)), "without a length"),
         ([{"body": "a"}], "no 'text' and no 'input_ids'"),
         ([{"text": 3}], "not a string"),
-        ([{"text": "a"}, "b"], "no mappings"),
+        ([{"text": "a"}, "b"], "rows that are not"),
         (torch.ones(2, 200, dtype=torch.int64), "128 positions"),
     ],
     ids=lambda value: shown(value, 30),
