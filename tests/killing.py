@@ -132,18 +132,6 @@ def full_disk(after: int | None) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def hidden_states_in(memory: int | None) -> Iterator[None]:
-    """Hidden states take at most so many bytes of memory, the others are on disk; None for no change."""
-    make = Scratch.__init__
-
-    def small(self: Scratch, _: int | None = None, *args: Any, **kwargs: Any) -> None:
-        make(self, memory, *args, **kwargs)
-
-    with mock.patch.object(Scratch, "__init__", make if memory is None else small):
-        yield
-
-
 @dataclass(frozen=True)
 class Ended:
     """How a command ended: its exit code (minus the signal), its error, and its steps by kind."""
@@ -181,8 +169,10 @@ def _counted(connection: Any, call: Any, at: Any, exchanges: bool, memory: int |
     torch.set_num_threads(1)
     command, args, kwargs = call
     os.fsync = lambda descriptor: None  # what a kill leaves does not depend on it, and it takes the time
-    error = ""
-    with hidden_states_in(memory), dying(at, exchanges=exchanges, signalled=True) as steps:
+    error, make = "", Scratch.__init__
+    if memory is not None:  # for hidden states; the others are on disk
+        Scratch.__init__ = lambda self, _=None, *args, **kwargs: make(self, memory, *args, **kwargs)  # type: ignore[method-assign]
+    with dying(at, exchanges=exchanges, signalled=True) as steps:
         try:
             command(*args, **kwargs)
         except SparseLLMError as refused:

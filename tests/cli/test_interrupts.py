@@ -26,95 +26,81 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
 
 
-def pruning(llama: Path, out: Path, solver: Path) -> list[str]:
-    words = ["prune", llama, "--out", out, "--plugin", solver, "--method", "waiting", "--samples", 2, "--seq-len", 16]
-    return [str(word) for word in words]
+def pruning(llama: Path, folder: Path, how: str = "wait", name: str = "p") -> list[Any]:
+    """A command that stops in the second block, where a solver in ``folder`` waits in this way."""
+    solver = killing.waiting_solver(folder, how)
+    return [
+        "prune",
+        llama,
+        "--out",
+        folder / name,
+        "--plugin",
+        solver,
+        "--method=waiting",
+        "--samples=2",
+        "--seq-len=16",
+    ]
 
 
-@pytest.mark.parametrize("signum", CODES)
-def test_a_signal_stops_the_run_and_says_what_is_kept_and_what_goes_on(
-    signum: signal.Signals, llama: Path, tmp_path: Path, run: Any
-) -> None:
-    out = tmp_path / ODD_NAME
-    with killing.command(tmp_path, *pruning(llama, out, killing.waiting_solver(tmp_path)), "--json") as process:
+def stopped(folder: Path, signum: int, *command: Any, **options: Any) -> tuple[int, str]:
+    """The exit code of a command that gets a signal where it waits, and the last line of what it says."""
+    with killing.command(folder, *command, **options) as process:
         killing.send(process, signum)
-        assert killing.ended(process) == CODES[signum]
-    assert (tmp_path / "stdout").read_text() == ""
-    line = (tmp_path / "stderr").read_text().splitlines()[-1]
-    assert line.startswith(f"interrupted ({signum.name}); 1 of 3 blocks are kept in {out}.partial; ")
-    assert not out.exists()
-    (tmp_path / "go").touch()
-    program, *again = shlex.split(line.partition("the same command resumes it:")[2])
+        code = killing.ended(process)
+    assert (folder / "stdout").read_text() == ""
+    return code, (folder / "stderr").read_text().splitlines()[-1]
+
+
+def go_on(folder: Path, said: str, run: Any) -> str:
+    """What the command says that a last line names."""
+    (folder / "go").touch()
+    program, *again = shlex.split(said.partition("the same command resumes it:")[2])
     assert program == "sparsellm"
     code, _, stderr = run(*again)
     assert code == 0, stderr
-    assert "resuming an unfinished run: 1 of 3 blocks are done" in stderr
+    return str(stderr)
+
+
+@pytest.mark.parametrize("signum", CODES)
+def test_a_signal_stops_and_says_what_is_kept(signum: signal.Signals, llama: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / ODD_NAME
+    code, line = stopped(tmp_path, signum, *pruning(llama, tmp_path, name=ODD_NAME), "--json", "--restart")
+    assert code == CODES[signum]
+    assert line.startswith(f"interrupted ({signum.name}); 1 of 3 blocks are kept in {out}.partial; ")
+    assert "--restart" not in line
+    assert not out.exists()
+    assert "resuming an unfinished run: 1 of 3 blocks are done" in go_on(tmp_path, line, run)
     assert (out / "pruning.json").is_file()
 
 
-def test_the_command_that_goes_on_does_not_begin_anew(llama: Path, tmp_path: Path) -> None:
-    with killing.command(
-        tmp_path, *pruning(llama, tmp_path / "p", killing.waiting_solver(tmp_path)), "--restart"
-    ) as run:
-        killing.send(run, signal.SIGTERM)
-        assert killing.ended(run) == 143
-    said = (tmp_path / "stderr").read_text()
-    assert "the same command resumes it:" in said
-    assert "--restart" not in said
-
-
-def test_a_comparison_says_how_many_cells_are_kept_and_goes_on(llama: Path, tmp_path: Path, run: Any) -> None:
-    command = [
-        *(
-            "compare",
-            llama,
-            "--out",
-            tmp_path / "grid",
-            "--plugin",
-            killing.waiting_solver(tmp_path),
-            "--sparsity",
-            0.5,
-        ),
-        *("--method", "magnitude,waiting", "--calibration", "pydoc", "--text", "pydoc", "--seq-len", 32),
-        *("--max-tokens", 64, "--set", "samples=2", "--set", "seq_len=16"),
-    ]
-    with killing.command(tmp_path, *map(str, command)) as process:
-        killing.send(process, signal.SIGINT)
-        assert killing.ended(process) == 130
-    line = (tmp_path / "stderr").read_text().splitlines()[-1]
+def test_a_comparison_says_how_many_cells_are_kept(llama: Path, tmp_path: Path, run: Any) -> None:
+    grid = ["compare", llama, "--out", tmp_path / "grid", "--plugin", killing.waiting_solver(tmp_path)]
+    grid += ["--sparsity=0.5", "--method=magnitude,waiting", "--calibration=pydoc", "--text=pydoc", "--seq-len=32"]
+    code, line = stopped(tmp_path, signal.SIGINT, *grid, "--max-tokens=64", "--set=samples=2", "--set=seq_len=16")
     kept = f"1 finished cell and the blocks of the next one are kept in {tmp_path / 'grid'}"
+    assert code == 130
     assert line.startswith(f"interrupted (SIGINT); {kept}; the same command resumes it:")
-    (tmp_path / "go").touch()
-    code, _, stderr = run(*shlex.split(line.partition("the same command resumes it:")[2])[1:])
-    assert code == 0, stderr
-    assert "1 of 3 blocks are done" in stderr
+    assert "1 of 3 blocks are done" in go_on(tmp_path, line, run)
 
 
 @pytest.mark.parametrize("words", [["eval", "{llama}", "--text", "pydoc"], ["inspect", "{llama}"]])
 def test_a_command_that_keeps_nothing_says_so(words: list[str], llama: Path, tmp_path: Path) -> None:
     command = [word.format(llama=llama) for word in words]
-    with killing.command(tmp_path, *command, blocks_wait=True) as process:
-        killing.send(process, signal.SIGINT)
-        assert killing.ended(process) == 130
-    line = (tmp_path / "stderr").read_text().splitlines()[-1]
-    assert line == (
-        "interrupted (SIGINT); this command keeps nothing: start it again with  " + shlex.join(["sparsellm", *command])
-    )
+    code, line = stopped(tmp_path, signal.SIGINT, *command, blocks_wait=True)
+    again = shlex.join(["sparsellm", *command])
+    assert code == 130
+    assert line == f"interrupted (SIGINT); this command keeps nothing: start it again with  {again}"
 
 
-def test_what_a_library_swallows_stops_the_run_at_its_next_step(llama: Path, tmp_path: Path) -> None:
-    with killing.command(
-        tmp_path, *pruning(llama, tmp_path / "p", killing.waiting_solver(tmp_path, "swallow"))
-    ) as process:
-        killing.send(process, signal.SIGINT)
-        assert killing.ended(process) == 130
+def test_a_swallowed_signal_stops_the_run_at_its_next_step(llama: Path, tmp_path: Path) -> None:
+    code, line = stopped(tmp_path, signal.SIGINT, *pruning(llama, tmp_path, "swallow"))
     assert (tmp_path / "swallowed").exists()
-    assert "1 of 3 blocks are kept" in (tmp_path / "stderr").read_text()
+    assert code == 130
+    assert "1 of 3 blocks are kept" in line
 
 
 def test_a_second_signal_stops_at_once(llama: Path, tmp_path: Path) -> None:
-    solver = killing.waiting_solver(tmp_path, "swallow_for_ever")
-    with killing.command(tmp_path, *pruning(llama, tmp_path / "p", solver)) as process:
+    with killing.command(tmp_path, *pruning(llama, tmp_path, "swallow_for_ever")) as process:
         killing.send(process, signal.SIGINT)
         killing.await_text(tmp_path / "swallowed", "", process)
         killing.send(process, signal.SIGTERM)
@@ -122,19 +108,17 @@ def test_a_second_signal_stops_at_once(llama: Path, tmp_path: Path) -> None:
     assert "stopped at once" in (tmp_path / "stderr").read_text()
 
 
-def test_a_signal_that_is_ignored_stays_ignored(llama: Path, tmp_path: Path) -> None:
+def test_an_ignored_signal_stays_ignored(llama: Path, tmp_path: Path) -> None:
     """As under nohup."""
-    solver = killing.waiting_solver(tmp_path)
-    with killing.command(tmp_path, *pruning(llama, tmp_path / "p", solver), ignore=(signal.SIGHUP,)) as process:
+    with killing.command(tmp_path, *pruning(llama, tmp_path), ignore=(signal.SIGHUP,)) as process:
         killing.send(process, signal.SIGHUP)
         (tmp_path / "go").touch()
         assert killing.ended(process) == 0
     assert (tmp_path / "p" / "pruning.json").is_file()
 
 
-def test_a_terminal_that_is_gone_does_not_change_the_exit_code(llama: Path, tmp_path: Path) -> None:
-    solver = killing.waiting_solver(tmp_path)
-    with killing.command(tmp_path, *pruning(llama, tmp_path / "p", solver), closed=True) as process:
+def test_a_closed_terminal_does_not_change_the_exit_code(llama: Path, tmp_path: Path) -> None:
+    with killing.command(tmp_path, *pruning(llama, tmp_path), closed=True) as process:
         killing.send(process, signal.SIGHUP)
         assert killing.ended(process) == 129
 
@@ -222,7 +206,7 @@ def test_the_command_line_is_quoted(argv: list[str], expected: str, monkeypatch:
     assert interrupts.command_line() == expected
 
 
-def test_what_is_kept_is_named_where_it_is_if_the_destination_is_a_link(tmp_path: Path) -> None:
+def test_kept_blocks_are_named_where_a_link_leads_to(tmp_path: Path) -> None:
     (tmp_path / "real.partial" / STATE).mkdir(parents=True)
     (tmp_path / "real.partial" / STATE / "model-00001-of-00003.safetensors.json").write_text("{}")
     (tmp_path / "links").mkdir()
@@ -231,7 +215,7 @@ def test_what_is_kept_is_named_where_it_is_if_the_destination_is_a_link(tmp_path
     assert said == f"1 of 2 blocks are kept in {tmp_path / 'real.partial'}"
 
 
-def test_a_result_that_is_complete_is_not_started_again(tmp_path: Path) -> None:
+def test_a_complete_result_is_not_started_again(tmp_path: Path) -> None:
     (tmp_path / "pruning.json").write_text("{}")
     said, goes_on = kept_by_prune(tmp_path, began=0.0)
     assert "is complete" in said

@@ -34,31 +34,21 @@ from sparsellm.storage.writer import CheckpointWriter, shard_names
 from sparsellm.sweep.whole_model import Parameters, Pass, Reached
 
 ALLOCATION, OUTPUT_COSTS, SWEEP = "allocation", "output-costs", "sweep"  # names of records
-_FORMAT = 3  # the working directory's
+_FORMAT = 3  # version of the working directory
 _BITS = "bits"  # the one tensor of a sweep's file
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that the bits of a result depend on.
+    """Everything that the bits of a result depend on."""
 
-    Attributes:
-        recipe: every setting, including the defaults of options, which may differ in another release.
-        model: digest of the dense model.
-        calibration_tokens: digest of the token ids.
-        computing: dtype and kind of device.
-        plugins: digests of the plugins that the run uses.
-        start: digest of the weights that are pruned, if they are not the dense model's.
-        stage: 1 for the first stage of a run of two, else 0.
-    """
-
-    recipe: dict[str, Any]
-    model: str
-    calibration_tokens: str
-    computing: str
-    plugins: dict[str, Any]
-    start: str = ""
-    stage: int = 0
+    recipe: dict[str, Any]  # every setting, including the defaults of options, which may differ in another release
+    model: str  # digest of the dense model
+    calibration_tokens: str  # digest of the token ids
+    computing: str  # dtype and kind of device
+    plugins: dict[str, Any]  # digests of the plugins that the run uses
+    start: str = ""  # digest of the weights that are pruned, if they are not the dense model's
+    stage: int = 0  # 1 for the first stage of a run of two
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": _FORMAT, **{name.replace("_", " "): value for name, value in asdict(self).items()}}
@@ -98,16 +88,10 @@ R = TypeVar("R", bound=FileRecord)
 
 
 class Journal:
-    """The records of one run, and the checkpoint that it writes.
+    """The records of one run into ``out``, and the checkpoint that it writes.
 
     Every process of a run has one. The first process writes; the others read the finished shards. Without ``out``
     nothing is written, and there is nothing to resume.
-
-    Args:
-        out: the final directory; None for a model that is pruned in memory only.
-        blocks: the number of blocks of the model.
-        restart: discard the files of an unfinished run.
-        overwrite: replace the checkpoint in ``out``.
     """
 
     def __init__(self, out: Path | None, blocks: int, *, restart: bool, overwrite: bool) -> None:
@@ -138,8 +122,8 @@ class Journal:
         """
 
         def begin(out: Path) -> None:
-            known, flags = identity.to_dict(), {"overwrite": self._overwrite, "restart": self._restart}
-            work = self._held.enter_context(WorkingDirectory(out, known, need_bytes=need_bytes, **flags))
+            opened = partial(WorkingDirectory, out, identity.to_dict(), need_bytes=need_bytes)
+            work = self._held.enter_context(opened(overwrite=self._overwrite, restart=self._restart))
             self._walked = self.writer = CheckpointWriter(work, self.blocks + 1)
 
         if self.out is not None:
@@ -232,17 +216,12 @@ class Journal:
 
     # ------------------------------------------------------------------ the sweep
 
-    def saved_passes(self, state_bytes: int, beside: int, progress: ProgressCallback) -> SavedSweep | None:
-        """The storage for the passes of a sweep; None if the disk has no room for them, or nothing is written.
-
-        Args:
-            state_bytes: the most disk space that they take.
-            beside: all disk space that the run takes for other files; the part that is written already is subtracted.
-            progress: called with a note if there is no room.
-        """
+    def saved_passes(self, state_bytes: int, run_bytes: int, progress: ProgressCallback) -> SavedSweep | None:
+        """The storage for the passes of a sweep, at most ``state_bytes``; None if the disk has no room for them (which
+        ``progress`` is told) next to the run's other files, ``run_bytes`` in all, or if nothing is written."""
 
         def has_room() -> bool:
-            free = shutil.disk_usage(self._partial).free - beside + written_bytes(self._partial)
+            free = shutil.disk_usage(self._partial).free - run_bytes + written_bytes(self._partial)
             if self.knows(SWEEP) or free >= state_bytes:
                 return True
             needs, left = f"{state_bytes / 1e9:.1f} GB", f"{max(free, 0) / 1e9:.1f} GB"
@@ -266,8 +245,8 @@ class Journal:
 class SavedSweep:
     """The saved passes of one run. Every process reads them, the first writes.
 
-    The parameters after each pass, and Adam's moments, are one file per block. One record, written last, has the number
-    of the current pass and the checksums of its files. Files of earlier passes are then removed.
+    The parameters after each pass, and Adam's moments, are one file per block. One record, written last, has the
+    history and the checksums of the files. Files of earlier passes are then removed.
     """
 
     def __init__(self, state: Path, blocks: int) -> None:

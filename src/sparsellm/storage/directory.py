@@ -22,7 +22,7 @@ from sparsellm import interrupts
 from sparsellm.errors import StorageError
 from sparsellm.storage import state
 from sparsellm.storage.contents import foreign_entries, has_weights, some
-from sparsellm.storage.files import TEMPORARY, check_own_directory, empty, explained, locked, sync, sync_tree
+from sparsellm.storage.files import TEMPORARY, check_own_directories, empty, explained, locked, sync, sync_tree
 from sparsellm.storage.state import BLOCKS, PARTIAL, PRUNE, PUBLISHING, REPLACED, RUN, STATE, SWEPT, partial_of
 
 
@@ -35,11 +35,11 @@ class WorkingDirectory:
         kind: the kind of the run. An unfinished ``prune`` of the same identity is resumed; other kinds start again.
         overwrite: replace the checkpoint in ``out``; it is kept until the new one is complete.
         restart: remove the files of an unfinished run of any kind and identity.
-        need_bytes: disk space for the whole result.
+        need_bytes: disk space for the whole result, the part that an unfinished run has written included.
 
     Raises:
-        StorageError: as :func:`check_destination`; or the working directory holds another run or foreign files, or is
-            being written by another process.
+        StorageError: as in :func:`check_destination`; or the working directory holds another run or foreign files, or
+            is being written by another process.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class WorkingDirectory:
             raise StorageError(f"{self.path} is not a run that can be resumed; remove it, or name another directory")
         with explained(self.path):
             self.state.mkdir(parents=True, exist_ok=True)
-        _check_ours(self.path)  # after creation, so that no other user can create it in between
+        check_own_directories(self.path, self.state)  # after creation, so that no other user can create it in between
         self._held.enter_context(locked(self.state))
         try:
             self._begin(state.UnfinishedRun(kind, json.loads(json.dumps(identity))), restart)
@@ -202,16 +202,12 @@ def check_destination(
     work, and again when sources and size are known.
 
     Args:
-        out: the directory.
+        out, overwrite, restart, kind, need_bytes: as in :class:`WorkingDirectory`.
         sources: directories that are read; ``out`` must be apart from them.
-        overwrite: a checkpoint in ``out`` may be replaced.
-        restart: files that an unfinished run of any kind left for ``out`` may be removed.
-        kind: the kind of the run.
-        need_bytes: disk space for the whole result; the part that an unfinished run has written is subtracted.
 
     Raises:
-        StorageError: ``out`` is no path for a checkpoint, overlaps with a source or with another run, is a mount
-            point, is not empty or holds foreign files, cannot be written, or its disk has too little space.
+        StorageError: ``out`` cannot be a checkpoint, overlaps with a source or with another run, is a mount point, is
+            not empty or holds foreign files, cannot be written, or its disk has too little space.
     """
     text = os.fspath(out)
     place = Path(os.path.realpath(text)) if text and "\0" not in text else Path("/")
@@ -221,7 +217,7 @@ def check_destination(
     with explained(place):
         for reason in _refusals(place, partial, [Path(os.path.realpath(source)) for source in sources]):
             raise StorageError(f"--out {out} {reason}; name another directory")
-    _check_ours(partial)
+    check_own_directories(partial, partial / STATE)
     state.settle(partial, place)
     if not restart:
         state.check_kind(partial, kind)
@@ -318,8 +314,3 @@ def _same(first: Path, second: Path) -> bool:
 
 def _in(inner: Path, outer: Path) -> bool:
     return any(_same(folder, outer) for folder in inner.parents)
-
-
-def _check_ours(partial: Path) -> None:
-    check_own_directory(partial)
-    check_own_directory(partial / STATE)

@@ -84,24 +84,22 @@ def empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def check_own_directory(path: Path) -> None:
-    """Refuses a working directory that is a link or a file, or that belongs to another user. It need not exist.
+def check_own_directories(*paths: Path) -> None:
+    """Refuses working directories that are links or files, or that belong to another user. They need not exist.
 
     Raises:
-        StorageError: the directory is refused.
+        StorageError: one is refused.
     """
-    with explained(path):
-        try:
+    for path in paths:
+        with explained(path):
+            if not os.path.lexists(path):
+                continue
             status = path.lstat()
-        except FileNotFoundError:
-            return
-        if not stat.S_ISDIR(status.st_mode):
-            kind = "link" if stat.S_ISLNK(status.st_mode) else "file"
-            raise StorageError(f"{path} is a {kind}, where a run keeps its unfinished work; remove it")
-        if status.st_uid != _own_user() and status.st_uid != _user_of_new_files(path.parent):
-            raise StorageError(
-                f"{path} belongs to another user (id {status.st_uid}); name another directory for the result"
-            )
+            if not stat.S_ISDIR(status.st_mode):
+                kind = "link" if stat.S_ISLNK(status.st_mode) else "file"
+                raise StorageError(f"{path} is a {kind}, where a run keeps its unfinished work; remove it")
+            if status.st_uid != _own_user() and status.st_uid != _user_of_new_files(path.parent):
+                raise StorageError(f"{path} belongs to another user (id {status.st_uid}); name another directory")
 
 
 def _own_user() -> int:

@@ -57,8 +57,9 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource]) -> str:
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begin at a multiple of eight bytes
     digest = hashlib.sha256()
+    head: list[memoryview | bytes] = [len(text).to_bytes(8, "little"), text]
     pieces = (piece for name in order for piece in _pieces(tensors[name].read(), tensors[name].dtype))
-    for data in itertools.chain((len(text).to_bytes(8, "little"), text), pieces):
+    for data in itertools.chain(head, pieces):
         digest.update(data)
         write_all(file, data)
     return digest.hexdigest()
