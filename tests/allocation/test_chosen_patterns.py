@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,8 @@ from sparsellm import Recipe
 from sparsellm.allocation.exact import round_to_groups
 from sparsellm.errors import RecipeError
 from sparsellm.patterns import parse_pattern
-from sparsellm.storage.writer import CheckpointWriter
 from tests.allocation.helpers import windows
-from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.models import tiny_gpt2, tiny_llama
 
 AUTO: dict[str, Any] = {"pattern": "auto:8", "sparsity": 0.5}
 
@@ -83,24 +81,6 @@ def test_a_fixed_pattern_and_none_are_recorded_as_such() -> None:
     for goal, recorded in (({"pattern": "2:4"}, "2:4"), ({"sparsity": 0.5}, None)):
         result = sparsellm.prune(tiny_llama(), Recipe(method="magnitude", **goal), calibration=windows())
         assert {linear.pattern for linear in result.linears} == {recorded}
-
-
-def test_a_resumed_run_takes_the_choice_of_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "model")
-    recipe = Recipe(**AUTO, effort=0, samples=4, seq_len=24)
-    sparsellm.prune(source, recipe, out=tmp_path / "whole")
-
-    def stop(self: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "finish", stop)
-        with pytest.raises(KeyboardInterrupt):
-            sparsellm.prune(source, recipe, out=tmp_path / "cut")
-    monkeypatch.setattr("sparsellm.run.targets._allocate", None)  # not called again
-    assert sparsellm.prune(source, recipe, out=tmp_path / "cut").resumed == 3
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize(

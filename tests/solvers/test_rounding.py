@@ -291,21 +291,12 @@ def test_inputs_that_no_token_reaches_are_rounded_to_nearest(values: str, sparsi
     assert bool(((found.weight - weight).abs() <= least + 1e-6)[:, dead][free[:, dead]].all())
 
 
-def test_one_input_that_no_token_reaches_moves_no_further_than_its_step() -> None:
-    matrix = gram_of(16).matrix.clone()
-    matrix[3] = matrix[:, 3] = 0.0
-    weight = pruned(4, 16, Share(0.0))
-    found = rounded(weight, Gram(matrix, 100), "int8", torch.float32).weight
-    assert bool(torch.isfinite(found).all())
-    assert torch.allclose(found[:, 3], weight[:, 3], atol=float(weight.abs().max()) / 250)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values", ["int4", "int3"])
 def test_no_row_loses_by_new_scales(values: str, dtype: torch.dtype) -> None:
     """As they are stored: scales of bf16 may be worse than those before, though the exact ones are the best."""
     stayed = 0
-    for seed in range(8):
+    for seed in range(3):
         weight, gram = pruned(64, 128, Share(0.5), seed), gram_of(128, seed=seed)
         grid = rounding._Grid(weight, gram, torch.ones(128), Groups.of(weight, values), dtype)
         descent = rounding._Descent(grid, grid.nearest, weight, gram)

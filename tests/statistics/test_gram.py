@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-from pathlib import Path
-
 import pytest
 import torch
 import torch.multiprocessing
@@ -73,28 +70,6 @@ def test_token_weights():
     cross = CrossAccumulator(5, 12)
     cross.update(target, x, weights)
     assert_close(cross.finish(), torch.einsum("bt,bto,bti->oi", weights.double(), target.double(), x.double()) / 120)
-
-
-def reduced_in_one_process(rank: int, port: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    accumulator = GramAccumulator(6)
-    accumulator.update(normal(10 + 5 * rank, 6, seed=rank))
-    accumulator.reduce()
-    found = accumulator.finish()
-    torch.save((found.matrix, found.tokens), Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_reduce_to_the_same_gram(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(reduced_in_one_process, args=(port, str(tmp_path)), nprocs=2)
-    x = torch.cat([normal(10, 6, seed=0), normal(15, 6, seed=1)]).double()
-    for rank in range(2):
-        matrix, tokens = torch.load(tmp_path / f"{rank}.pt")
-        assert tokens == 25
-        assert_close(matrix, x.T @ x / 25)
 
 
 def test_inputs_are_not_changed():
