@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,13 @@ def test_no_handler_of_errors_swallows_an_interruption() -> None:
 
 def test_a_forked_child_ends_by_its_own_signal() -> None:
     with interrupts.installed():
+        ready, started = os.pipe()
         process = os.fork()
         if not process:
-            signal.pause()
+            os.write(started, b".")  # a signal before Python's own work after the fork is lost
+            while True:
+                time.sleep(0.1)
+        os.read(ready, 1)
         os.kill(process, signal.SIGTERM)
         assert os.waitpid(process, 0)[1] == signal.SIGTERM
         assert interrupts.received() is None
