@@ -16,8 +16,9 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import DataError, NumericalError, RecipeError, StorageError
 from sparsellm.progress import NOTE, PLAN, Progress
+from sparsellm.run import plan, stages
 from sparsellm.run import prune as story
-from sparsellm.run import stages
+from sparsellm.run.memory import Demand
 from sparsellm.run.plan import Plan, Request
 from sparsellm.run.stages import recipes_of
 from sparsellm.storage.remains import kept_by_prune
@@ -300,6 +301,26 @@ def test_several_processes_go_through_the_stages_together(tmp_path: Path) -> Non
 def request(**changes: Any) -> Request:
     settings = {"sparsity": 0.9, "effort": 2, **changes}
     return Request("model", Recipe(**settings), "out")
+
+
+def test_both_stages_draw_one_text_and_foresee_the_memory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demands: list[Demand] = []
+    drawn: list[Any] = []
+    read, predict = plan.read_windows, plan.plan_memory
+
+    def predicting(chain: Any, demand: Demand, *arguments: Any, **options: Any) -> Any:
+        demands.append(demand)
+        return predict(chain, demand, *arguments, **options)
+
+    monkeypatch.setattr(plan, "read_windows", lambda *args: (drawn.append(args), read(*args))[1])
+    monkeypatch.setattr(plan, "plan_memory", predicting)
+    sparsellm.prune(source, Recipe(**SETTINGS, values="int4"), out=tmp_path / "p")
+    assert len(drawn) == 1
+    first, second = demands
+    assert first.unrounded
+    assert first.workspace == second.workspace
 
 
 def test_two_stages_where_they_pay() -> None:

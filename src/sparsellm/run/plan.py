@@ -50,7 +50,9 @@ class Request:
         name: the model's name in reports, in place of the one that it was given by.
         shared: results that several requests of one process share, see :meth:`once`.
         first: whether this run is the first of two stages.
-        before: the report of the first stage, if this run is the second; ``whole`` is then the recipe of both.
+        before: the report of the first stage, if this run is the second.
+        whole: the recipe of both stages; None for a run of one.
+        passes_after: passes of the sweep of the second stage, if this run is the first.
         copies: copies of the checkpoint that the disk must have room for; None for those of this run.
     """
 
@@ -68,6 +70,7 @@ class Request:
     first: bool = False
     before: EarlierStage | None = None
     whole: Recipe | None = None
+    passes_after: int = 0
     copies: int | None = None
 
     @property
@@ -79,6 +82,16 @@ class Request:
     def passes_before(self) -> int:
         """Passes of the sweep of the first stage, whose windows the second does not take again."""
         return len(self.before.sweeps) - 1 if self.before is not None and self.before.sweeps else 0
+
+    @property
+    def other_passes(self) -> int:
+        """Passes of the other stage. Both stages draw the windows for the passes of both, so they draw the same."""
+        return self.passes_before + self.passes_after
+
+    @property
+    def values(self) -> str:
+        """Type of the values in the end: what the second stage needs for it is refused before the work of the first."""
+        return (self.whole or self.recipe).values
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of ``make``, computed once for the same key in all requests that share."""
@@ -134,8 +147,8 @@ class Plan:
 
     @cached_property
     def sweep_windows(self) -> list[Tensor]:
-        """This process's windows of each pass, those of an earlier stage first."""
-        return self.windows.swept(self.request.passes_before + self.passes)
+        """This process's windows of each pass, those of both stages."""
+        return self.windows.swept(self.request.other_passes + self.passes)
 
     @property
     def trains_integers(self) -> bool:
@@ -165,7 +178,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             trust=request.trust_remote_code,
         )
         chain = model.chain
-        choice = choice.on(patterns_of(chain, recipe).values(), recipe.values)
+        choice = choice.on(patterns_of(chain, recipe).values(), request.values)
         if choice.effort.passes:
             check_sweepable(chain)
         out = request.destination(model.sources, _copies(request, choice) * checkpoint_bytes(chain))
@@ -204,7 +217,7 @@ def _windows(request: Request, choice: Choice, model: Opened, progress: Progress
     """The calibration windows, read by the first process; before that, the prediction of the phases."""
     recipe, chain, effort = request.recipe, model.chain, choice.effort
     # The sweep takes new windows, on which the dense model runs: a model in memory is not dense any more.
-    passes = effort.passes + request.passes_before if effort.passes and chain.reader is not None else 0
+    passes = effort.passes + request.other_passes if effort.passes and chain.reader is not None else 0
     seq_len = recipe.seq_len or default_seq_len(chain)
     drawn = effort.sets * recipe.samples + passes * windows_of_pass(recipe.samples)
     written = drawn * seq_len if recipe.calibration == "self" else 0
@@ -255,8 +268,8 @@ def _demand(request: Request, choice: Choice, chain: Chain, windows: Windows, jo
         gradient_tokens=gradient_tokens,
         sets=len(windows.sets),
         swept=passes > 0,
-        fresh=len(windows.swept(request.passes_before + passes)) > 1,
-        unrounded=request.recipe.values != "keep" and passes > 0,
+        fresh=len(windows.swept(request.other_passes + passes)) > 1,
+        unrounded=request.values != "keep" and passes > 0,
     )
 
 

@@ -66,7 +66,9 @@ def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> Pr
     said = ", then ".join(f"{recipe.sparsity:.0%} with {passes} sweeps" for recipe, passes in parts)
     progress(Progress(NOTE, 1, 1, f"two stages: {said}"))
     copies = 0 if finished else COPIES
+    request = replace(request, whole=request.recipe)
     first = replace(request, recipe=recipes[0], out=place, first=True, overwrite=finished, copies=copies)
+    first = replace(first, passes_after=parts[1][1])
     tell = partial(_tell, progress, 1, parts[1][1] / parts[0][1])
     plan = make_plan(first, clock, tell)
     if request.restart:
@@ -79,7 +81,7 @@ def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> Pr
     else:
         progress(Progress(NOTE, 1, 1, f"going on from the first stage in {place}"))
     before = _earlier(parallel.from_main(partial(read_pruning, place)))
-    second = replace(request, recipe=recipes[1], model=place, teacher=dense, before=before, whole=request.recipe)
+    second = replace(request, recipe=recipes[1], model=place, teacher=dense, before=before)
     result = prune(second, partial(_tell, progress, 2, 1.0))
     parallel.from_main(partial(_remove, place))
     return result
