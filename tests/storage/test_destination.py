@@ -218,6 +218,12 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(model: Path, tmp_path: Pa
     with pytest.raises(StorageError, match=r"config\.json, which no run wrote"):
         write(tmp_path / "p", 1, model)
     (tmp_path / "p.partial" / "blocks" / "config.json").unlink()
+    dangling = tmp_path / "p.partial" / "blocks" / "model-1.safetensors"
+    dangling.symlink_to(tmp_path / "none")
+    for restart in (False, True):
+        with pytest.raises(StorageError, match=r"model-1\.safetensors, which no run wrote"):
+            write(tmp_path / "p", 1, model, restart=restart)
+    dangling.unlink()
     write(tmp_path / "p", 1, model)
     assert victim.read_text() == "mine"
 

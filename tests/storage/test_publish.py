@@ -176,6 +176,29 @@ def test_a_rename_that_fails_leaves_both(
     assert {path.name for path in tmp_path.iterdir()} == {"model", "p"}
 
 
+def test_a_rename_that_cannot_be_undone_is_completed_later(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = write(tmp_path / "p", 1, model)
+    replace, older = os.replace, out.stat().st_ino
+
+    def busy(source: Any, target: Any) -> Any:
+        if Path(target) == out:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", busy)
+        patched.setattr(directory, "exchange", lambda first, second: False)
+        with pytest.raises(StorageError, match="busy"):
+            write(out, 2, model, overwrite=True)
+    assert not out.exists()
+    assert (partial_of(out) / "replaced").stat().st_ino == older
+    with pytest.raises(StorageError, match="not empty"):  # the renaming is complete when the next start looks
+        write(out, 3, model, restart=True)
+    assert value_of(out) == 2
+
+
 @MODES
 def test_two_checkpoints_that_cannot_be_told_apart_stay(exchanges: bool, model: Path, tmp_path: Path) -> None:
     """After a kill in the middle somebody puts a copy in the place of the result."""

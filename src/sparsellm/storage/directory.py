@@ -82,8 +82,8 @@ class WorkingDirectory:
         working directory first.
 
         Raises:
-            StorageError: files were added to ``out`` in the meantime, or the system cannot rename; both checkpoints are
-                as before.
+            StorageError: files were added to ``out`` in the meantime, or the system cannot rename. Both checkpoints are
+                as before; where the older one could not be moved back, the next start completes the renaming.
         """
         check_replaceable(self.out, overwrite=self._overwrite)
         with interrupts.held(), explained(self.out):
@@ -96,7 +96,8 @@ class WorkingDirectory:
             try:
                 self._rename(folder, replaces)
             except OSError:
-                (self.state / PUBLISHING).unlink()
+                if not (self.path / REPLACED).exists():  # else the next start completes the renaming by this record
+                    (self.state / PUBLISHING).unlink()
                 raise
             sync(self.out.parent)
             self.discard()
@@ -261,7 +262,8 @@ def check_room(place: Path, need_bytes: int) -> None:
 
 def written_bytes(partial: Path) -> int:
     """Disk space of the blocks that an unfinished run has written."""
-    return sum(shard.stat().st_size for shard in (partial / BLOCKS).glob("*.safetensors"))
+    with explained(partial):
+        return sum(shard.lstat().st_size for shard in (partial / BLOCKS).glob("*.safetensors"))
 
 
 def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[str]:
