@@ -140,6 +140,7 @@ def _run(key: str, name: str, shown: str, execute: Callable[[], str], installed:
     try:
         digest = execute()
     except (Exception, SystemExit) as error:
+        _forget(_registered() - before)  # what is left out must not be used: no identity of a run would have it
         raise RecipeError(_why(shown, error)) from error
     free = (key if name in loaded() else name).encode("utf-8", "backslashreplace").decode()  # records are UTF-8
     _loaded[key] = Plugin(free, digest, _registered() - before, installed)
@@ -151,6 +152,15 @@ def _registered() -> frozenset[str]:
     from sparsellm.methods import METHODS
 
     return frozenset(entry.name for entry in (*METHODS, *ALLOCATIONS))  # every solver is a method too
+
+
+def _forget(names: frozenset[str]) -> None:
+    from sparsellm.allocation import ALLOCATIONS
+    from sparsellm.methods import METHODS
+    from sparsellm.solvers import SOLVERS
+
+    for registry in (METHODS, ALLOCATIONS, SOLVERS):
+        registry.forget(names)
 
 
 def _why(shown: str, error: BaseException) -> str:

@@ -220,6 +220,10 @@ class Registry(Generic[F]):
             raise RecipeError(f"unknown {self.kind} {name!r}; {nearest(name, self._entries)}")
         return self._entries[name]
 
+    def forget(self, names: frozenset[str]) -> None:
+        """Removes what a plugin registered that failed afterwards."""
+        self._entries = {name: entry for name, entry in self._entries.items() if name not in names}
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

@@ -138,6 +138,7 @@ def test_a_broken_plugin_is_one_line(what: str, tmp_path: Path) -> None:
     assert str(caught.value).isprintable()
     assert all(part in str(caught.value) for part in said)
     assert plugins.loaded() == {}
+    assert "mine" not in METHODS  # what it registered before it failed
 
 
 @pytest.mark.parametrize(
