@@ -33,6 +33,7 @@ from sparsellm.run.result import PruneResult, stamp, versions
 from sparsellm.run.sets import default_seq_len
 from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.resolve import checkpoint_directory
+from sparsellm.storage.packed_reader import as_storage_error
 from sparsepack.loading import load
 
 
@@ -267,7 +268,8 @@ class _Opened:
         """The complete model in memory."""
         if self._directory is not None:
             device, dtype = self._settings.device, self._settings.dtype
-            return load(self._directory, device=device, dtype=dtype, trust_remote_code=self._trust)
+            with as_storage_error():
+                return load(self._directory, device=device, dtype=dtype, trust_remote_code=self._trust)
         assert isinstance(self.chain.model, PreTrainedModel)
         return self.chain.model
 

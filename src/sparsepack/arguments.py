@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from sparsepack.errors import SettingError
+from sparsepack.errors import SettingError, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +25,7 @@ def first_mistake(error: ValidationError, names: Sequence[str] = ()) -> str:
     mistake = error.errors(include_url=False, include_context=False)[0]
     first, *rest = mistake["loc"] or ("",)
     place = ".".join(map(str, (names[first] if names and isinstance(first, int) else first, *rest)))
-    return f"{place + ' is ' if place else ''}{mistake['input']!r:.100} ({mistake['msg']})"
+    return f"{place + ' is ' if place else ''}{shown(mistake['input'])} ({mistake['msg']})"
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

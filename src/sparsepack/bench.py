@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsepack.arguments import checked, first_mistake
 from sparsepack.decode import Decoder, cache_keyword, why_not
-from sparsepack.errors import SettingError
-from sparsepack.loading import load
+from sparsepack.errors import FormatError, SettingError
+from sparsepack.loading import checkpoint_path, load
 from sparsepack.module import PackedLinear, kernel_name, threads_set, to_dense
 
 ProgressCallback = Callable[[str, float, float, str], object]
@@ -135,15 +135,15 @@ def compare(
         chosen = Rounds(**rounds)
     except ValidationError as error:
         raise SettingError(first_mistake(error)) from None
+    if dense is not None and (difference := _difference(_config(packed), _config(dense))):
+        raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
     progress("load", 0, 2, "packed")
     models = {"packed": load(packed, device=device, dtype=dtype, activations=activations)}
     if not any(isinstance(module, PackedLinear) for module in models["packed"].modules()):
         raise SettingError(f"{packed} is not packed; pack it first: sparsellm pack {packed} --out DIR")
     progress("load", 1, 2, "dense")
-    models["dense"] = load(dense or packed, device=device, dtype=dtype)
+    models["dense"] = load(packed if dense is None else dense, device=device, dtype=dtype)
     to_dense(models["dense"])
-    if difference := _difference(models["packed"].config, models["dense"].config):
-        raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
     progress("load", 2, 2, "")
     speeds = measure(models, chosen, progress=progress)
     return Comparison(
@@ -159,6 +159,15 @@ def compare(
         None if dense is None else weight_file_bytes(Path(dense)),
         weight_file_bytes(Path(packed)),
     )
+
+
+def _config(directory: str | os.PathLike[str]) -> PretrainedConfig:
+    path = checkpoint_path(directory)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of an unknown model, or a value of the wrong type
+        raise FormatError(f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+    return config
 
 
 def _difference(config: PretrainedConfig, other: PretrainedConfig) -> str | None:

@@ -220,11 +220,14 @@ def open_packed(files: list[Path]) -> PackedTensors:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of ``config.json`` of a checkpoint; a FormatError if it cannot be read."""
-    return _read_object(directory / "config.json")
+    return read_object(directory / "config.json")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. A FormatError if it is damaged or has more than 256 MB."""
     try:
+        if path.stat().st_size > 1 << 28:
+            raise FormatError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, too many for JSON of a checkpoint")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from None
@@ -267,7 +270,7 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
     if not path.is_file():
         return False
     try:
-        listed = _Manifest.model_validate(_read_object(path))
+        listed = _Manifest.model_validate(read_object(path))
     except ValidationError as error:
         raise FormatError(f"{path} is not a list of checksums: {first_mistake(error)}; {PACK_AGAIN}") from None
     _check_version(listed.format_version)

@@ -10,6 +10,16 @@ class PackError(Exception):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
 
 
+def shown(value: object) -> str:
+    """A value as text for a message: at most 100 characters. It never raises."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        return f"{value!r:.100}"
+    except Exception:  # a list with such a number
+        return f"a {type(value).__name__}"
+
+
 class SettingError(PackError):
     """An argument or an environment variable is unknown, or out of range."""
 

@@ -10,9 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsepack.arguments import checked
-from sparsepack.errors import FormatError, PackError, SettingError
+from sparsepack.checkpoint import read_config, read_object
+from sparsepack.errors import FormatError, PackError, SettingError, shown
 from sparsepack.module import PackedLinear, activations_of, gather
 from sparsepack.registration import register_when_needed
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @checked
@@ -43,9 +46,9 @@ def load(
     """
     place = _device(device)
     rounded = activations_of(activations) == "int8"
-    path = Path(directory).expanduser()
-    if not path.is_dir():
-        raise FormatError(f"{path} is not a directory; give one that `sparsellm pack` or save_pretrained wrote")
+    if isinstance(dtype, str) and dtype not in _DTYPES:
+        raise SettingError(f"dtype is {shown(dtype)}; give {', '.join(_DTYPES)}")
+    path = checkpoint_path(directory)
     register_when_needed()
     chosen = {"trust_remote_code": False, **kwargs}
     try:
@@ -53,8 +56,8 @@ def load(
     except PackError:
         raise
     except Exception as error:  # damage raises TypeError, KeyError, SafetensorError, ...
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FormatError(f"transformers cannot load {path}: {first_line[:300]}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FormatError(f"transformers cannot load {path}: {reason[:300]}") from error
     assert isinstance(model, PreTrainedModel)
     for module in model.modules():
         if isinstance(module, PackedLinear):
@@ -64,13 +67,33 @@ def load(
     return model
 
 
+def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
+    """The path of a checkpoint whose JSON can be read.
+
+    Raises:
+        FormatError: there is no directory, or ``config.json`` or ``generation_config.json`` is absent or damaged.
+    """
+    try:
+        path = Path(directory).expanduser()
+        there = bool(os.fspath(directory)) and path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long a name, no such user, a null byte
+        there = False
+    if not there:
+        what = shown(os.fspath(directory))
+        raise FormatError(f"{what} is not a directory; give one that `sparsellm pack` or save_pretrained wrote")
+    read_config(path)
+    if (path / "generation_config.json").exists():
+        read_object(path / "generation_config.json")  # transformers takes defaults for a damaged one
+    return path
+
+
 def _device(name: str | torch.device) -> torch.device:
     """The device of a name; ``auto`` is the first GPU, or the CPU. A SettingError if torch cannot use it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # a meta tensor has no value
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingError(f"device {str(name)!r:.100} cannot be used here ({reason[:160]}); try cpu or auto") from None

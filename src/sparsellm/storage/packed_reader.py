@@ -29,7 +29,7 @@ class PackedReader(CheckpointReader):
         stored = {
             name: torch.empty(self.shape(name), dtype=self.dtype(name), device="meta") for name in super().__iter__()
         }
-        with _as_storage_error():
+        with as_storage_error():
             self._packed = PackedTensors(directory, self.files, stored, super().get)
         self.entries = self._packed.entries
         for name, entry in self.entries.items():
@@ -48,7 +48,7 @@ class PackedReader(CheckpointReader):
         module = name.removesuffix(".weight")
         if not name.endswith(".weight") or module not in self.entries:
             return super().get(name, device, dtype)
-        with _as_storage_error():
+        with as_storage_error():
             return self._packed.dense(module).to(device, dtype)
 
 
@@ -62,7 +62,8 @@ def open_checkpoint(directory: Path) -> CheckpointReader:
 
 
 @contextmanager
-def _as_storage_error() -> Iterator[None]:
+def as_storage_error() -> Iterator[None]:
+    """Turns errors of sparsepack into a StorageError."""
     try:
         yield
     except PackError as error:
