@@ -312,7 +312,7 @@ def test_exponents_are_needed_to_pack_without_loss(source: Path, tmp_path: Path)
     sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": "int4"}), out=out)
     content = json.loads((out / "pruning.json").read_text())
     changed: list[tuple[Callable[[Any], object], str]] = [
-        (lambda linear: linear.update(exponents="12x"), "exponents' is '12x'"),
+        (lambda linear: linear.update(exponents="12x"), "exponents is '12x'"),
         (lambda linear: linear.update(exponents="88"), "2 exponents of"),
         (lambda linear: linear.update(name="no such"), "no such linear"),
     ]

@@ -26,7 +26,7 @@ Size = Annotated[int, Field(gt=0, lt=2**31)]
 Seconds = Annotated[float, PlainSerializer(lambda value: round(value, 3))]
 Settings = dict[str, JsonValue]
 Magnitudes = dict[str, dict[str, list[Count]]]
-"""By kind of linear, the counts ``before`` and ``after`` of :mod:`sparsellm.run.magnitudes`."""
+"""By kind of linear, the counts ``before`` and ``after`` of :mod:`sparsellm.run.counts`."""
 
 
 class Record(BaseModel):

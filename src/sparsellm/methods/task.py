@@ -198,7 +198,8 @@ class BlockTask:
         pattern, weight = self.patterns[linear.name], linear.weight()
         if pattern.sparsity:
             weight = weight * pattern.mask(weight.abs())
-        gram = Gram(torch.eye(linear.in_features, device=weight.device), 1)
+        rounds = self.values in INTEGERS
+        gram = Gram(torch.eye(linear.in_features, device=weight.device), 1) if rounds else None
         solution = Solution(weight, weight != 0, 0.0, (UNREACHED,) if pattern.sparsity else ())
         result = self.accept(linear, solution, gram, weight)
         self.results[-1] = result.model_copy(update={"error": 0.0, "notes": solution.notes})

@@ -23,7 +23,7 @@ _TIMED_PHASES = {
     "replay": ("replay",), "prune": ("embed", "read", "prune", "forward", "write"), "sweep": ("sweep",),
     "save": ("count",),
 }  # fmt: skip
-_LOWEST_POWER, _POWERS_A_BIN = -16.0, 0.5  # the bins of sparsellm.run.magnitudes
+_LOWEST_POWER, _POWERS_A_BIN = -16.0, 0.5  # the bins of sparsellm.run.counts
 _MOST_HISTOGRAMS = 12  # more kinds of linears, as some mixtures have, would make the page unreadable
 
 Plotly = dict[str, Any]  # a trace, an axis or a layout, as Plotly's JSON has it
