@@ -260,7 +260,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
 @_command(
     use.ONE_MODEL,
     option("--method NAMES", "Methods, with commas.", WHAT, default="sparsellm"),
-    option("--sparsity FRACTIONS", "Sparsities, with commas: 0.5,0.7.", WHAT, default=""),
+    option("--sparsity SHARES", "Sparsities, with commas: 0.5,0.7.", WHAT, default=""),
     option("--pattern N:M", "Patterns, with commas: 2:4,4:8.", WHAT, default=""),
     *use.RECIPE,
     use.PLUGIN,
@@ -331,13 +331,13 @@ def methods(plugin: Sequence[str] = ()) -> Printed:
 
 
 @_command(
-    option("--sparsity FRACTION", "Fraction of zeros, from 0 up to, not including, 1.", WHAT, default=0.5),
+    option("--sparsity SHARE", "Fraction of zeros, at least 0 and below 1.", WHAT, default=0.5),
     option("--out DIR", "Directory of the checkpoints, DIR/pruned and DIR/packed.", shown="in the cache"),
     *use.WRITING,
     examples=("sparsellm demo", "sparsellm demo --sparsity 0.7 --out demo"),
 )
 def demo(progress: Any, verbose: bool, out: Path | None = None, **options: Any) -> Printed:
-    """Prune and pack a small real Llama, and show what it costs and what it saves. About five minutes, no hub."""
+    """Prune and pack a small real Llama, and show what it costs and what it saves. Takes minutes, needs no hub."""
     from sparsellm import tables
     from sparsellm.demo import places, run_demo
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP for the command line: the first stops at a safe point, a second at once, none in a rename.
+"""SIGINT, SIGTERM and SIGHUP for the command line: the first stops the run, a second ends it at once, none in a rename.
 
 The handlers are ordinary Python ones, which run in the main thread between two instructions of Python. The first signal
 raises :class:`Interrupted` there; if a library swallows it, :func:`check` raises it again at the next step of progress.
@@ -79,7 +79,8 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles the signals that are not ignored. SIGINT, which may raise KeyboardInterrupt, is first and last."""
+    """Handles the signals that are not ignored. SIGINT is replaced first and restored last: its handler may
+    raise KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -96,8 +96,8 @@ class Recipe(BaseModel):
         0.7,
         ge=0,
         lt=1,
-        description="Fraction of zeros over all pruned linears, from 0 up to, not including, 1; the allocation divides "
-        "them.",
+        description="Fraction of zeros over all pruned linears, at least 0 and below 1; the allocation decides how "
+        "many each linear gets.",
     )
     pattern: Annotated[str | None, CommandLine(WHAT, "N:M")] = Field(
         None,
@@ -162,8 +162,8 @@ class Recipe(BaseModel):
         None,
         ge=1,
         le=2,
-        description="2: prune to 1.5 times the density and sweep, then prune on; null: 2 from 80 % on with three "
-        "passes or more.",
+        description="2: first prune so that 1.5 times as many weights stay, sweep, then prune to the sparsity; null: "
+        "2 from 80 % on with three passes or more.",
     )
     sweep_rate: float | None = Field(
         None, gt=0, description="Learning rate of the sweep; null: by the divergence at its start."

@@ -171,7 +171,8 @@ class Journal:
     def write_block(self, index: int, tensors: Mapping[str, TensorSource], record: BlockRecord) -> None:
         """Writes a block that the walk has finished, then its record."""
         assert self._walked is not None
-        self._keep(self._shards[index].name, replace(record, sha256=self._walked.write_shard(index, tensors)))
+        digest = self._walked.write_shard(index, tensors)
+        self._keep(self._shards[index].name, replace(record, sha256=digest))
 
     def write_outer(self, tensors: Callable[[], Mapping[str, TensorSource]]) -> None:
         """Writes embedding, final norm and head, unless an earlier process wrote them."""

@@ -19,7 +19,7 @@ from sparsellm.storage.files import TEMPORARY, empty, explained, locked, sync, w
 
 PARTIAL = ".partial"  # how the name of a working directory ends
 STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
-RUN, PUBLISHING = "run.json", "publishing.json"  # which run this is; that its result is being renamed
+RUN, PUBLISHING = "run.json", "publishing.json"  # kind and identity of the run; exists while its result is renamed
 BLOCKS, SWEPT, REPLACED = "blocks", "swept", "replaced"  # folders: the walk's checkpoint, the sweep's, the older one
 PRUNE, PACK, UNPACK = "prune", "pack", "unpack"  # kinds of runs; only the first is resumed
 
