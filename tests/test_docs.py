@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparsellm import Recipe, api, cli
+from sparsellm import Recipe, api, cli, plugins
 from sparsellm.allocation import ALLOCATIONS
 from sparsellm.methods import METHODS
 from sparsellm.solvers import SOLVERS
@@ -87,6 +87,7 @@ def test_every_command_of_a_page_runs(
 ) -> None:
     for registry in (SOLVERS, METHODS, ALLOCATIONS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(plugins, "_loaded", {})  # a plugin of a page is not one of other tests
     monkeypatch.setattr(api, "find_tasks", lambda *_: "tasks")  # most tasks of a page need a network
     monkeypatch.setattr(api, "run_tasks", lambda *_, **__: {})
     monkeypatch.chdir(tmp_path)

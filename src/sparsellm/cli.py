@@ -269,7 +269,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     *use.WINDOW,
     use.PACKED_VALUES,
     flag("--speed", "Also measure how fast each packed model decodes.", MEASURE),
-    option("--recover FRACTION", "Recommend the smallest model with this recovery, such as 0.95.", MEASURE),
+    option("--recover SHARE", "Recommend the smallest model with this recovery, such as 0.95.", MEASURE),
     option("--max-bytes SIZE", "Recommend among packed models up to this size, such as 1GB.", MEASURE),
     use.TRUST,
     use.out("Directory of the comparison; an earlier one goes on."),

@@ -18,7 +18,7 @@ from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, WHAT, Recipe, command
 
 MODEL, TEXT, MEASURE, VALUES, OUTPUT = "Model", "Text", "Measurement", "Values", "Output"
 # Types by placeholder; values with other placeholders are text.
-KINDS = {"": bool, "N": int, "FRACTION": float, "T": float, "DIR": Path, "FILE": Path}
+KINDS = {"": bool, "N": int, "SHARE": float, "T": float, "DIR": Path, "FILE": Path}
 
 
 def argument(metavar: str, help: str, kind: Any = str) -> Parameter:
