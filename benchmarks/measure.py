@@ -93,8 +93,8 @@ def code_version() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
 
-    tree = git("rev-parse", "--short", "HEAD:src/sparsellm")  # empty outside a checkout
-    changed = "-changed" if git("status", "--porcelain", "--", "src/sparsellm") else ""
+    tree = git("rev-parse", "--short", "HEAD:src")  # empty outside a checkout
+    changed = "-changed" if git("status", "--porcelain", "--", "src") else ""
     return f"{__version__}+{tree}{changed}" if tree else __version__
 
 

@@ -165,7 +165,7 @@ def _config(directory: str | os.PathLike[str]) -> PretrainedConfig:
     path = checkpoint_path(directory)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of an unknown model, or a value of the wrong type
+    except Exception as error:  # an unknown model, or a value of the wrong type
         raise FormatError(f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}") from error
     return config
 

@@ -123,7 +123,7 @@ def pack(
     """The packed form of a weight, or None if the dense weight is smaller.
 
     For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 has a
-    scale a row; int4 and int3 have one for each group of columns: of seven, the one with the least squared error.
+    scale a row; int4 and int3 have one for each group of columns, the best of seven by squared error.
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.
