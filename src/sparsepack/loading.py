@@ -42,7 +42,7 @@ def load(
 
     Raises:
         SettingError: the machine has no such device, or ``activations`` is unknown.
-        FormatError: there is no checkpoint, it is damaged, or transformers cannot load it.
+        FormatError: the directory holds no checkpoint or a damaged one, or transformers cannot load it.
     """
     place = _device(device)
     rounded = activations_of(activations) == "int8"
@@ -71,7 +71,8 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
     """The path of a checkpoint whose JSON can be read.
 
     Raises:
-        FormatError: there is no directory, or ``config.json`` or ``generation_config.json`` is absent or damaged.
+        FormatError: the directory or its ``config.json`` is absent, or one of ``config.json`` and
+            ``generation_config.json`` is damaged.
     """
     try:
         path = Path(directory).expanduser()

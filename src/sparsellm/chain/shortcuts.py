@@ -24,7 +24,7 @@ class Shortcut:
     """A module that returns the output of its writer, a linear inside."""
 
     writer: LinearView
-    module: nn.Module  # the largest one; the writer's own if there is no other
+    module: nn.Module  # the largest such module; the writer itself if no other returns its output
     items: int  # length of the tuple that it returns, whose first item is the output; 0 for the output alone
     unread: list[LinearView]  # whose outputs only the writer depends on; empty if the module contains them
     like_input: bool  # whether the output has the shape of the module's first tensor

@@ -28,7 +28,7 @@ GRADIENTS = Workspace(weights=3, grams=0, blocks=2.5)  # a block in fp32, its ac
 SWEEP = Workspace(weights=0, grams=0, blocks=5)  # a block's parameters, their gradients, two moments, one temporary
 ROUNDED = Workspace(weights=0, grams=0, blocks=7)  # the same with a block on its grid, and a weight's groups
 SWEPT_COPIES = 4  # fp32 copies of every block during a sweep: parameters, two moments, the best state so far
-SWEEP_STREAMS = 2  # inputs and dense outputs of a set of windows; a later set is beside the first, which judges
+SWEEP_STREAMS = 2  # inputs and dense outputs of a set of windows; the first set stays, since it judges every pass
 SAVED_COPIES = 7  # fp32 copies of every block on disk: the best, and parameters and moments of two passes
 FACTORS = 1 / 32  # factors of groups / elements of a block, at most, where values are rounded
 NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 4  # fp32 copies of a chunk of logits, in each loss of the head

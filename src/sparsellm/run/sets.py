@@ -93,7 +93,7 @@ def read_windows(
     statistics and further ones for ``passes`` passes, as far as the text has room.
 
     Raises:
-        DataError: there is no tokenizer, or the text is too short for one set.
+        DataError: the model has no tokenizer, or the text is too short for one set.
     """
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")

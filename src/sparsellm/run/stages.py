@@ -67,8 +67,9 @@ def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> Pr
     progress(Progress(NOTE, 1, 1, f"two stages: {said}"))
     copies = 0 if finished else COPIES
     request = replace(request, whole=request.recipe)
-    first = replace(request, recipe=recipes[0], out=place, first=True, overwrite=finished, copies=copies)
-    first = replace(first, passes_after=parts[1][1])
+    first = replace(
+        request, recipe=recipes[0], out=place, first=True, passes_after=parts[1][1], overwrite=finished, copies=copies
+    )
     tell = partial(_tell, progress, 1, parts[1][1] / parts[0][1])
     plan = make_plan(first, clock, tell)
     if request.restart:
@@ -184,7 +185,7 @@ def _remove_leftover(place: Path, out: Path) -> None:
     """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``, or
     while it removed that stage."""
     report, reported = _report(place), []
-    with contextlib.suppress(StorageError):  # there is no report, or no run of ours wrote it
+    with contextlib.suppress(StorageError):  # the report is absent, or is not one of sparsellm's
         reported = read_pruning(out).stages
     if report is not None and (not _is_finished(place) or reported == [_earlier(report)]):
         _remove(place)

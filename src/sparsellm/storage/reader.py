@@ -21,7 +21,7 @@ from torch import Tensor
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.inputs.json_input import read_object
 
-_PIECE = 1 << 22  # elements checked at a time: small beside a weight, large enough that calls cost nothing
+_PIECE = 1 << 22  # elements checked at a time: a small part of a weight, large enough that calls cost nothing
 _READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
 _LONGEST_NAME = 255  # bytes of a file's name, on common file systems
 _CHANGED = "the checkpoint has changed since it was opened; put the old files back"

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsellm.storage.files import write_all
 from sparsellm.storage.reader import DTYPES
 
-PIECE = 1 << 22  # elements converted and written at a time: small beside a block, large enough for a fast disk
+PIECE = 1 << 22  # elements converted and written at a time: a small part of a block, large enough for a fast disk
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

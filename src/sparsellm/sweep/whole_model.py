@@ -165,8 +165,8 @@ class SweepTask:
 class _Masters:
     """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1.
 
-    A parameter that several blocks use belongs to the first of them; the others borrow it. The parameters after the
-    best pass are kept beside them, unless that is pass 0, the state before the first.
+    A parameter that several blocks use belongs to the first of them; the others borrow it. The store also holds
+    the parameters after the best pass, unless that is pass 0: the state before the first pass.
     """
 
     def __init__(self, task: SweepTask, reached: Reached | None) -> None:
