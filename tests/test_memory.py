@@ -12,11 +12,10 @@ import pytest
 import torch
 
 import sparsellm
-from sparsellm import Recipe
+from sparsellm import Recipe, machine
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.inputs.sizes import parse_bytes
-from sparsellm.machine import heap
 from sparsellm.methods import METHODS
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
@@ -114,14 +113,14 @@ def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chai
 
 
 def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap, "free_memory", lambda: 10 << 30)
+    monkeypatch.setattr(machine, "free_memory", lambda: 10 << 30)
     plan = plan_memory(chain, Demand(4, 32, 4096, Workspace()), None)
     assert plan.budget_bytes == pytest.approx(plan.start_bytes + 8 * (1 << 30))
 
 
 def test_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap, "_control_group_rooms", lambda: [123])
-    assert heap.free_memory() == 123
+    monkeypatch.setattr(machine, "_control_group_rooms", lambda: [123])
+    assert machine.free_memory() == 123
 
 
 def test_what_a_block_needs_by_hand() -> None:

@@ -21,7 +21,7 @@ from sparsellm.evaluation.streamed import Kept, streamed_scores
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.hub.card import rebuild_card
 from sparsellm.hub.push import Pushed, push_checkpoint
-from sparsellm.machine.heap import peak_rss
+from sparsellm.machine import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Evaluation, Protocol

@@ -479,7 +479,7 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
 def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,), **options: Any) -> Printed:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
     from sparsellm import tables
-    from sparsellm.machine.devices import resolve_device
+    from sparsellm.machine import resolve_device
     from sparsellm.progress import Progress
     from sparsellm.records import Benchmark
     from sparsellm.run.result import stamp

@@ -23,9 +23,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from sparsellm import interrupts
+from sparsellm import interrupts, machine
 from sparsellm.errors import RecipeError
-from sparsellm.machine import heap
 from sparsellm.progress import NOTE, PLAN, Forecast, ProgressCallback
 from sparsellm.progress import Progress as Event
 
@@ -242,7 +241,7 @@ def _state(event: Event) -> str:
     """The error of the last linear, the sparsity so far, and the memory."""
     parts = [f"error {event.error:.4f}"] if event.error is not None else []
     parts += [f"sparsity {event.sparsity:.1%}"] if event.sparsity is not None else []
-    return " · ".join([*parts, f"memory {heap.resident() / 1e9:.2f} GB"])
+    return " · ".join([*parts, f"memory {machine.resident() / 1e9:.2f} GB"])
 
 
 def _done(forecast: Forecast) -> str:

@@ -11,7 +11,7 @@ from sparsellm import api
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, StorageError
-from sparsellm.machine.devices import resolve_device
+from sparsellm.machine import resolve_device
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
 from sparsellm.records import Against, Benchmark, Continuation, Evaluation, Settings

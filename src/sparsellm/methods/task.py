@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from sparsellm import machine
 from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.experts import ExpertLinear
-from sparsellm.machine import heap
 from sparsellm.patterns import NM, Pattern
 from sparsellm.progress import PhaseClock
 from sparsellm.records import LinearResult, Step
@@ -145,7 +145,7 @@ class BlockTask:
         )
         self.results.append(result)
         if solution.weight.nbytes >= OWN_PAGES:
-            heap.trim()
+            machine.trim()
         return result
 
     def _rounded(self, linear: LinearView, solution: Solution, gram: Gram | None, wanted: Tensor | None) -> Solution:

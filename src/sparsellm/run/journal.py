@@ -18,9 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sparsellm import parallel
+from sparsellm import machine, parallel
 from sparsellm.allocation import Allocation
-from sparsellm.machine import heap
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.records import LinearResult
 from sparsellm.run.counts import Magnitudes
@@ -294,7 +293,7 @@ class SavedSweep:
                     file = self._file(kind, number, block)
                     digests[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
             names = [self._file(kind, of, block).name for kind, of in kinds for block in range(self._blocks)]
-            files, peak = {name: digests[name] for name in names}, max(heap.peak_rss(), self.spent[1])
+            files, peak = {name: digests[name] for name in names}, max(machine.peak_rss(), self.spent[1])
             self._last = SweepRecord(history, best, files, seconds, peak)
             write_sealed(self._record, self._last)
             with explained(self._folder):

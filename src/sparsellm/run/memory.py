@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sparsellm import machine
 from sparsellm.chain import Chain, LinearView
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import MemoryBudgetError
 from sparsellm.inputs.sizes import parse_bytes
-from sparsellm.machine import heap
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
@@ -80,8 +80,8 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
         MemoryBudgetError: the run needs more than the budget.
         RecipeError: the budget is not a number of bytes.
     """
-    start = heap.resident()
-    most = int(start + DEFAULT_SHARE * heap.free_memory() / sharers) if budget is None else parse_bytes(budget)
+    start = machine.resident()
+    most = int(start + DEFAULT_SHARE * machine.free_memory() / sharers) if budget is None else parse_bytes(budget)
     moments = working_bytes(chain, demand)
     worst = max(moments, key=lambda name: moments[name])
     on_device = moments[worst] if chain.device.type != "cpu" else 0

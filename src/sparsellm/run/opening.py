@@ -15,7 +15,7 @@ from sparsellm.chain.open import config_difference, load_config, load_tokenizer,
 from sparsellm.chain.products import Bf16Products, bf16_is_native
 from sparsellm.errors import ModelError, RecipeError
 from sparsellm.inputs.json_input import read_object
-from sparsellm.machine.devices import resolve_device
+from sparsellm.machine import resolve_device
 from sparsellm.recipe import Recipe
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.packed_reader import open_checkpoint

@@ -12,13 +12,12 @@ from typing import TypeVar, cast
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsellm import parallel, plugins
+from sparsellm import machine, parallel, plugins
 from sparsellm.calibration import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward, windows_of
-from sparsellm.machine import heap
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
 from sparsellm.records import EarlierStage, Memory
@@ -185,7 +184,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     with clock.phase("calibration"):
         windows = _windows(request, choice, model, progress)
         check_forward(chain, windows.first, token_states=choice.token_states)
-        heap.trim()
+        machine.trim()
     recipe = recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
     choice.check_processes(recipe.samples)  # there may be fewer than requested
     warnings += unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only}, recipe.allow_dense)

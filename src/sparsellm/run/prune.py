@@ -10,13 +10,12 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from sparsellm import parallel
+from sparsellm import machine, parallel
 from sparsellm.chain import Feed, Stream
 from sparsellm.chain.matrices import kind_of
 from sparsellm.errors import SparseLLMError, one_line
 from sparsellm.hub.base import base_of
 from sparsellm.hub.card import CARD, card_text
-from sparsellm.machine import heap
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
 from sparsellm.records import Base, LinearResult, SweepPass
 from sparsellm.report.document import REPORT, write_report
@@ -52,7 +51,7 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
     Raises:
         SparseLLMError: a subclass of it that names the cause.
     """
-    progress, clock = progress if parallel.is_main() else ignore, PhaseClock(heap.peak_rss)
+    progress, clock = progress if parallel.is_main() else ignore, PhaseClock(machine.peak_rss)
     return execute(make_plan(request, clock, progress), clock, progress)
 
 
@@ -141,7 +140,7 @@ def _walk(
                 linears=block.linears,
                 versions=conditions(),
                 seconds=clock.lap(),
-                peak_rss=heap.peak_rss(),
+                peak_rss=machine.peak_rss(),
                 magnitudes=block.magnitudes,
             )
             if journal.writes:
@@ -224,7 +223,7 @@ def _result(
         *few_tokens(pruned.linears, plan.recipe.min_tokens_per_expert),
     ]
     warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, plan.recipe.sparsity)
-    recipe, peak = plan.recipe, max(heap.peak_rss(), pruned.peak)
+    recipe, peak = plan.recipe, max(machine.peak_rss(), pruned.peak)
     if before is not None:
         recipe = (plan.request.whole or recipe).updated(samples=recipe.samples, seq_len=recipe.seq_len)
         peak = max(peak, before.peak_rss_bytes)

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, JsonValue
 from transformers import PreTrainedModel
 
 from sparsellm import __version__
-from sparsellm.machine.devices import machine_name, processor_name
+from sparsellm.machine import machine_name, processor_name
 from sparsellm.patterns import parse_pattern
 from sparsellm.recipe import Recipe
 from sparsellm.records import LinearResult, Pruning, RunRecord, Stamp

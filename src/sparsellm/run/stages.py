@@ -16,9 +16,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from sparsellm import interrupts, parallel, plugins
+from sparsellm import interrupts, machine, parallel, plugins
 from sparsellm.errors import RecipeError, StorageError
-from sparsellm.machine import heap
 from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, EarlierStage, Pruning, read_pruning
@@ -48,7 +47,7 @@ def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> Pr
     recipes = recipes_of(request)
     if request.out is None:
         return prune(request, progress)
-    progress, clock = progress if parallel.is_main() else ignore, PhaseClock(heap.peak_rss)
+    progress, clock = progress if parallel.is_main() else ignore, PhaseClock(machine.peak_rss)
     place, dense = stage_of(request.out), request.dense
     for name, model in (("model", request.model), ("teacher", request.teacher)):
         if isinstance(model, (str, Path)) and Path(model).resolve() == place.resolve():
