@@ -15,7 +15,7 @@ from sparsellm import Recipe
 from sparsellm.chain import Feed, open_chain
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.methods.weighting import token_weights
-from sparsellm.sweep.saliency import loss_gradients
+from sparsellm.sweep.gradients import loss_gradients
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
 Family = Callable[..., PreTrainedModel]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsellm.allocation import LinearSize, Survey
 from sparsellm.chain import Chain, Feed, open_chain
-from sparsellm.sweep.saliency import LossGradients, loss_gradients
+from sparsellm.sweep.gradients import LossGradients, loss_gradients
 from tests.models import VOCABULARY
 
 
@@ -71,30 +71,26 @@ class Record:
     """Inputs and output gradients of every linear by plain autograd of the whole model, all windows at once."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, names: Sequence[str]) -> None:
-        self.entering: dict[str, Tensor] = {}  # (tokens, in)
+        self.inputs: dict[str, Tensor] = {}  # (tokens, in)
         outputs: dict[str, Tensor] = {}
 
         def hook(name: str) -> Any:
             def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                self.entering[name] = args[0].detach().flatten(0, -2)
+                self.inputs[name] = args[0].detach().flatten(0, -2)
                 outputs[name] = output
 
             return see
 
         handles = [module.register_forward_hook(hook(name)) for name, module in linears_of(model, names).items()]
-        result = model(ids, use_cache=False, output_hidden_states=True)
+        result = model(ids, use_cache=False)
         for handle in handles:
             handle.remove()
         self.loss = functional.cross_entropy(result.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        found = torch.autograd.grad(self.loss, [*outputs.values(), *result.hidden_states[:-1]])
-        self.gradient = {
-            name: value.detach().flatten(0, -2) for name, value in zip(outputs, found[: len(outputs)], strict=True)
-        }
-        self.boundaries = found[len(outputs) :]  # gradients of what enters each block
-        self.hidden = [hidden.detach() for hidden in result.hidden_states[:-1]]
+        found = torch.autograd.grad(self.loss, [*outputs.values()])
+        self.gradient = {name: value.flatten(0, -2) for name, value in zip(outputs, found, strict=True)}
 
     def fisher(self, name: str) -> Tensor:
         """``E[g_i² x_j²]`` token by token, fp64 ``(out, in)``."""
-        g, x = self.gradient[name].double(), self.entering[name].double()
+        g, x = self.gradient[name].double(), self.inputs[name].double()
         products = torch.einsum("ti,tj->tij", g, x).square()
         return products.mean(0)

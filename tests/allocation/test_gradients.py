@@ -16,21 +16,15 @@ from sparsellm import Recipe, prune
 from sparsellm.chain import Chain, Feed, LinearView, open_chain
 from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.run.memory import gradient_bytes
-from sparsellm.statistics import GramAccumulator
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import gradients, head
-from sparsellm.sweep.gradients import OutputSquares, Visitor, backward_sweep
-from sparsellm.sweep.saliency import loss_gradients
+from sparsellm.sweep.gradients import backward_sweep, loss_gradients
 from tests.allocation.helpers import Record, sizes_of, windows
-from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models.families import mixtral
 
 Family = Callable[..., PreTrainedModel]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
-def family(request: pytest.FixtureRequest) -> Family:
-    return request.param
 
 
 def squares(chain: Chain, batch_tokens: int = 2048, names: list[str] | None = None) -> dict[str, Tensor]:
@@ -38,24 +32,20 @@ def squares(chain: Chain, batch_tokens: int = 2048, names: list[str] | None = No
     return loss_gradients(Feed(chain, windows(), batch_tokens), chosen).output_squares
 
 
-class Everything(Visitor):
-    def __init__(self) -> None:
-        self.entering: dict[str, list[Tensor]] = {}
-        self.gradient: dict[str, list[Tensor]] = {}
-        self.hidden: dict[int, list[Tensor]] = {}
-        self.boundaries: dict[int, list[Tensor]] = {}
-        self.blocks: list[int] = []
+class Everything:
+    """The inputs of linears and the gradients at their outputs, and the linears of each block."""
 
-    def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
-        self.entering.setdefault(linear.name, []).append(entering.flatten(0, -2).clone())
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.gradient: dict[str, list[Tensor]] = {}
+        self.blocks: list[list[str]] = []
+
+    def see(self, linear: LinearView, x: Tensor, gradient: Tensor) -> None:
+        self.inputs.setdefault(linear.name, []).append(x.flatten(0, -2).clone())
         self.gradient.setdefault(linear.name, []).append(gradient.flatten(0, -2).clone())
 
-    def boundary(self, index: int, hidden: Tensor, gradient: Tensor) -> None:
-        self.hidden.setdefault(index, []).append(hidden.clone())
-        self.boundaries.setdefault(index, []).append(gradient.clone())
-
-    def block(self, index: int, linears: list[LinearView]) -> None:
-        self.blocks.append(index)
+    def done(self, linears: list[LinearView]) -> None:
+        self.blocks.append([linear.name for linear in linears])
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -71,29 +61,26 @@ def test_every_gradient_is_that_of_the_whole_model(
     record = Record(model, windows(), names)
     seen = Everything()
     scratch = Scratch(4000, tmp_path) if lazy else Scratch()  # most of it on disk
-    loss = backward_sweep(Feed(chain, windows(), 45, scratch), seen)
+    loss = backward_sweep(Feed(chain, windows(), 45, scratch), seen.see, seen.done)
     assert loss == pytest.approx(float(record.loss.detach()) / (6 * 19), rel=1e-5)
-    assert seen.blocks == list(reversed(range(len(chain))))
+    assert [name for block in reversed(seen.blocks) for name in block] == names
     assert seen.gradient.keys() == set(names)
     for name in names:
-        torch.testing.assert_close(torch.cat(seen.entering[name]), record.entering[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(seen.inputs[name]), record.inputs[name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(torch.cat(seen.gradient[name]), record.gradient[name], rtol=1e-3, atol=1e-6)
-    assert seen.boundaries.keys() == set(range(len(chain) + 1))
-    for index, (gradient, hidden) in enumerate(zip(record.boundaries, record.hidden, strict=True)):
-        torch.testing.assert_close(torch.cat(seen.boundaries[index]), gradient, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(torch.cat(seen.hidden[index]), hidden, rtol=1e-4, atol=1e-5)
 
 
 def test_a_share_of_the_positions_is_scored_and_their_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "LEAST_SCORED", 1)
     chain, seen, whole = open_chain(tiny_llama(), device=CPU), Everything(), Everything()
-    loss = backward_sweep(Feed(chain, windows(), 45), seen, share=0.4)
-    assert abs(loss - backward_sweep(Feed(chain, windows(), 45), whole)) < 1  # an estimate of the same
-    drawn = []
-    for some, all_of_it in zip(seen.boundaries[len(chain)], whole.boundaries[len(chain)], strict=True):
-        scored = some.abs().sum(dim=(0, 2)) > 0
+    loss = backward_sweep(Feed(chain, windows(), 45), seen.see, share=0.4)
+    assert abs(loss - backward_sweep(Feed(chain, windows(), 45), whole.see)) < 1  # an estimate of the same
+    last, drawn = "model.layers.2.mlp.down_proj", []  # its gradient is that of the residual stream
+    for some, all_of_it in zip(seen.gradient[last], whole.gradient[last], strict=True):
+        scored = some.view(-1, 20, 32).abs().sum(dim=(0, 2)) > 0
         assert int(scored.sum()) == 8  # of 19
-        torch.testing.assert_close(some[:, scored], all_of_it[:, scored] * (19 / 8) ** 0.5, rtol=1e-4, atol=1e-7)
+        rows = scored.repeat(len(some) // 20)
+        torch.testing.assert_close(some[rows], all_of_it[rows] * (19 / 8) ** 0.5, rtol=1e-4, atol=1e-7)
         drawn.append(scored.tolist())
     assert drawn[0] != drawn[1]
 
@@ -101,11 +88,11 @@ def test_a_share_of_the_positions_is_scored_and_their_gradients_are_scaled(monke
 def test_squares_keep_their_expectation_where_few_positions_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random tokens are what an untrained model predicts, so errors at different positions are uncorrelated."""
     monkeypatch.setattr(gradients, "LEAST_SCORED", 1)
-    feed, sums = Feed(open_chain(tiny_llama(), device=CPU), windows(64), 2048), []
+    chain, sums = open_chain(tiny_llama(), device=CPU), []
     for share in (0.25, 1.0):
-        seen = OutputSquares(feed.windows.numel())
-        backward_sweep(feed, seen, share=share)
-        sums.append(torch.stack([mean.sum() for mean in seen.means().values()]))
+        monkeypatch.setattr(gradients, "SHARE", share)
+        found = loss_gradients(Feed(chain, windows(64), 2048), [linear.name for linear in sizes_of(chain)])
+        sums.append(torch.stack([mean.sum() for mean in found.output_squares.values()]))
     assert 0.8 < float((sums[0] / sums[1]).median()) < 1.25  # 0.25 or 4 with another scale
 
 
@@ -131,7 +118,7 @@ def test_what_it_keeps_is_known_before_it_runs(family: Family) -> None:
             self.held -= size
 
     chain, scratch = open_chain(family(), device=CPU), Counting()
-    backward_sweep(Feed(chain, windows(), 45, scratch), Visitor())
+    backward_sweep(Feed(chain, windows(), 45, scratch), Everything().see)
     assert scratch.most == gradient_bytes(chain, windows().numel())
     assert scratch.held == 0
 
@@ -145,25 +132,6 @@ def test_only_the_named_linears_are_shown_and_squares_are_means_over_tokens(fami
     assert found.keys() == set(names)
     for name in names:
         torch.testing.assert_close(found[name], record.gradient[name].square().mean(0), rtol=1e-3, atol=1e-9)
-
-
-def test_a_visitor_may_take_second_moments_at_the_writers_of_the_residual_stream() -> None:
-    model = tiny_llama()
-    names = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.o_proj", "mlp.down_proj")]
-
-    class Moments(Visitor):
-        def __init__(self) -> None:
-            self.of = {name: GramAccumulator(32) for name in names}
-
-        def linear(self, index: int, linear: LinearView, entering: Tensor, gradient: Tensor) -> None:
-            self.of[linear.name].update(gradient)
-
-    seen = Moments()
-    backward_sweep(Feed(open_chain(model, device=CPU), windows(), 2048), seen, names)
-    record = Record(model, windows(), names)
-    for name in names:
-        g = record.gradient[name]
-        torch.testing.assert_close(seen.of[name].finish().matrix, g.T @ g / len(g), rtol=1e-3, atol=1e-7)
 
 
 def test_half_precision_is_swept_in_fp32() -> None:
@@ -190,7 +158,7 @@ def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
 
     layer.fc2.register_forward_hook(spoil)
     with pytest.raises(ModelError, match="fc1"):
-        backward_sweep(Feed(open_chain(model, device=CPU), windows(), 2048), Everything())
+        backward_sweep(Feed(open_chain(model, device=CPU), windows(), 2048), Everything().see)
     assert squares(open_chain(model, device=CPU))  # of outputs alone it is no matter
 
 
@@ -212,15 +180,12 @@ def test_gradients_that_are_not_finite_are_named() -> None:
             prune(model, asking, calibration=windows())
 
 
-def test_an_output_that_no_token_was_routed_to_is_not_known() -> None:
-    chain = open_chain(tiny_llama(), device=CPU)
-    linear, other = chain.linears(0)[:2]
-    seen = OutputSquares(6)
-    seen.linear(0, linear, torch.zeros(0, linear.in_features), torch.zeros(0, linear.out_features))
-    seen.linear(0, other, torch.zeros(3, other.in_features), torch.full((3, other.out_features), 2.0))
-    found = seen.means()
-    assert found.keys() == {other.name}
-    assert torch.equal(found[other.name], torch.full((other.out_features,), 2.0))
+def test_experts_that_no_token_was_routed_to_are_left_out() -> None:
+    chain = open_chain(mixtral(), device=CPU)
+    names = [linear.name for linear in sizes_of(chain)]
+    found = loss_gradients(Feed(chain, windows(1, 3), 2048), names, saliency=True)
+    assert found.output_squares.keys() == found.saliency.keys()
+    assert 0 < len(found.saliency) < len(names)
 
 
 def changing(inplace: bool) -> PreTrainedModel:
@@ -266,4 +231,4 @@ def test_a_block_without_a_gradient_is_named_and_needs_none_where_nobody_asks() 
 
 def test_windows_without_a_next_token_are_refused() -> None:
     with pytest.raises(DataError, match=r"\(3, 1\)"):
-        backward_sweep(Feed(open_chain(tiny_opt(), device=CPU), windows(3, 1), 2048), Visitor())
+        backward_sweep(Feed(open_chain(tiny_opt(), device=CPU), windows(3, 1), 2048), Everything().see)

@@ -24,7 +24,7 @@ def metrics_of(model: PreTrainedModel, survey: Survey) -> dict[int, Tensor]:
     record = Record(model, survey.feed.windows, [linear.name for linear in survey.linears])
     found: dict[int, list[Tensor]] = {}
     for linear in survey.linears:
-        norm = record.entering[linear.name].double().norm(dim=0)
+        norm = record.inputs[linear.name].double().norm(dim=0)
         metric = weight_of(model.get_submodule(linear.name)).abs() * norm
         found.setdefault(linear.block, []).append(metric.flatten())
     return {block: torch.cat(parts) for block, parts in found.items()}

@@ -14,7 +14,7 @@ from sparsellm import Recipe, prune
 from sparsellm.allocation import ALLOCATIONS, Survey
 from sparsellm.allocation.threshold import from_histograms
 from sparsellm.chain.products import Bf16Products
-from sparsellm.sweep.saliency import BINS, HIGHEST, LOWEST, loss_gradients
+from sparsellm.sweep.gradients import BINS, HIGHEST, LOWEST, loss_gradients
 from tests.allocation.helpers import Record, bare_survey, survey_of, weight_of, windows
 from tests.models import tiny_llama, tiny_opt
 

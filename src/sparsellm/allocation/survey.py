@@ -12,7 +12,7 @@ from sparsellm.chain import Feed, LinearView
 from sparsellm.chain.capture import watch
 from sparsellm.errors import RecipeError
 from sparsellm.progress import Progress
-from sparsellm.sweep.saliency import LossGradients
+from sparsellm.sweep.gradients import LossGradients
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from sparsellm.allocation.allocator import ALLOCATIONS, Allocation
 from sparsellm.allocation.exact import bounds, round_exactly
 from sparsellm.allocation.survey import Survey
 from sparsellm.registry import Needs, Options
-from sparsellm.sweep.gradients import TOKENS
-from sparsellm.sweep.saliency import BINS
+from sparsellm.sweep.gradients import BINS, TOKENS
 
 
 def _needs(options: Options) -> Needs:
@@ -34,7 +33,7 @@ def threshold(
 ) -> Allocation:
     """Zeros of each linear: its weights whose saliency ½ w² E[g² x²] is below one threshold for the whole model.
 
-    See :class:`~sparsellm.sweep.saliency.SaliencyHistograms`. A linear that no token reached has the target sparsity,
+    See :class:`~sparsellm.sweep.gradients.histogram`. A linear that no token reached has the target sparsity,
     and so has one whose weight the model uses in several places, because the sweep covers only one of them.
     """
     counts = {name: one for name, one in survey.gradients.saliency.items() if name not in survey.shared}

@@ -17,7 +17,7 @@ from sparsellm.run.choice import patterns_of, sizes_of
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.journal import Journal
 from sparsellm.run.plan import Plan, gradient_windows
-from sparsellm.sweep.saliency import LossGradients, loss_gradients
+from sparsellm.sweep.gradients import LossGradients, loss_gradients
 
 
 @dataclass(frozen=True)

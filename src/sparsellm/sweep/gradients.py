@@ -1,4 +1,5 @@
-"""The gradient of the dense model's loss at every linear, one block in memory at a time.
+"""The gradient of the dense model's loss at every linear, one block in memory at a time, and what follows from it: the
+cost of errors of outputs, and the saliency of weights.
 
 The forward pass stores the input of each block. The next-token loss is differentiated through the head. Then each
 block, from the last to the first, runs again on its stored input and propagates the gradient to it. Hidden states and
@@ -10,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparsellm.chain import Feed, LinearView, Stream
+from sparsellm.chain import Chain, Feed, LinearView, Stream
 from sparsellm.chain.capture import watch
 from sparsellm.errors import DataError, ModelError, NumericalError
 from sparsellm.progress import Progress as Event
@@ -26,48 +28,129 @@ TOKENS = 4096  # calibration tokens for gradients; the time is proportional to t
 LEAST_WINDOWS = 4  # with half as many the model is worse, with twice as many it is not better
 SHARE = 0.25  # positions of a window whose loss is differentiated; fewer make the squares noisy
 LEAST_SCORED = 128  # fewest such positions: fewer save little, because the blocks run on all positions
+BINS = 1 << 14
+LOWEST, HIGHEST = -160.0, 60.0  # log₂ of a saliency in nats: the range of fp32 factors; a bin is 1 % wide
 WITHOUT = "take allocation uniform and, in sparsellm, effort 0 and options.output_metric 0"
 
+See = Callable[[LinearView, Tensor, Tensor], None]
+"""Called for a linear with its input ``(..., in)`` and the gradient at its output, which is that of the *sum* over all
+scored tokens of the negative log-likelihood, in nats: its squares make up the empirical Fisher of a token."""
 
-class Visitor:
-    """Receives the gradients of a backward sweep. A subclass overrides the methods that it needs.
 
-    Every gradient is that of the *sum* over all scored tokens of the negative log-likelihood, in nats. So it does not
-    depend on the number of windows, and its squares make up the empirical Fisher of a token. If only a share of the
-    positions is scored, it is scaled so that its squares keep their expectation.
+@dataclass(frozen=True)
+class LossGradients:
+    """The results of one backward sweep of the dense model. Linears that no token reached are in neither mapping.
 
     Attributes:
-        reads_inputs: whether :meth:`linear` reads the inputs of linears, which the model must then not change in place.
+        tokens: the number of tokens of the sweep.
+        output_squares: ``E[g_i²]`` of each output i of a linear, ``(out,)`` fp32: the cost of an error of that output
+            to the loss, to second order.
+        saliency: a :func:`histogram` of each linear; empty if it was not requested.
     """
 
-    reads_inputs = True
+    tokens: int
+    output_squares: dict[str, Tensor]
+    saliency: dict[str, Tensor]
 
-    def linear(self, index: int, linear: LinearView, x: Tensor, gradient: Tensor) -> None:
-        """Called for a linear of block ``index``: its input ``(..., in)``, and the gradient at its output."""
 
-    def boundary(self, index: int, hidden: Tensor, gradient: Tensor) -> None:
-        """Called with the input of block ``index`` and the gradient there, both fp32 ``(batch, seq, hidden)``.
+def loss_gradients(feed: Feed, names: Collection[str], *, saliency: bool = False) -> LossGradients:
+    """The squared gradients at outputs, and optionally the saliency of weights, from one backward sweep.
 
-        An ``index`` equal to the number of blocks stands for the output of the last block.
-        """
+    Saliency takes one product ``F = (g∘g)ᵀ(x∘x)`` a batch, with factors in bf16 where blocks multiply in it (their
+    rounding is less than a bin), summed in fp32. One block's ``F`` is in memory at a time.
 
-    def block(self, index: int, linears: list[LinearView]) -> None:
-        """Called after all tokens of block ``index``, which is still loaded, in fp32. Do not change its weights."""
+    Args:
+        feed: the dense chain, and the windows for the gradients.
+        names: the linears to include.
+        saliency: also count the saliency of every weight.
+
+    Raises:
+        NumericalError: a gradient is NaN or infinite.
+        ModelError, DataError: as :func:`backward_sweep`.
+    """
+    tokens, dtype = feed.windows.numel(), torch.float32 if feed.chain.products is None else torch.bfloat16
+    squares: dict[str, Tensor] = {}  # (out,) fp32, sums over tokens
+    fisher: dict[str, Tensor] = {}  # (out, in) fp32, those of one block
+    histograms: dict[str, Tensor] = {}
+
+    def see(linear: LinearView, x: Tensor, gradient: Tensor) -> None:
+        if not gradient.numel():  # an expert that no token was routed to
+            return
+        costs = gradient.flatten(0, -2).float().square()  # (tokens, out)
+        _add(squares, linear.name, costs.sum(0))
+        if saliency:
+            rows = x.flatten(0, -2).float().square()  # (tokens, in)
+            _add(fisher, linear.name, (costs.to(dtype).T @ rows.to(dtype)).float())
+
+    def done(linears: list[LinearView]) -> None:
+        for linear in linears:
+            if linear.name in fisher:
+                histograms[linear.name] = histogram(linear, fisher.pop(linear.name).div_(tokens))
+
+    backward_sweep(feed.in_pieces(), see, done, names=names, share=SHARE, reads_inputs=saliency)
+    means = {name: (total / tokens).cpu() for name, total in squares.items()}
+    for name, mean in means.items():
+        _check_finite(name, mean)
+    return LossGradients(tokens, means, histograms)
+
+
+def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    if name in sums:
+        sums[name] += part
+    else:
+        sums[name] = part
+
+
+def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
+    """Counts of ``log₂ s_ij``, int64 ``(BINS,)`` on the CPU; bin 0 includes weights of zero saliency.
+
+    ``s_ij = ½ w_ij² F_ij`` is the loss, in nats a token, that removing the weight adds, to second order (the optimal
+    brain damage of LeCun et al. 1990).
+
+    Args:
+        linear: in the loaded block.
+        fisher: ``F_ij = Σ_t g_ti² x_tj² / N``, ``(out, in)``, the diagonal of the empirical Fisher; overwritten.
+
+    Raises:
+        NumericalError: ``F`` has values that are NaN or infinite.
+    """
+    _check_finite(linear.name, fisher)
+    logarithm = fisher.log2_().add_(linear.weight().abs_().log2_(), alpha=2).sub_(1)
+    bins = logarithm.sub_(LOWEST).mul_(BINS / (HIGHEST - LOWEST)).clamp_(0, BINS - 1)
+    total = torch.zeros(BINS, dtype=torch.int64)
+    for rows in bins.split(max(1, (1 << 22) // bins.shape[1])):
+        total += torch.bincount(rows.flatten().to(torch.int64), minlength=BINS).cpu()
+    return total
+
+
+def _check_finite(name: str, squares: Tensor) -> None:
+    if not bool(torch.isfinite(squares).all()):
+        raise NumericalError(f"gradients at {name} are not finite; try dtype float32, or do without: {WITHOUT}")
 
 
 @torch.no_grad()
-def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None = None, *, share: float = 1.0) -> float:
-    """Calls a visitor with the gradients of the next-token loss at the outputs of linears and between the blocks.
+def backward_sweep(
+    feed: Feed,
+    see: See,
+    done: Callable[[list[LinearView]], None] = lambda linears: None,
+    *,
+    names: Collection[str] | None = None,
+    share: float = 1.0,
+    reads_inputs: bool = True,
+) -> float:
+    """Differentiates the next-token loss at the outputs of linears, from the last block to the first.
 
     Blocks run in fp32, whatever dtype they are stored in. The model stays the same to the bit, without gradients in its
     parameters. The scratch holds ``blocks + 2`` times the hidden states of the windows.
 
     Args:
         feed: the chain, of which nothing need be loaded, and the windows; the first token of each is not scored.
-        visitor: called block by block, from the last to the first.
-        names: the linears to call it for; None for all.
-        share: the share of a window's positions that is scored, drawn at random, at least :data:`LEAST_SCORED`. The
-            head, whose vocabulary may cost more than all blocks, runs for these alone. See :func:`_positions`.
+        see: called for each linear and batch.
+        done: called with the linears of each block after all its tokens, while it is loaded.
+        names: the linears to call them for; None for all.
+        share: the share of a window's positions that is scored, see :func:`_positions`. The head, whose vocabulary may
+            cost more than all blocks, runs for these alone.
+        reads_inputs: whether ``see`` reads inputs, which the model must then not change in place.
 
     Returns:
         The mean loss of a scored token, in nats.
@@ -95,18 +178,20 @@ def backward_sweep(feed: Feed, visitor: Visitor, names: Collection[str] | None =
                     stream.hidden[position] = output
         gradients = stack.enter_context(stream.store())
         with chain.outer():
-            loss = _through_the_end(feed, stream, gradients, visitor, share)
+            loss = _through_the_end(feed, stream, gradients, share)
         for index in reversed(range(blocks)):
-            done = 2 * blocks - 1 - index
-            feed.progress(Event("gradients", done, 2 * blocks, f"block {index + 1}/{blocks} backward"))
-            with chain.block(index, feed.blocks):
-                _back_through(stream, index, inputs[index], gradients, visitor, names)
+            event = Event("gradients", 2 * blocks - 1 - index, 2 * blocks, f"block {index + 1}/{blocks} backward")
+            feed.progress(event)
+            with chain.block(index, feed.blocks), _in_fp32(chain, index):
+                linears = [linear for linear in chain.linears(index) if names is None or linear.name in names]
+                _back_through(stream, index, inputs[index], gradients, linears, _hook(see, reads_inputs))
+                done(linears)
             inputs[index].close()
     feed.progress(Event("gradients", 2 * blocks, 2 * blocks, ""))
     return loss
 
 
-def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, visitor: Visitor, share: float) -> float:
+def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, share: float) -> float:
     """The mean loss; appends the gradient of its sum at the output of the last block to ``gradients``."""
     chain, total, start, predicted = feed.chain, 0.0, 0, feed.seq_len - 1
     for hidden in stream.hidden:
@@ -117,16 +202,15 @@ def _through_the_end(feed: Feed, stream: Stream, gradients: TensorStore, visitor
         loss, slope = through_head(chain, hidden[:, scored], ids[:, scored], following, gradient=True)
         total += loss * predicted / len(scored)
         slope *= (predicted / len(scored)) ** 0.5
-        gradient = torch.zeros_like(hidden).index_copy_(1, scored, slope)
-        gradients.append(gradient)
-        visitor.boundary(len(chain), hidden, gradient)
+        gradients.append(torch.zeros_like(hidden).index_copy_(1, scored, slope))
     if not math.isfinite(total):
         raise NumericalError(f"the loss of the dense model is {total} in {chain.dtype}; try dtype float32")
     return total / (len(feed.windows) * predicted)
 
 
 def _positions(predicted: int, share: float, seed: int) -> Tensor:
-    """The positions of a window that are scored, int64, in order, of the ``predicted`` ones with a next token.
+    """The positions of a window that are scored, int64, in order: a random ``share`` of the ``predicted`` ones with a
+    next token, at least :data:`LEAST_SCORED`.
 
     The gradient ``g`` at a token sums those of later positions, ``Σ_s a_s``. Of a share p of the positions it is
     ``ĝ = Σ_s m_s a_s``, scaled by ``1/√p`` so that ``E ĝ² = p g² + (1 − p) Σ_s a_s²``. Errors of predictions at
@@ -140,91 +224,44 @@ def _positions(predicted: int, share: float, seed: int) -> Tensor:
 
 
 def _back_through(
-    stream: Stream,
-    index: int,
-    inputs: TensorStore,
-    gradients: TensorStore,
-    visitor: Visitor,
-    names: Collection[str] | None,
+    stream: Stream, index: int, inputs: TensorStore, gradients: TensorStore, linears: list[LinearView], hook: See
 ) -> None:
     """Runs the loaded block on its stored input, and replaces ``gradients`` at its output by those at its input."""
     chain = stream.chain
-    weights = {
-        name: nn.Parameter(parameter.detach().float(), requires_grad=False)
-        for name, parameter in chain.block_parameters(index).items()
-    }
-    with running_on(chain, index, weights):
-        linears = [linear for linear in chain.linears(index) if names is None or linear.name in names]
-        calls = [call.to(torch.float32) for call in stream.calls(index)]
-        for position, call in enumerate(calls):
-            hidden = inputs[position].float().detach().requires_grad_(True)
-            with torch.enable_grad(), watch(linears, _show(visitor, index)):
-                output = chain.apply(index, hidden, call)
-            try:
-                (gradient,) = torch.autograd.grad(output, hidden, gradients[position])
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # the model's own code may not be differentiable
-                why = str(error).splitlines()[0]
-                block = chain.block_names[index]
-                raise ModelError(f"{block} has no gradient ({why}); do without: {WITHOUT}") from error
-            gradients[position] = gradient
-            visitor.boundary(index, hidden.detach(), gradient)
-        visitor.block(index, linears)
+    for position, call in enumerate([call.to(torch.float32) for call in stream.calls(index)]):
+        hidden = inputs[position].float().detach().requires_grad_(True)
+        with torch.enable_grad(), watch(linears, hook):
+            output = chain.apply(index, hidden, call)
+        try:
+            (gradients[position],) = torch.autograd.grad(output, hidden, gradients[position])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the model's own code may not be differentiable
+            why, block = str(error).splitlines()[0], chain.block_names[index]
+            raise ModelError(f"{block} has no gradient ({why}); do without: {WITHOUT}") from error
 
 
-def _show(visitor: Visitor, index: int) -> Callable[[LinearView, Tensor, Tensor], None]:
+def _in_fp32(chain: Chain, index: int) -> contextlib.AbstractContextManager[None]:
+    """Runs a loaded block on fp32 copies of its parameters."""
+    parameters = chain.block_parameters(index).items()
+    return running_on(chain, index, {n: nn.Parameter(p.detach().float(), requires_grad=False) for n, p in parameters})
+
+
+def _hook(see: See, reads_inputs: bool) -> See:
     """A hook on a linear's output in the graph; later changes of the output in place do not affect it."""
 
-    def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
+    def watched(linear: LinearView, x: Tensor, y: Tensor) -> None:
         given, version = x.detach(), x._version
 
         def arrived(gradient: Tensor) -> None:
-            if visitor.reads_inputs and given._version != version:
+            if reads_inputs and given._version != version:
                 raise ModelError(
                     f"the model changes the input of {linear.name} in place, so it has no gradient; do without: "
                     f"{WITHOUT}"
                 )
-            visitor.linear(index, linear, given, gradient.detach())
+            see(linear, given, gradient.detach())
 
         if y.requires_grad:  # else the loss does not depend on this linear
             y.register_hook(arrived)
 
-    return see
-
-
-def not_finite(name: str) -> str:
-    """The error message for gradients at a linear that are not finite."""
-    return f"gradients at {name} are not finite; try dtype float32, or do without: {WITHOUT}"
-
-
-class OutputSquares(Visitor):
-    """Sums the squared gradients at every output of each linear.
-
-    Args:
-        tokens: all tokens of the sweep, including those that a linear does not get.
-    """
-
-    reads_inputs = False
-
-    def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
-        self._sums: dict[str, Tensor] = {}
-
-    def linear(self, index: int, linear: LinearView, x: Tensor, gradient: Tensor) -> None:
-        if not gradient.numel():  # an expert that no token was routed to
-            return
-        squares = gradient.flatten(0, -2).float().square().sum(0)
-        self._sums[linear.name] = self._sums[linear.name] + squares if linear.name in self._sums else squares
-
-    def means(self) -> dict[str, Tensor]:
-        """``E[g_i²]`` over all tokens, ``(out,)`` fp32 on the CPU, of each linear that a token reached.
-
-        Raises:
-            NumericalError: a gradient was NaN or infinite.
-        """
-        means = {name: (total / self._tokens).cpu() for name, total in self._sums.items()}
-        for name, mean in means.items():
-            if not bool(torch.isfinite(mean).all()):
-                raise NumericalError(not_finite(name))
-        return means
+    return watched
