@@ -25,8 +25,6 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(gt=0, lt=2**31)]
 Seconds = Annotated[float, PlainSerializer(lambda value: round(value, 3))]
 Settings = dict[str, JsonValue]
-Magnitudes = dict[str, dict[str, list[Count]]]
-"""By kind of linear, the counts ``before`` and ``after`` of :mod:`sparsellm.run.counts`."""
 
 
 class Record(BaseModel):
@@ -162,7 +160,15 @@ class Totals(Record):
 
 
 class SweepPass(Record):
-    """KL(dense ‖ pruned) in nats a token after a number of passes; as :class:`sparsellm.sweep.whole_model.Pass`."""
+    """The mean divergence KL(dense ‖ pruned) per predicted token, in nats, after a number of passes.
+
+    Attributes:
+        held_out: the divergence on held-out windows.
+        train: on the windows of the last pass, before its steps; None before the first.
+        rate: the learning rate of the sweep, with the state before the first pass; else None.
+    """
+
+    model_config = ConfigDict(frozen=True)
 
     passes: int
     held_out: float
@@ -264,7 +270,6 @@ class RunRecord(Record):
     sweeps: list[SweepPass] = []
     stages: list[EarlierStage] = []
     identity: Settings = {}
-    magnitudes: Magnitudes = {}
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sparsellm.errors import StorageError
+from sparsellm.records import SweepPass
 from sparsellm.run.journal import BlockRecord, SweepRecord
 from sparsellm.storage.directory import WorkingDirectory
 from sparsellm.storage.state import RUN, STATE, UnfinishedRun, left_in, partial_of, read_sealed, write_sealed
-from sparsellm.sweep.whole_model import Pass
 from tests.storage.small import tree
 
 IDENTITY = {"recipe": {"seed": 0, "sparsity": 0.7}, "model": "abc"}
@@ -103,7 +103,7 @@ def test_another_kind_of_run_is_refused_and_packing_starts_again(out: Path) -> N
 
 @pytest.mark.parametrize("damage", ["a number", "a key", "cut", "a list", "deep", "not text", "unsealed"])
 def test_a_damaged_record_counts_as_absent(damage: str, out: Path, tmp_path: Path) -> None:
-    record = SweepRecord([Pass(0, 1.25, None)], 1, {"é": "12"}, 0.1, 1 << 40)
+    record = SweepRecord([SweepPass(passes=0, held_out=1.25)], 1, {"é": "12"}, 0.1, 1 << 40)
     for path, kind in ((tmp_path / "r.json", SweepRecord), (partial_of(out) / STATE / RUN, UnfinishedRun)):
         if kind is SweepRecord:
             write_sealed(path, record)

@@ -17,12 +17,13 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import ModelError, NumericalError
+from sparsellm.records import SweepPass
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import head
 from sparsellm.sweep import whole_model as module
 from sparsellm.sweep.training import Adam
-from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
+from sparsellm.sweep.whole_model import SweepTask, sweep
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.sweep.helpers import (
     CPU,
@@ -45,7 +46,7 @@ TOKENS = 96  # in a batch: four windows of 24
 
 def swept(
     chain: Chain, dense: PreTrainedModel, ids: Tensor, passes: int, rate: float | None, scratch: Scratch | None = None
-) -> tuple[list[Pass], dict[str, Tensor]]:
+) -> tuple[list[SweepPass], dict[str, Tensor]]:
     """The history, and every block as it would be written."""
     written: dict[str, Tensor] = {}
 
@@ -58,7 +59,7 @@ def swept(
     return history, written
 
 
-def in_memory(model: PreTrainedModel, dense: PreTrainedModel, *args: Any) -> list[Pass]:
+def in_memory(model: PreTrainedModel, dense: PreTrainedModel, *args: Any) -> list[SweepPass]:
     return swept(open_chain(model, device=CPU), dense, *args)[0]
 
 
@@ -353,5 +354,5 @@ def test_a_pass_that_does_harm_is_undone_and_the_next_is_slower(
 
 def test_what_harm_is() -> None:
     divergences = [1.0, 1.005, 0.5, 0.6, float("nan"), 0.504, 0.4]
-    history = [Pass(number, value, None) for number, value in enumerate(divergences)]
+    history = [SweepPass(passes=number, held_out=value) for number, value in enumerate(divergences)]
     assert module.harmful_passes(history) == [3, 4]

@@ -23,8 +23,6 @@ _TIMED_PHASES = {
     "replay": ("replay",), "prune": ("embed", "read", "prune", "forward", "write"), "sweep": ("sweep",),
     "save": ("count",),
 }  # fmt: skip
-_LOWEST_POWER, _POWERS_A_BIN = -16.0, 0.5  # the bins of sparsellm.run.counts
-_MOST_HISTOGRAMS = 12  # more kinds of linears, as some mixtures have, would make the page unreadable
 
 Plotly = dict[str, Any]  # a trace, an axis or a layout, as Plotly's JSON has it
 Values = Sequence[float | None]
@@ -402,34 +400,3 @@ def memory_chart(pruning: Pruning) -> Chart | None:
         "measured": [peaks[_MEMORY_PHASES[step]] / 1e9 for step in steps],
     }
     return _bars(("memory", "Memory against the prediction", text), "GB", steps, series)
-
-
-def magnitude_charts(pruning: Pruning) -> list[Chart]:
-    """Histograms of the weights' magnitudes before and after, one chart for each kind of linear."""
-    names, charts = short_names(pruning.magnitudes), []
-    for position, (kind, counts) in enumerate(list(pruning.magnitudes.items())[:_MOST_HISTOGRAMS]):
-        before, after = counts.get("before", []), counts.get("after", [])
-        total = sum(before)
-        if not total or len(before) != len(after):
-            continue
-        used = [n for n in range(len(before)) if before[n] or after[n]]
-        shown = range(used[0], used[-1] + 1)
-        centres = [2 ** (_LOWEST_POWER + (n + 0.5) * _POWERS_A_BIN) for n in shown]
-        series = {
-            name: [values[n] / total for n in shown] for name, values in (("before", before), ("after, kept", after))
-        }
-        traces = [line(name, centres, shares, at) for at, (name, shares) in enumerate(series.items())]
-        for trace in traces:
-            trace |= {"mode": "lines", "fill": "tozeroy"}
-            trace["line"]["shape"] = "hvh"
-        layout = {
-            "xaxis": axis("|w|", type="log", exponentformat="power"),
-            "yaxis": axis("share", tickformat=".0%", rangemode="tozero"),
-        }
-        text = (
-            f"Magnitudes of the weights of {names[kind]} in all blocks, before and after. After pruning "
-            f"{percent(sum(after) / total)} of them are not zero."
-        )
-        table = table_of("|w|, about", [f"{centre:.2g}" for centre in centres], series, percent)
-        charts.append(Chart(f"magnitudes-{position}", names[kind], text, table, traces, layout, 260))
-    return charts

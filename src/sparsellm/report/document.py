@@ -97,18 +97,18 @@ def render_run(record: Checkpoint) -> str:
         MissingExtraError: the chart library is not installed.
     """
     pruning = record.pruning
-    rows, magnitudes, course = headline(record), charts.magnitude_charts(pruning), charts.course(pruning)
+    rows, course = headline(record), charts.course(pruning)
     linears = [charts.sparsity_map(pruning.linears), charts.error_map(pruning.linears)]
     allocation = charts.allocation_chart(pruning)
     sections = [("headline", "Dense against pruned"), ("linears", "Every linear"), ("depth", "Allocation")]
-    sections += [("weights", "Weights"), ("course", "The course of the run"), ("made", "How it was made")]
+    sections += [("mask", "A mask"), ("course", "The course of the run"), ("made", "How it was made")]
     if record.results.continuations:
         sections.insert(1, ("continuations", "Continuations"))
     machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
     return page(
         "run.html.jinja",
         f"{record.model} pruned to {pruning.target}",
-        [*linears, allocation, *magnitudes, *course],
+        [*linears, allocation, *course],
         sections=sections,
         record=record,
         place=shlex.quote(record.name),
@@ -117,7 +117,6 @@ def render_run(record: Checkpoint) -> str:
         packed_commands=packed_commands(record) if record.decode_speeds() is None else [],
         linears=linears,
         allocation=allocation,
-        magnitudes=magnitudes,
         course=course,
         mask=mask_picture(record),
         recipe=yaml.safe_dump(pruning.recipe, sort_keys=False, allow_unicode=True, width=100),

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
 from sparsellm.methods.task import UNREACHED
@@ -179,38 +176,3 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
 def _first_of(names: Sequence[str], between: str = ", ") -> str:
     more = f"{between.rstrip(', ')} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return between.join(names[:_SHOWN]) + more
-
-
-# ---------------------------------------------------------------------- histograms of magnitudes
-
-LOWEST, HIGHEST, BINS = -16, 4, 40  # powers of two, in half steps; magnitudes beyond count in the last bins
-_MOST = 1 << 20  # weights of one linear that are counted: evenly spaced rows
-
-Counts = list[int]
-Magnitudes = dict[str, dict[str, Counts]]  # by kind of linear: ``before`` and ``after``
-
-
-@torch.no_grad()
-def magnitudes(weight: Tensor) -> Counts:
-    """The number of nonzero weights, in evenly spaced rows if there are many, in each of :data:`BINS` bins of
-    ``log2 |w|``, which do not depend on the weights: so counts add up over linears."""
-    rows = weight.detach()[:: max(1, -(-weight.numel() // _MOST))]
-    values = rows.float().abs()
-    powers = values[values > 0].log2().clamp(LOWEST, HIGHEST)
-    return [int(count) for count in torch.histc(powers, BINS, LOWEST, HIGHEST).cpu()]
-
-
-def add(total: Magnitudes, kind: str, when: str, counts: Counts) -> None:
-    """Adds the counts of one linear to those of its kind, in place."""
-    known = total.setdefault(kind, {}).get(when, [0] * BINS)
-    total[kind][when] = [a + b for a, b in zip(known, counts, strict=True)]
-
-
-def joined(parts: Sequence[Magnitudes]) -> Magnitudes:
-    """The counts of several blocks added up, by kind of linear."""
-    total: Magnitudes = {}
-    for part in parts:
-        for kind, both in part.items():
-            for when, counts in both.items():
-                add(total, kind, when, counts)
-    return total

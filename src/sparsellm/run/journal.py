@@ -21,8 +21,7 @@ from torch import Tensor
 from sparsellm import machine, parallel
 from sparsellm.allocation import Allocation
 from sparsellm.progress import NOTE, Progress, ProgressCallback
-from sparsellm.records import LinearResult
-from sparsellm.run.counts import Magnitudes
+from sparsellm.records import LinearResult, SweepPass
 from sparsellm.run.result import versions
 from sparsellm.storage.directory import WorkingDirectory, check_room, written_bytes
 from sparsellm.storage.files import empty, explained, replace_atomically
@@ -30,7 +29,7 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.shard import TensorSource, write_shard
 from sparsellm.storage.state import BLOCKS, STATE, SWEPT, partial_of, read_sealed, write_sealed
 from sparsellm.storage.writer import CheckpointWriter, shard_names
-from sparsellm.sweep.whole_model import Parameters, Pass, Reached
+from sparsellm.sweep.whole_model import Parameters, Reached
 
 ALLOCATION, OUTPUT_COSTS, SWEEP = "allocation", "output-costs", "sweep"  # names of records
 _FORMAT = 3  # version of the working directory
@@ -62,21 +61,20 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class BlockRecord(FileRecord):
-    """A finished block: results and magnitudes of its linears, the :func:`conditions` under which it was pruned,
+    """A finished block: the results of its linears, the :func:`conditions` under which it was pruned,
     seconds of each phase since the previous block, and the peak memory of the process so far, in bytes."""
 
     linears: list[LinearResult] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss: int = 0
-    magnitudes: Magnitudes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SweepRecord:
     """The last saved pass of a sweep: digests of its files, and the seconds and peak memory of the sweep so far."""
 
-    history: list[Pass]
+    history: list[SweepPass]
     best: int
     files: dict[str, str]
     seconds: float
@@ -270,7 +268,7 @@ class SavedSweep:
     def moments(self, number: int, block: int) -> Tensor:
         return self._read("moments", number, block)
 
-    def save(self, history: list[Pass], best: int, state: Parameters, *, last: bool) -> None:
+    def save(self, history: list[SweepPass], best: int, state: Parameters, *, last: bool) -> None:
         """Writes the state after the newest pass of ``history``, then removes the previous one.
 
         Raises:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from sparsellm import machine, parallel
 from sparsellm.chain import Feed, Stream
-from sparsellm.chain.matrices import kind_of
 from sparsellm.errors import SparseLLMError, one_line
 from sparsellm.hub.base import base_of
 from sparsellm.hub.card import CARD, card_text
@@ -20,7 +19,7 @@ from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ign
 from sparsellm.records import Base, LinearResult, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.costs import predicted_seconds
-from sparsellm.run.counts import Magnitudes, add, few_tokens, joined, left_dense, magnitudes, shortfall, unreached
+from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
 from sparsellm.run.journal import BlockRecord, Journal, conditions, other_conditions
 from sparsellm.run.memory import checkpoint_bytes, saved_sweep_bytes
 from sparsellm.run.plan import Plan, Request, make_plan
@@ -31,17 +30,16 @@ from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
 from sparsellm.storage.state import partial_of
 from sparsellm.storage.writer import CheckpointWriter, count_zeros
-from sparsellm.sweep.whole_model import Pass, SweepTask, sweep
+from sparsellm.sweep.whole_model import SweepTask, sweep
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What walk and sweep did: the results of all linears, histograms of their weights before and after, the divergence
-    from the dense model after each pass, and the peak memory of earlier processes in bytes."""
+    """What walk and sweep did: the results of all linears, the divergence from the dense model after each pass, and the
+    peak memory of earlier processes in bytes."""
 
     linears: list[LinearResult]
-    magnitudes: Magnitudes
-    sweeps: list[Pass]
+    sweeps: list[SweepPass]
     peak: int
 
 
@@ -141,7 +139,6 @@ def _walk(
                 versions=conditions(),
                 seconds=clock.lap(),
                 peak_rss=machine.peak_rss(),
-                magnitudes=block.magnitudes,
             )
             if journal.writes:
                 journal.write_block(block.index, chain.block_tensors(block.index), record)
@@ -157,9 +154,9 @@ def _sweep(
     """Trains all kept weights of the pruned model towards the dense model's predictions, if the plan has passes."""
     chain = plan.chain
     linears = [linear for record in blocks for linear in record.linears]
-    counted, peak = joined([record.magnitudes for record in blocks]), max(record.peak_rss for record in blocks)
+    peak = max(record.peak_rss for record in blocks)
     if not plan.passes:
-        return Pruned(linears, counted, [], peak)
+        return Pruned(linears, [], peak)
     feed.progress(Progress("sweep", 0, 1))
     saved = journal.saved_passes(saved_sweep_bytes(chain, plan.trains_integers), plan.disk_bytes, feed.progress)
     journal.open_sweep(checkpoint_bytes(chain))
@@ -169,16 +166,12 @@ def _sweep(
         peak, began = max(peak, earlier), time.perf_counter() - spent
         saved.seconds = lambda: time.perf_counter() - began
     zeros: dict[str, int] = {}
-    after = Magnitudes()
 
     def write(index: int) -> None:
         for linear in chain.linears(index):
             zeros[linear.name] = count_zeros(linear.parameter)
-            if linear.name in pruned:
-                add(after, kind_of(chain, linear.name, index), "after", magnitudes(linear.parameter))
         journal.write_swept(index, chain.block_tensors(index))
 
-    pruned = {linear.name for linear in linears}
     shards = [journal.block(index) for index in range(len(chain))]
     first, *others = plan.sweep_windows
     with clock.phase("sweep"):
@@ -200,8 +193,7 @@ def _sweep(
     if dense is not None:
         dense.close()
     journal.write_outer(chain.outer_tensors)
-    counted = {kind: {**counts, **after[kind]} for kind, counts in counted.items()}
-    return Pruned([each.model_copy(update={"zeros": zeros[each.name]}) for each in linears], counted, sweeps, peak)
+    return Pruned([each.model_copy(update={"zeros": zeros[each.name]}) for each in linears], sweeps, peak)
 
 
 def _result(
@@ -244,13 +236,12 @@ def _result(
         resumed=len(finished),
         warnings=warnings,
         memory=plan.memory,
-        sweeps=[SweepPass(**vars(each)) for each in pruned.sweeps],
+        sweeps=pruned.sweeps,
         allocation={"name": plan.choice.allocator.name, **allocation.report} if allocation is not None else {},
         processes=parallel.size(),
         dense=dense,
         base=_base(plan),
         peaks_bytes=clock.peaks,
-        magnitudes=pruned.magnitudes,
         stages=[before] if before is not None else [],
         identity=plan.identity.to_dict(),
     )

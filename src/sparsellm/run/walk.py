@@ -10,10 +10,8 @@ from functools import partial
 import torch
 
 from sparsellm.chain import Stream
-from sparsellm.chain.matrices import kind_of
 from sparsellm.methods import BlockTask, LinearResult
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
-from sparsellm.run.counts import Magnitudes, add, magnitudes
 from sparsellm.run.plan import Plan
 from sparsellm.run.targets import Targets
 from sparsellm.storage.reader import CheckpointReader
@@ -22,11 +20,10 @@ from sparsellm.sweep.integers import Integers
 
 @dataclass(frozen=True)
 class BlockResult:
-    """The results of the linears of one block, and the histograms of its weights before and after."""
+    """The results of the linears of one block."""
 
     index: int
     linears: list[LinearResult]
-    magnitudes: Magnitudes
 
 
 def walk(
@@ -84,7 +81,10 @@ def walk(
                 trained=plan.trains_integers,
             )
             with clock.phase("prune"):
-                counted = _prune(plan, task)
+                if linears:
+                    plan.choice.method.function(task, **plan.choice.options)
+                chain.settle_block(index)
+                results[:] = task.finish()
             if index + 1 < blocks:  # the output of the last block is not needed
                 report("forward")
                 with clock.phase("forward"):
@@ -94,23 +94,9 @@ def walk(
                 if linear.name in task.unrounded:  # the sweep goes on from there; this block ran rounded
                     linear.assign(task.unrounded[linear.name])
             report("writing")
-            yield BlockResult(index, list(results), counted)
+            yield BlockResult(index, list(results))
         done += results
         tell(index, (), "is done", part=1)
-
-
-def _prune(plan: Plan, task: BlockTask) -> Magnitudes:
-    """Prunes the loaded block of a task; returns the histograms of its weights before and after."""
-    chain, choice, counted = plan.chain, plan.choice, Magnitudes()
-    for linear in task.linears:
-        add(counted, kind_of(chain, linear.name, task.index), "before", magnitudes(linear.parameter))
-    if task.linears:
-        choice.method.function(task, **choice.options)
-    chain.settle_block(task.index)
-    task.results[:] = task.finish()
-    for linear in task.linears:
-        add(counted, kind_of(chain, linear.name, task.index), "after", magnitudes(linear.parameter))
-    return counted
 
 
 def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:

@@ -24,6 +24,7 @@ from sparsellm.chain import Chain, Feed, Stream
 from sparsellm.chain.streams import Piece
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress
+from sparsellm.records import SweepPass
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.head import divergence_from, through_head
 from sparsellm.sweep.integers import Integers
@@ -52,23 +53,6 @@ STEP_TOKENS = 512  # tokens of a step; half as many steps of twice the tokens co
 SWEEP_SHARE = 0.5  # windows of a pass per calibration window; what a pass gains depends more on its steps
 
 
-@dataclass(frozen=True)
-class Pass:
-    """The mean divergence KL(dense ‖ pruned) per predicted token, in nats, after a number of passes.
-
-    Attributes:
-        passes: their number.
-        held_out: the divergence on held-out windows.
-        train: on the windows of the last pass, before its steps; None before the first.
-        rate: the learning rate of the sweep, with the state before the first pass; else None.
-    """
-
-    passes: int
-    held_out: float
-    train: float | None
-    rate: float | None = None
-
-
 class _Step(NamedTuple):
     """A step of a pass: the process that has its windows, their number there, and their tokens."""
 
@@ -86,7 +70,7 @@ class Reached:
         best: the number of the best pass so far; 0 for the state before the first.
     """
 
-    history: list[Pass]
+    history: list[SweepPass]
     best: int
 
     @property
@@ -117,7 +101,7 @@ class SavedPasses(Protocol):
     def moments(self, number: int, block: int) -> Tensor:
         """Adam's moments of a block after pass ``number``: ``(2, elements)`` fp32, on the CPU."""
 
-    def save(self, history: list[Pass], best: int, state: Parameters, *, last: bool) -> None:
+    def save(self, history: list[SweepPass], best: int, state: Parameters, *, last: bool) -> None:
         """Saves the state after the newest pass of ``history``; after the ``last`` pass, only the best parameters."""
 
 
@@ -302,7 +286,7 @@ def check_sweepable(chain: Chain) -> None:
 
 
 @torch.no_grad()
-def sweep(task: SweepTask) -> list[Pass]:
+def sweep(task: SweepTask) -> list[SweepPass]:
     """Fits the kept weights, biases and norms of all blocks to the dense model's predictions; zeros stay zero.
 
     The result is the state with the least divergence on held-out windows, which may be the one at the start. States are
@@ -330,7 +314,7 @@ def sweep(task: SweepTask) -> list[Pass]:
     return history
 
 
-def _passes(task: SweepTask, run: _Run, reached: Reached | None) -> list[Pass]:
+def _passes(task: SweepTask, run: _Run, reached: Reached | None) -> list[SweepPass]:
     """Runs the remaining passes: each is judged, kept or undone, and saved. Returns the history of all passes."""
     chain, masters = task.feed.chain, run.masters
     train, judges = held_out_of(run.steps(), task.held_out)
@@ -354,7 +338,7 @@ def _passes(task: SweepTask, run: _Run, reached: Reached | None) -> list[Pass]:
 
             undone = harmful[-1] if harmful else 0  # the last pass after which Adam's moments began anew
             mean = _pass(task, trained, steps, number, undone, rate * CUT ** len(harmful), report)
-            history.append(Pass(number, run.judge(judges), mean))
+            history.append(SweepPass(passes=number, held_out=run.judge(judges), train=mean))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
             masters.keep(number)
         elif number < task.passes and number in harmful_passes(history):
@@ -364,7 +348,7 @@ def _passes(task: SweepTask, run: _Run, reached: Reached | None) -> list[Pass]:
     return history
 
 
-def _start(task: SweepTask, run: _Run, train: list[_Step], judges: list[_Step]) -> Pass:
+def _start(task: SweepTask, run: _Run, train: list[_Step], judges: list[_Step]) -> SweepPass:
     """The state before the first pass, with the learning rate for the sweep.
 
     The rate by rule is proportional to the square of the divergence. Where that is small, it may be far too small for
@@ -376,7 +360,7 @@ def _start(task: SweepTask, run: _Run, train: list[_Step], judges: list[_Step]) 
         if not math.isfinite(start):
             raise NumericalError(f"the pruned model diverges from the dense one by {start}; prune less")
         if task.learning_rate is not None:
-            return Pass(0, start, None, task.learning_rate)
+            return SweepPass(passes=0, held_out=start, rate=task.learning_rate)
         chosen, least = RATE * min(1.0, (start / FAR) ** 2), start
         rate = max(chosen, LOWEST_PROBED)
         while start < CAREFUL and rate <= PROBED and len(train) >= 4 * PROBE_STEPS:
@@ -388,7 +372,7 @@ def _start(task: SweepTask, run: _Run, train: list[_Step], judges: list[_Step]) 
             if not divergence < least:
                 break
             least, chosen, rate = divergence, rate, rate * FASTER
-        return Pass(0, start, None, chosen)
+        return SweepPass(passes=0, held_out=start, rate=chosen)
 
 
 def _pass(
@@ -431,7 +415,7 @@ def _on(task: SweepTask, masters: _Masters, windows: Tensor, done: int, passes: 
         yield _Run(chain, windows, stream, goal, masters)
 
 
-def harmful_passes(history: Sequence[Pass]) -> list[int]:
+def harmful_passes(history: Sequence[SweepPass]) -> list[int]:
     """The numbers of the passes that raised the held-out divergence above :data:`HARM` times the least before."""
     harmful, least = [], history[0].held_out
     for record in history[1:]:
