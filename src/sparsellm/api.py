@@ -33,7 +33,7 @@ from sparsellm.run.result import PruneResult, stamp, versions
 from sparsellm.run.sets import default_seq_len
 from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.packed_reader import as_storage_error
+from sparsellm.storage.reader import as_storage_error
 from sparsepack.loading import load
 
 

@@ -22,7 +22,7 @@ from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import WorkingDirectory, check_destination
 from sparsellm.storage.files import write_bytes
-from sparsellm.storage.packed_reader import PackedReader
+from sparsellm.storage.reader import PackedReader
 from sparsellm.storage.shard import TensorSource
 from sparsellm.storage.state import PACK, UNPACK
 from sparsellm.storage.writer import CheckpointWriter, belongs_to
@@ -157,7 +157,7 @@ def unpack(
     def write(writer: CheckpointWriter) -> PackResult:
         for index, names in enumerate(shards.values()):
             progress(Progress("unpack", index, len(shards)))
-            writer.write_shard(index, _sources(reader.read(names)))
+            writer.write_shard(index, _sources({name: reader.get(name) for name in names}))
         progress(Progress("unpack", len(shards), len(shards)))
         _write_companions(writer, source)
         weights = sum(math.prod(entry.shape) for entry in reader.entries.values())

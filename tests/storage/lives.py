@@ -13,8 +13,7 @@ import torch
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import SparseLLMError
-from sparsellm.storage.packed_reader import open_checkpoint
-from sparsellm.storage.reader import raw_bytes
+from sparsellm.storage.reader import open_checkpoint, raw_bytes
 from sparsellm.storage.state import REPLACED, partial_of
 from tests.killing import KILLED, Died, dying, full_disk, run
 

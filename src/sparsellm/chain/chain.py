@@ -25,8 +25,7 @@ from sparsellm.chain.open import load_config
 from sparsellm.chain.products import Bf16Products, bf16_products
 from sparsellm.chain.weights import ModelWeights
 from sparsellm.errors import ModelError, SparseLLMError, one_line
-from sparsellm.storage.packed_reader import open_checkpoint
-from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.reader import CheckpointReader, open_checkpoint
 
 SHOWN_TOKENS = 8  # block 0 runs on these to reveal the type of its return value
 

@@ -340,7 +340,7 @@ class ModelWeights:
         """The weights of a block read from the checkpoint, under its names, loaded or not; tied weights once."""
         assert self.reader is not None, "a model in memory has no checkpoint"
         keys = dict.fromkeys(self.key_of[name] for name in self._names_of(index) if self.owns(name))
-        return self.reader.read(list(keys))
+        return {key: self.reader.get(key) for key in keys}
 
     def outer_tensors(self) -> dict[str, TensorSource]:
         """Every tensor outside the blocks, unchanged, tied weights once. Each is read only when it is written."""

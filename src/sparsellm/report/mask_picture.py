@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsellm.errors import StorageError
 from sparsellm.records import LinearResult
 from sparsellm.report.checkpoint import Checkpoint
-from sparsellm.storage.packed_reader import open_checkpoint
+from sparsellm.storage.reader import open_checkpoint
 
 WINDOW = 128  # most rows and columns: at three pixels a weight the picture fits a phone
 _KEPT, _ZERO = bytes((0x0B, 0x57, 0xA4)), bytes((0xF4, 0xF1, 0xE8))

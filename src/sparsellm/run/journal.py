@@ -204,7 +204,7 @@ class Journal:
         if not self.writes or not _is_same(file, read_sealed(self._state / f"{OUTPUT_COSTS}.json", FileRecord)):
             return None
         reader = CheckpointReader(self._state, [file])
-        return reader.read(list(reader))
+        return {name: reader.get(name) for name in reader}
 
     def keep_output_costs(self, costs: dict[str, Tensor]) -> None:
         if self.writes:

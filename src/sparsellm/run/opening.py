@@ -18,8 +18,7 @@ from sparsellm.inputs.json_input import read_object
 from sparsellm.machine import resolve_device
 from sparsellm.recipe import Recipe
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.packed_reader import open_checkpoint
-from sparsellm.storage.reader import CheckpointReader
+from sparsellm.storage.reader import CheckpointReader, open_checkpoint
 from sparsepack.checkpoint import is_packed
 
 Model = str | os.PathLike[str] | PreTrainedModel

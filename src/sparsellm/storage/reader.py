@@ -1,4 +1,4 @@
-"""Reads a Hugging Face checkpoint tensor by tensor; only requested tensors are in memory."""
+"""Reads a Hugging Face checkpoint, packed or not, tensor by tensor; only requested tensors are in memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.inputs.json_input import read_object
+from sparsepack.checkpoint import PackedEntry, PackedTensors, is_packed
+from sparsepack.errors import PackError
 
 _PIECE = 1 << 22  # elements checked at a time: a small part of a weight, large enough that calls cost nothing
 _READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
-_LONGEST_NAME = 255  # bytes of a file's name, on common file systems
 _CHANGED = "the checkpoint has changed since it was opened; put the old files back"
 _GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"
 
@@ -34,7 +35,7 @@ DTYPES = {
     "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes of weights that are read. Other dtypes are those of quantised checkpoints, or of buffers."""
+"""The dtypes of weights that are read; others are those of quantised checkpoints, or of buffers."""
 
 
 @dataclass(frozen=True)
@@ -78,30 +79,26 @@ class CheckpointReader:
                         "keep the files of one checkpoint only"
                     )
                 self._stored[name] = stored
-        # Shapes and dtypes of unpacked weights, which readers of packed checkpoints report instead of the stored ones.
-        self._file_of = {name: stored.file for name, stored in self._stored.items()}
-        self._shapes = {name: stored.shape for name, stored in self._stored.items()}
-        self._dtypes = {name: stored.dtype for name, stored in self._stored.items()}
         self._digests: dict[str, str] = {}
         self._verified: set[str] = set()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._dtypes[name]
+        return self._stored[name].dtype
 
     def bytes_of(self, name: str) -> int:
-        return math.prod(self._shapes[name]) * self._dtypes[name].itemsize
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def file_of(self, name: str) -> Path:
-        return self._file_of[name]
+        return self._stored[name].file
 
     def stored_as(self, name: str) -> str:
         """Dtype and shape of a tensor in its file, as text."""
@@ -109,12 +106,8 @@ class CheckpointReader:
 
     @property
     def bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(stored.bytes for stored in self._stored.values())
-
-    def read(self, names: list[str]) -> dict[str, Tensor]:
-        """The named tensors as stored; see :meth:`get`."""
-        return {name: self.get(name) for name in names}
+        """Size of all tensors, unpacked."""
+        return sum(self.bytes_of(name) for name in self)
 
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """One tensor that owns its memory, in ``dtype`` if that is given and the tensor has floating point.
@@ -140,12 +133,8 @@ class CheckpointReader:
         return value.to(device, dtype if value.is_floating_point() else None)
 
     def digests(self, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
-        """SHA-256 of every tensor as stored, by name. Each file is read once, and all values are checked.
-
-        Later reads are compared with these digests.
-
-        Args:
-            progress: called with (bytes read, bytes in all).
+        """SHA-256 of every tensor as stored, by name. All values are checked, and later reads are compared with these
+        digests. ``progress`` is called with (bytes read, bytes in all).
 
         Raises:
             NumericalError: a weight is NaN or infinite; the message names it.
@@ -155,15 +144,11 @@ class CheckpointReader:
             digests: dict[str, str] = {}
             done, total = 0, sum(stored.bytes for stored in self._stored.values())
             with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "digest") as pool:
-                try:
-                    for name, digest in zip(self._stored, pool.map(self._digest, self._stored), strict=True):
-                        digests[name] = digest
-                        done += self._stored[name].bytes
-                        if progress is not None:
-                            progress(done, total)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+                for name, digest in zip(self._stored, pool.map(self._digest, self._stored), strict=True):
+                    digests[name] = digest
+                    done += self._stored[name].bytes
+                    if progress is not None:
+                        progress(done, total)
             self._digests = digests
         return self._digests
 
@@ -200,6 +185,59 @@ class CheckpointReader:
                 "this checkpoint is damaged: download or convert it again"
             )
         return digest.hexdigest()
+
+
+class PackedReader(CheckpointReader):
+    """The tensors of a packed checkpoint, dense: each weight is unpacked when it is read.
+
+    Raises:
+        StorageError: as :class:`~sparsepack.checkpoint.PackedTensors`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        described = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in self._stored.items()}
+        with as_storage_error():
+            self._packed = PackedTensors(directory, self.files, described, super().get)
+        self.entries = self._packed.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in super().__iter__() if name not in self._packed.hidden)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        entry = self._entry(name)
+        return entry.stored_shape if entry is not None else super().shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        entry = self._entry(name)
+        return entry.torch_dtype if entry is not None else super().dtype(name)
+
+    def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        if self._entry(name) is None:
+            return super().get(name, device, dtype)
+        with as_storage_error():
+            return self._packed.dense(name.removesuffix(".weight")).to(device, dtype)
+
+    def _entry(self, name: str) -> PackedEntry | None:
+        return self.entries.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+
+
+def open_checkpoint(directory: Path) -> CheckpointReader:
+    """A reader of a checkpoint, packed or not.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    return PackedReader(directory) if is_packed(read_object(directory / "config.json")) else CheckpointReader(directory)
+
+
+@contextlib.contextmanager
+def as_storage_error() -> Iterator[None]:
+    """Turns errors of sparsepack into a StorageError."""
+    try:
+        yield
+    except PackError as error:
+        raise StorageError(str(error)) from None
 
 
 def not_finite(values: Tensor) -> int:
@@ -241,25 +279,18 @@ def _stamp(file: Any) -> tuple[int, int, int]:
 
 
 def _header(file: Path) -> tuple[tuple[int, int, int], dict[str, _Stored]]:
-    """The stamp of a safetensors file, and its tensors.
-
-    The format's own library checks the header: sizes, overlaps, gaps, the file's length. It does not return the offsets
-    of tensors, and does not detect a name that occurs twice.
-    """
+    """The stamp of a safetensors file, and its tensors. The format's own library checks the header (sizes, overlaps,
+    gaps, the file's length), but does not return the offsets of tensors."""
     try:
         with safe_open(file, framework="pt"), file.open("rb") as opened:
             stamp = _stamp(opened)
             length = int.from_bytes(opened.read(8), "little")
-            pairs: list[tuple[str, Any]] = json.loads(opened.read(length), object_pairs_hook=list)
+            header: dict[str, Any] = json.loads(opened.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise StorageError(f"{file} is not a readable safetensors file ({error}); download it again") from None
+    header.pop("__metadata__", None)
     tensors: dict[str, _Stored] = {}
-    for name, entry in pairs:
-        if name == "__metadata__":
-            continue
-        if name in tensors:
-            raise StorageError(f"{file} is damaged: its header describes tensor {name} twice; download it again")
-        fields = dict(entry)
+    for name, fields in header.items():
         if fields["dtype"] not in DTYPES:
             raise StorageError(
                 f"tensor {name} in {file} has dtype {fields['dtype']}, which is not read; "
@@ -288,15 +319,11 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _read_index(index: Path) -> dict[str, str]:
     """The name of the shard that holds each tensor."""
-    shard_of, bad = read_object(index).get("weight_map"), f"{index} is not a valid index of shards"
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise StorageError(f"{bad}: it has no weight_map; download it again")
-    for tensor, name in shard_of.items():
-        if not isinstance(name, str):
-            raise StorageError(f"{bad}: {tensor:.100} is in {name!r:.100}; download it again")
+    shard_of = read_object(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(name, str) for name in shard_of.values()):
+        raise StorageError(f"{index} has no weight_map from tensors to names of files; download it again")
     for name in sorted(set(shard_of.values())):
-        plain = Path(name).name == name and "\0" not in name and len(os.fsencode(name)) <= _LONGEST_NAME
-        if not plain or not (index.parent / name).is_file():
+        if Path(name).name != name or not os.path.isfile(index.parent / name):  # also False if it is too long
             raise StorageError(
                 f"{index} names the shard {name!r:.100}, which is not in {index.parent}; download it again"
             )
