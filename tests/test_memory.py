@@ -15,7 +15,7 @@ import sparsellm
 from sparsellm import Recipe, machine
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
-from sparsellm.inputs.sizes import parse_bytes
+from sparsellm.inputs import parse_bytes
 from sparsellm.methods import METHODS
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace

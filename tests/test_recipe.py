@@ -129,23 +129,6 @@ def test_settings_join_the_options_that_are_there() -> None:
     assert list(later.sparsity_of.items()) == [("b", 0.2), ("a", 0.3)]
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"\xff\xfes\x00", "not UTF-8 (byte 0)"),
-        ("seed: 1".encode("utf-16"), "not UTF-8"),
-        (b"\x00", "not valid YAML"),
-        (b"# " + b"x" * 300_000, "more than 256 KiB"),
-    ],
-)
-def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, said: str) -> None:
-    (tmp_path / "r.yaml").write_bytes(content)
-    with pytest.raises(RecipeError) as caught:
-        Recipe.from_yaml(tmp_path / "r.yaml")
-    assert said in str(caught.value)
-    assert "r.yaml" in str(caught.value)
-
-
 def test_effort_is_a_number_of_passes() -> None:
     assert [Effort.of(Recipe(effort=effort)).passes for effort in (None, 0, 1, 2, 3)] == [1, 0, 1, 3, 8]
     assert Effort.of(Recipe(effort=1, passes=5)).passes == 5

@@ -289,8 +289,7 @@ def compare(model: str, out: Path, progress: Any, plugin: Sequence[str] = (), **
     interrupts.describe_with(partial(kept_by_compare, out))
     from sparsellm import compare as grid
     from sparsellm import tables
-    from sparsellm.inputs.sizes import parse_bytes
-    from sparsellm.inputs.yaml_input import parse_yaml
+    from sparsellm.inputs import parse_bytes, parse_yaml
 
     _load_plugins(plugin)
     methods, patterns, fractions = (use.listed(options.pop(name)) for name in ("method", "pattern", "sparsity"))

@@ -16,7 +16,7 @@ from sparsellm.arguments import Checkpoint, Out, checked
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import NumericalError, RecipeError, StorageError, nearest, shown
-from sparsellm.inputs.json_input import read_object
+from sparsellm.inputs import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory

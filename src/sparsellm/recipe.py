@@ -25,8 +25,7 @@ from pydantic import (
 )
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
-from sparsellm.inputs.sizes import parse_bytes
-from sparsellm.inputs.yaml_input import dump_yaml, parse_yaml, read_yaml
+from sparsellm.inputs import dump_yaml, parse_bytes, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from sparsellm.patterns import Pattern
@@ -359,9 +358,9 @@ class Recipe(BaseModel):
         lines = []
         for name, field in type(self).model_fields.items():
             null = (command_line(name) or CommandLine("", "")).null
-            lines.append(f"# {field.description}" + (f" null: {null}." if null else ""))
-            lines.append(dump_yaml({name: getattr(self, name)}).rstrip())
-        return "\n".join(lines) + "\n"
+            lines.append(f"# {field.description}" + (f" null: {null}." if null else "") + "\n")
+            lines.append(dump_yaml({name: getattr(self, name)}))
+        return "".join(lines)
 
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, computed_field
 
 from sparsellm.errors import StorageError, shown
-from sparsellm.inputs.json_input import read_object
+from sparsellm.inputs import read_object
 
 PRUNING, RESULTS = "pruning.json", "results.json"
 PUT_BACK = "put the file back as it was"

@@ -9,7 +9,7 @@ import psutil
 
 from sparsellm.calibration.sources import SOURCES, Split, Text, reads_file, text_file
 from sparsellm.errors import DataError, one_line
-from sparsellm.inputs.json_input import parse_json
+from sparsellm.inputs import parse_json
 
 
 @reads_file("file")

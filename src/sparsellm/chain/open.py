@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from sparsellm.errors import DataError, ModelError, one_line, shown
-from sparsellm.inputs.json_input import read_object
+from sparsellm.inputs import read_object
 from sparsellm.storage.reader import CheckpointReader
 from sparsepack.checkpoint import is_packed
 

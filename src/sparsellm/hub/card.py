@@ -11,8 +11,7 @@ from pathlib import Path
 
 from sparsellm.errors import StorageError
 from sparsellm.hub.base import HUB_ID
-from sparsellm.inputs.json_input import read_object
-from sparsellm.inputs.yaml_input import dump_yaml
+from sparsellm.inputs import dump_yaml, read_object
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, Evaluation, Interval, Pruning, read_pruning

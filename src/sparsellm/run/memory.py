@@ -12,7 +12,7 @@ from sparsellm import machine
 from sparsellm.chain import Chain, LinearView
 from sparsellm.chain.experts import ExpertLinear
 from sparsellm.errors import MemoryBudgetError
-from sparsellm.inputs.sizes import parse_bytes
+from sparsellm.inputs import parse_bytes
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES

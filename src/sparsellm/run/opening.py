@@ -14,7 +14,7 @@ from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.open import config_difference, load_config, load_tokenizer, shape_difference
 from sparsellm.chain.products import Bf16Products, bf16_is_native
 from sparsellm.errors import ModelError, RecipeError
-from sparsellm.inputs.json_input import read_object
+from sparsellm.inputs import read_object
 from sparsellm.machine import resolve_device
 from sparsellm.recipe import Recipe
 from sparsellm.sources.resolve import checkpoint_directory

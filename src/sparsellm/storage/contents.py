@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from sparsellm.errors import StorageError
-from sparsellm.inputs.json_input import read_object
+from sparsellm.inputs import read_object
 
 LISTED = ".sparsellm-files.json"  # names of files that were copied from the model and that is_known() does not cover
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsellm.errors import NumericalError, StorageError
-from sparsellm.inputs.json_input import read_object
+from sparsellm.inputs import read_object
 from sparsepack.checkpoint import PackedEntry, PackedTensors, is_packed
 from sparsepack.errors import PackError
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from sparsellm.errors import StorageError
-from sparsellm.inputs.json_input import read_object
+from sparsellm.inputs import read_object
 from sparsellm.storage.files import TEMPORARY, empty, explained, locked, sync, write_bytes
 
 PARTIAL = ".partial"  # how the name of a working directory ends

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from sparsellm.inputs.json_input import read_object
+from sparsellm.inputs import read_object
 from sparsellm.storage.contents import LISTED, is_known, unusual_files
 from sparsellm.storage.directory import WorkingDirectory
 from sparsellm.storage.files import explained, replace_atomically, write_bytes

@@ -1,0 +1,171 @@
+"""Reads JSON, YAML and sizes of memory from outside, within limits and before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsellm.errors import RecipeError, SparseLLMError, StorageError, shown
+
+MOST_JSON = 256 << 20  # bytes: ten times the index of a model with a million tensors
+MOST_YAML, MOST_DEPTH = 256 << 10, 32  # bytes: a hundred times a recipe; levels of lists and mappings
+
+SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
+
+
+def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = StorageError) -> Any:
+    """The value of a JSON text; bytes are UTF-8, with or without a byte order mark.
+
+    Raises:
+        SparseLLMError: as ``error``, with ``where`` first, if the text is not JSON, is too long or too deep, or has an
+            integer that Python refuses to read or half of a surrogate pair.
+    """
+    with _refused_as(error, where):
+        value = json.loads(_text(data, MOST_JSON))
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written again
+        return value
+
+
+def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        SparseLLMError: as ``error``, if the file cannot be read, is not an object, or :func:`parse_json` raises it.
+    """
+    value = parse_json(_read(path, MOST_JSON, error), str(path), error)
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
+    """The value of a YAML text: null, booleans, numbers, strings, lists and mappings.
+
+    Numbers are those of YAML 1.2: ``1e-3`` is a number; ``2:4`` and ``2024-01-01`` are strings, while YAML 1.1 reads a
+    number of base 60 and a date. Tags, aliases and repeated keys are refused. Bytes are UTF-8, with or without a BOM.
+
+    Raises:
+        SparseLLMError: as ``error``, with ``where`` first, if the text is not YAML, or beyond a limit.
+    """
+    with _refused_as(error, where):
+        text = _text(data, MOST_YAML)
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):  # before a value is made
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_DEPTH:
+                raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"the alias *{event.anchor} is not read; write the value again")
+            if (tag := getattr(event, "tag", None)) is not None:
+                raise ValueError(f"the tag {tag[:80]} is not allowed; write plain values")
+            if isinstance(event, yaml.ScalarEvent):
+                event.value.encode()  # refuses half of a surrogate pair
+        return yaml.load(text, Loader=_Loader)
+
+
+def read_yaml(path: Path) -> Any:
+    """Same as :func:`parse_yaml` for a file, which may be unreadable too."""
+    return parse_yaml(_read(path, MOST_YAML, RecipeError), str(path))
+
+
+def dump_yaml(values: Mapping[str, object]) -> str:
+    """A line for each key, from which :func:`parse_yaml` reads the same values; they are written as JSON."""
+    text = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+    return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
+
+
+def parse_bytes(text: str | int) -> int:
+    """The bytes in ``4GiB``, ``500 MB`` or a plain number of bytes; case does not matter.
+
+    Raises:
+        RecipeError: not a positive number, or not a known unit.
+    """
+    match = _SIZE.fullmatch(text if isinstance(text, str) else shown(text))
+    units = {name.lower(): size for name, size in SIZES.items()}
+    size = int(float(match[1]) * units.get((match[2] or "b").lower(), 0)) if match is not None else 0
+    if size < 1:
+        raise RecipeError(
+            f"size {shown(text)} is unknown; write a positive number and one of {', '.join(SIZES)}, such as 4GiB"
+        )
+    return size
+
+
+def _text(data: bytes | str, most: int) -> str:
+    if len(data) > most:
+        raise ValueError(f"more than {most >> 10} KiB; give a shorter one")
+    return data.decode("utf-8-sig") if isinstance(data, bytes) else data
+
+
+def _read(path: Path, most: int, error: type[SparseLLMError]) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(most + 1)
+    except (OSError, ValueError) as bad:  # ValueError: a null byte in the path
+        raise error(f"cannot read {str(path)[:200]}: {getattr(bad, 'strerror', None) or bad}") from None
+
+
+@contextmanager
+def _refused_as(error: type[SparseLLMError], where: str) -> Iterator[None]:
+    """Turns what the parsers raise into one line with ``where`` first."""
+    try:
+        yield
+    except UnicodeDecodeError as bad:
+        raise error(f"{where} is not UTF-8 (byte {bad.start}); save it as UTF-8") from None
+    except UnicodeEncodeError:
+        raise error(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character") from None
+    except RecursionError:
+        raise error(f"{where} is nested too deeply to be read") from None
+    except json.JSONDecodeError as bad:
+        raise error(f"{where} is not valid JSON ({bad.msg}, line {bad.lineno}, column {bad.colno})") from None
+    except yaml.MarkedYAMLError as bad:
+        mark = bad.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise error(f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[:300]) from None
+    except (yaml.YAMLError, ValueError) as bad:
+        raise error(f"{where} cannot be read: {(str(bad).strip() or 'syntax').splitlines()[0][:200]}") from None
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_REPLACED = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
+_NUMBERS = {
+    _INT: r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    _FLOAT: r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader with the numbers of YAML 1.2, without dates, and without repeated keys."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, expression) for tag, expression in pairs if tag not in _REPLACED]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.most_common(1):
+            if count > 1:
+                why = f"the key {key[:80]!r} occurs twice"
+                raise yaml.constructor.ConstructorError(problem=why, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _number(loader: yaml.SafeLoader, node: Any) -> int | float:
+    text: str = node.value.lower()
+    if node.tag == _INT:
+        return int(text, 0) if text.startswith(("0x", "0o")) else int(text)
+    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+for _tag, _expression in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"({_expression})\Z"), list("-+.0123456789"))
+    _Loader.add_constructor(_tag, _number)

@@ -1,1 +1,0 @@
-"""Readers of input from users and other tools, which check it against limits before any work."""
