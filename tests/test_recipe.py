@@ -10,7 +10,7 @@ import pytest
 from sparsellm import Recipe
 from sparsellm.errors import RecipeError
 from sparsellm.patterns import NM, Unstructured
-from sparsellm.run.choice import Effort
+from sparsellm.run.choice import Choice
 
 
 def test_yaml_round_trip_keeps_every_field() -> None:
@@ -130,9 +130,9 @@ def test_settings_join_the_options_that_are_there() -> None:
 
 
 def test_effort_is_a_number_of_passes() -> None:
-    assert [Effort.of(Recipe(effort=effort)).passes for effort in (None, 0, 1, 2, 3)] == [1, 0, 1, 3, 8]
-    assert Effort.of(Recipe(effort=1, passes=5)).passes == 5
-    assert Effort.of(Recipe(method="wanda")).passes == 0
+    assert [Choice.of(Recipe(effort=effort)).passes for effort in (None, 0, 1, 2, 3)] == [1, 0, 1, 3, 8]
+    assert Choice.of(Recipe(effort=1, passes=5)).passes == 5
+    assert Choice.of(Recipe(method="wanda")).passes == 0
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "nothing.yaml"])

@@ -14,7 +14,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.calibration import calibration_windows
 from sparsellm.run import walk
-from sparsellm.run.choice import Effort
+from sparsellm.run.choice import Choice
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SAMPLES, SEQ_LEN, BLOCKS = 4, 16, 4
@@ -77,7 +77,7 @@ def test_given_ids_and_short_texts_are_one_set(inputs: list[Tensor], tmp_path: P
     [({"effort": 0}, 1), ({}, 2), ({"effort": 2}, 4), ({"effort": 3}, 4), ({"passes": 0}, 1), ({"sets": 3}, 3)],
 )
 def test_more_sweeps_take_more_sets(settings: dict[str, Any], sets: int) -> None:
-    assert Effort.of(Recipe(**settings)).sets == sets
+    assert Choice.of(Recipe(**settings)).sets == sets
 
 
 @pytest.mark.parametrize("room", [1.5, 3.0])

@@ -25,56 +25,20 @@ PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and take
 
 
 @dataclass(frozen=True)
-class Effort:
-    """The settings of the sweep.
-
-    Attributes:
-        passes: passes of the sweep over the whole model; 0 for no sweep.
-        sets: sets of calibration windows that the blocks take in turn.
-        stages: 1 or 2; None for the run to choose.
-        rate: learning rate of the sweep; None for one by the divergence at its start.
-    """
-
-    passes: int = 0
-    sets: int = 1
-    stages: int | None = 1
-    rate: float | None = None
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Effort:
-        """The sweep that a recipe asks for. More sets cost a forward pass each and gain most where a sweep follows.
-
-        Raises:
-            RecipeError: the method has no sweep and the recipe sets one, or two stages have too few passes.
-        """
-        default = METHODS[recipe.method].effort
-        if default is None:
-            given = next((name for name in SWEEP if getattr(recipe, name)), None)
-            if given is not None:
-                raise RecipeError(f"method {recipe.method} has no sweep, so no {given}; leave it out")
-            return cls()
-        passes, sets = recipe.passes, recipe.sets
-        if passes is None:
-            passes = PASSES[default if recipe.effort is None else recipe.effort]
-        if recipe.stages == 2 and passes < 2:
-            raise RecipeError(f"stages is 2, and {passes} sweeps are too few for two stages; give effort 2 or 3")
-        if sets is None:
-            sets = 4 if passes >= PASSES[2] else 2 if passes else 1
-        return cls(passes, sets, recipe.stages, recipe.sweep_rate)
-
-
-@dataclass(frozen=True)
 class Choice:
     """The method, the allocation and the sweep of a run; options include defaults.
 
     Attributes:
+        passes: passes of the sweep over the whole model; 0 for no sweep.
+        sets: sets of calibration windows that the blocks take in turn.
         allocates: whether the allocation is called: it is not uniform, and something is pruned.
     """
 
     method: Entry[Method]
     options: dict[str, JsonValue]
     needs: Needs
-    effort: Effort
+    passes: int
+    sets: int
     allocator: Entry[Allocator]
     allocation_options: dict[str, JsonValue]
     allocation_needs: Needs
@@ -85,16 +49,25 @@ class Choice:
         """The choice of a recipe.
 
         Raises:
-            RecipeError: a name or an option is unknown, or an option does not fit.
+            RecipeError: a name or an option is unknown, an option does not fit, or the method has no sweep and the
+                recipe sets one.
         """
         method = METHODS[recipe.method]
-        options, effort = method.check(recipe.options), Effort.of(recipe)
+        options = method.check(recipe.options)
+        given = next((name for name in SWEEP if getattr(recipe, name)), None)
+        if method.effort is None and given is not None:
+            raise RecipeError(f"method {recipe.method} has no sweep, so no {given}; leave it out")
+        passes = recipe.passes
+        if passes is None:
+            passes = PASSES[(method.effort or 0) if recipe.effort is None else recipe.effort]
+        # More sets cost a forward pass each and gain most where a sweep follows.
+        sets = recipe.sets or (4 if passes >= PASSES[2] else 2 if passes else 1)
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
         allocation_options = allocator.check(recipe.allocation_options)
         allocates = allocator.name != "uniform" and recipe.sparsity != 0
         allocation_needs = allocator.needs_of(allocation_options) if allocates else Needs()
         needs = method.needs_of(options)
-        return cls(method, options, needs, effort, allocator, allocation_options, allocation_needs, allocates)
+        return cls(method, options, needs, passes, sets, allocator, allocation_options, allocation_needs, allocates)
 
     @property
     def workspace(self) -> Workspace:
@@ -108,18 +81,16 @@ class Choice:
 
     def on(self, patterns: Collection[Pattern], values: str) -> Choice:
         """The same choice without needs that are useless for these patterns, and with those of integer values."""
-        needs, effort, pruned = self.needs, self.effort, any(pattern.sparsity for pattern in patterns)
-        if values != "keep":
-            workspace = needs.workspace.then(ROUNDING)
-            needs = replace(needs, workspace=workspace, output_costs=needs.output_costs and pruned)
-        elif not pruned:
-            needs, effort = Needs(), Effort()  # no weight changes, so nothing has to be compensated
-        if not any(isinstance(pattern, Unstructured) for pattern in patterns):
-            needs = replace(needs, output_costs=False)  # in N:M, weights of different outputs do not compete
-        return replace(self, needs=needs, effort=effort)
+        needs, pruned = self.needs, any(pattern.sparsity for pattern in patterns)
+        if values == "keep" and not pruned:
+            return replace(self, needs=Needs(), passes=0, sets=1)  # no weight changes: nothing has to be compensated
+        # In N:M, weights of different outputs do not compete.
+        costs = needs.output_costs and pruned and any(isinstance(pattern, Unstructured) for pattern in patterns)
+        workspace = needs.workspace if values == "keep" else needs.workspace.then(ROUNDING)
+        return replace(self, needs=replace(needs, workspace=workspace, output_costs=costs))
 
     def check_processes(self, samples: int) -> None:
-        """Checks that the run can be divided among the processes that were started.
+        """Refuses a run that cannot be divided among the processes that were started.
 
         Raises:
             RecipeError: the method or an option runs in one process only, or there are fewer windows than processes.

@@ -61,14 +61,14 @@ def predicted_seconds(
     asked = choice.allocation_needs.gradient_tokens or TOKENS * needs.output_costs
     differentiated = min(tokens, max(asked, LEAST_WINDOWS * seq_len)) if asked and not finished else 0
     surveyed = tokens if choice.allocates and not asked and not finished else 0
-    swept_tokens = choice.effort.passes * SWEEP_SHARE * tokens if swept is None else swept
+    swept_tokens = choice.passes * SWEEP_SHARE * tokens if swept is None else swept
     passes = walked_passes(choice, kept=kept and chain.device.type == "cpu")
     return {
         "calibration": written * WRITING * blocks * token,
         "check": stored / DISK,
         "gradients": differentiated * (blocks * (1 + BACKWARD + SALIENCY) * token + 3 * SHARE * head),
         "survey": surveyed * blocks * token,
-        "replay": finished * choice.effort.sets * tokens * token,
+        "replay": finished * choice.sets * tokens * token,
         "prune": (blocks - finished) * (tokens * (passes * token + gram) + solve) + 2 * stored / DISK,
         "sweep": swept_tokens * (blocks * (2 + BACKWARD) * token + 4 * head) + swept_tokens / STEP_TOKENS * adam,
         "save": stored / DISK,
@@ -79,7 +79,7 @@ def walked_passes(choice: Choice, *, kept: bool) -> float:
     """Passes of a block over all tokens in the walk, where outputs of pruned sublayers are kept or not
     (:mod:`sparsellm.chain.shortcuts`)."""
     again = choice.method.workspace.writers > 0 and not kept
-    return (REPEATED if again else PASSES) + choice.effort.sets - 1
+    return (REPEATED if again else PASSES) + choice.sets - 1
 
 
 @cache

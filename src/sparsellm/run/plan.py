@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from sparsellm import machine, parallel, plugins
 from sparsellm.calibration import Text
 from sparsellm.chain import Chain
-from sparsellm.chain.linears import iterate_linears
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward, windows_of
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, plan_of_phases
@@ -48,11 +47,9 @@ class Request:
     Attributes:
         name: the model's name in reports, in place of the one that it was given by.
         shared: results that several requests of one process share, see :meth:`once`.
-        first: whether this run is the first of two stages.
+        both: the recipe of both stages, if this run is one of two.
         before: the report of the first stage, if this run is the second.
-        whole: the recipe of both stages; None for a run of one.
-        passes_after: passes of the sweep of the second stage, if this run is the first.
-        copies: copies of the checkpoint that the disk must have room for; None for those of this run.
+        is_complete: whether ``out`` has the result, and a plan is made to compare its identity only.
     """
 
     model: Model
@@ -66,11 +63,9 @@ class Request:
     teacher: str | os.PathLike[str] | None = None
     name: str = ""
     shared: dict[Hashable, object] = field(default_factory=dict)
-    first: bool = False
+    both: Recipe | None = None
     before: EarlierStage | None = None
-    whole: Recipe | None = None
-    passes_after: int = 0
-    copies: int | None = None
+    is_complete: bool = False
 
     @property
     def dense(self) -> Model:
@@ -80,17 +75,7 @@ class Request:
     @property
     def passes_before(self) -> int:
         """Passes of the sweep of the first stage, whose windows the second does not take again."""
-        return len(self.before.sweeps) - 1 if self.before is not None and self.before.sweeps else 0
-
-    @property
-    def other_passes(self) -> int:
-        """Passes of the other stage. Both stages draw the windows for the passes of both, so they draw the same."""
-        return self.passes_before + self.passes_after
-
-    @property
-    def values(self) -> str:
-        """Type of the values in the end: what the second stage needs for it is refused before the work of the first."""
-        return (self.whole or self.recipe).values
+        return len(self.before.sweeps) - 1 if self.before is not None else 0
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of ``make``, computed once for the same key in all requests that share."""
@@ -140,19 +125,9 @@ class Plan:
         return self.model.chain
 
     @property
-    def passes(self) -> int:
-        """Passes of the sweep."""
-        return self.choice.effort.passes
-
-    @cached_property
-    def sweep_windows(self) -> list[Tensor]:
-        """This process's windows of each pass, those of both stages."""
-        return self.windows.swept(self.request.other_passes + self.passes)
-
-    @property
     def trains_integers(self) -> bool:
         """Whether a sweep trains values that are rounded when a block runs."""
-        return self.recipe.values != "keep" and self.passes > 0
+        return self.recipe.values != "keep" and self.choice.passes > 0
 
 
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
@@ -162,8 +137,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         SparseLLMError: model, text, recipe or destination are wrong in a way that shows before the work.
     """
     warnings = plugins.load_installed()
-    recipe, choice, ids = request.recipe, Choice.of(request.recipe), request.calibration
-    choice.check_processes(len(ids) if isinstance(ids, Tensor) else recipe.samples)
+    recipe, ids = request.recipe, request.calibration
+    choice, both = Choice.of(recipe), request.both or recipe
     request.destination()
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
@@ -177,26 +152,27 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             trust=request.trust_remote_code,
         )
         chain = model.chain
-        choice = choice.on(patterns_of(chain, recipe).values(), request.values)
-        if choice.effort.passes:
+        choice = choice.on(patterns_of(chain, recipe).values(), both.values)
+        copies = 2 if choice.passes else 1  # a sweep writes the blocks again, and the walk's are kept until the end
+        disk_bytes = 0 if request.is_complete else copies * checkpoint_bytes(chain)
+        if choice.passes:
             check_sweepable(chain)
-        out = request.destination(model.sources, _copies(request, choice) * checkpoint_bytes(chain))
+        out = request.destination(model.sources, disk_bytes)
     with clock.phase("calibration"):
-        windows = _windows(request, choice, model, progress)
+        windows = _windows(request, choice, model, Choice.of(both).passes, progress)
         check_forward(chain, windows.first, token_states=choice.token_states)
         machine.trim()
     recipe = recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
-    choice.check_processes(recipe.samples)  # there may be fewer than requested
+    choice.check_processes(recipe.samples)
     warnings += unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only}, recipe.allow_dense)
     warnings += outside_blocks(chain) + unmatched(chain, recipe)
-    if not isinstance(ids, Tensor) and len(windows.sets) < choice.effort.sets:
-        room = f"the calibration text has room for {len(windows.sets)} of {choice.effort.sets} sets of windows (sets)"
+    if not isinstance(ids, Tensor) and len(windows.sets) < choice.sets:
+        room = f"the calibration text has room for {len(windows.sets)} of {choice.sets} sets of windows (sets)"
         warnings.append(f"{room}; a longer text gives a better model")
-    if request.teacher is not None and not choice.effort.passes:
+    if request.teacher is not None and not choice.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
-    demand = _demand(
-        request, choice, chain, windows, Journal(out, len(chain), restart=request.restart, overwrite=False)
-    )
+    journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
+    demand = _demand(choice, windows, journal, unrounded=both.values != "keep" and choice.passes > 0)
     memory = parallel.together(partial(plan_memory, chain, demand, recipe.memory, sharers=parallel.on_this_machine()))
     progress(Progress(NOTE, 1, 1, described(memory)))
     with clock.phase("check"):
@@ -207,18 +183,18 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         started = _start_of(model, request, progress)
         warnings += [each for each in (chain.unused(), _already_pruned(model)) if each is not None]
     made = partial(_identity, request, recipe, choice, model, windows, model_fingerprint(chain, digests), started)
-    disk_bytes = _copies(request, choice) * checkpoint_bytes(chain) + int(parallel.total(memory.hidden_on_disk_bytes))
     identity = parallel.from_main(made)
+    disk_bytes += int(parallel.total(memory.hidden_on_disk_bytes))
     return Plan(request, recipe, choice, out, model, windows, memory, disk_bytes, identity, tuple(warnings))
 
 
-def _windows(request: Request, choice: Choice, model: Opened, progress: ProgressCallback) -> Windows:
-    """The calibration windows, read by the first process; before that, the prediction of the phases."""
-    recipe, chain, effort = request.recipe, model.chain, choice.effort
-    # The sweep takes new windows, on which the dense model runs: a model in memory is not dense any more.
-    passes = effort.passes + request.other_passes if effort.passes and chain.reader is not None else 0
+def _windows(request: Request, choice: Choice, model: Opened, passes: int, progress: ProgressCallback) -> Windows:
+    """The calibration windows, also for ``passes`` passes of all stages; before that, the prediction of the phases."""
+    recipe, chain = request.recipe, model.chain
+    if not choice.passes or chain.reader is None:
+        passes = 0  # the sweep takes new windows where the dense model can run, and one in memory is not dense any more
     seq_len = recipe.seq_len or default_seq_len(chain)
-    drawn = effort.sets * recipe.samples + passes * windows_of_pass(recipe.samples)
+    drawn = choice.sets * recipe.samples + passes * windows_of_pass(recipe.samples)
     written = drawn * seq_len if recipe.calibration == "self" else 0
     tokens = recipe.samples * seq_len // parallel.size()
     progress(plan_of_phases(predicted_seconds(chain, choice, tokens, seq_len, written=written)))
@@ -226,49 +202,35 @@ def _windows(request: Request, choice: Choice, model: Opened, progress: Progress
     if isinstance(request.calibration, Tensor):
         return parallel.from_main(partial(given_windows, request.calibration, chain, recipe))
     text = recipe.calibration if request.calibration is None else request.calibration
-    settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens, effort.sets, passes)
+    settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens, choice.sets, passes)
     source = text if isinstance(text, str) else id(text)  # the request keeps the text alive
     key = (str(model.directory), source, settings, chain.dtype, chain.device.type)
-    read = partial(read_windows, text, chain, recipe, model.directory, model.tokenizer, effort.sets, passes, progress)
+    read = partial(read_windows, text, chain, recipe, model.directory, model.tokenizer, choice.sets, passes, progress)
     return parallel.from_main(partial(request.once, key, read))
 
 
-def _copies(request: Request, choice: Choice) -> int:
-    """Copies of the checkpoint on the disk: the walk's blocks are kept until the end if a sweep follows."""
-    return request.copies if request.copies is not None else 2 if choice.effort.passes else 1
-
-
-def gradient_windows(choice: Choice, windows: Windows) -> Tensor:
-    """The windows for the gradients of the dense model's loss."""
-    tokens = choice.allocation_needs.gradient_tokens or TOKENS
-    return windows.first[: max(LEAST_WINDOWS, windows_of(tokens, windows.first.shape[1]))]
-
-
-def _demand(request: Request, choice: Choice, chain: Chain, windows: Windows, journal: Journal) -> Demand:
+def _demand(choice: Choice, windows: Windows, journal: Journal, *, unrounded: bool) -> Demand:
     """The memory demand of this process; the first one also surveys the dense model, unless the journal knows what an
     earlier start of the run found."""
     samples, seq_len = windows.first.shape
-    surveyed = gradient_tokens = 0
+    needs, surveyed, gradients = choice.allocation_needs, 0, 0
     if parallel.is_main():
         allocates = choice.allocates and not journal.knows(ALLOCATION)
         if allocates:
-            tokens = choice.allocation_needs.surveyed_tokens
-            surveyed = samples if tokens is None else min(samples, windows_of(tokens, seq_len))
-        if (allocates and choice.allocation_needs.gradient_tokens) or (
-            choice.needs.output_costs and not journal.knows(OUTPUT_COSTS)
-        ):
-            gradient_tokens = gradient_windows(choice, windows).numel()
-    passes = choice.effort.passes
+            read = needs.surveyed_tokens
+            surveyed = samples if read is None else min(samples, windows_of(read, seq_len))
+        if (allocates and needs.gradient_tokens) or (choice.needs.output_costs and not journal.knows(OUTPUT_COSTS)):
+            gradients = min(samples, max(LEAST_WINDOWS, windows_of(needs.gradient_tokens or TOKENS, seq_len)))
     return Demand(
-        samples=max(surveyed, len(windows.own[0]), gradient_tokens // seq_len),
+        samples=max(surveyed, len(windows.own[0]), gradients),
         seq_len=seq_len,
-        batch_tokens=request.recipe.batch_tokens,
+        batch_tokens=windows.batch_tokens,
         workspace=choice.workspace.then(choice.allocator.workspace),
-        gradient_tokens=gradient_tokens,
+        gradient_tokens=gradients * seq_len,
         sets=len(windows.sets),
-        swept=passes > 0,
-        fresh=len(windows.swept(request.other_passes + passes)) > 1,
-        unrounded=request.values != "keep" and passes > 0,
+        swept=choice.passes > 0,
+        fresh=len(windows.swept) > 1,
+        unrounded=unrounded,
     )
 
 
@@ -287,15 +249,12 @@ def _already_pruned(model: Opened) -> str | None:
     """A warning if a fifth of the weights of the first block are zero, since dense weights have hardly any zeros."""
     if model.start is not None:
         return None
-    zeros = weights = 0
-    with model.chain.block(0) as block:
-        for _, module in iterate_linears(block, model.chain.block_names[0]):
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            zeros, weights = zeros + count_zeros(weight), weights + weight.numel()
-    if zeros < 0.2 * weights:
+    with model.chain.block(0):
+        weights = [linear.parameter for linear in model.chain.linears(0)]
+        zeros = sum(map(count_zeros, weights)) / sum(weight.numel() for weight in weights)
+    if zeros < 0.2:
         return None
-    return f"the model is already pruned: {zeros / weights:.1%} of the weights of block 1 are zero; pruning it further"
+    return f"the model is already pruned: {zeros:.1%} of the weights of block 1 are zero; pruning it further"
 
 
 def _identity(
@@ -304,8 +263,8 @@ def _identity(
     settings = {
         **recipe.model_dump(exclude={"memory", "min_tokens_per_expert", "products", "effort", "stages"}),
         "options": choice.options,
-        "passes": choice.effort.passes,
-        "sets": choice.effort.sets,
+        "passes": choice.passes,
+        "sets": choice.sets,
         "allocation": choice.allocator.name,
         "allocation_options": choice.allocation_options,
         "sparsity_of": [list(item) for item in recipe.sparsity_of.items()],  # a list, because the order counts
@@ -320,5 +279,5 @@ def _identity(
         f"{model.chain.dtype} on {model.chain.device.type}{products}",
         used,
         started,
-        int(request.first),
+        int(request.both is not None and request.before is None),
     )

@@ -20,7 +20,7 @@ from sparsellm.records import Base, LinearResult, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.costs import predicted_seconds
 from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
-from sparsellm.run.journal import BlockRecord, Journal, conditions, other_conditions
+from sparsellm.run.journal import BlockRecord, Journal, other_conditions
 from sparsellm.run.memory import checkpoint_bytes, saved_sweep_bytes
 from sparsellm.run.plan import Plan, Request, make_plan
 from sparsellm.run.result import PruneResult, bits_per_weight
@@ -89,8 +89,8 @@ def execute(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
 def _predicted(plan: Plan, finished: int) -> dict[str, float]:
     """Seconds of each phase that is left after ``finished`` blocks."""
     first, *_ = plan.windows.own
-    sets = plan.sweep_windows
-    swept = sum(sets[number % len(sets)].numel() for number in range(plan.passes))
+    sets = plan.windows.swept
+    swept = sum(sets[number % len(sets)].numel() for number in range(plan.choice.passes))
     kept = plan.memory.kept_bytes > 0
     return predicted_seconds(
         plan.chain, plan.choice, first.numel(), first.shape[1], finished=finished, kept=kept, swept=swept
@@ -100,10 +100,10 @@ def _predicted(plan: Plan, finished: int) -> dict[str, float]:
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
     """The stream behind the last block of the dense model, for a sweep that cannot run this model any more: pruning
     overwrites the weights of a model in memory. None if no sweep needs it."""
-    if not plan.passes or plan.chain.reader is not None:
+    if not plan.choice.passes or plan.chain.reader is not None:
         return None
     with clock.phase("dense"):
-        stream = replace(feed, windows=plan.sweep_windows[0]).stream()
+        stream = replace(feed, windows=plan.windows.swept[0]).stream()
         for index in range(len(plan.chain)):
             replay([stream], index, None)
     return stream
@@ -132,16 +132,10 @@ def _walk(
         feed.progress(Progress("replay", index, begin, f"block {index + 1}/{len(chain)}"))
         with clock.phase("replay"):
             replay(streams, index, journal.block(index), integers)
-    for block in walk(plan, targets, streams, begin, linears, clock, feed.progress):
-        with clock.phase("write"):
-            record = BlockRecord(
-                linears=block.linears,
-                versions=conditions(),
-                seconds=clock.lap(),
-                peak_rss=machine.peak_rss(),
-            )
-            if journal.writes:
-                journal.write_block(block.index, chain.block_tensors(block.index), record)
+    for record in walk(plan, targets, streams, begin, linears, clock, feed.progress):
+        if journal.writes:
+            with clock.phase("write"):
+                journal.write_block(len(records), chain.block_tensors(len(records)), record)
         records.append(record)
     for stream in streams:
         stream.close()
@@ -155,7 +149,7 @@ def _sweep(
     chain = plan.chain
     linears = [linear for record in blocks for linear in record.linears]
     peak = max(record.peak_rss for record in blocks)
-    if not plan.passes:
+    if not plan.choice.passes:
         return Pruned(linears, [], peak)
     feed.progress(Progress("sweep", 0, 1))
     saved = journal.saved_passes(saved_sweep_bytes(chain, plan.trains_integers), plan.disk_bytes, feed.progress)
@@ -173,16 +167,16 @@ def _sweep(
         journal.write_swept(index, chain.block_tensors(index))
 
     shards = [journal.block(index) for index in range(len(chain))]
-    first, *others = plan.sweep_windows
+    first, *others = plan.windows.swept
     with clock.phase("sweep"):
         sweeps = sweep(
             SweepTask(
                 replace(feed, windows=first),
                 dense.hidden if dense is not None else None,
-                plan.passes,
+                plan.choice.passes,
                 plan.recipe.seed,
                 write,
-                learning_rate=plan.choice.effort.rate,
+                learning_rate=plan.recipe.sweep_rate,
                 blocks=[shard for shard in shards if shard is not None] or None,
                 saved=saved,
                 fresh=others,
@@ -217,7 +211,7 @@ def _result(
     warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, plan.recipe.sparsity)
     recipe, peak = plan.recipe, max(machine.peak_rss(), pruned.peak)
     if before is not None:
-        recipe = (plan.request.whole or recipe).updated(samples=recipe.samples, seq_len=recipe.seq_len)
+        recipe = (plan.request.both or recipe).updated(samples=recipe.samples, seq_len=recipe.seq_len)
         peak = max(peak, before.peak_rss_bytes)
     return PruneResult(
         path=plan.out,

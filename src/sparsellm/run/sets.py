@@ -34,12 +34,14 @@ class Windows:
         fresh: ``(windows, seq)``: further windows, for the sweep; there may be none.
         bos: whether every window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids that the user passed.
         batch_tokens: tokens in one forward call, by which windows are divided among processes.
+        passes: passes of the sweep that ``fresh`` is for, as far as the text has room.
     """
 
     sets: Tensor
     fresh: Tensor
     bos: str
     batch_tokens: int
+    passes: int = 0
 
     @property
     def first(self) -> Tensor:
@@ -56,12 +58,13 @@ class Windows:
         """All windows ``(windows, seq)``."""
         return torch.cat([*self.sets, self.fresh])
 
-    def swept(self, passes: int) -> list[Tensor]:
+    @property
+    def swept(self) -> list[Tensor]:
         """This process's share of the windows of each pass: new ones as far as there are any, then those of the
         statistics, which the pruned weights fit already."""
         size = windows_of_pass(len(self.first))
         fresh = [part for part in self.fresh.split(size) if 2 * len(part) >= size]
-        known = [] if fresh and len(fresh) == passes else [self.first]
+        known = [] if fresh and len(fresh) == self.passes else [self.first]
         lead = int(self.first[0, 0]) if self.bos == "yes" else None
         return [self._share(_cut(part, lead) if self.bos != "given" else part) for part in (*fresh, *known)]
 
@@ -111,7 +114,7 @@ def read_windows(
     sets = min(sets, len(windows) // max(1, samples))
     taken, further = sets * samples, passes * windows_of_pass(samples)
     read, fresh = windows[:taken], windows[taken : taken + further]
-    return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens)
+    return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens, passes)
 
 
 def _tell(progress: ProgressCallback, done: int, total: int) -> None:

@@ -21,8 +21,7 @@ from sparsellm.errors import RecipeError, StorageError
 from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
 from sparsellm.records import PRUNING, EarlierStage, Pruning, read_pruning
-from sparsellm.run.choice import Effort
-from sparsellm.run.memory import checkpoint_bytes
+from sparsellm.run.choice import Choice
 from sparsellm.run.plan import Request, make_plan
 from sparsellm.run.prune import execute, prune
 from sparsellm.run.result import PruneResult
@@ -34,7 +33,6 @@ PAYS = 0.8  # sparsity from which two stages pay, unstructured, with LEAST_PASSE
 LEAST_PASSES = 3
 DENSITY = 1.5  # weights that the first stage keeps / weights that the second keeps: 70 % on the way to 80 %
 SHARE = 1 / 3  # passes of the first stage / all passes; each has at least one
-COPIES = 3  # copies of the checkpoint on the disk at once: the result of the first stage, walk and sweep of the second
 
 
 def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
@@ -48,34 +46,29 @@ def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> Pr
     if request.out is None:
         return prune(request, progress)
     progress, clock = progress if parallel.is_main() else ignore, PhaseClock(machine.peak_rss)
-    place, dense = stage_of(request.out), request.dense
+    place, out, dense = stage_of(request.out), Path(request.out), request.dense
     for name, model in (("model", request.model), ("teacher", request.teacher)):
         if isinstance(model, (str, Path)) and Path(model).resolve() == place.resolve():
             raise RecipeError(f"the {name} {model} is where a first stage of this run would be; give another --out")
-    parallel.from_main(partial(_remove_leftover, place, Path(request.out)))
-    out = request.destination()
-    assert out is not None
-    finished = parallel.from_main(partial(_check, place, out, request.restart, two=recipes is not None))
+    is_finished = parallel.from_main(partial(_settle, place, out, request.restart, two=recipes is not None))
+    request.destination()
     if recipes is None or isinstance(dense, PreTrainedModel):
         plan = make_plan(request, clock, progress)
         if request.restart:
             parallel.from_main(partial(_clear, place, out))
         return execute(plan, clock, progress)
-    parts = [(recipe, Effort.of(recipe).passes) for recipe in recipes]
-    said = ", then ".join(f"{recipe.sparsity:.0%} with {passes} sweeps" for recipe, passes in parts)
+    passes, further = (Choice.of(recipe).passes for recipe in recipes)
+    said = ", then ".join(f"{recipe.sparsity:.0%} with {recipe.passes} sweeps" for recipe in recipes)
     progress(Progress(NOTE, 1, 1, f"two stages: {said}"))
-    copies = 0 if finished else COPIES
-    request = replace(request, whole=request.recipe)
-    first = replace(
-        request, recipe=recipes[0], out=place, first=True, passes_after=parts[1][1], overwrite=finished, copies=copies
-    )
-    tell = partial(_tell, progress, 1, parts[1][1] / parts[0][1])
+    request = replace(request, both=request.recipe)
+    kept = is_finished and not request.restart
+    tell = partial(_tell, progress, 1, further / passes)
+    first = replace(request, recipe=recipes[0], out=place, overwrite=is_finished, is_complete=kept)
     plan = make_plan(first, clock, tell)
     if request.restart:
         parallel.from_main(partial(_clear, place, out))
-    if request.restart or not finished:
-        more = (COPIES - copies) * checkpoint_bytes(plan.chain)
-        execute(replace(plan, disk_bytes=plan.disk_bytes + more), clock, tell)
+    if not kept:
+        execute(plan, clock, tell)
     elif changed := differences(read_pruning(place).identity, plan.identity.to_dict()):
         raise _another(place, "; ".join(changed[:4]))
     else:
@@ -93,50 +86,58 @@ def recipes_of(request: Request) -> tuple[Recipe, Recipe] | None:
     Raises:
         RecipeError: the recipe asks for two stages, and they do not go with its other settings.
     """
-    recipe, effort = request.recipe, Effort.of(request.recipe)
-    if effort.stages == 1:
-        return None
+    recipe, passes = request.recipe, Choice.of(request.recipe).passes
     by_name = request.out is not None and not isinstance(request.model, PreTrainedModel)
     hindered = (
         (recipe.pattern is not None, f"pattern {recipe.pattern}, which has no lower sparsity on the way"),
         (bool(recipe.sparsity_of), "sparsity_of"),
         (recipe.sparsity <= 1 - 1 / DENSITY, f"sparsity {recipe.sparsity:g}; they begin above {1 - 1 / DENSITY:.2g}"),
         (not by_name, "a model in memory; give it by name, and out=DIR"),
+        (passes < 2, f"{passes} passes; give effort 2 or 3"),
     )
     why = next((said for there, said in hindered if there), None)
-    if effort.stages is None and (
-        why is not None or recipe.sparsity < PAYS or effort.passes < LEAST_PASSES or request.teacher is not None
-    ):
-        return None
-    if why is not None:
+    if recipe.stages == 2 and why is not None:
         raise RecipeError(f"stages is 2, and two stages do not go with {why}")
-    passes = min(max(1, round(SHARE * effort.passes)), effort.passes - 1)
+    pays = recipe.sparsity >= PAYS and passes >= LEAST_PASSES and request.teacher is None
+    if recipe.stages == 1 or why is not None or not (recipe.stages == 2 or pays):
+        return None
+    first = min(max(1, round(SHARE * passes)), passes - 1)
     sparsity = round(1 - DENSITY * (1 - recipe.sparsity), 6)
     return (
-        recipe.updated(sparsity=sparsity, values="keep", stages=1, passes=passes),
-        recipe.updated(stages=1, passes=effort.passes - passes),
+        recipe.updated(sparsity=sparsity, values="keep", stages=1, passes=first),
+        recipe.updated(stages=1, passes=passes - first),
     )
 
 
-def _check(place: Path, out: Path, restart: bool, *, two: bool) -> bool:
-    """Whether ``place`` has a finished first stage.
+def _settle(place: Path, out: Path, restart: bool, *, two: bool) -> bool:
+    """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``, or
+    while it removed that stage. Returns whether there is a finished one.
 
     Raises:
         StorageError: another run is where the first stage belongs; or, without ``restart``, the unfinished run into
             ``out`` has another number of stages.
     """
-    finished, begun = _is_finished(place), _begun(place)
-    left = left_in(partial_of(place))
+    report, reported = _report(place), []
+    with contextlib.suppress(StorageError):  # the report is absent, or is not one of sparsellm's
+        reported = read_pruning(out).stages
+    is_finished = report is not None and (place / "config.json").is_file()
+    if report is not None and (not is_finished or reported == [_earlier(report)]):
+        _remove(place)
+        is_finished = False
+    if reported:
+        with contextlib.suppress(OSError):
+            place.rmdir()  # empty only if a process was killed while it removed the directory
+    left, begun = left_in(partial_of(place)), _begun(place)
     if two and not begun and left is not None and left.identity:
         raise StorageError(
             f"{partial_of(place)} holds an unfinished run into {place}, where the first stage belongs; finish that "
             "one, give another --out, or stages=1"
         )
-    if not restart and not two and (finished or begun):
-        raise _another(place if finished else partial_of(place), "it has two stages, and this one has one")
-    if not restart and two and not finished and left_in(partial_of(out)) is not None:
+    if not restart and not two and (is_finished or begun):
+        raise _another(place if is_finished else partial_of(place), "it has two stages, and this one has one")
+    if not restart and two and not is_finished and left_in(partial_of(out)) is not None:
         raise _another(partial_of(out), "it has one stage, and this one has two")
-    return finished
+    return is_finished
 
 
 def _report(place: Path) -> Pruning | None:
@@ -151,11 +152,6 @@ def _report(place: Path) -> Pruning | None:
 def _earlier(report: Pruning) -> EarlierStage:
     """What the result reports of its first stage."""
     return EarlierStage(**{name: getattr(report, name) for name in EarlierStage.model_fields})
-
-
-def _is_finished(place: Path) -> bool:
-    """Whether ``place`` has a finished first stage."""
-    return (place / "config.json").is_file() and _report(place) is not None
 
 
 def _begun(place: Path) -> bool:
@@ -178,19 +174,6 @@ def _clear(place: Path, out: Path) -> None:
         discard_unfinished(each)
     if _report(place) is not None:
         _remove(place)
-
-
-def _remove_leftover(place: Path, out: Path) -> None:
-    """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``, or
-    while it removed that stage."""
-    report, reported = _report(place), []
-    with contextlib.suppress(StorageError):  # the report is absent, or is not one of sparsellm's
-        reported = read_pruning(out).stages
-    if report is not None and (not _is_finished(place) or reported == [_earlier(report)]):
-        _remove(place)
-    if reported:
-        with contextlib.suppress(OSError):
-            place.rmdir()  # empty only if a process was killed while it removed the directory
 
 
 def _remove(place: Path) -> None:

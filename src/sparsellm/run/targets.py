@@ -16,8 +16,8 @@ from sparsellm.progress import PhaseClock
 from sparsellm.run.choice import patterns_of, sizes_of
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.journal import Journal
-from sparsellm.run.plan import Plan, gradient_windows
-from sparsellm.sweep.gradients import LossGradients, loss_gradients
+from sparsellm.run.plan import Plan
+from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS, LossGradients, loss_gradients
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseC
     gradients: LossGradients | None = None
     if saliency or costs is None:
         with clock.phase("gradients"):
-            gradients = _gradients(plan, replace(feed, windows=gradient_windows(choice, plan.windows)), sizes, saliency)
+            tokens = choice.allocation_needs.gradient_tokens or TOKENS
+            gradients = _gradients(plan, feed.first(tokens, LEAST_WINDOWS), sizes, saliency)
         if choice.needs.output_costs:
             costs = gradients.output_squares
             journal.keep_output_costs(costs)  # first: a saved allocation implies saved costs

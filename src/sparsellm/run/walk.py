@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from sparsellm import machine
 from sparsellm.chain import Stream
 from sparsellm.methods import BlockTask, LinearResult
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
+from sparsellm.run.journal import BlockRecord, conditions
 from sparsellm.run.plan import Plan
 from sparsellm.run.targets import Targets
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.integers import Integers
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """The results of the linears of one block."""
-
-    index: int
-    linears: list[LinearResult]
 
 
 def walk(
@@ -34,18 +27,13 @@ def walk(
     finished: Sequence[LinearResult],
     clock: PhaseClock,
     progress: ProgressCallback,
-) -> Iterator[BlockResult]:
-    """Prunes block after block from ``begin`` on, each on the outputs of the pruned blocks before it; yields the result
+) -> Iterator[BlockRecord]:
+    """Prunes block after block from ``begin`` on, each on the outputs of the pruned blocks before it; yields the record
     of each while it is loaded with the weights to be written.
 
     Args:
-        plan: the plan of the run.
-        targets: the pattern of each linear, and the costs of outputs.
         streams: the inputs of block ``begin``, one for each set of calibration windows; blocks take them in turn.
-        begin: the number of the first block.
         finished: the results of the linears before that block.
-        clock: counts the seconds of each phase.
-        progress: called at each step.
     """
     chain, done, blocks = plan.chain, list(finished), len(plan.chain)
 
@@ -94,7 +82,9 @@ def walk(
                 if linear.name in task.unrounded:  # the sweep goes on from there; this block ran rounded
                     linear.assign(task.unrounded[linear.name])
             report("writing")
-            yield BlockResult(index, list(results))
+            yield BlockRecord(
+                linears=list(results), versions=conditions(), seconds=clock.lap(), peak_rss=machine.peak_rss()
+            )
         done += results
         tell(index, (), "is done", part=1)
 
@@ -102,7 +92,7 @@ def walk(
 def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
     values = plan.recipe.values
-    if values == "keep" or not plan.passes:
+    if values == "keep" or not plan.choice.passes:
         return None
     return Integers(values, {each.name: each.exponents for each in linears})
 
