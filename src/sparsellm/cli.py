@@ -216,23 +216,22 @@ def inspect(directory: str, trust_remote_code: bool) -> Printed:
     """Count the zeros of a checkpoint per matrix, per block, and in all, and check N:M."""
     from sparsellm import api, tables
     from sparsellm.patterns import common, listed
+    from sparsellm.records import Totals
 
     matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
     blocks: dict[int, list[api.MatrixZeros]] = {}
     for matrix in matrices:
         blocks.setdefault(matrix.block, []).append(matrix)
     pattern = listed(common(matrix.patterns for matrix in matrices))
+    totals = {index: Totals.of(part) for index, part in blocks.items()}
+    total = Totals.of(matrices)
     content = {
-        "zeros": sum(matrix.zeros for matrix in matrices),
-        "weights": sum(matrix.weights for matrix in matrices),
-        "sparsity": tables.share(matrices),
+        **total.model_dump(),
+        "sparsity": total.sparsity,
         "pattern": pattern,
-        "blocks": [
-            {"block": index, "sparsity": tables.share(part), "zeros": sum(matrix.zeros for matrix in part)}
-            for index, part in blocks.items()
-        ],
-        "linears": [matrix.to_dict() for matrix in matrices if matrix.linear],
-        "others": [matrix.to_dict() for matrix in matrices if not matrix.linear],
+        "blocks": [{"block": i, "sparsity": part.sparsity, "zeros": part.zeros} for i, part in totals.items()],
+        "linears": [matrix.model_dump(mode="json") for matrix in matrices if matrix.linear],
+        "others": [matrix.model_dump(mode="json") for matrix in matrices if not matrix.linear],
     }
     return content, lambda: tables.print_zeros(matrices, blocks, pattern)
 

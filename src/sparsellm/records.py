@@ -70,13 +70,31 @@ class Step(Record):
     chosen: bool = False
 
 
-class LinearResult(Record):
+class Matrix(Record):
+    """Zeros of a matrix. Its name is that of the linear, or of the parameter if no linear owns it; its shape is ``(out,
+    in)`` for a linear, else as the parameter is stored."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    shape: Annotated[tuple[Size, ...], Field(strict=False)]
+    zeros: Count
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights
+
+
+class LinearResult(Matrix):
     """The result of one linear.
 
     Attributes:
-        name: the module's name in the model.
-        shape: ``(out, in)``.
-        zeros: zeros in the stored weight; ``asked`` is the requested fraction.
+        asked: the requested fraction of zeros.
         error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
         notes: messages to the user, such as a damping that had to be raised.
         history: one step for each iteration, for methods that iterate.
@@ -85,11 +103,7 @@ class LinearResult(Record):
         exponents: a hexadecimal digit (the exponent plus 8) for each column of integer values; empty if all are 0.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    name: str
     shape: Annotated[tuple[Size, Size], Field(strict=False)]
-    zeros: Count
     asked: float = math.nan
     error: float = math.nan
     notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -97,15 +111,6 @@ class LinearResult(Record):
     tokens: Count | None = None
     pattern: str | None = None
     exponents: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
-
-    @property
-    def weights(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / self.weights
 
     @property
     def block(self) -> int:
@@ -120,26 +125,12 @@ class LinearResult(Record):
         return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
 
 
-class DenseMatrix(Record):
-    """A matrix of a block that a run did not prune.
+class DenseMatrix(Matrix):
+    """A matrix of a block that a run did not prune, and why; ``kind`` is its name inside the block."""
 
-    Attributes:
-        name: the name of the linear, or of the parameter if no linear owns it.
-        shape: as the parameter is stored.
-        reason: why it stayed dense; see :mod:`sparsellm.run.counts`.
-        kind: the name inside the block, the same for all blocks.
-    """
-
-    name: str
     block: Count
-    shape: Annotated[tuple[Size, ...], Field(strict=False)]
-    zeros: Count
     reason: str
     kind: str
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
 
 
 class Totals(Record):
@@ -149,9 +140,9 @@ class Totals(Record):
     weights: Count = 0
 
     @classmethod
-    def of(cls, matrices: Iterable[LinearResult | DenseMatrix]) -> Totals:
-        counts = [(matrix.zeros, matrix.weights) for matrix in matrices]
-        return cls(zeros=sum(zeros for zeros, _ in counts), weights=sum(weights for _, weights in counts))
+    def of(cls, matrices: Iterable[Matrix]) -> Totals:
+        every = list(matrices)
+        return cls(zeros=sum(each.zeros for each in every), weights=sum(each.weights for each in every))
 
     @property
     def sparsity(self) -> float:

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sparsellm.console import count, duration, out, phases, say, speed, table, visible
+from sparsellm.records import Totals
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,11 +22,9 @@ if TYPE_CHECKING:
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
     from sparsellm.recipe import Recipe
-    from sparsellm.records import DenseMatrix, Evaluation, Interval, LinearResult
+    from sparsellm.records import Evaluation, Interval, LinearResult, Matrix
     from sparsellm.registry import Registry
     from sparsepack.bench import Comparison
-
-    Counted = LinearResult | DenseMatrix | MatrixZeros
 
 
 def print_warnings(result: PruneResult, printed: Iterable[str] = ()) -> None:
@@ -54,17 +53,10 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         say(f"report: {result.report}")
 
 
-def share(matrices: Iterable[Counted]) -> float:
-    """The fraction of zeros over some matrices."""
-    every = list(matrices)
-    return sum(each.zeros for each in every) / sum(each.weights for each in every)
-
-
-def _row(shown: Table, name: str, matrices: Iterable[Counted], *more: str, style: str | None = None) -> None:
+def _row(shown: Table, name: str, matrices: Iterable[Matrix], *more: str, style: str | None = None) -> None:
     """A row with the weights, the zeros and the sparsity of some matrices."""
-    every = list(matrices)
-    weights, zeros = sum(each.weights for each in every), sum(each.zeros for each in every)
-    shown.add_row(name, count(weights), count(zeros), f"{zeros / weights:.2%}", *more, style=style)
+    total = Totals.of(matrices)
+    shown.add_row(name, count(total.weights), count(total.zeros), f"{total.sparsity:.2%}", *more, style=style)
 
 
 def _kinds(result: PruneResult, *, spread: bool) -> Table:
@@ -103,8 +95,8 @@ def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
 
     def row(name: str, shape: str, alike: list[MatrixZeros], held: str, style: str | None = None) -> None:
-        zeros = count(sum(matrix.zeros for matrix in alike))
-        shown.add_row(name, shape, zeros, f"{share(alike):.2%}", held, style=style)
+        total = Totals.of(alike)
+        shown.add_row(name, shape, count(total.zeros), f"{total.sparsity:.2%}", held, style=style)
 
     for index, part in blocks.items():
         rows: dict[str, list[MatrixZeros]] = {}

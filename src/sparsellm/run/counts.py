@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import Field, computed_field
 
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
 from sparsellm.methods.task import UNREACHED
 from sparsellm.patterns import NM, listed, strictest
 from sparsellm.recipe import Recipe
-from sparsellm.records import DenseMatrix, LinearResult, Totals
+from sparsellm.records import DenseMatrix, LinearResult, Matrix, Totals
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import count_zeros
 
@@ -22,55 +23,41 @@ Reason = Literal["excluded", "allowed dense", "shared with the embedding or the 
 _SHOWN = 6  # kinds of matrices that a warning names
 
 
-@dataclass(frozen=True)
-class MatrixZeros:
+class MatrixZeros(Matrix):
     """Zeros of one matrix in block ``block`` of a checkpoint.
 
     Attributes:
-        name: the name of the linear, or of the parameter if no linear owns it.
-        shape: ``(out, in)`` of a linear; else as the parameter is stored.
         patterns: the strictest N:4 and N:8 that a linear satisfies, without the one that follows from the other (4:8
             from 2:4); empty for other matrices.
         linear: whether it is the weight of a linear; other matrices are not pruned.
     """
 
-    name: str
     block: int
-    shape: tuple[int, ...]
-    zeros: int
-    patterns: tuple[NM, ...]
-    linear: bool = True
+    patterns: tuple[NM, ...] = Field((), exclude=True)
+    linear: bool = Field(True, exclude=True)
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / self.weights
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, for linears and other matrices alike."""
-        return {
-            "name": self.name,
-            "block": self.block,
-            "shape": list(self.shape),
-            "zeros": self.zeros,
-            "sparsity": self.sparsity,
-            "pattern": listed(self.patterns),
-        }
+    def pattern(self) -> str | None:
+        return listed(self.patterns)
 
 
 def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
     """The zeros of every matrix of the loaded block ``index``."""
     counts = []
     for matrix in block_matrices(chain, index):
-        if matrix.linear is not None:
-            weight = matrix.linear.weight()
-            counts.append(MatrixZeros(matrix.label, index, tuple(weight.shape), count_zeros(weight), strictest(weight)))
-        else:
-            zeros = count_zeros(chain.parameter(matrix.name))
-            counts.append(MatrixZeros(matrix.name, index, matrix.shape, zeros, (), linear=False))
+        linear = matrix.linear
+        weight = linear.weight() if linear is not None else chain.parameter(matrix.name)
+        counts.append(
+            MatrixZeros(
+                name=matrix.label,
+                block=index,
+                shape=tuple(weight.shape) if linear is not None else matrix.shape,
+                zeros=count_zeros(weight),
+                patterns=strictest(weight) if linear is not None else (),
+                linear=linear is not None,
+            )
+        )
     return counts
 
 
