@@ -17,6 +17,7 @@ from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import DataError, RecipeError
 from sparsellm.evaluation.measured import compared, perplexity_of
+from sparsellm.evaluation.speed import stamp
 from sparsellm.evaluation.streamed import Kept, streamed_scores
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.hub.card import rebuild_card
@@ -29,7 +30,7 @@ from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.opening import open_model
 from sparsellm.run.plan import Request
-from sparsellm.run.result import PruneResult, stamp, versions
+from sparsellm.run.result import PruneResult, versions
 from sparsellm.run.sets import default_seq_len
 from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.resolve import checkpoint_directory

@@ -477,20 +477,13 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
 def bench(directory: str, save: bool, progress: Any, batch: Sequence[int] = (1,), **options: Any) -> Printed:
     """Compare speed and memory of a packed checkpoint and a dense one, which take turns on this machine."""
     from sparsellm import tables
-    from sparsellm.machine import resolve_device
-    from sparsellm.progress import Progress
-    from sparsellm.records import Benchmark
-    from sparsellm.run.result import stamp
+    from sparsellm.evaluation.speed import compared_speed
     from sparsellm.storage import results
-    from sparsepack.bench import compare
 
     place = _kept_in(directory, save=save)
-    measured = compare(directory, batches=batch, progress=lambda *step: progress(Progress(*step)), **options)
-    saved = None
-    if place is not None:
-        stamped = vars(stamp(resolve_device(options["device"])))
-        saved = results.append_result(place, Benchmark.model_validate(measured.to_dict() | stamped))
-    return {**measured.to_dict(), "results": saved and str(saved)}, lambda: tables.print_speeds(measured, saved)
+    measured = compared_speed(directory, options.pop("dense", None), batches=batch, progress=progress, **options)
+    saved = results.append_result(place, measured) if place is not None else None
+    return {**measured.model_dump(), "results": saved and str(saved)}, lambda: tables.print_speeds(measured, saved)
 
 
 def main() -> None:

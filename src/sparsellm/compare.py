@@ -21,19 +21,18 @@ import torch
 from sparsellm import api
 from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
+from sparsellm.evaluation.speed import compared_speed
 from sparsellm.methods import METHODS
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import SWEEP, Recipe
-from sparsellm.records import PRUNING, Benchmark, Pruning, Record, Settings, read_pruning, read_record
+from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 from sparsellm.run.plan import Request
-from sparsellm.run.result import stamp
 from sparsellm.run.stages import prune_in_stages
 from sparsellm.storage.files import explained, replace_atomically, write_all
 from sparsellm.storage.remains import GRID
 from sparsellm.storage.results import append_result
-from sparsepack import bench
 from sparsepack.codes import resolve_value_type
 
 PAGE = "compare.html"
@@ -381,14 +380,12 @@ def _pruned(place: Path, cell: Cell) -> Pruning | None:
     return pruning
 
 
-def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[float, float]:
+def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[float, ...]:
     """Tokens a second of the dense and the packed checkpoint, decoding in turns; kept in the results of both."""
-    measured = bench.compare(packed, dense=place, progress=lambda *step: progress(Progress(*step)))
-    record = Benchmark.model_validate(measured.to_dict() | vars(stamp(torch.device("cpu"))))
+    measured = compared_speed(packed, place, progress=progress)
     for directory in (place, packed):
-        append_result(directory, record)
-    dense, sparse = next(pair for pair in measured.pairs() if pair[0].phase == "decode")
-    return dense.median, sparse.median
+        append_result(directory, measured)
+    return tuple(speed.median for speed in measured.decoding or ())
 
 
 def _known(folder: Path) -> dict[str, Measured]:

@@ -11,20 +11,18 @@ from sparsellm import api
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, StorageError
-from sparsellm.machine import resolve_device
+from sparsellm.evaluation.speed import compared_speed
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
 from sparsellm.records import Against, Benchmark, Continuation, Evaluation, Settings
 from sparsellm.report.document import write_report
 from sparsellm.run.plan import Request
-from sparsellm.run.result import stamp
 from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import check_destination
 from sparsellm.storage.results import append_result
 from sparsellm.storage.state import PACK
-from sparsepack.bench import Comparison, Speed, compare
 from sparsepack.generation import generate
 from sparsepack.loading import load
 
@@ -57,7 +55,7 @@ class DemoResult:
     packed_path: Path
     pruned: api.PruneResult
     evaluation: Evaluation
-    speeds: Comparison
+    speeds: Benchmark
     texts: Continuation
     seconds: dict[str, float]
 
@@ -67,11 +65,6 @@ class DemoResult:
         assert self.evaluation.against is not None
         return self.evaluation.against
 
-    @property
-    def decoding(self) -> tuple[Speed, Speed]:
-        """The speed of decoding, of the dense and of the packed model."""
-        return next(pair for pair in self.speeds.pairs() if pair[0].phase == "decode")
-
     def to_dict(self) -> Settings:
         """All results as plain JSON values, as ``--json`` prints them."""
         return {
@@ -80,7 +73,7 @@ class DemoResult:
             "packed_path": str(self.packed_path),
             "report": str(self.pruned.report) if self.pruned.report is not None else None,
             "evaluation": self.evaluation.model_dump(mode="json"),
-            "speeds": self.speeds.to_dict(),
+            "speeds": self.speeds.model_dump(),
             "prompt": self.texts.prompt,
             "continuations": {"dense": self.texts.dense, "pruned": self.texts.pruned},
             "demo_seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -128,17 +121,10 @@ def run_demo(
         )
         append_result(pruned, evaluation)
     with phase("bench"):
-        speeds = compare(
-            packed,
-            dense,
-            prompt_tokens=PROMPT_TOKENS,
-            new_tokens=NEW_TOKENS,
-            repeats=ROUNDS,
-            progress=lambda *step: progress(Progress(*step)),
-        )
-        record = Benchmark.model_validate(speeds.to_dict() | vars(stamp(resolve_device("cpu"))))
+        rounds = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": ROUNDS}
+        speeds = compared_speed(packed, dense, progress=progress, **rounds)
         for place in (pruned, packed):
-            append_result(place, record)
+            append_result(place, speeds)
     with phase("generate"):
         texts = Continuation(prompt=PROMPT, dense=_continued(dense), pruned=_continued(packed))
         append_result(pruned, texts)

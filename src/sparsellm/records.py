@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, V
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.inputs import read_object
+from sparsepack.bench import Comparison, Speed
 
 PRUNING, RESULTS = "pruning.json", "results.json"
 PUT_BACK = "put the file back as it was"
@@ -446,32 +447,14 @@ class Evaluation(Stamp):
         return self.protocol.tokens
 
 
-class Speed(Measurement):
-    """Tokens per second of the ``dense`` or ``packed`` model in one setting: median and range."""
+class Benchmark(Comparison, Stamp):
+    """One call of ``sparsellm bench``."""
 
-    model: str
-    phase: str
-    batch: int
-    threads: int
-    median: float
-    slowest: float
-    fastest: float
-
-
-class Benchmark(Stamp):
-    """One call of ``sparsellm bench``: the fields of its ``--json``, documented at ``bench.Comparison``."""
-
-    speeds: list[Speed]
-    dense_bytes: Count
-    packed_bytes: Count
-    dense_linear_bytes: Count
-    packed_linear_bytes: Count
-    dense_disk_bytes: Count | None
-    packed_disk_bytes: Count | None
-    dtype: str
-    dense_dtype: str
-    kernel: str
-    verdict: list[str]
+    @property
+    def decoding(self) -> tuple[Speed, Speed] | None:
+        """The speeds of the dense and of the packed model while decoding the smallest batch."""
+        pairs = [pair for pair in self.pairs() if pair[0].phase == "decode"]
+        return min(pairs, key=lambda pair: pair[0].batch, default=None)
 
 
 class Continuation(Measurement):

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
     from sparsellm.recipe import Recipe
-    from sparsellm.records import Evaluation, Interval, LinearResult, Matrix
+    from sparsellm.records import Benchmark, Evaluation, Interval, LinearResult, Matrix
     from sparsellm.registry import Registry
-    from sparsepack.bench import Comparison
 
 
 def print_warnings(result: PruneResult, printed: Iterable[str] = ()) -> None:
@@ -138,7 +137,7 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
         Column("dense", overflow="fold"),
         Column("pruned and packed", overflow="fold"),
     )
-    rates = [speed(each.median, each.slowest, each.fastest) for each in result.decoding]
+    rates = [speed(each.median, each.slowest, each.fastest) for each in speeds.decoding or ()]
     shown.add_row("perplexity, held-out text", f"{against.perplexity.value:.2f}", f"{result.evaluation.value:.2f}")
     shown.add_row("KL from the dense model", "0", f"{against.kl:.3f} nats a token")
     shown.add_row("same next token as dense", "100.0%", f"{against.agreement:.1%}")
@@ -243,7 +242,7 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
         say(f"compared in {result.page}")
 
 
-def print_speeds(report: Comparison, saved: Path | None) -> None:
+def print_speeds(report: Benchmark, saved: Path | None) -> None:
     """Prints tokens per second of a packed and a dense checkpoint: the median, and the slowest and fastest round."""
     shown = table(("",), ("batch", "threads", "dense tok/s", "packed tok/s", "ratio"))
     for first, second in report.pairs():

@@ -7,7 +7,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,8 +42,13 @@ def ignore(phase: str, done: float, total: float, detail: str) -> None:
     """Ignores progress."""
 
 
-@dataclass(frozen=True)
-class Speed:
+class _Measured(BaseModel):
+    """Finite numbers only; fields of a later release are kept when it is written again."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
+class Speed(_Measured):
     """Tokens per second of one model in one setting, over all ``batch`` sequences: the median of the repeats and more.
 
     ``phase`` is ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
@@ -59,8 +63,7 @@ class Speed:
     fastest: float
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(_Measured):
     """A packed checkpoint against a dense one.
 
     Attributes:
@@ -81,17 +84,13 @@ class Comparison:
     dense_dtype: str
     kernel: str
     verdict: list[str]
-    dense_disk_bytes: int | None = None
-    packed_disk_bytes: int | None = None
+    dense_disk_bytes: int | None
+    packed_disk_bytes: int | None
 
     def pairs(self) -> Iterator[tuple[Speed, Speed]]:
         """The dense and the packed model's speed in each setting."""
         dense, packed = ([speed for speed in self.speeds if speed.model == name] for name in ("dense", "packed"))
-        return zip(dense, packed, strict=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All attributes as plain JSON values, as ``--json`` prints them."""
-        return asdict(self)
+        return zip(dense, packed, strict=False)
 
 
 class Rounds(BaseModel):
@@ -147,17 +146,17 @@ def compare(
     progress("load", 2, 2, "")
     speeds = measure(models, chosen, progress=progress)
     return Comparison(
-        speeds,
-        resident_bytes(models["dense"]),
-        resident_bytes(models["packed"]),
-        resident_bytes(models["dense"], linears_only=True),
-        resident_bytes(models["packed"], linears_only=True),
-        str(models["packed"].dtype).removeprefix("torch."),
-        str(models["dense"].dtype).removeprefix("torch."),
-        kernel_name(models["packed"].device.type),
-        verdict(speeds, "dense", "packed"),
-        None if dense is None else weight_file_bytes(Path(dense)),
-        weight_file_bytes(Path(packed)),
+        speeds=speeds,
+        dense_bytes=resident_bytes(models["dense"]),
+        packed_bytes=resident_bytes(models["packed"]),
+        dense_linear_bytes=resident_bytes(models["dense"], linears_only=True),
+        packed_linear_bytes=resident_bytes(models["packed"], linears_only=True),
+        dtype=str(models["packed"].dtype).removeprefix("torch."),
+        dense_dtype=str(models["dense"].dtype).removeprefix("torch."),
+        kernel=kernel_name(models["packed"].device.type),
+        verdict=verdict(speeds, "dense", "packed"),
+        dense_disk_bytes=None if dense is None else weight_file_bytes(Path(dense)),
+        packed_disk_bytes=weight_file_bytes(Path(packed)),
     )
 
 
@@ -217,7 +216,10 @@ def measure(
                             seconds.setdefault((phase, name), []).append(taken)
         for (phase, name), runs in sorted(seconds.items(), key=lambda item: item[0][0], reverse=True):  # prefill first
             rates = [batch * tokens[phase] / taken for taken in runs]
-            speeds.append(Speed(name, phase, batch, count, statistics.median(rates), min(rates), max(rates)))
+            low, median, high = min(rates), statistics.median(rates), max(rates)
+            speeds.append(
+                Speed(model=name, phase=phase, batch=batch, threads=count, median=median, slowest=low, fastest=high)
+            )
     progress("bench", len(settings), len(settings), "")
     return speeds
 

@@ -17,8 +17,8 @@ from sparsellm import Recipe, __version__, api, cli, console, tables
 from sparsellm.api import PruneResult
 from sparsellm.demo import DemoResult
 from sparsellm.recipe import command_line
-from sparsellm.records import Against, Continuation, Evaluation, Interval, LinearResult, Protocol
-from sparsepack.bench import Comparison, Speed
+from sparsellm.records import Against, Benchmark, Continuation, Evaluation, Interval, LinearResult, Protocol
+from sparsepack.bench import Speed
 from sparsepack.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -300,6 +300,23 @@ def test_the_demo_ends_with_one_table_that_shows_texts_as_they_are(
     assert f"packed: {tmp_path}/packed\n" in shown
 
 
+def benchmark(phase: str, batch: int, threads: int, sizes: tuple[int, int]) -> Benchmark:
+    """A dense and a packed model of these sizes, with speeds of five digits."""
+    setting = {"phase": phase, "batch": batch, "threads": threads}
+    speeds = [
+        Speed(model=model, median=12_345.6, slowest=9_876.4, fastest=13_000.0, **setting)  # type: ignore[arg-type]
+        for model in ("dense", "packed")
+    ]
+    bytes_of = {
+        f"{model}{part}_bytes": size
+        for model, size in zip(("dense", "packed"), sizes, strict=True)
+        for part in ("", "_linear", "_disk")
+    }
+    kinds = dict.fromkeys(("dtype", "dense_dtype"), "float32")
+    more = {"sparsellm": "0", "machine": "[m]", "date": "today", "kernel": "[avx512]"}
+    return Benchmark(speeds=speeds, verdict=["packed is [faster]"], **bytes_of, **kinds, **more)  # type: ignore[arg-type]
+
+
 def demo_result(pruned: PruneResult) -> DemoResult:
     """A result with a text that looks like markup, another with control characters, and large numbers."""
     assert pruned.path is not None
@@ -309,9 +326,7 @@ def demo_result(pruned: PruneResult) -> DemoResult:
     protocol = Protocol(text="pydoc", digest="", bos="no", dtype="float32", **sizes)
     stamp = {"sparsellm": "0", "machine": "[m]", "date": "today"}
     evaluation = Evaluation(protocol=protocol, perplexity=large, against=against, **stamp)
-    speeds = [Speed(model, "decode", 1, 2, 12_345.6, 9_876.4, 13_000.0) for model in ("dense", "packed")]
-    sizes = (539_000_000, 123_000_000)
-    comparison = Comparison(speeds, *sizes, *sizes, "float32", "float32", "[avx512]", ["packed"], *sizes)
+    comparison = benchmark("decode", 1, 2, (539_000_000, 123_000_000))
     texts = Continuation(prompt="[i]Python[/i]", dense=" [b]is[/b] :smile:", pruned=" [/] \x1b[2J" + 40 * " word")
     seconds = {"prune": 83.0, "pack": 4.0}
     return DemoResult(pruned.path, pruned.path / "packed", pruned, evaluation, comparison, texts, seconds)
@@ -320,9 +335,7 @@ def demo_result(pruned: PruneResult) -> DemoResult:
 def test_speeds_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     console.out.cache_clear()
-    speeds = [Speed(model, "prefill", 64, 128, 12_345.6, 9_876.4, 13_000.0) for model in ("dense", "packed")]
-    report = Comparison(speeds, 1, 1, 1, 1, "float32", "float32", "[avx512]", ["packed is [faster]"])
-    tables.print_speeds(report, None)
+    tables.print_speeds(benchmark("prefill", 64, 128, (1, 1)), None)
     shown = capsys.readouterr().out
     table = [line for line in shown.splitlines() if "│" in line]
     assert "12.3K (9876–13.0K)" in table[0]

@@ -143,7 +143,11 @@ def test_speeds_are_tokens_by_the_given_clock() -> None:
     ],
 )
 def test_the_verdict_is_plain(packed: float, said: str) -> None:
-    speeds = [Speed(name, "decode", 1, 2, rate, rate, rate) for name, rate in (("dense", 10.0), ("packed", packed))]
+    setting = {"phase": "decode", "batch": 1, "threads": 2}
+    speeds = [
+        Speed(model=name, median=rate, slowest=rate, fastest=rate, **setting)  # type: ignore[arg-type]
+        for name, rate in (("dense", 10.0), ("packed", packed))
+    ]
     assert said in verdict(speeds, "dense", "packed")[0]
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsellm.errors import StorageError, shown
-from sparsellm.records import PRUNING, Evaluation, Metric, Pruning, Results, Speed, read_pruning
+from sparsellm.records import PRUNING, Evaluation, Metric, Pruning, Results, read_pruning
 from sparsellm.storage.results import read_results
+from sparsepack.bench import Speed
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,8 @@ class Checkpoint:
         }
 
     def decode_speeds(self) -> tuple[Speed, Speed] | None:
-        """The speeds of the dense and the packed model while decoding, of the latest benchmark; the smallest batch."""
-        for benchmark in reversed(self.results.benchmarks):
-            speeds = sorted((each for each in benchmark.speeds if each.phase == "decode"), key=lambda each: each.batch)
-            for packed in (each for each in speeds if each.model == "packed"):
-                for dense in (each for each in speeds if each.model == "dense"):
-                    if (dense.batch, dense.threads) == (packed.batch, packed.threads):
-                        return dense, packed
-        return None
+        """The speeds of the dense and the packed model while decoding, of the latest benchmark that has them."""
+        return next((speeds for each in reversed(self.results.benchmarks) if (speeds := each.decoding)), None)
 
 
 def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> Checkpoint:

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from pydantic import ConfigDict, Field, JsonValue
 from transformers import PreTrainedModel
 
 from sparsellm import __version__
-from sparsellm.machine import machine_name, processor_name
+from sparsellm.machine import processor_name
 from sparsellm.patterns import parse_pattern
 from sparsellm.recipe import Recipe
-from sparsellm.records import LinearResult, Pruning, RunRecord, Stamp
+from sparsellm.records import LinearResult, Pruning, RunRecord
 from sparsellm.report.document import REPORT
 from sparsellm.report.notebook import figure_of, summary_html
 from sparsepack.layout import predicted_bytes
@@ -50,12 +49,6 @@ def environment() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-
-
-def stamp(device: torch.device) -> Stamp:
-    """The stamp of a measurement that ends now, on this device."""
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return Stamp(sparsellm=__version__, machine=machine_name(device), date=date)
 
 
 def command_line() -> str:
