@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm.chain.capture import choosing, replacing
+from sparsellm.chain.capture import choosing
 from sparsellm.chain.chain import SHOWN_TOKENS, Call, Chain
-from sparsellm.chain.shortcuts import KnownOutput, Shortcut
+from sparsellm.chain.products import bf16_products
+from sparsellm.chain.shortcuts import KnownOutput, without
 from sparsellm.errors import ModelError
 from sparsellm.progress import ProgressCallback, ignore
 from sparsellm.storage.reader import CheckpointReader
@@ -136,23 +137,28 @@ class Stream:
         self.hidden.close()
         self.forget()
 
-    def keep(self, shortcut: Shortcut) -> KnownOutput | None:
-        """An empty :class:`KnownOutput`; None if the scratch cannot spare the memory.
+    def keep(self, known: KnownOutput) -> KnownOutput | None:
+        """``known`` if the scratch can spare the memory for it, which is reserved.
 
         On an accelerator it is always None: moving the tensors takes as long as the module.
         """
-        widest = max(shortcut.writer.in_features, shortcut.writer.out_features)
-        size = self._tokens * widest * self.chain.dtype.itemsize
-        spare = self.scratch.spare
-        if self.chain.device.type != "cpu" or not spare.take(size):
-            return None
-        return KnownOutput(shortcut, lambda: spare.give_back(size))
+        fits = self.chain.device.type == "cpu" and self.scratch.spare.take(self._bytes_of(known))
+        return known if fits else None
+
+    def use(self, known: KnownOutput) -> None:
+        """Leaves out the module in later runs: the linears before its writer, and the writer, are pruned now."""
+        with bf16_products(self.chain.products):
+            known.finish()
+        self.known.append(known)
 
     def forget(self) -> None:
         """Drops all known outputs; every module of the block runs again."""
         for known in self.known:
-            known.close()
+            self.scratch.spare.give_back(self._bytes_of(known))
         self.known = []
+
+    def _bytes_of(self, known: KnownOutput) -> int:
+        return self._tokens * max(known.writer.in_features, known.writer.out_features) * self.chain.dtype.itemsize
 
     def calls(self, index: int) -> list[Call]:
         """The arguments of block ``index``, batch by batch."""
@@ -165,8 +171,7 @@ class Stream:
 
     def run_batch(self, index: int, position: int) -> Tensor:
         """The output of the loaded block ``index`` for one batch."""
-        forwards = {module: forward for known in self.known for module, forward in known.forwards(position).items()}
-        with replacing(forwards):
+        with without(self.known, position):
             return self.chain.run(index, self.hidden[position], self._calls[position][index])
 
     def run_window(self, index: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.activations import relu
-from sparsellm.chain.capture import RunOrder, replacing, skipping, watch
+from sparsellm.chain.capture import RunOrder, skipping, watch
 from sparsellm.chain.shortcuts import KnownOutput
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from sparsellm.decomposition import Settings
@@ -168,8 +168,8 @@ def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> N
     with task.stream.store() as target:  # batches of the writer's output before pruning
         for group in sublayer.groups:
             task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
-            shortcut = sublayer.shortcut if group[0] is sublayer.writer else None
-            known = task.stream.keep(shortcut) if shortcut is not None else None
+            known = sublayer.shortcut if group[0] is sublayer.writer else None
+            known = task.stream.keep(known) if known is not None else None
             recorded = writer if group is sublayer.groups[0] else None
             gram, cross = _moments(task, group[0], fitting, target, known, recorded, fitted=group[0] is writer)
             fit = None
@@ -181,7 +181,7 @@ def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> N
             for linear in group:
                 _solve(task, linear, gram, fitting, fit)
             if known is not None:
-                task.stream.known.append(known)  # the output of the writer as it is now
+                task.stream.use(known)
 
 
 def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, fit: Fit | None = None) -> None:
@@ -206,7 +206,7 @@ def _moments(
     """The Gram matrix of the input of ``head``, and its cross-moment with the target ``(out, in)`` if it is fitted.
 
     They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
-    Linears that only run after both are skipped, and so are modules around them.
+    Linears that only run after both are skipped.
     """
     chain = task.stream.chain
     gram = GramAccumulator(head.in_features, chain.device)
@@ -228,10 +228,7 @@ def _moments(
     seen = [head, *([recorded] if recorded is not None else [])]
     linears = chain.linears(task.index)
     unread = fitting.order.unread(linears, inputs=[head], outputs=seen[1:])
-    read = {linear.module for linear in seen} | {x.module for x in linears} - {x.module for x in unread}
-    around = [sublayer.shortcut for sublayer in fitting.sublayers if sublayer.shortcut is not None]
-    idle = {cut.module: cut.zeros for cut in around if cut.like_input and read.isdisjoint(cut.module.modules())}
-    with task.clock.phase("prune/statistics"), watch(seen, see), skipping(unread), replacing(idle):
+    with task.clock.phase("prune/statistics"), watch(seen, see), skipping(unread):
         for position in range(len(task.stream)):
             task.stream.run_batch(task.index, position)
     gram.reduce()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsellm.chain import LinearView
-from sparsellm.chain.capture import InputGroups, RunOrder, replacing, watch
-from sparsellm.chain.shortcuts import Calls, KnownOutput, Shortcut
+from sparsellm.chain.capture import InputGroups, RunOrder, watch
+from sparsellm.chain.shortcuts import KnownOutput, Returns, without
 from sparsellm.methods.routed import without_experts
 from sparsellm.methods.task import BlockTask
 
@@ -22,12 +22,12 @@ class Sublayer:
         groups: at least one, none empty.
         writer: the output projection, which adds to the residual stream: the last linear, alone on its input, with as
             many outputs as the stream is wide. None if it is not pruned, or is the only linear of the sublayer.
-        shortcut: around the writer, for passes after the sublayer is pruned; None if there is none.
+        shortcut: the module around the writer, which later passes leave out; None if there is none.
     """
 
     groups: list[list[LinearView]]
     writer: LinearView | None
-    shortcut: Shortcut | None = None
+    shortcut: KnownOutput | None = None
 
     def linears(self) -> list[LinearView]:
         return [linear for group in self.groups for linear in group]
@@ -41,32 +41,34 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
         order: records the order in which all linears of the block run.
     """
     tokens, width = task.stream.hidden[0].shape[1:]
-    calls = Calls(task.stream.chain.blocks[task.index], tokens * width)
-    inputs: dict[str, Tensor] = {}
-    with calls.recorded():
-        found, output = _groups(task, order, inputs)
+    returns = Returns(task.stream.chain.blocks[task.index], tokens * width)
+    outputs: dict[str, Tensor] = {}
+    with returns.recorded():
+        found, output = _groups(task, order, outputs)
     sublayers: list[Sublayer] = []
     groups: list[list[LinearView]] = []
-    done: list[LinearView] = []
+    done: set[str] = set()
     proven: list[KnownOutput] = []
     for group in found:
         groups.append(group)
-        done += group
+        done |= {linear.name for linear in group}
         if len(groups) > 1 and len(group) == 1 and group[0].out_features == width:
-            sublayer = Sublayer(groups, group[0])
-            shortcut = _shortcut(task, sublayer, order, calls, done)
-            if shortcut is not None and _proves(task, shortcut, inputs[group[0].name], output, proven):
-                sublayer = replace(sublayer, shortcut=shortcut)
-            sublayers.append(sublayer)
+            known = _shortcut(task, groups, order, returns, [each for each in task.linears if each.name not in done])
+            trial = [*proven, *([replace(known, values=[outputs[group[0].name]])] if known is not None else [])]
+            if known is not None and _proves(task, trial, output):
+                proven = trial
+            else:
+                known = None
+            sublayers.append(Sublayer(groups, group[0], known))
             groups = []
     return [*sublayers, Sublayer(groups, None)] if groups else sublayers
 
 
-def _groups(task: BlockTask, order: RunOrder, inputs: dict[str, Tensor]) -> tuple[list[list[LinearView]], Tensor]:
+def _groups(task: BlockTask, order: RunOrder, outputs: dict[str, Tensor]) -> tuple[list[list[LinearView]], Tensor]:
     """The groups of linears, and the output of the block, for the first window.
 
     Args:
-        inputs: gets the input of each linear that could be a writer.
+        outputs: gets the output of each linear that could be a writer.
     """
     grouping = InputGroups()
     wanted = {linear.name for linear in without_experts(task.linears)}
@@ -77,7 +79,7 @@ def _groups(task: BlockTask, order: RunOrder, inputs: dict[str, Tensor]) -> tupl
         if linear.name in wanted and x.shape[:-1].numel() == tokens:
             grouping.add(linear, x)
             if linear.out_features == width:
-                inputs[linear.name] = x.clone()
+                outputs[linear.name] = y.clone()
 
     with watch(task.stream.chain.linears(task.index), see):
         output = task.stream.run_window(task.index)
@@ -85,23 +87,18 @@ def _groups(task: BlockTask, order: RunOrder, inputs: dict[str, Tensor]) -> tupl
 
 
 def _shortcut(
-    task: BlockTask, sublayer: Sublayer, order: RunOrder, calls: Calls, done: list[LinearView]
-) -> Shortcut | None:
-    """The shortcut around a writer, if its input no longer changes when the linears in ``done`` are pruned."""
-    writer, block = sublayer.writer, task.stream.chain.block_names[task.index]
-    assert writer is not None
-    names = {linear.name for linear in done}
-    others = [linear for linear in task.linears if linear.name not in names]
-    path = writer.name.removeprefix(f"{block}.")
-    around = calls.around(writer, path) if _run_later(task, others, writer, order) else None
-    if around is None:
+    task: BlockTask, groups: list[list[LinearView]], order: RunOrder, returns: Returns, later: list[LinearView]
+) -> KnownOutput | None:
+    """The module around the last linear of ``groups``, if the input of that linear, the writer, no longer changes when
+    the linears ``later`` are pruned."""
+    (writer,) = groups[-1]
+    path = writer.name.removeprefix(f"{task.stream.chain.block_names[task.index]}.")
+    around = returns.around(writer, path) if _run_later(task, later, writer, order) else None
+    if around is None or not {linear.module for linear in later}.isdisjoint(around[0].modules()):
         return None
-    module, items, like_input = around
-    inside = set(module.modules())
-    if any(linear.module in inside for linear in others):
-        return None
-    own = [linear for linear in sublayer.linears() if linear is not writer]
-    return Shortcut(writer, module, items, own if module is writer.module else [], like_input)
+    module, returned = around
+    before = [linear for group in groups[:-1] for linear in group] if module is writer.module else []
+    return KnownOutput(writer, module, returned.items, before)
 
 
 def _run_later(task: BlockTask, linears: list[LinearView], writer: LinearView, order: RunOrder) -> bool:
@@ -118,22 +115,10 @@ def _run_later(task: BlockTask, linears: list[LinearView], writer: LinearView, o
     return True
 
 
-def _proves(task: BlockTask, shortcut: Shortcut, x: Tensor, output: Tensor, proven: list[KnownOutput]) -> bool:
-    """Whether the block has the same output for the first window, to the bit, when the module is not run.
-
-    Args:
-        x: the input of the writer.
-        output: the output of the block.
-        proven: those of earlier sublayers, whose modules are not run either; this one is added if it is proven.
-    """
-    known = KnownOutput(shortcut)
-    known.append(x)
-    forwards = {module: forward for each in (*proven, known) for module, forward in each.forwards(0).items()}
+def _proves(task: BlockTask, known: list[KnownOutput], output: Tensor) -> bool:
+    """Whether the block has the same output for the first window, to the bit, when these modules are not run."""
     try:
-        with replacing(forwards):
-            same = torch.equal(task.stream.run_window(task.index), output)
+        with without(known, 0):
+            return torch.equal(task.stream.run_window(task.index), output)
     except (TypeError, AttributeError, ValueError):  # the block reads another item that the module returns
         return False
-    if same:
-        proven.append(known)
-    return same
