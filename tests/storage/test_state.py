@@ -9,9 +9,10 @@ import pytest
 
 from sparsellm.errors import StorageError
 from sparsellm.records import SweepPass
-from sparsellm.run.journal import BlockRecord, SweepRecord
+from sparsellm.run.journal import BlockRecord
 from sparsellm.storage.directory import WorkingDirectory
 from sparsellm.storage.state import RUN, STATE, UnfinishedRun, left_in, partial_of, read_sealed, write_sealed
+from sparsellm.sweep.saved import SweepRecord
 from tests.storage.small import tree
 
 IDENTITY = {"recipe": {"seed": 0, "sparsity": 0.7}, "model": "abc"}

@@ -7,7 +7,6 @@ kill, a file is complete, or is ignored.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,22 +17,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sparsellm import machine, parallel
+from sparsellm import parallel
 from sparsellm.allocation import Allocation
 from sparsellm.progress import NOTE, Progress, ProgressCallback
-from sparsellm.records import LinearResult, SweepPass
+from sparsellm.records import LinearResult
 from sparsellm.run.result import versions
 from sparsellm.storage.directory import WorkingDirectory, check_room, written_bytes
-from sparsellm.storage.files import empty, explained, replace_atomically
+from sparsellm.storage.files import empty, explained, has_digest, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.shard import TensorSource, write_shard
 from sparsellm.storage.state import BLOCKS, STATE, SWEPT, partial_of, read_sealed, write_sealed
 from sparsellm.storage.writer import CheckpointWriter, shard_names
-from sparsellm.sweep.whole_model import Parameters, Reached
+from sparsellm.sweep.saved import SWEEP, SavedSweep
 
-ALLOCATION, OUTPUT_COSTS, SWEEP = "allocation", "output-costs", "sweep"  # names of records
+ALLOCATION, OUTPUT_COSTS = "allocation", "output-costs"  # names of records
 _FORMAT = 3  # version of the working directory
-_BITS = "bits"  # the one tensor of a sweep's file
 
 
 @dataclass(frozen=True)
@@ -68,17 +66,6 @@ class BlockRecord(FileRecord):
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss: int = 0
-
-
-@dataclass(frozen=True)
-class SweepRecord:
-    """The last saved pass of a sweep: digests of its files, and the seconds and peak memory of the sweep so far."""
-
-    history: list[SweepPass]
-    best: int
-    files: dict[str, str]
-    seconds: float
-    peak_rss: int
 
 
 R = TypeVar("R", bound=FileRecord)
@@ -240,77 +227,6 @@ class Journal:
         return record if _is_same(self._shards[index], record) else None
 
 
-class SavedSweep:
-    """The saved passes of one run. Every process reads them, the first writes.
-
-    The parameters after each pass, and Adam's moments, are one file per block. One record, written last, has the
-    history and the checksums of the files. Files of earlier passes are then removed.
-    """
-
-    def __init__(self, state: Path, blocks: int) -> None:
-        self._folder, self._record, self._blocks = state / SWEEP, state / f"{SWEEP}.json", blocks
-        self.seconds: Callable[[], float] = lambda: 0.0  # since the sweep began
-        self._last = parallel.from_main(self._intact)
-
-    @property
-    def reached(self) -> Reached | None:
-        """The last saved pass whose files are intact; None if there is none and the sweep must begin."""
-        return Reached(self._last.history, self._last.best) if self._last is not None else None
-
-    @property
-    def spent(self) -> tuple[float, int]:
-        """Seconds of the sweep up to that pass, and its peak memory in bytes."""
-        return (self._last.seconds, self._last.peak_rss) if self._last is not None else (0.0, 0)
-
-    def parameters(self, number: int, block: int) -> Tensor:
-        return self._read("parameters", number, block)
-
-    def moments(self, number: int, block: int) -> Tensor:
-        return self._read("moments", number, block)
-
-    def save(self, history: list[SweepPass], best: int, state: Parameters, *, last: bool) -> None:
-        """Writes the state after the newest pass of ``history``, then removes the previous one.
-
-        Raises:
-            StorageError: the disk is full.
-        """
-        number, seconds = history[-1].passes, self.seconds()
-        kinds = {("parameters", best)} if best else set()
-        if not last:
-            kinds |= {("parameters", number), ("moments", number)}
-
-        def write() -> None:
-            with explained(self._folder):
-                self._folder.mkdir(exist_ok=True)
-            digests = dict(self._last.files) if self._last is not None else {}
-            for block in range(self._blocks):
-                for kind in (kind for kind, of in sorted(kinds) if of == number):
-                    value = state.parameters(block) if kind == "parameters" else state.moments(block)
-                    # As integers: the writer of floating point drops the sign of zeros, and the bits must stay.
-                    tensors = {_BITS: TensorSource.of(value.contiguous().view(torch.int32))}
-                    file = self._file(kind, number, block)
-                    digests[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
-            names = [self._file(kind, of, block).name for kind, of in kinds for block in range(self._blocks)]
-            files, peak = {name: digests[name] for name in names}, max(machine.peak_rss(), self.spent[1])
-            self._last = SweepRecord(history, best, files, seconds, peak)
-            write_sealed(self._record, self._last)
-            with explained(self._folder):
-                empty(self._folder, tuple(files))
-
-        parallel.from_main(write)
-
-    def _file(self, kind: str, number: int, block: int) -> Path:
-        return self._folder / f"{kind}-{number:03d}-{block:05d}.safetensors"
-
-    def _read(self, kind: str, number: int, block: int) -> Tensor:
-        return CheckpointReader(self._folder, [self._file(kind, number, block)]).get(_BITS).view(torch.float32)
-
-    def _intact(self) -> SweepRecord | None:
-        record = read_sealed(self._record, SweepRecord)
-        files = record.files.items() if record is not None else ()
-        return record if all(_is_same(self._folder / name, FileRecord(digest)) for name, digest in files) else None
-
-
 def conditions() -> dict[str, str]:
     """The versions, processes and threads, which may differ when a run is resumed and affect the last bits."""
     return {**versions(), "processes": str(parallel.size()), "threads": str(torch.get_num_threads())}
@@ -329,8 +245,4 @@ def other_conditions(records: list[BlockRecord]) -> list[str]:
 
 def _is_same(file: Path, record: FileRecord | None) -> bool:
     """Whether a file is as it was when its record was written."""
-    try:
-        with file.open("rb") as opened:
-            return record is not None and hashlib.file_digest(opened, "sha256").hexdigest() == record.sha256
-    except OSError:
-        return False
+    return record is not None and has_digest(file, record.sha256)

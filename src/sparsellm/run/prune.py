@@ -155,9 +155,10 @@ def _sweep(
     saved = journal.saved_passes(saved_sweep_bytes(chain, plan.trains_integers), plan.disk_bytes, feed.progress)
     journal.open_sweep(checkpoint_bytes(chain))
     if saved is not None:
-        spent, earlier = saved.spent
-        clock.add({"sweep": spent})
-        peak, began = max(peak, earlier), time.perf_counter() - spent
+        began = time.perf_counter()
+        if saved.last is not None:
+            clock.add({"sweep": saved.last.seconds})
+            peak, began = max(peak, saved.last.peak_rss), began - saved.last.seconds
         saved.seconds = lambda: time.perf_counter() - began
     zeros: dict[str, int] = {}
 

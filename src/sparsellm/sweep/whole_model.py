@@ -14,7 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from sparsellm.records import SweepPass
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.sweep.head import divergence_from, through_head
 from sparsellm.sweep.integers import Integers
+from sparsellm.sweep.saved import SavedSweep
 from sparsellm.sweep.training import (
     Adam,
     Float32Calls,
@@ -62,50 +63,6 @@ class _Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reached:
-    """The last pass that an earlier process saved.
-
-    Attributes:
-        history: every pass so far, including the state before the first.
-        best: the number of the best pass so far; 0 for the state before the first.
-    """
-
-    history: list[SweepPass]
-    best: int
-
-    @property
-    def passes(self) -> int:
-        return len(self.history) - 1
-
-
-class Parameters(Protocol):
-    """The state of a sweep, block by block."""
-
-    def parameters(self, block: int) -> Tensor:
-        """The parameters of a block, flat, fp32."""
-
-    def moments(self, block: int) -> Tensor:
-        """Adam's moments of a block, ``(2, elements)`` fp32."""
-
-
-class SavedPasses(Protocol):
-    """Storage of passes: each is saved, and an interrupted sweep continues from the last one."""
-
-    @property
-    def reached(self) -> Reached | None:
-        """The last pass that was saved; None if there is none."""
-
-    def parameters(self, number: int, block: int) -> Tensor:
-        """The parameters of a block after pass ``number``: flat, fp32, on the CPU."""
-
-    def moments(self, number: int, block: int) -> Tensor:
-        """Adam's moments of a block after pass ``number``: ``(2, elements)`` fp32, on the CPU."""
-
-    def save(self, history: list[SweepPass], best: int, state: Parameters, *, last: bool) -> None:
-        """Saves the state after the newest pass of ``history``; after the ``last`` pass, only the best parameters."""
-
-
-@dataclass(frozen=True)
 class SweepTask:
     """A pruned model to be swept.
 
@@ -136,7 +93,7 @@ class SweepTask:
     learning_rate: float | None = None
     held_out: float = 0.125
     blocks: Sequence[CheckpointReader] | None = None
-    saved: SavedPasses | None = None
+    saved: SavedSweep | None = None
     fresh: Sequence[Tensor] = ()
     integers: Integers | None = None
     swept: int = 0
@@ -153,7 +110,7 @@ class _Masters:
     the parameters after the best pass, unless that is pass 0: the state before the first pass.
     """
 
-    def __init__(self, task: SweepTask, reached: Reached | None) -> None:
+    def __init__(self, task: SweepTask) -> None:
         self.task, self.chain, self.integers = task, task.feed.chain, task.integers
         self.pruned: set[str] = set()  # names of the weights of linears, whose zeros must stay
         self.factors: set[str] = set()  # names of the factors of groups, where values are rounded
@@ -162,7 +119,8 @@ class _Masters:
         self.shapes: list[dict[str, torch.Size]] = []
         self._dtypes: list[dict[str, tuple[torch.dtype, torch.dtype]]] = []
         self._aliases: list[dict[str, tuple[int, str]]] = []  # other names of parameters: the block and the name there
-        saved = task.saved if reached is not None else None
+        saved, reached = task.saved, task.saved.last if task.saved is not None else None
+        number = len(reached.history) - 1 if reached is not None else 0  # passes that an earlier process saved
         for index in range(len(self.chain)):
             with self.chain.block(index, task.pruned(index)):
                 parameters, trained = self.chain.block_parameters(index), self._trained(index)
@@ -172,8 +130,8 @@ class _Masters:
                 self._aliases.append({name: self.chain.home(name) for name in parameters if name not in trained})
                 self._dtypes.append(self.chain.written_dtypes(index))
                 flat, moments = _flat(trained)
-            if saved is not None and reached is not None and reached.passes < task.passes:
-                flat, moments = saved.parameters(reached.passes, index), saved.moments(reached.passes, index)
+            if saved is not None and 0 < number < task.passes:
+                flat, moments = saved.parameters(number, index), saved.moments(number, index)
             self.store.append(flat)
             self.store.append(moments)
         if saved is not None and reached is not None and reached.best:
@@ -302,23 +260,21 @@ def sweep(task: SweepTask) -> list[SweepPass]:
     """
     check_sweepable(task.feed.chain)
     assert task.dense is None or not task.fresh, "the dense model's states belong to one set"
-    reached = task.saved.reached if task.saved is not None else None
-    masters = _Masters(task, reached)
-    if reached is not None and reached.passes >= task.passes:  # all that is left is to write the best
-        history = reached.history
-    else:
+    history = task.saved.last.history if task.saved is not None and task.saved.last is not None else []
+    masters = _Masters(task)
+    if len(history) <= task.passes:  # else all that is left is to write the best
         with _on(task, masters, task.feed.windows, 0, task.passes) as run:
-            history = _passes(task, run, reached)
+            history = _passes(task, run, history)
     task.feed.progress(Progress("sweep", 1, 1))
     masters.write()
     return history
 
 
-def _passes(task: SweepTask, run: _Run, reached: Reached | None) -> list[SweepPass]:
-    """Runs the remaining passes: each is judged, kept or undone, and saved. Returns the history of all passes."""
+def _passes(task: SweepTask, run: _Run, history: list[SweepPass]) -> list[SweepPass]:
+    """Runs the passes after those of ``history``: each is judged, kept or undone, and saved. Returns all passes."""
     chain, masters = task.feed.chain, run.masters
     train, judges = held_out_of(run.steps(), task.held_out)
-    history = list(reached.history) if reached is not None else [_start(task, run, train, judges)]
+    history = list(history) or [_start(task, run, train, judges)]
     rate, first = history[0].rate, len(history)
     assert rate is not None, "the state before the first pass has the rate"
     for number in range(first, task.passes + 1):
@@ -344,7 +300,8 @@ def _passes(task: SweepTask, run: _Run, reached: Reached | None) -> list[SweepPa
         elif number < task.passes and number in harmful_passes(history):
             masters.restart()
         if task.saved is not None:
-            task.saved.save(history, masters.best, masters, last=number == task.passes)
+            state = {"parameters": masters.parameters, "moments": masters.moments}
+            task.saved.save(history, masters.best, state, last=number == task.passes)
     return history
 
 
