@@ -21,7 +21,7 @@ from quality import OUT, measure
 from safetensors.torch import save_file
 
 import sparsellm
-from sparsellm.calibration import calibration_windows
+from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.sources.resolve import checkpoint_directory
 

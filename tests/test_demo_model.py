@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsellm
-from sparsellm.calibration import evaluation_windows
+from sparsellm.calibration.windows import evaluation_windows
 from sparsellm.errors import ModelError
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.demo_model import demo_gguf

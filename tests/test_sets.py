@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.calibration import calibration_windows
+from sparsellm.calibration.windows import calibration_windows
 from sparsellm.run import walk
 from sparsellm.run.choice import Choice
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer

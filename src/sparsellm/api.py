@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import arguments
 from sparsellm.arguments import Checkpoint, Model, Name, checked
-from sparsellm.calibration import Text, as_text, check_seq_len, evaluation_windows, leading_token, windows_of_ids
-from sparsellm.calibration.given import DOCUMENTS, IDS, settle_calibration
+from sparsellm.calibration.sources import DOCUMENTS, IDS, as_text, settle_calibration
+from sparsellm.calibration.texts import Text
+from sparsellm.calibration.windows import check_seq_len, evaluation_windows, leading_token, windows_of_ids
 from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import DataError, RecipeError

@@ -16,7 +16,7 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, SkipValidation, TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
-from sparsellm.calibration.given import TextGiven
+from sparsellm.calibration.sources import TextGiven
 from sparsellm.errors import RecipeError, refusal
 from sparsellm.recipe import MOST_TOKENS, Dtype, Integer, Recipe
 

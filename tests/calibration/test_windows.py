@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from sparsellm.calibration import (
-    SOURCES,
-    Author,
-    Split,
-    Text,
+from sparsellm.calibration import self_generated, windows
+from sparsellm.calibration.self_generated import self_generated_windows
+from sparsellm.calibration.sources import read_source
+from sparsellm.calibration.texts import Text
+from sparsellm.calibration.windows import (
     calibration_windows,
     check_seq_len,
     evaluation_windows,
     leading_token,
-    read_source,
-    self_generated_windows,
-    windows,
     windows_of_ids,
 )
 from sparsellm.errors import DataError
@@ -35,6 +34,20 @@ def counting(tmp_path: Path) -> tuple[str, list[int]]:
     return str(path), tiny_tokenizer()(path.read_text())["input_ids"]
 
 
+def written(
+    samples: int,
+    seq_len: int,
+    seed: int = 0,
+    *,
+    model: PreTrainedModel | None = None,
+    bos: int | None = None,
+    fresh: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> torch.Tensor:
+    """Windows that a model writes."""
+    return self_generated_windows(model or tiny_llama(), tiny_tokenizer(), samples, seq_len, seed, bos, fresh, progress)
+
+
 def places(windows: torch.Tensor, ids: list[int]) -> list[int]:
     """Where each window stands in the text; exactly one place is required."""
     found = []
@@ -45,18 +58,12 @@ def places(windows: torch.Tensor, ids: list[int]) -> list[int]:
     return found
 
 
-def test_windows_of_a_long_text_do_not_overlap(counting: tuple[str, list[int]]) -> None:
+def test_windows_of_a_long_text_are_disjoint_in_random_order(counting: tuple[str, list[int]]) -> None:
     source, ids = counting
     for samples in (1, 7, len(ids) // 32):
         starts = places(calibration_windows(source, tiny_tokenizer(), samples, 32, seed=3), ids)
-        gaps = torch.tensor(sorted(starts)).diff()
         assert len(starts) == samples
-        assert (gaps >= 32).all()
-
-
-def test_windows_come_in_random_order_from_the_whole_text(counting: tuple[str, list[int]]) -> None:
-    source, ids = counting
-    starts = places(calibration_windows(source, tiny_tokenizer(), 40, 16, seed=0), ids)
+        assert (torch.tensor(sorted(starts)).diff() >= 32).all()
     assert starts != sorted(starts)
     assert min(starts) < len(ids) / 4
     assert max(starts) > 3 * len(ids) / 4
@@ -136,6 +143,8 @@ def test_a_text_that_is_too_short_says_by_how_much(tmp_path: Path) -> None:
     tokens = len(tiny_tokenizer()("abcdefgh")["input_ids"])
     with pytest.raises(DataError, match=rf"has {tokens} tokens and {tokens + 1} are needed"):
         calibration_windows(str(path), tiny_tokenizer(), 2, tokens, 0)
+    with pytest.raises(DataError, match="max_tokens is 7"):
+        evaluation_windows("pydoc", tiny_tokenizer(), 8, 7)
     with pytest.raises(DataError, match=rf"has {tokens} tokens and 99 are needed"):
         evaluation_windows(str(path), tiny_tokenizer(), 99)
     assert calibration_windows(str(path), tiny_tokenizer(), 3, tokens - 1, 0).shape == (3, tokens - 1)
@@ -147,15 +156,8 @@ def test_more_windows_than_the_memory_holds_are_refused_at_once(monkeypatch: pyt
     monkeypatch.setattr(windows.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(DataError, match="of memory are free"):
         calibration_windows("pydoc", tiny_tokenizer(), 8, 16, 0)
-    with pytest.raises(DataError, match=r"7 samples and 1 for later sweeps of 16 .* lower effort, samples or seq_len"):
-        calibration_windows("self", tiny_tokenizer(), 7, 16, 0, Author(tiny_llama()), fresh=1)
-
-
-def test_limits_that_no_window_fits_are_refused() -> None:
-    with pytest.raises(DataError, match="max_tokens is 7"):
-        evaluation_windows("pydoc", tiny_tokenizer(), 8, 7)
-    with pytest.raises(DataError, match="needs the dense model"):
-        calibration_windows("self", tiny_tokenizer(), 1, 8, 0)
+    with pytest.raises(DataError, match=r"8 windows of 16 .* lower samples, effort or seq_len"):
+        written(7, 16, fresh=1)
 
 
 def test_more_windows_than_the_text_has_are_refused(counting: tuple[str, list[int]]) -> None:
@@ -167,81 +169,59 @@ def test_more_windows_than_the_text_has_are_refused(counting: tuple[str, list[in
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2])
-def test_windows_longer_than_the_positions_are_refused(build: type) -> None:
+def test_windows_longer_than_the_positions_are_refused(build: Callable[[], PreTrainedModel]) -> None:
     config = build().config
     check_seq_len(config, POSITIONS)
     with pytest.raises(DataError, match=f"seq_len is {POSITIONS + 1}, and this model has {POSITIONS} positions"):
         check_seq_len(config, POSITIONS + 1)
 
 
-def test_per_document_windows_lie_inside_one_long_document_each() -> None:
+def test_per_document_windows_lie_inside_one_long_document_each(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = ["short", *(" ".join(f"{word}{number}" for number in range(60)) for word in ("a", "b", "c"))]
-
-    @SOURCES.register("test-documents", paper="")
-    def read(argument: str, split: Split) -> Text:
-        return Text(documents, joiner=" ", per_document=True)
-
-    try:
-        tokenizer = tiny_tokenizer()
-        windows = calibration_windows("test-documents", tokenizer, 12, 24, seed=0)
-        written = {tokenizer.decode(window) for window in windows}
-        assert windows.shape == (12, 24)
-        assert len(written) > 6
-        assert all(any(text in document for document in documents[1:]) for text in written)
-        with pytest.raises(DataError, match="too few documents longer than 5000"):
-            calibration_windows("test-documents", tokenizer, 1, 5000, seed=0)
-    finally:
-        del SOURCES._entries["test-documents"]
+    text, tokenizer = Text(documents, joiner=" ", per_document=True), tiny_tokenizer()
+    drawn = {tokenizer.decode(window) for window in calibration_windows(text, tokenizer, 12, 24, seed=0)}
+    assert len(drawn) > 6
+    assert all(any(part in document for document in documents[1:]) for part in drawn)
+    monkeypatch.setattr(windows, "_MOST_MISSES", 9)
+    with pytest.raises(DataError, match="too few documents longer than 5000"):
+        calibration_windows(text, tokenizer, 1, 5000, seed=0)
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2])
-def test_a_model_writes_the_same_text_for_the_same_seed(build: type) -> None:
-    model, tokenizer = build().train(), tiny_tokenizer()
-    windows = [calibration_windows("self", tokenizer, 19, 30, seed, Author(model)) for seed in (0, 0, 1)]
-    assert windows[0].shape == (19, 30)
-    assert torch.equal(windows[0], windows[1])
-    assert not torch.equal(windows[0], windows[2])
-    assert len({tuple(window) for window in windows[0].tolist()}) == 19
+def test_a_model_writes_the_same_text_for_the_same_seed(build: Callable[[], PreTrainedModel]) -> None:
+    model = build().train()
+    one, again, other = (written(19, 30, seed, model=model) for seed in (0, 0, 1))
+    assert one.shape == (19, 30)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert len({tuple(window) for window in one.tolist()}) == 19
     assert model.training
 
 
 def test_fresh_windows_that_a_model_writes_leave_the_others_as_they_are() -> None:
     """Also where the last batch of the others is not full."""
-    model, tokenizer = tiny_llama(), tiny_tokenizer()
     said: list[tuple[int, int]] = []
-    author = Author(model, lambda done, total: said.append((done, total)))
-    alone = calibration_windows("self", tokenizer, 19, 8, 0, author)
-    assert said[-1] == (19 * 8, 19 * 8)
-    said.clear()
-    more, again = (calibration_windows("self", tokenizer, 19, 8, 0, author, fresh=38) for _ in range(2))
+    more = written(19, 8, fresh=38, progress=lambda *tokens: said.append(tokens))
     assert more.shape == (57, 8)
-    assert torch.equal(more, again)
-    assert torch.equal(more[:19], alone)
+    assert torch.equal(more[:19], written(19, 8))
     assert len({tuple(window) for window in more.tolist()}) == 57
-    assert said == sorted(said[: len(said) // 2]) * 2
+    assert said == sorted(said)
     assert said[-1] == (57 * 8, 57 * 8)
 
 
-def test_a_model_writes_after_bos_where_its_tokenizer_has_it() -> None:
-    model = tiny_llama()
-    for tokenizer, bos, leads in ((tiny_tokenizer(True), "auto", True), (tiny_tokenizer(True), "no", False),
-                                  (tiny_tokenizer(), "auto", False), (tiny_tokenizer(), "yes", True)):  # fmt: skip
-        windows = calibration_windows("self", tokenizer, 5, 6, 0, Author(model), bos)
-        assert (windows[:, 0] == 0).all() == leads
-
-
-def test_self_generated_text_is_greedy_first_and_then_follows_the_model() -> None:
+def test_self_generated_text_is_greedy_first_and_then_follows_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the cache of keys and values, as without it."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
-    windows = self_generated_windows(Author(model), tokenizer, 4, 20, 2, 0, greedy_tokens=20)
-    assert (windows[:, 0] == 0).all()
+    sampled = written(4, 20, 2, bos=0)
+    monkeypatch.setattr(self_generated, "GREEDY_TOKENS", 20)
+    greedy = written(4, 20, 2, bos=0)
+    assert (greedy[:, 0] == 0).all()
     with torch.no_grad():
-        likeliest = model(input_ids=windows).logits[:, :, : len(tokenizer)].argmax(-1)  # (4, 20)
-    continues = windows[:, 1:-1] != tokenizer.eos_token_id  # after the end of a text, a new one starts at random
-    assert torch.equal(windows[:, 2:][continues], likeliest[:, 1:-1][continues])
-    sampled = self_generated_windows(Author(model), tokenizer, 4, 20, 2, 0, greedy_tokens=3)
-    assert torch.equal(sampled[:, 2:5], windows[:, 2:5])
-    assert not torch.equal(sampled[:, 5:], windows[:, 5:])
+        likeliest = model(input_ids=greedy).logits[:, :, : len(tokenizer)].argmax(-1)  # (4, 20)
+    continues = greedy[:, 1:-1] != tokenizer.eos_token_id  # after the end of a text, a new one starts at random
+    assert torch.equal(greedy[:, 2:][continues], likeliest[:, 1:-1][continues])
+    assert torch.equal(sampled[:, 2:6], greedy[:, 2:6])
+    assert not torch.equal(sampled[:, 6:], greedy[:, 6:])
 
 
 def test_pydoc_is_long_enough_for_a_first_try() -> None:

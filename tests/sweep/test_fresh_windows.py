@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sparsellm
-from sparsellm.calibration import calibration_windows
+from sparsellm.calibration.windows import calibration_windows
 from sparsellm.run import prune as story
 from sparsellm.run import sets as reading
 from sparsellm.sweep import whole_model

@@ -1,22 +1,22 @@
-"""The named corpora: those of the papers, by the papers' own protocol, and one that needs no download."""
+"""The corpora of the papers, by their own protocol; data sets of the Hub; and a text that needs no download."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pydoc_data.topics import topics
+from typing import Any
 
-from sparsellm.calibration.hub import hub_column
-from sparsellm.calibration.sources import SOURCES, Split, Text, reads_file, takes_no_argument
-from sparsellm.calibration.text_files import read_rows, text_rows
+from sparsellm.calibration.texts import Split, Text, read_rows, text_rows
+from sparsellm.errors import DataError, one_line, shown
 
 _HELD_OUT = 0.2  # the largest share of the characters of pydoc that is held out for evaluation
 _RULE = re.compile(r"\s*([=*~^-])\1\1+\s*")  # a line that only underlines a heading
 _C4_DOCUMENTS, _C4_WINDOWS = 1100, 256  # the most that SparseGPT's evaluation on C4 reads
+_PARTS: dict[Split, str] = {"calibration": "train", "evaluation": "test"}
 
 
-@takes_no_argument("pydoc")
-@SOURCES.register("pydoc", paper="https://docs.python.org/3/library/pydoc.html")
-def read_pydoc(argument: str, split: Split) -> Text:
+def read_pydoc(split: Split) -> Text:
     """The English documentation inside every Python: no download, about 90,000 tokens, a sixth of them held out.
 
     It is technical prose of one kind, so it calibrates worse than a broad corpus. Its text changes with the version of
@@ -47,10 +47,8 @@ def _new_paragraphs(document: str, seen: set[str]) -> list[str]:
     return new
 
 
-@reads_file("wikitext2")
-@SOURCES.register("wikitext2", paper="Merity et al. 2016, https://arxiv.org/abs/1609.07843")
 def read_wikitext2(argument: str, split: Split) -> Text:
-    """WikiText-2 raw, train or test, rows joined with a blank line; wikitext2:PATH reads a raw file instead of the Hub.
+    """WikiText-2 raw (1609.07843), train or test, rows joined with a blank line; wikitext2:PATH reads a raw file.
 
     The Hub's rows keep the line break of each line that is not blank, and these breaks are part of the string that the
     papers tokenise. ``wikitext2:PATH`` treats the lines of ``wiki.test.raw`` in the same way, so both yield one string:
@@ -61,29 +59,60 @@ def read_wikitext2(argument: str, split: Split) -> Text:
         if not lines[-1]:  # the line break at the end of the file starts no further row
             lines.pop()
         return Text([f"{line}\n" if line.strip() else "" for line in lines])
-    part = "train" if split == "calibration" else "test"
-    return Text(hub_column("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=part))
+    return Text(hub_column("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=_PARTS[split]))
 
 
-@takes_no_argument("ptb")
-@SOURCES.register("ptb", paper="Marcus et al. 1993, https://aclanthology.org/J93-2004; joined as in SparseGPT")
-def read_ptb(argument: str, split: Split) -> Text:
-    """Penn Treebank, train or test, sentences joined with a space."""
-    part = "train" if split == "calibration" else "test"
+def read_ptb(split: Split) -> Text:
+    """Penn Treebank (aclanthology.org/J93-2004), train or test, sentences joined with a space as in SparseGPT."""
     # The main branch of this data set holds a script; the Hub's own conversion of it holds only data.
-    sentences = hub_column(
-        "ptb", "ptb-text-only/ptb_text_only", split=part, revision="refs/convert/parquet", column="sentence"
-    )
-    return Text(sentences, joiner=" ")
+    place: dict[str, str] = {"revision": "refs/convert/parquet", "column": "sentence"}
+    return Text(hub_column("ptb", "ptb-text-only/ptb_text_only", split=_PARTS[split], **place), joiner=" ")
 
 
-@takes_no_argument("c4")
-@SOURCES.register("c4", paper="Raffel et al. 2019, https://arxiv.org/abs/1910.10683; drawn as in SparseGPT")
-def read_c4(argument: str, split: Split) -> Text:
-    """C4 (English): windows inside random documents of the first train shard; evaluation on the validation shard."""
+def read_c4(split: Split) -> Text:
+    """C4 (English, 1910.10683) as SparseGPT draws it: windows inside random documents of the first train shard;
+    evaluation on the validation shard."""
     part, shard = ("train", "00000-of-01024") if split == "calibration" else ("validation", "00000-of-00008")
     data_files = {part: f"en/c4-{part}.{shard}.json.gz"}
     documents = hub_column("c4", "allenai/c4", data_files=data_files, split=part)
     if split == "calibration":
         return Text(documents, joiner=" ", per_document=True)
     return Text(documents[:_C4_DOCUMENTS], joiner=" ", most_windows=_C4_WINDOWS)
+
+
+def read_hub(argument: str, split: Split) -> Text:
+    """Any data set with a column 'text', as hub:owner/name[:config[:split]]; by default split train, or test.
+
+    A named split is used for calibration and evaluation alike, so name different ones for the two.
+    """
+    name, _, rest = argument.partition(":")
+    config, _, chosen = rest.partition(":")
+    if not name or ":" in chosen:
+        raise DataError(f"source {shown(f'hub:{argument}')} names no data set; write hub:owner/name[:config[:split]]")
+    return Text(hub_column(f"hub:{argument}", name, config or None, split=chosen or _PARTS[split]))
+
+
+def hub_column(source: str, *arguments: Any, column: str = "text", **settings: Any) -> Sequence[str]:
+    """One column of a data set, for the ``source`` that the user typed; the other arguments are those of
+    ``datasets.load_dataset``. No code from the Hub is run.
+
+    Raises:
+        DataError: ``datasets`` is not installed, the data set cannot be loaded, or it has no such column.
+    """
+    instead = "or give a file of your own (.txt, .jsonl, .parquet), or 'pydoc', which needs no download"
+    try:
+        import datasets
+
+        data = datasets.load_dataset(*arguments, **settings)
+    except ImportError as error:
+        raise DataError(
+            f"source {source!r} needs the package 'datasets': pip install 'sparsellm[hub]', {instead}"
+        ) from error
+    except Exception as error:  # errors of network, Hub and format, from several packages without a common base class
+        raise DataError(
+            f"source {source!r} cannot be loaded: {one_line(error)}; check name and network, {instead}"
+        ) from error
+    if column not in data.column_names:
+        raise DataError(f"source {source!r} has no column {column!r}; its columns: {', '.join(data.column_names)}")
+    texts: Sequence[str] = data[column]
+    return texts

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sparsellm.calibration.windows import check_memory
 from sparsellm.chain.structure import cache_keyword
 from sparsellm.errors import NumericalError
 
@@ -19,24 +20,16 @@ BATCH = 16
 GREEDY_TOKENS = 4  # after the random one; LLM-QAT uses 3 to 5
 
 
-class Author(NamedTuple):
-    """The dense model, which writes the text of the source ``self``; ``progress`` is called with (tokens, in all)."""
-
-    model: PreTrainedModel
-    progress: Callable[[int, int], None] | None = None
-
-
 @torch.no_grad()
 def self_generated_windows(
-    author: Author,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     seq_len: int,
     seed: int,
-    bos: int | None = None,
-    *,
-    fresh: int = 0,
-    greedy_tokens: int = GREEDY_TOKENS,
+    bos: int | None,
+    fresh: int,
+    progress: Callable[[int, int], None],
 ) -> Tensor:
     """Samples windows of text from a model as in LLM-QAT (2305.17888, section 2.1).
 
@@ -46,30 +39,24 @@ def self_generated_windows(
     numbers are drawn on the CPU from ``seed``: on one machine the same arguments return the same windows.
 
     Args:
-        author, tokenizer, samples, seq_len, seed: as for :func:`sparsellm.calibration.calibration_windows`.
-        bos: the token with which every window begins, see :func:`sparsellm.calibration.leading_token`; or None.
+        bos: the token with which every window begins, see :func:`sparsellm.calibration.windows.leading_token`; or None.
         fresh: further windows, written after the others, which do not depend on them.
-        greedy_tokens: tokens after the random one that are chosen greedily.
+        progress: called with the tokens that are written, and with those of all windows.
 
     Returns:
         ``(samples + fresh, seq_len)`` int64 token ids, on the CPU.
 
     Raises:
+        DataError: the windows do not fit into the memory.
         NumericalError: the model's logits are not finite.
     """
-    model, progress = author
+    check_memory(samples + fresh, seq_len)
     was_training = model.training
     model.train(False)
     generator = torch.Generator().manual_seed(seed)
     special = set(tokenizer.all_special_ids)
     starts = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
-    written, total = 0, (samples + fresh) * seq_len
-
-    def report(tokens: int) -> None:
-        nonlocal written
-        written += tokens
-        if progress is not None:
-            progress(written, total)
+    windows: list[Tensor] = []
 
     def pick(rows: int) -> Tensor:
         return starts[torch.randint(len(starts), (rows,), generator=generator)]
@@ -79,28 +66,26 @@ def self_generated_windows(
         age = torch.zeros(rows, dtype=torch.int64)  # tokens since each row's text began
         new, cache = torch.stack(columns, dim=1), None  # (rows, 1 or 2)
         while len(columns) < seq_len:
-            logits, cache = _next(author.model, new, cache, len(tokenizer))
+            logits, cache = _next(model, new, cache, len(tokenizer))
             if not torch.isfinite(logits).all():
                 raise NumericalError(f"the model's logits are not finite after {len(columns)} tokens; try float32")
             sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
-            token = torch.where(age < greedy_tokens, logits.argmax(-1), sampled)
+            token = torch.where(age < GREEDY_TOKENS, logits.argmax(-1), sampled)
             start = pick(rows)  # at every step, so that rows do not affect each other
-            ended = torch.zeros(rows, dtype=torch.bool)
-            if tokenizer.eos_token_id is not None:
-                ended = columns[-1] == tokenizer.eos_token_id
+            ended = columns[-1] == (-1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
             token, age = torch.where(ended, start, token), torch.where(ended, 0, age + 1)
             columns.append(token)
             new = token.unsqueeze(1)
-            report(rows)
+            progress(len(windows) * seq_len + rows * len(columns), (samples + fresh) * seq_len)
         return torch.stack(columns, dim=1)[:, :seq_len]
 
-    sizes = [min(BATCH, count - first) for count in (samples, fresh) for first in range(0, count, BATCH)]
     try:
-        windows = torch.cat([batch(rows) for rows in sizes])
+        for count in (samples, fresh):
+            for first in range(0, count, BATCH):
+                windows += batch(min(BATCH, count - first))
     finally:
         model.train(was_training)
-    report(total - written)
-    return windows
+    return torch.stack(windows)
 
 
 def _next(model: Any, new: Tensor, cache: Any, known: int) -> tuple[Tensor, Any]:

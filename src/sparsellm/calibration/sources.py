@@ -1,56 +1,39 @@
-"""Text sources: their registry, and the look-up of the source string that a user types.
+"""The text that a user names or passes: a source, a file, token ids, or a data set. Checked before a model is opened.
 
 A source string is ``name`` or ``name:argument`` (``wikitext2``, ``hub:owner/name``), or the path of a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Literal, NoReturn, TypeVar
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from sparsellm.errors import DataError, nearest, shown
-from sparsellm.registry import Registry
+import numpy
+import torch
+from torch import Tensor
 
-Split = Literal["calibration", "evaluation"]
+from sparsellm.calibration.corpora import read_c4, read_hub, read_ptb, read_pydoc, read_wikitext2
+from sparsellm.calibration.texts import READERS, Split, Text, read_file, text_file
+from sparsellm.errors import DataError, nearest, one_line, shown
+from sparsellm.recipe import Recipe
+
+TextGiven: TypeAlias = str | os.PathLike[str] | Tensor | numpy.ndarray | Sequence[Any] | Mapping[str, Any] | Text
+"""The types accepted as text: a source, a file, token ids, or a data set; see :func:`as_text`."""
 
 SELF = "self"  # the only source that reads no text: the dense model writes its own, see self_generated.py
-FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+IDS, DOCUMENTS = "token ids given in Python", "documents given in Python"  # recorded in the recipe as ``calibration``
 
-
-@dataclass(frozen=True)
-class Text:
-    """Documents, and the protocol that turns them into token windows."""
-
-    documents: Sequence[str]  # may be lazy (a column of a data set on disk)
-    joiner: str = "\n\n"  # the string between two documents when all are tokenised as one string
-    per_document: bool = False  # calibration windows are drawn inside single long documents
-    most_windows: int | None = None  # that the protocol evaluates on
-
-    def joined(self) -> str:
-        return self.joiner.join(self.documents)
-
-
-TextSource = Callable[[str, Split], Text]  # (argument after the colon, or "", and the split) -> text
-SOURCES: Registry[TextSource] = Registry("text source")
-
-_WITHOUT_ARGUMENT: set[str] = {SELF}
-_FILE_READERS: set[str] = set()  # sources whose argument is the path of a file
-
-F = TypeVar("F", bound=TextSource)
-
-
-def takes_no_argument(name: str) -> Callable[[F], F]:
-    """Decorator next to ``SOURCES.register``: ``name:anything`` is refused."""
-    _WITHOUT_ARGUMENT.add(name)
-    return lambda function: function
-
-
-def reads_file(name: str) -> Callable[[F], F]:
-    """Decorator next to ``SOURCES.register``: the text after the colon, if any, is the path of a file."""
-    _FILE_READERS.add(name)
-    return lambda function: function
+_PLAIN: dict[str, Callable[[Split], Text]] = {"pydoc": read_pydoc, "ptb": read_ptb, "c4": read_c4}
+_WITH_ARGUMENT: dict[str, Callable[[str, Split], Text]] = {
+    "file": read_file, "wikitext2": read_wikitext2, "hub": read_hub
+}  # fmt: skip
+_SUFFIXES = ", ".join(READERS)
+_HINT = (
+    "give a source such as 'pydoc', the path of a file, token ids of windows of one length [[id, id, ...], ...], or a "
+    "data set with a column 'text' or 'input_ids', such as [{'text': ...}, ...]"
+)
 
 
 def check_source(source: str, split: Split) -> tuple[str, str]:
@@ -62,22 +45,22 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
     """
     name, colon, argument = source.partition(":")
     if not source.strip():
-        raise DataError(f"the text source is empty; name a file ({', '.join(FILE_SUFFIXES)}), or 'pydoc'")
-    if name not in SOURCES and name != SELF:
+        raise DataError(f"the text source is empty; name a file ({_SUFFIXES}), or 'pydoc'")
+    if name in (*_PLAIN, SELF):
+        if colon:
+            raise DataError(f"source {shown(source)}: {name} takes nothing after its name; write {name!r}")
+        if name == SELF and split == "evaluation":
+            raise DataError("source 'self' is text for calibration only; to evaluate, name a file or 'wikitext2'")
+    elif name not in _WITH_ARGUMENT:
+        is_path = Path(source).suffix.lower() in READERS or any(part in source for part in "/\\~")
+        if not is_path:
+            hint = nearest(name[:100], [*_PLAIN, *_WITH_ARGUMENT, SELF])
+            raise DataError(f"unknown text source {shown(source)}; {hint}, or a path ending in {_SUFFIXES}")
         name, argument = "file", source
-        if PurePath(source).suffix.lower() not in FILE_SUFFIXES:
-            _refuse_unknown(source)
-    elif colon and name in _WITHOUT_ARGUMENT:
-        raise DataError(f"source {shown(source)}: {name} takes nothing after its name; write {name!r}")
-    if name == SELF and split == "evaluation":
-        raise DataError(
-            f"source {source!r} is text that the dense model writes itself, for calibration only; "
-            "to evaluate, name a text: a file, 'pydoc' or 'wikitext2'"
-        )
-    if name == "file" and PurePath(argument).suffix.lower() not in FILE_SUFFIXES:
-        raise _unreadable(argument)
-    if name in _FILE_READERS and (argument or name == "file"):
-        text_file(argument)
+    if name == "file" or (name == "wikitext2" and argument):
+        file = text_file(argument)
+        if name == "file" and file.suffix.lower() not in READERS:
+            raise DataError(f"{shown(argument)} is not a kind of file that can be read; give {_SUFFIXES}")
     return name, argument
 
 
@@ -85,34 +68,75 @@ def read_source(source: str, split: Split) -> Text:
     """The text that a source string names.
 
     Raises:
-        DataError: see :func:`check_source`; or the source itself cannot be read.
+        DataError: see :func:`check_source`; or the text cannot be read.
     """
     name, argument = check_source(source, split)
-    return SOURCES[name].function(argument, split)
+    return _PLAIN[name](split) if name in _PLAIN else _WITH_ARGUMENT[name](argument, split)
 
 
-def text_file(path: str) -> Path:
-    """The path of a file that exists.
+def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
+    """The text argument ``name`` as the name of a source, as token ids ``(windows, tokens)`` in int64 on the CPU, or as
+    the documents of a data set.
+
+    Args:
+        value: a source, a path, a tensor or array of ids, a sequence of id sequences of one length, or a data set: a
+            sequence of mappings with ``text`` or ``input_ids``, such as ``datasets.Dataset``.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the value is none of these, the source or file does not exist, or the ids are not integers in rows
+            of one length of 2 or more.
     """
+    if isinstance(value, Text):
+        return value
+    if isinstance(value, os.PathLike):
+        path = os.fsdecode(value)
+        value = path if Path(path).suffix.lower() in READERS else f"file:{path}"  # also if it looks like a name
+    if isinstance(value, str):
+        check_source(value, split)
+        return value
+    if isinstance(value, Mapping) and "input_ids" in value:  # the return value of a tokenizer
+        value = value["input_ids"]
+    if isinstance(value, Tensor | numpy.ndarray):
+        return _ids(value, name)
+    if isinstance(value, Mapping | bytes | bytearray) or not hasattr(value, "__len__") or not len(value):
+        raise DataError(f"{name} is {shown(value)}; {_HINT}")
+    rows = list(value)
+    if not isinstance(rows[0], Mapping):
+        return _ids(rows, name)
+    field = "input_ids" if "input_ids" in rows[0] else "text"
+    for at, row in enumerate(rows):
+        if not isinstance(row, Mapping) or field not in row or (field == "text" and not isinstance(row["text"], str)):
+            raise DataError(f"{name}, row {at}, is {shown(row)}, without a {field!r} of its type; {_HINT}")
+    values = [row[field] for row in rows]
+    return Text(values) if field == "text" else _ids(values, name)
+
+
+def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) -> Recipe:
+    """The recipe with ``calibration`` set to the name of the text that is used; checks that a source exists.
+
+    Raises:
+        DataError: see :func:`check_source`.
+    """
+    if calibration is None:
+        check_source(recipe.calibration, "calibration")
+        return recipe
+    if isinstance(calibration, str):
+        return recipe.updated(calibration=calibration)
+    return recipe.updated(calibration=IDS if isinstance(calibration, Tensor) else DOCUMENTS)
+
+
+def _ids(value: Any, name: str) -> Tensor:
+    """Token ids ``(windows, tokens)`` from an array, or from rows of one length."""
     try:
-        file = Path(path).expanduser()
-        if file.is_file():
-            return file
-        reason = "is a directory" if file.is_dir() else "is not a file" if file.exists() else "does not exist"
-    except (OSError, RuntimeError, ValueError) as error:  # too long; no such user after '~'; a null byte
-        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
-    raise DataError(f"text file {shown(path)} {reason}; check the path, or name another source")
-
-
-def _unreadable(path: str) -> DataError:
-    return DataError(f"{shown(path)} is not a kind of file that can be read; give {', '.join(FILE_SUFFIXES)}")
-
-
-def _refuse_unknown(source: str) -> NoReturn:
-    if any(separator in source for separator in ("/", "\\")) or source.startswith(("~", ".")):
-        raise _unreadable(str(text_file(source)))  # or that it does not exist
-    hint = nearest(source.partition(":")[0][:100], [*(entry.name for entry in SOURCES), SELF])
-    raise DataError(f"unknown text source {shown(source)}; {hint}, or a path ending in {', '.join(FILE_SUFFIXES)}")
+        array = isinstance(value, Tensor | numpy.ndarray)
+        ids = torch.as_tensor(value) if array else torch.stack([torch.as_tensor(row) for row in value])
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # other lengths, or no numbers
+        raise DataError(f"{name} is {shown(value)}, not windows of ids ({one_line(error)}); {_HINT}") from None
+    if ids.is_meta or ids.layout != torch.strided:
+        raise DataError(f"{name}: token ids must be an ordinary tensor, not on {ids.device} as {ids.layout}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 2 or ids.shape[1] < 2:
+        kind = f"{str(ids.dtype).removeprefix('torch.')} {tuple(ids.shape)}"
+        raise DataError(f"{name}: token ids must be integers of shape (windows, 2 or more); got {kind}")
+    if not len(ids):
+        raise DataError(f"{name} is empty; {_HINT}")
+    return ids.detach().to("cpu", torch.int64)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from torch import Tensor
 
-from sparsellm.calibration.self_generated import Author, self_generated_windows
-from sparsellm.calibration.sources import SELF, Text, read_source
+from sparsellm.calibration.sources import read_source
+from sparsellm.calibration.texts import Text
 from sparsellm.errors import DataError, shown
 from sparsellm.recipe import Bos
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_TRIES_PER_WINDOW = 2000  # documents tried before a source is refused for having too few long ones
-_MOST_MISSES = 50_000  # documents in a row that are too short
+_MOST_MISSES = 10_000  # documents in a row that are too short, before a source is refused for having too few long ones
 _MOST_REPEATED = 1024  # windows that may be drawn from a text of any length; more that overlap only repeat the text
 
 
@@ -45,26 +44,19 @@ def calibration_windows(
     samples: int,
     seq_len: int,
     seed: int,
-    author: Author | None = None,
     bos: Bos = "auto",
     fresh: int = 0,
 ) -> Tensor:
-    """Calibration windows, drawn at random; the same arguments return the same windows.
+    """Calibration windows, drawn at random from a source or a text; the same arguments return the same windows.
 
     The papers draw offsets into the joined text independently (SparseGPT 2301.00774, GPTQ 2210.17323), so windows may
     overlap. Here they do not overlap if the text is long enough: disjoint windows carry more information at the same
     cost, because a repeated token only adds weight in a Gram matrix. A shorter text is drawn from as in the papers.
 
     Args:
-        source: ``self``, a registered name, or a path, see :mod:`sparsellm.calibration.sources`; or the text itself.
-        tokenizer: called once on the joined text with its defaults.
-        samples: the number of windows.
-        seq_len: tokens in each.
-        seed: seed of the draw, and of the sampling if the source is ``self``.
-        author: the dense model; needed by the source ``self`` only.
         bos: whether every window begins with BOS, which is one of the ``seq_len`` tokens, see :func:`leading_token`.
         fresh: further windows, as far as the text has any that overlap with no other (windows of a source of documents
-            may); ``self`` writes all of them.
+            may).
 
     Returns:
         ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU.
@@ -73,20 +65,14 @@ def calibration_windows(
         DataError: the source cannot be read, the text is too short for one window, the text or the memory is too
             small for all windows, or the tokenizer has no BOS to begin with.
     """
-    _check_memory(samples, seq_len, fresh if source == SELF else 0)
+    check_memory(samples, seq_len)
     lead = leading_token(tokenizer, bos)
     length = seq_len if lead is None else seq_len - 1
-    if source == SELF:
-        if author is None:
-            raise DataError("source 'self' needs the dense model, to write the text; pass author=, or name a text")
-        check_seq_len(author.model.config, seq_len)
-        return self_generated_windows(author, tokenizer, samples, seq_len, seed, lead, fresh=fresh)
     generator = torch.Generator().manual_seed(seed)
     text = source if isinstance(source, Text) else read_source(source, "calibration")
     if text.per_document:
         return _led(_windows_of_documents(source, text, tokenizer, samples + fresh, length, lead, generator), lead)
-    ids = _tokens(tokenizer, text.joined(), lead)
-    _check_long_enough(source, len(ids), length + 1)
+    ids = _tokens(source, tokenizer, text.joined(), lead, length + 1)
     most = max(len(ids) - length, _MOST_REPEATED)
     if samples > most:
         raise DataError(
@@ -103,17 +89,10 @@ def windows_of_ids(
     max_tokens: int | None = None,
     bos: Bos = "auto",
 ) -> Tensor:
-    """The windows of token ids that a user passed in place of a text, checked against the model's config.
-
-    Args:
-        ids: ``(windows, tokens)`` as :func:`sparsellm.calibration.as_text` returns them.
-        config: the model's config.
-        seq_len: the requested window length, if any.
-        max_tokens: use only the first windows that fit in this many tokens.
-        bos: must be ``auto``: the windows are used as they are.
+    """The windows ``(windows, tokens)`` of token ids that a user passed, up to ``max_tokens`` tokens.
 
     Raises:
-        DataError: the windows are longer than the model's positions, or not of the requested length, or ``bos`` is set.
+        DataError: the windows are longer than the model's positions, or not ``seq_len`` long, or ``bos`` is set.
     """
     width = ids.shape[1]
     if bos != "auto":
@@ -138,8 +117,7 @@ def evaluation_windows(
     """The text cut into consecutive windows; the remainder at the end is dropped, as in the papers.
 
     Args:
-        source, tokenizer, bos: as for :func:`calibration_windows`; the source ``self`` is refused.
-        seq_len: tokens in a window, 2 or more.
+        seq_len: tokens in a window, 2 or more, with BOS as in :func:`calibration_windows`.
         max_tokens: use only the first windows that fit in this many tokens.
 
     Returns:
@@ -154,8 +132,7 @@ def evaluation_windows(
     lead = leading_token(tokenizer, bos)
     length = seq_len if lead is None else seq_len - 1
     text = source if isinstance(source, Text) else read_source(source, "evaluation")
-    ids = _tokens(tokenizer, text.joined(), lead)
-    _check_long_enough(source, len(ids), length)
+    ids = _tokens(source, tokenizer, text.joined(), lead, length)
     limits = [len(ids) // length, text.most_windows, None if max_tokens is None else max_tokens // seq_len]
     windows = min(limit for limit in limits if limit is not None)
     return _led(ids[: windows * length].view(windows, length), lead)
@@ -167,18 +144,35 @@ def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
     Raises:
         DataError: they are longer.
     """
-    text_config: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text_config, "max_position_embeddings", None)  # transformers maps n_positions and the like to it
+    # transformers maps n_positions and the like to this name
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < seq_len:
         raise DataError(f"seq_len is {seq_len}, and this model has {limit} positions; set seq_len to {limit} or less")
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, lead: int | None) -> Tensor:
-    """The ids of a text, ``(tokens,)``, without the BOS that :func:`_led` puts before every window."""
+def check_memory(windows: int, seq_len: int) -> None:
+    """Refuses windows whose token ids do not fit into the memory, before anything is allocated."""
+    needed, free = 8 * windows * seq_len, psutil.virtual_memory().available
+    if needed > free:
+        raise DataError(
+            f"{windows} windows of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and {free / 1e9:.1f} GB "
+            "of memory are free; lower samples, effort or seq_len"
+        )
+
+
+def _tokens(
+    source: str | Text, tokenizer: PreTrainedTokenizerBase, text: str, lead: int | None, least: int = 0
+) -> Tensor:
+    """The ids of a text, ``(tokens,)``, at least ``least``, without the BOS that :func:`_led` puts before windows."""
     # verbose=False: the warning that a text is longer than the model's positions does not apply here.
-    encoding = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)
-    ids = encoding["input_ids"]
-    return torch.tensor(ids[1:] if lead is not None and ids[:1] == [lead] else ids, dtype=torch.int64)
+    ids = tokenizer(text, verbose=False, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    ids = ids[1:] if lead is not None and ids[:1] == [lead] else ids
+    if len(ids) < least:
+        raise DataError(
+            f"{_called(source)} has {len(ids)} tokens and {least} are needed for one window; "
+            "lower seq_len, or name a longer text"
+        )
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _led(windows: Tensor, lead: int | None) -> Tensor:
@@ -186,27 +180,8 @@ def _led(windows: Tensor, lead: int | None) -> Tensor:
     return windows if lead is None else torch.cat([windows.new_full((len(windows), 1), lead), windows], dim=1)
 
 
-def _check_memory(samples: int, seq_len: int, fresh: int) -> None:
-    """Refuses windows whose token ids do not fit into the memory, before anything is allocated."""
-    needed, free = 8 * (samples + fresh) * seq_len, psutil.virtual_memory().available
-    if needed > free:
-        later, remedy = (f" and {fresh} for later sweeps", "effort, ") if fresh else ("", "")
-        raise DataError(
-            f"{samples} samples{later} of {seq_len} tokens take {needed / 1e9:.1f} GB as token ids, and "
-            f"{free / 1e9:.1f} GB of memory are free; lower {remedy}samples or seq_len"
-        )
-
-
 def _called(source: str | Text) -> str:
     return "the text" if isinstance(source, Text) else f"source {shown(source)}"
-
-
-def _check_long_enough(source: str | Text, tokens: int, needed: int) -> None:
-    if tokens < needed:
-        raise DataError(
-            f"{_called(source)} has {tokens} tokens and {needed} are needed for one window; "
-            "lower seq_len, or name a longer text"
-        )
 
 
 def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: torch.Generator) -> Tensor:
@@ -223,12 +198,10 @@ def _offsets(tokens: int, samples: int, fresh: int, seq_len: int, generator: tor
     order = torch.randperm(samples, generator=generator)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), offsets + seq_len])
     room = torch.cat([offsets, torch.tensor([tokens])]) - starts
-    rest = (
-        torch.rand(len(room), generator=generator) * (room % seq_len + 1)
-    ).long()  # what a gap has before its windows
+    before = (torch.rand(len(room), generator=generator) * (room % seq_len + 1)).long()  # in each gap, unused
     between = [
         int(first) + seq_len * number
-        for first, size in zip(starts + rest, room, strict=True)
+        for first, size in zip(starts + before, room, strict=True)
         for number in range(int(size) // seq_len)
     ]
     chosen = torch.randperm(len(between), generator=generator)[:fresh]
@@ -246,18 +219,17 @@ def _windows_of_documents(
 ) -> Tensor:
     """A random window in each of ``samples`` random documents longer than a window, as SparseGPT reads C4."""
     windows: list[Tensor] = []
-    draws = misses = 0
-    while draws < samples * _TRIES_PER_WINDOW and misses < _MOST_MISSES and len(text.documents):
-        draws += 1
+    misses = 0
+    while len(windows) < samples:
+        if misses == _MOST_MISSES or not len(text.documents):
+            raise DataError(
+                f"{_called(source)} has too few documents longer than {seq_len} tokens ({len(windows)} of {samples} "
+                f"found, and then {misses} shorter ones); lower seq_len"
+            )
         document = int(torch.randint(len(text.documents), (), generator=generator))
-        ids = _tokens(tokenizer, text.documents[document], lead)
-        misses = misses + 1 if len(ids) <= seq_len else 0
-        if not misses:
-            offset = int(torch.randint(len(ids) - seq_len, (), generator=generator))
+        ids = _tokens(source, tokenizer, text.documents[document], lead)
+        misses += 1
+        if len(ids) > seq_len:
+            misses, offset = 0, int(torch.randint(len(ids) - seq_len, (), generator=generator))
             windows.append(ids[offset : offset + seq_len])
-            if len(windows) == samples:
-                return torch.stack(windows)
-    raise DataError(
-        f"{_called(source)} has too few documents longer than {seq_len} tokens ({len(windows)} of {samples} found in "
-        f"{draws} draws); lower seq_len"
-    )
+    return torch.stack(windows)

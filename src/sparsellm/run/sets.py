@@ -12,7 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsellm import parallel
-from sparsellm.calibration import Author, Text, calibration_windows, check_seq_len, leading_token, windows_of_ids
+from sparsellm.calibration.self_generated import self_generated_windows
+from sparsellm.calibration.sources import SELF
+from sparsellm.calibration.texts import Text
+from sparsellm.calibration.windows import calibration_windows, check_seq_len, leading_token, windows_of_ids
 from sparsellm.chain import Chain
 from sparsellm.chain.open import check_vocabulary
 from sparsellm.chain.streams import windows_of
@@ -102,18 +105,19 @@ def read_windows(
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
     seq_len = recipe.seq_len or default_seq_len(chain)
     check_seq_len(chain.config, seq_len)
-    bos = "no" if leading_token(tokenizer, recipe.bos) is None else "yes"
-    author = None
-    if recipe.calibration == "self":
-        dense = chain.model if directory is None else load_whole(directory, chain.dtype, chain.device, trust=False)
-        author = Author(dense, partial(_tell, progress))
+    lead, drawn = leading_token(tokenizer, recipe.bos), (recipe.samples, seq_len, recipe.seed)
     further = (sets - 1) * recipe.samples + passes * windows_of_pass(recipe.samples)
-    windows = calibration_windows(text, tokenizer, recipe.samples, seq_len, recipe.seed, author, recipe.bos, further)
+    if recipe.calibration == SELF:
+        dense = chain.model if directory is None else load_whole(directory, chain.dtype, chain.device, trust=False)
+        windows = self_generated_windows(dense, tokenizer, *drawn, lead, further, partial(_tell, progress))
+    else:
+        windows = calibration_windows(text, tokenizer, *drawn, recipe.bos, further)
     windows = check_vocabulary(windows, chain.config, tokenizer)
     samples = min(recipe.samples, len(windows))
     sets = min(sets, len(windows) // max(1, samples))
     taken, further = sets * samples, passes * windows_of_pass(samples)
     read, fresh = windows[:taken], windows[taken : taken + further]
+    bos = "no" if lead is None else "yes"
     return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens, passes)
 
 

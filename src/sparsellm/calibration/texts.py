@@ -1,0 +1,110 @@
+"""Text from a file: ``.txt``, ``.jsonl`` (field ``text``) or ``.parquet`` (column ``text``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from sparsellm.errors import DataError, one_line, shown
+from sparsellm.inputs import parse_json
+
+Split = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and the protocol that turns them into token windows."""
+
+    documents: Sequence[str]  # may be lazy (a column of a data set on disk)
+    joiner: str = "\n\n"  # the string between two documents when all are tokenised as one string
+    per_document: bool = False  # calibration windows are drawn inside single long documents
+    most_windows: int | None = None  # that the protocol evaluates on
+
+    def joined(self) -> str:
+        return self.joiner.join(self.documents)
+
+
+def text_file(path: str) -> Path:
+    """The path of a file that exists.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    try:
+        file = Path(path).expanduser()
+        if file.is_file():
+            return file
+        reason = "is a directory" if file.is_dir() else "is not a file" if file.exists() else "does not exist"
+    except (OSError, RuntimeError, ValueError) as error:  # too long; no such user after '~'; a null byte
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    raise DataError(f"text file {shown(path)} {reason}; check the path, or name another source")
+
+
+def read_file(argument: str, split: Split) -> Text:
+    """Every line of a .txt, record of a .jsonl or row of a .parquet as one document.
+
+    Documents are joined with a blank line, as in GPTQ (2210.17323). A file has no splits: use different files to
+    calibrate and to evaluate, or the perplexity will be too low.
+    """
+    return Text(read_rows(argument, READERS[Path(argument).suffix.lower()]))
+
+
+def read_rows(argument: str, reader: Callable[[Path], list[str]]) -> list[str]:
+    """The documents that ``reader`` returns for a file.
+
+    Raises:
+        DataError: the file is absent, unreadable, not UTF-8, or too large for the free memory.
+    """
+    path = text_file(argument)
+    try:
+        size = path.stat().st_size
+        if size > psutil.virtual_memory().available // 4:  # room for bytes, text and token ids
+            raise DataError(f"{path} has {size / 1e9:.1f} GB, too much for the memory that is free; give a part of it")
+        return reader(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def text_rows(path: Path) -> list[str]:
+    """The lines of a text file without line breaks; an empty last line counts, so that joining restores the text."""
+    return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+
+
+def _jsonl_rows(path: Path) -> list[str]:
+    rows = []
+    for number, line in enumerate(text_rows(path), start=1):
+        if not line.strip():
+            continue
+        record = parse_json(line, f"{path}, line {number},", DataError)
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise DataError(f"{path}, line {number}, has no field 'text' that holds a string")
+        rows.append(record["text"])
+    return rows
+
+
+def _parquet_rows(path: Path) -> list[str]:
+    """The strings of the column ``text``; rows without a string are left out."""
+    import pyarrow.parquet  # here, because the import is slow and few runs need it
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise DataError(f"{path} has no column 'text'; its columns: {', '.join(file.schema_arrow.names)[:300]}")
+        column = file.read(["text"]).column("text")
+        rows = [row for row in column.to_pylist() if row is not None]
+        if not all(isinstance(row, str) for row in rows):
+            raise DataError(f"{path} has a column 'text' of {column.type}; it must hold strings")
+        return rows
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file raises errors of Arrow, of Thrift, of the system, or KeyError
+        raise DataError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
+
+
+READERS = {".txt": text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
