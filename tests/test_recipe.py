@@ -10,6 +10,7 @@ import pytest
 from sparsellm import Recipe
 from sparsellm.errors import RecipeError
 from sparsellm.patterns import NM, Unstructured
+from sparsellm.recipe import help_of
 from sparsellm.run.choice import Choice
 
 
@@ -18,11 +19,9 @@ def test_yaml_round_trip_keeps_every_field() -> None:
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
-def test_every_field_is_described_and_the_description_stands_in_the_yaml() -> None:
+def test_every_field_is_described_in_the_yaml() -> None:
     text = Recipe().to_yaml()
-    for field in Recipe.model_fields.values():
-        assert field.description
-        assert f"# {field.description}" in text
+    assert all(f"# {help_of(name)}" in text and help_of(name) != "None" for name in Recipe.model_fields)
 
 
 @pytest.mark.parametrize(("text", "bos"), [("yes", "yes"), ("no", "no"), ("'no'", "no"), ("auto", "auto")])
@@ -76,7 +75,7 @@ def test_settings_reach_fields_and_options() -> None:
         ("allow_dense: x", "allow_dense is 'x'"),
         ("options: [1]", "options is [1]"),
         ("options: {a: .inf}", "options.a is inf"),
-        ("device: ''", "empty"),
+        ("device: ''", "device is ''"),
         ("self: 1", "unknown recipe field 'self'"),
         ("{" + "x" * 300 + ": 1}", "unknown recipe field"),
     ],
@@ -103,8 +102,6 @@ def test_numbers_and_patterns_are_read_as_people_write_them() -> None:
     [
         (["options=3", "options.x=1"], "options is 3"),
         (["options=3"], "options is 3"),
-        (["seed=1", "seed=2"], "'seed' is given twice"),
-        (["options.x=1", "options.x=1"], "'options.x' is given twice"),
         (["seed"], "write key=value"),
         (["=1"], "no key"),
         (["options.=1"], "no key"),

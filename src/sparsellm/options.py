@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, WHAT, Recipe, command_line
+from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, WHAT, Recipe, help_of, option_of
 
 MODEL, TEXT, MEASURE, VALUES, OUTPUT = "Model", "Text", "Measurement", "Values", "Output"
 # Types by placeholder; values with other placeholders are text.
@@ -75,14 +75,14 @@ def registered(*packages: str) -> list[str]:
 
 def field(name: str, panel: str = "") -> Parameter:
     """The option for a field of the recipe; the recipe checks its value."""
-    info, line = Recipe.model_fields[name], command_line(name)
+    info, line = Recipe.model_fields[name], option_of(name)
     assert line is not None
     default = info.get_default(call_default_factory=True)
     repeated = isinstance(default, list | dict)
     choices = line.values or (get_args(info.annotation) if get_origin(info.annotation) is Literal else ())
     made = option(
         f"{line.flag or '--' + name.replace('_', '-')} {line.metavar}",
-        f"{info.description} Repeatable." if repeated else str(info.description),
+        help_of(name) + " Repeatable." * repeated,
         panel or line.panel,
         kind=_parsed_as(info.annotation),
         shown=line.null if default is None else "" if repeated else default,
@@ -98,7 +98,7 @@ def _parsed_as(annotation: Any) -> Any:
     return next((kind for kind in (int, float) if annotation is kind or kinds == {kind, type(None)}), str)
 
 
-FIELDS = [name for name in Recipe.model_fields if command_line(name) is not None]
+FIELDS = [name for name in Recipe.model_fields if option_of(name) is not None]
 RECIPE = [
     option("--recipe FILE", "A recipe in YAML; options given here override it.", WHAT),
     option(

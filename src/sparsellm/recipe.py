@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -36,16 +37,18 @@ SWEEP = ("effort", "passes", "sets", "stages", "sweep_rate")  # fields for metho
 
 SOURCES, DEVICES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:"), ("cpu", "cuda", "mps", "auto")  # for a shell
 WHAT, CALIBRATION, RESOURCES = "What to prune", "Calibration", "Resources"  # panels of --help
+ALLOCATION, EFFORT = "threshold with sparsellm, else uniform", "1 for sparsellm; the other methods have no sweep"
+SEQ_LEN = "2048, or the limit of the model"
 
 
 @dataclass(frozen=True)
-class CommandLine:
-    """Marks a field that has an option on the command line, and says how the option looks.
+class Option:
+    """The option of a field on the command line.
 
     Attributes:
         panel: group of options in ``--help``.
         metavar: placeholder for the value.
-        flag: name of the option; "" for the field's name with dashes.
+        flag: its name; "" for the field's name with dashes.
         null: meaning of None, shown as the default.
         values: values that a shell completes; a ``Literal`` needs none.
         registered: subpackages whose registered names a shell completes.
@@ -66,6 +69,16 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _size(value: str | int | None) -> str | int | None:
+    if value is not None:
+        parse_bytes(value)
+    return value
+
+
+def _path_as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _yes_or_no(value: Any) -> Any:
     """YAML reads ``yes`` and ``no`` as booleans."""
     return ("yes" if value else "no") if isinstance(value, bool) else value
@@ -75,6 +88,8 @@ Integer = Annotated[int, BeforeValidator(_integer)]
 Bos = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Globs = Annotated[list[str], Field(strict=False)]
+NAME = Field(min_length=1, max_length=200)
+Source = Annotated[str, BeforeValidator(_path_as_text), Field(min_length=1, max_length=5000)]
 
 
 class Recipe(BaseModel):
@@ -86,161 +101,85 @@ class Recipe(BaseModel):
         RecipeError: a key is unknown (the message has the nearest known one), or a value has the wrong type or range.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
-    method: Annotated[str, CommandLine(WHAT, "NAME", registered=("methods", "solvers"))] = Field(
-        "sparsellm", max_length=200, description="How weights are chosen and refitted; `sparsellm methods` lists all."
-    )
-    sparsity: Annotated[float, CommandLine(WHAT, "SHARE")] = Field(
-        0.7,
-        ge=0,
-        lt=1,
-        description="Fraction of zeros over all pruned linears, at least 0 and below 1; the allocation decides how "
-        "many each linear gets.",
-    )
-    pattern: Annotated[str | None, CommandLine(WHAT, "N:M")] = Field(
-        None,
-        description="Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 "
-        "for each linear, and the sparsity is reached.",
-    )
-    values: Annotated[Literal["keep", "int8", "int4", "int3"], CommandLine(WHAT, "TYPE")] = Field(
-        "keep",
-        description="Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while "
-        "pruning, so that `sparsellm pack --values` stores them without loss.",
-    )
-    options: dict[str, JsonValue] = Field(default_factory=dict, description="Options of the method, by name.")
-    allocation: Annotated[
-        str | None,
-        CommandLine(WHAT, "NAME", null="threshold with sparsellm, else uniform", registered=("allocation",)),
-    ] = Field(
-        None,
-        max_length=200,
-        description="How the zeros are divided among blocks and linears; `sparsellm methods` lists all. A fixed "
-        "pattern needs none.",
-    )
-    allocation_options: dict[str, JsonValue] = Field(
-        default_factory=dict, description="Options of the allocation, by name."
-    )
-    only: Annotated[Globs, CommandLine(WHAT, "GLOB")] = Field(
-        default_factory=list,
-        description="Linears to prune, as shell patterns such as '*.mlp.*'; all others stay dense.",
-    )
-    exclude: Annotated[Globs, CommandLine(WHAT, "GLOB", flag="--skip")] = Field(
-        default_factory=list,
-        description="Linears, other parameters or modules that stay dense, as shell patterns such as '*.down_proj'.",
-    )
-    sparsity_of: Annotated[dict[str, Annotated[float, Field(ge=0, lt=1)]], CommandLine(WHAT, "GLOB=SHARE")] = Field(
-        default_factory=dict,
-        description="Sparsities of some linears, by shell patterns such as '*.down_proj'; of two that match, the later "
-        "one counts. The others make up for it, so that the sparsity is reached.",
-    )
-    allow_dense: Annotated[Globs, CommandLine(WHAT, "GLOB")] = Field(
-        default_factory=list,
-        description="Parameters that no linear owns and that may stay dense, as shell patterns such as '*.conv1d'. "
-        "Without it, more than 2 % of a block is refused.",
-    )
-    effort: Annotated[
-        Integer | None,
-        CommandLine(WHAT, "0-3", null="1 for sparsellm; the other methods have no sweep"),
-    ] = Field(
-        None,
-        ge=0,
-        le=3,
-        description="Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More passes take "
-        "longer and lose less.",
-    )
-    passes: Integer | None = Field(None, ge=0, description="Passes of the sweep, as a number; null: by `effort`.")
-    sets: Integer | None = Field(
-        None,
-        ge=1,
-        le=8,
-        description="Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one "
-        "pass, 4 with three or more.",
-    )
-    stages: Integer | None = Field(
-        None,
-        ge=1,
-        le=2,
-        description="2: first prune so that 1.5 times as many weights stay, sweep, then prune to the sparsity; null: "
-        "2 from 80 % on with three passes or more.",
-    )
-    sweep_rate: float | None = Field(
-        None, gt=0, description="Learning rate of the sweep; null: by the divergence at its start."
-    )
-    calibration: Annotated[str, CommandLine(CALIBRATION, "SOURCE", values=SOURCES)] = Field(
-        "pydoc",
-        max_length=5000,
-        description="Text to calibrate on: a .txt, .jsonl or .parquet file, wikitext2, ptb, c4, hub:OWNER/NAME, self "
-        "(the model writes it), or pydoc (Python's documentation).",
-    )
-    samples: Annotated[Integer, CommandLine(CALIBRATION, "N")] = Field(
-        128, ge=1, le=MOST_TOKENS // 2, description="Calibration windows."
-    )
-    seq_len: Annotated[Integer | None, CommandLine(CALIBRATION, "N", null="2048, or the limit of the model")] = Field(
-        None, ge=2, le=MOST_TOKENS, description="Tokens in a window."
-    )
-    seed: Annotated[Integer, CommandLine(CALIBRATION, "N")] = Field(
-        0, ge=0, le=MOST_SEED, description="Seed of all random choices."
-    )
-    bos: Annotated[Bos, CommandLine(CALIBRATION, "WHEN")] = Field(
-        "auto",
-        description="Whether every window begins with the tokenizer's beginning-of-text token: auto (where the "
-        "tokenizer adds it by itself), yes, or no (windows cut anywhere, as in the papers).",
-    )
-    min_tokens_per_expert: Annotated[Integer, CommandLine(CALIBRATION, "N")] = Field(
-        1,
-        ge=0,
-        le=MOST_TOKENS,
-        description="Warn of experts that fewer calibration tokens are routed to; they are pruned mostly by the "
-        "statistics of all tokens.",
-    )
-    batch_tokens: Integer = Field(
-        4096,
-        ge=1,
-        le=MOST_TOKENS,
-        description="Calibration tokens in one forward call of a block; more take more memory.",
-    )
-    memory: Annotated[str | Integer | None, CommandLine(RESOURCES, "SIZE", null="80 % of the free memory")] = Field(
-        None, description="Most memory of the run, such as 4GiB; hidden states beyond it go to disk."
-    )
-    device: Annotated[str, CommandLine(RESOURCES, "NAME", values=DEVICES)] = Field(
-        "auto", max_length=200, description="cpu, cuda, cuda:1, mps, or auto for a GPU if there is one."
-    )
-    dtype: Annotated[Dtype, CommandLine(RESOURCES, "NAME")] = Field(
-        "auto",
-        description="Dtype in which blocks compute: float32, bfloat16, float16, or auto for the stored one, or float32 "
-        "where a CPU does not multiply in that. Weights are saved in their stored dtype.",
-    )
-    products: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Dtype of matrix products when fp32 blocks run, forward and backward; auto takes bfloat16 on a CPU "
-        "with bf16 units. Solvers that declare it take them too; statistics are always fp32.",
-    )
+    method: Annotated[str, Option(WHAT, "NAME", registered=("methods", "solvers")), NAME] = "sparsellm"
+    """How weights are chosen and refitted; `sparsellm methods` lists all."""
+    sparsity: Annotated[float, Option(WHAT, "SHARE"), Field(ge=0, lt=1)] = 0.7
+    """Fraction of zeros over all pruned linears, at least 0 and below 1; the allocation decides how many each linear
+    gets."""
+    pattern: Annotated[str | None, Option(WHAT, "N:M")] = None
+    """Keep N of every M consecutive inputs, such as 2:4. With auto:8, the allocation chooses an N of 8 for each linear,
+    and the sparsity is reached."""
+    values: Annotated[Literal["keep", "int8", "int4", "int3"], Option(WHAT, "TYPE")] = "keep"
+    """Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while pruning, so that
+    `sparsellm pack --values` stores them without loss."""
+    options: dict[str, JsonValue] = {}
+    """Options of the method, by name."""
+    allocation: Annotated[str | None, Option(WHAT, "NAME", null=ALLOCATION, registered=("allocation",)), NAME] = None
+    """How the zeros are divided among blocks and linears; `sparsellm methods` lists all. A fixed pattern needs none."""
+    allocation_options: dict[str, JsonValue] = {}
+    """Options of the allocation, by name."""
+    only: Annotated[Globs, Option(WHAT, "GLOB")] = []
+    """Linears to prune, as shell patterns such as '*.mlp.*'; all others stay dense."""
+    exclude: Annotated[Globs, Option(WHAT, "GLOB", flag="--skip")] = []
+    """Linears, other parameters or modules that stay dense, as shell patterns such as '*.down_proj'."""
+    sparsity_of: Annotated[dict[str, Annotated[float, Field(ge=0, lt=1)]], Option(WHAT, "GLOB=SHARE")] = {}
+    """Sparsities of some linears, by shell patterns such as '*.down_proj'; of two that match, the later one counts. The
+    others make up for it, so that the sparsity is reached."""
+    allow_dense: Annotated[Globs, Option(WHAT, "GLOB")] = []
+    """Parameters that no linear owns and that may stay dense, as shell patterns such as '*.conv1d'. Without it, more
+    than 2 % of a block is refused."""
+    effort: Annotated[Integer | None, Option(WHAT, "0-3", null=EFFORT), Field(ge=0, le=3)] = None
+    """Passes of the sweep over all blocks at the end: 0 none, 1 one, 2 three, 3 eight. More passes take longer and lose
+    less."""
+    passes: Annotated[Integer | None, Field(ge=0)] = None
+    """Passes of the sweep, as a number; null: by `effort`."""
+    sets: Annotated[Integer | None, Field(ge=1, le=8)] = None
+    """Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one pass, 4 with three
+    or more."""
+    stages: Annotated[Integer | None, Field(ge=1, le=2)] = None
+    """2: first prune so that 1.5 times as many weights stay, sweep, then prune to the sparsity; null: 2 from 80 % on
+    with three passes or more."""
+    sweep_rate: Annotated[float | None, Field(gt=0)] = None
+    """Learning rate of the sweep; null: by the divergence at its start."""
+    calibration: Annotated[Source, Option(CALIBRATION, "SOURCE", values=SOURCES)] = "pydoc"
+    """Text to calibrate on: a .txt, .jsonl or .parquet file, wikitext2, ptb, c4, hub:OWNER/NAME, self (the model writes
+    it), or pydoc (Python's documentation)."""
+    samples: Annotated[Integer, Option(CALIBRATION, "N"), Field(ge=1, le=MOST_TOKENS // 2)] = 128
+    """Calibration windows."""
+    seq_len: Annotated[Integer | None, Option(CALIBRATION, "N", null=SEQ_LEN), Field(ge=2, le=MOST_TOKENS)] = None
+    """Tokens in a window."""
+    seed: Annotated[Integer, Option(CALIBRATION, "N"), Field(ge=0, le=MOST_SEED)] = 0
+    """Seed of all random choices."""
+    bos: Annotated[Bos, Option(CALIBRATION, "WHEN")] = "auto"
+    """Whether every window begins with the tokenizer's beginning-of-text token: auto (where the tokenizer adds it by
+    itself), yes, or no (windows cut anywhere, as in the papers)."""
+    min_tokens_per_expert: Annotated[Integer, Option(CALIBRATION, "N"), Field(ge=0, le=MOST_TOKENS)] = 1
+    """Warn of experts that fewer calibration tokens are routed to; they are pruned mostly by the statistics of all
+    tokens."""
+    batch_tokens: Annotated[Integer, Field(ge=1, le=MOST_TOKENS)] = 4096
+    """Calibration tokens in one forward call of a block; more take more memory."""
+    memory: Annotated[
+        str | Integer | None, AfterValidator(_size), Option(RESOURCES, "SIZE", null="80 % of the free memory")
+    ] = None
+    """Most memory of the run, such as 4GiB; hidden states beyond it go to disk."""
+    device: Annotated[str, Option(RESOURCES, "NAME", values=DEVICES), NAME] = "auto"
+    """cpu, cuda, cuda:1, mps, or auto for a GPU if there is one."""
+    dtype: Annotated[Dtype, Option(RESOURCES, "NAME")] = "auto"
+    """Dtype in which blocks compute: float32, bfloat16, float16, or auto for the stored one, or float32 where a CPU
+    does not multiply in that. Weights are saved in their stored dtype."""
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of matrix products when fp32 blocks run, forward and backward; auto takes bfloat16 on a CPU with bf16
+    units. Solvers that declare it take them too; statistics are always fp32."""
 
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise RecipeError(_explain(error)) from None
-
-    @field_validator("memory")
-    @classmethod
-    def _is_a_size(cls, value: str | int | None) -> str | int | None:
-        if value is not None:
-            parse_bytes(value)
-        return value
-
-    @field_validator("calibration", mode="before")
-    @classmethod
-    def _path_as_text(cls, value: Any) -> Any:
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-    @field_validator("calibration", "method", "device")
-    @classmethod
-    def _not_empty(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("it is empty; leave the field out for the default")
-        return value
 
     @field_validator("options", "allocation_options")
     @classmethod
@@ -254,22 +193,18 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Recipe:
         """Refuses contradictions; a fixed pattern sets ``sparsity``, so that the recipe shows no wrong default."""
-        m = self.chosen_of
-        if self.pattern is not None and m is None:
-            from sparsellm.patterns import parse_pattern
-
-            implied = parse_pattern(self.pattern).sparsity
+        m, pattern = self.chosen_of, f"pattern {self.pattern}"
+        fixed = self.pattern is not None and m is None
+        if fixed:
+            implied = self.pattern_of(1).sparsity
             if "sparsity" in self.model_fields_set and abs(self.sparsity - implied) > 1e-9:
-                raise RecipeError(f"pattern {self.pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one")
+                raise RecipeError(f"{pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one")
             object.__setattr__(self, "sparsity", implied)
         if self.pattern is not None and self.sparsity_of:
-            why = "fixes the sparsity of every linear" if m is None else "divides the zeros itself"
-            raise RecipeError(f"pattern {self.pattern} {why}; leave out sparsity_of")
-        if m is not None and (m < 2 or not 1 / m <= self.sparsity <= 1 - 1 / m):
-            least = f"from {1 / m:.4g} to {1 - 1 / m:.4g}" if m > 1 else "none at all"
+            raise RecipeError(f"{pattern} fixes the sparsity of every linear; leave out sparsity_of")
+        if m is not None and not (m > 1 and 1 / m <= self.sparsity <= 1 - 1 / m):
             raise RecipeError(
-                f"pattern {self.pattern} cannot reach sparsity {self.sparsity:g}: 1 to {m} - 1 kept of {m} is {least}; "
-                "change sparsity or the pattern"
+                f"{pattern} cannot reach sparsity {self.sparsity:g}, because it keeps 1 to {m} - 1 of {m}; change one"
             )
         if self.seq_len is not None and self.samples * self.seq_len > MOST_TOKENS:
             raise RecipeError(
@@ -277,14 +212,11 @@ class Recipe(BaseModel):
                 "lower samples or seq_len"
             )
         if m is not None and self.allocation == "uniform":
+            raise RecipeError(f"{pattern} needs an allocation, and uniform chooses none; take another, or fix the N")
+        if fixed and self.allocation not in (None, "uniform"):
             raise RecipeError(
-                f"pattern {self.pattern} leaves every linear's N to the allocation, and uniform chooses none; take "
-                "another allocation, or a pattern such as 4:8"
-            )
-        if self.pattern is not None and m is None and self.allocation not in (None, "uniform"):
-            raise RecipeError(
-                f"allocation {self.allocation} cannot go with pattern {self.pattern}, which fixes the sparsity of "
-                "every linear; take allocation uniform, or sparsity in place of the pattern"
+                f"allocation {self.allocation} cannot go with {pattern}, which fixes the sparsity of every linear; "
+                "leave out one"
             )
         return self
 
@@ -332,35 +264,32 @@ class Recipe(BaseModel):
         """Applies ``key=value`` settings in order, with values in YAML; ``options.damping=0.1`` sets one entry.
 
         Raises:
-            RecipeError: a setting has no ``=`` or no key, one key is set twice, or a key or value does not fit.
+            RecipeError: a setting has no ``=`` or no key, or a key or value does not fit.
         """
         changes: dict[str, Any] = {}
-        keys = [setting.partition("=")[0].strip() for setting in settings]
-        for key, setting in zip(keys, settings, strict=True):
-            _, equals, text = setting.partition("=")
+        for setting in settings:
+            key, equals, text = setting.partition("=")
             field, dot, name = (part.strip() for part in key.partition("."))
             if not equals or not field or (dot and not name):
                 raise RecipeError(f"setting {shown(setting)} has no {'key' if equals else repr('=')}; write key=value")
-            if keys.count(key) > 1:
-                raise RecipeError(f"setting {shown(key)} is given twice; give it once")
             value = parse_yaml(text, f"the value of setting {shown(setting)}")
             if dot and field in MAPPINGS:
-                before = changes.get(field, getattr(self, field))
-                if isinstance(before, dict):  # the entry goes last: in ``sparsity_of``, the later one counts
-                    before = {**{entry: before[entry] for entry in before if entry != name}, name: value}
-                changes[field] = before
+                entries = changes.setdefault(field, dict(getattr(self, field)))
+                if isinstance(entries, dict):
+                    entries.pop(name, None)  # the entry goes last: in ``sparsity_of``, the later one counts
+                    entries[name] = value
             else:
-                changes[key] = value
+                changes[f"{field}{dot}{name}"] = value
         return self.updated(**changes) if changes else self
 
     def to_yaml(self) -> str:
         """Every field, each under its description."""
-        lines = []
-        for name, field in type(self).model_fields.items():
-            null = (command_line(name) or CommandLine("", "")).null
-            lines.append(f"# {field.description}" + (f" null: {null}." if null else "") + "\n")
-            lines.append(dump_yaml({name: getattr(self, name)}))
-        return "".join(lines)
+        text = ""
+        for name in type(self).model_fields:
+            option = option_of(name)
+            text += f"# {help_of(name)}" + (f" null: {option.null}.\n" if option and option.null else "\n")
+            text += dump_yaml({name: getattr(self, name)})
+        return text
 
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:
@@ -393,9 +322,14 @@ class Recipe(BaseModel):
 MAPPINGS = ("options", "allocation_options", "sparsity_of")  # fields whose entries a setting names after a dot
 
 
-def command_line(name: str) -> CommandLine | None:
+def option_of(name: str) -> Option | None:
     """The command-line option of a field; None for a field that only ``--set`` reaches."""
-    return next((mark for mark in Recipe.model_fields[name].metadata if isinstance(mark, CommandLine)), None)
+    return next((mark for mark in Recipe.model_fields[name].metadata if isinstance(mark, Option)), None)
+
+
+def help_of(name: str) -> str:
+    """The description of a field, in one line."""
+    return " ".join(str(Recipe.model_fields[name].description).split())
 
 
 def _explain(error: ValidationError) -> str:

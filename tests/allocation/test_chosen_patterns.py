@@ -86,7 +86,7 @@ def test_a_fixed_pattern_and_none_are_recorded_as_such() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pattern": "auto:8", "sparsity": 0.9}, r"auto:8 cannot reach sparsity 0.9: .* from 0.125 to 0.875"),
+        ({"pattern": "auto:8", "sparsity": 0.9}, r"auto:8 cannot reach sparsity 0.9, .* 1 to 8 - 1 of 8"),
         ({"pattern": "auto:8", "sparsity": 0.0}, "cannot reach sparsity 0"),
         ({"pattern": "auto:1"}, "cannot reach sparsity 0.7"),
         ({"pattern": "auto:8", "sparsity": 0.5, "allocation": "uniform"}, "uniform chooses none"),

@@ -16,7 +16,7 @@ from typer.main import get_command
 from sparsellm import Recipe, __version__, api, cli, console, tables
 from sparsellm.api import PruneResult
 from sparsellm.demo import DemoResult
-from sparsellm.recipe import command_line
+from sparsellm.recipe import help_of, option_of
 from sparsellm.records import Against, Benchmark, Continuation, Evaluation, Interval, LinearResult, Protocol
 from sparsepack.bench import Speed
 from sparsepack.compiled import kernels
@@ -99,14 +99,14 @@ def test_every_help_fits_80_columns(command: str, run: Any) -> None:
 def test_every_field_with_an_option_is_shown_with_its_default(run: Any) -> None:
     stdout = run("prune", "--help", columns=80)[1]
     words = " ".join(stdout.replace("│", " ").split())
-    for name, field in Recipe.model_fields.items():
-        line, default = command_line(name), getattr(Recipe(), name)
+    for name in Recipe.model_fields:
+        line, default = option_of(name), getattr(Recipe(), name)
         if line is None:
             continue
         assert f"─ {line.panel} ─" in stdout
-        assert str(field.description) in words
+        assert help_of(name) in words
         if line.null or default not in (None, [], {}):
-            assert f"{field.description} [default: {line.null or default}]" in words
+            assert f"{help_of(name)} [default: {line.null or default}]" in words
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def recipe_of(run: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -
     return given[0]
 
 
-def test_the_examples_of_the_help_are_command_lines(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_help_are_option_ofs(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [line.strip() for line in COMMANDS["prune"].epilog.split("\n\n") if "sparsellm prune" in line]
     assert len(examples) == 3
     for example in examples:
