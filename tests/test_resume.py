@@ -74,7 +74,7 @@ def contents(out: Path) -> dict[str, Any]:
     """Every file, bit by bit; of the report all but times, memory and where it was written."""
     there: dict[str, Any] = files(out)
     report = json.loads(there["pruning.json"])
-    for key in ("seconds", "predicted_seconds", "peak_rss_bytes", "peaks_bytes", "memory", "path", "command"):
+    for key in ("seconds", "predicted_seconds", "peak_rss_bytes", "memory", "path", "command"):
         del report[key]
     del there["report.html"]  # it shows these times
     return {**there, "pruning.json": report}

@@ -141,16 +141,10 @@ class Forecast:
 
 
 class PhaseClock:
-    """Wall-clock seconds of each phase; the times of a phase that begins again add up.
+    """Wall-clock seconds of each phase; the times of a phase that begins again add up."""
 
-    Args:
-        peak: returns the peak memory so far; it is noted in ``peaks`` at the end of each phase.
-    """
-
-    def __init__(self, peak: Callable[[], int] | None = None) -> None:
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.peaks: dict[str, int] = {}
-        self._peak = peak
         self._lapped: dict[str, float] = {}
 
     def lap(self) -> dict[str, float]:
@@ -172,5 +166,3 @@ class PhaseClock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            if self._peak is not None:
-                self.peaks[name] = self._peak()

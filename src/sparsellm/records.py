@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -126,6 +127,21 @@ class LinearResult(Matrix):
         return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
 
 
+def by_kind(linears: Iterable[LinearResult]) -> dict[str, list[LinearResult]]:
+    """Linears by the last part of their kind, or all of it where two kinds end alike."""
+    kinds: dict[str, list[LinearResult]] = {}
+    for linear in linears:
+        kinds.setdefault(linear.kind, []).append(linear)
+    lasts = Counter(kind.rpartition(".")[2] for kind in kinds)
+    return {last if lasts[last := kind.rpartition(".")[2]] == 1 else kind: part for kind, part in kinds.items()}
+
+
+def error_of(linears: Iterable[LinearResult]) -> float:
+    """The mean error of some linears, those without a finite one left out; NaN if there are none."""
+    errors = [linear.error for linear in linears if math.isfinite(linear.error)]
+    return sum(errors) / len(errors) if errors else math.nan
+
+
 class DenseMatrix(Matrix):
     """A matrix of a block that a run did not prune, and why; ``kind`` is its name inside the block."""
 
@@ -228,7 +244,6 @@ class RunRecord(Record):
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
         predicted_seconds: seconds of each step, as predicted when the run began; empty if nothing was.
         peak_rss_bytes: the peak memory of one process, in this run or an earlier start of it.
-        peaks_bytes: the peak memory of this process when each phase last ended.
         memory: the memory prediction of the first process.
         calibration_bos: whether every calibration window begins with BOS: ``yes``, ``no``, or ``given`` for token ids.
         allocation: for per-layer sparsities that are not uniform: ``name``, and the allocation's own report.
@@ -249,7 +264,6 @@ class RunRecord(Record):
     seconds: dict[str, Seconds] = {}
     predicted_seconds: dict[str, Seconds] = {}
     peak_rss_bytes: Count = 0
-    peaks_bytes: dict[str, Count] = {}
     memory: Memory | None = None
     calibration_tokens: Count = 0
     calibration_bos: str = "given"
@@ -298,6 +312,11 @@ class RunRecord(Record):
         """The name of the allocation; None if all linears have the same sparsity."""
         name = self.allocation.get("name")
         return str(name) if name is not None else None
+
+    @property
+    def blocks(self) -> list[int]:
+        """The numbers of the blocks with pruned linears."""
+        return sorted({linear.block for linear in self.linears})
 
     @property
     def whole_seconds(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sparsellm.console import count, duration, out, phases, say, speed, table, visible
-from sparsellm.records import Totals
+from sparsellm.records import Totals, by_kind, error_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
     from sparsellm.recipe import Recipe
-    from sparsellm.records import Benchmark, Evaluation, Interval, LinearResult, Matrix
+    from sparsellm.records import Benchmark, Evaluation, Interval, Matrix
     from sparsellm.registry import Registry
 
 
@@ -61,13 +61,10 @@ def _row(shown: Table, name: str, matrices: Iterable[Matrix], *more: str, style:
 def _kinds(result: PruneResult, *, spread: bool) -> Table:
     columns = ("weights", "zeros", "sparsity", *(("of one linear",) if spread else ()), "mean error")
     shown = table(("kind of linear",), columns, title="Pruned")
-    kinds: dict[str, list[LinearResult]] = {}
-    for linear in result.linears:
-        kinds.setdefault(linear.name.rpartition(".")[2], []).append(linear)
-    for kind, part in kinds.items():
+    for kind, part in by_kind(result.linears).items():
         shares = [linear.sparsity for linear in part]
         ends = (f"{min(shares):.0%} – {max(shares):.0%}",) if spread else ()
-        _row(shown, kind, part, *ends, f"{sum(linear.error for linear in part) / len(part):.4f}")
+        _row(shown, kind, part, *ends, f"{error_of(part):.4f}")
     shown.add_section()
     if result.dense:
         _row(shown, "pruned linears", result.linears)

@@ -10,10 +10,10 @@ import re
 import shutil
 import struct
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -94,30 +94,26 @@ def test_it_shows_the_numbers_of_the_run(opt: Page, runs: Path) -> None:
     assert opt.figures()["objective"]["data"][0]["y"][0] is None  # local pruning has no objective
     phases = {row[0] for row in opt.rows("Time of each phase")}
     assert {"prune", "sweep", "calibration", "– solve"} <= phases
-    assert {row[0] for row in opt.rows("Memory against the prediction")} > {"solving", "sweeps"}
     text = " ".join(element.text for element in opt.all("pre"))
     assert "iterations: 2" in text
     assert pruning["command"] in text
     assert ["torch", torch.__version__] in opt.rows("Versions")
 
 
-def png_of(source: str) -> torch.Tensor:
-    """The pixels of a PNG of one bit in a data address: its number in the palette."""
-    data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
-    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
-    assert (depth, colour) == (1, 3)
-    at = data.index(b"IDAT")
-    lines = zlib.decompress(data[at + 4 : at + 4 + struct.unpack(">I", data[at - 4 : at])[0]])
-    stride = 1 + -(-width // 8)
-    rows = [[lines[y * stride + 1 + x // 8] >> (7 - x % 8) & 1 for x in range(width)] for y in range(height)]
-    return torch.tensor(rows)
+def pixels_of(source: str) -> torch.Tensor:
+    """The pixels of a BMP of one bit in a data address: its number in the palette."""
+    data = base64.b64decode(source.removeprefix("data:image/bmp;base64,"))
+    begin, width, height, depth = *struct.unpack("<4xI4x", data[6:18]), *struct.unpack("<ii2xH", data[18:30])
+    lines = np.frombuffer(data[begin:], np.uint8).reshape(-height, -1)
+    assert (data[:2], depth, lines.shape[1] % 4) == (b"BM", 1, 0)
+    return torch.from_numpy(np.unpackbits(lines, axis=1)[:, :width])
 
 
 def test_the_picture_is_of_the_real_mask(half: Page, runs: Path, tmp_path: Path) -> None:
     weights = load_file(runs / "half" / "model-00002-of-00004.safetensors")
     picture = half.one("img")
     shown = weights["model.layers.1.mlp.gate_proj.weight"] != 0
-    assert torch.equal(png_of(picture.attributes["src"]), shown.int())
+    assert torch.equal(pixels_of(picture.attributes["src"]), shown.int())
     assert f"{int(shown.sum())} of {shown.numel()} weights are kept" in picture.attributes["alt"]
     # Conv1D stores (in, out), and the picture is (out, in); of a packed model it is the same.
     save_tiny(tiny_gpt2(), tiny_tokenizer(), tmp_path / "dense")
@@ -125,7 +121,7 @@ def test_the_picture_is_of_the_real_mask(half: Page, runs: Path, tmp_path: Path)
     pack(tmp_path / "gpt2", out=tmp_path / "packed")
     weight = load_file(tmp_path / "gpt2" / "model-00002-of-00003.safetensors")["transformer.h.1.attn.c_attn.weight"]
     for path in (tmp_path / "gpt2" / "report.html", write_report(tmp_path / "packed")):
-        assert torch.equal(png_of(page_of(path).one("img").attributes["src"]), (weight.t()[:128] != 0).int())
+        assert torch.equal(pixels_of(page_of(path).one("img").attributes["src"]), (weight.t()[:128] != 0).int())
 
 
 def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, half: Page, runs: Path) -> None:
@@ -167,7 +163,7 @@ def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
 
 
 OPTIONAL = (
-    "predicted_seconds", "peaks_bytes", "base", "environment", "memory", "seconds", "command", "recipe",
+    "predicted_seconds", "base", "environment", "memory", "seconds", "command", "recipe",
     "matrices", "dense", "versions", "sweeps", "allocation", "warnings",
 )  # fmt: skip
 
@@ -180,12 +176,18 @@ def test_a_record_of_an_older_release_is_read(copied: Path) -> None:
     assert page.figures().keys() == {"sparsity-map", "error-map", "allocation"}
 
 
-def test_time_beside_what_was_predicted(copied: Path) -> None:
-    seconds = {"check": 1.0, "read": 2.0, "prune": 4.0, "write": 1.0, "prune/solve": 3.0}
-    rewrite(copied / "pruning.json", seconds=seconds, predicted_seconds={"check": 1.5, "prune": 6.0, "sweep": 0.0})
+def test_time_and_memory_are_said_next_to_their_predictions(copied: Path) -> None:
+    seconds = {"check": 1.0, "read": 2.0, "prune": 5.0, "prune/solve": 3.0}
+    memory = {"predicted_peak_rss_bytes": 2 * 10**9, "budget_bytes": 4 * 10**9}
+    rewrite(
+        copied / "pruning.json", seconds=seconds, predicted_seconds={"prune": 6.0}, peak_rss_bytes=10**9, memory=memory
+    )
     page = page_of(write_report(copied))
-    caption = "Time against the prediction"
-    assert page.rows(caption)[1:] == [["check", "1.5", "1.0"], ["prune", "6.0", "7.0"]]
+    assert page.rows("Time of each phase")[1:3] == [["prune", "5.0", "62.5%"], ["– solve", "3.0", "37.5%"]]
+    said = (
+        "8 seconds in all, 6 were predicted when it began; prune took 62.5% of them. Peak memory 1.00 GB; 2.00 GB of "
+    )
+    assert f"{said}4.00 GB were predicted." in page.one("p", id="text-time").text
 
 
 def test_errors_that_are_no_numbers_are_left_out(copied: Path) -> None:
@@ -234,17 +236,14 @@ def test_files_that_are_wrong(name: str, content: str | None, said: str, copied:
     assert sorted(copied.iterdir()) == before
 
 
-@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "a\0b", "x" * 300, "link"])
+@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "x" * 300, "link"])
 def test_places_that_are_refused(place: str, copied: Path, tmp_path: Path, run: Any) -> None:
     (tmp_path / "a file").write_text("mine")
     (tmp_path / "a folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a file")
     out = tmp_path / place / "x.html" if place == "nowhere" else tmp_path / place if place else ""
-    with pytest.raises(StorageError, match="--out"):
-        write_report(copied, out)
-    if "\0" not in place:
-        code, _, stderr = run("report", copied, "--out", out)
-        assert (code, len(stderr.splitlines())) == (2, 1)
+    code, _, stderr = run("report", copied, "--out", out)
+    assert (code, len(stderr.splitlines())) == (2, 1)
     assert (tmp_path / "a file").read_text() == "mine"
 
 
@@ -275,8 +274,6 @@ def test_without_the_extra_the_checkpoint_is_complete(
     assert f"`sparsellm report {tmp_path / 'p'}`" in notes[-1]
     with pytest.raises(MissingExtraError, match=r"pip install 'sparsellm\[report\]'"):
         write_report(tmp_path / "p")
-    with pytest.raises(MissingExtraError, match=r"a plot needs .* pip install 'sparsellm\[report\]'"):
-        result.plot()
     assert "<table>" in result._repr_html_()
 
 
@@ -304,10 +301,6 @@ def test_the_result_in_a_notebook(tmp_path: Path) -> None:
         f"{result.weights:,}",
         "50.0%",
     ]
-    first, second = result.plot().data
-    assert first.type == second.type == "heatmap"
-    assert list(first.y) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert [row[0] for row in first.z] == [linear.sparsity for linear in result.linears[:7]]
 
 
 def test_experts_are_one_cell_of_a_block(copied: Path) -> None:
@@ -317,9 +310,7 @@ def test_experts_are_one_cell_of_a_block(copied: Path) -> None:
         for e in range(4)
     ]
     rewrite(copied / "pruning.json", linears=linears)
-    record = read_checkpoint(copied)
-    assert {linear.kind for linear in record.pruning.linears} == {"mlp.experts.*.w1"}
-    assert record.blocks == 2
+    assert read_checkpoint(copied).pruning.blocks == [0, 1]
     page = page_of(write_report(copied))
     assert page.rows("Sparsity of each linear") == [["block", "w1"], ["0", "37.5%"], ["1", "37.5%"]]
     assert page.rows("Error of each linear")[1] == ["0", "0.25"]

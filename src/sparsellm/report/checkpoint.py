@@ -36,11 +36,6 @@ class Checkpoint:
         return os.path.basename(self.pruning.base.name.rstrip("/")) or "a model"
 
     @property
-    def blocks(self) -> int:
-        """The number of blocks, by the largest number of one."""
-        return 1 + max(linear.block for linear in self.pruning.linears)
-
-    @property
     def packed(self) -> bool:
         return (self.directory / "packed.json").is_file()
 
@@ -72,18 +67,12 @@ def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[s
     Raises:
         StorageError: it is not a directory, was not written by ``prune``, or a file in it cannot be read.
     """
-    text = os.fspath(directory)
-    place = Path(text).expanduser()
-    try:
-        pruned = (place / PRUNING).is_file()
-        sizes = [file.stat().st_size for file in place.glob("*.safetensors")] if pruned else []
-    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL character
-        raise StorageError(f"{shown(text)} cannot be looked up ({error}); give a directory that prune wrote") from None
-    if not pruned:
-        raise StorageError(
-            f"{shown(text)} has no {PRUNING}; give a directory that `sparsellm prune` wrote, or its packed form"
-        )
+    place = Path(directory).expanduser()
+    if not os.path.isfile(place / PRUNING):  # also for a name that is too long
+        advice = "give a directory that `sparsellm prune` wrote, or its packed form"
+        raise StorageError(f"{shown(str(directory))} has no {PRUNING}; {advice}")
     pruning = read_pruning(place)
     if not pruning.linears:
         raise StorageError(f"{place / PRUNING}: linears is []; there is nothing to report")
-    return Checkpoint(place, os.fspath(directory if name is None else name), pruning, read_results(place), sum(sizes))
+    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
+    return Checkpoint(place, os.fspath(directory if name is None else name), pruning, read_results(place), size)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsellm.errors import StorageError, shown
-from sparsellm.records import Evaluation, Protocol
+from sparsellm.records import Evaluation, Protocol, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import COLOURS, Chart, Plotly, Table, axis, line, number, percent, short_number
 from sparsellm.report.checkpoint import Checkpoint, read_checkpoint
-from sparsellm.report.document import checked_out, page, write_page
+from sparsellm.report.document import checked_out, page
 from sparsellm.report.headline import NOT_MEASURED, commands_of, headline, packed_commands
+from sparsellm.storage.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Dense:
 
 
 def write_comparison(directories: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
-    """Writes one page that compares several runs, and returns its path.
+    """Writes one page that compares several pruned checkpoints of one model, and returns its path.
 
     Args:
-        directories: two or more pruned checkpoints of one base model.
+        directories: two or more.
         out: the file; a report of ours is replaced.
 
     Raises:
@@ -68,10 +69,11 @@ def write_comparison(directories: Sequence[str | os.PathLike[str]], out: str | o
             is refused.
         MissingExtraError: the chart library is not installed.
     """
-    place = checked_out(out)
     records = [read_checkpoint(directory) for directory in directories]
     _check_same_model(records)
-    return write_page(place, render_comparison(records))
+    place = checked_out(out)
+    write_bytes(place, render_comparison(records))
+    return place
 
 
 def _check_same_model(records: Sequence[Checkpoint]) -> None:
@@ -97,7 +99,7 @@ def _check_same_model(records: Sequence[Checkpoint]) -> None:
             )
 
 
-def render_comparison(records: Sequence[Checkpoint]) -> str:
+def render_comparison(records: Sequence[Checkpoint]) -> bytes:
     """The comparison as HTML.
 
     Raises:
@@ -145,14 +147,11 @@ def _names(records: Sequence[Checkpoint]) -> list[str]:
 def _summary(runs: Sequence[Run], dense: Dense) -> Table:
     """One row for each run, after one of the dense model where its values are known."""
 
-    def known(value: float | None, shown_as: Callable[[float], str] = number) -> str:
+    def known(value: float | None, shown_as: Callable[[float | None], str] = number) -> str:
         return shown_as(value) if value is not None else NOT_MEASURED
 
-    def megabytes(size: float) -> str:
-        return f"{size:,.1f} MB"
-
-    size, speed = known(dense.megabytes, megabytes), known(dense.speed)
-    rows = [("dense", "", "", known(dense.perplexity), "0", "100%", size, speed, "")]
+    size = f"{dense.megabytes:,.1f} MB" if dense.megabytes is not None else NOT_MEASURED
+    rows = [("dense", "", "", known(dense.perplexity), "0", "100%", size, known(dense.speed), "")]
     for run in runs:
         pruning, against = run.record.pruning, run.evaluation.against if run.evaluation is not None else None
         rows.append(
@@ -163,14 +162,13 @@ def _summary(runs: Sequence[Run], dense: Dense) -> Table:
                 known(run.perplexity),
                 known(against.kl if against is not None else None, short_number),
                 known(against.agreement if against is not None else None, percent),
-                megabytes(run.record.file_bytes / 1e6),
+                f"{run.record.file_bytes / 1e6:,.1f} MB",
                 known(run.speed),
                 f"{sum(pruning.whole_seconds.values()):,.0f} s",
             )
         )
-    return Table(
-        ("run", "method", "zeros", "perplexity", "KL", "same token", "weight files", "tokens/s", "prune"), rows
-    )
+    columns = ("run", "method", "zeros", "perplexity", "KL", "same token", "weight files", "tokens/s", "prune")
+    return Table(columns, rows)
 
 
 def _quality(runs: Sequence[Run], dense: Dense) -> list[Chart]:
@@ -221,10 +219,10 @@ def _scatter(
 def _depth(runs: Sequence[Run]) -> list[Chart]:
     """Sparsity and error over the blocks, a line for each run."""
     linears = {run.name: run.record.pruning.linears for run in runs}
-    blocks = sorted({linear.block for own in linears.values() for linear in own})
+    blocks = sorted({block for run in runs for block in run.record.pruning.blocks})
     text = "Over the pruned linears of each block, one line for each run."
     sparsity = {name: charts.by_block(own, blocks, charts.sparsity_of) for name, own in linears.items()}
-    error = {name: charts.by_block(own, blocks, charts.error_of) for name, own in linears.items()}
+    error = {name: charts.by_block(own, blocks, error_of) for name, own in linears.items()}
     x = ("block", blocks)
     return [
         charts.lines(("depth-sparsity", "Sparsity by block", text), x, axis("", tickformat=".0%"), sparsity, percent),

@@ -9,7 +9,6 @@ import importlib.resources
 import json
 import os
 import shlex
-import stat
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,8 +16,10 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import escape
 
 from sparsellm.errors import MissingExtraError, StorageError, shown
+from sparsellm.records import Pruning, Totals, by_kind, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table
 from sparsellm.report.checkpoint import Checkpoint, read_checkpoint
@@ -28,7 +29,6 @@ from sparsellm.storage.files import write_bytes
 
 REPORT = "report.html"
 GENERATOR = "sparsellm report"  # how a file of ours is told from others; near its beginning
-NEEDS_EXTRA = "needs the package plotly: pip install 'sparsellm[report]'"
 _HEAD = 2048  # bytes in which that must stand
 
 
@@ -49,48 +49,40 @@ def write_report(
         StorageError: the directory has no ``pruning.json``, a file in it cannot be read, or ``out`` is refused.
         MissingExtraError: the chart library is not installed.
     """
-    place = checked_out(Path(directory).expanduser() / REPORT if out is None else out, exists=out is not None)
-    return write_page(place, render_run(read_checkpoint(directory, name)))
+    record = read_checkpoint(directory, name)
+    place = checked_out(record.directory / REPORT if out is None else out)
+    write_bytes(place, render_run(record))
+    return place
 
 
-def checked_out(out: str | os.PathLike[str], *, exists: bool = True) -> Path:
+def checked_out(out: str | os.PathLike[str]) -> Path:
     """The path of a report, links resolved; nothing but a report of ours is replaced.
-
-    Args:
-        out: the path.
-        exists: whether its directory must exist.
 
     Raises:
         StorageError: it is a directory, another file, or in no directory.
     """
     text = os.fspath(out)
-    try:
-        place = Path(os.path.realpath(os.path.expanduser(text)))
-        kind = place.stat().st_mode if place.exists() else None
-        ours = kind is not None and stat.S_ISREG(kind) and _is_ours(place)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"--out {shown(text)} cannot be looked up ({error}); name another file") from None
-    if not text or (kind is not None and stat.S_ISDIR(kind)):
+    place = Path(os.path.realpath(os.path.expanduser(text)))
+    if os.path.isdir(place):
         raise StorageError(f"--out {shown(text)} is a directory; name a file, such as compare.html")
-    if kind is not None and not ours:
+    if os.path.lexists(place) and not _is_ours(place):
         raise StorageError(f"--out {shown(text)} is not a report of sparsellm and is not replaced; name another file")
-    if kind is None and exists and not place.parent.is_dir():
+    if not place.parent.is_dir():
         raise StorageError(f"--out {shown(text)}: {place.parent} is not a directory; create it, or name another file")
     return place
 
 
 def _is_ours(path: Path) -> bool:
-    with path.open("rb") as file:
-        return f'name="generator" content="{GENERATOR}"'.encode() in file.read(_HEAD)
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return f'name="generator" content="{GENERATOR}"'.encode() in file.read(_HEAD)
+    except OSError:
+        return False
 
 
-def write_page(place: Path, text: str) -> Path:
-    """Writes a page in one step, and returns its path."""
-    write_bytes(place, text.encode("utf-8", "backslashreplace"))
-    return place
-
-
-def render_run(record: Checkpoint) -> str:
+def render_run(record: Checkpoint) -> bytes:
     """The report of one run as HTML.
 
     Raises:
@@ -98,8 +90,7 @@ def render_run(record: Checkpoint) -> str:
     """
     pruning = record.pruning
     rows, course = headline(record), charts.course(pruning)
-    linears = [charts.sparsity_map(pruning.linears), charts.error_map(pruning.linears)]
-    allocation = charts.allocation_chart(pruning)
+    linears, allocation = charts.maps(pruning), charts.allocation_chart(pruning)
     sections = [("headline", "Dense against pruned"), ("linears", "Every linear"), ("depth", "Allocation")]
     sections += [("mask", "A mask"), ("course", "The course of the run"), ("made", "How it was made")]
     if record.results.continuations:
@@ -125,7 +116,22 @@ def render_run(record: Checkpoint) -> str:
     )
 
 
-def page(template: str, title: str, figures: Sequence[Chart], **context: Any) -> str:
+def summary_html(pruning: Pruning) -> str:
+    """A run as a small table without scripts, for notebooks: zeros and error of each kind of linear, time, memory."""
+    kinds = {**by_kind(pruning.linears), "all pruned linears": pruning.linears}
+    totals = {kind: Totals.of(part) for kind, part in kinds.items()}
+    rows = [
+        (kind, f"{total.weights:,}", charts.percent(total.sparsity), charts.short_number(error_of(kinds[kind])))
+        for kind, total in totals.items()
+    ]
+    title = f"{pruning.method} {pruning.target}: {charts.percent(pruning.sparsity_reached)} zeros in the blocks"
+    content = Table(("kind of linear", "weights", "zeros", "mean error"), rows)
+    shown_as = _templates().get_template("parts.html.jinja").make_module().table(content, title)  # type: ignore[attr-defined]
+    text = f"{sum(pruning.whole_seconds.values()):.1f} s · peak memory {pruning.peak_rss_bytes / 1e9:.2f} GB"
+    return f"<div>{shown_as}<p>{escape(f'{text} · {pruning.path}' if pruning.path else text)}</p></div>"
+
+
+def page(template: str, title: str, figures: Sequence[Chart], **context: Any) -> bytes:
     """One HTML file with everything that it needs.
 
     Args:
@@ -147,11 +153,12 @@ def page(template: str, title: str, figures: Sequence[Chart], **context: Any) ->
     for character in "<>&\u2028\u2029":  # so that no text in it can end the script
         drawn = drawn.replace(character, f"\\u{ord(character):04x}")
     context |= {"title": title, "policy": policy, "generator": GENERATOR, "style": style, "script": script}
-    return templates().get_template(template).render(library=library, figures=drawn, **context)
+    text = _templates().get_template(template).render(library=library, figures=drawn, **context)
+    return text.encode("utf-8", "backslashreplace")
 
 
 @cache
-def templates() -> Environment:
+def _templates() -> Environment:
     """The templates of this package; every value in them is escaped."""
     loader = PackageLoader("sparsellm.report", "page")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -173,7 +180,7 @@ def _library() -> tuple[str, str]:
     try:
         source = importlib.resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text("utf-8")
     except (ModuleNotFoundError, FileNotFoundError):
-        raise MissingExtraError(f"a report {NEEDS_EXTRA}") from None
+        raise MissingExtraError("a report needs the package plotly: pip install 'sparsellm[report]'") from None
     packed = gzip.compress(source.encode("utf-8"), 6, mtime=0)
     return base64.b64encode(packed).decode("ascii"), _source_hash(source)
 

@@ -49,7 +49,7 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
     Raises:
         SparseLLMError: a subclass of it that names the cause.
     """
-    progress, clock = progress if parallel.is_main() else ignore, PhaseClock(machine.peak_rss)
+    progress, clock = progress if parallel.is_main() else ignore, PhaseClock()
     return execute(make_plan(request, clock, progress), clock, progress)
 
 
@@ -236,7 +236,6 @@ def _result(
         processes=parallel.size(),
         dense=dense,
         base=_base(plan),
-        peaks_bytes=clock.peaks,
         stages=[before] if before is not None else [],
         identity=plan.identity.to_dict(),
     )

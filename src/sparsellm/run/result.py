@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -22,8 +21,7 @@ from sparsellm.machine import processor_name
 from sparsellm.patterns import parse_pattern
 from sparsellm.recipe import Recipe
 from sparsellm.records import LinearResult, Pruning, RunRecord
-from sparsellm.report.document import REPORT
-from sparsellm.report.notebook import figure_of, summary_html
+from sparsellm.report.document import REPORT, summary_html
 from sparsepack.layout import predicted_bytes
 
 
@@ -119,14 +117,6 @@ class PruneResult(RunRecord):
     def _repr_html_(self) -> str:
         """A small table for notebooks."""
         return summary_html(self.record)
-
-    def plot(self) -> Any:
-        """A ``plotly.graph_objects.Figure`` with sparsity and error of each linear as heat maps.
-
-        Raises:
-            MissingExtraError: plotly is not installed.
-        """
-        return figure_of(self.record)
 
     def to_dict(self) -> dict[str, JsonValue]:
         """The record as plain JSON values, as in ``--json`` and ``pruning.json``."""

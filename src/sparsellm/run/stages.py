@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from sparsellm import interrupts, machine, parallel, plugins
+from sparsellm import interrupts, parallel, plugins
 from sparsellm.errors import RecipeError, StorageError
 from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
@@ -45,7 +45,7 @@ def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> Pr
     recipes = recipes_of(request)
     if request.out is None:
         return prune(request, progress)
-    progress, clock = progress if parallel.is_main() else ignore, PhaseClock(machine.peak_rss)
+    progress, clock = progress if parallel.is_main() else ignore, PhaseClock()
     place, out, dense = stage_of(request.out), Path(request.out), request.dense
     for name, model in (("model", request.model), ("teacher", request.teacher)):
         if isinstance(model, (str, Path)) and Path(model).resolve() == place.resolve():
