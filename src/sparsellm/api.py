@@ -17,9 +17,8 @@ from sparsellm.calibration.windows import check_seq_len, evaluation_windows, lea
 from sparsellm.chain import open_chain
 from sparsellm.chain.open import check_vocabulary, load_tokenizer
 from sparsellm.errors import DataError, RecipeError
-from sparsellm.evaluation.measured import compared, perplexity_of
 from sparsellm.evaluation.speed import stamp
-from sparsellm.evaluation.streamed import Kept, streamed_scores
+from sparsellm.evaluation.streamed import Kept, measured
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.hub.card import rebuild_card
 from sparsellm.hub.push import Pushed, push_checkpoint
@@ -132,7 +131,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     dense = kept.open(settings, trust_remote_code, with_tokenizer=not by_ids) if kept is not None else None
     if dense is not None:
         opened.check_comparable(dense, windows)
-    scores = streamed_scores(opened.chain, windows, kept.outputs if kept is not None else None, progress=progress)
+    perplexity, compared = measured(opened.chain, windows, kept.outputs if kept is not None else None, progress)
     results = None
     if tasks and opened.tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
@@ -148,9 +147,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
             bos="given" if by_ids else "yes" if leads else "no",
             dtype=str(opened.chain.dtype).removeprefix("torch."),
         ),
-        perplexity=perplexity_of(scores.loss),
-        nll=float(scores.loss.mean()),
-        against=None if dense is None else compared(dense.name, scores),
+        perplexity=perplexity,
+        against=compared,
         tasks=results,
         **vars(stamp(opened.chain.device)),
     )
@@ -191,7 +189,7 @@ class Dense:
         """The opened model."""
         if self._opened is None:
             self._opened = _Opened(self.model, settings, trust, with_tokenizer=with_tokenizer, argument="against")
-            self.outputs = Kept(self._opened.chain)
+            self.outputs = Kept(self._opened.chain, self._opened.name)
         return self._opened
 
 

@@ -444,14 +444,12 @@ class Evaluation(Stamp):
     Attributes:
         protocol: the conditions.
         perplexity: the perplexity with its interval.
-        nll: the mean negative log-likelihood of a scored token, in nats; None for one that was read.
         against: the comparison with a dense model, if one was named.
         tasks: the metrics of the lm-eval tasks, if some were named.
     """
 
     protocol: Protocol
     perplexity: Interval
-    nll: float | None = Field(None, exclude=True)
     against: Against | None = None
     tasks: Tasks | None = None
 
@@ -459,6 +457,11 @@ class Evaluation(Stamp):
     def value(self) -> float:
         """The perplexity."""
         return self.perplexity.value
+
+    @property
+    def nll(self) -> float:
+        """The mean negative log-likelihood of a scored token, in nats."""
+        return math.log(self.value)
 
     @property
     def tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Losses of a chain, and its divergence from another, block by block, for models that do not fit into memory.
+"""Perplexity of a chain, and its divergence from another, block by block, for models that do not fit into memory.
 
 Perplexity is by the protocol of the pruning papers (GPTQ 2210.17323, SparseGPT 2301.00774): each window of T tokens is
 evaluated by itself, and its tokens 1 … T-1 are scored, so all windows have the same weight.
@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -18,40 +18,21 @@ from torch.nn import functional
 
 from sparsellm.chain import Chain, Feed
 from sparsellm.errors import NumericalError
-from sparsellm.progress import Progress, ProgressCallback, ignore
+from sparsellm.progress import Progress, ProgressCallback
+from sparsellm.records import Against, Interval
 
 # Positions whose fp32 log-probabilities are in memory at once: 256 × 128k vocabulary entries take 128 MB.
 CHUNK = 256
 _HIDDEN_BYTES = 1 << 30  # hidden states held at once; a longer text runs through the blocks in several parts
 _BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Means over the scored tokens of each window, ``(windows,)`` fp64. All windows have equally many tokens.
-
-    Attributes:
-        loss: negative log-likelihood in nats.
-        dense_loss: that of the dense model; like the following, None without a dense model.
-        kl: ``KL(dense ‖ model)`` in nats, at the positions that predict the scored tokens.
-        agreement: the fraction of these positions at which the likeliest token is the same.
-    """
-
-    loss: Tensor
-    dense_loss: Tensor | None = None
-    kl: Tensor | None = None
-    agreement: Tensor | None = None
+_Z = NormalDist().inv_cdf(0.975)  # standard errors from the mean to the end of a 95 % interval
 
 
 class Kept:
-    """A model whose outputs on some windows stay in memory, for several evaluations on the same windows.
+    """A dense model whose outputs on some windows stay in memory, for several evaluations on the same windows."""
 
-    Args:
-        chain: the model.
-    """
-
-    def __init__(self, chain: Chain) -> None:
-        self.chain = chain
+    def __init__(self, chain: Chain, name: str) -> None:
+        self.chain, self.name = chain, name
         self._kept: tuple[Tensor, list[Tensor]] | None = None  # windows, and the outputs of the last block
 
     def outputs(self, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
@@ -62,25 +43,19 @@ class Kept:
         return iter(rows) if torch.equal(known, windows) else _outputs(self.chain, windows, tell)
 
 
-def streamed_scores(
-    chain: Chain, windows: Tensor, dense: Chain | Kept | None = None, *, progress: ProgressCallback = ignore
-) -> Scores:
-    """The scores of a model on windows, and against a dense model if there is one.
+def measured(
+    chain: Chain, windows: Tensor, dense: Kept | None, progress: ProgressCallback
+) -> tuple[Interval, Against | None]:
+    """The perplexity of a model on token ids ``(windows, seq)``, and its comparison with a dense one of the same
+    tokenizer.
 
     One block's weights of one model are in memory at a time; then embedding, norm and head of both, and the logits of
     256 positions.
 
-    Args:
-        chain: the model.
-        windows: token ids, ``(windows, seq)``.
-        dense: another model of the same tokenizer; its outputs may be kept from an earlier call.
-        progress: called with the progress of the passes over the blocks.
-
     Raises:
         NumericalError: the loss of a window is not finite.
     """
-    other = dense.chain if isinstance(dense, Kept) else dense
-    chains = [chain] if other is None else [chain, other]
+    chains = [chain] if dense is None else [chain, dense.chain]
     element = torch.empty(0, dtype=chain.dtype).element_size()
     width = sum(each.config.get_text_config().hidden_size for each in chains)
     parts = windows.split(max(1, _HIDDEN_BYTES // (windows.shape[1] * width * element)))
@@ -92,10 +67,9 @@ def streamed_scores(
 
     rows: list[list[float]] = []
     for part in parts:
-        hidden = [
-            dense.outputs(part, tell) if isinstance(dense, Kept) and each is other else _outputs(each, part, tell)
-            for each in chains
-        ]
+        hidden = [_outputs(chain, part, tell)]
+        if dense is not None:
+            hidden.append(dense.outputs(part, tell))
         begun = next(done)
         with ExitStack() as held:
             for each in chains:
@@ -109,7 +83,39 @@ def streamed_scores(
                         f"{chain.dtype}; try --dtype float32"
                     )
     progress(Progress("evaluate", steps, steps))
-    return Scores(*torch.tensor(rows, dtype=torch.float64).T)
+    loss, *more = torch.tensor(rows, dtype=torch.float64).T
+    if dense is None:
+        return _perplexity(loss), None
+    dense_loss, divergence, agreement = more
+    kl = _mean_of(divergence)
+    return _perplexity(loss), Against(
+        model=dense.name,
+        perplexity=_perplexity(dense_loss),
+        kl=max(0.0, kl.value),
+        kl_low=None if kl.low is None else max(0.0, kl.low),
+        kl_high=kl.high,
+        agreement=float(agreement.mean()),
+        recovery=_exp(float(dense_loss.mean() - loss.mean())),
+    )
+
+
+def _mean_of(windows: Tensor) -> Interval:
+    """The mean of the windows' values ``(windows,)``, plus and minus 1.96 standard errors: their standard deviation
+    divided by the square root of their number."""
+    mean = float(windows.mean())
+    if len(windows) < 2:
+        return Interval(value=mean)
+    half = _Z * float(windows.std()) / math.sqrt(len(windows))
+    return Interval(value=mean, low=mean - half, high=mean + half)
+
+
+def _perplexity(losses: Tensor) -> Interval:
+    """The perplexity for mean losses ``(windows,)`` in nats; its interval is that of the loss, exponentiated."""
+    return Interval(**{name: None if end is None else _exp(end) for name, end in _mean_of(losses)})
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 709.0))  # nearly the largest float in place of an overflow
 
 
 def _outputs(chain: Chain, windows: Tensor, tell: Callable[[str], None]) -> Iterator[Tensor]:
@@ -126,7 +132,8 @@ def _outputs(chain: Chain, windows: Tensor, tell: Callable[[str], None]) -> Iter
 
 
 def _window(chains: list[Chain], states: list[Tensor], ids: Tensor) -> list[float]:
-    """The means over one window ``(1, seq)``, in the order of the fields of :class:`Scores`."""
+    """The means over the scored tokens of one window ``(1, seq)``: the loss in nats; with a dense model also its loss,
+    ``KL(dense ‖ model)`` in nats, and the fraction of tokens for which both have the same first choice."""
     sums = torch.zeros(4 if len(chains) > 1 else 1, dtype=torch.float64)
     scored = ids.shape[1] - 1
     for first in range(0, scored, CHUNK):
