@@ -1,7 +1,5 @@
-"""The seconds of each phase of a run, predicted from shapes and tokens.
-
-Only their proportions count: a display corrects them by finished phases (:class:`sparsellm.progress.Forecast`).
-"""
+"""The seconds of each phase of a run, predicted from shapes and tokens. Only their proportions count, since
+:class:`sparsellm.progress.Forecast` corrects them by finished phases."""
 
 from __future__ import annotations
 
@@ -40,8 +38,6 @@ def predicted_seconds(
     """Seconds of each phase after the model is opened, by the names of the phases in events.
 
     Args:
-        chain: the model, nothing loaded.
-        choice: method, allocation and sweep.
         tokens: tokens of the calibration windows of this process, in windows of ``seq_len``.
         finished: blocks that an earlier process has pruned; it has chosen the sparsities, too.
         written: tokens that the model writes itself.
@@ -55,8 +51,7 @@ def predicted_seconds(
     token = (2 * weights + 4 * seq_len * config.hidden_size) / (BUSY * speed)  # through one block
     head = 2 * config.vocab_size * config.hidden_size / (BUSY * speed)
     gram = sum(2 * inputs**2 for inputs, _ in sizes) / speed  # for one token
-    products = choice.workspace.products
-    solve = sum(products * 2 * inputs * inputs * outputs for inputs, outputs in sizes) / speed
+    solve = sum(choice.workspace.products * 2 * inputs**2 * outputs for inputs, outputs in sizes) / speed
     adam = 8 * 4 * weights * blocks / MEMORY  # parameters, two moments and gradients in fp32, read and written
     asked = choice.allocation_needs.gradient_tokens or TOKENS * needs.output_costs
     differentiated = min(tokens, max(asked, LEAST_WINDOWS * seq_len)) if asked and not finished else 0

@@ -18,9 +18,7 @@ from sparsellm.registry import Workspace
 from sparsellm.statistics.gram import CHUNK_ELEMENTS, PANEL, REMEMBERED_BYTES
 from sparsellm.sweep.head import HEAD_TOKENS
 
-DEFAULT_SHARE = (
-    0.8  # a run takes this part of the memory that is free now; the rest is for the page cache and other processes
-)
+DEFAULT_SHARE = 0.8  # of the memory that is free now; the rest is for the page cache and other processes
 SLACK = 0.05  # hidden states leave this part of the budget free, because the prediction is not exact
 LIBRARIES = 128 << 20  # torch, its kernels and the allocator
 
@@ -36,28 +34,17 @@ NEXT_TOKEN_COPIES, DIVERGENCE_COPIES = 3, 4  # fp32 copies of a chunk of logits,
 
 @dataclass(frozen=True)
 class Demand:
-    """The properties of a run that determine the memory of one process.
+    """The properties of a run that determine the memory of one process."""
 
-    Attributes:
-        samples: calibration windows that this process runs, in each of ``sets`` sets.
-        seq_len: tokens in a window.
-        batch_tokens: tokens in one forward call.
-        workspace: the workspace of the method, the solver inside it, and the allocation.
-        gradient_tokens: calibration tokens for the gradients of the dense model.
-        swept: whether the whole model is swept at the end.
-        fresh: whether later sweeps run on other windows than the first.
-        unrounded: whether a sweep follows that trains values which are rounded when a block runs.
-    """
-
-    samples: int
-    seq_len: int
-    batch_tokens: int
-    workspace: Workspace
-    gradient_tokens: int = 0
+    samples: int  # calibration windows that this process runs, in each of ``sets`` sets
+    seq_len: int  # tokens in a window
+    batch_tokens: int  # tokens in one forward call
+    workspace: Workspace  # of the method, the solver inside it, and the allocation
+    gradient_tokens: int = 0  # calibration tokens for the gradients of the dense model
     sets: int = 1
-    swept: bool = False
-    fresh: bool = False
-    unrounded: bool = False
+    swept: bool = False  # whether a sweep follows
+    fresh: bool = False  # whether later passes run on other windows than the first
+    unrounded: bool = False  # whether the sweep trains values that are rounded when a block runs
 
     @property
     def whole_workspace(self) -> Workspace:
@@ -69,16 +56,11 @@ class Demand:
 def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, sharers: int = 1) -> Memory:
     """Predicts the peak and divides the budget: first the working memory, then hidden states; the rest goes to disk.
 
-    Args:
-        chain: the model, nothing loaded.
-        demand: what the run needs.
-        budget: the most that the process may hold; None for a share of the machine's free memory, on top of what the
-            process holds already.
-        sharers: the number of processes that share the machine.
+    Without a budget the process takes a share of the free memory, on top of what it holds; ``sharers`` processes share
+    the machine.
 
     Raises:
         MemoryBudgetError: the run needs more than the budget.
-        RecipeError: the budget is not a number of bytes.
     """
     start = machine.resident()
     most = int(start + DEFAULT_SHARE * machine.free_memory() / sharers) if budget is None else parse_bytes(budget)
@@ -98,9 +80,8 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
     kept = min(kept_bytes(chain, demand), room - in_memory)
     # The backward sweep ends before the walk and gets no more memory than the walk needs, so the peak is the walk's.
     on_disk = max(hidden, gradient_bytes(chain, demand.gradient_tokens)) - in_memory
-    steps = {} if on_device else {step: start + LIBRARIES + moments[step] + in_memory for step in moments}
-    for step in ("statistics", "solving") if steps else ():
-        steps[step] += kept
+    during = {"statistics": kept, "solving": kept}
+    steps = {step: start + LIBRARIES + held + in_memory + during.get(step, 0) for step, held in moments.items()}
     return Memory(
         budget_bytes=most,
         predicted_peak_rss_bytes=start + working + in_memory + kept,
@@ -111,7 +92,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
         hidden_on_disk_bytes=on_disk,
         kept_bytes=kept,
         predicted_peak_device_bytes=on_device,
-        steps_bytes=steps,
+        steps_bytes={} if on_device else steps,
     )
 
 
@@ -224,9 +205,8 @@ def working_bytes(chain: Chain, demand: Demand) -> dict[str, int]:
 
 def _activation_bytes(chain: Chain, index: int, tokens: int) -> int:
     """Bytes of a block's activations: gate, up, their product and one more; copies of inputs in attention and norms."""
-    width = _width(chain)
-    widest = max((linear.out_features for linear in chain.linears(index)), default=width)
-    return tokens * (4 * widest + 8 * width) * chain.dtype.itemsize
+    widest = max((linear.out_features for linear in chain.linears(index)), default=_width(chain))
+    return tokens * (4 * widest + 8 * _width(chain)) * chain.dtype.itemsize
 
 
 def _statistics_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
@@ -237,12 +217,12 @@ def _statistics_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
     linears, experts = _parted(chain, index)
     sums = sum(accumulator_bytes(linear.in_features) for linear in linears)
     largest = max((4 * linear.in_features**2 for linear in linears), default=0)
-    return 2 * 4 * CHUNK_ELEMENTS + max(sums + largest, max((_expert_bytes(own) for own in experts), default=0))
+    return 2 * 4 * CHUNK_ELEMENTS + max(sums + largest, max(map(_expert_bytes, experts), default=0))
 
 
 def _expert_bytes(linears: list[LinearView]) -> int:
-    """Bytes of the statistics of one expert: matrices of its own tokens and of all, their mean, sums, cross-moments of
-    its last linear, and a copy of its weights."""
+    """Bytes of the statistics of one expert: matrices of its tokens and of all, their mean, sums, cross-moments of its
+    last linear, and a copy of its weights."""
     matrices = sum(3 * 4 * linear.in_features**2 + accumulator_bytes(linear.in_features) for linear in linears)
     last = linears[-1].in_features * linears[-1].out_features
     return matrices + 5 * 4 * last + 4 * sum(linear.in_features * linear.out_features for linear in linears)
@@ -263,20 +243,18 @@ def _parted(chain: Chain, index: int) -> tuple[list[LinearView], list[list[Linea
 def _solver_bytes(chain: Chain, index: int, workspace: Workspace) -> int:
     """Bytes for the most expensive linear of a block: copies of its weight, its Gram matrices and factorisations, and
     the Gram matrices of later linears; for a linear of an expert, those of all tokens."""
-    linears, experts = _parted(chain, index)
-    squares = [4 * linear.in_features**2 for linear in linears]
-    later = [sum(squares[position + 1 :]) for position in range(len(linears))]
-    for own in experts:
-        linears = linears + own
-        later += [sum(4 * each.in_features**2 for each in own)] * len(own)
-    worst = 0
-    for linear, others in zip(linears, later, strict=True):
+
+    def solving(linear: LinearView, others: list[LinearView]) -> int:
         solved = int(workspace.weights * 4 * linear.in_features * linear.out_features)
         square = 4 * linear.in_features**2
         remembered = min(workspace.remembered * square, max(REMEMBERED_BYTES, square))
-        held = int(workspace.grams * square) + remembered + others if workspace.grams else 0
-        worst = max(worst, solved + held)
-    return worst
+        later = sum(4 * other.in_features**2 for other in others)
+        return solved + (int(workspace.grams * square) + remembered + later if workspace.grams else 0)
+
+    linears, experts = _parted(chain, index)
+    pairs = [(linear, linears[position:]) for position, linear in enumerate(linears, 1)]
+    pairs += [(linear, expert) for expert in experts for linear in expert]
+    return max((solving(*pair) for pair in pairs), default=0)
 
 
 def _largest_tensor(chain: Chain) -> int:

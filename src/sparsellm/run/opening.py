@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,19 +66,22 @@ def open_models(
     Raises:
         SparseLLMError: a model cannot be opened, or the teacher is another model.
     """
-    if teacher is not None and (whole or any(isinstance(each, PreTrainedModel) for each in (model, teacher))):
+    dense = model if teacher is None else teacher
+    if teacher is not None and (whole or isinstance(model, PreTrainedModel)):
         raise RecipeError("teacher needs models on disk: give model and teacher by name, and out=DIR")
-    given = _directory(model, "model")
-    directory = given if teacher is None else _directory(teacher, "teacher")
+    named = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
+    sources = [
+        parallel.main_first(partial(checkpoint_directory, str(given), argument))
+        for argument, given in named.items()
+        if not isinstance(given, PreTrainedModel)
+    ]
+    directory = sources[-1] if sources else None
     if whole and directory is not None and is_packed(read_object(directory / "config.json")):
         raise RecipeError(f"{directory} is packed, and a packed model is not pruned in memory; give out=DIR")
-    chain, in_memory = open_model(model if teacher is None else teacher, directory, recipe, trust, whole=whole)
+    chain, in_memory = open_model(dense, directory, recipe, trust, whole=whole)
     if tokenizer is None and directory is not None and text:
         tokenizer = load_tokenizer(directory, trust_remote_code=trust)
-    start = None
-    if teacher is not None and given is not None:
-        start = _open_start(chain, given, tokenizer if text else None, trust)
-    sources = [each for each in (given, directory) if each is not None]
+    start = None if teacher is None else _open_start(chain, sources[0], tokenizer if text else None, trust)
     name = getattr(model, "name_or_path", "")  # the directory that a model in memory was loaded from
     if not sources and name and Path(name).is_dir():
         sources = [Path(name)]
@@ -87,21 +91,22 @@ def open_models(
 def open_model(
     model: Model, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
 ) -> tuple[Chain, PreTrainedModel | None]:
-    """A chain over a model, or over its checkpoint in ``directory``, which is loaded if it is wanted ``whole``; and the
-    model itself if it is in memory.
+    """A chain over a model, or over its checkpoint in ``directory``, which is loaded if ``whole``; and the model itself
+    if it is in memory.
 
     Raises:
         RecipeError: the recipe sets device or dtype for a model that is in memory already.
     """
     device = resolve_device(parallel.own_device(recipe.device))
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    loaded = None
     if isinstance(model, PreTrainedModel):
         if recipe.device != "auto" or dtype is not None:
             raise RecipeError("a model given as an object is pruned where and as it is: leave device and dtype 'auto'")
         chain, loaded = open_chain(model, device=device), model
     else:
         assert directory is not None
-        chain, loaded = open_chain(directory, device=device, dtype=dtype, trust_remote_code=trust), None
+        chain = open_chain(directory, device=device, dtype=dtype, trust_remote_code=trust)
         if whole:
             loaded = load_whole(directory, chain.dtype, device, trust)
             chain = open_chain(loaded, device=device)
@@ -119,49 +124,27 @@ def load_whole(directory: Path, dtype: torch.dtype, device: torch.device, trust:
     return model
 
 
-def check_outside(chain: Chain, start: CheckpointReader) -> None:
-    """Refuses a model whose embedding, norm or head is not the teacher's: a run changes blocks alone.
-
-    Raises:
-        ModelError: a weight outside the blocks differs.
-    """
-    assert chain.reader is not None
-    reader = chain.reader
-    for name in chain.outer_tensors():
-        if not torch.equal(reader.get(name), start.get(name, dtype=reader.dtype(name))):
-            raise _unlike(start.directory, reader.directory, f"weight {name}, outside the blocks, has other values")
-
-
-def _directory(model: Model, argument: str) -> Path | None:
-    """The directory of a checkpoint, fetched or converted first if needed; None for a model given as an object."""
-    if isinstance(model, PreTrainedModel):
-        return None
-    return parallel.main_first(lambda: checkpoint_directory(str(model), argument))
-
-
 def _open_start(
     teacher: Chain, directory: Path, tokenizer: PreTrainedTokenizerBase | None, trust: bool
 ) -> CheckpointReader:
     """The weights of the model to prune.
 
     Raises:
-        ModelError: config, tokenizer, or the name or shape of a weight is not the teacher's.
+        ModelError: config, tokenizer, the name or shape of a weight, or a weight outside the blocks, which a run does
+            not change, is not the teacher's.
         StorageError: the model cannot be read.
     """
-    assert teacher.reader is not None
-    dense = teacher.reader
+    dense, start = teacher.reader, open_checkpoint(directory)
+    assert dense is not None
     why = config_difference(load_config(directory, trust_remote_code=trust), teacher.config)
-    if not why and tokenizer is not None:
+    if why is None and tokenizer is not None:
         alike = load_tokenizer(directory, trust_remote_code=trust).get_vocab() == tokenizer.get_vocab()
         why = None if alike else "the tokenizers differ"
-    if why:
-        raise _unlike(directory, dense.directory, why)
-    start = open_checkpoint(directory)
-    if why := shape_difference(start, dense):
-        raise _unlike(directory, dense.directory, why)
+    why = why or shape_difference(start, dense)
+    for name in teacher.outer_tensors() if why is None else ():
+        if not torch.equal(dense.get(name), start.get(name, dtype=dense.dtype(name))):
+            why = f"weight {name}, outside the blocks, has other values"
+    if why is not None:
+        advice = "give the dense model that this one was pruned from"
+        raise ModelError(f"{dense.directory} cannot be the teacher of {directory}: {why}; {advice}")
     return start
-
-
-def _unlike(directory: Path, teacher: Path, why: str) -> ModelError:
-    advice = "give the dense model that this one was pruned from"
-    return ModelError(f"{teacher} cannot be the teacher of {directory}: {why}; {advice}")

@@ -26,11 +26,10 @@ from sparsellm.run.fingerprint import (
     model_fingerprint,
     start_fingerprint,
     tokens_fingerprint,
-    weight_digests,
 )
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Identity, Journal
 from sparsellm.run.memory import Demand, checkpoint_bytes, described, plan_memory
-from sparsellm.run.opening import Model, Opened, check_outside, open_models
+from sparsellm.run.opening import Model, Opened, open_models
 from sparsellm.run.sets import Windows, default_seq_len, given_windows, read_windows, windows_of_pass
 from sparsellm.storage.directory import check_destination
 from sparsellm.storage.writer import count_zeros
@@ -177,12 +176,12 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     progress(Progress(NOTE, 1, 1, described(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
-        digests = parallel.from_main(partial(weight_digests, chain, progress))
-        if chain.reader is not None:
-            chain.reader.expect(digests)  # later reads are compared with them
-        started = _start_of(model, request, progress)
+        dense, started = model_fingerprint(chain, progress), ""
+        if model.start is not None:
+            swept = f" after {request.passes_before} passes" if request.before is not None else ""
+            started = start_fingerprint(model.start, progress) + swept
         warnings += [each for each in (chain.unused(), _already_pruned(model)) if each is not None]
-    made = partial(_identity, request, recipe, choice, model, windows, model_fingerprint(chain, digests), started)
+    made = partial(_identity, request, recipe, choice, model, windows, dense, started)
     identity = parallel.from_main(made)
     disk_bytes += int(parallel.total(memory.hidden_on_disk_bytes))
     return Plan(request, recipe, choice, out, model, windows, memory, disk_bytes, identity, tuple(warnings))
@@ -232,17 +231,6 @@ def _demand(choice: Choice, windows: Windows, journal: Journal, *, unrounded: bo
         fresh=len(windows.swept) > 1,
         unrounded=unrounded,
     )
-
-
-def _start_of(model: Opened, request: Request, progress: ProgressCallback) -> str:
-    """The digest of the weights to prune, which later reads are compared with; "" if they are the dense model's."""
-    if model.start is None:
-        return ""
-    digests = parallel.from_main(partial(weight_digests, model.start, progress))
-    model.start.expect(digests)
-    check_outside(model.chain, model.start)
-    swept = f" after {request.passes_before} passes" if request.before is not None else ""
-    return start_fingerprint(model.start, digests) + swept
 
 
 def _already_pruned(model: Opened) -> str | None:
