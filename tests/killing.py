@@ -29,16 +29,16 @@ import sparsellm
 from sparsellm import cli, interrupts
 from sparsellm.chain import Chain, LinearView
 from sparsellm.errors import SparseLLMError
-from sparsellm.storage import directory, files, scratch, shard
+from sparsellm.storage import files, scratch, writer
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 
 LIMIT = 120.0  # seconds, far beyond what any command here takes
 KILLED = -signal.SIGKILL
 
-# Operations by kind; "exchange" counts as a rename, and writing has its own three steps for each call.
+# Operations by kind; writing has its own three steps for each call.
 _CALLS = {"replace": "rename", "unlink": "remove", "rmdir": "remove", "mkdir": "make", "fsync": "sync"}
-_WRITERS = (files, shard, scratch)
+_WRITERS = (files, writer, scratch)
 # With what the modules of sparsellm and transformers import only when they are used.
 _IMPORTED = (
     *("sparsellm.api", "sparsellm.console", "sparsellm.methods", "sparsellm.convert", "sparsellm.tables"),
@@ -61,14 +61,11 @@ class Died(BaseException):
 
 
 @contextlib.contextmanager
-def dying(
-    at: int | tuple[str, int] | None = None, *, exchanges: bool = True, signalled: bool = False
-) -> Iterator[Counter[str]]:
+def dying(at: int | tuple[str, int] | None = None, *, signalled: bool = False) -> Iterator[Counter[str]]:
     """Counts operations on files, a step before and after each, and dies at one of them.
 
     Args:
         at: the number of the step, from 1, or its kind and its number among those; None to live.
-        exchanges: whether the system can exchange two directories.
         signalled: die by SIGKILL.
 
     Yields:
@@ -93,7 +90,7 @@ def dying(
 
         return wrapped
 
-    write_all, exchange = files.write_all, directory.exchange
+    write_all = files.write_all
 
     def torn(file: Any, data: Any) -> None:
         rest = memoryview(data).cast("B")
@@ -109,8 +106,6 @@ def dying(
             patched.enter_context(mock.patch.object(module, "write_all", torn))
         for owner, name, kind in ((CheckpointReader, "get", "read"), (LinearView, "assign", "solve")):
             patched.enter_context(mock.patch.object(owner, name, around(kind, getattr(owner, name))))
-        swap = around("rename", exchange) if exchanges else lambda first, second: False
-        patched.enter_context(mock.patch.object(directory, "exchange", swap))
         yield steps
 
 
@@ -145,13 +140,12 @@ def run(
     command: Callable[..., Any],
     *args: Any,
     at: int | tuple[str, int] | None = None,
-    exchanges: bool = True,
     memory: int | None = None,
     **kwargs: Any,
 ) -> Ended:
     """Runs ``command(*args, **kwargs)`` in a process of its own, which is killed at step ``at`` of :func:`dying`."""
     reading, writing = context().Pipe(duplex=False)
-    with started(_counted, writing, (command, args, kwargs), at, exchanges, memory) as process:
+    with started(_counted, writing, (command, args, kwargs), at, memory) as process:
         writing.close()
         code = ended(process)
     try:
@@ -165,14 +159,14 @@ def prune(source: Path, out: Path, recipe: dict[str, Any]) -> None:
     sparsellm.prune(source, sparsellm.Recipe(**recipe), out=out)
 
 
-def _counted(connection: Any, call: Any, at: Any, exchanges: bool, memory: int | None) -> None:
+def _counted(connection: Any, call: Any, at: Any, memory: int | None) -> None:
     torch.set_num_threads(1)
     command, args, kwargs = call
     os.fsync = lambda descriptor: None  # what a kill leaves does not depend on it, and it takes the time
     error, make = "", Scratch.__init__
     if memory is not None:  # for hidden states; the others are on disk
         Scratch.__init__ = lambda self, _=None, *args, **kwargs: make(self, memory, *args, **kwargs)  # type: ignore[method-assign]
-    with dying(at, exchanges=exchanges, signalled=True) as steps:
+    with dying(at, signalled=True) as steps:
         try:
             command(*args, **kwargs)
         except SparseLLMError as refused:

@@ -17,8 +17,8 @@ from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import NumericalError, SparseLLMError, StorageError
 from sparsellm.run.fingerprint import model_fingerprint
+from sparsellm.storage.directory import partial_of
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.state import partial_of
 from tests.models import save_tiny, tiny_llama
 
 IDS = torch.arange(96).view(4, 24)

@@ -22,7 +22,8 @@ from sparsellm.methods import METHODS
 from sparsellm.progress import Progress
 from sparsellm.run import journal
 from sparsellm.run.journal import BlockRecord
-from sparsellm.storage.state import BLOCKS, STATE, SWEPT, partial_of, read_sealed, write_sealed
+from sparsellm.storage.directory import BLOCKS, STATE, SWEPT, partial_of
+from sparsellm.storage.files import read_sealed, write_sealed
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.sweep import whole_model
 from tests import killing

@@ -20,8 +20,8 @@ from sparsellm.run import prune as story
 from sparsellm.run.memory import Demand
 from sparsellm.run.plan import Plan, Request
 from sparsellm.run.stages import recipes_of
+from sparsellm.storage.directory import partial_of, stage_of
 from sparsellm.storage.remains import kept_by_prune
-from sparsellm.storage.state import partial_of, stage_of
 from sparsellm.sweep.whole_model import SweepTask
 from tests import killing
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer

@@ -19,7 +19,7 @@ from sparsellm.chain import open_chain
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.solvers import rounding
-from sparsellm.storage.state import partial_of
+from sparsellm.storage.directory import partial_of
 from sparsellm.sweep.whole_model import _Run
 from sparsellm.tables import print_packed
 from sparsepack.codes import exponents_of_text

@@ -15,7 +15,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import NumericalError
-from sparsellm.storage.state import partial_of
+from sparsellm.storage.directory import partial_of
 from tests.models import save_tiny, tiny_llama
 from tests.sweep.helpers import halved
 

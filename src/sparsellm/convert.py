@@ -20,12 +20,10 @@ from sparsellm.inputs import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import WorkingDirectory, check_destination
+from sparsellm.storage.directory import PACK, UNPACK, WorkingDirectory, check_destination
 from sparsellm.storage.files import write_bytes
 from sparsellm.storage.reader import PackedReader
-from sparsellm.storage.shard import TensorSource
-from sparsellm.storage.state import PACK, UNPACK
-from sparsellm.storage.writer import CheckpointWriter, belongs_to
+from sparsellm.storage.writer import CheckpointWriter, TensorSource, belongs_to
 from sparsepack import PackError
 from sparsepack.checkpoint import MANIFEST, PackedEntry, is_packed, manifest, quantization_config
 from sparsepack.codes import WRITTEN_TYPES, exponents_of_text
@@ -171,7 +169,7 @@ def _doors(
     model: Checkpoint, out: Out, kind: str, *, overwrite: bool, restart: bool
 ) -> tuple[Path, Callable[..., WorkingDirectory]]:
     """The directory of the model, and a function that opens the working directory, after checks of both."""
-    check = partial(check_destination, out, overwrite=overwrite, restart=restart, kind=kind)
+    check = partial(check_destination, out, overwrite=overwrite)
     check()
     source = checkpoint_directory(str(model))
     out = check(sources=[source])
@@ -180,7 +178,7 @@ def _doors(
         raise RecipeError(f"{source} is packed already; unpack it first to pack it another way")
     if not packed and kind == UNPACK:
         raise RecipeError(f"{source} is not packed; there is nothing to unpack")
-    return source, partial(WorkingDirectory, out, {}, kind=kind, overwrite=overwrite, restart=restart)
+    return source, partial(WorkingDirectory, out, {"kind": kind}, overwrite=overwrite, restart=restart)
 
 
 def _written(work: WorkingDirectory, shards: int, write: Callable[[CheckpointWriter], PackResult]) -> PackResult:

@@ -22,7 +22,6 @@ from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import check_destination
 from sparsellm.storage.results import append_result
-from sparsellm.storage.state import PACK
 from sparsepack.generation import generate
 from sparsepack.loading import load
 
@@ -97,7 +96,7 @@ def run_demo(
         StorageError: ``out`` cannot take the checkpoints.
     """
     overwrite = overwrite or out is None  # the directories in the cache belong to the demo
-    pruned, packed = _checked_places(out, overwrite=overwrite, restart=restart)
+    pruned, packed = _checked_places(out, overwrite=overwrite)
     recipe = Recipe(sparsity=sparsity, calibration="pydoc", samples=SAMPLES, seq_len=SEQ_LEN, options=OPTIONS)
     clock = PhaseClock()
 
@@ -140,12 +139,12 @@ def places(out: Path | None) -> tuple[Path, Path]:
     return out / "pruned", out / "packed"
 
 
-def _checked_places(out: Path | None, *, overwrite: bool, restart: bool) -> tuple[Path, Path]:
+def _checked_places(out: Path | None, *, overwrite: bool) -> tuple[Path, Path]:
     if out is not None and out.resolve() == Path.cwd():  # as by --out "$UNSET"
         raise StorageError(f"--out {out} is the current directory (or empty); name a directory in it")
     pruned, packed = places(out)
-    check_destination(pruned, overwrite=overwrite, restart=restart)
-    check_destination(packed, overwrite=overwrite, restart=restart, kind=PACK)
+    for place in (pruned, packed):
+        check_destination(place, overwrite=overwrite)
     return pruned, packed
 
 

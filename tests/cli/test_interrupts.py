@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from sparsellm import cli, interrupts
+from sparsellm.storage.directory import STATE
 from sparsellm.storage.remains import kept_by_prune
-from sparsellm.storage.state import STATE
 from tests import killing
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 

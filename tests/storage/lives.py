@@ -13,8 +13,8 @@ import torch
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import SparseLLMError
+from sparsellm.storage.directory import REPLACED, partial_of
 from sparsellm.storage.reader import open_checkpoint, raw_bytes
-from sparsellm.storage.state import REPLACED, partial_of
 from tests.killing import KILLED, Died, dying, full_disk, run
 
 IDS = torch.arange(16).view(2, 8)
@@ -66,7 +66,6 @@ class Life:
 
     def __post_init__(self) -> None:
         self.draw = random.Random(self.seed)
-        self.exchanges = self.draw.random() < 0.5
         (self.home / "dense").symlink_to(self.dense)
         (self.home / "link").symlink_to("a")
         for name in ("a.txt", "a.partial.txt", "b.replaced", "notes/a.partial/thesis.txt"):
@@ -127,14 +126,14 @@ class Life:
         """How it ended: ``done``, ``died``, or by what error."""
         at = self.draw.randint(1, 300) if fate == "dies" else None
         if at is not None and self.draw.random() < self.signals:
-            ended = run(deed.do, self.home, at=at, exchanges=self.exchanges)
+            ended = run(deed.do, self.home, at=at)
             return "died" if ended.code == KILLED else ended.error or "done"
         try:
             with full_disk(self.draw.randint(1, 40) if fate == "full disk" else None):
                 if at is None:
                     deed.do(self.home)
                 else:
-                    with dying(at, exchanges=self.exchanges):
+                    with dying(at):
                         deed.do(self.home)
         except SparseLLMError as error:
             return f"{type(error).__name__}: {error}"

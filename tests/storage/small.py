@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsellm.storage.directory import WorkingDirectory
-from sparsellm.storage.shard import TensorSource
-from sparsellm.storage.writer import CheckpointWriter, shard_names
+from sparsellm.storage.writer import CheckpointWriter, TensorSource, shard_names
 
 SHARDS = 2
 
@@ -27,10 +26,10 @@ def source(directory: Path, **files: str) -> Path:
     return directory
 
 
-def write(out: Path, value: float, model: Path, **options: Any) -> Path:
+def write(out: Path, value: float, model: Path, kind: str = "prune", **options: Any) -> Path:
     """Writes a checkpoint whose weights all are ``value``."""
-    with WorkingDirectory(out, {"value": value}, **options) as work:
-        writer = CheckpointWriter(work, SHARDS)
+    with WorkingDirectory(out, {"kind": kind, "value": value}, **options) as work:
+        writer = CheckpointWriter(work, SHARDS, resumes=True)
         for index in range(SHARDS):
             writer.write_shard(index, {f"w{index}": TensorSource.of(torch.full((3, 2), value))})
         writer.copy_companions(model)

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparsellm.storage import shard
+from sparsellm.storage import writer
 from sparsellm.storage.reader import CheckpointReader, raw_bytes
-from sparsellm.storage.shard import TensorSource, write_shard
+from sparsellm.storage.writer import TensorSource, write_shard
 
 
 def tensors() -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def tensors() -> dict[str, Tensor]:
 def test_a_shard_is_what_the_library_reads_and_its_digest_is_the_file_s(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "PIECE", piece)
+    monkeypatch.setattr(writer, "PIECE", piece)
     path = tmp_path / "model.safetensors"
     with path.open("wb", buffering=0) as file:
         digest = write_shard(file, {name: TensorSource.of(value) for name, value in tensors().items()})

@@ -10,59 +10,60 @@ import pytest
 from sparsellm.errors import StorageError
 from sparsellm.records import SweepPass
 from sparsellm.run.journal import BlockRecord
-from sparsellm.storage.directory import WorkingDirectory
-from sparsellm.storage.state import RUN, STATE, UnfinishedRun, left_in, partial_of, read_sealed, write_sealed
+from sparsellm.storage.directory import RUN, STATE, WorkingDirectory, left_in, partial_of
+from sparsellm.storage.files import read_sealed, write_sealed
 from sparsellm.sweep.saved import SweepRecord
 from tests.storage.small import tree
 
-IDENTITY = {"recipe": {"seed": 0, "sparsity": 0.7}, "model": "abc"}
+IDENTITY = {"kind": "prune", "recipe": {"seed": 0, "sparsity": 0.7}, "model": "abc"}
+BARE = {STATE, f"{STATE}/{RUN}"}
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """The directory of a run that stopped when it had written a block."""
     with WorkingDirectory(tmp_path / "p", IDENTITY) as work:
-        (work.folder("blocks") / "model-1.safetensors").write_text("weights")
+        (work.path / "blocks").mkdir()
+        (work.path / "blocks" / "model-1.safetensors").write_text("weights")
     return tmp_path / "p"
 
 
 def test_the_same_run_goes_on_and_another_is_refused_by_name(out: Path) -> None:
     before = tree(partial_of(out))
     WorkingDirectory(out, IDENTITY).close()
-    with pytest.raises(StorageError) as refused:
-        WorkingDirectory(out, {"recipe": {"seed": 1, "sparsity": 0.7, "new": True}, "model": "abc"})
-    for said in ("recipe.seed is 0 there and 1 here", "recipe.new is None there and True here", "--restart"):
-        assert said in str(refused.value)
-    assert "sparsity" not in str(refused.value)
+    for other, reasons in (
+        ({**IDENTITY, "recipe": {"seed": 1, "sparsity": 0.7, "new": True}}, ["recipe.seed is 0 there and 1 here"]),
+        ({**IDENTITY, "recipe": {**IDENTITY["recipe"], "new": True}}, ["recipe.new is None there and True here"]),  # type: ignore[dict-item]
+        ({"kind": "pack"}, ["kind is 'prune' there and 'pack' here"]),
+    ):
+        with pytest.raises(StorageError) as refused:
+            WorkingDirectory(out, other)
+        assert all(reason in str(refused.value) for reason in [*reasons, "--restart"])
+        assert "sparsity is" not in str(refused.value)
     WorkingDirectory(out, IDENTITY).close()  # the refusal let go of the lock
     assert tree(partial_of(out)) == before
 
 
 def test_restart_removes_everything(out: Path) -> None:
     WorkingDirectory(out, {"model": "xyz"}, restart=True).close()
-    assert tree(partial_of(out)).keys() == {STATE, f"{STATE}/{RUN}"}
-    assert left_in(partial_of(out)) == UnfinishedRun("prune", {"model": "xyz"})
+    assert tree(partial_of(out)).keys() == BARE
+    assert left_in(partial_of(out)) == {"model": "xyz"}
 
 
 @pytest.mark.parametrize("place", ["", "blocks/", "swept/"])
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_foreign_file_in_a_working_directory_is_named(place: str, restart: bool, out: Path) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_foreign_file_is_named(place: str, restart: bool, begun: bool, out: Path) -> None:
+    if not begun:  # then the directory is somebody else's
+        out = out.with_name("q")
     path = partial_of(out) / place / "thesis.txt"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text("years of work")
-    before = tree(partial_of(out))
-    with pytest.raises(StorageError, match=rf"holds {place}thesis\.txt, which no run wrote"):
+    before = tree(out.parent)
+    said = f"{place}thesis.txt" if begun or not place else place.strip("/")
+    with pytest.raises(StorageError, match=f"holds {said}, which no run wrote"):
         WorkingDirectory(out, IDENTITY, restart=restart)
-    assert tree(partial_of(out)) == before
-
-
-@pytest.mark.parametrize("restart", [False, True])
-def test_a_foreign_directory_is_left_alone(restart: bool, tmp_path: Path) -> None:
-    (tmp_path / "p.partial").mkdir()
-    (tmp_path / "p.partial" / "thesis.txt").write_text("years of work")
-    with pytest.raises(StorageError, match="not a run that can be resumed"):
-        WorkingDirectory(tmp_path / "p", IDENTITY, restart=restart)
-    assert (tmp_path / "p.partial" / "thesis.txt").read_text() == "years of work"
+    assert tree(out.parent) == before
 
 
 @pytest.mark.parametrize("left", [[], [STATE], [STATE, f"{STATE}/.0a1b.tmp"]])
@@ -72,7 +73,7 @@ def test_a_process_killed_at_its_begin_is_in_nobodys_way(left: list[str], tmp_pa
         path = tmp_path / "p.partial" / name
         path.write_text("{") if path.suffix == ".tmp" else path.mkdir()
     WorkingDirectory(tmp_path / "p", IDENTITY)
-    assert tree(tmp_path / "p.partial").keys() == {STATE, f"{STATE}/{RUN}"}
+    assert tree(tmp_path / "p.partial").keys() == BARE
 
 
 def test_unfinished_files_of_a_killed_process_are_removed(out: Path) -> None:
@@ -84,31 +85,17 @@ def test_unfinished_files_of_a_killed_process_are_removed(out: Path) -> None:
 
 
 def test_two_processes_at_once_are_refused(out: Path) -> None:
-    work = WorkingDirectory(out, IDENTITY)
-    with pytest.raises(StorageError, match="another process is writing"):
+    with WorkingDirectory(out, IDENTITY), pytest.raises(StorageError, match="another process is writing"):
         WorkingDirectory(out, IDENTITY, restart=True)
-    work.close()
     WorkingDirectory(out, IDENTITY).close()
-
-
-def test_another_kind_of_run_is_refused_and_packing_starts_again(out: Path) -> None:
-    before = tree(partial_of(out))
-    with pytest.raises(StorageError, match="holds an unfinished prune, which this pack would remove"):
-        WorkingDirectory(out, {}, kind="pack")
-    assert tree(partial_of(out)) == before
-    for restart in (True, False):
-        with WorkingDirectory(out, {}, kind="pack", restart=restart) as work:
-            assert tree(partial_of(out)).keys() == {STATE, f"{STATE}/{RUN}"}
-            (work.folder("blocks") / "model-1.safetensors").write_text("packed")
 
 
 @pytest.mark.parametrize("damage", ["a number", "a key", "cut", "a list", "deep", "not text", "unsealed"])
 def test_a_damaged_record_counts_as_absent(damage: str, out: Path, tmp_path: Path) -> None:
     record = SweepRecord([SweepPass(passes=0, held_out=1.25)], 1, {"é": "12"}, 0.1, 1 << 40)
-    for path, kind in ((tmp_path / "r.json", SweepRecord), (partial_of(out) / STATE / RUN, UnfinishedRun)):
-        if kind is SweepRecord:
-            write_sealed(path, record)
-            assert read_sealed(path, kind) == record
+    write_sealed(tmp_path / "r.json", record)
+    assert read_sealed(tmp_path / "r.json", SweepRecord) == record
+    for path, kind in ((tmp_path / "r.json", SweepRecord), (partial_of(out) / STATE / RUN, dict)):
         content = path.read_bytes()
         path.write_bytes(
             {
@@ -122,9 +109,8 @@ def test_a_damaged_record_counts_as_absent(damage: str, out: Path, tmp_path: Pat
             }[damage]
         )
         assert read_sealed(path, kind) is None
-    for kind in ("prune", "pack"):
-        with pytest.raises(StorageError, match=r"run\.json, the record of an unfinished run, is damaged"):
-            WorkingDirectory(out, IDENTITY, kind=kind)
+    with pytest.raises(StorageError, match=r"run\.json is damaged"):
+        WorkingDirectory(out, IDENTITY)
     WorkingDirectory(out, IDENTITY, restart=True).close()
 
 

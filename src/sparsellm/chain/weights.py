@@ -18,7 +18,7 @@ from sparsellm.chain.products import bf16_is_native
 from sparsellm.chain.structure import find_blocks
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
-from sparsellm.storage.shard import TensorSource
+from sparsellm.storage.writer import TensorSource
 
 
 class ModelWeights:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,34 +20,39 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.allocation import Allocation
 from sparsellm.progress import NOTE, Progress, ProgressCallback
-from sparsellm.records import LinearResult
+from sparsellm.records import LinearResult, Settings
 from sparsellm.run.result import versions
-from sparsellm.storage.directory import WorkingDirectory, check_room, written_bytes
-from sparsellm.storage.files import empty, explained, has_digest, replace_atomically
+from sparsellm.storage.directory import (
+    BLOCKS,
+    PRUNE,
+    STATE,
+    SWEPT,
+    WorkingDirectory,
+    check_room,
+    partial_of,
+    written_bytes,
+)
+from sparsellm.storage.files import has_digest, read_sealed, replace_atomically, write_sealed
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.shard import TensorSource, write_shard
-from sparsellm.storage.state import BLOCKS, STATE, SWEPT, partial_of, read_sealed, write_sealed
-from sparsellm.storage.writer import CheckpointWriter, shard_names
+from sparsellm.storage.writer import CheckpointWriter, TensorSource, shard_names, write_shard
 from sparsellm.sweep.saved import SWEEP, SavedSweep
 
 ALLOCATION, OUTPUT_COSTS = "allocation", "output-costs"  # names of records
-_FORMAT = 3  # version of the working directory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Identity:
     """Everything that the bits of a result depend on."""
 
-    recipe: dict[str, Any]  # every setting, including the defaults of options, which may differ in another release
+    kind: str = PRUNE
+    format: int = 4  # version of the working directory
+    recipe: Settings  # every setting, including the defaults of options, which may differ in another release
     model: str  # digest of the dense model
     calibration_tokens: str  # digest of the token ids
     computing: str  # dtype and kind of device
-    plugins: dict[str, Any]  # digests of the plugins that the run uses
+    plugins: dict[str, str]  # digests of the plugins that the run uses
     start: str = ""  # digest of the weights that are pruned, if they are not the dense model's
     stage: int = 0  # 1 for the first stage of a run of two
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"format": _FORMAT, **{name.replace("_", " "): value for name, value in asdict(self).items()}}
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,9 @@ class Journal:
         """
 
         def begin(out: Path) -> None:
-            opened = partial(WorkingDirectory, out, identity.to_dict(), need_bytes=need_bytes)
+            opened = partial(WorkingDirectory, out, asdict(identity), need_bytes=need_bytes)
             work = self._held.enter_context(opened(overwrite=self._overwrite, restart=self._restart))
-            self._walked = self.writer = CheckpointWriter(work, self.blocks + 1)
+            self._walked = self.writer = CheckpointWriter(work, self.blocks + 1, resumes=True)
 
         if self.out is not None:
             parallel.from_main(partial(begin, self.out))
@@ -119,8 +124,6 @@ class Journal:
         def begin() -> None:
             assert self._walked is not None
             self.writer = CheckpointWriter(self._walked.work, self.blocks + 1, SWEPT)
-            with explained(self.writer.folder):
-                empty(self.writer.folder)  # a sweep that was cut short writes all its blocks again
             check_room(self.writer.work.out, need_bytes)
 
         if self.out is not None:

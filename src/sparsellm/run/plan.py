@@ -90,7 +90,7 @@ class Request:
         """
         if self.out is None:
             return None
-        check = partial(check_destination, self.out, overwrite=self.overwrite, restart=self.restart)
+        check = partial(check_destination, self.out, overwrite=self.overwrite)
         return Path(parallel.from_main(partial(check, sources=sources, need_bytes=need_bytes)))
 
 
@@ -261,11 +261,11 @@ def _identity(
     used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
     products = ", products in bf16" if model.chain.products is not None else ""
     return Identity(
-        settings,
-        dense,
-        tokens_fingerprint(windows.everything),
-        f"{model.chain.dtype} on {model.chain.device.type}{products}",
-        used,
-        started,
-        int(request.both is not None and request.before is None),
+        recipe=settings,
+        model=dense,
+        calibration_tokens=tokens_fingerprint(windows.everything),
+        computing=f"{model.chain.dtype} on {model.chain.device.type}{products}",
+        plugins=used,
+        start=started,
+        stage=int(request.both is not None and request.before is None),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from transformers import PreTrainedModel
@@ -26,9 +26,9 @@ from sparsellm.run.plan import Plan, Request, make_plan
 from sparsellm.run.result import PruneResult, bits_per_weight
 from sparsellm.run.targets import Targets, survey
 from sparsellm.run.walk import integers_of, replay, walk
+from sparsellm.storage.directory import partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
-from sparsellm.storage.state import partial_of
 from sparsellm.storage.writer import CheckpointWriter, count_zeros
 from sparsellm.sweep.whole_model import SweepTask, sweep
 
@@ -237,7 +237,7 @@ def _result(
         dense=dense,
         base=_base(plan),
         stages=[before] if before is not None else [],
-        identity=plan.identity.to_dict(),
+        identity=asdict(plan.identity),
     )
 
 

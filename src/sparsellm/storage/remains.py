@@ -16,7 +16,7 @@ def kept_by_prune(out: Path, began: float) -> tuple[str, bool]:
         out: the directory of the result.
         began: the start of the run, by ``time.time()``; a checkpoint in ``out`` from after that is its result.
     """
-    from sparsellm.storage.state import STATE, partial_of, stage_of
+    from sparsellm.storage.directory import STATE, partial_of, stage_of
 
     with contextlib.suppress(OSError):
         if (out / "pruning.json").stat().st_mtime >= began:

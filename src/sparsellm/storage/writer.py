@@ -1,32 +1,52 @@
-"""Writes a checkpoint shard by shard, so that a block is on disk before the next one is read."""
+"""Writes a checkpoint shard by shard, each a piece at a time, without a second copy of a block in memory."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from sparsellm.inputs import read_object
-from sparsellm.storage.contents import LISTED, is_known, unusual_files
-from sparsellm.storage.directory import WorkingDirectory
-from sparsellm.storage.files import explained, replace_atomically, write_bytes
-from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.shard import TensorSource, write_shard
-from sparsellm.storage.state import BLOCKS
+from sparsellm.storage.contents import is_companion
+from sparsellm.storage.directory import BLOCKS, WorkingDirectory
+from sparsellm.storage.files import empty, explained, replace_atomically, write_all, write_bytes
+from sparsellm.storage.reader import DTYPES, CheckpointReader
+
+PIECE = 1 << 22  # elements converted and written at a time: a small part of a block, large enough for a fast disk
 
 # Keys of compression schemes: vLLM and transformers refuse a config with a scheme that they do not support.
 FOREIGN_CONFIG_KEYS = ("sparsity_config", "quantization_config", "compression_config")
 
-# Files next to the weights that belong to the model. Python files are not copied: loading must run no code.
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_COMPANIONS = ("*.index.json", "pruning.json", "packed.json", "results.json", "adapter_*", LISTED)
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A tensor that is read only when it is written. ``read`` may return another dtype, which is then converted."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorSource:
+        """The source of a tensor in memory, to be written in ``dtype``, or in its own if that is None."""
+        return cls(dtype or tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class CheckpointWriter:
@@ -36,12 +56,16 @@ class CheckpointWriter:
         work: the working directory.
         shards: the number of shards.
         folder: ``BLOCKS``, or ``SWEPT`` for the checkpoint that replaces that one after a sweep.
+        resumes: keep the shards that an earlier process has written.
     """
 
-    def __init__(self, work: WorkingDirectory, shards: int, folder: str = BLOCKS) -> None:
-        self.work = work
-        self.folder = work.folder(folder)
+    def __init__(self, work: WorkingDirectory, shards: int, folder: str = BLOCKS, *, resumes: bool = False) -> None:
+        self.work, self.folder = work, work.path / folder
         self.shards = [self.folder / name for name in shard_names(shards)]
+        with explained(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            if not resumes:
+                empty(self.folder)
 
     def write_shard(self, index: int, tensors: Mapping[str, TensorSource]) -> str:
         """Writes a shard, waits until it is on the disk, and returns the file's SHA-256.
@@ -51,7 +75,7 @@ class CheckpointWriter:
         """
         return replace_atomically(self.shards[index], partial(write_shard, tensors=tensors))
 
-    def write_json(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: object) -> None:
         self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_text(self, name: str, content: str) -> None:
@@ -59,26 +83,22 @@ class CheckpointWriter:
         write_bytes(self.folder / name, content.encode("utf-8", "backslashreplace"))
 
     def copy_companions(self, source: Path) -> list[str]:
-        """Copies config, tokenizer, generation config and chat template of ``source``, a checkpoint directory.
+        """Copies config, tokenizer, licence and the like of ``source``, a checkpoint directory.
 
         A link that leads out of the model's directory is not copied. In a snapshot of the hub, links lead to the blobs
-        of the same repository, which belong to the model.
+        of the same repository, which belong to the model. Python files are not copied: loading must run no code.
 
         Returns:
-            The names of the files that were not copied.
+            The names of the links that were not copied.
 
         Raises:
             StorageError: one cannot be read or written, or the config is not a JSON object.
         """
-        files = sorted({file for pattern in _COMPANIONS for file in source.glob(pattern)} - {source / "config.json"})
-        files = [file for file in files if file.is_file() and not any(file.match(other) for other in _NOT_COMPANIONS)]
-        taken = [file for file in files if belongs_to(source, file)]
-        # Listed first, so that a process that resumes after a kill does not take them for foreign files.
-        self._list([file.name for file in taken if not is_known(file.name)])
-        for file in taken:
+        files = sorted(file for file in source.iterdir() if is_companion(file.name) and file.is_file())
+        for file in filter(partial(belongs_to, source), files):
             replace_atomically(self.folder / file.name, partial(_copy, file))
         self._write_config(source / "config.json")
-        return [file.name for file in files if file not in taken]
+        return [file.name for file in files if not belongs_to(source, file)]
 
     def clean_config(self) -> None:
         """Removes :data:`FOREIGN_CONFIG_KEYS` from the written config."""
@@ -94,23 +114,12 @@ class CheckpointWriter:
         weight_map = {key: reader.file_of(key).name for key in sorted(reader)}
         index = {"metadata": {"total_size": reader.bytes}, "weight_map": weight_map}
         self.write_json("model.safetensors.index.json", index)
-        with explained(self.folder):
-            self._list(unusual_files(self.folder))
         self.work.publish(self.folder)
         return self.work.out
-
-    def _list(self, names: list[str]) -> None:
-        if names:
-            self.write_json(LISTED, {"files": names})
 
     def _write_config(self, path: Path) -> None:
         config = read_object(path)
         self.write_json("config.json", {key: value for key, value in config.items() if key not in FOREIGN_CONFIG_KEYS})
-
-
-def _copy(file: Path, target: BinaryIO) -> None:
-    with file.open("rb") as opened:
-        shutil.copyfileobj(opened, target, 1 << 20)
 
 
 def shard_names(shards: int) -> list[str]:
@@ -123,6 +132,46 @@ def belongs_to(model: Path, file: Path) -> bool:
     home, target = Path(os.path.realpath(model)), Path(os.path.realpath(file))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     return target.is_relative_to(home) or target.is_relative_to(blobs)
+
+
+def write_shard(file: BinaryIO, tensors: Mapping[str, TensorSource]) -> str:
+    """Writes a safetensors file, in the order of the format's own library: wide dtypes first, then by name.
+
+    Zeros are written as +0.0: packed formats would store −0.0 as a kept value, and bitwise comparison would differ.
+
+    Returns the SHA-256 of the file, in hexadecimal.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        source = tensors[name]
+        end = position + source.bytes
+        header[name] = {"dtype": _NAMES[source.dtype], "shape": source.shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight bytes
+    digest = hashlib.sha256()
+    head: list[memoryview | bytes] = [len(text).to_bytes(8, "little"), text]
+    pieces = (piece for name in order for piece in _pieces(tensors[name].read(), tensors[name].dtype))
+    for data in itertools.chain(head, pieces):
+        digest.update(data)
+        write_all(file, data)
+    return digest.hexdigest()
+
+
+def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), PIECE):
+        piece = flat[start : start + PIECE].to("cpu", dtype)
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            piece = piece + 0.0  # -0.0 + 0.0 is +0.0
+        yield memoryview(piece.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _copy(file: Path, target: BinaryIO) -> None:
+    with file.open("rb") as opened:
+        shutil.copyfileobj(opened, target, 1 << 20)
 
 
 def count_zeros(weight: Tensor) -> int:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from sparsellm import machine, parallel
 from sparsellm.records import SweepPass
-from sparsellm.storage.files import empty, explained, has_digest, replace_atomically
+from sparsellm.storage.files import empty, explained, has_digest, read_sealed, replace_atomically, write_sealed
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.shard import TensorSource, write_shard
-from sparsellm.storage.state import read_sealed, write_sealed
+from sparsellm.storage.writer import TensorSource, write_shard
 
 SWEEP = "sweep"  # name of the record, and of the folder of its files
 _BITS = "bits"  # the one tensor of a file
