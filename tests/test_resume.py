@@ -284,11 +284,11 @@ def test_time_and_memory_of_both_processes_count(source: Path, unfinished: Path)
 
 DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {
     "sparsity": ({"sparsity": 0.5}, ["recipe.sparsity is 0.6 there and 0.5 here"]),
-    "seed": ({"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration tokens is"]),
+    "seed": ({"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration_tokens is"]),
     "method": ({"method": "wanda"}, ["recipe.method is 'sparsegpt' there and 'wanda' here"]),
     "options": ({"options": {"damping": 0.5}}, ["recipe.options.damping"]),
     "dtype": ({"dtype": "auto"}, ["recipe.dtype is 'float32' there and 'auto' here"]),
-    "text": ({"calibration": "t.txt"}, ["calibration tokens is"]),
+    "text": ({"calibration": "t.txt"}, ["calibration_tokens is"]),
     "weights": ({}, ["model is"]),
     "config": ({}, ["model is"]),
     "defaults": ({}, ["recipe.options.damping"]),  # of an option, as another release may have it
