@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparsellm.chain.linears import iterate_linears, weight_of
-from sparsellm.chain.structure import find_blocks
+from sparsellm.chain.structure import find_blocks, iterate_linears, weight_of
 from sparsepack.bench import resident_bytes
 
 # By model_type of transformers: the architecture's name in llama.cpp, which its mixtures of types depend on.

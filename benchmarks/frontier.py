@@ -55,8 +55,8 @@ from wikipedia import write_wikipedia
 import sparsellm
 from sparsellm.api import Dense
 from sparsellm.calibration.windows import calibration_windows
-from sparsellm.chain.linears import weight_of
 from sparsellm.chain.open import load_tokenizer
+from sparsellm.chain.structure import weight_of
 from sparsellm.errors import RecipeError
 from sparsellm.sources.gguf import without_bars
 from sparsellm.sources.resolve import checkpoint_directory

@@ -220,7 +220,7 @@ def test_weights_that_are_no_floating_point_are_named_before_the_work(
 def test_so_are_those_of_a_model_in_memory() -> None:
     model = tiny_llama()
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ModelError, match=r"model\.norm\.weight of the model is float8_e4m3fn"):
+    with pytest.raises(ModelError, match=r"model\.norm\.weight in the model is stored as float8_e4m3fn"):
         sparsellm.prune(model, Recipe(method="magnitude"), calibration=IDS)
 
 

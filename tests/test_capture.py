@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain.capture import RunOrder, skipping, watch
-from sparsellm.chain.linears import LinearView
+from sparsellm.chain.structure import LinearView
 from sparsellm.errors import ModelError
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 

@@ -230,14 +230,14 @@ def test_a_part_is_found_before_the_conversion_of_transformers(
     (stack,) = whole.values()
     stack = stack[0] if isinstance(stack, list) else stack
     for part in parts:
-        found = _part_before(part, Conversion(sources, operations), tuple(stack.shape), lambda name: shape)
+        found = _part_before(part, Conversion(sources, operations), tuple(stack.shape), dict.fromkeys(tensors, shape))
         assert found is not None
         assert torch.equal(found.of(tensors[found.source]), part.of(stack))
 
 
 def test_tensors_that_are_missing_make_no_part() -> None:
     conversion = Conversion([["0", "1", "2"]], [loading.MergeModulelist(0)])
-    assert _part_before(DOWN, conversion, (EXPERTS, WIDTH, INNER), lambda name: (WIDTH, INNER)) is None
+    assert _part_before(DOWN, conversion, (EXPERTS, WIDTH, INNER), {}) is None
 
 
 def test_zeros_of_experts_stay_in_fine_tuning() -> None:

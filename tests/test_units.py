@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from sparsellm.chain import open_chain
-from sparsellm.chain.activations import KNOWN, Activation
 from sparsellm.chain.streams import Stream
-from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
+from sparsellm.chain.units import KNOWN, Activation, FeedForwardUnit, find_feed_forward
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsellm.chain.activations import Activation, relu, silu
+from sparsellm.chain.units import Activation, relu, silu
 from sparsellm.decomposition import Chunk, FeedForward, LazyChunks, Linear, Result, Settings, loop
 from sparsellm.patterns import Pattern
 from sparsellm.solvers import Solution, Solver

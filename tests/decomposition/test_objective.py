@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparsellm.chain.activations import gelu, relu, silu
+from sparsellm.chain.units import gelu, relu, silu
 from sparsellm.decomposition.objective import (
     Chunk,
     Coefficients,

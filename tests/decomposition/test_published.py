@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsellm.chain.activations import relu, silu
+from sparsellm.chain.units import relu, silu
 from sparsellm.decomposition import FeedForward, Result, Settings, true_error
 from sparsellm.errors import NumericalError
 from sparsellm.patterns import NM, Pattern

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsellm.chain.activations import relu, silu
+from sparsellm.chain.units import relu, silu
 from sparsellm.decomposition import updates
 from sparsellm.decomposition.objective import Chunk, Coefficients, Linear, Variables, objective
 from sparsellm.errors import NumericalError

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.chain.linears import LinearView, iterate_linears
+from sparsellm.chain.structure import LinearView, iterate_linears
 from sparsellm.errors import ModelError
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]

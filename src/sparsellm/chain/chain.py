@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.experts import Mixture, gates_of, mixtures_of
-from sparsellm.chain.fit import check_sizes
-from sparsellm.chain.linears import LinearView, iterate_linears
-from sparsellm.chain.open import load_config
+from sparsellm.chain.open import check_sizes, load_config
 from sparsellm.chain.products import Bf16Products, bf16_products
+from sparsellm.chain.structure import LinearView, iterate_linears
 from sparsellm.chain.weights import ModelWeights
 from sparsellm.errors import ModelError, SparseLLMError, one_line
 from sparsellm.storage.reader import CheckpointReader, open_checkpoint

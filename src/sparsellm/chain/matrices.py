@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from sparsellm.chain.chain import Chain
-from sparsellm.chain.linears import LinearView, iterate_linears, weight_of
+from sparsellm.chain.structure import LinearView, iterate_linears, weight_of
 from sparsellm.errors import ModelError
 
 DENSE_LIMIT = 0.02  # fraction of a block; routers, convolutions and the like stay below it in published models

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from sparsellm.chain.experts import Index, Part
+from sparsellm.chain.open import DIFFER
 from sparsellm.errors import ModelError
 from sparsellm.storage.reader import CheckpointReader
 
-_SENSES = re.compile("vision|audio")  # in the name of a config inside one that is the text's own
+# Buffers of older releases of transformers, which newer ones make themselves.
+_OLD_BUFFERS = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$|att(n|ention)\.(masked_)?bias$")
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def published_names(model: PreTrainedModel, values: dict[str, Tensor]) -> tuple[
 
 
 def expert_parts(
-    parts: Mapping[str, Part], names: Names, values: Mapping[str, Tensor], shape: Callable[[str], tuple[int, ...]]
+    parts: Mapping[str, Part], names: Names, values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Part]:
     """For each weight of a separated expert, which is a part of a parameter of the model, the part of a tensor of the
     checkpoint. A weight whose conversion is not known, or for which tensors are missing, is left out.
@@ -109,21 +111,21 @@ def expert_parts(
         parts: for each such weight, its part of a parameter.
         names: names of these parameters in the checkpoint.
         values: these parameters.
-        shape: the shape of a tensor of the checkpoint.
+        shapes: those of the tensors of the checkpoint.
     """
     before: dict[str, Part] = {}
     for name, part in parts.items():
         if part.source in names.key_of:
             before[name] = Part(names.key_of[part.source], part.index, part.transposed)
         elif part.source in names.conversions:
-            source = _part_before(part, names.conversions[part.source], tuple(values[part.source].shape), shape)
+            source = _part_before(part, names.conversions[part.source], tuple(values[part.source].shape), shapes)
             if source is not None:
                 before[name] = source
     return before
 
 
 def _part_before(
-    part: Part, conversion: Conversion, stack: tuple[int, ...], shape: Callable[[str], tuple[int, ...]]
+    part: Part, conversion: Conversion, stack: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> Part | None:
     """The part of a tensor of the checkpoint that becomes this part of stacked experts; None if that is not known.
 
@@ -153,7 +155,7 @@ def _part_before(
         if rows in (slice(0, half), slice(half, stack[1])):
             return Part(keys[0], (*before, slice(rows.start // half, None, 2)), part.transposed)
     if [name for name, _ in steps] == ["Transpose"] and {last.dim0, last.dim1} == {1, 2}:
-        if last.check_dims and shape(keys[0]) == stack:
+        if last.check_dims and shapes[keys[0]] == stack:
             return Part(keys[0], part.index, part.transposed)
         exchanged = inner[1:] if len(inner) == 2 else [slice(None), *inner] if inner else []
         return Part(keys[0], (*before, *exchanged), not part.transposed)
@@ -178,19 +180,35 @@ def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel,
     )
 
 
-def tower_names(model: PreTrainedModel) -> list[str]:
-    """The modules of a multimodal model that read no text: vision and audio towers, by name, outermost only.
+def unused_tensors(
+    model: PreTrainedModel, reader: CheckpointReader, blocks: tuple[str, int], names: Names
+) -> list[str]:
+    """The tensors of a checkpoint that the model does not use, without those that its class tells to ignore.
 
-    They are the models inside it that have a config of their own other than that of the text.
+    Args:
+        model: built from the config.
+        reader: reads the checkpoint.
+        blocks: the name of the list of blocks in the model, and its length.
+        names: the weight of the model that each tensor of the checkpoint becomes.
+
+    Raises:
+        ModelError: some belong to layers that the model does not have.
     """
-    config = model.config
-    text = config.get_text_config()
-    inner = [getattr(config, key, None) for key in getattr(config, "sub_configs", {}) if _SENSES.search(key)]
-    kinds = (PretrainedConfig,) if text is not config else tuple({type(each) for each in inner if each is not None})
-    towers: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or isinstance(module.config, (type(text), type(config))):
-            continue
-        if isinstance(module.config, kinds) and not any(name.startswith(f"{tower}.") for tower in towers):
-            towers.append(name)
-    return towers
+    list_name, depth = blocks
+    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
+    taken = names.taken()
+    unused = [
+        name
+        for name in reader
+        if name not in taken
+        and not _OLD_BUFFERS.search(name)
+        # The class may ignore a tower: its matrices are named in a warning, other tensors are not.
+        and (len(reader.shape(name)) > 1 or not any(p.search(name) or p.search(names.name_of[name]) for p in ignored))
+    ]
+    prefix = f"{model.base_model_prefix}."
+    in_list = re.compile(rf"(?:{re.escape(prefix)})?{re.escape(list_name.removeprefix(prefix))}\.(\d{{1,9}})\.")
+    layers = max((int(match[1]) for key in unused if (match := in_list.match(names.name_of[key]))), default=-1) + 1
+    ahead = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
+    if layers > depth + (ahead if type(ahead) is int else 0):  # layers that predict further tokens come last
+        raise ModelError(f"{reader.directory / 'config.json'} says {depth} layers, the weights have {layers}; {DIFFER}")
+    return unused

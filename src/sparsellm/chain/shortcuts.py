@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.chain.capture import hooked, replacing, same_tensor, zeros_of
-from sparsellm.chain.linears import LinearView
+from sparsellm.chain.structure import LinearView
 
 
 @dataclass(eq=False)

@@ -1,15 +1,124 @@
-"""Locates the blocks of a decoder by structure, without a list of families or names of attributes."""
+"""The blocks, towers and linears of a model, found by structure: no family and no attribute is named."""
 
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sparsellm.chain.linears import iterate_linears, weight_of
-from sparsellm.chain.names import tower_names
 from sparsellm.errors import ModelError
+
+_SENSES = re.compile("vision|audio")  # in the name of a config inside one that is the text's own
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """One linear as ``Y = X Wᵀ + b`` with ``W (out, in)``, however its module stores it.
+
+    Assigned values are rounded to the storage dtype at once, so that the model in memory equals the model on disk.
+    """
+
+    name: str  # the module's in the model
+    module: nn.Module  # an nn.Linear, or the Conv1D of GPT-2, which stores Wᵀ
+    storage_dtype: torch.dtype  # in which the weight will be written
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def transposed(self) -> bool:
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def out_features(self) -> int:
+        return int(self.parameter.shape[1 if self.transposed else 0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.parameter.shape[0 if self.transposed else 1])
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return weight_of(self.module)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.module.bias
+        return bias.detach().float() if isinstance(bias, Tensor) else None
+
+    def weight(self) -> Tensor:
+        """A copy of the weight, ``(out, in)``, fp32."""
+        weight = self.parameter.detach().to(torch.float32, copy=True)
+        return weight.t().contiguous() if self.transposed else weight
+
+    @torch.no_grad()
+    def assign(self, weight: Tensor) -> None:
+        """Overwrites the weight with ``weight (out, in)``, without negative zeros."""
+        stored = (weight.t() if self.transposed else weight).to(self.storage_dtype) + 0.0
+        self.parameter.copy_(stored.to(self.parameter.dtype))
+
+    @torch.no_grad()
+    def assign_bias(self, bias: Tensor) -> None:
+        """Overwrites the bias with ``bias (out,)``."""
+        target = self.module.bias
+        assert isinstance(target, Tensor)
+        target.copy_(bias.to(self.storage_dtype).to(target.dtype))
+
+    @torch.no_grad()
+    def permute(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+        """Reorders inputs or outputs, the bias included: place i gets what was at ``inputs[i]`` or ``outputs[i]``."""
+        for index, axis in ((outputs, 0), (inputs, 1)):
+            if index is not None:
+                self.parameter.copy_(self.parameter.index_select(1 - axis if self.transposed else axis, index))
+        if outputs is not None and isinstance(self.module.bias, Tensor):
+            self.module.bias.copy_(self.module.bias[outputs])
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The weight of a linear, as its module stores it."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order.
+
+    Routers that subclass a linear and return more than its outputs (Llama 4's returns scores and logits) are left out:
+    the model does not use them as linears.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, (nn.Linear, Conv1D)) and _returns_outputs(child):
+            yield (f"{prefix}.{name}" if name else prefix), child
+
+
+_RETURNS_OUTPUTS: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
+
+
+def _returns_outputs(module: nn.Linear | Conv1D) -> bool:
+    """Whether a linear returns one tensor. A class with its own forward is tried once, on the meta device."""
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if kind not in _RETURNS_OUTPUTS:
+        weight = weight_of(module)
+        on_meta = {name: parameter.to("meta") for name, parameter in module.named_parameters()}
+        x = torch.empty(2, weight.shape[0 if isinstance(module, Conv1D) else 1], device="meta", dtype=weight.dtype)
+        try:
+            with torch.no_grad():
+                returned = torch.func.functional_call(module, on_meta, (x,))
+        except Exception:  # needs another shape, or fails on meta tensors: neither shows that it is not a linear
+            returned = x
+        _RETURNS_OUTPUTS[kind] = isinstance(returned, Tensor)
+    return _RETURNS_OUTPUTS[kind]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -38,3 +147,21 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def cache_keyword(model: nn.Module) -> str:
     """The name of the key-value cache in a model's forward and its output, which later releases rename."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def tower_names(model: PreTrainedModel) -> list[str]:
+    """The modules of a multimodal model that read no text: vision and audio towers, by name, outermost only.
+
+    They are the models inside it that have a config of their own other than that of the text.
+    """
+    config = model.config
+    text = config.get_text_config()
+    inner = [getattr(config, key, None) for key in getattr(config, "sub_configs", {}) if _SENSES.search(key)]
+    kinds = (PretrainedConfig,) if text is not config else tuple({type(each) for each in inner if each is not None})
+    towers: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or isinstance(module.config, (type(text), type(config))):
+            continue
+        if isinstance(module.config, kinds) and not any(name.startswith(f"{tower}.") for tower in towers):
+            towers.append(name)
+    return towers

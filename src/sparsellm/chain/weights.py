@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparsellm.chain.experts import Part, separate_experts
-from sparsellm.chain.fit import check_dtypes, unused_tensors
-from sparsellm.chain.linears import iterate_linears
-from sparsellm.chain.names import checkpoint_names, expert_parts, published_names, refuse_converted, tower_names
+from sparsellm.chain.experts import separate_experts
+from sparsellm.chain.names import (
+    checkpoint_names,
+    expert_parts,
+    published_names,
+    refuse_converted,
+    unused_tensors,
+)
 from sparsellm.chain.products import bf16_is_native
-from sparsellm.chain.structure import find_blocks
+from sparsellm.chain.structure import find_blocks, iterate_linears, tower_names
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.storage.reader import WEIGHT_DTYPES, CheckpointReader, not_finite
 from sparsellm.storage.writer import TensorSource
@@ -55,85 +59,76 @@ class ModelWeights:
         self.reader = reader
         self._same = _tied(self.model)
         self.towers = tower_names(self.model)
-        in_tower = tuple(f"{tower}." for tower in self.towers)
-        self._outer = [name for name in self.model.state_dict(keep_vars=True) if not name.startswith(self._prefix)]
-        self._run_outer = [name for name in self._outer if not name.startswith(in_tower)]
+        values = self.model.state_dict(keep_vars=True)
+        self._outer = [name for name in values if not name.startswith(self._prefix)]
+        self._run_outer = [name for name in self._outer if not self._in_tower(name)]
         self._shared: dict[str, Tensor] = {}  # weights of several blocks, as the first of these blocks left them
-        self._unused: list[str] = []
-        self.key_of: dict[str, str] = {}
-        self.parts: dict[str, Part] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}  # tensors of a checkpoint that is not written yet
-        if reader is not None:
-            self._name_by_checkpoint(reader, stacked, experts)
-            self.device = device
-            for module in self.model.modules():  # buffers that no checkpoint has, such as rotary frequencies
-                for name, buffer in module._buffers.items():
-                    if buffer is not None and not buffer.is_meta:
-                        module._buffers[name] = buffer.to(device)
-            linear, _ = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
-            self.dtype = dtype or fast_dtype(self.stored_dtype(f"{linear}.weight"), device)
+        if reader is None:
+            names, self._shapes = published_names(self.model, stacked)
         else:
-            for name, parameter in self.model.named_parameters():
-                if parameter.dtype not in WEIGHT_DTYPES:
-                    raise ModelError(
-                        f"weight {name} of the model is {str(parameter.dtype).removeprefix('torch.')}; "
-                        "load the model in bfloat16, float16, float32 or float64"
-                    )
-            names, shapes = published_names(self.model, stacked)
-            self._shapes = shapes
-            self._add_parts(names.key_of, expert_parts(experts, names, stacked, shapes.__getitem__))
+            names = checkpoint_names(self.model, reader, stacked)
+            self._shapes = {key: reader.shape(key) for key in reader}
+        parts = expert_parts(experts, names, stacked, self._shapes)
+        self.parts = {name: part for name, part in parts.items() if not part.is_whole}
+        direct = {**names.key_of, **{name: part.source for name, part in parts.items()}}
+        keys = {name: [direct[n] for n in (name, *self._same.get(name, ())) if n in direct] for name in values}
+        self.key_of = {name: known[0] for name, known in keys.items() if known}
+        self._unused: list[str] = []
+        if reader is not None:
+            separated = {experts[name].source for name in parts}
+            unknown = {n: c.keys for n, c in names.conversions.items() if n not in separated and not self._in_tower(n)}
+            refuse_converted(unknown, self.model, reader)
+            self._unused = unused_tensors(self.model, reader, (list_name, len(blocks)), names)
+            self._check_shapes(values, {name: stacked[experts[name].source] for name in self.parts}, reader)
+        self._check_dtypes(values)
+        if reader is None:
             first = next(self.blocks[0].parameters())
             self.device, self.dtype = first.device, first.dtype
+            return
+        self.device = device
+        for module in self.model.modules():  # buffers that no checkpoint has, such as rotary frequencies
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
+        linear, _ = next(iter(iterate_linears(self.blocks[0], self.block_names[0])))
+        self.dtype = dtype or _fast_dtype(self.stored_dtype(f"{linear}.weight"), device)
 
-    def _name_by_checkpoint(
-        self, reader: CheckpointReader, stacked: dict[str, Tensor], experts: Mapping[str, Part]
+    def _in_tower(self, name: str) -> bool:
+        return name.startswith(tuple(f"{tower}." for tower in self.towers))
+
+    def _check_shapes(
+        self, values: Mapping[str, Tensor], stacks: Mapping[str, Tensor], reader: CheckpointReader
     ) -> None:
-        values = self.model.state_dict(keep_vars=True)
-        in_tower = tuple(f"{tower}." for tower in self.towers)  # copied, and never loaded
-        names = checkpoint_names(self.model, reader, stacked)
-        parts = expert_parts(experts, names, stacked, reader.shape)
-        known = {experts[name].source for name in parts}
-        unknown = {name: c.keys for name, c in names.conversions.items() if not name.startswith(in_tower)}
-        refuse_converted({name: keys for name, keys in unknown.items() if name not in known}, self.model, reader)
-        self._add_parts(names.key_of, parts)
-        direct, self.key_of, missing = self.key_of, {}, []
+        """Refuses weights that are missing, or of another shape; ``stacks`` has the parameters that parts are of."""
         for name in values:
-            key = next((direct[same] for same in [name, *self._same.get(name, ())] if same in direct), None)
-            if key is not None:
-                self.key_of[name] = key
-            elif not name.startswith(in_tower):
-                missing.append(name)
-        self._unused = unused_tensors(self.model, reader, (self._prefix.removesuffix("."), len(self.blocks)), names)
-        if missing:
-            raise ModelError(
-                f"weight {missing[0]} of the model of config.json is not in {reader.directory}; the checkpoint is "
-                "incomplete, or of another model: download it again"
-            )
-        for name, key in self.key_of.items():
-            if self._stored_shape(name) != tuple(values[name].shape):
-                expected = stacked[experts[name].source] if name in self.parts else values[name]
+            if name not in self.key_of and not self._in_tower(name):
                 raise ModelError(
-                    f"weight {key} has shape {reader.shape(key)} in {reader.directory}, "
-                    f"but its config asks for {tuple(expected.shape)}"
+                    f"weight {name} of the model of config.json is not in {reader.directory}; the checkpoint is "
+                    "incomplete, or of another model: download it again"
                 )
-        check_dtypes(values, self.key_of, reader)
+        for name, key in self.key_of.items():
+            shape: tuple[int, ...] | None = self._shapes[key]
+            if name in self.parts:
+                try:
+                    shape = tuple(self.parts[name].of(torch.empty(self._shapes[key], device="meta")).shape)
+                except (IndexError, RuntimeError):  # the tensor does not have this part
+                    shape = None
+            if shape != tuple(values[name].shape):
+                raise ModelError(
+                    f"weight {key} has shape {self._shapes[key]} in {reader.directory}, "
+                    f"but its config asks for {tuple(stacks.get(name, values[name]).shape)}"
+                )
 
-    def _add_parts(self, key_of: Mapping[str, str], parts: Mapping[str, Part]) -> None:
-        self.key_of = {**key_of, **{name: part.source for name, part in parts.items()}}
-        self.parts = {name: part for name, part in parts.items() if not part.is_whole}
-
-    def _stored_shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a weight in the checkpoint; None if it is a part that the tensor there does not have."""
-        shape = self._shape(self.key_of[name])
-        if name not in self.parts:
-            return shape
-        try:
-            return tuple(self.parts[name].of(torch.empty(shape, device="meta")).shape)
-        except (IndexError, RuntimeError):
-            return None
-
-    def _shape(self, key: str) -> tuple[int, ...]:
-        return self._shapes[key] if self.reader is None else self.reader.shape(key)
+    def _check_dtypes(self, values: Mapping[str, Tensor]) -> None:
+        """Refuses weights of anything but floating point of 16 bits or more."""
+        for name, key in self.key_of.items():
+            floating = isinstance(values[name], nn.Parameter) or values[name].is_floating_point()
+            if floating and (stored := self.stored_dtype(name)) not in WEIGHT_DTYPES:
+                place = "the model" if self.reader is None else self.reader.file_of(key)
+                raise ModelError(
+                    f"weight {key} in {place} is stored as {str(stored).removeprefix('torch.')}; weights are read in "
+                    "bfloat16, float16, float32 and float64: convert the model to one of these first"
+                )
 
     # ------------------------------------------------------------------ names and ties
 
@@ -364,7 +359,7 @@ class ModelWeights:
             else:
                 written[key] = TensorSource.of(self._value(name).detach(), self.stored_dtype(name))
         for key, parts in members.items():
-            shape, dtype = self._shape(key), self.stored_dtype(parts[0])
+            shape, dtype = self._shapes[key], self.stored_dtype(parts[0])
             written[key] = TensorSource(dtype, shape, partial(self._joined, parts, shape, dtype))
         return written
 
@@ -382,7 +377,7 @@ class ModelWeights:
         return value
 
 
-def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+def _fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The stored dtype if the device multiplies matrices in it, else fp32.
 
     Many CPUs emulate half precision, at a fifth of the speed and with less accuracy.

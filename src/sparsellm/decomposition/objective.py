@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsellm.chain.activations import Activation
+from sparsellm.chain.units import Activation
 from sparsellm.errors import ModelError
 from sparsellm.statistics.held_out import spread_evenly
 

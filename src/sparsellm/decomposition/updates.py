@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsellm.chain.activations import Activation
+from sparsellm.chain.units import Activation
 from sparsellm.decomposition.objective import Coefficients, FeedForward, Linear, Variables
 from sparsellm.patterns import require_finite
 from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator, least_squares

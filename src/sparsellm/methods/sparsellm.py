@@ -21,10 +21,9 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.chain import LinearView
-from sparsellm.chain.activations import relu
 from sparsellm.chain.capture import RunOrder, skipping, watch
 from sparsellm.chain.shortcuts import KnownOutput
-from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
+from sparsellm.chain.units import FeedForwardUnit, find_feed_forward, relu
 from sparsellm.decomposition import Settings
 from sparsellm.errors import RecipeError
 from sparsellm.methods.feed_forward import UNIT_STREAMS, prune_unit

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm.chain import Chain
-from sparsellm.chain.linears import LinearView
+from sparsellm.chain.structure import LinearView
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, on_grid
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from sparsellm.chain.experts import stacks_of
-from sparsellm.chain.linears import iterate_linears, weight_of
-from sparsellm.chain.structure import find_blocks
+from sparsellm.chain.structure import find_blocks, iterate_linears, weight_of
 from sparsellm.errors import ModelError
 
 
