@@ -21,7 +21,6 @@ from sparsellm.run.memory import Demand
 from sparsellm.run.plan import Plan, Request
 from sparsellm.run.stages import recipes_of
 from sparsellm.storage.directory import partial_of, stage_of
-from sparsellm.storage.remains import kept_by_prune
 from sparsellm.sweep.whole_model import SweepTask
 from tests import killing
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -127,8 +126,6 @@ def test_a_finished_stage_is_not_repeated(
 ) -> None:
     out = tmp_path / "p"
     stopped_in_the_second_stage(source, out, monkeypatch)
-    kept = f"the first stage is kept in {stage_of(out)}, and of the second 0 of 3 blocks are kept in {partial_of(out)}"
-    assert kept_by_prune(out, 1e12) == (kept, True)
     walks: list[bool] = []
     walk = story.walk
     monkeypatch.setattr(story, "walk", lambda plan, *rest: (walks.append(bool(plan.model.start)), walk(plan, *rest))[1])

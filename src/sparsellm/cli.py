@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial, wraps
+from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,6 @@ from sparsellm import options as use
 from sparsellm.errors import RecipeError
 from sparsellm.options import MEASURE, TEXT, argument, field, flag, option
 from sparsellm.recipe import RESOURCES, SOURCES, WHAT
-from sparsellm.storage.remains import kept_by_compare, kept_by_prune
 
 Printed = tuple[Any, Callable[[], None]] | None
 
@@ -144,7 +142,7 @@ def prune(
 
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work.
     """
-    interrupts.describe_with(partial(kept_by_prune, out, time.time()))
+    interrupts.keeps(f"finished blocks are kept next to {out}")
     from sparsellm import api, parallel, tables
 
     failures = _load_plugins(plugin)
@@ -285,7 +283,7 @@ def compare(model: str, out: Path, progress: Any, plugin: Sequence[str] = (), **
     With --recover or --max-bytes it recommends one. The comparison is one job that the same command resumes. Each run
     is a checkpoint in DIR.
     """
-    interrupts.describe_with(partial(kept_by_compare, out))
+    interrupts.keeps(f"finished runs and blocks are kept in {out}")
     from sparsellm import compare as grid
     from sparsellm import tables
     from sparsellm.inputs import parse_bytes, parse_yaml
@@ -339,7 +337,7 @@ def demo(progress: Any, verbose: bool, out: Path | None = None, **options: Any) 
     from sparsellm import tables
     from sparsellm.demo import places, run_demo
 
-    interrupts.describe_with(partial(kept_by_prune, places(out)[0], time.time()))
+    interrupts.keeps(f"finished blocks are kept next to {places(out)[0]}")
     result = run_demo(out=out, progress=progress, **options)
     return result.to_dict(), lambda: tables.print_demo(result, verbose=verbose)
 

@@ -31,11 +31,10 @@ from sparsellm.report.document import write_report
 from sparsellm.run.plan import Request
 from sparsellm.run.stages import prune_in_stages
 from sparsellm.storage.files import explained, replace_atomically, write_all
-from sparsellm.storage.remains import GRID
 from sparsellm.storage.results import append_result
 from sparsepack.codes import resolve_value_type
 
-PAGE = "compare.html"
+GRID, PAGE = "compare.json", "compare.html"  # the finished cells, in the directory of the grid
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
 
 

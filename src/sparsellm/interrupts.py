@@ -31,7 +31,7 @@ RESUMES = "; the same command resumes it:  "
 _received: int | None = None
 _since = 0.0  # when it was received, by time.monotonic()
 _owner = 0  # the process that installed the handlers; a fork of it is another
-_describe: Callable[[], tuple[str, bool]] | None = None
+_kept = ""  # what a stopped command leaves, as a sentence; empty if that is nothing
 
 
 class Interrupted(BaseException):
@@ -55,8 +55,8 @@ def installed() -> Iterator[None]:
 
     Does nothing outside the main thread, where Python cannot install handlers.
     """
-    global _received, _describe, _owner
-    _received, _describe, _owner = None, None, os.getpid()
+    global _received, _kept, _owner
+    _received, _kept, _owner = None, "", os.getpid()
     with _handled_by(_stop):
         yield
         check()
@@ -113,19 +113,18 @@ def _stop(signum: int, _: FrameType | None) -> None:
 # ---------------------------------------------------------------------- what to say
 
 
-def describe_with(kept: Callable[[], tuple[str, bool]]) -> None:
-    """Lets ``kept`` describe the files of this command if it is stopped: a sentence, and whether it can be resumed."""
-    global _describe
-    _describe = kept
+def keeps(what: str) -> None:
+    """Sets the sentence on the files that this command leaves if it is stopped, and from which it resumes."""
+    global _kept
+    _kept = what
 
 
 def last_words(signum: int) -> str:
     """The message about the files that are kept, and the command that resumes the run."""
     stopped = f"interrupted ({signal.Signals(signum).name}); "
-    if _describe is None:
+    if not _kept:
         return f"{stopped}this command keeps nothing: start it again with  {command_line()}"
-    sentence, goes_on = _describe()
-    return f"{stopped}{sentence}" + (f"{RESUMES}{command_line(without='--restart')}" if goes_on else "")
+    return f"{stopped}{_kept}{RESUMES}{command_line(without='--restart')}"
 
 
 def command_line(*, without: str = "") -> str:
