@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,12 +159,16 @@ def test_a_saved_pass_is_not_swept_again_unless_damaged(
 def test_without_room_for_its_state_a_sweep_begins_anew(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def room(place: Path, need: int) -> None:
+        if place.name == "p.partial":
+            raise StorageError("its disk is full")
+
     said: list[str] = []
-    monkeypatch.setattr(journal, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0)))
+    monkeypatch.setattr(journal, "check_room", room)
     recipe = Recipe(**{**SWEEPING, "passes": 1})
     result = sparsellm.prune(source, recipe, out=tmp_path / "p", progress=lambda event: said.append(event.detail))
     assert len(result.sweeps) == 2
-    assert any("an interrupted sweep will start again" in detail for detail in said)
+    assert any("an interrupted sweep will start again: its disk is full" in detail for detail in said)
 
 
 def test_restart_forgets_a_sweep_that_was_killed(source: Path, swept: Whole, tmp_path: Path) -> None:

@@ -298,3 +298,7 @@ def require_finite(values: Tensor, name: str) -> None:
         raise NumericalError(
             f"{name}: {bad} of {values.numel()} values are NaN or infinite; look for such weights or activations"
         )
+
+
+def count_zeros(weight: Tensor) -> int:
+    return int(weight.numel() - torch.count_nonzero(weight))

@@ -14,7 +14,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import SparseLLMError
 from sparsellm.storage.directory import REPLACED, partial_of
-from sparsellm.storage.reader import open_checkpoint, raw_bytes
+from sparsellm.storage.reader import memory_of, open_checkpoint
 from tests.killing import KILLED, Died, dying, full_disk, run
 
 IDS = torch.arange(16).view(2, 8)
@@ -177,6 +177,6 @@ def whole(directory: Path, beside: bool = True) -> str | None:
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     reader = open_checkpoint(directory)
     for name in sorted(reader):
-        digest.update(name.encode() + raw_bytes(reader.get(name)))
+        digest.update(name.encode() + memory_of(reader.get(name)))
     assert not list(directory.glob(".*")), "nothing of the run is in the result"
     return digest.hexdigest()

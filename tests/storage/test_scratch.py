@@ -47,7 +47,7 @@ def test_a_store_is_a_list(actions: list[Any], memory: int | None) -> None:
                 store[index] = new
                 expected[index] = new
         assert len(store) == len(expected)
-        for found in ([store[index] for index in range(len(expected))], list(store), store[:]):
+        for found in ([store[index] for index in range(len(expected))], list(store)):
             for tensor, wanted in zip(found, expected, strict=True):
                 assert tensor.dtype == wanted.dtype
                 assert torch.equal(tensor, wanted)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsellm.storage import writer
-from sparsellm.storage.reader import CheckpointReader, raw_bytes
+from sparsellm.storage.reader import CheckpointReader, memory_of
 from sparsellm.storage.writer import TensorSource, write_shard
 
 
@@ -46,7 +46,7 @@ def test_a_shard_is_what_the_library_reads_and_its_digest_is_the_file_s(
     for name, value in tensors().items():
         assert found[name].dtype == value.dtype
         assert found[name].shape == value.shape
-        assert raw_bytes(found[name]) == raw_bytes(value), name
+        assert memory_of(found[name]) == memory_of(value), name
     header = path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")]
     assert (8 + len(header)) % 8 == 0
     for name, entry in json.loads(header).items():

@@ -12,14 +12,13 @@ from sparsellm import machine
 from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.experts import ExpertLinear
-from sparsellm.patterns import NM, Pattern
+from sparsellm.patterns import NM, Pattern, count_zeros
 from sparsellm.progress import PhaseClock
 from sparsellm.records import LinearResult, Step
 from sparsellm.registry import Registry
 from sparsellm.solvers import Solution
 from sparsellm.solvers.rounding import rounded
 from sparsellm.statistics import Gram, GramAccumulator
-from sparsellm.storage.writer import count_zeros
 from sparsepack.codes import text_of_exponents
 from sparsepack.grid import INTEGERS
 

@@ -12,11 +12,10 @@ from pydantic import Field, computed_field
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
 from sparsellm.methods.task import UNREACHED
-from sparsellm.patterns import NM, listed, strictest
+from sparsellm.patterns import NM, count_zeros, listed, strictest
 from sparsellm.recipe import Recipe
 from sparsellm.records import DenseMatrix, LinearResult, Matrix, Totals
 from sparsellm.storage.reader import CheckpointReader
-from sparsellm.storage.writer import count_zeros
 
 Reason = Literal["excluded", "allowed dense", "shared with the embedding or the head", "gate", "small", "not a linear"]
 """Why a matrix stays dense. A gate is one whose outputs choose or scale other modules; small ones are not linears."""

@@ -13,7 +13,7 @@ from sparsellm import parallel
 from sparsellm.chain import Chain
 from sparsellm.errors import NumericalError
 from sparsellm.progress import Progress, ProgressCallback, ignore
-from sparsellm.storage.reader import CheckpointReader, not_finite, raw_bytes
+from sparsellm.storage.reader import CheckpointReader, memory_of, not_finite
 
 _PIECE = 1 << 22  # elements hashed at a time
 _LENGTH = 16  # hexadecimal digits: enough to avoid collisions, short enough for a message
@@ -42,7 +42,7 @@ def start_fingerprint(start: CheckpointReader, progress: ProgressCallback) -> st
 
 def tokens_fingerprint(windows: Tensor) -> str:
     """A digest of token ids ``(windows, seq)``."""
-    return hashlib.sha256(str(tuple(windows.shape)).encode() + raw_bytes(windows.long())).hexdigest()[:_LENGTH]
+    return hashlib.sha256(str(tuple(windows.shape)).encode() + memory_of(windows.long().cpu())).hexdigest()[:_LENGTH]
 
 
 def _short(text: str) -> str:

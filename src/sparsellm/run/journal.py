@@ -1,13 +1,11 @@
 """The records of a run in its working directory, from which the same command continues after a kill.
 
-Each record is written after the file that it describes, atomically and with a checksum. So whatever the moment of a
-kill, a file is complete, or is ignored.
+Each is written after the file that it describes. So whatever the moment of a kill, a file is complete, or is ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.allocation import Allocation
+from sparsellm.errors import StorageError
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.records import LinearResult, Settings
 from sparsellm.run.result import versions
@@ -191,7 +190,8 @@ class Journal:
     def output_costs(self) -> dict[str, Tensor] | None:
         """``E[g_i²]`` of every linear's outputs from an earlier process, or None."""
         file = self._state / f"{OUTPUT_COSTS}.safetensors"
-        if not self.writes or not _is_same(file, read_sealed(self._state / f"{OUTPUT_COSTS}.json", FileRecord)):
+        record = read_sealed(self._state / f"{OUTPUT_COSTS}.json", FileRecord) if self.writes else None
+        if record is None or not has_digest(file, record.sha256):
             return None
         reader = CheckpointReader(self._state, [file])
         return {name: reader.get(name) for name in reader}
@@ -205,17 +205,18 @@ class Journal:
     # ------------------------------------------------------------------ the sweep
 
     def saved_passes(self, state_bytes: int, run_bytes: int, progress: ProgressCallback) -> SavedSweep | None:
-        """The storage for the passes of a sweep, at most ``state_bytes``; None if the disk has no room for them (which
-        ``progress`` is told) next to the run's other files, ``run_bytes`` in all, or if nothing is written."""
+        """The storage for the passes of a sweep, at most ``state_bytes``; None if nothing is written, or if the disk
+        has no room for them next to the run's other files, ``run_bytes`` in all, which ``progress`` is told."""
 
         def has_room() -> bool:
-            free = shutil.disk_usage(self._partial).free - run_bytes + written_bytes(self._partial)
-            if self.knows(SWEEP) or free >= state_bytes:
-                return True
-            needs, left = f"{state_bytes / 1e9:.1f} GB", f"{max(free, 0) / 1e9:.1f} GB"
-            said = f"saving each pass of the sweep takes {needs} of disk and {left} are left"
-            progress(Progress(NOTE, 1, 1, f"{said}: an interrupted sweep will start again"))
-            return False
+            try:
+                if not self.knows(SWEEP):
+                    check_room(self._partial, state_bytes + run_bytes - written_bytes(self._partial))
+            except StorageError as full:
+                said = f"passes of the sweep are not saved, so an interrupted sweep will start again: {full}"
+                progress(Progress(NOTE, 1, 1, said))
+                return False
+            return True
 
         fits = self.out is not None and parallel.from_main(has_room)
         return SavedSweep(self._state, self.blocks) if fits else None
@@ -227,7 +228,7 @@ class Journal:
     def _verified(self, index: int, kind: type[R]) -> R | None:
         """The record of a shard of the walk, if the shard is as it was written."""
         record = read_sealed(self._state / f"{self._shards[index].name}.json", kind) if self.writes else None
-        return record if _is_same(self._shards[index], record) else None
+        return record if record is not None and has_digest(self._shards[index], record.sha256) else None
 
 
 def conditions() -> dict[str, str]:
@@ -244,8 +245,3 @@ def other_conditions(records: list[BlockRecord]) -> list[str]:
             then, now = (", ".join(f"{name} {known.get(name)}" for name in other) for known in (other, here))
             return [f"blocks up to {index + 1} were pruned with {then}, those after them with {now}"]
     return []
-
-
-def _is_same(file: Path, record: FileRecord | None) -> bool:
-    """Whether a file is as it was when its record was written."""
-    return record is not None and has_digest(file, record.sha256)

@@ -17,6 +17,7 @@ from sparsellm.calibration.texts import Text
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward, windows_of
+from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
 from sparsellm.records import EarlierStage, Memory
@@ -32,7 +33,6 @@ from sparsellm.run.memory import Demand, checkpoint_bytes, described, plan_memor
 from sparsellm.run.opening import Model, Opened, open_models
 from sparsellm.run.sets import Windows, default_seq_len, given_windows, read_windows, windows_of_pass
 from sparsellm.storage.directory import check_destination
-from sparsellm.storage.writer import count_zeros
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS
 from sparsellm.sweep.whole_model import check_sweepable
 

@@ -15,6 +15,7 @@ from sparsellm.chain import Feed, Stream
 from sparsellm.errors import SparseLLMError, one_line
 from sparsellm.hub.base import base_of
 from sparsellm.hub.card import CARD, card_text
+from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
 from sparsellm.records import Base, LinearResult, SweepPass
 from sparsellm.report.document import REPORT, write_report
@@ -29,7 +30,7 @@ from sparsellm.run.walk import integers_of, replay, walk
 from sparsellm.storage.directory import partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
-from sparsellm.storage.writer import CheckpointWriter, count_zeros
+from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.sweep.whole_model import SweepTask, sweep
 
 

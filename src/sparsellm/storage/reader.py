@@ -10,9 +10,8 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,7 +122,7 @@ class CheckpointReader:
                 raise StorageError(f"{stored.file}: {_CHANGED} {_GO_ON}")
             _fill(file, data, stored.file)
         if digest is not None and not (same and name in self._verified):
-            if hashlib.sha256(_memory(data)).hexdigest() != digest:
+            if hashlib.sha256(memory_of(data)).hexdigest() != digest:
                 raise StorageError(
                     f"tensor {name} in {stored.file} is not what it was when the run began: the checkpoint changed "
                     f"while the run was reading it; put the old file back {_GO_ON}"
@@ -157,10 +156,10 @@ class CheckpointReader:
         self._digests = digests
 
     @contextlib.contextmanager
-    def _opened(self, stored: _Stored) -> Iterator[tuple[FileIO, bool]]:
+    def _opened(self, stored: _Stored) -> Iterator[tuple[BinaryIO, bool]]:
         """The file of a tensor, positioned at its first byte, and whether its header was read from this same file."""
         try:
-            with stored.file.open("rb", buffering=0) as file:
+            with stored.file.open("rb") as file:
                 stamp = _stamp(file)
                 file.seek(stored.start)
                 yield file, stamp == self._stamps[stored.file]
@@ -177,7 +176,7 @@ class CheckpointReader:
             for start in range(0, stored.bytes, size):
                 data = torch.empty(min(size, stored.bytes - start), dtype=torch.uint8)
                 _fill(file, data, stored.file)
-                digest.update(_memory(data))
+                digest.update(memory_of(data))
                 bad += not_finite(data.view(stored.dtype))
         if bad:
             raise NumericalError(
@@ -252,24 +251,15 @@ def not_finite(values: Tensor) -> int:
     return int((~torch.isfinite(values)).sum())
 
 
-def raw_bytes(tensor: Tensor) -> bytes:
-    """A copy of the bytes of a tensor."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _memory(data: Tensor) -> memoryview:
-    """The bytes of a uint8 tensor, without a copy."""
-    return memoryview(data.numpy())  # type: ignore[arg-type]
-
-
-def _fill(file: FileIO, data: Tensor, path: Path) -> None:
-    """Reads from ``file`` until ``data`` is full, in as many calls as needed."""
-    rest = _memory(data)
-    while rest:
-        count = file.readinto(rest)
-        if not count:
-            raise StorageError(f"{path} was cut short while it was read; put the whole file back {_GO_ON}")
-        rest = rest[count:]
+def _fill(file: BinaryIO, data: Tensor, path: Path) -> None:
+    """Reads from ``file`` until ``data`` is full."""
+    if file.readinto(memory_of(data)) < len(data):  # type: ignore[attr-defined]
+        raise StorageError(f"{path} was cut short while it was read; put the whole file back {_GO_ON}")
 
 
 def _stamp(file: Any) -> tuple[int, int, int]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from sparsellm.storage.files import explained, write_all
+from sparsellm.storage.reader import memory_of
 
 
 class Room:
@@ -71,8 +71,8 @@ class _Slot:
 class TensorStore(Sequence[Tensor]):
     """A list of tensors, each in memory (on the CPU), or in a file if :class:`Scratch` has no room.
 
-    An item is read as a tensor on the store's device, without gradients. Changing that tensor does not change the
-    store; assign it. Closing the store, or the end of its ``with`` block, frees its room.
+    An item is read as a tensor on the store's device, without gradients; to change it, assign it. Closing the store, or
+    the end of its ``with`` block, frees its room.
     """
 
     def __init__(self, scratch: Scratch, device: torch.device) -> None:
@@ -95,17 +95,17 @@ class TensorStore(Sequence[Tensor]):
             self._scratch.give_back(old.nbytes)
         self._items[index] = self._keep(value, old if isinstance(old, _Slot) else None)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self._read(item) for item in self._items[index]]
-        return self._read(self._items[index])
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self._read(item) for item in self._items)
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
+        item = self._items[index]
+        if isinstance(item, Tensor):
+            return item.to(self._device)
+        assert self._file is not None
+        value = torch.empty(item.shape, dtype=item.dtype)
+        self._file.seek(item.offset)
+        rest = memory_of(value)
+        while rest:  # one call reads 2 GiB at most
+            rest = rest[self._file.readinto(rest) :]
+        return value.to(self._device)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -142,23 +142,6 @@ class TensorStore(Sequence[Tensor]):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._scratch.directory, buffering=0)  # noqa: SIM115
             self._file.seek(offset)
-            write_all(self._file, _bytes_of(value.to("cpu").contiguous()))
+            write_all(self._file, memory_of(value.to("cpu").contiguous()))
         self._end = max(self._end, offset + value.nbytes)
         return _Slot(offset, value.shape, value.dtype)
-
-    def _read(self, item: Tensor | _Slot) -> Tensor:
-        if isinstance(item, Tensor):
-            return item.to(self._device)
-        assert self._file is not None
-        value = torch.empty(item.shape, dtype=item.dtype)
-        self._file.seek(item.offset)
-        rest = _bytes_of(value)
-        while rest:
-            count = self._file.readinto(rest)
-            assert count, "the file is as long as what was written"
-            rest = rest[count:]
-        return value.to(self._device)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

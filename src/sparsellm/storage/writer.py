@@ -21,7 +21,7 @@ from sparsellm.inputs import read_object
 from sparsellm.storage.contents import is_companion
 from sparsellm.storage.directory import BLOCKS, WorkingDirectory
 from sparsellm.storage.files import empty, explained, replace_atomically, write_all, write_bytes
-from sparsellm.storage.reader import DTYPES, CheckpointReader
+from sparsellm.storage.reader import DTYPES, CheckpointReader, memory_of
 
 PIECE = 1 << 22  # elements converted and written at a time: a small part of a block, large enough for a fast disk
 
@@ -166,13 +166,9 @@ def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
         piece = flat[start : start + PIECE].to("cpu", dtype)
         if dtype.is_floating_point and dtype.itemsize > 1:
             piece = piece + 0.0  # -0.0 + 0.0 is +0.0
-        yield memoryview(piece.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        yield memory_of(piece.contiguous())
 
 
 def _copy(file: Path, target: BinaryIO) -> None:
     with file.open("rb") as opened:
         shutil.copyfileobj(opened, target, 1 << 20)
-
-
-def count_zeros(weight: Tensor) -> int:
-    return int(weight.numel() - torch.count_nonzero(weight))
