@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsellm.chain.units import Activation, relu, silu
-from sparsellm.decomposition import Chunk, FeedForward, LazyChunks, Linear, Result, Settings, loop
+from sparsellm.decomposition import loop
+from sparsellm.decomposition.loop import Pruned, Settings
+from sparsellm.decomposition.objective import Chunk, Chunks, FeedForward, Linear
 from sparsellm.patterns import Pattern
+from sparsellm.records import Step
 from sparsellm.solvers import Solution, Solver
 from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
+from sparsellm.storage.scratch import Scratch
 
 
 def by_input_norm(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
@@ -28,26 +31,29 @@ def refitted(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
     return Solution(refine_on_support(weight, gram, local.mask, local.weight, 30, damping=1e-3).weight, local.mask, 0.0)
 
 
-def prune_feed_forward(
+def read(chunks: Sequence[Chunk]) -> Chunks:
+    return [lambda chunk=chunk: chunk for chunk in chunks]  # type: ignore[misc]
+
+
+def prune(
     dense: FeedForward,
-    train: Sequence[Chunk] | LazyChunks,
-    held_out: Sequence[Chunk] | LazyChunks,
+    train: Chunks,
+    held_out: Chunks,
     solver: Solver,
     patterns: Pattern | Mapping[str, Pattern],
     settings: Settings | None = None,
-    **options: Any,
-) -> Result:
+    scratch: Scratch | None = None,
+) -> tuple[Pruned, list[Step]]:
     """The loop with one solver for all linears, and one pattern or several."""
-    roles = dense.linears()
-    by_role = dict.fromkeys(roles, patterns) if isinstance(patterns, Pattern) else patterns
-    chunks = (some if isinstance(some, LazyChunks) else LazyChunks.of(some) for some in (train, held_out))
+    by_role = dict.fromkeys(dense.linears(), patterns) if isinstance(patterns, Pattern) else patterns
+    solvers = dict.fromkeys(dense.linears(), solver)
     return loop.prune_feed_forward(
-        dense, *chunks, dict.fromkeys(roles, solver), by_role, settings or Settings(), **options
+        dense, train, held_out, solvers, by_role, settings or Settings(), scratch or Scratch()
     )
 
 
 def random_unit(
-    d: int, f: int, *, gated: bool, bias: bool = False, activation: Activation | None = None, seed: int = 0
+    d: int, f: int, *, gated: bool = False, bias: bool = False, activation: Activation | None = None, seed: int = 0
 ) -> FeedForward:
     """Gated with SiLU or two-layer with ReLU, if no activation is given."""
     generator = torch.Generator().manual_seed(seed)
@@ -62,7 +68,7 @@ def random_unit(
 
 def random_chunks(
     unit: FeedForward, sizes: list[int], *, weights: bool = False, seed: int = 1, outlier: float = 0.0
-) -> list[Chunk]:
+) -> Chunks:
     """Inputs with a decaying spectrum, as hidden states have; targets are what the dense unit makes of them."""
     generator = torch.Generator().manual_seed(seed)
     d = unit.up.weight.shape[1]
@@ -72,6 +78,5 @@ def random_chunks(
         x = torch.randn(size, d, generator=generator) @ mix.T
         if outlier:
             x[:: max(size // 3, 1), 0] = outlier * x.std()
-        token_weights = torch.rand(size, generator=generator) + 0.1 if weights else None
-        chunks.append(Chunk(x, unit(x), token_weights))
-    return chunks
+        chunks.append(Chunk(x, unit(x), torch.rand(size, generator=generator) + 0.1 if weights else None))
+    return read(chunks)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsellm.chain.units import relu, silu
-from sparsellm.decomposition import FeedForward, Result, Settings, true_error
+from sparsellm.decomposition.loop import Pruned, Settings
+from sparsellm.decomposition.objective import FeedForward, true_error
 from sparsellm.errors import NumericalError
 from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import SOLVERS
 from sparsellm.statistics import Gram
-from tests.decomposition.helpers import by_input_norm, prune_feed_forward, random_chunks, random_unit
+from tests.decomposition.helpers import prune, random_chunks, random_unit
 from tests.shares import Share
 from tests.solvers.test_sparsegpt import column_by_column
 
@@ -35,12 +35,10 @@ class Plain:
 
 
 def plain_of(unit: FeedForward) -> Plain:
-    def column(bias: Tensor | None, rows: int) -> Tensor:
-        return torch.zeros(rows, 1).double() if bias is None else bias.double()[:, None]
-
-    w1, w2 = unit.up.weight.double(), unit.down.weight.double()
+    weights = [linear.weight.double() for linear in (unit.up, unit.down)]
+    biases = [torch.zeros(1) if linear.bias is None else linear.bias for linear in (unit.up, unit.down)]
     gate = unit.gate.weight.double() if unit.gate else None
-    return Plain(w1, w2, column(unit.up.bias, len(w1)), column(unit.down.bias, len(w2)), gate)
+    return Plain(*weights, *(bias.double()[:, None] for bias in biases), gate)
 
 
 class Hessian:
@@ -108,7 +106,7 @@ def published(
     return now
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3, 4])
+@pytest.mark.parametrize("epochs", [1, 2, 4])
 @pytest.mark.parametrize("pattern", [Share(0.5), NM(2, 4)], ids=str)
 @pytest.mark.parametrize(
     ("gated", "penalty", "output_update"),
@@ -121,57 +119,42 @@ def published(
 def test_every_epoch_is_that_of_the_published_formulas(
     gated: bool, penalty: float, output_update: OutputUpdate, pattern: Pattern, epochs: int
 ) -> None:
-    unit = random_unit(8, 12, gated=gated, bias=not gated, activation=silu if gated else relu)
+    unit = random_unit(8, 12, gated=gated, bias=not gated)
     chunks = random_chunks(unit, [70, 30, 60])
-    tokens = torch.cat([chunk.inputs for chunk in chunks])
-    settings = Settings.of_the_paper(epochs, penalty, output_update)
-    result = prune_feed_forward(unit, chunks, [], sparsegpt, pattern, settings)
-    expected = published(unit, tokens, pattern, epochs, penalty, output_update)
-    found = plain_of(result.unit)
+    tokens = torch.cat([chunk().inputs for chunk in chunks])
+    pruned, history = prune(unit, chunks, [], sparsegpt, pattern, Settings.of_the_paper(epochs, penalty, output_update))
+    expected, found = published(unit, tokens, pattern, epochs, penalty, output_update), plain_of(pruned.unit)
     for name in ("w1", "w2", "b1", "b2", *(["ws"] if gated else [])):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert torch.equal(ours != 0, theirs != 0), name
         torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=5e-4 * float(theirs.abs().max()), msg=name)
-    assert [record.iteration for record in result.history] == list(range(epochs))
-    assert result.chosen == epochs - 1
-
-
-def test_one_epoch_is_the_solver_on_the_dense_weights() -> None:
-    unit = random_unit(6, 12, gated=False, bias=True, activation=relu)
-    chunks = random_chunks(unit, [80])
-    settings = Settings.of_the_paper(1, 0.1, "gradient")
-    result = prune_feed_forward(unit, chunks, [], by_input_norm, Share(0.5), settings)
-    for role, linear in result.unit.linears().items():
-        dense = unit.linears()[role]
-        assert torch.equal(linear.weight, torch.where(linear.weight != 0, dense.weight, 0.0))
-        assert dense.bias is not None
-        assert linear.bias is not None
-        assert torch.equal(linear.bias, dense.bias)
+    assert [step.chosen for step in history] == [False] * (epochs - 1) + [True]
 
 
 @pytest.mark.parametrize(
     ("gated", "output_update", "outlier"), [(True, "pseudo-inverse", 30.0), (False, "gradient", 1000.0)]
 )
-def test_it_diverges_and_with_the_safeguard_it_never_ends_worse_than_sparsegpt(
+def test_with_the_safeguard_it_never_ends_worse_than_sparsegpt(
     gated: bool, output_update: OutputUpdate, outlier: float
 ) -> None:
     """Massive activations: gradient steps overshoot on S in the one unit, on the last weight in the other."""
-    unit = random_unit(16, 48, gated=gated, bias=not gated, activation=silu if gated else relu)
+    unit = random_unit(16, 48, gated=gated, bias=not gated)
     chunks = random_chunks(unit, [200, 200], outlier=outlier)
 
-    def run(epochs: int, safeguard: bool = False) -> Result:
+    def run(epochs: int, safeguard: bool = False) -> tuple[Pruned, list[float]]:
         settings = Settings.of_the_paper(epochs, 5.0 if gated else 0.1, output_update, safeguard=safeguard)
-        return prune_feed_forward(unit, chunks, [], sparsegpt, Share(0.7), settings)
+        pruned, history = prune(unit, chunks, [], sparsegpt, Share(0.7), settings)
+        return pruned, [step.train_error or 0.0 for step in history]
 
-    local = run(1)
+    local, _ = run(1)
     if gated:
-        assert run(6).error > 1000 * local.error
+        assert run(6)[0].error > 1000 * local.error
     else:
         with pytest.raises(NumericalError, match=r"diverged in iteration 1 \(.* before it: 0\.00473\)"):
             run(6)
-    safe = run(6, safeguard=True)
-    assert safe.history[0].error == local.error
-    assert max(record.error for record in safe.history) > 1000 * local.error
-    assert true_error(safe.unit, chunks) == safe.error == min(record.error for record in safe.history) == local.error
-    for one, other in zip(safe.unit.linears().values(), local.unit.linears().values(), strict=True):
-        assert torch.equal(one.weight, other.weight)
+    safe, errors = run(6, safeguard=True)
+    assert errors[0] == local.error
+    assert max(errors) > 1000 * local.error
+    assert true_error(safe.unit, chunks) == safe.error == min(errors) == local.error
+    for role, linear in safe.unit.linears().items():
+        assert torch.equal(linear.weight, local.unit.linears()[role].weight)

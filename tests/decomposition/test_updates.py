@@ -6,13 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsellm.chain.units import relu, silu
+from sparsellm.chain.units import silu
 from sparsellm.decomposition import updates
 from sparsellm.decomposition.objective import Chunk, Coefficients, Linear, Variables, objective
-from sparsellm.errors import NumericalError
 from tests.decomposition.helpers import random_unit
 
-PRICES = [(1.0, 1.0), (1.0, 10.0), (0.3, 5.0), (4.0, 0.2)]
+PRICES = [Coefficients(1.0, 1.0, 1.0), Coefficients(0.3, 1.0, 5.0), Coefficients(4.0, 1.0, 0.2)]  # first the paper's
 
 
 def _draw(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -21,31 +20,23 @@ def _draw(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return 1.5 * m - 0.3, a, z, u
 
 
-def _cost(z: Tensor, m: Tensor, a: Tensor, alpha: float, gamma: float) -> Tensor:
+def _cost(z: Tensor, m: Tensor, a: Tensor, prices: Coefficients) -> Tensor:
     z, m, a = z.double(), m.double(), a.double()
-    return alpha * (z - m) ** 2 + gamma * (a - z.relu()) ** 2
+    return prices.alpha * (z - m) ** 2 + prices.gamma * (a - z.relu()) ** 2
 
 
-@pytest.mark.parametrize(("alpha", "gamma"), PRICES)
-def test_solution_by_cases_is_the_global_minimum(alpha: float, gamma: float) -> None:
-    m, a, z, _ = _draw(400, 3)
-    found = updates.update_preactivation(m, a, z, alpha=alpha, gamma=gamma)
+@pytest.mark.parametrize("prices", PRICES, ids=str)
+def test_solution_by_cases_is_the_global_minimum(prices: Coefficients) -> None:
+    m, a, _, _ = _draw(400, 3)
+    found = updates.update_preactivation(m, a, prices)
     grid = torch.linspace(-12, 12, 9601, dtype=torch.float64)  # tight to about 1e-5
-    best = torch.stack([_cost(grid, m[i], a[i], alpha, gamma).min() for i in range(len(m))])
-    assert (_cost(found, m, a, alpha, gamma) - best).max() < 1e-5 * (1 + float(best.max()))
-
-
-def test_relu_with_equal_prices_is_the_papers_rule() -> None:
-    m, a, z, _ = _draw(1000, 2)
-    positive, negative = ((m + a) / 2).clamp(min=0), m.clamp(max=0)
-    better = _cost(positive, m, a, 1, 1) <= _cost(negative, m, a, 1, 1)
-    found = updates.update_preactivation(m, a, z, alpha=1.0, gamma=1.0)
-    torch.testing.assert_close(_cost(found, m, a, 1, 1), _cost(torch.where(better, positive, negative), m, a, 1, 1))
+    best = _cost(grid, m[:, None], a[:, None], prices).amin(dim=1)
+    assert (_cost(found, m, a, prices) - best).max() < 1e-5 * (1 + float(best.max()))
 
 
 def test_linear_branch_has_no_gradient_left() -> None:
     m, a, _, gate = (t.double() for t in _draw(500, 4))
-    u = updates.update_linear_gate_branch(m, a, gate, alpha=0.7, gamma=3.0).requires_grad_(True)
+    u = updates.update_linear_gate_branch(m, a, gate, Coefficients(0.7, 1.0, 3.0)).requires_grad_(True)
     (0.7 * (u - m) ** 2 + 3.0 * (a - gate * u) ** 2).sum().backward()
     assert u.grad is not None
     assert u.grad.abs().max() < 1e-12
@@ -61,14 +52,9 @@ def test_update_of_activations_is_the_explicit_inverse(tokens: int, d: int, f: i
     wide, shift = weight.double(), 0 if b is None else b.double()
     inverse = torch.linalg.inv(gamma * torch.eye(f, dtype=torch.float64) + beta * wide.T @ wide)
     expected = (gamma * phi.double() + beta * (y.double() - shift) @ wide) @ inverse
-    factor = updates.activation_factor(Linear(weight, b), beta=beta, gamma=gamma)
-    found = updates.update_activation(phi, y, factor)
+    gain = updates.activation_gain(weight, Coefficients(1.0, beta, gamma))
+    found = updates.update_activation(phi, y, Linear(weight, b), gain)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_factor_refuses_what_has_no_answer() -> None:
-    with pytest.raises(NumericalError, match=r"weight of down .* infinite"):
-        updates.activation_factor(Linear(torch.tensor([[torch.inf, 1.0]])), beta=1.0, gamma=1.0)
 
 
 def test_steps_on_the_gate_are_those_of_autograd() -> None:
@@ -79,7 +65,8 @@ def test_steps_on_the_gate_are_those_of_autograd() -> None:
         cost = 0.7 * (free - m).square().sum() + 3.0 * (a - torch.nn.functional.silu(free) * u).square().sum()
         (slope,) = torch.autograd.grad(cost, free)
         expected = expected - 0.01 * slope
-    torch.testing.assert_close(updates.descend_gate_preactivation(m, a, s, u, silu, alpha=0.7, gamma=3.0), expected)
+    found = updates.descend_gate_preactivation(m, a, s, u, silu, Coefficients(0.7, 1.0, 3.0))
+    torch.testing.assert_close(found, expected)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -91,14 +78,14 @@ def test_steps_on_the_gate_are_those_of_autograd() -> None:
 )
 def test_no_update_raises_the_objective(shape, prices, bias, seed) -> None:  # type: ignore[no-untyped-def]
     tokens, d, f = shape
-    unit = random_unit(d, f, gated=False, bias=bias, activation=relu, seed=seed)
+    unit = random_unit(d, f, bias=bias, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     x, y = torch.randn(2, tokens, d, generator=generator) * 3
     up, a = torch.randn(2, tokens, f, generator=generator) * 2
     price, chunk, variables = Coefficients(*prices), Chunk(x, y), Variables(up)
     values = [objective(unit, chunk, variables, a, price)]
-    factor = updates.activation_factor(unit.down, beta=price.beta, gamma=price.gamma)
-    a = updates.update_activation(variables.made(unit.activation), y, factor)
+    gain = updates.activation_gain(unit.down.weight, price)
+    a = updates.update_activation(variables.made(unit.activation), y, unit.down, gain)
     values.append(objective(unit, chunk, variables, a, price))
     variables = updates.move_variables(unit, unit.products(x), variables, a, price)
     values.append(objective(unit, chunk, variables, a, price))
@@ -108,13 +95,8 @@ def test_no_update_raises_the_objective(shape, prices, bias, seed) -> None:  # t
 def test_extreme_values_stay_finite_and_never_get_worse() -> None:
     values = torch.tensor([-1e6, -1e3, -1.0, 0.0, 1e-20, 1.0, 1e3, 1e6])
     m, a, z = (t.reshape(-1) for t in torch.meshgrid(*[values] * 3, indexing="ij"))
-    found = updates.update_preactivation(m, a, z, alpha=1.0, gamma=10.0)
+    prices = Coefficients(1.0, 1.0, 10.0)
+    found = updates.update_preactivation(m, a, prices)
     assert torch.isfinite(found).all()
-    assert (_cost(found, m, a, 1.0, 10.0) <= _cost(z, m, a, 1.0, 10.0) * (1 + 1e-6)).all()
-
-
-def test_tiles_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    m, a, z, _ = (t.reshape(20, 50) for t in _draw(1000, 9))
-    once = updates.update_preactivation(m, a, z, alpha=1.0, gamma=2.0)
-    monkeypatch.setattr(updates, "TILE", 77)
-    torch.testing.assert_close(updates.update_preactivation(m, a, z, alpha=1.0, gamma=2.0), once)
+    rounding = 1e-12 * (m.double() ** 2 + a.double() ** 2)
+    assert (_cost(found, m, a, prices) <= _cost(z, m, a, prices) * (1 + 1e-6) + rounding).all()

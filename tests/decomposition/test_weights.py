@@ -3,14 +3,8 @@ import torch
 from torch import Tensor
 
 from sparsellm.decomposition.objective import Linear
-from sparsellm.decomposition.updates import (
-    Moments,
-    MomentsAccumulator,
-    descend_weight,
-    pseudo_inverse_weight,
-    ridge_weight,
-)
-from sparsellm.errors import NumericalError
+from sparsellm.decomposition.updates import Moments, MomentsAccumulator, descend_weight, pseudo_inverse_weight
+from sparsellm.statistics import least_squares
 
 
 def _data(
@@ -36,17 +30,14 @@ def test_weight_from_moments_is_the_pseudo_inverses(weighted: bool, bias: bool) 
     x, t, w = _data(300, 12, 5, mean=2.0, weighted=weighted)
     linear = Linear(torch.zeros(5, 12), torch.zeros(5) if bias else None)
     moments = _moments(linear, x, t, w, chunk=64)
-    fitted = moments.linear(ridge_weight(moments, linear.weight, 1e-9).weight)
+    fitted = moments.linear(least_squares(moments.gram, moments.cross, 1e-9).weight)
 
     rows = torch.cat([x, torch.ones(300, 1)], dim=1).double() if bias else x.double()
     root = (torch.ones(300) if w is None else w).double().sqrt()[:, None]
     expected = torch.linalg.pinv(rows * root) @ (t.double() * root)  # (in [+ 1], out)
     torch.testing.assert_close(fitted.weight.double(), expected[:12].T, rtol=1e-3, atol=1e-4)
     if bias:
-        assert fitted.bias is not None
         torch.testing.assert_close(fitted.bias.double(), expected[12], rtol=1e-3, atol=1e-3)
-    missed = ((t.double() - rows @ expected) * root).square().sum() / 300
-    assert moments.error(fitted.weight) == pytest.approx(float(missed), rel=1e-3)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -56,7 +47,6 @@ def test_streamed_moments_are_those_of_one_chunk(bias: bool) -> None:
     one, many = _moments(linear, x, t, w, 200), _moments(linear, x, t, w, 13)
     torch.testing.assert_close(one.gram.matrix, many.gram.matrix, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(one.cross, many.cross, rtol=1e-4, atol=1e-4)
-    assert one.target_square == pytest.approx(many.target_square, rel=1e-5)
 
 
 def test_centring_keeps_the_digits_of_a_massive_mean() -> None:
@@ -73,25 +63,22 @@ def test_a_target_that_the_reference_makes_gives_the_reference_back() -> None:
     x[:, 0] *= 1000
     reference = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     moments = _moments(Linear(reference), x, x @ reference.T, None, chunk=20)
-    torch.testing.assert_close(ridge_weight(moments, reference, 0.01).weight, reference, rtol=1e-4, atol=1e-4)
+    fit = least_squares(moments.gram, moments.cross, 0.01, prior=reference)
+    torch.testing.assert_close(fit.weight, reference, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_pseudo_inverse_leaves_the_bias_alone(weighted: bool) -> None:
+def test_a_pseudo_inverse_leaves_the_bias_alone() -> None:
     """Also where inputs depend on each other: then it is the least weight of all that fit best."""
-    x, t, w = _data(60, 12, 5, weighted=weighted)
+    x, t, _ = _data(60, 12, 5)
     x[:, 7] = 2 * x[:, 3]
     linear = Linear(torch.zeros(5, 12), torch.arange(5.0))
     accumulator = MomentsAccumulator(linear, fit_bias=False, exact=True)
     for part in (slice(0, 25), slice(25, 60)):
-        accumulator.update(x[part], t[part], None if w is None else w[part])
+        accumulator.update(x[part], t[part])
     moments = accumulator.finish()
     found = moments.linear(pseudo_inverse_weight(moments).weight)
-    assert linear.bias is not None
-    assert found.bias is not None
     assert torch.equal(found.bias, linear.bias)
-    root = (torch.ones(60) if w is None else w).double().sqrt()[:, None]
-    expected = torch.linalg.pinv(x.double() * root, rtol=1e-6) @ ((t - linear.bias).double() * root)
+    expected = torch.linalg.pinv(x.double(), rtol=1e-6) @ (t - linear.bias).double()
     torch.testing.assert_close(found.weight.double(), expected.T, rtol=1e-4, atol=1e-5)
 
 
@@ -104,8 +91,3 @@ def test_steps_on_a_weight_are_those_of_autograd() -> None:
         (gradient,) = torch.autograd.grad((x.double() @ weight.T - t.double()).square().mean(), weight)
         weight = (weight - 0.01 * gradient).detach().requires_grad_()
     torch.testing.assert_close(descend_weight(moments, start).weight.double(), weight.detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_no_tokens_is_an_error() -> None:
-    with pytest.raises(NumericalError, match="no token"):
-        MomentsAccumulator(Linear(torch.zeros(2, 3))).finish()

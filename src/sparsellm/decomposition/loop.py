@@ -1,6 +1,6 @@
 """The alternating minimisation of one feed-forward unit by auxiliary variables.
 
-Read :func:`prune_feed_forward` first, then ``_Run.iterate``. Iteration 0 is local pruning. Each further iteration
+Read :func:`prune_feed_forward` first, then ``_Loop.iterate``. Iteration 0 is local pruning. Each further iteration
 minimises the penalty objective over the auxiliary variables, fits the first half to them, prunes it again, and fits and
 prunes ``down``. The published algorithm is a setting of this loop: see :class:`Settings`.
 
@@ -22,22 +22,22 @@ from torch import Tensor
 from sparsellm.decomposition import updates
 from sparsellm.decomposition.objective import (
     Chunk,
+    Chunks,
     Coefficients,
     FeedForward,
-    LazyChunks,
     Linear,
     Variables,
     default_coefficients,
     objective,
-    squares,
     true_error,
 )
 from sparsellm.decomposition.updates import Moments, MomentsAccumulator
-from sparsellm.errors import DataError, NumericalError
+from sparsellm.errors import NumericalError
 from sparsellm.patterns import Pattern
+from sparsellm.records import Step
 from sparsellm.solvers import Solver
 from sparsellm.solvers.support import refine_on_support
-from sparsellm.statistics import Fit, Gram
+from sparsellm.statistics import Fit, Gram, least_squares
 from sparsellm.storage.scratch import Scratch, TensorStore
 
 REFINE_STEPS = 30  # conjugate gradients where masks come from one problem and weights from another: to the minimum
@@ -75,201 +75,163 @@ class Settings:
     def of_the_paper(
         cls, epochs: int, penalty: float, down_fit: Literal["pseudo-inverse", "gradient"], *, safeguard: bool = False
     ) -> Settings:
-        """The loop of the authors' code (2402.17946).
-
-        Args:
-            epochs: including local pruning, which is the first.
-            penalty: α = β = γ.
-            down_fit: the fit of ``down``.
-            safeguard: the authors' code has none.
-        """
+        """The loop of the authors' code (2402.17946): the first epoch is local pruning, ``penalty`` is α = β = γ."""
         return cls(epochs - 1, safeguard, epochs, Coefficients(penalty, penalty, penalty), published=down_fit)
 
 
 @dataclass(frozen=True)
-class Record:
-    """One iteration. Errors are ‖Y − FFN(X)‖² / ‖Y‖², token-weighted; the safeguard compares ``error``.
-
-    ``objective`` is its value after the update of the variables; None in iteration 0.
-    """
-
-    iteration: int
-    error: float
-    train_error: float
-    objective: float | None = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Result:
+class Pruned:
     """The chosen iterate, fitted to all tokens."""
 
     unit: FeedForward
     masks: dict[str, Tensor]  # by role; True where kept
-    chosen: int
-    history: list[Record] = field(repr=False)
-
-    @property
-    def error(self) -> float:
-        """The error of the chosen iterate, before its fit to the held-out tokens."""
-        return self.history[self.chosen].error
+    error: float  # ‖Y − FFN(X)‖² / ‖Y‖², token-weighted, before the fit to the held-out tokens
+    notes: tuple[str, ...]
 
 
 @torch.no_grad()
 def prune_feed_forward(
     dense: FeedForward,
-    train: LazyChunks,
-    held_out: LazyChunks,
+    train: Chunks,
+    held_out: Chunks,
     solvers: Mapping[str, Solver],
     patterns: Mapping[str, Pattern],
-    settings: Settings = Settings(),
-    scratch: Scratch | None = None,
-) -> Result:
+    settings: Settings,
+    scratch: Scratch,
+) -> tuple[Pruned, list[Step]]:
     """Prunes up, gate (if any) and down of one unit so that its output stays near the targets.
 
     Args:
         dense: the unit before pruning; iteration 0 prunes its weights.
         train: read once or twice per iteration.
-        held_out: decides which iterate is kept; the result is then fitted to it as well. If empty, the training error
-            decides.
-        solvers: ``(weight, gram, pattern) -> Solution`` by role (``up``, ``gate``, ``down``), options bound.
+        held_out: chooses the iterate, which is then fitted to it as well. If empty, the training error chooses.
+        solvers: by role (``up``, ``gate``, ``down``), options bound.
         patterns: by role.
         settings: how it is done.
-        scratch: storage for the variables of all tokens; None for memory.
+        scratch: storage for the variables of all tokens.
+
+    Returns:
+        The chosen iterate, and the records of all iterations.
 
     Raises:
-        DataError: there are no training tokens.
         NumericalError: an iterate is not finite; with the safeguard, the local solution is not.
     """
-    if not len(train):
-        raise DataError("no training tokens for a feed-forward unit; give at least one chunk")
-    history: list[Record] = []
-    best: tuple[_Iterate, int] | None = None
+    history: list[Step] = []
+    best: Pruned | None = None
     with ExitStack() as stack:
-        room, device = scratch or Scratch(), dense.up.weight.device
-        variables = {role: stack.enter_context(room.store(device)) for role in dense.first_half()}
-        run = _Run(dense, train, solvers, patterns, settings, variables)
+        device = dense.up.weight.device
+        stores = {role: stack.enter_context(scratch.store(device)) for role in dense.first_half()}
+        first = train[0]()
+        prices = settings.coefficients or default_coefficients(dense, first.inputs, first.targets)
+        loop = _Loop(dense, train, solvers, patterns, settings, prices, stores)
         unit = dense
         for iteration in range(settings.iterations + 1):
             try:
-                iterate = run.iterate(unit, iteration)
-                error = true_error(iterate.unit, held_out) if len(held_out) else iterate.train_error
+                unit, masks, value, notes = loop.iterate(unit, iteration)
+                error = true_error(unit, held_out or train)
                 if not math.isfinite(error):
                     raise NumericalError("look for infinite values in inputs and weights")
             except NumericalError as failure:
                 if best is None or not settings.safeguard:
-                    raise _diverged(iteration, history, failure) from failure
-                history.append(Record(iteration, math.inf, math.inf, None, (str(failure),)))
+                    raise _diverged(history, failure) from failure
+                history.append(_step(iteration, math.inf, held_out))
                 break
-            history.append(Record(iteration, error, iterate.train_error, iterate.objective, iterate.notes))
-            if best is None or not settings.safeguard or error < history[best[1]].error:
-                best = iterate, iteration
-            if iteration - best[1] >= settings.patience:
+            history.append(_step(iteration, error, held_out, value))
+            if best is None or not settings.safeguard or error < best.error:
+                best, chosen = Pruned(unit, masks, error, notes), iteration
+            if iteration - chosen >= settings.patience:
                 break
-            unit = iterate.unit
     assert best is not None
-    chosen, number = best
-    if len(held_out) and settings.safeguard:  # fit the chosen iterate again, to all tokens
-        again = replace(settings, iterations=number, patience=number + 1, coefficients=run.prices)
-        refit = prune_feed_forward(dense, train + held_out, LazyChunks([]), solvers, patterns, again, scratch)
-        return Result(refit.unit, refit.masks, number, history)
-    return Result(chosen.unit, chosen.masks, number, history)
+    history[chosen] = history[chosen].model_copy(update={"chosen": True})
+    if held_out:  # make the chosen iterate again, from all tokens
+        again = replace(settings, iterations=chosen, patience=chosen + 1, coefficients=prices)
+        refit, _ = prune_feed_forward(dense, [*train, *held_out], [], solvers, patterns, again, scratch)
+        best = replace(best, unit=refit.unit, masks=refit.masks)
+    return best, history
 
 
-def _diverged(iteration: int, history: list[Record], failure: NumericalError) -> NumericalError:
-    if not history:
-        return NumericalError(f"the locally pruned unit has an error that is not finite: {failure}")
-    before = ", ".join(f"{record.error:.3g}" for record in history)
+def _step(iteration: int, error: float, held_out: Chunks, value: float | None = None) -> Step:
+    on_held_out, on_train = (error, None) if held_out else (None, error)
+    return Step(iteration=iteration, held_out_error=on_held_out, train_error=on_train, objective=value)
+
+
+def _diverged(history: list[Step], failure: NumericalError) -> NumericalError:
+    before = ", ".join(f"{step.train_error:.3g}" for step in history) or "none"
     return NumericalError(
-        f"the alternation diverged in iteration {iteration} (relative errors of the iterations before it: {before}): "
-        f"{failure}"
+        f"the alternation diverged in iteration {len(history)} (relative errors before it: {before}): {failure}"
     )
 
 
-@dataclass(frozen=True)
-class _Iterate:
-    unit: FeedForward
-    masks: dict[str, Tensor]
-    train_error: float
-    objective: float | None
-    notes: tuple[str, ...]
-
-
-class _Run:
+@dataclass
+class _Loop:
     """One unit, its tokens, and the state that iterations share besides the unit itself."""
 
-    def __init__(
-        self,
-        dense: FeedForward,
-        train: LazyChunks,
-        solvers: Mapping[str, Solver],
-        patterns: Mapping[str, Pattern],
-        settings: Settings,
-        variables: dict[str, TensorStore],
-    ) -> None:
-        self.dense, self.train, self.settings, self.published = dense, train, settings, settings.published
-        self.solvers, self.patterns, self.variables = solvers, patterns, variables  # stores with a tensor per chunk
-        first = self._chunk(0)
-        self.prices = settings.coefficients or default_coefficients(dense, first.inputs, first.targets)
-        self.energy = 0.0  # Σ ‖Y‖², token-weighted; known after iteration 0
-        self.grams: dict[str, Gram] = {}  # Gram matrices of the inputs X, by role; known after iteration 0
+    dense: FeedForward
+    train: Chunks
+    solvers: Mapping[str, Solver]
+    patterns: Mapping[str, Pattern]
+    settings: Settings
+    prices: Coefficients
+    variables: dict[str, TensorStore]  # by role, a tensor for each chunk
+    grams: dict[str, Gram] = field(default_factory=dict)  # of the inputs X, by role; known after iteration 0
 
-    def iterate(self, unit: FeedForward, iteration: int) -> _Iterate:
-        """One iteration: updates the variables, then the first half, then ``down``.
+    def iterate(
+        self, unit: FeedForward, iteration: int
+    ) -> tuple[FeedForward, dict[str, Tensor], float | None, tuple[str, ...]]:
+        """Updates the variables, then the first half, then ``down``; returns the unit, masks, objective and notes.
 
         In iteration 0 the variables are the dense products, so the fit of the first half is its dense weights.
         """
         moments, value = self._move_variables(unit, iteration)
+        published = self.settings.published
         masks: dict[str, Tensor] = {}
         linears: dict[str, Linear] = {}
         notes: list[str] = []
 
-        def prune(role: str, fit: Fit) -> Tensor:
+        def prune(role: str) -> Tensor:
+            fit = self._fit(role, unit.linears()[role].weight, moments[role], iteration)
             solution = self.solvers[role](fit.weight, moments[role].gram, self.patterns[role])
             notes.extend(f"{role}: {note}" for note in (*fit.notes, *solution.notes))
             masks[role] = solution.mask
             return solution.weight
 
         for role, dense in self.dense.first_half().items():
-            sparse = prune(role, self._fit(unit.linears()[role], moments[role], iteration))
-            if iteration and not self.published:
+            sparse = prune(role)
+            if iteration and not published:
                 args = (dense.weight, moments[role].gram, masks[role], dense.weight, REFINE_STEPS)
                 sparse = refine_on_support(*args, damping=REFINE_DAMPING).weight
             linears[role] = moments[role].linear(sparse)
-            if self.published:
+            if published:
                 matrix = self.grams[role].matrix.clone()
                 matrix.diagonal().add_(ACCUMULATED_DAMPING * float(matrix.diagonal().mean()))
                 self.grams[role] = Gram(matrix, self.grams[role].tokens)
         unit = replace(unit, up=linears["up"], gate=linears.get("gate"))
-        if not self.published:
+        if not published:
             moments["down"] = self._produced(unit)
-        sparse = prune("down", self._fit_down(unit.down, moments["down"], iteration))
-        unit = replace(unit, down=moments["down"].linear(sparse))
-        return _Iterate(unit, masks, self._train_error(unit, moments["down"]), value, tuple(dict.fromkeys(notes)))
+        unit = replace(unit, down=moments["down"].linear(prune("down")))
+        return unit, masks, value, tuple(dict.fromkeys(notes))
 
     def _move_variables(self, unit: FeedForward, iteration: int) -> tuple[dict[str, Moments], float | None]:
-        """Updates A, then Z or U and S, for every token; returns the moments for the fit of the weights, and the
-        objective."""
+        """Updates A, then Z or U and S, for every token; returns the moments for the weights, and the objective."""
+        published, prices = self.settings.published, self.prices
         accumulators = {
-            role: self._accumulator(linear, self.grams.get(role), exact=self.published is not None)
+            role: self._accumulator(linear, self.grams.get(role), exact=published is not None)
             for role, linear in unit.first_half().items()
         }
-        if self.published:
-            accumulators["down"] = self._accumulator(unit.down, exact=self.published == "pseudo-inverse")
-        beta, gamma = self.prices.beta, self.prices.gamma
-        factor = updates.activation_factor(unit.down, beta=beta, gamma=gamma) if iteration else None
+        if published:
+            accumulators["down"] = self._accumulator(unit.down, exact=published == "pseudo-inverse")
+        gain = updates.activation_gain(unit.down.weight, prices) if iteration else None
         value = 0.0
-        for index in range(len(self.train)):
-            chunk = self._chunk(index)
+        for index, read in enumerate(self.train):
+            chunk = read()
             variables = self._variables(index, chunk)
             a = variables.made(unit.activation)
-            if factor is not None:
-                a = updates.update_activation(a, chunk.targets, factor)
-                variables = updates.move_variables(unit, unit.products(chunk.inputs), variables, a, self.prices)
-                value += objective(unit, chunk, variables, a, self.prices)
-                self._keep(index, variables, iteration)
-            else:
-                self.energy += squares(chunk.targets, chunk.token_weights)
+            if gain is not None:
+                a = updates.update_activation(a, chunk.targets, unit.down, gain)
+                variables = updates.move_variables(unit, unit.products(chunk.inputs), variables, a, prices)
+                value += objective(unit, chunk, variables, a, prices)
+                if iteration < self.settings.iterations:  # else they are not read again
+                    self._keep(index, variables)
             for role, accumulator in accumulators.items():
                 x, target = (a, chunk.targets) if role == "down" else (chunk.inputs, getattr(variables, role))
                 accumulator.update(x, target, chunk.token_weights)
@@ -277,18 +239,13 @@ class _Run:
         self.grams = {role: moments[role].gram for role in unit.first_half()}
         return moments, value if iteration else None
 
-    def _chunk(self, index: int) -> Chunk:
-        return self.train[index].to(self.dense.up.weight.device)
-
     def _variables(self, index: int, chunk: Chunk) -> Variables:
         """The current variables of a chunk; at first, the dense products."""
         if index >= len(self.variables["up"]):
             return self.dense.products(chunk.inputs)
         return Variables(**{role: store[index] for role, store in self.variables.items()})
 
-    def _keep(self, index: int, variables: Variables, iteration: int) -> None:
-        if iteration == self.settings.iterations:
-            return  # they are not read again
+    def _keep(self, index: int, variables: Variables) -> None:
         for role, store in self.variables.items():
             if index < len(store):
                 store[index] = getattr(variables, role)
@@ -298,31 +255,21 @@ class _Run:
     def _produced(self, unit: FeedForward) -> Moments:
         """The moments of ``down`` on the outputs of the pruned first half."""
         accumulator = self._accumulator(self.dense.down)
-        for index in range(len(self.train)):
-            chunk = self._chunk(index)
+        for read in self.train:
+            chunk = read()
             accumulator.update(unit.activations(chunk.inputs), chunk.targets, chunk.token_weights)
         return accumulator.finish()
 
     def _accumulator(self, linear: Linear, gram: Gram | None = None, *, exact: bool = False) -> MomentsAccumulator:
-        return MomentsAccumulator(linear, gram, fit_bias=not self.published, exact=exact)
+        return MomentsAccumulator(linear, gram, fit_bias=not self.settings.published, exact=exact)
 
-    def _fit(self, now: Linear, moments: Moments, iteration: int) -> Fit:
-        """The weight of a linear of the first half before it is pruned."""
-        if not iteration:
-            return Fit(now.weight)
-        if self.published:
-            return updates.pseudo_inverse_weight(moments)
-        return updates.ridge_weight(moments, now.weight, self.settings.damping)
-
-    def _fit_down(self, now: Linear, moments: Moments, iteration: int) -> Fit:
-        """The weight of ``down`` before it is pruned."""
-        if not self.published:
-            return updates.ridge_weight(moments, self.dense.down.weight, self.settings.damping)
-        if self.published == "gradient" and iteration:
-            return updates.descend_weight(moments, now.weight)
-        return self._fit(now, moments, iteration)
-
-    def _train_error(self, unit: FeedForward, moments: Moments) -> float:
-        if self.published:
-            return true_error(unit, self.train)
-        return moments.error(unit.down.weight) * moments.gram.tokens / self.energy if self.energy else 0.0
+    def _fit(self, role: str, now: Tensor, moments: Moments, iteration: int) -> Fit:
+        """The weight of a linear before it is pruned, from its weight ``now``."""
+        published = self.settings.published
+        if not iteration and (published or role != "down"):
+            return Fit(now)
+        if published:
+            gradient = role == "down" and published == "gradient"
+            return updates.descend_weight(moments, now) if gradient else updates.pseudo_inverse_weight(moments)
+        prior = self.dense.down.weight if role == "down" else now
+        return least_squares(moments.gram, moments.cross, self.settings.damping, prior=prior)

@@ -9,9 +9,9 @@ from torch import Tensor
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import watch
 from sparsellm.chain.units import FeedForwardUnit
-from sparsellm.decomposition import FeedForward, LazyChunks, Linear, Settings, prune_feed_forward
+from sparsellm.decomposition.loop import Settings, prune_feed_forward
+from sparsellm.decomposition.objective import Chunks, FeedForward, Linear, split, stored
 from sparsellm.methods.task import BlockTask
-from sparsellm.records import Step
 from sparsellm.solvers import Solution, Solver
 
 # Memory of a unit for all tokens, in units of the hidden states: inputs, targets, and Z (or U and S), four times as
@@ -49,20 +49,20 @@ def prune_unit(
         with watch([unit.up, unit.down], see):
             task.run()
         flat = [weight.flatten() for weight in weights] if weights is not None else None
-        alternate(task, unit, *LazyChunks.stored(inputs, outputs, flat).split(), solvers, settings)
+        alternate(task, unit, *split(stored(inputs, outputs, flat)), solvers, settings)
 
 
 def alternate(
     task: BlockTask,
     unit: FeedForwardUnit,
-    train: LazyChunks,
-    held_out: LazyChunks,
+    train: Chunks,
+    held_out: Chunks,
     solvers: Mapping[str, Solver],
     settings: Settings,
 ) -> None:
     """Runs the loop, writes its result to the linears, and adds its history to the record of ``down``."""
     roles = roles_of(unit)
-    result = prune_feed_forward(
+    pruned, history = prune_feed_forward(
         plain(unit),
         train,
         held_out,
@@ -71,21 +71,12 @@ def alternate(
         settings,
         task.stream.scratch,
     )
-    for role, pruned in result.unit.linears().items():
-        mask, notes = result.masks[role], result.history[result.chosen].notes
-        task.accept(roles[role], Solution(pruned.weight.where(mask, 0.0), mask, result.error, notes))
-        if pruned.bias is not None:
-            roles[role].assign_bias(pruned.bias)
-    task.history[unit.down.name] = [
-        Step(
-            iteration=record.iteration,
-            held_out_error=record.error if len(held_out) else None,
-            train_error=record.train_error,
-            objective=record.objective,
-            chosen=record.iteration == result.chosen,
-        )
-        for record in result.history
-    ]
+    for role, linear in pruned.unit.linears().items():
+        mask = pruned.masks[role]
+        task.accept(roles[role], Solution(linear.weight.where(mask, 0.0), mask, pruned.error, pruned.notes))
+        if linear.bias is not None:
+            roles[role].assign_bias(linear.bias)
+    task.history[unit.down.name] = history
 
 
 def roles_of(unit: FeedForwardUnit) -> dict[str, LinearView]:

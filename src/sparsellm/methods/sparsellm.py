@@ -24,7 +24,7 @@ from sparsellm.chain import LinearView
 from sparsellm.chain.capture import RunOrder, skipping, watch
 from sparsellm.chain.shortcuts import KnownOutput
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward, relu
-from sparsellm.decomposition import Settings
+from sparsellm.decomposition.loop import Settings
 from sparsellm.errors import RecipeError
 from sparsellm.methods.feed_forward import UNIT_STREAMS, prune_unit
 from sparsellm.methods.permutation import permute_block, permute_expert

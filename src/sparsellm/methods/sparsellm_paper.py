@@ -1,11 +1,9 @@
 """The published SparseLLM, for comparison: with SparseGPT as solver, and the last iterate as the result.
 
 As in the authors' code, the statistics of a block come from one pass before any of its linears is pruned. SparseGPT
-prunes attention. The loop of :meth:`~sparsellm.decomposition.Settings.of_the_paper` prunes the feed-forward unit: its
-inputs are those from before attention was pruned, and its targets are the dense unit's outputs on them. Experts of a
-mixture are pruned by SparseGPT. Differences
-from the authors' code: all numbers are fp32, every block of the model is pruned, and variables are kept in chunks that
-may be on disk.
+prunes attention and experts. The loop with ``Settings.of_the_paper`` prunes the feed-forward unit: its inputs are those
+from before attention was pruned, and its targets are the dense unit's outputs on them. Differences from the authors'
+code: all numbers are fp32, every block of the model is pruned, and variables are kept in chunks that may be on disk.
 """
 
 from __future__ import annotations
@@ -19,7 +17,8 @@ from torch import Tensor
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import watch
 from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
-from sparsellm.decomposition import LazyChunks, Settings
+from sparsellm.decomposition.loop import Settings
+from sparsellm.decomposition.objective import stored
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.methods.feed_forward import UNIT_STREAMS, alternate, plain
 from sparsellm.methods.routed import prune_experts, without_experts
@@ -105,11 +104,9 @@ def _prune_unit(task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, set
     with task.clock.phase("prune/variables"), task.stream.store() as targets:
         for x in inputs:
             targets.append(dense(x.float()))
-        train = LazyChunks.stored(inputs, targets)
+        train = stored(inputs, targets)
         try:
-            alternate(
-                task, unit, train, LazyChunks([]), {linear.name: sparsegpt for linear in unit.linears()}, settings
-            )
+            alternate(task, unit, train, [], {linear.name: sparsegpt for linear in unit.linears()}, settings)
         except NumericalError as failure:
             advice = "options.epochs stops it earlier, options.safeguard=true keeps the best epoch"
             raise NumericalError(f"{unit.down.name}: {failure}; {advice}") from failure
