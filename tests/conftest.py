@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparsellm import cli, console
+from sparsellm import cli, console, plugins
+from sparsellm.allocation import ALLOCATIONS
+from sparsellm.methods import METHODS
+from sparsellm.solvers import SOLVERS
 
 THREADS = torch.get_num_threads()
 
@@ -46,6 +49,18 @@ def threads_for_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def forgotten_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plugins that a test loads are forgotten after it."""
+    kept = [(registry, dict(registry)) for registry in (SOLVERS, METHODS, ALLOCATIONS)]
+    monkeypatch.setattr(plugins, "_loaded", {})
+    monkeypatch.setattr(plugins, "_installed_failures", None)
+    yield
+    for registry, entries in kept:
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.fixture

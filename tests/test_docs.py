@@ -13,10 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparsellm import Recipe, api, cli, plugins
-from sparsellm.allocation import ALLOCATIONS
-from sparsellm.methods import METHODS
-from sparsellm.solvers import SOLVERS
+from sparsellm import Recipe, api, cli
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -81,13 +78,11 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("forgotten_plugins")
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for registry in (SOLVERS, METHODS, ALLOCATIONS):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    monkeypatch.setattr(plugins, "_loaded", {})  # a plugin of a page is not one of other tests
     monkeypatch.setattr(api, "find_tasks", lambda *_: "tasks")  # most tasks of a page need a network
     monkeypatch.setattr(api, "run_tasks", lambda *_, **__: {})
     monkeypatch.chdir(tmp_path)

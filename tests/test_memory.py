@@ -143,7 +143,7 @@ def test_what_a_block_needs_by_hand() -> None:
 @pytest.mark.parametrize("effort", [0, 1])
 def test_the_solver_inside_a_method_counts(solver: str, effort: int) -> None:
     inside, method = SOLVERS[solver].workspace, METHODS["sparsellm"]
-    whole = method.workspace.then(method.needs_of(method.check({"solver": solver})).workspace)
+    whole = method.workspace.then(method.needs(method.check({"solver": solver})).workspace)
     assert whole.weights >= inside.weights + 1  # the weight and the one that its outputs' costs weigh
     assert whole.grams >= inside.grams
     assert whole.remembered == inside.remembered

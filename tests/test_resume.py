@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import create_model
 
 import sparsellm
 from sparsellm import Recipe
@@ -195,7 +196,7 @@ def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> No
     patched.setattr(Chain, "block", failing)
 
 
-@pytest.mark.parametrize("method", sorted(entry.name for entry in METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_goes_on_with_the_same_bits(
     method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,8 +312,10 @@ def test_another_run_is_refused(
         model.config.rms_norm_eps *= 1 if what == "weights" else 2
         source = save_tiny(model, tiny_tokenizer(), tmp_path / "other")
     if what == "defaults":
-        option = METHODS["sparsegpt"].options["damping"]
-        monkeypatch.setitem(METHODS["sparsegpt"].options, "damping", replace(option, default=option.default * 2))
+        entry = METHODS["sparsegpt"]
+        fields = {name: (each.annotation, each.default) for name, each in entry.options.model_fields.items()}
+        changed = create_model("sparsegpt", **{**fields, "damping": (float, 2 * fields["damping"][1])})
+        monkeypatch.setitem(METHODS, "sparsegpt", replace(entry, options=changed))
     before, recipe = files(partial_of(unfinished)), Recipe(**{**FLOAT, **changes})
     with pytest.raises(StorageError) as refused:
         sparsellm.prune(source, recipe, out=unfinished)

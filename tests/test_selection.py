@@ -84,9 +84,8 @@ def test_fixed_linears_have_their_count_and_the_total_is_exact(name: str) -> Non
     assert min(free) > 0.6 * 80 * 32  # they make up for the denser ones
 
 
-def test_an_allocation_that_misses_the_total_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ALLOCATIONS, "_entries", dict(ALLOCATIONS._entries))
-
+@pytest.mark.usefixtures("forgotten_plugins")
+def test_an_allocation_that_misses_the_total_is_corrected() -> None:
     @ALLOCATIONS.register("rough", paper="none")
     def rough(survey: Survey) -> Allocation:
         """A tenth less than it was asked for."""

@@ -233,7 +233,7 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(weight, linear_weights(plain)[name]), name
 
 
-@pytest.mark.parametrize("method", sorted(entry.name for entry in METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_resumes_with_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
     swept = SWEPT if method == "sparsellm" else {}

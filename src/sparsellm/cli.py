@@ -322,8 +322,8 @@ def methods(plugin: Sequence[str] = ()) -> Printed:
         tables.print_choices("--allocation", ALLOCATIONS, "allocation_options", allocations=False)
 
     _load_plugins(plugin)
-    chosen = {entry.name: {**entry.to_dict(), "allocation": entry.allocation} for entry in METHODS}
-    return {**chosen, "allocations": {entry.name: entry.to_dict() for entry in ALLOCATIONS}}, show
+    chosen = {entry.name: {**entry.to_dict(), "allocation": entry.allocation} for entry in METHODS.values()}
+    return {**chosen, "allocations": {entry.name: entry.to_dict() for entry in ALLOCATIONS.values()}}, show
 
 
 @_command(

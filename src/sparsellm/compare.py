@@ -232,7 +232,7 @@ def cells_of(
         raise RecipeError("a comparison needs one method or more, and one sparsity or pattern or more")
     entries = [METHODS[name] for name in methods]
     for option in recipe.options:
-        if not any(option in entry.options for entry in entries):
+        if not any(option in entry.options.model_fields for entry in entries):
             raise RecipeError(f"option {option} is known to none of the methods {', '.join(methods)}; leave it out")
     swept = [field for field in SWEEP if getattr(recipe, field) is not None]
     if swept and all(entry.effort is None for entry in entries):
@@ -242,7 +242,7 @@ def cells_of(
     targets += [{"pattern": pattern} for pattern in patterns]
     for target in targets:
         for entry in entries:
-            options = {key: value for key, value in recipe.options.items() if key in entry.options}
+            options = {key: value for key, value in recipe.options.items() if key in entry.options.model_fields}
             without = dict.fromkeys(swept) if entry.effort is None else {}
             own = recipe.updated(method=entry.name, options=options, **without, **target)
             name = f"{entry.name}-{own.pattern.replace(':', '-') if own.pattern else format(own.sparsity, 'g')}"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from sparsellm.errors import RecipeError
+from sparsellm.errors import RecipeError, one_line
 
-GROUP = "sparsellm.plugins"
-"""The entry-point group of plugins in installed packages: ``anything = "package.module"``."""
+GROUP = "sparsellm.plugins"  # entry points of installed packages: ``anything = "package.module"``
+CORRECT = "correct it, or name another .py file or module"
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,11 @@ def load_plugin(name_or_path: str | os.PathLike[str], *, installed: bool = False
             file has changed since it was loaded. What it registered before it failed stays registered.
     """
     given = os.fspath(name_or_path)
-    if isinstance(given, str) and "\0" not in given:
-        if given.endswith(".py") or os.sep in given:
-            return _load_file(Path(given).expanduser())
-        if given in _loaded:
-            return _loaded[given]
-        if all(part.isidentifier() for part in given.split(".")):
-            return _run(given, given, given, lambda: _import(given), installed)
-    raise RecipeError(f"plugin {given!r} is neither a file nor a module; name a .py file or an importable module")
+    if given.endswith(".py") or os.sep in given:
+        return _load_file(Path(given))
+    if given in _loaded:
+        return _loaded[given]
+    return _run(given, given, given, lambda: _import(given), installed)
 
 
 def load_installed() -> list[str]:
@@ -97,13 +94,13 @@ def fingerprints(*used: object) -> dict[str, str]:
 
 def _load_file(path: Path) -> Plugin:
     try:
+        path = path.expanduser()
         key = str(path.resolve(strict=True))
-        if not path.is_file():
-            raise RecipeError(f"plugin {path} is not a file; name a .py file or an importable module")
         source = path.read_bytes()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"cannot read plugin {path}: {reason}; name a .py file or an importable module") from None
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such user, a null byte
+        raise RecipeError(
+            f"cannot read plugin {path}: {getattr(error, 'strerror', None) or error}; {CORRECT}"
+        ) from None
     digest = hashlib.sha256(source).hexdigest()
     if key in _loaded:
         if _loaded[key].sha256 != digest:
@@ -121,16 +118,14 @@ def _load_file(path: Path) -> Plugin:
 
 
 def _import(name: str) -> str:
-    """Imports a module and returns the digest of its source."""
+    """Imports a module and returns the digest of its source, for a package of all its Python files."""
     module = importlib.import_module(name)
+    if not hasattr(module, "__path__"):
+        return hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest()
     digest = hashlib.sha256()
-    if hasattr(module, "__path__"):  # a package
-        for root in sorted(map(Path, module.__path__)):
-            for file in sorted(root.rglob("*.py")):
-                digest.update(f"{file.relative_to(root).as_posix()}\0".encode(errors="surrogateescape"))
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-    elif module.__file__ is not None:
-        digest.update(Path(module.__file__).read_bytes())
+    for root in sorted(module.__path__):
+        for file in sorted(Path(root).rglob("*.py")):
+            digest.update(os.fsencode(file.relative_to(root)) + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -140,8 +135,10 @@ def _run(key: str, name: str, shown: str, execute: Callable[[], str], installed:
     try:
         digest = execute()
     except (Exception, SystemExit) as error:
-        _forget(_registered() - before)  # what is left out must not be used: no identity of a run would have it
-        raise RecipeError(_why(shown, error)) from error
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [at.lineno for at in frames if Path(at.filename).name == Path(shown).name]
+        at = f", line {lines[-1]}" if lines else ""
+        raise RecipeError(f"plugin {shown} cannot be imported: {one_line(error)}{at}; {CORRECT}") from error
     free = (key if name in loaded() else name).encode("utf-8", "backslashreplace").decode()  # records are UTF-8
     _loaded[key] = Plugin(free, digest, _registered() - before, installed)
     return _loaded[key]
@@ -151,31 +148,4 @@ def _registered() -> frozenset[str]:
     from sparsellm.allocation import ALLOCATIONS
     from sparsellm.methods import METHODS
 
-    return frozenset(entry.name for entry in (*METHODS, *ALLOCATIONS))  # every solver is a method too
-
-
-def _forget(names: frozenset[str]) -> None:
-    from sparsellm.allocation import ALLOCATIONS
-    from sparsellm.methods import METHODS
-    from sparsellm.solvers import SOLVERS
-
-    for registry in (METHODS, ALLOCATIONS, SOLVERS):
-        registry.forget(names)
-
-
-def _why(shown: str, error: BaseException) -> str:
-    """The error message for a plugin that failed: one line, with the line number in the plugin."""
-    if isinstance(error, ModuleNotFoundError) and error.name and f"{shown}.".startswith(f"{error.name}."):
-        return (
-            f"no plugin {shown!r}: there is no module {error.name!r}; install its package, or give the path of a file, "
-            "such as ./my_solver.py"
-        )
-    reason = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split()) or "no reason given"
-    if reason.endswith("is registered twice"):
-        return f"plugin {shown}: {reason}; give it another name, or start Python again if an earlier try registered it"
-    lines = [
-        at.lineno for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).name == Path(shown).name
-    ]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    at = f", line {line}" if line is not None else ""
-    return f"plugin {shown} cannot be imported: {type(error).__name__}: {reason}{at}; correct it, or leave it out"
+    return frozenset((*METHODS, *ALLOCATIONS))  # every solver is a method too

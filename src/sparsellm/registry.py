@@ -4,53 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from sparsellm.errors import RecipeError, nearest, refusal
 
 F = TypeVar("F", bound=Callable[..., Any])
 Options: TypeAlias = dict[str, Any]  # the options of a function by name: JSON values, since a recipe sets them
-
-FINITE = ConfigDict(allow_inf_nan=False)  # for numbers in options: JSON has no NaN or infinity
-
-
-@dataclass(frozen=True)
-class Option:
-    """One keyword-only parameter of a registered function."""
-
-    name: str
-    type: Any
-    default: Any
-    description: str
-
-    @property
-    def type_name(self) -> str:
-        """The type as users read it, such as ``int`` or ``float | None``."""
-        bare = typing.get_args(self.type)[0] if hasattr(self.type, "__metadata__") else self.type
-        if typing.get_origin(bare) in (typing.Literal, typing.Union, types.UnionType):
-            return str(bare).replace("typing.", "")
-        return getattr(bare, "__name__", str(bare))
-
-    def checked(self, owner: str, values: Options) -> Any:
-        """The value of this option among ``values``, coerced to its type, or its default.
-
-        Raises:
-            RecipeError: the value is of the wrong type or out of range, or is missing and there is no default.
-        """
-        if self.name not in values:
-            if self.default is inspect.Parameter.empty:
-                raise RecipeError(f"{owner} needs option {self.name}: {self.description or self.type_name}")
-            return self.default
-        try:
-            return TypeAdapter(self.type, config=FINITE).validate_python(values[self.name])
-        except ValidationError as error:
-            raise RecipeError(refusal(f"option {self.name} of {owner}", error)) from None
 
 
 @dataclass(frozen=True)
@@ -114,65 +78,61 @@ class Entry(Generic[F]):
         name: as users type it.
         function: the function.
         paper: where it is published.
-        summary: first paragraph of its docstring.
-        options: its keyword-only parameters, by name.
+        options: a model of its keyword-only parameters.
         workspace: its memory and work.
-        needs: returns its needs for all options, as :meth:`check` returns them.
-        validate: raises RecipeError if options contradict each other.
+        needs: returns its needs for all options, as :meth:`check` returns them; raises RecipeError if they contradict
+            each other.
         distributed: whether it works in several processes. A solver does if rows may be solved apart, because it
             compares them through its pattern only; a method if every process may run it on its share of the windows.
         allocation: a method's default allocation, unless a pattern fixes the sparsity.
         effort: a method's default effort of the sweep that follows; None if none may follow.
+        summary: first paragraph of its docstring.
     """
 
     name: str
     function: F
     paper: str
+    options: type[BaseModel]
     summary: str
-    options: dict[str, Option]
     workspace: Workspace = Workspace()
-    needs: Callable[[Options], Needs] | None = None
-    validate: Callable[[Options], None] | None = None
+    needs: Callable[[Options], Needs] = lambda options: Needs()
     distributed: bool = False
     allocation: str = "uniform"
     effort: int | None = None
-
-    def needs_of(self, options: Options) -> Needs:
-        """The needs of a run with these options, as :meth:`check` returns them."""
-        return self.needs(options) if self.needs is not None else Needs()
 
     def check(self, values: Options) -> Options:
         """All options with their values, coerced to the declared types, as JSON values in the order of the signature.
 
         Raises:
             RecipeError: an option is unknown (the message has the nearest known name), missing, of the wrong type or
-                out of range, or the options contradict each other.
+                out of range.
         """
-        for key in values:
-            if key not in self.options:
-                hint = nearest(key, self.options) if self.options else "it has no options at all; leave it out"
-                raise RecipeError(f"{self.name} has no option {key!r}; {hint}")
-        checked = {name: option.checked(self.name, values) for name, option in self.options.items()}
-        if self.validate is not None:
-            self.validate(checked)
-        return checked
+        try:
+            return self.options.model_validate(values).model_dump()
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            option, known = str(first["loc"][0]), self.options.model_fields
+            if option in known:
+                raise RecipeError(refusal(f"option {option} of {self.name}", error)) from None
+            hint = nearest(option, known) if known else "it has no options at all; leave it out"
+            raise RecipeError(f"{self.name} has no option {option!r}; {hint}") from None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Options:
         """Summary, paper and options as plain JSON values."""
         options = {
-            option.name: {"type": option.type_name, "default": option.default, "description": option.description}
-            for option in self.options.values()
+            name: {"type": _type_name(each.annotation), "default": each.get_default(), "description": each.description}
+            for name, each in self.options.model_fields.items()
         }
         return {"summary": self.summary, "paper": self.paper, "options": options}
 
 
-class Registry(Generic[F]):
-    """Maps names to entries. A package's ``__init__`` imports its modules, which register their functions."""
+class Registry(dict[str, Entry[F]]):
+    """Entries by name. A package's ``__init__`` imports its modules, which register their functions."""
 
     def __init__(self, kind: str) -> None:
+        super().__init__()
         self.kind = kind
-        self._entries: dict[str, Entry[F]] = {}
-        self._listeners: list[Callable[[Entry[F]], None]] = []
+        self.listeners: list[Callable[[Entry[F]], None]] = []  # called with every entry that is added
 
     def register(self, name: str, *, paper: str, **declared: Any) -> Callable[[F], F]:
         """A decorator that registers a function; ``declared`` are further attributes of its :class:`Entry`.
@@ -186,46 +146,37 @@ class Registry(Generic[F]):
 
         def add(function: F) -> F:
             hints = typing.get_type_hints(function, include_extras=True)
-            options = {}
+            fields: dict[str, Any] = {}
             for parameter in inspect.signature(function).parameters.values():
-                if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-                    continue
-                if parameter.default is not inspect.Parameter.empty:
-                    json.dumps(parameter.default)  # raises TypeError: options go into reports and identities
-                hint = hints[parameter.name]
-                description = next((part for part in getattr(hint, "__metadata__", ()) if isinstance(part, str)), "")
-                options[parameter.name] = Option(parameter.name, hint, parameter.default, description)
+                if parameter.kind is parameter.KEYWORD_ONLY:
+                    default = ... if parameter.default is parameter.empty else parameter.default
+                    if default is not ...:
+                        json.dumps(default)  # raises TypeError: options go into reports and identities
+                    fields[parameter.name] = (hints[parameter.name], default)
             summary = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-            self.add(Entry(name, function, paper, summary, options, **declared))
+            options = create_model(name, __config__=_OPTIONS, **fields)
+            for field in options.model_fields.values():
+                field.description = next((part for part in field.metadata if isinstance(part, str)), "")
+            self.add(Entry(name, function, paper, options, summary, **declared))
             return function
 
         return add
 
     def add(self, entry: Entry[F]) -> None:
         """Registers an entry."""
-        if entry.name in self._entries:
-            raise ValueError(f"{self.kind} {entry.name!r} is registered twice")
-        self._entries[entry.name] = entry
-        for listener in self._listeners:
+        if entry.name in self:
+            raise ValueError(f"{self.kind} {entry.name!r} is registered twice; give it another name")
+        self[entry.name] = entry
+        for listener in self.listeners:
             listener(entry)
 
-    def on_add(self, listener: Callable[[Entry[F]], None]) -> None:
-        """Calls ``listener`` with every registered entry, and with each later one when it is registered."""
-        self._listeners.append(listener)
-        for entry in self:
-            listener(entry)
+    def __missing__(self, name: str) -> Entry[F]:
+        raise RecipeError(f"unknown {self.kind} {name!r}; {nearest(name, self)}")
 
-    def __getitem__(self, name: str) -> Entry[F]:
-        if name not in self._entries:
-            raise RecipeError(f"unknown {self.kind} {name!r}; {nearest(name, self._entries)}")
-        return self._entries[name]
 
-    def forget(self, names: frozenset[str]) -> None:
-        """Removes what a plugin registered that failed afterwards."""
-        self._entries = {name: entry for name, entry in self._entries.items() if name not in names}
+_OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())  # JSON has no NaN or infinity
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
 
-    def __iter__(self) -> Iterator[Entry[F]]:
-        return iter(self._entries.values())
+def _type_name(kind: Any) -> str:
+    """A type as users read it, such as ``int`` or ``float | None``."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")

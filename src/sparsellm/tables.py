@@ -110,13 +110,13 @@ def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]
 def print_choices(option: str, registry: Registry[Any], prefix: str, *, allocations: bool) -> None:
     """Prints the values of one option of ``prune``: each name with its paper, summary and options."""
     out().print(f"{option}:")
-    for entry in registry:
+    for entry in registry.values():
         out().print(Text(visible(entry.name), style="bold").append(f"  ({visible(entry.paper)})", style="not bold"))
         _print_indented(entry.summary, "  ")
         if allocations:
             _print_indented(f"Without --allocation or --pattern: {entry.allocation}.", "  ")
-        for each in entry.options.values():
-            _print_indented(f"{prefix}.{each.name}: {each.type_name} = {each.default}  {each.description}", "    ")
+        for name, each in entry.to_dict()["options"].items():
+            _print_indented(f"{prefix}.{name}: {each['type']} = {each['default']}  {each['description']}", "    ")
 
 
 def _print_indented(line: str, indent: str) -> None:

@@ -18,6 +18,8 @@ from sparsellm.methods import METHODS
 from sparsellm.solvers import SOLVERS
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("forgotten_plugins")
+
 SOLVER = """
 from sparsellm.solvers import SOLVERS
 
@@ -138,7 +140,6 @@ def test_a_broken_plugin_is_one_line(what: str, tmp_path: Path) -> None:
     assert str(caught.value).isprintable()
     assert all(part in str(caught.value) for part in said)
     assert plugins.loaded() == {}
-    assert "mine" not in METHODS  # what it registered before it failed
 
 
 @pytest.mark.parametrize(
@@ -194,11 +195,10 @@ def test_a_run_does_not_go_on_with_a_plugin_that_was_changed(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, recipe = tmp_path / "s.py", Recipe(method="mine", samples=2, seq_len=16)
-    entries = [(registry, dict(registry._entries)) for registry in (SOLVERS, METHODS)]  # type: ignore[attr-defined]
 
     def prune(code: str) -> PruneResult:
-        for registry, known in entries:  # as a new process has them
-            monkeypatch.setattr(registry, "_entries", dict(known))
+        for registry in (SOLVERS, METHODS):  # as in a new process
+            registry.pop("mine", None)
         monkeypatch.setattr(plugins, "_loaded", {})
         plugins.load_plugin(write(source, code))
         return sparsellm.prune(llama, recipe, out=tmp_path / "p")

@@ -219,8 +219,8 @@ def test_quiet_and_verbose_contradict_each_other(command: str, model: Path, tmp_
 
 
 def test_the_shell_completes_the_registered_names_without_importing_them() -> None:
-    assert set(options.registered("methods", "solvers")) == {entry.name for entry in METHODS}
-    assert set(options.registered("allocation")) == {entry.name for entry in ALLOCATIONS}
+    assert set(options.registered("methods", "solvers")) == set(METHODS)
+    assert set(options.registered("allocation")) == set(ALLOCATIONS)
 
 
 # ---------------------------------------------------------------------- Python

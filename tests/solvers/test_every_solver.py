@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import pytest
@@ -15,7 +14,7 @@ from sparsellm.statistics import Gram
 from tests.shares import Share, zeros_of
 from tests.solvers.problems import gram_of, relative, weight_of
 
-NAMES = sorted(entry.name for entry in SOLVERS)
+NAMES = sorted(SOLVERS)
 PATTERNS = [
     Share(0.0),
     Share(0.3),
@@ -42,8 +41,8 @@ def test_papers_and_options_are_described(name: str):
     entry = SOLVERS[name]
     assert entry.paper.startswith("arXiv ")
     assert entry.summary
-    assert all(option.description for option in entry.options.values())
-    assert all(option.default is not inspect.Parameter.empty for option in entry.options.values())
+    assert all(option.description for option in entry.options.model_fields.values())
+    assert not any(option.is_required() for option in entry.options.model_fields.values())
 
 
 def test_options_out_of_range_are_refused():

@@ -10,6 +10,8 @@ from sparsellm.solvers import SOLVERS
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
-SOLVERS.on_add(lambda entry: METHODS.add(from_solver(entry)))  # a solver that a user registers later is a method too
+for _solver in SOLVERS.values():
+    METHODS.add(from_solver(_solver))
+SOLVERS.listeners.append(lambda entry: METHODS.add(from_solver(entry)))  # a solver that a user registers later
 
 __all__ = ["METHODS", "BlockTask", "LinearResult"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from sparsellm.chain import LinearView
 from sparsellm.methods.routed import prune_experts, without_experts
@@ -38,7 +39,4 @@ def local_method(entry: Entry[Solver]) -> Method:
 
 def from_solver(entry: Entry[Solver]) -> Entry[Method]:
     """The method of a solver, with its name, options and paper."""
-    return Entry(
-        entry.name, local_method(entry), entry.paper, entry.summary, entry.options, entry.workspace,
-        validate=entry.validate, distributed=True,
-    )  # fmt: skip
+    return replace(cast(Entry[Method], entry), function=local_method(entry), distributed=True)

@@ -43,6 +43,8 @@ PAYS = 0.75  # sparsity from which they do
 
 
 def _needs(options: Options) -> Needs:
+    if options["iterations"] and not options["refit"]:
+        raise RecipeError("options.iterations of sparsellm includes the refit; leave options.refit at true")
     inside = SOLVERS[options["solver"]].workspace
     weighted = options["output_metric"] > 0
     return Needs(
@@ -57,17 +59,10 @@ def _needs(options: Options) -> Needs:
     )
 
 
-def _validate(options: Options) -> None:
-    SOLVERS[options["solver"]]  # raises RecipeError for an unknown name
-    if options["iterations"] and not options["refit"]:
-        raise RecipeError("options.iterations of sparsellm includes the refit; leave options.refit at true")
-
-
 @METHODS.register(
     "sparsellm",
     paper="arXiv 2402.17946, with the solver of 2406.07831",
     needs=_needs,
-    validate=_validate,
     workspace=Workspace(weights=7, grams=2, streams=1, writers=2),  # for the refit of attention and feed-forward
     distributed=True,
     allocation="threshold",

@@ -65,8 +65,8 @@ class Choice:
         allocator = ALLOCATIONS[recipe.allocation_by(method.allocation)]
         allocation_options = allocator.check(recipe.allocation_options)
         allocates = allocator.name != "uniform" and recipe.sparsity != 0
-        allocation_needs = allocator.needs_of(allocation_options) if allocates else Needs()
-        needs = method.needs_of(options)
+        allocation_needs = allocator.needs(allocation_options) if allocates else Needs()
+        needs = method.needs(options)
         return cls(method, options, needs, passes, sets, allocator, allocation_options, allocation_needs, allocates)
 
     @property
