@@ -235,41 +235,37 @@ def _separate(module: nn.Module, twin: nn.Module, layout: _Layout) -> None:
 
 
 def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Runs each expert on the tokens routed to it, and adds up its weighted outputs.
+    """Runs each expert of the twin of a mixture on the tokens routed to it, and adds up its weighted outputs.
 
-    Args:
-        self: the twin of a mixture.
-        inputs: ``(..., width)``.
-        chosen, weights: each token's experts and weights, ``(tokens, k)``; numbers beyond the last expert are ignored.
+    ``inputs (..., width)``; experts and weights of each token ``(tokens, k)``, where numbers beyond the last expert are
+    ignored.
     """
     flat = inputs.reshape(-1, inputs.shape[-1])
-    if self.record is not None:
-        self.record(Routed(flat, chosen, weights, torch.arange(len(flat), device=flat.device)))
-        return torch.zeros_like(inputs)
-    total = torch.zeros_like(flat)
-    for number in chosen.unique().tolist():
-        if str(number) in self._modules:
-            tokens, places = torch.where(chosen == number)
-            outputs = self._modules[str(number)](flat[tokens]) * weights[tokens, places, None]
-            total.index_add_(0, tokens, outputs.to(total.dtype))
-    return total.view_as(inputs)
+    return _outputs(self, Routed(flat, chosen, weights, torch.arange(len(flat), device=flat.device))).view_as(inputs)
 
 
 def _forward_of_all(self: Any, inputs: Tensor) -> Tensor:
     """:func:`_forward` for inputs ``(experts · tokens, width)`` that are weighted, and zero where not routed."""
-    experts = sum(isinstance(child, Expert) for child in self._modules.values())
-    by_expert = inputs.view(experts, -1, inputs.shape[-1])
-    routed = (by_expert != 0).any(-1)
-    if self.record is not None:
-        numbers, tokens = torch.where(routed)
-        self.record(Routed(by_expert[numbers, tokens], numbers[:, None], inputs.new_ones(len(numbers), 1), tokens))
-        return torch.zeros_like(inputs)
+    by_expert = inputs.view(len(Mixture("", self)), -1, inputs.shape[-1])
+    numbers, tokens = torch.where((by_expert != 0).any(-1))
+    ones = inputs.new_ones(len(numbers), 1)
     total = torch.zeros_like(by_expert)
-    for number in range(experts):
-        (tokens,) = torch.where(routed[number])
-        if len(tokens):
-            total[number, tokens] = self._modules[str(number)](by_expert[number, tokens])
+    total[numbers, tokens] = _outputs(self, Routed(by_expert[numbers, tokens], numbers[:, None], ones, tokens))
     return total.view_as(inputs)
+
+
+def _outputs(self: Any, routed: Routed) -> Tensor:
+    """The outputs of a mixture ``(tokens, width)``; zeros while tokens are recorded."""
+    total = torch.zeros_like(routed.inputs)
+    if self.record is not None:
+        self.record(routed)
+        return total
+    for number in routed.experts.unique().tolist():
+        if str(number) in self._modules:
+            tokens, places = torch.where(routed.experts == number)
+            outputs = self._modules[str(number)](routed.inputs[tokens]) * routed.weights[tokens, places, None]
+            total.index_add_(0, tokens, outputs.to(total.dtype))
+    return total
 
 
 def _layout_of(module: nn.Module) -> _Layout | None:
@@ -280,9 +276,10 @@ def _layout_of(module: nn.Module) -> _Layout | None:
     takes = len(inspect.signature(module.forward).parameters)
     stacks = {name: p for name, p in module.named_parameters() if p.dim() > 1}
     if set(stacks) == {"gate_up_proj", "down_proj"} and takes == 1:  # Llama 4
-        return _transposed_stacks(module)
+        parts = _three_dimensional(stacks["gate_up_proj"].shape, transposed=True, gated=True)
+        return _Layout(parts, module.act_fn, routed=False)
     if set(stacks) == {"mlp.w1", "mlp.v1", "mlp.w2"} and takes == _ROUTED:  # DBRX
-        return _two_dimensional_stacks(module)
+        return _two_dimensional(module)
     return None
 
 
@@ -290,54 +287,51 @@ def _decorated(module: Any) -> _Layout:
     """The layout that the flags of transformers' ``use_experts_implementation`` describe."""
     from transformers.integrations.moe import _default_apply_gate
 
-    first, transposed = "gate_up_proj" if module.has_gate else "up_proj", module.is_transposed
-    shape = module.get_parameter(first).shape
-    rows: dict[str, slice | None] = {UP: None}
-    if module.has_gate:
-        cut = _halves(shape[2 if transposed else 1])
-        rows = {**(cut if module.is_concatenated else {GATE: slice(0, None, 2), UP: slice(1, None, 2)})}
-    parts = []
-    for number in range(shape[0]):
-        expert = {f"{DOWN}.weight": Part(DOWN, (number,), transposed)}
-        for role, outputs in rows.items():
-            index: Index = (number,) if outputs is None else (number, outputs)
-            across: Index = index if outputs is None else (number, slice(None), outputs)
-            expert[f"{role}.weight"] = Part(first, across if transposed else index, transposed)
-            if module.has_bias:
-                expert[f"{role}.bias"] = Part(f"{first}_bias", index)
-        if module.has_bias:
-            expert[f"{DOWN}.bias"] = Part(f"{DOWN}_bias", (number,))
-        parts.append(expert)
     default = type(module)._apply_gate is _default_apply_gate
+    interleaved = not module.is_concatenated
+    first = module.get_parameter("gate_up_proj" if module.has_gate else "up_proj").shape
+    parts = _three_dimensional(first, module.is_transposed, module.has_gate, interleaved, module.has_bias)
     return _Layout(
         parts,
         getattr(module, "act_fn", nn.Identity()),
         apply_gate=None if default or not module.has_gate else module._apply_gate,
-        interleaved=not module.is_concatenated,
+        interleaved=interleaved,
         gated=module.has_gate,
         normed=bool(getattr(module, "has_post_expert_norm", False)),
     )
 
 
-def _halves(width: int) -> dict[str, slice]:
-    """The outputs of gate and up, one after the other."""
-    return {GATE: slice(0, width // 2), UP: slice(width // 2, width)}
+def _three_dimensional(
+    shape: tuple[int, ...], transposed: bool, gated: bool, interleaved: bool = False, biased: bool = False
+) -> list[dict[str, Part]]:
+    """The parts of ``gate_up_proj (experts, 2 · inner, width)``, or ``up_proj``, and ``down_proj (experts, width,
+    inner)``, or of their transposes, and of their biases ``(experts, outputs)``.
+
+    Args:
+        shape: of the first of them.
+        interleaved: whether the outputs of gate and up come in turn, not one after the other.
+    """
+    first, half = "gate_up_proj" if gated else "up_proj", shape[2 if transposed else 1] // 2
+    outputs: dict[str, Index] = {UP: ()}
+    if gated:
+        outputs = {GATE: (slice(0, half),), UP: (slice(half, 2 * half),)}
+    if gated and interleaved:
+        outputs = {GATE: (slice(0, None, 2),), UP: (slice(1, None, 2),)}
+    parts = []
+    for number in range(shape[0]):
+        expert = {f"{DOWN}.weight": Part(DOWN, (number,), transposed)}
+        for role, rows in outputs.items():
+            across: Index = (slice(None),) if transposed and rows else ()
+            expert[f"{role}.weight"] = Part(first, (number, *across, *rows), transposed)
+            if biased:
+                expert[f"{role}.bias"] = Part(f"{first}_bias", (number, *rows))
+        if biased:
+            expert[f"{DOWN}.bias"] = Part(f"{DOWN}_bias", (number,))
+        parts.append(expert)
+    return parts
 
 
-def _transposed_stacks(module: Any) -> _Layout:
-    """``gate_up_proj (experts, width, 2 · inner)`` and ``down_proj (experts, inner, width)``, as in Llama 4."""
-    experts, _, both = module.gate_up_proj.shape
-    parts = [
-        {
-            **{f"{r}.weight": Part("gate_up_proj", (number, slice(None), c), True) for r, c in _halves(both).items()},
-            f"{DOWN}.weight": Part(DOWN, (number,), True),
-        }
-        for number in range(experts)
-    ]
-    return _Layout(parts, module.act_fn, routed=False)
-
-
-def _two_dimensional_stacks(module: Any) -> _Layout:
+def _two_dimensional(module: Any) -> _Layout:
     """``w1``, ``v1`` and ``w2`` ``(experts · inner, width)``, as in DBRX."""
     inner = module.mlp.w1.shape[0] // module.num_experts
     rows = [(slice(first, first + inner),) for first in range(0, inner * module.num_experts, inner)]
