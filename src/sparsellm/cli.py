@@ -110,7 +110,6 @@ def _kept_in(directory: str, *, save: bool) -> Path | None:
     with suppress(OSError, RuntimeError, ValueError):  # what cannot be a path is refused as a model
         place = Path(directory).expanduser()
         if save and results.keeps_results(place):
-            results.check_results(place)
             return place
     return None
 

@@ -115,5 +115,5 @@ def test_a_damaged_record_counts_as_absent(damage: str, out: Path, tmp_path: Pat
 
 
 def test_a_record_of_another_kind_counts_as_absent(tmp_path: Path) -> None:
-    write_sealed(tmp_path / "r.json", BlockRecord())
+    write_sealed(tmp_path / "r.json", BlockRecord([], {}, {}, 0))
     assert read_sealed(tmp_path / "r.json", SweepRecord) is None

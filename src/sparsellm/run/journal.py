@@ -6,11 +6,10 @@ Each is written after the file that it describes. So whatever the moment of a ki
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -55,27 +54,18 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class FileRecord:
-    """The SHA-256 of a finished file."""
+class BlockRecord:
+    """A finished block: the results of its linears, the :func:`conditions` under which it was pruned, seconds of each
+    phase since the previous block, the peak memory of the process so far in bytes, and the SHA-256 of the shard."""
 
+    linears: list[LinearResult]
+    versions: dict[str, str]
+    seconds: dict[str, float]
+    peak_rss: int
     sha256: str = ""
 
 
-@dataclass(frozen=True)
-class BlockRecord(FileRecord):
-    """A finished block: the results of its linears, the :func:`conditions` under which it was pruned,
-    seconds of each phase since the previous block, and the peak memory of the process so far, in bytes."""
-
-    linears: list[LinearResult] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_rss: int = 0
-
-
-R = TypeVar("R", bound=FileRecord)
-
-
-class Journal:
+class Journal(contextlib.ExitStack):
     """The records of one run into ``out``, and the checkpoint that it writes.
 
     Every process of a run has one. The first process writes; the others read the finished shards. Without ``out``
@@ -83,20 +73,14 @@ class Journal:
     """
 
     def __init__(self, out: Path | None, blocks: int, *, restart: bool, overwrite: bool) -> None:
+        super().__init__()
         self.out, self.blocks = out, blocks
         self._restart, self._overwrite = restart, overwrite
         self._partial = partial_of(out) if out is not None else Path()
         self._state = self._partial / STATE
         self._shards = [self._partial / BLOCKS / name for name in shard_names(blocks + 1)]
-        self._held = contextlib.ExitStack()
         self._walked: CheckpointWriter | None = None  # writes the walk's blocks; in the first process only
         self.writer: CheckpointWriter | None = None  # writes the result, that of the walk or of the sweep; there only
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
 
     def knows(self, name: str) -> bool:
         """Whether the unfinished run has a record of this name. May be called before :meth:`open`."""
@@ -111,7 +95,7 @@ class Journal:
 
         def begin(out: Path) -> None:
             opened = partial(WorkingDirectory, out, asdict(identity), need_bytes=need_bytes)
-            work = self._held.enter_context(opened(overwrite=self._overwrite, restart=self._restart))
+            work = self.enter_context(opened(overwrite=self._overwrite, restart=self._restart))
             self._walked = self.writer = CheckpointWriter(work, self.blocks + 1, resumes=True)
 
         if self.out is not None:
@@ -121,12 +105,11 @@ class Journal:
         """Begins to write every block again, after a sweep. The walk's blocks are kept until the end."""
 
         def begin() -> None:
-            assert self._walked is not None
-            self.writer = CheckpointWriter(self._walked.work, self.blocks + 1, SWEPT)
-            check_room(self.writer.work.out, need_bytes)
+            if self._walked is not None:
+                self.writer = CheckpointWriter(self._walked.work, self.blocks + 1, SWEPT)
+                check_room(self.writer.work.out, need_bytes)
 
-        if self.out is not None:
-            parallel.from_main(begin)
+        parallel.from_main(begin)
 
     # ------------------------------------------------------------------ blocks
 
@@ -139,7 +122,10 @@ class Journal:
 
         def verified() -> list[BlockRecord]:
             records: list[BlockRecord] = []
-            while len(records) < self.blocks and (record := self._verified(len(records), BlockRecord)) is not None:
+            for shard in self._shards[: self.blocks if self.writes else 0]:
+                record = read_sealed(self._state / f"{shard.name}.json", BlockRecord)
+                if record is None or not has_digest(shard, record.sha256):
+                    break
                 records.append(record)
                 progress(Progress("verify", len(records), self.blocks, "checking the blocks of an earlier run"))
             if records:
@@ -159,14 +145,6 @@ class Journal:
         assert self._walked is not None
         digest = self._walked.write_shard(index, tensors)
         self._keep(self._shards[index].name, replace(record, sha256=digest))
-
-    def write_outer(self, tensors: Callable[[], Mapping[str, TensorSource]]) -> None:
-        """Writes embedding, final norm and head, unless an earlier process wrote them."""
-        walks = self.writer is self._walked
-        if self.writer is not None and not (walks and self._verified(self.blocks, FileRecord)):
-            digest = self.writer.write_shard(self.blocks, tensors())
-            if walks:
-                self._keep(self._shards[-1].name, FileRecord(digest))
 
     def write_swept(self, index: int, tensors: Mapping[str, TensorSource]) -> None:
         """Writes a block after the sweep."""
@@ -190,8 +168,8 @@ class Journal:
     def output_costs(self) -> dict[str, Tensor] | None:
         """``E[g_i²]`` of every linear's outputs from an earlier process, or None."""
         file = self._state / f"{OUTPUT_COSTS}.safetensors"
-        record = read_sealed(self._state / f"{OUTPUT_COSTS}.json", FileRecord) if self.writes else None
-        if record is None or not has_digest(file, record.sha256):
+        record = read_sealed(self._state / f"{OUTPUT_COSTS}.json", dict) if self.writes else None
+        if record is None or not has_digest(file, record["sha256"]):
             return None
         reader = CheckpointReader(self._state, [file])
         return {name: reader.get(name) for name in reader}
@@ -200,7 +178,7 @@ class Journal:
         if self.writes:
             tensors = {name: TensorSource.of(value) for name, value in costs.items()}
             file = self._state / f"{OUTPUT_COSTS}.safetensors"
-            self._keep(OUTPUT_COSTS, FileRecord(replace_atomically(file, partial(write_shard, tensors=tensors))))
+            self._keep(OUTPUT_COSTS, {"sha256": replace_atomically(file, partial(write_shard, tensors=tensors))})
 
     # ------------------------------------------------------------------ the sweep
 
@@ -224,11 +202,6 @@ class Journal:
     def _keep(self, name: str, record: object) -> None:
         if self.writes:
             write_sealed(self._state / f"{name}.json", record)
-
-    def _verified(self, index: int, kind: type[R]) -> R | None:
-        """The record of a shard of the walk, if the shard is as it was written."""
-        record = read_sealed(self._state / f"{self._shards[index].name}.json", kind) if self.writes else None
-        return record if record is not None and has_digest(self._shards[index], record.sha256) else None
 
 
 def conditions() -> dict[str, str]:

@@ -70,7 +70,6 @@ def execute(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
             clock.add(record.seconds)
         predicted = _predicted(plan, len(finished))
         progress(plan_of_phases(predicted))
-        journal.write_outer(chain.outer_tensors)
         folder = partial_of(plan.out) if plan.out is not None else None
         scratch = Scratch(plan.memory.hidden_in_memory_bytes, folder, spare=plan.memory.kept_bytes)
         feed = Feed(chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
@@ -188,7 +187,6 @@ def _sweep(
         )
     if dense is not None:
         dense.close()
-    journal.write_outer(chain.outer_tensors)
     return Pruned([each.model_copy(update={"zeros": zeros[each.name]}) for each in linears], sweeps, peak)
 
 
@@ -256,6 +254,7 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
     if writer is None:
         return
     progress(Progress("save", 0, 1))
+    writer.write_shard(len(plan.chain), plan.chain.outer_tensors())
     directory = plan.model.directory
     if directory is not None:
         links = writer.copy_companions(directory)

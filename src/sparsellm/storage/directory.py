@@ -59,7 +59,7 @@ def differences(there: Identity, here: Identity, prefix: str = "") -> list[str]:
     return sentences
 
 
-class WorkingDirectory:
+class WorkingDirectory(contextlib.ExitStack):
     """``<out>.partial``, locked until it is closed: created, or taken over from an earlier process of the same run.
 
     Args:
@@ -83,20 +83,18 @@ class WorkingDirectory:
         restart: bool = False,
         need_bytes: int = 0,
     ) -> None:
+        super().__init__()
         self.out = check_destination(out, overwrite=overwrite, need_bytes=need_bytes)
         self.path = partial_of(self.out)
         self.state = self.path / STATE
         self._overwrite = overwrite
-        self._held = contextlib.ExitStack()
         self._check_entries()
         with explained(self.path):
             self.state.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(locked(self.state))
-        try:
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked(self.state))
             self._begin(to_jsonable_python(identity), restart)
-        except BaseException:
-            self.close()
-            raise
+            self.push(held.pop_all())
 
     def publish(self, folder: Path) -> None:
         """Gives the complete checkpoint in ``folder`` its final name, and removes the working directory.
@@ -128,18 +126,8 @@ class WorkingDirectory:
             self.discard()
 
     def discard(self) -> None:
-        """Removes the directory."""
+        """Removes the directory, and releases its lock."""
         _discard(self.path)
-        self.close()
-
-    def close(self) -> None:
-        """Releases the lock, so that another process may write the directory."""
-        self._held.close()
-
-    def __enter__(self) -> WorkingDirectory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _begin(self, identity: Identity, restart: bool) -> None:
@@ -164,9 +152,9 @@ class WorkingDirectory:
         with explained(self.path):
             if not self.path.exists():
                 return
-            known = [self.path / name for name in (BLOCKS, SWEPT, REPLACED, STATE)]
+            begun = left_in(self.path) is not None
+            known = [self.path / name for name in (BLOCKS, SWEPT, REPLACED, STATE)] if begun else []
             ours = {folder for folder in known if folder.is_dir() and not folder.is_symlink()}
-            ours = ours if left_in(self.path) is not None else set()
             folders = {self.path, *ours} - {self.state}
             paths = {folder / name for folder in folders for name in foreign_entries(folder)} - ours
         if foreign := [str(path.relative_to(self.path)) for path in paths if not path.match(f".*{TEMPORARY}")]:

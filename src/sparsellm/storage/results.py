@@ -1,4 +1,4 @@
-"""Reads ``results.json`` of a checkpoint and appends to it: one record for each evaluation and each benchmark.
+"""Reads ``results.json`` of a checkpoint and appends to it: one record for each measurement and each pair of texts.
 
 Only directories that sparsellm wrote have one. ``prune`` and ``pack`` write a new checkpoint without it, since results
 hold for the weights that were measured.
@@ -13,13 +13,21 @@ from sparsellm.errors import StorageError
 from sparsellm.records import PRUNING, RESULTS, Benchmark, Continuation, Evaluation, Results, read_record
 from sparsellm.storage.files import locked, write_bytes
 
-_OURS = (PRUNING, "packed.json")  # a directory with one of these was written by sparsellm
 _ADVICE = "move the file elsewhere, or give --no-save"
 
 
-def keeps_results(directory: str | os.PathLike[str]) -> bool:
-    """Whether results are kept in a directory: sparsellm wrote it."""
-    return any((Path(directory) / name).is_file() for name in _OURS)
+def keeps_results(directory: Path) -> bool:
+    """Whether results are kept in a directory, because sparsellm wrote it.
+
+    Raises:
+        StorageError: they would be, but the directory cannot be written, or its results.json cannot be read.
+    """
+    if not any((directory / name).is_file() for name in (PRUNING, "packed.json")):
+        return False
+    read_results(directory)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise StorageError(f"{directory} cannot be written, and results are kept in it; give --no-save")
+    return True
 
 
 def read_results(directory: Path) -> Results:
@@ -29,33 +37,19 @@ def read_results(directory: Path) -> Results:
         StorageError: results.json cannot be read, or is not of this format.
     """
     path = directory / RESULTS
-    if not os.path.lexists(path):
-        return Results()
-    if not path.is_file():
+    if os.path.lexists(path) and not path.is_file():
         raise StorageError(f"{path} is not an ordinary file; {_ADVICE}")
-    return read_record(Results, path, _ADVICE)
-
-
-def check_results(directory: Path) -> None:
-    """Checks before a measurement that :func:`append_result` will be able to write.
-
-    Raises:
-        StorageError: the directory cannot be written, or its results.json cannot be read.
-    """
-    read_results(directory)
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise StorageError(f"{directory} cannot be written, and results are kept in it; give --no-save")
+    return read_record(Results, path, _ADVICE) if path.is_file() else Results()
 
 
 def append_result(directory: Path, record: Evaluation | Benchmark | Continuation) -> Path:
-    """Appends one record to results.json and returns the path; the file is replaced atomically.
+    """Appends one record to results.json, which is replaced atomically, and returns the path of that file.
 
     The directory is locked from reading to writing, so that no record is lost if two processes append at once.
 
     Raises:
         StorageError: the file cannot be read or written.
     """
-    path = directory / RESULTS
     with locked(Path(os.path.realpath(directory)), wait=True):
         results = read_results(directory)
         match record:
@@ -65,6 +59,5 @@ def append_result(directory: Path, record: Evaluation | Benchmark | Continuation
                 results.benchmarks.append(record)
             case Continuation():
                 results.continuations.append(record)
-        text = results.model_dump_json(indent=2) + "\n"
-        write_bytes(path, text.encode())
-    return path
+        write_bytes(directory / RESULTS, (results.model_dump_json(indent=2) + "\n").encode())
+    return directory / RESULTS
