@@ -269,7 +269,6 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
     option("--max-bytes SIZE", "Recommend among packed models up to this size, such as 1GB.", MEASURE),
     use.TRUST,
     use.out("Directory of the comparison; an earlier one goes on."),
-    option("--log NAME", "Log each run to trackio or wandb, if it is installed."),
     use.JSON,
     examples=(
         "sparsellm compare demo --out grid --sparsity 0.5,0.7 --method wanda,sparsellm",
@@ -293,7 +292,6 @@ def compare(model: str, out: Path, progress: Any, plugin: Sequence[str] = (), **
     recover, most = options.get("recover"), options.get("max_bytes")
     if recover is not None and not 0 < recover <= 1:
         raise RecipeError(f"--recover is {recover}; it is a fraction above 0, up to 1, such as 0.95")
-    limits = grid.Constraints(recover, parse_bytes(most) if most is not None else None)
     measured = (options.pop(name, None) for name in ("text", "seq_len", "max_tokens", "values", "speed"))
     protocol = grid.Protocol(*measured)  # type: ignore[arg-type]
     result = grid.compare(
@@ -301,12 +299,12 @@ def compare(model: str, out: Path, progress: Any, plugin: Sequence[str] = (), **
         out=out,
         cells=grid.cells_of(use.take_recipe(options), methods=methods, sparsities=sparsities, patterns=patterns),
         protocol=protocol,
-        constraints=limits,
-        log=options.get("log"),
+        recover=recover,
+        max_bytes=parse_bytes(most) if most is not None else None,
         trust_remote_code=options["trust_remote_code"],
         progress=progress,
     )
-    return result.to_dict(), lambda: tables.print_grid(result, constrained=limits != grid.Constraints())
+    return result.to_dict(), lambda: tables.print_grid(result, constrained=recover is not None or most is not None)
 
 
 @_command(use.PLUGIN, use.JSON, examples=("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"))

@@ -8,13 +8,12 @@ computed once.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -25,7 +24,7 @@ from sparsellm.evaluation.speed import compared_speed
 from sparsellm.methods import METHODS
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import SWEEP, Recipe
-from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
+from sparsellm.records import PRUNING, Record, Settings, read_pruning, read_record
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 from sparsellm.run.plan import Request
@@ -45,16 +44,11 @@ class Cell:
     name: str
     recipe: Recipe
 
-    @property
-    def target(self) -> str:
-        return self.recipe.pattern or f"{self.recipe.sparsity:g}"
-
 
 class Measured(Record):
     """The measurements of one cell, whose name is that of its directory.
 
     Attributes:
-        target: the sparsity or pattern that was asked for.
         sparsity: zeros in the pruned linears, as a fraction.
         perplexity, kl, agreement, recovery: on the text of the grid, as in :class:`~sparsellm.records.Against`.
         packed_bytes, dense_bytes: weight files of the packed and of the dense checkpoint.
@@ -65,8 +59,6 @@ class Measured(Record):
     """
 
     name: str
-    method: str
-    target: str
     sparsity: float
     perplexity: float
     dense_perplexity: float
@@ -130,22 +122,14 @@ class Protocol:
     speed: bool = False
 
 
-@dataclass(frozen=True)
-class Constraints:
-    """The least recovery, and the most bytes of packed weight files, of a recommended cell."""
-
-    recover: float | None = None
-    max_bytes: int | None = None
-
-
 def compare(
     model: str | os.PathLike[str],
     *,
     out: str | os.PathLike[str],
     cells: Sequence[Cell],
     protocol: Protocol,
-    constraints: Constraints = Constraints(),
-    log: str | None = None,
+    recover: float | None = None,
+    max_bytes: int | None = None,
     trust_remote_code: bool = False,
     progress: ProgressCallback = ignore,
 ) -> GridResult:
@@ -156,8 +140,7 @@ def compare(
         out: the directory of the grid; each cell has its checkpoint in it. An earlier grid is continued.
         cells: as :func:`cells_of` makes them.
         protocol: how they are measured.
-        constraints: what a recommended cell must satisfy.
-        log: ``trackio`` or ``wandb``, if it is installed, to log each cell there as a run of the project ``sparsellm``.
+        recover, max_bytes: the least recovery, and the most bytes of packed weight files, of a recommended cell.
         trust_remote_code: run modelling code that comes with the checkpoint.
         progress: called with the progress of the run.
 
@@ -166,12 +149,11 @@ def compare(
             settings.
     """
     folder = Path(out).expanduser()
-    logger = _logger(log) if log is not None else None
     known = _known(folder)
     settings = {cell.name: _settings(model, cell, protocol) for cell in cells}
     for cell in cells:
         if cell.name in known:
-            _check_known(folder / cell.name, known[cell.name].settings, settings[cell.name])
+            _check_same(folder / cell.name, known[cell.name].settings, settings[cell.name])
     resolve_value_type(protocol.values, torch.float32)
     api.check_evaluation(
         model,
@@ -192,19 +174,15 @@ def compare(
             progress(replace(event, detail=f"{title}: {event.detail}"))
 
         request = Request(model, cell.recipe, folder / cell.name, trust_remote_code=trust_remote_code, shared=shared)
-        measured = known[cell.name] = _measure(request, cell, protocol, dense, settings[cell.name], tell)
+        known[cell.name] = _measure(request, protocol, dense, settings[cell.name], tell)
         text = Grid(cells=list(known.values())).model_dump_json(indent=2) + "\n"
         replace_atomically(folder / GRID, partial(write_all, data=text.encode()))
-        if logger is not None:  # trackio and wandb have the same three functions
-            logger.init(project="sparsellm", name=cell.name, config=measured.settings)
-            logger.log({key: value for key, value in measured if isinstance(value, int | float)})
-            logger.finish()
     finished = [known[cell.name] for cell in cells]
     page = None
     if len(finished) > 1:
         with contextlib.suppress(MissingExtraError):
             page = write_comparison([folder / f"{cell.name}{PACKED}" for cell in finished], folder / PAGE)
-    return GridResult(folder, finished, recommend(finished, constraints), page)
+    return GridResult(folder, finished, recommend(finished, recover, max_bytes), page)
 
 
 def cells_of(
@@ -253,34 +231,18 @@ def cells_of(
     return cells
 
 
-def recommend(cells: Sequence[Measured], constraints: Constraints) -> Measured | None:
+def recommend(cells: Sequence[Measured], recover: float | None, max_bytes: int | None) -> Measured | None:
     """The cell that fits the constraints: with ``recover`` the smallest one, else the one that recovers most."""
-    if constraints.recover is None and constraints.max_bytes is None:
+    if recover is None and max_bytes is None:
         return None
     fitting = [
         cell
         for cell in cells
-        if cell.recovery >= (constraints.recover or 0.0)
-        and (constraints.max_bytes is None or cell.packed_bytes <= constraints.max_bytes)
+        if cell.recovery >= (recover or 0.0) and (max_bytes is None or cell.packed_bytes <= max_bytes)
     ]
-    if constraints.recover is None:
+    if recover is None:
         return max(fitting, key=lambda cell: cell.recovery, default=None)
     return min(fitting, key=lambda cell: (cell.packed_bytes, -cell.recovery), default=None)
-
-
-def _logger(name: str) -> Any:
-    """The module of an experiment tracker.
-
-    Raises:
-        RecipeError: it is neither trackio nor wandb.
-        MissingExtraError: it is not installed.
-    """
-    if name not in ("trackio", "wandb"):
-        raise RecipeError(f"log is {shown(name)}; it is trackio or wandb")
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise MissingExtraError(f"{name} is not installed: pip install {name}") from None
 
 
 def _settings(model: str | os.PathLike[str], cell: Cell, protocol: Protocol) -> Settings:
@@ -288,49 +250,45 @@ def _settings(model: str | os.PathLike[str], cell: Cell, protocol: Protocol) -> 
     return {"model": str(model), "recipe": recipe, "protocol": asdict(protocol)}
 
 
-def _check_known(place: Path, known: Settings, asked: Settings) -> None:
-    """Refuses a cell that is finished with other settings than those that are asked for.
+def _check_same(place: Path, known: Settings, asked: Settings, before: str = "") -> None:
+    """Refuses a cell that was made with other settings than those that are asked for.
 
     Raises:
         RecipeError: a setting differs; the message names the first one.
     """
-    was, now = _flat(known), _flat(asked)
-    for key, value in now.items():
-        if was.get(key) != value:
-            raise RecipeError(
-                f"{place} was made with another {key} ({shown(was.get(key))}, not {shown(value)}); give another --out, "
-                "or the same settings"
-            )
-
-
-def _flat(values: Settings, before: str = "") -> Settings:
-    flat: Settings = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) and value else {f"{before}{key}": value}
-    return flat
+    for key, value in asked.items():
+        was = known.get(key)
+        if was == value:
+            continue
+        if isinstance(was, dict) and isinstance(value, dict):
+            _check_same(place, was, value, f"{before}{key}.")
+        raise RecipeError(
+            f"{place} was made with another {before}{key} ({shown(was)}, not {shown(value)}); give another --out, or "
+            "the same settings"
+        )
 
 
 def _measure(
-    request: Request,
-    cell: Cell,
-    protocol: Protocol,
-    dense: api.Dense,
-    settings: Settings,
-    progress: ProgressCallback,
+    request: Request, protocol: Protocol, dense: api.Dense, settings: Settings, progress: ProgressCallback
 ) -> Measured:
     """Prunes one cell unless its checkpoint is there, packs it, and measures the packed checkpoint."""
-    place = Path(os.fspath(request.out or ""))
-    pruned = _pruned(place, cell) or prune_in_stages(request, progress).record
-    out = f"{place}{PACKED}"
-    packed = pack(place, out=out, values=protocol.values, overwrite=True, restart=True, progress=progress)
+    place, recipe = Path(os.fspath(request.out or "")), request.recipe
+    if (place / PRUNING).is_file():  # pruned by an earlier call and not yet measured; it may have settled two settings
+        pruned = read_pruning(place)
+        _check_same(place, pruned.recipe, recipe.model_dump(mode="json", exclude={"memory", "samples", "seq_len"}))
+    else:
+        pruned = prune_in_stages(request, progress).record
+    packed = pack(
+        place, out=f"{place}{PACKED}", values=protocol.values, overwrite=True, restart=True, progress=progress
+    )
     evaluation = api.evaluate(
         packed.path,
         protocol.text,
         seq_len=protocol.seq_len,
         max_tokens=protocol.max_tokens,
-        bos=cell.recipe.bos,
+        bos=recipe.bos,
         against=dense,  # type: ignore[arg-type]
-        device=cell.recipe.device,
+        device=recipe.device,
         trust_remote_code=request.trust_remote_code,
         progress=progress,
     )
@@ -343,9 +301,7 @@ def _measure(
     against = evaluation.against
     assert against is not None
     return Measured(
-        name=cell.name,
-        method=cell.recipe.method,
-        target=cell.target,
+        name=place.name,
         sparsity=pruned.sparsity_pruned,
         perplexity=evaluation.value,
         dense_perplexity=against.perplexity.value,
@@ -360,23 +316,6 @@ def _measure(
         peak_rss=pruned.peak_rss_bytes,
         settings=settings,
     )
-
-
-def _pruned(place: Path, cell: Cell) -> Pruning | None:
-    """The record of a cell that was pruned and not yet measured; None if it is not there.
-
-    Raises:
-        StorageError: another run is there.
-    """
-    if not (place / PRUNING).is_file():
-        return None
-    pruning = read_pruning(place)
-    asked = cell.recipe.model_dump(
-        mode="json", exclude={"memory", "samples", "seq_len"}
-    )  # the run may have settled two
-    if any(pruning.recipe.get(key) != value for key, value in asked.items()):
-        raise StorageError(f"{place} is another run than {cell.name} of this comparison; give another --out")
-    return pruning
 
 
 def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[float, ...]:

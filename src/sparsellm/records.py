@@ -361,8 +361,10 @@ class Interval(Measurement):
     low: float | None = None
     high: float | None = None
 
-    def __str__(self) -> str:
-        return "" if self.low is None or self.high is None else f"95 %: {self.low:.4g} to {self.high:.4g}"
+    def shown(self, digits: int = 4) -> str:
+        """The value with its interval, such as ``14.37 (13.9–14.9)``."""
+        ends = [f"{end:.{digits}g}" for end in (self.low, self.high) if end is not None]
+        return f"{self.value:.{digits}g} ({'–'.join(ends)})" if ends else f"{self.value:.{digits}g}"
 
 
 class Protocol(Measurement):
@@ -424,6 +426,10 @@ class Metric(Measurement):
 
     value: float
     stderr: float | None = None
+
+    def shown(self) -> str:
+        """The value with its standard error, such as ``0.61 ± 0.01``."""
+        return f"{self.value:.4g}" if self.stderr is None else f"{self.value:.4g} ± {self.stderr:.2g}"
 
 
 class Stamp(Measurement):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
     from sparsellm.recipe import Recipe
-    from sparsellm.records import Benchmark, Evaluation, Interval, Matrix
+    from sparsellm.records import Benchmark, Evaluation, Matrix
     from sparsellm.registry import Registry
 
 
@@ -187,26 +187,21 @@ def print_evaluation(result: Evaluation, saved: Path | None) -> None:
     protocol = result.protocol
     begins = {"yes": "each begins with BOS", "no": "cut anywhere", "given": "as given"}[protocol.bos]
     say(
-        f"perplexity {result.value:.4f}{_ends(result.perplexity)} · {protocol.tokens} tokens scored in "
+        f"perplexity {result.perplexity.shown(6)} · {protocol.tokens} tokens scored in "
         f"{protocol.windows} windows of {protocol.window}, {begins}"
     )
     if result.against is not None:
         dense = result.against
-        say(f"dense model {dense.model}: perplexity {dense.perplexity.value:.4f}{_ends(dense.perplexity)}")
+        say(f"dense model {dense.model}: perplexity {dense.perplexity.shown(6)}")
         say(
-            f"recovery {dense.recovery:.2%} · KL divergence {dense.kl:.4g} nats a token{_ends(dense.divergence)} · "
+            f"recovery {dense.recovery:.2%} · KL divergence {dense.divergence.shown()} nats a token · "
             f"same first choice for {dense.agreement:.2%} of the tokens"
         )
     for task, metrics in (result.tasks or {}).items():
         for name, metric in metrics.items():
-            error = "" if metric.stderr is None else f" ± {metric.stderr:.4f}"
-            say(f"{task}: {name} {metric.value:.4f}{error}")
+            say(f"{task}: {name} {metric.shown()}")
     if saved is not None:
         say(f"results in {saved}")
-
-
-def _ends(interval: Interval) -> str:
-    return f" ({interval})" if interval.low is not None else ""
 
 
 def print_grid(result: GridResult, *, constrained: bool) -> None:

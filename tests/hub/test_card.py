@@ -12,8 +12,7 @@ from huggingface_hub import ModelCard
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.hub.base import base_of
-from sparsellm.hub.card import is_unedited, rebuild_card
+from sparsellm.hub.card import base_of, is_unedited, rebuild_card
 from tests.allocation.helpers import windows
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -90,9 +89,9 @@ def test_after_an_evaluation_the_card_has_the_results_with_their_protocol(pruned
     assert "README.md" in stdout.replace("\n", "")
     text = (pruned / "README.md").read_text()
     assert "On `wikitext2`: windows of 512 tokens, each begins with BOS; 4,088 tokens scored." in text
-    assert "| perplexity | 14.37 (13.9 to 14.9) |" in text
-    assert "| perplexity of the dense model `dense` | 12.5 (12.1 to 12.9) |" in text
-    assert "| KL divergence from `dense` | 0.123 (0.1 to 0.15) |" in text
+    assert "| perplexity | 14.37 (13.9–14.9) |" in text
+    assert "| perplexity of the dense model `dense` | 12.5 (12.1–12.9) |" in text
+    assert "| KL divergence from `dense` | 0.123 (0.1–0.15) |" in text
     assert "| same likeliest token | 81.0% |" in text
     assert "| recovery | 90.0% |" in text
     assert "| `arc_easy`, `acc,none` | 0.61 ± 0.01 |" in text

@@ -111,7 +111,8 @@ def _mean_of(windows: Tensor) -> Interval:
 
 def _perplexity(losses: Tensor) -> Interval:
     """The perplexity for mean losses ``(windows,)`` in nats; its interval is that of the loss, exponentiated."""
-    return Interval(**{name: None if end is None else _exp(end) for name, end in _mean_of(losses)})
+    mean = _mean_of(losses)
+    return mean.model_copy(update={name: _exp(end) for name, end in mean if end is not None})
 
 
 def _exp(loss: float) -> float:

@@ -4,24 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparsellm.errors import StorageError
-from sparsellm.hub.base import HUB_ID
 from sparsellm.inputs import dump_yaml, read_object
 from sparsellm.patterns import parse_chosen
 from sparsellm.recipe import Recipe
-from sparsellm.records import PRUNING, Evaluation, Interval, Pruning, read_pruning
+from sparsellm.records import PRUNING, Evaluation, Pruning, read_pruning
 from sparsellm.storage.files import write_bytes
 from sparsellm.storage.results import read_results
 from sparsepack.checkpoint import is_packed
 
 CARD = "README.md"
-_MARK = re.compile(r"<!-- Written by `sparsellm card`, which replaces it unless it was edited: ([0-9a-f]{16}) -->\n")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_MARK = "<!-- Written by `sparsellm card`, which replaces it unless it was edited: {} -->\n"
+_LICENSE = ("license", "license_name", "license_link")
+_MOST_BYTES, _MOST_CHARACTERS = 1 << 20, 300  # of the dense model's card, and of a value: a hundred times the usual
 _ALWAYS = ("method", "sparsity", "calibration", "samples", "seq_len")  # settings shown also at their defaults
+
+
+def base_of(model: object, directory: Path | None) -> dict[str, str]:
+    """The hub id of a dense model as ``model``, and the license that its card states; empty where nothing is known.
+
+    Args:
+        model: as the user named it, or a transformers model.
+        directory: its checkpoint; None for a model that was given as an object.
+    """
+    from huggingface_hub import metadata_load
+
+    name = getattr(model, "name_or_path", "") if directory is None else str(model)
+    if (
+        directory is None
+        or directory.parent.name != "snapshots"
+        or not directory.parents[1].name.startswith("models--")
+    ):
+        known = {"model": name} if HUB_ID.fullmatch(name) and not Path(name).exists() else {}
+    else:  # the hub's cache
+        known = {"model": directory.parents[1].name.removeprefix("models--").replace("--", "/")}
+    try:
+        card = directory / CARD if directory is not None else None
+        stated = (metadata_load(card) if card is not None and card.stat().st_size <= _MOST_BYTES else None) or {}
+        license = {key: stated[key] for key in _LICENSE if isinstance(stated.get(key), str)}
+    except Exception:  # the card belongs to somebody else and does not stop the run
+        license = {}
+    return known | {key: value for key, value in license.items() if 0 < len(value.strip()) <= _MOST_CHARACTERS}
 
 
 def rebuild_card(directory: Path, *, force: bool = False) -> Path:
@@ -53,11 +81,10 @@ def rebuild_card(directory: Path, *, force: bool = False) -> Path:
 def is_unedited(path: Path) -> bool:
     """Whether a card is as :func:`card_text` made it."""
     try:
-        text = path.read_bytes().decode()
+        *lines, last = path.read_bytes().decode().splitlines(keepends=True) or [""]
     except (OSError, UnicodeDecodeError):
         return False
-    mark = _MARK.search(text)
-    return mark is not None and mark[1] == _digest(text.replace(mark[0], "", 1))
+    return last == _MARK.format(_digest("".join(lines)))
 
 
 def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: bool = False) -> str:
@@ -76,7 +103,7 @@ def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: b
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["sparsellm", "pruning", "sparsity", *([f"sparsity-{pattern}"] if fixed else [])],
-        **run.base.model_dump(include={"license", "license_name", "license_link"}, exclude_none=True),
+        **run.base.model_dump(include=set(_LICENSE), exclude_none=True),
     )
     defaults = Recipe().model_dump()
     settings = {key: value for key, value in run.recipe.items() if key in _ALWAYS or value != defaults.get(key)}
@@ -92,25 +119,23 @@ def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: b
         code=_code,
     )
     text = f"{card}\n"
-    mark = f"<!-- Written by `sparsellm card`, which replaces it unless it was edited: {_digest(text)} -->\n"
-    return text + mark
+    return text + _MARK.format(_digest(text))
 
 
 def _rows(one: Evaluation) -> list[tuple[str, str]]:
     """The rows of the table of one evaluation."""
-    rows = [("perplexity", _interval(one.perplexity))]
+    rows = [("perplexity", one.perplexity.shown())]
     if (against := one.against) is not None:
         dense = _code(Path(against.model).name)
         rows += [
-            (f"perplexity of the dense model {dense}", _interval(against.perplexity)),
-            (f"KL divergence from {dense}", _interval(against.divergence)),
+            (f"perplexity of the dense model {dense}", against.perplexity.shown()),
+            (f"KL divergence from {dense}", against.divergence.shown()),
             ("same likeliest token", f"{against.agreement:.1%}"),
             ("recovery", f"{against.recovery:.1%}"),
         ]
     for task, metrics in (one.tasks or {}).items():
         for name, metric in metrics.items():
-            spread = f" ± {_number(metric.stderr)}" if metric.stderr is not None else ""
-            rows.append((f"{_code(task)}, {_code(name)}", _number(metric.value) + spread))
+            rows.append((f"{_code(task)}, {_code(name)}", metric.shown()))
     return rows
 
 
@@ -130,16 +155,6 @@ def _fenced(text: str) -> str:
 def _longest_run(text: str) -> int:
     """The length of the longest run of backticks."""
     return max((len(run) for run in re.findall("`+", text)), default=0)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) and abs(value) < 1e4 else f"{value:.3e}"
-
-
-def _interval(found: Interval) -> str:
-    if found.low is None or found.high is None:
-        return _number(found.value)
-    return f"{_number(found.value)} ({_number(found.low)} to {_number(found.high)})"
 
 
 def _digest(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsellm.errors import StorageError, one_line
-from sparsellm.hub.base import HUB_ID
+from sparsellm.hub.card import HUB_ID
 from sparsellm.records import Settings
 from sparsellm.storage.contents import checkpoint_files, has_weights
 

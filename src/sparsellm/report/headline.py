@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from sparsellm.records import Interval
 from sparsellm.report.charts import number, percent
 from sparsellm.report.checkpoint import Checkpoint
 
@@ -72,15 +71,15 @@ def _evaluate(record: Checkpoint, tasks: str = "") -> str:
 def _quality(record: Checkpoint) -> list[Row]:
     command, rows = _evaluate(record), []
     for evaluation in record.latest().values():
-        protocol, against, pruned = str(evaluation.protocol), evaluation.against, _interval(evaluation.perplexity)
+        protocol, against, pruned = str(evaluation.protocol), evaluation.against, evaluation.perplexity.shown()
         if against is None:
             rows.append(Row(PERPLEXITY, protocol, None, pruned, command=command))
             rows += [Row(name, protocol, dense, command=command) for name, dense in ((KL, "0"), (SAME, "100%"))]
             continue
         change = _ratio(evaluation.value, against.perplexity.value)
         rows += [
-            Row(PERPLEXITY, protocol, _interval(against.perplexity), pruned, change),
-            Row(KL, protocol, "0", _interval(against.divergence, 3)),
+            Row(PERPLEXITY, protocol, against.perplexity.shown(), pruned, change),
+            Row(KL, protocol, "0", against.divergence.shown(3)),
             Row(SAME, protocol, "100%", percent(against.agreement)),
             Row("Recovery", protocol, "100%", percent(against.recovery)),
         ]
@@ -90,8 +89,7 @@ def _quality(record: Checkpoint) -> list[Row]:
 def _tasks(record: Checkpoint) -> list[Row]:
     rows = []
     for (task, metric), value in record.tasks().items():
-        error = f" ± {number(value.stderr, 2)}" if value.stderr is not None else ""
-        rows.append(Row(f"{task}: {metric}", "", None, f"{number(value.value)}{error}"))
+        rows.append(Row(f"{task}: {metric}", "", None, value.shown()))
     return rows or [Row("Tasks", command=_evaluate(record, "hellaswag,arc_easy"))]
 
 
@@ -110,13 +108,6 @@ def _speed(record: Checkpoint) -> Row:
     before, after = speeds
     detail = f"packed, batch {after.batch}, {after.threads} threads"
     return Row(SPEED, detail, number(before.median), number(after.median), _ratio(after.median, before.median))
-
-
-def _interval(value: Interval, digits: int = 4) -> str:
-    said = number(value.value, digits)
-    if value.low is None or value.high is None:
-        return said
-    return f"{said} ({number(value.low, digits)}–{number(value.high, digits)})"
 
 
 def _ratio(value: float, reference: float) -> str:

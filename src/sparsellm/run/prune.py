@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from sparsellm import machine, parallel
 from sparsellm.chain import Feed, Stream
 from sparsellm.errors import SparseLLMError, one_line
-from sparsellm.hub.base import base_of
-from sparsellm.hub.card import CARD, card_text
+from sparsellm.hub.card import CARD, base_of, card_text
 from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
 from sparsellm.records import Base, LinearResult, SweepPass
