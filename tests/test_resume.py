@@ -23,7 +23,7 @@ from sparsellm.progress import Progress
 from sparsellm.run import journal
 from sparsellm.run.journal import BlockRecord
 from sparsellm.storage.directory import BLOCKS, STATE, SWEPT, partial_of
-from sparsellm.storage.files import read_sealed, write_sealed
+from sparsellm.storage.files import keep_record, kept_record
 from sparsellm.storage.writer import CheckpointWriter
 from sparsellm.sweep import whole_model
 from tests import killing
@@ -271,11 +271,11 @@ def test_a_damaged_block_is_pruned_again(damaged: str, source: Path, whole: Whol
 def test_time_and_memory_of_both_processes_count(source: Path, unfinished: Path) -> None:
     """And it is said that the first blocks were pruned with other libraries, and by how many threads."""
     paths = sorted((partial_of(unfinished) / STATE).glob("model-*.json"))[:2]
-    first, second = (read_sealed(path, BlockRecord) for path in paths)
+    first, second = (kept_record(path, BlockRecord) for path in paths)
     assert first is not None
     assert second is not None
     changed = {**second.versions, "torch": "1.0", "threads": "64"}
-    write_sealed(paths[1], replace(second, versions=changed, peak_rss=1 << 50))
+    keep_record(paths[1], replace(second, versions=changed, peak_rss=1 << 50))
     result = sparsellm.prune(source, Recipe(**FLOAT), out=unfinished)
     assert result.resumed == 2
     assert result.peak_rss == 1 << 50

@@ -30,7 +30,7 @@ from sparsellm.storage.directory import (
     partial_of,
     written_bytes,
 )
-from sparsellm.storage.files import has_digest, read_sealed, replace_atomically, write_sealed
+from sparsellm.storage.files import has_digest, keep_record, kept_record, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import CheckpointWriter, TensorSource, shard_names, write_shard
 from sparsellm.sweep.saved import SWEEP, SavedSweep
@@ -123,7 +123,7 @@ class Journal(contextlib.ExitStack):
         def verified() -> list[BlockRecord]:
             records: list[BlockRecord] = []
             for shard in self._shards[: self.blocks if self.writes else 0]:
-                record = read_sealed(self._state / f"{shard.name}.json", BlockRecord)
+                record = kept_record(self._state / f"{shard.name}.json", BlockRecord)
                 if record is None or not has_digest(shard, record.sha256):
                     break
                 records.append(record)
@@ -160,7 +160,7 @@ class Journal(contextlib.ExitStack):
 
     def allocation(self) -> Allocation | None:
         """The allocation that an earlier process chose, or None."""
-        return read_sealed(self._state / f"{ALLOCATION}.json", Allocation) if self.writes else None
+        return kept_record(self._state / f"{ALLOCATION}.json", Allocation) if self.writes else None
 
     def keep_allocation(self, allocation: Allocation) -> None:
         self._keep(ALLOCATION, allocation)
@@ -168,7 +168,7 @@ class Journal(contextlib.ExitStack):
     def output_costs(self) -> dict[str, Tensor] | None:
         """``E[g_i²]`` of every linear's outputs from an earlier process, or None."""
         file = self._state / f"{OUTPUT_COSTS}.safetensors"
-        record = read_sealed(self._state / f"{OUTPUT_COSTS}.json", dict) if self.writes else None
+        record = kept_record(self._state / f"{OUTPUT_COSTS}.json", dict) if self.writes else None
         if record is None or not has_digest(file, record["sha256"]):
             return None
         reader = CheckpointReader(self._state, [file])
@@ -201,7 +201,7 @@ class Journal(contextlib.ExitStack):
 
     def _keep(self, name: str, record: object) -> None:
         if self.writes:
-            write_sealed(self._state / f"{name}.json", record)
+            keep_record(self._state / f"{name}.json", record)
 
 
 def conditions() -> dict[str, str]:

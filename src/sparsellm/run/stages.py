@@ -26,7 +26,7 @@ from sparsellm.run.choice import Choice
 from sparsellm.run.plan import Request, make_plan
 from sparsellm.run.prune import execute, prune
 from sparsellm.run.result import PruneResult
-from sparsellm.storage.directory import differences, discard_unfinished, left_in, partial_of, stage_of
+from sparsellm.storage.directory import WorkingDirectory, differences, left_in, partial_of, stage_of
 from sparsellm.storage.files import empty
 
 PAYS = 0.8  # sparsity from which two stages pay, unstructured, with LEAST_PASSES or more (docs/results.md)
@@ -171,7 +171,8 @@ def _clear(place: Path, out: Path) -> None:
         StorageError: a process is active in it, or it holds foreign files.
     """
     for each in (out, place) if _begun(place) else (out,):
-        discard_unfinished(each)
+        if left_in(partial_of(each)) is not None:
+            WorkingDirectory(each, {}, overwrite=True, restart=True).discard()
     if _report(place) is not None:
         _remove(place)
 

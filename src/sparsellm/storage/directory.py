@@ -18,15 +18,13 @@ from pydantic_core import to_jsonable_python
 from sparsellm import interrupts
 from sparsellm.errors import StorageError, shown
 from sparsellm.storage.contents import foreign_entries, has_weights, some
-from sparsellm.storage.files import TEMPORARY, empty, explained, locked, read_sealed, sync, sync_tree, write_sealed
+from sparsellm.storage.files import TEMPORARY, empty, explained, keep_record, kept_record, locked, sync, sync_tree
 
 PARTIAL = ".partial"  # how the name of a working directory ends
 STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
 RUN, PUBLISHING = "run.json", "publishing.json"  # the run's identity; exists while its result is renamed
 BLOCKS, SWEPT, REPLACED = "blocks", "swept", "replaced"  # folders: the walk's checkpoint, the sweep's, the older one
 PRUNE, PACK, UNPACK = "prune", "pack", "unpack"  # kinds of runs; only the first is resumed
-
-Identity = Mapping[str, object]
 
 
 def partial_of(out: str | os.PathLike[str]) -> Path:
@@ -41,13 +39,13 @@ def stage_of(out: str | os.PathLike[str]) -> Path:
     return place.with_name(f"{place.name}.stage")
 
 
-def left_in(partial: Path) -> Identity | None:
+def left_in(partial: Path) -> dict[str, object] | None:
     """The identity of the unfinished run in a working directory, empty if its record is damaged; None without a run."""
     path = partial / STATE / RUN
-    return (read_sealed(path, dict) or {}) if os.path.lexists(path) else None
+    return (kept_record(path, dict) or {}) if os.path.lexists(path) else None
 
 
-def differences(there: Identity, here: Identity, prefix: str = "") -> list[str]:
+def differences(there: Mapping[str, object], here: Mapping[str, object], prefix: str = "") -> list[str]:
     """Sentences such as ``recipe.seed is 0 there and 1 here``."""
     sentences = []
     for key in {**there, **here}:
@@ -77,7 +75,7 @@ class WorkingDirectory(contextlib.ExitStack):
     def __init__(
         self,
         out: str | os.PathLike[str],
-        identity: Identity,
+        identity: Mapping[str, object],
         *,
         overwrite: bool = False,
         restart: bool = False,
@@ -109,7 +107,7 @@ class WorkingDirectory(contextlib.ExitStack):
         record, replaced = self.state / PUBLISHING, self.path / REPLACED
         with interrupts.held(), explained(self.out):
             sync_tree(folder)
-            write_sealed(record, {"folder": folder.name})
+            keep_record(record, {"folder": folder.name})
             try:
                 if self.out.is_dir():
                     with contextlib.suppress(OSError):
@@ -130,7 +128,7 @@ class WorkingDirectory(contextlib.ExitStack):
         _discard(self.path)
         self.close()
 
-    def _begin(self, identity: Identity, restart: bool) -> None:
+    def _begin(self, identity: dict[str, object], restart: bool) -> None:
         left = left_in(self.path)
         if left is not None and not restart and left != identity:
             changed = differences(left, identity)[:4] if left else [f"its record {self.state / RUN} is damaged"]
@@ -145,7 +143,7 @@ class WorkingDirectory(contextlib.ExitStack):
             for entry in list(self.path.rglob(f".*{TEMPORARY}")):  # what a killed process was writing
                 entry.unlink()
         if left is None or restart:
-            write_sealed(self.state / RUN, identity)
+            keep_record(self.state / RUN, identity)
 
     def _check_entries(self) -> None:
         """Refuses foreign files in the directory, which would be removed with it or end in the result."""
@@ -159,16 +157,6 @@ class WorkingDirectory(contextlib.ExitStack):
             paths = {folder / name for folder in folders for name in foreign_entries(folder)} - ours
         if foreign := [str(path.relative_to(self.path)) for path in paths if not path.match(f".*{TEMPORARY}")]:
             raise StorageError(f"{self.path} holds {some(sorted(foreign))}, which no run wrote; move it elsewhere")
-
-
-def discard_unfinished(out: str | os.PathLike[str]) -> None:
-    """Removes the unfinished run into a directory, if there is one.
-
-    Raises:
-        StorageError: a process is active in it, or it holds foreign files.
-    """
-    if left_in(partial_of(out)) is not None:
-        WorkingDirectory(out, {}, overwrite=True, restart=True).discard()
 
 
 def check_destination(
@@ -247,15 +235,12 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
     """Reasons why a directory, whatever it holds, is not written."""
     if _same(place, Path()):
         yield "is the current directory"
-    if place.name.endswith(PARTIAL):
-        yield f"ends in {PARTIAL}, as the working directories of runs do"
+    if any(part.endswith(PARTIAL) for part in place.parts):
+        yield f"is a working directory, whose names end in {PARTIAL}, or in one"
     for path in (place, partial, partial / STATE):
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISDIR(path.lstat().st_mode):  # other errors, such as that of a long name, are the caller's
                 yield f"cannot be written: {path} is a link or a file"
-    for folder in (place, *place.parents):
-        if folder.name == STATE or os.path.lexists(folder / STATE / RUN):
-            yield f"is the working directory of a run, {folder}, or in it"
     for source in sources:
         for path in (place, partial):
             if _overlap(path, source):
@@ -273,9 +258,7 @@ def _existing(place: Path) -> Path:
 
 def _overlap(first: Path, second: Path) -> bool:
     """Whether one path is the other or inside it, compared by what they are, not by name."""
-    return any(_same(folder, second) for folder in (first, *first.parents)) or any(
-        _same(folder, first) for folder in second.parents
-    )
+    return any(_same(each, second) for each in (first, *first.parents)) or any(_same(first, e) for e in second.parents)
 
 
 def _same(first: Path, second: Path) -> bool:
@@ -306,7 +289,7 @@ def _settle(partial: Path, out: Path) -> None:
 
 def _is_published(partial: Path, out: Path) -> bool:
     """Whether a renaming has reached its end; one that stopped between two renames is completed."""
-    record = read_sealed(partial / STATE / PUBLISHING, dict)
+    record = kept_record(partial / STATE / PUBLISHING, dict)
     if record is None:
         return False
     new, replaced = partial / Path(record["folder"]).name, partial / REPLACED

@@ -1,5 +1,4 @@
-"""Files that are complete or unchanged after a kill, records with a checksum, locks, and the system's errors in one
-sentence. Imports no torch."""
+"""Files that are complete or unchanged after a kill, locks, and the system's errors in one sentence. No torch here."""
 
 from __future__ import annotations
 
@@ -89,28 +88,17 @@ def empty(folder: Path, keep: tuple[str, ...] = ()) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def write_sealed(path: Path, record: object) -> None:
-    """Writes a dataclass, a pydantic model or a dict as a JSON object with a checksum.
-
-    Raises:
-        StorageError: the disk is full, or the directory cannot be written.
-    """
-    content = to_jsonable_python(record)
-    sealed = {**content, "checksum": _checksum(content)}
-    write_bytes(path, json.dumps(sealed, ensure_ascii=False, indent=1).encode())
+def keep_record(path: Path, record: object) -> None:
+    """Writes a dataclass, a pydantic model or a dict as JSON, as :func:`replace_atomically` does."""
+    write_bytes(path, json.dumps(to_jsonable_python(record), ensure_ascii=False, indent=1).encode())
 
 
-def read_sealed(path: Path, kind: type[T]) -> T | None:
-    """The record that :func:`write_sealed` wrote; None if the file is absent, damaged or something else."""
+def kept_record(path: Path, kind: type[T]) -> T | None:
+    """The record that :func:`keep_record` wrote; None if the file is absent, damaged or something else."""
     try:
-        content = read_object(path)
-        return TypeAdapter(kind).validate_python(content) if content.pop("checksum", "") == _checksum(content) else None
+        return TypeAdapter(kind).validate_python(read_object(path))
     except (StorageError, ValidationError):
         return None
-
-
-def _checksum(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsellm import machine, parallel
 from sparsellm.records import SweepPass
-from sparsellm.storage.files import empty, explained, has_digest, read_sealed, replace_atomically, write_sealed
+from sparsellm.storage.files import empty, explained, has_digest, keep_record, kept_record, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import TensorSource, write_shard
 
@@ -94,7 +94,7 @@ class SavedSweep:
             names = [self._file(kind, of, block).name for kind, of in kinds for block in range(self._blocks)]
             peak = max(machine.peak_rss(), self.last.peak_rss if self.last is not None else 0)
             self.last = SweepRecord(history, best, {name: digests[name] for name in names}, seconds, peak)
-            write_sealed(self._record, self.last)
+            keep_record(self._record, self.last)
             with explained(self._folder):
                 empty(self._folder, tuple(names))
 
@@ -107,6 +107,6 @@ class SavedSweep:
         return CheckpointReader(self._folder, [self._file(kind, number, block)]).get(_BITS).view(torch.float32)
 
     def _intact(self) -> SweepRecord | None:
-        record = read_sealed(self._record, SweepRecord)
+        record = kept_record(self._record, SweepRecord)
         files = record.files.items() if record is not None else ()
         return record if all(has_digest(self._folder / name, digest) for name, digest in files) else None
