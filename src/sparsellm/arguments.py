@@ -5,54 +5,25 @@ Each type exists once, as an annotated alias; pydantic checks and converts it.
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Mapping
-from functools import cache, partial, wraps
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeAlias, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeAlias
 
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, SkipValidation, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, PlainValidator, SkipValidation
 from transformers import PreTrainedModel
 
 from sparsellm.calibration.sources import TextGiven
-from sparsellm.errors import RecipeError, refusal
+from sparsellm.errors import RecipeError
 from sparsellm.recipe import MOST_TOKENS, Dtype, Integer, Recipe
+from sparsepack.arguments import checking
 
-P = ParamSpec("P")
-R = TypeVar("R")
+checked = checking(RecipeError)
 
 MOST_NAME, MOST_PATH = 255, 4096  # bytes: limits of one name, and of a path, on Linux and macOS
 ROOM_IN_NAME = 24  # for suffixes of an output that is being written, such as '.partial'
-_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-
-
-def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Checks the arguments of a public function against its annotations before it runs.
-
-    Raises:
-        RecipeError: from the function, with the argument, its value and what to give.
-        TypeError: from the function, as in Python, if an argument is missing or unknown.
-    """
-    signature = inspect.signature(function)
-
-    @cache
-    def adapters() -> dict[str, TypeAdapter[Any]]:
-        hints = get_type_hints(function, include_extras=True)
-        return {name: TypeAdapter(hints[name], config=_STRICT) for name in signature.parameters}
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs)
-        for name, value in given.arguments.items():
-            try:
-                given.arguments[name] = adapters()[name].validate_python(value)
-            except ValidationError as error:
-                raise RecipeError(refusal(name, error)) from None
-        return function(*given.args, **given.kwargs)
-
-    return call
 
 
 def _path(value: Any, *, most_name: int = MOST_NAME, hint: str = "give a path") -> Path:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+from sparsepack.errors import UserError
+from sparsepack.errors import refusal as refusal
+from sparsepack.errors import shown as shown
 
 
-class SparseLLMError(Exception):
-    """Base of every error that this library raises on purpose; the command line prints it and exits with code 2.
-
-    The message is one printable line: line breaks, control characters and halves of surrogate pairs become escapes.
-    """
-
-    def __init__(self, message: object = "") -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
+class SparseLLMError(UserError):
+    """Base of every error that this library raises on purpose; the command line prints it and exits with code 2."""
 
 
 class RecipeError(SparseLLMError):
@@ -68,26 +62,3 @@ def one_line(error: BaseException) -> str:
     said = " ".join(str(error).split())  # some have the reason in the second line
     named = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return "".join(character if character.isprintable() else "?" for character in named[:300])
-
-
-def refusal(name: str, error: ValidationError) -> str:
-    """One line on the first value that pydantic refuses in the argument or field ``name``."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    return f"{name}{place} is {shown(first['input'])}: {reason}"
-
-
-def shown(value: object, most: int = 160) -> str:
-    """A value as text for an error message: one line of at most ``most`` characters, cut in the middle, since the end
-    of a path says most. It never raises."""
-    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write more than 4,300 digits
-        return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str | bytes) and len(value) > 2 * most:  # so that a megabyte of text is not formatted
-        value = value[:most] + value[-most:]  # type: ignore[operator]  # both are of one type
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # from the repr of a user's class, or of a list with a number that is too long
-        return f"a {type(value).__name__}"
-    head = most // 2
-    return text if len(text) <= most else f"{text[:head]}…{text[head + 1 - most :]}"

@@ -16,8 +16,7 @@ from typing import Any
 import typer
 
 from sparsellm import interrupts
-from sparsellm.errors import SparseLLMError
-from sparsepack.errors import PackError
+from sparsepack.errors import UserError
 
 
 def count() -> int:
@@ -58,7 +57,7 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except Exception as error:
         if (signum := interrupts.received()) is not None:  # it has ended another process, for example
             return _interrupted(signum)
-        message = str(error) if isinstance(error, SparseLLMError | PackError) else None
+        message = str(error) if isinstance(error, UserError) else None
         if hasattr(error, "format_message"):  # click's own errors: a missing argument, an unknown option
             message = error.format_message()
         if message is not None:

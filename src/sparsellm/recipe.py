@@ -339,4 +339,4 @@ def _explain(error: ValidationError) -> str:
         return f"unknown recipe field {shown(key)}; {nearest(key[:100], Recipe.model_fields)}"
     if key in MAPPINGS and len(first["loc"]) > 1:
         key = f"{key}.{shown(first['loc'][1]).strip(chr(39))}"
-    return refusal(f"recipe field {key}", error)
+    return refusal(error, f"recipe field {key}")

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, computed_field
 
-from sparsellm.errors import StorageError, shown
+from sparsellm.errors import StorageError, refusal
 from sparsellm.inputs import read_object
 from sparsepack.bench import Comparison, Speed
 
@@ -53,10 +53,7 @@ def read_record(kind: type[R], path: Path, advice: str = PUT_BACK) -> R:
     try:
         return kind.model_validate(read_object(path))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        place = shown(".".join(map(str, first["loc"])))[1:-1]
-        wrong = "missing" if first["type"] == "missing" else f"{shown(first['input'])} ({first['msg']})"
-        raise StorageError(f"{path}: {place} is {wrong}; {advice}") from None
+        raise StorageError(f"{path}: {refusal(error)}; {advice}") from None
 
 
 # ---------------------------------------------------------------------- pruning.json

@@ -113,7 +113,7 @@ class Entry(Generic[F]):
             first = error.errors(include_url=False, include_context=False)[0]
             option, known = str(first["loc"][0]), self.options.model_fields
             if option in known:
-                raise RecipeError(refusal(f"option {option} of {self.name}", error)) from None
+                raise RecipeError(refusal(error, f"option {option} of {self.name}")) from None
             hint = nearest(option, known) if known else "it has no options at all; leave it out"
             raise RecipeError(f"{self.name} has no option {option!r}; {hint}") from None
 

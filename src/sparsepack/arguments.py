@@ -1,47 +1,50 @@
-"""Checks of arguments and of JSON by types and limits, with pydantic; mistakes become errors of one line."""
+"""Checks of the arguments of public functions by their annotations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Callable
+from functools import cache, wraps
 from inspect import signature
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, validate_call
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sparsepack.errors import SettingError, shown
+from sparsepack.errors import SettingError, UserError, refusal
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
-def first_mistake(error: ValidationError, names: Sequence[str] = ()) -> str:
-    """The first mistake in pydantic's list: its place, the value, and the value that is expected.
-
-    Args:
-        error: that of a model, or of the arguments of a function.
-        names: those of the arguments, for one that was given by position.
-    """
-    mistake = error.errors(include_url=False, include_context=False)[0]
-    first, *rest = mistake["loc"] or ("",)
-    place = ".".join(map(str, (names[first] if names and isinstance(first, int) else first, *rest)))
-    return f"{place + ' is ' if place else ''}{shown(mistake['input'])} ({mistake['msg']})"
-
-
-def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that checks its arguments by their annotations before it runs.
+def checking(kind: type[UserError]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator for functions that check and convert their arguments before they run.
 
     Raises:
-        SettingError: from the function, with the first argument that does not fit.
+        UserError: as ``kind``, from the function, with the argument, its value and what to give.
+        TypeError: from the function, as in Python, if an argument is missing or unknown.
     """
-    names = list(signature(function).parameters)
-    validated = validate_call(config=ConfigDict(arbitrary_types_allowed=True, strict=True))(function)
 
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return validated(*args, **kwargs)
-        except ValidationError as error:
-            raise SettingError(first_mistake(error, names)) from None
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = signature(function)
 
-    return call
+        @cache  # at the first call: annotations may name what is defined later
+        def adapters() -> dict[str, TypeAdapter[Any]]:
+            hints = get_type_hints(function, include_extras=True)
+            return {name: TypeAdapter(hints[name], config=_STRICT) for name in parameters.parameters}
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = parameters.bind(*args, **kwargs)
+            for name, value in given.arguments.items():
+                try:
+                    given.arguments[name] = adapters()[name].validate_python(value)
+                except ValidationError as error:
+                    raise kind(refusal(error, name)) from None
+            return function(*given.args, **given.kwargs)
+
+        return call
+
+    return decorate
+
+
+checked = checking(SettingError)

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from sparsepack.arguments import checked, first_mistake
+from sparsepack.arguments import checked
 from sparsepack.decode import Decoder, cache_keyword, why_not
-from sparsepack.errors import FormatError, SettingError
+from sparsepack.errors import FormatError, SettingError, refusal
 from sparsepack.loading import checkpoint_path, load
 from sparsepack.module import PackedLinear, kernel_name, threads_set, to_dense
 
@@ -133,7 +133,7 @@ def compare(
     try:
         chosen = Rounds(**rounds)
     except ValidationError as error:
-        raise SettingError(first_mistake(error)) from None
+        raise SettingError(refusal(error)) from None
     if dense is not None and (difference := _difference(_config(packed), _config(dense))):
         raise SettingError(f"dense is {dense}, which is another model than {packed}: in the latter, {difference}")
     progress("load", 0, 2, "packed")

@@ -20,9 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsepack.arguments import first_mistake
 from sparsepack.codes import FLOAT_TYPES, widened
-from sparsepack.errors import FormatError
+from sparsepack.errors import FormatError, refusal
 from sparsepack.layout import FIELDS, PackedWeight, dense_offsets, unpack
 from sparsepack.validation import PACK_AGAIN, validate
 
@@ -106,7 +105,7 @@ def packed_entries(quantization_config: Mapping[str, Any]) -> dict[str, PackedEn
         try:
             entries[name] = PackedEntry.model_validate(content)
         except ValidationError as error:
-            mistake = f"config.json: quantization_config describes {name!r:.100} wrongly: {first_mistake(error)}"
+            mistake = f"config.json: quantization_config describes {name!r:.100} wrongly: {refusal(error)}"
             raise FormatError(f"{mistake}; {PACK_AGAIN}") from None
     return entries
 
@@ -272,7 +271,7 @@ def check_files(directory: Path, files: list[Path], quantization_config: Any) ->
     try:
         listed = _Manifest.model_validate(read_object(path))
     except ValidationError as error:
-        raise FormatError(f"{path} is not a list of checksums: {first_mistake(error)}; {PACK_AGAIN}") from None
+        raise FormatError(f"{path} is not a list of checksums: {refusal(error)}; {PACK_AGAIN}") from None
     _check_version(listed.format_version)
     for name in listed.sha256:
         if Path(name).name != name:

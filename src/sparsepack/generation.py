@@ -24,9 +24,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sparsepack.arguments import checked, first_mistake
+from sparsepack.arguments import checked
 from sparsepack.decode import Decoder, why_not
-from sparsepack.errors import FormatError, SettingError
+from sparsepack.errors import FormatError, SettingError, refusal
 from sparsepack.module import threads_set
 
 TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 is how some checkpoints write that there is none
@@ -169,7 +169,7 @@ def _settings(model: PreTrainedModel, temperature: float) -> GenerationConfig:
         used = _Settings.model_validate(model.generation_config)
     except ValidationError as error:
         raise FormatError(
-            f"generation config of the model: {first_mistake(error)}; correct generation_config.json, or remove it"
+            f"generation config of the model: {refusal(error)}; correct generation_config.json, or remove it"
         ) from None
     if temperature > 0:
         return GenerationConfig(do_sample=True, temperature=temperature, **used.model_dump())
