@@ -1,7 +1,6 @@
 """The output of the command line: two consoles, tables that fit 80 columns, and progress.
 
-Text of users and models is never markup: the consoles ignore markup and emoji names, and show control characters, which
-a terminal would obey, as escapes. Styles are set by :class:`rich.text.Text` only.
+Text of users and models is never markup, and control characters, which a terminal would obey, are shown as escapes.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import IO, Any
 
-from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -28,7 +26,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.progress import NOTE, PLAN, Forecast, ProgressCallback
 from sparsellm.progress import Progress as Event
 
-LONG_PHASE = 10.0  # seconds; a finished phase that took longer gets a line in a log file
+LONG_PHASE = 10.0  # seconds; a finished phase that took longer gets a line
 CALM = 30.0  # seconds between two lines of progress in a log file
 SMALL_SHARE = 0.02  # share of the time; phases below it are added up in one row
 
@@ -93,8 +91,7 @@ def log() -> PlainConsole:
 
 
 def visible(text: str) -> str:
-    """The text with control characters, except tabs and line breaks, and those that change the direction of writing as
-    escapes such as ``\\x1b``."""
+    """The text with control characters but tabs and line breaks, and marks of direction, as escapes like ``\\x1b``."""
     return _CONTROLS.sub(_escape, text)
 
 
@@ -145,7 +142,6 @@ def duration(seconds: float) -> str:
 
 def speed(median: float, slowest: float, fastest: float) -> str:
     """A median with its range, such as ``41.2 (40.0–41.9)``."""
-
     short = [
         f"{each:.1f}" if each < 99.95 else f"{each:.0f}" if each < 9999.5 else count(each)
         for each in (median, slowest, fastest)
@@ -199,8 +195,7 @@ def _named(phase: str) -> str:
 def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[ProgressCallback]:
     """A display of progress, as a callback for ``progress=``: a bar on a terminal or in a notebook, lines elsewhere.
 
-    The bar is that of the whole run. Above it stand the finished phases, below it the step in work. Each event is also
-    a safe point, where the run stops if a library swallowed the exception of a signal.
+    Each event is also a safe point, where the run stops if a library swallowed the exception of a signal.
 
     Args:
         quiet: show nothing.
@@ -211,16 +206,14 @@ def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[Progress
     """
     if quiet and verbose:
         raise RecipeError("--quiet and --verbose contradict each other; give one of them")
-    shown = _Bar() if not quiet and not verbose and _can_redraw(log()) else _Lines(quiet, verbose)
+    display = None if quiet else _Display(live=not verbose and _can_redraw(log()), verbose=verbose)
 
     def show(event: Event) -> None:
         interrupts.check()
-        if event.phase != NOTE:
-            shown.show(event)
-        elif not quiet:
-            shown.note(event.detail)
+        if display is not None:
+            display.show(event)
 
-    with shown:
+    with display or contextlib.nullcontext():
         yield show
 
 
@@ -244,103 +237,64 @@ def _state(event: Event) -> str:
     return " · ".join([*parts, f"memory {machine.resident() / 1e9:.2f} GB"])
 
 
-def _done(forecast: Forecast) -> str:
-    """The share done of the whole run, and the time left if it is known."""
-    done, left = f"{int(100 * forecast.share)} %", forecast.left
-    if left is None:
-        return done
-    return f"{done}, a few seconds left" if left < 10 else f"{done}, about {duration(left)} left"
+class _Display:
+    """Progress of a run, with a line for each phase that took long; ``live``: a bar and the step in work below it,
+    else a line at a calm rate, or with ``verbose`` for every step and phase."""
 
-
-def _packed(parts: Iterable[str], width: int) -> list[str]:
-    """Lines of parts joined by dots, each part whole unless it alone is wider than a line."""
-    lines: list[str] = []
-    for part in map(one_line, parts):
-        if lines and cell_len(lines[-1]) + 3 + cell_len(part) <= width:
-            lines[-1] += f" · {part}"
-        else:
-            lines.append(part)
-    return lines
-
-
-class _Lines:
-    """Progress for files and pipes: a line at a calm rate, and one for each phase that took long.
-
-    With ``verbose``, one for every step and every phase.
-    """
-
-    def __init__(self, quiet: bool, verbose: bool) -> None:
-        self._quiet, self._verbose = quiet, verbose
-        self._forecast = Forecast()
-        self._detail = ""
-        self._said = 0.0  # elapsed seconds at the last line
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._finish(self._forecast.end())
-
-    def show(self, event: Event) -> None:
-        self._finish(self._forecast.see(event))
-        if self._quiet or event.phase == PLAN:
-            return
-        if self._verbose and event.detail and event.detail != self._detail:
-            say(f"{time.strftime('%H:%M:%S')} {_step(event)} · {_state(event)}", error=True)
-            self._detail = event.detail
-        elif not self._verbose and self._forecast.elapsed - self._said >= CALM:
-            say(f"{_done(self._forecast)} · {_step(event)} · {_state(event)}", error=True)
-            self._said = self._forecast.elapsed
-
-    def note(self, line: str) -> None:
-        say(line, error=True)
-
-    def _finish(self, phase: str) -> None:
-        took = self._forecast.seconds.get(phase, 0.0)
-        if phase and not self._quiet and (self._verbose or took >= LONG_PHASE):
-            say(f"{_named(phase)}: {duration(took)}", error=True)
-            self._said = self._forecast.elapsed
-
-
-class _Bar:
-    """Progress for a terminal or a notebook: the finished phases, the bar of the whole run, and the step in work."""
-
-    def __init__(self) -> None:
-        self._forecast = Forecast()
+    def __init__(self, *, live: bool, verbose: bool) -> None:
+        self._verbose, self._forecast = verbose, Forecast()
         self._event: Event | None = None
         self._over = False
-        self._live = Live(self, console=log(), refresh_per_second=4)
+        self._said = 0.0  # elapsed seconds at the last line
+        self._live = Live(self, console=log(), refresh_per_second=4) if live else None
 
     def __enter__(self) -> None:
-        self._live.start()
+        if self._live is not None:
+            self._live.start()
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._over = True
         if kind is None:
-            self._forecast.end()
-        self._live.transient = kind is not None and not self._forecast.share  # nothing was done: nothing to show
-        self._live.stop()
+            self._finish(self._forecast.end())
+        if self._live is not None:
+            self._live.transient = kind is not None and not self._forecast.share  # nothing was done: nothing to show
+            self._live.stop()
 
     def show(self, event: Event) -> None:
-        self._forecast.see(event)
-        if event.phase != PLAN:
-            self._event = event
+        if event.phase == NOTE:
+            say(event.detail, error=True)
+            return
+        self._finish(self._forecast.see(event))
+        if event.phase == PLAN:
+            return
+        before, self._event = self._event, event
+        if self._verbose and event.detail and (before is None or event.detail != before.detail):
+            say(f"{time.strftime('%H:%M:%S')} {_step(event)} · {_state(event)}", error=True)
+        elif self._live is None and not self._verbose and self._forecast.elapsed - self._said >= CALM:
+            say(f"{self._done()} · {_step(event)} · {_state(event)}", error=True)
+            self._said = self._forecast.elapsed
 
-    def note(self, line: str) -> None:
-        log().print(Text(one_line(line)))  # wrapped at words
+    def _finish(self, phase: str) -> None:
+        took = self._forecast.seconds.get(phase, 0.0)
+        if phase and (self._verbose or took >= LONG_PHASE):
+            say(f"{_named(phase)}: {duration(took)}", error=True)
+            self._said = self._forecast.elapsed
+
+    def _done(self) -> str:
+        """The share done of the whole run, and the time left if it is known."""
+        done, left = f"{int(100 * self._forecast.share)} %", self._forecast.left
+        if self._over:
+            return f"{done} in {duration(self._forecast.elapsed)}"
+        if left is None:
+            return done
+        return f"{done}, a few seconds left" if left < 10 else f"{done}, about {duration(left)} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        forecast, width = self._forecast, options.max_width
-        finished = [f"{_named(name)} {duration(took)}" for name, took in dict(forecast.seconds).items()]
-        for number, line in enumerate(_packed(finished, width - 2)):
-            yield Text("  " if number else "✓ ", "green").append(line, "default")
         if self._event is None:
             return
-        said = f"{int(100 * forecast.share)} % in {duration(forecast.elapsed)}" if self._over else _done(forecast)
         grid = Table.grid(Column(ratio=1), Column(no_wrap=True, min_width=28), padding=(0, 1, 0, 0), expand=True)
-        grid.add_row(ProgressBar(total=1.0, completed=forecast.share), said)
+        grid.add_row(ProgressBar(total=1.0, completed=self._forecast.share), self._done())
         yield grid
-        if forecast.phase:
+        if self._forecast.phase:
             for line in (_step(self._event), _state(self._event)):
                 yield Text(f"  {line}", "dim", no_wrap=True, overflow="ellipsis")
