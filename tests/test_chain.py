@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import Chain, Feed, Stream, open_chain
+from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.chain.capture import InputGroups, watch
 from sparsellm.errors import ModelError
 from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
@@ -69,7 +69,7 @@ def test_inputs_of_linears_equal_those_in_the_whole_model(family: Family) -> Non
         torch.no_grad(),
     ):
         model(ids(), use_cache=False)
-    stream = Stream(chain, ids(), batch_tokens=60)
+    stream = Feed(chain, ids(), 60).stream()
     for index in range(len(chain)):
         seen: dict[str, torch.Tensor] = {}
         with watch(
@@ -89,7 +89,7 @@ def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
     }
     for family, kinds in expected.items():
         chain = open_chain(family(), device=CPU)
-        stream = Stream(chain, ids(), batch_tokens=60)
+        stream = Feed(chain, ids(), 60).stream()
         groups = InputGroups()
         with watch(chain.linears(0), lambda linear, entering, leaving, g=groups: g.add(linear, entering)):
             list(stream.run(0))
@@ -152,7 +152,7 @@ def test_a_mask_that_differs_by_layer_reaches_its_layer() -> None:
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval()
     chain = open_chain(model, device=CPU)
-    stream = Stream(chain, ids(), batch_tokens=60)
+    stream = Feed(chain, ids(), 60).stream()
     for index in range(len(chain)):
         stream.advance(index)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_a_mask_that_differs_by_layer_reaches_its_layer() -> None:
 
 def test_equal_masks_of_equal_batches_are_kept_once() -> None:
     chain = open_chain(tiny_llama(), device=CPU)
-    stream = Stream(chain, ids(samples=8), batch_tokens=20)
+    stream = Feed(chain, ids(samples=8), 20).stream()
     cosines = {id(call.kwargs["position_embeddings"][0]) for index in range(3) for call in stream.calls(index)}
     assert len(stream) == 8
     assert len(cosines) == 1

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from sparsellm.chain import open_chain
-from sparsellm.chain.streams import Stream
+from sparsellm.chain.streams import Feed
 from sparsellm.chain.units import KNOWN, Activation, FeedForwardUnit, find_feed_forward
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 
@@ -18,7 +18,7 @@ from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
 def units_of(model: PreTrainedModel) -> list[FeedForwardUnit]:
     ids = torch.randint(VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(1))
     chain = open_chain(model, device=torch.device("cpu"))
-    stream = Stream(chain, ids, batch_tokens=20)
+    stream = Feed(chain, ids, 20).stream()
     return find_feed_forward(chain.linears(0), lambda: stream.run_batch(0, 0))
 
 

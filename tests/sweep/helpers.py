@@ -12,7 +12,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwe
 from transformers.pytorch_utils import Conv1D
 
 from sparsellm.chain import open_chain, streams
-from sparsellm.chain.streams import Stream
+from sparsellm.chain.streams import Feed
 from sparsellm.chain.structure import find_blocks
 from tests.models import VOCABULARY, _seeded, tiny_gpt2, tiny_llama, tiny_opt
 
@@ -108,7 +108,7 @@ def halved(model: PreTrainedModel, two_of_four: bool = False) -> PreTrainedModel
 def dense_end(model: PreTrainedModel, ids: Tensor, batch_tokens: int) -> list[Tensor]:
     """What leaves the last block, in the batches of the walk."""
     chain = open_chain(model, device=CPU)
-    stream = Stream(chain, ids, batch_tokens=batch_tokens, pieces=streams.PIECE_TOKENS)
+    stream = Feed(chain, ids, batch_tokens).stream(pieces=streams.PIECE_TOKENS)
     for index in range(len(chain)):
         stream.advance(index)
     return list(stream.hidden)

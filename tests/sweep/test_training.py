@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparsellm.chain import open_chain
-from sparsellm.chain.streams import Stream
+from sparsellm.chain.streams import Feed
 from sparsellm.sweep.training import Adam, held_out_of
 from tests.models import tiny_opt
 from tests.sweep.helpers import CPU, ids_of
@@ -15,9 +15,9 @@ from tests.sweep.helpers import CPU, ids_of
 
 def test_pieces_are_whole_windows_that_cover_each_batch_once() -> None:
     chain = open_chain(tiny_opt(), device=CPU)
-    stream = Stream(chain, ids_of(100, seq=32), batch_tokens=3200, pieces=2048)
+    stream = Feed(chain, ids_of(100, seq=32), 3200).stream(pieces=2048)
     assert [(piece.batch, piece.rows) for piece in stream.pieces] == [(0, slice(0, 64)), (0, slice(64, 128))]
-    stream = Stream(chain, ids_of(5), batch_tokens=48, pieces=2048)
+    stream = Feed(chain, ids_of(5), 48).stream(pieces=2048)
     assert [(piece.batch, piece.rows) for piece in stream.pieces] == [(i, slice(0, 85)) for i in range(3)]
     assert all(len(piece.calls) == len(chain) for piece in stream.pieces)
 

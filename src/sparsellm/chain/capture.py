@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +11,7 @@ from sparsellm import parallel
 from sparsellm.chain.structure import LinearView, iterate_linears
 from sparsellm.errors import ModelError
 
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+Hook = Callable[[nn.Module, tuple[object, ...], dict[str, object], object], None]
 
 
 @contextlib.contextmanager
@@ -34,7 +33,7 @@ def watch(
     """
 
     def hook_for(linear: LinearView) -> Hook:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
             given = next(iter((*args, *kwargs.values())), None)
             if not isinstance(given, Tensor) or not isinstance(output, Tensor):
                 raise ModelError(
@@ -53,7 +52,7 @@ def choosing(block: nn.Module, chosen: set[str]) -> contextlib.AbstractContextMa
     numbers, by their names in the block, whenever the block runs."""
 
     def hook_for(name: str) -> Hook:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, kwargs: object, output: object) -> None:
             if isinstance(output, Tensor) and not output.is_floating_point() and not output.is_complex():
                 chosen.update(f"{linear}.weight" for linear, _ in iterate_linears(module, name))
 
@@ -63,11 +62,8 @@ def choosing(block: nn.Module, chosen: set[str]) -> contextlib.AbstractContextMa
 
 
 @contextlib.contextmanager
-def replacing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Sets another ``forward`` on each of these modules, until the context ends.
-
-    A ``forward`` that was already set on an instance is restored afterwards.
-    """
+def replacing(forwards: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
+    """Sets another ``forward`` on each of these modules, until the context ends; then one set before is restored."""
     before = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -83,11 +79,10 @@ def replacing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
 
 def zeros_of(linear: LinearView) -> Callable[..., Tensor]:
     """A forward that returns zeros in the shape of the linear's output."""
-    width = linear.out_features
 
-    def zeros(*args: Any, **kwargs: Any) -> Tensor:
-        given: Tensor = next(iter((*args, *kwargs.values())))
-        return given.new_zeros(*given.shape[:-1], width)
+    def zeros(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        given = next(iter((*args, *kwargs.values())))
+        return given.new_zeros(*given.shape[:-1], linear.out_features)
 
     return zeros
 
@@ -128,10 +123,8 @@ class RunOrder:
 
 
 class InputGroups:
-    """Groups linears whose input is the very same tensor, in the order in which they run.
-
-    For a Llama block: ``[q, k, v], [o], [gate, up], [down]``. The linears of a group share one Gram matrix, and one
-    factorisation. The first batch decides the groups (:meth:`add` until :meth:`freeze`); they do not change afterwards.
+    """Groups linears whose input is the very same tensor, in the order in which they run, so that they share one Gram
+    matrix: in a Llama ``[q, k, v], [o], [gate, up], [down]``. The first batch (until :meth:`freeze`) decides.
     """
 
     def __init__(self) -> None:
@@ -155,7 +148,7 @@ class InputGroups:
         return self._head_of[linear.name] == linear.name
 
     def freeze(self) -> None:
-        """Ends the first batch and drops its tensors. A linear that runs for the first time later is a group alone."""
+        """Ends the first batch and drops its tensors. A linear that first runs later is a group alone."""
         self._frozen = True
         self._inputs.clear()
 
@@ -169,10 +162,8 @@ class InputGroups:
 
 
 def merged(views: list[list[list[str]]]) -> list[list[str]]:
-    """One grouping of names from the groupings of several processes.
-
-    Two names that share a group in any view share one here. A view that separates them met them after its first batch.
-    """
+    """One grouping of names from those of several processes: two names that share a group in any view share one here,
+    as a view that separates them met them after its first batch."""
     head_of: dict[str, str] = {}
     for head, *others in (group for groups in views for group in groups):
         head_of.setdefault(head, head)

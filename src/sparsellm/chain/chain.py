@@ -7,7 +7,7 @@ never guessed, so a release of transformers that adds one does not break the wal
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sparsellm.chain.capture import replacing
 from sparsellm.chain.experts import Mixture, gates_of, mixtures_of
 from sparsellm.chain.open import check_sizes, load_config
 from sparsellm.chain.products import Bf16Products, bf16_products
@@ -28,20 +30,25 @@ from sparsellm.storage.reader import CheckpointReader, open_checkpoint
 
 SHOWN_TOKENS = 8  # block 0 runs on these to reveal the type of its return value
 
-Forward = Callable[..., Any]
+Forward = Callable[..., object]
 
 
 @dataclass(frozen=True)
 class Call:
     """The arguments of a block besides the hidden states, as captured from the model's own forward."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
     hidden_keyword: str | None  # the keyword of the hidden states; None if they are the first positional argument
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call with floating-point tensors in another dtype."""
-        return Call(_converted(self.args, dtype), _converted(self.kwargs, dtype), self.hidden_keyword)
+        return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with ``change`` of every tensor, also of those in tuples, lists and dicts."""
+        args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return Call(args, kwargs, self.hidden_keyword)
 
     def on(self, block: nn.Module, hidden: Tensor) -> Any:
         if self.hidden_keyword is None:
@@ -73,10 +80,7 @@ class Chain(ModelWeights):
         self._returns_more = False
 
     def linears(self, index: int) -> list[LinearView]:
-        """The linears of block ``index`` that are pruned with it.
-
-        Left out are linears tied to the embedding, the head or an earlier block, and :attr:`gates`.
-        """
+        """The linears of block ``index`` but :attr:`gates` and those tied to embedding, head or an earlier block."""
         return [
             LinearView(name, module, self.stored_dtype(f"{name}.weight"))
             for name, module in iterate_linears(self.blocks[index], self.block_names[index])
@@ -90,10 +94,8 @@ class Chain(ModelWeights):
     @torch.no_grad()
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The inputs of block 0, ``(batch, seq, hidden)``, and the other arguments of every block, for token ids
-        ``(batch, seq)``, from the model's own forward. The embedding and block 0 must be loaded.
-
-        The first call runs block 0 on a few tokens, to learn the type of its return value. If it returns more than
-        hidden states, block 0 runs on all tokens.
+        ``(batch, seq)``, from the model's own forward. Embedding and block 0 must be loaded: block 0 runs once on a few
+        tokens, to learn the type of its return value, or on all if it returns more than hidden states.
 
         Raises:
             ModelError: the model's own forward fails, or is not a plain chain of the blocks.
@@ -108,7 +110,7 @@ class Chain(ModelWeights):
         inputs: list[Tensor] = []
         calls: list[Call] = []
 
-        def record(index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def record(index: int, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             hidden, call = _split_call(args, kwargs)
             self._check_next(index, len(calls), hidden, inputs)
             calls.append(call)
@@ -135,8 +137,8 @@ class Chain(ModelWeights):
         return inputs[0], calls
 
     def _check_next(self, index: int, called: int, hidden: Tensor, inputs: list[Tensor]) -> None:
-        """Refuses a call of block ``index`` after ``called`` others, if that is not a step of a plain chain. While
-        arguments are captured every block returns its input, so all inputs are those of the first."""
+        """Refuses a call of block ``index`` after ``called`` others, if that is not a step of a plain chain: while
+        arguments are captured, every block returns its input."""
         family = type(self.model).__name__
         if index != called:
             when = "more than once" if index < called else f"before {self.block_names[called]}"
@@ -154,18 +156,15 @@ class Chain(ModelWeights):
         """The output of a loaded block for hidden states ``(batch, seq, hidden)``."""
         with bf16_products(self.products):
             kept = hidden.clone()  # a block may change its input in place, and the caller uses the input again
-            return hidden_of(call.on(self.blocks[index], kept), self.blocks[index])
+            return _hidden_of(call.on(self.blocks[index], kept), self.blocks[index])
 
-    @torch.no_grad()
-    def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """:meth:`apply` without gradients."""
-        return self.apply(index, hidden, call)
+    run = torch.no_grad()(apply)  # the same without gradients
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Norm and head, through the model's own forward: logits ``(batch, seq, vocabulary)`` for the output of the
         last block, ``(batch, seq, hidden)``, and the token ids that belong to it."""
 
-        def replay(index: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def replay(index: int, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
             assert self._as_returned is not None, "start() comes before logits()"
             return self._as_returned(hidden if index == len(self.blocks) - 1 else _split_call(args, kwargs)[0])
 
@@ -177,29 +176,18 @@ class Chain(ModelWeights):
         assert isinstance(logits, Tensor)
         return logits
 
-    @torch.no_grad()
-    def finish(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """:meth:`logits` without gradients."""
-        return self.logits(hidden, ids)
+    finish = torch.no_grad()(logits)  # the same without gradients
 
-    @contextlib.contextmanager
-    def _intercepted(self, handle: Callable[..., Any]) -> Iterator[None]:
+    def _intercepted(self, handle: Forward) -> contextlib.AbstractContextManager[None]:
         """Redirects every block's forward to ``handle(index, forward, args, kwargs)`` until the context ends.
 
-        ``forward`` is set on the instance and deleted afterwards. The block itself stays in the model, because the
-        forwards of some models read its other attributes (Qwen reads the type of attention).
+        The block itself stays in the model, because the forwards of some models read its other attributes.
         """
 
         def divert(index: int, forward: Forward) -> Forward:
             return lambda *args, **kwargs: handle(index, forward, args, kwargs)
 
-        for index, block in enumerate(self.blocks):
-            block.forward = divert(index, block.forward)
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
+        return replacing({block: divert(index, block.forward) for index, block in enumerate(self.blocks)})
 
 
 def open_chain(
@@ -212,7 +200,6 @@ def open_chain(
     """A chain over a checkpoint directory (weights read lazily) or over a model in memory, which a walk changes.
 
     Args:
-        model: the directory, or the model.
         device: where blocks run; a model in memory runs where it is.
         dtype: the computing dtype of blocks; None for the fastest that is at least as precise as the stored one.
         trust_remote_code: run the modelling code that comes with the checkpoint.
@@ -243,7 +230,7 @@ def _empty_model(config: PretrainedConfig, directory: Path, trust_remote_code: b
     return empty
 
 
-def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+def _split_call(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Tensor, Call]:
     """The hidden states, which are the first tensor among a block's arguments, and the other arguments."""
     if args and isinstance(args[0], Tensor):
         return args[0], Call(args[1:], kwargs, None)
@@ -253,17 +240,7 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     raise ModelError("a block is called without hidden states (batch, seq, hidden); this model is not a plain chain")
 
 
-def _converted(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(_converted(item, dtype) for item in value)
-    if type(value) is dict:
-        return {key: _converted(item, dtype) for key, item in value.items()}
-    return value
-
-
-def hidden_of(output: Any, block: nn.Module) -> Tensor:
+def _hidden_of(output: object, block: nn.Module) -> Tensor:
     """The hidden states in the return value of a block."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(hidden, Tensor):
@@ -271,9 +248,9 @@ def hidden_of(output: Any, block: nn.Module) -> Tensor:
     return hidden
 
 
-def _learn_return(output: Any, hidden: Tensor, block: nn.Module) -> Callable[[Tensor], Any]:
-    """Returns hidden states in the form of the return value of a block."""
-    if hidden_of(output, block).shape != hidden.shape:
+def _learn_return(output: object, hidden: Tensor, block: nn.Module) -> Callable[[Tensor], object]:
+    """A function that gives hidden states the form of the return value of a block."""
+    if _hidden_of(output, block).shape != hidden.shape:
         raise ModelError(f"{type(block).__name__} changes the shape of its hidden states; this is not a plain chain")
     if isinstance(output, (tuple, list)):
         rest = tuple(output[1:])

@@ -1,10 +1,8 @@
 """Mixtures of experts: every expert's matrices as separate linears, however the model stacks them.
 
-transformers keeps the weights of all experts of a block in a few parameters: three-dimensional, transposed or not, gate
-and up one after the other or interleaved, with or without biases; or two-dimensional stacks (DBRX). A chain works on a
-twin of the model in which each expert is a small module with a linear for each matrix. The weights of these linears are
-views of the stacked parameters, or read from the checkpoint one by one; everything else of the model is shared, and the
-model itself is not changed.
+transformers keeps the weights of all experts of a block in a few parameters. A chain works on a twin of the model in
+which each expert is a small module with a linear for each matrix, whose weights are views of the stacked parameters, or
+read from the checkpoint one by one. The twin shares everything else with the model, which is not changed.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ class Routed:
     inputs: Tensor  # (tokens, width)
     experts: Tensor  # numbers of the experts of each token, (tokens, k)
     weights: Tensor  # factors of their outputs, (tokens, k)
-    places: Tensor  # where the tokens are in the flattened batch, (tokens,)
+    places: Tensor  # positions of the tokens in the flattened batch, (tokens,)
 
 
 class ExpertLinear(nn.Linear):
@@ -93,7 +91,7 @@ class Expert(nn.Module):
         )
 
     def frozen(self) -> Expert:
-        """A copy with copies of its weights, which later changes of this expert do not affect."""
+        """A copy with copies of its weights."""
         linears = {name: copy.deepcopy(child) for name, child in self.named_children()}
         return Expert(self._mixture[0], self._layout, linears)  # type: ignore[arg-type]
 
@@ -135,9 +133,6 @@ def separate_experts(model: Any) -> tuple[Any, dict[str, Part]]:
     """A twin of a model with experts as separate linears, and for each of their weights and biases its part of a
     parameter of the model; the model itself and no parts if it has no stacked experts.
 
-    The twin shares every other module and parameter with the model. If the model has weights, those of the experts are
-    views of them, so that changes in place are changes of the model.
-
     Raises:
         ModelError: a module around a mixture has a forward of its own, as the hooks of accelerate set it.
     """
@@ -166,11 +161,9 @@ def stacks_of(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Paramete
 
 
 def gates_of(module: nn.Module, prefix: str) -> set[str]:
-    """The weights inside a block whose outputs choose or scale other modules, by name; they stay dense.
-
-    These are the matrices next to the experts of a mixture with as many outputs as there are experts (routers), and
-    linears with a single output, which scales all features alike (the gate of a shared expert).
-    """
+    """The weights inside a block whose outputs choose or scale other modules, by name: matrices next to the experts of
+    a mixture with as many outputs as there are experts (routers), and linears with a single output, which scales all
+    features alike (the gate of a shared expert)."""
     gates: set[str] = set()
     for name, child in module.named_modules():
         experts = 0
@@ -194,7 +187,7 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
         return twins[id(module)]
     layout = _layout_of(module)
     children = {name: child if child is None else _twin(child, twins) for name, child in module._modules.items()}
-    if layout is None and all(child is module._modules[name] for name, child in children.items()):
+    if layout is None and children == module._modules:
         twins[id(module)] = module
         return module
     if "forward" in vars(module):
@@ -213,15 +206,14 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
 def _separate(module: nn.Module, twin: nn.Module, layout: _Layout) -> None:
     """Replaces the stacked parameters of a mixture's twin by experts, and its forward by one that runs them."""
 
-    def values(part: Part | None) -> Tensor | None:
-        return None if part is None else part.of(module.get_parameter(part.source).detach())
-
     stacked: dict[str, Part] = {}
     for number, parts in enumerate(layout.parts):
-        linears: dict[str, ExpertLinear] = {}
-        for role in (GATE, UP, DOWN):
-            if (weight := values(parts.get(f"{role}.weight"))) is not None:
-                linears[role] = ExpertLinear(weight, values(parts.get(f"{role}.bias")))
+        values = {name: part.of(module.get_parameter(part.source).detach()) for name, part in parts.items()}
+        linears = {
+            role: ExpertLinear(values[f"{role}.weight"], values.get(f"{role}.bias"))
+            for role in (GATE, UP, DOWN)
+            if f"{role}.weight" in values
+        }
         twin._modules[str(number)] = Expert(twin, layout, linears)
         stacked.update({f"{number}.{inner}": part for inner, part in parts.items()})
     for source in {part.source for part in stacked.values()}:

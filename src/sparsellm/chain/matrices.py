@@ -1,8 +1,7 @@
 """The matrices of a block: those that count towards the sparsity, and those among them that no linear owns.
 
-A mixture of experts may stack the weights of all experts in a way that :mod:`sparsellm.chain.experts` does not know.
-Then no linear owns them, and they are not pruned. All code that counts weights uses this module, so that such
-parameters are counted like any other. It reads names and shapes only, so no weights need be loaded.
+Stacks of experts that :mod:`sparsellm.chain.experts` does not know belong to no linear and stay dense, but they count.
+Names and shapes alone are read, so no weights need be loaded.
 """
 
 from __future__ import annotations
@@ -42,12 +41,11 @@ class BlockMatrix:
 
 
 def block_matrices(chain: Chain, index: int) -> list[BlockMatrix]:
-    """The matrices of block ``index``, in the order of the model's parameters; no weights need be loaded.
+    """The matrices of block ``index``, in the order of the model's parameters.
 
-    A matrix is the weight of a linear, or any other floating-point parameter with two or more dimensions longer than
-    one: stacks of an unknown kind, routers, convolution kernels; or a gate, even with one output. Biases do not count,
-    nor do stacks of biases, whose names end in ``bias``. A parameter used in several places counts once: in the first
-    block that uses it. One that belongs to the embedding or the head is shared with them, and no linear owns it.
+    A matrix is the weight of a linear, a gate, or any other floating-point parameter with two or more dimensions longer
+    than one whose name does not end in ``bias``. A parameter used in several places counts in the first block that uses
+    it. One that belongs to the embedding or the head is shared with them, and no linear owns it.
     """
     linears = {linear.weight_name: linear for linear in chain.linears(index)}
     matrices = []
@@ -121,11 +119,10 @@ def outside_blocks(chain: Chain) -> list[str]:
 
 
 def refuse_silent_dense(chain: Chain, accepted: Sequence[str], only: Sequence[str] = ()) -> None:
-    """Refuses a model if a large part of it would stay dense although the recipe does not accept that.
+    """Refuses a model of which a large part would stay dense although the recipe does not accept that.
 
-    In each block, the matrices that no linear owns and that are not accepted may be at most :data:`DENSE_LIMIT` of the
-    weights; routers and gates, which stay dense by default, do not count. Accepted are those that the recipe's
-    ``allow_dense`` or ``exclude`` name, or that its ``only`` does not. No weights need be loaded.
+    In each block, the matrices that no linear owns, without gates and those that ``accepted`` names or ``only`` does
+    not, may be at most :data:`DENSE_LIMIT` of the weights.
 
     Raises:
         ModelError: they are more. The message lists names, shapes and shares, and an ``allow_dense`` that accepts them.

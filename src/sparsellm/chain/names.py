@@ -1,9 +1,8 @@
 """The names of a model's weights in its checkpoint, by transformers' own rules.
 
 transformers renames weights while it loads them: GPT-NeoX is published with ``embed_out.weight`` for
-``lm_head.weight``, and the names in a multimodal directory have prefixes that the text model alone does not have.
-Transformers is asked for the rules of each family, and only names are read. What is written goes back under the names
-of the checkpoint, so that every other tool still reads it.
+``lm_head.weight``, and names in a multimodal directory have prefixes. What is written goes back under the names of the
+checkpoint, so that every other tool still reads it.
 """
 
 from __future__ import annotations
@@ -104,14 +103,8 @@ def published_names(model: PreTrainedModel, values: dict[str, Tensor]) -> tuple[
 def expert_parts(
     parts: Mapping[str, Part], names: Names, values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Part]:
-    """For each weight of a separated expert, which is a part of a parameter of the model, the part of a tensor of the
-    checkpoint. A weight whose conversion is not known, or for which tensors are missing, is left out.
-
-    Args:
-        parts: for each such weight, its part of a parameter.
-        names: names of these parameters in the checkpoint.
-        values: these parameters.
-        shapes: those of the tensors of the checkpoint.
+    """For each weight of a separated expert, which is a part of a parameter in ``values``, the part of a tensor of the
+    checkpoint, whose tensors have ``shapes``. One whose conversion is not known, or that lacks tensors, is left out.
     """
     before: dict[str, Part] = {}
     for name, part in parts.items():
@@ -127,10 +120,10 @@ def expert_parts(
 def _part_before(
     part: Part, conversion: Conversion, stack: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
 ) -> Part | None:
-    """The part of a tensor of the checkpoint that becomes this part of stacked experts; None if that is not known.
+    """The part of a tensor of the checkpoint that becomes this part of a stack of experts; None if that is not known.
 
-    The operations are those of transformers: the tensors of all experts are stacked; those of gate and up are put one
-    after the other; two dimensions are exchanged; the outputs of gate and up, which come in turn, are put apart.
+    Operations of transformers: the tensors of all experts are stacked; gate and up are put one after the other; two
+    dimensions are exchanged; the outputs of gate and up, which come in turn, are put apart.
     """
     steps = [(type(each).__name__, getattr(each, "dim", None)) for each in conversion.operations]
     last = conversion.operations[-1]
@@ -163,11 +156,7 @@ def _part_before(
 
 
 def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel, reader: CheckpointReader) -> None:
-    """Refuses a checkpoint with weights that transformers makes of tensors (``converted``) in a way that is not known.
-
-    Raises:
-        ModelError: naming one of them.
-    """
+    """Refuses a checkpoint with weights that transformers makes of tensors, by name, in a way that is not known."""
     if not converted:
         return
     name, keys = max(converted.items(), key=lambda item: len(item[1]))
@@ -181,20 +170,16 @@ def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel,
 
 
 def unused_tensors(
-    model: PreTrainedModel, reader: CheckpointReader, blocks: tuple[str, int], names: Names
+    model: PreTrainedModel, reader: CheckpointReader, list_name: str, depth: int, names: Names
 ) -> list[str]:
     """The tensors of a checkpoint that the model does not use, without those that its class tells to ignore.
 
     Args:
-        model: built from the config.
-        reader: reads the checkpoint.
-        blocks: the name of the list of blocks in the model, and its length.
-        names: the weight of the model that each tensor of the checkpoint becomes.
+        list_name, depth: the list of blocks in the model, and its length.
 
     Raises:
         ModelError: some belong to layers that the model does not have.
     """
-    list_name, depth = blocks
     ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
     taken = names.taken()
     unused = [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from sparsellm.chain.capture import choosing
 from sparsellm.chain.chain import SHOWN_TOKENS, Call, Chain
@@ -56,10 +56,10 @@ class Feed:
         return replace(self, batch_tokens=min(self.batch_tokens, PIECE_TOKENS))
 
     def stream(self, weights: CheckpointReader | None = None, *, pieces: int = 0) -> Stream:
-        """The inputs of block 0. Embedding and block 0 are loaded for it, with ``weights`` as for :meth:`Chain.block`,
-        and released again."""
+        """The inputs of block 0, for which embedding and block 0 are loaded, with ``weights`` as in
+        :meth:`Chain.block`, and released again."""
         with self.chain.outer(head=False), self.chain.block(0, weights):
-            return Stream(self.chain, self.windows, batch_tokens=self.batch_tokens, scratch=self.scratch, pieces=pieces)
+            return Stream(self, pieces)
 
 
 def windows_of(tokens: int, seq_len: int) -> int:
@@ -71,10 +71,8 @@ class Stream:
     """The inputs of the current block, batch by batch, and the other arguments of every block.
 
     Args:
-        chain: the chain, with its outer weights and block 0 loaded.
-        windows, batch_tokens, scratch: as for :class:`Feed`; without a scratch, memory has no limit.
-        pieces: tokens in a piece, at least one window. The batches are also cut into pieces, and the arguments of each
-            piece are captured anew. 0 for no pieces.
+        feed: the windows and their chain, with its outer weights and block 0 loaded.
+        pieces: tokens in a piece, at least one window, into which the batches are also cut; 0 for no pieces.
 
     Attributes:
         hidden: batches ``(batch, seq, hidden)``, in memory or on disk. Each access may read a file, so access it once.
@@ -82,31 +80,20 @@ class Stream:
         known: modules of the current block that :meth:`run_batch` does not run, until the stream advances.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        windows: Tensor,
-        *,
-        batch_tokens: int,
-        scratch: Scratch | None = None,
-        pieces: int = 0,
-    ) -> None:
-        self.chain = chain
-        size = windows_of(batch_tokens, windows.shape[1])
-        self.scratch = scratch or Scratch()
+    def __init__(self, feed: Feed, pieces: int) -> None:
+        chain, windows = feed.chain, feed.windows
+        self.chain, self.scratch = chain, feed.scratch
+        size = windows_of(feed.batch_tokens, feed.seq_len)
         self.hidden = self.store()
         self.known: list[KnownOutput] = []
         self.pieces: list[Piece] = []
         self._tokens = windows.numel()
         self._calls: list[list[Call]] = []
-        self._first_ids = windows[:size]
-        rows = max(1, round(pieces / windows.shape[1]))
+        rows = max(1, round(pieces / feed.seq_len))
         unique = _Unique()
         for start in range(0, len(windows), size):
             batch = windows[start : start + size]
             hidden, calls = chain.start(batch)
-            if pieces:
-                require_token_states(chain, hidden, batch)
             self.hidden.append(hidden)
             self._calls.append(unique.calls(calls))
             for first in range(0, len(batch) if pieces else 0, rows):
@@ -114,8 +101,7 @@ class Stream:
                 # Captured again rather than cut: only the model defines which dimension of an argument is windows.
                 calls = self._calls[-1] if rows >= len(batch) else unique.calls(chain.start(batch[part])[1])
                 self.pieces.append(Piece(len(self._calls) - 1, part, calls))
-        # The arguments for the first window, captured like those of the pieces.
-        self._first_window = self._calls[0] if len(self._first_ids) == 1 else unique.calls(chain.start(windows[:1])[1])
+        self._first_window = unique.calls(chain.start(windows[:1])[1])
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -176,16 +162,11 @@ class Stream:
 
     def run_window(self, index: int) -> Tensor:
         """The output of the loaded block ``index`` for the first window; enough to observe how a block runs."""
-        self.require_token_states()
         return self.chain.run(index, self.hidden[0][:1], self.call_of_window(index))
 
     def call_of_window(self, index: int) -> Call:
         """The arguments of block ``index`` for the first window, with the changes by blocks that ran."""
         return self._first_window[index]
-
-    def require_token_states(self) -> None:
-        """Applies :func:`require_token_states` to the first batch."""
-        require_token_states(self.chain, self.hidden[0], self._first_ids)
 
     def advance(self, index: int) -> None:
         """Replaces the input of block ``index`` by its output."""
@@ -194,40 +175,28 @@ class Stream:
         self.forget()
 
 
-def require_token_states(chain: Chain, hidden: Tensor, ids: Tensor) -> None:
-    """Refuses hidden states that are not ``(windows, seq, width)``: code that selects windows or tokens by position, or
-    pairs them with token ids, would select the wrong ones.
-
-    Raises:
-        ModelError: Gemma 3n and models with hyper-connections carry several states for each token; CPM-Ant carries
-            more tokens than the window has.
-    """
-    if hidden.dim() == 3 and hidden.shape[:2] == ids.shape:
-        return
-    raise ModelError(
-        f"the blocks of {type(chain.model).__name__} take hidden states of shape {tuple(hidden.shape)} for "
-        f"{ids.shape[0]} windows of {ids.shape[1]} tokens, not (windows, tokens, width), which gradients and sweeps "
-        "need; take method sparsegpt, wanda or magnitude, and an allocation other than threshold"
-    )
-
-
 def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
     """Runs the model's own forward up to block 0 on a few tokens of the windows, so that it fails early.
 
-    A module that returns nothing but whole numbers, such as an indexer that chooses the tokens of sparse attention,
-    chooses for others: the linears in it are added to the chain's gates, in every block.
+    Linears in a module that returns nothing but whole numbers, such as an indexer that chooses the tokens of sparse
+    attention, are added to the chain's gates, in every block.
 
     Raises:
-        ModelError: the forward fails, is not a plain chain of the blocks, or, with ``token_states``, see
-            :func:`require_token_states`.
+        ModelError: the forward fails, or is not a plain chain of the blocks. Or, with ``token_states``, hidden states
+            are not ``(windows, seq, width)``, so that selecting windows or tokens by position would select the wrong
+            ones: Gemma 3n carries several states for each token, CPM-Ant more tokens than the window has.
     """
     few = windows[:2, : SHOWN_TOKENS + 1]
     chosen: set[str] = set()
     with chain.outer(head=False), chain.block(0) as block, choosing(block, chosen):
         hidden, _ = chain.start(few)
     chain.gates |= {f"{name}.{inner}" for inner in chosen for name in chain.block_names}
-    if token_states:
-        require_token_states(chain, hidden, few)
+    if token_states and (hidden.dim() != 3 or hidden.shape[:2] != few.shape):
+        raise ModelError(
+            f"the blocks of {type(chain.model).__name__} take hidden states of shape {tuple(hidden.shape)} for "
+            f"{len(few)} windows of {few.shape[1]} tokens, not (windows, tokens, width), which gradients and sweeps "
+            "need; take method sparsegpt, wanda or magnitude, and an allocation other than threshold"
+        )
 
 
 class _Unique:
@@ -235,35 +204,20 @@ class _Unique:
     2048 for each of 256 windows would take more memory than the model."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._calls: dict[Any, Call] = {}
+        self._tensors: dict[tuple[object, ...], list[Tensor]] = {}
+        self._calls: dict[tuple[object, ...], Call] = {}
 
     def calls(self, calls: list[Call]) -> list[Call]:
-        return [self._call(call) for call in calls]
+        return [self._call(call.map(self._known)) for call in calls]
 
     def _call(self, call: Call) -> Call:
-        shared = Call(self._visit(call.args), self._visit(call.kwargs), call.hidden_keyword)
-        return self._calls.setdefault((_key(shared.args), _key(shared.kwargs), shared.hidden_keyword), shared)
+        leaves, form = tree_flatten((call.args, call.kwargs))
+        key = (str(form), call.hidden_keyword, *map(id, leaves))  # the kept call keeps the leaves alive
+        return self._calls.setdefault(key, call)
 
-    def _visit(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            known = self._tensors.setdefault((value.shape, value.dtype, value.device), [])
-            for tensor in known:
-                if tensor is value or torch.equal(tensor, value):
-                    return tensor
+    def _known(self, value: Tensor) -> Tensor:
+        known = self._tensors.setdefault((value.shape, value.dtype, value.device), [])
+        same = next((tensor for tensor in known if tensor is value or torch.equal(tensor, value)), None)
+        if same is None:
             known.append(value)
-            return value
-        if type(value) in (tuple, list):
-            return type(value)(self._visit(item) for item in value)
-        if type(value) is dict:
-            return {key: self._visit(item) for key, item in value.items()}
-        return value
-
-
-def _key(value: Any) -> Any:
-    """A key that is equal for two arguments that hold the same objects. The first call keeps those objects alive."""
-    if type(value) in (tuple, list):
-        return (type(value), *map(_key, value))
-    if type(value) is dict:
-        return (dict, *((key, _key(item)) for key, item in value.items()))
-    return id(value)
+        return value if same is None else same

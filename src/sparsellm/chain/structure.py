@@ -92,8 +92,7 @@ def weight_of(module: nn.Module) -> nn.Parameter:
 def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order.
 
-    Routers that subclass a linear and return more than its outputs (Llama 4's returns scores and logits) are left out:
-    the model does not use them as linears.
+    Routers that subclass a linear and return more than its outputs, as Llama 4's, are left out.
     """
     for name, child in module.named_modules():
         if isinstance(child, (nn.Linear, Conv1D)) and _returns_outputs(child):
@@ -122,10 +121,8 @@ def _returns_outputs(module: nn.Linear | Conv1D) -> bool:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of decoder blocks, with its name in the model: the ``ModuleList`` with most of the weights of linears.
-
-    A list nested in another (such as the experts of a block) holds no more than its parent. If two hold equally many,
-    the outer one is returned. The vision and audio towers of a multimodal model are left out.
+    """The list of decoder blocks, with its name in the model: the ``ModuleList`` outside towers with most weights in
+    linears, the outer one of two that hold equally many.
 
     Raises:
         ModelError: no ``ModuleList`` holds linears.
@@ -150,10 +147,8 @@ def cache_keyword(model: nn.Module) -> str:
 
 
 def tower_names(model: PreTrainedModel) -> list[str]:
-    """The modules of a multimodal model that read no text: vision and audio towers, by name, outermost only.
-
-    They are the models inside it that have a config of their own other than that of the text.
-    """
+    """The outermost modules of a multimodal model that read no text, by name: models inside it that have a config of
+    their own other than that of the text."""
     config = model.config
     text = config.get_text_config()
     inner = [getattr(config, key, None) for key in getattr(config, "sub_configs", {}) if _SENSES.search(key)]

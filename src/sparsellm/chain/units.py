@@ -24,10 +24,7 @@ Derivatives = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function φ.
-
-    ``derivatives(z)`` returns ``(φ(z), φ'(z))``, computed together because they share their expensive parts.
-    """
+    """An elementwise function φ; ``derivatives(z)`` returns ``(φ(z), φ'(z))``, which share their expensive parts."""
 
     name: str
     function: Callable[[Tensor], Tensor] = field(repr=False)
@@ -103,14 +100,10 @@ class _Seen:
 
 
 def find_feed_forward(linears: list[LinearView], run: Callable[[], object]) -> list[FeedForwardUnit]:
-    """The feed-forward units among the linears of a block, recognised during one run of it.
+    """The feed-forward units among the linears of a block, recognised while ``run`` runs it once, on few tokens.
 
     A linear is ``down`` of a unit if its input equals φ(output of an earlier linear), or φ(output of an earlier linear)
-    times the output of another, for a known φ. A block with another kind of feed-forward network has no unit.
-
-    Args:
-        linears: the linears of one block.
-        run: runs the block once, on few tokens.
+    times the output of another, for a known φ.
     """
     seen: list[_Seen] = []
     with watch(linears, lambda linear, x, y: seen.append(_Seen(linear, _rows(x), _rows(y)))):
@@ -122,7 +115,7 @@ def find_feed_forward(linears: list[LinearView], run: Callable[[], object]) -> l
 def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit | None:
     """The unit that reproduces the input of ``down`` best; None if none is within :data:`TOLERANCE`.
 
-    Several may be: the GELUs, for example, differ by no more than the rounding of half precision.
+    Several may be: the GELUs differ by no more than the rounding of half precision.
     """
     earlier = [call for call in before if call.output.shape == down.input.shape]
     candidates: list[tuple[float, FeedForwardUnit]] = []

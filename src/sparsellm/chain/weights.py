@@ -78,7 +78,7 @@ class ModelWeights:
             separated = {experts[name].source for name in parts}
             unknown = {n: c.keys for n, c in names.conversions.items() if n not in separated and not self._in_tower(n)}
             refuse_converted(unknown, self.model, reader)
-            self._unused = unused_tensors(self.model, reader, (list_name, len(blocks)), names)
+            self._unused = unused_tensors(self.model, reader, list_name, len(blocks), names)
             self._check_shapes(values, {name: stacked[experts[name].source] for name in self.parts}, reader)
         self._check_dtypes(values)
         if reader is None:
@@ -141,19 +141,16 @@ class ModelWeights:
         assert isinstance(config, PretrainedConfig)
         return config
 
-    def unused(self) -> str | None:
-        """A warning that names tensors which the model does not use, or not for text; None if there are none."""
-        said = []
+    def unused(self) -> list[str]:
+        """Warnings that name tensors which the model does not use, or not for text."""
+        copied, said = "copied as they are, not pruned", []
         if tensors := len(self._outer) - len(self._run_outer):
-            said.append(f"{' and '.join(self.towers)} ({tensors} tensors) read no text; copied as they are, not pruned")
+            said.append(f"{' and '.join(self.towers)} ({tensors} tensors) read no text; {copied}")
         if self._unused and self.reader is not None:
             more = f" and {len(self._unused) - 1} more" if len(self._unused) > 1 else ""
-            share = sum(map(self.reader.bytes_of, self._unused)) / self.reader.bytes
-            said.append(
-                f"the model of config.json does not use {self._unused[0]}{more} ({share:.1%} of the checkpoint's "
-                "bytes); copied as they are, not pruned"
-            )
-        return "; ".join(said) or None
+            share = f"{sum(map(self.reader.bytes_of, self._unused)) / self.reader.bytes:.1%} of the checkpoint's bytes"
+            said.append(f"the model of config.json does not use {self._unused[0]}{more} ({share}); {copied}")
+        return said
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in which a weight is read and written."""
@@ -164,28 +161,28 @@ class ModelWeights:
         return name in self._same
 
     def owns(self, name: str) -> bool:
-        """Whether this is the first name of a parameter. A parameter with several names is written under its first."""
-        return self._first(name) == name
+        """Whether this is the first name of a parameter, under which it is written."""
+        return self._names(name)[0] == name
 
     def home(self, name: str) -> tuple[int, str]:
         """The first block that uses a parameter of a block, in which it counts, and its name there."""
-        first = next(same for same in self._same.get(name, [name]) if same.startswith(self._prefix))
+        first = next(same for same in self._names(name) if same.startswith(self._prefix))
         return int(first.removeprefix(self._prefix).partition(".")[0]), first
 
     def outside(self, name: str) -> str | None:
         """A name of the same parameter outside the blocks; None if there is none."""
-        return next((same for same in self._same.get(name, ()) if not same.startswith(self._prefix)), None)
+        return next((same for same in self._names(name) if not same.startswith(self._prefix)), None)
 
-    def _first(self, name: str) -> str:
-        return self._same[name][0] if name in self._same else name
+    def _names(self, name: str) -> list[str]:
+        return self._same.get(name, [name])
 
     def _names_of(self, index: int) -> list[str]:
         return [f"{self.block_names[index]}.{name}" for name in self.blocks[index].state_dict(keep_vars=True)]
 
     def _outer_names(self, head: bool) -> list[str]:
         base = f"{self.model.base_model_prefix}."
-        bare = not head and any(name.startswith(base) for name in self._run_outer)
-        return [name for name in self._run_outer if not bare or name.startswith(base)]
+        inside = [name for name in self._run_outer if name.startswith(base)]
+        return inside if inside and not head else self._run_outer
 
     # ------------------------------------------------------------------ loading and release
 
@@ -204,7 +201,7 @@ class ModelWeights:
 
     @contextlib.contextmanager
     def outer(self, *, head: bool = True) -> Iterator[None]:
-        """Loads embedding, final norm and head until the context ends; ``head=False`` leaves out the head."""
+        """Loads embedding, final norm and, with ``head``, the head until the context ends."""
         try:
             self._load(self._outer_names(head))
             yield
@@ -213,7 +210,7 @@ class ModelWeights:
 
     def outer_elements(self, *, head: bool = True) -> int:
         """The number of elements that :meth:`outer` loads."""
-        return sum(self._value(name).numel() for name in {self._first(name) for name in self._outer_names(head)})
+        return sum(self._value(name).numel() for name in {self._names(name)[0] for name in self._outer_names(head)})
 
     def forget_shared(self) -> None:
         """Forgets the weights that blocks share, so that they are read again: for a walk over other weights."""
@@ -230,18 +227,16 @@ class ModelWeights:
 
     def _load(self, names: list[str], pruned: CheckpointReader | None = None) -> None:
         if self.reader is None:
-            for name in names if pruned is not None else ():
-                if self.owns(name):
-                    self._value(name).detach().copy_(self.parameter(name, pruned))
+            for name in filter(self.owns, names if pruned is not None else ()):
+                self._value(name).detach().copy_(self.parameter(name, pruned))
             return
         loaded: dict[str, Tensor] = {}
         tensors: dict[str, Tensor] = {}  # tensors of the checkpoint of which several weights are parts
         for name in names:  # one at a time, so that at most one weight is in memory twice
-            first = self._first(name)
+            first = self._names(name)[0]
             if first not in loaded:  # a weight of an earlier block was pruned with that block
                 loaded[first] = self._fetch(first, pruned if first == name else None, tensors)
-            owner, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(owner)
+            module, leaf = self._place(name)
             if leaf in module._parameters:
                 module._parameters[leaf] = nn.Parameter(loaded[first], requires_grad=False)
             else:
@@ -250,12 +245,10 @@ class ModelWeights:
     def _fetch(self, name: str, pruned: CheckpointReader | None, tensors: dict[str, Tensor]) -> Tensor:
         """A weight on the device, in the computing dtype. The tensor of which it is a part is added to ``tensors``."""
         key = self.key_of[name]
-        if pruned is not None and key not in pruned:
-            pruned = None
-        if name in self._shared and pruned is None:
+        reader = pruned if pruned is not None and key in pruned else self.reader
+        if name in self._shared and reader is self.reader:
             shared = self._shared[name]
             return shared.to(self.device, self.dtype if shared.is_floating_point() else None)
-        reader = pruned or self.reader
         assert reader is not None
         if name not in self.parts:
             return reader.get(key, self.device, self.dtype)
@@ -264,17 +257,14 @@ class ModelWeights:
         return self.parts[name].of(tensors[key])
 
     def _release(self, names: list[str]) -> None:
-        if self.reader is None:
-            return
-        for name in names:
-            owner, _, leaf = name.rpartition(".")
-            parameters = self.model.get_submodule(owner)._parameters
-            value = parameters.get(leaf)
+        for name in names if self.reader is not None else ():
+            module, leaf = self._place(name)
+            value = module._parameters.get(leaf)
             if value is not None:
-                first = self._first(name)
-                if name in self._same and first.startswith(self._prefix) and not value.is_meta:
+                first = self._names(name)[0]
+                if self.is_shared(name) and first.startswith(self._prefix) and not value.is_meta:
                     self._shared[first] = value.detach().to(self.stored_dtype(first), copy=True)
-                parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
+                module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
 
     # ------------------------------------------------------------------ values
 
@@ -290,18 +280,13 @@ class ModelWeights:
         return self.parts[name].of(tensor) if name in self.parts else tensor
 
     def set_parameter(self, name: str, value: nn.Parameter) -> None:
-        """Replaces the parameter of this name."""
-        owner, _, leaf = name.rpartition(".")
-        self.model.get_submodule(owner)._parameters[leaf] = value
+        module, leaf = self._place(name)
+        module._parameters[leaf] = value
 
     def block_parameters(self, index: int) -> dict[str, nn.Parameter]:
         """The floating-point parameters of the loaded block ``index``, by name."""
         values = {name: self._value(name) for name in self._names_of(index)}
         return {name: v for name, v in values.items() if isinstance(v, nn.Parameter) and v.is_floating_point()}
-
-    def written_dtypes(self, index: int) -> dict[str, tuple[torch.dtype, torch.dtype]]:
-        """For each of :meth:`block_parameters`, its computing dtype and its storage dtype."""
-        return {name: (p.dtype, self.stored_dtype(name)) for name, p in self.block_parameters(index).items()}
 
     @torch.no_grad()
     def settle_block(self, index: int) -> None:
@@ -370,9 +355,13 @@ class ModelWeights:
             self.parts[name].of(tensor).copy_(self._value(name).detach())
         return tensor
 
-    def _value(self, name: str) -> Tensor:
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a weight, and the name there."""
         owner, _, leaf = name.rpartition(".")
-        value = getattr(self.model.get_submodule(owner), leaf)
+        return self.model.get_submodule(owner), leaf
+
+    def _value(self, name: str) -> Tensor:
+        value = getattr(*self._place(name))
         assert isinstance(value, Tensor)
         return value
 

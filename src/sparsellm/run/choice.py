@@ -76,8 +76,9 @@ class Choice:
 
     @property
     def token_states(self) -> bool:
-        """Whether hidden states must be ``(windows, seq, width)``."""
-        return self.needs.token_states or self.allocation_needs.token_states
+        """Whether hidden states must be ``(windows, seq, width)``, as for gradients and the sweep."""
+        needs = (self.needs, self.allocation_needs)
+        return self.passes > 0 or any(each.token_states or each.output_costs or each.gradient_tokens for each in needs)
 
     def on(self, patterns: Collection[Pattern], values: str) -> Choice:
         """The same choice without needs that are useless for these patterns, and with those of integer values."""

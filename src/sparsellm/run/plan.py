@@ -180,7 +180,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         if model.start is not None:
             swept = f" after {request.passes_before} passes" if request.before is not None else ""
             started = start_fingerprint(model.start, progress) + swept
-        warnings += [each for each in (chain.unused(), _already_pruned(model)) if each is not None]
+        warnings += [*chain.unused(), *filter(None, [_already_pruned(model)])]
     made = partial(_identity, request, recipe, choice, model, windows, dense, started)
     identity = parallel.from_main(made)
     disk_bytes += int(parallel.total(memory.hidden_on_disk_bytes))

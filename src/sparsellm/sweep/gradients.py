@@ -159,7 +159,7 @@ def backward_sweep(
         DataError: windows have a single token, which is not scored.
         NumericalError: the loss is not finite.
         ModelError: a block changes the input of a linear in place, so that gradient and input cannot be paired; or a
-            block has no gradient; or hidden states are not ``(windows, seq, width)``.
+            block has no gradient.
     """
     if feed.seq_len < 2:
         raise DataError(f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more")
@@ -167,7 +167,6 @@ def backward_sweep(
     stream = feed.stream()
     with contextlib.ExitStack() as stack:
         stack.callback(stream.close)
-        stream.require_token_states()
         inputs: list[TensorStore] = []
         for index in range(blocks):
             feed.progress(Event("gradients", index, 2 * blocks, f"block {index + 1}/{blocks} forward"))

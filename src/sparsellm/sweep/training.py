@@ -111,7 +111,7 @@ def schedule(step: int, steps: int, warmup: float = 0.1) -> float:
 
 
 def as_written(value: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
-    """An fp32 value rounded as it will be in memory and on disk; see ``Chain.written_dtypes``."""
+    """An fp32 value rounded as it will be in memory and on disk, in these dtypes."""
     return value.detach().to(dtypes[0]).to(dtypes[1]).to(value.dtype)
 
 

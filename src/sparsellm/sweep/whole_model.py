@@ -128,7 +128,7 @@ class _Masters:
                 self.factors |= trained.keys() - parameters.keys()
                 self.shapes.append({name: p.shape for name, p in trained.items()})
                 self._aliases.append({name: self.chain.home(name) for name in parameters if name not in trained})
-                self._dtypes.append(self.chain.written_dtypes(index))
+                self._dtypes.append({n: (p.dtype, self.chain.stored_dtype(n)) for n, p in parameters.items()})
                 flat, moments = _flat(trained)
             if saved is not None and 0 < number < task.passes:
                 flat, moments = saved.parameters(number, index), saved.moments(number, index)
