@@ -410,7 +410,7 @@ def push(directory: str, repo: str, **options: Any) -> Printed:
             console.say(f"note: no part of the checkpoint and not uploaded: {', '.join(pushed.left_out)}", error=True)
         console.say(f"{len(pushed.files)} files, {pushed.bytes / 1e6:.1f} MB, uploaded to {pushed.url}")
 
-    return pushed.to_dict(), show
+    return vars(pushed), show
 
 
 @_command(

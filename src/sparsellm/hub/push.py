@@ -6,25 +6,17 @@ import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sparsellm.errors import StorageError, one_line
 from sparsellm.hub.card import HUB_ID
-from sparsellm.records import Settings
 from sparsellm.storage.contents import checkpoint_files, has_weights
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 _TOKEN = re.compile(r"hf_\w+|Bearer \S+")
-_REASONS = {
-    400: "the hub refuses what was sent",
-    401: "the hub knows no such token; run `hf auth login`, or set HF_TOKEN",
+_ADVICE = {
+    401: "run `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there; give it the right to, or name a repository of yours",
     404: "the hub has no such repository or branch, or does not show it to this token",
     409: "somebody else changed the repository in the meantime; run the same command again",
-    413: "a file is too large for the hub",
-    429: "the hub wants fewer requests; wait a while and run the same command again",
 }
 
 
@@ -44,9 +36,6 @@ class Pushed:
     left_out: list[str]
     bytes: int
 
-    def to_dict(self) -> Settings:
-        return vars(self)
-
 
 def push_checkpoint(directory: Path, repo: str, *, private: bool = False, revision: str | None = None) -> Pushed:
     """Uploads the files of a checkpoint, in one commit. The token is the one that the hub's client finds.
@@ -60,7 +49,7 @@ def push_checkpoint(directory: Path, repo: str, *, private: bool = False, revisi
     Raises:
         StorageError: directory or name do not fit, or the hub cannot be reached or refuses.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
 
     if not HUB_ID.fullmatch(repo):
         raise StorageError(f"repository {repo!r:.120} is not a name of the hub; give owner/name")
@@ -68,9 +57,12 @@ def push_checkpoint(directory: Path, repo: str, *, private: bool = False, revisi
         raise StorageError(f"{directory} has no config.json with weights; give the directory of a checkpoint")
     try:
         files, left_out = checkpoint_files(directory)
-        sizes = sum((directory / name).stat().st_size for name in files)
         api = HfApi(library_name="sparsellm")
-        _prepare(api, repo, private=private, revision=revision)
+        api.create_repo(repo, private=True if private else None, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise StorageError(f"repository {repo} exists and is public; make it private there, or leave out --private")
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo,
             folder_path=directory,
@@ -81,30 +73,12 @@ def push_checkpoint(directory: Path, repo: str, *, private: bool = False, revisi
     except StorageError:
         raise
     except Exception as error:  # the client raises httpx's, requests', the system's and its own errors
-        hint = "; check the connection and HF_ENDPOINT" if "Connect" in type(error).__name__ else ""
-        raise StorageError(f"cannot upload to {repo}: {_reason(error)}{hint}") from None
-    return Pushed(str(getattr(commit, "commit_url", "") or commit), files, left_out, sizes)
-
-
-def _prepare(api: HfApi, repo: str, *, private: bool, revision: str | None) -> None:
-    """Creates repository and branch where there are none."""
-    api.create_repo(repo, private=True if private else None, exist_ok=True)
-    if private and not api.repo_info(repo).private:
-        raise StorageError(f"repository {repo} exists and is public; make it private there, or leave out --private")
-    if revision is not None:
-        api.create_branch(repo, branch=revision, exist_ok=True)
-
-
-def _reason(error: Exception) -> str:
-    """Why an upload failed, in one line without the token."""
-    from huggingface_hub import get_token
-
-    causes: list[BaseException] = [error]  # the client wraps what happens to one file
-    while causes[-1].__cause__ is not None and len(causes) < 10:
-        causes.append(causes[-1].__cause__)
-    for cause in causes:
+        cause: BaseException | None = error
+        while cause is not None and not hasattr(cause, "response"):  # the client wraps what happens to one file
+            cause = cause.__cause__
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status in _REASONS:
-            return f"{_REASONS[status]} (HTTP {status})"
-    said, token = _TOKEN.sub("***", one_line(error)), get_token()
-    return said.replace(token, "***") if token else said
+        advice = _ADVICE.get(status or 0, "check the connection and HF_ENDPOINT")
+        said = _TOKEN.sub("***", one_line(error).replace(get_token() or "\0", "***"))
+        raise StorageError(f"cannot upload to {repo}: {said}; {advice}") from None
+    size = sum((directory / name).stat().st_size for name in files)
+    return Pushed(str(getattr(commit, "commit_url", "") or commit), files, left_out, size)
