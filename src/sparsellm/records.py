@@ -1,7 +1,6 @@
 """The one schema of ``pruning.json`` (what a run did) and ``results.json`` (what was measured since).
 
-Everything that writes or reads these files does so through these models. A file may come from another release or from
-somebody else, so every field is checked by type. Fields without a default must be there.
+A file may come from another release or from somebody else, so every field is checked by type.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Settings = dict[str, JsonValue]
 
 
 class Record(BaseModel):
-    """A model without conversions between types; NaN and infinities are written as JSON's usual extension."""
+    """A model without conversions between types; NaN and infinities are written as ``NaN`` and ``Infinity``."""
 
     model_config = ConfigDict(strict=True, ser_json_inf_nan="constants")
 
@@ -96,7 +95,6 @@ class LinearResult(Matrix):
         asked: the requested fraction of zeros.
         error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
         notes: messages to the user, such as a damping that had to be raised.
-        history: one step for each iteration, for methods that iterate.
         tokens: the number of calibration tokens that were routed to it, if it belongs to an expert; else None.
         pattern: its N:M, such as ``2:4``; None for zeros anywhere.
         exponents: a hexadecimal digit (the exponent plus 8) for each column of integer values; empty if all are 0.
@@ -185,7 +183,6 @@ class Memory(Record):
     """The resident memory that is predicted for one process, in bytes.
 
     Attributes:
-        budget_bytes: the most that the process may hold.
         start_bytes: held before the run, including Python and libraries.
         working_bytes: added at the peak: a block, statistics, the solver's workspace, activations.
         worst: the step of the run at the peak.
@@ -239,12 +236,10 @@ class RunRecord(Record):
         bits_per_weight: bits as ``pack`` will write the pruned linears, if values were rounded; None if they were kept.
         dense: the matrices of the blocks that were not pruned.
         seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
-        predicted_seconds: seconds of each step, as predicted when the run began; empty if nothing was.
+        predicted_seconds: the same as predicted when the run began.
         peak_rss_bytes: the peak memory of one process, in this run or an earlier start of it.
-        memory: the memory prediction of the first process.
         calibration_bos: whether every calibration window begins with BOS: ``yes``, ``no``, or ``given`` for token ids.
         allocation: for per-layer sparsities that are not uniform: ``name``, and the allocation's own report.
-        sweeps: the divergence from the dense model after each pass of the sweep; empty without a sweep.
         stages: the stages before the last.
         identity: everything that the bits of the result depend on.
     """
@@ -278,13 +273,19 @@ class RunRecord(Record):
     @property
     def zeros(self) -> int:
         """Zeros in all pruned linears."""
-        return sum(linear.zeros for linear in self.linears)
+        return Totals.of(self.linears).zeros
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def weights(self) -> int:
         """Weights in all pruned linears."""
-        return sum(linear.weights for linear in self.linears)
+        return Totals.of(self.linears).weights
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sparsity_pruned(self) -> float:
+        """Fraction of zeros over the pruned linears alone; the recipe's ``sparsity`` sets this one."""
+        return Totals.of(self.linears).sparsity
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -297,12 +298,6 @@ class RunRecord(Record):
     def sparsity_reached(self) -> float:
         """Fraction of zeros over every matrix of the blocks."""
         return self.matrices.sparsity
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def sparsity_pruned(self) -> float:
-        """Fraction of zeros over the pruned linears alone; the recipe's ``sparsity`` sets this one."""
-        return Totals.of(self.linears).sparsity
 
     @property
     def allocated_by(self) -> str | None:
@@ -337,11 +332,7 @@ class Pruning(RunRecord):
 
 
 def read_pruning(directory: Path) -> Pruning:
-    """``pruning.json`` of a checkpoint.
-
-    Raises:
-        StorageError: there is none, or it cannot be read.
-    """
+    """``pruning.json`` of a checkpoint; raises a StorageError as :func:`read_record` does."""
     return read_record(Pruning, directory / PRUNING)
 
 
@@ -370,10 +361,8 @@ class Protocol(Measurement):
     Attributes:
         text: the name of the source.
         digest: the digest of the token ids.
-        window, windows: tokens in a window, and the number of windows.
-        tokens: the number of tokens scored.
+        window, windows, tokens: tokens in a window, number of windows, and of tokens scored.
         bos: ``yes`` or ``no`` (whether every window begins with BOS), or ``given`` for token ids that the user passed.
-        dtype: the dtype of the computation.
     """
 
     text: str
@@ -397,8 +386,7 @@ class Against(Measurement):
     """A comparison with a dense model on the same windows.
 
     Attributes:
-        model: the name of the dense model.
-        perplexity: the perplexity of the dense model.
+        model, perplexity: name and perplexity of the dense model.
         kl, kl_low, kl_high: ``KL(dense ‖ model)`` in nats, the mean over the scored tokens, and its interval.
         agreement: the fraction of the scored tokens for which both models have the same first choice.
         recovery: the dense perplexity divided by the model's, ``exp(dense loss - loss)``: 1 if nothing was lost.
@@ -442,14 +430,7 @@ Tasks = dict[str, dict[str, Metric]]
 
 
 class Evaluation(Stamp):
-    """The result of :func:`sparsellm.evaluate`: a perplexity, and what was measured with it.
-
-    Attributes:
-        protocol: the conditions.
-        perplexity: the perplexity with its interval.
-        against: the comparison with a dense model, if one was named.
-        tasks: the metrics of the lm-eval tasks, if some were named.
-    """
+    """The result of :func:`sparsellm.evaluate`: a perplexity, its conditions, and what was measured with it."""
 
     protocol: Protocol
     perplexity: Interval
@@ -458,7 +439,6 @@ class Evaluation(Stamp):
 
     @property
     def value(self) -> float:
-        """The perplexity."""
         return self.perplexity.value
 
     @property

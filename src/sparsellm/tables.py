@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from sparsellm.console import count, duration, out, phases, say, speed, table, visible
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from sparsellm.compare import GridResult
     from sparsellm.convert import PackResult
     from sparsellm.demo import DemoResult
-    from sparsellm.recipe import Recipe
     from sparsellm.records import Benchmark, Evaluation, Matrix
     from sparsellm.registry import Registry
 
@@ -41,10 +40,14 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         for note in linear.notes:
             say(f"note: {linear.name}: {note}", error=True)
     out().print(phases(result.seconds, parts=verbose))
-    say(_recipe_line(result.recipe, allocation))
+    recipe, shares = result.recipe, f" by {allocation}" if allocation is not None else ""
+    target = recipe.pattern if recipe.pattern is not None and recipe.chosen_of is None else f"{recipe.sparsity:.0%}"
+    chosen = f"{recipe.pattern} " if recipe.chosen_of is not None else ""
+    text = f"calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"
+    say(f"{recipe.method} {chosen}{target}{shares} · {text}")
     if result.bits_per_weight is not None:
-        packed = f"sparsellm pack {shlex.quote(str(result.path))} --out DIR --values {result.recipe.values}"
-        say(f"{result.recipe.values} values, {result.bits_per_weight:.2f} bits a weight after `{packed}`")
+        packed = f"sparsellm pack {shlex.quote(str(result.path))} --out DIR --values {recipe.values}"
+        say(f"{recipe.values} values, {result.bits_per_weight:.2f} bits a weight after `{packed}`")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
     say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss / 1e9:.2f} GB")
     say(f"written to {result.path}")
@@ -71,14 +74,6 @@ def _kinds(result: PruneResult, *, spread: bool) -> Table:
         _row(shown, "left dense", result.dense)
     _row(shown, "all", [*result.linears, *result.dense], style="bold")
     return shown
-
-
-def _recipe_line(recipe: Recipe, allocation: str | None) -> str:
-    target = f"{recipe.sparsity:.0%}"
-    if recipe.pattern is not None:
-        target = recipe.pattern if recipe.chosen_of is None else f"{recipe.pattern} {target}"
-    shares = f" by {allocation}" if allocation is not None else ""
-    return f"{recipe.method} {target}{shares} · calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"
 
 
 def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
@@ -129,11 +124,7 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     if verbose:
         print_pruned(result.pruned, verbose=True)
     against, pruned, speeds = result.against, result.pruned, result.speeds
-    shown = Table(
-        Column("SmolLM2-135M-Instruct", overflow="fold", min_width=21),
-        Column("dense", overflow="fold"),
-        Column("pruned and packed", overflow="fold"),
-    )
+    shown = table(("SmolLM2-135M-Instruct", "dense", "pruned and packed"), ())
     rates = [speed(each.median, each.slowest, each.fastest) for each in speeds.decoding or ()]
     shown.add_row("perplexity, held-out text", f"{against.perplexity.value:.2f}", f"{result.evaluation.value:.2f}")
     shown.add_row("KL from the dense model", "0", f"{against.kl:.3f} nats a token")

@@ -14,15 +14,8 @@ from sparsepack.bench import Speed
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a pruned checkpoint.
-
-    Attributes:
-        directory: the directory of the checkpoint.
-        name: the directory in commands, as the user named it.
-        pruning: the record of the run.
-        results: measurements since; empty if there are none.
-        file_bytes: size of the weight files.
-    """
+    """What is known of a pruned checkpoint: its directory, the name of it in commands, the record of the run, what was
+    measured since, and the bytes of the weight files."""
 
     directory: Path
     name: str
@@ -58,11 +51,7 @@ class Checkpoint:
 
 
 def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """What a pruned checkpoint says of itself.
-
-    Args:
-        directory: the checkpoint.
-        name: the directory in commands, if it will have another name.
+    """What a pruned checkpoint says of itself; ``name`` replaces the directory in commands.
 
     Raises:
         StorageError: it is not a directory, was not written by ``prune``, or a file in it cannot be read.

@@ -18,14 +18,8 @@ _TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity.
-
-    Attributes:
-        detail: the conditions under which it holds.
-        dense, pruned: its values; None where it was not measured.
-        change: from dense to pruned.
-        command: what measures it, where a value is missing.
-    """
+    """One quantity: its conditions, its values (None where it was not measured), the change from dense to pruned, and
+    the command that measures what is missing."""
 
     name: str
     detail: str = ""
@@ -87,9 +81,8 @@ def _quality(record: Checkpoint) -> list[Row]:
 
 
 def _tasks(record: Checkpoint) -> list[Row]:
-    rows = []
-    for (task, metric), value in record.tasks().items():
-        rows.append(Row(f"{task}: {metric}", "", None, value.shown()))
+    tasks = record.tasks().items()
+    rows = [Row(f"{task}: {metric}", "", None, value.shown()) for (task, metric), value in tasks]
     return rows or [Row("Tasks", command=_evaluate(record, "hellaswag,arc_easy"))]
 
 
