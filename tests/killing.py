@@ -181,49 +181,9 @@ def some(count: int, of: int, seed: int) -> list[int]:
 
 # ---------------------------------------------------------------------- death by a signal
 
-# A solver that stops in the second block of a tiny Llama (seven linears each) and says that it is there.
-_WAITING_SOLVER = """
-import time
-from pathlib import Path
-from sparsellm.solvers import SOLVERS
-
-HERE = Path(__file__).parent
-calls = 0
-
-def wait():
-    while not (HERE / "go").exists():
-        time.sleep(0.01)
-
-def swallow():
-    try:
-        wait()
-    except BaseException:
-        (HERE / "swallowed").touch()
-
-def swallow_for_ever():
-    while not (HERE / "go").exists():
-        swallow()
-
-@SOLVERS.register("waiting", paper="none")
-def waiting(weight, gram, pattern):
-    global calls
-    calls += 1
-    if calls == 10:
-        (HERE / "reached").touch()
-        {how}()
-    return SOLVERS["magnitude"].function(weight, gram, pattern)
-"""
-
-
-def waiting_solver(folder: Path, how: str = "wait") -> Path:
-    """The plugin's file. It leaves ``reached`` in its folder, and waits for ``go``."""
-    path = folder / "waiting.py"
-    path.write_text(_WAITING_SOLVER.replace("{how}", how))
-    return path
-
 
 def command_line(
-    arguments: list[str], folder: Path, ignore: tuple[int, ...] = (), blocks_wait: bool = False, closed: bool = False
+    arguments: list[str], folder: Path, *, how: str = "wait", ignore: tuple[int, ...] = (), closed: bool = False
 ) -> None:
     """What the process of a command runs; arguments as in :func:`command`."""
     torch.set_num_threads(1)
@@ -239,20 +199,29 @@ def command_line(
         else:
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    if blocks_wait:
-        _let_blocks_wait(folder)
+    _let_blocks_wait(folder, how)
     sys.argv = ["sparsellm", *arguments]
     cli.main()
 
 
-def _let_blocks_wait(folder: Path) -> None:
+def _let_blocks_wait(folder: Path, how: str) -> None:
+    """The first reading of the second block leaves ``reached`` and waits for ``go``. With ``swallow`` a signal ends the
+    waiting without an error and leaves ``swallowed``; with ``swallow for ever`` it does not even end the waiting."""
     block = Chain.block
 
     def waiting(self: Chain, index: int, *rest: Any) -> Any:
-        if index == 1:
+        waits = index == 1 and not (folder / "reached").exists()
+        if waits:
             (folder / "reached").touch()
-            while not (folder / "go").exists():
+        while waits:
+            try:
                 time.sleep(0.01)
+                waits = not (folder / "go").exists()
+            except BaseException:
+                if how == "wait":
+                    raise
+                (folder / "swallowed").touch()
+                waits = how == "swallow for ever"
         return block(self, index, *rest)
 
     Chain.block = waiting  # type: ignore[method-assign]
@@ -261,7 +230,7 @@ def _let_blocks_wait(folder: Path) -> None:
 def python_program(model: Path, out: Path, folder: Path) -> None:
     """A program that calls :func:`sparsellm.prune`, waits where it reads the second block, and leaves ``caught``."""
     torch.set_num_threads(1)
-    _let_blocks_wait(folder)
+    _let_blocks_wait(folder, "wait")
     caught = "nothing"
     try:
         sparsellm.prune(model, sparsellm.Recipe(method="magnitude", samples=2, seq_len=16), out=out)
@@ -271,9 +240,9 @@ def python_program(model: Path, out: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def started(target: Any, *arguments: Any) -> Iterator[BaseProcess]:
+def started(target: Any, *arguments: Any, **options: Any) -> Iterator[BaseProcess]:
     """A process, killed when the context ends if it still runs."""
-    process = context().Process(target=target, args=arguments)
+    process = context().Process(target=target, args=arguments, kwargs=options)
     process.start()
     try:
         yield process
@@ -287,19 +256,13 @@ def command(folder: Path, *arguments: Any, **options: Any) -> Iterator[BaseProce
     """A command line in a process, when it has come to the point where it waits.
 
     Args:
-        folder: where it leaves ``stdout`` and ``stderr``, and where the solver that waits is.
+        folder: where it leaves ``stdout`` and ``stderr``.
         arguments: of the command line.
-        options: ``ignore``, signals that it ignores from the start, as under nohup; ``blocks_wait``, it waits where the
-            second block is read, else a solver of :func:`waiting_solver` does; ``closed``, nobody reads its output.
+        options: ``how`` it waits; ``ignore``, signals that it ignores from the start, as under nohup; ``closed``.
     """
-    words = [str(word) for word in arguments]
-    with started(_with_options, words, folder, options) as process:
+    with started(command_line, [str(word) for word in arguments], folder, **options) as process:
         await_file(folder / "reached", process)
         yield process
-
-
-def _with_options(words: list[str], folder: Path, options: dict[str, Any]) -> None:
-    command_line(words, folder, **options)
 
 
 def await_file(path: Path, process: BaseProcess) -> None:

@@ -25,11 +25,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
 
 
-def pruning(llama: Path, folder: Path, how: str = "wait", name: str = "p") -> list[Any]:
-    """A command that stops in the second block, where a solver in ``folder`` waits in this way."""
-    solver = killing.waiting_solver(folder, how)
-    command = ["prune", llama, "--out", folder / name, "--plugin", solver]
-    return [*command, "--method=waiting", "--samples=2", "--seq-len=16"]
+def pruning(llama: Path, folder: Path, name: str = "p") -> list[Any]:
+    return ["prune", llama, "--out", folder / name, "--method=magnitude", "--samples=2", "--seq-len=16"]
 
 
 def stopped(folder: Path, signum: int, *command: Any, **options: Any) -> tuple[int, str]:
@@ -41,9 +38,8 @@ def stopped(folder: Path, signum: int, *command: Any, **options: Any) -> tuple[i
     return code, (folder / "stderr").read_text().splitlines()[-1]
 
 
-def go_on(folder: Path, said: str, run: Any) -> str:
+def go_on(said: str, run: Any) -> str:
     """What the command says that a last line names."""
-    (folder / "go").touch()
     program, *again = shlex.split(said.partition("the same command resumes it:")[2])
     assert program == "sparsellm"
     code, _, stderr = run(*again)
@@ -54,42 +50,42 @@ def go_on(folder: Path, said: str, run: Any) -> str:
 @pytest.mark.parametrize("signum", CODES, ids=lambda signum: signum.name)
 def test_a_signal_stops_and_says_what_is_kept(signum: signal.Signals, llama: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / ODD_NAME
-    code, line = stopped(tmp_path, signum, *pruning(llama, tmp_path, name=ODD_NAME), "--json", "--restart")
+    code, line = stopped(tmp_path, signum, *pruning(llama, tmp_path, ODD_NAME), "--json", "--restart")
     assert code == CODES[signum]
     assert line.startswith(f"interrupted ({signum.name}); finished blocks are kept next to {out}; ")
     assert "--restart" not in line
     assert not out.exists()
-    assert "resuming an unfinished run: 1 of 3 blocks are done" in go_on(tmp_path, line, run)
+    assert "resuming an unfinished run: 1 of 3 blocks are done" in go_on(line, run)
     assert (out / "pruning.json").is_file()
 
 
 def test_a_comparison_says_what_is_kept(llama: Path, tmp_path: Path, run: Any) -> None:
-    grid = ["compare", llama, "--out", tmp_path / "grid", "--plugin", killing.waiting_solver(tmp_path)]
-    grid += ["--sparsity=0.5", "--method=magnitude,waiting", "--calibration=pydoc", "--text=pydoc", "--seq-len=32"]
-    code, line = stopped(tmp_path, signal.SIGINT, *grid, "--max-tokens=64", "--set=samples=2", "--set=seq_len=16")
+    grid = ["compare", llama, "--out", tmp_path / "grid", "--sparsity=0.5", "--method=magnitude", "--text=pydoc"]
+    grid += ["--calibration=pydoc", "--seq-len=32", "--max-tokens=64", "--set=samples=2", "--set=seq_len=16"]
+    code, line = stopped(tmp_path, signal.SIGINT, *grid)
     assert code == 130
     assert line.startswith(f"interrupted (SIGINT); finished runs and blocks are kept in {tmp_path / 'grid'}; the same")
-    assert "1 of 3 blocks are done" in go_on(tmp_path, line, run)
+    assert "1 of 3 blocks are done" in go_on(line, run)
 
 
 @pytest.mark.parametrize("words", [["eval", "{llama}", "--text", "pydoc"], ["inspect", "{llama}"]], ids=lambda w: w[0])
 def test_a_command_that_keeps_nothing_says_so(words: list[str], llama: Path, tmp_path: Path) -> None:
     command = [word.format(llama=llama) for word in words]
-    code, line = stopped(tmp_path, signal.SIGINT, *command, blocks_wait=True)
+    code, line = stopped(tmp_path, signal.SIGINT, *command)
     again = shlex.join(["sparsellm", *command])
     assert code == 130
     assert line == f"interrupted (SIGINT); this command keeps nothing: start it again with  {again}"
 
 
 def test_a_swallowed_signal_stops_the_run_at_its_next_step(llama: Path, tmp_path: Path) -> None:
-    code, line = stopped(tmp_path, signal.SIGINT, *pruning(llama, tmp_path, "swallow"))
+    code, line = stopped(tmp_path, signal.SIGINT, *pruning(llama, tmp_path), how="swallow")
     assert (tmp_path / "swallowed").exists()
     assert code == 130
     assert "blocks are kept" in line
 
 
 def test_a_second_signal_stops_at_once(llama: Path, tmp_path: Path) -> None:
-    with killing.command(tmp_path, *pruning(llama, tmp_path, "swallow_for_ever")) as process:
+    with killing.command(tmp_path, *pruning(llama, tmp_path), how="swallow for ever") as process:
         killing.send(process, signal.SIGINT)
         killing.await_file(tmp_path / "swallowed", process)
         killing.send(process, signal.SIGTERM)
