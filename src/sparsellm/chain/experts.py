@@ -260,7 +260,7 @@ def _outputs(self: Any, routed: Routed) -> Tensor:
     return total
 
 
-def _layout_of(module: nn.Module) -> _Layout | None:
+def _layout_of(module: Any) -> _Layout | None:
     """How a module stores its experts; None if it does not stack any, or in a way that is not known."""
     flags = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
     if all(isinstance(vars(module).get(flag), bool) for flag in flags):  # set by use_experts_implementation

@@ -85,7 +85,7 @@ class Returns:
             dict.fromkeys((module for module in self._block.modules() if module is not self._block), self._see)
         )
 
-    def _see(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+    def _see(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
         items = len(output) if type(output) is tuple else 0
         first, seen = output[0] if items else output, None
         alone = module not in self._of and all(map(_closed, (*args, *kwargs.values())))

@@ -6,12 +6,13 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
+from sparsellm.errors import ModelError
 from sparsellm.storage.files import sync, sync_tree
 
 _PARTIAL = ".partial"
@@ -24,41 +25,37 @@ def cache_dir() -> Path:
     return user_cache_path("sparsellm", appauthor=False)
 
 
-@contextlib.contextmanager
-def workspace(final: Path) -> Iterator[Path]:
-    """A temporary directory in which to make ``final``; only one process at a time has one for this name.
+def cached(final: Path, make: Callable[[Path], Path], is_valid: Callable[[Path], bool] = Path.exists) -> Path:
+    """``final``, which ``make`` makes in a temporary directory if it is not there yet, or not valid.
 
-    Directories that killed processes left next to ``final`` are removed as well.
-
-    Args:
-        final: the path to make. Check again inside the context whether another process made it meanwhile.
+    One process at a time makes it; the others wait. Directories that killed processes left next to it are removed.
 
     Raises:
-        OSError: the cache cannot be written.
+        ModelError: the cache cannot be written.
     """
-    key = final.name[:16]
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(final.parent, key):
-        for left in final.parent.glob(f"*{_PARTIAL}"):
-            other = left.name.rsplit(".", 2)[0]
-            free = contextlib.nullcontext() if other == key else _lock(final.parent, other, timeout=0)
-            with contextlib.suppress(Timeout), free:  # a living process holds the lock of its name
-                shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(
-            dir=final.parent, prefix=f"{key}.", suffix=_PARTIAL, ignore_cleanup_errors=True
-        ) as made:
-            yield Path(made)
-
-
-def put(made: Path, final: Path) -> None:
-    """Syncs a complete file or directory to the disk, then renames it to its name in the cache.
-
-    Raises:
-        OSError: the cache cannot be written.
-    """
-    sync_tree(made) if made.is_dir() else sync(made)
-    os.replace(made, final)
-    sync(final.parent)
+    key, folder = final.name[:16], final.parent
+    try:
+        if is_valid(final):
+            return final
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, key):
+            for left in folder.glob(f"*{_PARTIAL}"):
+                other = left.name.rsplit(".", 2)[0]
+                free = contextlib.nullcontext() if other == key else _lock(folder, other, timeout=0)
+                with contextlib.suppress(Timeout), free:  # a living process holds the lock of its name
+                    shutil.rmtree(left, ignore_errors=True)
+            if is_valid(final):  # another process was first
+                return final
+            with tempfile.TemporaryDirectory(_PARTIAL, f"{key}.", folder, ignore_cleanup_errors=True) as temporary:
+                made = make(Path(temporary))
+                sync_tree(made) if made.is_dir() else sync(made)
+                os.replace(made, final)
+                sync(folder)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write {final}: {error.strerror or error}; set SPARSELLM_CACHE to a directory with room for it"
+        ) from error
+    return final
 
 
 def _lock(folder: Path, key: str, timeout: float = -1) -> FileLock:

