@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sparsellm.patterns import Pattern
-from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
+from sparsellm.solvers.solver import SOLVERS, Solution, solution
 from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
 
@@ -27,7 +27,6 @@ def wanda_refit(
     iterations: Annotated[int, Field(ge=0), "steps of the fit; 0 keeps the weights as they are"] = 10,
 ) -> Solution:
     """Keeps, of each output, the weights with the largest ``|w| · rms^power``, and fits them to the outputs."""
-    check(weight, gram, pattern)
     scores = weight.abs() * gram.diagonal.clamp(min=0).sqrt() ** power
     mask = pattern.mask(scores, scope="row")
     fitted = refine_on_support(weight, gram, mask, weight, iterations).weight

@@ -72,13 +72,6 @@ class Pattern(ABC):
             Bool ``(columns, out)``.
         """
 
-    def total(self, value: float) -> float:
-        """The sum over all rows of the weight, from the sum over the rows of this process.
-
-        Both are equal unless rows are divided over processes. Use it to compare weights as a whole.
-        """
-        return value
-
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):

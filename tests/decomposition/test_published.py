@@ -48,7 +48,7 @@ class Hessian:
         self.matrix = inputs @ inputs.T / inputs.shape[1]
 
     def prune(self, weight: Tensor, pattern: Pattern) -> Tensor:
-        pruned = column_by_column(weight, Gram(self.matrix.float(), 1), pattern, panel=128, damping=0.01)
+        pruned = column_by_column(weight, Gram(self.matrix.float(), 1), pattern, 4 if isinstance(pattern, NM) else 128)
         self.matrix = self.matrix + 0.01 * self.matrix.diagonal().mean() * torch.eye(len(self.matrix)).double()
         return pruned
 

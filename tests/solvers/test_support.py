@@ -25,16 +25,6 @@ def test_reaches_the_normal_equation():
     torch.testing.assert_close(found.weight, best_on(mask, weight, gram), rtol=1e-5, atol=1e-7)
 
 
-def test_the_gradient_vanishes_on_kept_weights():
-    weight, gram, mask = weight_of(9, 40).double(), wide(gram_of(40)), random_mask(9, 40)
-    start = torch.where(mask, weight, 0.0)
-    found = refine_on_support(weight, gram, mask, start, 400)
-    before, after = (start - weight) @ gram.matrix, (found.weight - weight) @ gram.matrix
-    assert after[mask].norm() < 1e-7 * before[mask].norm()
-    assert after[~mask].norm() > 1e-3 * before[~mask].norm()
-    assert found.weight[~mask].count_nonzero() == 0
-
-
 def test_the_ridge_is_that_of_the_inputs_own_squares():
     weight, gram, mask = weight_of(5, 16), gram_of(16), random_mask(5, 16)
     ridged = Gram(gram.matrix + 0.3 * torch.diag(gram.matrix.diagonal()), gram.tokens)
@@ -70,11 +60,3 @@ def test_rows_with_nothing_or_everything_kept():
     found = refine_on_support(weight, gram, mask, torch.zeros_like(weight), 60)
     assert found.weight[0].count_nonzero() == 0
     torch.testing.assert_close(found.weight[1], weight[1], rtol=1e-2, atol=1e-3)
-
-
-def test_inputs_are_not_changed():
-    weight, gram, mask = weight_of(4, 8), gram_of(8), random_mask(4, 8)
-    start = weight.clone()
-    before = [x.clone() for x in (weight, gram.matrix, mask, start)]
-    refine_on_support(weight, gram, mask, start, 5)
-    assert all(torch.equal(a, b) for a, b in zip(before, (weight, gram.matrix, mask, start), strict=True))

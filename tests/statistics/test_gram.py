@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor
 
 from sparsellm.errors import NumericalError
@@ -18,6 +17,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def gram_of(x: Tensor, weights: Tensor | None = None) -> Gram:
     accumulator = GramAccumulator(x.shape[-1])
     accumulator.update(x, weights)
+    return accumulator.finish()
+
+
+def cross_of(target: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
+    accumulator = CrossAccumulator(target.shape[-1], x.shape[-1])
+    accumulator.update(target, x, weights)
     return accumulator.finish()
 
 
@@ -46,38 +51,19 @@ def test_streamed_equals_unstreamed(monkeypatch: pytest.MonkeyPatch):
     accumulator = GramAccumulator(20)
     for part in x.split([1, 7, 500, 492]):
         accumulator.update(part)
+        assert accumulator.finish().tokens == accumulator.tokens  # and it goes on
     assert_close(accumulator.finish().matrix, gram_of(x).matrix, 1e-6)
     monkeypatch.setattr(gram, "CHUNK_ELEMENTS", 1)  # the smallest chunk, 256 tokens
     assert_close(gram_of(x).matrix, x.double().T @ x.double() / 1000)
 
 
-def test_finish_leaves_the_accumulator_going():
-    x = normal(64, 9)
-    accumulator = GramAccumulator(9)
-    accumulator.update(x[:30])
-    first = accumulator.finish()
-    kept = first.matrix.clone()
-    accumulator.update(x[30:])
-    assert torch.equal(first.matrix, kept)
-    assert_close(accumulator.finish().matrix, x.double().T @ x.double() / 64)
-
-
 def test_token_weights():
-    x, weights = normal(3, 40, 12), torch.rand(3, 40, generator=torch.Generator().manual_seed(1))
+    x, target, weights = normal(3, 40, 12), normal(3, 40, 5, seed=2), normal(3, 40, seed=1).abs()
     expected = torch.einsum("bt,bti,btj->ij", weights.double(), x.double(), x.double()) / 120
     assert_close(gram_of(x, weights).matrix, expected)
-    target = normal(3, 40, 5, seed=2)
-    cross = CrossAccumulator(5, 12)
-    cross.update(target, x, weights)
-    assert_close(cross.finish(), torch.einsum("bt,bto,bti->oi", weights.double(), target.double(), x.double()) / 120)
-
-
-def test_inputs_are_not_changed():
-    x, weights = normal(50, 6), torch.rand(50)
-    before = x.clone(), weights.clone()
-    gram_of(x, weights)
-    assert torch.equal(x, before[0])
-    assert torch.equal(weights, before[1])
+    expected = torch.einsum("bt,bto,bti->oi", weights.double(), target.double(), x.double()) / 120
+    assert_close(cross_of(target, x, weights), expected)
+    assert torch.equal(x, normal(3, 40, 12))  # inputs are not changed
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -86,38 +72,23 @@ def test_values_that_are_not_finite_are_refused_at_the_end(value: float):
     x[3, 2] = value
     with pytest.raises(NumericalError, match="Gram matrix of 6 inputs"):
         gram_of(x)
-    cross = CrossAccumulator(6, 6)
-    cross.update(x, x)
     with pytest.raises(NumericalError, match="cross moment"):
-        cross.finish()
+        cross_of(x, x)
 
 
 def test_no_token_is_an_error():
-    with pytest.raises(NumericalError, match="no token"):
-        GramAccumulator(3).finish()
-    with pytest.raises(NumericalError, match="no token"):
-        CrossAccumulator(3, 3).finish()
+    for empty in (GramAccumulator(3), CrossAccumulator(3, 3)):
+        with pytest.raises(NumericalError, match="no token"):
+            empty.finish()
 
 
-def test_a_mismatch_of_tokens_is_an_error():
-    with pytest.raises(ValueError, match="tokens"):
-        CrossAccumulator(3, 4).update(normal(5, 3), normal(6, 4))
-    with pytest.raises(ValueError, match="tokens"):
-        GramAccumulator(3).update(normal(5, 3), torch.ones(4))
-
-
-def test_energy_is_the_mean_square_of_the_output():
-    x, weight = normal(200, 600), normal(8, 600, seed=1)
-    assert gram_of(x).energy(weight) == pytest.approx(
-        float((x.double() @ weight.double().T).square().sum() / 200), rel=1e-5
-    )
-
-
-def test_energy_by_rows_is_that_of_the_whole(monkeypatch):
-    x, weight, other = normal(200, 300), normal(64, 300, seed=1), normal(64, 300, seed=2)
-    expected = float((x.double() @ (weight.double() - other.double()).T).square().sum() / 200)
-    monkeypatch.setattr(gram, "CHUNK_ELEMENTS", 300 * 7)  # nine times seven rows, and one
-    assert gram_of(x).energy(weight, minus=other) == pytest.approx(expected, rel=1e-5)
+def test_energy_is_the_mean_square_of_the_output(monkeypatch: pytest.MonkeyPatch):
+    x, weight, other = normal(200, 600), normal(64, 600, seed=1), normal(64, 600, seed=2)
+    monkeypatch.setattr(gram, "CHUNK_ELEMENTS", 600 * 7)  # nine times seven rows, and one
+    for minus in (None, other):
+        wide = weight.double() - (0 if minus is None else minus.double())
+        expected = float((x.double() @ wide.T).square().sum() / 200)
+        assert gram_of(x).energy(weight, minus) == pytest.approx(expected, rel=1e-5)
 
 
 def test_factors_are_of_the_damped_matrix():
@@ -157,8 +128,7 @@ def test_a_singular_gram_raises_its_damping_and_says_so():
 
 
 def test_each_step_of_damping_is_tenfold():
-    duplicated = normal(50, 3).repeat(1, 2)  # every input twice
-    factor = gram_of(duplicated).cholesky(1e-12)
+    factor = gram_of(normal(50, 3).repeat(1, 2)).cholesky(1e-12)  # every input twice
     assert any(factor.damping == pytest.approx(10.0**power) for power in range(-11, -3))
 
 
@@ -189,20 +159,17 @@ def test_all_inputs_dead():
 
 def test_least_squares_is_the_normal_equation():
     x, target = normal(300, 20), normal(300, 7, seed=1)
-    cross = CrossAccumulator(7, 20)
-    cross.update(target, x)
-    fit = least_squares(gram_of(x), cross.finish(), damping=0.0)
+    fit = least_squares(gram_of(x), cross_of(target, x), damping=0.0)
     assert_close(fit.weight, torch.linalg.lstsq(x.double(), target.double()).solution.T, 1e-4)
     assert fit.notes == ()
+    assert "damping raised" in least_squares(gram_of(x[:5]), cross_of(x[:5], x[:5]), damping=0.0).notes[0]
 
 
 def test_least_squares_with_a_ridge_towards_a_prior():
     x, target, prior = normal(30, 20), normal(30, 7, seed=1), normal(7, 20, seed=2)
     x[:, 4] = 0
     found = gram_of(x)
-    cross = CrossAccumulator(7, 20)
-    cross.update(target, x)
-    fit = least_squares(found, cross.finish(), damping=0.3, prior=prior)
+    fit = least_squares(found, cross_of(target, x), damping=0.3, prior=prior)
     # the same problem with the ridge as more rows of data: √(Nλ) I with targets √(Nλ) priorᵀ
     root = (30 * 0.3 * found.mean_diagonal) ** 0.5
     rows = torch.cat([x.double(), root * torch.eye(20, dtype=torch.float64)])
@@ -211,8 +178,10 @@ def test_least_squares_with_a_ridge_towards_a_prior():
     assert torch.equal(fit.weight[:, 4], prior[:, 4])
 
 
-def test_least_squares_reports_a_raised_damping():
-    x = normal(5, 40)
-    cross = CrossAccumulator(40, 40)
-    cross.update(x, x)
-    assert "damping raised" in least_squares(gram_of(x), cross.finish(), damping=0.0).notes[0]
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_triangles_are_inverted_by_halves(size: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gram, "TRIANGLE", 4)
+    lower = normal(size, size).tril(-1) / size + torch.eye(size)
+    inverse = lower.clone()
+    gram.invert_lower_(inverse)
+    assert_close(inverse @ lower, torch.eye(size))

@@ -116,7 +116,6 @@ def _prune(
     if cross is not None and refit is not None:
         with task.clock.phase("prune/solve"):
             fit = least_squares(gram, cross, refit, prior=down.weight())
-        gram.forget()
     solve(down, gram, fit)
 
 

@@ -171,7 +171,6 @@ def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> N
                 with task.clock.phase("prune/solve"):
                     fit = least_squares(gram, cross, fitting.damping, prior=group[0].weight())
                 del cross
-                gram.forget()  # frees the factors of the refit before the solver, which takes the most memory
             for linear in group:
                 _solve(task, linear, gram, fitting, fit)
             if known is not None:

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.methods.task import BlockTask
-from sparsellm.patterns import Pattern
-from sparsellm.solvers import SOLVERS, Solution, Solver
-from sparsellm.solvers.divided import divide, divided_solution
-from sparsellm.statistics import Gram
+from sparsellm.solvers import SOLVERS, Solver
+from sparsellm.solvers.divided import divide
 
 
 def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
@@ -38,29 +36,12 @@ def weighted_solvers(task: BlockTask, solver: str, power: float) -> dict[str, So
     Outputs have equal weight if ``power`` is 0, for N:M, where outputs do not compete, and in a linear that no token
     reached.
     """
-    plain = divide(SOLVERS[solver], task.stream.chain.products)
+    products, device = task.stream.chain.products, task.stream.chain.device
     solvers = {}
     for linear in task.linears:
         costs = task.output_costs.get(linear.name) if power else None
         if costs is not None:
-            costs = costs.to(task.stream.chain.device).pow(power)
+            costs = costs.to(device).pow(power)
             costs = (costs / costs.mean().clamp(min=1e-30)).clamp(min=1e-4)
-        solvers[linear.name] = weighted(plain, costs)
+        solvers[linear.name] = divide(SOLVERS[solver], products, costs)
     return solvers
-
-
-def weighted(solver: Solver, costs: Tensor | None) -> Solver:
-    """A solver of ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²`` for weights ``c (out,)`` of the outputs' squared errors.
-
-    This is the plain objective of ``√c_i w_i``, so the plain solver gets rows scaled by ``√c_i``. The error in the
-    solution is the unweighted one. With ``costs`` None it is the solver itself.
-    """
-    if costs is None:
-        return solver
-    root = costs.sqrt()[:, None]  # (out, 1)
-
-    def solve(weight: Tensor, gram: Gram, pattern: Pattern) -> Solution:
-        scaled = solver(weight * root, gram, pattern)
-        return divided_solution(weight, scaled.weight / root, scaled.mask, gram, scaled.notes)
-
-    return solve

@@ -30,9 +30,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sparsellm import parallel
 from sparsellm.patterns import Pattern
 from sparsellm.registry import Workspace
-from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
+from sparsellm.solvers.solver import SOLVERS, Solution, solution
 from sparsellm.solvers.support import refine_on_support
 from sparsellm.statistics import Gram
 
@@ -62,7 +63,6 @@ def admm(
     damping: Annotated[float, Field(ge=0), "ridge towards the dense weight, in mean curvatures"] = 0.05,
 ) -> Solution:
     """Alternates between weights and mask, each optimal near the other, then refits the kept weights."""
-    check(weight, gram, pattern)
     metric, scale = gram.remember(("admm", damping), lambda: _metric(gram, damping))
     dense = weight * scale.masked_fill(gram.dead, 0.0)  # (out, in): W₀, from here on in the units of the metric
     kept = pattern.mask(dense.abs())
@@ -88,9 +88,9 @@ def admm(
 
     last = refine_on_support(dense, metric, kept, state, refine_iterations)
     # With few or collinear inputs the last mask may be worse than the first: the better of the two is kept.
-    if pattern.total(last.objective) > CLEARLY_BETTER * pattern.total(first.objective):
+    if parallel.total(last.objective) > CLEARLY_BETTER * parallel.total(first.objective):
         first = refine_on_support(dense, metric, start, first.weight, refine_iterations)
-        if pattern.total(first.objective) < pattern.total(last.objective):
+        if parallel.total(first.objective) < parallel.total(last.objective):
             last, kept = first, start
     return solution(weight, last.weight / scale, kept, gram, notes)
 

@@ -1,7 +1,7 @@
 """One weight solved by several processes: each solves some rows, and they agree on thresholds over all rows.
 
-In these solvers, rows of a weight depend on each other in two ways only: they compete for a number of zeros, and errors
-are sums over them. The pattern does both, so a solver is written as if it had all rows.
+In these solvers, rows of a weight depend on each other in that they compete for a number of zeros. The pattern knows of
+the rows of other processes, so a solver is written as if it had all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 from sparsellm import parallel
 from sparsellm.chain.products import Bf16Products, bf16_products
 from sparsellm.patterns import (
-    NM,
     Pattern,
     Scope,
     Unstructured,
@@ -33,77 +32,52 @@ DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
 SIGN = -(1 << 31)
 
 
-def divide(entry: Entry[Solver], products: Bf16Products | None = None) -> Solver:
+def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Tensor | None = None) -> Solver:
     """The solver with its work divided over the processes of this run.
 
-    All processes call it with the same arguments, and each gets the solution of all rows. In one process it is the
-    solver itself. All rows are solved at once if the solver is not registered as distributed, or if the weight has
-    fewer rows than there are processes. A pattern without zeros leaves the weight as it is.
+    All processes call it with the same arguments, and each gets the solution of all rows. Every process solves all rows
+    if the solver is not registered as distributed, or if the weight has fewer rows than there are processes. A pattern
+    without zeros leaves the weight as it is.
 
     Args:
         entry: the solver.
         products: those of the chain, for a solver that declares ``narrow``; None for products in fp32.
+        costs: positive weights ``c (out,)`` of the outputs' squared errors, ``Σ_i c_i ‖(w_i − w̃_i) G^½‖²``; None for
+            equal ones. That is the plain objective of ``√c_i w_i``. The error in the solution is without them.
     """
+    root = None if costs is None else costs.sqrt()[:, None]  # (out, 1)
 
-    def run(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
+    def run(rows: slice, weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
+        weight = weight[rows]
+        scaled = weight if root is None else weight * root[rows]
         with bf16_products(products if entry.workspace.narrow else None):
-            return entry.function(weight, gram, pattern, **options)
+            found = entry.function(scaled, gram, pattern, **options)
+        return found if root is None else solution(weight, found.weight / root[rows], found.mask, gram, found.notes)
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
         if not pattern.sparsity:
             return Solution(weight, torch.ones_like(weight, dtype=torch.bool), 0.0)
         if parallel.size() == 1:
-            return run(weight, gram, pattern, **options)
+            return run(slice(None), weight, gram, pattern, **options)
         if not entry.distributed or len(weight) < parallel.size():
-            # All solve it, and agree on the main process's bits.
-            full = run(weight, gram, pattern, **options)
+            full = run(slice(None), weight, gram, pattern, **options)
             sparse, mask = (parallel.broadcast_(part.contiguous()) for part in (full.weight, full.mask))
             return Solution(sparse, mask, *parallel.broadcast((full.error, full.notes)))
         rows = parallel.share(len(weight))
-        part = run(weight[rows], gram, _of_rows(pattern, rows.start, len(weight)), **options)
-        error, notes = _joined(part, gram.energy(weight[rows]))
+        if isinstance(pattern, Unstructured):  # groups of N:M lie within rows
+            pattern = DividedUnstructured(pattern.zeros, pattern.weights, rows.start, len(weight))
+        part = run(rows, weight, gram, pattern, **options)
+        energy = gram.energy(weight[rows])
+        parts = parallel.gather((energy, part.error * energy, part.notes))
+        energy, lost = sum(part[0] for part in parts), sum(part[1] for part in parts)
         return Solution(
-            torch.cat(parallel.gather_list(part.weight)), torch.cat(parallel.gather_list(part.mask)), error, notes
+            torch.cat(parallel.gather_list(part.weight)),
+            torch.cat(parallel.gather_list(part.mask)),
+            lost / energy if energy > 0 else 0.0,
+            tuple(dict.fromkeys(note for part in parts for note in part[2])),
         )
 
     return solve
-
-
-def divided_solution(
-    original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()
-) -> Solution:
-    """Same as :func:`~sparsellm.solvers.solver.solution`, with the error computed by all processes, each for some rows.
-
-    Every process has all rows of the weight, which is zero off the mask.
-    """
-    if parallel.size() == 1:
-        return solution(original, weight, mask, gram, notes)
-    rows = parallel.share(len(weight))
-    part = solution(original[rows], weight[rows], mask[rows], gram, notes)
-    return Solution(weight, mask, *_joined(part, gram.energy(original[rows])))
-
-
-def _joined(part: Solution, energy: float) -> tuple[float, tuple[str, ...]]:
-    """Error and notes of all rows, from each process's solution of its rows and their outputs' energy."""
-    parts = parallel.gather((energy, part.error * energy, part.notes))
-    energy, lost = sum(part[0] for part in parts), sum(part[1] for part in parts)
-    return lost / energy if energy > 0 else 0.0, tuple(dict.fromkeys(note for part in parts for note in part[2]))
-
-
-def _of_rows(pattern: Pattern, first: int, rows: int) -> Pattern:
-    """The pattern for this process's rows of a weight with ``rows`` rows, from row ``first`` on."""
-    if isinstance(pattern, NM):
-        return DividedNM(pattern.n, pattern.m)
-    assert isinstance(pattern, Unstructured)
-    return DividedUnstructured(pattern.zeros, pattern.weights, first, rows)
-
-
-@dataclass(frozen=True)
-class DividedNM(NM):
-    """N:M of some rows of a weight; its groups lie within rows."""
-
-    def total(self, value: float) -> float:
-        return parallel.total(value)
 
 
 @dataclass(frozen=True)
@@ -124,9 +98,6 @@ class DividedUnstructured(Unstructured):
 
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
         return highest_of_all(scores, share(self.zeros, start, start + len(scores), inputs))
-
-    def total(self, value: float) -> float:
-        return parallel.total(value)
 
 
 def highest_of_all(scores: Tensor, zeros: int) -> Tensor:
@@ -157,8 +128,6 @@ def highest_of_all(scores: Tensor, zeros: int) -> Tensor:
 
 def _ordered(scores: Tensor) -> Tensor:
     """Integers in the same order as the scores: the bits of each float, reversed for negative ones."""
-    if scores.dtype == torch.float64:
-        raise TypeError("scores of fp64 are not compared over processes; a solver's scores are fp32")
     bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: −0.0 equals 0.0, and its bits must too
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 

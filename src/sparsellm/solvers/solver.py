@@ -1,4 +1,4 @@
-"""The registry of local solvers, their checks, and the solution that they return."""
+"""The registry of local solvers, and the solution that they return."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsellm.errors import NumericalError, RecipeError
-from sparsellm.patterns import Pattern, require_finite
+from sparsellm.errors import NumericalError
 from sparsellm.registry import Registry
 from sparsellm.statistics import Gram
 
@@ -29,19 +28,6 @@ Solver = Callable[..., Solution]
 """``solver(weight (out, in) fp32, gram, pattern, **options) -> Solution``. Pure: no argument is changed."""
 
 SOLVERS: Registry[Solver] = Registry("solver")
-
-
-def check(weight: Tensor, gram: Gram, pattern: Pattern) -> None:
-    """Checks the arguments that every solver takes.
-
-    Raises:
-        RecipeError: the pattern does not fit this shape.
-        NumericalError: the weight has values that are NaN or infinite.
-    """
-    pattern.validate(weight.shape)
-    if weight.shape[1] != gram.features:
-        raise RecipeError(f"weight has {weight.shape[1]} inputs, its Gram matrix {gram.features}")
-    require_finite(weight, f"weight of shape {tuple(weight.shape)}")
 
 
 def solution(original: Tensor, weight: Tensor, mask: Tensor, gram: Gram, notes: tuple[str, ...] = ()) -> Solution:

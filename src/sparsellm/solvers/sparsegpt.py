@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparsellm.patterns import Pattern
 from sparsellm.registry import Workspace
-from sparsellm.solvers.solver import SOLVERS, Solution, check, solution
+from sparsellm.solvers.solver import SOLVERS, Solution, solution
 from sparsellm.statistics import Gram
 
 PANEL = 128  # columns whose mask is chosen together, as in the paper; N:M chooses by its groups of M
@@ -37,7 +37,6 @@ def sparsegpt(
     damping: Annotated[float, Field(ge=0), "added to the Gram matrix's diagonal, as a fraction of its mean"] = 0.01,
 ) -> Solution:
     """Prunes input by input, and updates the weights of later inputs to compensate the error."""
-    check(weight, gram, pattern)
     factor = gram.inverse_cholesky(damping)
     elimination = _Elimination(weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern)
     elimination.prune(0, weight.shape[1], PANEL if pattern.step == 1 else pattern.step)

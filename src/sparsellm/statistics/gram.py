@@ -6,7 +6,6 @@ on the features only, never on the number of tokens. Sums are additive, so accum
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,14 +40,14 @@ class Factor:
 class Gram:
     """Immutable ``G = XᵀX / N``, fp32 ``(features, features)``, over ``tokens`` tokens.
 
-    Factorisations are remembered by damping, so that linears that share an input (q, k, v) share one. Damping is
-    relative: ``λ`` is that fraction of the mean diagonal of the live inputs. A dead input (zero in every token) is
-    decoupled: its diagonal counts as one, so it does not affect other inputs, and a weight on it costs nothing.
+    Inverses are remembered by damping, so that linears that share an input (q, k, v) share one. Damping is relative:
+    ``λ`` is that fraction of the mean diagonal of the live inputs. A dead input (zero in every token) is decoupled: its
+    diagonal counts as one, so it does not affect other inputs, and a weight on it costs nothing.
     """
 
     matrix: Tensor
     tokens: int
-    _memory: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict, repr=False)
+    _memory: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         require_finite(self.matrix, f"Gram matrix of {self.features} inputs")
@@ -86,11 +85,10 @@ class Gram:
     def energy(self, weight: Tensor, minus: Tensor | None = None) -> float:
         """``‖W G^½‖²_F``, the mean over tokens of ``‖W x‖²``, for ``weight (out, features)``, or ``weight − minus``.
 
-        Products are fp32, sums fp64. It takes some rows at a time: a copy of a large weight would be most of a
-        solver's memory.
+        Products are fp32, sums fp64. Some rows at a time: a copy of a large weight would be most of a solver's memory.
         """
         total = 0.0
-        rows = max(1, CHUNK_ELEMENTS // max(1, self.features))
+        rows = max(1, CHUNK_ELEMENTS // self.features)
         for top in range(0, weight.shape[0], rows):
             part = weight[top : top + rows]
             if minus is not None:
@@ -103,21 +101,11 @@ class Gram:
                 total += float(2 * products.sum(dim=1).double().sum() - inside.sum(dim=1).double().sum())
         return max(total, 0.0)
 
-    def cholesky(self, damping: float) -> Factor:
-        """Lower triangular ``L`` with ``L Lᵀ = G + λI``.
-
-        If the factorisation fails, damping is raised tenfold, at most eight times, and a note says so.
-
-        Raises:
-            NumericalError: it failed at every damping tried.
-        """
-        return self.remember(("cholesky", damping), lambda: self._factorise(damping))
-
     def inverse(self, damping: float) -> Factor:
         """``(G + λI)⁻¹``, symmetric; damping as in :meth:`cholesky`."""
 
         def invert() -> Factor:
-            factor = self._factorise(damping)  # not remembered: the inverse takes its place
+            factor = self.cholesky(damping)
             torch.cholesky_inverse(factor.matrix, out=factor.matrix)
             # The inverse is symmetric except for the last bits. The transpose turns LAPACK's columns into rows, so that
             # one process and several get the same bits.
@@ -134,41 +122,36 @@ class Gram:
         """
 
         def factorise() -> Factor:
-            factor = self._factorise(damping, flipped=True)
-            lower = factor.matrix.mT
-            reverse_(lower)  # now Rᵀ
+            factor = self.cholesky(damping, reverse=True)
+            lower = factor.matrix.mT.flip(0, 1)  # Rᵀ
             invert_lower_(lower)
             return Factor(lower.mT, factor.damping, factor.notes)
 
         return self.remember(("inverse_cholesky", damping), factorise)
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The cached return value of ``make`` for this key, so that linears with the same input share the work.
-
-        It should be about as large as this matrix. Memory is bounded: the oldest value is dropped and made again when
-        it is next needed.
-        """
+        """The cached return value of ``make``, about as large as this matrix; the oldest is dropped at the limit."""
         if key not in self._memory:
             while self._memory and (len(self._memory) + 1) * self.matrix.nbytes > REMEMBERED_BYTES:
-                self._memory.popitem(last=False)  # before the next is made, to make room for it
+                del self._memory[next(iter(self._memory))]  # before the next is made, to make room for it
             self._memory[key] = make()
         value: T = self._memory[key]
         return value
 
-    def forget(self) -> None:
-        """Drops all cached values; they are made again when needed."""
-        self._memory.clear()
+    def cholesky(self, damping: float, *, reverse: bool = False) -> Factor:
+        """Lower triangular ``L`` with ``L Lᵀ = G + λI``, not cached; ``reverse`` reverses the order of inputs first.
 
-    def _factorise(self, damping: float, flipped: bool = False) -> Factor:
-        """Lower Cholesky factor, in the memory of one matrix; ``flipped`` reverses the order of inputs first."""
+        If the factorisation fails, damping is raised tenfold, at most eight times, and a note says so.
+
+        Raises:
+            NumericalError: it failed at every damping tried.
+        """
         asked, name = damping, f"the Gram matrix of {self.features} inputs over {self.tokens} tokens"
         for _ in range(DAMPING_TRIES):
-            matrix = self.matrix.clone()
-            matrix.diagonal().add_(damping * self.mean_diagonal)
-            matrix.diagonal()[self.dead] = 1.0
-            if flipped:
-                reverse_(matrix)
-            diagonal = matrix.diagonal().clone()
+            diagonal = (self.diagonal + damping * self.mean_diagonal).masked_fill_(self.dead, 1.0)
+            diagonal = diagonal.flip(0) if reverse else diagonal
+            matrix = self.matrix.flip(0, 1) if reverse else self.matrix.clone()
+            matrix.diagonal().copy_(diagonal)
             # In place: the transpose of a symmetric matrix is equal to it, and has the column order of LAPACK.
             failed = torch.empty((), dtype=torch.int32, device=matrix.device)
             lower = matrix.mT
@@ -189,8 +172,8 @@ class GramAccumulator:
     """Sums ``XᵀX`` over chunks of tokens: products in fp32, their sum in fp64.
 
     The sum is therefore exact to fp32, and equal to the bit for any order of chunks and any number of processes. Only
-    panels of rows, from their own diagonal on, are computed and kept; they are mirrored once at the end. That takes
-    little more than half the products, and the memory of one fp32 matrix ``(features, features)``.
+    panels of rows, from the diagonal on, are computed and kept: little more than half the products, and the memory of
+    one fp32 matrix ``(features, features)``.
     """
 
     def __init__(self, features: int, device: torch.device | str | None = None) -> None:
@@ -200,12 +183,7 @@ class GramAccumulator:
         ]
 
     def update(self, x: Tensor, token_weights: Tensor | None = None) -> None:
-        """Add tokens.
-
-        Args:
-            x: ``(..., features)``, any floating dtype.
-            token_weights: ``(...)``, not negative; a token of weight w adds ``w x xᵀ``. N stays the token count.
-        """
+        """Adds tokens ``x (..., features)``; one of weight w ≥ 0 adds ``w x xᵀ``, and N stays the token count."""
         for (rows,) in _chunks((x,), token_weights, self.device):
             for panel in self.panels:
                 right = rows[:, self.features - panel.shape[1] :]
@@ -213,7 +191,7 @@ class GramAccumulator:
             self.tokens += len(rows)
 
     def reduce(self) -> None:
-        """Add up the accumulators of all processes, in every one of them."""
+        """Adds up the accumulators of all processes, in every one of them."""
         for panel in self.panels:
             parallel.all_sum_(panel)
         self.tokens = int(parallel.total(self.tokens))
@@ -224,12 +202,12 @@ class GramAccumulator:
         Raises:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
-        tokens = _require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
+        _require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
         matrix = torch.empty(self.features, self.features, device=self.device)
         for panel in self.panels:
             start = self.features - panel.shape[1]
             stop = start + len(panel)
-            matrix[start:stop, start:] = panel / tokens
+            matrix[start:stop, start:] = panel / self.tokens
             square = matrix[start:stop, start:stop]
             square.copy_(square.triu() + square.triu(1).T)  # the halves of a product may differ in the last bit
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
@@ -244,13 +222,13 @@ class CrossAccumulator:
         self.total = _zeros(out, features, torch.device(device or "cpu"))
 
     def update(self, target: Tensor, x: Tensor, token_weights: Tensor | None = None) -> None:
-        """Add tokens: ``target`` (..., out), ``x`` (..., features), ``token_weights`` (...) as in GramAccumulator."""
+        """Adds tokens ``target (..., out)``, ``x (..., features)``; weights as in :class:`GramAccumulator`."""
         for target_rows, rows in _chunks((target, x), token_weights, self.total.device):
             self.total += target_rows.T @ rows
             self.tokens += len(rows)
 
     def reduce(self) -> None:
-        """Add up the accumulators of all processes, in every one of them."""
+        """Adds up the accumulators of all processes, in every one of them."""
         parallel.all_sum_(self.total)
         self.tokens = int(parallel.total(self.tokens))
 
@@ -261,7 +239,8 @@ class CrossAccumulator:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
         name = f"cross moment of shape {tuple(self.total.shape)}"
-        matrix = (self.total / _require_tokens(self.tokens, name)).float()
+        _require_tokens(self.tokens, name)
+        matrix = (self.total / self.tokens).float()
         require_finite(matrix, name)
         return matrix
 
@@ -277,14 +256,13 @@ class Fit:
 def least_squares(gram: Gram, cross: Tensor, damping: float = 0.01, prior: Tensor | None = None) -> Fit:
     """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``.
 
-    In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀``, such as the dense weight.
-    Weights on dead inputs equal the prior. Without a prior ``W₀`` is zero.
+    In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀ (out, features)``, zero if it is
+    None. Weights on dead inputs equal the prior.
 
     Args:
         gram: Gram matrix of the inputs X.
         cross: ``C = TᵀX / N`` (out, features), over the same tokens with the same token weights.
         damping: relative to the mean diagonal of the Gram matrix.
-        prior: ``W₀`` (out, features).
 
     Raises:
         NumericalError: no damping made ``G + λI`` positive definite.
@@ -293,17 +271,6 @@ def least_squares(gram: Gram, cross: Tensor, damping: float = 0.01, prior: Tenso
     residual = cross if prior is None else cross - prior @ gram.matrix  # (out, features)
     change = torch.cholesky_solve(residual.T, factor.matrix).T.masked_fill(gram.dead, 0.0)
     return Fit(change.contiguous() if prior is None else prior + change, factor.notes)
-
-
-def reverse_(matrix: Tensor) -> None:
-    """Reverses the order of rows and of columns, in place; ``matrix`` must be contiguous."""
-    flat = matrix.view(-1)
-    size, half = len(flat), len(flat) // 2
-    for start in range(0, half, CHUNK_ELEMENTS):
-        stop = min(start + CHUNK_ELEMENTS, half)
-        front = flat[start:stop].flip(0)
-        flat[start:stop] = flat[size - stop : size - start].flip(0)
-        flat[size - stop : size - start] = front
 
 
 def invert_lower_(matrix: Tensor) -> None:
@@ -328,20 +295,16 @@ def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.zeros(rows, columns, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
-def _require_tokens(tokens: int, name: str) -> int:
+def _require_tokens(tokens: int, name: str) -> None:
     if tokens == 0:
         raise NumericalError(f"{name}: no token was seen")
-    return tokens
 
 
 def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """The same tokens of each tensor ``(..., features)``, as fp32 ``(tokens, features)``, scaled by √weight."""
-    flat = [tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in tensors]
-    tokens = len(flat[0])
+    flat = [tensor.detach().flatten(0, -2) for tensor in tensors]
     root = None if weights is None else weights.detach().reshape(-1, 1).to(device, torch.float32).sqrt()
-    if any(len(rows) != tokens for rows in flat) or (root is not None and len(root) != tokens):
-        raise ValueError(f"tensors of {[len(rows) for rows in flat]} tokens do not fit each other or their weights")
     step = max(256, CHUNK_ELEMENTS // max(tensor.shape[-1] for tensor in tensors))
-    for start in range(0, tokens, step):
+    for start in range(0, len(flat[0]), step):
         parts = tuple(rows[start : start + step].to(device, torch.float32) for rows in flat)
         yield parts if root is None else tuple(part * root[start : start + step] for part in parts)
