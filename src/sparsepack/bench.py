@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sparsepack.arguments import checked
-from sparsepack.decode import Decoder, cache_keyword, why_not
+from sparsepack.decode import Decoder, cache_keyword, decodes
 from sparsepack.errors import FormatError, SettingError, refusal
 from sparsepack.loading import checkpoint_path, load
 from sparsepack.module import PackedLinear, kernel_name, threads_set, to_dense
 
 ProgressCallback = Callable[[str, float, float, str], object]
-"""Called with a phase, the steps done, the steps in all, and a text on the step in work."""
+"""Called with a phase, the steps done, the steps in all, and a text on the current step."""
 
 _SAME = 0.03  # relative difference in speed below which two models count as equally fast: what repeats differ by
 
@@ -38,10 +38,6 @@ _STORAGE = (
 )
 
 
-def ignore(phase: str, done: float, total: float, detail: str) -> None:
-    """Ignores progress."""
-
-
 class _Measured(BaseModel):
     """Finite numbers only; fields of a later release are kept when it is written again."""
 
@@ -49,7 +45,7 @@ class _Measured(BaseModel):
 
 
 class Speed(_Measured):
-    """Tokens per second of one model in one setting, over all ``batch`` sequences: the median of the repeats and more.
+    """Tokens per second of one model in one setting, over all ``batch`` sequences and all repeats.
 
     ``phase`` is ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
     """
@@ -89,8 +85,7 @@ class Comparison(_Measured):
 
     def pairs(self) -> Iterator[tuple[Speed, Speed]]:
         """The dense and the packed model's speed in each setting."""
-        dense, packed = ([speed for speed in self.speeds if speed.model == name] for name in ("dense", "packed"))
-        return zip(dense, packed, strict=False)
+        return pairs_of(self.speeds)
 
 
 class Rounds(BaseModel):
@@ -114,7 +109,7 @@ def compare(
     device: str = "cpu",
     dtype: str | torch.dtype = "auto",
     activations: str | None = None,
-    progress: ProgressCallback = ignore,
+    progress: ProgressCallback = lambda *_: None,
     **rounds: Any,
 ) -> Comparison:
     """Speed and memory of a packed and a dense checkpoint; the models run in turns.
@@ -154,7 +149,7 @@ def compare(
         dtype=str(models["packed"].dtype).removeprefix("torch."),
         dense_dtype=str(models["dense"].dtype).removeprefix("torch."),
         kernel=kernel_name(models["packed"].device.type),
-        verdict=verdict(speeds, "dense", "packed"),
+        verdict=verdict(speeds),
         dense_disk_bytes=None if dense is None else weight_file_bytes(Path(dense)),
         packed_disk_bytes=weight_file_bytes(Path(packed)),
     )
@@ -183,7 +178,7 @@ def measure(
     rounds: Rounds | None = None,
     *,
     clock: Callable[[], float] = time.perf_counter,
-    progress: ProgressCallback = ignore,
+    progress: ProgressCallback = lambda *_: None,
 ) -> list[Speed]:
     """Speed of several models by name, which take turns; the first round of each setting is not counted.
 
@@ -224,25 +219,25 @@ def measure(
     return speeds
 
 
-def verdict(speeds: Sequence[Speed], dense: str, packed: str) -> list[str]:
+def pairs_of(speeds: Sequence[Speed]) -> Iterator[tuple[Speed, Speed]]:
+    """The speeds of ``dense`` and ``packed`` in each setting."""
+    dense, packed = ([speed for speed in speeds if speed.model == name] for name in ("dense", "packed"))
+    return zip(dense, packed, strict=False)
+
+
+def verdict(speeds: Sequence[Speed]) -> list[str]:
     """One sentence for each setting, which says whether packed is faster or slower than dense."""
-    medians = {(speed.model, speed.phase, speed.batch, speed.threads): speed.median for speed in speeds}
     lines = []
-    for speed in speeds:
-        if speed.model != packed:
-            continue
-        ratio = speed.median / medians[dense, speed.phase, speed.batch, speed.threads]
+    for dense, packed in pairs_of(speeds):
+        ratio = packed.median / dense.median
         if abs(ratio - 1) < _SAME:
             outcome = "as fast as dense"
         elif ratio > 1:
             outcome = f"{ratio:.2f} times as fast as dense"
         else:
             outcome = f"SLOWER than dense on this machine, {ratio:.2f} times its speed"
-        plural = "" if speed.threads == 1 else "s"
-        lines.append(
-            f"{speed.phase}, batch {speed.batch}, {speed.threads} thread{plural}: packed is {outcome} "
-            f"({speed.median:.1f} tokens/s)"
-        )
+        where = f"{packed.phase}, batch {packed.batch}, {packed.threads} thread{'s' * (packed.threads != 1)}"
+        lines.append(f"{where}: packed is {outcome} ({packed.median:.1f} tokens/s)")
     return lines
 
 
@@ -259,16 +254,14 @@ def resident_bytes(model: nn.Module, linears_only: bool = False) -> int:
         linears = [m for block in blocks for m in block.modules() if isinstance(m, (nn.Linear, PackedLinear))]
         modules = list(dict.fromkeys(linears))
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    sizes = {part.data_ptr(): part.nbytes for tensor in tensors for part in _plain_parts(tensor)}
-    return sum(sizes.values())
+    return sum({part.data_ptr(): part.nbytes for tensor in tensors for part in _plain_parts(tensor)}.values())
 
 
 def _plain_parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors of a tensor: itself, or the parts of a subclass such as torchao's quantised weights."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
+    if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [part for name in flatten()[0] for part in _plain_parts(getattr(tensor, name))]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _plain_parts(getattr(tensor, name))]
 
 
 @torch.no_grad()
@@ -286,7 +279,7 @@ def one_run(
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)
-    if batch == 1 and why_not(model) is None:
+    if batch == 1 and decodes(model):
         decoder = Decoder(model, prompt_tokens + new_tokens)
         start = clock()
         logits = decoder.read(ids)

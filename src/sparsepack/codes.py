@@ -173,7 +173,7 @@ def exponents_of_text(text: str) -> Tensor | None:
 
 
 class Encoded(NamedTuple):
-    """The kept values of a weight; fields are those of :class:`~sparsepack.layout.PackedWeight`."""
+    """Kept values in the fields of :class:`~sparsepack.layout.PackedWeight`."""
 
     values: Tensor
     offsets: Tensor

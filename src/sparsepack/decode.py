@@ -31,32 +31,28 @@ def cache_keyword(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def why_not(model: Any) -> str | None:
-    """Why the extension cannot decode a model, as the end of a sentence; None if it can."""
+def decodes(model: Any) -> bool:
+    """Whether the extension can decode a model: one that it knows, packed, on a CPU with kernels."""
     family = type(model).__name__.removesuffix("ForCausalLM")
     if family not in FAMILIES or not type(model).__module__.startswith("transformers.models."):
-        return f"{type(model).__name__} is none of {', '.join(FAMILIES)}"
-    if kernel_name() == "torch" or model.device.type != "cpu":
-        return "there is no compiled kernel for it here"
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
-        return "nothing is packed"
-    config = model.config
+        return False
+    modules, config = list(model.modules()), model.config
+    packed = any(isinstance(module, PackedLinear) for module in modules)
+    if not packed or kernel_name() == "torch" or model.device.type != "cpu":
+        return False
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", "default")
-    if config.hidden_act != "silu" or kind not in _ROPES:
-        return f"it has {config.hidden_act} activations and {kind} angles"
-    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
-        return "its attention has a window"
+    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    if config.hidden_act != "silu" or rope.get("rope_type", "default") not in _ROPES or window:
+        return False
     parts = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
     known = {*(f"{family}{part}" for part in parts), "ModuleList", "Linear", "Embedding", "SiLU", "SiLUActivation"}
-    for module in model.modules():
-        name = type(module).__name__
-        if name not in known and not isinstance(module, PackedLinear):
-            return f"it has a {name}"
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"something is hooked to a {name}"
-    heads = config.num_key_value_heads * _head_size(config)
-    return None if config.intermediate_size >= heads else "its feed-forward unit is narrower than its keys"
+    unchanged = all(
+        (type(module).__name__ in known or isinstance(module, PackedLinear))
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        for module in modules
+    )
+    # The extension computes keys and values of a token in the room of gate and up.
+    return unchanged and config.intermediate_size >= config.num_key_value_heads * _head_size(config)
 
 
 def _head_size(config: Any) -> int:
@@ -64,7 +60,7 @@ def _head_size(config: Any) -> int:
 
 
 class Decoder:
-    """Decodes one sequence with a model for which :func:`why_not` returns None.
+    """Decodes one sequence with a model for which :func:`decodes` is true.
 
     Args:
         model: is read, and must stay as it is while this object lives.

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from sparsepack.arguments import checked
-from sparsepack.decode import Decoder, why_not
+from sparsepack.decode import Decoder, decodes
 from sparsepack.errors import FormatError, SettingError, refusal
 from sparsepack.module import threads_set
 
@@ -89,8 +89,7 @@ def generate(
     ``repetition_penalty`` are used.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
+        model, tokenizer: a causal language model and its tokenizer.
         prompt: the text to continue; no chat template is applied.
         max_new_tokens: the most tokens to generate.
         temperature: 0 takes the most likely token each time; above 0, tokens are sampled.
@@ -118,7 +117,7 @@ def generate(
     chosen = {"max_new_tokens": max_new_tokens, "pad_token_id": padding}
     with torch.no_grad(), _generation_config(model, settings), threads_set(threads):
         start, count = time.perf_counter(), torch.get_num_threads()
-        if why_not(model) is None:
+        if decodes(model):
             output = _decode(model, inputs["input_ids"], settings, max_new_tokens, streamer)
         else:
             output = model.generate(**inputs, **chosen, streamer=streamer)  # type: ignore[operator]

@@ -13,7 +13,6 @@ from sparsepack.arguments import checked
 from sparsepack.checkpoint import read_config, read_object
 from sparsepack.errors import FormatError, PackError, SettingError, shown
 from sparsepack.module import PackedLinear, activations_of, gather
-from sparsepack.registration import register_when_needed
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -41,7 +40,7 @@ def load(
         kwargs: passed on to ``from_pretrained``.
 
     Raises:
-        SettingError: the machine has no such device, or ``activations`` is unknown.
+        SettingError: the machine has no such device, or ``dtype`` or ``activations`` is unknown.
         FormatError: the directory holds no checkpoint or a damaged one, or transformers cannot load it.
     """
     place = _device(device)
@@ -49,7 +48,6 @@ def load(
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise SettingError(f"dtype is {shown(dtype)}; give {', '.join(_DTYPES)}")
     path = checkpoint_path(directory)
-    register_when_needed()
     chosen = {"trust_remote_code": False, **kwargs}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **chosen)
@@ -68,12 +66,7 @@ def load(
 
 
 def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
-    """The path of a checkpoint whose JSON can be read.
-
-    Raises:
-        FormatError: the directory or its ``config.json`` is absent, or one of ``config.json`` and
-            ``generation_config.json`` is damaged.
-    """
+    """The path of a checkpoint; a FormatError if there is none, or its JSON cannot be read."""
     try:
         path = Path(directory).expanduser()
         there = bool(os.fspath(directory)) and path.is_dir()

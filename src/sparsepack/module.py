@@ -48,18 +48,13 @@ def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     kernels = _kernels(x.device.type)
     if kernels is not None and 0 < len(x) <= SMALL_BATCH and x.dtype in FLOAT_TYPES.values():
         options = {"rounded": True} if rounded and x.device.type == "cpu" else {}
-        product = kernels.multiply(packed, x.contiguous(), **options)
-        assert isinstance(product, Tensor)
+        product: Tensor = kernels.multiply(packed, x.contiguous(), **options)
         return product
-    return _multiply_tiled(packed, x, None if kernels is None else getattr(kernels, "unpack_rows", None))
+    return _multiply_tiled(packed, x, getattr(kernels, "unpack_rows", None))
 
 
 def activations_of(name: str | None = None) -> str:
-    """``int8`` or ``fp32``: a name that was given, else ``SPARSELLM_ACTIVATIONS`` in the environment, else int8.
-
-    Raises:
-        SettingError: it is neither.
-    """
+    """``int8`` or ``fp32``: a name that was given, else ``SPARSELLM_ACTIVATIONS`` in the environment, else int8."""
     asked = os.environ.get("SPARSELLM_ACTIVATIONS", "").strip() if name is None else name
     if asked and asked not in ACTIVATIONS:
         source = "SPARSELLM_ACTIVATIONS" if name is None else "activations"
@@ -135,11 +130,10 @@ def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., 
     rows = max(1, min(out, TILE // columns))
     if rows > ROWS:
         rows -= rows % ROWS
-    y = x.new_empty(len(x), out)
-    buffer = None if unpack_tile is None else x.new_empty(rows, columns)
+    y, buffer = x.new_empty(len(x), out), x.new_empty(rows if unpack_tile is not None else 0, columns)
     for first in range(0, out, rows):
         last = min(first + rows, out)
-        if unpack_tile is None or buffer is None:
+        if unpack_tile is None:
             tile = unpack_rows(packed, first, last, x.dtype)
         else:
             tile = buffer[: last - first]
@@ -151,13 +145,10 @@ def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., 
 def _assemble(parts: Parts, columns: int, name: str = "weight") -> PackedWeight:
     """The packed weight of the tensors of :data:`FIELDS`; one mask for several rows is that of the layout ``dense``.
 
-    Raises:
-        FormatError: the values have a type that the format does not have.
+    A FormatError says that the values have a type that the format does not have.
     """
-    mask, values, offsets, scales, exponents, levels = parts
-    assert mask is not None
-    assert values is not None
-    assert offsets is not None
+    mask, values, offsets = (part for part in parts[:3] if part is not None)
+    scales, exponents, levels = parts[3:]
     kind = next((kind for kind, stored in STORED_AS.items() if stored == values.dtype), None)
     if kind is None:
         raise FormatError(f"packed weight {name}: values cannot be {values.dtype}; {PACK_AGAIN}")
@@ -212,10 +203,6 @@ class PackedLinear(nn.Module):
     weight, and its shape makes loaders without support for the format raise an error. The packed weight is in the
     buffers :data:`PACKED_BUFFERS`. ``.to`` moves them, but a change of dtype converts only the placeholder and the
     bias: values keep the type in which they were packed.
-
-    Args:
-        in_features, out_features, bias: as in ``nn.Linear``.
-        dtype, device: those of the placeholder and the bias.
     """
 
     weight: Tensor
@@ -260,11 +247,7 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight, without a copy.
-
-        Raises:
-            PackError: none was loaded.
-        """
+        """The packed weight, without a copy; a PackError if none was loaded."""
         if self.weight_mask is None:
             raise PackError("this PackedLinear has no weight yet; load it with sparsepack.load(DIR)")
         return _assemble(self._parts(), self.in_features)
@@ -315,25 +298,23 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        """Checks the loaded tensors, then resizes the buffers, since each weight has another number of kept values."""
-        parts = [state_dict.get(prefix + name) for name in PACKED_BUFFERS]
+        """Checks the loaded tensors, and puts them into buffers of other sizes than these: kept values differ in
+        number."""
+        parts, name = [state_dict.get(prefix + name) for name in PACKED_BUFFERS], prefix.rstrip(".")
         if not any(part is None for part in parts[:3]):
             try:
-                name = prefix.rstrip(".")
-                self._check(_assemble(parts, self.in_features, name), name)
+                self.set_packed(_assemble(parts, self.in_features, name), name)
             except FormatError as error:
                 rest[-1].append(str(error))
                 return
-            for name, part in zip(PACKED_BUFFERS, parts, strict=True):
-                self._buffers[name] = None if part is None else torch.empty_like(part, device=self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
 
 def row_scale(module: Any) -> float | None:
-    """The factor of the rows that an embedding returns: 1 for ``nn.Embedding``, another for those of the Gemma kind.
+    """The factor of the rows that an embedding returns: 1 for ``nn.Embedding``, another for those of the Gemma kind;
+    None for other modules, and where it is not known.
 
-    They hold it as a buffer, and newer ones as a number too; the buffer has no value before the weights are loaded.
-    None for other kinds of module, and where the factor is not known.
+    Gemma's hold it as a buffer, without a value before the weights are loaded, and newer ones as a number too.
     """
     if type(module) is nn.Embedding:
         return 1.0
@@ -347,11 +328,7 @@ def row_scale(module: Any) -> float | None:
 
 
 class PackedEmbedding(PackedLinear):
-    """``nn.Embedding`` with rows of int8, which may be the weight of the output head as well.
-
-    Args:
-        embedding: one of which :func:`row_scale` knows the factor.
-    """
+    """An embedding whose :func:`row_scale` is known, with rows of int8, which may be the output head's too."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         rows, columns = embedding.weight.shape
@@ -366,10 +343,8 @@ class PackedEmbedding(PackedLinear):
     def _check(self, packed: PackedWeight, name: str) -> None:
         if (packed.layout, packed.value_type, packed.exponents) != ("dense", "int8", None):
             more = "" if packed.exponents is None else " with exponents"
-            raise FormatError(
-                f"packed weight {name} is {packed.layout}, {packed.value_type}{more}; an embedding is dense, int8: "
-                "pack the model again"
-            )
+            stored = f"{packed.layout}, {packed.value_type}{more}"
+            raise FormatError(f"packed weight {name} is {stored}; an embedding is dense, int8: pack the model again")
         super()._check(packed, name)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -400,7 +375,6 @@ def to_dense(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, PackedLinear):
                 setattr(module, name, child.to_dense())
-    tie = getattr(model, "tie_weights", None)  # that of transformers: a head may be the embedding's weight
-    if tie is not None:
-        tie()
+    if hasattr(model, "tie_weights"):  # that of transformers: a head may be the embedding's weight
+        model.tie_weights()
     return model

@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparsepack.codes import CODES, SCALES_OF, STORED_AS, VALUE_TYPES, groups_of
+from sparsepack.codes import SCALES_OF, VALUE_TYPES
 from sparsepack.compiled import NOT_BUILT, extension, instruction_sets
 from sparsepack.errors import KernelError
 from sparsepack.layout import PackedWeight
@@ -54,7 +54,7 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
 
     Args:
         packed: ``W (out, in)`` in the layout ``bitmask`` or ``dense`` that passed
-            :func:`sparsepack.validation.validate`; offsets and mask are not checked again.
+            :func:`sparsepack.validation.validate`; it is not checked again.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
         rounded: round ``x`` to int8, see above.
         kernel: an instruction set other than :func:`available`'s.
@@ -112,38 +112,17 @@ def _kind(tensor: Tensor, what: str) -> int:
 
 
 def addresses(packed: PackedWeight) -> tuple[int, ...]:
-    """The extension's arguments for a weight, after checks of type, size, layout and device of every tensor.
+    """The extension's arguments for a weight that passed :func:`sparsepack.validation.validate`.
 
     Raises:
-        KernelError: one of them does not fit.
+        KernelError: it is not on the CPU, or has codes of N:M.
     """
-    (out, columns), kind, scales = packed.shape, packed.value_type, packed.scales
-    if packed.layout not in ("bitmask", "dense") or kind not in _VALUE_TYPES:
-        raise KernelError(
-            f"layout {packed.layout!r}, values {kind!r}: the kernels take bitmasks, {', '.join(STORED_AS)}"
-        )
-    stride, dense = mask_stride(columns), packed.layout == "dense"
-    expected = [
-        (packed.mask, torch.uint8, stride * (1 if dense else out)),
-        (packed.offsets, torch.int64, out + 1),
-        (packed.values, STORED_AS[kind], packed.values.numel()),
-    ]
-    if kind in SCALES_OF:
-        if scales is None:
-            raise KernelError(f"values of type {kind} without scales")
-        expected.append((scales, SCALES_OF[kind], out * (groups_of(columns, packed.group) if packed.group else 1)))
-        if packed.exponents is not None:
-            expected.append((packed.exponents, torch.int8, columns))
-        if packed.levels is not None:
-            expected.append((packed.levels, torch.int8, CODES))
-    for tensor, dtype, numbers in expected:
-        if tensor.dtype != dtype or tensor.numel() != numbers or not tensor.is_contiguous() or not tensor.is_cpu:
-            raise KernelError(
-                f"packed weight: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, where the kernels need "
-                f"{numbers} contiguous {dtype} on the CPU"
-            )
+    (out, columns), scales, exponents, levels = packed.shape, packed.scales, packed.exponents, packed.levels
+    if packed.layout == "nm" or not all(tensor.is_cpu for tensor in packed.tensors.values()):
+        raise KernelError(f"layout {packed.layout} on {packed.mask.device}: the kernels take bitmasks on the CPU")
+    stride = mask_stride(columns)
     return (
-        _VALUE_TYPES[kind],
+        _VALUE_TYPES[packed.value_type],
         out,
         columns,
         stride,
@@ -152,9 +131,9 @@ def addresses(packed: PackedWeight) -> tuple[int, ...]:
         packed.offsets.data_ptr(),
         0 if scales is None else scales.data_ptr(),
         packed.group or 0,
-        0 if dense else stride,
-        0 if packed.exponents is None else packed.exponents.data_ptr(),
-        0 if packed.levels is None else packed.levels.data_ptr(),
+        0 if packed.layout == "dense" else stride,
+        0 if exponents is None else exponents.data_ptr(),
+        0 if levels is None else levels.data_ptr(),
     )
 
 

@@ -34,8 +34,7 @@ class PackedConfig(QuantizationConfigMixin):
 class PackedQuantizer(HfQuantizer):
     """Replaces the linears with packed weights by :class:`~sparsepack.module.PackedLinear`.
 
-    Raises (while loading):
-        FormatError: the files are damaged, do not fit ``config.json``, or are not those of the model.
+    Loading raises a FormatError if files are damaged, do not fit ``config.json``, or are not those of the model.
     """
 
     requires_calibration = True  # a dense checkpoint is packed by `sparsellm pack`, not while loading

@@ -17,10 +17,7 @@ def validate(packed: PackedWeight, name: str) -> None:
     """Checks that a packed weight is consistent. Kernels must only get weights that pass.
 
     Raises:
-        FormatError: with ``name``: value type, layout or pattern is unknown; types or shapes of the tensors do not fit
-            together; offsets do not rise from 0 to the number of values; a row has another number of values than its
-            mask keeps; a padding bit is set, or a bit of a dense weight's mask is not; a code is not below C(m, n); a
-            scale is not finite; an exponent is not -8 … 7; or there are levels of other values than int4.
+        FormatError: with ``name`` and the first condition of ``docs/format.md`` that does not hold.
     """
     try:
         _check_description(packed)
@@ -44,37 +41,41 @@ def _require(holds: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
+def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    fits = tensor.dtype == dtype and tuple(tensor.shape) == shape
+    _require(fits, f"{what} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+    _require(tensor.is_contiguous(), f"{what} is not contiguous")
+
+
 def _check_description(packed: PackedWeight) -> None:
-    out, columns = packed.shape
+    (out, columns), pattern = packed.shape, packed.pattern
     _require(out > 0 and columns > 0, f"shape {packed.shape} is empty or negative")
     _require(packed.value_type in VALUE_TYPES, f"unknown value type {packed.value_type!r}")
     _require(packed.layout in LAYOUTS, f"unknown layout {packed.layout!r}")
     width = mask_stride(columns)
     if packed.layout != "nm":
-        _require(packed.pattern is None, f"layout {packed.layout} with n and m")
-    elif packed.pattern is None:
+        _require(pattern is None, f"layout {packed.layout} with n and m")
+    elif pattern is None:
         raise ValueError("layout nm without n and m")
     else:
-        n, m = packed.pattern
+        n, m = pattern
         known = ", ".join(f"{n}:{m}" for n, m in PATTERNS)
-        _require(packed.pattern in PATTERNS, f"pattern {n}:{m} is none of {known}")
+        _require(pattern in PATTERNS, f"pattern {n}:{m} is none of {known}")
         _require(columns % m == 0, f"{n}:{m} does not fit {columns} columns")
-        width = row_bytes(packed.pattern, columns)
+        width = row_bytes(pattern, columns)
     _check_tensor("mask", packed.mask, torch.uint8, (1 if packed.layout == "dense" else out, width))
 
 
 def _check_offsets(packed: PackedWeight) -> Tensor:
     """The offsets, checked, on the CPU."""
     _check_tensor("offsets", packed.offsets, torch.int64, (packed.shape[0] + 1,))
-    offsets = packed.offsets.cpu()
+    offsets, total = packed.offsets.cpu(), int(packed.offsets[-1])
     _require(int(offsets[0]) == 0, f"the first offset is {int(offsets[0])}, not 0")
     falls = (offsets[1:] < offsets[:-1]).nonzero()
     _require(len(falls) == 0, f"offsets decrease after row {int(falls[0]) if len(falls) else 0}")
-    stored = STORED_AS[packed.value_type]
-    _require(packed.values.dtype == stored, f"values are {packed.values.dtype}, not {stored}")
     held = packed.values.numel() * (2 if packed.value_type == "int4" else 1)
-    total = int(offsets[-1])
-    _require(packed.values.dim() == 1 and held == total, f"{held} values, where offsets end at {total}")
+    _require(held == total, f"{held} values, where offsets end at {total}")
+    _check_tensor("values", packed.values, STORED_AS[packed.value_type], (packed.values.numel(),))
     return offsets
 
 
@@ -102,22 +103,15 @@ def _check_counts(counts: Tensor, offsets: Tensor, value_type: str) -> None:
 
 
 def _check_scales(packed: PackedWeight) -> None:
-    if packed.value_type in FLOAT_TYPES:
-        _require(packed.scales is None, f"scales with values of type {packed.value_type}")
+    scales, (out, columns), kind = packed.scales, packed.shape, packed.value_type
+    if kind in FLOAT_TYPES or scales is None:
+        fits = (scales is None) == (kind in FLOAT_TYPES)
+        _require(fits, f"{'no scales' if scales is None else 'scales'} with values of type {kind}")
         return
-    if packed.scales is None:
-        raise ValueError(f"no scales with values of type {packed.value_type}")
-    out, columns = packed.shape
     shape: tuple[int, ...] = (out,)
-    if packed.value_type == "int4":
-        _require(packed.scales.dim() == 2, f"scales is {tuple(packed.scales.shape)}, not ({out}, groups of columns)")
-        groups = packed.scales.shape[1]
-        _require(group_of(columns, groups) is not None, f"{groups} scales a row do not divide {columns} columns")
-        shape = (out, groups)
-    _check_tensor("scales", packed.scales, SCALES_OF[packed.value_type], shape)
-    _require(bool(torch.isfinite(packed.scales).all()), "a scale is not finite")
-
-
-def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    fits = tensor.dtype == dtype and tuple(tensor.shape) == shape
-    _require(fits, f"{what} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+    if kind == "int4":
+        _require(scales.dim() == 2, f"scales is {tuple(scales.shape)}, not ({out}, groups of columns)")
+        shape = (out, scales.shape[1])
+        _require(group_of(columns, shape[1]) is not None, f"{shape[1]} scales a row do not divide {columns} columns")
+    _check_tensor("scales", scales, SCALES_OF[kind], shape)
+    _require(bool(torch.isfinite(scales).all()), "a scale is not finite")

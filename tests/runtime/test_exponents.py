@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import sparsellm
 from sparsepack import native
 from sparsepack.codes import text_of_exponents
-from sparsepack.decode import Decoder, why_not
+from sparsepack.decode import Decoder, decodes
 from sparsepack.layout import unpack
 from sparsepack.module import PackedLinear, multiply
 from tests.packed.by_hand import exponents_of, packed_of, sparse_weight
@@ -71,7 +71,7 @@ def test_exponents_of_a_run_are_packed_and_decoded(values: str, activations: str
     model = sparsellm.load(directory, activations=activations)
     packed = model.get_submodule("model.layers.0.mlp.down_proj").packed
     assert torch.equal(packed.exponents, exponents_of(packed.shape[1]))
-    assert why_not(model) is None
+    assert decodes(model)
     ids = torch.randint(model.config.vocab_size, (1, 14), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = torch.cat([model(ids[:, :9]).logits[0], model(ids).logits[0][9:]])

@@ -148,7 +148,7 @@ def test_the_verdict_is_plain(packed: float, said: str) -> None:
         Speed(model=name, median=rate, slowest=rate, fastest=rate, **setting)  # type: ignore[arg-type]
         for name, rate in (("dense", 10.0), ("packed", packed))
     ]
-    assert said in verdict(speeds, "dense", "packed")[0]
+    assert said in verdict(speeds)[0]
 
 
 def test_resident_bytes_are_those_of_the_tensors(llama: Path, packed: Path) -> None:
