@@ -101,15 +101,27 @@ class Journal(contextlib.ExitStack):
         if self.out is not None:
             parallel.from_main(partial(begin, self.out))
 
-    def open_sweep(self, need_bytes: int) -> None:
-        """Begins to write every block again, after a sweep. The walk's blocks are kept until the end."""
+    def open_sweep(self, state_bytes: int, run_bytes: int, progress: ProgressCallback) -> SavedSweep | None:
+        """Begins to write every block again, while the walk's blocks are kept until the end.
 
-        def begin() -> None:
-            if self._walked is not None:
-                self.writer = CheckpointWriter(self._walked.work, self.blocks + 1, SWEPT)
-                check_room(self.writer.work.out, need_bytes)
+        Returns the storage for the passes of the sweep, at most ``state_bytes``; None if nothing is written, or if the
+        disk has no room for them next to the run's other files, ``run_bytes`` in all, which ``progress`` is told.
+        """
 
-        parallel.from_main(begin)
+        def begin() -> bool:
+            if self._walked is None:
+                return False
+            self.writer = CheckpointWriter(self._walked.work, self.blocks + 1, SWEPT)
+            try:
+                if not self.knows(SWEEP):
+                    check_room(self._partial, state_bytes + run_bytes - written_bytes(self._partial))
+            except StorageError as full:
+                said = f"passes of the sweep are not saved, so an interrupted sweep will start again: {full}"
+                progress(Progress(NOTE, 1, 1, said))
+                return False
+            return True
+
+        return SavedSweep(self._state, self.blocks) if parallel.from_main(begin) else None
 
     # ------------------------------------------------------------------ blocks
 
@@ -179,25 +191,6 @@ class Journal(contextlib.ExitStack):
             tensors = {name: TensorSource.of(value) for name, value in costs.items()}
             file = self._state / f"{OUTPUT_COSTS}.safetensors"
             self._keep(OUTPUT_COSTS, {"sha256": replace_atomically(file, partial(write_shard, tensors=tensors))})
-
-    # ------------------------------------------------------------------ the sweep
-
-    def saved_passes(self, state_bytes: int, run_bytes: int, progress: ProgressCallback) -> SavedSweep | None:
-        """The storage for the passes of a sweep, at most ``state_bytes``; None if nothing is written, or if the disk
-        has no room for them next to the run's other files, ``run_bytes`` in all, which ``progress`` is told."""
-
-        def has_room() -> bool:
-            try:
-                if not self.knows(SWEEP):
-                    check_room(self._partial, state_bytes + run_bytes - written_bytes(self._partial))
-            except StorageError as full:
-                said = f"passes of the sweep are not saved, so an interrupted sweep will start again: {full}"
-                progress(Progress(NOTE, 1, 1, said))
-                return False
-            return True
-
-        fits = self.out is not None and parallel.from_main(has_room)
-        return SavedSweep(self._state, self.blocks) if fits else None
 
     def _keep(self, name: str, record: object) -> None:
         if self.writes:

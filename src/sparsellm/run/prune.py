@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -151,14 +150,10 @@ def _sweep(
     if not plan.choice.passes:
         return Pruned(linears, [], peak)
     feed.progress(Progress("sweep", 0, 1))
-    saved = journal.saved_passes(saved_sweep_bytes(chain, plan.trains_integers), plan.disk_bytes, feed.progress)
-    journal.open_sweep(checkpoint_bytes(chain))
-    if saved is not None:
-        began = time.perf_counter()
-        if saved.last is not None:
-            clock.add({"sweep": saved.last.seconds})
-            peak, began = max(peak, saved.last.peak_rss), began - saved.last.seconds
-        saved.seconds = lambda: time.perf_counter() - began
+    saved = journal.open_sweep(saved_sweep_bytes(chain, plan.trains_integers), plan.disk_bytes, feed.progress)
+    if saved is not None and saved.last is not None:
+        clock.add({"sweep": saved.last.seconds})
+        peak = max(peak, saved.last.peak_rss)
     zeros: dict[str, int] = {}
 
     def write(index: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -41,26 +43,21 @@ class SweepRecord:
 class SavedSweep:
     """The saved passes of one run. Every process reads them, the first writes.
 
-    The parameters after each pass, and Adam's moments, are one file per block. One record, written last, has the
-    history and the checksums of the files. Files of earlier passes are then removed.
+    The parameters after each pass (flat, fp32), and Adam's moments ``(2, elements)``, are one file per block. One
+    record, written last, has the history and the checksums of the files. Files of earlier passes are then removed.
 
     Attributes:
         last: the last saved pass whose files are intact; None if there is none and the sweep must begin.
-        seconds: returns the seconds since the sweep began.
     """
 
     def __init__(self, state: Path, blocks: int) -> None:
         self._folder, self._record, self._blocks = state / SWEEP, state / f"{SWEEP}.json", blocks
-        self.seconds: Callable[[], float] = lambda: 0.0
         self.last = parallel.from_main(self._intact)
+        self._began = time.perf_counter() - (self.last.seconds if self.last is not None else 0)
 
-    def parameters(self, number: int, block: int) -> Tensor:
-        """The parameters of a block after pass ``number``: flat, fp32, on the CPU."""
-        return self._read("parameters", number, block)
-
-    def moments(self, number: int, block: int) -> Tensor:
-        """Adam's moments of a block after pass ``number``: ``(2, elements)`` fp32, on the CPU."""
-        return self._read("moments", number, block)
+    def read(self, kind: str, number: int, block: int) -> Tensor:
+        """The ``parameters`` or ``moments`` of a block after pass ``number``, on the CPU."""
+        return CheckpointReader(self._folder, [self._file(kind, number, block)]).get(_BITS).view(torch.float32)
 
     def save(
         self, history: list[SweepPass], best: int, state: Mapping[str, Callable[[int], Tensor]], *, last: bool
@@ -76,24 +73,22 @@ class SavedSweep:
         Raises:
             StorageError: the disk is full.
         """
-        number, seconds = history[-1].passes, self.seconds()
-        kinds = {("parameters", best)} if best else set()
-        if not last:
-            kinds |= {(kind, number) for kind in state}
+        number, seconds = history[-1].passes, time.perf_counter() - self._began
+        kinds = ({("parameters", best)} if best else set()) | (set() if last else {(kind, number) for kind in state})
 
         def write() -> None:
             with explained(self._folder):
                 self._folder.mkdir(exist_ok=True)
-            digests = dict(self.last.files) if self.last is not None else {}
-            for block in range(self._blocks):
-                for kind in (kind for kind, of in sorted(kinds) if of == number):
-                    # As integers: the writer of floating point drops the sign of zeros, and the bits must stay.
-                    tensors = {_BITS: TensorSource.of(state[kind](block).contiguous().view(torch.int32))}
-                    file = self._file(kind, number, block)
-                    digests[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
-            names = [self._file(kind, of, block).name for kind, of in kinds for block in range(self._blocks)]
+            files = dict(self.last.files) if self.last is not None else {}
+            names = {self._file(*each, block).name for each in kinds for block in range(self._blocks)}
+            new = sorted(kind for kind, at in kinds if at == number)
+            for kind, block in itertools.product(new, range(self._blocks)):
+                # As integers: the writer of floating point drops the sign of zeros, and the bits must stay.
+                tensors = {_BITS: TensorSource.of(state[kind](block).contiguous().view(torch.int32))}
+                file = self._file(kind, number, block)
+                files[file.name] = replace_atomically(file, partial(write_shard, tensors=tensors))
             peak = max(machine.peak_rss(), self.last.peak_rss if self.last is not None else 0)
-            self.last = SweepRecord(history, best, {name: digests[name] for name in names}, seconds, peak)
+            self.last = SweepRecord(history, best, {name: files[name] for name in names}, seconds, peak)
             keep_record(self._record, self.last)
             with explained(self._folder):
                 empty(self._folder, tuple(names))
@@ -102,9 +97,6 @@ class SavedSweep:
 
     def _file(self, kind: str, number: int, block: int) -> Path:
         return self._folder / f"{kind}-{number:03d}-{block:05d}.safetensors"
-
-    def _read(self, kind: str, number: int, block: int) -> Tensor:
-        return CheckpointReader(self._folder, [self._file(kind, number, block)]).get(_BITS).view(torch.float32)
 
     def _intact(self) -> SweepRecord | None:
         record = kept_record(self._record, SweepRecord)

@@ -131,13 +131,13 @@ class _Masters:
                 self._dtypes.append({n: (p.dtype, self.chain.stored_dtype(n)) for n, p in parameters.items()})
                 flat, moments = _flat(trained)
             if saved is not None and 0 < number < task.passes:
-                flat, moments = saved.parameters(number, index), saved.moments(number, index)
+                flat, moments = (saved.read(kind, number, index) for kind in ("parameters", "moments"))
             self.store.append(flat)
             self.store.append(moments)
         if saved is not None and reached is not None and reached.best:
             self.best = reached.best
             for index in range(len(self.chain)):
-                self.best_store.append(saved.parameters(self.best, index))
+                self.best_store.append(saved.read("parameters", self.best, index))
 
     def keep(self, number: int) -> None:
         """Copies the current parameters, which are those after pass ``number``, as the best."""
