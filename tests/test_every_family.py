@@ -56,20 +56,6 @@ def test_what_is_wrong_with_a_run_is_seen(families: Any, source: Path, tmp_path:
     assert "in what was pruned" in fault(families, source, result, tmp_path / "out")
 
 
-def test_a_type_is_as_good_as_its_runs(families: Any) -> None:
-    tried = families.Tried("some")
-    runs = list(families.RUNS)
-    tried.add(runs[0], families.RIGHT, "✓")
-    assert tried.result == "right"
-    tried.add(runs[1], families.SOME_DENSE, "✓ 48.0%", "conv: small")
-    assert tried.result == "right, some dense"
-    tried.add(runs[2], families.REFUSED, "refused", "one | line")
-    assert tried.result == "in part"
-    assert tried.row() == "| some | in part | ✓ | ✓ 48.0% | refused | – | – | conv: small; one / line |"
-    tried.add(runs[3], families.FAILS, "fails")
-    assert tried.result == "fails"
-
-
 @pytest.mark.slow
 def test_the_script_tries_types_of_every_kind_and_writes_a_page(tmp_path: Path) -> None:
     """One that is right, one with linears that no token reaches, one with convolutions, and two that are refused."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import sparsellm
+from sparsellm.chain import products
 from sparsellm.chain.products import LEAST, Bf16Products, bf16_is_native
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -81,36 +82,33 @@ def test_small_and_other_products_stay_as_they_are() -> None:
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose weights are large enough for products in bf16."""
-    folder = tmp_path_factory.mktemp("wide")
-    model = tiny_llama(hidden_size=256, intermediate_size=320, num_hidden_layers=2)
-    save_tiny(model, tiny_tokenizer(), folder)
-    return folder
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(products, "LEAST", 1)  # tiny weights are multiplied in bf16, too
+    return save_tiny(tiny_llama(num_hidden_layers=2), tiny_tokenizer(), tmp_path / "dense")
 
 
-def run(model: Path, out: Path, products: str) -> bytes:
-    recipe = {"sparsity": 0.5, "samples": 2, "seq_len": 16, "products": products, "effort": 0}
+def run(model: Path, out: Path, kind: str) -> bytes:
+    recipe = {"sparsity": 0.5, "samples": 2, "seq_len": 16, "products": kind, "effort": 0}
     sparsellm.prune(model, {**recipe, "calibration": "pydoc"}, out=out)
     return b"".join(file.read_bytes() for file in sorted(out.glob("*.safetensors")))
 
 
-def test_auto_takes_bf16_where_the_processor_has_it(wide: Path, tmp_path: Path) -> None:
-    auto, narrow, full = (run(wide, tmp_path / name, name) for name in ("auto", "bfloat16", "float32"))
+def test_auto_takes_bf16_where_the_processor_has_it(source: Path, tmp_path: Path) -> None:
+    auto, narrow, full = (run(source, tmp_path / name, name) for name in ("auto", "bfloat16", "float32"))
     assert narrow != full
     assert auto == (narrow if bf16_is_native() else full)
 
 
-def test_a_run_does_not_go_on_with_other_products(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_does_not_go_on_with_other_products(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    from sparsellm.storage.writer import CheckpointWriter
-
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "finish", stop)
+        patch.setattr("sparsellm.storage.writer.CheckpointWriter.finish", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(wide, tmp_path / "out", "float32")
+            run(source, tmp_path / "out", "float32")
     with pytest.raises(sparsellm.SparseLLMError, match="products in bf16"):
-        run(wide, tmp_path / "out", "bfloat16")
+        run(source, tmp_path / "out", "bfloat16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Stream
 from sparsellm.methods import sublayers
-from sparsellm.progress import Progress
 from sparsellm.run import plan as planning
-from tests.models import VOCABULARY, save_tiny, tiny_llama
+from tests.models import VOCABULARY, tiny_llama
 from tests.models.families import STAY_DENSE, family
 
 IDS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(4))
@@ -148,20 +146,3 @@ def test_what_finds_no_room_is_run_again(
     tight = pruned()
     assert left_out == modules
     assert all(torch.equal(value, tight[key]) for key, value in whole.items())
-
-
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
-    """Its blocks that are finished run plainly, and weights are stored in bf16 but computed in fp32."""
-    source = save_tiny(tiny_llama(num_hidden_layers=2).to(torch.bfloat16), None, tmp_path / "dense")
-    wanted = recipe(dtype="float32")
-
-    def stop(progress: Progress) -> None:
-        if progress.phase == "prune" and progress.done == 1:
-            raise KeyboardInterrupt
-
-    sparsellm.prune(source, wanted, out=tmp_path / "whole", calibration=IDS)
-    with pytest.raises(KeyboardInterrupt):
-        sparsellm.prune(source, wanted, out=tmp_path / "cut", calibration=IDS, progress=stop)
-    sparsellm.prune(source, wanted, out=tmp_path / "cut", calibration=IDS)
-    for shard in (tmp_path / "whole").glob("*.safetensors"):
-        assert shard.read_bytes() == (tmp_path / "cut" / shard.name).read_bytes()

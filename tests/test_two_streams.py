@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.errors import ModelError, RecipeError
+from sparsellm.errors import RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.methods import sparsellm as module
 from sparsellm.methods.task import BlockTask
 from sparsellm.run import prune as story
 from sparsellm.statistics import CrossAccumulator
 from sparsellm.sweep.whole_model import SweepTask
-from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import tiny_gpt2, tiny_llama, tiny_opt
 from tests.sweep.helpers import ids_of, tiny_mistral
 
 IDS = ids_of(6)
@@ -180,12 +180,3 @@ def test_a_group_of_several_is_never_taken_for_a_writer() -> None:
 def test_options_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"options.iterations .* leave options.refit at true"):
         METHODS["sparsellm"].check({"iterations": 2, "refit": False})
-
-
-@pytest.mark.parametrize("family", [tiny_llama, tiny_opt], ids=lambda family: family.__name__)
-def test_token_ids_need_no_tokenizer(family: Callable[..., Any], tmp_path: Any) -> None:
-    source = save_tiny(family(), None, tmp_path / "dense")
-    recipe = Recipe(method="magnitude", samples=2, seq_len=24)
-    assert sparsellm.prune(source, recipe, calibration=IDS, out=tmp_path / "pruned").path == tmp_path / "pruned"
-    with pytest.raises(ModelError, match="no readable tokenizer in"):
-        sparsellm.prune(source, recipe, out=tmp_path / "other")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from tests.models import POSITIONS, VOCABULARY, _seeded
 
 LAYERS = 2
-_LLAMA: dict[str, Any] = {
+LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 80,
@@ -70,7 +70,7 @@ _GRANITE_HYBRID: dict[str, Any] = {
     "num_local_experts": 0,
     "shared_intermediate_size": 80,
 }
-_LLAMA3: dict[str, Any] = {
+LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
     "factor": 8.0,
@@ -120,31 +120,31 @@ STAY_DENSE = ("*.conv", "*.conv1d")  # convolutions over the tokens, which no li
 
 def llama3() -> PreTrainedModel:
     """Llama 3: scaled rotary angles, and in its small models a tied head."""
-    settings = {"rope_scaling": _LLAMA3, "rope_theta": 5e5, "tie_word_embeddings": True}
-    return _model("LlamaConfig", "LlamaForCausalLM", {**_LLAMA, **settings})
+    settings = {"rope_scaling": LLAMA3, "rope_theta": 5e5, "tie_word_embeddings": True}
+    return _model("LlamaConfig", "LlamaForCausalLM", {**LLAMA, **settings})
 
 
 def gemma4_text(**changes: Any) -> PreTrainedModel:
     """Gemma 4: another head size in global layers, and an embedding for each layer."""
     layered = {"global_head_dim": 8, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
     types = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0, "sliding_window": 16}
-    return _model("Gemma4TextConfig", "Gemma4ForCausalLM", {**_LLAMA, **layered, **types, **changes})
+    return _model("Gemma4TextConfig", "Gemma4ForCausalLM", {**LLAMA, **layered, **types, **changes})
 
 
 def gemma3_text() -> PreTrainedModel:
-    return _model("Gemma3TextConfig", "Gemma3ForCausalLM", {**_LLAMA, **_GEMMA})
+    return _model("Gemma3TextConfig", "Gemma3ForCausalLM", {**LLAMA, **_GEMMA})
 
 
 def gemma3() -> PreTrainedModel:
     """Gemma 3 from 4B on: a directory of the text model, a projector and a vision tower, under prefixes."""
-    settings = {"text_config": {**_LLAMA, **_GEMMA}, "vision_config": _VISION, "mm_tokens_per_image": 4}
+    settings = {"text_config": {**LLAMA, **_GEMMA}, "vision_config": _VISION, "mm_tokens_per_image": 4}
     return _model("Gemma3Config", "Gemma3ForConditionalGeneration", settings)
 
 
 def qwen3_5() -> PreTrainedModel:
     """Qwen 3.5: opened as a language model, its vision tower is no part of the model. One layer has full attention."""
     text = {
-        **_LLAMA,
+        **LLAMA,
         "layer_types": ["full_attention", "full_attention"],
         "linear_num_value_heads": 2,
         "linear_num_key_heads": 2,
@@ -159,7 +159,7 @@ def qwen3_5() -> PreTrainedModel:
 def git() -> PreTrainedModel:
     """A config that is the text's own, with that of a vision tower inside."""
     settings = {"vision_config": {**_VISION, "projection_dim": 16}, "hidden_dropout_prob": 0.0}
-    return _model("GitConfig", "GitForCausalLM", {**_LLAMA, **settings})
+    return _model("GitConfig", "GitForCausalLM", {**LLAMA, **settings})
 
 
 def mpt() -> PreTrainedModel:
@@ -170,7 +170,7 @@ def mpt() -> PreTrainedModel:
 def opt_350m() -> PreTrainedModel:
     """OPT 350M: norms after the blocks, and linears between the embedding and the blocks."""
     changes = {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
-    return _model("OPTConfig", "OPTForCausalLM", {**_LLAMA, **changes})
+    return _model("OPTConfig", "OPTForCausalLM", {**LLAMA, **changes})
 
 
 _MANY: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
@@ -235,12 +235,12 @@ def dbrx() -> PreTrainedModel:
 def sparse_attention() -> PreTrainedModel:
     """DeepSeek 3.2: an indexer chooses the tokens that attention sees."""
     changes = {**_MANY, **_LATENT, "head_dim": 4, "index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
-    return _model("DeepseekV32Config", "DeepseekV32ForCausalLM", {**_LLAMA, **changes})
+    return _model("DeepseekV32Config", "DeepseekV32ForCausalLM", {**LLAMA, **changes})
 
 
 def mixtral(**changes: Any) -> PreTrainedModel:
     """Published with a matrix for each expert, which transformers stacks."""
-    return _model("MixtralConfig", "MixtralForCausalLM", {**_LLAMA, **_MANY, **changes})
+    return _model("MixtralConfig", "MixtralForCausalLM", {**LLAMA, **_MANY, **changes})
 
 
 def family(name: str) -> PreTrainedModel:
@@ -248,7 +248,7 @@ def family(name: str) -> PreTrainedModel:
     if name in _SPECIAL:
         return _SPECIAL[name]()
     changes = {**_MANY, **_MIXTURES[name]} if name in _MIXTURES else _TEXT[name]
-    settings = {"vocab_size": VOCABULARY, **changes} if "n_embd" in changes else {**_LLAMA, **changes}
+    settings = {"vocab_size": VOCABULARY, **changes} if "n_embd" in changes else {**LLAMA, **changes}
     if name == "Falcon":
         del settings["head_dim"]  # which it computes
     causal = {"GPT2": "GPT2LMHeadModel", "Llama4Text": "Llama4ForCausalLM"}.get(name, f"{name}ForCausalLM")

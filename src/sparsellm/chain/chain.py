@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.capture import replacing
-from sparsellm.chain.experts import Mixture, gates_of, mixtures_of
+from sparsellm.chain.experts import Mixture, mixtures_of
 from sparsellm.chain.open import check_sizes, load_config
 from sparsellm.chain.products import Bf16Products, bf16_products
 from sparsellm.chain.structure import LinearView, iterate_linears
 from sparsellm.chain.weights import ModelWeights
 from sparsellm.errors import ModelError, SparseLLMError, one_line
-from sparsellm.storage.reader import CheckpointReader, open_checkpoint
+from sparsellm.storage.reader import open_checkpoint
 
 SHOWN_TOKENS = 8  # block 0 runs on these to reveal the type of its return value
 
@@ -60,24 +60,12 @@ class Chain(ModelWeights):
     """A decoder-only model, block by block. Build one with :func:`open_chain`.
 
     Attributes:
-        gates: names of weights that choose or scale other modules; they are not pruned.
         products: the mode in which blocks multiply fp32 matrices in bf16; None for products in fp32.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        reader: CheckpointReader | None,
-        *,
-        device: torch.device,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__(model, reader, device=device, dtype=dtype)
-        named = zip(self.block_names, self.blocks, strict=True)
-        self.gates = {gate for name, block in named for gate in gates_of(block, name)}
-        self.products: Bf16Products | None = None
-        self._as_returned: Callable[[Tensor], Any] | None = None  # hidden states → the return value of a block
-        self._returns_more = False
+    products: Bf16Products | None = None
+    _as_returned: Callable[[Tensor], Any] | None = None  # hidden states → the return value of a block
+    _returns_more = False
 
     def linears(self, index: int) -> list[LinearView]:
         """The linears of block ``index`` but :attr:`gates` and those tied to embedding, head or an earlier block."""
@@ -89,7 +77,7 @@ class Chain(ModelWeights):
 
     def mixtures(self, index: int) -> list[Mixture]:
         """The mixtures of block ``index`` whose experts the model stacks."""
-        return list(mixtures_of(self.blocks[index], self.block_names[index]))
+        return mixtures_of(self.blocks[index])
 
     @torch.no_grad()
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:

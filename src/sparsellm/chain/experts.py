@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -64,7 +64,7 @@ class ExpertLinear(nn.Linear):
 
 
 class Expert(nn.Module):
-    """``down(φ(gate(x)) ∘ up(x))`` or ``down(φ(up(x)))``, by the layout of its mixture, which may have a norm."""
+    """``down(φ(gate(x)) ∘ up(x))`` or ``down(φ(up(x)))``, then perhaps a norm of its mixture."""
 
     def __init__(self, mixture: nn.Module, layout: _Layout, matrices: dict[str, ExpertLinear]) -> None:
         super().__init__()
@@ -98,9 +98,8 @@ class Expert(nn.Module):
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of experts in a block of a chain, and its name in the model. Children ``0``, ``1``, ... are experts."""
+    """A mixture of experts in a block of a chain, whose children ``0``, ``1``, ... are experts."""
 
-    name: str
     module: nn.Module
 
     def __len__(self) -> int:
@@ -145,19 +144,9 @@ def separate_experts(model: Any) -> tuple[Any, dict[str, Part]]:
     return twin, parts
 
 
-def mixtures_of(module: nn.Module, prefix: str) -> Iterator[Mixture]:
-    """The separated mixtures inside a module of a twin, with their names in the whole model."""
-    for name, child in module.named_modules():
-        if _STACKED in vars(child):
-            yield Mixture(f"{prefix}.{name}", child)
-
-
-def stacks_of(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters in which a module of a model stacks experts, with their names in the whole model."""
-    for name, child in module.named_modules():
-        layout = _layout_of(child)
-        for source in sorted({part.source for parts in layout.parts for part in parts.values()} if layout else ()):
-            yield f"{prefix}.{name}.{source}", child.get_parameter(source)
+def mixtures_of(module: nn.Module) -> list[Mixture]:
+    """The separated mixtures inside a module of a twin."""
+    return [Mixture(child) for child in module.modules() if _STACKED in vars(child)]
 
 
 def gates_of(module: nn.Module, prefix: str) -> set[str]:
@@ -168,7 +157,7 @@ def gates_of(module: nn.Module, prefix: str) -> set[str]:
     for name, child in module.named_modules():
         experts = 0
         if _STACKED in vars(child):
-            experts = len(Mixture(name, child))
+            experts = len(Mixture(child))
         elif isinstance(child, nn.ModuleList) and len(child) > 1:
             experts = len(child)
         elif isinstance(child, nn.Linear) and child.out_features == 1:
@@ -238,7 +227,7 @@ def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tens
 
 def _forward_of_all(self: Any, inputs: Tensor) -> Tensor:
     """:func:`_forward` for inputs ``(experts · tokens, width)`` that are weighted, and zero where not routed."""
-    by_expert = inputs.view(len(Mixture("", self)), -1, inputs.shape[-1])
+    by_expert = inputs.view(len(Mixture(self)), -1, inputs.shape[-1])
     numbers, tokens = torch.where((by_expert != 0).any(-1))
     ones = inputs.new_ones(len(numbers), 1)
     total = torch.zeros_like(by_expert)

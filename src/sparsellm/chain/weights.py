@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparsellm.chain.experts import separate_experts
+from sparsellm.chain.experts import gates_of, separate_experts
 from sparsellm.chain.names import (
     checkpoint_names,
     expert_parts,
@@ -29,13 +29,13 @@ class ModelWeights:
     """The weights of a decoder. Those of a checkpoint are in memory only while their block is loaded.
 
     Attributes:
-        model: the transformers model, with experts as separate linears (see :mod:`sparsellm.chain.experts`); weights
-            that are not loaded are on the meta device.
+        model: with experts as separate linears; weights that are not loaded are on the meta device.
         blocks, block_names: the decoder blocks, in order, and their names in the model.
         reader: the checkpoint; None for a model in memory, which keeps its weights, device and dtype.
         key_of: for each weight, the name of the tensor of the checkpoint that is read or will be written.
         parts: for each weight of an expert that is a part of such a tensor, that part.
         towers: modules of a multimodal model that read no text. They are copied, neither run nor pruned.
+        gates: names of weights that choose or scale other modules; they are not pruned.
         device, dtype: where and in which dtype blocks run.
 
     Raises:
@@ -55,6 +55,7 @@ class ModelWeights:
         list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names = [f"{list_name}.{index}" for index in range(len(blocks))]
+        self.gates = set().union(*map(gates_of, self.blocks, self.block_names))
         self._prefix = f"{list_name}."
         self.reader = reader
         self._same = _tied(self.model)
@@ -190,8 +191,7 @@ class ModelWeights:
     def block(self, index: int, pruned: CheckpointReader | None = None) -> Iterator[nn.Module]:
         """Loads the weights of block ``index`` onto the device, in the computing dtype, until the context ends.
 
-        ``pruned`` has other weights, named as in :meth:`block_tensors`: the shard of the pruned block, or a checkpoint.
-        They replace those of a model in memory for good.
+        Those in ``pruned``, a shard or a checkpoint, come first; they replace those of a model in memory for good.
         """
         try:
             self._load(self._names_of(index), pruned)
@@ -213,7 +213,7 @@ class ModelWeights:
         return sum(self._value(name).numel() for name in {self._names(name)[0] for name in self._outer_names(head)})
 
     def forget_shared(self) -> None:
-        """Forgets the weights that blocks share, so that they are read again: for a walk over other weights."""
+        """Forgets the weights that blocks share, for a walk over other weights."""
         self._shared.clear()
 
     @contextlib.contextmanager
@@ -367,10 +367,8 @@ class ModelWeights:
 
 
 def _fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The stored dtype if the device multiplies matrices in it, else fp32.
-
-    Many CPUs emulate half precision, at a fifth of the speed and with less accuracy.
-    """
+    """The stored dtype if the device multiplies matrices in it, else fp32: many CPUs emulate half precision, at a fifth
+    of the speed and with less accuracy."""
     if stored not in (torch.bfloat16, torch.float16) or device.type != "cpu":
         return stored
     return stored if stored is torch.bfloat16 and bf16_is_native() else torch.float32

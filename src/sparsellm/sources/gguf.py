@@ -96,27 +96,18 @@ def _without_quantization(model: Any) -> Any:
     return plain
 
 
-class _Swallow(io.StringIO):
-    """A stderr that discards all text except that of a rich console, which goes through ``rich_proxied_file``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rich_proxied_file = sys.stderr
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
     """Hides the progress bars of transformers: some obey a setting of its own, some are written to stderr directly."""
     from transformers.utils import logging
 
     was_enabled, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    hidden = io.StringIO()
+    vars(hidden)["rich_proxied_file"] = sys.stderr  # through which a rich console still writes
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        with contextlib.redirect_stderr(_Swallow()):
+        with contextlib.redirect_stderr(hidden):
             yield
     finally:
         logging.set_verbosity(level)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from sparsellm.chain.experts import stacks_of
-from sparsellm.chain.structure import find_blocks, iterate_linears, weight_of
+from sparsellm.chain.structure import find_blocks
 from sparsellm.errors import ModelError
 
 
@@ -31,23 +30,22 @@ class ZeroKeeper:
                 optimizer.zero_grad()
 
     Args:
-        model: the pruned model; every linear of its blocks, and every stack of experts, that has a zero gets a mask.
+        model: the pruned model; every matrix of its blocks, and every stack of experts, that has a zero gets a mask.
 
     Raises:
-        ModelError: no linear of the blocks has a zero.
+        ModelError: no matrix of the blocks has a zero.
     """
 
     def __init__(self, model: nn.Module) -> None:
         name, blocks = find_blocks(model)
         self.masks: dict[str, Tensor] = {}
         self._weights: dict[str, nn.Parameter] = {}
-        linears = [(linear_name, weight_of(linear)) for linear_name, linear in iterate_linears(blocks, name)]
-        for linear_name, weight in [*linears, *stacks_of(blocks, name)]:
+        for weight_name, weight in blocks.named_parameters(name):
             kept = weight.detach() != 0
-            if not bool(kept.all()):
-                self.masks[linear_name], self._weights[linear_name] = kept, weight
+            if weight.dim() > 1 and not weight_name.endswith("bias") and not bool(kept.all()):
+                self.masks[weight_name], self._weights[weight_name] = kept, weight
         if not self.masks:
-            raise ModelError(f"no linear in the blocks of {type(model).__name__} has a zero; prune the model first")
+            raise ModelError(f"no matrix in the blocks of {type(model).__name__} has a zero; prune the model first")
         self._hooks: list[Any] = []
 
     def __enter__(self) -> ZeroKeeper:
