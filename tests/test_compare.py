@@ -12,7 +12,7 @@ from sparsellm import cli, compare
 from sparsellm.compare import GridResult, Measured, Protocol, cells_of, recommend
 from sparsellm.errors import RecipeError
 from sparsellm.evaluation import streamed
-from sparsellm.run import targets as running
+from sparsellm.run import walk as running
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SETTINGS = {"samples": 4, "seq_len": 32, "effort": 0}

@@ -18,7 +18,7 @@ from sparsellm import Recipe
 from sparsellm.chain import Stream, open_chain
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import NOTE, PLAN, Forecast, Progress, plan_of_phases
-from sparsellm.run import costs
+from sparsellm.run import predictions
 from sparsellm.run import prune as running
 from sparsellm.run.choice import Choice
 from sparsellm.run.result import command_line
@@ -132,13 +132,13 @@ def test_a_run_announces_its_phases_and_tells_error_and_sparsity(tmp_path: Path)
 def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -> None:
     chain = open_chain(tiny_llama(), device=torch.device("cpu"))
     choice = Choice.of(Recipe(sparsity=0.5))
-    whole = costs.predicted_seconds(chain, choice, 4096, 64)
-    resumed = costs.predicted_seconds(chain, choice, 4096, 64, finished=2)
+    whole = predictions.predicted_seconds(chain, choice, 4096, 64)
+    resumed = predictions.predicted_seconds(chain, choice, 4096, 64, finished=2)
     assert min(whole["gradients"], whole["prune"], whole["sweep"], resumed["replay"]) > 0
     assert (whole["replay"], resumed["gradients"]) == (0, 0)
     assert resumed["prune"] < whole["prune"]
-    assert costs.predicted_seconds(chain, choice, 8192, 64)["sweep"] == pytest.approx(2 * whole["sweep"])
-    local = costs.predicted_seconds(chain, Choice.of(Recipe(method="wanda")), 4096, 64)
+    assert predictions.predicted_seconds(chain, choice, 8192, 64)["sweep"] == pytest.approx(2 * whole["sweep"])
+    local = predictions.predicted_seconds(chain, Choice.of(Recipe(method="wanda")), 4096, 64)
     assert (local["gradients"], local["sweep"]) == (0, 0)
     assert local["prune"] < whole["prune"]
 
@@ -147,9 +147,8 @@ def test_rounding_values_is_predicted_beside_solving() -> None:
     chain = open_chain(tiny_llama(), device=torch.device("cpu"))
     kept = Choice.of(Recipe(sparsity=0.5))
     rounded = kept.on([Unstructured(1, 2)], "int4")
-    assert (
-        costs.predicted_seconds(chain, rounded, 64, 64)["prune"] > costs.predicted_seconds(chain, kept, 64, 64)["prune"]
-    )
+    most, least = (predictions.predicted_seconds(chain, choice, 64, 64)["prune"] for choice in (rounded, kept))
+    assert most > least
 
 
 def test_text_that_the_model_writes_is_predicted_with_that_of_later_sweeps(tmp_path: Path) -> None:
@@ -215,4 +214,4 @@ def test_the_passes_of_the_walk_are_as_predicted(
     with pytest.raises(ZeroDivisionError):
         sparsellm.prune(model, recipe, calibration=ids)
     passes = sum(products) / (sum(weight.numel() for weight in weights.values()) * ids.numel())
-    assert passes == pytest.approx(costs.walked_passes(Choice.of(recipe), kept=kept), rel=0.15)
+    assert passes == pytest.approx(predictions.walked_passes(Choice.of(recipe), kept=kept), rel=0.15)

@@ -19,8 +19,8 @@ from sparsellm.inputs import parse_bytes
 from sparsellm.methods import METHODS
 from sparsellm.records import Memory
 from sparsellm.registry import Workspace
-from sparsellm.run import memory
-from sparsellm.run.memory import Demand, plan_memory, working_bytes
+from sparsellm.run import predictions
+from sparsellm.run.predictions import Demand, plan_memory, working_bytes
 from sparsellm.solvers import SOLVERS
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
 
@@ -108,7 +108,7 @@ def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chai
         plan = plan_memory(large, Demand(4, 128, 4096, Workspace(), **given), 1 << 50)  # type: ignore[arg-type]
         assert plan.worst == ("gradients" if copies == 3 else "sweeps")
         assert (
-            plan.working_bytes - memory.LIBRARIES == copies * logits
+            plan.working_bytes - predictions.LIBRARIES == copies * logits
         )  # the model, given as an object, is there already
 
 

@@ -17,8 +17,8 @@ from sparsellm.errors import DataError, NumericalError, RecipeError, StorageErro
 from sparsellm.progress import NOTE, PLAN, Progress
 from sparsellm.run import plan, stages
 from sparsellm.run import prune as story
-from sparsellm.run.memory import Demand
 from sparsellm.run.plan import Plan, Request
+from sparsellm.run.predictions import Demand
 from sparsellm.run.stages import recipes_of
 from sparsellm.storage.directory import partial_of, stage_of
 from sparsellm.sweep.whole_model import SweepTask

@@ -28,10 +28,9 @@ from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Evaluation, Protocol
 from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.fingerprint import tokens_fingerprint
-from sparsellm.run.opening import open_model
+from sparsellm.run.opening import default_seq_len, open_model
 from sparsellm.run.plan import Request
 from sparsellm.run.result import PruneResult, versions
-from sparsellm.run.sets import default_seq_len
 from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.reader import as_storage_error

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from sparsellm import Recipe, prune
 from sparsellm.chain import Chain, Feed, LinearView, open_chain
 from sparsellm.errors import DataError, ModelError, NumericalError
-from sparsellm.run.memory import gradient_bytes
+from sparsellm.run.predictions import gradient_bytes
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import gradients, head
 from sparsellm.sweep.gradients import backward_sweep, loss_gradients

@@ -19,7 +19,7 @@ from sparsellm.errors import RecipeError
 from sparsellm.patterns import Unstructured
 from sparsellm.progress import Progress
 from sparsellm.run.choice import patterns_of as plan_of
-from sparsellm.run.memory import gradient_bytes
+from sparsellm.run.predictions import gradient_bytes
 from tests.allocation.helpers import survey_of, windows
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.shares import Share

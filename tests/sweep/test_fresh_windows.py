@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import sparsellm
 from sparsellm.calibration.windows import calibration_windows
+from sparsellm.run import opening as reading
 from sparsellm.run import prune as story
-from sparsellm.run import sets as reading
 from sparsellm.sweep import whole_model
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 from tests.sweep.helpers import dense_end, ids_of, tiny_zamba

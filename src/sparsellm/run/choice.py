@@ -90,6 +90,18 @@ class Choice:
         workspace = needs.workspace if values == "keep" else needs.workspace.then(ROUNDING)
         return replace(self, needs=replace(needs, workspace=workspace, output_costs=costs))
 
+    def settings(self, recipe: Recipe) -> dict[str, object]:
+        """Every setting of a recipe that the bits of the result depend on, with all defaults."""
+        return {
+            **recipe.model_dump(exclude={"memory", "min_tokens_per_expert", "products", "effort", "stages"}),
+            "options": self.options,
+            "passes": self.passes,
+            "sets": self.sets,
+            "allocation": self.allocator.name,
+            "allocation_options": self.allocation_options,
+            "sparsity_of": [list(item) for item in recipe.sparsity_of.items()],  # a list, because the order counts
+        }
+
     def check_processes(self, samples: int) -> None:
         """Refuses a run that cannot be divided among the processes that were started.
 

@@ -22,16 +22,23 @@ from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, pla
 from sparsellm.recipe import Recipe
 from sparsellm.records import EarlierStage, Memory
 from sparsellm.run.choice import Choice, patterns_of, unmatched
-from sparsellm.run.costs import predicted_seconds
 from sparsellm.run.fingerprint import (
     model_fingerprint,
     start_fingerprint,
     tokens_fingerprint,
 )
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Identity, Journal
-from sparsellm.run.memory import Demand, checkpoint_bytes, described, plan_memory
-from sparsellm.run.opening import Model, Opened, open_models
-from sparsellm.run.sets import Windows, default_seq_len, given_windows, read_windows, windows_of_pass
+from sparsellm.run.opening import (
+    Model,
+    Opened,
+    Windows,
+    default_seq_len,
+    given_windows,
+    open_models,
+    read_windows,
+    windows_of_pass,
+)
+from sparsellm.run.predictions import Demand, checkpoint_bytes, described, plan_memory, predicted_seconds
 from sparsellm.storage.directory import check_destination
 from sparsellm.sweep.gradients import LEAST_WINDOWS, TOKENS
 from sparsellm.sweep.whole_model import check_sweepable
@@ -180,9 +187,19 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         if model.start is not None:
             swept = f" after {request.passes_before} passes" if request.before is not None else ""
             started = start_fingerprint(model.start, progress) + swept
-        warnings += [*chain.unused(), *filter(None, [_already_pruned(model)])]
-    made = partial(_identity, request, recipe, choice, model, windows, dense, started)
-    identity = parallel.from_main(made)
+        warnings += [*chain.unused(), *_already_pruned(model)]
+    names = (choice.method.name, choice.allocator.name)
+    used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
+    products = ", products in bf16" if chain.products is not None else ""
+    identity = Identity(
+        recipe=choice.settings(recipe),
+        model=dense,
+        calibration_tokens=tokens_fingerprint(windows.everything),
+        computing=f"{chain.dtype} on {chain.device.type}{products}",
+        plugins=used,
+        start=started,
+        stage=int(request.both is not None and request.before is None),
+    )
     disk_bytes += int(parallel.total(memory.hidden_on_disk_bytes))
     return Plan(request, recipe, choice, out, model, windows, memory, disk_bytes, identity, tuple(warnings))
 
@@ -233,39 +250,12 @@ def _demand(choice: Choice, windows: Windows, journal: Journal, *, unrounded: bo
     )
 
 
-def _already_pruned(model: Opened) -> str | None:
+def _already_pruned(model: Opened) -> list[str]:
     """A warning if a fifth of the weights of the first block are zero, since dense weights have hardly any zeros."""
     if model.start is not None:
-        return None
+        return []
     with model.chain.block(0):
         weights = [linear.parameter for linear in model.chain.linears(0)]
         zeros = sum(map(count_zeros, weights)) / sum(weight.numel() for weight in weights)
-    if zeros < 0.2:
-        return None
-    return f"the model is already pruned: {zeros:.1%} of the weights of block 1 are zero; pruning it further"
-
-
-def _identity(
-    request: Request, recipe: Recipe, choice: Choice, model: Opened, windows: Windows, dense: str, started: str
-) -> Identity:
-    settings = {
-        **recipe.model_dump(exclude={"memory", "min_tokens_per_expert", "products", "effort", "stages"}),
-        "options": choice.options,
-        "passes": choice.passes,
-        "sets": choice.sets,
-        "allocation": choice.allocator.name,
-        "allocation_options": choice.allocation_options,
-        "sparsity_of": [list(item) for item in recipe.sparsity_of.items()],  # a list, because the order counts
-    }
-    names = (choice.method.name, choice.allocator.name)
-    used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
-    products = ", products in bf16" if model.chain.products is not None else ""
-    return Identity(
-        recipe=settings,
-        model=dense,
-        calibration_tokens=tokens_fingerprint(windows.everything),
-        computing=f"{model.chain.dtype} on {model.chain.device.type}{products}",
-        plugins=used,
-        start=started,
-        stage=int(request.both is not None and request.before is None),
-    )
+    said = f"the model is already pruned: {zeros:.1%} of the weights of block 1 are zero; pruning it further"
+    return [said] if zeros >= 0.2 else []

@@ -17,14 +17,12 @@ from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
 from sparsellm.records import Base, LinearResult, SweepPass
 from sparsellm.report.document import REPORT, write_report
-from sparsellm.run.costs import predicted_seconds
 from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
 from sparsellm.run.journal import BlockRecord, Journal, other_conditions
-from sparsellm.run.memory import checkpoint_bytes, saved_sweep_bytes
 from sparsellm.run.plan import Plan, Request, make_plan
+from sparsellm.run.predictions import checkpoint_bytes, predicted_seconds, saved_sweep_bytes
 from sparsellm.run.result import PruneResult, bits_per_weight
-from sparsellm.run.targets import Targets, survey
-from sparsellm.run.walk import integers_of, replay, walk
+from sparsellm.run.walk import Targets, integers_of, replay, survey, walk
 from sparsellm.storage.directory import partial_of
 from sparsellm.storage.files import explained
 from sparsellm.storage.scratch import Scratch
