@@ -10,7 +10,6 @@ import pytest
 import sparsellm
 from sparsellm import cli, compare
 from sparsellm.compare import GridResult, Measured, Protocol, cells_of, recommend
-from sparsellm.errors import RecipeError
 from sparsellm.evaluation import streamed
 from sparsellm.run import walk as running
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -35,20 +34,6 @@ def grid(model: Path, out: Path, **changes: object) -> GridResult:
 @pytest.fixture(scope="module")
 def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> GridResult:
     return grid(model, tmp_path_factory.mktemp("grid") / "out")
-
-
-def test_settings_override_options_as_those_of_prune_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cells: list[compare.Cell] = []
-
-    def stop(*args: object, **settings: list[compare.Cell]) -> None:
-        cells.extend(settings["cells"])
-        raise RecipeError("that is enough")
-
-    monkeypatch.setattr(compare, "compare", stop)
-    words = ["compare", "demo", "--out", str(tmp_path / "grid"), "--sparsity", "0.5"]
-    with pytest.raises(RecipeError, match="that is enough"):
-        cli.app([*words, "--calibration", "one.txt", "--set", "calibration=other.txt"], standalone_mode=False)
-    assert [cell.recipe.calibration for cell in cells] == ["other.txt"]
 
 
 def test_every_cell_is_what_a_run_by_itself_gives(model: Path, finished: GridResult, tmp_path: Path) -> None:

@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-NOTE = "note"
-"""The phase of an event whose ``detail`` is a line to show once, such as the predicted memory."""
-
-PLAN = "plan"
-"""The phase of an event whose ``costs`` predict the seconds of each phase of the whole run."""
+NOTE = "note"  # the phase of an event whose ``detail`` is a line to show once, such as the predicted memory
+PLAN = "plan"  # the phase of an event whose ``costs`` predict the seconds of each phase of the whole run
 
 PRIOR = 0.03  # weight of the prediction, as a share of its seconds, against the seconds measured so far
 MOST_BEFORE_END = 0.99  # a planned run is done when it ends, whatever was predicted
@@ -48,7 +45,6 @@ def ignore(_: Progress) -> None:
 
 
 def plan_of_phases(costs: Mapping[str, float]) -> Progress:
-    """The event that predicts the seconds of phases."""
     return Progress(PLAN, 0, 1, costs=costs)
 
 

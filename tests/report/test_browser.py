@@ -52,9 +52,7 @@ def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     ("name", "size", "scheme"),
     [
         ("run", "phone", "light"),
-        ("run", "desktop", "dark"),
-        ("comparison", "phone", "dark"),
-        ("comparison", "desktop", "light"),
+        ("comparison", "desktop", "dark"),
     ],
 )
 def test_a_page(name: str, size: str, scheme: str, browser: Any, pages: dict[str, Path]) -> None:
@@ -98,22 +96,6 @@ def test_text_of_a_model_runs_nothing(browser: Any, pages: dict[str, Path]) -> N
     blocked = "new Promise((done) => { addEventListener('securitypolicyviolation', (e) => done(e.blockedURI));"
     blocked += "const i = new Image(); i.src = 'http://127.0.0.1:9/x'; })"
     assert page.evaluate(blocked).startswith("http://127.0.0.1:9")
-    page.close()
-
-
-def test_the_colours_follow_the_scheme_and_tables_open_by_key(browser: Any, pages: dict[str, Path]) -> None:
-    page = browser.new_page(color_scheme="light")
-    page.set_default_timeout(PATIENCE)
-    page.goto(pages["run"].as_uri())
-    page.wait_for_selector("html[data-drawn]")
-    colour = "getComputedStyle(document.querySelector('.xtick text')).fill"
-    before = page.evaluate(colour)
-    page.emulate_media(color_scheme="dark")
-    page.wait_for_selector("html[data-drawn=dark]")
-    assert page.evaluate(colour) != before
-    page.locator("summary").first.focus()
-    page.keyboard.press("Enter")
-    assert page.locator("details table").first.is_visible()
     page.close()
 
 

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import re
-import shutil
 import struct
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ from safetensors.torch import load_file
 
 from sparsellm import Recipe, pack, prune
 from sparsellm.errors import MissingExtraError, StorageError
-from sparsellm.progress import Progress
 from sparsellm.report import document
 from sparsellm.report.checkpoint import read_checkpoint
 from sparsellm.report.document import write_report
@@ -236,22 +234,16 @@ def test_files_that_are_wrong(name: str, content: str | None, said: str, copied:
     assert sorted(copied.iterdir()) == before
 
 
-@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "x" * 300, "link"])
-def test_places_that_are_refused(place: str, copied: Path, tmp_path: Path, run: Any) -> None:
+@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "x" * 300, "link", None])
+def test_places_that_are_refused(place: str | None, copied: Path, tmp_path: Path, run: Any) -> None:
     (tmp_path / "a file").write_text("mine")
     (tmp_path / "a folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a file")
+    (copied / "report.html").write_text("mine")
     out = tmp_path / place / "x.html" if place == "nowhere" else tmp_path / place if place else ""
-    code, _, stderr = run("report", copied, "--out", out)
+    code, _, stderr = run("report", copied, *([] if place is None else ["--out", out]))
     assert (code, len(stderr.splitlines())) == (2, 1)
-    assert (tmp_path / "a file").read_text() == "mine"
-
-
-def test_a_report_of_somebody_else_stays(copied: Path) -> None:
-    (copied / "report.html").write_text("<html>mine</html>")
-    with pytest.raises(StorageError, match="is not a report of sparsellm"):
-        write_report(copied)
-    assert (copied / "report.html").read_text() == "<html>mine</html>"
+    assert (tmp_path / "a file").read_text() == (copied / "report.html").read_text() == "mine"
 
 
 def test_without_the_extra_the_checkpoint_is_complete(
@@ -260,18 +252,13 @@ def test_without_the_extra_the_checkpoint_is_complete(
     document._library.cache_clear()
     monkeypatch.setitem(sys.modules, "plotly", None)
     notes: list[str] = []
-
-    def note(event: Progress) -> None:
-        if event.phase == "note":
-            notes.append(event.detail)
-
-    result = prune(runs / "dense-llama", Recipe(**SMALL), out=tmp_path / "p", progress=note)
+    result = prune(
+        runs / "dense-llama", Recipe(**SMALL), out=tmp_path / "p", progress=lambda event: notes.append(event.detail)
+    )
     assert result.report is None
     assert not (tmp_path / "p" / "report.html").exists()
-    assert (
-        "report.html was not written: a report needs the package plotly: pip install 'sparsellm[report]'" in notes[-1]
-    )
-    assert f"`sparsellm report {tmp_path / 'p'}`" in notes[-1]
+    said = "report.html was not written: a report needs the package plotly: pip install 'sparsellm[report]'; afterwards"
+    assert any(note.startswith(f"{said} `sparsellm report {tmp_path / 'p'}`") for note in notes)
     with pytest.raises(MissingExtraError, match=r"pip install 'sparsellm\[report\]'"):
         write_report(tmp_path / "p")
     assert "<table>" in result._repr_html_()
@@ -314,16 +301,3 @@ def test_experts_are_one_cell_of_a_block(copied: Path) -> None:
     page = page_of(write_report(copied))
     assert page.rows("Sparsity of each linear") == [["block", "w1"], ["0", "37.5%"], ["1", "37.5%"]]
     assert page.rows("Error of each linear")[1] == ["0", "0.25"]
-
-
-def test_the_command_line(runs: Path, tmp_path: Path, run: Any) -> None:
-    shutil.copytree(runs / "half", tmp_path / "half")
-    code, stdout, stderr = run("report", tmp_path / "half", "--out", tmp_path / "r.html")
-    assert (code, stderr) == (0, "")
-    assert stdout.strip() == f"written to {tmp_path / 'r.html'}"
-    assert page_of(tmp_path / "r.html").one("h1").text == "dense-llama, pruned to 50%"
-    code, stdout, _ = run(
-        "prune", runs / "dense-llama", "--out", tmp_path / "p", "--method", "magnitude", "--samples", 2
-    )
-    assert code == 0
-    assert f"report: {tmp_path / 'p' / 'report.html'}" in stdout

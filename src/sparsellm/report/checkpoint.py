@@ -1,15 +1,25 @@
-"""A pruned checkpoint as the pages show it: the record of its run and what was measured since."""
+"""A pruned checkpoint as the pages show it: its records, the table dense against pruned, and the commands for what was
+not measured."""
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsellm.errors import StorageError, shown
 from sparsellm.records import PRUNING, Evaluation, Metric, Pruning, Results, read_pruning
+from sparsellm.report.charts import number, percent
 from sparsellm.storage.results import read_results
 from sparsepack.bench import Speed
+
+NOT_MEASURED = "not measured"
+PERPLEXITY, KL, SAME = "Perplexity", "KL(dense ‖ pruned), nats a token", "Same likeliest token"
+SPEED = "Tokens a second, decoding"
+_TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
 
 
 @dataclass(frozen=True)
@@ -65,3 +75,98 @@ def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[s
         raise StorageError(f"{place / PRUNING}: linears is []; there is nothing to report")
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     return Checkpoint(place, os.fspath(directory if name is None else name), pruning, read_results(place), size)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity: its conditions, its values (None where it was not measured), the change from dense to pruned, and
+    the command that measures what is missing."""
+
+    name: str
+    detail: str = ""
+    dense: str | None = None
+    pruned: str | None = None
+    change: str = ""
+    command: str = ""
+
+
+def headline(record: Checkpoint) -> list[Row]:
+    """The rows of the table: sparsity, quality, tasks, size, speed."""
+    pruning = record.pruning
+    rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
+    if pruning.matrices.weights > pruning.weights:
+        rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
+    return [*rows, *_quality(record), *_tasks(record), _size(record), _speed(record)]
+
+
+def commands_of(rows: Iterable[Row]) -> list[str]:
+    """The commands that measure what is missing, each once."""
+    return list(dict.fromkeys(row.command for row in rows if row.command))
+
+
+def packed_commands(record: Checkpoint) -> list[str]:
+    """The commands that pack a checkpoint and measure the packed form, which has the results; empty if it is packed."""
+    if record.packed:
+        return []
+    packed = replace(record, name=f"{record.name.rstrip('/')}-packed")
+    name = shlex.quote(packed.name)
+    pack = f"sparsellm pack {shlex.quote(record.name)} --out {name}"
+    return [pack, _evaluate(packed), f"sparsellm bench {name}", f"sparsellm report {name}"]
+
+
+def _evaluate(record: Checkpoint, tasks: str = "") -> str:
+    """The command that runs tasks, or compares a checkpoint with its dense model; the text is the data set of the
+    calibration if that is a named one."""
+    model, calibration = record.pruning.base.name, record.pruning.recipe.get("calibration")
+    text = calibration if calibration in _TEXTS else "wikitext2"
+    command = f"sparsellm eval {shlex.quote(record.name)} --text {text}"
+    return f"{command} --tasks {tasks}" if tasks else f"{command} --against {shlex.quote(model) if model else 'MODEL'}"
+
+
+def _quality(record: Checkpoint) -> list[Row]:
+    command, rows = _evaluate(record), []
+    for evaluation in record.latest().values():
+        protocol, against, pruned = str(evaluation.protocol), evaluation.against, evaluation.perplexity.shown()
+        if against is None:
+            rows.append(Row(PERPLEXITY, protocol, None, pruned, command=command))
+            rows += [Row(name, protocol, dense, command=command) for name, dense in ((KL, "0"), (SAME, "100%"))]
+            continue
+        change = _ratio(evaluation.value, against.perplexity.value)
+        rows += [
+            Row(PERPLEXITY, protocol, against.perplexity.shown(), pruned, change),
+            Row(KL, protocol, "0", against.divergence.shown(3)),
+            Row(SAME, protocol, "100%", percent(against.agreement)),
+            Row("Recovery", protocol, "100%", percent(against.recovery)),
+        ]
+    return rows or [Row(name, command=command) for name in (PERPLEXITY, KL, SAME)]
+
+
+def _tasks(record: Checkpoint) -> list[Row]:
+    tasks = record.tasks().items()
+    rows = [Row(f"{task}: {metric}", "", None, value.shown()) for (task, metric), value in tasks]
+    return rows or [Row("Tasks", command=_evaluate(record, "hellaswag,arc_easy"))]
+
+
+def _size(record: Checkpoint) -> Row:
+    dense, own = record.pruning.base.bytes, record.file_bytes
+    detail = "packed" if record.packed else "zeros are stored; packing leaves them out"
+    before, change = (_megabytes(dense), _ratio(own, dense)) if dense else (None, "")
+    return Row("Weight files", detail, before, _megabytes(own), change)
+
+
+def _speed(record: Checkpoint) -> Row:
+    speeds = record.decode_speeds()
+    if speeds is None:
+        command = f"sparsellm bench {shlex.quote(record.name)}" if record.packed else ""
+        return Row(SPEED, "" if record.packed else "of the packed form", command=command)
+    before, after = speeds
+    detail = f"packed, batch {after.batch}, {after.threads} threads"
+    return Row(SPEED, detail, number(before.median), number(after.median), _ratio(after.median, before.median))
+
+
+def _ratio(value: float, reference: float) -> str:
+    return f"× {value / reference:.2f}" if reference and math.isfinite(value / reference) else ""
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e10 else f"{size / 1e9:,.1f} GB"

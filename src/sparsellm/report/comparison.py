@@ -14,10 +14,15 @@ from sparsellm.errors import StorageError, shown
 from sparsellm.records import Protocol, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import COLOURS, Chart, Plotly, Table, axis, line, number, percent, short_number
-from sparsellm.report.checkpoint import Checkpoint, read_checkpoint
-from sparsellm.report.document import checked_out, page
-from sparsellm.report.headline import NOT_MEASURED, commands_of, headline, packed_commands
-from sparsellm.storage.files import write_bytes
+from sparsellm.report.checkpoint import (
+    NOT_MEASURED,
+    Checkpoint,
+    commands_of,
+    headline,
+    packed_commands,
+    read_checkpoint,
+)
+from sparsellm.report.document import page, write_page
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,11 @@ def write_comparison(directories: Sequence[str | os.PathLike[str]], out: str | o
     """
     records = [read_checkpoint(directory) for directory in directories]
     _check_same_model(records)
-    place = checked_out(out)
-    write_bytes(place, render_comparison(records))
-    return place
+    return write_page(render_comparison(records), out)
 
 
 def _check_same_model(records: Sequence[Checkpoint]) -> None:
-    """Refuses runs of different base models, and one that is named twice.
-
-    Runs compare by the digest of the dense model; those of a release that recorded none, by names and shapes.
-    """
+    """Refuses runs of different base models, and one that is named twice."""
     first = records[0]
     seen: set[str] = set()
     for record in records:
@@ -66,14 +66,10 @@ def _check_same_model(records: Sequence[Checkpoint]) -> None:
         if place in seen:
             raise StorageError(f"{record.name} is named twice; name each run once")
         seen.add(place)
-        bases = [each.pruning.base for each in (first, record)]
-        known = all(base.digest is not None for base in bases)
-        shapes = [{linear.name: linear.shape for linear in each.pruning.linears} for each in (first, record)]
-        if bases[0].digest != bases[1].digest if known else shapes[0] != shapes[1]:
-            models = [shown(base.name or "another model") for base in bases]
+        if first.pruning.base.digest != record.pruning.base.digest:
             raise StorageError(
-                f"{first.name} is of {models[0]} and {record.name} of {models[1]}, another base model; "
-                "compare runs of one model"
+                f"{first.name} was pruned from {shown(first.pruning.base.name)} and {record.name} from "
+                f"{shown(record.pruning.base.name)}, another base model; compare runs of one model"
             )
 
 

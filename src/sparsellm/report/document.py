@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import html
 import importlib.resources
 import json
 import os
@@ -16,14 +17,12 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import escape
 
 from sparsellm.errors import MissingExtraError, StorageError, shown
 from sparsellm.records import Pruning, Totals, by_kind, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table
-from sparsellm.report.checkpoint import Checkpoint, read_checkpoint
-from sparsellm.report.headline import commands_of, headline, packed_commands
+from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
 from sparsellm.report.mask_picture import mask_picture
 from sparsellm.storage.files import write_bytes
 
@@ -50,16 +49,14 @@ def write_report(
         MissingExtraError: the chart library is not installed.
     """
     record = read_checkpoint(directory, name)
-    place = checked_out(record.directory / REPORT if out is None else out)
-    write_bytes(place, render_run(record))
-    return place
+    return write_page(render_run(record), record.directory / REPORT if out is None else out)
 
 
-def checked_out(out: str | os.PathLike[str]) -> Path:
-    """The path of a report, links resolved; nothing but a report of ours is replaced.
+def write_page(page: bytes, out: str | os.PathLike[str]) -> Path:
+    """Writes a page, and returns its path, links resolved; nothing but a report of ours is replaced.
 
     Raises:
-        StorageError: it is a directory, another file, or in no directory.
+        StorageError: ``out`` is a directory, another file, or in no directory.
     """
     text = os.fspath(out)
     place = Path(os.path.realpath(os.path.expanduser(text)))
@@ -69,6 +66,7 @@ def checked_out(out: str | os.PathLike[str]) -> Path:
         raise StorageError(f"--out {shown(text)} is not a report of sparsellm and is not replaced; name another file")
     if not place.parent.is_dir():
         raise StorageError(f"--out {shown(text)}: {place.parent} is not a directory; create it, or name another file")
+    write_bytes(place, page)
     return place
 
 
@@ -128,7 +126,7 @@ def summary_html(pruning: Pruning) -> str:
     content = Table(("kind of linear", "weights", "zeros", "mean error"), rows)
     shown_as = _templates().get_template("parts.html.jinja").make_module().table(content, title)  # type: ignore[attr-defined]
     text = f"{sum(pruning.whole_seconds.values()):.1f} s · peak memory {pruning.peak_rss_bytes / 1e9:.2f} GB"
-    return f"<div>{shown_as}<p>{escape(f'{text} · {pruning.path}' if pruning.path else text)}</p></div>"
+    return f"<div>{shown_as}<p>{html.escape(f'{text} · {pruning.path}' if pruning.path else text)}</p></div>"
 
 
 def page(template: str, title: str, figures: Sequence[Chart], **context: Any) -> bytes:
