@@ -429,6 +429,9 @@ Tasks = dict[str, dict[str, Metric]]
 """By task and name, the metrics of lm-eval."""
 
 
+QUANTITIES = ("perplexity", "KL(dense ‖ pruned), nats a token", "same likeliest token", "recovery")
+
+
 class Evaluation(Stamp):
     """The result of :func:`sparsellm.evaluate`: a perplexity, its conditions, and what was measured with it."""
 
@@ -436,6 +439,15 @@ class Evaluation(Stamp):
     perplexity: Interval
     against: Against | None = None
     tasks: Tasks | None = None
+
+    def rows(self) -> list[tuple[str, str | None, str]]:
+        """Each quantity but the tasks as text: its name, the dense model's value if it is known, and the value."""
+        dense = self.against
+        if dense is None:
+            return [(QUANTITIES[0], None, self.perplexity.shown())]
+        shown = (dense.divergence.shown(3), f"{dense.agreement:.1%}", f"{dense.recovery:.1%}")
+        values = ((dense.perplexity.shown(), self.perplexity.shown()), *zip(("0", "100%", "100%"), shown, strict=True))
+        return [(name, *each) for name, each in zip(QUANTITIES, values, strict=True)]
 
     @property
     def value(self) -> float:

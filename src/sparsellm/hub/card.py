@@ -122,21 +122,13 @@ def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: b
     return text + _MARK.format(_digest(text))
 
 
-def _rows(one: Evaluation) -> list[tuple[str, str]]:
-    """The rows of the table of one evaluation."""
-    rows = [("perplexity", one.perplexity.shown())]
-    if (against := one.against) is not None:
-        dense = _code(Path(against.model).name)
-        rows += [
-            (f"perplexity of the dense model {dense}", against.perplexity.shown()),
-            (f"KL divergence from {dense}", against.divergence.shown()),
-            ("same likeliest token", f"{against.agreement:.1%}"),
-            ("recovery", f"{against.recovery:.1%}"),
-        ]
-    for task, metrics in (one.tasks or {}).items():
-        for name, metric in metrics.items():
-            rows.append((f"{_code(task)}, {_code(name)}", metric.shown()))
-    return rows
+def _rows(one: Evaluation) -> list[tuple[str, str, str]]:
+    """The rows of the table of one evaluation: quantity, dense, pruned."""
+    tasks = ((task, name, metric) for task, metrics in (one.tasks or {}).items() for name, metric in metrics.items())
+    return [
+        *((name, dense or "", value) for name, dense, value in one.rows()),
+        *((f"{_code(task)}, {_code(name)}", "", metric.shown()) for task, name, metric in tasks),
+    ]
 
 
 def _code(value: object) -> str:

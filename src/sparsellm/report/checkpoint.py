@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsellm.errors import StorageError, shown
-from sparsellm.records import PRUNING, Evaluation, Metric, Pruning, Results, read_pruning
+from sparsellm.records import PRUNING, QUANTITIES, Evaluation, Metric, Pruning, Results, read_pruning
 from sparsellm.report.charts import number, percent
 from sparsellm.storage.results import read_results
 from sparsepack.bench import Speed
 
 NOT_MEASURED = "not measured"
-PERPLEXITY, KL, SAME = "Perplexity", "KL(dense ‖ pruned), nats a token", "Same likeliest token"
-SPEED = "Tokens a second, decoding"
 _TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
 
 
@@ -126,19 +124,15 @@ def _evaluate(record: Checkpoint, tasks: str = "") -> str:
 def _quality(record: Checkpoint) -> list[Row]:
     command, rows = _evaluate(record), []
     for evaluation in record.latest().values():
-        protocol, against, pruned = str(evaluation.protocol), evaluation.against, evaluation.perplexity.shown()
-        if against is None:
-            rows.append(Row(PERPLEXITY, protocol, None, pruned, command=command))
-            rows += [Row(name, protocol, dense, command=command) for name, dense in ((KL, "0"), (SAME, "100%"))]
-            continue
-        change = _ratio(evaluation.value, against.perplexity.value)
-        rows += [
-            Row(PERPLEXITY, protocol, against.perplexity.shown(), pruned, change),
-            Row(KL, protocol, "0", against.divergence.shown(3)),
-            Row(SAME, protocol, "100%", percent(against.agreement)),
-            Row("Recovery", protocol, "100%", percent(against.recovery)),
-        ]
-    return rows or [Row(name, command=command) for name in (PERPLEXITY, KL, SAME)]
+        protocol, against = str(evaluation.protocol), evaluation.against
+        shown = [Row(name, protocol, dense, value) for name, dense, value in evaluation.rows()]
+        if against is not None:
+            shown[0] = replace(shown[0], change=_ratio(evaluation.value, against.perplexity.value))
+        else:
+            missing = [Row(name, protocol, dense) for name, dense in zip(QUANTITIES[1:3], ("0", "100%"), strict=True)]
+            shown = [replace(row, command=command) for row in (*shown, *missing)]
+        rows += shown
+    return rows or [Row(name, command=command) for name in QUANTITIES[:3]]
 
 
 def _tasks(record: Checkpoint) -> list[Row]:
@@ -155,13 +149,19 @@ def _size(record: Checkpoint) -> Row:
 
 
 def _speed(record: Checkpoint) -> Row:
-    speeds = record.decode_speeds()
+    name, speeds = "Tokens a second, decoding", record.decode_speeds()
     if speeds is None:
         command = f"sparsellm bench {shlex.quote(record.name)}" if record.packed else ""
-        return Row(SPEED, "" if record.packed else "of the packed form", command=command)
+        return Row(name, "" if record.packed else "of the packed form", command=command)
     before, after = speeds
     detail = f"packed, batch {after.batch}, {after.threads} threads"
-    return Row(SPEED, detail, number(before.median), number(after.median), _ratio(after.median, before.median))
+    return Row(
+        "Tokens a second, decoding",
+        detail,
+        number(before.median),
+        number(after.median),
+        _ratio(after.median, before.median),
+    )
 
 
 def _ratio(value: float, reference: float) -> str:
