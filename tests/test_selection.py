@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.allocation import ALLOCATIONS, Allocation, LinearSize, Survey
-from sparsellm.allocation.fixed import divide
+from sparsellm.allocation.allocator import divide
 from sparsellm.chain import open_chain
 from sparsellm.chain.matrices import refuse_silent_dense
 from sparsellm.errors import ModelError, RecipeError

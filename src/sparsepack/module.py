@@ -375,6 +375,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, PackedLinear):
                 setattr(module, name, child.to_dense())
-    if hasattr(model, "tie_weights"):  # that of transformers: a head may be the embedding's weight
-        model.tie_weights()
+    tie = getattr(model, "tie_weights", None)  # that of transformers: a head may be the embedding's weight
+    if tie is not None:
+        tie()
     return model

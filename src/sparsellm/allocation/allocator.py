@@ -1,14 +1,18 @@
-"""The registry of allocations, their return type, and the rescaling of block scores to sparsities."""
+"""The registry of allocations, what they return, zeros that the recipe fixes, and block scores as sparsities."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from sparsellm.allocation.exact import bounds, round_exactly, round_to_groups, shift_to_total
+from sparsellm.allocation.exact import LARGEST, bounds, round_exactly, round_to_groups, shift_to_total
 from sparsellm.allocation.survey import LinearSize, Survey
+from sparsellm.errors import RecipeError
+from sparsellm.records import Settings
 from sparsellm.registry import Registry
+
+_DIGITS = 10**6  # bounds of the possible sparsity are shown with six digits, rounded inward
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,10 @@ class Allocation:
     """The number of zeros of each linear by its name, and JSON values that explain the choice to the user."""
 
     zeros: dict[str, int]
-    report: dict[str, Any] = field(default_factory=dict)
+    report: Settings = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, linears: Sequence[LinearSize], zeros: Sequence[int], report: dict[str, Any] | None = None
-    ) -> Allocation:
+    def of(cls, linears: Sequence[LinearSize], zeros: Sequence[int], report: Settings | None = None) -> Allocation:
         return cls({linear.name: count for linear, count in zip(linears, zeros, strict=True)}, report or {})
 
 
@@ -37,9 +39,7 @@ def in_groups(allocation: Allocation, linears: Sequence[LinearSize], m: int, tot
     return Allocation.of(linears, zeros, allocation.report)
 
 
-def from_sparsities(
-    survey: Survey, sparsities: Mapping[str, float], report: dict[str, Any] | None = None
-) -> Allocation:
+def from_sparsities(survey: Survey, sparsities: Mapping[str, float], report: Settings | None = None) -> Allocation:
     """The allocation nearest to these sparsities, with the exact total.
 
     One number is added to all sparsities, so that the mean over the weights is right; they are clipped to [0, 0.99].
@@ -51,7 +51,7 @@ def from_sparsities(
 
 
 def from_block_importance(
-    survey: Survey, importance: Mapping[int, float], reach: float, report: dict[str, Any]
+    survey: Survey, importance: Mapping[int, float], reach: float, report: Settings
 ) -> Allocation:
     """The allocation from the importance of blocks, by the rescaling of OWL (2310.05175, section 3.2) and DLP
     (2505.23807).
@@ -65,3 +65,51 @@ def from_block_importance(
     mean = sum(above.values()) / len(above)
     blocks = {block: survey.sparsity - (value - mean) for block, value in above.items()}
     return from_sparsities(survey, {linear.name: blocks[linear.block] for linear in survey.linears}, report)
+
+
+@dataclass(frozen=True)
+class Division:
+    """The zeros of a model: those that the recipe fixes, by the name of the linear, and ``zeros`` in the ``free``
+    linears together, which then have ``sparsity``."""
+
+    fixed: dict[str, int]
+    free: list[LinearSize]
+    zeros: int
+    sparsity: float
+
+    def allocation(self, chosen: Allocation | None = None) -> Allocation:
+        """The zeros of all linears: in the free ones as ``chosen``, with the sum corrected, or None for the same
+        sparsity in each."""
+        if chosen is not None and not self.fixed:
+            return chosen
+        goals = [chosen.zeros[x.name] if chosen else self.sparsity * x.weights for x in self.free]
+        limits = bounds([x.weights for x in self.free], self.sparsity)
+        free = Allocation.of(self.free, round_exactly(goals, self.zeros, limits))
+        return Allocation({**self.fixed, **free.zeros}, chosen.report if chosen else {})
+
+
+def divide(linears: Sequence[LinearSize], sparsity: float) -> Division:
+    """Divides ``round(sparsity · weights)`` zeros into fixed and free ones.
+
+    If every linear is fixed, their sum may differ from the total by the rounding of each.
+
+    Raises:
+        RecipeError: the free linears cannot make up for the fixed ones; the message names the possible sparsities.
+    """
+    fixed = {x.name: x.fixed for x in linears if x.fixed is not None}
+    free = [x for x in linears if x.fixed is None]
+    weights, weights_free = sum(x.weights for x in linears), sum(x.weights for x in free)
+    given = sum(fixed.values())
+    zeros = round(sparsity * weights) - given
+    if not fixed:
+        return Division({}, free, zeros, sparsity)
+    if free and 0 <= zeros <= LARGEST * weights_free:
+        return Division(fixed, free, zeros, zeros / weights_free)
+    if not free and abs(zeros) <= len(linears):
+        return Division(fixed, [], 0, 0.0)
+    least, most = given / weights, (given + LARGEST * weights_free) / weights
+    possible = f"{math.ceil(least * _DIGITS) / _DIGITS:g} to {math.floor(most * _DIGITS) / _DIGITS:g} are"
+    raise RecipeError(
+        f"sparsity {sparsity:g} cannot be reached: sparsity_of fixes {len(fixed)} of {len(linears)} linears, with "
+        f"which {possible if free else f'only {least:.10g} is'} possible; change sparsity or sparsity_of"
+    )

@@ -1,4 +1,4 @@
-"""Rounds wanted sparsities to whole numbers of zeros that add up exactly."""
+"""Rounds sparsities to whole numbers of zeros that add up exactly."""
 
 from __future__ import annotations
 
@@ -27,23 +27,17 @@ def bounds(weights: Sequence[int], sparsity: float, span: float = 1.0) -> Limits
     return fewest, most
 
 
-def shift_to_total(weights: Sequence[int], wanted: Sequence[float], total: int, limits: Limits) -> list[float]:
-    """Zeros ``z_i = clip(n_i (s_i + t), fewest_i, most_i)`` with the one ``t`` that makes them add up to ``total``.
-
-    Args:
-        weights: ``n_i``.
-        wanted: sparsities ``s_i``, any real numbers.
-        total: the sum, between the sums of the limits.
-        limits: fewest and most.
-    """
+def shift_to_total(weights: Sequence[int], aims: Sequence[float], total: int, limits: Limits) -> list[float]:
+    """Zeros ``z_i = clip(n_i (s_i + t), fewest_i, most_i)`` with the one ``t`` that makes them add up to ``total``, for
+    ``n_i`` weights and sparsities ``s_i``, which may be any real numbers; the limits must allow the total."""
 
     def shifted(shift: float) -> list[float]:
         return [
             min(max(count * (share + shift), low), high)
-            for count, share, low, high in zip(weights, wanted, *limits, strict=True)
+            for count, share, low, high in zip(weights, aims, *limits, strict=True)
         ]
 
-    low, high = -1.0 - max(wanted), 1.0 - min(wanted)
+    low, high = -1.0 - max(aims), 1.0 - min(aims)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         if math.fsum(shifted(middle)) < total:
@@ -53,51 +47,43 @@ def shift_to_total(weights: Sequence[int], wanted: Sequence[float], total: int, 
     return shifted(high)
 
 
-def round_exactly(wanted: Sequence[float], total: int, limits: Limits) -> list[int]:
-    """Whole numbers near ``wanted``, within the limits, that add up to ``total``; the largest remainders round up.
+def round_exactly(aims: Sequence[float], total: int, limits: Limits) -> list[int]:
+    """Whole numbers near ``aims``, within the limits, that add up to ``total``; the largest remainders round up.
 
-    If ``wanted`` adds up to ``total``, each number is within one of its wanted value. Among equal remainders the first
-    is raised.
-
-    Raises:
-        ValueError: the limits do not allow this total.
+    If ``aims`` add up to ``total``, each number is within one of its aim. Among equal remainders the first is raised.
+    A ValueError says that the limits do not allow the total.
     """
     fewest, most = limits
     if not sum(fewest) <= total <= sum(most):
         raise ValueError(f"{total} zeros are not between {sum(fewest)} and {sum(most)}")
-    zeros = [min(max(math.floor(value), low), high) for value, low, high in zip(wanted, fewest, most, strict=True)]
+    zeros = [min(max(math.floor(value), low), high) for value, low, high in zip(aims, fewest, most, strict=True)]
     while (missing := total - sum(zeros)) != 0:
         step = 1 if missing > 0 else -1
         room = [i for i in range(len(zeros)) if fewest[i] <= zeros[i] + step <= most[i]]
-        room.sort(key=lambda i: (step * (zeros[i] - wanted[i]), i))  # the furthest from its wanted value comes first
+        room.sort(key=lambda i: (step * (zeros[i] - aims[i]), i))  # the furthest from its aim comes first
         for i in room[: abs(missing)]:
             zeros[i] += step
     return zeros
 
 
-def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, total: int) -> list[int]:
+def round_to_groups(aims: Sequence[float], weights: Sequence[int], m: int, total: int) -> list[int]:
     """Zeros of N:M, from 1 to m − 1 of every m weights of a linear, that add up to ``total``.
 
-    Each is one of the three multiples nearest to the wanted zeros. Among these the sum is the nearest to ``total`` that
-    can be reached, and then ``Σ (z_i − wanted_i)² / weights_i`` the least, by dynamic programming over the sum. Where
-    many wanted zeros are outside the limits and the sum is a whole step of a linear away, it goes on from there.
-
-    Args:
-        wanted: zeros of each linear, which add up to about ``total``.
-        weights: weights of each linear, multiples of m.
-        m: the pattern's M.
-        total: the sum.
+    Each is one of the three multiples nearest to its aim. Among these the sum is the nearest to ``total`` that can be
+    reached, and then ``Σ (z_i − aims_i)² / weights_i`` the least, by dynamic programming over the sum. Where many aims
+    are outside the limits and the sum is a whole step of a linear away, it goes on from there. Aims must add up to
+    about ``total``, and weights be multiples of m.
     """
     unit = math.gcd(*weights) // m
     steps = [count // m // unit for count in weights]  # units of one more zero in every group
-    base = [min(max(round(m * want / count), 1), m - 1) for want, count in zip(wanted, weights, strict=True)]
+    base = [min(max(round(m * aim / count), 1), m - 1) for aim, count in zip(aims, weights, strict=True)]
 
     def missing_of(zeros: list[int]) -> float:
-        return total / unit - sum(each * step for each, step in zip(zeros, steps, strict=True))
+        return total / unit - sum(n * step for n, step in zip(zeros, steps, strict=True))
 
     missing = missing_of(base)
     while True:
-        base = _changed(base, steps, wanted, weights, m, missing)
+        base = _changed(base, steps, aims, weights, m, missing)
         left = missing_of(base)
         if abs(left) < max(steps) or abs(left) >= abs(missing):
             return [zeros * count // m for zeros, count in zip(base, weights, strict=True)]
@@ -105,25 +91,25 @@ def round_to_groups(wanted: Sequence[float], weights: Sequence[int], m: int, tot
 
 
 def _changed(
-    base: list[int], steps: list[int], wanted: Sequence[float], weights: Sequence[int], m: int, missing: float
+    base: list[int], steps: list[int], aims: Sequence[float], weights: Sequence[int], m: int, missing: float
 ) -> list[int]:
     """``base``, each changed by at most one, so that the sum of changes comes as near to ``missing`` as it can."""
     middle = math.ceil(abs(missing)) + 2 * max(steps)
     best = numpy.full(2 * middle + 1, numpy.inf)  # the least cost of each sum of changes
     best[middle] = 0.0
     taken = []
-    for zeros, step, want, count in zip(base, steps, wanted, weights, strict=True):
+    for zeros, step, aim, count in zip(base, steps, aims, weights, strict=True):
         costs = numpy.full((3, len(best)), numpy.inf)
         for change in (-1, 0, 1):
             if 1 <= zeros + change <= m - 1:
                 shift = change * step
                 source = best[max(0, -shift) : len(best) - max(0, shift)]
-                cost = ((zeros + change) * count / m - want) ** 2 / count
+                cost = ((zeros + change) * count / m - aim) ** 2 / count
                 costs[change + 1, max(0, shift) : len(best) - max(0, -shift)] = source + cost
         taken.append(costs.argmin(axis=0) - 1)
         best = costs.min(axis=0)
     reached = numpy.flatnonzero(numpy.isfinite(best))
-    place = int(min(reached, key=lambda each: (abs(each - middle - missing), best[each])))
+    place = int(min(reached, key=lambda at: (abs(at - middle - missing), best[at])))
     changed = list(base)
     for i in range(len(base) - 1, -1, -1):
         change = int(taken[i][place])

@@ -34,14 +34,12 @@ class LinearSize:
 
 
 class Survey:
-    """Sizes and statistics of the dense model. It is read block by block, and not changed by a bit.
+    """Sizes and statistics of the dense model, which is read block by block, and not changed by a bit.
 
-    Args:
+    Attributes:
         feed: the dense model and the calibration windows.
         linears: the linears to prune, in the order of the chain.
-        sparsity: fraction of zeros over all of them.
-        zeros: their number of zeros together.
-        gradients: gradients of the loss, for an allocation that declares ``gradient_tokens``; else None.
+        sparsity, zeros: fraction and number of zeros over all of them.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class Survey:
 
     @property
     def gradients(self) -> LossGradients:
-        """The gradients of the dense model's loss, with the saliency of every weight."""
+        """The gradients of the dense model's loss, with saliencies, for an allocation with ``gradient_tokens``."""
         if self._gradients is None:
             raise RecipeError(
                 "the allocation uses survey.gradients and declares no gradient_tokens; add needs=... to it"

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsellm.allocation.allocator import ALLOCATIONS, Allocation
 from sparsellm.allocation.exact import bounds, round_exactly
 from sparsellm.allocation.survey import Survey
+from sparsellm.records import Settings
 from sparsellm.registry import Needs, Options
 from sparsellm.sweep.gradients import BINS, TOKENS
 
@@ -37,7 +38,7 @@ def threshold(
     and so has one whose weight the model uses in several places, because the sweep covers only one of them.
     """
     counts = {name: one for name, one in survey.gradients.saliency.items() if name not in survey.shared}
-    report = {"tokens": survey.gradients.tokens, "kept_target": sorted(survey.names - counts.keys())}
+    report: Settings = {"tokens": survey.gradients.tokens, "kept_target": [*sorted(survey.names - counts.keys())]}
     return replace(from_histograms(survey, counts, span=span), report=report)
 
 

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
-from sparsellm.allocation.fixed import divide
+from sparsellm.allocation.allocator import divide
 from sparsellm.chain import Chain, LinearView
 from sparsellm.chain.matrices import is_excluded, matches, refuse_silent_dense
 from sparsellm.errors import RecipeError

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from sparsellm import machine
 from sparsellm.allocation import Allocation, LinearSize, Survey
-from sparsellm.allocation.allocator import in_groups
-from sparsellm.allocation.fixed import divide
+from sparsellm.allocation.allocator import divide, in_groups
 from sparsellm.chain import Feed, Stream
 from sparsellm.methods import BlockTask, LinearResult
 from sparsellm.patterns import Pattern
