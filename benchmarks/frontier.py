@@ -53,7 +53,7 @@ from transformers import PreTrainedModel
 from wikipedia import write_wikipedia
 
 import sparsellm
-from sparsellm.api import Dense
+from sparsellm.api import Opened
 from sparsellm.calibration.windows import calibration_windows
 from sparsellm.chain.open import load_tokenizer
 from sparsellm.chain.structure import weight_of
@@ -76,7 +76,7 @@ class Bench:
         self.arguments, self.folder = arguments, folder
         self.directory = checkpoint_directory(arguments.model)
         self.tokenizer = load_tokenizer(self.directory)
-        self.dense = Dense(str(self.directory))
+        self.dense = Opened(str(self.directory), sparsellm.Recipe(products="float32"), trust=False)
         model = open_dense(self.directory, "auto")
         if model.dtype != torch.float32:
             raise SystemExit(

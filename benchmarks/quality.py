@@ -172,7 +172,8 @@ def run_cell(
 
 def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
     limit = ["--max-tokens", str(arguments.max_tokens)] if arguments.max_tokens else []
-    return command("eval", model, "--text", arguments.text, "--seq-len", str(arguments.window), *limit)
+    measured = command("eval", model, "--text", arguments.text, "--seq-len", str(arguments.window), *limit)
+    return {"perplexity": measured["perplexity"]["value"], "tokens_scored": measured["protocol"]["tokens"]}
 
 
 def add_conditions(parser: argparse.ArgumentParser) -> None:

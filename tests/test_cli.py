@@ -50,9 +50,8 @@ def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) ->
     code, stdout, _ = run("eval", out, "--text", "pydoc", "--seq-len", 64, "--max-tokens", 640, "--json")
     assert code == 0
     measured = json.loads(stdout)
-    assert measured["tokens_scored"] == 10 * 63
-    assert measured["window"] == 64
-    assert 1 < measured["perplexity"] < 10_000
+    assert (measured["protocol"]["tokens"], measured["protocol"]["window"]) == (10 * 63, 64)
+    assert 1 < measured["perplexity"]["value"] < 10_000
 
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape[1] > 3
@@ -147,7 +146,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
     "a glob without a share": (["prune", "{llama}", "--sparsity-of", "a"], ["sparsity_of.a", "no '='"]),
     "effort without a sweep": (["prune", "{llama}", "--method", "wanda", "--effort", "1"], ["wanda", "effort"]),
     "window too long": (["prune", "{llama}", "--seq-len", "4096"], ["4096", "128"]),
-    "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["is the model itself"]),
+    "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["overlaps with the model"]),
     "eval without text": (["eval", "{llama}"], ["--text"]),
     "eval of too little": (["eval", "{llama}", "--text", "pydoc", "--max-tokens", "3"], ["max_tokens", "3"]),
     "inspect nothing": (["inspect", "{tmp}/empty"], ["config.json"]),

@@ -22,7 +22,6 @@ from sparsellm.evaluation.streamed import Kept, measured
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
 from sparsellm.hub.card import rebuild_card
 from sparsellm.hub.push import Pushed, push_checkpoint
-from sparsellm.machine import peak_rss
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Evaluation, Protocol
@@ -30,7 +29,7 @@ from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.opening import default_seq_len, open_model
 from sparsellm.run.plan import Request
-from sparsellm.run.result import PruneResult, versions
+from sparsellm.run.result import PruneResult
 from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.reader import as_storage_error
@@ -88,7 +87,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     seq_len: arguments.SeqLen | None = None,
     max_tokens: arguments.Count | None = None,
     bos: Bos = "auto",
-    against: Model | Dense | None = None,
+    against: Model | Opened | None = None,
     tasks: Sequence[str] | None = None,
     tasks_dir: arguments.PathGiven | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -107,7 +106,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
         seq_len: tokens in a window, 2 or more; None for 2048, or the limit of the model if that is less.
         max_tokens: the most tokens of the text to use.
         bos, device, dtype: as in :class:`Recipe`; a BOS is not scored.
-        against: the dense model, with the same tokenizer, to compare with on the same windows; a :class:`Dense` runs
+        against: the dense model, with the same tokenizer, to compare with on the same windows; an :class:`Opened` runs
             only once for several evaluations.
         tasks: names of tasks, groups or tags of lm-eval.
         tasks_dir: a directory with further tasks in lm-eval's YAML files.
@@ -123,16 +122,21 @@ def evaluate(  # noqa: PLR0913 - the Python door
     by_ids = isinstance(words, Tensor)
     progress(Progress("open", 0, 1))
     settings = Recipe(device=device, dtype=dtype, products="float32")
-    opened = _Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
+    opened = Opened(model, settings, trust_remote_code, tokenizer, with_tokenizer=not by_ids or manager is not None)
     windows = opened.windows(words, seq_len, max_tokens, bos)
-    leads = opened.leads(bos, exactly=manager is not None)
-    kept = against if against is None or isinstance(against, Dense) else Dense(against)
-    dense = kept.open(settings, trust_remote_code, with_tokenizer=not by_ids) if kept is not None else None
+    leads = opened.tokenizer is not None and leading_token(opened.tokenizer, bos) is not None
+    if tasks and opened.tokenizer is None:
+        raise DataError("tasks on a model given as an object need tokenizer=...")
+    if tasks and leads and leading_token(opened.tokenizer) is None:
+        raise DataError("bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out")
+    dense = against if against is None or isinstance(against, Opened) else None
+    if against is not None and dense is None:
+        dense = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
     if dense is not None:
         opened.check_comparable(dense, windows)
-    perplexity, compared = measured(opened.chain, windows, kept.outputs if kept is not None else None, progress)
+    perplexity, compared = measured(opened.chain, windows, dense.kept if dense is not None else None, progress)
     results = None
-    if tasks and opened.tokenizer is not None:
+    if tasks:
         progress(Progress("evaluate", 0, 1, "tasks"))
         results = run_tasks(opened.in_memory(), opened.tokenizer, tasks, manager, bos=leads)
     source = words if isinstance(words, str) else IDS if by_ids else DOCUMENTS
@@ -153,47 +157,8 @@ def evaluate(  # noqa: PLR0913 - the Python door
     )
 
 
-@checked
-def check_evaluation(
-    model: Checkpoint,
-    text: arguments.AnyText,
-    *,
-    seq_len: arguments.SeqLen | None = None,
-    max_tokens: arguments.Count | None = None,
-    bos: Bos = "auto",
-    trust_remote_code: bool = False,
-) -> None:
-    """Checks arguments that :func:`evaluate` will get after long work; reads the text, and runs no model.
-
-    Raises:
-        SparseLLMError: as :func:`evaluate` would.
-    """
-    opened = _Opened(model, Recipe(device="cpu", products="float32"), trust_remote_code)
-    opened.windows(as_text(text, "text", "evaluation"), seq_len, max_tokens, bos)
-
-
-class Dense:
-    """A dense model to evaluate others against: it is opened once, and its outputs on the windows are kept.
-
-    Args:
-        model: as in :func:`evaluate`.
-    """
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.outputs: Kept | None = None
-        self._opened: _Opened | None = None
-
-    def open(self, settings: Recipe, trust: bool, *, with_tokenizer: bool) -> _Opened:
-        """The opened model."""
-        if self._opened is None:
-            self._opened = _Opened(self.model, settings, trust, with_tokenizer=with_tokenizer, argument="against")
-            self.outputs = Kept(self._opened.chain, self._opened.name)
-        return self._opened
-
-
-class _Opened:
-    """A model to evaluate.
+class Opened:
+    """A model to evaluate, or to evaluate several others against: its outputs on the windows are kept.
 
     Attributes:
         name: for messages and results.
@@ -217,10 +182,18 @@ class _Opened:
         self._directory = checkpoint_directory(str(model), argument) if given is None else None
         self._settings, self._trust = settings, trust
         self.chain, _ = open_model(model, self._directory, settings, trust, whole=False)
+        self.kept = Kept(self.chain, self.name)
         if tokenizer is None and self._directory is not None and with_tokenizer:
             self.tokenizer = load_tokenizer(self._directory, trust_remote_code=trust)
 
-    def windows(self, text: str | Tensor | Text, seq_len: int | None, max_tokens: int | None, bos: Bos) -> Tensor:
+    @checked
+    def windows(
+        self,
+        text: str | Tensor | Text,
+        seq_len: arguments.SeqLen | None,
+        max_tokens: arguments.Count | None,
+        bos: Bos,
+    ) -> Tensor:
         """The windows to score, checked against the model."""
         config = self.chain.config
         if isinstance(text, Tensor):
@@ -232,23 +205,8 @@ class _Opened:
         windows = evaluation_windows(text, self.tokenizer, seq_len, max_tokens, bos)
         return check_vocabulary(windows, config, self.tokenizer)
 
-    def leads(self, bos: Bos, *, exactly: bool) -> bool:
-        """Whether texts begin with BOS; ``exactly`` if the tokenizer itself must put it there, as for lm-eval."""
-        if self.tokenizer is None:
-            if exactly:
-                raise DataError("tasks on a model given as an object need tokenizer=...")
-            return False
-        leads = leading_token(self.tokenizer, bos) is not None
-        if exactly and leads and leading_token(self.tokenizer) is None:
-            raise DataError("bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out")
-        return leads
-
-    def check_comparable(self, dense: _Opened, windows: Tensor) -> None:
-        """Refuses a dense model whose predictions of these windows are not comparable with this model's.
-
-        Raises:
-            DataError: its tokenizer, vocabulary or number of positions differs.
-        """
+    def check_comparable(self, dense: Opened, windows: Tensor) -> None:
+        """Refuses a dense model whose tokenizer, vocabulary or number of positions does not fit (DataError)."""
         check_seq_len(dense.chain.config, windows.shape[1])
         sizes = [model.chain.config.get_text_config().vocab_size for model in (self, dense)]
         differ = sizes[0] != sizes[1]
@@ -319,5 +277,4 @@ def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[Matri
     return zeros
 
 
-__all__ = ["Evaluation", "MatrixZeros", "PruneResult", "card", "evaluate", "inspect", "peak_rss", "prune", "push"]
-__all__ += ["versions"]
+__all__ = ["Evaluation", "MatrixZeros", "Opened", "PruneResult", "card", "evaluate", "inspect", "prune", "push"]

@@ -181,28 +181,12 @@ def prune(
 def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", **options: Any) -> Printed:
     """Measure the perplexity of MODEL on a text, its divergence from a dense model, and tasks of lm-eval."""
     from sparsellm import api, tables
-    from sparsellm.progress import PhaseClock
     from sparsellm.storage import results
 
     place = _kept_in(model, save=save and model != "demo")  # no directory of that name is meant
-    clock = PhaseClock()
-    with clock.phase("evaluate"):
-        result = api.evaluate(model, text, tasks=use.listed(tasks) or None, progress=progress, **options)
+    result = api.evaluate(model, text, tasks=use.listed(tasks) or None, progress=progress, **options)
     saved = results.append_result(place, result) if place is not None else None
-    content = {
-        **result.model_dump(mode="json"),
-        "perplexity": result.value,
-        "interval": [result.perplexity.low, result.perplexity.high],
-        "nll": result.nll,
-        "tokens_scored": result.tokens,
-        "window": result.protocol.window,
-        "model": model,
-        "text": text,
-        "results": saved and str(saved),
-        "seconds": clock.seconds,
-        "peak_rss_bytes": api.peak_rss(),
-        "versions": api.versions(),
-    }
+    content = {"model": model, **result.model_dump(mode="json"), "results": saved and str(saved)}
     return content, lambda: tables.print_evaluation(result, saved)
 
 

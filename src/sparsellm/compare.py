@@ -155,17 +155,12 @@ def compare(
         if cell.name in known:
             _check_same(folder / cell.name, known[cell.name].settings, settings[cell.name])
     resolve_value_type(protocol.values, torch.float32)
-    api.check_evaluation(
-        model,
-        protocol.text,
-        seq_len=protocol.seq_len,
-        max_tokens=protocol.max_tokens,
-        bos=cells[0].recipe.bos,
-        trust_remote_code=trust_remote_code,
-    )
+    first = cells[0].recipe
+    dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust_remote_code)
+    dense.windows(protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)  # refused before the work
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    shared, dense = dict[Hashable, object](), api.Dense(model)
+    shared = dict[Hashable, object]()
     for number, cell in enumerate(cells):
         if cell.name in known:
             continue
@@ -269,7 +264,7 @@ def _check_same(place: Path, known: Settings, asked: Settings, before: str = "")
 
 
 def _measure(
-    request: Request, protocol: Protocol, dense: api.Dense, settings: Settings, progress: ProgressCallback
+    request: Request, protocol: Protocol, dense: api.Opened, settings: Settings, progress: ProgressCallback
 ) -> Measured:
     """Prunes one cell unless its checkpoint is there, packs it, and measures the packed checkpoint."""
     place, recipe = Path(os.fspath(request.out or "")), request.recipe

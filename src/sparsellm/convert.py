@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,17 @@ from torch import Tensor, nn
 from sparsellm.arguments import Checkpoint, Out, checked
 from sparsellm.chain import Chain, open_chain
 from sparsellm.chain.experts import ExpertLinear
-from sparsellm.errors import NumericalError, RecipeError, StorageError, nearest, shown
+from sparsellm.errors import NumericalError, RecipeError, StorageError, shown
 from sparsellm.inputs import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import PACK, UNPACK, WorkingDirectory, check_destination
-from sparsellm.storage.files import write_bytes
 from sparsellm.storage.reader import PackedReader
-from sparsellm.storage.writer import CheckpointWriter, TensorSource, belongs_to
+from sparsellm.storage.writer import CheckpointWriter, TensorSource
 from sparsepack import PackError
 from sparsepack.checkpoint import MANIFEST, PackedEntry, is_packed, manifest, quantization_config
-from sparsepack.codes import WRITTEN_TYPES, exponents_of_text
+from sparsepack.codes import exponents_of_text
 from sparsepack.grid import INTEGERS
 from sparsepack.layout import PackedWeight
 from sparsepack.layout import pack as pack_weight
@@ -34,9 +33,7 @@ from sparsepack.layout import unpack as unpack_weight
 from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
-VALUES = ("keep", *WRITTEN_TYPES)
-HEADS = ("keep", "int8")
-_REPORTS = (PRUNING, "recipe.yaml")  # reports of the pruning, which are valid for the packed model too
+Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"]
 
 
 @dataclass
@@ -81,8 +78,8 @@ def pack(
     model: Checkpoint,
     *,
     out: Out,
-    values: str = "keep",
-    head: str = "keep",
+    values: Values = "keep",
+    head: Literal["keep", "int8"] = "keep",
     overwrite: bool = False,
     restart: bool = False,
     progress: ProgressCallback = ignore,
@@ -90,12 +87,12 @@ def pack(
     """Writes a packed checkpoint: every linear of the blocks in its smallest form (dense, bitmask or N:M).
 
     Floating values are exact (``bf16`` and ``fp16`` round once if the checkpoint is finer); integers quantise the kept
-    values, and int3 takes the memory of int4. Norms and biases are copied. If it fails, no files are left.
+    values. All else is copied. If it fails, no files are left.
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
         out: the directory of the packed checkpoint.
-        values: one of :data:`VALUES`; ``keep`` for the type in which each weight is stored.
+        values: type of the kept values; ``keep`` for the type in which each weight is stored.
         head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
         overwrite: replace the checkpoint in ``out``.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
@@ -106,34 +103,20 @@ def pack(
         ModelError, StorageError: the checkpoint cannot be read, or ``out`` cannot be written.
         NumericalError: a weight does not fit into the value type.
     """
-    for name, value, known in (("values", values, VALUES), ("head", head, HEADS)):
-        if value not in known:
-            raise RecipeError(f"{name}: {value!r:.100} is unknown; {nearest(value, known)}")
-    source, begin = _doors(model, out, PACK, overwrite=overwrite, restart=restart)
-    chain = open_chain(source, device=torch.device("cpu"))
+    source, place = _places(model, out, PACK, overwrite=overwrite)
+    chain, result = open_chain(source, device=torch.device("cpu")), PackResult(place)
     exponents = _exponents(chain, source, values)
     assert chain.reader is not None
-    size = chain.reader.bytes  # with any value type, no linear takes more space than its dense weight
-
-    def write(writer: CheckpointWriter) -> PackResult:
-        result = PackResult(writer.work.out)
-        outer = chain.outer_tensors()
-        if head == "int8":
-            outer |= _packed_head(chain, result)
-        writer.write_shard(len(chain), outer)
+    # With any value type, no linear takes more space than its dense weight.
+    need, kind = chain.reader.bytes, {"kind": PACK}
+    work = WorkingDirectory(place, kind, overwrite=overwrite, restart=restart, need_bytes=need)
+    with _written(work, len(chain) + 1, source, result) as writer:
+        writer.write_shard(len(chain), chain.outer_tensors() | (_packed_head(chain, result) if head == "int8" else {}))
         for index in range(len(chain)):
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
             writer.write_shard(index, _sources(_packed_block(chain, index, values, exponents, result)))
         progress(Progress("pack", len(chain), len(chain)))
-        _write_companions(writer, source)
-        entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
-        if entries:
-            config = read_object(writer.folder / "config.json")
-            writer.write_json("config.json", {**config, "quantization_config": quantization_config(entries)})
-            writer.write_json(MANIFEST, manifest(writer.folder))
-        return result
-
-    return _written(begin(need_bytes=size), len(chain) + 1, write)
+    return result
 
 
 @checked
@@ -146,53 +129,54 @@ def unpack(
     progress: ProgressCallback = ignore,
 ) -> PackResult:
     """Writes the dense checkpoint of a packed one; floating values are exact. Arguments, errors: see :func:`pack`."""
-    source, begin = _doors(directory, out, UNPACK, overwrite=overwrite, restart=restart)
+    source, place = _places(directory, out, UNPACK, overwrite=overwrite)
     reader = _checked_reader(source)
     shards: dict[str, list[str]] = {}
     for name in reader:
         shards.setdefault(reader.file_of(name).name, []).append(name)
-
-    def write(writer: CheckpointWriter) -> PackResult:
+    weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
+    size = sum(reader.bytes_of(f"{name}.weight") for name in reader.entries)
+    result = PackResult(place, dict.fromkeys(reader.entries), size, size, weights)
+    kind = {"kind": UNPACK}
+    work = WorkingDirectory(place, kind, overwrite=overwrite, restart=restart, need_bytes=reader.bytes)
+    with _written(work, len(shards), source, result) as writer:
         for index, names in enumerate(shards.values()):
             progress(Progress("unpack", index, len(shards)))
             writer.write_shard(index, _sources({name: reader.get(name) for name in names}))
         progress(Progress("unpack", len(shards), len(shards)))
-        _write_companions(writer, source)
-        weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
-        size = sum(reader.bytes_of(f"{name}.weight") for name in reader.entries)
-        return PackResult(writer.work.out, dict.fromkeys(reader.entries), size, size, weights)
-
-    return _written(begin(need_bytes=reader.bytes), len(shards), write)
+    return result
 
 
-def _doors(
-    model: Checkpoint, out: Out, kind: str, *, overwrite: bool, restart: bool
-) -> tuple[Path, Callable[..., WorkingDirectory]]:
-    """The directory of the model, and a function that opens the working directory, after checks of both."""
-    check = partial(check_destination, out, overwrite=overwrite)
-    check()
+def _places(model: Checkpoint, out: Out, kind: str, *, overwrite: bool) -> tuple[Path, Path]:
+    """The directories of the model and of the new checkpoint, checked."""
+    check_destination(out, overwrite=overwrite)  # before the model is downloaded
     source = checkpoint_directory(str(model))
-    out = check(sources=[source])
     packed = is_packed(read_object(source / "config.json"))
     if packed and kind == PACK:
         raise RecipeError(f"{source} is packed already; unpack it first to pack it another way")
     if not packed and kind == UNPACK:
         raise RecipeError(f"{source} is not packed; there is nothing to unpack")
-    return source, partial(WorkingDirectory, out, {"kind": kind}, overwrite=overwrite, restart=restart)
+    return source, check_destination(out, overwrite=overwrite, sources=[source])
 
 
-def _written(work: WorkingDirectory, shards: int, write: Callable[[CheckpointWriter], PackResult]) -> PackResult:
-    """Writes all files with ``write``, then renames the directory; if ``write`` fails, its files are removed."""
+@contextmanager
+def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResult) -> Iterator[CheckpointWriter]:
+    """A writer; companions follow its shards, and the directory gets its name. After a failure no file is left."""
     with work:
         writer = CheckpointWriter(work, shards)
         try:
-            result = write(writer)
+            yield writer
+            writer.copy_companions(source, PRUNING, "recipe.yaml")  # these two hold for the packed model too
+            entries = {name: entry for name, entry in result.linears.items() if entry is not None} | result.head
+            if entries:
+                config = read_object(writer.folder / "config.json")
+                writer.write_json("config.json", {**config, "quantization_config": quantization_config(entries)})
+                writer.write_json(MANIFEST, manifest(writer.folder))
         except BaseException:
             work.discard()
             raise
         result.checkpoint_bytes = sum(file.stat().st_size for file in writer.folder.glob("*.safetensors"))
         result.path = writer.finish()
-    return result
 
 
 def _checked_reader(source: Path) -> PackedReader:
@@ -251,19 +235,15 @@ def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
     """The exponents of columns, by linear, with which the run that wrote a checkpoint rounded values of this type; a
     StorageError if they do not fit the model."""
     path = directory / PRUNING
-    if values not in INTEGERS or not path.is_file():
-        return {}
-    pruning = read_pruning(directory)
-    if pruning.values != values:
-        return {}
+    pruning = read_pruning(directory) if values in INTEGERS and path.is_file() else None
     columns = {linear.name: linear.in_features for index in range(len(chain)) for linear in chain.linears(index)}
     exponents: dict[str, Tensor] = {}
-    for linear in pruning.linears:
+    for linear in pruning.linears if pruning is not None and pruning.values == values else ():
         numbers, expected = exponents_of_text(linear.exponents), columns.get(linear.name, "no such linear")
-        if numbers is not None and expected != len(numbers):
-            mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
-            raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
         if numbers is not None:
+            if expected != len(numbers):
+                mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
+                raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
             exponents[linear.name] = numbers
     return exponents
 
@@ -296,15 +276,3 @@ def _packed_block(
             result.rounded.append(name)
         tensors |= {key: stored} if packed is None else _stored(key, packed, stored.dtype)
     return tensors
-
-
-def _write_companions(writer: CheckpointWriter, source: Path) -> None:
-    """Writes config, tokenizer and the reports of the pruning."""
-    writer.copy_companions(source)
-    for path in (source / name for name in _REPORTS):
-        if path.is_file() and belongs_to(source, path):
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise StorageError(f"cannot read {path}: {error.strerror or error}") from None
-            write_bytes(writer.folder / path.name, content)

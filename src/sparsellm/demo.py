@@ -39,16 +39,7 @@ COSTS = {"pack": 5.0, "evaluate": 40.0, "load": 3.0, "bench": 20.0, "generate": 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results for the dense and the pruned model.
-
-    Attributes:
-        dense_path, packed_path: directories of the dense and of the packed checkpoint.
-        pruned: the result of pruning; its ``path`` is the pruned checkpoint before it was packed.
-        evaluation: the pruned model against the dense one, on held-out text.
-        speeds: the packed model and the dense one, which took turns, with their bytes on disk and in memory.
-        texts: a prompt and how both models continue it with the most likely tokens.
-        seconds: seconds of each step.
-    """
+    """The results for the dense and the pruned model, and the seconds of each step."""
 
     dense_path: Path
     packed_path: Path
@@ -60,7 +51,6 @@ class DemoResult:
 
     @property
     def against(self) -> Against:
-        """The comparison of the pruned model with the dense one."""
         assert self.evaluation.against is not None
         return self.evaluation.against
 
@@ -70,12 +60,11 @@ class DemoResult:
             **self.pruned.to_dict(),
             "dense_path": str(self.dense_path),
             "packed_path": str(self.packed_path),
-            "report": str(self.pruned.report) if self.pruned.report is not None else None,
+            "report": str(self.pruned.report) if self.pruned.report else None,
             "evaluation": self.evaluation.model_dump(mode="json"),
             "speeds": self.speeds.model_dump(),
-            "prompt": self.texts.prompt,
-            "continuations": {"dense": self.texts.dense, "pruned": self.texts.pruned},
-            "demo_seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "continuations": self.texts.model_dump(mode="json"),
+            "demo_seconds": self.seconds,
         }
 
 
@@ -86,17 +75,18 @@ def run_demo(
 
     Args:
         out: a directory for the checkpoints ``pruned`` and ``packed``; None for the cache, where they are replaced.
-        sparsity: fraction of zeros.
-        progress: called with the progress of the run.
-        overwrite: replace the checkpoints in ``out``.
-        restart: begin anew instead of resuming an unfinished run.
+        sparsity, progress, overwrite, restart: as in :func:`sparsellm.prune`.
 
     Raises:
         ModelError: no package index can be reached and the model is not cached.
         StorageError: ``out`` cannot take the checkpoints.
     """
     overwrite = overwrite or out is None  # the directories in the cache belong to the demo
-    pruned, packed = _checked_places(out, overwrite=overwrite)
+    if out is not None and out.resolve() == Path.cwd():  # as by --out "$UNSET"
+        raise StorageError(f"--out {out} is the current directory (or empty); name a directory in it")
+    pruned, packed = places(out)
+    for place in (pruned, packed):
+        check_destination(place, overwrite=overwrite)
     recipe = Recipe(sparsity=sparsity, calibration="pydoc", samples=SAMPLES, seq_len=SEQ_LEN, options=OPTIONS)
     clock = PhaseClock()
 
@@ -120,8 +110,9 @@ def run_demo(
         )
         append_result(pruned, evaluation)
     with phase("bench"):
-        rounds = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": ROUNDS}
-        speeds = compared_speed(packed, dense, progress=progress, **rounds)
+        speeds = compared_speed(
+            packed, dense, progress=progress, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, repeats=ROUNDS
+        )
         for place in (pruned, packed):
             append_result(place, speeds)
     with phase("generate"):
@@ -137,15 +128,6 @@ def places(out: Path | None) -> tuple[Path, Path]:
     if out is None:
         return cache_dir() / "demo-pruned", cache_dir() / "demo-packed"
     return out / "pruned", out / "packed"
-
-
-def _checked_places(out: Path | None, *, overwrite: bool) -> tuple[Path, Path]:
-    if out is not None and out.resolve() == Path.cwd():  # as by --out "$UNSET"
-        raise StorageError(f"--out {out} is the current directory (or empty); name a directory in it")
-    pruned, packed = places(out)
-    for place in (pruned, packed):
-        check_destination(place, overwrite=overwrite)
-    return pruned, packed
 
 
 def _continued(path: Path) -> str:

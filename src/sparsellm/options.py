@@ -18,7 +18,7 @@ from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, WHAT, Recipe, help_of
 
 MODEL, TEXT, MEASURE, VALUES, OUTPUT = "Model", "Text", "Measurement", "Values", "Output"
 # Types by placeholder; values with other placeholders are text.
-KINDS = {"": bool, "N": int, "SHARE": float, "T": float, "DIR": Path, "FILE": Path}
+KINDS = {"": bool, "N": int, "0-3": int, "SHARE": float, "T": float, "DIR": Path, "FILE": Path}
 
 
 def argument(metavar: str, help: str, kind: Any = str) -> Parameter:
@@ -41,16 +41,14 @@ def option(
 
     Args:
         usage: names, then the placeholder of the value, such as ``--quiet -q`` or ``--out DIR``.
-        help, panel: its text and its group in ``--help``.
-        default: its value where it is not given; ``shown`` replaces it in ``--help``.
+        help, panel: its text and its group in ``--help``, where ``shown`` replaces the default.
         kind: the type as which it is parsed; None for that of its placeholder in :data:`KINDS`.
         values: completed by a shell.
     """
     *names, last = usage.split()
     names, metavar = ([*names, last], "") if last.startswith("-") else (names, last)
-    text = (
-        f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help
-    )  # rich must not take the bracket for markup
+    # rich must not take the bracket for markup
+    text = f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help
     made: Any = typer.Option(
         *names,
         metavar=metavar,  # "" for a flag; without any, typer shows a type that is not given
@@ -84,18 +82,11 @@ def field(name: str, panel: str = "") -> Parameter:
         f"{line.flag or '--' + name.replace('_', '-')} {line.metavar}",
         help_of(name) + " Repeatable." * repeated,
         panel or line.panel,
-        kind=_parsed_as(info.annotation),
+        kind=list[str] if repeated else None,
         shown=line.null if default is None else "" if repeated else default,
         values=partial(registered, *line.registered) if line.registered else choices,
     )
     return made.replace(name=name)
-
-
-def _parsed_as(annotation: Any) -> Any:
-    if get_origin(annotation) in (list, dict):
-        return list[str]
-    kinds = {get_args(kind)[0] if hasattr(kind, "__metadata__") else kind for kind in get_args(annotation)}
-    return next((kind for kind in (int, float) if annotation is kind or kinds == {kind, type(None)}), str)
 
 
 FIELDS = [name for name in Recipe.model_fields if option_of(name) is not None]

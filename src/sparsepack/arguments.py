@@ -30,14 +30,15 @@ def checking(kind: type[UserError]) -> Callable[[Callable[P, R]], Callable[P, R]
         @cache  # at the first call: annotations may name what is defined later
         def adapters() -> dict[str, TypeAdapter[Any]]:
             hints = get_type_hints(function, include_extras=True)
-            return {name: TypeAdapter(hints[name], config=_STRICT) for name in parameters.parameters}
+            return {name: TypeAdapter(hints[name], config=_STRICT) for name in parameters.parameters if name in hints}
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             given = parameters.bind(*args, **kwargs)
-            for name, value in given.arguments.items():
+            for name, adapter in adapters().items():
                 try:
-                    given.arguments[name] = adapters()[name].validate_python(value)
+                    if name in given.arguments:
+                        given.arguments[name] = adapter.validate_python(given.arguments[name])
                 except ValidationError as error:
                     raise kind(refusal(error, name)) from None
             return function(*given.args, **given.kwargs)

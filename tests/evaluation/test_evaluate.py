@@ -178,7 +178,7 @@ def test_results_are_appended_next_to_a_checkpoint_of_ours(llama: Path, pruned: 
     assert second.against.model == str(llama)
     shown = json.loads(stdout)
     assert shown["against"] == second.against.model_dump()
-    assert shown["perplexity"] == second.value
+    assert shown["perplexity"] == second.perplexity.model_dump()
     assert shown["results"] == str(pruned / "results.json")
     assert run(*arguments, "--no-save")[0] == 0
     assert len(read_results(pruned).evaluations) == 2

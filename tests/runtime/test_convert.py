@@ -150,7 +150,7 @@ def test_mistakes_are_named(llama: Path, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="not packed"):
         sparsellm.unpack(llama, out=tmp_path / "p")
     for setting in ({"values": "int2"}, {"head": "int7"}):
-        with pytest.raises(RecipeError, match="unknown; did you mean"):
+        with pytest.raises(RecipeError, match="it should be 'keep'"):
             sparsellm.pack(llama, out=tmp_path / "p", **setting)
     with pytest.raises(FormatError, match="not a directory"):
         sparsellm.load(tmp_path / "nowhere")

@@ -82,8 +82,8 @@ class CheckpointWriter:
         # A name that is not UTF-8, such as one in the command line, is written as JSON escapes it.
         write_bytes(self.folder / name, content.encode("utf-8", "backslashreplace"))
 
-    def copy_companions(self, source: Path) -> list[str]:
-        """Copies config, tokenizer, licence and the like of ``source``, a checkpoint directory.
+    def copy_companions(self, source: Path, *more: str) -> list[str]:
+        """Copies config, tokenizer, licence and the like of a checkpoint directory, and files named in ``more``.
 
         A link that leads out of the model's directory is not copied. In a snapshot of the hub, links lead to the blobs
         of the same repository, which belong to the model. Python files are not copied: loading must run no code.
@@ -94,7 +94,8 @@ class CheckpointWriter:
         Raises:
             StorageError: one cannot be read or written, or the config is not a JSON object.
         """
-        files = sorted(file for file in source.iterdir() if is_companion(file.name) and file.is_file())
+        files = sorted(file for file in source.iterdir() if is_companion(file.name) or file.name in more)
+        files = [file for file in files if file.is_file()]
         for file in filter(partial(belongs_to, source), files):
             replace_atomically(self.folder / file.name, partial(_copy, file))
         self._write_config(source / "config.json")
