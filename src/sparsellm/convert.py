@@ -20,7 +20,7 @@ from sparsellm.inputs import read_object
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.records import PRUNING, PUT_BACK, read_pruning
 from sparsellm.sources.resolve import checkpoint_directory
-from sparsellm.storage.directory import PACK, UNPACK, WorkingDirectory, check_destination
+from sparsellm.storage.directory import WorkingDirectory, check_destination
 from sparsellm.storage.reader import PackedReader
 from sparsellm.storage.writer import CheckpointWriter, TensorSource
 from sparsepack import PackError
@@ -34,6 +34,7 @@ from sparsepack.module import row_scale
 from sparsepack.validation import PACK_AGAIN
 
 Values = Literal["keep", "bf16", "fp16", "fp32", "int8", "int4", "int3"]
+PACK, UNPACK = "pack", "unpack"  # kinds of runs
 
 
 @dataclass

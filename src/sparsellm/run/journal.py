@@ -20,16 +20,7 @@ from sparsellm.errors import StorageError
 from sparsellm.progress import NOTE, Progress, ProgressCallback
 from sparsellm.records import LinearResult, Settings
 from sparsellm.run.result import versions
-from sparsellm.storage.directory import (
-    BLOCKS,
-    PRUNE,
-    STATE,
-    SWEPT,
-    WorkingDirectory,
-    check_room,
-    partial_of,
-    written_bytes,
-)
+from sparsellm.storage.directory import BLOCKS, STATE, SWEPT, WorkingDirectory, check_room, partial_of, written_bytes
 from sparsellm.storage.files import has_digest, keep_record, kept_record, replace_atomically
 from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.writer import CheckpointWriter, TensorSource, shard_names, write_shard
@@ -42,7 +33,7 @@ ALLOCATION, OUTPUT_COSTS = "allocation", "output-costs"  # names of records
 class Identity:
     """Everything that the bits of a result depend on."""
 
-    kind: str = PRUNE
+    kind: str = "prune"
     format: int = 4  # version of the working directory
     recipe: Settings  # every setting, including the defaults of options, which may differ in another release
     model: str  # digest of the dense model

@@ -24,7 +24,6 @@ PARTIAL = ".partial"  # how the name of a working directory ends
 STATE = ".sparsellm-run"  # folder of a run's records, in its working directory
 RUN, PUBLISHING = "run.json", "publishing.json"  # the run's identity; exists while its result is renamed
 BLOCKS, SWEPT, REPLACED = "blocks", "swept", "replaced"  # folders: the walk's checkpoint, the sweep's, the older one
-PRUNE, PACK, UNPACK = "prune", "pack", "unpack"  # kinds of runs; only the first is resumed
 
 
 def partial_of(out: str | os.PathLike[str]) -> Path:
@@ -193,11 +192,7 @@ def check_destination(
 
 
 def check_replaceable(out: Path, *, overwrite: bool) -> None:
-    """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint.
-
-    Raises:
-        StorageError: the directory is refused, or cannot be read.
-    """
+    """Refuses a directory that is not empty, unless it may be replaced and holds nothing but a checkpoint."""
     with explained(out):
         if not out.is_dir() or not any(out.iterdir()):
             return
@@ -207,17 +202,12 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
         if foreign or not has_weights(out):
             what = f"{some(foreign)}, which neither sparsellm nor save_pretrained wrote" if foreign else "no checkpoint"
             raise StorageError(
-                f"{out} holds {what}; --overwrite replaces checkpoints only: move its files elsewhere, or name another "
-                "directory"
+                f"{out} holds {what}; --overwrite replaces checkpoints only: move its files, or name another directory"
             )
 
 
 def check_room(place: Path, need_bytes: int) -> None:
-    """Refuses a disk with less than ``need_bytes`` free.
-
-    Raises:
-        StorageError: the space is too little.
-    """
+    """Refuses a disk with less than ``need_bytes`` free."""
     with explained(place):
         free = shutil.disk_usage(_existing(place)).free
     if free < need_bytes:
@@ -274,42 +264,34 @@ def _settle(partial: Path, out: Path) -> None:
     Raises:
         StorageError: a process is active in the directory, or the newer checkpoint cannot be determined.
     """
-    if (partial / STATE).is_dir():
-        with locked(partial / STATE), explained(partial):
-            if _is_published(partial, out):
+    state, record = partial / STATE, partial / STATE / PUBLISHING
+    if state.is_dir():
+        with locked(state), explained(partial):
+            if (published := kept_record(record, dict)) is not None:
+                new = partial / published["folder"]
+                if new.exists() and not (partial / REPLACED).exists():
+                    record.unlink()
+                    return
+                if new.exists() and out.exists():
+                    raise StorageError(
+                        f"cannot tell which of {out} and {new} is newer; move one elsewhere and remove {partial}"
+                    )
+                if new.exists():
+                    os.replace(new, out)
+                    sync(out.parent)
                 _discard(partial)
             elif left_in(partial) is None:
-                for entry in (partial / STATE).glob(f".*{TEMPORARY}"):
+                for entry in state.glob(f".*{TEMPORARY}"):
                     entry.unlink()
                 with contextlib.suppress(OSError):
-                    (partial / STATE).rmdir()
+                    state.rmdir()
     with contextlib.suppress(OSError):
         partial.rmdir()  # empty only if a process was killed as it created or removed the directory
 
 
-def _is_published(partial: Path, out: Path) -> bool:
-    """Whether a renaming has reached its end; one that stopped between two renames is completed."""
-    record = kept_record(partial / STATE / PUBLISHING, dict)
-    if record is None:
-        return False
-    new, replaced = partial / Path(record["folder"]).name, partial / REPLACED
-    if new.exists() and not replaced.exists():
-        (partial / STATE / PUBLISHING).unlink()
-        return False
-    if new.exists() and out.exists():
-        raise StorageError(f"cannot tell which of {out} and {new} is newer; move one elsewhere and remove {partial}")
-    if new.exists():
-        os.replace(new, out)
-        sync(out.parent)
-    return True
-
-
 def _discard(partial: Path) -> None:
-    """Removes a working directory, the records of run and renaming last, so that the removal can be repeated.
-
-    Errors are ignored: the result is complete, or nothing of it is wanted.
-    """
-    with contextlib.suppress(OSError):
+    """Removes a working directory, the records of run and renaming last, so that the removal can be repeated."""
+    with contextlib.suppress(OSError):  # the result is complete, or nothing of it is wanted
         empty(partial, (STATE,))
         empty(partial / STATE, (RUN, PUBLISHING))
         for name in (RUN, PUBLISHING):

@@ -24,7 +24,6 @@ from sparsepack.errors import PackError
 
 _PIECE = 1 << 22  # elements checked at a time: a small part of a weight, large enough that calls cost nothing
 _READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
-_CHANGED = "the checkpoint has changed since it was opened; put the old files back"
 _GO_ON = "and run the same command again: a pruning run keeps the blocks that are done"
 
 DTYPES = {
@@ -39,9 +38,10 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class _Stored:
-    """The place of a tensor: ``bytes`` bytes from ``start`` on in ``file``."""
+    """The place of a tensor: ``bytes`` bytes from ``start`` on in ``file``, which had this stamp."""
 
     file: Path
+    stamp: tuple[int, int, int]
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
@@ -66,10 +66,8 @@ class CheckpointReader:
         self.directory = directory
         self.files, file_of = (files, {}) if files is not None else _weight_files(directory)
         self._stored: dict[str, _Stored] = {}
-        self._stamps: dict[Path, tuple[int, int, int]] = {}
         for file in self.files:
-            self._stamps[file], tensors = _header(file)
-            for name, stored in tensors.items():
+            for name, stored in _header(file).items():
                 if file_of.get(name, file.name) != file.name:
                     continue  # the index names another shard for it
                 if name in self._stored:
@@ -117,9 +115,8 @@ class CheckpointReader:
         """
         stored, digest = self._stored[name], self._digests.get(name)
         data = torch.empty(stored.bytes, dtype=torch.uint8)
-        with self._opened(stored) as (file, same):
-            if not same and digest is None:
-                raise StorageError(f"{stored.file}: {_CHANGED} {_GO_ON}")
+        with _opened(stored, unchanged=digest is None) as file:
+            same = _stamp(file) == stored.stamp
             _fill(file, data, stored.file)
         if digest is not None and not (same and name in self._verified):
             if hashlib.sha256(memory_of(data)).hexdigest() != digest:
@@ -155,24 +152,10 @@ class CheckpointReader:
         """Sets the digests, from another or an earlier process that read the same checkpoint."""
         self._digests = digests
 
-    @contextlib.contextmanager
-    def _opened(self, stored: _Stored) -> Iterator[tuple[BinaryIO, bool]]:
-        """The file of a tensor, positioned at its first byte, and whether its header was read from this same file."""
-        try:
-            with stored.file.open("rb") as file:
-                stamp = _stamp(file)
-                file.seek(stored.start)
-                yield file, stamp == self._stamps[stored.file]
-        except OSError as error:
-            reason = error.strerror or error
-            raise StorageError(f"{stored.file} cannot be read any more ({reason}); put it back {_GO_ON}") from None
-
     def _digest(self, name: str) -> str:
         stored = self._stored[name]
         digest, bad, size = hashlib.sha256(), 0, _PIECE * stored.dtype.itemsize
-        with self._opened(stored) as (file, same):
-            if not same:
-                raise StorageError(f"{stored.file}: {_CHANGED} {_GO_ON}")
+        with _opened(stored, unchanged=True) as file:
             for start in range(0, stored.bytes, size):
                 data = torch.empty(min(size, stored.bytes - start), dtype=torch.uint8)
                 _fill(file, data, stored.file)
@@ -240,13 +223,11 @@ def as_storage_error() -> Iterator[None]:
 
 
 def not_finite(values: Tensor) -> int:
-    """The number of values that are NaN or infinite; 0 for integers and for floating point of one byte.
-
-    The minimum and maximum show whether there are any, fifty times as fast as torch.isfinite.
-    """
+    """The number of values that are NaN or infinite; 0 for integers and for floating point of one byte."""
     if values.dtype not in WEIGHT_DTYPES or values.numel() == 0:
         return 0
-    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values)):  # aminmax propagates NaN
+    # Fifty times as fast as torch.isfinite; aminmax propagates NaN.
+    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values)):
         return 0
     return int((~torch.isfinite(values)).sum())
 
@@ -256,21 +237,37 @@ def memory_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+@contextlib.contextmanager
+def _opened(stored: _Stored, *, unchanged: bool) -> Iterator[BinaryIO]:
+    """The file of a tensor, positioned at its first byte; with ``unchanged``, only the file that was opened first."""
+    try:
+        with stored.file.open("rb") as file:
+            if unchanged and _stamp(file) != stored.stamp:
+                raise StorageError(
+                    f"{stored.file}: the checkpoint has changed since it was opened; put the old files back {_GO_ON}"
+                )
+            file.seek(stored.start)
+            yield file
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(f"{stored.file} cannot be read any more ({reason}); put it back {_GO_ON}") from None
+
+
 def _fill(file: BinaryIO, data: Tensor, path: Path) -> None:
     """Reads from ``file`` until ``data`` is full."""
     if file.readinto(memory_of(data)) < len(data):  # type: ignore[attr-defined]
         raise StorageError(f"{path} was cut short while it was read; put the whole file back {_GO_ON}")
 
 
-def _stamp(file: Any) -> tuple[int, int, int]:
+def _stamp(file: BinaryIO) -> tuple[int, int, int]:
     """Size, time and inode of an open file, which change when it is written or replaced."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _header(file: Path) -> tuple[tuple[int, int, int], dict[str, _Stored]]:
-    """The stamp of a safetensors file, and its tensors. The format's own library checks the header (sizes, overlaps,
-    gaps, the file's length), but does not return the offsets of tensors."""
+def _header(file: Path) -> dict[str, _Stored]:
+    """The tensors of a safetensors file. The format's own library checks the header (sizes, overlaps, gaps, the file's
+    length), but does not return the offsets of tensors."""
     try:
         with safe_open(file, framework="pt"), file.open("rb") as opened:
             stamp = _stamp(opened)
@@ -286,9 +283,9 @@ def _header(file: Path) -> tuple[tuple[int, int, int], dict[str, _Stored]]:
                 f"tensor {name} in {file} has dtype {fields['dtype']}, which is not read; "
                 "convert the checkpoint to bfloat16, float16 or float32"
             )
-        begin, end = fields["data_offsets"]
-        tensors[name] = _Stored(file, DTYPES[fields["dtype"]], tuple(fields["shape"]), 8 + length + begin, end - begin)
-    return stamp, tensors
+        dtype, shape, (begin, end) = DTYPES[fields["dtype"]], tuple(fields["shape"]), fields["data_offsets"]
+        tensors[name] = _Stored(file, stamp, dtype, shape, 8 + length + begin, end - begin)
+    return tensors
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
