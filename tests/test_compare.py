@@ -60,7 +60,7 @@ def test_quality_and_size_are_those_of_the_packed_checkpoint(model: Path, tmp_pa
     cells = cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude", "wanda"], sparsities=[0.5])
     result = grid(model, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256, values="int4"))
     for cell in result.cells:
-        alone = sparsellm.evaluate(result.packed(cell), "pydoc", seq_len=32, max_tokens=256)
+        alone = sparsellm.evaluate(result.out / f"{cell.name}-packed", "pydoc", seq_len=32, max_tokens=256)
         assert cell.perplexity == alone.value
         assert cell.perplexity != sparsellm.evaluate(result.out / cell.name, "pydoc", seq_len=32, max_tokens=256).value
         assert not (result.out / cell.name / "results.json").exists(), "its values are others"

@@ -288,7 +288,9 @@ def compare(model: str, out: Path, progress: Any, plugin: Sequence[str] = (), **
         trust_remote_code=options["trust_remote_code"],
         progress=progress,
     )
-    return result.to_dict(), lambda: tables.print_grid(result, constrained=recover is not None or most is not None)
+    return result.model_dump(mode="json"), lambda: tables.print_grid(
+        result, constrained=recover is not None or most is not None
+    )
 
 
 @_command(use.PLUGIN, use.JSON, examples=("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"))

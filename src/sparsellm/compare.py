@@ -52,9 +52,8 @@ class Measured(Record):
         sparsity: zeros in the pruned linears, as a fraction.
         perplexity, kl, agreement, recovery: on the text of the grid, as in :class:`~sparsellm.records.Against`.
         packed_bytes, dense_bytes: weight files of the packed and of the dense checkpoint.
-        tokens_per_second, dense_tokens_per_second: while decoding, measured in turns; None if no speed is measured.
-        seconds: wall-clock seconds of pruning.
-        peak_rss: bytes at the peak of pruning; the highest of the process so far.
+        tokens_per_second, dense_tokens_per_second: while decoding; None if no speed is measured.
+        seconds, peak_rss: of pruning; the bytes are the most of the process so far.
         settings: everything that the measurements depend on.
     """
 
@@ -75,39 +74,20 @@ class Measured(Record):
 
 
 class Grid(Record):
-    """The finished cells of a grid, as its file has them."""
+    """The finished cells of a grid."""
 
     format: Literal[1] = 1
     cells: list[Measured]
 
 
-@dataclass(frozen=True)
-class GridResult:
-    """The result of :func:`compare`.
-
-    Attributes:
-        out: the directory of the grid.
-        cells: one for each cell of the call, in its order.
-        recommended: the cell that fits the constraints best; None if there were none, or none fits.
-        page: the page that compares the cells; None without the chart library.
-    """
+class GridResult(Record):
+    """The result of :func:`compare`: the directory of the grid, its page (None without the chart library), the name of
+    the cell that fits the constraints best (None if there were none, or none fits), and the cells of the call."""
 
     out: Path
-    cells: list[Measured]
-    recommended: Measured | None
     page: Path | None
-
-    def packed(self, cell: Measured) -> Path:
-        """The directory of a cell's packed checkpoint, which was measured."""
-        return self.out / f"{cell.name}{PACKED}"
-
-    def to_dict(self) -> Settings:
-        return {
-            "out": str(self.out),
-            "page": str(self.page) if self.page is not None else None,
-            "recommended": self.recommended.name if self.recommended is not None else None,
-            "cells": [cell.model_dump(mode="json") for cell in self.cells],
-        }
+    recommended: str | None
+    cells: list[Measured]
 
 
 @dataclass(frozen=True)
@@ -136,13 +116,11 @@ def compare(
     """Prunes, packs and measures a model in every cell of a grid, and writes one page that compares them.
 
     Args:
-        model: as in :func:`sparsellm.prune`, by name.
+        model, trust_remote_code, progress: as in :func:`sparsellm.prune`, the model by name.
         out: the directory of the grid; each cell has its checkpoint in it. An earlier grid is continued.
         cells: as :func:`cells_of` makes them.
         protocol: how they are measured.
         recover, max_bytes: the least recovery, and the most bytes of packed weight files, of a recommended cell.
-        trust_remote_code: run modelling code that comes with the checkpoint.
-        progress: called with the progress of the run.
 
     Raises:
         SparseLLMError: a recipe, the model or the text is wrong, or ``out`` has a cell of that name with other
@@ -177,7 +155,8 @@ def compare(
     if len(finished) > 1:
         with contextlib.suppress(MissingExtraError):
             page = write_comparison([folder / f"{cell.name}{PACKED}" for cell in finished], folder / PAGE)
-    return GridResult(folder, finished, recommend(finished, recover, max_bytes), page)
+    best = recommend(finished, recover, max_bytes)
+    return GridResult(out=folder, page=page, recommended=best.name if best is not None else None, cells=finished)
 
 
 def cells_of(
@@ -187,14 +166,8 @@ def cells_of(
     sparsities: Sequence[float] = (),
     patterns: Sequence[str] = (),
 ) -> list[Cell]:
-    """The cells of a grid: every method at every sparsity, then at every pattern.
-
-    Args:
-        base: the other settings. Its options hold for the methods that have them, and those of a sweep for the methods
-            with one.
-        methods: names of methods.
-        sparsities: fractions of zeros.
-        patterns: N:M.
+    """The cells of a grid: every method at every sparsity, then at every pattern. The other settings are those of
+    ``base``, whose options hold for the methods that have them, and those of a sweep for the methods with one.
 
     Raises:
         RecipeError: nothing is asked for, something is named twice, a method or target is wrong, or no method has an

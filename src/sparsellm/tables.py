@@ -218,7 +218,7 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
     out().print(shown)
     say("MB: weight files, packed · same: tokens with the same first choice · recovery: dense ppl / ppl")
     if result.recommended is not None:
-        say(f"recommended: {result.recommended.name}, packed in {result.packed(result.recommended)}")
+        say(f"recommended: {result.recommended}, packed in {result.out / result.recommended}-packed")
     elif constrained:
         say("no cell satisfies the constraints; lower them, or add a sparsity to the grid")
     if result.page is not None:

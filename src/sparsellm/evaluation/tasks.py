@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from sparsellm.errors import DataError, RecipeError, nearest, one_line, shown
 from sparsellm.records import Metric, Tasks
+from sparsellm.sources.gguf import without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
-    """lm-eval's TaskManager, after a check that it knows every task, group or tag that is named.
-
-    Args:
-        names: names of tasks.
-        folder: a directory of further tasks, in YAML files.
+    """lm-eval's TaskManager, which knows every task, group or tag that is named; ``folder`` has further tasks.
 
     Raises:
         RecipeError: lm-eval is not installed, the folder does not exist, or a task is unknown.
@@ -33,7 +30,8 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise RecipeError("tasks need lm-eval, which is not installed; pip install 'sparsellm[eval]'") from None
-    with _quiet():
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its lines and bars would mix with those of the command line
+    with without_bars():
         # lm-eval takes seconds to read the thousands of tasks of its own, which are often not needed.
         manager = TaskManager(include_path=str(folder), include_defaults=False) if folder is not None else None
         if manager is None or not set(names) <= set(manager.all_tasks):
@@ -49,13 +47,8 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], manager: Any, *, bos: bool
 ) -> Tasks:
-    """Value and standard error of every metric of some tasks; groups and their members are listed alike.
-
-    Args:
-        model: in memory, packed or dense.
-        names: names of tasks.
-        manager: as :func:`find_tasks` returns it.
-        bos: whether lm-eval puts BOS before a text.
+    """Value and standard error of every metric of some tasks, whose manager :func:`find_tasks` returned; groups and
+    their members are listed alike. With ``bos``, lm-eval puts BOS before a text.
 
     Raises:
         DataError: a task fails, for example because its data set cannot be read.
@@ -64,7 +57,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     try:
-        with _quiet():
+        with without_bars():
             harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", add_bos_token=bos)
             results = lm_eval.simple_evaluate(
                 model=harness, tasks=list(names), task_manager=manager, log_samples=False, bootstrap_iters=1000
@@ -90,20 +83,3 @@ def _metrics(values: Mapping[str, object]) -> dict[str, Metric]:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the log lines and progress bars of lm-eval, which would mix with those of the command line."""
-    import logging
-
-    from sparsellm.sources.gguf import without_bars
-
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with without_bars():
-            yield
-    finally:
-        logger.setLevel(level)
