@@ -28,7 +28,6 @@ from sparsellm.progress import Progress as Event
 
 LONG_PHASE = 10.0  # seconds; a finished phase that took longer gets a line
 CALM = 30.0  # seconds between two lines of progress in a log file
-SMALL_SHARE = 0.02  # share of the time; phases below it are added up in one row
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _ENDS_OF_LINES = re.compile(r"[\n\u2028\u2029]")
@@ -157,28 +156,27 @@ def table(names: tuple[str, ...], numbers: tuple[str, ...], title: str | None = 
 
 
 def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
-    """A table of the seconds of each phase and its share of the time, longest first; small phases are added up.
+    """A table of the seconds of each phase and its share of the time, longest first.
 
     Args:
         seconds: by phase; a name such as ``prune/solve`` is a part of ``prune``.
-        parts: show parts as well, and small phases one by one.
+        parts: show parts as well.
     """
-    totals = {name: value for name, value in seconds.items() if "/" not in name}
-    total = sum(totals.values()) or 1.0
+    longest = sorted(seconds, key=lambda name: -seconds[name])
+    whole = [name for name in longest if "/" not in name]
+    total = sum(seconds[name] for name in whole)
     shown = table(("step",), ("time", "share"))
-    rest = 0.0
-    for name, value in sorted(totals.items(), key=lambda item: -item[1]):
-        if value < SMALL_SHARE * total and not parts:
-            rest += value
-            continue
-        shown.add_row(_named(name), duration(value), f"{value / total:.0%}")
-        within = {part: value for part, value in seconds.items() if part.startswith(f"{name}/")} if parts else {}
-        for part, took in sorted(within.items(), key=lambda item: -item[1]):
-            shown.add_row(f"  {_named(part)}", duration(took), f"{took / total:.0%}", style="dim")
-    if rest:
-        shown.add_row("everything else", duration(rest), f"{rest / total:.0%}")
+    for name in whole:
+        within = [part for part in longest if parts and part.startswith(f"{name}/")]
+        for each in (name, *within):
+            words = (
+                f"{'  ' * ('/' in each)}{_named(each)}",
+                duration(seconds[each]),
+                f"{seconds[each] / (total or 1):.0%}",
+            )
+            shown.add_row(*words, style="dim" if "/" in each else None)
     shown.add_section()
-    shown.add_row("all", duration(sum(totals.values())), "", style="bold")
+    shown.add_row("all", duration(total), "", style="bold")
     return shown
 
 

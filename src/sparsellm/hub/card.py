@@ -35,14 +35,9 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
     from huggingface_hub import metadata_load
 
     name = getattr(model, "name_or_path", "") if directory is None else str(model)
-    if (
-        directory is None
-        or directory.parent.name != "snapshots"
-        or not directory.parents[1].name.startswith("models--")
-    ):
-        known = {"model": name} if HUB_ID.fullmatch(name) and not Path(name).exists() else {}
-    else:  # the hub's cache
-        known = {"model": directory.parents[1].name.removeprefix("models--").replace("--", "/")}
+    if directory is not None and directory.parent.name == "snapshots":  # in the hub's cache
+        name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
+    known = {"model": name} if HUB_ID.fullmatch(name) and not Path(name).exists() else {}
     try:
         card = directory / CARD if directory is not None else None
         stated = (metadata_load(card) if card is not None and card.stat().st_size <= _MOST_BYTES else None) or {}
@@ -53,11 +48,8 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
 
 
 def rebuild_card(directory: Path, *, force: bool = False) -> Path:
-    """Writes the card of a checkpoint anew, with the results of its evaluations; returns its path.
-
-    Args:
-        directory: the checkpoint.
-        force: overwrite a card that somebody else wrote or edited.
+    """Writes the card of a checkpoint anew, with the results of its evaluations, and returns its path; ``force`` replaces
+    a card that somebody else wrote or edited.
 
     Raises:
         StorageError: the directory has no ``pruning.json`` or was never evaluated, a file is damaged, or the card was
