@@ -48,8 +48,8 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
 
 
 def rebuild_card(directory: Path, *, force: bool = False) -> Path:
-    """Writes the card of a checkpoint anew, with the results of its evaluations, and returns its path; ``force`` replaces
-    a card that somebody else wrote or edited.
+    """Writes the card of a checkpoint anew, with the results of its evaluations, and returns its path. ``force``
+    replaces a card that somebody else wrote or edited.
 
     Raises:
         StorageError: the directory has no ``pruning.json`` or was never evaluated, a file is damaged, or the card was
