@@ -26,16 +26,9 @@ def prune_unit(
     solvers: Mapping[str, Solver],
     settings: Settings,
 ) -> None:
-    """Prunes one unit of a block by its auxiliary variables; the targets are its current outputs.
+    """Prunes one unit of a block; the targets are its current outputs, with weights of tokens ``(batch, seq)`` or None.
 
     The result is the iterate with the least error on held-out tokens, with its weights then fitted to all tokens.
-
-    Args:
-        task: the block.
-        unit: its feed-forward unit.
-        weights: weights of tokens, batches ``(batch, seq)``, or None for equal ones.
-        solvers: for each linear, by name.
-        settings: for the loop.
     """
     task.report("variables")
     with task.clock.phase("prune/variables"), task.stream.store() as inputs, task.stream.store() as outputs:
@@ -47,7 +40,8 @@ def prune_unit(
                 outputs.append(y.detach().flatten(0, -2).clone())
 
         with watch([unit.up, unit.down], see):
-            task.run()
+            for _ in task.stream.run(task.index):
+                pass
         flat = [weight.flatten() for weight in weights] if weights is not None else None
         alternate(task, unit, *split(stored(inputs, outputs, flat)), solvers, settings)
 
@@ -60,32 +54,31 @@ def alternate(
     solvers: Mapping[str, Solver],
     settings: Settings,
 ) -> None:
-    """Runs the loop, writes its result to the linears, and adds its history to the record of ``down``."""
-    roles = roles_of(unit)
-    pruned, history = prune_feed_forward(
-        plain(unit),
-        train,
-        held_out,
-        {role: solvers[linear.name] for role, linear in roles.items()},
-        {role: task.patterns[linear.name] for role, linear in roles.items()},
-        settings,
-        task.stream.scratch,
-    )
+    """Runs the loop and accepts its result for each linear, with its history in the result of ``down``.
+
+    Args:
+        solvers: for each linear, by name.
+    """
+    linears, scratch = by_role(unit), task.stream.scratch
+    inside = {role: solvers[linear.name] for role, linear in linears.items()}
+    patterns = {role: task.patterns[linear.name] for role, linear in linears.items()}
+    pruned, history = prune_feed_forward(current(unit), train, held_out, inside, patterns, settings, scratch)
     for role, linear in pruned.unit.linears().items():
         mask = pruned.masks[role]
-        task.accept(roles[role], Solution(linear.weight.where(mask, 0.0), mask, pruned.error, pruned.notes))
+        solution = Solution(linear.weight.where(mask, 0.0), mask, pruned.error, pruned.notes)
+        steps = tuple(history) if role == "down" else ()
+        task.accept(linears[role], linears[role].weight(), solution, None, history=steps)
         if linear.bias is not None:
-            roles[role].assign_bias(linear.bias)
-    task.history[unit.down.name] = history
+            linears[role].assign_bias(linear.bias)
 
 
-def roles_of(unit: FeedForwardUnit) -> dict[str, LinearView]:
-    """The linears of the unit by role, in the order in which they run."""
+def by_role(unit: FeedForwardUnit) -> dict[str, LinearView]:
+    """The linears of the unit, in the order in which they run."""
     gate = {"gate": unit.gate} if unit.gate is not None else {}
     return {"up": unit.up, **gate, "down": unit.down}
 
 
-def plain(unit: FeedForwardUnit) -> FeedForward:
+def current(unit: FeedForwardUnit) -> FeedForward:
     """The current weights of the unit, as plain tensors."""
-    linears = {role: Linear(linear.weight(), linear.bias) for role, linear in roles_of(unit).items()}
+    linears = {role: Linear(linear.weight(), linear.bias) for role, linear in by_role(unit).items()}
     return FeedForward(linears["up"], linears["down"], unit.activation, linears.get("gate"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from sparsellm.chain import LinearView
@@ -14,16 +15,18 @@ from sparsellm.solvers.divided import divide
 from sparsellm.statistics import Fit, Gram
 
 
-def local_method(entry: Entry[Solver]) -> Method:
-    """The method that collects the statistics of a block in one pass and solves each linear on them."""
+def from_solver(entry: Entry[Solver]) -> Entry[Method]:
+    """The method of a solver, with its name, options and paper.
+
+    It collects the statistics of a block in one pass and solves each linear on them.
+    """
 
     def prune_block(task: BlockTask, **options: Any) -> None:
-        solver = divide(entry, task.stream.chain.products)
+        solver = partial(divide(entry, task.stream.chain.products), **options)
 
         def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
-            with task.clock.phase("prune/solve"):
-                solution = solver(linear.weight(), gram, task.patterns[linear.name], **options)
-            task.accept(linear, solution, gram)
+            task.report(linear.name.rpartition(".")[2])
+            task.solve(linear, solver, gram)
 
         prune_experts(task, solve)  # first: their inputs come from linears that are not pruned yet
         task.report("statistics")
@@ -31,12 +34,6 @@ def local_method(entry: Entry[Solver]) -> Method:
         while statistics:
             group, gram = statistics.pop(0)  # frees each Gram matrix after use; the widest inputs come last
             for linear in group:
-                task.report(linear.name.rpartition(".")[2])
                 solve(linear, gram)
 
-    return prune_block
-
-
-def from_solver(entry: Entry[Solver]) -> Entry[Method]:
-    """The method of a solver, with its name, options and paper."""
-    return replace(cast(Entry[Method], entry), function=local_method(entry), distributed=True)
+    return replace(cast(Entry[Method], entry), function=prune_block, distributed=True)

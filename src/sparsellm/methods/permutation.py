@@ -12,7 +12,7 @@ of every group, and a linear assignment puts the members back where they are wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,14 +24,12 @@ from transformers import PretrainedConfig
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, watch
-from sparsellm.chain.experts import DOWN
-from sparsellm.methods.routed import ExpertTokens, without_experts
+from sparsellm.methods.routed import without_experts
 from sparsellm.methods.task import BlockTask
 from sparsellm.patterns import NM
 
 ROUNDS = 3  # each takes every member out of its group once; later rounds change nothing
 GROUPS = 256  # that exchange members with each other: the time of a round rises with their number
-PROVING = 64  # tokens on which the channels of an expert are proved
 PIECE = 1 << 18  # scores compared at a time, which fit into a processor's cache
 UNPROVED = "its inputs were not permuted for {}: {}"  # note of a linear
 
@@ -44,15 +42,9 @@ class Channels:
     """
 
     reader: LinearView
+    pattern: NM  # of the reader
     inputs: Tensor
     sources: tuple[tuple[LinearView, Tensor], ...]
-
-    @property
-    def width(self) -> int:
-        return self.inputs.shape[-1]
-
-    def linears(self) -> list[LinearView]:
-        return [self.reader, *(linear for linear, _ in self.sources)]
 
     def permute(self, order: Tensor) -> None:
         """Moves channel ``order[h, p]`` of each head h to position p, in all linears."""
@@ -60,12 +52,12 @@ class Channels:
         for linear, outputs in self.sources:
             linear.permute(outputs=_index(linear.out_features, outputs, order))
 
-    def best_order(self, pattern: NM, mean_squares: Tensor) -> Tensor:
+    def best_order(self, mean_squares: Tensor) -> Tensor:
         """The order ``(heads, width)`` that :func:`spread` chooses by the mean squares ``(in,)`` of the inputs, on the
         CPU, so that any process can take it."""
         scores = self.reader.weight().abs_().mul_(mean_squares.sqrt())
         heads = [torch.cat([scores[:, copy] for copy in head]) for head in self.inputs.transpose(0, 1)]
-        return torch.stack([spread(head, pattern) for head in heads]).cpu()
+        return torch.stack([spread(head, self.pattern) for head in heads]).cpu()
 
 
 def permute_block(task: BlockTask, weights: list[Tensor] | None) -> None:
@@ -80,45 +72,13 @@ def permute_block(task: BlockTask, weights: list[Tensor] | None) -> None:
     task.report("permutation")
     with task.clock.phase("prune/permutation"), torch.no_grad():
         proved = find_channels(task)
-        orders = parallel.from_main(lambda: _orders(task, proved, weights))
+        orders = parallel.from_main(partial(_orders, task, proved, weights))
         for channels, order in zip(proved, orders, strict=True):
-            _permute(task, channels, order)
-
-
-def permute_expert(task: BlockTask, own: ExpertTokens, linears: list[LinearView]) -> None:
-    """Permutes the channels of an expert whose last linear gets an N:M pattern, if all its linears are pruned."""
-    down = next((linear for linear in linears if linear.module is own.expert.get_submodule(DOWN)), None)
-    pattern = task.patterns[down.name] if down is not None else None
-    if down is None or not isinstance(pattern, NM) or len(linears) < len(list(own.expert.children())):
-        return
-
-    def choose() -> Tensor | None:
-        x = next((rows for rows, _ in own.routed()), own.tokens.store[0])
-        if _first_proved([channels], lambda: [own.expert(x[:PROVING])], task) is None:
-            return None
-        return channels.best_order(pattern, own.expert.inner(x).float().square().mean(0))
-
-    with task.clock.phase("prune/permutation"), torch.no_grad():
-        channels = _unit(down, [linear for linear in linears if linear is not down])
-        order = parallel.from_main(choose)
-        if order is not None:
-            _permute(task, channels, order)
-
-
-def _permute(task: BlockTask, channels: Channels, order: Tensor) -> None:
-    """Permutes channels, and the costs of the outputs that move."""
-    channels.permute(order)
-    for linear, outputs in channels.sources:
-        if (costs := task.output_costs.get(linear.name)) is not None:
-            index = _index(len(costs), outputs, order).to(costs.device)
-            task.output_costs = {**task.output_costs, linear.name: costs[index]}
-
-
-def _unit(down: LinearView, sources: list[LinearView]) -> Channels:
-    """All inputs of ``down`` as the outputs of each source, or as those of each half of it."""
-    inputs = torch.arange(down.in_features, device=down.parameter.device).view(1, 1, -1)
-    rows = [torch.arange(linear.out_features, device=inputs.device).view(-1, 1, down.in_features) for linear in sources]
-    return Channels(down, inputs, tuple(zip(sources, rows, strict=True)))
+            channels.permute(order)
+            for linear, outputs in channels.sources:
+                if (costs := task.output_costs.get(linear.name)) is not None:
+                    index = _index(len(costs), outputs, order).to(costs.device)
+                    task.output_costs = {**task.output_costs, linear.name: costs[index]}
 
 
 def _orders(task: BlockTask, proved: list[Channels], weights: list[Tensor] | None) -> list[Tensor]:
@@ -131,80 +91,73 @@ def _orders(task: BlockTask, proved: list[Channels], weights: list[Tensor] | Non
 
     with watch([channels.reader for channels in proved], see):
         task.stream.run_batch(task.index, 0)
-    orders = []
-    for channels in proved:
-        pattern = task.patterns[channels.reader.name]
-        assert isinstance(pattern, NM)
-        orders.append(channels.best_order(pattern, squares[channels.reader.name]))
-    return orders
+    return [channels.best_order(squares[channels.reader.name]) for channels in proved]
 
 
 def find_channels(task: BlockTask) -> list[Channels]:
     """The channels of the block whose reader gets an N:M pattern, each proved on one window."""
-    groups = _groups(task)
-    free = [x for x in without_experts(task.linears) if not task.stream.chain.is_shared(x.weight_name)]
+    chain = task.stream.chain
+    tokens, stream_width = task.stream.hidden[0].shape[1:]
+    free = [x for x in without_experts(task.linears) if not chain.is_shared(x.weight_name)]
     names = {linear.name for linear in free}
-    stream_width = task.stream.hidden[0].shape[-1]
-    proved = []
-    for position, (reader, *others) in enumerate(groups):
-        pattern = task.patterns.get(reader.name)
-        earlier = [linear for group in groups[:position] for linear in group]
-        if others or not earlier or reader.name not in names or not isinstance(pattern, NM):
-            continue
-        guesses = _guesses(reader, groups[:position], task.stream.chain.config)
-        fitting = [guess for guess in guesses if guess.width % pattern.m == 0]
-        number = parallel.from_main(partial(_first_proved, fitting, partial(_outputs, task, reader), task))
-        if number is None:
-            why = "no order of channels that was tried leaves the output of the block as it is"
-        elif any(linear.name not in names for linear in fitting[number].linears()):
-            why = "the linears before it stay dense"
-        else:
-            proved.append(fitting[number])
-            continue
-        if reader.out_features != stream_width:  # it reads the residual stream, whose channels are those of all blocks
-            continue
-        task.notes[reader.name] = (*task.notes.get(reader.name, ()), UNPROVED.format(pattern, why))
-    return proved
-
-
-def _groups(task: BlockTask) -> list[list[LinearView]]:
-    """All linears of the block that every token of a window reaches, pruned or not, by their inputs, in run order."""
-    grouping = InputGroups()
-    tokens = task.stream.hidden[0].shape[1]
+    grouping = InputGroups()  # of all linears that every token of a window reaches, pruned or not, in run order
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         if x.shape[:-1].numel() == tokens:
             grouping.add(linear, x)
 
-    with watch(without_experts(task.stream.chain.linears(task.index)), see):
+    with watch(without_experts(chain.linears(task.index)), see):
         task.stream.run_window(task.index)
-    return grouping.groups
+    proved = []
+    for position, (reader, *others) in enumerate(grouping.groups):
+        pattern = task.patterns.get(reader.name)
+        if others or not position or reader.name not in names or not isinstance(pattern, NM):
+            continue
+        guesses = _guesses(reader, pattern, grouping.groups[:position], chain.config)
+        fitting = [guess for guess in guesses if guess.inputs.shape[-1] % pattern.m == 0]
+        number = parallel.from_main(partial(_first_proved, fitting, task))
+        if number is None:
+            why = "no order of channels that was tried leaves the output of the block as it is"
+        elif any(linear.name not in names for linear, _ in fitting[number].sources):
+            why = "the linears before it stay dense"
+        else:
+            proved.append(fitting[number])
+            continue
+        if reader.out_features == stream_width:  # others read the stream, whose channels are those of all blocks
+            task.notes[reader.name] = (*task.notes.get(reader.name, ()), UNPROVED.format(pattern, why))
+    return proved
 
 
-def _guesses(reader: LinearView, earlier: list[list[LinearView]], config: PretrainedConfig) -> Iterator[Channels]:
+def _guesses(
+    reader: LinearView, pattern: NM, earlier: list[list[LinearView]], config: PretrainedConfig
+) -> Iterator[Channels]:
     """Channels that ``reader`` may read, the likelier ones first."""
     width = reader.in_features
+    places = torch.arange(width, device=reader.parameter.device)
+
+    def unit(sources: list[LinearView]) -> Channels:
+        """All inputs as the outputs of each source, or as those of each half of it."""
+        rows = [torch.arange(x.out_features, device=places.device).view(-1, 1, width) for x in sources]
+        return Channels(reader, pattern, places.view(1, 1, -1), tuple(zip(sources, rows, strict=True)))
+
     for group in reversed(earlier):
         sources = [linear for linear in group if linear.out_features in (width, 2 * width)]
         if sources:  # a unit's gate and up, perhaps as the halves of one linear
-            yield _unit(reader, sources)
+            yield unit(sources)
         if len(sources) > 1:
-            yield from (_unit(reader, [linear]) for linear in sources)
+            yield from (unit([linear]) for linear in sources)
     text = config.get_text_config()
     queries = getattr(text, "num_attention_heads", None)
     if not isinstance(queries, int) or queries < 1 or width % queries:
         return
-    size = width // queries
-    keys = getattr(text, "num_key_value_heads", None)
+    size, keys = width // queries, getattr(text, "num_key_value_heads", None)
     for heads in dict.fromkeys([keys if isinstance(keys, int) and keys > 0 else queries, queries, 1]):
         if queries % heads:
             continue
-        inputs = torch.arange(width, device=reader.parameter.device)
-        inputs = inputs.view(heads, queries // heads, size).transpose(0, 1)
-        for group in reversed(earlier):
-            for linear in reversed(group):
-                for outputs in _value_rows(linear, heads, size):
-                    yield Channels(reader, inputs, ((linear, outputs),))
+        inputs = places.view(heads, queries // heads, size).transpose(0, 1)
+        for linear in (linear for group in reversed(earlier) for linear in reversed(group)):
+            for outputs in _value_rows(linear, heads, size):
+                yield Channels(reader, pattern, inputs, ((linear, outputs),))
 
 
 def _value_rows(linear: LinearView, heads: int, size: int) -> Iterator[Tensor]:
@@ -218,21 +171,21 @@ def _value_rows(linear: LinearView, heads: int, size: int) -> Iterator[Tensor]:
         yield rows.view(1, heads, outputs // heads)[..., -size:]
 
 
-def _first_proved(guesses: list[Channels], run: Callable[[], list[Tensor]], task: BlockTask) -> int | None:
-    """The first guess with which ``run`` has the same outputs, up to rounding, if channels are in a random order."""
+def _first_proved(guesses: list[Channels], task: BlockTask) -> int | None:
+    """The first guess with which the block has the same outputs, up to rounding, if channels are in a random order."""
     before: list[Tensor] = []
     dtype = task.stream.chain.dtype if task.stream.chain.products is None else torch.bfloat16
     tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)  # a wrong guess changes the reader's output by about its size
     for number, guess in enumerate(guesses):
-        before = before or run()
+        before = before or _outputs(task, guess.reader)
         heads, width = guess.inputs.shape[1:]
         generator = torch.Generator().manual_seed(width)
         order = torch.stack([torch.randperm(width, generator=generator) for _ in range(heads)]).to(guess.inputs.device)
         guess.permute(order)
-        after = run()
+        after = _outputs(task, guess.reader)
         guess.permute(order.argsort(dim=-1))
-        differences = [float((x.float() - y.float()).norm()) for x, y in zip(after, before, strict=True)]
-        if all(x <= tolerance * float(y.float().norm()) for x, y in zip(differences, before, strict=True)):
+        pairs = zip(after, before, strict=True)
+        if all(float((x.float() - y.float()).norm()) <= tolerance * float(y.float().norm()) for x, y in pairs):
             return number
     return None
 

@@ -27,8 +27,8 @@ from sparsellm.chain.units import FeedForwardUnit, find_feed_forward, relu
 from sparsellm.decomposition.loop import Settings
 from sparsellm.errors import RecipeError
 from sparsellm.methods.feed_forward import UNIT_STREAMS, prune_unit
-from sparsellm.methods.permutation import permute_block, permute_expert
-from sparsellm.methods.routed import ExpertTokens, prune_experts, without_experts
+from sparsellm.methods.permutation import permute_block
+from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.methods.weighting import token_weights, weighted_solvers
@@ -90,25 +90,31 @@ def sparsellm(
     """Global pruning by auxiliary targets: linears in the order they run, each fitted to what is left to it."""
     if task.idle:
         return  # without zeros there is no error to compensate: the weights keep every bit
-    order = RunOrder()
     task.stream.forget()
     weights = token_weights(task.stream.hidden, norm_weighting) if norm_weighting else None
     if permute:
         permute_block(task, weights)
+    order = RunOrder()
     sublayers = find_sublayers(task, order)
-    fitting = _Fitting(weights, weighted_solvers(task, solver, output_metric), refit, refit_damping, order, sublayers)
+    solvers = weighted_solvers(task, solver, output_metric)
+    fitting = _Fitting(task, weights, solvers, refit_damping if refit else None, order)
     sparsest = max(task.patterns[linear.name].sparsity for linear in task.linears)
     units: list[FeedForwardUnit] = []
     if iterations or (iterations is None and refit and sparsest >= PAYS):
         units = find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
     for sublayer in sublayers:
-        unit = next((unit for unit in units if _names(unit.linears()) == _names(sublayer.linears())), None)
+        unit = next((unit for unit in units if {linear.name for linear in unit.linears()} == sublayer.names), None)
         rounds = _rounds(task, unit, solver, iterations) if unit is not None else 0
         if unit is not None and rounds:
-            prune_unit(task, unit, weights, fitting.solvers, Settings(rounds, damping=refit_damping))
+            prune_unit(task, unit, weights, solvers, Settings(rounds, damping=refit_damping))
         else:
-            _prune_in_order(task, sublayer, fitting)
-    _prune_rest(task, fitting, permute)
+            fitting.prune_in_order(sublayer)
+    prune_experts(task, fitting.solve, weights, fitting.damping)
+    known = {name for sublayer in sublayers for name in sublayer.names}
+    rest = [linear for linear in without_experts(task.linears) if linear.name not in known]
+    for group, gram in task.statistics(rest, weights) if rest else []:  # do not get every token either
+        for linear in group:
+            fitting.solve(linear, gram)
 
 
 def _rounds(task: BlockTask, unit: FeedForwardUnit, solver: str, asked: int | None) -> int:
@@ -137,122 +143,84 @@ def _rounds(task: BlockTask, unit: FeedForwardUnit, solver: str, asked: int | No
 
 @dataclass(frozen=True)
 class _Fitting:
-    """The settings for fitting and pruning the linears of a block.
+    """Fits and prunes linears of a block.
 
     Attributes:
+        task: the block.
         weights: weights of tokens, batches ``(batch, seq)``, or None for equal ones.
         solvers: for each linear, by name.
-        refit: whether output projections are refitted before they are pruned.
-        damping: ridge of the refit.
+        damping: ridge of the refit of output projections; None for no refit.
         order: the order in which the block's linears run.
-        sublayers: the sublayers of the block.
     """
 
+    task: BlockTask
     weights: list[Tensor] | None
     solvers: Mapping[str, Solver]
-    refit: bool
-    damping: float
+    damping: float | None
     order: RunOrder
-    sublayers: list[Sublayer]
 
+    def solve(self, linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
+        """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result."""
+        self.task.solve(linear, self.solvers[linear.name], gram, fit)
 
-def _prune_in_order(task: BlockTask, sublayer: Sublayer, fitting: _Fitting) -> None:
-    """Prunes one group after another; the refit's target is the writer's output before the first group was pruned."""
-    writer = sublayer.writer if fitting.refit else None
-    with task.stream.store() as target:  # batches of the writer's output before pruning
-        for group in sublayer.groups:
-            task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
-            known = sublayer.shortcut if group[0] is sublayer.writer else None
-            known = task.stream.keep(known) if known is not None else None
-            recorded = writer if group is sublayer.groups[0] else None
-            gram, cross = _moments(task, group[0], fitting, target, known, recorded, fitted=group[0] is writer)
-            fit = None
-            if cross is not None:
-                with task.clock.phase("prune/solve"):
-                    fit = least_squares(gram, cross, fitting.damping, prior=group[0].weight())
-                del cross
-            for linear in group:
-                _solve(task, linear, gram, fitting, fit)
-            if known is not None:
-                task.stream.use(known)
+    def prune_in_order(self, sublayer: Sublayer) -> None:
+        """Prunes one group after another; the refit's target is the writer's output before the first was pruned."""
+        task, stream = self.task, self.task.stream
+        writer = sublayer.writer if self.damping is not None else None
+        with stream.store() as target:  # batches of the writer's output before pruning
+            for group in sublayer.groups:
+                task.report("+".join(linear.name.rpartition(".")[2] for linear in group))
+                known = sublayer.shortcut if group[0] is sublayer.writer else None
+                known = stream.keep(known) if known is not None else None
+                recorded = writer if group is sublayer.groups[0] else None
+                gram, cross = self._moments(group[0], target, known, recorded, fitted=group[0] is writer)
+                fit = None
+                if cross is not None and self.damping is not None:
+                    with task.clock.phase("prune/solve"):
+                        fit = least_squares(gram, cross, self.damping, prior=group[0].weight())
+                    del cross
+                for linear in group:
+                    self.solve(linear, gram, fit)
+                if known is not None:
+                    stream.use(known)
 
+    def _moments(
+        self,
+        head: LinearView,
+        target: TensorStore,
+        known: KnownOutput | None,
+        recorded: LinearView | None,
+        *,
+        fitted: bool,
+    ) -> tuple[Gram, Tensor | None]:
+        """The Gram matrix of the input of ``head``, and its cross-moment with the target ``(out, in)`` if it is fitted.
 
-def _solve(task: BlockTask, linear: LinearView, gram: Gram, fitting: _Fitting, fit: Fit | None = None) -> None:
-    """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result."""
-    with task.clock.phase("prune/solve"):
-        weight = linear.weight() if fit is None else fit.weight
-        solution = fitting.solvers[linear.name](weight, gram, task.patterns[linear.name])
-    solution = solution if fit is None else replace(solution, notes=(*fit.notes, *solution.notes))
-    task.accept(linear, solution, gram, weight)
+        They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
+        Linears that only run after both are skipped.
+        """
+        stream, index = self.task.stream, self.task.index
+        gram = GramAccumulator(head.in_features, stream.chain.device)
+        cross = CrossAccumulator(head.out_features, head.in_features, stream.chain.device) if fitted else None
+        bias = head.bias
+        position = 0  # the number of the batch, read by the hook
 
+        def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
+            if linear is head:
+                weights = self.weights[position] if self.weights is not None else None
+                if known is not None:
+                    known.append(x)
+                gram.update(x, weights)
+                if cross is not None:
+                    cross.update(target[position] if bias is None else target[position] - bias, x, weights)
+            if linear is recorded:
+                target.append(y.detach().clone())  # later operations may change it in place
 
-def _moments(
-    task: BlockTask,
-    head: LinearView,
-    fitting: _Fitting,
-    target: TensorStore,
-    known: KnownOutput | None,
-    recorded: LinearView | None,
-    *,
-    fitted: bool,
-) -> tuple[Gram, Tensor | None]:
-    """The Gram matrix of the input of ``head``, and its cross-moment with the target ``(out, in)`` if it is fitted.
-
-    They take one pass, which also appends that input to ``known`` and the outputs of ``recorded`` to ``target``.
-    Linears that only run after both are skipped.
-    """
-    chain = task.stream.chain
-    gram = GramAccumulator(head.in_features, chain.device)
-    cross = CrossAccumulator(head.out_features, head.in_features, chain.device) if fitted else None
-    bias = head.bias
-    position = 0  # the number of the batch, read by the hook
-
-    def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
-        if linear is head:
-            weights = fitting.weights[position] if fitting.weights is not None else None
-            if known is not None:
-                known.append(x)
-            gram.update(x, weights)
-            if cross is not None:
-                cross.update(target[position] if bias is None else target[position] - bias, x, weights)
-        if linear is recorded:
-            target.append(y.detach().clone())  # later operations may change it in place
-
-    seen = [head, *([recorded] if recorded is not None else [])]
-    linears = chain.linears(task.index)
-    unread = fitting.order.unread(linears, inputs=[head], outputs=seen[1:])
-    with task.clock.phase("prune/statistics"), watch(seen, see), skipping(unread):
-        for position in range(len(task.stream)):
-            task.stream.run_batch(task.index, position)
-    gram.reduce()
-    if cross is not None:
-        cross.reduce()
-    return gram.finish(), cross.finish() if cross is not None else None
-
-
-def _prune_rest(task: BlockTask, fitting: _Fitting, permute: bool) -> None:
-    """Prunes the experts, and then linears that do not get every token either: each by itself.
-
-    The statistics of the latter take one pass. One that no token reaches is left to :meth:`BlockTask.finish`.
-    """
-
-    def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
-        _solve(task, linear, gram, fitting, fit)
-
-    def before(expert: ExpertTokens, linears: list[LinearView]) -> None:
-        if permute:
-            permute_expert(task, expert, linears)
-
-    prune_experts(task, solve, fitting.weights, refit=fitting.damping if fitting.refit else None, before=before)
-    known = {name for sublayer in fitting.sublayers for name in _names(sublayer.linears())}
-    rest = [linear for linear in without_experts(task.linears) if linear.name not in known]
-    if not rest:
-        return
-    task.report("rest")
-    for group, gram in task.statistics(rest, fitting.weights):
-        for linear in group:
-            _solve(task, linear, gram, fitting)
-
-
-def _names(linears: list[LinearView]) -> set[str]:
-    return {linear.name for linear in linears}
+        outputs = [recorded] if recorded is not None else []
+        unread = self.order.unread(stream.chain.linears(index), inputs=[head], outputs=outputs)
+        with self.task.clock.phase("prune/statistics"), watch([head, *outputs], see), skipping(unread):
+            for position in range(len(stream)):
+                stream.run_batch(index, position)
+        gram.reduce()
+        if cross is not None:
+            cross.reduce()
+        return gram.finish(), cross.finish() if cross is not None else None

@@ -1,13 +1,15 @@
 """The published SparseLLM, for comparison: with SparseGPT as solver, and the last iterate as the result.
 
 As in the authors' code, the statistics of a block come from one pass before any of its linears is pruned. SparseGPT
-prunes attention and experts. The loop with ``Settings.of_the_paper`` prunes the feed-forward unit: its inputs are those
-from before attention was pruned, and its targets are the dense unit's outputs on them. Differences from the authors'
-code: all numbers are fp32, every block of the model is pruned, and variables are kept in chunks that may be on disk.
+prunes attention and the experts of a mixture. The loop with ``Settings.of_the_paper`` prunes
+the feed-forward unit: its inputs are those from before attention was pruned, and its targets are the dense unit's
+outputs on them. Differences from the authors' code: all numbers are fp32, every block of the model is pruned, and
+variables are kept in chunks that may be on disk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Annotated, Literal
 
@@ -20,11 +22,11 @@ from sparsellm.chain.units import FeedForwardUnit, find_feed_forward
 from sparsellm.decomposition.loop import Settings
 from sparsellm.decomposition.objective import stored
 from sparsellm.errors import ModelError, NumericalError
-from sparsellm.methods.feed_forward import UNIT_STREAMS, alternate, plain
+from sparsellm.methods.feed_forward import UNIT_STREAMS, alternate, current
 from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.registry import Needs, Workspace
-from sparsellm.solvers import SOLVERS
+from sparsellm.solvers import SOLVERS, Solver
 from sparsellm.statistics import Fit, Gram
 from sparsellm.storage.scratch import TensorStore
 
@@ -51,17 +53,15 @@ def sparsellm_paper(
     """The published algorithm on the whole model, in fp32, for comparison; it may diverge."""
     if task.idle:
         return
-    sparsegpt = SOLVERS["sparsegpt"].function
+    solver = SOLVERS["sparsegpt"].function
 
     def solve(linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
         task.report(linear.name.rpartition(".")[2])
-        with task.clock.phase("prune/solve"):
-            solution = sparsegpt(linear.weight(), gram, task.patterns[linear.name])
-        task.accept(linear, solution, gram)
+        task.solve(linear, solver, gram)
 
     linears = without_experts(task.linears)
     units = find_feed_forward(linears, lambda: task.stream.run_window(task.index))
-    inside = {linear.name for unit in units for linear in unit.linears()}
+    inside = {linear.name: solver for unit in units for linear in unit.linears()}
     with ExitStack() as held:
         inputs = {unit.up.name: held.enter_context(task.stream.store()) for unit in units}
 
@@ -77,17 +77,16 @@ def sparsellm_paper(
                     solve(linear, gram)
         del statistics
         for unit in units:
-            gated = unit.gate is not None
-            settings = Settings.of_the_paper(
-                epochs,
-                penalty or (5.0 if gated else 0.1),
-                output_update or ("pseudo-inverse" if gated else "gradient"),
-                safeguard=safeguard,
-            )
-            _prune_unit(task, unit, inputs[unit.up.name], settings)
+            update, price = output_update or "pseudo-inverse", penalty or 5.0
+            if unit.gate is None:
+                update, price = output_update or "gradient", penalty or 0.1
+            settings = Settings.of_the_paper(epochs, price, update, safeguard=safeguard)
+            _prune_unit(task, unit, inputs[unit.up.name], inside, settings)
 
 
-def _prune_unit(task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, settings: Settings) -> None:
+def _prune_unit(
+    task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, solvers: Mapping[str, Solver], settings: Settings
+) -> None:
     """Prunes one unit by the published loop.
 
     Raises:
@@ -100,13 +99,12 @@ def _prune_unit(task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, set
             f"not {unit.activation.name!r}"
         )
     task.report("alternating")
-    sparsegpt, dense = SOLVERS["sparsegpt"].function, plain(unit)
+    dense = current(unit)
     with task.clock.phase("prune/variables"), task.stream.store() as targets:
         for x in inputs:
             targets.append(dense(x.float()))
-        train = stored(inputs, targets)
         try:
-            alternate(task, unit, train, [], {linear.name: sparsegpt for linear in unit.linears()}, settings)
+            alternate(task, unit, stored(inputs, targets), [], solvers, settings)
         except NumericalError as failure:
             advice = "options.epochs stops it earlier, options.safeguard=true keeps the best epoch"
             raise NumericalError(f"{unit.down.name}: {failure}; {advice}") from failure

@@ -29,61 +29,45 @@ class Sublayer:
     writer: LinearView | None
     shortcut: KnownOutput | None = None
 
-    def linears(self) -> list[LinearView]:
-        return [linear for group in self.groups for linear in group]
+    @property
+    def names(self) -> set[str]:
+        return {linear.name for group in self.groups for linear in group}
 
 
 def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     """The sublayers of a block, recognised on one window. Linears that do not get all its tokens (experts) are left
-    out.
-
-    Args:
-        order: records the order in which all linears of the block run.
-    """
+    out. ``order`` records the order in which all linears of the block run."""
     tokens, width = task.stream.hidden[0].shape[1:]
     returns = Returns(task.stream.chain.blocks[task.index], tokens * width)
-    outputs: dict[str, Tensor] = {}
-    with returns.recorded():
-        found, output = _groups(task, order, outputs)
+    pruned = {linear.name for linear in without_experts(task.linears)}
+    grouping = InputGroups()
+    outputs: dict[str, Tensor] = {}  # of each linear that could be a writer
+
+    def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
+        order.see(linear)
+        if linear.name in pruned and x.shape[:-1].numel() == tokens:
+            grouping.add(linear, x)
+            if linear.out_features == width:
+                outputs[linear.name] = y.clone()
+
+    with returns.recorded(), watch(task.stream.chain.linears(task.index), see):
+        output = task.stream.run_window(task.index)
     sublayers: list[Sublayer] = []
     groups: list[list[LinearView]] = []
-    done: set[str] = set()
-    proven: list[KnownOutput] = []
-    for group in found:
+    later, proven = list(task.linears), list[KnownOutput]()
+    for group in grouping.agreed(task.linears):
         groups.append(group)
-        done |= {linear.name for linear in group}
+        later = [linear for linear in later if linear not in group]
         if len(groups) > 1 and len(group) == 1 and group[0].out_features == width:
-            known = _shortcut(task, groups, order, returns, [each for each in task.linears if each.name not in done])
-            trial = [*proven, *([replace(known, values=[outputs[group[0].name]])] if known is not None else [])]
-            if known is not None and _proves(task, trial, output):
+            known = _shortcut(task, groups, order, returns, later)
+            trial = [*proven, replace(known, values=[outputs[group[0].name]])] if known is not None else []
+            if trial and _proves(task, trial, output):
                 proven = trial
             else:
                 known = None
             sublayers.append(Sublayer(groups, group[0], known))
             groups = []
     return [*sublayers, Sublayer(groups, None)] if groups else sublayers
-
-
-def _groups(task: BlockTask, order: RunOrder, outputs: dict[str, Tensor]) -> tuple[list[list[LinearView]], Tensor]:
-    """The groups of linears, and the output of the block, for the first window.
-
-    Args:
-        outputs: gets the output of each linear that could be a writer.
-    """
-    grouping = InputGroups()
-    wanted = {linear.name for linear in without_experts(task.linears)}
-    tokens, width = task.stream.hidden[0].shape[1:]
-
-    def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
-        order.see(linear)
-        if linear.name in wanted and x.shape[:-1].numel() == tokens:
-            grouping.add(linear, x)
-            if linear.out_features == width:
-                outputs[linear.name] = y.clone()
-
-    with watch(task.stream.chain.linears(task.index), see):
-        output = task.stream.run_window(task.index)
-    return grouping.agreed(task.linears), output
 
 
 def _shortcut(

@@ -14,16 +14,10 @@ from sparsellm.solvers.divided import divide
 
 
 def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
-    """The weight ``min(1, (medians · median norm / norm)²)`` of each token.
+    """The weight ``min(1, (medians · median norm / norm)²)`` of each token, in batches ``(batch, seq)``, for batches
+    ``(batch, seq, hidden)``.
 
     Without weights, a few tokens with massive activations (2402.17762) would dominate every squared error.
-
-    Args:
-        hidden: batches ``(batch, seq, hidden)``.
-        medians: tokens with norms up to this multiple of the median have weight 1.
-
-    Returns:
-        Weights ``(batch, seq)`` for each batch.
     """
     norms = [batch.float().norm(dim=-1) for batch in hidden]
     limit = medians * torch.cat(parallel.gather_list(torch.cat([norm.flatten() for norm in norms]))).median()

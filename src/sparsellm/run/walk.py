@@ -18,9 +18,10 @@ from sparsellm import machine
 from sparsellm.allocation import Allocation, LinearSize, Survey
 from sparsellm.allocation.allocator import divide, in_groups
 from sparsellm.chain import Feed, Stream
-from sparsellm.methods import BlockTask, LinearResult
+from sparsellm.methods import BlockTask
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
+from sparsellm.records import LinearResult
 from sparsellm.run.choice import patterns_of, sizes_of
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.journal import BlockRecord, Journal, conditions
@@ -143,7 +144,7 @@ def walk(
                 if linears:
                     plan.choice.method.function(task, **plan.choice.options)
                 chain.settle_block(index)
-                results[:] = task.finish()
+                task.finish()
             if index + 1 < blocks:  # the output of the last block is not needed
                 report("forward")
                 with clock.phase("forward"):
