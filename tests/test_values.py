@@ -10,23 +10,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.chain import open_chain
+from sparsellm.chain import Feed, open_chain
 from sparsellm.errors import NumericalError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.solvers import rounding
 from sparsellm.storage.directory import partial_of
+from sparsellm.storage.scratch import Scratch
+from sparsellm.sweep import whole_model
+from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.whole_model import _Run
 from sparsellm.tables import print_packed
 from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, on_grid
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import mixtral
-from tests.sweep.helpers import dense_end, divergence, ids_of, linear_weights, sharing_llama
+from tests.sweep.helpers import CPU, dense_end, divergence, halved, ids_of, linear_weights, sharing_llama
 from tests.test_resume import RECIPE, contents, fail_in_block
 
 LOCAL: dict[str, Any] = {"method": "sparsegpt"}
@@ -189,20 +192,12 @@ def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPa
 def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of each weight is that of its rounded value, computed by autograd on the whole rounded model, and
     that of a group's factor is how the loss changes if all its rounded values grow together."""
-    from sparsellm.chain import Feed
-    from sparsellm.storage.scratch import Scratch
-    from sparsellm.sweep import whole_model
-    from sparsellm.sweep.integers import Integers
-    from sparsellm.sweep.training import Adam
-    from tests.sweep.helpers import CPU, halved
-
     found: dict[str, Tensor] = {}
 
-    class Recorded(Adam):
-        def step(self, rate: float, number: int) -> None:
-            found.update({name: p.grad.clone() for name, p in self._parameters.items() if p.grad is not None})
+    def recorded(parameters: dict[str, nn.Parameter], *_: Any, **__: Any) -> None:
+        found.update({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
 
-    monkeypatch.setattr(whole_model, "Adam", Recorded)
+    monkeypatch.setattr(whole_model, "adam_step", recorded)
     dense, model, plain, ids = tiny_gpt2(), halved(tiny_gpt2()), halved(tiny_gpt2()), ids_of(2)
     chain = open_chain(model, device=CPU)
     names = [linear.name for index in range(len(chain)) for linear in chain.linears(index)]

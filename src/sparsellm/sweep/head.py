@@ -24,8 +24,7 @@ def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, g
 
     Args:
         chain: with its outer weights loaded.
-        hidden: the output of the last block, ``(batch, seq, hidden)``.
-        ids: the token ids that belong to it, ``(batch, seq)``.
+        hidden, ids: the output of the last block, ``(batch, seq, hidden)``, and its token ids ``(batch, seq)``.
         loss: for the logits of a span of positions.
         gradient: whether to compute the gradient; if not, ``hidden`` itself is returned in its place.
 
@@ -71,13 +70,8 @@ def next_token_loss(targets: Tensor) -> HeadLoss:
 
 
 def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
-    """The loss ``KL(dense ‖ pruned)`` in nats, summed over positions.
-
-    Args:
-        chain: with its outer weights loaded.
-        dense: the output of the dense model's last block, ``(batch, seq, hidden)``.
-        ids: the token ids that belong to it, ``(batch, seq)``.
-    """
+    """The loss ``KL(dense ‖ pruned)`` in nats, summed over positions, from the output of the dense model's last block
+    ``(batch, seq, hidden)`` and its token ids ``(batch, seq)``; the chain has its outer weights loaded."""
 
     def divergence(logits: Tensor, span: slice, slope: Tensor | None) -> float:
         total = 0.0

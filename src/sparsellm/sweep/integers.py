@@ -38,14 +38,14 @@ class Integers:
     def factors(self, chain: Chain, index: int) -> dict[str, Tensor]:
         """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, which owns them, by
         the names that their factors have among its parameters."""
-        found = {}
+        factors = {}
         for linear in self._of(chain, index):
             if chain.owns(linear.weight_name):
                 weight = linear.weight()
                 groups = self.groups[linear.weight_name] = Groups.of(weight, self.values)
                 of_a_row = len(groups.collect(weight)) // len(weight)
-                found[linear.weight_name + FACTORS] = weight.new_ones(len(weight), of_a_row)
-        return found
+                factors[linear.weight_name + FACTORS] = weight.new_ones(len(weight), of_a_row)
+        return factors
 
     def of(self, parameters: Mapping[str, nn.Parameter], chain: Chain, index: int) -> dict[str, nn.Parameter]:
         """The same parameters of block ``index`` without factors, with rounded ones in place of the weights of these
@@ -67,14 +67,7 @@ class Integers:
         self, parameters: Mapping[str, nn.Parameter], rounded: Mapping[str, nn.Parameter], chain: Chain, index: int
     ) -> None:
         """Sets the gradients of the factors of block ``index`` from those of its weights: the whole numbers of a group
-        are held, so its values move together.
-
-        Args:
-            parameters: the block's parameters, weights with their gradients.
-            rounded: what :meth:`of` made of them.
-            chain: the model.
-            index: the number of the block.
-        """
+        are held, so its values move together. ``rounded`` is what :meth:`of` made of ``parameters``."""
         for linear in self._of(chain, index):
             name = linear.weight_name
             gradient = parameters[name].grad if name in parameters else None

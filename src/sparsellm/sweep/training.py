@@ -25,72 +25,63 @@ T = TypeVar("T")
 @contextmanager
 def running_on(chain: Chain, index: int, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Replaces the parameters of block ``index`` by these until the context ends, then restores its own."""
-    own = chain.block_parameters(index)
+    before = chain.block_parameters(index)
     for name, parameter in parameters.items():
         chain.set_parameter(name, parameter)
     try:
         yield
     finally:
         for name in parameters:
-            chain.set_parameter(name, own[name])
+            chain.set_parameter(name, before[name])
 
 
-class Adam:
-    """Adam whose step is relative to the root mean square of each parameter, and whose zeros stay exactly zero.
+@torch.no_grad()
+def adam_step(
+    parameters: Mapping[str, nn.Parameter],
+    state: Tensor,
+    rate: float,
+    number: int,
+    *,
+    pruned: Collection[str] = (),
+    factors: Collection[str] = (),
+) -> None:
+    """Takes a step of Adam from the parameters' gradients, and clears them.
 
-    The moments are one flat tensor each, so that a block's state can be stored as a whole.
+    The step is relative to the root mean square of each parameter.
 
     Args:
-        parameters: fp32, by name; those that need no gradient are not trained.
-        pruned: names of the parameters whose zeros must stay.
-        state: ``(2, elements)`` fp32, zeros at first: the two moments; changed in place.
+        parameters: fp32, by name.
+        state: the two moments, flat, so that they can be stored as a whole: ``(2, elements)`` fp32, zeros at first;
+            changed in place.
+        rate: the learning rate.
+        number: the number of the step, from 1.
+        pruned: names of the parameters whose zeros stay exactly zero.
         factors: names of the parameters that multiply groups of values. Their gradients are sums over a group and have
             less noise, so they take longer steps.
     """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        pruned: set[str],
-        state: Tensor,
-        factors: Collection[str] = (),
-    ) -> None:
-        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
-        self._pruned = pruned
-        self._state = state
-        self._factors = factors
-
-    @torch.no_grad()
-    def step(self, rate: float, number: int) -> None:
-        """Takes one step from the parameters' gradients, and clears them.
-
-        Args:
-            rate: the learning rate, relative to each parameter's root mean square.
-            number: the number of the step, from 1.
-        """
-        groups = []
-        state: dict[Tensor, dict[str, Tensor]] = {}
-        position = 0
-        for name, parameter in self._parameters.items():
-            end = position + parameter.numel()
-            first, second = (moment[position:end].view_as(parameter) for moment in self._state)
-            position = end
-            if parameter.grad is None:
-                continue
-            if name in self._pruned:
-                _clear_where_zero_(parameter.grad, parameter)
-            size = float(parameter.norm()) / parameter.numel() ** 0.5
-            step = min(FACTOR_RATE * rate, FACTOR_LIMIT) if name in self._factors else rate
-            groups.append({"params": [parameter], "lr": step * max(size, EPSILON)})
-            before = torch.tensor(number - 1.0, device=parameter.device)
-            state[parameter] = {"step": before, "exp_avg": first, "exp_avg_sq": second}
-        if not groups:
-            return
-        # Made anew for each step: the moments are stored elsewhere in between, and the fused step has no other state.
-        optimiser = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
-        optimiser.state.update(state)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+    groups = []
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    position = 0
+    for name, parameter in parameters.items():
+        end = position + parameter.numel()
+        first, second = (moment[position:end].view_as(parameter) for moment in state)
+        position = end
+        if parameter.grad is None:
+            continue
+        if name in pruned:
+            _clear_where_zero_(parameter.grad, parameter)
+        size = float(parameter.norm()) / parameter.numel() ** 0.5
+        step = min(FACTOR_RATE * rate, FACTOR_LIMIT) if name in factors else rate
+        groups.append({"params": [parameter], "lr": step * max(size, EPSILON)})
+        before = torch.tensor(number - 1.0, device=parameter.device)
+        states[parameter] = {"step": before, "exp_avg": first, "exp_avg_sq": second}
+    if not groups:
+        return
+    # Made anew for each step: the moments are stored elsewhere in between, and the fused step has no other state.
+    optimiser = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
+    optimiser.state.update(states)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
 
 
 def _clear_where_zero_(gradient: Tensor, parameter: Tensor) -> None:
@@ -128,10 +119,8 @@ class Float32Calls:
 
 
 def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
-    """The steps to train on, and those held out to judge by.
-
-    A share, spread evenly, is held out, at most :data:`MOST_HELD_OUT`. Fewer than four steps are all in both lists.
-    """
+    """The steps to train on, and those held out to judge by: a share, spread evenly, at most :data:`MOST_HELD_OUT`.
+    Fewer than four steps are all in both lists."""
     count = min(MOST_HELD_OUT, max(1, round(len(steps) * fraction))) if len(steps) >= 4 and fraction > 0 else 0
     held = spread_evenly(count, len(steps))
     judges = [step for i, step in enumerate(steps) if i in held]
@@ -139,18 +128,16 @@ def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
 
 
 def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
-    """Copies the gradients of process ``source``, which has the windows, to every process.
-
-    A parameter without a gradient there has none in any process afterwards.
-    """
+    """Copies the gradients of process ``source``, which has the windows, to every process; one that it lacks stays
+    None."""
     if parallel.size() == 1:
         return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = list(parameters)
     reached = parallel.broadcast([parameter.grad is not None for parameter in trained], source)
     for parameter, has_gradient in zip(trained, reached, strict=True):
         if has_gradient:
-            own = parameter.grad if parameter.grad is not None else torch.empty_like(parameter)
-            parameter.grad = parallel.broadcast_(own.detach().contiguous(), source)
+            gradient = parameter.grad if parameter.grad is not None else torch.empty_like(parameter)
+            parameter.grad = parallel.broadcast_(gradient.detach().contiguous(), source)
 
 
 def shuffled(count: int, seed: int) -> list[int]:

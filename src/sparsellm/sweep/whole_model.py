@@ -30,8 +30,8 @@ from sparsellm.sweep.head import divergence_from, through_head
 from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.saved import SavedSweep
 from sparsellm.sweep.training import (
-    Adam,
     Float32Calls,
+    adam_step,
     as_written,
     held_out_of,
     running_on,
@@ -55,7 +55,7 @@ SWEEP_SHARE = 0.5  # windows of a pass per calibration window; what a pass gains
 
 
 class _Step(NamedTuple):
-    """A step of a pass: the process that has its windows, their number there, and their tokens."""
+    """A step of a pass: the process that has its windows, the number of the step there, and its tokens."""
 
     process: int
     number: int
@@ -99,15 +99,14 @@ class SweepTask:
     swept: int = 0
 
     def pruned(self, index: int) -> CheckpointReader | None:
-        """The shard of the pruned block ``index``; None if the chain holds its weights."""
         return self.blocks[index] if self.blocks is not None else None
 
 
 class _Masters:
     """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1.
 
-    A parameter that several blocks use belongs to the first of them; the others borrow it. The store also holds
-    the parameters after the best pass, unless that is pass 0: the state before the first pass.
+    A parameter that several blocks use belongs to the first of them; the others borrow it. Another store holds the
+    parameters after the best pass, unless that is pass 0: the state before the first pass.
     """
 
     def __init__(self, task: SweepTask) -> None:
@@ -142,12 +141,9 @@ class _Masters:
     def keep(self, number: int) -> None:
         """Copies the current parameters, which are those after pass ``number``, as the best."""
         self.best = number
+        self.best_store.close()
         for index in range(len(self.chain)):
-            flat = self.parameters(index).clone()
-            if len(self.best_store) > index:
-                self.best_store[index] = flat
-            else:
-                self.best_store.append(flat)
+            self.best_store.append(self.parameters(index).clone())
 
     def restart(self) -> None:
         """Restores the best state, or the blocks as they were pruned if there is none, with moments of zero."""
@@ -183,11 +179,8 @@ class _Masters:
     ) -> dict[str, nn.Parameter]:
         """:meth:`views`, and the parameters that the block borrows, which are the same objects under all their names.
 
-        Args:
-            flat: the parameters of the block.
-            index: the number of the block.
-            running: whether values are on the grids of :class:`Integers`, as the block runs.
-            written: whether they are rounded as they would be written now, too.
+        With ``running``, values are on the grids of :class:`Integers`; with ``written``, they are rounded as they would
+        be written now, too.
         """
         views: dict[int, dict[str, nn.Parameter]] = {}
         for at in [index, *dict.fromkeys(at for at, _ in self._aliases[index].values())]:
@@ -229,11 +222,7 @@ def _flat(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def check_sweepable(chain: Chain) -> None:
-    """Refuses a model that a sweep cannot train; nothing need be loaded.
-
-    Raises:
-        ModelError: a weight is used in a block and outside the blocks.
-    """
+    """Raises a ModelError for a model that a sweep cannot train: a weight is used in a block and outside the blocks."""
     for index in range(len(chain)):
         for name in chain.block_parameters(index):
             outside = chain.outside(name)
@@ -418,14 +407,8 @@ class _Run:
         return total / sum(step.tokens for step in judges)
 
     def step(self, piece: Piece | None, process: int, rate: float, number: int) -> float:
-        """Takes one step of Adam on every block; returns the divergence before it, summed over the tokens.
-
-        Args:
-            piece: the windows of the step, or None if another process has them.
-            process: the process that has them.
-            rate: the learning rate.
-            number: the number of the step, from 1.
-        """
+        """Takes step ``number`` of Adam, from 1, on every block; returns the divergence before it, summed over the
+        tokens. ``piece``: the windows, or None if another ``process`` has them."""
         chain, masters = self.chain, self.masters
         loss, inputs, gradient = 0.0, [], None
         waiting: dict[str, Tensor] = {}  # gradients of parameters that later blocks borrow
@@ -455,7 +438,7 @@ class _Run:
             if piece is not None and masters.integers is not None:
                 masters.integers.pull_back(trained, used, chain, index)
             share_gradients(trained.values(), process)
-            Adam(trained, masters.pruned, state, masters.factors).step(rate, number)
+            adam_step(trained, state, rate, number, pruned=masters.pruned, factors=masters.factors)
             masters.store[2 * index], masters.store[2 * index + 1] = flat, state
         return parallel.broadcast(loss, process)
 
