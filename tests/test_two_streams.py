@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from sparsellm.methods import METHODS
 from sparsellm.methods import sparsellm as module
 from sparsellm.methods.task import BlockTask
 from sparsellm.run import prune as story
+from sparsellm.run.choice import Choice
 from sparsellm.statistics import CrossAccumulator
 from sparsellm.sweep.whole_model import SweepTask
 from tests.models import tiny_gpt2, tiny_llama, tiny_opt
@@ -42,26 +43,20 @@ def test_nothing_changes_where_nothing_is_pruned(family: Callable[..., Any], set
     assert result.sweeps == []
 
 
-@pytest.fixture
-def idle() -> Iterator[str]:
+def nothing(task: BlockTask) -> None:
     """A method that looks at nothing and asks for the dense stream."""
 
-    def method(task: BlockTask) -> None:
-        """Nothing."""
 
-    METHODS.register("idle", paper="none", effort=1)(method)
-    yield "idle"
-    del METHODS._entries["idle"]
-
-
+@pytest.mark.usefixtures("forgotten_plugins")
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt, tiny_mistral], ids=lambda family: family.__name__)
 def test_the_dense_stream_is_that_of_the_dense_model(
-    family: Callable[..., Any], idle: str, monkeypatch: pytest.MonkeyPatch
+    family: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    METHODS.register("nothing", paper="none", effort=1)(nothing)
     tasks: list[SweepTask] = []
     monkeypatch.setattr(story, "sweep", lambda task: tasks.append(task) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sparsellm.prune(family(), Recipe(method=idle, sparsity=0.5, batch_tokens=BATCH), calibration=IDS)
+        sparsellm.prune(family(), Recipe(method="nothing", sparsity=0.5, batch_tokens=BATCH), calibration=IDS)
     (task,) = tasks
     chain, dense = task.feed.chain, task.dense
     assert dense is not None
@@ -179,4 +174,4 @@ def test_a_group_of_several_is_never_taken_for_a_writer() -> None:
 
 def test_options_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"options.iterations .* leave options.refit at true"):
-        METHODS["sparsellm"].check({"iterations": 2, "refit": False})
+        Choice.of(Recipe(sparsity=0.5, options={"iterations": 2, "refit": False}))

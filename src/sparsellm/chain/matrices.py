@@ -77,33 +77,24 @@ def is_excluded(parameter: str, exclude: Iterable[str], only: Sequence[str] = ()
     return matches(parameter, exclude) or (bool(only) and not matches(parameter, only))
 
 
-def unmatched_patterns(
-    chain: Chain, patterns: Mapping[str, Iterable[str]], allow_dense: Sequence[str] = ()
-) -> list[str]:
+def unmatched_patterns(chain: Chain, patterns: Mapping[str, Iterable[str]]) -> list[str]:
     """A warning for each pattern that matches nothing. ``patterns``, by field of the recipe, match matrices of the
-    blocks, ``allow_dense`` those that no linear owns."""
-    if not any(patterns.values()) and not allow_dense:
-        return []
-    matrices = all_matrices(chain)
-    names = [matrix.name for matrix in matrices]
-    dense = [matrix.name for matrix in matrices if matrix.linear is None]
-    warnings = [
-        f"{field} {pattern!r} matches no matrix of the blocks; names are like {names[0]!r}"
-        for field, each in patterns.items()
-        for pattern in each
-        if not any(matches(name, [pattern]) for name in names)
-    ]
-    like = f"; names are like {dense[0]!r}" if dense else ""
-    return warnings + [
-        f"allow_dense {pattern!r} matches no parameter that is not a linear's{like}"
-        for pattern in allow_dense
-        if not any(matches(name, [pattern]) for name in dense)
-    ]
+    blocks; those of ``allow_dense`` the ones that no linear owns."""
+    matrices = all_matrices(chain) if any(patterns.values()) else []
+    warnings = []
+    for field, each in patterns.items():
+        owned = field != "allow_dense"
+        names = [matrix.name for matrix in matrices if owned or matrix.linear is None]
+        kind = "matrix of the blocks" if owned else "parameter that is not a linear's"
+        like = f"; names are like {names[0]!r}" if names else ""
+        missed = [pattern for pattern in each if not any(matches(name, [pattern]) for name in names)]
+        warnings += [f"{field} {pattern!r} matches no {kind}{like}" for pattern in missed]
+    return warnings
 
 
 def outside_blocks(chain: Chain) -> list[str]:
-    """A warning that names the linears outside blocks, towers and head if they have more than :data:`DENSE_LIMIT` of
-    the weights of the blocks; else empty. They stay dense and do not count."""
+    """A warning that names the linears outside blocks, towers and head, which stay dense and do not count, if they have
+    more than :data:`DENSE_LIMIT` of the weights of the blocks."""
     inside = tuple(f"{name}." for name in (*chain.block_names, *chain.towers))
     head = chain.model.get_output_embeddings()
     linears = [(name.removeprefix("."), module) for name, module in iterate_linears(chain.model, "")]

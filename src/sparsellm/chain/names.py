@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,16 +48,10 @@ class Names:
     conversions: dict[str, Conversion]  # for each that transformers makes of other tensors, or by an operation
     name_of: dict[str, str]  # for every tensor, the name that transformers looks for in the model
 
-    def taken(self) -> set[str]:
-        """The tensors of the checkpoint that become weights of the model."""
-        return {*self.key_of.values(), *(key for each in self.conversions.values() for key in each.keys)}
-
 
 def checkpoint_names(model: PreTrainedModel, keys: Iterable[str], values: dict[str, Tensor]) -> Names:
-    """The weights of a model, whose ``state_dict()`` is ``values``, that the tensors ``keys`` of a checkpoint become.
-
-    These are the steps of ``from_pretrained``.
-    """
+    """The weights of a model, whose ``state_dict()`` is ``values``, that the tensors ``keys`` of a checkpoint become in
+    ``from_pretrained``."""
     rules = get_model_conversion_mapping(model, getattr(model, "_checkpoint_conversion_mapping", None) or None)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
@@ -106,15 +100,14 @@ def expert_parts(
     """For each weight of a separated expert, which is a part of a parameter in ``values``, the part of a tensor of the
     checkpoint, whose tensors have ``shapes``. One whose conversion is not known, or that lacks tensors, is left out.
     """
-    before: dict[str, Part] = {}
+    before: dict[str, Part | None] = {}
     for name, part in parts.items():
         if part.source in names.key_of:
-            before[name] = Part(names.key_of[part.source], part.index, part.transposed)
+            before[name] = replace(part, source=names.key_of[part.source])
         elif part.source in names.conversions:
-            source = _part_before(part, names.conversions[part.source], tuple(values[part.source].shape), shapes)
-            if source is not None:
-                before[name] = source
-    return before
+            shape = tuple(values[part.source].shape)
+            before[name] = _part_before(part, names.conversions[part.source], shape, shapes)
+    return {name: part for name, part in before.items() if part is not None}
 
 
 def _part_before(
@@ -181,7 +174,7 @@ def unused_tensors(
         ModelError: some belong to layers that the model does not have.
     """
     ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
-    taken = names.taken()
+    taken = {*names.key_of.values(), *(key for each in names.conversions.values() for key in each.keys)}
     unused = [
         name
         for name in reader

@@ -32,8 +32,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     """The config of a decoder-only language model.
 
     Raises:
-        ModelError: it cannot be read, is not of a decoder-only language model, or says that weights are quantised; or
-            the generation config cannot be read.
+        ModelError: it or the generation config cannot be read, or it is of another kind of model, or of quantised
+            weights.
     """
     path = directory / "config.json"
     read_object(path, ModelError)
@@ -45,17 +45,14 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
         raise ModelError(f"transformers cannot read {path}: {one_line(error)}") from None
     if not isinstance(text, PretrainedConfig):
         raise ModelError(f"{path} has a text_config that a {config.model_type} does not have")
-    kind = f"{directory} is a {config.model_type}"
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{kind}: an encoder-decoder; only decoder-only models are pruned")
     # BERT and similar families have a causal head too, but are encoders. A decoder-only family has no ...ForMaskedLM;
     # in a family that has both heads, is_decoder decides.
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     auto_map = getattr(config, "auto_map", None)
     remote = trust_remote_code and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
-    if (known and encoder) or not (known or remote):
-        raise ModelError(f"{kind}, which is not a decoder; only decoder-only models are pruned")
+    if getattr(config, "is_encoder_decoder", False) or (known and encoder) or not (known or remote):
+        raise ModelError(f"{directory} is a {config.model_type}; only decoder-only language models are pruned")
     assert isinstance(config, PretrainedConfig)
     quantization = getattr(config, "quantization_config", None)
     if quantization and not is_packed({"quantization_config": quantization}):
@@ -112,14 +109,9 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
 
 
 def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
-    """Returns the token ids unchanged, after a check that the embedding has a row for each.
+    """The token ids ``(windows, seq)`` unchanged, after a check that the embedding has a row for each.
 
-    A tokenizer may have more tokens than the model, if the text uses none of those.
-
-    Args:
-        ids: ``(windows, seq)``.
-        config: the model's config.
-        tokenizer: the one that produced the ids; None for ids that the user passed.
+    ``tokenizer`` produced them (None: the user passed them); it may have more tokens than the text uses.
 
     Raises:
         DataError: an id is negative, or not below the model's ``vocab_size``.

@@ -92,7 +92,7 @@ class FeedForwardUnit:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One call of a linear: input and output ``(tokens, features)``, in fp32."""
+    """One call of a linear, ``(tokens, features)``, in fp32."""
 
     linear: LinearView
     input: Tensor
@@ -124,12 +124,11 @@ def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit | None:
             value = activation(first.output.clone())
             candidates.append((_distance(value, down.input), FeedForwardUnit(first.linear, down.linear, activation)))
             for second in earlier:
-                same = second is not first and first.input.shape == second.input.shape
-                if same and torch.equal(first.input, second.input):
-                    unit = FeedForwardUnit(second.linear, down.linear, activation, gate=first.linear)
-                    candidates.append((_distance(value * second.output, down.input), unit))
-    within = [candidate for candidate in candidates if candidate[0] <= TOLERANCE]
-    return min(within, key=lambda candidate: candidate[0])[1] if within else None
+                if second is not first and torch.equal(first.input, second.input):
+                    gated = FeedForwardUnit(second.linear, down.linear, activation, gate=first.linear)
+                    candidates.append((_distance(value * second.output, down.input), gated))
+    distance, unit = min(candidates, key=lambda candidate: candidate[0], default=(TOLERANCE + 1, None))
+    return unit if distance <= TOLERANCE else None
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         machine.trim()
     recipe = recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
     choice.check_processes(recipe.samples)
-    warnings += unmatched_patterns(chain, {"exclude": recipe.exclude, "only": recipe.only}, recipe.allow_dense)
+    warnings += unmatched_patterns(chain, {name: getattr(recipe, name) for name in ("exclude", "only", "allow_dense")})
     warnings += outside_blocks(chain) + unmatched(chain, recipe)
     if not isinstance(ids, Tensor) and len(windows.sets) < choice.sets:
         room = f"the calibration text has room for {len(windows.sets)} of {choice.sets} sets of windows (sets)"
