@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,24 +134,19 @@ def t5(directory: Path) -> Path:
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that refuses; its tests have the others
     "model not found": (["prune", "{tmp}/nowhere"], ["nowhere", "not found"]),
-    "an id nobody has": (["prune", "not a valid id!"], ["not a valid id!", "hub id"]),
     "an encoder": (["prune", "{bert}"], ["bert", "decoder"]),
     "an encoder-decoder": (["prune", "{t5}"], ["t5", "decoder-only"]),
     "a short text": (["prune", "{llama}", "--calibration", "{tmp}/short.txt"], ["short.txt", "tokens"]),
-    "m that does not divide": (["prune", "{llama}", "--pattern", "5:7"], ["model.layers.0", "7 does not divide"]),
     "unknown method": (["prune", "{llama}", "--method", "wonda"], ["wonda", "'wanda'"]),
     "unknown option": (["prune", "{llama}", "--method", "sparsegpt", "--set", "options.damp=1"], ["damp", "'damping'"]),
     "unknown field": (["prune", "{llama}", "--set", "sparsty=1"], ["sparsty", "'sparsity'"]),
     "a glob without a share": (["prune", "{llama}", "--sparsity-of", "a"], ["sparsity_of.a", "no '='"]),
     "effort without a sweep": (["prune", "{llama}", "--method", "wanda", "--effort", "1"], ["wanda", "effort"]),
-    "window too long": (["prune", "{llama}", "--seq-len", "4096"], ["4096", "128"]),
     "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["overlaps with the model"]),
     "eval without text": (["eval", "{llama}"], ["--text"]),
     "eval of too little": (["eval", "{llama}", "--text", "pydoc", "--max-tokens", "3"], ["max_tokens", "3"]),
     "inspect nothing": (["inspect", "{tmp}/empty"], ["config.json"]),
-    "pack as nonsense": (["pack", "{llama}", "--out", "{tmp}/p", "--values", "int5"], ["int5", "int8"]),
     "unpack what is dense": (["unpack", "{llama}", "--out", "{tmp}/p"], ["not packed"]),
-    "generate with no threads": (["generate", "{llama}", "x", "--threads", "0"], ["threads is 0"]),
     "bench what is dense": (["bench", "{llama}"], ["not packed", "sparsellm pack"]),
     "unknown command": (["prume", "{llama}"], ["prume"]),
 }
@@ -205,19 +199,9 @@ def test_a_full_disk_is_said_before_the_work(
     assert "0.00 GB free" in stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; run the tests as another user to check this")
-def test_an_unwritable_out_is_said(llama: Path, tmp_path: Path, run: Any) -> None:
-    (tmp_path / "locked").mkdir(mode=0o500)
-    code, _, stderr = run("prune", llama, "--out", tmp_path / "locked" / "p", "--method", "wanda", *SMALL)
-    assert code == 2
-    assert "not a writable directory" in stderr
-
-
 def test_an_out_that_no_system_lets_be_written_is_said(llama: Path, run: Any) -> None:
     code, _, stderr = run("prune", llama, "--out", "/proc/pruned", "--method", "wanda", *SMALL)
-    assert code == 2
-    assert "error: " in stderr
-    assert "/proc" in stderr
+    assert (code, "error: " in stderr, "/proc" in stderr) == (2, True, True)
 
 
 def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path) -> None:

@@ -60,24 +60,18 @@ def test_settings_reach_fields_and_options() -> None:
         ("dtype: int8", "dtype"),
         ("bos: maybe", "bos is 'maybe'"),
         ("- 1", "mapping"),
-        ("{sparsity: [1], pattern: '2:4'}", "sparsity is [1]"),
         ("sparsity: true", "sparsity is True"),
-        ("sparsity: .inf", "finite"),
         ("sparsity: '0.5'", "sparsity is '0.5'"),
-        ("samples: yes", "samples is True"),
         ("samples: 1e10", "samples is 10000000000"),
         ("{samples: 1e9, seq_len: 16}", "more than 2147483648 calibration tokens"),
         ("seed: 9223372036854775808", "less than or equal to 9223372036854775807"),
         (f"memory: {10**30}", "such as 4GiB"),
-        ("memory: true", "memory is True"),
         (f"pattern: '{'9' * 5000}:4'", "n:m"),
         ("pattern: 24", "pattern is 24"),
-        ("allow_dense: x", "allow_dense is 'x'"),
         ("options: [1]", "options is [1]"),
         ("options: {a: .inf}", "options.a is inf"),
         ("device: ''", "device is ''"),
         ("self: 1", "unknown recipe field 'self'"),
-        ("{" + "x" * 300 + ": 1}", "unknown recipe field"),
     ],
 )
 def test_a_bad_recipe_is_refused_in_one_line(text: str, said: str) -> None:
@@ -101,13 +95,10 @@ def test_numbers_and_patterns_are_read_as_people_write_them() -> None:
     ("settings", "said"),
     [
         (["options=3", "options.x=1"], "options is 3"),
-        (["options=3"], "options is 3"),
         (["seed"], "write key=value"),
         (["=1"], "no key"),
-        (["options.=1"], "no key"),
         ([".x=1"], "no key"),
         (["seed.x=1"], "unknown recipe field 'seed.x'"),
-        (["sparsity=[1]", "pattern='2:4'"], "sparsity is [1]"),
     ],
 )
 def test_a_bad_setting_is_refused_in_one_line(settings: list[str], said: str) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,12 +123,9 @@ BROKEN: dict[str, tuple[str, list[str]]] = {
     "the name of a method": (SOLVER.format(name="sparsellm"), ["'sparsellm' is registered twice"]),
     "a syntax error": ("x = 1\ndef (", ["SyntaxError", "line 2"]),
     "an error": ("import json\njson.loads('')", ["JSONDecodeError", "line 2"]),
-    "lines in the error": ("raise ValueError('[red]a\\nb[/red]')", ["ValueError: [red]a b[/red]"]),
     "an exit": ("raise SystemExit(0)", ["SystemExit"]),
     "a module that is missing": ("import not_there", ["ModuleNotFoundError", "not_there", "line 1"]),
-    "no function": ("from sparsellm.solvers import SOLVERS\nSOLVERS.register(3, paper='')(3)", ["TypeError", "line 2"]),
     "no end": ("def f(): f()\nf()", ["RecursionError", "line 1"]),
-    "a null byte": ("x = '\0'", ["null bytes"]),
     "half of it": (SOLVER.format(name="mine") + "\n1 / 0", ["ZeroDivisionError", "line 9"]),
 }
 
@@ -151,32 +149,14 @@ def test_a_plugin_that_is_not_there_is_one_line(name: str, tmp_path: Path) -> No
     assert str(caught.value).isprintable()
 
 
-class Points:
-    """Entry points as installed packages declare them."""
-
-    def __init__(self, **modules: str) -> None:
-        self.points = [
-            importlib.metadata.EntryPoint(package, module, plugins.GROUP) for package, module in modules.items()
-        ]
-
-    def __call__(self, *, group: str) -> Any:
-        assert group == "sparsellm.plugins"
-        return [_Installed(point) for point in self.points]
-
-
-class _Installed:
-    def __init__(self, point: importlib.metadata.EntryPoint) -> None:
-        self.module, self.value = point.module, point.value
-        self.dist = type("Distribution", (), {"name": point.name})()
-
-
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "tricks_of_mine.py", SOLVER.format(name="mine"))
     write(tmp_path / "tricks_of_others.py", "1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
-    points = Points(**{"my-tricks": "tricks_of_mine", "their-tricks": "tricks_of_others"})
-    monkeypatch.setattr(importlib.metadata, "entry_points", points)
+    packages = {"my-tricks": "tricks_of_mine", "their-tricks": "tricks_of_others"}
+    points = [SimpleNamespace(module=module, dist=SimpleNamespace(name=name)) for name, module in packages.items()]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: points)
     monkeypatch.delitem(sys.modules, "tricks_of_mine", raising=False)
 
 

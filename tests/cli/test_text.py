@@ -15,9 +15,8 @@ from typer.main import get_command
 
 from sparsellm import Recipe, __version__, api, cli, console, tables
 from sparsellm.api import PruneResult
-from sparsellm.demo import DemoResult
 from sparsellm.recipe import help_of, option_of
-from sparsellm.records import Against, Benchmark, Continuation, Evaluation, Interval, LinearResult, Protocol
+from sparsellm.records import Benchmark, LinearResult
 from sparsepack.bench import Speed
 from sparsepack.compiled import kernels
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -277,65 +276,23 @@ def test_json_is_readable_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch)
         assert json.loads(stream.buffer.getvalue().decode(encoding)) == {"path": "ü–\udcff[b]"}  # type: ignore[attr-defined]
 
 
-def test_the_demo_ends_with_one_table_that_shows_texts_as_they_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    console.out.cache_clear()
-    (tmp_path / "report.html").touch()
-    result = demo_result(large_result().model_copy(update={"path": tmp_path}))
-    assert json.loads(json.dumps(result.to_dict()))["evaluation"]["perplexity"]["value"] == 12345.6
-    tables.print_demo(result)
-    shown = capsys.readouterr().out
-    assert len([line for line in shown.splitlines() if line.startswith("┏")]) == 1  # one table
-    assert all(part in shown for part in ("[b]is[/b] :smile:", "[/] \\x1b[2J", "[i]Python[/i] …"))
-    assert all(
-        part in shown
-        for part in ("12345.60", "1.234 nats a token", "98.8%", "70.00%", "539 MB", "123 MB", "12.3K (9876–13.0K)")
-    )
-    assert max(map(len, [line for line in shown.splitlines() if "/" not in line])) <= 80
-    assert f"report: {tmp_path}/report.html\n" in shown
-    assert f"packed: {tmp_path}/packed\n" in shown
-
-
-def benchmark(phase: str, batch: int, threads: int, sizes: tuple[int, int]) -> Benchmark:
-    """A dense and a packed model of these sizes, with speeds of five digits."""
-    setting = {"phase": phase, "batch": batch, "threads": threads}
-    speeds = [
-        Speed(model=model, median=12_345.6, slowest=9_876.4, fastest=13_000.0, **setting)  # type: ignore[arg-type]
-        for model in ("dense", "packed")
-    ]
-    bytes_of = {
-        f"{model}{part}_bytes": size
-        for model, size in zip(("dense", "packed"), sizes, strict=True)
-        for part in ("", "_linear", "_disk")
-    }
-    kinds = dict.fromkeys(("dtype", "dense_dtype"), "float32")
-    more = {"sparsellm": "0", "machine": "[m]", "date": "today", "kernel": "[avx512]"}
-    return Benchmark(speeds=speeds, verdict=["packed is [faster]"], **bytes_of, **kinds, **more)  # type: ignore[arg-type]
-
-
-def demo_result(pruned: PruneResult) -> DemoResult:
-    """A result with a text that looks like markup, another with control characters, and large numbers."""
-    assert pruned.path is not None
-    large = Interval(value=12345.6, low=12000.0, high=13000.0)
-    against = Against(model="demo", perplexity=large, kl=1.2345, agreement=0.98765, recovery=0.5)
-    sizes = {"window": 512, "windows": 8, "tokens": 4088}
-    protocol = Protocol(text="pydoc", digest="", bos="no", dtype="float32", **sizes)
-    stamp = {"sparsellm": "0", "machine": "[m]", "date": "today"}
-    evaluation = Evaluation(protocol=protocol, perplexity=large, against=against, **stamp)
-    comparison = benchmark("decode", 1, 2, (539_000_000, 123_000_000))
-    texts = Continuation(prompt="[i]Python[/i]", dense=" [b]is[/b] :smile:", pruned=" [/] \x1b[2J" + 40 * " word")
-    seconds = {"prune": 83.0, "pack": 4.0}
-    return DemoResult(pruned.path, pruned.path / "packed", pruned, evaluation, comparison, texts, seconds)
-
-
 def test_speeds_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     console.out.cache_clear()
-    tables.print_speeds(benchmark("prefill", 64, 128, (1, 1)), None)
+    tables.print_speeds(benchmark(), None)
     shown = capsys.readouterr().out
     table = [line for line in shown.splitlines() if "│" in line]
     assert "12.3K (9876–13.0K)" in table[0]
     assert max(map(len, table)) <= 80
     assert "packed is [faster]\n" in shown
+
+
+def benchmark() -> Benchmark:
+    """A dense and a packed model of one byte, with speeds of five digits."""
+    speeds = [
+        Speed(model=model, phase="prefill", batch=64, threads=128, median=12_345.6, slowest=9_876.4, fastest=13_000.0)
+        for model in ("dense", "packed")
+    ]
+    sizes = {f"{model}{part}_bytes": 1 for model in ("dense", "packed") for part in ("", "_linear", "_disk")}
+    more = {"sparsellm": "0", "machine": "[m]", "date": "today", "kernel": "[avx512]", "dtype": "float32"}
+    return Benchmark(speeds=speeds, verdict=["packed is [faster]"], dense_dtype="float32", **sizes, **more)  # type: ignore[arg-type]
