@@ -116,16 +116,11 @@ def test_a_python_program_gets_its_own_keyboard_interrupt(llama: Path, tmp_path:
     assert (tmp_path / "caught").read_text() == "KeyboardInterrupt"
 
 
-def test_what_the_application_returns_is_the_exit_code(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "app", lambda **_: 7)
-    assert run("methods")[0] == 7
-    monkeypatch.setattr(cli, "app", lambda **_: None)
-    assert run("methods")[0] == 0
-
-
-def test_handlers_are_put_back(run: Any) -> None:
+def test_the_exit_code_and_the_handlers_after_a_command(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = [signal.getsignal(signum) for signum in CODES]
-    assert run("--version")[0] == 0
+    for returned in (7, None):
+        monkeypatch.setattr(cli, "app", lambda returned=returned, **_: returned)
+        assert run("methods")[0] == (returned or 0)
     assert [signal.getsignal(signum) for signum in CODES] == before
 
 
@@ -141,13 +136,14 @@ def held(reached: list[str], signum: int, error: Exception | None = None) -> Non
 
 
 @pytest.mark.parametrize("signum", CODES, ids=lambda signum: signum.name)
-def test_held_postpones_to_its_end(signum: signal.Signals) -> None:
+@pytest.mark.parametrize("error", [None, OSError("the disk is gone")], ids=["no error", "an error"])
+def test_held_postpones_to_its_end(signum: signal.Signals, error: Exception | None) -> None:
     reached: list[str] = []
     with pytest.raises(interrupts.Interrupted) as stopped, interrupts.installed():
-        held(reached, signum)
+        held(reached, signum, error)
     assert reached == ["inner", "outer"]
     assert interrupts.received() == signum
-    assert stopped.value.__context__ is None
+    assert stopped.value.__context__ is error
     assert not isinstance(stopped.value, Exception)  # no handler of errors swallows it
 
 
@@ -158,12 +154,6 @@ def test_held_postpones_what_python_itself_would_do() -> None:
         held(reached, signal.SIGINT)
     assert reached == ["inner", "outer"]
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_held_after_an_error_still_delivers() -> None:
-    with pytest.raises(interrupts.Interrupted) as stopped, interrupts.installed():
-        held([], signal.SIGINT, OSError("the disk is gone"))
-    assert isinstance(stopped.value.__context__, OSError)
 
 
 def test_a_forked_child_ends_by_its_own_signal() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from sparsellm.errors import StorageError
 from sparsellm.storage.directory import PUBLISHING, REPLACED, STATE, WorkingDirectory, check_destination, partial_of
-from tests.killing import KILLED, Died, dying, run
+from tests.killing import Died, dying
 from tests.storage.small import source, value_of, write
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
@@ -85,15 +85,6 @@ def test_dead_at_every_call_of_the_repair(model: Path, tmp_path: Path) -> None:
             else:
                 break
             go_on(out, model, again)
-
-
-def test_killed_by_a_signal(model: Path, tmp_path: Path) -> None:
-    steps, begin = steps_of(model, tmp_path / "p")
-    for number in range(begin + 1, steps + 1, 11):
-        out = write(tmp_path / f"q{number}_", 1, model)
-        assert run(write, out, 2, model, overwrite=True, at=number).code == KILLED
-        assert value_there(out) in (1, 2)
-        go_on(out, model, number)
 
 
 def test_dead_at_every_call_of_a_first_checkpoint(model: Path, tmp_path: Path) -> None:
