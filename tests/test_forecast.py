@@ -143,7 +143,7 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
     assert local["prune"] < whole["prune"]
 
 
-def test_rounding_values_is_predicted_beside_solving() -> None:
+def test_rounding_values_is_predicted_next_to_solving() -> None:
     chain = open_chain(tiny_llama(), device=torch.device("cpu"))
     kept = Choice.of(Recipe(sparsity=0.5))
     rounded = kept.on([Unstructured(1, 2)], "int4")
@@ -166,7 +166,7 @@ def test_text_that_the_model_writes_is_predicted_with_that_of_later_sweeps(tmp_p
 
 
 def test_the_phase_of_the_sweep_begins_before_its_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes before the first pass takes as long as a pass, and is no part of the walk."""
+    """What comes before the first pass takes as long as a pass, and is not a part of the walk."""
     events: list[Progress] = []
     real, phases = running.sweep, []
 

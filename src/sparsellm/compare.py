@@ -1,6 +1,6 @@
 """A grid of runs over one model: each is pruned, packed and measured against the dense model, then compared.
 
-Every cell of the grid is a checkpoint of its own, so a grid that was stopped goes on with the cell it was in, and later
+Every cell of the grid is a separate checkpoint, so a grid that was stopped goes on with the cell it was in, and later
 calls add cells to it. The calibration windows, the gradients of the dense model and its outputs on the text are
 computed once.
 """
@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from sparsellm import api
-from sparsellm.convert import pack
+from sparsellm.convert import Values, pack
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import compared_speed
 from sparsellm.methods import METHODS
@@ -53,7 +53,7 @@ class Measured(Record):
         perplexity, kl, agreement, recovery: on the text of the grid, as in :class:`~sparsellm.records.Against`.
         packed_bytes, dense_bytes: weight files of the packed and of the dense checkpoint.
         tokens_per_second, dense_tokens_per_second: while decoding; None if no speed is measured.
-        seconds, peak_rss: of pruning; the bytes are the most of the process so far.
+        seconds, peak_rss: time of pruning, and the most bytes of the process so far.
         settings: everything that the measurements depend on.
     """
 
@@ -98,7 +98,7 @@ class Protocol:
     text: str
     seq_len: int | None = None
     max_tokens: int | None = None
-    values: str = "keep"
+    values: Values = "keep"
     speed: bool = False
 
 
@@ -190,9 +190,9 @@ def cells_of(
         for entry in entries:
             options = {key: value for key, value in recipe.options.items() if key in entry.options.model_fields}
             without = dict.fromkeys(swept) if entry.effort is None else {}
-            own = recipe.updated(method=entry.name, options=options, **without, **target)
-            name = f"{entry.name}-{own.pattern.replace(':', '-') if own.pattern else format(own.sparsity, 'g')}"
-            cells.append(Cell(name, own))
+            one = recipe.updated(method=entry.name, options=options, **without, **target)
+            name = f"{entry.name}-{one.pattern.replace(':', '-') if one.pattern else format(one.sparsity, 'g')}"
+            cells.append(Cell(name, one))
     twice = sorted({cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1})
     if twice:
         raise RecipeError(f"{twice[0]} is asked for twice; name each method, sparsity and pattern once")

@@ -99,8 +99,8 @@ def one_line(text: str) -> str:
     return _ENDS_OF_LINES.sub(_escape, visible(text))
 
 
-def _escape(found: re.Match[str]) -> str:
-    return found.group().encode("unicode_escape").decode("ascii")
+def _escape(match: re.Match[str]) -> str:
+    return match.group().encode("unicode_escape").decode("ascii")
 
 
 def say(line: str, *, error: bool = False) -> None:
@@ -163,18 +163,14 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
         parts: show parts as well.
     """
     longest = sorted(seconds, key=lambda name: -seconds[name])
-    whole = [name for name in longest if "/" not in name]
-    total = sum(seconds[name] for name in whole)
+    names = [name for name in longest if "/" not in name]
+    total = sum(seconds[name] for name in names)
     shown = table(("step",), ("time", "share"))
-    for name in whole:
+    for name in names:
         within = [part for part in longest if parts and part.startswith(f"{name}/")]
         for each in (name, *within):
-            words = (
-                f"{'  ' * ('/' in each)}{_named(each)}",
-                duration(seconds[each]),
-                f"{seconds[each] / (total or 1):.0%}",
-            )
-            shown.add_row(*words, style="dim" if "/" in each else None)
+            step, share = f"{'  ' * ('/' in each)}{_named(each)}", seconds[each] / (total or 1)
+            shown.add_row(step, duration(seconds[each]), f"{share:.0%}", style="dim" if "/" in each else None)
     shown.add_section()
     shown.add_row("all", duration(total), "", style="bold")
     return shown

@@ -110,16 +110,16 @@ class Forecast:
     def _judge(self) -> None:
         self._judged = self._clock()
         done, running = self._fraction, self._judged - self._phase_begun
-        own = running * (1 - done) / done if done else None  # at the speed of this phase so far
+        rest = running * (1 - done) / done if done else None  # at the speed of this phase so far
         if not self._costs:
-            self.share, self._left = done, own
+            self.share, self._left = done, rest
             return
         factor, ahead = self._factor(running), self._costs.keys() - self.seconds.keys() - {self.phase}
         left = factor * sum(self._costs[phase] for phase in ahead)
         if self.phase in self._costs:
             trust = min(1.0, done / TRUSTED)
             left += (1 - trust) * (1 - done) * factor * self._costs[self.phase]
-            left += trust * own if own is not None else 0.0
+            left += trust * rest if rest is not None else 0.0
         self._left = left
         if self.elapsed + left > 0:
             self.share = max(self.share, min(MOST_BEFORE_END, self.elapsed / (self.elapsed + left)))

@@ -135,19 +135,6 @@ def test_an_error_before_the_work_leaves_no_bar(narrow: Terminal) -> None:
     assert narrow.screen() == ["error: no such model"]
 
 
-def test_no_color_is_respected(narrow: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
-    show_a_run()
-    colours = re.compile(r"\x1b\[[0-9;]*(3|4|9|10)[0-7]m|\x1b\[[0-9;]*[34]8;")
-    assert colours.search(narrow.getvalue())
-    narrow.seek(0)
-    narrow.truncate()
-    monkeypatch.setenv("NO_COLOR", "1")
-    console.log.cache_clear()
-    show_a_run()
-    assert "100 %" in narrow.getvalue()
-    assert not colours.search(narrow.getvalue())
-
-
 def test_a_dumb_terminal_gets_lines(narrow: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     console.log.cache_clear()

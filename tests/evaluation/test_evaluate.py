@@ -56,9 +56,9 @@ def by_hand(text: Path, bos: bool, window: int = 16) -> torch.Tensor:
 @pytest.mark.parametrize(("bos", "led"), [("auto", True), ("yes", True), ("no", False)])
 def test_bos_begins_every_window_and_is_not_scored(llama: Path, text: Path, bos: Any, led: bool) -> None:
     windows = by_hand(text, led)
-    found = sparsellm.evaluate(llama, text, seq_len=16, bos=bos)
-    assert found.tokens == windows.shape[0] * 15
-    assert found.value == pytest.approx(math.exp(losses_by_hand(windows, tiny_llama()).mean()), rel=1e-5)
+    measured = sparsellm.evaluate(llama, text, seq_len=16, bos=bos)
+    assert measured.tokens == windows.shape[0] * 15
+    assert measured.value == pytest.approx(math.exp(losses_by_hand(windows, tiny_llama()).mean()), rel=1e-5)
 
 
 def test_a_tokenizer_without_bos_is_refused_before_the_work(tmp_path: Path, text: Path, run: Any) -> None:
@@ -89,17 +89,17 @@ def test_divergence_from_a_dense_model_is_that_of_both_whole_models(llama: Path,
             for each in (tiny_llama(), tiny_llama(seed=1, num_hidden_layers=2))
         )
     kl = (dense.exp() * (dense - model)).sum(-1)  # (windows, 15)
-    found = sparsellm.evaluate(other, text, seq_len=16, against=llama).against
-    assert found is not None
-    assert found.model == str(llama)
-    assert found.kl == pytest.approx(kl.mean().item(), rel=1e-4)
+    measured = sparsellm.evaluate(other, text, seq_len=16, against=llama).against
+    assert measured is not None
+    assert measured.model == str(llama)
+    assert measured.kl == pytest.approx(kl.mean().item(), rel=1e-4)
     spread = 1.959964 * kl.mean(1).std().item() / math.sqrt(len(windows))
-    assert found.kl_low == pytest.approx(kl.mean().item() - spread, rel=1e-4)
-    assert found.kl_high == pytest.approx(kl.mean().item() + spread, rel=1e-4)
-    assert found.agreement == pytest.approx((dense.argmax(-1) == model.argmax(-1)).double().mean().item())
+    assert measured.kl_low == pytest.approx(kl.mean().item() - spread, rel=1e-4)
+    assert measured.kl_high == pytest.approx(kl.mean().item() + spread, rel=1e-4)
+    assert measured.agreement == pytest.approx((dense.argmax(-1) == model.argmax(-1)).double().mean().item())
     losses = [losses_by_hand(windows, tiny_llama(seed=seed, num_hidden_layers=3 - seed)).mean() for seed in (0, 1)]
-    assert found.perplexity.value == pytest.approx(math.exp(losses[0]), rel=1e-5)
-    assert found.recovery == pytest.approx(math.exp(losses[0] - losses[1]), rel=1e-4)
+    assert measured.perplexity.value == pytest.approx(math.exp(losses[0]), rel=1e-5)
+    assert measured.recovery == pytest.approx(math.exp(losses[0] - losses[1]), rel=1e-4)
 
 
 def test_parts_and_chunks_of_the_text_change_nothing(
@@ -121,9 +121,9 @@ def test_parts_and_chunks_of_the_text_change_nothing(
 def test_the_interval_is_that_of_the_windows_mean_losses(llama: Path, text: Path) -> None:
     losses = losses_by_hand(by_hand(text, bos=True), tiny_llama()).mean(1)  # (windows,)
     half = 1.959964 * losses.std().item() / math.sqrt(len(losses))
-    found = sparsellm.evaluate(llama, text, seq_len=16).perplexity
-    assert found.low == pytest.approx(math.exp(losses.mean().item() - half), rel=1e-5)
-    assert found.high == pytest.approx(math.exp(losses.mean().item() + half), rel=1e-5)
+    measured = sparsellm.evaluate(llama, text, seq_len=16).perplexity
+    assert measured.low == pytest.approx(math.exp(losses.mean().item() - half), rel=1e-5)
+    assert measured.high == pytest.approx(math.exp(losses.mean().item() + half), rel=1e-5)
     alone = sparsellm.evaluate(llama, text, seq_len=16, max_tokens=16).perplexity
     assert (alone.low, alone.high) == (None, None)
 
@@ -294,9 +294,9 @@ def test_local_tasks_run_without_a_hub_packed_or_not(
     sparsellm.pack(tmp_path / "p", out=tmp_path / "packed")
     expected = accuracy_by_hand(folder, bos=True)
     for model in (llama, tmp_path / "packed"):
-        found = sparsellm.evaluate(model, text, seq_len=16, tasks=["tiny_numbers"], tasks_dir=folder)
-        assert found.tasks is not None
-        metric = found.tasks["tiny_numbers"]["acc"]
+        measured = sparsellm.evaluate(model, text, seq_len=16, tasks=["tiny_numbers"], tasks_dir=folder)
+        assert measured.tasks is not None
+        metric = measured.tasks["tiny_numbers"]["acc"]
         assert metric.value == pytest.approx(expected)
         assert metric.stderr is not None
     without = sparsellm.evaluate(llama, text, seq_len=16, bos="no", tasks=["tiny_numbers"], tasks_dir=folder)

@@ -41,7 +41,6 @@ def test_runs_side_by_side_with_the_dense_model(runs: Path, tmp_path: Path, run:
 
 
 def test_quality_is_compared_by_one_protocol(runs: Path, tmp_path: Path) -> None:
-    """Of the first run only another window was measured: its quality is not put beside that of the others."""
     for name in ("half", "nm"):
         shutil.copytree(runs / name, tmp_path / name)
     shutil.copytree(runs / "nm", tmp_path / "third")
@@ -65,7 +64,7 @@ def test_runs_that_were_never_measured(runs: Path, tmp_path: Path) -> None:
     assert f"sparsellm eval {tmp_path / 'nm'} --text" in commands
 
 
-def test_a_packed_run_beside_its_dense_form(runs: Path, tmp_path: Path) -> None:
+def test_a_packed_run_next_to_its_dense_form(runs: Path, tmp_path: Path) -> None:
     """The base model is the same; directories of one name are told apart by their paths."""
     pack(runs / "half", out=tmp_path / "half")
     page = page_of(write_comparison([runs / "half", tmp_path / "half"], tmp_path / "c.html"))
@@ -73,7 +72,7 @@ def test_a_packed_run_beside_its_dense_form(runs: Path, tmp_path: Path) -> None:
 
 
 def test_runs_of_another_base_model_are_refused(runs: Path, tmp_path: Path, run: Any) -> None:
-    shutil.copytree(runs / "half", tmp_path / "half")  # of the same shapes, but other weights
+    shutil.copytree(runs / "half", tmp_path / "half")  # has the same shapes, but other weights
     base = json.loads((tmp_path / "half" / "pruning.json").read_text())["base"]
     rewrite(tmp_path / "half" / "pruning.json", base={**base, "digest": "0" * 16})
     for other in (runs / "opt", tmp_path / "half"):

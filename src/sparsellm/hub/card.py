@@ -21,7 +21,7 @@ CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _MARK = "<!-- Written by `sparsellm card`, which replaces it unless it was edited: {} -->\n"
 _LICENSE = ("license", "license_name", "license_link")
-_MOST_BYTES, _MOST_CHARACTERS = 1 << 20, 300  # of the dense model's card, and of a value: a hundred times the usual
+_MOST_BYTES, _MOST_CHARACTERS = 1 << 20, 300  # in the dense model's card and in a value: a hundred times the usual
 _ALWAYS = ("method", "sparsity", "calibration", "samples", "seq_len")  # settings shown also at their defaults
 
 

@@ -142,10 +142,10 @@ def _tasks(record: Checkpoint) -> list[Row]:
 
 
 def _size(record: Checkpoint) -> Row:
-    dense, own = record.pruning.base.bytes, record.file_bytes
+    dense, size = record.pruning.base.bytes, record.file_bytes
     detail = "packed" if record.packed else "zeros are stored; packing leaves them out"
-    before, change = (_megabytes(dense), _ratio(own, dense)) if dense else (None, "")
-    return Row("Weight files", detail, before, _megabytes(own), change)
+    before, change = (_megabytes(dense), _ratio(size, dense)) if dense else (None, "")
+    return Row("Weight files", detail, before, _megabytes(size), change)
 
 
 def _speed(record: Checkpoint) -> Row:
@@ -154,14 +154,8 @@ def _speed(record: Checkpoint) -> Row:
         command = f"sparsellm bench {shlex.quote(record.name)}" if record.packed else ""
         return Row(name, "" if record.packed else "of the packed form", command=command)
     before, after = speeds
-    detail = f"packed, batch {after.batch}, {after.threads} threads"
-    return Row(
-        "Tokens a second, decoding",
-        detail,
-        number(before.median),
-        number(after.median),
-        _ratio(after.median, before.median),
-    )
+    detail, change = f"packed, batch {after.batch}, {after.threads} threads", _ratio(after.median, before.median)
+    return Row(name, detail, number(before.median), number(after.median), change)
 
 
 def _ratio(value: float, reference: float) -> str:
@@ -169,4 +163,4 @@ def _ratio(value: float, reference: float) -> str:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e6:,.1f} MB"

@@ -53,7 +53,7 @@ def _bmp(kept: Tensor) -> bytes:
     """A BMP of one bit a pixel from ``(rows, columns)`` bool: True in the colour of kept weights."""
     rows, columns = kept.shape
     bits = np.packbits(np.pad(kept.numpy(), ((0, 0), (0, -columns % 32))), axis=1).tobytes()  # lines of whole words
-    begin = 62  # bytes of this header: of the file, of the picture (its rows from top to bottom), and two colours
+    begin = 62  # bytes before the pixels, whose rows stand from top to bottom
     header = struct.pack("<2sI4xIIiiHH24x8s", b"BM", begin + len(bits), begin, 40, columns, -rows, 1, 1, _COLOURS)
     return header + bits
 
