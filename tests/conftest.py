@@ -56,7 +56,6 @@ def forgotten_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plugins that a test loads are forgotten after it."""
     kept = [(registry, dict(registry)) for registry in (SOLVERS, METHODS, ALLOCATIONS)]
     monkeypatch.setattr(plugins, "_loaded", {})
-    monkeypatch.setattr(plugins, "_installed_failures", None)
     yield
     for registry, entries in kept:
         registry.clear()

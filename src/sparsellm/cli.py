@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -41,9 +40,11 @@ def _command(*parameters: Parameter, examples: Sequence[str], name: str | None =
 
         @wraps(function)
         def call(**values: Any) -> None:
-            from sparsellm import console, parallel
+            from sparsellm import console, parallel, plugins
 
             given = {name: value for name, value in values.items() if value is not None and value != []}
+            for plugin in given.pop("plugin", ()):
+                plugins.load_plugin(plugin)
             reporting = {name: given.pop(name, False) for name in ("json", "quiet", "verbose")}
             given |= {name: value for name, value in reporting.items() if name in taken}
             if "progress" in taken:
@@ -73,34 +74,18 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit()
 
 
+_VERSION = typer.Option(
+    metavar="", help="Show the version and the compiled kernels, and exit.", callback=_show_version, is_eager=True
+)
+
+
 @app.callback()
 def _begin(
     context: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            metavar="",
-            help="Show the version and the compiled kernels, and exit.",
-            callback=_show_version,
-            is_eager=True,
-        ),
-    ] = False,
+    version: Annotated[bool, _VERSION] = False,
 ) -> None:
     if process.count() > 1 and context.invoked_subcommand != "prune":
         raise RecipeError(f"'sparsellm {context.invoked_subcommand}' runs in one process; start it without torchrun")
-
-
-def _load_plugins(named: Sequence[str]) -> list[str]:
-    """Loads the named plugins, then those of installed packages; prints and returns the failures of the latter."""
-    from sparsellm import console, parallel, plugins
-
-    for name in named:
-        plugins.load_plugin(name)
-    failures = plugins.load_installed()
-    for failure in failures if parallel.is_main() else []:
-        console.say(f"note: {failure}", error=True)
-    return failures
 
 
 def _kept_in(directory: str, *, save: bool) -> Path | None:
@@ -134,9 +119,7 @@ def _kept_in(directory: str, *, save: bool) -> Path | None:
         "sparsellm prune demo --out pruned --method wanda --samples 32 --seq-len 512",
     ),
 )
-def prune(
-    model: str, out: Path, quiet: bool, verbose: bool, progress: Any, plugin: Sequence[str] = (), **options: Any
-) -> Printed:
+def prune(model: str, out: Path, quiet: bool, verbose: bool, progress: Any, **options: Any) -> Printed:
     """Prune MODEL and save a checkpoint that plain transformers loads.
 
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work.
@@ -144,11 +127,10 @@ def prune(
     interrupts.keeps(f"finished blocks are kept next to {out}")
     from sparsellm import api, parallel, tables
 
-    failures = _load_plugins(plugin)
     result = api.prune(model, use.take_recipe(options), out=out, progress=progress, **options)
     if not parallel.is_main():
         return None
-    tables.print_warnings(result, failures)
+    tables.print_warnings(result)
     return result.to_dict(), lambda: None if quiet else tables.print_pruned(result, verbose=verbose)
 
 
@@ -259,7 +241,7 @@ def report(directories: list[str], out: Path | None = None) -> Printed:
         "sparsellm compare demo --out grid --sparsity 0.5,0.6,0.7 --recover 0.9",
     ),
 )
-def compare(model: str, out: Path, progress: Any, plugin: Sequence[str] = (), **options: Any) -> Printed:
+def compare(model: str, out: Path, progress: Any, **options: Any) -> Printed:
     """Prune MODEL by every method at every sparsity, and measure each against it.
 
     With --recover or --max-bytes it recommends one. The comparison is one job that the same command resumes. Each run
@@ -270,7 +252,6 @@ def compare(model: str, out: Path, progress: Any, plugin: Sequence[str] = (), **
     from sparsellm import tables
     from sparsellm.inputs import parse_bytes, parse_yaml
 
-    _load_plugins(plugin)
     methods, patterns, fractions = (use.listed(options.pop(name)) for name in ("method", "pattern", "sparsity"))
     sparsities = [parse_yaml(fraction, "--sparsity") for fraction in fractions]
     recover, most = options.get("recover"), options.get("max_bytes")
@@ -294,7 +275,7 @@ def compare(model: str, out: Path, progress: Any, plugin: Sequence[str] = (), **
 
 
 @_command(use.PLUGIN, use.JSON, examples=("sparsellm methods", "sparsellm methods --plugin my_solver.py --json"))
-def methods(plugin: Sequence[str] = ()) -> Printed:
+def methods() -> Printed:
     """List the values of --method and --allocation, with options and papers."""
     from sparsellm import tables
     from sparsellm.allocation import ALLOCATIONS
@@ -304,7 +285,6 @@ def methods(plugin: Sequence[str] = ()) -> Printed:
         tables.print_choices("--method", METHODS, "options", allocations=True)
         tables.print_choices("--allocation", ALLOCATIONS, "allocation_options", allocations=False)
 
-    _load_plugins(plugin)
     chosen = {entry.name: {**entry.to_dict(), "allocation": entry.allocation} for entry in METHODS.values()}
     return {**chosen, "allocations": {entry.name: entry.to_dict() for entry in ALLOCATIONS.values()}}, show
 
@@ -423,11 +403,12 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
 
     how = {name: options.pop(name) for name in ("device", "dtype", "activations") if name in options}
     model, tokenizer = load(directory, **how), load_tokenizer(Path(directory).expanduser())
-    pieces = itertools.chain([prompt], itertools.repeat(""))  # the prompt goes before the first piece, once
 
     def show(text: str) -> None:
-        console.out().print(next(pieces) + text, end="", soft_wrap=True)
+        console.out().print(text, end="", soft_wrap=True)
 
+    if not json:
+        show(prompt)
     result = continue_prompt(model, tokenizer, prompt, on_text=None if json else show, **options)
     speed = (
         f"{result.tokens_per_second:.1f} tokens/s · {result.new_tokens} tokens after a prompt of "
@@ -435,7 +416,7 @@ def generate(directory: str, prompt: str, quiet: bool, json: bool, **options: An
     )
 
     def end() -> None:
-        console.out().print(next(pieces), soft_wrap=True)  # ends the line
+        show("\n")
         if not quiet:
             console.say(speed, error=True)
 

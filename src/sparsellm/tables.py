@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     from sparsellm.registry import Registry
 
 
-def print_warnings(result: PruneResult, printed: Iterable[str] = ()) -> None:
-    """Prints the warnings of a run on stderr, except those that were printed before."""
+def print_warnings(result: PruneResult) -> None:
+    """Prints the warnings of a run on stderr."""
     for warning in result.warnings:
-        if warning not in printed:
-            say(f"note: {warning}", error=True)
+        say(f"note: {warning}", error=True)
 
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:

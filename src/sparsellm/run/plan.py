@@ -142,7 +142,6 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     Raises:
         SparseLLMError: model, text, recipe or destination are wrong in a way that shows before the work.
     """
-    warnings = plugins.load_installed()
     recipe, ids = request.recipe, request.calibration
     choice, both = Choice.of(recipe), request.both or recipe
     request.destination()
@@ -170,7 +169,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         machine.trim()
     recipe = recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
     choice.check_processes(recipe.samples)
-    warnings += unmatched_patterns(chain, {name: getattr(recipe, name) for name in ("exclude", "only", "allow_dense")})
+    warnings = unmatched_patterns(chain, {name: getattr(recipe, name) for name in ("exclude", "only", "allow_dense")})
     warnings += outside_blocks(chain) + unmatched(chain, recipe)
     if not isinstance(ids, Tensor) and len(windows.sets) < choice.sets:
         room = f"the calibration text has room for {len(windows.sets)} of {choice.sets} sets of windows (sets)"
@@ -188,15 +187,13 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             swept = f" after {request.passes_before} passes" if request.before is not None else ""
             started = start_fingerprint(model.start, progress) + swept
         warnings += [*chain.unused(), *_already_pruned(model)]
-    names = (choice.method.name, choice.allocator.name)
-    used = plugins.fingerprints(*names, *choice.options.values(), *choice.allocation_options.values())
     products = ", products in bf16" if chain.products is not None else ""
     identity = Identity(
         recipe=choice.settings(recipe),
         model=dense,
         calibration_tokens=tokens_fingerprint(windows.everything),
         computing=f"{chain.dtype} on {chain.device.type}{products}",
-        plugins=used,
+        plugins=plugins.loaded(),
         start=started,
         stage=int(request.both is not None and request.before is None),
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from sparsellm import interrupts, parallel, plugins
+from sparsellm import interrupts, parallel
 from sparsellm.errors import RecipeError, StorageError
 from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.recipe import Recipe
@@ -41,7 +41,6 @@ def prune_in_stages(request: Request, progress: ProgressCallback = ignore) -> Pr
     Raises:
         SparseLLMError: a subclass of it that names the cause.
     """
-    plugins.load_installed()  # the recipe may name what they register
     recipes = recipes_of(request)
     if request.out is None:
         return prune(request, progress)
