@@ -30,7 +30,7 @@ def test_weight_from_moments_is_the_pseudo_inverses(weighted: bool, bias: bool) 
     x, t, w = _data(300, 12, 5, mean=2.0, weighted=weighted)
     linear = Linear(torch.zeros(5, 12), torch.zeros(5) if bias else None)
     moments = _moments(linear, x, t, w, chunk=64)
-    fitted = moments.linear(least_squares(moments.gram, moments.cross, 1e-9).weight)
+    fitted = moments.linear(least_squares(moments.gram, moments.cross, 1e-9, linear.weight).weight)
 
     rows = torch.cat([x, torch.ones(300, 1)], dim=1).double() if bias else x.double()
     root = (torch.ones(300) if w is None else w).double().sqrt()[:, None]

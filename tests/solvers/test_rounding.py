@@ -38,6 +38,19 @@ def descent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "_one_after_another", lambda grid, target, gram: (grid.nearest, ()))
 
 
+def losses(weight: Tensor, original: Tensor, gram: Gram) -> Tensor:
+    """The loss of each row, fp64."""
+    difference = (weight - original).double()
+    return (difference @ gram.matrix.double() * difference).sum(dim=1)
+
+
+def scales_of_anchors(weight: Tensor, groups: Groups) -> Tensor:
+    """The scale of each value of a weight on its grid ``(out, in)``, by the largest magnitude of its group."""
+    grouped = groups.collect(weight)
+    extreme = grouped.gather(1, grouped.abs().argmax(1, keepdim=True))
+    return groups.spread((extreme / groups.levels.lowest).expand(-1, groups.size))
+
+
 def nearest(weight: Tensor, values: str, dtype: torch.dtype) -> Tensor:
     """What packing without rounding first gives back."""
     packed = pack(weight.to(dtype), values)
@@ -50,6 +63,8 @@ def nearest(weight: Tensor, values: str, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torch.dtype, pattern: Pattern) -> None:
     weight, gram = pruned(24, 96, pattern), gram_of(96)
+    if pattern.sparsity == 0.5:
+        weight[2] = 0.0  # an empty row stays empty
     found = rounded(weight, gram, values, dtype, fixed_mask=isinstance(pattern, NM))
     stored = found.weight.to(dtype)
     assert torch.equal(stored.float(), found.weight)
@@ -88,15 +103,6 @@ def test_every_value_is_a_whole_number_of_its_scale(values: str, levels: Levels,
             assert float(scale.bfloat16()) == float(scale)
 
 
-def test_half_a_scale_is_not_rounded_to_zero() -> None:
-    weight = torch.zeros(1, 128)
-    weight[0, :4] = torch.tensor([-8.0, 0.5, -0.5, 0.25])
-    for values, most in (("int4", 1.0), ("int8", 8 / 127)):
-        found = on_grid(weight, values, torch.float32)
-        assert torch.equal(found != 0, weight != 0)
-        assert bool(((found - weight).abs() <= most).all())
-
-
 @pytest.mark.parametrize("levels", [*GAPPED.values(), *PLAIN.values()], ids=lambda levels: str(len(levels.numbers)))
 def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
     units = torch.cat(
@@ -117,9 +123,7 @@ def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
         assert torch.equal(table[codes.long()].float(), whole)
 
 
-def best_by_brute_force(
-    weight: Tensor, fixed: int, scale: float, levels: Levels, gram: Gram, *, zero: bool = False
-) -> float:
+def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels, gram: Gram, zero: bool) -> float:
     """The least loss over all numbers of the grid, 0 only with ``zero``, for the kept values of a row but ``fixed``."""
     grid = [whole * scale for whole in levels.numbers if whole or zero]
     free = [place for place in range(weight.shape[1]) if weight[0, place] != 0 and place != fixed]
@@ -127,11 +131,10 @@ def best_by_brute_force(
     rows = weight.new_zeros(len(tried), weight.shape[1])
     rows[:, free] = tried
     rows[:, fixed] = levels.lowest * scale
-    difference = (rows - weight).double()
-    return float((difference @ gram.matrix.double() * difference).sum(dim=1).min())
+    return float(losses(rows, weight, gram).min())
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("values", "layout", "columns"), [("int4", "dense", 6), ("int4", "bitmask", 216), ("int3", "bitmask", 216)]
 )
@@ -148,7 +151,7 @@ def test_is_near_the_best_of_all_grid_points(
     levels = levels_of(values, layout)
     fixed = int(found.abs().argmax())
     scale = float(found[0, fixed] / levels.lowest)
-    least = best_by_brute_force(weight, fixed, scale, levels, gram, zero=layout == "dense")
+    least = best_by_brute_force(weight, fixed, scale, levels, gram, layout == "dense")
     assert least - 1e-9 <= loss(found, weight, gram) <= 1.5 * least + 1e-9
 
 
@@ -165,7 +168,7 @@ def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: T
             if bool(grid.free[row, place]):
                 scale = float(scales[row, place])
                 units = torch.tensor(float(wanted[row, place]) / scale)
-                value = float(grid.levels.nearest(units[None], zero=grid.zero)[0]) * scale
+                value = float(grid.whole(units[None], torch.ones(1))[0]) * scale
             found[row, place] = value
             if later:
                 error = found[row, place] - wanted[row, place]
@@ -187,7 +190,7 @@ def test_each_input_is_made_up_for_by_all_after_it(values: str, sparsity: float)
     same = torch.isclose(found.double(), expected, atol=1e-6).all(dim=1)
     assert int(same.sum()) >= 5
     assert notes == ()
-    assert torch.equal(found == 0, grid.nearest == 0) or grid.zero
+    assert torch.equal(found == 0, grid.nearest == 0) or grid.groups.dense
 
 
 def test_damping_that_had_to_be_raised_is_said() -> None:
@@ -219,16 +222,22 @@ def test_factors_of_groups_are_those_of_least_squares(columns: int, size: int, m
 
 @pytest.mark.parametrize("values", ["int4", "int3"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_order_and_scales_lower_what_the_descent_from_nearest_reaches(
-    values: str, sparsity: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_part_lowers_the_error(values: str, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gram = pruned(64, 128, Share(sparsity)), gram_of(128)
-    errors = [loss(rounded(weight, gram, values, torch.float32).weight, weight, gram)]
+
+    def error() -> float:
+        return loss(rounded(weight, gram, values, torch.float32).weight, weight, gram)
+
+    errors = [error()]
+    for rounds in (2, 1):
+        monkeypatch.setattr(rounding, "ROUNDS", rounds)
+        errors.append(error())
+    assert errors[0] < errors[1] < errors[2]
+    monkeypatch.setattr(rounding, "ROUNDS", 3)
     monkeypatch.setattr(rounding._Descent, "_fit_scales", lambda self: None)
-    errors.append(loss(rounded(weight, gram, values, torch.float32).weight, weight, gram))
+    without_scales = error()
     monkeypatch.setattr(rounding, "_one_after_another", lambda grid, target, gram: (grid.nearest, ()))
-    errors.append(loss(rounded(weight, gram, values, torch.float32).weight, weight, gram))
-    assert errors[0] < 0.98 * errors[1] < 0.96 * errors[2]
+    assert errors[0] < 0.98 * without_scales < 0.96 * error()
 
 
 def test_a_weight_on_its_grid_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +255,7 @@ def test_no_single_value_can_be_improved(values: str, monkeypatch: pytest.Monkey
     found = rounded(weight, gram, values, torch.float32).weight
     lowest, groups = loss(found, weight, gram), Groups.of(found, values)
     numbers = [number for number in groups.levels.numbers if number]
-    grouped = groups.collect(found)
-    extreme = grouped.gather(1, grouped.abs().argmax(1, keepdim=True))
-    scales = groups.spread((extreme / numbers[0]).expand(-1, groups.size))
+    scales = scales_of_anchors(found, groups)
     for row, column in (found != 0).nonzero().tolist():
         scale = float(scales[row, column])
         number = round(float(found[row, column]) / scale)
@@ -281,9 +288,7 @@ def test_inputs_that_no_token_reaches_are_rounded_to_nearest(values: str, sparsi
     assert bool(found.weight.isfinite().all())
     powers = torch.ones(96) if found.exponents is None else torch.exp2(found.exponents.float())
     groups = Groups.of(found.weight, values)
-    grouped = groups.collect(found.weight / powers)
-    extreme = grouped.gather(1, grouped.abs().argmax(1, keepdim=True))
-    scales = groups.spread((extreme / groups.levels.lowest).expand(-1, groups.size)) * powers
+    scales = scales_of_anchors(found.weight / powers, groups) * powers
     numbers = torch.tensor([number for number in groups.levels.numbers if number or groups.dense]).float()
     least = (weight[..., None] - scales[..., None] * numbers).abs().amin(dim=2)
     free = (found.weight != 0) & (found.weight.abs() < -groups.levels.lowest * scales.abs() * 0.999)  # no anchors
@@ -305,11 +310,7 @@ def test_no_row_loses_by_new_scales(values: str, dtype: torch.dtype) -> None:
             before, rows = descent.columns.T.contiguous(), descent.scales
             descent._fit_scales()
             after = descent.columns.T
-            errors = [
-                ((each - weight).double() @ gram.matrix.double() * (each - weight)).sum(dim=1)
-                for each in (before, after)
-            ]
-            assert bool((errors[1] <= errors[0] * (1 + 1e-5)).all())
+            assert bool((losses(after, weight, gram) <= losses(before, weight, gram) * (1 + 1e-5)).all())
             kept = (before == after).all(dim=1)
             same = (rows == descent.scales).view(64, -1).all(dim=1)
             assert torch.equal(kept, same)
@@ -326,15 +327,6 @@ def test_values_nearer_to_zero_leave_a_bitmask_and_stay_with_a_fixed_mask() -> N
         assert torch.equal(fixed != 0, weight != 0)
 
 
-def test_scales_and_numbers_in_turn_gain_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, gram = pruned(64, 128, Share(0.5)), gram_of(128)
-    errors = []
-    for rounds in (1, 2, 3):
-        monkeypatch.setattr(rounding, "ROUNDS", rounds)
-        errors.append(loss(rounded(weight, gram, "int4", torch.float32).weight, weight, gram))
-    assert errors[2] < errors[1] < errors[0]
-
-
 def test_factors_stay_near_one() -> None:
     """Where the best factor is far away, and where the system cannot be factorised."""
     groups = Groups(64, 32, PLAIN["int4"])
@@ -344,15 +336,6 @@ def test_factors_stay_near_one() -> None:
     indefinite = torch.eye(64)
     indefinite[0, 63] = indefinite[63, 0] = 1e6
     assert torch.equal(rounding.best_factors(weight, weight @ indefinite, indefinite, groups), torch.ones(1, 2))
-
-
-def test_an_empty_row_stays_empty() -> None:
-    weight = pruned(4, 32, Share(0.5))
-    weight[2] = 0.0
-    for values in INTEGERS:
-        found = rounded(weight, gram_of(32), values, torch.bfloat16).weight
-        assert int(found[2].count_nonzero()) == 0
-        assert int(found[1].count_nonzero()) > 0
 
 
 @pytest.mark.parametrize(("values", "size", "every"), [("int8", 16.0, 32), ("int4", 64.0, 64)])
@@ -372,11 +355,6 @@ def test_exponents_of_columns_lower_the_error(
     plain = rounded(weight, gram, values, torch.float32)
     assert plain.exponents is None
     assert loss(found.weight, weight, gram) < 0.9 * loss(plain.weight, weight, gram)
-
-
-def test_alike_inputs_have_no_exponents() -> None:
-    weight = pruned(8, 64, Share(0.5))
-    assert rounded(weight, Gram(torch.eye(64), 100), "int4", torch.float32).exponents is None
 
 
 @settings(max_examples=60, deadline=None)

@@ -35,9 +35,8 @@ SIGN = -(1 << 31)
 def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Tensor | None = None) -> Solver:
     """The solver with its work divided over the processes of this run.
 
-    All processes call it with the same arguments, and each gets the solution of all rows. Every process solves all rows
-    if the solver is not registered as distributed, or if the weight has fewer rows than there are processes. A pattern
-    without zeros leaves the weight as it is.
+    All processes call it with the same arguments, and get the solution of all rows. A solver that is not registered as
+    distributed, or has fewer rows than processes, solves all rows in each. A pattern without zeros keeps every bit.
 
     Args:
         entry: the solver.
@@ -101,15 +100,10 @@ class DividedUnstructured(Unstructured):
 
 
 def highest_of_all(scores: Tensor, zeros: int) -> Tensor:
-    """The mask that is False for the ``zeros`` lowest scores of all processes; among equal scores the first are kept.
+    """This process's part ``(outer, inner)`` of :func:`~sparsellm.patterns.highest` for the scores of all processes.
 
-    Args:
-        scores: ``(outer, inner)``, fp32 or coarser; indices run over outer, then the processes, then inner.
-        zeros: in all processes together.
-
-    Returns:
-        Bool ``(outer, inner)``, equal to the part of :func:`~sparsellm.patterns.highest` for the scores of all
-        processes, joined along inner and flattened.
+    ``scores (outer, inner)`` are fp32 or coarser. Indices run over outer, then the processes, then inner; ``zeros``
+    counts those of all processes.
     """
     if zeros <= 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -133,7 +127,7 @@ def _ordered(scores: Tensor) -> Tensor:
 
 
 def _lowest_of_all(keys: Tensor, rank: int) -> tuple[int, int]:
-    """The ``rank``-th lowest key (from 1) of all processes, and the number of equal keys after it. Goes by digits."""
+    """The ``rank``-th lowest key (from 1) of all processes, and the number of equal keys after it."""
     threshold, after = SIGN, 0
     pool = keys.flatten()
     for shift, bins in DIGITS:

@@ -18,7 +18,8 @@ lower the error in the metric of G itself:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,22 +48,13 @@ JUDGES = 256  # rows of the weight that choose the power
 CELL = 0.48  # how far an unrounded value may lie from its number of the grid, as a share of its distance from the next
 
 
-@dataclass(frozen=True, eq=False)
-class Rounded:
-    """A weight on its grid.
+class Rounded(NamedTuple):
+    """A weight on its grid."""
 
-    Attributes:
-        weight: ``(out, in)`` fp32.
-        unrounded: ``(out, in)`` fp32: the best value of each weight with all others at theirs, within the cell that
-            rounds to ``weight``. It is where training goes on.
-        exponents: exponents of the columns, int8 ``(in,)``; None if all are 0.
-        notes: for the user.
-    """
-
-    weight: Tensor
-    unrounded: Tensor
-    exponents: Tensor | None
-    notes: tuple[str, ...] = ()
+    weight: Tensor  # (out, in) fp32
+    unrounded: Tensor  # (out, in) fp32: where training goes on; the best values within the cells that round to weight
+    exponents: Tensor | None  # int8 (in,), one for each column; None if all are 0
+    notes: tuple[str, ...]
 
 
 def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, fixed_mask: bool = False) -> Rounded:
@@ -85,20 +77,17 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
     powers = _powers(weight, gram, groups, dtype)
     if groups.dense:
         result = _fitted(weight, weight, gram, powers, groups, dtype)
-        groups = Groups.of(result.weight, value_type)
-    if not groups.dense:
-        start = weight
-        if not fixed_mask:  # values that are nearer to 0 than to the smallest number of their grid
-            nearest = _Grid(weight, gram, powers, replace(Groups.of(weight, value_type), dense=False), dtype).nearest
-            start = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
-        groups = replace(Groups.of(start, value_type), dense=False)
-        result = _fitted(start, weight, gram, powers, groups, dtype)
-    exponents = powers.log2().round_().to(torch.int8)
-    return replace(result, exponents=exponents if bool(exponents.any()) else None)
+        if Groups.of(result.weight, value_type).dense:
+            return result
+    start = weight
+    if not fixed_mask:  # values that are nearer to 0 than to the smallest number of their grid
+        nearest = _Grid(weight, gram, powers, replace(groups, dense=False), dtype).nearest
+        start = weight.masked_fill(weight.abs() < 0.5 * nearest.abs(), 0.0)
+    return _fitted(start, weight, gram, powers, replace(Groups.of(start, value_type), dense=False), dtype)
 
 
 def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: Groups, dtype: torch.dtype) -> Rounded:
-    """The target ``(out, in)`` on the grid of ``start``, whose zeros it takes; without exponents.
+    """The target ``(out, in)`` on the grid of ``start``, whose zeros it takes.
 
     The processes divide the rows: rows depend on each other only in when the descent ends.
     """
@@ -112,7 +101,8 @@ def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: G
         weight, unrounded = (torch.cat(parallel.gather_list(part)) for part in (weight, unrounded))
     else:
         weight, unrounded = (parallel.broadcast_(part.contiguous()) for part in (weight, unrounded))
-    return Rounded(weight, unrounded, None, notes)
+    exponents = powers.log2().round_().to(torch.int8)
+    return Rounded(weight, unrounded, exponents if bool(exponents.any()) else None, notes)
 
 
 def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> Tensor:
@@ -131,19 +121,10 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> T
 
 
 class _Grid:
-    """The grid of a weight ``(out, in)``: scales and anchors of its groups, and the weight rounded to nearest.
-
-    ``powers`` are powers of two, one for each column.
-    """
+    """The grid of a weight ``(out, in)``: scales and anchors of its groups, and the weight rounded to nearest."""
 
     def __init__(self, weight: Tensor, gram: Gram, powers: Tensor, groups: Groups, dtype: torch.dtype) -> None:
-        self.dtype, self.powers, self.groups, self.levels, self.zero = (
-            dtype,
-            powers,
-            groups,
-            groups.levels,
-            groups.dense,
-        )
+        self.dtype, self.powers, self.groups = dtype, powers, groups
         grouped = groups.collect(weight / powers)
         curvature = groups.collect((gram.diagonal.clamp(min=1e-30) * powers.square()).expand_as(weight))
         places = anchors(grouped)
@@ -152,7 +133,7 @@ class _Grid:
         least = torch.full_like(extreme, math.inf)
         self.first = torch.zeros_like(extreme)  # (groups, 1): scales to begin with, without the powers of columns
         for fraction in FRACTIONS:
-            tried = scales_of(extreme * fraction, self.levels, dtype, self.units)
+            tried = scales_of(extreme * fraction, groups.levels, dtype, self.units)
             error = self.whole(grouped, tried).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
             self.first, least = torch.where(error < least, tried, self.first), torch.minimum(error, least)
@@ -162,7 +143,7 @@ class _Grid:
 
     def whole(self, values: Tensor, scales: Tensor) -> Tensor:
         """The numbers of the grid that are nearest to these values."""
-        return whole_numbers(values, scales, self.levels, zero=self.zero)
+        return whole_numbers(values, scales, self.groups.levels, zero=self.groups.dense)
 
     def scales(self, scales: Tensor) -> Tensor:
         """The scale of each value, ``(out, in)``, from those of groups ``(groups, 1)``."""
@@ -170,8 +151,8 @@ class _Grid:
 
     def within_cells(self, weight: Tensor, best: Tensor, scales: Tensor) -> Tensor:
         """``best``, moved as near to ``weight`` as it must be to be rounded to it, with these scales of groups."""
-        scales = self.scales(scales).abs_()
-        reach, end = CELL * self.levels.closest * scales, -self.levels.lowest * scales
+        levels, scales = self.groups.levels, self.scales(scales).abs_()
+        reach, end = CELL * levels.closest * scales, -levels.lowest * scales
         moved = weight + (best - weight).clamp(-reach, reach)
         moved = torch.where(self.free, moved.clamp(-end, end), weight).to(self.dtype).float()
         # A coarse dtype may itself round to another number of the grid.
@@ -232,7 +213,8 @@ class _Descent:
         """Takes the best scales for the numbers, in the rows where they have a lower error as they are stored."""
         grid = self.grid
         factors = best_factors(self.columns.T, self.slope.T, self.matrix, grid.groups).view_as(self.scales)
-        scales = scales_of(self.scales * factors * grid.levels.lowest, grid.levels, grid.dtype, grid.units)
+        levels = grid.groups.levels
+        scales = scales_of(self.scales * factors * levels.lowest, levels, grid.dtype, grid.units)
         whole = grid.whole(self.columns, grid.scales(self.scales).T.contiguous())
         columns = as_stored(whole, grid.scales(scales).T, grid.dtype)
         slope = self.matrix @ (columns - self.target)
@@ -262,7 +244,8 @@ class _Descent:
     def _round_unreached(self, scales: Tensor, inverse: Tensor) -> None:
         """Rounds the inputs that no token reaches to nearest: they have no part in the error, and no slope."""
         places = (self.matrix.diagonal() <= 0).nonzero().flatten()
-        whole = self.grid.levels.nearest(self.target[places] * inverse[places], zero=self.grid.zero)
+        groups = self.grid.groups
+        whole = groups.levels.nearest(self.target[places] * inverse[places], zero=groups.dense)
         nearest = as_stored(whole, scales[places], self.grid.dtype)
         self.columns[places] = torch.where(self.free[places] != 0, nearest, self.columns[places])
 
@@ -272,7 +255,7 @@ class _Descent:
         inner = self.matrix[rows, rows].contiguous()
         moves = torch.zeros_like(self.columns[rows])
         gained = self.columns.new_zeros(self.columns.shape[1])
-        levels, zero, dtype = self.grid.levels, self.grid.zero, self.grid.dtype
+        levels, zero, dtype = self.grid.groups.levels, self.grid.groups.dense, self.grid.dtype
         parts = (part[rows].unbind() for part in (self.columns, self.slope, scales, self.free, inverse))
         # Few operations a column, on views made in advance: on narrow weights the calls take the time.
         columns = zip(inner.diagonal().tolist(), *parts, strict=True)
@@ -297,11 +280,7 @@ def best_factors(weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups) 
     With the groups of a row as vectors ``v_a``, the factors ``1 + t`` solve ``A t = −s`` with ``A_ab = v_aᵀ G v_b`` and
     ``s_a`` the slope along ``v_a``. A small ridge keeps them near 1 where the rows hardly tell groups apart.
 
-    Args:
-        weight: ``(out, in)``.
-        slope: half the gradient of the error, ``(Ŵ − W) G``, ``(out, in)``.
-        matrix: G.
-        groups: the weight's groups.
+    ``slope`` is half the gradient of the error, ``(Ŵ − W) G``, ``(out, in)``; ``matrix`` is G.
     """
     count = len(groups.collect(weight[:1]))  # groups of a row
     factors = weight.new_ones(len(weight), count)

@@ -4,9 +4,9 @@ With ``UᵀU = (G + λI)⁻¹``, ``U`` upper triangular, pruning weight ``w_j`` 
 best update of the later weights of that output is ``w_k −= (w_j / U_jj) U_jk`` (the optimal brain surgeon,
 arXiv 2301.00774, sections 3.2 to 3.4).
 
-The result is that of the column-by-column algorithm, in another order. A range of columns is halved recursively: the
-left half is pruned, one matrix product carries its errors to the right half, then the right half is pruned. Nearly all
-of the work is then large matrix products.
+The result is that of the column-by-column algorithm. A range of columns is halved recursively: the left half is pruned,
+one matrix product carries its errors to the right half, then the right half is pruned. So nearly all of the work is
+large matrix products.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _Elimination:
             self.eliminate(middle, stop)
             return
         # Two operations a column, on views made in advance: on narrow weights, indexing took longer than arithmetic.
-        # Each column is updated by all errors of the leaf; errors of later columns are still zero.
+        # Errors of later columns are still zero.
         errors = self.errors[start:stop]
         before = errors.T  # (out, columns)
         factors = self.upper[start:stop, start:stop].T.tril(-1)

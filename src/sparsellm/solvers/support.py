@@ -20,17 +20,16 @@ def refine_on_support(
 ) -> Refined:
     """Minimise ``tr (W − W₀)(G + damping·diag G)(W − W₀)ᵀ`` over ``W`` that are zero off the mask.
 
-    Conjugate gradients on all rows at once, preconditioned by the diagonal: one product with ``G`` per iteration, for
-    any mask (ALPS, arXiv 2406.07831, algorithm 2). No row ends worse than it started, even if the Gram matrix is
-    singular. Directions that no token excites keep their start.
+    Conjugate gradients on all rows at once, preconditioned by the diagonal (ALPS, arXiv 2406.07831, algorithm 2). No
+    row ends worse than it started, even if the Gram matrix is singular. Directions that no token excites keep their
+    start.
 
     Args:
         wanted: W₀ (out, in), the weight to approximate.
-        gram: Gram matrix of the inputs (in, in).
+        gram: Gram matrix of the inputs.
         mask: bool (out, in), True where kept.
         start: (out, in), the first iterate; ignored off the mask.
-        iterations: products with the Gram matrix, besides two for the start and the end; 10 reach the minimum within
-            1 %.
+        iterations: products with the Gram matrix, plus two; 10 reach the minimum within 1 %.
         damping: ridge towards ``wanted``, as a fraction of the mean square of each input.
     """
     matrix, scale = gram.normalised.matrix, gram.scale  # in inputs of unit size the preconditioner is the identity

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ CHUNK_ELEMENTS = 1 << 23  # elements converted to fp32 at a time: 32 MiB
 REMEMBERED_BYTES = 1 << 29  # limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
 DAMPING_TRIES = 8  # each is ten times the one before, so the last is larger than any ratio of fp32 rounding
 
+CPU = torch.device("cpu")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
-class Factor:
+class Factor(NamedTuple):
     """A matrix from the factorisation of ``G + λI``, the relative damping it took, and notes for the user."""
 
     matrix: Tensor
@@ -176,8 +176,8 @@ class GramAccumulator:
     one fp32 matrix ``(features, features)``.
     """
 
-    def __init__(self, features: int, device: torch.device | str | None = None) -> None:
-        self.features, self.device, self.tokens = features, torch.device(device or "cpu"), 0
+    def __init__(self, features: int, device: torch.device = CPU) -> None:
+        self.features, self.device, self.tokens = features, device, 0
         self.panels = [
             _zeros(min(PANEL, features - start), features - start, self.device) for start in range(0, features, PANEL)
         ]
@@ -197,12 +197,11 @@ class GramAccumulator:
         self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Gram:
-        """The mean over the tokens so far. The accumulator does not change and can take more tokens.
+        """The mean over the tokens so far; the accumulator can take more.
 
         Raises:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
-        _require_tokens(self.tokens, f"Gram matrix of {self.features} inputs")
         matrix = torch.empty(self.features, self.features, device=self.device)
         for panel in self.panels:
             start = self.features - panel.shape[1]
@@ -217,9 +216,8 @@ class GramAccumulator:
 class CrossAccumulator:
     """Sums ``TᵀX (out, features)`` over chunks of tokens: products in fp32, their sum in fp64."""
 
-    def __init__(self, out: int, features: int, device: torch.device | str | None = None) -> None:
-        self.tokens = 0
-        self.total = _zeros(out, features, torch.device(device or "cpu"))
+    def __init__(self, out: int, features: int, device: torch.device = CPU) -> None:
+        self.tokens, self.total = 0, _zeros(out, features, device)
 
     def update(self, target: Tensor, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Adds tokens ``target (..., out)``, ``x (..., features)``; weights as in :class:`GramAccumulator`."""
@@ -239,38 +237,31 @@ class CrossAccumulator:
             NumericalError: no token was seen, or a sum is NaN or infinite.
         """
         name = f"cross moment of shape {tuple(self.total.shape)}"
-        _require_tokens(self.tokens, name)
         matrix = (self.total / self.tokens).float()
         require_finite(matrix, name)
         return matrix
 
 
-@dataclass(frozen=True, eq=False)
-class Fit:
+class Fit(NamedTuple):
     """The weights (out, features) that solve a damped least-squares problem, and notes for the user."""
 
     weight: Tensor
     notes: tuple[str, ...] = ()
 
 
-def least_squares(gram: Gram, cross: Tensor, damping: float = 0.01, prior: Tensor | None = None) -> Fit:
-    """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``.
+def least_squares(gram: Gram, cross: Tensor, damping: float, prior: Tensor) -> Fit:
+    """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``, for ``C = TᵀX / N``.
 
-    In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀ (out, features)``, zero if it is
-    None. Weights on dead inputs equal the prior.
-
-    Args:
-        gram: Gram matrix of the inputs X.
-        cross: ``C = TᵀX / N`` (out, features), over the same tokens with the same token weights.
-        damping: relative to the mean diagonal of the Gram matrix.
+    In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀ (out, features)``. Weights on dead
+    inputs equal the prior. ``damping`` is λ relative to the mean diagonal of G.
 
     Raises:
         NumericalError: no damping made ``G + λI`` positive definite.
     """
     factor = gram.cholesky(damping)
-    residual = cross if prior is None else cross - prior @ gram.matrix  # (out, features)
+    residual = cross - prior @ gram.matrix  # (out, features)
     change = torch.cholesky_solve(residual.T, factor.matrix).T.masked_fill(gram.dead, 0.0)
-    return Fit(change.contiguous() if prior is None else prior + change, factor.notes)
+    return Fit(prior + change, factor.notes)
 
 
 def invert_lower_(matrix: Tensor) -> None:
@@ -293,11 +284,6 @@ def invert_lower_(matrix: Tensor) -> None:
 def _zeros(rows: int, columns: int, device: torch.device) -> Tensor:
     """A matrix of zeros, in fp64 if the device has it, else fp32."""
     return torch.zeros(rows, columns, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-
-
-def _require_tokens(tokens: int, name: str) -> None:
-    if tokens == 0:
-        raise NumericalError(f"{name}: no token was seen")
 
 
 def _chunks(tensors: tuple[Tensor, ...], weights: Tensor | None, device: torch.device) -> Iterator[tuple[Tensor, ...]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from sparsellm.chain.structure import find_blocks
@@ -38,20 +38,18 @@ class ZeroKeeper:
 
     def __init__(self, model: nn.Module) -> None:
         name, blocks = find_blocks(model)
-        self.masks: dict[str, Tensor] = {}
-        self._weights: dict[str, nn.Parameter] = {}
-        for weight_name, weight in blocks.named_parameters(name):
-            kept = weight.detach() != 0
-            if weight.dim() > 1 and not weight_name.endswith("bias") and not bool(kept.all()):
-                self.masks[weight_name], self._weights[weight_name] = kept, weight
-        if not self.masks:
+        matrices = ((key, weight) for key, weight in blocks.named_parameters(name) if weight.dim() > 1)
+        self._weights = {key: w for key, w in matrices if not key.endswith("bias") and bool((w == 0).any())}
+        if not self._weights:
             raise ModelError(f"no matrix in the blocks of {type(model).__name__} has a zero; prune the model first")
-        self._hooks: list[Any] = []
+        self.masks: dict[str, Tensor] = {key: weight.detach() != 0 for key, weight in self._weights.items()}
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> ZeroKeeper:
         for name, weight in self._weights.items():
             if weight.requires_grad:
-                self._hooks.append(weight.register_hook(self._masking(name)))
+                mask = self.masks[name]
+                self._hooks.append(weight.register_hook(lambda g, mask=mask: g * mask.to(g.device)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,15 +62,7 @@ class ZeroKeeper:
     def restore(self) -> None:
         """Sets every pruned weight to zero again."""
         for name, weight in self._weights.items():
-            weight.mul_(self._mask(name, weight))
-
-    def _masking(self, name: str) -> Callable[[Tensor], Tensor]:
-        return lambda gradient: gradient * self._mask(name, gradient)
-
-    def _mask(self, name: str, like: Tensor) -> Tensor:
-        if self.masks[name].device != like.device:  # the model was moved after the masks were made
-            self.masks[name] = self.masks[name].to(like.device)
-        return self.masks[name]
+            weight.mul_(self.masks[name].to(weight.device))
 
 
 class KeepZeros(TrainerCallback):
@@ -81,17 +71,12 @@ class KeepZeros(TrainerCallback):
     It keeps the zeros that the model has when training begins.
     """
 
-    def __init__(self) -> None:
-        self._keeper: ZeroKeeper | None = None
-
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._keeper = ZeroKeeper(model).__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._keeper is not None:
-            self._keeper.restore()
+        self._keeper.restore()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._keeper is not None:
-            self._keeper.__exit__()
-            self._keeper = None
+        self._keeper.__exit__()
+        del self._keeper

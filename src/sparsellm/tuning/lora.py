@@ -50,14 +50,11 @@ class MaskedLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:
             raise RecipeError("a batch that mixes adapters cannot be run with masked LoRA; run one adapter at a time")
+        if self.merged and self.disable_adapters:
+            self.unmerge()
         base: Any = self.base_layer
-        if self.disable_adapters or self.merged:
-            if self.merged and self.disable_adapters:
-                self.unmerge()
-            plain: Tensor = base(x, *args, **kwargs)
-            return plain
         result: Tensor = base(x, *args, **kwargs)
-        for adapter in self.active_adapters:
+        for adapter in [] if self.merged or self.disable_adapters else self.active_adapters:
             if adapter in self.lora_A:
                 delta = self.get_delta_weight(adapter)
                 delta = delta.t() if self.fan_in_fan_out else delta
@@ -67,9 +64,7 @@ class MaskedLoraLinear(LoraLinear):
 
 
 def masked(config: LoraConfig) -> LoraConfig:
-    """A LoRA configuration that keeps zeros, for ``peft.get_peft_model`` and ``PeftModel.from_pretrained``.
-
-    peft does not save this property with the adapter: use :func:`load_adapter`, or pass ``config=masked(...)`` again.
+    """A LoRA configuration that keeps zeros; peft does not save this property with the adapter.
 
     Raises:
         RecipeError: the variant of LoRA, or the initialisation, cannot keep zeros.
@@ -78,10 +73,8 @@ def masked(config: LoraConfig) -> LoraConfig:
         if getattr(config, name, None):
             raise RecipeError(f"LoRA with {name} cannot keep zeros; leave it out")
     if config.init_lora_weights not in _INITIALISATIONS:
-        raise RecipeError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the pruned weight itself; "
-            f"choose one of {', '.join(map(repr, _INITIALISATIONS))}"
-        )
+        value, known = config.init_lora_weights, ", ".join(map(repr, _INITIALISATIONS))
+        raise RecipeError(f"init_lora_weights={value!r} changes the pruned weight itself; choose one of {known}")
     config._register_custom_module({nn.Linear: MaskedLoraLinear, Conv1D: MaskedLoraLinear})
     return config
 
@@ -90,11 +83,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig | None = None, adapte
     """A pruned model with a fresh masked adapter, ready for ``transformers.Trainer``.
 
     ``merge_and_unload()`` of the result returns the model with the same zeros and the logits of the adapted model.
-
-    Args:
-        model: a dense model with zeros. Unpack a packed one first, since its weights cannot change.
-        config: a configuration of peft; None for rank 16 on all linears.
-        adapter_name: peft's name of the adapter.
+    ``config`` None is rank 16 on all linears.
 
     Raises:
         ModelError: the model is packed.
@@ -112,7 +101,7 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, *, is_trainable:
 
     Raises:
         ModelError: the model is packed.
-        RecipeError: the adapter is no LoRA, or one that cannot keep zeros.
+        RecipeError: the adapter is not LoRA, or one that cannot keep zeros.
     """
     _refuse_packed(model)
     config = PeftConfig.from_pretrained(str(directory))
