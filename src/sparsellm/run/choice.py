@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from pydantic import JsonValue
@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from sparsellm import parallel
 from sparsellm.allocation import ALLOCATIONS, Allocation, Allocator, LinearSize
 from sparsellm.allocation.allocator import divide
-from sparsellm.chain import Chain, LinearView
+from sparsellm.chain import Chain
 from sparsellm.chain.matrices import is_excluded, matches, refuse_silent_dense
 from sparsellm.errors import RecipeError
 from sparsellm.methods import METHODS
@@ -150,27 +150,12 @@ def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:
     """The linears to prune, in the order of the chain, with the zeros that ``sparsity_of`` fixes: the last of its
     patterns that match counts."""
     sizes = []
-    for index, linear in _pruned(chain, recipe):
-        shape = (linear.out_features, linear.in_features)
-        given = [value for glob, value in recipe.sparsity_of.items() if matches(linear.weight_name, [glob])]
-        fixed = round(given[-1] * math.prod(shape)) if given else None
-        sizes.append(LinearSize(linear.name, index, shape, fixed))
-    return sizes
-
-
-def unmatched(chain: Chain, recipe: Recipe) -> list[str]:
-    """A warning for each pattern of ``sparsity_of`` that matches no pruned linear."""
-    names = [linear.weight_name for _, linear in _pruned(chain, recipe)]
-    return [
-        f"sparsity_of {glob!r} matches no pruned linear"
-        for glob in recipe.sparsity_of
-        if not any(matches(name, [glob]) for name in names)
-    ]
-
-
-def _pruned(chain: Chain, recipe: Recipe) -> Iterator[tuple[int, LinearView]]:
-    """Each linear that is pruned, with the number of its block."""
     for index in range(len(chain)):
         for linear in chain.linears(index):
-            if not is_excluded(linear.weight_name, recipe.exclude, recipe.only):
-                yield index, linear
+            if is_excluded(linear.weight_name, recipe.exclude, recipe.only):
+                continue
+            shape = (linear.out_features, linear.in_features)
+            given = [value for glob, value in recipe.sparsity_of.items() if matches(linear.weight_name, [glob])]
+            fixed = round(given[-1] * math.prod(shape)) if given else None
+            sizes.append(LinearSize(linear.name, index, shape, fixed))
+    return sizes

@@ -218,14 +218,7 @@ def given_windows(ids: Tensor, chain: Chain, recipe: Recipe) -> Windows:
 
 
 def read_windows(
-    text: Text | str,
-    chain: Chain,
-    recipe: Recipe,
-    directory: Path | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    sets: int,
-    passes: int,
-    progress: ProgressCallback,
+    text: Text | str, recipe: Recipe, model: Opened, sets: int, passes: int, progress: ProgressCallback
 ) -> Windows:
     """Windows of a text, or of the one that the dense model writes if the recipe says so: ``sets`` sets for the
     statistics and further ones for ``passes`` passes, as far as the text has room.
@@ -233,6 +226,7 @@ def read_windows(
     Raises:
         DataError: the model has no tokenizer, or the text is too short for one set.
     """
+    chain, tokenizer, directory = model.chain, model.tokenizer, model.directory
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")
     seq_len = recipe.seq_len or default_seq_len(chain)
@@ -241,20 +235,19 @@ def read_windows(
     further = (sets - 1) * recipe.samples + passes * windows_of_pass(recipe.samples)
     if recipe.calibration == SELF:
         dense = chain.model if directory is None else load_whole(directory, chain.dtype, chain.device, trust=False)
-        windows = self_generated_windows(dense, tokenizer, *drawn, lead, further, partial(_tell, progress))
+
+        def tell(done: int, total: int) -> None:
+            progress(Progress("calibration", done, total, "the model writes its text"))
+
+        windows = self_generated_windows(dense, tokenizer, *drawn, lead, further, tell)
     else:
         windows = calibration_windows(text, tokenizer, *drawn, recipe.bos, further)
     windows = check_vocabulary(windows, chain.config, tokenizer)
     samples = min(recipe.samples, len(windows))
     sets = min(sets, len(windows) // max(1, samples))
-    taken, further = sets * samples, passes * windows_of_pass(samples)
-    read, fresh = windows[:taken], windows[taken : taken + further]
-    bos = "no" if lead is None else "yes"
+    read, rest = windows[: sets * samples], windows[sets * samples :]
+    bos, fresh = "no" if lead is None else "yes", rest[: passes * windows_of_pass(samples)]
     return Windows(read.view(sets, samples, -1), fresh, bos, recipe.batch_tokens, passes)
-
-
-def _tell(progress: ProgressCallback, done: int, total: int) -> None:
-    progress(Progress("calibration", done, total, "the model writes its text"))
 
 
 def default_seq_len(chain: Chain) -> int:

@@ -21,7 +21,7 @@ from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
 from sparsellm.records import EarlierStage, Memory
-from sparsellm.run.choice import Choice, patterns_of, unmatched
+from sparsellm.run.choice import Choice, patterns_of
 from sparsellm.run.fingerprint import (
     model_fingerprint,
     start_fingerprint,
@@ -169,8 +169,8 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         machine.trim()
     recipe = recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
     choice.check_processes(recipe.samples)
-    warnings = unmatched_patterns(chain, {name: getattr(recipe, name) for name in ("exclude", "only", "allow_dense")})
-    warnings += outside_blocks(chain) + unmatched(chain, recipe)
+    patterns = {name: getattr(recipe, name) for name in ("exclude", "only", "sparsity_of", "allow_dense")}
+    warnings = unmatched_patterns(chain, patterns) + outside_blocks(chain)
     if not isinstance(ids, Tensor) and len(windows.sets) < choice.sets:
         room = f"the calibration text has room for {len(windows.sets)} of {choice.sets} sets of windows (sets)"
         warnings.append(f"{room}; a longer text gives a better model")
@@ -218,7 +218,7 @@ def _windows(request: Request, choice: Choice, model: Opened, passes: int, progr
     settings = (recipe.samples, recipe.seq_len, recipe.seed, recipe.bos, recipe.batch_tokens, choice.sets, passes)
     source = text if isinstance(text, str) else id(text)  # the request keeps the text alive
     key = (str(model.directory), source, settings, chain.dtype, chain.device.type)
-    read = partial(read_windows, text, chain, recipe, model.directory, model.tokenizer, choice.sets, passes, progress)
+    read = partial(read_windows, text, recipe, model, choice.sets, passes, progress)
     return parallel.from_main(partial(request.once, key, read))
 
 

@@ -64,7 +64,16 @@ def execute(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
             clock.add(request.before.seconds)
         for record in finished:
             clock.add(record.seconds)
-        predicted = _predicted(plan, len(finished))
+        first, swept = plan.windows.own[0], plan.windows.swept
+        predicted = predicted_seconds(
+            chain,
+            plan.choice,
+            first.numel(),
+            first.shape[1],
+            finished=len(finished),
+            kept=plan.memory.kept_bytes > 0,
+            swept=sum(swept[number % len(swept)].numel() for number in range(plan.choice.passes)),
+        )
         progress(plan_of_phases(predicted))
         folder = partial_of(plan.out) if plan.out is not None else None
         scratch = Scratch(plan.memory.hidden_in_memory_bytes, folder, spare=plan.memory.kept_bytes)
@@ -82,17 +91,6 @@ def execute(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneR
     return result
 
 
-def _predicted(plan: Plan, finished: int) -> dict[str, float]:
-    """Seconds of each phase that is left after ``finished`` blocks."""
-    first, *_ = plan.windows.own
-    sets = plan.windows.swept
-    swept = sum(sets[number % len(sets)].numel() for number in range(plan.choice.passes))
-    kept = plan.memory.kept_bytes > 0
-    return predicted_seconds(
-        plan.chain, plan.choice, first.numel(), first.shape[1], finished=finished, kept=kept, swept=swept
-    )
-
-
 def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
     """The stream behind the last block of the dense model, for a sweep that cannot run this model any more: pruning
     overwrites the weights of a model in memory. None if no sweep needs it."""
@@ -101,7 +99,7 @@ def _dense_end(plan: Plan, feed: Feed, clock: PhaseClock) -> Stream | None:
     with clock.phase("dense"):
         stream = replace(feed, windows=plan.windows.swept[0]).stream()
         for index in range(len(plan.chain)):
-            replay([stream], index, None)
+            replay(plan.chain, [stream], index, None)
     return stream
 
 
@@ -116,18 +114,14 @@ def _walk(
     """Prunes and writes the blocks that an earlier process has not; returns the records of all blocks."""
     chain, records = plan.chain, list(finished)
     begin, linears = len(finished), [linear for record in finished for linear in record.linears]
-    if begin == len(chain):
-        for index in range(begin if chain.reader is None else 0):  # a model in memory is dense as the user gave it
-            with chain.block(index, journal.block(index)):
-                pass
-        return records
     with clock.phase("embed"):
-        streams = [replace(feed, windows=windows).stream() for windows in plan.windows.own]
+        streams = [replace(feed, windows=part).stream() for part in plan.windows.own] if begin < len(chain) else []
     integers = integers_of(plan, linears)
-    for index in range(begin):
+    # A model in memory, which is dense as the user gave it, gets its finished blocks even if none is left to prune.
+    for index in range(begin if streams or chain.reader is None else 0):
         feed.progress(Progress("replay", index, begin, f"block {index + 1}/{len(chain)}"))
         with clock.phase("replay"):
-            replay(streams, index, journal.block(index), integers)
+            replay(chain, streams, index, journal.block(index), integers)
     for record in walk(plan, targets, streams, begin, linears, clock, feed.progress):
         if journal.writes:
             with clock.phase("write"):

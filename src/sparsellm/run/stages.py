@@ -1,16 +1,13 @@
 """A run of two stages: prune to a lower sparsity and sweep, then prune on from there, towards the same dense model.
 
-What a weight is worth is judged by second-order statistics around the model that is pruned. From a dense model 90 % is
-far away; from a model at 80 % that the sweep has fitted it is nearer, and so are the weights that are kept.
-
-Each stage is a run of its own and resumes by itself. The first writes ``<out>.stage``; the second takes that as its
-model and the dense model as its teacher, and at its end the first is removed.
+Second-order statistics hold around the model that is pruned, and a swept model at 80 % is nearer to 90 % than a dense
+one. Each stage is a run and resumes by itself. The first writes ``<out>.stage``; the second takes that as its model and
+the dense model as its teacher, and removes it at the end.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -109,8 +106,8 @@ def recipes_of(request: Request) -> tuple[Recipe, Recipe] | None:
 
 
 def _settle(place: Path, out: Path, restart: bool, *, two: bool) -> bool:
-    """Removes the first stage in ``place`` if a process was killed when its result had just got the name ``out``, or
-    while it removed that stage. Returns whether there is a finished one.
+    """Removes the first stage in ``place`` if a process was killed between the renaming of its result to ``out`` and
+    the end of this removal. Returns whether there is a finished one.
 
     Raises:
         StorageError: another run is where the first stage belongs; or, without ``restart``, the unfinished run into
@@ -126,8 +123,8 @@ def _settle(place: Path, out: Path, restart: bool, *, two: bool) -> bool:
     if reported:
         with contextlib.suppress(OSError):
             place.rmdir()  # empty only if a process was killed while it removed the directory
-    left, begun = left_in(partial_of(place)), _begun(place)
-    if two and not begun and left:
+    begun = _begun(place)
+    if two and not begun and left_in(partial_of(place)):
         raise StorageError(
             f"{partial_of(place)} holds an unfinished run into {place}, where the first stage belongs; finish that "
             "one, give another --out, or stages=1"
@@ -141,11 +138,10 @@ def _settle(place: Path, out: Path, restart: bool, *, two: bool) -> bool:
 
 def _report(place: Path) -> Pruning | None:
     """The report of the first stage in ``place``, which may be removed in part; None if it holds none."""
-    try:
+    with contextlib.suppress(StorageError):  # there is none, or no run of ours wrote it
         report = read_pruning(place)
-    except StorageError:  # there is none, or no run of ours wrote it
-        return None
-    return report if _is_first(report.identity) else None
+        return report if report.identity.get("stage") == 1 else None
+    return None
 
 
 def _earlier(report: Pruning) -> EarlierStage:
@@ -155,12 +151,7 @@ def _earlier(report: Pruning) -> EarlierStage:
 
 def _begun(place: Path) -> bool:
     """Whether an unfinished first stage into ``place`` has begun."""
-    left = left_in(partial_of(place))
-    return left is not None and _is_first(left)
-
-
-def _is_first(identity: object) -> bool:
-    return isinstance(identity, Mapping) and identity.get("stage") == 1
+    return (left_in(partial_of(place)) or {}).get("stage") == 1
 
 
 def _clear(place: Path, out: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsellm import machine
 from sparsellm.allocation import Allocation, LinearSize, Survey
 from sparsellm.allocation.allocator import divide, in_groups
-from sparsellm.chain import Feed, Stream
+from sparsellm.chain import Chain, Feed, Stream
 from sparsellm.methods import BlockTask
 from sparsellm.patterns import Pattern
 from sparsellm.progress import PhaseClock, Progress, ProgressCallback
@@ -42,15 +42,8 @@ class Targets:
 
 
 def survey(plan: Plan, feed: Feed, journal: Journal, walked: bool, clock: PhaseClock) -> Targets:
-    """The targets of a run. A resumed run takes those of its first start from the journal.
-
-    Args:
-        plan: the plan of the run.
-        feed: the calibration windows of all processes.
-        journal: keeps what the survey finds.
-        walked: whether all blocks are pruned already, so that output costs are not needed.
-        clock: counts the seconds.
-    """
+    """The targets of a run. A resumed run takes those of its first start from the journal, and needs no output costs if
+    all blocks are ``walked`` already."""
     choice, sizes = plan.choice, sizes_of(plan.chain, plan.recipe)
     feed = replace(feed, blocks=plan.model.start)
     allocation = journal.allocation() if choice.allocates else None
@@ -170,11 +163,14 @@ def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
 
 
 def replay(
-    streams: Sequence[Stream], index: int, weights: CheckpointReader | None, integers: Integers | None = None
+    chain: Chain,
+    streams: Sequence[Stream],
+    index: int,
+    weights: CheckpointReader | None,
+    integers: Integers | None = None,
 ) -> None:
     """Advances streams through block ``index``, read from the shard of the pruned block, or the dense one if that is
     None. ``integers`` are rounded in memory, while the shard has the values that a sweep goes on from."""
-    chain = streams[0].chain
     with chain.block(index, weights):
         if integers is not None:
             integers.settle(chain, index)
