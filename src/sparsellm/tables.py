@@ -176,17 +176,9 @@ def print_evaluation(result: Evaluation, saved: Path | None) -> None:
     """Prints perplexity and protocol, the comparison with a dense model, tasks, and the file with the results."""
     protocol = result.protocol
     begins = {"yes": "each begins with BOS", "no": "cut anywhere", "given": "as given"}[protocol.bos]
-    say(
-        f"perplexity {result.perplexity.shown(6)} · {protocol.tokens} tokens scored in "
-        f"{protocol.windows} windows of {protocol.window}, {begins}"
-    )
-    if result.against is not None:
-        dense = result.against
-        say(f"dense model {dense.model}: perplexity {dense.perplexity.shown(6)}")
-        say(
-            f"recovery {dense.recovery:.2%} · KL divergence {dense.divergence.shown()} nats a token · "
-            f"same first choice for {dense.agreement:.2%} of the tokens"
-        )
+    say(f"{protocol.tokens} tokens scored in {protocol.windows} windows of {protocol.window}, {begins}")
+    for name, dense, value in result.rows():
+        say(f"{name} {value}" if dense is None else f"{name} {value} · dense {dense}")
     for task, metrics in (result.tasks or {}).items():
         for name, metric in metrics.items():
             say(f"{task}: {name} {metric.shown()}")

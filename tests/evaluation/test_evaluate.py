@@ -229,6 +229,7 @@ def test_a_checkpoint_with_results_is_replaced_and_its_results_are_not_inherited
     recipe = Recipe(method="magnitude", sparsity=0.6, calibration=str(text), samples=3, seq_len=16)
     sparsellm.prune(pruned, recipe, out=tmp_path / "again")
     assert not (tmp_path / "again" / "results.json").exists()
+    assert "Not evaluated yet" in (tmp_path / "again" / "README.md").read_text()
     sparsellm.prune(tmp_path / "again", recipe, out=pruned, overwrite=True)
     assert not (pruned / "results.json").exists()
 

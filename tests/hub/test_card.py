@@ -149,15 +149,6 @@ def test_texts_of_others_are_no_markup(pruned: Path) -> None:
     assert ModelCard.load(pruned / "README.md").data.license.startswith("<img")  # quoted, in the front matter
 
 
-def test_results_and_the_card_of_the_dense_model_are_not_taken_over(pruned: Path) -> None:
-    results(pruned, EVALUATION)
-    again = sparsellm.prune(pruned, Recipe(method="magnitude", sparsity=0.7), out=pruned.parent / "more",
-                            calibration=windows())  # fmt: skip
-    assert again.path is not None
-    assert not (again.path / "results.json").exists()
-    assert "Not evaluated yet" in (again.path / "README.md").read_text()
-
-
 @pytest.mark.parametrize(
     ("name", "known"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,15 +50,8 @@ class Chart:
     @property
     def figure(self) -> Plotly:
         """JSON values for Plotly; numbers that JSON does not have are null."""
-        return {"data": _finite(self.traces), "layout": _finite(self.layout)}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        drawn = json.dumps({"data": self.traces, "layout": self.layout})
+        return json.loads(drawn, parse_constant=lambda name: None)  # type: ignore[no-any-return]
 
 
 def percent(share: float | None) -> str:
