@@ -183,7 +183,7 @@ def test_a_bad_header(case: str, copy: Path, tmp_path: Path) -> None:
     assert said in str(error)
 
 
-def test_a_tensor_in_two_files_is_refused_unless_an_index_chooses(copy: Path, tmp_path: Path) -> None:
+def test_a_tensor_in_two_files_needs_an_index(copy: Path, tmp_path: Path) -> None:
     (copy / WEIGHTS).rename(copy / "one.safetensors")
     tensors = load_file(copy / "one.safetensors")
     save_file({Q_PROJ: torch.zeros_like(tensors[Q_PROJ])}, copy / "two.safetensors")
@@ -205,9 +205,7 @@ NO_WEIGHTS = ["float8_e4m3fn", "float8_e5m2", "int8", "int16", "int32", "int64",
     ("dtype", "name"),
     [*((dtype, Q_PROJ) for dtype in NO_WEIGHTS), ("int8", "model.norm.weight"), ("int8", "model.embed_tokens.weight")],
 )
-def test_weights_that_are_no_floating_point_are_named_before_the_work(
-    dtype: str, name: str, copy: Path, tmp_path: Path
-) -> None:
+def test_weights_of_other_dtypes_are_named_before_the_work(dtype: str, name: str, copy: Path, tmp_path: Path) -> None:
     tensors = load_file(copy / WEIGHTS)
     tensors[name] = tensors[name].to(getattr(torch, dtype))
     save_file(tensors, copy / WEIGHTS)

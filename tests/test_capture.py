@@ -25,7 +25,7 @@ def windows() -> Tensor:
     return torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(4))
 
 
-def test_a_skipped_linear_gives_zeros_and_is_itself_again_afterwards() -> None:
+def test_a_skipped_linear_gives_zeros_and_is_then_restored() -> None:
     linear = view("a", 3, 5)
     x = torch.randn(2, 4, 3)
     wanted = linear.module(x)
@@ -34,7 +34,7 @@ def test_a_skipped_linear_gives_zeros_and_is_itself_again_afterwards() -> None:
     assert torch.equal(linear.module(x), wanted)
 
 
-def test_a_forward_that_somebody_else_had_put_there_stands_there_again() -> None:
+def test_a_forward_set_earlier_is_restored() -> None:
     linear = view("a", 3, 5)
     linear.module.forward = lambda x: x + 1  # type: ignore[method-assign]
     with pytest.raises(KeyError), skipping([linear]):
@@ -52,7 +52,7 @@ class ByKeyword(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
-def test_linears_that_are_called_by_keyword_are_pruned_like_others(method: str) -> None:
+def test_linears_called_by_keyword_are_pruned_like_others(method: str) -> None:
     model = tiny_llama()
     for layer in model.model.layers:
         layer.mlp = ByKeyword()

@@ -76,7 +76,7 @@ def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
         chain = open_chain(family(), device=CPU)
         stream = Feed(chain, ids(), 60).stream()
         groups = InputGroups()
-        with watch(chain.linears(0), lambda linear, entering, leaving, g=groups: g.add(linear, entering)):
+        with watch(chain.linears(0), lambda linear, x, y, g=groups: g.add(linear, x)):
             list(stream.run(0))
         found = [sorted(linear.name.rpartition(".")[2] for linear in group) for group in groups.groups]
         assert found == [sorted(group) for group in kinds]

@@ -69,7 +69,7 @@ def logits(model: PreTrainedModel) -> Tensor:
     return found
 
 
-def test_half_of_every_matrix_is_zero_under_the_names_of_the_source(name: str, source: Path, pruned: Any) -> None:
+def test_half_of_every_matrix_is_zero_under_the_source_names(name: str, source: Path, pruned: Any) -> None:
     dense = sum(matrix.weights for matrix in pruned.dense)
     if name in MIXTURES:  # routers and the gates of shared experts stay dense
         assert dense < 0.02 * pruned.matrices.weights
@@ -123,7 +123,7 @@ def test_packed_and_unpacked_bit_for_bit(pruned: Any, tmp_path: Path) -> None:
     assert torch.allclose(logits(loaded), logits(read_back(pruned.path)[0]), atol=1e-4)
 
 
-def test_a_model_given_as_an_object_is_saved_under_published_names(name: str, source: Path, tmp_path: Path) -> None:
+def test_a_model_in_memory_is_saved_under_published_names(name: str, source: Path, tmp_path: Path) -> None:
     model = family(name)
     names, before = list(model.state_dict()), logits(model)
     recipe = RECIPE.updated(method="magnitude")
@@ -165,7 +165,7 @@ def test_a_tower_is_not_loaded(tmp_path: Path) -> None:
         assert all(parameter.is_meta for parameter in tower.parameters())
 
 
-def test_a_text_model_loaded_from_a_multimodal_directory_is_read_back(tmp_path: Path) -> None:
+def test_a_text_model_of_a_multimodal_directory_is_read_back(tmp_path: Path) -> None:
     source = save_tiny(qwen3_5(), None, tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(source)
     model.save_pretrained(tmp_path / "saved")
@@ -174,9 +174,7 @@ def test_a_text_model_loaded_from_a_multimodal_directory_is_read_back(tmp_path: 
     assert read_back(tmp_path / "p")[1] == read_back(tmp_path / "saved")[1]
 
 
-def test_a_conversion_that_is_not_known_is_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_conversion_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(mixtral(), None, tmp_path / "dense")
     monkeypatch.setattr("sparsellm.chain.names._part_before", lambda *_: None)
     with pytest.raises(ModelError) as refused:

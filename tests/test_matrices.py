@@ -106,7 +106,7 @@ def test_the_way_out_that_the_refusal_names_is_one(unknown: tuple[PreTrainedMode
         refuse_silent_dense(chain, allowed[1:])
 
 
-def test_with_exclude_the_rest_is_pruned_and_every_matrix_is_counted(mixture: PreTrainedModel) -> None:
+def test_with_exclude_every_matrix_is_still_counted(mixture: PreTrainedModel) -> None:
     recipe = Recipe(method="magnitude", sparsity=0.5, exclude=["*.experts.*"])
     result = sparsellm.prune(mixture, recipe, calibration=IDS)
     zeros, weights = by_hand(mixture, find_blocks(mixture)[1])
@@ -125,7 +125,7 @@ def test_with_exclude_the_rest_is_pruned_and_every_matrix_is_counted(mixture: Pr
     assert "experts.*.down_proj (" in warning
 
 
-def test_a_directory_is_counted_as_it_was_written_and_inspect_agrees(tmp_path: Path) -> None:
+def test_counts_are_those_of_the_written_files_and_of_inspect(tmp_path: Path) -> None:
     source = save_tiny(family("GptOss"), None, tmp_path / "model")
     recipe = Recipe(method="sparsegpt", sparsity=0.5, exclude=["*.experts.*.down_proj"])
     result = sparsellm.prune(source, recipe, calibration=IDS, out=tmp_path / "out")
@@ -139,7 +139,7 @@ def test_a_directory_is_counted_as_it_was_written_and_inspect_agrees(tmp_path: P
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["sparsity_reached"] == result.sparsity
 
 
-def test_zeros_that_stayed_dense_matrices_have_are_counted_after_a_sweep(tmp_path: Path) -> None:
+def test_zeros_of_dense_matrices_are_counted_after_a_sweep(tmp_path: Path) -> None:
     """The sweep writes its blocks to another place than the walk: the last ones written count."""
     model = tiny_llama()
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_nothing_is_refused_where_nothing_is_to_be_pruned() -> None:
 
 
 class Router(nn.Module):
-    """A gate beside a linear: one matrix that no linear owns, biases, and a vector with dimensions of length one."""
+    """A gate and linears: one matrix that no linear owns, biases, and a vector with dimensions of length one."""
 
     def __init__(self, experts: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def with_router(experts: int) -> PreTrainedModel:
     return model
 
 
-def test_biases_and_vectors_do_not_count_and_small_matrices_are_named() -> None:
+def test_biases_do_not_count_and_small_matrices_are_named() -> None:
     result = sparsellm.prune(with_router(2), Recipe(method="magnitude", sparsity=0.5), calibration=IDS)
     block = 3 * 32 * 32 + 2 * 16 * 32 + 32 + 2 * 32  # q, o, map; k, v; single; gate
     assert result.matrices.weights == 3 * block
@@ -218,7 +218,7 @@ def test_many_small_parameters_are_refused_for_their_sum() -> None:
     refuse_silent_dense(open_chain(model, device=CPU), ["*.scales.*"])
 
 
-def test_a_parameter_in_two_blocks_counts_once_and_one_of_the_embedding_is_shared() -> None:
+def test_a_parameter_in_two_blocks_counts_once() -> None:
     model = tiny_llama()
     shared = nn.Parameter(torch.randn(2, 32))
     for layer in model.model.layers[:2]:
@@ -232,7 +232,7 @@ def test_a_parameter_in_two_blocks_counts_once_and_one_of_the_embedding_is_share
         refuse_silent_dense(chain, [])
 
 
-def test_what_is_shared_with_the_embedding_is_counted_and_said_so(tmp_path: Path) -> None:
+def test_what_is_shared_with_the_embedding_is_counted(tmp_path: Path) -> None:
     model = tiny_opt()
     for layer in model.model.decoder.layers:
         layer.words = model.model.decoder.embed_tokens.weight
@@ -247,7 +247,7 @@ def test_what_is_shared_with_the_embedding_is_counted_and_said_so(tmp_path: Path
 
 
 @pytest.mark.parametrize("pattern", ["*.gtae", "*.down_proj"])
-def test_a_pattern_of_allow_dense_that_matches_no_such_parameter_is_told(pattern: str) -> None:
+def test_an_allow_dense_that_matches_nothing_is_reported(pattern: str) -> None:
     recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=[pattern])
     result = sparsellm.prune(with_router(2), recipe, calibration=IDS)
     assert [w for w in result.warnings if repr(pattern) in w and "names are like 'model.layers.0.mlp.gate'" in w]
@@ -271,7 +271,7 @@ def test_exclude_names_parameters_and_the_modules_that_hold_them(pattern: str, e
     assert is_excluded("model.layers.3.mlp.down_proj.weight", [pattern]) == excluded
 
 
-def test_a_linear_that_is_never_called_is_pruned_by_magnitude_and_named() -> None:
+def test_a_linear_never_called_is_pruned_by_magnitude_and_named() -> None:
     """Mamba reads the weight of ``dt_proj`` and does not call it."""
     model = built("mamba", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8)
     recipe = Recipe(method="sparsegpt", sparsity=0.5, exclude=["*.A_log", "*.conv1d"])
@@ -283,7 +283,7 @@ def test_a_linear_that_is_never_called_is_pruned_by_magnitude_and_named() -> Non
     assert "backbone.layers.1.mixer.dt_proj" in told
 
 
-def test_linears_outside_the_blocks_are_named_where_they_are_many() -> None:
+def test_many_linears_outside_the_blocks_are_named() -> None:
     recipe = Recipe(method="magnitude", sparsity=0.5)
     result = sparsellm.prune(tiny_opt(word_embed_proj_dim=24), recipe, calibration=IDS)
     (warning,) = result.warnings
@@ -350,7 +350,7 @@ def test_a_forward_that_fails_is_one_line_before_the_work(method: str, tmp_path:
     assert not any(tmp_path.iterdir())
 
 
-def test_allow_dense_accepts_what_no_linear_owns_and_prunes_every_linear() -> None:
+def test_allow_dense_accepts_what_no_linear_owns() -> None:
     recipe = Recipe(method="magnitude", sparsity=0.5, allow_dense=["*.mlp"])
     model = with_router(8)
     result = sparsellm.prune(model, recipe, calibration=IDS)

@@ -59,7 +59,7 @@ def inner(model: PreTrainedModel, number: int, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_statistics_are_of_the_routed_tokens_times_the_square_of_their_weights(weighted: bool) -> None:
+def test_statistics_weight_routed_tokens_by_the_squared_route(weighted: bool) -> None:
     model = mixtral()
     task = task_of(model)
     own_weights = torch.rand(6, 24, generator=torch.Generator().manual_seed(0)) if weighted else torch.ones(6, 24)
@@ -111,7 +111,7 @@ def with_an_unreached_expert() -> PreTrainedModel:
     return model
 
 
-def test_an_expert_that_no_token_reaches_is_pruned_by_all_tokens_and_named(tmp_path: Path) -> None:
+def test_an_expert_without_tokens_is_pruned_by_all_tokens(tmp_path: Path) -> None:
     model = with_an_unreached_expert()
     x, chosen, _ = by_hand(model, 4)
     assert not len(chosen)
@@ -132,7 +132,7 @@ def test_an_expert_that_no_token_reaches_is_pruned_by_all_tokens_and_named(tmp_p
     assert not any("no calibration token reached" in warning for warning in result.warnings)
 
 
-def test_tokens_of_every_expert_are_counted_and_few_are_warned_of() -> None:
+def test_tokens_of_experts_are_counted_and_few_are_warned_of() -> None:
     recipe = RECIPE.updated(min_tokens_per_expert=10_000)
     result = sparsellm.prune(mixtral(), recipe, calibration=IDS)
     counts = {linear.name: linear.tokens for linear in result.linears}

@@ -33,7 +33,7 @@ def exact(module: nn.Linear | Conv1D, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_outputs_and_gradients_are_within_the_bound_of_three_roundings(kind: str) -> None:
+def test_outputs_and_gradients_err_by_three_roundings_at_most(kind: str) -> None:
     module = linear_of(kind, 320, 256)
     x = torch.randn(2, 7, 320, requires_grad=True)
     g = torch.randn(2, 7, 256)

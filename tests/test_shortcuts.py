@@ -60,7 +60,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in LEFT_OUT),
     ("Llama", {"refit": False}),
-    ("OPT", {"iterations": 1}),  # of the feed-forward unit, whose linears are pruned together
+    ("OPT", {"iterations": 1}),  # the linears of the feed-forward unit are pruned together
 ]
 
 

@@ -76,8 +76,8 @@ def seen_in(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[Tensor,
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
-            entering = args[0] if args else kwargs["hidden_states"]
-            seen[name] = (entering.detach(), (out[0] if isinstance(out, tuple) else out).detach())
+            given = args[0] if args else kwargs["hidden_states"]
+            seen[name] = (given.detach(), (out[0] if isinstance(out, tuple) else out).detach())
 
         return hook
 
@@ -139,7 +139,7 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
     "left_in", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]], ids="+".join
 )
 @pytest.mark.parametrize("solver", ["admm", "sparsegpt"])
-def test_one_group_without_auxiliary_variables_is_the_local_solver(left_in: list[str], solver: str) -> None:
+def test_one_group_without_variables_is_the_local_solver(left_in: list[str], solver: str) -> None:
     """With one group in each block both have the same statistics, so every bit is the same."""
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     settings: dict[str, Any] = {

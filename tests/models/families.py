@@ -142,7 +142,7 @@ def gemma3() -> PreTrainedModel:
 
 
 def qwen3_5() -> PreTrainedModel:
-    """Qwen 3.5: opened as a language model, its vision tower is no part of the model. One layer has full attention."""
+    """Qwen 3.5: opened as a language model, the vision tower is not a part of it. One layer has full attention."""
     text = {
         **LLAMA,
         "layer_types": ["full_attention", "full_attention"],

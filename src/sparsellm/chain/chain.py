@@ -1,7 +1,6 @@
 """The model as a chain: embedding → block 1 → … → block L → norm and head.
 
-Blocks run one at a time, with the arguments that the model's own forward passes to them. These arguments are captured,
-never guessed, so a release of transformers that adds one does not break the walk.
+Blocks run one at a time, with the arguments that the model's own forward passes to them, which are captured.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from sparsellm.chain.structure import LinearView, iterate_linears
 from sparsellm.chain.weights import ModelWeights
 from sparsellm.errors import ModelError, SparseLLMError, one_line
 from sparsellm.storage.reader import open_checkpoint
-
-SHOWN_TOKENS = 8  # block 0 runs on these to reveal the type of its return value
 
 Forward = Callable[..., object]
 
@@ -82,19 +79,14 @@ class Chain(ModelWeights):
     @torch.no_grad()
     def start(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
         """The inputs of block 0, ``(batch, seq, hidden)``, and the other arguments of every block, for token ids
-        ``(batch, seq)``, from the model's own forward. Embedding and block 0 must be loaded: block 0 runs once on a few
-        tokens, to learn the type of its return value, or on all if it returns more than hidden states.
+        ``(batch, seq)``, from the model's own forward. Embedding and block 0 must be loaded: block 0 runs in the first
+        call, which shows the type of its return value, and in every call if it returns more than hidden states.
 
         Raises:
             ModelError: the model's own forward fails, or is not a plain chain of the blocks.
         """
-        if self._as_returned is None and ids.shape[1] > SHOWN_TOKENS:
-            self._capture(ids[:1, :SHOWN_TOKENS])
-            if self._returns_more:  # the shapes of the other values may depend on the tokens
-                self._as_returned = None
-        return self._capture(ids)
-
-    def _capture(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        if self._returns_more:  # the shapes of the other values may depend on the tokens
+            self._as_returned = None
         inputs: list[Tensor] = []
         calls: list[Call] = []
 

@@ -289,7 +289,7 @@ def _three_dimensional(
     inner)``, or of their transposes, and of their biases ``(experts, outputs)``.
 
     Args:
-        shape: of the first of them.
+        shape: that of the first stack.
         interleaved: whether the outputs of gate and up come in turn, not one after the other.
     """
     first, half = "gate_up_proj" if gated else "up_proj", shape[2 if transposed else 1] // 2
@@ -317,5 +317,5 @@ def _two_dimensional(module: Any) -> _Layout:
     inner = module.mlp.w1.shape[0] // module.num_experts
     rows = [(slice(first, first + inner),) for first in range(0, inner * module.num_experts, inner)]
     sources = {GATE: "mlp.w1", UP: "mlp.v1", DOWN: "mlp.w2"}
-    parts = [{f"{role}.weight": Part(name, own, role == DOWN) for role, name in sources.items()} for own in rows]
+    parts = [{f"{role}.weight": Part(name, index, role == DOWN) for role, name in sources.items()} for index in rows]
     return _Layout(parts, module.mlp.activation_fn)

@@ -1,9 +1,8 @@
 """Matrix products of fp32 tensors in bf16, for passes that only run blocks.
 
-Processors with bf16 units (AMX, AVX-512 BF16) multiply bf16 factors about twice as fast as fp32 ones, and add up in
-fp32. Hidden states and weights stay fp32: a product rounds its two factors, and its result once. The gradient of a
-weight is such a product, summed over the tokens of a step in fp32 and then rounded; steps are added up in fp32. Gram
-matrices never use this, and a solver only where it declares that it may (``Workspace.narrow``).
+Processors with bf16 units multiply bf16 factors about twice as fast as fp32 ones, and add up in fp32. A product rounds
+its two factors, and its result once. Gram matrices never use this, and a solver only where it declares that it may
+(``Workspace.narrow``).
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ LEAST = 1 << 16  # elements of a weight: rounding the factors of smaller product
 
 
 class Bf16Products(TorchFunctionMode):
-    """As a context, runs linears with fp32 weights in bf16, forward and backward.
+    """As a context, runs linears with fp32 weights in bf16, forward and backward, and nothing else.
 
-    The rounded copy of a weight is kept as long as the weight lives and is not changed, so each is made once for a
-    loaded block. Other operations (attention, norms, activations) are not touched.
+    The rounded copy of a weight is kept as long as the weight lives and is not changed.
     """
 
     def __init__(self) -> None:

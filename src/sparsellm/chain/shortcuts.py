@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +62,7 @@ def without(known: Iterable[KnownOutput], position: int) -> contextlib.AbstractC
     return replacing({module: forward for each in known for module, forward in each.forwards(position).items()})
 
 
-@dataclass(frozen=True)
-class Return:
+class Return(NamedTuple):
     """What a module returned in its only call."""
 
     output: Tensor

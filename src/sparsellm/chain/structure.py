@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Mo
             yield (f"{prefix}.{name}" if name else prefix), child
 
 
-_RETURNS_OUTPUTS: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
+_RETURNS_OUTPUTS: dict[type[nn.Module], bool] = {}
 
 
 def _returns_outputs(module: nn.Linear | Conv1D) -> bool:
