@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsellm.patterns import Pattern, Scope, Unstructured
+from sparsellm.patterns import NM, Pattern, Scope, Unstructured
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,8 @@ class Share(Pattern):
 def zeros_of(pattern: Pattern, shape: Sequence[int]) -> int:
     """The number of zeros in a weight of this shape."""
     return round(pattern.sparsity * math.prod(shape))
+
+
+def violations(pattern: NM, weight: Tensor) -> int:
+    """The number of zeros that a weight lacks for a pattern; 0 if it satisfies the pattern."""
+    return int(((weight != 0).reshape(-1, pattern.m).sum(dim=1) - pattern.n).clamp(min=0).sum())

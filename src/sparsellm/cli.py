@@ -178,14 +178,14 @@ def evaluate(model: str, text: str, save: bool, progress: Any, tasks: str = "", 
 def inspect(directory: str, trust_remote_code: bool) -> Printed:
     """Count the zeros of a checkpoint per matrix, per block, and in all, and check N:M."""
     from sparsellm import api, tables
-    from sparsellm.patterns import common, listed
+    from sparsellm.patterns import strictest
     from sparsellm.records import Totals
 
     matrices = api.inspect(directory, trust_remote_code=trust_remote_code)
     blocks: dict[int, list[api.MatrixZeros]] = {}
     for matrix in matrices:
         blocks.setdefault(matrix.block, []).append(matrix)
-    pattern = listed(common(matrix.patterns for matrix in matrices))
+    pattern = strictest(matrix.kept for matrix in matrices)
     totals = {index: Totals.of(part) for index, part in blocks.items()}
     total = Totals.of(matrices)
     content = {

@@ -5,7 +5,7 @@ of the calibration windows, and moments are summed. Each solves a share of the r
 So every process has the same block when the next one is read.
 
 In a single process every helper here does nothing. Helpers that communicate must be called by all processes, in the
-same order. Tensors are sent by gloo or NCCL, depending on their device, and small Python values by gloo.
+same order. Tensors are sent by gloo or NCCL, depending on their device, and small Python values are pickled.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def on_this_machine() -> int:
 
 def launched() -> int:
     """The number of processes that torchrun started, joined or not; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() and dist.is_torchelastic_launched() else 1
+    return int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else 1
 
 
 @contextlib.contextmanager
@@ -81,14 +81,8 @@ def session() -> Iterator[None]:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     store, this, of = _reached(next, rendezvous("env://", timeout=TIMEOUT))
-    _reached(
-        dist.init_process_group,
-        backend,
-        store=PrefixStore("sparsellm", store),
-        rank=this,
-        world_size=of,
-        timeout=TIMEOUT,
-    )
+    own = PrefixStore("sparsellm", store)
+    _reached(dist.init_process_group, backend, store=own, rank=this, world_size=of, timeout=TIMEOUT)
     _failures = PrefixStore("sparsellm-failures", store)
     yield
     barrier()
@@ -96,13 +90,13 @@ def session() -> Iterator[None]:
     _failures = None
 
 
-def claims_failure(*, alone: bool = True) -> bool:
-    """Whether this process is the first to fail; only that one reports its error.
+def claims_failure(*, alone: bool) -> bool:
+    """Whether this process, which torchrun started, is the first to fail; only that one reports its error.
 
     The others fail because of it, or for the same reason. ``alone`` is the answer where the count is gone.
     """
     if _failures is None:
-        return int(os.environ.get("RANK", "0")) == 0 if launched() > 1 else True
+        return os.environ["RANK"] == "0"
     try:
         return int(_failures.add("count", 1)) == 1
     except RuntimeError:
@@ -114,7 +108,7 @@ def await_other_failures() -> None:
 
     This process may hold the count that :func:`claims_failure` reads in the others.
     """
-    if _failures is None or int(os.environ.get("RANK", "0")) != 0:
+    if _failures is None or os.environ["RANK"] != "0":
         return
     deadline = time.monotonic() + LAST_WORDS
     with contextlib.suppress(RuntimeError):
@@ -136,10 +130,7 @@ def own_device(name: str) -> str:
     count = torch.cuda.device_count()
     number = dist.get_node_local_rank(fallback_rank=rank() % max(count, 1))
     if number >= count:
-        raise RecipeError(
-            f"process {number} of this machine has no GPU of its own: there are {count}; start no more processes "
-            "than GPUs, or say 'cpu'"
-        )
+        raise RecipeError(f"process {number} of this machine has no GPU: there are {count}; start fewer, or say 'cpu'")
     torch.cuda.set_device(number)
     return f"cuda:{number}"
 
@@ -147,8 +138,8 @@ def own_device(name: str) -> str:
 def share(total: int, unit: int = 1) -> slice:
     """The slice of ``total`` items for this process; shares differ by one unit at most.
 
-    Units are not split if there are enough of them. Batches then consist of the same windows, and so have the same
-    results to the bit, for any number of processes.
+    Units are not split if there are enough of them: batches, for example, then have the same windows, and so the same
+    bits, for any number of processes.
     """
     units = -(-total // unit)
     if units < size():
@@ -179,11 +170,11 @@ def main_alone(make: Callable[[], T]) -> T:
 
     def apart() -> T:
         global _alone
-        before, _alone = _alone, True
+        _alone = True
         try:
             return make()
         finally:
-            _alone = before
+            _alone = False
 
     return from_main(apart)
 
@@ -198,7 +189,6 @@ def together(make: Callable[[], T]) -> T:
 
 
 def _attempt(make: Callable[[], T]) -> tuple[T | None, SparseLLMError | None]:
-    """The result, or the error."""
     try:
         return make(), None
     except SparseLLMError as error:
@@ -215,23 +205,20 @@ def all_sum_(tensor: Tensor) -> Tensor:
 
     The sum is in fp64, so that its order does not affect a result that is rounded to fp32.
     """
-    if size() > 1:
-        rows = max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))
-        for part in tensor.split(rows):
-            wide = part.to(torch.float64 if part.is_floating_point() else torch.int64).contiguous()
-            _reached(dist.all_reduce, wide)
-            if wide is not part:
-                part.copy_(wide)
+    for part in tensor.split(max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))) if size() > 1 else ():
+        wide = part.to(torch.float64 if part.is_floating_point() else torch.int64).contiguous()
+        _reached(dist.all_reduce, wide)
+        part.copy_(wide)
     return tensor
 
 
 def total(number: float) -> float:
     """The sum of a number over all processes, in their order."""
-    return sum(gather(number)) if size() > 1 else number
+    return sum(gather(number))
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in order. Values are pickled: keep them small."""
+    """The values of all processes, in order."""
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
@@ -258,7 +245,7 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
 
 
 def broadcast(value: T, source: int = 0) -> T:
-    """The value of the process ``source``. Values are pickled: keep them small."""
+    """The value of the process ``source``."""
     if size() == 1:
         return value
     values = [value]

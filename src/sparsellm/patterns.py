@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ from sparsellm.errors import NumericalError, RecipeError, shown
 
 Scope = Literal["matrix", "row"]
 
-GROUPS = (4, 8)  # sizes of the groups that strictest() looks for: those that kernels exist for
 SAMPLED = 1 << 15  # from this length on a threshold is first located in a sample: two passes instead of a partition
 STRIDE = 31  # a sample takes every 31st score; a prime, so that it meets all columns of a matrix
 RANKED = 16  # largest M whose members are ranked by comparing pairs, which is far cheaper than a sort
@@ -47,12 +46,12 @@ class Pattern(ABC):
 
     @abstractmethod
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
-        """The kept weights: bool, the shape of ``scores`` (out, in); True at the highest scores the pattern allows.
+        """The kept weights ``(out, in)``: True at the highest ``scores`` that the pattern allows.
 
         Args:
             scores: importance of each weight, any real dtype.
-            scope: ``matrix`` compares all weights with each other, ``row`` only those of one output. The total is
-                the same in both; a remainder is spread evenly over the rows. N:M compares within groups.
+            scope: ``matrix`` compares all weights, ``row`` those of one output; the total is the same, spread evenly
+                over the rows. N:M compares within groups.
 
         Raises:
             NumericalError: a score is NaN or infinite.
@@ -64,12 +63,9 @@ class Pattern(ABC):
         """The kept weights of consecutive inputs that are decided before later ones, with their even share of zeros.
 
         Args:
-            scores: as in :meth:`mask`, but transposed, ``(columns, out)``: an input of the weight is one row here.
+            scores: ``(columns, out)``, transposed, as is the result.
             start: the first of these inputs.
             inputs: the number of inputs of the weight.
-
-        Returns:
-            Bool ``(columns, out)``.
         """
 
 
@@ -149,22 +145,6 @@ class NM(Pattern):
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
         return self.mask(scores.T).T
 
-    def violations(self, weight: Tensor) -> int:
-        """The number of zeros that a weight lacks for this pattern; 0 if it satisfies the pattern."""
-        self.validate(weight.shape)
-        nonzero = (weight != 0).reshape(-1, self.m).sum(dim=1)
-        return int((nonzero - self.n).clamp(min=0).sum())
-
-    def most(self, m: int) -> int:
-        """The most weights that are kept of ``m`` consecutive inputs, counted from the first."""
-        if self.m % m == 0:
-            return min(self.n, m)
-        return self.n * m // self.m if m % self.m == 0 else m
-
-    def implies(self, other: NM) -> bool:
-        """Whether each weight that satisfies this pattern must satisfy the other."""
-        return self.most(other.m) <= other.n
-
 
 def parse_pattern(text: str) -> NM:
     """The N:M pattern of a text such as ``"2:4"``.
@@ -187,28 +167,24 @@ def parse_chosen(text: str) -> int | None:
     return int(match[1]) if match is not None else None
 
 
-def strictest(weight: Tensor) -> tuple[NM, ...]:
-    """The strictest N:4 and N:8 that a weight ``(out, in)`` satisfies, without one that follows from the other."""
-    kept = {m: (weight != 0).reshape(-1, m).sum(dim=1) for m in GROUPS if weight.numel() and weight.shape[1] % m == 0}
-    return _without_followers({m: max(1, int(counts.max())) for m, counts in kept.items()})
+def most_kept(weight: Tensor) -> tuple[int, int]:
+    """The most weights that are not zero in any 4 and in any 8 consecutive inputs of a weight ``(out, in)``, at least
+    1; 4 or 8 where that does not divide the inputs. These are the groups that kernels exist for."""
+
+    def most(m: int) -> int:
+        fits = weight.numel() and weight.shape[1] % m == 0
+        return max(1, int((weight != 0).reshape(-1, m).sum(dim=1).max())) if fits else m
+
+    return most(4), most(8)
 
 
-def common(patterns: Iterable[tuple[NM, ...]]) -> tuple[NM, ...]:
-    """The result of :func:`strictest` for several weights together, from its results for each."""
-    every = list(patterns)
-    return _without_followers({m: max(min((one.most(m) for one in some), default=m) for some in every) for m in GROUPS})
-
-
-def listed(patterns: tuple[NM, ...]) -> str | None:
-    """Patterns as text, such as ``3:8, 2:4``; None for none."""
-    return ", ".join(map(str, patterns)) or None
-
-
-def _without_followers(kept: Mapping[int, int]) -> tuple[NM, ...]:
-    """The patterns with the most weights kept in groups of each size, the strictest first."""
-    patterns = [NM(n, m) for m, n in kept.items() if n < m]
-    alone = [one for one in patterns if not any(other != one and other.implies(one) for other in patterns)]
-    return tuple(sorted(alone, key=lambda one: one.n / one.m))
+def strictest(kept: Iterable[tuple[int, int]]) -> str | None:
+    """The strictest N:4 and N:8 that weights with these :func:`most_kept` satisfy together, such as ``3:8, 2:4``,
+    without one that follows from the other; None for none."""
+    four, eight = map(max, zip(*kept, strict=True))
+    found = [NM(eight, 8)] if eight < min(8, 2 * four) else []
+    found += [NM(four, 4)] if four < min(4, eight) else []
+    return ", ".join(map(str, sorted(found, key=lambda each: each.sparsity, reverse=True))) or None
 
 
 def share(total: int, start: int, stop: int, length: int) -> int:
@@ -284,8 +260,7 @@ def _lowest_of_long(row: numpy.typing.NDArray[Any], rank: int) -> Any:
 
 def require_finite(values: Tensor, name: str) -> None:
     """Raises NumericalError, with this name, if a value is NaN or infinite."""
-    # A finite sum means that every value is finite, in one pass without a temporary. If finite values overflow in the
-    # sum, the exact test decides.
+    # A finite sum shows that all are finite, without a temporary; if finite values overflow, the exact test decides.
     if not math.isfinite(values.sum().item()) and not bool(torch.isfinite(values).all()):
         bad = int((~torch.isfinite(values)).sum())
         raise NumericalError(

@@ -80,7 +80,7 @@ def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]
 
     The experts of a block share one row for each kind of matrix, because a mixture may have thousands.
     """
-    from sparsellm.patterns import common, listed
+    from sparsellm.patterns import strictest
 
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))
 
@@ -93,7 +93,7 @@ def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]
         for matrix in part:
             rows.setdefault(re.sub(r"(?<=\.experts\.)\d+(?=\.)", "*", matrix.name), []).append(matrix)
         for name, alike in rows.items():
-            held = listed(common(matrix.patterns for matrix in alike)) if alike[0].linear else "no linear"
+            held = strictest(matrix.kept for matrix in alike) if alike[0].linear else "no linear"
             row(name, "×".join(map(str, alike[0].shape)), alike, held or "–")
         row(f"block {index}", "", part, "", "bold")
         shown.add_section()

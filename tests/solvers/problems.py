@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsellm.patterns import NM, Pattern
 from sparsellm.statistics import Gram
-from tests.shares import zeros_of
+from tests.shares import violations, zeros_of
 
 
 def weight_of(out: int, inputs: int, seed: int = 0) -> Tensor:
@@ -54,7 +54,7 @@ def true_best(original: Tensor, gram: Gram, pattern: Pattern) -> float:
         lowest = dict.fromkeys(range(inputs + 1), math.inf)
         for kept in itertools.product([False, True], repeat=inputs):
             mask = torch.tensor([kept])
-            if not isinstance(pattern, NM) or pattern.violations(mask.float()) == 0:
+            if not isinstance(pattern, NM) or violations(pattern, mask.float()) == 0:
                 zeros = inputs - sum(kept)
                 lowest[zeros] = min(lowest[zeros], loss(best_on(mask, row[None], gram), row[None], gram))
         by_zeros.append(lowest)

@@ -12,7 +12,7 @@ from pydantic import Field, computed_field
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
 from sparsellm.methods.task import UNREACHED
-from sparsellm.patterns import NM, count_zeros, listed, strictest
+from sparsellm.patterns import count_zeros, most_kept, strictest
 from sparsellm.recipe import Recipe
 from sparsellm.records import DenseMatrix, LinearResult, Matrix, Totals
 from sparsellm.storage.reader import CheckpointReader
@@ -26,19 +26,18 @@ class MatrixZeros(Matrix):
     """Zeros of one matrix in block ``block`` of a checkpoint.
 
     Attributes:
-        patterns: the strictest N:4 and N:8 that a linear satisfies, without the one that follows from the other (4:8
-            from 2:4); empty for other matrices.
+        kept: see :func:`~sparsellm.patterns.most_kept`; not counted in matrices that are not linears.
         linear: whether it is the weight of a linear; other matrices are not pruned.
     """
 
     block: int
-    patterns: tuple[NM, ...] = Field((), exclude=True)
+    kept: tuple[int, int] = Field((4, 8), exclude=True)
     linear: bool = Field(True, exclude=True)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def pattern(self) -> str | None:
-        return listed(self.patterns)
+        return strictest([self.kept])
 
 
 def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
@@ -53,7 +52,7 @@ def inspect_block(chain: Chain, index: int) -> list[MatrixZeros]:
                 block=index,
                 shape=tuple(weight.shape) if linear is not None else matrix.shape,
                 zeros=count_zeros(weight),
-                patterns=strictest(weight) if linear is not None else (),
+                kept=most_kept(weight) if linear is not None else (4, 8),
                 linear=linear is not None,
             )
         )
