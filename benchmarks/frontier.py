@@ -150,12 +150,12 @@ def pruned(bench: Bench, folder: Path, sparsity: float, values: str) -> Row:
         samples=asked.samples, seq_len=asked.window,
     )  # fmt: skip
     zeros = sparsellm.prune(str(bench.directory), recipe, out=folder / "pruned").sparsity
-    packed = sparsellm.pack(folder / "pruned", out=folder / "packed", values=values)
+    packed = sparsellm.pack(folder / "pruned", out=folder / "packed", values=values)  # type: ignore[arg-type]
     seconds = time.process_time() - began
     bits, scores = 8 * packed.packed_bytes / packed.weights, bench.score(packed.path)
     row = {"bits": bits, "zeros": zeros, **scores, "seconds": seconds}
     try:
-        total = sparsellm.pack(folder / "pruned", out=folder / "whole", values=values, head="int8")
+        total = sparsellm.pack(folder / "pruned", out=folder / "whole", values=values, head="int8")  # type: ignore[arg-type]
     except RecipeError as error:
         print(f"{values}, the head as it is: {error}", flush=True)
         return {**row, "whole_bytes": packed.checkpoint_bytes}

@@ -87,7 +87,7 @@ def torchao(directory: Path, bits: int) -> Form:
 
 def packed(directory: Path, values: str, out: Path) -> Form:
     if not out.is_dir():
-        sparsellm.pack(directory, out=out, values=values)
+        sparsellm.pack(directory, out=out, values=values)  # type: ignore[arg-type]
     return of_transformers(sparsellm.load(out, dtype="float32"))
 
 

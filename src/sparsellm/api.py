@@ -127,16 +127,16 @@ def evaluate(  # noqa: PLR0913 - the Python door
     leads = opened.tokenizer is not None and leading_token(opened.tokenizer, bos) is not None
     if tasks and opened.tokenizer is None:
         raise DataError("tasks on a model given as an object need tokenizer=...")
-    if tasks and leads and leading_token(opened.tokenizer) is None:
+    if tasks and opened.tokenizer is not None and leads and leading_token(opened.tokenizer) is None:
         raise DataError("bos is 'yes', and lm-eval puts BOS only where the tokenizer does by itself; leave bos out")
-    dense = against if against is None or isinstance(against, Opened) else None
-    if against is not None and dense is None:
+    dense = against if isinstance(against, Opened) else None
+    if against is not None and not isinstance(against, Opened):
         dense = Opened(against, settings, trust_remote_code, with_tokenizer=not by_ids, argument="against")
     if dense is not None:
         opened.check_comparable(dense, windows)
     perplexity, compared = measured(opened.chain, windows, dense.kept if dense is not None else None, progress)
     results = None
-    if tasks:
+    if tasks and opened.tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
         results = run_tasks(opened.in_memory(), opened.tokenizer, tasks, manager, bos=leads)
     source = words if isinstance(words, str) else IDS if by_ids else DOCUMENTS

@@ -39,13 +39,11 @@ PACK, UNPACK = "pack", "unpack"  # kinds of runs
 
 @dataclass
 class PackResult:
-    """The result of packing or unpacking.
+    """The result of packing or unpacking into ``path``.
 
     Attributes:
-        path: the finished checkpoint.
         linears: the packed form of each linear of the blocks; None for one that stays dense because that is smaller.
-        dense_bytes, packed_bytes: size of these weights in the two checkpoints.
-        weights: number of these weights.
+        dense_bytes, packed_bytes, weights: size of these weights in the two checkpoints, and their number.
         checkpoint_bytes: size of all weight files of the new checkpoint.
         head: the packed form of embedding and output head; empty if they were copied.
         expert_weights: number of weights of experts, which stay dense and are not counted above.

@@ -64,7 +64,7 @@ class DemoResult:
             "evaluation": self.evaluation.model_dump(mode="json"),
             "speeds": self.speeds.model_dump(),
             "continuations": self.texts.model_dump(mode="json"),
-            "demo_seconds": self.seconds,
+            "demo_seconds": {**self.seconds},
         }
 
 

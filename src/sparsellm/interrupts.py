@@ -1,13 +1,10 @@
 """SIGINT, SIGTERM and SIGHUP for the command line: the first stops the run, a second ends it at once, none in a rename.
 
-The handlers are ordinary Python ones, which run in the main thread between two instructions of Python. The first signal
-raises :class:`Interrupted` there; if a library swallows it, :func:`check` raises it again at the next step of progress.
-A second signal ends the process without unwinding. Within one call of a C library, such as a matrix product, neither
-is seen before the call returns; SIGQUIT (Ctrl-\\) and SIGKILL end even that, and are as safe: files are complete at any
-moment. Where files must be exchanged together, :func:`held` lets signals wait.
+A handler runs in the main thread between two instructions of Python. The first signal raises :class:`Interrupted`; if a
+library swallows it, :func:`check` raises it again at the next step of progress. Within one call of a C library neither
+signal is seen; SIGQUIT (Ctrl-\\) and SIGKILL end even that, and are as safe: files are complete at any moment.
 
-Only the command line installs these handlers. A Python program that calls :func:`sparsellm.prune` keeps its handlers,
-and gets its KeyboardInterrupt; :func:`held` works there too.
+Only the command line installs these handlers. A Python program that calls :func:`sparsellm.prune` keeps its own.
 """
 
 from __future__ import annotations

@@ -25,10 +25,8 @@ def count() -> int:
 
 
 def run(command: Callable[[], Any]) -> None:
-    """Runs a command and ends the process if its exit code is not 0.
-
-    A user's mistake exits with code 2 after one line on stderr, a signal with 128 and its number.
-    """
+    """Runs a command and ends the process: after a user's mistake with one line and code 2, after a signal with 128 and
+    its number."""
     _quiet_libraries()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -48,10 +46,8 @@ def run(command: Callable[[], Any]) -> None:
 def _exit_code(command: Callable[[], Any]) -> int:
     try:
         with interrupts.installed(), _joined():
-            returned = command()
-            return returned if isinstance(returned, int) else 0
-    except typer.Exit as done:
-        return done.exit_code
+            command()
+        return 0
     except (interrupts.Interrupted, KeyboardInterrupt, typer.Abort):
         return _interrupted(interrupts.received() or signal.SIGINT)
     except Exception as error:
@@ -106,11 +102,8 @@ def _joined() -> AbstractContextManager[None]:
 
 
 def _leave_the_others(code: int) -> None:
-    """Ends a process that torchrun started, without the interpreter's usual shutdown.
-
-    After a failure, the process group has threads that are not joined. During a usual shutdown one of them sometimes
-    aborts the process ("terminate called without an active exception").
-    """
+    """Ends a process that torchrun started, without the interpreter's shutdown, during which a thread of the process
+    group that is not joined sometimes aborts it ("terminate called without an active exception")."""
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -43,23 +43,14 @@ SEQ_LEN = "2048, or the limit of the model"
 
 @dataclass(frozen=True)
 class Option:
-    """The option of a field on the command line.
+    """How the option of a field looks on the command line."""
 
-    Attributes:
-        panel: group of options in ``--help``.
-        metavar: placeholder for the value.
-        flag: its name; "" for the field's name with dashes.
-        null: meaning of None, shown as the default.
-        values: values that a shell completes; a ``Literal`` needs none.
-        registered: subpackages whose registered names a shell completes.
-    """
-
-    panel: str
-    metavar: str
-    flag: str = ""
-    null: str = ""
-    values: tuple[str, ...] = ()
-    registered: tuple[str, ...] = ()
+    panel: str  # group of options in ``--help``
+    metavar: str  # placeholder for the value
+    flag: str = ""  # its name; "" for the field's name with dashes
+    null: str = ""  # meaning of None, shown as the default
+    values: tuple[str, ...] = ()  # completed by a shell; a ``Literal`` needs none
+    registered: tuple[str, ...] = ()  # subpackages whose registered names a shell completes
 
 
 def _integer(value: Any) -> Any:

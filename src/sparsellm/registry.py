@@ -75,18 +75,13 @@ class Entry(Generic[F]):
     """A registered function.
 
     Attributes:
-        name: as users type it.
-        function: the function.
-        paper: where it is published.
         options: a model of its keyword-only parameters.
-        workspace: its memory and work.
         needs: returns its needs for all options, as :meth:`check` returns them; raises RecipeError if they contradict
             each other.
         distributed: whether it works in several processes. A solver does if rows may be solved apart, because it
             compares them through its pattern only; a method if every process may run it on its share of the windows.
         allocation: a method's default allocation, unless a pattern fixes the sparsity.
         effort: a method's default effort of the sweep that follows; None if none may follow.
-        summary: first paragraph of its docstring.
     """
 
     name: str
@@ -163,7 +158,6 @@ class Registry(dict[str, Entry[F]]):
         return add
 
     def add(self, entry: Entry[F]) -> None:
-        """Registers an entry."""
         if entry.name in self:
             raise ValueError(f"{self.kind} {entry.name!r} is registered twice; give it another name")
         self[entry.name] = entry
