@@ -176,7 +176,7 @@ def fewer_rows_than_processes(folder: Path) -> None:
     for rows in (1, 5):  # outputs with costs
         weight = torch.randn(rows, 9, generator=torch.Generator().manual_seed(rows))
         costs = torch.arange(1.0, rows + 1)
-        root, gram, pattern = costs.sqrt()[:, None], accumulator.finish(), Share(0.5)
+        root, gram, pattern = costs.sqrt()[:, None], accumulator.finish(), Share(0.5).of(weight.shape)
         scaled = entry.function(weight * root, gram, pattern)
         alone = solution(weight, scaled.weight / root, scaled.mask, gram)
         again = divide(entry, None, costs)(weight, gram, pattern)
