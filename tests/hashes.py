@@ -50,15 +50,12 @@ ALLOCATIONS = ("uniform", "atp", "owl", "dlp", "threshold")
 
 def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name of a case -> model family and fields of the recipe."""
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
-    for family, make in FAMILIES.items():
-        for target, goal in TARGETS.items():
-            for method, fields in METHODS.items():
-                found[f"{family}/{target}/{method}"] = make, {**goal, **fields}
-        for allocation in ALLOCATIONS:
-            fields = {"sparsity": 0.6, "method": "wanda", "allocation": allocation}
-            found[f"{family}/0.6/wanda, allocation {allocation}"] = make, fields
-    return found
+    recipes = {
+        f"{target}/{method}": goal | fields for target, goal in TARGETS.items() for method, fields in METHODS.items()
+    }
+    for allocation in ALLOCATIONS:
+        recipes[f"0.6/wanda, allocation {allocation}"] = {"sparsity": 0.6, "method": "wanda", "allocation": allocation}
+    return {f"{family}/{name}": (make, fields) for family, make in FAMILIES.items() for name, fields in recipes.items()}
 
 
 def windows() -> Tensor:

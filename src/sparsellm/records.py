@@ -59,7 +59,7 @@ def read_record(kind: type[R], path: Path, advice: str = PUT_BACK) -> R:
 
 
 class Step(Record):
-    """One iteration of the decomposition of a feed-forward unit; ``held_out_error`` is None if nothing was held out."""
+    """One iteration of the decomposition of a unit; its error is on held-out tokens, or else on training tokens."""
 
     iteration: int
     held_out_error: float | None = None

@@ -267,16 +267,6 @@ def test_no_single_value_can_be_improved(values: str, monkeypatch: pytest.Monkey
                 assert loss(changed, weight, gram) > lowest * (1 - rounding.ENOUGH)
 
 
-def test_the_error_falls_with_every_pass(monkeypatch: pytest.MonkeyPatch, descent_alone: None) -> None:
-    weight, gram = pruned(16, 64, Share(0.5)), gram_of(64)
-    errors = []
-    for passes in range(5):
-        monkeypatch.setattr(rounding, "PASSES", passes)
-        errors.append(loss(rounded(weight, gram, "int4", torch.float32).weight, weight, gram))
-    assert errors == sorted(errors, reverse=True)
-    assert errors[1] < 0.7 * errors[0]
-
-
 @pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_inputs_that_no_token_reaches_are_rounded_to_nearest(values: str, sparsity: float) -> None:

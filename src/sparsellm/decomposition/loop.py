@@ -58,10 +58,9 @@ class Settings:
         damping: ridge of the least squares towards the current weight (the dense one for ``down``), relative to the
             mean of the Gram matrix's diagonal. At 2.3 tokens per hidden unit 0.1 in place of 0.01 lowered the error of
             the local solution on held-out tokens by 6 to 9 %; 1 was too much. More tokens need less.
-        published: the fit of ``down`` in the authors' code; None for ours. There the pseudo-inverse's weights of the
-            first half are pruned, where ours takes masks from the least squares and fits the kept weights to the dense
-            products; ``down`` is fitted to A, where ours takes what the pruned first half produces; and biases are
-            fixed, where ours fits them.
+        published: the fit of ``down`` in the authors' code; None for ours. There the first half is pruned from the
+            pseudo-inverse, where ours takes only its masks from the variables and fits the weights to the dense
+            products; ``down`` is fitted to A, where ours takes what the pruned first half produces; biases are fixed.
     """
 
     iterations: int = 4
@@ -103,11 +102,10 @@ def prune_feed_forward(
 
     Args:
         dense: the unit before pruning; iteration 0 prunes its weights.
-        train: read once or twice per iteration.
-        held_out: chooses the iterate, which is then fitted to it as well. If empty, the training error chooses.
-        solvers: by role (``up``, ``gate``, ``down``), options bound.
-        patterns: by role.
-        settings: how it is done.
+        train: tokens that weights are fitted to.
+        held_out: tokens that choose the iterate, which is then fitted to them too. If empty, ``train`` chooses.
+        solvers, patterns: by role (``up``, ``gate``, ``down``).
+        settings: those of the loop.
         scratch: storage for the variables of all tokens.
 
     Returns:

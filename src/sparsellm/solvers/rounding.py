@@ -1,8 +1,8 @@
 """Kept values rounded to the grid of a packed integer type, each making up for the others.
 
 The error is ``‖(Ŵ − W) G^½‖²`` for a pruned weight W and its rounded one Ŵ. Columns of large inputs take finer steps
-(AWQ, arXiv 2306.00978): their exponents are those of a power of the inputs' root mean square, the power with the least
-error after rounding to nearest. Each group takes the scale with the least error in the diagonal of G. Then three things
+(AWQ, arXiv 2306.00978): powers of two near a power of the inputs' root mean square, the one with the least error after
+rounding to nearest. Each group takes the scale with the least error in the diagonal of G. Then three things
 lower the error in the metric of G itself:
 
 1. Inputs are rounded one after another, and all after one make up for its error (GPTQ, arXiv 2210.17323). A descent
@@ -66,7 +66,7 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
         weight: ``(out, in)`` fp32, pruned.
         gram: Gram matrix of its inputs.
         value_type: ``int8``, ``int4`` or ``int3``.
-        dtype: dtype of the checkpoint that it is written to.
+        dtype: that of the checkpoint.
         fixed_mask: keep every value that is not 0. Otherwise one that is nearer to 0 than to its grid becomes 0, and
             the others make up for it. In a weight so full that it is packed dense values may become 0 in any case.
 
@@ -230,9 +230,14 @@ class _Descent:
 
     def _fit_numbers(self) -> None:
         """Passes of coordinate descent over the free values."""
-        scales = self.grid.scales(self.scales).T.contiguous()
+        grid = self.grid
+        scales = grid.scales(self.scales).T.contiguous()
         inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
-        self._round_unreached(scales, inverse)
+        # Inputs that no token reaches have no part in the error, and no slope: they are rounded to nearest.
+        places = (self.matrix.diagonal() <= 0).nonzero().flatten()
+        whole = grid.groups.levels.nearest(self.target[places] * inverse[places], zero=grid.groups.dense)
+        nearest = as_stored(whole, scales[places], grid.dtype)
+        self.columns[places] = torch.where(self.free[places] != 0, nearest, self.columns[places])
         error = parallel.total(float(self._errors(self.columns, self.slope).double().sum()))
         for _ in range(PASSES):
             panels = range(0, len(self.columns), PANEL)
@@ -240,14 +245,6 @@ class _Descent:
             error -= gained
             if gained <= ENOUGH * max(error, 0.0):
                 break
-
-    def _round_unreached(self, scales: Tensor, inverse: Tensor) -> None:
-        """Rounds the inputs that no token reaches to nearest: they have no part in the error, and no slope."""
-        places = (self.matrix.diagonal() <= 0).nonzero().flatten()
-        groups = self.grid.groups
-        whole = groups.levels.nearest(self.target[places] * inverse[places], zero=groups.dense)
-        nearest = as_stored(whole, scales[places], self.grid.dtype)
-        self.columns[places] = torch.where(self.free[places] != 0, nearest, self.columns[places])
 
     def _panel(self, start: int, scales: Tensor, inverse: Tensor) -> float:
         """Moves some inputs one after another, then corrects the slopes of all; returns how far the error fell."""
