@@ -78,12 +78,6 @@ def test_a_total_that_sizes_forbid_is_the_nearest_one() -> None:
     assert result.allocation["name"] == "threshold"  # although the method's own is uniform
 
 
-def test_a_fixed_pattern_and_none_are_recorded_as_such() -> None:
-    for goal, recorded in (({"pattern": "2:4"}, "2:4"), ({"sparsity": 0.5}, None)):
-        result = sparsellm.prune(tiny_llama(), Recipe(method="magnitude", **goal), calibration=windows())
-        assert {linear.pattern for linear in result.linears} == {recorded}
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
