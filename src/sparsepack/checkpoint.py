@@ -91,11 +91,7 @@ def is_packed(config: Mapping[str, Any]) -> bool:
 
 
 def packed_entries(quantization_config: Mapping[str, Any]) -> dict[str, PackedEntry]:
-    """The packed linears of a ``quantization_config``, by the names of their modules.
-
-    Raises:
-        FormatError: it is of another version, or malformed.
-    """
+    """The packed linears of a ``quantization_config``, by module; a FormatError for another version or content."""
     _check_version(quantization_config.get("format_version"))
     linears = quantization_config.get("linears")
     if not isinstance(linears, dict):
@@ -188,11 +184,8 @@ class PackedTensors:
         return packed
 
     def dense(self, name: str) -> Tensor:
-        """The dense weight of a linear as a checkpoint has it, of ``stored_shape`` and ``dtype`` of its entry.
-
-        Raises:
-            FormatError: it is inconsistent, or its dtype cannot hold a finite value.
-        """
+        """The dense weight of a linear as a checkpoint has it, of ``stored_shape`` and ``dtype`` of its entry; a
+        FormatError if it is inconsistent, or its dtype cannot hold a finite value."""
         entry, packed = self.entries[name], self.packed(name)
         dtype, values = entry.torch_dtype, FLOAT_TYPES.get(packed.value_type)
         dense = unpack(packed, dtype)
@@ -256,14 +249,10 @@ def config_digest(quantization_config: Any) -> str:
 
 
 def check_files(directory: Path, files: list[Path], quantization_config: Any) -> bool:
-    """Compares weight files and ``quantization_config`` with the SHA-256 in ``packed.json``.
+    """Compares weight files and ``quantization_config`` with the SHA-256 in ``packed.json``; whether there is one.
 
-    Returns:
-        Whether there is a ``packed.json``. ``save_pretrained`` writes none: such a directory is checked by the
-        structure of its tensors alone.
-
-    Raises:
-        FormatError: something is missing, not listed, malformed or has changed.
+    ``save_pretrained`` writes none: such a directory is checked by the structure of its tensors alone. A FormatError
+    says what is missing, not listed, malformed or has changed.
     """
     path = directory / MANIFEST
     if not path.is_file():

@@ -44,8 +44,8 @@ _GROUPS_AT_ONCE = 8192  # whose scales are tried: what a trial needs stays in th
 class Levels:
     """The whole numbers that values of an integer type are, in units of their scale, ascending.
 
-    Of two neighbours in uneven ones, one is odd and one even, so that the middle between them is not a whole number:
-    rounded to a whole number first, a value still has the same nearest one.
+    Of two neighbours in uneven ones, one is odd and one even, so their middle is not a whole number: a value that is
+    rounded to a whole number first still has the same nearest one.
     """
 
     numbers: tuple[int, ...]
@@ -184,11 +184,10 @@ class Encoded(NamedTuple):
 def encode_values(
     weight: Tensor, kept: Tensor, value_type: str, group: int | None, exponents: Tensor | None, layout: str
 ) -> Encoded:
-    """The kept values of a weight.
+    """The values of a floating weight ``(out, in)`` where bool ``kept`` is set.
 
     Args:
-        weight: floating ``(out, in)``.
-        kept: bool of its shape.
+        weight, kept: see above.
         value_type: one of :data:`WRITTEN_TYPES`. Values of int3 are codes of int4, the eight in the middle.
         group: the columns that share a scale of int4 or int3.
         exponents: int8 ``(in,)``, for integers alone.
@@ -230,10 +229,9 @@ def encode_values(
 def decode_values(
     value_type: str, stored: Encoded, rows: slice, kept: Tensor, group: int | None, exponents: Tensor | None
 ) -> Tensor:
-    """The kept values of rows ``first:last``, in order; floating types as they are stored, integers as fp32.
+    """The kept values of some rows of a weight, in order; floating types as they are stored, integers as fp32.
 
-    ``stored`` has the whole weight; ``kept``, bool ``(rows, in)``, the columns that are kept in these rows. Other
-    arguments are those of :func:`encode_values`.
+    ``kept``: bool ``(rows, in)``. Other arguments are those of :func:`encode_values`.
     """
     values, offsets, scales, levels = stored
     start, stop = int(offsets[rows.start]), int(offsets[rows.stop])
@@ -301,8 +299,7 @@ def _in_pairs(codes: Tensor) -> Tensor:
 def _is_on(grouped: Tensor, levels: Levels) -> bool:
     """Whether the values are these numbers times scales already, up to a dtype's rounding, judged by some groups.
 
-    Values that are not on the grid with a gap must not be brought to it by magnitude alone: small ones of inputs that
-    are large would become many times as large.
+    Others must not be brought to a grid with a gap: small values of large inputs would become many times as large.
     """
     judges = grouped[:: max(1, len(grouped) // _JUDGES)]
     return _quantise_groups(judges, levels)[2] <= ON_GRID * float(judges.double().square().sum())
@@ -311,8 +308,7 @@ def _is_on(grouped: Tensor, levels: Levels) -> bool:
 def _quantise_groups(grouped: Tensor, levels: Levels) -> tuple[Tensor, Tensor, float]:
     """Whole numbers ``(groups, columns)``, the best bf16 scales ``(groups,)`` of those tried, and the squared error.
 
-    The value of largest magnitude becomes the lowest number, which has no positive counterpart, so a scale may be
-    negative.
+    The anchor becomes the lowest number, which has no positive counterpart, so a scale may be negative.
     """
     whole, scales = torch.empty_like(grouped), grouped.new_empty(len(grouped), dtype=torch.bfloat16)
     total = 0.0

@@ -55,8 +55,8 @@ class Groups:
 def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
     """The scales with which ``extreme (groups, 1)`` become anchors, in fp32 as they are read from a packed file.
 
-    ``unit``: the power of two of each one's column, ``(groups, 1)``; None for 1. The anchor is ``extreme`` times it,
-    rounded to ``dtype`` for int8 and to bf16 otherwise.
+    An anchor is ``extreme`` times the power of two of its column, ``unit (groups, 1)`` or 1, rounded to ``dtype`` for
+    int8 and to bf16 otherwise.
     """
     one = torch.ones_like(extreme) if unit is None else unit
     if levels == PLAIN["int8"]:
@@ -81,14 +81,8 @@ def on_grid(
 ) -> Tensor:
     """The fp32 weight ``(out, in)`` with each value at the nearest number of its grid; zeros stay zero.
 
-    The scales follow from the largest magnitudes of ``weight``, so nothing is clipped.
-
-    Args:
-        weight: fp32.
-        value_type: ``int8``, ``int4`` or ``int3``.
-        dtype: that of the checkpoint that it is written to.
-        exponents: int8 ``(in,)``; None for none.
-        groups: those of the weight, where they are known already.
+    The scales follow from the largest magnitudes of ``weight``, so nothing is clipped. ``dtype`` is that of the
+    checkpoint; ``exponents``, int8 ``(in,)``; ``groups``, those of the weight, where they are known already.
     """
     groups = Groups.of(weight, value_type) if groups is None else groups
     powers = torch.ones(weight.shape[1], device=weight.device) if exponents is None else powers_of(exponents)

@@ -120,20 +120,17 @@ class PackedWeight:
 def pack(
     weight: Tensor, value_type: str = "keep", layout: str = "auto", exponents: Tensor | None = None
 ) -> PackedWeight | None:
-    """The packed form of a weight, or None if the dense weight is smaller.
+    """The packed form of a weight, on the CPU; None if ``layout`` is ``auto`` and the dense weight is no larger.
 
     For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 has a
     scale a row; int4 and int3 have one for each group of columns, the best of seven by squared error.
 
     Args:
         weight: ``(out, in)``, floating; it is read on the CPU.
-        value_type: one of :data:`~sparsepack.codes.WRITTEN_TYPES`, or ``keep`` for the weight's own type.
+        value_type: one of :data:`~sparsepack.codes.WRITTEN_TYPES`, or ``keep`` for the type of the weight.
         layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
             bits), or ``auto`` for the smallest one.
-        exponents: int8 ``(in,)``, for integers; None for none.
-
-    Returns:
-        The packed weight on the CPU; None if ``layout`` is ``auto`` and the dense weight takes no more bytes.
+        exponents: int8 ``(in,)``, for integers.
 
     Raises:
         SettingError: the value type or the layout is unknown, or the weight satisfies no N:M pattern.
@@ -158,23 +155,18 @@ def pack(
         layout = min(forms, key=lambda name: forms[name][0])
         if forms[layout][0] >= weight.nbytes:
             return None
-    if layout == "nm":
-        assert pattern is not None
+    pattern = pattern if layout == "nm" else None
+    if pattern is not None:
         kept = filled(kept, pattern)
         mask = encode_groups(kept, pattern)
-    elif layout == "dense":
-        kept = torch.ones_like(kept)
-        mask = to_bits(kept[:1])
     else:
-        mask = to_bits(kept)
+        kept = torch.ones_like(kept) if layout == "dense" else kept
+        mask = to_bits(kept[:1] if layout == "dense" else kept)
     exponents = None if exponents is None or value_type in FLOAT_TYPES else exponents.cpu()
-    encoded = encode_values(weight, kept, value_type, forms[layout][1], exponents, layout)
+    values, offsets, scales, levels = encode_values(weight, kept, value_type, forms[layout][1], exponents, layout)
     narrow = value_type == "int3"
-    value_type, pattern = "int4" if narrow else value_type, pattern if layout == "nm" else None
-    values, offsets, scales, levels = encoded
-    return PackedWeight(
-        _shape(weight), layout, mask, values, offsets, scales, value_type, pattern, exponents, levels, narrow
-    )
+    held = "int4" if narrow else value_type
+    return PackedWeight(_shape(weight), layout, mask, values, offsets, scales, held, pattern, exponents, levels, narrow)
 
 
 def form_of(weight: Tensor, value_type: str) -> tuple[str, int | None]:

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparsepack.codes import FLOAT_TYPES, STORED_AS
 from sparsepack.errors import FormatError, PackError, SettingError
@@ -35,10 +36,10 @@ LARGE_PAGES = 1 << 22  # bytes from which on weights are gathered: two large pag
 
 ACTIVATIONS = ("int8", "fp32")  # what kernels multiply weights of int8 and int4 by; the first is the default
 PACKED_BUFFERS = tuple(f"weight_{field}" for field in FIELDS)
-Parts = Sequence[Optional[Tensor]]  # noqa: UP045 - torch reads this spelling alone
 _SAME_SIZE = {2: torch.int16, 4: torch.int32}
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it calls compiled kernels
 def multiply(packed: PackedWeight, x: Tensor, rounded: bool = False) -> Tensor:
     """``x Wᵀ`` for ``x (tokens, in)`` on the weight's device: ``(tokens, out)`` in the type of ``x``, summed in fp32.
 
@@ -142,7 +143,7 @@ def _multiply_tiled(packed: PackedWeight, x: Tensor, unpack_tile: Callable[..., 
     return y
 
 
-def _assemble(parts: Parts, columns: int, name: str = "weight") -> PackedWeight:
+def _assemble(parts: Sequence[Tensor | None], columns: int, name: str = "weight") -> PackedWeight:
     """The packed weight of the tensors of :data:`FIELDS`; one mask for several rows is that of the layout ``dense``.
 
     A FormatError says that the values have a type that the format does not have.
@@ -155,45 +156,6 @@ def _assemble(parts: Parts, columns: int, name: str = "weight") -> PackedWeight:
     shape = (offsets.shape[0] - 1, columns)
     layout = "dense" if mask.shape[0] == 1 < shape[0] else "bitmask"
     return PackedWeight(shape, layout, mask, values, offsets, scales, kind, exponents=exponents, levels=levels)
-
-
-@torch.library.custom_op("sparsellm::packed_linear", mutates_args=())
-def packed_linear(x: Tensor, parts: Parts, rounded: bool) -> Tensor:
-    """:func:`multiply` as an operator for torch.compile and autograd; ``x (tokens, in)``."""
-    return multiply(_assemble(parts, x.shape[-1]), x, rounded)
-
-
-@packed_linear.register_fake
-def _(x: Tensor, parts: Parts, rounded: bool) -> Tensor:
-    offsets = parts[2]
-    assert offsets is not None
-    return x.new_empty(x.shape[0], offsets.shape[0] - 1)
-
-
-@torch.library.custom_op("sparsellm::packed_linear_backward", mutates_args=())
-def packed_linear_backward(grad: Tensor, parts: Parts, columns: int) -> Tensor:
-    """The gradient of the input, ``grad W`` for ``grad (tokens, out)``. An operator, as unpacking cannot be traced."""
-    return grad @ unpack(_assemble(parts, columns), grad.dtype)
-
-
-@packed_linear_backward.register_fake
-def _(grad: Tensor, parts: Parts, columns: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], columns)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.parts, _ = inputs
-    ctx.columns = x.shape[-1]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Only the input has a gradient: a packed weight is not trained."""
-    # torch takes a list with a None in it for one argument, and one of tensors alone for several.
-    none = None if any(part is None for part in ctx.parts) else [None] * len(ctx.parts)
-    return packed_linear_backward(grad, ctx.parts, ctx.columns), none, None
-
-
-packed_linear.register_autograd(_backward, setup_context=_remember)
 
 
 class PackedLinear(nn.Module):
@@ -258,8 +220,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, in the type of ``x``."""
         flat = x.reshape(-1, self.in_features)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            y: Tensor = packed_linear(flat, self._parts(), self.rounded)
+        if torch.is_grad_enabled() and x.requires_grad:  # the weight is unpacked again for the gradient, and not kept
+            y: Tensor = checkpoint(lambda x: x @ unpack(self.packed, x.dtype).t(), flat, use_reentrant=False)
         else:
             y = multiply(self.packed, flat, self.rounded)
         if self.bias is not None:

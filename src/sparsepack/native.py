@@ -46,7 +46,7 @@ def available() -> str | None:
 
 
 def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: str | None = None) -> Tensor:
-    """``x Wᵀ`` for a packed ``W``, summed in fp32.
+    """``x Wᵀ`` for a packed ``W``, summed in fp32: ``(tokens, out)`` in the type of ``x``.
 
     With ``rounded``, and where the weight is int8 or int4, sixteen columns of a token (four, and those 64, 128 and 192
     columns on) share a scale, their largest magnitude over 127, and are rounded to whole numbers of it. All instruction
@@ -58,9 +58,6 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens, on the CPU.
         rounded: round ``x`` to int8, see above.
         kernel: an instruction set other than :func:`available`'s.
-
-    Returns:
-        ``(tokens, out)`` in the type of ``x``.
 
     Raises:
         KernelError: there is no such kernel here, or types, shapes or devices do not fit.
@@ -78,16 +75,8 @@ def multiply(packed: PackedWeight, x: Tensor, *, rounded: bool = False, kernel: 
 
 
 def unpack_rows(packed: PackedWeight, first: int, last: int, out: Tensor, *, kernel: str | None = None) -> None:
-    """Writes rows ``first:last`` of a packed weight, dense, into ``out``.
-
-    Args:
-        packed, kernel: as for :func:`multiply`.
-        first, last: ``0 ≤ first ≤ last ≤`` rows of the weight.
-        out: contiguous ``(last - first, in)`` of fp32, bf16 or fp16 on the CPU; values are rounded to its type once.
-
-    Raises:
-        KernelError: there is no such kernel here, or types, shapes or devices do not fit.
-    """
+    """Writes rows ``first:last`` of a packed weight into ``out``: contiguous ``(last - first, in)`` of fp32, bf16 or
+    fp16 on the CPU. Values are rounded to its type once. Other arguments, errors: see :func:`multiply`."""
     library, index = _kernel(kernel)
     rows, columns = packed.shape
     if not 0 <= first <= last <= rows:

@@ -131,14 +131,11 @@ def _plain_levels(device: torch.device) -> Tensor:
 
 
 def multiply(packed: PackedWeight, x: Tensor) -> Tensor:
-    """``x Wᵀ`` for a packed ``W``, summed in fp32.
+    """``x Wᵀ``, summed in fp32: ``(tokens, out)`` in the type of ``x``.
 
     Args:
         packed: ``W (out, in)``, a bitmask or dense, that passed validation, on the device of ``x``.
         x: ``(tokens, in)`` of fp32, bf16 or fp16, 1 to :data:`MAX_TOKENS` tokens.
-
-    Returns:
-        ``(tokens, out)`` in the type of ``x``.
 
     Raises:
         KernelError: there is no GPU to run on, or layout, shapes, types or devices do not fit.

@@ -24,24 +24,11 @@ every_kernel = pytest.mark.parametrize("kernel", native.instruction_sets())
 
 
 @every_kernel
-@pytest.mark.parametrize("value_type", VALUE_TYPES)
-@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-def test_products_are_within_the_error_bound_of_fp32_sums(kernel: str, value_type: str, dtype: torch.dtype) -> None:
-    for out, columns, sparsity in ((1, 1, 0.5), (5, 64, 0.5), (11, 197, 0.7), (37, 1030, 0.5)):
-        packed, dense = random_weight(out, columns, value_type, sparsity, seed=out + columns)
-        for tokens in (1, 2, 3, 5, 8, 13, 16):
-            x = activations(tokens, columns, dtype, seed=tokens)
-            y = native.multiply(packed, x, kernel=kernel)
-            assert y.dtype == dtype
-            assert bool(((y.double() - x.double() @ dense.T).abs() <= bound(dense, x)).all())
-
-
-@every_kernel
 @settings(max_examples=40, deadline=None)
 @given(
     value_type=st.sampled_from(VALUE_TYPES),
     out=st.integers(1, 20),
-    columns=st.integers(1, 300),
+    columns=st.integers(1, 300) | st.just(1030),
     sparsity=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]),
     tokens=st.integers(1, 16),
     dtype=st.sampled_from(list(FLOATS.values())),
