@@ -265,7 +265,7 @@ def test_time_and_memory_of_both_processes_count(source: Path, unfinished: Path)
     keep_record(paths[1], replace(second, versions=changed, peak_rss=1 << 50))
     result = sparsellm.prune(source, Recipe(**FLOAT), out=unfinished)
     assert result.resumed == 2
-    assert result.peak_rss == 1 << 50
+    assert result.peak_rss_bytes == 1 << 50
     assert result.seconds["prune"] > first.seconds["prune"] + second.seconds["prune"] > 0
     assert result.seconds["replay"] > 0
     assert len(result.linears) == 21

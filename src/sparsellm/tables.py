@@ -48,7 +48,7 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         packed = f"sparsellm pack {shlex.quote(str(result.path))} --out DIR --values {recipe.values}"
         say(f"{recipe.values} values, {result.bits_per_weight:.2f} bits a weight after `{packed}`")
     led = " in windows that begin with BOS" if result.calibration_bos == "yes" else ""
-    say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss / 1e9:.2f} GB")
+    say(f"{result.calibration_tokens} calibration tokens{led} · peak memory {result.peak_rss_bytes / 1e9:.2f} GB")
     say(f"written to {result.path}")
     if result.report is not None:
         say(f"report: {result.report}")
@@ -133,7 +133,7 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
     shown.add_row("weights in memory", _megabytes(speeds.dense_bytes), _megabytes(speeds.packed_bytes))
     shown.add_row("decoding, tokens/s", *rates)
     shown.add_row("time of pruning", "–", duration(result.seconds["prune"]))
-    shown.add_row("peak memory of pruning", "–", f"{pruned.peak_rss / 1e9:.2f} GB")
+    shown.add_row("peak memory of pruning", "–", f"{pruned.peak_rss_bytes / 1e9:.2f} GB")
     shown.add_section()
     texts = result.texts
     shown.add_row(*(Text(visible(each.strip())) for each in (f"{texts.prompt} …", texts.dense, texts.pruned)))

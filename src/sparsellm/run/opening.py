@@ -37,23 +37,14 @@ DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 
 @dataclass(frozen=True)
 class Opened:
-    """The models of a run.
+    """The models of a run."""
 
-    Attributes:
-        chain: the dense model.
-        start: the weights to prune, if they are not those of the dense model.
-        directory: the directory of the dense model; None for a model given as an object.
-        in_memory: the model that is pruned in memory; None if it is read and written block by block.
-        tokenizer: the tokenizer of the text; None for token ids.
-        sources: the directories that the result must not replace.
-    """
-
-    chain: Chain
-    start: CheckpointReader | None
-    directory: Path | None
-    in_memory: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase | None
-    sources: tuple[Path, ...]
+    chain: Chain  # the dense model
+    start: CheckpointReader | None  # the weights to prune, if they are not those of the dense model
+    directory: Path | None  # of the dense model; None for a model given as an object
+    in_memory: PreTrainedModel | None  # the model that is pruned in memory; None if it is read block by block
+    tokenizer: PreTrainedTokenizerBase | None  # of the text; None for token ids
+    sources: tuple[Path, ...]  # directories that the result must not replace
 
 
 def open_models(
@@ -66,12 +57,8 @@ def open_models(
     whole: bool,
     trust: bool,
 ) -> Opened:
-    """Opens the model and its teacher, as in :func:`sparsellm.prune`.
-
-    Args:
-        text: whether the calibration is a text, which needs a tokenizer.
-        whole: whether the model is pruned in memory.
-        trust: whether modelling code of the checkpoint may run.
+    """Opens the model and its teacher, as in :func:`sparsellm.prune`: with a tokenizer for a ``text``, in memory if
+    ``whole``, and with modelling code of the checkpoint if ``trust``.
 
     Raises:
         SparseLLMError: a model cannot be opened, or the teacher is another model.
@@ -162,21 +149,13 @@ def _open_start(
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids.
+    """Token ids."""
 
-    Attributes:
-        sets: ``(sets, samples, seq)``: the sets of windows that blocks take in turn for their statistics.
-        fresh: ``(windows, seq)``: further windows, for the sweep; there may be none.
-        bos: whether every window begins with BOS: ``yes`` or ``no``, or ``given`` for token ids that the user passed.
-        batch_tokens: tokens in one forward call, by which windows are divided among processes.
-        passes: passes of the sweep that ``fresh`` is for, as far as the text has room.
-    """
-
-    sets: Tensor
-    fresh: Tensor
-    bos: str
-    batch_tokens: int
-    passes: int = 0
+    sets: Tensor  # (sets, samples, seq): blocks take the sets in turn for their statistics
+    fresh: Tensor  # (windows, seq): further windows, for the sweep; there may be none
+    bos: str  # whether every window begins with BOS: yes or no, or given for token ids that the user passed
+    batch_tokens: int  # tokens in one forward call, by which windows are divided among processes
+    passes: int = 0  # passes of the sweep that ``fresh`` is for, as far as the text has room
 
     @property
     def first(self) -> Tensor:

@@ -103,25 +103,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has been checked and can start.
-
-    Attributes:
-        recipe: the recipe with the actual number and length of the calibration windows.
-        out: the directory to write, absolute and without links; None for a model that is pruned in memory only.
-        memory: the predicted memory of this process.
-        disk_bytes: disk space for the checkpoint, the blocks of the walk and hidden states.
-        identity: everything that the bits of the result depend on.
-        warnings: messages for the user.
-    """
+    """A run that has been checked and can start."""
 
     request: Request
-    recipe: Recipe
+    recipe: Recipe  # with the actual number and length of the calibration windows
     choice: Choice
-    out: Path | None
+    out: Path | None  # absolute and without links; None for a model that is pruned in memory only
     model: Opened
     windows: Windows
-    memory: Memory
-    disk_bytes: int
+    memory: Memory  # of this process, predicted
+    disk_bytes: int  # for the checkpoint, the blocks of the walk and hidden states
     identity: Identity
     warnings: tuple[str, ...]
 

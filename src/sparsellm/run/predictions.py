@@ -126,12 +126,10 @@ def hidden_bytes(chain: Chain, demand: Demand) -> int:
     """Bytes of the hidden states of the calibration windows, and of a sweep's copies of all blocks."""
     mixtures = any(chain.mixtures(index) for index in range(len(chain)))  # their inputs are stored
     dense = demand.swept and chain.reader is None  # its last hidden states are kept from before the walk
-    streams = max(
-        demand.sets + demand.workspace.streams + mixtures + dense, SWEEP_STREAMS * (demand.swept + demand.fresh)
-    )
-    states = streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize
+    walked = demand.sets + demand.workspace.streams + mixtures + dense
+    streams = max(walked, SWEEP_STREAMS * (demand.swept + demand.fresh))
     copies = SWEPT_COPIES * 4 * _trained(chain, demand.unrounded) if demand.swept else 0
-    return states + copies
+    return streams * demand.samples * demand.seq_len * _width(chain) * chain.dtype.itemsize + copies
 
 
 def kept_bytes(chain: Chain, demand: Demand) -> int:
@@ -153,7 +151,7 @@ def gradient_bytes(chain: Chain, tokens: int) -> int:
 
 
 def saved_sweep_bytes(chain: Chain, unrounded: bool) -> int:
-    """The most disk space that the saved passes of a sweep take; see :class:`Demand`."""
+    """The most disk space that the saved passes of a sweep take."""
     return SAVED_COPIES * 4 * _trained(chain, unrounded)
 
 
@@ -305,14 +303,14 @@ def predicted_seconds(
     """
     sizes = [(linear.in_features, linear.out_features) for linear in chain.linears(0)]
     config, speed = chain.config.get_text_config(), _speed(chain.device)
-    blocks, stored, needs = len(chain), checkpoint_bytes(chain), choice.needs
+    blocks, stored = len(chain), checkpoint_bytes(chain)
     weights = sum(inputs * outputs for inputs, outputs in sizes)
     token = (2 * weights + 4 * seq_len * config.hidden_size) / (BUSY * speed)  # through one block
     head = 2 * config.vocab_size * config.hidden_size / (BUSY * speed)
     gram = sum(2 * inputs**2 for inputs, _ in sizes) / speed  # for one token
     solve = sum(choice.workspace.products * 2 * inputs**2 * outputs for inputs, outputs in sizes) / speed
     adam = 8 * 4 * weights * blocks / MEMORY  # parameters, two moments and gradients in fp32, read and written
-    asked = choice.allocation_needs.gradient_tokens or TOKENS * needs.output_costs
+    asked = choice.allocation_needs.gradient_tokens or TOKENS * choice.needs.output_costs
     differentiated = min(tokens, max(asked, LEAST_WINDOWS * seq_len)) if asked and not finished else 0
     surveyed = tokens if choice.allocates and not asked and not finished else 0
     swept_tokens = choice.passes * SWEEP_SHARE * tokens if swept is None else swept

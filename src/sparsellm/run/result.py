@@ -76,19 +76,13 @@ def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | 
 
 
 class PruneResult(RunRecord):
-    """The result of a pruning run: its record, and what only the process that ran it has.
-
-    Attributes:
-        recipe: all settings, as used.
-        model: the pruned model if it is in memory, else None.
-        resumed: the number of blocks that an earlier process had finished.
-    """
+    """The result of a pruning run: its record, and what only the process that ran it has."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    recipe: Recipe
-    model: PreTrainedModel | None = Field(None, exclude=True)
-    resumed: int = Field(0, exclude=True)
+    recipe: Recipe  # all settings, as used
+    model: PreTrainedModel | None = Field(None, exclude=True)  # pruned, if it is in memory
+    resumed: int = Field(0, exclude=True)  # blocks that an earlier process had finished
     versions: dict[str, str] = Field(default_factory=versions)
     environment: dict[str, str] = Field(default_factory=environment)
     command: str = Field(default_factory=command_line)
@@ -97,11 +91,6 @@ class PruneResult(RunRecord):
     def sparsity(self) -> float:
         """Fraction of zeros over every matrix of the blocks, pruned or not."""
         return self.matrices.sparsity
-
-    @property
-    def peak_rss(self) -> int:
-        """The peak memory of one process, in this run or an earlier start of it, in bytes."""
-        return self.peak_rss_bytes
 
     @property
     def record(self) -> Pruning:
