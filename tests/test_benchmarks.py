@@ -93,18 +93,6 @@ def test_the_forms_of_a_model_are_counted_and_scored(
     assert float(rows["packed 60%, keep"][4]) == pytest.approx(float(rows["dense fp32"][4]), rel=1e-3)
 
 
-def test_without_a_gpu_its_script_says_so_and_ends(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as end:
-        table("gpu.py", monkeypatch, capsys)
-    assert end.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "benchmarks/gpu.py: torch finds no CUDA GPU here; run it on a machine with one"
-    ]
-
-
 def test_the_frontier_counts_scores_and_draws_every_form(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,7 @@ def test_settings_reach_fields_and_options() -> None:
         ("bos: maybe", "bos is 'maybe'"),
         ("- 1", "mapping"),
         ("sparsity: true", "sparsity is True"),
+        ("pattern: ''", "pattern is ''"),
         ("sparsity: '0.5'", "sparsity is '0.5'"),
         ("samples: 1e10", "samples is 10000000000"),
         ("{samples: 1e9, seq_len: 16}", "more than 2147483648 calibration tokens"),

@@ -47,12 +47,9 @@ def test_weights_near_the_largest_of_fp16_stop_the_run_and_name_the_linear(metho
 
 TOO_LARGE = [
     (torch.float16, torch.float32, 65_520.0, "bfloat16 or float32"),
-    (torch.float16, torch.float16, torch.inf, "bfloat16 or float32"),
     (torch.float16, torch.bfloat16, -70_000.0, "bfloat16 or float32"),
     (torch.bfloat16, torch.float32, 3.4e38, "float32"),
     (torch.float32, torch.float64, 1e300, "damping"),
-    (torch.float32, torch.float32, torch.nan, "damping"),
-    (torch.float64, torch.float64, -torch.inf, "damping"),
 ]
 
 

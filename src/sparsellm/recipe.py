@@ -38,7 +38,7 @@ SWEEP = ("effort", "passes", "sets", "stages", "sweep_rate")  # fields for metho
 SOURCES, DEVICES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:"), ("cpu", "cuda", "mps", "auto")  # for a shell
 WHAT, CALIBRATION, RESOURCES = "What to prune", "Calibration", "Resources"  # panels of --help
 ALLOCATION, EFFORT = "threshold with sparsellm, else uniform", "1 for sparsellm; the other methods have no sweep"
-SEQ_LEN = "2048, or the limit of the model"
+SEQ_LEN = "2048, or the limit of the model"  # these three: what None means
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class Recipe(BaseModel):
         from sparsellm.patterns import NM, Unstructured, parse_pattern
 
         m = self.chosen_of
-        if self.pattern and m is None:
+        if self.pattern is not None and m is None:
             return parse_pattern(self.pattern)
         zeros = round(self.sparsity * weights) if zeros is None else zeros
         return Unstructured(zeros, weights) if m is None else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
@@ -276,10 +276,10 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Every field, each under its description."""
         text = ""
-        for name in type(self).model_fields:
+        for name, value in self:
             option = option_of(name)
             text += f"# {help_of(name)}" + (f" null: {option.null}.\n" if option and option.null else "\n")
-            text += dump_yaml({name: getattr(self, name)})
+            text += dump_yaml({name: value})
         return text
 
     @classmethod
@@ -329,5 +329,5 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown recipe field {shown(key)}; {nearest(key[:100], Recipe.model_fields)}"
     if key in MAPPINGS and len(first["loc"]) > 1:
-        key = f"{key}.{shown(first['loc'][1]).strip(chr(39))}"
+        key = f"{key}.{shown(str(first['loc'][1]))[1:-1]}"
     return refusal(error, f"recipe field {key}")
