@@ -31,8 +31,8 @@ app = typer.Typer(
 def _command(*parameters: Parameter, examples: Sequence[str], name: str | None = None) -> Callable[..., Any]:
     """Registers a command with these options.
 
-    An option that is not given is not passed on, so the function's own default holds. ``progress``, ``json``, ``quiet``
-    and ``verbose`` are passed to functions that take them.
+    Plugins are loaded first. An option that is not given is not passed on, so the function's own default holds.
+    ``progress``, ``json``, ``quiet`` and ``verbose`` are passed to functions that take them.
     """
 
     def register(function: Callable[..., Printed]) -> Callable[..., None]:
@@ -80,10 +80,7 @@ _VERSION = typer.Option(
 
 
 @app.callback()
-def _begin(
-    context: typer.Context,
-    version: Annotated[bool, _VERSION] = False,
-) -> None:
+def _begin(context: typer.Context, version: Annotated[bool, _VERSION] = False) -> None:
     if process.count() > 1 and context.invoked_subcommand != "prune":
         raise RecipeError(f"'sparsellm {context.invoked_subcommand}' runs in one process; start it without torchrun")
 

@@ -146,7 +146,7 @@ def recipe_of(run: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -
     return given[0]
 
 
-def test_the_examples_of_the_help_are_option_ofs(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_help_are_command_lines(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [line.strip() for line in COMMANDS["prune"].epilog.split("\n\n") if "sparsellm prune" in line]
     assert len(examples) == 3
     for example in examples:
