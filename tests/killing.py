@@ -199,17 +199,16 @@ def command_line(
         else:
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    _let_blocks_wait(folder, how)
+    Chain.block = _waiting(Chain.block, folder, how)  # type: ignore[method-assign]
     sys.argv = ["sparsellm", *arguments]
     cli.main()
 
 
-def _let_blocks_wait(folder: Path, how: str) -> None:
-    """The first reading of the second block leaves ``reached`` and waits for ``go``. With ``swallow`` a signal ends the
-    waiting without an error and leaves ``swallowed``; with ``swallow for ever`` it does not even end the waiting."""
-    block = Chain.block
+def _waiting(block: Callable[..., Any], folder: Path, how: str) -> Callable[..., Any]:
+    """``Chain.block`` whose first reading of the second block leaves ``reached`` and waits for ``go``. With ``swallow``
+    a signal ends the waiting without an error and leaves ``swallowed``; with ``swallow for ever`` it does not."""
 
-    def waiting(self: Chain, index: int, *rest: Any) -> Any:
+    def waiting(chain: Chain, index: int, *rest: Any) -> Any:
         waits = index == 1 and not (folder / "reached").exists()
         if waits:
             (folder / "reached").touch()
@@ -222,21 +221,9 @@ def _let_blocks_wait(folder: Path, how: str) -> None:
                     raise
                 (folder / "swallowed").touch()
                 waits = how == "swallow for ever"
-        return block(self, index, *rest)
+        return block(chain, index, *rest)
 
-    Chain.block = waiting  # type: ignore[method-assign]
-
-
-def python_program(model: Path, out: Path, folder: Path) -> None:
-    """A program that calls :func:`sparsellm.prune`, waits where it reads the second block, and leaves ``caught``."""
-    torch.set_num_threads(1)
-    _let_blocks_wait(folder, "wait")
-    caught = "nothing"
-    try:
-        sparsellm.prune(model, sparsellm.Recipe(method="magnitude", samples=2, seq_len=16), out=out)
-    except BaseException as error:
-        caught = type(error).__name__
-    (folder / "caught").write_text(caught)
+    return waiting
 
 
 @contextlib.contextmanager
