@@ -65,32 +65,32 @@ def windows() -> Tensor:
 
 def digest(model: PreTrainedModel) -> str:
     """SHA-256 of all weights with their names, in order."""
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        result.update(name.encode())
+        result.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return result.hexdigest()
 
 
 def hashes(only: list[str]) -> dict[str, str]:
     """Name of a case -> digest of the pruned model, or the error that refused it."""
-    found = {}
+    result = {}
     for name, (make, fields) in cases().items():
         if not any(part in name for part in only):
             continue
         model = make()
         try:
             sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows())
-            found[name] = digest(model)
+            result[name] = digest(model)
         except SparseLLMError as refusal:
-            found[name] = f"refused: {type(refusal).__name__}"
-    return found
+            result[name] = f"refused: {type(refusal).__name__}"
+    return result
 
 
 def in_one_of_several(folder: Path, only: list[str]) -> None:
     """What each of several joined processes runs."""
-    found = hashes(only)
-    (folder / f"{parallel.rank()}.json").write_text(json.dumps(found))
+    result = hashes(only)
+    (folder / f"{parallel.rank()}.json").write_text(json.dumps(result))
 
 
 def main() -> int:
@@ -99,20 +99,20 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names of the cases to run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = {f"{name} (1 process)": value for name, value in hashes(arguments.only).items()}
+    result = {f"{name} (1 process)": value for name, value in hashes(arguments.only).items()}
     with tempfile.TemporaryDirectory() as folder:
         run_in(2, in_one_of_several, Path(folder), arguments.only)
         first, second = (json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second, "the processes end with different models"
-    found.update({f"{name} (2 processes)": value for name, value in first.items()})
+    result.update({f"{name} (2 processes)": value for name, value in first.items()})
     if arguments.compare is None:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(result, indent=1))
         return 0
     before = json.loads(arguments.compare.read_text())
-    shared = before.keys() & found.keys()
-    different = sorted(name for name in shared if before[name] != found[name])
+    shared = before.keys() & result.keys()
+    different = sorted(name for name in shared if before[name] != result[name])
     for name in different:
-        print(f"differs: {name}\n  {before[name]}\n  {found[name]}")
+        print(f"differs: {name}\n  {before[name]}\n  {result[name]}")
     print(f"{len(shared)} hashes compared, {len(different)} differ", file=sys.stderr)
     return 1 if different else 0
 

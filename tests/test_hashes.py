@@ -24,10 +24,10 @@ def test_a_digest_sees_one_bit_of_any_weight() -> None:
 
 def test_cases_repeat_and_differ_from_each_other() -> None:
     chosen = ["opt/0.6/magnitude", "opt/2:4/magnitude", "gpt2/0.6/sparsellm-paper"]
-    found = hashes.hashes(chosen)
-    assert found == hashes.hashes(chosen)
-    assert len(set(found.values())) == 3
-    assert found["gpt2/0.6/sparsellm-paper"] == "refused: ModelError"
+    result = hashes.hashes(chosen)
+    assert result == hashes.hashes(chosen)
+    assert len(set(result.values())) == 3
+    assert result["gpt2/0.6/sparsellm-paper"] == "refused: ModelError"
 
 
 def test_a_difference_is_reported(

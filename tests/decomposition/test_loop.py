@@ -46,8 +46,8 @@ def test_zero_iterations_are_local_pruning_bit_for_bit() -> None:
     for chunk in (each() for each in chunks[:2]):
         hidden.update(half.activations(chunk.inputs), chunk.token_weights)
         cross.update(chunk.targets, half.activations(chunk.inputs), chunk.token_weights)
-    wanted = least_squares(hidden.finish(), cross.finish(), local.damping, prior=unit.down.weight).weight
-    down = by_input_norm(wanted, hidden.finish(), HALF)
+    goal = least_squares(hidden.finish(), cross.finish(), local.damping, prior=unit.down.weight).weight
+    down = by_input_norm(goal, hidden.finish(), HALF)
     assert_same(pruned.unit, replace(half, down=Linear(down.weight)))
     assert torch.equal(pruned.masks["down"], down.mask)
     assert pruned.error == true_error(pruned.unit, chunks[:2])
@@ -115,11 +115,11 @@ def test_runs_repeat_bit_for_bit_and_leave_inputs_alone(pattern: Pattern) -> Non
 
 def test_one_chunk_or_many_is_the_same_but_for_rounding() -> None:
     unit = random_unit(8, 16, bias=True)
-    whole = random_chunks(unit, [120], weights=True)
+    one_chunk = random_chunks(unit, [120], weights=True)
     held = random_chunks(unit, [60], seed=7)
-    many = stored(*(values.split(17) for values in whole[0]()))
-    settings = Settings(iterations=2, coefficients=default_coefficients(unit, *whole[0]()[:2]))
-    (_, one), (_, other) = (prune(unit, train, held, by_input_norm, HALF, settings) for train in (whole, many))
+    many = stored(*(values.split(17) for values in one_chunk[0]()))
+    settings = Settings(iterations=2, coefficients=default_coefficients(unit, *one_chunk[0]()[:2]))
+    (_, one), (_, other) = (prune(unit, train, held, by_input_norm, HALF, settings) for train in (one_chunk, many))
     for a, b in zip(one, other, strict=True):
         assert a.held_out_error == pytest.approx(b.held_out_error, rel=2e-2)  # a rounding may move a mask entry
     assert one[0].held_out_error == pytest.approx(other[0].held_out_error, rel=1e-4)

@@ -92,7 +92,7 @@ def published(
         m = now.w1 @ x + now.b1
         if s is None or now.ws is None:
             candidates = [((gamma * p + alpha * m) / (gamma + alpha)).clamp(min=0), m.clamp(max=0)]
-            costs = [gamma * (p - each.relu()) ** 2 + alpha * (each - m) ** 2 for each in candidates]
+            costs = [gamma * (p - candidate.relu()) ** 2 + alpha * (candidate - m) ** 2 for candidate in candidates]
             z = torch.where(costs[0] <= costs[1], *candidates)
         else:
             swish = torch.nn.functional.silu(s)
@@ -123,9 +123,9 @@ def test_every_epoch_is_that_of_the_published_formulas(
     chunks = random_chunks(unit, [70, 30, 60])
     tokens = torch.cat([chunk().inputs for chunk in chunks])
     pruned, history = prune(unit, chunks, [], sparsegpt, pattern, Settings.of_the_paper(epochs, penalty, output_update))
-    expected, found = published(unit, tokens, pattern, epochs, penalty, output_update), plain_of(pruned.unit)
+    expected, result = published(unit, tokens, pattern, epochs, penalty, output_update), plain_of(pruned.unit)
     for name in ("w1", "w2", "b1", "b2", *(["ws"] if gated else [])):
-        ours, theirs = getattr(found, name), getattr(expected, name)
+        ours, theirs = getattr(result, name), getattr(expected, name)
         assert torch.equal(ours != 0, theirs != 0), name
         torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=5e-4 * float(theirs.abs().max()), msg=name)
     assert [step.chosen for step in history] == [False] * (epochs - 1) + [True]

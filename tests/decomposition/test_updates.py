@@ -1,4 +1,4 @@
-"""Each update against truth found without it: dense grids, autograd in fp64, explicit inverses."""
+"""Each update against truth without it: dense grids, autograd in fp64, explicit inverses."""
 
 import pytest
 import torch
@@ -28,10 +28,10 @@ def _cost(z: Tensor, m: Tensor, a: Tensor, prices: Coefficients) -> Tensor:
 @pytest.mark.parametrize("prices", PRICES, ids=str)
 def test_solution_by_cases_is_the_global_minimum(prices: Coefficients) -> None:
     m, a, _, _ = _draw(400, 3)
-    found = updates.update_preactivation(m, a, prices)
+    result = updates.update_preactivation(m, a, prices)
     grid = torch.linspace(-12, 12, 9601, dtype=torch.float64)  # tight to about 1e-5
     best = _cost(grid, m[:, None], a[:, None], prices).amin(dim=1)
-    assert (_cost(found, m, a, prices) - best).max() < 1e-5 * (1 + float(best.max()))
+    assert (_cost(result, m, a, prices) - best).max() < 1e-5 * (1 + float(best.max()))
 
 
 def test_linear_branch_has_no_gradient_left() -> None:
@@ -53,8 +53,8 @@ def test_update_of_activations_is_the_explicit_inverse(tokens: int, d: int, f: i
     inverse = torch.linalg.inv(gamma * torch.eye(f, dtype=torch.float64) + beta * wide.T @ wide)
     expected = (gamma * phi.double() + beta * (y.double() - shift) @ wide) @ inverse
     gain = updates.activation_gain(weight, Coefficients(1.0, beta, gamma))
-    found = updates.update_activation(phi, y, Linear(weight, b), gain)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    result = updates.update_activation(phi, y, Linear(weight, b), gain)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_steps_on_the_gate_are_those_of_autograd() -> None:
@@ -65,8 +65,8 @@ def test_steps_on_the_gate_are_those_of_autograd() -> None:
         cost = 0.7 * (free - m).square().sum() + 3.0 * (a - torch.nn.functional.silu(free) * u).square().sum()
         (slope,) = torch.autograd.grad(cost, free)
         expected = expected - 0.01 * slope
-    found = updates.descend_gate_preactivation(m, a, s, u, silu, Coefficients(0.7, 1.0, 3.0))
-    torch.testing.assert_close(found, expected)
+    result = updates.descend_gate_preactivation(m, a, s, u, silu, Coefficients(0.7, 1.0, 3.0))
+    torch.testing.assert_close(result, expected)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -96,7 +96,7 @@ def test_extreme_values_stay_finite_and_never_get_worse() -> None:
     values = torch.tensor([-1e6, -1e3, -1.0, 0.0, 1e-20, 1.0, 1e3, 1e6])
     m, a, z = (t.reshape(-1) for t in torch.meshgrid(*[values] * 3, indexing="ij"))
     prices = Coefficients(1.0, 1.0, 10.0)
-    found = updates.update_preactivation(m, a, prices)
-    assert torch.isfinite(found).all()
+    result = updates.update_preactivation(m, a, prices)
+    assert torch.isfinite(result).all()
     rounding = 1e-12 * (m.double() ** 2 + a.double() ** 2)
-    assert (_cost(found, m, a, prices) <= _cost(z, m, a, prices) * (1 + 1e-6) + rounding).all()
+    assert (_cost(result, m, a, prices) <= _cost(z, m, a, prices) * (1 + 1e-6) + rounding).all()

@@ -76,10 +76,10 @@ def test_a_pseudo_inverse_leaves_the_bias_alone() -> None:
     for part in (slice(0, 25), slice(25, 60)):
         accumulator.update(x[part], t[part])
     moments = accumulator.finish()
-    found = moments.linear(pseudo_inverse_weight(moments).weight)
-    assert torch.equal(found.bias, linear.bias)
+    result = moments.linear(pseudo_inverse_weight(moments).weight)
+    assert torch.equal(result.bias, linear.bias)
     expected = torch.linalg.pinv(x.double(), rtol=1e-6) @ (t - linear.bias).double()
-    torch.testing.assert_close(found.weight.double(), expected.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.weight.double(), expected.T, rtol=1e-4, atol=1e-5)
 
 
 def test_steps_on_a_weight_are_those_of_autograd() -> None:

@@ -41,8 +41,8 @@ def best_on(mask: Tensor, original: Tensor, gram: Gram) -> Tensor:
     """The best weight (out, in) on a mask: of each row, the normal equation of its kept inputs."""
     matrix, best = gram.matrix.double(), torch.zeros_like(original, dtype=torch.float64)
     for row, kept in enumerate(mask):
-        wanted = matrix[kept] @ original[row].double()
-        best[row, kept] = torch.linalg.lstsq(matrix[kept][:, kept], wanted).solution
+        goal = matrix[kept] @ original[row].double()
+        best[row, kept] = torch.linalg.lstsq(matrix[kept][:, kept], goal).solution
     return best
 
 

@@ -25,8 +25,8 @@ def test_near_the_true_best(pattern: Pattern):
     ratios = []
     for seed in range(6):
         weight, gram = weight_of(2, 8, seed), gram_of(8, seed=seed)
-        found = admm(weight, gram, pattern, damping=0.0, refine_iterations=30)
-        ratios.append(relative(found.weight, weight, gram) / true_best(weight, gram, pattern))
+        result = admm(weight, gram, pattern, damping=0.0, refine_iterations=30)
+        ratios.append(relative(result.weight, weight, gram) / true_best(weight, gram, pattern))
     assert min(ratios) >= 1 - 1e-4
     assert math.prod(ratios) ** (1 / len(ratios)) < 1.7
     assert max(ratios) < 4.5
@@ -35,12 +35,12 @@ def test_near_the_true_best(pattern: Pattern):
 def test_finds_the_true_best_where_inputs_are_independent():
     """Then weights do not interact, and the best mask is that of ``w² E x²``."""
     weight, squares = weight_of(5, 12), torch.rand(12, generator=torch.Generator().manual_seed(1)) + 0.1
-    found = admm(weight, Gram(torch.diag(squares), 100), Share(0.5))
+    result = admm(weight, Gram(torch.diag(squares), 100), Share(0.5))
     cost = (weight.square() * squares).flatten()
     expected = torch.zeros(60, dtype=torch.bool)
     expected[cost.argsort(descending=True)[:30]] = True
-    assert torch.equal(found.mask.flatten(), expected)
-    torch.testing.assert_close(found.weight, torch.where(found.mask, weight, 0.0))
+    assert torch.equal(result.mask.flatten(), expected)
+    torch.testing.assert_close(result.weight, torch.where(result.mask, weight, 0.0))
 
 
 @pytest.mark.parametrize("tokens", [6, 40, 400])
@@ -48,16 +48,16 @@ def test_finds_the_true_best_where_inputs_are_independent():
 def test_never_worse_than_the_projected_and_refined_start(pattern: Pattern, tokens: int):
     for seed in range(4):
         weight, gram = weight_of(8, 32, seed), gram_of(32, tokens, seed)
-        start, found = (
+        start, result = (
             admm(weight, gram, pattern, damping=0.0, refine_iterations=20, iterations=count).error for count in (0, 16)
         )
-        assert found <= start * (1 + 1e-4) + 1e-6
+        assert result <= start * (1 + 1e-4) + 1e-6
 
 
 def test_the_kept_weights_are_refined():
     weight, gram = weight_of(12, 48), gram_of(48, 500)
-    found = admm(weight, gram, Share(0.6), damping=0.0, refine_iterations=100)
-    assert loss(found.weight, weight, gram) <= 1.01 * loss(best_on(found.mask, weight, gram), weight, gram)
+    result = admm(weight, gram, Share(0.6), damping=0.0, refine_iterations=100)
+    assert loss(result.weight, weight, gram) <= 1.01 * loss(best_on(result.mask, weight, gram), weight, gram)
     default = admm(weight, gram, Share(0.6)).error  # near the minimum
     assert default <= 1.05 * admm(weight, gram, Share(0.6), refine_iterations=100).error
 
@@ -74,9 +74,9 @@ def test_linears_of_one_input_share_the_factorisations(monkeypatch: pytest.Monke
 
 def test_a_ridge_keeps_weights_of_a_singular_gram_in_bounds():
     weight, gram = weight_of(8, 60), gram_of(60, tokens=4)
-    found = admm(weight, gram, Share(0.5))
-    assert found.notes == ()
-    assert found.weight.abs().max() < 20 * weight.abs().max()
+    result = admm(weight, gram, Share(0.5))
+    assert result.notes == ()
+    assert result.weight.abs().max() < 20 * weight.abs().max()
 
 
 def test_a_first_mask_that_is_better_is_found_and_kept(monkeypatch: pytest.MonkeyPatch):
@@ -86,9 +86,9 @@ def test_a_first_mask_that_is_better_is_found_and_kept(monkeypatch: pytest.Monke
     for seed in range(8):
         weight, gram = weight_of(8, 32, seed), gram_of(32, 6, seed)
         start = admm(weight, gram, Share(0.5), iterations=0, damping=0.0)
-        found = admm(weight, gram, Share(0.5), iterations=1, damping=0.0)
-        kept_the_first += torch.equal(found.mask, start.mask)
-        assert found.error <= start.error * (1 + 1e-3) + 1e-6
+        result = admm(weight, gram, Share(0.5), iterations=1, damping=0.0)
+        kept_the_first += torch.equal(result.mask, start.mask)
+        assert result.error <= start.error * (1 + 1e-3) + 1e-6
     assert kept_the_first
 
 
@@ -108,9 +108,9 @@ def test_rounded_products_change_the_mask_little_and_the_error_less():
 
 def test_costs_of_outputs_decide_which_weights_stay():
     weight, gram, costs = weight_of(8, 32), gram_of(32), torch.tensor([4.0] * 4 + [0.25] * 4)
-    plain, found = (divide(SOLVERS["sparsegpt"], None, given)(weight, gram, Share(0.5)) for given in (None, costs))
-    assert int(found.mask.sum()) == int(plain.mask.sum())
-    assert int(found.mask[:4].sum()) > int(plain.mask[:4].sum())
-    assert found.error == pytest.approx(relative(found.weight, weight, gram), rel=1e-3)
+    plain, result = (divide(SOLVERS["sparsegpt"], None, given)(weight, gram, Share(0.5)) for given in (None, costs))
+    assert int(result.mask.sum()) == int(plain.mask.sum())
+    assert int(result.mask[:4].sum()) > int(plain.mask[:4].sum())
+    assert result.error == pytest.approx(relative(result.weight, weight, gram), rel=1e-3)
     equal = divide(SOLVERS["sparsegpt"], None, torch.full((8,), 4.0))(weight, gram, Share(0.5))
     assert torch.equal(equal.weight, plain.weight)

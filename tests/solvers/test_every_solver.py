@@ -41,18 +41,18 @@ def test_papers_and_options_are_described(name: str):
     assert not any(option.is_required() for option in entry.options.model_fields.values())
 
 
-def assert_sound(found: Solution, weight: torch.Tensor, gram: Gram, pattern: Pattern) -> None:
-    assert found.weight.shape == found.mask.shape == weight.shape
-    assert found.weight.dtype == torch.float32
-    assert found.mask.dtype == torch.bool
-    assert int((~found.mask).sum()) == zeros_of(pattern, weight.shape)
-    assert found.weight[~found.mask].count_nonzero() == 0
-    assert not torch.signbit(found.weight[found.weight == 0]).any()
-    assert torch.isfinite(found.weight).all()
+def assert_sound(result: Solution, weight: torch.Tensor, gram: Gram, pattern: Pattern) -> None:
+    assert result.weight.shape == result.mask.shape == weight.shape
+    assert result.weight.dtype == torch.float32
+    assert result.mask.dtype == torch.bool
+    assert int((~result.mask).sum()) == zeros_of(pattern, weight.shape)
+    assert result.weight[~result.mask].count_nonzero() == 0
+    assert not torch.signbit(result.weight[result.weight == 0]).any()
+    assert torch.isfinite(result.weight).all()
     if isinstance(pattern, NM):
-        assert found.mask.reshape(-1, pattern.m).sum(dim=1).unique().tolist() == [pattern.n]
-    assert math.isfinite(found.error)
-    assert found.error == pytest.approx(relative(found.weight, weight, gram), rel=1e-3, abs=1e-6)
+        assert result.mask.reshape(-1, pattern.m).sum(dim=1).unique().tolist() == [pattern.n]
+    assert math.isfinite(result.error)
+    assert result.error == pytest.approx(relative(result.weight, weight, gram), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -88,21 +88,21 @@ def test_dead_inputs(name: str, pattern: Pattern):
     live[[2, 3, 20]] = 0
     live[:, [2, 3, 20]] = 0
     gram = Gram(live, 100)
-    found = solve(name, weight, gram, pattern)
-    assert_sound(found, weight, gram, pattern)
+    result = solve(name, weight, gram, pattern)
+    assert_sound(result, weight, gram, pattern)
     if name != "magnitude":  # which does not look at the inputs
-        assert found.weight[:, [2, 3, 20]].count_nonzero() == 0 or isinstance(pattern, NM)
-        assert not found.mask[:, [2, 3, 20]].any() or isinstance(pattern, NM)
+        assert result.weight[:, [2, 3, 20]].count_nonzero() == 0 or isinstance(pattern, NM)
+        assert not result.mask[:, [2, 3, 20]].any() or isinstance(pattern, NM)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_inputs_dead_and_weights_of_zero(name: str):
     assert solve(name, weight_of(4, 8), Gram(torch.zeros(8, 8), 10), Share(0.5)).error == 0
-    found = solve(name, -torch.zeros(4, 8), gram_of(8), NM(2, 4))
-    assert found.error == 0
-    assert found.weight.count_nonzero() == 0
-    assert not torch.signbit(found.weight).any()
-    assert int(found.mask.sum()) == 16
+    result = solve(name, -torch.zeros(4, 8), gram_of(8), NM(2, 4))
+    assert result.error == 0
+    assert result.weight.count_nonzero() == 0
+    assert not torch.signbit(result.weight).any()
+    assert int(result.mask.sum()) == 16
 
 
 @pytest.mark.parametrize("pattern", [Share(0.6), NM(2, 4)], ids=str)

@@ -22,10 +22,10 @@ def masks(pattern: Pattern) -> list[torch.Tensor]:
 @pytest.mark.parametrize("pattern", [Share(0.4), Share(0.75), NM(2, 4)], ids=str)
 def test_magnitude_keeps_the_largest_sum_of_any_mask(pattern: Pattern):
     weight = weight_of(3, 4)
-    found = SOLVERS["magnitude"].function(weight, gram_of(4), pattern)
+    result = SOLVERS["magnitude"].function(weight, gram_of(4), pattern)
     best = max(masks(pattern), key=lambda mask: float(weight.abs()[mask].sum()))
-    assert torch.equal(found.mask, best)
-    assert torch.equal(found.weight, torch.where(best, weight, 0.0))
+    assert torch.equal(result.mask, best)
+    assert torch.equal(result.weight, torch.where(best, weight, 0.0))
 
 
 @pytest.mark.parametrize("pattern", [Share(0.5), Share(0.25), NM(1, 4)], ids=str)
@@ -35,11 +35,11 @@ def test_wanda_loses_the_least_of_any_mask_where_inputs_are_independent(pattern:
     cost = weight.double().square() * gram.matrix.diagonal().double()
     fair = [mask for mask in masks(pattern) if len(mask.sum(dim=1).unique()) == 1]
     best = min(fair, key=lambda mask: float(cost[~mask].sum()))
-    found = SOLVERS["wanda"].function(weight, gram, pattern)
-    assert torch.equal(found.mask, best)
-    assert torch.equal(found.weight, torch.where(best, weight, 0.0))
+    result = SOLVERS["wanda"].function(weight, gram, pattern)
+    assert torch.equal(result.mask, best)
+    assert torch.equal(result.weight, torch.where(best, weight, 0.0))
 
 
 def test_wanda_spreads_what_rows_do_not_divide():
-    found = SOLVERS["wanda"].function(weight_of(4, 5), gram_of(5), Share(0.5))  # 10 zeros over 4 rows
-    assert sorted((~found.mask).sum(dim=1).tolist()) == [2, 2, 3, 3]
+    result = SOLVERS["wanda"].function(weight_of(4, 5), gram_of(5), Share(0.5))  # 10 zeros over 4 rows
+    assert sorted((~result.mask).sum(dim=1).tolist()) == [2, 2, 3, 3]

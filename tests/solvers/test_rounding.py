@@ -65,41 +65,41 @@ def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torc
     weight, gram = pruned(24, 96, pattern), gram_of(96)
     if pattern.sparsity == 0.5:
         weight[2] = 0.0  # an empty row stays empty
-    found = rounded(weight, gram, values, dtype, fixed_mask=isinstance(pattern, NM))
-    stored = found.weight.to(dtype)
-    assert torch.equal(stored.float(), found.weight)
-    packed = pack(stored, values, exponents=found.exponents)
+    result = rounded(weight, gram, values, dtype, fixed_mask=isinstance(pattern, NM))
+    stored = result.weight.to(dtype)
+    assert torch.equal(stored.float(), result.weight)
+    packed = pack(stored, values, exponents=result.exponents)
     assert packed is not None
     assert torch.equal(unpack(packed, dtype), stored)
     share = 0.8 if pattern.sparsity == 0.9 else 0.5  # the fewer values, the less they can make up for
-    assert loss(found.weight, weight, gram) < share * loss(nearest(weight, values, dtype), weight, gram)
-    zeros, before = found.weight == 0, weight == 0
+    assert loss(result.weight, weight, gram) < share * loss(nearest(weight, values, dtype), weight, gram)
+    zeros, before = result.weight == 0, weight == 0
     assert bool(zeros[before].all())
     if isinstance(pattern, NM):
         assert torch.equal(zeros, before)
     # What training goes on from is another weight that rounds to this one, also after it was stored.
-    unrounded = found.unrounded.to(dtype).float()
-    assert torch.equal(on_grid(unrounded, values, dtype, found.exponents), found.weight)
+    unrounded = result.unrounded.to(dtype).float()
+    assert torch.equal(on_grid(unrounded, values, dtype, result.exponents), result.weight)
     assert bool(zeros[unrounded == 0].all())
     if packed.layout != "dense":  # where 0 is a number like the others
         assert torch.equal(unrounded == 0, zeros)
     if values == "int4":
-        assert int((unrounded != found.weight).sum()) > 0.5 * int((~zeros).sum())
+        assert int((unrounded != result.weight).sum()) > 0.5 * int((~zeros).sum())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("values", "levels"), [("int4", PLAIN["int4"]), ("int3", GAPPED["int3"])])
 def test_every_value_is_a_whole_number_of_its_scale(values: str, levels: Levels, dtype: torch.dtype) -> None:
     """By 64 columns of a row, of which half are kept, without the code that made the groups."""
-    found = rounded(pruned(6, 200, Share(0.5)), gram_of(200), values, dtype)
-    exponents = torch.zeros(200) if found.exponents is None else found.exponents
-    for row in found.weight / 2.0**exponents:
+    result = rounded(pruned(6, 200, Share(0.5)), gram_of(200), values, dtype)
+    exponents = torch.zeros(200) if result.exponents is None else result.exponents
+    for row in result.weight / 2.0**exponents:
         for columns in row.split(64):
             group = columns[columns != 0]
             scale = group[group.abs().argmax()] / levels.lowest
-            whole = (group / scale).round()
-            assert set(whole.int().tolist()) <= set(levels.numbers) - {0}
-            assert torch.allclose(whole * scale, group, rtol=2**-8 if dtype != torch.float32 else 0.0)
+            numbers = (group / scale).round()
+            assert set(numbers.int().tolist()) <= set(levels.numbers) - {0}
+            assert torch.allclose(numbers * scale, group, rtol=2**-8 if dtype != torch.float32 else 0.0)
             assert float(scale.bfloat16()) == float(scale)
 
 
@@ -109,23 +109,23 @@ def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
         (torch.linspace(-140, 140, 28001), torch.tensor(levels.numbers).float(), torch.tensor([math.nan]))
     )
     numbers = torch.tensor([number for number in levels.numbers if number]).float()
-    wanted = (units.unsqueeze(1) - numbers).abs().min(dim=1).values
-    found = levels.nearest(units)
+    goal = (units.unsqueeze(1) - numbers).abs().min(dim=1).values
+    result = levels.nearest(units)
     kept = (units != 0) & units.isfinite()
-    assert set(found[kept].int().tolist()) <= set(numbers.int().tolist())
-    assert torch.allclose((found - units).abs()[kept], wanted[kept], atol=1e-4)
-    assert bool((found[units == 0] == 0).all())
-    whole = torch.tensor(levels.numbers).float()
+    assert set(result[kept].int().tolist()) <= set(numbers.int().tolist())
+    assert torch.allclose((result - units).abs()[kept], goal[kept], atol=1e-4)
+    assert bool((result[units == 0] == 0).all())
+    numbers = torch.tensor(levels.numbers).float()
     if len(levels.numbers) <= 16:
-        codes = levels.codes(whole)
-        assert codes.tolist() == list(range(codes[0], codes[0] + len(whole)))
+        codes = levels.codes(numbers)
+        assert codes.tolist() == list(range(codes[0], codes[0] + len(numbers)))
         table = torch.arange(16) - 8 if levels.table is None else levels.table
-        assert torch.equal(table[codes.long()].float(), whole)
+        assert torch.equal(table[codes.long()].float(), numbers)
 
 
 def best_by_brute_force(weight: Tensor, fixed: int, scale: float, levels: Levels, gram: Gram, zero: bool) -> float:
     """The least loss over all numbers of the grid, 0 only with ``zero``, for the kept values of a row but ``fixed``."""
-    grid = [whole * scale for whole in levels.numbers if whole or zero]
+    grid = [number * scale for number in levels.numbers if number or zero]
     free = [place for place in range(weight.shape[1]) if weight[0, place] != 0 and place != fixed]
     tried = torch.tensor(list(itertools.product(grid, repeat=len(free))))
     rows = weight.new_zeros(len(tried), weight.shape[1])
@@ -147,19 +147,19 @@ def test_is_near_the_best_of_all_grid_points(
     weight[:, :5] = weight_of(1, 5, seed)  # more than 4:8 keeps
     gram = gram_of(columns, seed=seed)
     assert form_of(weight, values) == (layout, 32 if layout == "dense" else 1024)
-    found = rounded(weight, gram, values, torch.float32, fixed_mask=True).weight
+    result = rounded(weight, gram, values, torch.float32, fixed_mask=True).weight
     levels = levels_of(values, layout)
-    fixed = int(found.abs().argmax())
-    scale = float(found[0, fixed] / levels.lowest)
+    fixed = int(result.abs().argmax())
+    scale = float(result[0, fixed] / levels.lowest)
     least = best_by_brute_force(weight, fixed, scale, levels, gram, layout == "dense")
-    assert least - 1e-9 <= loss(found, weight, gram) <= 1.5 * least + 1e-9
+    assert least - 1e-9 <= loss(result, weight, gram) <= 1.5 * least + 1e-9
 
 
 def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: Tensor) -> Tensor:
     """What rounding one input after another gives, fp64, by the definition: after each, all later ones take the values
     that are best for the error so far."""
     order = sorted(range(len(matrix)), key=lambda place: -float(matrix[place, place]))
-    wanted, found = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
+    goal, result = weight.double().clone(), torch.zeros_like(weight, dtype=torch.float64)
     scales = grid.scales(grid.first)
     for number, place in enumerate(order):
         later = order[number + 1 :]
@@ -167,14 +167,14 @@ def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: T
             value = float(grid.nearest[row, place])
             if bool(grid.free[row, place]):
                 scale = float(scales[row, place])
-                units = torch.tensor(float(wanted[row, place]) / scale)
-                value = float(grid.whole(units[None], torch.ones(1))[0]) * scale
-            found[row, place] = value
+                units = torch.tensor(float(goal[row, place]) / scale)
+                value = float(grid.numbers(units[None], torch.ones(1))[0]) * scale
+            result[row, place] = value
             if later:
-                error = found[row, place] - wanted[row, place]
+                error = result[row, place] - goal[row, place]
                 change = torch.linalg.solve(matrix[later][:, later], matrix[later, place] * error)
-                wanted[row, later] -= change
-    return found
+                goal[row, later] -= change
+    return result
 
 
 @pytest.mark.parametrize("values", INTEGERS)
@@ -182,23 +182,23 @@ def removing_one_input_at_a_time(weight: Tensor, grid: rounding._Grid, matrix: T
 def test_each_input_is_made_up_for_by_all_after_it(values: str, sparsity: float) -> None:
     weight, gram = pruned(6, 80, Share(sparsity)), gram_of(80)
     grid = rounding._Grid(weight, gram, torch.ones(80), Groups.of(weight, values), torch.float32)
-    found, notes = rounding._one_after_another(grid, weight, gram)
+    result, notes = rounding._one_after_another(grid, weight, gram)
     damped = gram.matrix.double().clone()
     damped.diagonal().add_(rounding.DAMPING * gram.mean_diagonal)
     expected = removing_one_input_at_a_time(weight, grid, damped)
     # A value in the middle between two numbers may fall to either side in fp32, and all later ones of its row differ.
-    same = torch.isclose(found.double(), expected, atol=1e-6).all(dim=1)
+    same = torch.isclose(result.double(), expected, atol=1e-6).all(dim=1)
     assert int(same.sum()) >= 5
     assert notes == ()
-    assert torch.equal(found == 0, grid.nearest == 0) or grid.groups.dense
+    assert torch.equal(result == 0, grid.nearest == 0) or grid.groups.dense
 
 
 def test_damping_that_had_to_be_raised_is_said() -> None:
     matrix = torch.ones(32, 32) * 1e8 + torch.eye(32) * 1e-3
     matrix[0, 1] = matrix[1, 0] = 5e8  # not positive definite, as sums of ill-conditioned inputs may come out
-    found = rounded(weight_of(4, 32), Gram(matrix, 10), "int4", torch.float32)
-    assert any("damping raised" in note for note in found.notes)
-    assert bool(found.weight.isfinite().all())
+    result = rounded(weight_of(4, 32), Gram(matrix, 10), "int4", torch.float32)
+    assert any("damping raised" in note for note in result.notes)
+    assert bool(result.weight.isfinite().all())
 
 
 @pytest.mark.parametrize(("columns", "size"), [(96, 32), (80, 32), (70, 70)])
@@ -206,18 +206,18 @@ def test_factors_of_groups_are_those_of_least_squares(columns: int, size: int, m
     monkeypatch.setattr(rounding, "RIDGE", 0.0)
     monkeypatch.setattr(rounding, "SYSTEMS", 200)  # two rows at a time
     x = weight_of(300, columns, seed=1) * torch.linspace(0.5, 2.0, columns)
-    wanted = weight_of(5, columns)
-    weight = wanted * (1 + 0.2 * weight_of(5, columns, seed=2))
+    goal = weight_of(5, columns)
+    weight = goal * (1 + 0.2 * weight_of(5, columns, seed=2))
     weight[3, :size] = 0.0  # an empty group
     matrix, groups = x.T @ x / 300, Groups(columns, size, PLAIN["int4"])
-    found = rounding.best_factors(weight, (weight - wanted) @ matrix, matrix, groups)
+    result = rounding.best_factors(weight, (weight - goal) @ matrix, matrix, groups)
     for row in range(5):
         parts = [x[:, s : s + size] @ weight[row, s : s + size] for s in range(0, columns, size)]
         design = torch.stack(parts, dim=1).double()
-        expected = torch.linalg.lstsq(design, (x @ wanted[row]).double(), driver="gelsd").solution
+        expected = torch.linalg.lstsq(design, (x @ goal[row]).double(), driver="gelsd").solution
         live = design.square().sum(dim=0) > 0
-        assert torch.allclose(found[row].double()[live], expected[live], atol=1e-4)
-        assert bool((found[row][~live] == 1).all())
+        assert torch.allclose(result[row].double()[live], expected[live], atol=1e-4)
+        assert bool((result[row][~live] == 1).all())
 
 
 @pytest.mark.parametrize("values", ["int4", "int3"])
@@ -244,25 +244,25 @@ def test_a_weight_on_its_grid_does_not_change(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(rounding, "POWERS", ())
     weight, gram = pruned(24, 96, Share(0.5)), gram_of(96)
     for values in INTEGERS:
-        found = rounded(weight, gram, values, torch.bfloat16)
-        assert torch.equal(rounded(found.weight, gram, values, torch.bfloat16).weight, found.weight)
+        result = rounded(weight, gram, values, torch.bfloat16)
+        assert torch.equal(rounded(result.weight, gram, values, torch.bfloat16).weight, result.weight)
 
 
 @pytest.mark.parametrize("values", ["int4", "int3"])
 def test_no_single_value_can_be_improved(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "POWERS", ())
     weight, gram = pruned(12, 120, Share(0.5)), gram_of(120)
-    found = rounded(weight, gram, values, torch.float32).weight
-    lowest, groups = loss(found, weight, gram), Groups.of(found, values)
+    result = rounded(weight, gram, values, torch.float32).weight
+    lowest, groups = loss(result, weight, gram), Groups.of(result, values)
     numbers = [number for number in groups.levels.numbers if number]
-    scales = scales_of_anchors(found, groups)
-    for row, column in (found != 0).nonzero().tolist():
+    scales = scales_of_anchors(result, groups)
+    for row, column in (result != 0).nonzero().tolist():
         scale = float(scales[row, column])
-        number = round(float(found[row, column]) / scale)
+        number = round(float(result[row, column]) / scale)
         place = numbers.index(number)
         for other in {numbers[max(0, place - 1)], numbers[min(len(numbers) - 1, place + 1)]}:
             if numbers[0] not in (number, other):  # the scale would be another
-                changed = found.clone()
+                changed = result.clone()
                 changed[row, column] = other * scale
                 assert loss(changed, weight, gram) > lowest * (1 - rounding.ENOUGH)
 
@@ -274,16 +274,16 @@ def test_inputs_that_no_token_reaches_are_rounded_to_nearest(values: str, sparsi
     matrix, dead = gram_of(96).matrix.clone(), torch.arange(3, 96, 5)
     matrix[dead] = matrix[:, dead] = 0.0
     weight = pruned(24, 96, Share(sparsity))
-    found = rounded(weight, Gram(matrix, 100), values, torch.float32)
-    assert bool(found.weight.isfinite().all())
-    powers = torch.ones(96) if found.exponents is None else torch.exp2(found.exponents.float())
-    groups = Groups.of(found.weight, values)
-    scales = scales_of_anchors(found.weight / powers, groups) * powers
+    result = rounded(weight, Gram(matrix, 100), values, torch.float32)
+    assert bool(result.weight.isfinite().all())
+    powers = torch.ones(96) if result.exponents is None else torch.exp2(result.exponents.float())
+    groups = Groups.of(result.weight, values)
+    scales = scales_of_anchors(result.weight / powers, groups) * powers
     numbers = torch.tensor([number for number in groups.levels.numbers if number or groups.dense]).float()
     least = (weight[..., None] - scales[..., None] * numbers).abs().amin(dim=2)
-    free = (found.weight != 0) & (found.weight.abs() < -groups.levels.lowest * scales.abs() * 0.999)  # no anchors
+    free = (result.weight != 0) & (result.weight.abs() < -groups.levels.lowest * scales.abs() * 0.999)  # no anchors
     assert int(free[:, dead].sum()) > 50
-    assert bool(((found.weight - weight).abs() <= least + 1e-6)[:, dead][free[:, dead]].all())
+    assert bool(((result.weight - weight).abs() <= least + 1e-6)[:, dead][free[:, dead]].all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -320,8 +320,8 @@ def test_values_nearer_to_zero_leave_a_bitmask_and_stay_with_a_fixed_mask() -> N
 def test_factors_stay_near_one() -> None:
     """Where the best factor is far away, and where the system cannot be factorised."""
     groups = Groups(64, 32, PLAIN["int4"])
-    weight, wanted = torch.ones(1, 64), torch.full((1, 64), 9.0)
-    far = rounding.best_factors(weight, (weight - wanted) @ torch.eye(64), torch.eye(64), groups)
+    weight, goal = torch.ones(1, 64), torch.full((1, 64), 9.0)
+    far = rounding.best_factors(weight, (weight - goal) @ torch.eye(64), torch.eye(64), groups)
     assert torch.equal(far, torch.full((1, 2), rounding.FACTORS[1]))
     indefinite = torch.eye(64)
     indefinite[0, 63] = indefinite[63, 0] = 1e6
@@ -336,15 +336,15 @@ def test_exponents_of_columns_lower_the_error(
     sizes[::every] = size
     x = weight_of(400, 128, seed=1) * sizes
     gram = Gram(x.T @ x / 400, 400)
-    found = rounded(weight, gram, values, torch.float32)
-    assert found.exponents is not None
-    large, small = set(found.exponents[::every].tolist()), set(found.exponents[1:every].tolist())
+    result = rounded(weight, gram, values, torch.float32)
+    assert result.exponents is not None
+    large, small = set(result.exponents[::every].tolist()), set(result.exponents[1:every].tolist())
     assert len(large) == len(small) == 1
     assert max(large) < min(small)  # the large inputs take finer steps
     monkeypatch.setattr(rounding, "POWERS", ())
     plain = rounded(weight, gram, values, torch.float32)
     assert plain.exponents is None
-    assert loss(found.weight, weight, gram) < 0.9 * loss(plain.weight, weight, gram)
+    assert loss(result.weight, weight, gram) < 0.9 * loss(plain.weight, weight, gram)
 
 
 @settings(max_examples=60, deadline=None)
@@ -358,11 +358,11 @@ def test_with_any_exponents_packing_finds_the_numbers_again(
     weight = torch.randn(5, 72, generator=random) * 0.05
     weight[torch.rand(5, 72, generator=random) < zeros] = 0.0
     exponents = torch.randint(EXPONENTS.start, EXPONENTS.stop, (72,), generator=random).to(torch.int8)
-    found = on_grid(weight, values, dtype, exponents)
-    assert torch.equal(on_grid(found, values, dtype, exponents), found)
-    packed = pack(found.to(dtype), values, exponents=exponents)
+    result = on_grid(weight, values, dtype, exponents)
+    assert torch.equal(on_grid(result, values, dtype, exponents), result)
+    packed = pack(result.to(dtype), values, exponents=exponents)
     assert packed is not None
-    assert torch.equal(unpack(packed, dtype).float(), found)
+    assert torch.equal(unpack(packed, dtype).float(), result)
     assert exponents.tolist() == exponents_of_text(text_of_exponents(exponents)).tolist()  # type: ignore[union-attr]
 
 
@@ -370,21 +370,21 @@ def test_with_any_exponents_packing_finds_the_numbers_again(
 def test_in_a_dense_weight_zero_is_a_number_like_the_others(values: str) -> None:
     weight, gram = weight_of(64, 64), gram_of(64)
     weight[:, 5] = 0.0
-    found = rounded(weight, gram, values, torch.bfloat16)
-    assert form_of(found.weight, values)[0] == "dense"
-    assert int(found.weight[:, 5].count_nonzero()) == 0  # but a pruned one stays
-    assert not bool((found.weight.signbit() & (found.weight == 0)).any())
+    result = rounded(weight, gram, values, torch.bfloat16)
+    assert form_of(result.weight, values)[0] == "dense"
+    assert int(result.weight[:, 5].count_nonzero()) == 0  # but a pruned one stays
+    assert not bool((result.weight.signbit() & (result.weight == 0)).any())
     if values == "int4":
-        zero = (found.weight == 0) & (weight != 0)
+        zero = (result.weight == 0) & (weight != 0)
         assert int(zero.sum()) > 0.02 * weight.numel()
-        assert int((found.unrounded[zero] != 0).sum()) > 0.5 * int(zero.sum())  # training may move it away again
+        assert int((result.unrounded[zero] != 0).sum()) > 0.5 * int(zero.sum())  # training may move it away again
 
 
 def test_many_small_weights_leave_no_dense_form() -> None:
     """Rounded to 0 they would be so many that a bitmask were smaller, whose groups are others."""
     weight, gram = weight_of(48, 64) ** 5, gram_of(64)
     for values in INTEGERS:
-        found = rounded(weight, gram, values, torch.float32)
-        packed = pack(found.weight, values, exponents=found.exponents)
+        result = rounded(weight, gram, values, torch.float32)
+        packed = pack(result.weight, values, exponents=result.exponents)
         assert packed is not None
-        assert torch.equal(unpack(packed), found.weight)
+        assert torch.equal(unpack(packed), result.weight)

@@ -60,21 +60,21 @@ def column_by_column(weight: Tensor, gram: Gram, pattern: Pattern, step: int, da
 def test_equals_column_by_column(pattern: Pattern, panel: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sparsellm.solvers.sparsegpt.PANEL", panel)
     weight, gram = weight_of(6, 140), gram_of(140)
-    found = sparsegpt(weight, gram, pattern)
+    result = sparsegpt(weight, gram, pattern)
     expected = column_by_column(weight, gram, pattern, panel)
-    assert torch.equal(found.weight != 0, expected != 0)
-    torch.testing.assert_close(found.weight.double(), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(result.weight != 0, expected != 0)
+    torch.testing.assert_close(result.weight.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_one_pruned_weight_is_made_up_for_in_closed_form():
     """Pruning the first input of an output: the others take the values of the normal equation without it."""
     weight, gram = weight_of(1, 5), gram_of(5)
     weight[0, 0] = 1e-3  # so that it is the one to go
-    found = sparsegpt(weight, gram, Share(0.2), damping=0.0)
+    result = sparsegpt(weight, gram, Share(0.2), damping=0.0)
     expected = best_on(torch.tensor([[False, True, True, True, True]]), weight, gram)
-    torch.testing.assert_close(found.weight.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.weight.double(), expected, rtol=1e-4, atol=1e-6)
     inverse = torch.linalg.inv(gram.matrix.double())
-    assert loss(found.weight, weight, gram) == pytest.approx(1e-6 / float(inverse[0, 0]), rel=1e-3)
+    assert loss(result.weight, weight, gram) == pytest.approx(1e-6 / float(inverse[0, 0]), rel=1e-3)
 
 
 @pytest.mark.parametrize("pattern", [Share(0.5), NM(2, 4)], ids=str)
@@ -83,8 +83,8 @@ def test_near_the_true_best(pattern: Pattern):
     ratios = []
     for seed in range(6):
         weight, gram = weight_of(2, 8, seed), gram_of(8, seed=seed)
-        found = sparsegpt(weight, gram, pattern)
-        ratios.append(relative(found.weight, weight, gram) / true_best(weight, gram, pattern))
+        result = sparsegpt(weight, gram, pattern)
+        ratios.append(relative(result.weight, weight, gram) / true_best(weight, gram, pattern))
     assert min(ratios) >= 1 - 1e-4
     assert math.prod(ratios) ** (1 / len(ratios)) < 5
     assert max(ratios) < 25
@@ -92,6 +92,6 @@ def test_near_the_true_best(pattern: Pattern):
 
 def test_a_singular_gram_is_said_in_the_notes():
     gram = gram_of(40, tokens=5)
-    found = sparsegpt(weight_of(8, 40), gram, Share(0.5), damping=0.0)
-    assert "damping raised from 0 to" in found.notes[0]
+    result = sparsegpt(weight_of(8, 40), gram, Share(0.5), damping=0.0)
+    assert "damping raised from 0 to" in result.notes[0]
     assert sparsegpt(weight_of(8, 40), gram, Share(0.5), damping=0.01).notes == ()

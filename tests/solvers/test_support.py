@@ -21,25 +21,25 @@ def random_mask(out: int, inputs: int, seed: int = 0) -> torch.Tensor:
 
 def test_reaches_the_normal_equation():
     weight, gram, mask = weight_of(9, 20), gram_of(20), random_mask(9, 20)
-    found = refine_on_support(weight.double(), wide(gram), mask, weight.double(), 200)
-    torch.testing.assert_close(found.weight, best_on(mask, weight, gram), rtol=1e-5, atol=1e-7)
+    result = refine_on_support(weight.double(), wide(gram), mask, weight.double(), 200)
+    torch.testing.assert_close(result.weight, best_on(mask, weight, gram), rtol=1e-5, atol=1e-7)
 
 
 def test_the_ridge_is_that_of_the_inputs_own_squares():
     weight, gram, mask = weight_of(5, 16), gram_of(16), random_mask(5, 16)
     ridged = Gram(gram.matrix + 0.3 * torch.diag(gram.matrix.diagonal()), gram.tokens)
-    found = refine_on_support(weight.double(), wide(gram), mask, weight.double(), 200, damping=0.3)
-    torch.testing.assert_close(found.weight, best_on(mask, weight, ridged), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found.objective, loss(found.weight, weight, ridged), rtol=1e-6, atol=0)
+    result = refine_on_support(weight.double(), wide(gram), mask, weight.double(), 200, damping=0.3)
+    torch.testing.assert_close(result.weight, best_on(mask, weight, ridged), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(result.objective, loss(result.weight, weight, ridged), rtol=1e-6, atol=0)
 
 
 def test_every_step_lowers_the_loss_of_every_row():
     weight, gram, mask = weight_of(9, 60), gram_of(60), random_mask(9, 60)
     losses = []
     for iterations in range(12):
-        found = refine_on_support(weight, gram, mask, weight, iterations)
-        losses.append([loss(found.weight[i : i + 1], weight[i : i + 1], gram) for i in range(9)])
-        assert abs(found.objective - sum(losses[-1])) < 1e-3 * sum(losses[-1])
+        result = refine_on_support(weight, gram, mask, weight, iterations)
+        losses.append([loss(result.weight[i : i + 1], weight[i : i + 1], gram) for i in range(9)])
+        assert abs(result.objective - sum(losses[-1])) < 1e-3 * sum(losses[-1])
     for before, after in itertools.pairwise(losses):
         assert all(b <= a * (1 + 1e-5) for a, b in zip(before, after, strict=True))
 
@@ -57,6 +57,6 @@ def test_stays_at_the_minimum_and_at_what_no_token_excites():
 def test_rows_with_nothing_or_everything_kept():
     weight, gram = weight_of(2, 8), gram_of(8)
     mask = torch.tensor([[False] * 8, [True] * 8])
-    found = refine_on_support(weight, gram, mask, torch.zeros_like(weight), 60)
-    assert found.weight[0].count_nonzero() == 0
-    torch.testing.assert_close(found.weight[1], weight[1], rtol=1e-2, atol=1e-3)
+    result = refine_on_support(weight, gram, mask, torch.zeros_like(weight), 60)
+    assert result.weight[0].count_nonzero() == 0
+    torch.testing.assert_close(result.weight[1], weight[1], rtol=1e-2, atol=1e-3)

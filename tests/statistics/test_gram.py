@@ -33,11 +33,11 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
 @pytest.mark.parametrize("features", [1, 7, 512, 700, 1100])
 def test_equals_the_formula_over_panels_of_any_fit(features: int):
     x = normal(96, features)
-    found = gram_of(x)
-    assert_close(found.matrix, x.double().T @ x.double() / 96)
-    assert torch.equal(found.matrix, found.matrix.T)
-    assert found.tokens == 96
-    assert found.matrix.dtype == torch.float32
+    result = gram_of(x)
+    assert_close(result.matrix, x.double().T @ x.double() / 96)
+    assert torch.equal(result.matrix, result.matrix.T)
+    assert result.tokens == 96
+    assert result.matrix.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -92,9 +92,9 @@ def test_energy_is_the_mean_square_of_the_output(monkeypatch: pytest.MonkeyPatch
 
 
 def test_factors_are_of_the_damped_matrix():
-    found = gram_of(normal(300, 40))
-    damped = found.matrix.double() + 0.1 * found.matrix.diagonal().double().mean() * torch.eye(40)
-    lower, inverse, upper = found.cholesky(0.1), found.inverse(0.1), found.inverse_cholesky(0.1)
+    result = gram_of(normal(300, 40))
+    damped = result.matrix.double() + 0.1 * result.matrix.diagonal().double().mean() * torch.eye(40)
+    lower, inverse, upper = result.cholesky(0.1), result.inverse(0.1), result.inverse_cholesky(0.1)
     assert_close(lower.matrix @ lower.matrix.T, damped)
     assert_close(inverse.matrix, torch.linalg.inv(damped))
     assert_close(upper.matrix.T @ upper.matrix, torch.linalg.inv(damped))
@@ -104,9 +104,9 @@ def test_factors_are_of_the_damped_matrix():
 
 
 def test_factors_are_made_once_and_forgotten_when_memory_is_short(monkeypatch: pytest.MonkeyPatch):
-    found = gram_of(normal(100, 10))
-    assert found.inverse(0.1) is found.inverse(0.1)
-    assert found.inverse(0.1) is not found.inverse(0.2)
+    result = gram_of(normal(100, 10))
+    assert result.inverse(0.1) is result.inverse(0.1)
+    assert result.inverse(0.1) is not result.inverse(0.2)
     monkeypatch.setattr(gram, "REMEMBERED_BYTES", 2 * 400)  # two of 10 x 10 in fp32
     small = gram_of(normal(100, 10))
     first = small.inverse_cholesky(0.1)
@@ -117,13 +117,13 @@ def test_factors_are_made_once_and_forgotten_when_memory_is_short(monkeypatch: p
 
 
 def test_a_singular_gram_raises_its_damping_and_says_so():
-    found = gram_of(normal(5, 40))  # rank 5
-    for factor in (found.cholesky(0.0), found.inverse(0.0), found.inverse_cholesky(0.0)):
+    result = gram_of(normal(5, 40))  # rank 5
+    for factor in (result.cholesky(0.0), result.inverse(0.0), result.inverse_cholesky(0.0)):
         assert factor.damping > 0
         assert "damping raised from 0 to" in factor.notes[0]
         assert "40 inputs over 5 tokens" in factor.notes[0]
-    factor = found.cholesky(0.0)
-    damped = found.matrix.double() + factor.damping * found.matrix.diagonal().double().mean() * torch.eye(40)
+    factor = result.cholesky(0.0)
+    damped = result.matrix.double() + factor.damping * result.matrix.diagonal().double().mean() * torch.eye(40)
     assert_close(factor.matrix @ factor.matrix.T, damped)
 
 
@@ -142,19 +142,19 @@ def test_no_damping_saves_an_indefinite_matrix():
 def test_dead_inputs_are_cut_loose():
     x = normal(100, 6)
     x[:, 2] = 0
-    found = gram_of(x)
-    assert found.dead.tolist() == [False, False, True, False, False, False]
+    result = gram_of(x)
+    assert result.dead.tolist() == [False, False, True, False, False, False]
     live = [0, 1, 3, 4, 5]
-    assert found.mean_diagonal == pytest.approx(float(x[:, live].double().square().mean()), rel=1e-5)
-    sub = found.matrix[live][:, live].double() + 0.01 * found.mean_diagonal * torch.eye(5)
-    assert_close(found.inverse(0.01).matrix[live][:, live], torch.linalg.inv(sub))
-    assert found.inverse(0.01).matrix[2].tolist() == [0, 0, 1, 0, 0, 0]
-    assert_close(found.normalised.diagonal[live], torch.ones(5))
+    assert result.mean_diagonal == pytest.approx(float(x[:, live].double().square().mean()), rel=1e-5)
+    sub = result.matrix[live][:, live].double() + 0.01 * result.mean_diagonal * torch.eye(5)
+    assert_close(result.inverse(0.01).matrix[live][:, live], torch.linalg.inv(sub))
+    assert result.inverse(0.01).matrix[2].tolist() == [0, 0, 1, 0, 0, 0]
+    assert_close(result.normalised.diagonal[live], torch.ones(5))
 
 
 def test_all_inputs_dead():
-    found = gram_of(torch.zeros(10, 3))
-    assert torch.equal(found.inverse(0.01).matrix, torch.eye(3))
+    result = gram_of(torch.zeros(10, 3))
+    assert torch.equal(result.inverse(0.01).matrix, torch.eye(3))
 
 
 def test_least_squares_is_the_normal_equation():
@@ -169,13 +169,13 @@ def test_least_squares_is_the_normal_equation():
 def test_least_squares_with_a_ridge_towards_a_prior():
     x, target, prior = normal(30, 20), normal(30, 7, seed=1), normal(7, 20, seed=2)
     x[:, 4] = 0
-    found = gram_of(x)
-    fit = least_squares(found, cross_of(target, x), damping=0.3, prior=prior)
+    result = gram_of(x)
+    fit = least_squares(result, cross_of(target, x), damping=0.3, prior=prior)
     # the same problem with the ridge as more rows of data: √(Nλ) I with targets √(Nλ) priorᵀ
-    root = (30 * 0.3 * found.mean_diagonal) ** 0.5
+    root = (30 * 0.3 * result.mean_diagonal) ** 0.5
     rows = torch.cat([x.double(), root * torch.eye(20, dtype=torch.float64)])
-    wanted = torch.cat([target.double(), root * prior.double().T])
-    assert_close(fit.weight, torch.linalg.lstsq(rows, wanted).solution.T, 1e-4)
+    goal = torch.cat([target.double(), root * prior.double().T])
+    assert_close(fit.weight, torch.linalg.lstsq(rows, goal).solution.T, 1e-4)
     assert torch.equal(fit.weight[:, 4], prior[:, 4])
 
 

@@ -50,8 +50,8 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
         weight = weight[rows]
         scaled = weight if root is None else weight * root[rows]
         with bf16_products(products if entry.workspace.narrow else None):
-            found = entry.function(scaled, gram, pattern, **options)
-        return found if root is None else solution(weight, found.weight / root[rows], found.mask, gram, found.notes)
+            result = entry.function(scaled, gram, pattern, **options)
+        return result if root is None else solution(weight, result.weight / root[rows], result.mask, gram, result.notes)
 
     def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
         if not pattern.sparsity:

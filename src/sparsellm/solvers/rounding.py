@@ -134,14 +134,14 @@ class _Grid:
         self.first = torch.zeros_like(extreme)  # (groups, 1): scales to begin with, without the powers of columns
         for fraction in FRACTIONS:
             tried = scales_of(extreme * fraction, groups.levels, dtype, self.units)
-            error = self.whole(grouped, tried).mul_(tried).sub_(grouped)
+            error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
             self.first, least = torch.where(error < least, tried, self.first), torch.minimum(error, least)
         free = (grouped != 0).scatter_(1, places, False).to(weight.dtype)
         self.free = groups.spread(free) != 0  # (out, in) bool: neither zero nor an anchor
-        self.nearest = as_stored(groups.spread(self.whole(grouped, self.first)), self.scales(self.first), dtype)
+        self.nearest = as_stored(groups.spread(self.numbers(grouped, self.first)), self.scales(self.first), dtype)
 
-    def whole(self, values: Tensor, scales: Tensor) -> Tensor:
+    def numbers(self, values: Tensor, scales: Tensor) -> Tensor:
         """The numbers of the grid that are nearest to these values."""
         return whole_numbers(values, scales, self.groups.levels, zero=self.groups.dense)
 
@@ -175,7 +175,7 @@ def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor,
         errors = torch.zeros_like(columns[rows])
         for number, place in enumerate(range(start, start + len(errors))):
             goal = torch.addmv(columns[place], errors[:number].T, upper[:number, number], alpha=-1)
-            value = as_stored(grid.whole(goal, scales[place]), scales[place], grid.dtype)
+            value = as_stored(grid.numbers(goal, scales[place]), scales[place], grid.dtype)
             result[place].add_(value.mul_(free[place]))
             torch.sub(goal, result[place], out=errors[number]).div_(upper[number, number])
         columns[start + PANEL :].addmm_(factor.matrix[rows, start + PANEL :].T, errors, alpha=-1)
@@ -215,8 +215,8 @@ class _Descent:
         factors = best_factors(self.columns.T, self.slope.T, self.matrix, grid.groups).view_as(self.scales)
         levels = grid.groups.levels
         scales = scales_of(self.scales * factors * levels.lowest, levels, grid.dtype, grid.units)
-        whole = grid.whole(self.columns, grid.scales(self.scales).T.contiguous())
-        columns = as_stored(whole, grid.scales(scales).T, grid.dtype)
+        numbers = grid.numbers(self.columns, grid.scales(self.scales).T.contiguous())
+        columns = as_stored(numbers, grid.scales(scales).T, grid.dtype)
         slope = self.matrix @ (columns - self.target)
         worse = ~(self._errors(columns, slope) < self._errors(self.columns, self.slope))  # (out,)
         columns[:, worse], slope[:, worse] = self.columns[:, worse], self.slope[:, worse]
@@ -235,8 +235,8 @@ class _Descent:
         inverse = (self.free / scales).masked_fill_(scales == 0, 0.0)
         # Inputs that no token reaches have no part in the error, and no slope: they are rounded to nearest.
         places = (self.matrix.diagonal() <= 0).nonzero().flatten()
-        whole = grid.groups.levels.nearest(self.target[places] * inverse[places], zero=grid.groups.dense)
-        nearest = as_stored(whole, scales[places], grid.dtype)
+        numbers = grid.groups.levels.nearest(self.target[places] * inverse[places], zero=grid.groups.dense)
+        nearest = as_stored(numbers, scales[places], grid.dtype)
         self.columns[places] = torch.where(self.free[places] != 0, nearest, self.columns[places])
         error = parallel.total(float(self._errors(self.columns, self.slope).double().sum()))
         for _ in range(PASSES):

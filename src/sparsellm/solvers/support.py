@@ -16,7 +16,7 @@ class Refined(NamedTuple):
 
 
 def refine_on_support(
-    wanted: Tensor, gram: Gram, mask: Tensor, start: Tensor, iterations: int, damping: float = 0.0
+    original: Tensor, gram: Gram, mask: Tensor, start: Tensor, iterations: int, damping: float = 0.0
 ) -> Refined:
     """Minimise ``tr (W − W₀)(G + damping·diag G)(W − W₀)ᵀ`` over ``W`` that are zero off the mask.
 
@@ -25,16 +25,16 @@ def refine_on_support(
     start.
 
     Args:
-        wanted: W₀ (out, in), the weight to approximate.
+        original: W₀ (out, in), the weight to approximate.
         gram: Gram matrix of the inputs.
         mask: bool (out, in), True where kept.
         start: (out, in), the first iterate; ignored off the mask.
         iterations: products with the Gram matrix, plus two; 10 reach the minimum within 1 %.
-        damping: ridge towards ``wanted``, as a fraction of the mean square of each input.
+        damping: ridge towards ``original``, as a fraction of the mean square of each input.
     """
     matrix, scale = gram.normalised.matrix, gram.scale  # in inputs of unit size the preconditioner is the identity
-    target = wanted * scale  # (out, in)
-    kept = mask.view(torch.uint8).to(wanted.dtype)  # torch selects by a bool mask twenty times as slowly
+    target = original * scale  # (out, in)
+    kept = mask.view(torch.uint8).to(original.dtype)  # torch selects by a bool mask twenty times as slowly
     begin = start * kept * scale
     missing = target - begin
     image = (missing @ matrix).add_(missing, alpha=damping)
