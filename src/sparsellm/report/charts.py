@@ -29,14 +29,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart and its alternatives in text.
+    """One chart, as ``data`` and ``layout`` of Plotly, and its alternatives: a sentence or two, and a table.
 
-    Attributes:
-        name: unique in its page; letters and hyphens.
-        text: what it shows, in a sentence or two.
-        table: its numbers.
-        traces, layout: as ``data`` and ``layout`` of Plotly.
-        height: in pixels.
+    The name is unique in its page, in letters and hyphens; the height is in pixels.
     """
 
     name: str
@@ -116,15 +111,8 @@ def lines(
     series: Mapping[str, Values],
     shown: Callable[[float | None], str] = number,
 ) -> Chart:
-    """A line for each series over whole numbers.
-
-    Args:
-        heading: name, title and text of the chart.
-        x: title and values of the horizontal axis.
-        y: the vertical axis.
-        series: the values by the name of the line.
-        shown: formats a value in the table.
-    """
+    """A line for each series over whole numbers, ``x``: a title and values. ``heading``: name, title and text of the
+    chart; ``shown`` formats a value in the table."""
     traces = [line(name, x[1], values, position) for position, (name, values) in enumerate(series.items())]
     layout = {"xaxis": _whole_axis(*x), "yaxis": y, "showlegend": len(series) <= 12}
     return Chart(*heading, _table(*x, series, shown), traces, layout)

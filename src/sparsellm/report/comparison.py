@@ -74,11 +74,7 @@ def _check_same_model(records: Sequence[Checkpoint]) -> None:
 
 
 def render_comparison(records: Sequence[Checkpoint]) -> bytes:
-    """The comparison as HTML.
-
-    Raises:
-        MissingExtraError: the chart library is not installed.
-    """
+    """The comparison as HTML."""
     protocol, names = _common_protocol(records), _names(records)
     runs = _runs(records, names, protocol)
     quality, depth = _quality(runs), _depth(records, names)

@@ -27,8 +27,8 @@ from sparsellm.report.mask_picture import mask_picture
 from sparsellm.storage.files import write_bytes
 
 REPORT = "report.html"
-GENERATOR = "sparsellm report"  # how a file of ours is told from others; near its beginning
-_HEAD = 2048  # bytes in which that must stand
+GENERATOR = "sparsellm report"  # tells a file of ours from others
+_HEAD = 2048  # bytes at the beginning of a file in which that must stand
 
 
 def write_report(
@@ -37,10 +37,10 @@ def write_report(
     *,
     name: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Writes the report of a pruned checkpoint, and returns its path.
+    """Writes the report of a pruned checkpoint, packed or not, and returns its path.
 
     Args:
-        directory: that ``prune`` wrote, or its packed form.
+        directory: the checkpoint.
         out: the file; ``report.html`` in the directory if None. A report of ours is replaced.
         name: the directory in the commands on the page, if it will have another name.
 
@@ -81,11 +81,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def render_run(record: Checkpoint) -> bytes:
-    """The report of one run as HTML.
-
-    Raises:
-        MissingExtraError: the chart library is not installed.
-    """
+    """The report of one run as HTML."""
     pruning = record.pruning
     rows, course = headline(record), charts.course(pruning)
     linears, allocation = charts.maps(pruning), charts.allocation_chart(pruning)
@@ -130,17 +126,7 @@ def summary_html(pruning: Pruning) -> str:
 
 
 def page(template: str, title: str, figures: Sequence[Chart], **context: Any) -> bytes:
-    """One HTML file with everything that it needs.
-
-    Args:
-        template: the name of the template.
-        title: the title of the document.
-        figures: every chart on the page.
-        context: further values of the template; all text in them is escaped.
-
-    Raises:
-        MissingExtraError: the chart library is not installed.
-    """
+    """One HTML file with all that it needs: ``figures`` are its charts, and every text in ``context`` is escaped."""
     library, digest = _library()
     script, style = _part("charts.js"), _part("style.css")
     policy = (
@@ -170,11 +156,7 @@ def _part(name: str) -> str:
 
 @cache
 def _library() -> tuple[str, str]:
-    """plotly.js, compressed and in base64, and the hash by which the page's policy lets it run.
-
-    Raises:
-        MissingExtraError: the package plotly is not installed.
-    """
+    """plotly.js, compressed and in base64, and the hash by which the page's policy lets it run."""
     try:
         source = importlib.resources.files("plotly").joinpath("package_data", "plotly.min.js").read_text("utf-8")
     except (ModuleNotFoundError, FileNotFoundError):
