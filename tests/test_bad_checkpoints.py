@@ -97,15 +97,6 @@ CONFIGS: dict[str, tuple[Break, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_a_bad_config(case: str, copy: Path, tmp_path: Path) -> None:
-    damage, said = CONFIGS[case]
-    damage(copy)
-    error = refused(copy, tmp_path / "p")
-    assert isinstance(error, ModelError)
-    assert said in str(error)
-
-
 # ---------------------------------------------------------------------- the index of shards
 
 
@@ -130,15 +121,6 @@ INDICES: dict[str, tuple[Break, str]] = {
     "missing": (index({"a": "model-00001-of-00002.safetensors"}), "names the shard"),
     "directory": (index({"a": "."}), "names the shard"),
 }
-
-
-@pytest.mark.parametrize("case", INDICES)
-def test_a_bad_index(case: str, copy: Path, tmp_path: Path) -> None:
-    damage, said = INDICES[case]
-    damage(copy)
-    error = refused(copy, tmp_path / "p")
-    assert isinstance(error, StorageError)
-    assert said in str(error)
 
 
 # ---------------------------------------------------------------------- the header of a weight file
@@ -170,16 +152,20 @@ HEADERS: dict[str, tuple[Break, str]] = {
     "negative": (header({"a": entry("F32", [-2], 0, 8)}, 8), "not a readable safetensors file"),
     "overflow": (header({"a": entry("F32", [1 << 62, 8], 0, 8)}, 8), "not a readable safetensors file"),
     "dtype of tomorrow": (header({"a": entry("F4", [8], 0, 4)}, 4), "tensor a"),
-    "other weights": (header({"a": ONE}, 8), "config.json"),
 }
+CONFIGS["other weights"] = header({"a": ONE}, 8), "config.json"
 
 
-@pytest.mark.parametrize("case", HEADERS)
-def test_a_bad_header(case: str, copy: Path, tmp_path: Path) -> None:
-    damage, said = HEADERS[case]
+FILES = {"config": (CONFIGS, ModelError), "index": (INDICES, StorageError), "header": (HEADERS, StorageError)}
+
+
+@pytest.mark.parametrize(("file", "case"), [(file, case) for file, (cases, _) in FILES.items() for case in cases])
+def test_a_damaged_file_is_named_in_a_line(file: str, case: str, copy: Path, tmp_path: Path) -> None:
+    cases, kind = FILES[file]
+    damage, said = cases[case]
     damage(copy)
     error = refused(copy, tmp_path / "p")
-    assert isinstance(error, ModelError if case == "other weights" else StorageError)
+    assert isinstance(error, kind)
     assert said in str(error)
 
 

@@ -184,16 +184,3 @@ def test_an_unknown_conversion_is_refused_before_the_work(tmp_path: Path, monkey
     assert "pass the model to prune()" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.glob("p*"))
-
-
-def test_a_mixture_given_as_an_object_is_read_back(tmp_path: Path) -> None:
-    exclude = ("*.experts.*",)
-    model = mixtral()
-    dense = {name: value.clone() for name, value in model.state_dict().items()}
-    recipe = RECIPE.updated(sparsity=0.5, method="magnitude", exclude=exclude)
-    sparsellm.prune(model, recipe, out=tmp_path / "p", calibration=IDS)
-    loaded, info = read_back(tmp_path / "p")
-    assert not any(info.values())
-    state = loaded.state_dict()
-    assert all(torch.equal(state[name], dense[name]) for name in dense if "experts" in name)
-    assert any("block_sparse_moe.gate" in key for key in tensors(tmp_path / "p"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -32,33 +33,29 @@ def watch(
         ModelError: from the forward, if a linear is not called with one tensor first, or returns something else.
     """
 
-    def hook_for(linear: LinearView) -> Hook:
-        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-            given = next(iter((*args, *kwargs.values())), None)
-            if not isinstance(given, Tensor) or not isinstance(output, Tensor):
-                raise ModelError(
-                    f"{linear.name}, a {type(module).__name__}, takes {type(given).__name__} and returns "
-                    f"{type(output).__name__}, not one tensor each; this model cannot be pruned"
-                )
-            see(linear, given, output)
+    def hook(
+        linear: LinearView, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    ) -> None:
+        given = next(iter((*args, *kwargs.values())), None)
+        if not isinstance(given, Tensor) or not isinstance(output, Tensor):
+            raise ModelError(
+                f"{linear.name}, a {type(module).__name__}, takes {type(given).__name__} and returns "
+                f"{type(output).__name__}, not one tensor each; this model cannot be pruned"
+            )
+        see(linear, given, output)
 
-        return hook
-
-    return hooked({linear.module: hook_for(linear) for linear in linears})
+    return hooked({linear.module: partial(hook, linear) for linear in linears})
 
 
 def choosing(block: nn.Module, chosen: set[str]) -> contextlib.AbstractContextManager[None]:
     """Until the context ends, adds to ``chosen`` the weights of linears inside modules that return one tensor of whole
     numbers, by their names in the block, whenever the block runs."""
 
-    def hook_for(name: str) -> Hook:
-        def hook(module: nn.Module, args: object, kwargs: object, output: object) -> None:
-            if isinstance(output, Tensor) and not output.is_floating_point() and not output.is_complex():
-                chosen.update(f"{linear}.weight" for linear, _ in iterate_linears(module, name))
+    def hook(name: str, module: nn.Module, args: object, kwargs: object, output: object) -> None:
+        if isinstance(output, Tensor) and not output.is_floating_point() and not output.is_complex():
+            chosen.update(f"{linear}.weight" for linear, _ in iterate_linears(module, name))
 
-        return hook
-
-    return hooked({module: hook_for(name) for name, module in block.named_modules() if name})
+    return hooked({module: partial(hook, name) for name, module in block.named_modules() if name})
 
 
 @contextlib.contextmanager

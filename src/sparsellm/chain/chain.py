@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class Chain(ModelWeights):
         inputs: list[Tensor] = []
         calls: list[Call] = []
 
-        def record(index: int, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        def record(index: int, forward: Forward, /, *args: object, **kwargs: object) -> object:
             hidden, call = _split_call(args, kwargs)
             self._check_next(index, len(calls), hidden, inputs)
             calls.append(call)
@@ -144,7 +145,7 @@ class Chain(ModelWeights):
         """Norm and head, through the model's own forward: logits ``(batch, seq, vocabulary)`` for the output of the
         last block, ``(batch, seq, hidden)``, and the token ids that belong to it."""
 
-        def replay(index: int, forward: Forward, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        def replay(index: int, forward: Forward, /, *args: object, **kwargs: object) -> object:
             assert self._as_returned is not None, "start() comes before logits()"
             return self._as_returned(hidden if index == len(self.blocks) - 1 else _split_call(args, kwargs)[0])
 
@@ -159,15 +160,9 @@ class Chain(ModelWeights):
     finish = torch.no_grad()(logits)  # the same without gradients
 
     def _intercepted(self, handle: Forward) -> contextlib.AbstractContextManager[None]:
-        """Redirects every block's forward to ``handle(index, forward, args, kwargs)`` until the context ends.
-
-        The block itself stays in the model, because the forwards of some models read its other attributes.
-        """
-
-        def divert(index: int, forward: Forward) -> Forward:
-            return lambda *args, **kwargs: handle(index, forward, args, kwargs)
-
-        return replacing({block: divert(index, block.forward) for index, block in enumerate(self.blocks)})
+        """Redirects every block's forward to ``handle(index, forward, *args, **kwargs)`` until the context ends. The
+        block itself stays in the model, because the forwards of some models read its other attributes."""
+        return replacing({block: partial(handle, index, block.forward) for index, block in enumerate(self.blocks)})
 
 
 def open_chain(
@@ -182,7 +177,6 @@ def open_chain(
     Args:
         device: where blocks run; a model in memory runs where it is.
         dtype: the computing dtype of blocks; None for the fastest that is at least as precise as the stored one.
-        trust_remote_code: run the modelling code that comes with the checkpoint.
 
     Raises:
         ModelError: not a decoder-only model, or weights do not fit its config.

@@ -43,12 +43,7 @@ class ModelWeights:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        reader: CheckpointReader | None,
-        *,
-        device: torch.device,
-        dtype: torch.dtype | None,
+        self, model: PreTrainedModel, reader: CheckpointReader | None, device: torch.device, dtype: torch.dtype | None
     ) -> None:
         stacked = model.eval().state_dict(keep_vars=True)
         self.model, experts = separate_experts(model)
