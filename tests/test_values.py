@@ -326,7 +326,7 @@ def test_exponents_are_needed_to_pack_without_loss(source: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("values", ["int4", "int3"])
-def test_a_packed_model_with_exponents_computes_as_the_pruned_one(values: str, tmp_path: Path) -> None:
+def test_a_packed_model_with_exponents_computes_as_pruned(values: str, tmp_path: Path) -> None:
     """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
     source = save_tiny(uneven(tiny_llama()), tiny_tokenizer(), tmp_path / "dense")
     out, ids = tmp_path / "pruned", ids_of(2)

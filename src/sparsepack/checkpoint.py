@@ -71,7 +71,7 @@ class PackedEntry(BaseModel):
         """Shape of the dense weight in a checkpoint."""
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The entry as plain JSON values, as ``config.json`` has it."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
@@ -106,7 +106,7 @@ def packed_entries(quantization_config: Mapping[str, Any]) -> dict[str, PackedEn
     return entries
 
 
-def quantization_config(entries: Mapping[str, PackedEntry]) -> dict[str, Any]:
+def quantization_config(entries: Mapping[str, PackedEntry]) -> dict[str, object]:
     """The ``quantization_config`` of a packed checkpoint with these linears."""
     linears = {name: entry.to_dict() for name, entry in entries.items()}
     return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "linears": linears}
@@ -230,7 +230,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def manifest(directory: Path) -> dict[str, Any]:
+def manifest(directory: Path) -> dict[str, object]:
     """The content of ``packed.json``: SHA-256 of the weight files of a directory and of its ``quantization_config``."""
     return {
         "format_version": FORMAT_VERSION,

@@ -54,7 +54,7 @@ class Generation:
         """Speed of decoding: tokens after the first, divided by their seconds; 0 if there are none."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 and self.decode_seconds else 0.0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
         return {**asdict(self), "tokens_per_second": self.tokens_per_second}
 

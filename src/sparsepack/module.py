@@ -258,7 +258,7 @@ class PackedLinear(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *rest: Any
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool, *rest: Any
     ) -> None:
         """Checks the loaded tensors, and puts them into buffers of other sizes than these: kept values differ in
         number."""

@@ -25,7 +25,7 @@ _PACKED_KEY = rf"\.({'|'.join(PACKED_BUFFERS)})$"
 class PackedConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed checkpoint; see ``docs/format.md``."""
 
-    def __init__(self, linears: dict[str, Any] | None = None, format_version: int | None = None, **_: Any) -> None:
+    def __init__(self, linears: dict[str, object] | None = None, format_version: int | None = None, **_: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enumeration of transformers' own methods
         self.format_version = format_version
         self.linears = linears
@@ -79,7 +79,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._tensors is not None
-        linears = {}
+        linears: dict[str, object] = {}
         for name, entry in self._entries.items():
             _, _, module = _find(model, self._modules[name])
             assert isinstance(module, PackedLinear)

@@ -52,7 +52,7 @@ def test_the_total_is_the_nearest_and_the_choice_the_best(
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("sparsity", [0.5, 0.625])
-def test_every_linear_has_a_plain_pattern_and_all_together_the_sparsity(make: Any, sparsity: float) -> None:
+def test_every_linear_has_a_pattern_and_all_have_the_sparsity(make: Any, sparsity: float) -> None:
     model = make()
     recipe = Recipe(pattern="auto:8", sparsity=sparsity, effort=0)
     result = sparsellm.prune(model, recipe, calibration=windows())

@@ -50,7 +50,7 @@ def test_limits_hold_and_what_was_wanted_is_met_within_one(
         assert zeros / count <= sparsity + span + 1 / count
 
 
-def test_groups_reach_the_total_where_most_wanted_zeros_are_outside_the_limits() -> None:
+def test_groups_reach_the_total_from_outside_the_limits() -> None:
     """One step from the nearest multiples is not enough: these are 1 of 4 for 1 %, and 3 of 4 for 99 %."""
     weights = [48] * 10
     wanted = [0.48] * 7 + [47.52] * 3
@@ -65,7 +65,7 @@ def test_a_shift_moves_all_alike_where_no_limit_is_met() -> None:
     assert shift_to_total([10, 30], [0.2, 0.6], 24, ([0, 0], [10, 18])) == pytest.approx([6.0, 18.0])
 
 
-def test_largest_remainders_round_up_and_limits_that_forbid_the_total_are_refused() -> None:
+def test_largest_remainders_round_up_within_the_limits() -> None:
     assert round_exactly([1.2, 2.7, 3.1], 7, ([0] * 3, [9] * 3)) == [1, 3, 3]
     assert round_exactly([1.5, 2.5, 3.0], 7, ([0] * 3, [9] * 3)) == [2, 2, 3]
     assert round_exactly([1.2, 2.7, 3.1], 9, ([0, 0, 0], [1, 9, 9])) == [1, 4, 4]

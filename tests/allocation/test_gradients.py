@@ -70,7 +70,7 @@ def test_every_gradient_is_that_of_the_whole_model(
         torch.testing.assert_close(torch.cat(seen.gradient[name]), record.gradient[name], rtol=1e-3, atol=1e-6)
 
 
-def test_a_share_of_the_positions_is_scored_and_their_gradients_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_a_share_of_the_positions_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "LEAST_SCORED", 1)
     chain, seen, whole = open_chain(tiny_llama(), device=CPU), Everything(), Everything()
     loss = backward_sweep(Feed(chain, windows(), 45), seen.see, share=0.4)
@@ -85,7 +85,7 @@ def test_a_share_of_the_positions_is_scored_and_their_gradients_are_scaled(monke
     assert drawn[0] != drawn[1]
 
 
-def test_squares_keep_their_expectation_where_few_positions_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squares_of_few_positions_keep_their_expectation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random tokens are what an untrained model predicts, so errors at different positions are uncorrelated."""
     monkeypatch.setattr(gradients, "LEAST_SCORED", 1)
     chain, sums = open_chain(tiny_llama(), device=CPU), []
@@ -123,7 +123,7 @@ def test_what_it_keeps_is_known_before_it_runs(family: Family) -> None:
     assert scratch.held == 0
 
 
-def test_only_the_named_linears_are_shown_and_squares_are_means_over_tokens(family: Family) -> None:
+def test_squares_of_named_linears_are_means_over_tokens(family: Family) -> None:
     model = family()
     chain = open_chain(model, device=CPU)
     names = [linear.name for linear in sizes_of(chain)][1::3]
@@ -211,7 +211,7 @@ def test_a_block_may_change_in_place_what_it_is_given() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_a_block_without_a_gradient_is_named_and_needs_none_where_nobody_asks() -> None:
+def test_a_block_without_a_gradient_is_named_if_one_is_needed() -> None:
     class Closed(LlamaDecoderLayer):
         def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
             with torch.no_grad():

@@ -86,7 +86,7 @@ def test_dlp_compares_medians(family: Family) -> None:
 
 
 @pytest.mark.parametrize("name", ["atp", "owl", "dlp"])
-def test_a_checkpoint_read_lazily_gives_what_the_model_in_memory_gives(name: str, tmp_path: Path) -> None:
+def test_allocations_on_disk_are_those_in_memory(name: str, tmp_path: Path) -> None:
     model = tiny_llama()
     chain = open_chain(save_tiny(model, tiny_tokenizer(), tmp_path / "m"), device=torch.device("cpu"))
     lazy = survey_on(Feed(chain, windows(), 40), sizes_of(chain), 0.6)

@@ -71,7 +71,7 @@ def test_span_limits_every_linear() -> None:
     assert all(abs(alike[linear.name] - 0.6 * linear.weights) < 1 for linear in survey.linears)
 
 
-def test_histograms_count_every_weight_and_what_costs_nothing_comes_first() -> None:
+def test_histograms_count_every_weight_free_ones_first() -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj.weight.data[:16] = 0.0  # half of it is already gone
     survey = survey_of(model, gradients=True, sparsity=0.6)
@@ -122,7 +122,7 @@ def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
     assert found == {"blocks.0.0": 900, "blocks.0.1": 700, "blocks.1.0": 500}
 
 
-def test_a_weight_in_two_places_keeps_the_target_and_the_report_says_so() -> None:
+def test_a_weight_in_two_places_keeps_the_target_and_is_reported() -> None:
     model = tiny_llama()
     model.model.layers[2].mlp.up_proj = model.model.layers[1].mlp.up_proj
     survey = survey_of(model, gradients=True, sparsity=0.6)

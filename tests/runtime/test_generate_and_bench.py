@@ -81,7 +81,7 @@ def test_a_bad_generation_config_is_named(name: str, value: Any, llama: Path) ->
         generate(model, tiny_tokenizer(), PROMPT)
 
 
-def test_of_the_generation_config_only_what_is_of_use_here_is_used(llama: Path) -> None:
+def test_other_settings_of_the_generation_config_are_ignored(llama: Path) -> None:
     model, tokenizer = sparsellm.load(llama), tiny_tokenizer()
     expected = generate(model, tokenizer, PROMPT, max_new_tokens=8)
     before = model.generation_config
@@ -177,7 +177,7 @@ def test_other_names_and_no_architectures_are_the_same_model(packed: Path, llama
     assert len(compare(packed, other, prompt_tokens=3, new_tokens=1, repeats=1).verdict) == 2
 
 
-def test_compare_without_a_dense_directory_unpacks_the_same_model(llama: Path, packed: Path) -> None:
+def test_compare_unpacks_the_same_model_if_no_dense_one_is_given(llama: Path, packed: Path) -> None:
     small = {"prompt_tokens": 4, "new_tokens": 1, "repeats": 1}
     for dense in (None, llama):
         report = compare(packed, dense, **small)

@@ -53,7 +53,7 @@ def test_tiles_do_not_change_the_product(tile: int, monkeypatch: pytest.MonkeyPa
     assert torch.allclose(multiply(packed_of(weight), x), x @ weight.t(), atol=1e-5)
 
 
-def test_small_batches_go_to_the_kernel_and_large_ones_use_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_batches_go_to_the_kernel_large_ones_use_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def product(packed: PackedWeight, x: Tensor, **_: bool) -> Tensor:

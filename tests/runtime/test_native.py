@@ -120,7 +120,7 @@ def test_rounded_products_have_the_same_bits_everywhere(kernel: str, value_type:
 
 @every_kernel
 @INTEGERS
-def test_rounding_of_activations_that_are_not_finite_or_very_small(kernel: str, value_type: str) -> None:
+def test_activations_not_finite_or_very_small_are_rounded(kernel: str, value_type: str) -> None:
     packed, _ = random_weight(9, 100, value_type, 0.5, seed=3, special_rows=False)
     x = activations(3, 100, torch.float32, seed=4)
     x[0, 40], x[1, 99], x[2, :66] = float("inf"), float("nan"), 1e-40
@@ -140,7 +140,7 @@ def test_values_of_floating_types_are_never_rounded(kernel: str) -> None:
 
 
 @every_kernel
-def test_activations_that_are_not_finite_reach_every_row_that_keeps_their_column(kernel: str) -> None:
+def test_infinite_activations_reach_rows_that_keep_their_column(kernel: str) -> None:
     packed, dense = random_weight(9, 70, "bf16", 0.5, seed=3)
     x = activations(2, 70, torch.float32, seed=4)
     x[0, 5], x[1, 69] = float("inf"), float("nan")

@@ -102,7 +102,7 @@ def test_given_ids_and_models_in_memory_have_no_others(tmp_path: Path, monkeypat
         assert all(torch.equal(windows, passes[0][0]) for windows, _ in passes)
 
 
-def test_the_windows_of_the_statistics_and_the_fresh_ones_do_not_overlap(tmp_path: Path) -> None:
+def test_fresh_windows_do_not_overlap_those_of_the_statistics(tmp_path: Path) -> None:
     written = text(tmp_path / "text.txt", 400)
     ids = ids_in(written)
     windows = calibration_windows(str(written), tiny_tokenizer(), 5, 32, 0, fresh=15)
@@ -116,7 +116,7 @@ def test_the_windows_of_the_statistics_and_the_fresh_ones_do_not_overlap(tmp_pat
     assert torch.equal(windows[:5], calibration_windows(str(written), tiny_tokenizer(), 5, 32, 0))
 
 
-def test_windows_of_a_sweep_are_cut_to_its_steps_and_begin_as_all_do() -> None:
+def test_windows_of_a_sweep_are_cut_to_its_steps() -> None:
     windows = torch.arange(2 * 1300).view(2, 1300)
     plain, led = reading._cut(windows, None), reading._cut(windows, 9)
     step = whole_model.STEP_TOKENS
@@ -127,7 +127,7 @@ def test_windows_of_a_sweep_are_cut_to_its_steps_and_begin_as_all_do() -> None:
     assert torch.equal(reading._cut(windows[:, :1000], 9), windows[:, :1000])
 
 
-def test_the_dense_model_of_a_later_set_has_its_own_shared_weights(
+def test_the_dense_model_of_a_later_set_has_dense_shared_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks that share weights keep the pruned ones; the dense model runs without them (Zamba)."""

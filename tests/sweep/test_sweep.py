@@ -185,7 +185,7 @@ def test_on_disk_in_memory_and_twice_are_the_same_bits(tmp_path: Path) -> None:
     assert min(record.held_out for record in runs[0][0]) < runs[0][0][0].held_out
 
 
-def test_bfloat16_is_rounded_at_the_end_only_and_judged_as_rounded(tmp_path: Path) -> None:
+def test_bfloat16_is_rounded_at_the_end_and_judged_as_rounded(tmp_path: Path) -> None:
     ids, source = ids_of(4), save_tiny(tiny_llama().to(torch.bfloat16), None, tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     path = save_tiny(halved(tiny_llama().to(torch.bfloat16)), None, tmp_path / "halved")
@@ -203,7 +203,7 @@ def test_bfloat16_is_rounded_at_the_end_only_and_judged_as_rounded(tmp_path: Pat
     assert divergence(dense, exact, ids).item() == pytest.approx(least[1], rel=1e-4)
 
 
-def test_blocks_that_share_weights_are_swept_as_one_from_disk_and_memory(tmp_path: Path) -> None:
+def test_blocks_that_share_weights_are_swept_as_one(tmp_path: Path) -> None:
     """Zamba: a transformer that every other block runs through."""
     if not hasattr(transformers, "ZambaConfig"):
         pytest.skip("this transformers has no Zamba")
@@ -226,7 +226,7 @@ def test_blocks_that_share_weights_are_swept_as_one_from_disk_and_memory(tmp_pat
     assert int((weights[0] == 0).sum()) == linear.zeros > 0
 
 
-def test_a_weight_that_is_used_outside_the_blocks_is_refused_before_the_work() -> None:
+def test_a_weight_used_outside_the_blocks_is_refused_at_the_door() -> None:
     model = tiny_llama()
     model.model.layers[2].input_layernorm.weight = model.model.norm.weight
     recipe = Recipe(method="sparsellm", sparsity=0.5)
@@ -253,7 +253,7 @@ def test_a_gradient_that_is_not_finite_moves_no_zero() -> None:
     assert weight[0, 1] < 2
 
 
-def test_through_the_api_disk_and_memory_are_the_same_and_zeros_are_those_written(tmp_path: Path) -> None:
+def test_the_zeros_of_a_result_are_those_written(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
     recipe = Recipe(method="sparsellm", sparsity=0.6, batch_tokens=48, effort=0, passes=2)
     in_memory = sparsellm.prune(source, recipe, calibration=ids_of(6))
@@ -310,7 +310,7 @@ def test_the_rate_follows_the_square_of_the_distance(monkeypatch: pytest.MonkeyP
     assert history[0].held_out > module.FAR  # and before it was less: both sides of the bend were seen
 
 
-def test_a_small_distance_tries_rates_from_the_start_and_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_distance_tries_rates_and_takes_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STEP_TOKENS", 24)
     dense, ids = tiny_llama(), ids_of(12)
     steps = Steps(monkeypatch)
