@@ -52,7 +52,7 @@ def help_texts() -> Iterator[Place]:
         yield name, command.help or ""
         yield from ((f"{name} {option.name}", getattr(option, "help", None) or "") for option in command.params)
     for registry in (METHODS, ALLOCATIONS):
-        for entry in registry:
+        for entry in registry.values():
             yield from ((f"{entry.name} {option.name}", option.description) for option in entry.options.values())
 
 
