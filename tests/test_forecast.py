@@ -151,35 +151,6 @@ def test_rounding_values_is_predicted_next_to_solving() -> None:
     assert most > least
 
 
-def test_text_that_the_model_writes_is_predicted_with_that_of_later_sweeps(tmp_path: Path) -> None:
-    model = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "model")
-    expected = []
-    for source, passes in (("self", 1), ("self", 3), ("pydoc", 3)):
-        plans: list[Progress] = []
-        recipe = Recipe(sparsity=0.5, samples=2, seq_len=8, calibration=source, passes=passes)
-        out = tmp_path / f"{source}{passes}"
-        sparsellm.prune(model, recipe, out=out, progress=lambda event: plans.append(event) if event.costs else None)  # noqa: B023
-        expected.append(plans[0].costs["calibration"])
-    assert expected[0] > 0
-    more = (4 * 2 + 3) / (2 * 2 + 1)  # four sets of two windows in place of two, and a window for each sweep
-    assert expected[1:] == [pytest.approx(more * expected[0]), 0]
-
-
-def test_the_phase_of_the_sweep_begins_before_its_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes before the first pass takes as long as a pass, and is not a part of the walk."""
-    events: list[Progress] = []
-    real, phases = running.sweep, []
-
-    def begun(task: running.SweepTask) -> object:
-        phases.append(events[-1].phase)
-        return real(task)
-
-    monkeypatch.setattr(running, "sweep", begun)
-    recipe = Recipe(samples=4, seq_len=16, effort=1)
-    sparsellm.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer(), progress=events.append)
-    assert phases == ["sweep"]
-
-
 @pytest.mark.parametrize("program", ["/usr/bin/sparsellm", "/site-packages/sparsellm/__main__.py"])
 def test_the_recorded_command_is_one_to_type(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [program, "prune", "my model"])
