@@ -53,7 +53,8 @@ def help_texts() -> Iterator[Place]:
         yield from ((f"{name} {option.name}", getattr(option, "help", None) or "") for option in command.params)
     for registry in (METHODS, ALLOCATIONS):
         for entry in registry.values():
-            yield from ((f"{entry.name} {option.name}", option.description) for option in entry.options.values())
+            fields = entry.options.model_fields
+            yield from ((f"{entry.name} {name}", field.description or "") for name, field in fields.items())
 
 
 def places() -> dict[str, list[Place]]:
