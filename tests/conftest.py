@@ -1,4 +1,4 @@
-"""Being here, beside ``__init__.py``, it puts the repository root on ``sys.path``: ``from tests.models import ...``."""
+"""Fixtures of all tests. Next to ``__init__.py``, this file puts the root of the repository on ``sys.path``."""
 
 from __future__ import annotations
 

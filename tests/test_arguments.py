@@ -195,7 +195,7 @@ def test_an_argument_is_refused_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_and_an_unknown_argument_are_python_s_own_errors() -> None:
+def test_missing_and_unknown_arguments_are_type_errors() -> None:
     with pytest.raises(TypeError, match="model"):
         sparsellm.prune()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="colour"):

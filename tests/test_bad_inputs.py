@@ -347,7 +347,7 @@ def check(example: Example) -> None:
     changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
     out = next((word.partition("=")[2] for word in reversed(example.arguments) if word.startswith("--out=")), "/")
     inside = Path("outer/work") / out
-    if example.arguments[0] in ("bench", "eval"):  # they keep what they measured beside the checkpoint
+    if example.arguments[0] in ("bench", "eval"):  # they keep what they measured next to the checkpoint
         changed -= {f"outer/work/{directory}/results.json" for directory in example.arguments[1:2]}
     assert all(Path(path) == inside or inside in Path(path).parents for path in changed), changed
     assert not any(name.endswith(".partial") for name in after)

@@ -112,7 +112,7 @@ def test_the_frontier_counts_scores_and_draws_every_form(
     assert {"50% int4", "50% int8", "0% int8"} <= {node.text for node in drawn.iter(f"{SVG}text")}
 
 
-def test_perplexity_against_time_is_listed_and_drawn_and_a_failure_is_named(
+def test_perplexity_against_time_is_listed_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def cell(perplexity: float, seconds: float) -> dict[str, float]:
@@ -125,7 +125,7 @@ def test_perplexity_against_time_is_listed_and_drawn_and_a_failure_is_named(
         f"code/{conditions}/sparsegpt/0.7/0": cell(40, 100),
         f"code/{conditions}/sparsellm/effort=0/0.7/0": cell(20, 200),
         f"code/{conditions}/sparsellm-paper/0.7/0": {"failed": "error: diverged in block 11"},
-        f"{conditions}/llmcompressor/sparsegpt/0.7/0": cell(50, 150),  # of every version of sparsellm
+        f"{conditions}/llmcompressor/sparsegpt/0.7/0": cell(50, 150),  # for every version of sparsellm
         f"{conditions}/llmcompressor/wanda/0.7/0": cell(30, 150),
     }
     file.write_text(json.dumps(known))

@@ -210,7 +210,7 @@ def test_stdout_of_a_real_process_is_one_json_object(llama: Path, tmp_path: Path
     assert json.loads(done.stdout)["path"] == str(tmp_path / "p")
 
 
-def test_a_demo_that_another_release_left_unfinished_can_begin_anew(
+def test_an_unfinished_demo_of_another_release_begins_anew(
     tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_tiny(tiny_llama(max_position_embeddings=1024), tiny_tokenizer(), tmp_path / "model")

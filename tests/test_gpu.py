@@ -72,7 +72,7 @@ def test_pruning_on_the_device_is_that_on_the_cpu(name: str) -> None:
     family, fields = CASES[name]
     pruned = []
     for device in (DEVICE, "cpu"):
-        model = family().to(device)  # type: ignore[arg-type]  # of torch's decorated method
+        model = family().to(device)  # type: ignore[arg-type]  # torch decorates the method
         result = sparsellm.prune(model, Recipe(**fields), calibration=windows())
         assert result.zeros > 0.45 * result.weights
         pruned.append({name: value.cpu() for name, value in model.state_dict().items()})
@@ -96,7 +96,7 @@ def test_a_checkpoint_is_streamed_through_the_device(dtype: str, tmp_path: Path)
 def test_a_sweep_on_the_device_lowers_the_divergence() -> None:
     histories = []
     for device in (DEVICE, "cpu"):
-        model = tiny_llama().to(device)  # type: ignore[arg-type]  # of torch's decorated method
+        model = tiny_llama().to(device)  # type: ignore[arg-type]  # torch decorates the method
         recipe = Recipe(method="sparsellm", passes=3, options={"solver": "wanda"}, sparsity=0.6)
         result = sparsellm.prune(model, recipe, calibration=windows())
         histories.append([each.held_out for each in result.sweeps])

@@ -72,7 +72,7 @@ def test_defaults_that_are_no_json_are_a_mistake_of_the_author() -> None:
             """Does nothing."""
 
 
-def test_everything_that_is_registered_has_options_that_json_can_hold_and_needs_of_its_defaults() -> None:
+def test_all_registered_options_are_json_and_have_needs() -> None:
     for registry in (METHODS, ALLOCATIONS, SOLVERS):
         for each in registry.values():
             filled = each.check({})

@@ -24,7 +24,7 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "admm", "sparsellm"])
-def test_weights_near_the_largest_of_fp16_stop_the_run_and_name_the_linear(method: str, tmp_path: Path) -> None:
+def test_weights_beyond_fp16_stop_the_run_and_name_the_linear(method: str, tmp_path: Path) -> None:
     """What is left makes up for what was pruned, and so grows beyond 65504."""
     model = tiny_llama().half()
     with torch.no_grad():

@@ -60,7 +60,7 @@ class PackResult:
     expert_weights: int = 0
     rounded: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
         return {
             **vars(self),
@@ -200,7 +200,7 @@ def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
 
 def _stored(key: str, packed: PackedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a packed weight, and a placeholder with a shape that loaders refuse for the weight."""
-    return {key: torch.zeros(1, dtype=dtype)} | {f"{key}_{part}": each for part, each in packed.stored.items()}
+    return {key: torch.zeros(1, dtype=dtype)} | {f"{key}_{part}": tensor for part, tensor in packed.stored.items()}
 
 
 def _packed(key: str, weight: Tensor, *how: Any) -> PackedWeight | None:

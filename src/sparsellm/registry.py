@@ -115,8 +115,8 @@ class Entry(Generic[F]):
     def to_dict(self) -> Options:
         """Summary, paper and options as plain JSON values."""
         options = {
-            name: {"type": _type_name(each.annotation), "default": each.get_default(), "description": each.description}
-            for name, each in self.options.model_fields.items()
+            name: {"type": _type_name(info.annotation), "default": info.get_default(), "description": info.description}
+            for name, info in self.options.model_fields.items()
         }
         return {"summary": self.summary, "paper": self.paper, "options": options}
 

@@ -251,7 +251,7 @@ def test_numbers_are_short() -> None:
 # ---------------------------------------------------------------------- progress
 
 
-def test_a_quiet_run_warns_only_and_a_verbose_one_shows_every_step(model: Path, tmp_path: Path, run: Any) -> None:
+def test_a_quiet_run_warns_only_a_verbose_one_shows_steps(model: Path, tmp_path: Path, run: Any) -> None:
     given = ("--method", "magnitude", *SMALL, "--out")
     code, stdout, stderr = run("prune", model, *given, tmp_path / "a", "--verbose")
     assert code == 0
