@@ -18,7 +18,7 @@ def weight_of(out: int, inputs: int, seed: int = 0) -> Tensor:
 
 
 def gram_of(inputs: int, tokens: int | None = None, seed: int = 0) -> Gram:
-    """Of correlated inputs: a decaying spectrum, and one input in eight much larger than the rest."""
+    """The Gram matrix of correlated inputs: a decaying spectrum, and one input in eight much larger than the rest."""
     generator = torch.Generator().manual_seed(1000 + seed)
     tokens = 4 * inputs + 8 if tokens is None else tokens
     spectrum = torch.arange(1, inputs + 1).float().pow(-0.7)
@@ -28,9 +28,14 @@ def gram_of(inputs: int, tokens: int | None = None, seed: int = 0) -> Gram:
     return Gram((x.T @ x / tokens), tokens)
 
 
-def loss(weight: Tensor, original: Tensor, gram: Gram) -> float:
+def losses(weight: Tensor, original: Tensor, gram: Gram) -> Tensor:
+    """The loss of each row, fp64."""
     difference = (weight - original).double()
-    return float((difference @ gram.matrix.double() * difference).sum())
+    return (difference @ gram.matrix.double() * difference).sum(dim=1)
+
+
+def loss(weight: Tensor, original: Tensor, gram: Gram) -> float:
+    return float(losses(weight, original, gram).sum())
 
 
 def relative(weight: Tensor, original: Tensor, gram: Gram) -> float:
@@ -38,7 +43,7 @@ def relative(weight: Tensor, original: Tensor, gram: Gram) -> float:
 
 
 def best_on(mask: Tensor, original: Tensor, gram: Gram) -> Tensor:
-    """The best weight (out, in) on a mask: of each row, the normal equation of its kept inputs."""
+    """The best weight (out, in) on a mask: each row solves the normal equation of its kept inputs."""
     matrix, best = gram.matrix.double(), torch.zeros_like(original, dtype=torch.float64)
     for row, kept in enumerate(mask):
         goal = matrix[kept] @ original[row].double()
@@ -49,7 +54,7 @@ def best_on(mask: Tensor, original: Tensor, gram: Gram) -> Tensor:
 def true_best(original: Tensor, gram: Gram, pattern: Pattern) -> float:
     """The relative error of the best weight over all masks of a pattern, each with its best values."""
     outputs, inputs = original.shape
-    by_zeros = []  # of each row: the lowest loss for each number of zeros
+    by_zeros = []  # for each row: the lowest loss for each number of zeros
     for row in original:
         lowest = dict.fromkeys(range(inputs + 1), math.inf)
         for kept in itertools.product([False, True], repeat=inputs):

@@ -19,7 +19,7 @@ from sparsepack.codes import EXPONENTS, GAPPED, PLAIN, Levels, exponents_of_text
 from sparsepack.grid import INTEGERS, Groups, on_grid
 from sparsepack.layout import form_of, pack, unpack
 from tests.shares import Share
-from tests.solvers.problems import gram_of, loss, weight_of
+from tests.solvers.problems import gram_of, loss, losses, weight_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = [Share(0.5), Share(0.9), Share(0.0), NM(2, 4)]
@@ -36,12 +36,6 @@ def descent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "ROUNDS", 1)
     monkeypatch.setattr(rounding._Descent, "_fit_scales", lambda self: None)
     monkeypatch.setattr(rounding, "_one_after_another", lambda grid, target, gram: (grid.nearest, ()))
-
-
-def losses(weight: Tensor, original: Tensor, gram: Gram) -> Tensor:
-    """The loss of each row, fp64."""
-    difference = (weight - original).double()
-    return (difference @ gram.matrix.double() * difference).sum(dim=1)
 
 
 def scales_of_anchors(weight: Tensor, groups: Groups) -> Tensor:
@@ -381,7 +375,7 @@ def test_in_a_dense_weight_zero_is_a_number_like_the_others(values: str) -> None
 
 
 def test_many_small_weights_leave_no_dense_form() -> None:
-    """Rounded to 0 they would be so many that a bitmask were smaller, whose groups are others."""
+    """With all of them rounded to 0 a bitmask would be smaller, and its groups are others."""
     weight, gram = weight_of(48, 64) ** 5, gram_of(64)
     for values in INTEGERS:
         result = rounded(weight, gram, values, torch.float32)

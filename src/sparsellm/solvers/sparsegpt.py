@@ -53,48 +53,41 @@ class _Elimination:
         self.errors = torch.zeros_like(self.columns)  # (in, out): w_j / U_jj where pruned, 0 where kept
         self.kept = torch.empty_like(self.columns, dtype=torch.bool)  # (in, out)
         self.upper = upper  # (in, in)
-        self.pivots = upper.diagonal()  # (in,)
         self.pattern = pattern
-        self.first, self.divisors = 0, self.errors[:0]  # (columns, out) from column first on; see choose()
 
     def prune(self, start: int, stop: int, step: int) -> None:
-        """Choose the mask of ``start:stop``, ``step`` columns at a time, and eliminate the pruned weights."""
-        if stop - start <= step:
-            self.choose(start, stop)
-            self.eliminate(start, stop)
-        else:
+        """Chooses the mask of columns ``start:stop``, ``step`` columns at a time, and eliminates the pruned weights."""
+        if stop - start > step:
             middle = start + step * ((stop - start + step) // (2 * step))
             self.prune(start, middle, step)
             self.carry(start, middle, stop)
             self.prune(middle, stop, step)
-
-    def choose(self, start: int, stop: int) -> None:
-        pivots = self.pivots[start:stop, None]
+            return
+        pivots = self.upper.diagonal()[start:stop, None]
         kept = self.pattern.mask_columns((self.columns[start:stop] / pivots).square_(), start, len(self.columns))
         self.kept[start:stop] = kept
         # Divisors are U_jj where pruned and ∞ where kept, so that an error is w_j / divisor, one operation. They come
         # from one-byte integers: torch selects by a bool mask, or converts one, several times as slowly.
-        self.first, self.divisors = start, pivots / kept.logical_not().view(torch.uint8)
+        self.eliminate(start, stop, pivots / kept.logical_not().view(torch.uint8))
 
-    def eliminate(self, start: int, stop: int) -> None:
-        """Prune columns whose mask is chosen, and update the later columns of ``start:stop``."""
+    def eliminate(self, start: int, stop: int, divisors: Tensor) -> None:
+        """Prunes columns by their divisors ``(columns, out)``, and updates the later columns of ``start:stop``."""
         if stop - start > LEAF:
             middle = (start + stop) // 2
-            self.eliminate(start, middle)
+            self.eliminate(start, middle, divisors[: middle - start])
             self.carry(start, middle, stop)
-            self.eliminate(middle, stop)
+            self.eliminate(middle, stop, divisors[middle - start :])
             return
         # Two operations a column, on views made in advance: on narrow weights, indexing took longer than arithmetic.
         # Errors of later columns are still zero.
         errors = self.errors[start:stop]
         before = errors.T  # (out, columns)
         factors = self.upper[start:stop, start:stop].T.tril(-1)
-        divisors = self.divisors[start - self.first : stop - self.first]
         rows = (self.columns[start:stop], factors, divisors, errors)
         for column, factor, divisor, error in zip(*(matrix.unbind() for matrix in rows), strict=True):
             column.addmv_(before, factor, alpha=-1)
             torch.div(column, divisor, out=error)
 
     def carry(self, start: int, middle: int, stop: int) -> None:
-        """Update columns ``middle:stop`` for the errors of columns ``start:middle``."""
+        """Updates columns ``middle:stop`` for the errors of columns ``start:middle``."""
         self.columns[middle:stop].addmm_(self.upper[start:middle, middle:stop].T, self.errors[start:middle], alpha=-1)
