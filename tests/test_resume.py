@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {"method": "sparsegpt", "sparsity": 0.6, "samples": 4, 
 FLOAT: dict[str, Any] = {**RECIPE, "dtype": "float32"}
 SWEEPING: dict[str, Any] = {**FLOAT, "method": "sparsellm", "effort": 0, "passes": 3, "sweep_rate": 0.0007}
 HALF_ON_DISK = 2 * 24 * 32 * 4  # bytes of one of the two batches of hidden states
-Whole = tuple[dict[str, Any], Counter[str]]
+Files = tuple[dict[str, Any], Counter[str]]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def run(source: Path, out: Path, recipe: dict[str, Any], at: Any = None) -> Ende
     return killing.run(killing.prune, source, out, recipe, at=at, memory=HALF_ON_DISK)
 
 
-def uninterrupted(source: Path, out: Path, recipe: dict[str, Any]) -> Whole:
+def uninterrupted(source: Path, out: Path, recipe: dict[str, Any]) -> Files:
     """The files of an uninterrupted run, and its steps by kind."""
     ended = run(source, out, recipe)
     assert ended.code == 0
@@ -58,12 +58,12 @@ def uninterrupted(source: Path, out: Path, recipe: dict[str, Any]) -> Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    return uninterrupted(source, tmp_path_factory.mktemp("whole") / "p", FLOAT)
+def uncut(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return uninterrupted(source, tmp_path_factory.mktemp("uncut") / "p", FLOAT)
 
 
 @pytest.fixture(scope="module")
-def swept(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def swept(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
     return uninterrupted(source, tmp_path_factory.mktemp("swept") / "p", SWEEPING)
 
 
@@ -87,23 +87,23 @@ def finish(source: Path, out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["read", "solve", "write", "sync", "rename", "remove"])
-def test_killed_once(kind: str, source: Path, whole: Whole, tmp_path: Path) -> None:
-    (number,) = some(1, whole[1][kind], seed=len(kind))
+def test_killed_once(kind: str, source: Path, uncut: Files, tmp_path: Path) -> None:
+    (number,) = some(1, uncut[1][kind], seed=len(kind))
     assert run(source, tmp_path / "p", FLOAT, (kind, number)).code == KILLED
-    assert finish(source, tmp_path / "p", FLOAT) == whole[0], number
+    assert finish(source, tmp_path / "p", FLOAT) == uncut[0], number
 
 
-def test_killed_again_and_again(source: Path, whole: Whole, tmp_path: Path) -> None:
-    for number in some(3, whole[1].total() // 2, seed=7):
+def test_killed_again_and_again(source: Path, uncut: Files, tmp_path: Path) -> None:
+    for number in some(3, uncut[1].total() // 2, seed=7):
         assert run(source, tmp_path / "p", FLOAT, number).code == KILLED
-    assert finish(source, tmp_path / "p", FLOAT) == whole[0]
+    assert finish(source, tmp_path / "p", FLOAT) == uncut[0]
 
 
 @pytest.mark.parametrize(
     ("kind", "back"),
     [("remove", 0), ("rename", 0), ("rename", 3), ("write", None), ("rename", None), ("sync", None)],
 )
-def test_killed_in_the_sweep(kind: str, back: int | None, source: Path, swept: Whole, tmp_path: Path) -> None:
+def test_killed_in_the_sweep(kind: str, back: int | None, source: Path, swept: Files, tmp_path: Path) -> None:
     """At its end (the result gets its name, files are removed), and at a random step of the second half."""
     steps = swept[1][kind]
     number = steps - (back if back is not None else some(1, steps // 2, seed=len(kind))[0])
@@ -113,7 +113,7 @@ def test_killed_in_the_sweep(kind: str, back: int | None, source: Path, swept: W
 
 def test_a_model_that_writes_its_text_writes_the_same_again(source: Path, tmp_path: Path) -> None:
     recipe, out = {**SWEEPING, "calibration": "self"}, tmp_path / "p"
-    expected, steps = uninterrupted(source, tmp_path / "whole", recipe)
+    expected, steps = uninterrupted(source, tmp_path / "uncut", recipe)
     assert run(source, out, recipe, ("rename", steps["rename"] - 8)).code == KILLED
     assert len(json.loads((partial_of(out) / STATE / "sweep.json").read_text())["history"]) > 1
     assert finish(source, out, recipe) == expected
@@ -121,10 +121,10 @@ def test_a_model_that_writes_its_text_writes_the_same_again(source: Path, tmp_pa
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_saved_pass_is_not_swept_again_unless_damaged(
-    damaged: bool, source: Path, swept: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damaged: bool, source: Path, swept: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    step, out, each = whole_model._Run.step, tmp_path / "p", len(swept[0]["pruning.json"]["sweeps"])
+    step, out = whole_model._Run.step, tmp_path / "p"
 
     def counted(self: Any, piece: Any, process: int, rate: float, number: int) -> float:
         steps.append(number)
@@ -134,9 +134,9 @@ def test_a_saved_pass_is_not_swept_again_unless_damaged(
 
     monkeypatch.setattr(whole_model._Run, "step", counted)
     die_at = 0
-    sparsellm.prune(source, Recipe(**SWEEPING), out=tmp_path / "whole")
-    each = len(steps) // 3
-    die_at = 2 * each + 1  # in the third pass
+    sparsellm.prune(source, Recipe(**SWEEPING), out=tmp_path / "uncut")
+    count = len(steps) // 3
+    die_at = 2 * count + 1  # in the third pass
     with pytest.raises(NumericalError):
         sparsellm.prune(source, Recipe(**SWEEPING), out=out)
     if damaged:
@@ -146,11 +146,11 @@ def test_a_saved_pass_is_not_swept_again_unless_damaged(
     die_at = 0
     seen: list[Progress] = []
     sparsellm.prune(source, Recipe(**SWEEPING), out=out, progress=seen.append)
-    assert steps == list(range(1 if damaged else 2 * each + 1, 3 * each + 1))
+    assert steps == list(range(1 if damaged else 2 * count + 1, 3 * count + 1))
     shown = [event.done / event.total for event in seen if event.phase == "sweep"]
     assert shown == sorted(shown)
     assert shown[-1] == 1
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "uncut")
 
 
 def test_without_room_for_its_state_a_sweep_begins_anew(
@@ -175,7 +175,7 @@ def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> No
 
     def failing(self: Chain, at: int, *rest: Any) -> Any:
         nonlocal times
-        times += at == index and all(each is None for each in rest)
+        times += at == index and all(argument is None for argument in rest)
         if times > after:
             raise NumericalError("the processor caught fire")
         return block(self, at, *rest)
@@ -188,7 +188,7 @@ def test_every_method_goes_on_with_the_same_bits(
     method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(**{**FLOAT, "method": method, "allocation": "uniform"})
-    sparsellm.prune(source, recipe, out=tmp_path / "whole")
+    sparsellm.prune(source, recipe, out=tmp_path / "uncut")
     with monkeypatch.context() as patched:
         # A sweep of gradients reads it twice before the walk.
         fail_in_block(1, patched, after=2 if method == "sparsellm" else 0)
@@ -198,7 +198,7 @@ def test_every_method_goes_on_with_the_same_bits(
     seen: list[Progress] = []
     assert sparsellm.prune(source, recipe, out=tmp_path / "p", progress=seen.append).resumed == 1
     assert "gradients" not in {event.phase for event in seen}  # those of the first start are kept
-    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "p") == contents(tmp_path / "uncut")
 
 
 @pytest.mark.parametrize("blocks", [1, 2], ids=["one block", "all blocks"])
@@ -208,7 +208,7 @@ def test_a_model_in_memory_goes_on(blocks: int, tmp_path: Path, monkeypatch: pyt
 
     ids, recipe = torch.arange(96).view(4, 24), Recipe(method="sparsegpt", sparsity=0.6)
     expected, model = tiny_opt(), tiny_opt()
-    sparsellm.prune(expected, recipe, calibration=ids, out=tmp_path / "whole")
+    sparsellm.prune(expected, recipe, calibration=ids, out=tmp_path / "uncut")
     with monkeypatch.context() as patched:
         if blocks == 1:
             fail_in_block(1, patched)
@@ -217,7 +217,7 @@ def test_a_model_in_memory_goes_on(blocks: int, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(NumericalError):
             sparsellm.prune(tiny_opt(), recipe, calibration=ids, out=tmp_path / "p")
     assert sparsellm.prune(model, recipe, calibration=ids, out=tmp_path / "p").resumed == blocks
-    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "p") == contents(tmp_path / "uncut")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
@@ -242,7 +242,7 @@ def unfinished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("damaged", ["shard", "record"])
-def test_a_damaged_block_is_pruned_again(damaged: str, source: Path, whole: Whole, unfinished: Path) -> None:
+def test_a_damaged_block_is_pruned_again(damaged: str, source: Path, uncut: Files, unfinished: Path) -> None:
     if damaged == "shard":
         path = sorted((partial_of(unfinished) / BLOCKS).glob("*.safetensors"))[1]
         path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -252,7 +252,7 @@ def test_a_damaged_block_is_pruned_again(damaged: str, source: Path, whole: Whol
         del record["linears"]
         path.write_text(json.dumps(record))
     assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished).resumed == 1
-    assert contents(unfinished) == whole[0]
+    assert contents(unfinished) == uncut[0]
 
 
 def test_time_and_memory_of_both_processes_count(source: Path, unfinished: Path) -> None:
@@ -313,7 +313,7 @@ def test_memory_place_and_shards_make_no_other_run(unfinished: Path, tmp_path: P
     assert sparsellm.prune(tmp_path / "moved", Recipe(**FLOAT, memory="1TiB"), out=unfinished).resumed == 2
 
 
-def test_overwriting_resumes_and_keeps_the_old_one(source: Path, whole: Whole, tmp_path: Path) -> None:
+def test_overwriting_resumes_and_keeps_the_old_one(source: Path, uncut: Files, tmp_path: Path) -> None:
     out = tmp_path / "p"
     sparsellm.prune(source, Recipe(**{**FLOAT, "sparsity": 0.3}), out=out)
     before = contents(out)
@@ -323,16 +323,16 @@ def test_overwriting_resumes_and_keeps_the_old_one(source: Path, whole: Whole, t
             sparsellm.prune(source, Recipe(**FLOAT), out=out, overwrite=True)
     assert contents(out) == before
     assert sparsellm.prune(source, Recipe(**FLOAT), out=out, overwrite=True).resumed == 1
-    assert contents(out) == whole[0]
+    assert contents(out) == uncut[0]
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 @pytest.mark.parametrize("at", [1, 5, 15])
-def test_a_full_disk_loses_nothing(at: int, source: Path, whole: Whole, unfinished: Path) -> None:
+def test_a_full_disk_loses_nothing(at: int, source: Path, uncut: Files, unfinished: Path) -> None:
     before = tree(partial_of(unfinished) / BLOCKS)
     with full_disk(at), pytest.raises(StorageError, match="is full; make room and run the same command again"):
         sparsellm.prune(source, Recipe(**FLOAT), out=unfinished)
     assert before.items() <= tree(partial_of(unfinished) / BLOCKS).items()
     assert not list(partial_of(unfinished).rglob("*.tmp"))  # the space of unfinished files is free again
     assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished).resumed >= 2
-    assert contents(unfinished) == whole[0]
+    assert contents(unfinished) == uncut[0]

@@ -103,20 +103,20 @@ class Life:
     def step(self, deed: Deed, fate: str) -> str:
         """Does a deed, and looks at everything."""
         name = "a" if deed.out == "link" else deed.out
-        before = {each: digest_of(self.home / each) for each in NAMES}
-        notes = {each for each in NAMES if (self.home / each / NOTES).exists()}
+        before = {place: digest_of(self.home / place) for place in NAMES}
+        notes = {place for place in NAMES if (self.home / place / NOTES).exists()}
         source = self.home / deed.source
         result = self.result_of(deed, digest_of(source) if source.is_dir() else None)
         ended = self.run(deed, fate)
         self.done.append(f"{deed} {fate}: {ended}")
         assert self.snapshot() == self.foreign, self.done
-        assert notes == {each for each in NAMES if (self.home / each / NOTES).exists()}, self.done
-        for each in NAMES:
-            expected = {before[each]}
-            if each == name:
-                expected |= self.pending[each] | ({result} if result is not None and name not in notes else set())
+        assert notes == {place for place in NAMES if (self.home / place / NOTES).exists()}, self.done
+        for place in NAMES:
+            expected = {before[place]}
+            if place == name:
+                expected |= self.pending[place] | ({result} if result is not None and name not in notes else set())
                 expected = {result} if ended == "done" else expected
-            assert digest_of(self.home / each) in expected, (each, self.done)
+            assert digest_of(self.home / place) in expected, (place, self.done)
         if ended == "died" and result is not None:
             self.pending[name].add(result)
         return ended
@@ -173,7 +173,7 @@ def digest_of(directory: Path) -> str | None:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("first", [0, *(pytest.param(each, marks=pytest.mark.slow) for each in range(100, 600, 100))])
+@pytest.mark.parametrize("first", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(100, 600, 100))])
 def test_lives(first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty in the fast suite, five hundred in the slow one."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # what a kill leaves does not depend on it
@@ -185,5 +185,5 @@ def test_lives(first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (tmp_path / str(seed)).mkdir()
         life = Life(tmp_path / str(seed), dense, seed, results)
         life.live(5)
-        ended += [each.rpartition(": ")[2] if "refused" not in each else "refused" for each in life.done]
+        ended += [line.rpartition(": ")[2] if "refused" not in line else "refused" for line in life.done]
     assert {"done", "died", "refused"} <= set(ended)

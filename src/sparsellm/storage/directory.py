@@ -248,7 +248,8 @@ def _existing(place: Path) -> Path:
 
 def _overlap(first: Path, second: Path) -> bool:
     """Whether one path is the other or inside it, compared by what they are, not by name."""
-    return any(_same(each, second) for each in (first, *first.parents)) or any(_same(first, e) for e in second.parents)
+    pairs = [(path, second) for path in (first, *first.parents)] + [(first, path) for path in second.parents]
+    return any(_same(*pair) for pair in pairs)
 
 
 def _same(first: Path, second: Path) -> bool:

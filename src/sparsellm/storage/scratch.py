@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,18 +20,16 @@ class Room:
     """A number of bytes of memory, of which users reserve parts; None for no limit."""
 
     def __init__(self, memory: int | None = None) -> None:
-        self._left = memory
+        self._left = math.inf if memory is None else memory
 
     def take(self, size: int) -> bool:
         """Reserves ``size`` bytes; returns False if there is no room for them."""
-        if self._left is not None and size > self._left:
-            return False
-        self.give_back(-size)
-        return True
+        fits = size <= self._left
+        self._left -= size if fits else 0
+        return fits
 
     def give_back(self, size: int) -> None:
-        if self._left is not None:
-            self._left += size
+        self._left += size
 
 
 class Scratch(Room):
