@@ -1,4 +1,4 @@
-"""Surveys without a model, and with tiny ones; and what a plain reference knows of the whole model."""
+"""Surveys without a model and of tiny ones, and gradients of a whole model by plain autograd."""
 
 from __future__ import annotations
 

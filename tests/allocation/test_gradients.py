@@ -78,7 +78,7 @@ def test_gradients_of_a_share_of_the_positions_are_scaled(monkeypatch: pytest.Mo
     last, drawn = "model.layers.2.mlp.down_proj", []  # its gradient is that of the residual stream
     for some, all_of_it in zip(seen.gradient[last], whole.gradient[last], strict=True):
         scored = some.view(-1, 20, 32).abs().sum(dim=(0, 2)) > 0
-        assert int(scored.sum()) == 8  # of 19
+        assert int(scored.sum()) == 8  # from 19
         rows = scored.repeat(len(some) // 20)
         torch.testing.assert_close(some[rows], all_of_it[rows] * (19 / 8) ** 0.5, rtol=1e-4, atol=1e-7)
         drawn.append(scored.tolist())
@@ -159,7 +159,7 @@ def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
     layer.fc2.register_forward_hook(spoil)
     with pytest.raises(ModelError, match="fc1"):
         backward_sweep(Feed(open_chain(model, device=CPU), windows(), 2048), Everything().see)
-    assert squares(open_chain(model, device=CPU))  # of outputs alone it is no matter
+    assert squares(open_chain(model, device=CPU))  # squares of outputs do not read inputs
 
 
 def test_gradients_that_are_not_finite_are_named() -> None:

@@ -119,7 +119,7 @@ def test_the_summary_says_how_far_shares_are_apart(tmp_path: Path, run: Any) -> 
 
 def test_room_for_gradients_is_planned_until_they_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    many = windows(100, 40)  # of which the gradients keep more than the walk
+    many = windows(100, 40)  # the gradients keep more of these than the walk
     recipe = Recipe(sparsity=0.6, effort=0)
 
     def planned(**changes: Any) -> int:

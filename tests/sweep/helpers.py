@@ -1,4 +1,4 @@
-"""Pruned models by the hand of nobody, and what the whole model says, computed by plain transformers and autograd."""
+"""Tiny pruned models, and the divergence of whole models by plain transformers and autograd."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def halved(model: PreTrainedModel, two_of_four: bool = False) -> PreTrainedModel
 
 
 def dense_end(model: PreTrainedModel, ids: Tensor, batch_tokens: int) -> list[Tensor]:
-    """What leaves the last block, in the batches of the walk."""
+    """The output of the last block, in the batches of the walk."""
     chain = open_chain(model, device=CPU)
     stream = Feed(chain, ids, batch_tokens).stream(pieces=streams.PIECE_TOKENS)
     for index in range(len(chain)):

@@ -47,7 +47,7 @@ TOKENS = 96  # in a batch: four windows of 24
 def swept(
     chain: Chain, dense: PreTrainedModel, ids: Tensor, passes: int, rate: float | None, scratch: Scratch | None = None
 ) -> tuple[list[SweepPass], dict[str, Tensor]]:
-    """The history, and every block as it would be written."""
+    """The history, and every block as it is written."""
     written: dict[str, Tensor] = {}
 
     def write(index: int) -> None:
@@ -102,7 +102,7 @@ def test_steps_are_those_of_adam_on_the_whole_model(family: Family) -> None:
     optimiser = torch.optim.Adam([{"params": [p]} for p in parameters.values()], betas=(0.9, 0.95), eps=1e-8)
     certain = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
     rate, losses = 0.002, []
-    for factor in (1.0, 1.0, 0.5):  # of three steps the first is warm; then the cosine begins
+    for factor in (1.0, 1.0, 0.5):  # the first of three steps is warm; then the cosine begins
         optimiser.zero_grad()
         loss = divergence(dense, plain, ids)
         loss.backward()

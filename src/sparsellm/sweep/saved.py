@@ -65,7 +65,7 @@ class SavedSweep:
         """Writes the state after the newest pass of ``history``, then removes the previous one.
 
         Args:
-            history: of all passes.
+            history: every pass so far.
             best: the number of the best one.
             state: the ``parameters`` and ``moments`` of a block, by its number.
             last: whether no pass follows, so that only the best parameters are kept.

@@ -118,7 +118,7 @@ class Float32Calls:
         return self._converted[id(call)][1]
 
 
-def held_out_of(steps: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
+def held_out_of(steps: Sequence[T], fraction: float = 0.125) -> tuple[list[T], list[T]]:
     """The steps to train on, and those held out to judge by: a share, spread evenly, at most :data:`MOST_HELD_OUT`.
     Fewer than four steps are all in both lists."""
     count = min(MOST_HELD_OUT, max(1, round(len(steps) * fraction))) if len(steps) >= 4 and fraction > 0 else 0

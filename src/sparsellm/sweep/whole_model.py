@@ -75,7 +75,6 @@ class SweepTask:
         write_block: called for each final block in order, while it is loaded.
         learning_rate: Adam's rate, relative to the root mean square of each parameter; None: by the divergence at
             the start, at most :data:`RATE`.
-        held_out: share of the first set that is held out to decide which state is kept.
         blocks: the shard of each pruned block, or None for a chain that holds its weights.
         saved: storage of the passes, from which an interrupted sweep continues; None to save none.
         fresh: this process's windows for later passes, one tensor a pass; after the last, the sets come again in turn.
@@ -91,7 +90,6 @@ class SweepTask:
     seed: int
     write_block: Callable[[int], None]
     learning_rate: float | None = None
-    held_out: float = 0.125
     blocks: Sequence[CheckpointReader] | None = None
     saved: SavedSweep | None = None
     fresh: Sequence[Tensor] = ()
@@ -262,7 +260,7 @@ def sweep(task: SweepTask) -> list[SweepPass]:
 def _passes(task: SweepTask, run: _Run, history: list[SweepPass]) -> list[SweepPass]:
     """Runs the passes after those of ``history``: each is judged, kept or undone, and saved. Returns all passes."""
     chain, masters = task.feed.chain, run.masters
-    train, judges = held_out_of(run.steps(), task.held_out)
+    train, judges = held_out_of(run.steps())
     history = list(history) or [_start(task, run, train, judges)]
     rate, first = history[0].rate, len(history)
     assert rate is not None, "the state before the first pass has the rate"
