@@ -1,8 +1,7 @@
 """One run in several processes: division of the work, and exchange of the results.
 
-``torchrun --nproc-per-node N -m sparsellm prune ...`` starts N processes that all walk the same chain. Each has a share
-of the calibration windows, and moments are summed. Each solves a share of the rows of a weight, and all get all rows.
-So every process has the same block when the next one is read.
+``torchrun --nproc-per-node N -m sparsellm prune ...`` starts N processes that walk the same chain, each with some
+windows. Moments are summed; each solves some rows of a weight, and all get all rows.
 
 In a single process every helper here does nothing. Helpers that communicate must be called by all processes, in the
 same order. Tensors are sent by gloo or NCCL, depending on their device, and small Python values are pickled.
@@ -65,12 +64,9 @@ def launched() -> int:
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Joins the processes that torchrun started. Does nothing without torchrun, or if they have joined already.
+    """Joins the processes that torchrun started, if any. Raises ProcessError if they cannot be reached.
 
     After an error the group is not closed: closing needs all processes, and others may have ended.
-
-    Raises:
-        ProcessError: the others cannot be reached.
     """
     global _failures
     if launched() == 1 or size() > 1:
@@ -91,10 +87,8 @@ def session() -> Iterator[None]:
 
 
 def claims_failure(*, alone: bool) -> bool:
-    """Whether this process, which torchrun started, is the first to fail; only that one reports its error.
-
-    The others fail because of it, or for the same reason. ``alone`` is the answer where the count is gone.
-    """
+    """Whether this process, which torchrun started, is the first to fail; only that one reports its error, since the
+    others fail for the same reason. ``alone`` is the answer where the count is gone."""
     if _failures is None:
         return os.environ["RANK"] == "0"
     try:
@@ -104,10 +98,8 @@ def claims_failure(*, alone: bool) -> bool:
 
 
 def await_other_failures() -> None:
-    """Waits in a failed process until all have failed, at most :data:`LAST_WORDS` seconds, since some may be killed.
-
-    This process may hold the count that :func:`claims_failure` reads in the others.
-    """
+    """Waits until all processes have failed, at most :data:`LAST_WORDS` seconds, since this one may hold the count that
+    :func:`claims_failure` reads in the others."""
     if _failures is None or os.environ["RANK"] != "0":
         return
     deadline = time.monotonic() + LAST_WORDS
@@ -136,11 +128,8 @@ def own_device(name: str) -> str:
 
 
 def share(total: int, unit: int = 1) -> slice:
-    """The slice of ``total`` items for this process; shares differ by one unit at most.
-
-    Units are not split if there are enough of them: batches, for example, then have the same windows, and so the same
-    bits, for any number of processes.
-    """
+    """The slice of ``total`` items for this process; shares differ by one unit at most. Units, such as the windows of a
+    batch, are not split if there are enough of them, so they have the same bits for any number of processes."""
     units = -(-total // unit)
     if units < size():
         unit, units = 1, total
@@ -201,10 +190,8 @@ def barrier() -> None:
 
 
 def all_sum_(tensor: Tensor) -> Tensor:
-    """Sums a tensor of at least one dimension over all processes, in place; all then have the same bits.
-
-    The sum is in fp64, so that its order does not affect a result that is rounded to fp32.
-    """
+    """Sums a tensor of at least one dimension over all processes, in place; all then have the same bits. The sum is in
+    fp64, so that its order does not affect a result that is rounded to fp32."""
     for part in tensor.split(max(1, CHUNK_ELEMENTS // max(1, tensor[:1].numel()))) if size() > 1 else ():
         wide = part.to(torch.float64 if part.is_floating_point() else torch.int64).contiguous()
         _reached(dist.all_reduce, wide)

@@ -1,8 +1,5 @@
-"""Sparsity patterns: unstructured and N:M, with exact masks.
-
-Everything here is deterministic. Among equal scores the lowest index (row by row, then along the input) is kept. So
-weights from a 4-bit file, which have many equal values, always get the same mask with the same count.
-"""
+"""Sparsity patterns: unstructured and N:M, with exact masks. Among equal scores the lowest index (row by row, then
+along the input) is kept, so a weight with many equal values always gets the same mask with the same count."""
 
 from __future__ import annotations
 
@@ -34,11 +31,6 @@ class Pattern(ABC):
     @abstractmethod
     def sparsity(self) -> float:
         """Fraction of zeros."""
-
-    @property
-    def step(self) -> int:
-        """The number of consecutive inputs that must be decided together: m for N:M, else 1."""
-        return 1
 
     @abstractmethod
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
@@ -113,10 +105,6 @@ class NM(Pattern):
     @property
     def sparsity(self) -> float:
         return 1 - self.n / self.m
-
-    @property
-    def step(self) -> int:
-        return self.m
 
     def validate(self, shape: tuple[int, ...] | torch.Size, name: str = "weight") -> None:
         if shape[1] % self.m:
@@ -193,10 +181,8 @@ def share(total: int, start: int, stop: int, length: int) -> int:
 
 
 def highest(scores: Tensor, zeros: int) -> Tensor:
-    """The mask, bool ``(rows, columns)``, that is False for the ``zeros`` lowest scores of each row.
-
-    Among equal scores the lowest index is kept.
-    """
+    """The mask ``(rows, columns)`` that is False for the ``zeros`` lowest scores of each row; of equal scores the one
+    with the lowest index is kept."""
     if zeros <= 0 or scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = lowest(scores, zeros)  # (rows, 1)
@@ -218,10 +204,8 @@ def places_in_rows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def highest_of_rows(scores: Tensor, zeros: int, first: int, rows: int) -> Tensor:
-    """Same as :func:`highest` for the rows ``scores``, of which the first is row ``first`` of a matrix with ``rows``.
-
-    The ``zeros`` of the matrix are spread evenly over its rows.
-    """
+    """Same as :func:`highest` for the rows ``scores``, the first of which is row ``first`` of a matrix with ``rows``
+    rows, over which its ``zeros`` are spread evenly."""
     shares = torch.tensor(
         [share(zeros, row, row + 1, rows) for row in range(first, first + len(scores))], device=scores.device
     )

@@ -139,11 +139,7 @@ def evaluation_windows(
 
 
 def check_seq_len(config: PretrainedConfig, seq_len: int) -> None:
-    """Refuses windows longer than the ``max_position_embeddings`` of a model; a config without a limit takes any.
-
-    Raises:
-        DataError: they are longer.
-    """
+    """Raises DataError for windows longer than a model has positions; a config without a limit takes any."""
     # transformers maps n_positions and the like to this name
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < seq_len:

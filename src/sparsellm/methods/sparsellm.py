@@ -143,21 +143,13 @@ def _rounds(task: BlockTask, unit: FeedForwardUnit, solver: str, asked: int | No
 
 @dataclass(frozen=True)
 class _Fitting:
-    """Fits and prunes linears of a block.
-
-    Attributes:
-        task: the block.
-        weights: weights of tokens, batches ``(batch, seq)``, or None for equal ones.
-        solvers: for each linear, by name.
-        damping: ridge of the refit of output projections; None for no refit.
-        order: the order in which the block's linears run.
-    """
+    """Fits and prunes linears of a block."""
 
     task: BlockTask
-    weights: list[Tensor] | None
-    solvers: Mapping[str, Solver]
-    damping: float | None
-    order: RunOrder
+    weights: list[Tensor] | None  # of tokens, batches (batch, seq); None for equal ones
+    solvers: Mapping[str, Solver]  # for each linear, by name
+    damping: float | None  # ridge of the refit of output projections; None for no refit
+    order: RunOrder  # in which the block's linears run
 
     def solve(self, linear: LinearView, gram: Gram, fit: Fit | None = None) -> None:
         """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result."""

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sparsellm.patterns import Pattern
+from sparsellm.patterns import NM, Pattern
 from sparsellm.registry import Workspace
 from sparsellm.solvers.solver import SOLVERS, Solution, solution
 from sparsellm.statistics import Gram
@@ -39,7 +39,7 @@ def sparsegpt(
     """Prunes input by input, and updates the weights of later inputs to compensate the error."""
     factor = gram.inverse_cholesky(damping)
     elimination = _Elimination(weight.masked_fill(gram.dead, 0.0), factor.matrix, pattern)
-    elimination.prune(0, weight.shape[1], PANEL if pattern.step == 1 else pattern.step)
+    elimination.prune(0, weight.shape[1], pattern.m if isinstance(pattern, NM) else PANEL)
     pruned, kept = elimination.columns.T.contiguous(), elimination.kept.T.contiguous()
     del elimination
     return solution(weight, pruned, kept, gram, factor.notes)
