@@ -85,7 +85,7 @@ def test_no_update_raises_the_objective(shape, prices, bias, seed) -> None:  # t
     price, chunk, variables = Coefficients(*prices), Chunk(x, y), Variables(up)
     values = [objective(unit, chunk, variables, a, price)]
     gain = updates.activation_gain(unit.down.weight, price)
-    a = updates.update_activation(variables.made(unit.activation), y, unit.down, gain)
+    a = updates.update_activation(variables.activated(unit.activation), y, unit.down, gain)
     values.append(objective(unit, chunk, variables, a, price))
     variables = updates.move_variables(unit, unit.products(x), variables, a, price)
     values.append(objective(unit, chunk, variables, a, price))

@@ -120,8 +120,8 @@ def prune_feed_forward(
         device = dense.up.weight.device
         stores = {role: stack.enter_context(scratch.store(device)) for role in dense.first_half()}
         first = train[0]()
-        prices = settings.coefficients or default_coefficients(dense, first.inputs, first.targets)
-        loop = _Loop(dense, train, solvers, patterns, settings, prices, stores)
+        coefficients = settings.coefficients or default_coefficients(dense, first.inputs, first.targets)
+        loop = _Loop(dense, train, solvers, patterns, settings, coefficients, stores)
         unit = dense
         for iteration in range(settings.iterations + 1):
             try:
@@ -142,7 +142,7 @@ def prune_feed_forward(
     assert best is not None
     history[chosen] = history[chosen].model_copy(update={"chosen": True})
     if held_out:  # make the chosen iterate again, from all tokens
-        again = replace(settings, iterations=chosen, patience=chosen + 1, coefficients=prices)
+        again = replace(settings, iterations=chosen, patience=chosen + 1, coefficients=coefficients)
         refit, _ = prune_feed_forward(dense, [*train, *held_out], [], solvers, patterns, again, scratch)
         best = replace(best, unit=refit.unit, masks=refit.masks)
     return best, history
@@ -169,7 +169,7 @@ class _Loop:
     solvers: Mapping[str, Solver]
     patterns: Mapping[str, Pattern]
     settings: Settings
-    prices: Coefficients
+    coefficients: Coefficients
     variables: dict[str, TensorStore]  # by role, a tensor for each chunk
     grams: dict[str, Gram] = field(default_factory=dict)  # of the inputs X, by role; known after iteration 0
 
@@ -211,23 +211,23 @@ class _Loop:
 
     def _move_variables(self, unit: FeedForward, iteration: int) -> tuple[dict[str, Moments], float | None]:
         """Updates A, then Z or U and S, for every token; returns the moments for the weights, and the objective."""
-        published, prices = self.settings.published, self.prices
+        published, coefficients = self.settings.published, self.coefficients
         accumulators = {
             role: self._accumulator(linear, self.grams.get(role), exact=published is not None)
             for role, linear in unit.first_half().items()
         }
         if published:
             accumulators["down"] = self._accumulator(unit.down, exact=published == "pseudo-inverse")
-        gain = updates.activation_gain(unit.down.weight, prices) if iteration else None
+        gain = updates.activation_gain(unit.down.weight, coefficients) if iteration else None
         value = 0.0
         for index, read in enumerate(self.train):
             chunk = read()
             variables = self._variables(index, chunk)
-            a = variables.made(unit.activation)
+            a = variables.activated(unit.activation)
             if gain is not None:
                 a = updates.update_activation(a, chunk.targets, unit.down, gain)
-                variables = updates.move_variables(unit, unit.products(chunk.inputs), variables, a, prices)
-                value += objective(unit, chunk, variables, a, prices)
+                variables = updates.move_variables(unit, unit.products(chunk.inputs), variables, a, coefficients)
+                value += objective(unit, chunk, variables, a, coefficients)
                 if iteration < self.settings.iterations:  # else they are not read again
                     self._keep(index, variables)
             for role, accumulator in accumulators.items():

@@ -61,7 +61,7 @@ class FeedForward:
 
     def activations(self, x: Tensor) -> Tensor:
         """The input of ``down``: (tokens, d) → (tokens, f)."""
-        return self.products(x).made(self.activation)
+        return self.products(x).activated(self.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, d) → (tokens, d_out)."""
@@ -74,7 +74,7 @@ class Variables(NamedTuple):
     up: Tensor
     gate: Tensor | None = None
 
-    def made(self, activation: Activation) -> Tensor:
+    def activated(self, activation: Activation) -> Tensor:
         """Φ: φ(Z), or φ(S)∘U; (tokens, f)."""
         return activation(self.up) if self.gate is None else activation(self.gate) * self.up
 
@@ -132,13 +132,13 @@ def squares(difference: Tensor, token_weights: Tensor | None = None) -> float:
     return float((per_token if token_weights is None else per_token * token_weights).sum())
 
 
-def objective(unit: FeedForward, chunk: Chunk, variables: Variables, a: Tensor, prices: Coefficients) -> float:
+def objective(unit: FeedForward, chunk: Chunk, variables: Variables, a: Tensor, coefficients: Coefficients) -> float:
     """The objective of one chunk; a (tokens, f). Those of chunks add up."""
     pairs = zip(variables, unit.products(chunk.inputs), strict=True)
     misfits = sum(squares(value - m, chunk.token_weights) for value, m in pairs if value is not None and m is not None)
-    coupling = squares(a - variables.made(unit.activation), chunk.token_weights)
+    coupling = squares(a - variables.activated(unit.activation), chunk.token_weights)
     missed = squares(chunk.targets - unit.down(a), chunk.token_weights)
-    return prices.alpha * misfits + prices.gamma * coupling + prices.beta * missed
+    return coefficients.alpha * misfits + coefficients.gamma * coupling + coefficients.beta * missed
 
 
 def default_coefficients(unit: FeedForward, x: Tensor, y: Tensor) -> Coefficients:

@@ -18,7 +18,7 @@ from sparsellm.decomposition.objective import Coefficients, FeedForward, Linear,
 from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator
 
 
-def activation_gain(weight: Tensor, prices: Coefficients) -> Tensor:
+def activation_gain(weight: Tensor, coefficients: Coefficients) -> Tensor:
     """``W₂ (γ/β I + W₂ᵀW₂)⁻¹ = (γ/β I + W₂W₂ᵀ)⁻¹ W₂`` of W₂ (d_out, f), for the update of A on every chunk.
 
     It factorises the smaller of the two Gram matrices, in fp64 if the device has it.
@@ -26,7 +26,7 @@ def activation_gain(weight: Tensor, prices: Coefficients) -> Tensor:
     wide = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
     narrow = wide if len(wide) < wide.shape[1] else wide.T
     square = narrow @ narrow.T
-    square.diagonal().add_(prices.gamma / prices.beta)
+    square.diagonal().add_(coefficients.gamma / coefficients.beta)
     gain = torch.cholesky_solve(narrow, torch.linalg.cholesky(square))
     return (gain if narrow is wide else gain.T).to(weight.dtype).contiguous()
 
@@ -45,19 +45,19 @@ def update_activation(phi: Tensor, target: Tensor, down: Linear, gain: Tensor) -
     return torch.addmm(phi, target - down(phi), gain)
 
 
-def update_linear_gate_branch(m: Tensor, a: Tensor, gate: Tensor, prices: Coefficients) -> Tensor:
+def update_linear_gate_branch(m: Tensor, a: Tensor, gate: Tensor, coefficients: Coefficients) -> Tensor:
     """U = (α m_u + γ g∘A) / (α + γ g²), the minimiser of α(u − m)² + γ(A − g u)². All (tokens, f); ``gate`` is φ(S)."""
-    numerator = (gate * a).mul_(prices.gamma).add_(m, alpha=prices.alpha)
-    return numerator.div_(gate.square().mul_(prices.gamma).add_(prices.alpha))
+    numerator = (gate * a).mul_(coefficients.gamma).add_(m, alpha=coefficients.alpha)
+    return numerator.div_(gate.square().mul_(coefficients.gamma).add_(coefficients.alpha))
 
 
-def update_preactivation(m: Tensor, a: Tensor, prices: Coefficients) -> Tensor:
+def update_preactivation(m: Tensor, a: Tensor, coefficients: Coefficients) -> Tensor:
     """Z = argmin α(z − m)² + γ(A − relu(z))², elementwise. All (tokens, f).
 
     It is the better of p = max((αm + γA)/(α + γ), 0) and min(m, 0) (the paper's eq. 8, for any α and γ): for z > 0 the
     objective is α(z − m)² + γ(a − z)², for z ≤ 0 it is α(z − m)² + γa², a parabola each.
     """
-    alpha, _, gamma = prices
+    alpha, _, gamma = coefficients
     positive = (m * (alpha / (alpha + gamma))).add_(a, alpha=gamma / (alpha + gamma)).clamp_(min=0)
     negative = m.clamp(max=0)
     # The positive side is better by γ(a² − (a − p)²) = γ p (2a − p); exact where both sides are zero.
@@ -67,27 +67,27 @@ def update_preactivation(m: Tensor, a: Tensor, prices: Coefficients) -> Tensor:
 
 
 def descend_gate_preactivation(
-    m: Tensor, a: Tensor, s: Tensor, u: Tensor, activation: Activation, prices: Coefficients
+    m: Tensor, a: Tensor, s: Tensor, u: Tensor, activation: Activation, coefficients: Coefficients
 ) -> Tensor:
     """S after the published code's two gradient steps of 0.01 on α‖s − m‖² + γ‖A − φ(s)∘U‖². All (tokens, f)."""
     for _ in range(2):
         value, first = activation.derivatives(s)
-        slope = prices.alpha * (s - m) + prices.gamma * (value * u - a) * first * u  # half the gradient
+        slope = coefficients.alpha * (s - m) + coefficients.gamma * (value * u - a) * first * u  # half the gradient
         s = s - 0.01 * 2 * slope
     return s
 
 
 def move_variables(
-    unit: FeedForward, products: Variables, variables: Variables, a: Tensor, prices: Coefficients
+    unit: FeedForward, products: Variables, variables: Variables, a: Tensor, coefficients: Coefficients
 ) -> Variables:
     """The variables after one update: Z at its minimiser, or U at its minimiser and then gradient steps on S.
 
     ``products`` are the outputs m of the unit's first half, one for each variable; a (tokens, f) is A.
     """
     if variables.gate is None or products.gate is None:
-        return Variables(update_preactivation(products.up, a, prices))
-    u = update_linear_gate_branch(products.up, a, unit.activation(variables.gate), prices)
-    s = descend_gate_preactivation(products.gate, a, variables.gate, u, unit.activation, prices)
+        return Variables(update_preactivation(products.up, a, coefficients))
+    u = update_linear_gate_branch(products.up, a, unit.activation(variables.gate), coefficients)
+    s = descend_gate_preactivation(products.gate, a, variables.gate, u, unit.activation, coefficients)
     return Variables(u, s)
 
 

@@ -1,7 +1,7 @@
 """One weight solved by several processes: each solves some rows, and they agree on thresholds over all rows.
 
-In these solvers, rows of a weight depend on each other in that they compete for a number of zeros. The pattern knows of
-the rows of other processes, so a solver is written as if it had all of them.
+Rows of a weight only compete for a number of zeros. The pattern compares those of all processes, so a solver is written
+as if it had all rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kept values rounded to the grid of a packed integer type, each making up for the others.
+"""Kept values rounded to the grid of a packed integer type, each compensating the errors of others.
 
 The error is ``‖(Ŵ − W) G^½‖²`` for a pruned weight W and its rounded one Ŵ. Columns of large inputs take finer steps
 (AWQ, arXiv 2306.00978): powers of two near a power of the inputs' root mean square, the one with the least error after
@@ -87,10 +87,7 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
 
 
 def _fitted(start: Tensor, target: Tensor, gram: Gram, powers: Tensor, groups: Groups, dtype: torch.dtype) -> Rounded:
-    """The target ``(out, in)`` on the grid of ``start``, whose zeros it takes.
-
-    The processes divide the rows: rows depend on each other only in when the descent ends.
-    """
+    """The target ``(out, in)`` on the grid of ``start``, whose zeros it takes; each process rounds some rows."""
     divided = len(target) >= parallel.size()
     rows = parallel.share(len(target)) if divided else slice(None)
     grid = _Grid(start[rows], gram, powers, groups, dtype)
@@ -160,7 +157,7 @@ class _Grid:
 
 
 def _one_after_another(grid: _Grid, target: Tensor, gram: Gram) -> tuple[Tensor, tuple[str, ...]]:
-    """The target ``(out, in)`` rounded input by input, each error made up for by the inputs after it, and notes.
+    """The target ``(out, in)`` rounded input by input, with later inputs compensating each error; and notes.
 
     With ``UᵀU = (G + λI)⁻¹`` the best change of the later inputs for an error ``e_j`` of one is ``−(e_j / U_jj) U_jk``
     (arXiv 2210.17323, section 3). Inputs with the largest mean square come first, while there are most to make up.
@@ -200,8 +197,7 @@ class _Descent:
         self.slope = self.matrix @ (self.columns - self.target)  # half the gradient of the error
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight ``(out, in)`` with the least error, the best value of each of its entries with all others held,
-        and the scales of its groups."""
+        """The weight ``(out, in)``, the best value of each entry with all others held, and the scales of groups."""
         for _ in range(ROUNDS):
             self._fit_scales()
             self._fit_numbers()
