@@ -93,30 +93,25 @@ class RunOrder:
     """The order in which linears run. Call :meth:`see` for each call of a linear during one run of the block."""
 
     def __init__(self) -> None:
-        self._first: dict[str, int] = {}
-        self._last: dict[str, int] = {}
-        self._calls = 0
+        self._calls: list[str] = []
 
     def see(self, linear: LinearView) -> None:
-        self._first.setdefault(linear.name, self._calls)
-        self._last[linear.name] = self._calls
-        self._calls += 1
+        self._calls.append(linear.name)
 
     def first(self, names: Iterable[str]) -> int | None:
         """The number of the first call of any of these linears; None if none of them ran."""
-        return min((self._first[name] for name in names if name in self._first), default=None)
+        return min((self._calls.index(name) for name in names if name in self._calls), default=None)
 
     def unread(
         self, linears: list[LinearView], *, inputs: list[LinearView], outputs: list[LinearView]
     ) -> list[LinearView]:
-        """Those of ``linears`` that first ran after the inputs of ``inputs`` and the outputs of ``outputs`` existed.
-
-        None of these values depends on them. Empty if one of the linears with a value did not run.
-        """
-        if any(linear.name not in self._last for linear in (*inputs, *outputs)):
+        """Those of ``linears`` that first ran after the inputs of ``inputs`` and the outputs of ``outputs`` existed, so
+        that none of these depends on them. Empty if one of the linears with a value did not run."""
+        last = {name: number for number, name in enumerate(self._calls)}
+        if any(linear.name not in last for linear in (*inputs, *outputs)):
             return []
-        known = max([self._last[x.name] for x in inputs] + [self._last[x.name] + 1 for x in outputs], default=0)
-        return [linear for linear in linears if self._first.get(linear.name, -1) >= known]
+        known = max([last[x.name] for x in inputs] + [last[x.name] + 1 for x in outputs], default=0)
+        return [x for x in linears if x.name in last and self._calls.index(x.name) >= known]
 
 
 class InputGroups:
@@ -151,8 +146,6 @@ class InputGroups:
 
     def agreed(self, linears: list[LinearView]) -> list[list[LinearView]]:
         """The groups of all processes, merged: tokens of one process may reach experts that another's do not reach."""
-        if parallel.size() == 1:
-            return self.groups
         by_name = {linear.name: linear for linear in linears}
         views = parallel.gather([[linear.name for linear in group] for group in self.groups])
         return [[by_name[name] for name in group] for group in merged(views)]

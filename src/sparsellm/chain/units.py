@@ -46,8 +46,8 @@ def _sloped_silu(z: Tensor, slope: float) -> Derivatives:
 
 
 def _by_autograd(function: Callable[[Tensor], Tensor], z: Tensor) -> Derivatives:
-    value, first = torch.func.jvp(function, (z,), (torch.ones_like(z),))
-    return value, first
+    both = torch.func.jvp(function, (z,), (torch.ones_like(z),))
+    return both[0], both[1]
 
 
 def _square_of_relu(z: Tensor) -> Tensor:
