@@ -244,7 +244,7 @@ def command(folder: Path, *arguments: Any, **options: Any) -> Iterator[BaseProce
 
     Args:
         folder: where it leaves ``stdout`` and ``stderr``.
-        arguments: of the command line.
+        arguments: the words of the command line.
         options: ``how`` it waits; ``ignore``, signals that it ignores from the start, as under nohup; ``closed``.
     """
     with started(command_line, [str(word) for word in arguments], folder, **options) as process:

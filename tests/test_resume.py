@@ -278,7 +278,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {
     "seed": ({"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration_tokens is"]),
     "weights": ({}, ["model is"]),
     "config": ({}, ["model is"]),
-    "defaults": ({}, ["recipe.options.damping"]),  # of an option, as another release may have it
+    "defaults": ({}, ["recipe.options.damping"]),  # another release may have another default
 }
 
 
