@@ -77,7 +77,7 @@ def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:
 
     one = 100_000 * 128 * 4
     free = plan(1 << 50)
-    assert free.kept_bytes == (80 + 32) * one  # of the feed-forward unit and of attention
+    assert free.kept_bytes == (80 + 32) * one  # the feed-forward unit and attention
     assert plan(1 << 50, writers=1).kept_bytes == 80 * one
     assert plan(1 << 50, writers=0).kept_bytes == 0
     assert (
@@ -85,7 +85,7 @@ def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:
         == free.start_bytes + free.working_bytes + free.hidden_in_memory_bytes + free.kept_bytes
     )
     assert free.steps_bytes["statistics"] == free.predicted_peak_rss_bytes
-    least = free.start_bytes + free.working_bytes  # of this process, which has run other tests before
+    least = free.start_bytes + free.working_bytes  # this process has run other tests before
     tight = plan(least + (32 + 40) * one)
     assert (tight.hidden_in_memory_bytes, tight.hidden_on_disk_bytes) == (32 * one, 0)
     assert 0 < tight.kept_bytes < free.kept_bytes
@@ -101,7 +101,7 @@ def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chai
     blocks = chain.config.num_hidden_layers
     assert (plain.hidden_in_memory_bytes, plain.hidden_on_disk_bytes) == (512 * 32 * 4, 0)
     assert swept.hidden_in_memory_bytes == plain.hidden_in_memory_bytes
-    assert swept.hidden_on_disk_bytes == 512 * 32 * 4 * (blocks + 1)  # of blocks + 2 the first is in memory
+    assert swept.hidden_on_disk_bytes == 512 * 32 * 4 * (blocks + 1)  # the first of blocks + 2 is in memory
     large = open_chain(tiny_llama(vocab_size=100_000), device=CPU)
     logits = 256 * 100_000 * 4
     for given, copies in (({"gradient_tokens": 512}, 3), ({"swept": True}, 4)):

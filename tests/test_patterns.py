@@ -53,7 +53,7 @@ def test_unstructured_count_is_exact_under_any_ties(shape, sparsity, levels, see
 def test_matrix_mask_is_the_stable_sort_of_all_scores(shape, sparsity, levels, seed):
     scores = scores_of(*shape, levels, seed)
     values = scores.flatten().tolist()
-    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))  # of equals the first is kept
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))  # the first of equals is kept
     kept = set(ranked[: scores.numel() - round(sparsity * scores.numel())])
     mask = Share(sparsity).mask(scores).flatten()
     assert {i for i in range(scores.numel()) if mask[i]} == kept

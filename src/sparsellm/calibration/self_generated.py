@@ -89,10 +89,8 @@ def self_generated_windows(
 
 
 def _next(model: Any, new: Tensor, cache: Any, known: int) -> tuple[Tensor, Any]:
-    """The logits ``(rows, known)`` after the new tokens, on the CPU, and the cache of keys and values.
-
-    Many models pad the vocabulary with rows that no token uses; only the first ``known`` are returned.
-    """
+    """The logits ``(rows, known)`` after the new tokens, on the CPU, and the cache of keys and values. Many models pad
+    the vocabulary with rows that no token uses, after the ``known`` ones."""
     name = cache_keyword(model)
     output = model(input_ids=new.to(next(model.parameters()).device), use_cache=True, **{name: cache})
     return output.logits[:, -1, :known].float().cpu(), getattr(output, name)

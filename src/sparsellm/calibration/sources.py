@@ -40,8 +40,8 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
     """The name and the argument of a source. Nothing is read, so that a mistake is reported before any work.
 
     Raises:
-        DataError: no source has this name and it is no path of a known kind; the file does not exist; the source takes
-            no argument; or it is ``self``, for evaluation.
+        DataError: it is neither the name of a source nor a path of a known kind; the file does not exist; the source
+            takes no argument; or it is ``self``, for evaluation.
     """
     name, colon, argument = source.partition(":")
     if not source.strip():

@@ -29,11 +29,7 @@ class Text:
 
 
 def text_file(path: str) -> Path:
-    """The path of a file that exists.
-
-    Raises:
-        DataError: there is no such file.
-    """
+    """The path of a file that exists; raises DataError for one that does not."""
     try:
         file = Path(path).expanduser()
         if file.is_file():
@@ -54,11 +50,8 @@ def read_file(argument: str, split: Split) -> Text:
 
 
 def read_rows(argument: str, reader: Callable[[Path], list[str]]) -> list[str]:
-    """The documents that ``reader`` returns for a file.
-
-    Raises:
-        DataError: the file is absent, unreadable, not UTF-8, or too large for the free memory.
-    """
+    """The documents that ``reader`` returns for a file; raises DataError if it is unreadable, not UTF-8, or too large
+    for the free memory."""
     path = text_file(argument)
     try:
         size = path.stat().st_size

@@ -42,7 +42,7 @@ class Channels:
     """
 
     reader: LinearView
-    pattern: NM  # of the reader
+    pattern: NM  # the pattern of the reader
     inputs: Tensor
     sources: tuple[tuple[LinearView, Tensor], ...]
 
@@ -100,7 +100,7 @@ def find_channels(task: BlockTask) -> list[Channels]:
     tokens, stream_width = task.stream.hidden[0].shape[1:]
     free = [x for x in without_experts(task.linears) if not chain.is_shared(x.weight_name)]
     names = {linear.name for linear in free}
-    grouping = InputGroups()  # of all linears that every token of a window reaches, pruned or not, in run order
+    grouping = InputGroups()  # all linears that every token of a window reaches, pruned or not, in run order
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         if x.shape[:-1].numel() == tokens:
@@ -191,10 +191,8 @@ def _first_proved(guesses: list[Channels], task: BlockTask) -> int | None:
 
 
 def _outputs(task: BlockTask, reader: LinearView) -> list[Tensor]:
-    """The outputs of a linear and of the block for one window, and what the block leaves for later ones.
-
-    Some models let later blocks read the keys and values of earlier ones, which the block puts into its arguments.
-    """
+    """The outputs of a linear and of the block for one window, and the keys and values that some models' blocks put
+    into their arguments for later blocks."""
     seen: list[Tensor] = []
     with watch([reader], lambda linear, x, y: seen.append(y.clone())):
         output = task.stream.run_window(task.index)
@@ -218,11 +216,8 @@ def _index(length: int, places: Tensor, order: Tensor) -> Tensor:
 
 
 def spread(scores: Tensor, pattern: NM) -> Tensor:
-    """An order of the inputs, ``(inputs,)``, in which N:M keeps a larger sum of scores ``(out, in)``.
-
-    It starts with the inputs dealt by their mean score. With many groups, they exchange members within parts of at most
-    :data:`GROUPS` groups that are alike in their scores.
-    """
+    """An order of the inputs, ``(inputs,)``, in which N:M keeps a larger sum of scores ``(out, in)``. It starts with the
+    inputs dealt by their mean score; then parts of at most :data:`GROUPS` similar groups exchange members."""
     groups = scores.shape[1] // pattern.m
     dealt = scores.mean(0).argsort(descending=True, stable=True).view(pattern.m, groups).T  # (groups, m)
     parts = -(-groups // GROUPS)

@@ -47,8 +47,6 @@ def prune_experts(
     """Prunes the experts of the block's mixtures.
 
     Args:
-        task: the block.
-        solve: for each linear.
         token_weights: ``(batch, seq)`` for each batch; None for equal ones.
         refit: None to take all statistics of an expert before any of its linears is pruned. Otherwise the last linear
             is pruned after the others, on their outputs, and first refitted to the output that the expert had, with

@@ -112,7 +112,7 @@ def sparsellm(
     prune_experts(task, fitting.solve, weights, fitting.damping)
     known = {name for sublayer in sublayers for name in sublayer.names}
     rest = [linear for linear in without_experts(task.linears) if linear.name not in known]
-    for group, gram in task.statistics(rest, weights) if rest else []:  # do not get every token either
+    for group, gram in task.statistics(rest, weights) if rest else []:  # those that do not get every token
         for linear in group:
             fitting.solve(linear, gram)
 
@@ -146,7 +146,7 @@ class _Fitting:
     """Fits and prunes linears of a block."""
 
     task: BlockTask
-    weights: list[Tensor] | None  # of tokens, batches (batch, seq); None for equal ones
+    weights: list[Tensor] | None  # weights of tokens, batches (batch, seq); None for equal ones
     solvers: Mapping[str, Solver]  # for each linear, by name
     damping: float | None  # ridge of the refit of output projections; None for no refit
     order: RunOrder  # in which the block's linears run

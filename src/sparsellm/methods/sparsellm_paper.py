@@ -87,12 +87,8 @@ def sparsellm_paper(
 def _prune_unit(
     task: BlockTask, unit: FeedForwardUnit, inputs: TensorStore, solvers: Mapping[str, Solver], settings: Settings
 ) -> None:
-    """Prunes one unit by the published loop.
-
-    Raises:
-        ModelError: the paper has no update for the activation of this unit.
-        NumericalError: the loop diverges.
-    """
+    """Prunes one unit by the published loop; raises ModelError for an activation that the paper has no update for, and
+    NumericalError if the loop diverges."""
     if unit.gate is None and unit.activation.name != "relu":
         raise ModelError(
             f"{unit.down.name}: the published algorithm updates only ReLU in a two-layer unit, "

@@ -41,7 +41,7 @@ def find_sublayers(task: BlockTask, order: RunOrder) -> list[Sublayer]:
     returns = Returns(task.stream.chain.blocks[task.index], tokens * width)
     pruned = {linear.name for linear in without_experts(task.linears)}
     grouping = InputGroups()
-    outputs: dict[str, Tensor] = {}  # of each linear that could be a writer
+    outputs: dict[str, Tensor] = {}  # outputs of the linears that could be writers
 
     def see(linear: LinearView, x: Tensor, y: Tensor) -> None:
         order.see(linear)
