@@ -216,8 +216,8 @@ def _index(length: int, places: Tensor, order: Tensor) -> Tensor:
 
 
 def spread(scores: Tensor, pattern: NM) -> Tensor:
-    """An order of the inputs, ``(inputs,)``, in which N:M keeps a larger sum of scores ``(out, in)``. It starts with the
-    inputs dealt by their mean score; then parts of at most :data:`GROUPS` similar groups exchange members."""
+    """An order of the inputs, ``(inputs,)``, in which N:M keeps a larger sum of scores ``(out, in)``: inputs are dealt
+    by their mean score, and then parts of at most :data:`GROUPS` similar groups exchange members."""
     groups = scores.shape[1] // pattern.m
     dealt = scores.mean(0).argsort(descending=True, stable=True).view(pattern.m, groups).T  # (groups, m)
     parts = -(-groups // GROUPS)
