@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, open_chain
-from sparsellm.errors import NumericalError, SparseLLMError, StorageError
+from sparsellm.errors import NumericalError, StorageError
 from sparsellm.run.fingerprint import model_fingerprint
 from sparsellm.storage.directory import partial_of
 from sparsellm.storage.reader import CheckpointReader
@@ -173,19 +174,13 @@ def test_a_change_between_the_header_and_the_checksums_is_seen(source: Path) -> 
         reader.digests()
 
 
-@pytest.mark.parametrize("change", [change_a_middle_row, cut_short, deleted], ids=lambda change: change.__name__)
-def test_evaluation_stops_as_well(
-    change: Callable[[Path], None], source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    once_in_block(1, monkeypatch, lambda: change(source))
-    with pytest.raises(SparseLLMError, match=WEIGHTS) as caught:
+def test_evaluation_stops_as_well(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once_in_block(1, monkeypatch, lambda: cut_short(source))
+    with pytest.raises(StorageError, match=WEIGHTS):
         sparsellm.evaluate(source, IDS)
-    assert isinstance(caught.value, StorageError)
 
 
 def test_digests_are_those_of_the_stored_bytes_and_progress_ends(source: Path) -> None:
-    import hashlib
-
     seen: list[tuple[int, int]] = []
     reader = CheckpointReader(source)
     digests = reader.digests(lambda done, total: seen.append((done, total)))
