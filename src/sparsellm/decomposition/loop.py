@@ -171,7 +171,7 @@ class _Loop:
     settings: Settings
     coefficients: Coefficients
     variables: dict[str, TensorStore]  # by role, a tensor for each chunk
-    grams: dict[str, Gram] = field(default_factory=dict)  # of the inputs X, by role; known after iteration 0
+    grams: dict[str, Gram] = field(default_factory=dict)  # for the inputs X, by role; known after iteration 0
 
     def iterate(
         self, unit: FeedForward, iteration: int

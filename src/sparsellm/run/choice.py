@@ -18,7 +18,7 @@ from sparsellm.methods import METHODS
 from sparsellm.methods.task import Method
 from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.recipe import SWEEP, Recipe
-from sparsellm.registry import Entry, Needs, Workspace
+from sparsellm.registry import Entry, Needs, Options, Workspace
 from sparsellm.solvers.rounding import ROUNDING
 
 PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
@@ -90,7 +90,7 @@ class Choice:
         workspace = needs.workspace if values == "keep" else needs.workspace.then(ROUNDING)
         return replace(self, needs=replace(needs, workspace=workspace, output_costs=costs))
 
-    def settings(self, recipe: Recipe) -> dict[str, object]:
+    def settings(self, recipe: Recipe) -> Options:
         """Every setting of a recipe that the bits of the result depend on, with all defaults."""
         return {
             **recipe.model_dump(exclude={"memory", "min_tokens_per_expert", "products", "effort", "stages"}),

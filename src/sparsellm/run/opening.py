@@ -41,9 +41,9 @@ class Opened:
 
     chain: Chain  # the dense model
     start: CheckpointReader | None  # the weights to prune, if they are not those of the dense model
-    directory: Path | None  # of the dense model; None for a model given as an object
+    directory: Path | None  # the dense model; None for a model given as an object
     in_memory: PreTrainedModel | None  # the model that is pruned in memory; None if it is read block by block
-    tokenizer: PreTrainedTokenizerBase | None  # of the text; None for token ids
+    tokenizer: PreTrainedTokenizerBase | None  # None for token ids
     sources: tuple[Path, ...]  # directories that the result must not replace
 
 

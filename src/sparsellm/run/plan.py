@@ -111,7 +111,7 @@ class Plan:
     out: Path | None  # absolute and without links; None for a model that is pruned in memory only
     model: Opened
     windows: Windows
-    memory: Memory  # of this process, predicted
+    memory: Memory  # predicted for this process
     disk_bytes: int  # for the checkpoint, the blocks of the walk and hidden states
     identity: Identity
     warnings: tuple[str, ...]

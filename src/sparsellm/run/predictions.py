@@ -26,7 +26,7 @@ from sparsellm.sweep.gradients import LEAST_WINDOWS, SHARE, TOKENS
 from sparsellm.sweep.head import HEAD_TOKENS
 from sparsellm.sweep.whole_model import STEP_TOKENS, SWEEP_SHARE
 
-DEFAULT_SHARE = 0.8  # of the memory that is free now; the rest is for the page cache and other processes
+DEFAULT_SHARE = 0.8  # share of the free memory; the rest is for the page cache and other processes
 SLACK = 0.05  # hidden states leave this part of the budget free, because the prediction is not exact
 LIBRARIES = 128 << 20  # torch, its kernels and the allocator
 
@@ -47,7 +47,7 @@ class Demand:
     samples: int  # calibration windows that this process runs, in each of ``sets`` sets
     seq_len: int  # tokens in a window
     batch_tokens: int  # tokens in one forward call
-    workspace: Workspace  # of the method, the solver inside it, and the allocation
+    workspace: Workspace  # holds for the method, the solver inside it, and the allocation
     gradient_tokens: int = 0  # calibration tokens for the gradients of the dense model
     sets: int = 1
     swept: bool = False  # whether a sweep follows
