@@ -66,7 +66,7 @@ def test_a_foreign_file_is_named(place: str, restart: bool, begun: bool, out: Pa
 
 
 @pytest.mark.parametrize("left", [[], [STATE], [STATE, f"{STATE}/.0a1b.tmp"]])
-def test_a_process_killed_at_its_begin_is_in_nobodys_way(left: list[str], tmp_path: Path) -> None:
+def test_what_a_kill_at_the_start_leaves_stops_no_run(left: list[str], tmp_path: Path) -> None:
     (tmp_path / "p.partial").mkdir()
     for name in left:
         path = tmp_path / "p.partial" / name
