@@ -95,12 +95,13 @@ class Chain(ModelWeights):
             hidden, call = _split_call(args, kwargs)
             self._check_next(index, len(calls), hidden, inputs)
             calls.append(call)
-            if not inputs:
-                inputs.append(hidden)
             if self._as_returned is None:
+                hidden = hidden.clone()  # the block may change its input in place
                 output = forward(*args, **kwargs)
                 self._as_returned = _learn_return(output, hidden, self.blocks[index])
                 self._returns_more = isinstance(output, (tuple, list)) and any(x is not None for x in output[1:])
+            if not inputs:
+                inputs.append(hidden)
             return self._as_returned(hidden)
 
         try:
