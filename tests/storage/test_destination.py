@@ -158,6 +158,15 @@ def test_a_link_in_the_place_of_the_working_directory(model: Path, tmp_path: Pat
     assert tree(tmp_path / "victim") == {}
 
 
+def test_a_working_directory_of_another_user_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.partial").mkdir()
+    monkeypatch.setattr(directory, "_user_of_new_files", lambda folder: os.geteuid() + 1)
+    with pytest.raises(StorageError, match=f"p.partial belongs to another user \\(id {os.geteuid()}\\)"):
+        write(tmp_path / "p", 1, model, restart=True)
+
+
 def test_a_link_in_the_place_of_a_file_is_not_followed(model: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")

@@ -12,17 +12,32 @@ from typing import Any
 import pytest
 
 from sparsellm.errors import StorageError
+from sparsellm.storage import directory
 from sparsellm.storage.directory import PUBLISHING, REPLACED, STATE, WorkingDirectory, check_destination, partial_of
 from tests.killing import Died, dying
 from tests.storage.small import source, value_of, write
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL"),
+    pytest.mark.usefixtures("exchanges"),
+]
 
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kill leaves does not depend on it, and it takes the time."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(params=[False])
+def exchanges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the system can exchange two directories in one step."""
+    if not request.param:
+        monkeypatch.setattr(directory, "exchange", lambda first, second: False)
+    return bool(request.param)
+
+
+BOTH = pytest.mark.parametrize("exchanges", [True, False], indirect=True, ids=["exchange", "two renames"])
 
 
 @pytest.fixture
@@ -62,16 +77,19 @@ def go_on(out: Path, model: Path, number: int) -> None:
     assert [path.name for path in out.parent.glob(f"{out.name}*")] == [out.name]
 
 
-def test_dead_at_every_call(model: Path, tmp_path: Path) -> None:
+@BOTH
+def test_dead_at_every_call(exchanges: bool, model: Path, tmp_path: Path) -> None:
     steps, begin = steps_of(model, tmp_path / "p")
     values = set()
     for number in [*range(1, begin, 19), *range(begin, steps + 1)]:
         out = killed(tmp_path / f"q{number}_", model, number)
         values.add(value_there(out))
+        assert out.exists() or not exchanges
         go_on(out, model, number)
     assert values == {1, 2}
 
 
+@BOTH
 def test_dead_at_every_call_of_the_repair(model: Path, tmp_path: Path) -> None:
     steps, begin = steps_of(model, tmp_path / "p")
     for number in range(begin + 1, steps, 7):

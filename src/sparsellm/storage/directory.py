@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -96,7 +99,8 @@ class WorkingDirectory(contextlib.ExitStack):
     def publish(self, folder: Path) -> None:
         """Gives the complete checkpoint in ``folder`` its final name, and removes the working directory.
 
-        An older checkpoint is renamed into the working directory first.
+        An older checkpoint is exchanged with it in one step where the system can (Linux), else renamed into the working
+        directory first.
 
         Raises:
             StorageError: files were added to ``out`` in the meantime, or the system cannot rename. Both checkpoints are
@@ -106,13 +110,15 @@ class WorkingDirectory(contextlib.ExitStack):
         record, replaced = self.state / PUBLISHING, self.path / REPLACED
         with interrupts.held(), explained(self.out):
             sync_tree(folder)
-            keep_record(record, {"folder": folder.name})
+            keep_record(record, {"folder": folder.name, "inode": folder.stat().st_ino})
             try:
                 if self.out.is_dir():
                     with contextlib.suppress(OSError):
                         shutil.copymode(self.out, folder)  # keeps access that was granted to others
-                    os.replace(self.out, replaced)
-                os.replace(folder, self.out)
+                if not (self.out.is_dir() and exchange(folder, self.out)):
+                    if self.out.is_dir():
+                        os.replace(self.out, replaced)
+                    os.replace(folder, self.out)
             except OSError:
                 with contextlib.suppress(OSError):
                     if replaced.exists():
@@ -156,6 +162,13 @@ class WorkingDirectory(contextlib.ExitStack):
             paths = {folder / name for folder in folders for name in foreign_entries(folder)} - ours
         if foreign := [str(path.relative_to(self.path)) for path in paths if not path.match(f".*{TEMPORARY}")]:
             raise StorageError(f"{self.path} holds {some(sorted(foreign))}, which no run wrote; move it elsewhere")
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchanges the names of two directories in one step; False if the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, flag = -100, ctypes.c_uint(2)  # AT_FDCWD and RENAME_EXCHANGE of Linux, on every processor
+    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), flag) == 0
 
 
 def check_destination(
@@ -229,8 +242,11 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
         yield f"is a working directory, whose names end in {PARTIAL}, or in one"
     for path in (place, partial, partial / STATE):
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISDIR(path.lstat().st_mode):  # other errors, such as that of a long name, are the caller's
+            status = path.lstat()  # other errors, such as that of a long name, are the caller's
+            if not stat.S_ISDIR(status.st_mode):
                 yield f"cannot be written: {path} is a link or a file"
+            elif path != place and status.st_uid != _user_of_new_files(path.parent):
+                yield f"cannot be written: {path} belongs to another user (id {status.st_uid})"
     for source in sources:
         for path in (place, partial):
             if _overlap(path, source):
@@ -240,6 +256,12 @@ def _refusals(place: Path, partial: Path, sources: Iterable[Path]) -> Iterator[s
         yield "cannot be replaced: it is a mount point"
     if not os.access(_existing(place), os.W_OK | os.X_OK):
         yield f"cannot be written: {_existing(place)} is not writable"
+
+
+def _user_of_new_files(folder: Path) -> int:
+    """The owner of files made here, which on some file systems is always the same."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_uid
 
 
 def _existing(place: Path) -> Path:
@@ -269,15 +291,15 @@ def _settle(partial: Path, out: Path) -> None:
     if state.is_dir():
         with locked(state), explained(partial):
             if (published := kept_record(record, dict)) is not None:
-                new = partial / published["folder"]
-                if new.exists() and not (partial / REPLACED).exists():
-                    record.unlink()
-                    return
-                if new.exists() and out.exists():
-                    raise StorageError(
-                        f"cannot tell which of {out} and {new} is newer; move one elsewhere and remove {partial}"
-                    )
-                if new.exists():
+                new = partial / Path(str(published.get("folder"))).name
+                if not (out.exists() and out.stat().st_ino == published.get("inode")):
+                    if new.exists() and not (partial / REPLACED).exists():
+                        record.unlink()
+                        return
+                    if out.exists() or not new.exists():
+                        raise StorageError(
+                            f"cannot tell which of {out} and {new} is newer; move one elsewhere and remove {partial}"
+                        )
                     os.replace(new, out)
                     sync(out.parent)
                 _discard(partial)
