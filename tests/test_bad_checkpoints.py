@@ -68,30 +68,22 @@ CONFIGS: dict[str, tuple[Break, str]] = {
     "not JSON": (content("config.json", b"{"), "not valid JSON"),
     "UTF-16": (content("config.json", '{"model_type": "llama"}'.encode("utf-16")), "not UTF-8"),
     "deep": (content("config.json", b'{"a":' * 100_000), "nested too deeply"),
-    "a list": (content("config.json", b"[]"), "not an object"),
     "huge integer": (content("config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}"), "5000 digits"),
     "no model": (content("config.json", b'{"model_type": "nonesuch"}'), "cannot read"),
     "odd model type": (config(model_type=["llama"]), "cannot read"),
     "no width": (config(hidden_size=0), "hidden_size 0"),
-    "negative width": (config(hidden_size=-32), "hidden_size -32"),
-    "huge width": (config(hidden_size=10**9), "hidden_size 1000000000"),
-    "negative vocabulary": (config(vocab_size=-1), "vocab_size -1"),
     "huge vocabulary": (config(vocab_size=10**12), "vocab_size 1000000000000"),
     "another vocabulary": (config(vocab_size=299), "its config asks for (299, 32)"),
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers 0"),
-    "negative layers": (config(num_hidden_layers=-3), "num_hidden_layers -3"),
     "100,000 layers": (config(num_hidden_layers=100_000), "says num_hidden_layers 100000"),
     "a layer too many": (config(num_hidden_layers=4), "model.layers.3.self_attn.q_proj.weight of the model of"),
     "a layer too few": (config(num_hidden_layers=2), "says 2 layers, the weights have 3"),
     "huge feed-forward": (config(intermediate_size=10**15), "config.json"),
     "another feed-forward": (config(intermediate_size=96), "its config asks for (96, 32)"),
     "negative heads": (config(num_attention_heads=-4), "num_attention_heads -4"),
-    "huge token id": (config(pad_token_id=10**30), "config.json"),
-    "no heads": (config(num_attention_heads=0), "config.json"),
     "width as text": (config(hidden_size="wide"), "'wide'"),
     "unknown activation": (config(hidden_act="nonesuch"), "nonesuch"),
     "unknown rope": (config(rope_parameters={"rope_type": "nonesuch", "rope_theta": 1e4}), "config.json"),
-    "unknown dtype": (config(dtype="nonesuch"), "config.json"),
     "text config of another family": (config(text_config={"hidden_size": 32}), "text_config"),
     "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
 }
@@ -107,19 +99,11 @@ def index(weight_map: Any, **rest: Any) -> Break:
 INDICES: dict[str, tuple[Break, str]] = {
     "not JSON": (content(INDEX, b"{"), "not valid JSON"),
     "deep": (content(INDEX, b"[" * 100_000), "nested too deeply"),
-    "a list": (content(INDEX, b"[]"), "not an object"),
     "no map": (content(INDEX, b"{}"), "no weight_map"),
     "map is a list": (index([WEIGHTS]), "no weight_map"),
-    "empty map": (index({}), "no weight_map"),
-    "integers": (index({"a": 1, "b": WEIGHTS}), "no weight_map"),
-    "lists": (index({"a": [WEIGHTS]}), "no weight_map"),
-    "null": (index({"a": None}), "no weight_map"),
-    "huge integer": (content(INDEX, b'{"weight_map": {"a": ' + b"1" * 5000 + b"}}"), "5000 digits"),
     "overlong name": (index({"a": "x" * 5000}), "names the shard"),
     "NUL": (index({"a": "x\0y"}), "names the shard"),
     "elsewhere": (index({"a": f"../model/{WEIGHTS}"}), "names the shard"),
-    "missing": (index({"a": "model-00001-of-00002.safetensors"}), "names the shard"),
-    "directory": (index({"a": "."}), "names the shard"),
 }
 
 
@@ -139,17 +123,11 @@ def header(text: Any, data: int, length: int | None = None) -> Break:
 ONE = entry("F32", [2], 0, 8)
 HEADERS: dict[str, tuple[Break, str]] = {
     "empty": (content(WEIGHTS, b""), "not a readable safetensors file"),
-    "text": (content(WEIGHTS, b"hello, I am no weights"), "not a readable safetensors file"),
-    "huge length": (header({"a": ONE}, 8, 1 << 60), "not a readable safetensors file"),
     "too long a length": (header({"a": ONE}, 8, 500), "not a readable safetensors file"),
-    "not JSON": (header(b"{{{{", 8), "not a readable safetensors file"),
     "deep": (header(b'{"a":' * 10_000, 8), "not a readable safetensors file"),
     "overlap": (header({"a": ONE, "b": entry("F32", [2], 4, 12)}, 12), "not a readable safetensors file"),
-    "gap": (header({"a": ONE, "b": entry("F32", [2], 12, 20)}, 20), "not a readable safetensors file"),
     "cut short": (header({"a": ONE}, 7), "not a readable safetensors file"),
-    "too long": (header({"a": ONE}, 9), "not a readable safetensors file"),
     "wrong size": (header({"a": entry("F32", [3], 0, 8)}, 8), "not a readable safetensors file"),
-    "negative": (header({"a": entry("F32", [-2], 0, 8)}, 8), "not a readable safetensors file"),
     "overflow": (header({"a": entry("F32", [1 << 62, 8], 0, 8)}, 8), "not a readable safetensors file"),
     "dtype of tomorrow": (header({"a": entry("F4", [8], 0, 4)}, 4), "tensor a"),
 }
@@ -184,13 +162,8 @@ def test_a_tensor_in_two_files_needs_an_index(copy: Path, tmp_path: Path) -> Non
 # ---------------------------------------------------------------------- dtypes
 
 
-NO_WEIGHTS = ["float8_e4m3fn", "float8_e5m2", "int8", "int16", "int32", "int64", "uint8", "uint16", "bool", "complex64"]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "name"),
-    [*((dtype, Q_PROJ) for dtype in NO_WEIGHTS), ("int8", "model.norm.weight"), ("int8", "model.embed_tokens.weight")],
-)
+@pytest.mark.parametrize("name", [Q_PROJ, "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "uint16", "bool", "complex64"])
 def test_weights_of_other_dtypes_are_named_before_the_work(dtype: str, name: str, copy: Path, tmp_path: Path) -> None:
     tensors = load_file(copy / WEIGHTS)
     tensors[name] = tensors[name].to(getattr(torch, dtype))
@@ -263,30 +236,22 @@ def test_a_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
         sparsellm.evaluate(directory, str(text), seq_len=24)
 
 
-@pytest.mark.parametrize(
-    "data", [b"{", b"[]", b'{"a":' * 50_000, b"\xff\xfe", b'{"version": "1.0", "model": {"type": "X"}}']
-)
-def test_a_damaged_tokenizer(data: bytes, copy: Path, tmp_path: Path) -> None:
+DAMAGED = {
+    "not JSON": ("tokenizer.json", b"{", "no readable tokenizer"),
+    "deep": ("tokenizer.json", b'{"a":' * 50_000, "no readable tokenizer"),
+    "not UTF-8": ("tokenizer.json", b"\xff\xfe", "no readable tokenizer"),
+    "unknown kind": ("tokenizer.json", b'{"version": "1.0", "model": {"type": "X"}}', "no readable tokenizer"),
+    "fails when it is used": ("tokenizer_config.json", b'{"model_max_length": []}', "no readable tokenizer"),
+    "its settings": ("tokenizer_config.json", b"{", "tokenizer_config.json is not valid JSON"),
+    "what transformers would ignore": ("generation_config.json", b"{", "generation_config.json is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_tokenizer_is_named(case: str, copy: Path, tmp_path: Path) -> None:
+    name, data, said = DAMAGED[case]
     tiny_tokenizer().save_pretrained(copy)
-    (copy / "tokenizer.json").write_bytes(data)
+    (copy / name).write_bytes(data)
     error = refused(copy, tmp_path / "p", None)
     assert isinstance(error, ModelError)
-    assert "no readable tokenizer" in str(error)
-
-
-@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
-def test_a_file_that_transformers_would_ignore_is_refused(name: str, copy: Path, tmp_path: Path) -> None:
-    tiny_tokenizer().save_pretrained(copy)
-    (copy / name).write_text("{")
-    error = refused(copy, tmp_path / "p", None)
-    assert isinstance(error, ModelError)
-    assert f"{name} is not valid JSON" in str(error)
-
-
-def test_a_tokenizer_that_fails_when_it_is_used(copy: Path, tmp_path: Path) -> None:
-    tiny_tokenizer().save_pretrained(copy)
-    path = copy / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": []}))
-    error = refused(copy, tmp_path / "p", None)
-    assert isinstance(error, ModelError)
-    assert "no readable tokenizer" in str(error)
+    assert said in str(error)

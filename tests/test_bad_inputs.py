@@ -21,11 +21,8 @@ from typing import Any
 from unittest import mock
 
 import huggingface_hub.constants
-import pyarrow
-import pyarrow.parquet
 import pytest
 import transformers
-import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.main import get_command
@@ -40,11 +37,10 @@ SMALL = ["--samples=2", "--seq-len=16", "--method=magnitude"]
 
 @dataclass
 class Example:
-    """A command line, and files (by name) that stand in the directory where it runs; None where one is missing."""
+    """A command line, and files of the model that are changed; None where one is missing."""
 
     arguments: list[str]
     files: dict[str, bytes | None] = field(default_factory=dict)
-    packed: bool = False
     family: str = "llama"
 
 
@@ -76,6 +72,7 @@ DEEP = "[" * 50_000
 
 # ---- command lines
 
+TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
 COMMANDS = {
     "prune": ["prune", "model", "--out=out", *SMALL],
     "eval": ["eval", "model", "--text=note.txt", "--seq-len=16", "--max-tokens=64"],
@@ -113,7 +110,7 @@ def command_lines(draw: st.DrawFn) -> Example:
     if draw(st.integers(0, 3)) == 0 and len(line) > 1:
         line[draw(st.integers(1, 2 if name == "generate" else 1))] = draw(garbage)
         options = [word for word in line[1:] if word in COMMANDS[name] and word.startswith("--")]
-        return Example([line[0], *options, "--", *(word for word in line[1:] if word not in options)], packed=True)
+        return Example([line[0], *options, "--", *(word for word in line[1:] if word not in options)])
     options = [each for each in get_command(cli.app).commands[name].params if each.param_type_name == "option"]  # type: ignore[attr-defined]
     for option in draw(st.lists(st.sampled_from(options), min_size=1, max_size=3)):
         if option.name in ("help", "tasks"):
@@ -122,10 +119,10 @@ def command_lines(draw: st.DrawFn) -> Example:
         values = st.one_of(st.sampled_from(TELLING[option.name]), values) if option.name in TELLING else values
         plain = option.is_flag and draw(st.booleans())
         line.append(option.opts[0] if plain else f"{option.opts[0]}={draw(values)}")
-    return Example(line, packed=True)
+    return Example(line)
 
 
-# ---- files that users write
+# ---- files of a checkpoint that somebody else wrote
 
 
 def mutated(data: bytes) -> st.SearchStrategy[bytes]:
@@ -140,56 +137,10 @@ def mutated(data: bytes) -> st.SearchStrategy[bytes]:
     )
 
 
-RECIPE = "sparsity: 0.5\nsamples: 2\nseq_len: 16\nmethod: magnitude\n"
-RAW_RECIPES = ["sparsity: [1]\npattern: '2:4'\n", "a: " + DEEP, "options: " + "{a: " * 500, "", "null", "---\n---\n"]
-
-
-@st.composite
-def recipe_files(draw: st.DrawFn) -> Example:
-    fields = st.one_of(st.sampled_from(sorted(Recipe.model_fields)), st.text(max_size=5))
-    written = st.dictionaries(fields, json_values, max_size=3).map(
-        lambda values: (RECIPE + yaml.safe_dump(values, allow_unicode=True)).encode("utf-8", "surrogatepass")
-    )
-    content = draw(st.one_of(st.sampled_from(RAW_RECIPES).map(str.encode), written, mutated(RECIPE.encode())))
-    return Example(["prune", "model", "--out=out", "--recipe=r.yaml", *SMALL], {"r.yaml": content})
-
-
-TEXT = ("The quick brown fox jumps over the lazy dog. " * 20).strip()
-LINE = json.dumps({"text": TEXT})
-RAW_LINES = ['{"text": "\\ud800"}', '{"text": "x", "n": ' + "9" * 5000 + "}", '{"text": ' + DEEP, '{"text": null}']
-RAW_LINES += ['{"text": ["a"]}', "[1]", "{", "NaN", "\ufeff" + LINE, '{"text": "' + "x" * 100_000 + '"}']
-
-
-@st.composite
-def text_files(draw: st.DrawFn) -> Example:
-    kind = draw(st.sampled_from(["jsonl", "txt", "parquet"]))
-    if kind == "jsonl":
-        record = st.dictionaries(st.sampled_from(["text", "id"]), json_values, max_size=2).map(json.dumps)
-        lines = st.lists(st.one_of(st.just(LINE), st.sampled_from(RAW_LINES), record), min_size=1, max_size=3)
-        content = draw(st.one_of(lines.map(lambda parts: "\n".join(parts).encode()), mutated(f"{LINE}\n".encode())))
-    elif kind == "txt":
-        content = draw(st.one_of(mutated(TEXT.encode()), st.just(b"\0" * 200)))
-    else:
-        columns = [{"text": [TEXT]}, {"text": [None, TEXT]}, {"text": [1, 2]}, {"text": [[TEXT]]}, {"body": [TEXT]}]
-        file = io.BytesIO()
-        pyarrow.parquet.write_table(pyarrow.table(draw(st.sampled_from(columns))), file)
-        content = draw(st.one_of(st.just(file.getvalue()), mutated(file.getvalue())))
-    name = f"data.{kind}"
-    prune, evaluate = [*COMMANDS["prune"], f"--calibration={name}"], ["eval", "model", f"--text={name}", "--seq-len=16"]
-    return Example(draw(st.sampled_from([prune, evaluate])), {name: content})
-
-
-# ---- files of a checkpoint that somebody else wrote
-
 ON_MODEL = [
     [*COMMANDS["prune"], "--calibration=note.txt"],
     *(COMMANDS[name] for name in ("eval", "inspect", "pack")),
     ["generate", "model", "The", "--max-new-tokens=2"],
-]
-ON_PACKED = [
-    ["eval", "packed", "--text=note.txt", "--seq-len=16"],
-    ["inspect", "packed"],
-    *(COMMANDS[name] for name in ("unpack", "generate", "bench")),
 ]
 HUGE = [-1, 0, 1, 3, 2**31, 10**5, 10**12, 10**30, "32", None, True, 0.5, -0.5, [], [32], {}, {"rope_type": "x"}]
 HUGE += ["nonsense", "llama", "opt", "gpt2", "bert", "t5", "mixtral", "mamba", "qwen2_vl"]
@@ -234,9 +185,8 @@ def changed_header(data: bytes) -> st.SearchStrategy[bytes]:
 
 
 @st.composite
-def checkpoint_files(draw: st.DrawFn, name: str, packed: bool = False, family: str = "llama") -> Example:
-    folder = "packed" if packed else "model"
-    data = stored(packed, family)[name]
+def checkpoint_files(draw: st.DrawFn, name: str, family: str) -> Example:
+    data = stored("model", family)[name]
     if draw(st.integers(0, 20)) == 0:
         content = None
     elif name.endswith(".safetensors"):
@@ -245,8 +195,7 @@ def checkpoint_files(draw: st.DrawFn, name: str, packed: bool = False, family: s
         content = draw(mutated(data))
     else:
         content = draw(changed_object(data))
-    line = draw(st.sampled_from(ON_PACKED if packed else ON_MODEL))
-    return Example(line, {f"{folder}/{name}": content}, packed, family)
+    return Example(draw(st.sampled_from(ON_MODEL)), {name: content}, family)
 
 
 FAMILIES = {
@@ -257,34 +206,31 @@ FAMILIES = {
 
 
 @cache
-def stored(packed: bool, family: str = "llama") -> dict[str, bytes]:
-    """All files of the dense (with an index) or the packed model that examples are made from, by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+def stored(folder: str, family: str = "llama") -> dict[str, bytes]:
+    """All files of the ``model`` (with an index) or the ``packed`` one that examples are made from, by name."""
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
         model = prune_tiny(FAMILIES[family]())
         save_tiny(model, tiny_tokenizer(), root / "model")
         (root / "model" / "model.safetensors").unlink()
         model.save_pretrained(root / "model", max_shard_size="20KB")
-        if packed:
+        if folder == "packed":
             sparsellm.pack(root / "model", out=root / "packed")
-        return {file.name: file.read_bytes() for file in (root / ("packed" if packed else "model")).iterdir()}
+        return {file.name: file.read_bytes() for file in (root / folder).iterdir()}
 
 
-def files(name: str, packed: bool = False, family: str = "llama") -> Callable[[], st.SearchStrategy[Example]]:
+def files(name: str, family: str = "llama") -> Callable[[], st.SearchStrategy[Example]]:
     """Examples in which one file, or one of several with this ending, is changed."""
-    return lambda: st.sampled_from(sorted(file for file in stored(packed, family) if file.endswith(name))).flatmap(
-        lambda file: checkpoint_files(file, packed, family)
+    return lambda: st.sampled_from(sorted(file for file in stored("model", family) if file.endswith(name))).flatmap(
+        lambda file: checkpoint_files(file, family)
     )
 
 
 CASES: dict[str, Callable[[], st.SearchStrategy[Example]]] = {
     "command lines": command_lines,
-    "recipe": recipe_files,
-    "text": text_files,
     "config.json of OPT": files("config.json", family="opt"),
     "config.json of GPT-2": files("config.json", family="gpt2"),
     **{name: files(name) for name in ("config.json", "tokenizer.json", "index.json", ".safetensors")},
-    **{f"packed {name}": files(name, packed=True) for name in ("config.json", "packed.json", ".safetensors")},
 }
 
 
@@ -294,21 +240,15 @@ def laid_out(example: Example) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "outer" / "work"
         work.mkdir(parents=True)
-        for name, packed in (("model", False), ("packed", True)):
-            if packed and not example.packed:
-                continue
+        for name in ("model",) if example.files else ("model", "packed"):
             (work / name).mkdir()
-            for file, data in stored(packed, example.family).items():
-                (work / name / file).write_bytes(data)
+            for file, data in (stored(name, example.family) | example.files).items():
+                if data is not None:
+                    (work / name / file).write_bytes(data)
         (work / "note.txt").write_text(TEXT)
         (work / "dir.txt").mkdir()
         (work / "full").mkdir()
         (work / "full" / "mine.txt").write_text("mine")
-        for path, content in example.files.items():
-            if content is None:
-                (work / path).unlink()
-            else:
-                (work / path).write_bytes(content)
         with contextlib.chdir(work):
             yield Path(folder)
 
