@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config
 
 from sparsellm import demo
 from sparsellm.storage.directory import WorkingDirectory
-from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +55,6 @@ def test_prune_inspect_eval_end_to_end(llama: Path, tmp_path: Path, run: Any) ->
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False).shape[1] > 3
 
 
-def test_tables_name_zeros_and_where_it_was_written(llama: Path, tmp_path: Path, run: Any) -> None:
-    code, stdout, _ = run("prune", llama, "--out", tmp_path / "p", "--method", "wanda", *SMALL)
-    assert code == 0
-    assert all(part in stdout for part in ("down_proj", "70.0", str(tmp_path / "p")))
-    code, stdout, _ = run("inspect", tmp_path / "p")
-    assert code == 0
-    assert "block 2" in stdout
-
-
 def test_methods_lists_options_and_papers(run: Any) -> None:
     code, stdout, _ = run("methods", "--json")
     assert code == 0
@@ -77,65 +67,15 @@ def test_methods_lists_options_and_papers(run: Any) -> None:
     assert "options.damping" in stdout
 
 
-def test_pack_generate_bench_unpack_end_to_end(llama: Path, tmp_path: Path, run: Any) -> None:
-    code, _, stderr = run("prune", llama, "--out", tmp_path / "pruned", "--method", "magnitude", *SMALL)
-    assert code == 0, stderr
-    code, stdout, stderr = run("pack", tmp_path / "pruned", "--out", tmp_path / "packed", "--json")
-    assert code == 0, stderr
-    report = json.loads(stdout)
-    assert report["packed_bytes"] < 0.6 * report["dense_bytes"]
-    assert report["of_bf16"] == report["packed_bytes"] / (2 * report["weights"])
-    code, stdout, _ = run("pack", tmp_path / "pruned", "--out", tmp_path / "int4", "--values", "int4")
-    assert code == 0
-    assert "bits a weight" in stdout
-
-    texts = []
-    for directory in ("pruned", "packed"):
-        code, stdout, stderr = run("generate", tmp_path / directory, "The if statement", "--max-new-tokens", 8)
-        assert code == 0, stderr
-        assert "tokens/s" in stderr
-        texts.append(stdout)
-    assert texts[0] == texts[1]
-    assert texts[0].startswith("The if statement")
-    assert (
-        json.loads(run("generate", tmp_path / "packed", "The", "--max-new-tokens", 3, "--json")[1])["new_tokens"] == 3
-    )
-
-    small = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)
-    code, stdout, stderr = run("bench", tmp_path / "packed", "--dense", llama, "--batch", 1, "--batch", 2, *small)
-    assert code == 0, stderr
-    assert "packed is" in stdout
-    assert "weights in memory" in stdout
-    code, stdout, _ = run("bench", tmp_path / "packed", *small, "--json")
-    assert {speed["phase"] for speed in json.loads(stdout)["speeds"]} == {"prefill", "decode"}
-
-    code, stdout, _ = run("unpack", tmp_path / "packed", "--out", tmp_path / "again", "--json")
-    assert code == 0
-    assert json.loads(stdout)["path"] == str(tmp_path / "again")
-    before = {k: v for f in (tmp_path / "pruned").glob("*.safetensors") for k, v in load_file(f).items()}
-    after = {k: v for f in (tmp_path / "again").glob("*.safetensors") for k, v in load_file(f).items()}
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (tmp_path / "again" / "pruning.json").is_file()
-
-
-def bert(directory: Path) -> Path:
-    config = BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
-    return save_tiny(BertForMaskedLM(config), tiny_tokenizer(), directory)
-
-
-def t5(directory: Path) -> Path:
-    directory.mkdir()
-    T5Config().save_pretrained(directory)
-    return directory
+def encoder(directory: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    save_tiny(BertForMaskedLM(BertConfig(vocab_size=300, **sizes)), tiny_tokenizer(), directory)
 
 
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that refuses; its tests have the others
     "model not found": (["prune", "{tmp}/nowhere"], ["nowhere", "not found"]),
-    "an encoder": (["prune", "{bert}"], ["bert", "decoder"]),
-    "an encoder-decoder": (["prune", "{t5}"], ["t5", "decoder-only"]),
+    "an encoder": (["prune", "{tmp}/bert"], ["bert", "decoder"]),
+    "an encoder-decoder": (["prune", "{tmp}/t5"], ["t5", "decoder-only"]),
     "a short text": (["prune", "{llama}", "--calibration", "{tmp}/short.txt"], ["short.txt", "tokens"]),
     "unknown method": (["prune", "{llama}", "--method", "wonda"], ["wonda", "'wanda'"]),
     "unknown option": (["prune", "{llama}", "--method", "sparsegpt", "--set", "options.damp=1"], ["damp", "'damping'"]),
@@ -155,36 +95,24 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_clear_line_and_exit_code_2(mistake: str, llama: Path, tmp_path: Path, run: Any) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short")
     arguments, said = MISTAKES[mistake]
-    places = {"llama": str(llama), "tmp": str(tmp_path)}
-    if "{bert}" in arguments:
-        places["bert"] = str(bert(tmp_path / "bert"))
-    if "{t5}" in arguments:
-        places["t5"] = str(t5(tmp_path / "t5"))
-    command = [part.format(**places) for part in arguments]
+    command = [part.format(llama=llama, tmp=tmp_path) for part in arguments]
+    if mistake == "an encoder":
+        encoder(tmp_path / "bert")
+    elif mistake == "an encoder-decoder":
+        T5Config().save_pretrained(tmp_path / "t5")
     if command[0] == "prune" and "--out" not in command:
         command += ["--out", str(tmp_path / "pruned")]
     code, stdout, stderr = run(*command)
     assert code == 2
     assert stdout == ""
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert stderr.splitlines()[-1] == lines[0]
-    assert all(part in lines[0] for part in said), lines[0]
+    *_, line = stderr.splitlines()
+    assert line.startswith("error: ")
+    assert stderr.count("error: ") == 1
+    assert all(part in line for part in said), line
     assert "Traceback" not in stderr
     assert not (tmp_path / "pruned").exists()
-
-
-def test_nan_weight_is_named(tmp_path: Path, run: Any) -> None:
-    model = tiny_opt()
-    model.model.decoder.layers[1].fc2.weight.data[0, 0] = float("inf")
-    source = save_tiny(model, tiny_tokenizer(), tmp_path / "dense")
-    code, _, stderr = run("prune", source, "--out", tmp_path / "p", "--method", "wanda", *SMALL)
-    assert code == 2
-    assert "layers.1.fc2.weight" in stderr
-    assert not (tmp_path / "p").exists()
 
 
 def test_a_full_disk_is_said_before_the_work(
@@ -236,11 +164,8 @@ def test_an_unfinished_demo_of_another_release_begins_anew(
     assert 0 < found["evaluation"]["against"]["agreement"] < 1
     assert found["speeds"]["packed_bytes"] < found["speeds"]["dense_bytes"]
     assert found["speeds"]["packed_disk_bytes"] < found["speeds"]["dense_disk_bytes"]
-    kept = [json.loads((tmp_path / "p" / name / "results.json").read_text()) for name in ("pruned", "packed")]
-    assert [len(file["evaluations"]) for file in kept] == [1, 0]
-    assert [len(file["benchmarks"]) for file in kept] == [1, 1]
-    assert [[text["dense"] for text in file["continuations"]] for file in kept] == [
-        [found["continuations"]["dense"]],
-        [],
-    ]
+    pruned, packed = (json.loads((tmp_path / "p" / name / "results.json").read_text()) for name in ("pruned", "packed"))
+    assert (len(pruned["evaluations"]), len(packed["evaluations"])) == (1, 0)
+    assert len(pruned["benchmarks"]) == len(packed["benchmarks"]) == 1
+    assert [text["dense"] for text in pruned["continuations"]] == [found["continuations"]["dense"]]
     assert (tmp_path / "p" / "packed" / "config.json").is_file()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyte
 import pytest
-from transformers.utils.logging import disable_progress_bar
 
 import sparsellm
 from sparsellm import console, options
@@ -22,8 +19,6 @@ from sparsellm.interrupts import Interrupted
 from sparsellm.methods import METHODS
 from sparsellm.progress import NOTE, Progress, plan_of_phases
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-
-SMALL = ("--samples", 2, "--seq-len", 16)
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +43,17 @@ class Terminal(io.StringIO):
         return [line.rstrip() for line in screen.display if line.strip()]
 
 
-@pytest.fixture(params=[80, 120])
-def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """Stderr as a terminal of 80 and of 120 columns."""
-    yield from on_terminal(monkeypatch, request.param)
-
-
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """Stderr as a terminal of 80 columns."""
-    yield from on_terminal(monkeypatch, 80)
-
-
-def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> Iterator[Terminal]:
+def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Stderr as a terminal of 80 columns, or as many as the test asks for."""
+    columns = getattr(request, "param", 80)
     made = Terminal(columns)
     for name in ("NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"COLUMNS": str(columns), "LINES": "60", "TERM": "xterm-256color"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(console, "log", cache(lambda: console.PlainConsole(stderr=True, file=made)))
-    yield made
+    return made
 
 
 def events() -> list[Progress]:
@@ -99,6 +85,7 @@ def test_long_phases_get_a_line_and_the_bar_of_the_whole_run_is_full(
     assert re.fullmatch(r"━+ 100 % in \d\.\d s", bar)
 
 
+@pytest.mark.parametrize("terminal", [80, 120], indirect=True)
 def test_below_the_bar_stands_the_step_in_work(terminal: Terminal) -> None:
     with console.progress() as show:
         for event in events():
@@ -118,32 +105,29 @@ def stop_a_run(events: list[Progress], error: BaseException) -> None:
         raise error
 
 
-def test_what_is_said_at_a_signal_stands_below_the_bar(narrow: Terminal) -> None:
+def test_what_is_said_at_a_signal_stands_below_the_bar(terminal: Terminal) -> None:
     with pytest.raises(Interrupted):
         stop_a_run(events(), Interrupted(2))
     console.say("interrupted (SIGINT); 1 of 2 blocks are kept", error=True)
-    shown = narrow.screen()
+    shown = terminal.screen()
     assert shown[-1] == "interrupted (SIGINT); 1 of 2 blocks are kept"
     assert re.search(r"━ +\d+ % in \d\.\d s$", shown[-4])  # how far it came, without a time left
-    assert narrow.getvalue().count("\x1b[?25h") == 1  # the cursor is shown again
+    assert terminal.getvalue().count("\x1b[?25h") == 1  # the cursor is shown again
 
 
-def test_an_error_before_the_work_leaves_no_bar(narrow: Terminal) -> None:
+def test_an_error_before_the_work_leaves_no_bar(terminal: Terminal) -> None:
     with pytest.raises(ModelError):
         stop_a_run([Progress("open", 0, 1)], ModelError("no such model"))
     console.say("error: no such model", error=True)
-    assert narrow.screen() == ["error: no such model"]
+    assert terminal.screen() == ["error: no such model"]
 
 
-def test_a_dumb_terminal_gets_lines(narrow: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dumb_terminal_gets_lines(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     console.log.cache_clear()
     show_a_run()
-    assert "\x1b" not in narrow.getvalue()
-    assert "━" not in narrow.getvalue()
-
-
-# ---------------------------------------------------------------------- pipes
+    assert "\x1b" not in terminal.getvalue()
+    assert "━" not in terminal.getvalue()
 
 
 def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,28 +148,6 @@ def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], mo
     assert lines[-1] == "prune blocks: 0.0 s"
 
 
-# ---------------------------------------------------------------------- options
-
-
-def test_pipes_get_no_control_codes_and_json_is_one_object(model: Path, tmp_path: Path, run: Any) -> None:
-    disable_progress_bar()  # as the environment does in a process of its own
-    pruned, packed, again = (tmp_path / name for name in ("pruned", "packed", "again"))
-    for name, *rest in (
-        ("prune", model, "--out", pruned, "--method", "magnitude", *SMALL),
-        ("eval", pruned, "--text", "pydoc", "--seq-len", 32, "--max-tokens", 64),
-        ("pack", pruned, "--out", packed),
-        ("unpack", packed, "--out", again),
-        ("bench", packed, "--dense", pruned, "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1),
-        ("generate", packed, "hello", "--max-new-tokens", 2),
-    ):
-        code, stdout, stderr = run(name, *rest)
-        assert code == 0, (name, stderr)
-        assert "\x1b" not in stdout + stderr
-        code, stdout, stderr = run(name, *rest, *(["--overwrite"] if "--out" in rest else []), "--quiet", "--json")
-        assert (code, stderr) == (0, ""), name
-        assert isinstance(json.loads(stdout), dict)
-
-
 def test_quiet_and_verbose_contradict_each_other(model: Path, tmp_path: Path, run: Any) -> None:
     code, stdout, stderr = run("pack", model, "--out", tmp_path / "o", "--quiet", "--verbose")
     assert (code, stdout) == (2, "")
@@ -198,13 +160,10 @@ def test_the_shell_completes_the_registered_names_without_importing_them() -> No
     assert set(options.registered("allocation")) == set(ALLOCATIONS)
 
 
-# ---------------------------------------------------------------------- Python
-
-
-def test_a_program_shows_the_progress_of_a_run_with_one_line(model: Path, narrow: Terminal) -> None:
+def test_a_program_shows_the_progress_of_a_run_with_one_line(model: Path, terminal: Terminal) -> None:
     with sparsellm.show_progress() as progress:
         sparsellm.prune(model, sparsellm.Recipe(method="magnitude", samples=2, seq_len=16), progress=progress)
-    assert "100 %" in narrow.screen()[-1]
+    assert "100 %" in terminal.screen()[-1]
 
 
 def test_a_notebook_without_widgets_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.logging import disable_progress_bar
 from typer.main import get_command
 
 from sparsellm import Recipe, __version__, api, cli, console, tables
@@ -30,29 +32,37 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("x") / "".join(NASTY))
 
 
-def test_names_that_look_like_markup_go_through_every_command(model: Path, tmp_path: Path, run: Any) -> None:
+def test_every_command_shows_names_as_they_are_and_one_json(model: Path, tmp_path: Path, run: Any) -> None:
+    disable_progress_bar()  # as the environment does in a process of its own
     name = model.name
     text = tmp_path / f"{name}.txt"
     text.write_text("some words of no importance\n" * 200)
     recipe = tmp_path / f"{name}.yaml"
     recipe.write_text("method: magnitude\n")
     pruned, packed, again = (tmp_path / kind / name for kind in ("pruned", "packed", "again"))
-    commands = [
+    shown = {}
+    for name, *rest in (
         ("prune", model, "--out", pruned, "--calibration", text, "--recipe", recipe, *SMALL),
         ("eval", pruned, "--text", text, "--seq-len", 32),
         ("inspect", pruned),
         ("pack", pruned, "--out", packed),
         ("unpack", packed, "--out", again),
         ("bench", packed, "--dense", pruned, "--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1),
-    ]
-    shown = {}
-    for command in commands:
-        code, shown[command[0]], stderr = run(*command, columns=80)
-        assert code == 0, (command, stderr)
-    assert f"written to {pruned}\n" in shown["prune"]
-    assert f"calibrated on {text} " in shown["prune"]
+        ("generate", packed, "see [bold]x[/bold] :smile: [/]", "--max-new-tokens", 2),
+    ):
+        code, shown[name], stderr = run(name, *rest, columns=80)
+        assert code == 0, (name, stderr)
+        assert "\x1b" not in shown[name] + stderr
+        more = [["--quiet"], ["--overwrite", "--quiet"]]["--out" in rest] if name != "inspect" else []
+        code, stdout, stderr = run(name, *rest, *more, "--json")
+        assert (code, stderr) == (0, ""), name
+        assert isinstance(json.loads(stdout), dict)
+    assert all(part in shown["prune"] for part in (f"written to {pruned}\n", f"calibrated on {text} ", "70.0"))
+    assert "block 2" in shown["inspect"]
     assert f"written to {packed}\n" in shown["pack"]
     assert f"written to {again}\n" in shown["unpack"]
+    assert all(part in shown["bench"] for part in ("packed is", "weights in memory"))
+    assert shown["generate"].startswith("see [bold]x[/bold] :smile: [/]")
 
 
 @pytest.mark.parametrize(
@@ -67,19 +77,9 @@ def test_an_error_is_one_line_with_the_name_as_it_is(name: str, shown: str, run:
     assert f"/nowhere/{shown}" in line
 
 
-def test_generated_text_is_shown_as_it_is(model: Path, run: Any) -> None:
-    prompt = "see [bold]x[/bold] :smile: [/]"
-    code, stdout, stderr = run("generate", model, prompt, "--max-new-tokens", 2)
-    assert code == 0, stderr
-    assert stdout.startswith(prompt)
-
-
 def test_what_a_terminal_would_obey_is_shown_as_an_escape() -> None:
     assert console.visible("a\x1b[31mb\x07\r\tc\nd\x9b\u202e") == "a\\x1b[31mb\\x07\\r\tc\nd\\x9b\\u202e"
     assert console.one_line("a\nb\u2028c") == "a\\nb\\u2028c"
-
-
-# ---------------------------------------------------------------------- help, version, completion
 
 
 COMMANDS = get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -183,9 +183,6 @@ def test_no_arguments_show_the_help_and_no_empty_error(run: Any) -> None:
     assert "error" not in stderr
 
 
-# ---------------------------------------------------------------------- the report
-
-
 def large_result() -> PruneResult:
     kinds = ("q_proj", "a_kind_of_linear_with_a_very_long_name_that_must_be_folded", "down_proj")
     linears = [
@@ -208,18 +205,20 @@ def large_result() -> PruneResult:
     )
 
 
-def test_the_report_fits_80_columns_and_cuts_no_number(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def in_80_columns(show: Callable[[], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is printed, whose tables are at most 80 columns wide."""
     monkeypatch.setenv("COLUMNS", "80")
     console.out.cache_clear()
-    tables.print_pruned(large_result())
+    show()
     shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 80
+    assert max(len(line) for line in shown.splitlines() if "│" in line) <= 80
     assert "…" not in shown
-    assert "10.6B" in shown
-    assert "31.9B" in shown
-    assert "70.00%" in shown
+    return shown
+
+
+def test_the_report_cuts_no_number(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = in_80_columns(lambda: tables.print_pruned(large_result()), capsys, monkeypatch)
+    assert all(number in shown for number in ("10.6B", "31.9B", "70.00%"))
 
 
 def test_the_time_of_phases_is_told_by_share() -> None:
@@ -248,9 +247,6 @@ def test_numbers_are_short() -> None:
     assert console.speed(12_345, 9_999.6, 13_000) == "12.3K (10.0K–13.0K)"
 
 
-# ---------------------------------------------------------------------- progress
-
-
 def test_a_quiet_run_warns_only_a_verbose_one_shows_steps(model: Path, tmp_path: Path, run: Any) -> None:
     given = ("--method", "magnitude", *SMALL, "--out")
     code, stdout, stderr = run("prune", model, *given, tmp_path / "a", "--verbose")
@@ -264,9 +260,6 @@ def test_a_quiet_run_warns_only_a_verbose_one_shows_steps(model: Path, tmp_path:
     assert stderr.startswith("note: the model is already pruned")
 
 
-# ---------------------------------------------------------------------- bytes
-
-
 def test_json_is_readable_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     for encoding in ("utf-8", "ascii", "latin-1"):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
@@ -276,23 +269,14 @@ def test_json_is_readable_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch)
         assert json.loads(stream.buffer.getvalue().decode(encoding)) == {"path": "ü–\udcff[b]"}  # type: ignore[attr-defined]
 
 
-def test_speeds_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    console.out.cache_clear()
-    tables.print_speeds(benchmark(), None)
-    shown = capsys.readouterr().out
-    table = [line for line in shown.splitlines() if "│" in line]
-    assert "12.3K (9876–13.0K)" in table[0]
-    assert max(map(len, table)) <= 80
-    assert "packed is [faster]\n" in shown
-
-
-def benchmark() -> Benchmark:
-    """A dense and a packed model of one byte, with speeds of five digits."""
+def test_speeds_of_five_digits_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = [
         Speed(model=model, phase="prefill", batch=64, threads=128, median=12_345.6, slowest=9_876.4, fastest=13_000.0)
         for model in ("dense", "packed")
     ]
     sizes = {f"{model}{part}_bytes": 1 for model in ("dense", "packed") for part in ("", "_linear", "_disk")}
     more = {"sparsellm": "0", "machine": "[m]", "date": "today", "kernel": "[avx512]", "dtype": "float32"}
-    return Benchmark(speeds=speeds, verdict=["packed is [faster]"], dense_dtype="float32", **sizes, **more)  # type: ignore[arg-type]
+    result = Benchmark(speeds=speeds, verdict=["packed is [faster]"], dense_dtype="float32", **sizes, **more)  # type: ignore[arg-type]
+    shown = in_80_columns(lambda: tables.print_speeds(result, None), capsys, monkeypatch)
+    assert "12.3K (9876–13.0K)" in shown
+    assert "packed is [faster]\n" in shown
