@@ -40,10 +40,8 @@ def in_groups(allocation: Allocation, linears: Sequence[LinearSize], m: int, tot
 
 
 def from_sparsities(survey: Survey, sparsities: Mapping[str, float], report: Settings | None = None) -> Allocation:
-    """The allocation nearest to these sparsities, with the exact total.
-
-    One number is added to all sparsities, so that the mean over the weights is right; they are clipped to [0, 0.99].
-    """
+    """The allocation nearest to these sparsities, with the exact total: one number is added to all sparsities, so that
+    the mean over the weights is right; they are clipped to [0, 0.99]."""
     weights = [linear.weights for linear in survey.linears]
     limits = bounds(weights, survey.sparsity)
     shifted = shift_to_total(weights, [sparsities[linear.name] for linear in survey.linears], survey.zeros, limits)
@@ -89,13 +87,9 @@ class Division:
 
 
 def divide(linears: Sequence[LinearSize], sparsity: float) -> Division:
-    """Divides ``round(sparsity · weights)`` zeros into fixed and free ones.
-
-    If every linear is fixed, their sum may differ from the total by the rounding of each.
-
-    Raises:
-        RecipeError: the free linears cannot make up for the fixed ones; the message names the possible sparsities.
-    """
+    """Divides ``round(sparsity · weights)`` zeros into fixed and free ones. If every linear is fixed, their sum may
+    differ from the total by the rounding of each. A RecipeError says that the free linears cannot make up for the fixed
+    ones, and names the possible sparsities."""
     fixed = {x.name: x.fixed for x in linears if x.fixed is not None}
     free = [x for x in linears if x.fixed is None]
     weights, weights_free = sum(x.weights for x in linears), sum(x.weights for x in free)

@@ -16,9 +16,7 @@ Limits = tuple[list[int], list[int]]
 
 def bounds(weights: Sequence[int], sparsity: float, span: float = 1.0) -> Limits:
     """The fewest and the most zeros of each linear: its sparsity is within ``span`` of the target, and in [0, 0.99].
-
-    The target itself is always within the limits, so the total can always be met. Limits are whole, rounded outward.
-    """
+    Limits are rounded outward, and the target itself is always within them, so the total can always be met."""
     fewest = [math.floor(max(0.0, sparsity - span) * count) for count in weights]
     most = [
         max(math.ceil(sparsity * count), min(math.ceil((sparsity + span) * count), math.floor(LARGEST * count)))
@@ -51,8 +49,7 @@ def round_exactly(aims: Sequence[float], total: int, limits: Limits) -> list[int
     """Whole numbers near ``aims``, within the limits, that add up to ``total``; the largest remainders round up.
 
     If ``aims`` add up to ``total``, each number is within one of its aim. Among equal remainders the first is raised.
-    A ValueError says that the limits do not allow the total.
-    """
+    A ValueError says that the limits do not allow the total."""
     fewest, most = limits
     if not sum(fewest) <= total <= sum(most):
         raise ValueError(f"{total} zeros are not between {sum(fewest)} and {sum(most)}")

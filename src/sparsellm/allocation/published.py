@@ -40,9 +40,7 @@ def owl(
 ) -> Allocation:
     """Importance of a block by its outliers: the share of its Wanda metrics above M times their mean.
 
-    ``D_l = Σ 1(A_ij > M · mean(A^l)) / |A^l|`` over all linears of a block, ``A_ij = |w_ij| ‖x_j‖`` (section 3.2).
-    Then :func:`~sparsellm.allocation.allocator.from_block_importance` rescales with λ.
-    """
+    ``D_l = Σ 1(A_ij > M · mean(A^l)) / |A^l|`` over all linears of a block, ``A_ij = |w_ij| ‖x_j‖`` (section 3.2)."""
     shares = {}
     for block, metrics in survey.wanda_metrics():
         count = max(sum(metric.numel() for metric in metrics), 1)
@@ -59,9 +57,7 @@ def dlp(
 ) -> Allocation:
     """Relative importance by the median: I_l = 1 − median(A^l) / Σ_k median(A^k), A the Wanda metric of a block.
 
-    The median is over all linears of a block together (of an even number, the lower of the two in the middle). Then
-    :func:`~sparsellm.allocation.allocator.from_block_importance` rescales with α.
-    """
+    The median is over all linears of a block together (of an even number, the lower of the two in the middle)."""
     medians = {}
     for block, metrics in survey.wanda_metrics():
         values = torch.cat([metric.flatten() for metric in metrics] or [torch.zeros(1)])

@@ -17,16 +17,12 @@ from sparsellm.sweep.gradients import LossGradients
 
 @dataclass(frozen=True)
 class LinearSize:
-    """A linear to prune: its name, its block's number, and its shape ``(out, in)``.
-
-    ``fixed`` is its number of zeros if the recipe's ``sparsity_of`` sets it, else None. An allocation sees no such
-    linear.
-    """
+    """A linear to prune."""
 
     name: str
-    block: int
-    shape: tuple[int, int]
-    fixed: int | None = None
+    block: int  # its number
+    shape: tuple[int, int]  # (out, in)
+    fixed: int | None = None  # its zeros if sparsity_of sets them; an allocation does not get such a linear
 
     @property
     def weights(self) -> int:
@@ -58,9 +54,7 @@ class Survey:
     def gradients(self) -> LossGradients:
         """The gradients of the dense model's loss, with saliencies, for an allocation with ``gradient_tokens``."""
         if self._gradients is None:
-            raise RecipeError(
-                "the allocation uses survey.gradients and declares no gradient_tokens; add needs=... to it"
-            )
+            raise RecipeError("the allocation uses survey.gradients without gradient_tokens; add needs=... to it")
         return self._gradients
 
     @cached_property
@@ -100,11 +94,8 @@ class Survey:
         return {name: total / tokens[name] for name, total in sums.items() if tokens[name]}
 
     def wanda_metrics(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """For each block, ``|w_ij| · √E[x_j²]`` (2306.11695) of its linears, ``(out, in)`` fp32.
-
-        The papers take the norm over the tokens instead of the root mean square, which differs by a common factor. A
-        linear that no token reached is left out.
-        """
+        """For each block, ``|w_ij| · √E[x_j²]`` of its linears that a token reached, ``(out, in)`` fp32. The papers
+        (2306.11695) take the norm over the tokens, which differs by a common factor."""
         mean_squares = self.mean_squares
         for index in self.blocks:
             with self.chain.block(index, self.feed.blocks):

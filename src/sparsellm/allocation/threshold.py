@@ -34,9 +34,8 @@ def threshold(
 ) -> Allocation:
     """Zeros of each linear: its weights whose saliency ½ w² E[g² x²] is below one threshold for the whole model.
 
-    See :class:`~sparsellm.sweep.gradients.histogram`. A linear that no token reached has the target sparsity,
-    and so has one whose weight the model uses in several places, because the sweep covers only one of them.
-    """
+    A linear that no token reached has the target sparsity, and so has one whose weight the model uses in several
+    places, because the sweep covers only one of them."""
     counts = {name: one for name, one in survey.gradients.saliency.items() if name not in survey.shared}
     report: Settings = {"tokens": survey.gradients.tokens, "kept_target": [*sorted(survey.names - counts.keys())]}
     return replace(from_histograms(survey, counts, span=span), report=report)
@@ -44,9 +43,7 @@ def threshold(
 
 def from_histograms(survey: Survey, counts: Mapping[str, Tensor], *, span: float) -> Allocation:
     """The allocation of :func:`threshold` from the histograms ``counts``, int64 ``(BINS,)``, of linears that have one.
-
-    In the bin that contains the threshold, all linears lose the same share of the weights in that bin.
-    """
+    In the bin that contains the threshold, all linears lose the same share of the weights in that bin."""
     weights = [linear.weights for linear in survey.linears]
     fewest, most = bounds(weights, survey.sparsity, span)
     below = torch.zeros(len(weights), BINS + 1, dtype=torch.float64)  # (linears, edges): weights below each bin's edge

@@ -31,7 +31,7 @@ from sparsellm.storage.reader import open_checkpoint
 Forward = Callable[..., object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key of a cache by its identity
 class Call:
     """The arguments of a block besides the hidden states, as captured from the model's own forward."""
 
@@ -144,7 +144,7 @@ class Chain(ModelWeights):
 
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Norm and head, through the model's own forward: logits ``(batch, seq, vocabulary)`` for the output of the
-        last block, ``(batch, seq, hidden)``, and the token ids that belong to it."""
+        last block, ``(batch, seq, hidden)``, and its token ids."""
 
         def replay(index: int, forward: Forward, /, *args: object, **kwargs: object) -> object:
             assert self._as_returned is not None, "start() comes before logits()"
@@ -173,11 +173,9 @@ def open_chain(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Chain:
-    """A chain over a checkpoint directory (weights read lazily) or over a model in memory, which a walk changes.
-
-    Args:
-        device: where blocks run; a model in memory runs where it is.
-        dtype: the computing dtype of blocks; None for the fastest that is at least as precise as the stored one.
+    """A chain over a checkpoint directory (weights read lazily) or over a model in memory, which a walk changes and
+    which runs where it is. ``dtype`` is the computing dtype of blocks; None for the fastest that is at least as precise
+    as the stored one.
 
     Raises:
         ModelError: not a decoder-only model, or weights do not fit its config.

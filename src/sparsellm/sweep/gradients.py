@@ -39,30 +39,19 @@ scored tokens of the negative log-likelihood, in nats: its squares make up the e
 
 @dataclass(frozen=True)
 class LossGradients:
-    """The results of one backward sweep of the dense model. Linears that no token reached are in neither mapping.
-
-    Attributes:
-        tokens: the number of tokens of the sweep.
-        output_squares: ``E[g_i²]`` of each output i of a linear, ``(out,)`` fp32: the cost of an error of that output
-            to the loss, to second order.
-        saliency: a :func:`histogram` of each linear; empty if it was not requested.
-    """
+    """The results of one backward sweep of the dense model. Linears that no token reached are in neither mapping."""
 
     tokens: int
+    # E[g_i²] of each output i of a linear, (out,) fp32: what an error of that output costs the loss, to second order
     output_squares: dict[str, Tensor]
-    saliency: dict[str, Tensor]
+    saliency: dict[str, Tensor]  # a histogram() of each linear; empty if it was not requested
 
 
 def loss_gradients(feed: Feed, names: Collection[str], *, saliency: bool = False) -> LossGradients:
-    """The squared gradients at outputs, and optionally the saliency of weights, from one backward sweep.
+    """The squared gradients at outputs of the linears ``names``, and optionally the saliency of every weight.
 
     Saliency takes one product ``F = (g∘g)ᵀ(x∘x)`` a batch, with factors in bf16 where blocks multiply in it (their
     rounding is less than a bin), summed in fp32. One block's ``F`` is in memory at a time.
-
-    Args:
-        feed: the dense chain, and the windows for the gradients.
-        names: the linears to include.
-        saliency: also count the saliency of every weight.
 
     Raises:
         NumericalError: a gradient is NaN or infinite.
@@ -105,15 +94,8 @@ def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
     """Counts of ``log₂ s_ij``, int64 ``(BINS,)`` on the CPU; bin 0 includes weights of zero saliency.
 
     ``s_ij = ½ w_ij² F_ij`` is the loss, in nats a token, that removing the weight adds, to second order (the optimal
-    brain damage of LeCun et al. 1990).
-
-    Args:
-        linear: in the loaded block.
-        fisher: ``F_ij = Σ_t g_ti² x_tj² / N``, ``(out, in)``, the diagonal of the empirical Fisher; overwritten.
-
-    Raises:
-        NumericalError: ``F`` has values that are NaN or infinite.
-    """
+    brain damage of LeCun et al. 1990). ``fisher``, which is overwritten, is ``F_ij = Σ_t g_ti² x_tj² / N``, ``(out,
+    in)``, the diagonal of the empirical Fisher; a NumericalError says that it is not finite."""
     _check_finite(linear.name, fisher)
     logarithm = fisher.log2_().add_(linear.weight().abs_().log2_(), alpha=2).sub_(1)
     bins = logarithm.sub_(LOWEST).mul_(BINS / (HIGHEST - LOWEST)).clamp_(0, BINS - 1)
@@ -138,13 +120,13 @@ def backward_sweep(
     share: float = 1.0,
     reads_inputs: bool = True,
 ) -> float:
-    """Differentiates the next-token loss at the outputs of linears, from the last block to the first.
+    """Differentiates the next-token loss at the outputs of linears, from the last block to the first; returns the mean
+    loss of a scored token, in nats.
 
-    Blocks run in fp32, whatever dtype they are stored in. The model stays the same to the bit, without gradients in its
-    parameters. The scratch holds ``blocks + 2`` times the hidden states of the windows.
+    Blocks run in fp32, whatever dtype they are stored in. The model stays the same to the bit. The scratch holds
+    ``blocks + 2`` times the hidden states of the windows.
 
     Args:
-        feed: the chain, of which nothing need be loaded, and the windows; the first token of each is not scored.
         see: called for each linear and batch.
         done: called with the linears of each block after all its tokens, while it is loaded.
         names: the linears to call them for; None for all.
@@ -152,14 +134,10 @@ def backward_sweep(
             cost more than all blocks, runs for these alone.
         reads_inputs: whether ``see`` reads inputs, which the model must then not change in place.
 
-    Returns:
-        The mean loss of a scored token, in nats.
-
     Raises:
         DataError: windows have a single token, which is not scored.
         NumericalError: the loss is not finite.
-        ModelError: a block changes the input of a linear in place, so that gradient and input cannot be paired; or a
-            block has no gradient.
+        ModelError: a block has no gradient, or changes the input of a linear in place, where inputs are read.
     """
     if feed.seq_len < 2:
         raise DataError(f"windows of shape {tuple(feed.windows.shape)} have no next token; give windows of two or more")
@@ -181,7 +159,7 @@ def backward_sweep(
         for index in reversed(range(blocks)):
             event = Event("gradients", 2 * blocks - 1 - index, 2 * blocks, f"block {index + 1}/{blocks} backward")
             feed.progress(event)
-            with chain.block(index, feed.blocks), _in_fp32(chain, index):
+            with chain.block(index, feed.blocks), running_on(chain, index, _fp32_copies(chain, index)):
                 linears = [linear for linear in chain.linears(index) if names is None or linear.name in names]
                 _back_through(stream, index, inputs[index], gradients, linears, _hook(see, reads_inputs))
                 done(linears)
@@ -240,10 +218,9 @@ def _back_through(
             raise ModelError(f"{block} has no gradient ({why}); do without: {WITHOUT}") from error
 
 
-def _in_fp32(chain: Chain, index: int) -> contextlib.AbstractContextManager[None]:
-    """Runs a loaded block on fp32 copies of its parameters."""
+def _fp32_copies(chain: Chain, index: int) -> dict[str, nn.Parameter]:
     parameters = chain.block_parameters(index).items()
-    return running_on(chain, index, {n: nn.Parameter(p.detach().float(), requires_grad=False) for n, p in parameters})
+    return {name: nn.Parameter(p.detach().float(), requires_grad=False) for name, p in parameters}
 
 
 def _hook(see: See, reads_inputs: bool) -> See:

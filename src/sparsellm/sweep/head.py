@@ -20,17 +20,10 @@ gradient at the logits to ``slope``, of their shape, unless that is None. It doe
 
 
 def through_head(chain: Chain, hidden: Tensor, ids: Tensor, loss: HeadLoss, *, gradient: bool) -> tuple[float, Tensor]:
-    """A loss that is a sum over positions, and its gradient; the logits of a few positions are in memory at a time.
+    """A loss that is a sum over positions, and its gradient at ``hidden (batch, seq, hidden)``, the output of the last
+    block for token ids ``(batch, seq)``, in its dtype; without ``gradient``, ``hidden`` itself takes its place.
 
-    Args:
-        chain: with its outer weights loaded.
-        hidden, ids: the output of the last block, ``(batch, seq, hidden)``, and its token ids ``(batch, seq)``.
-        loss: for the logits of a span of positions.
-        gradient: whether to compute the gradient; if not, ``hidden`` itself is returned in its place.
-
-    Returns:
-        The loss, and its gradient ``(batch, seq, hidden)`` in the dtype of ``hidden``.
-    """
+    The chain has its outer weights loaded; the logits of a few positions are in memory at a time."""
     total, slopes = 0.0, torch.empty(0)
     parts: list[Tensor] = []
     step = max(1, HEAD_TOKENS // len(ids))
@@ -71,7 +64,7 @@ def next_token_loss(targets: Tensor) -> HeadLoss:
 
 def divergence_from(chain: Chain, dense: Tensor, ids: Tensor) -> HeadLoss:
     """The loss ``KL(dense ‖ pruned)`` in nats, summed over positions, from the output of the dense model's last block
-    ``(batch, seq, hidden)`` and its token ids ``(batch, seq)``; the chain has its outer weights loaded."""
+    ``(batch, seq, hidden)`` and its token ids."""
 
     def divergence(logits: Tensor, span: slice, slope: Tensor | None) -> float:
         total = 0.0

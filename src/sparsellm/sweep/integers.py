@@ -23,17 +23,11 @@ FACTORS = ".factors"  # behind the name of a weight: the factors of its groups
 
 @dataclass(frozen=True)
 class Integers:
-    """The linears of a model whose values are rounded to the grid of a packed type.
-
-    Attributes:
-        values: the type.
-        linears: the exponents of the columns of each linear by its name, as records have them.
-        groups: the groups of each weight, by its name; filled by :meth:`factors`.
-    """
+    """The linears of a model whose values are rounded to the grid of a packed type."""
 
     values: Literal["int8", "int4", "int3"]
-    linears: Mapping[str, str]
-    groups: dict[str, Groups] = field(default_factory=dict)
+    linears: Mapping[str, str]  # the exponents of the columns of each linear by its name, as records have them
+    groups: dict[str, Groups] = field(default_factory=dict)  # of each weight, by its name; filled by factors()
 
     def factors(self, chain: Chain, index: int) -> dict[str, Tensor]:
         """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, which owns them, by
@@ -49,10 +43,7 @@ class Integers:
 
     def of(self, parameters: Mapping[str, nn.Parameter], chain: Chain, index: int) -> dict[str, nn.Parameter]:
         """The same parameters of block ``index`` without factors, with rounded ones in place of the weights of these
-        linears.
-
-        A gradient of a rounded weight is taken as that of the weight behind it (straight-through).
-        """
+        linears; a gradient of one is taken as that of the weight behind it (straight-through)."""
         rounded = {name: parameter for name, parameter in parameters.items() if not name.endswith(FACTORS)}
         for linear in self._of(chain, index):
             if linear.weight_name in parameters:

@@ -24,19 +24,12 @@ _BITS = "bits"  # the one tensor of a file
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """The last saved pass of a sweep.
+    """The last saved pass of a sweep."""
 
-    Attributes:
-        history: every pass so far, including the state before the first.
-        best: the number of the best pass so far; 0 for the state before the first.
-        files: SHA-256 of the files, by name.
-        seconds, peak_rss: those of the sweep so far, in all processes that ran it.
-    """
-
-    history: list[SweepPass]
-    best: int
-    files: dict[str, str]
-    seconds: float
+    history: list[SweepPass]  # every pass so far, including the state before the first
+    best: int  # the number of the best pass so far; 0 for the state before the first
+    files: dict[str, str]  # SHA-256 of the files, by name
+    seconds: float  # of the sweep so far, in all processes that ran it, as the next
     peak_rss: int
 
 
@@ -62,17 +55,9 @@ class SavedSweep:
     def save(
         self, history: list[SweepPass], best: int, state: Mapping[str, Callable[[int], Tensor]], *, last: bool
     ) -> None:
-        """Writes the state after the newest pass of ``history``, then removes the previous one.
-
-        Args:
-            history: every pass so far.
-            best: the number of the best one.
-            state: the ``parameters`` and ``moments`` of a block, by its number.
-            last: whether no pass follows, so that only the best parameters are kept.
-
-        Raises:
-            StorageError: the disk is full.
-        """
+        """Writes the ``parameters`` and ``moments`` of each block after the newest pass of ``history``, then removes
+        those of earlier passes but the ``best``. After the ``last`` pass, only the best parameters are kept. A
+        StorageError says that the disk is full."""
         number, seconds = history[-1].passes, time.perf_counter() - self._began
         kinds = ({("parameters", best)} if best else set()) | (set() if last else {(kind, number) for kind in state})
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.chain import Call, Chain
+from sparsellm.chain import Chain
 from sparsellm.statistics.held_out import spread_evenly
 
 BETAS = (0.9, 0.95)
@@ -45,16 +45,11 @@ def adam_step(
     pruned: Collection[str] = (),
     factors: Collection[str] = (),
 ) -> None:
-    """Takes a step of Adam from the parameters' gradients, and clears them.
-
-    The step is relative to the root mean square of each parameter.
+    """Takes step ``number`` of Adam, from 1, on fp32 parameters from their gradients, which are cleared.
 
     Args:
-        parameters: fp32, by name.
-        state: the two moments, flat, so that they can be stored as a whole: ``(2, elements)`` fp32, zeros at first;
-            changed in place.
-        rate: the learning rate.
-        number: the number of the step, from 1.
+        state: the two moments, ``(2, elements)`` fp32, zeros at first; changed in place.
+        rate: the learning rate, relative to the root mean square of each parameter.
         pruned: names of the parameters whose zeros stay exactly zero.
         factors: names of the parameters that multiply groups of values. Their gradients are sums over a group and have
             less noise, so they take longer steps.
@@ -85,51 +80,31 @@ def adam_step(
 
 
 def _clear_where_zero_(gradient: Tensor, parameter: Tensor) -> None:
-    """Sets an fp32 gradient to zero where the parameter is, also where it is infinite.
-
-    Bits are cleared by whole numbers: torch fills by a bool mask eight times as slowly.
-    """
+    """Sets an fp32 gradient to zero where the parameter is, also where it is infinite."""
+    # Bits are cleared by whole numbers: torch fills by a bool mask eight times as slowly.
     bits = torch.ne(parameter, 0, out=torch.empty_like(parameter, dtype=torch.int32)).neg_()  # all ones where kept
     gradient.view(torch.int32).bitwise_and_(bits)
 
 
-def schedule(step: int, steps: int, warmup: float = 0.1) -> float:
-    """The factor of the learning rate: a linear rise over the share ``warmup`` of the steps, then a cosine to zero."""
-    rising = max(1, round(warmup * steps))
+def schedule(step: int, steps: int) -> float:
+    """The factor of the learning rate: a linear rise over a tenth of the steps, then a cosine to zero."""
+    rising = max(1, round(0.1 * steps))
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def as_written(value: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> Tensor:
-    """An fp32 value rounded as it will be in memory and on disk, in these dtypes."""
-    return value.detach().to(dtypes[0]).to(dtypes[1]).to(value.dtype)
-
-
-class Float32Calls:
-    """Converts calls to fp32; a call shared by several batches or blocks is converted once."""
-
-    def __init__(self) -> None:
-        self._converted: dict[int, tuple[Call, Call]] = {}  # by id; the original is kept so that its id is not reused
-
-    def __call__(self, call: Call) -> Call:
-        if id(call) not in self._converted:
-            self._converted[id(call)] = call, call.to(torch.float32)
-        return self._converted[id(call)][1]
-
-
-def held_out_of(steps: Sequence[T], fraction: float = 0.125) -> tuple[list[T], list[T]]:
-    """The steps to train on, and those held out to judge by: a share, spread evenly, at most :data:`MOST_HELD_OUT`.
+def held_out_of(steps: Sequence[T]) -> tuple[list[T], list[T]]:
+    """The steps to train on, and those held out to judge by: an eighth, spread evenly, at most :data:`MOST_HELD_OUT`.
     Fewer than four steps are all in both lists."""
-    count = min(MOST_HELD_OUT, max(1, round(len(steps) * fraction))) if len(steps) >= 4 and fraction > 0 else 0
+    count = min(MOST_HELD_OUT, max(1, round(len(steps) / 8))) if len(steps) >= 4 else 0
     held = spread_evenly(count, len(steps))
     judges = [step for i, step in enumerate(steps) if i in held]
     return [step for i, step in enumerate(steps) if i not in held], judges or list(steps)
 
 
 def share_gradients(parameters: Iterable[nn.Parameter], source: int) -> None:
-    """Copies the gradients of process ``source``, which has the windows, to every process; one that it lacks stays
-    None."""
+    """Copies the gradients of process ``source``, which has the windows, to every process."""
     if parallel.size() == 1:
         return
     trained = list(parameters)

@@ -11,16 +11,19 @@ the windows of a step computes the gradient, and all take the step.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import methodcaller
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsellm import parallel
-from sparsellm.chain import Chain, Feed, Stream
+from sparsellm.chain import Call, Chain, Feed, Stream
 from sparsellm.chain.streams import Piece
 from sparsellm.errors import ModelError, NumericalError
 from sparsellm.progress import Progress
@@ -30,9 +33,7 @@ from sparsellm.sweep.head import divergence_from, through_head
 from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.saved import SavedSweep
 from sparsellm.sweep.training import (
-    Float32Calls,
     adam_step,
-    as_written,
     held_out_of,
     running_on,
     schedule,
@@ -70,8 +71,7 @@ class SweepTask:
         feed: the pruned chain and the windows of the first pass, this process's share.
         dense: the output of the dense model's last block, ``(batch, seq, hidden)`` in the batches of the feed; None for
             a chain that holds the dense model's weights, which then runs.
-        passes: the number of passes over a set of windows.
-        seed: decides the windows' order.
+        passes, seed: the number of passes, each over a set of windows, and the seed of the windows' order.
         write_block: called for each final block in order, while it is loaded.
         learning_rate: Adam's rate, relative to the root mean square of each parameter; None: by the divergence at
             the start, at most :data:`RATE`.
@@ -79,8 +79,7 @@ class SweepTask:
         saved: storage of the passes, from which an interrupted sweep continues; None to save none.
         fresh: this process's windows for later passes, one tensor a pass; after the last, the sets come again in turn.
             ``dense`` must then be None. A sweep soon fits the windows it has seen.
-        integers: the linears whose values are rounded; None for none. The blocks and the passes hold their unrounded
-            values, which are trained.
+        integers: the linears whose values are rounded. The blocks and passes hold their unrounded, trained values.
         swept: passes of an earlier stage over the first sets of windows; the next pass takes the set after theirs.
     """
 
@@ -104,8 +103,7 @@ class _Masters:
     """The fp32 parameters of every block and Adam's moments, in a store: those of block i at 2i and 2i + 1.
 
     A parameter that several blocks use belongs to the first of them; the others borrow it. Another store holds the
-    parameters after the best pass, unless that is pass 0: the state before the first pass.
-    """
+    parameters after the best pass, unless that is pass 0, the state before the first pass."""
 
     def __init__(self, task: SweepTask) -> None:
         self.task, self.chain, self.integers = task, task.feed.chain, task.integers
@@ -176,10 +174,7 @@ class _Masters:
         self, flat: Tensor, index: int, *, running: bool = False, written: bool = False
     ) -> dict[str, nn.Parameter]:
         """:meth:`views`, and the parameters that the block borrows, which are the same objects under all their names.
-
-        With ``running``, values are on the grids of :class:`Integers`; with ``written``, they are rounded as they would
-        be written now, too.
-        """
+        With ``running``, values are on the grids of :class:`Integers`; with ``written``, also rounded as on disk."""
         views: dict[int, dict[str, nn.Parameter]] = {}
         for at in [index, *dict.fromkeys(at for at, _ in self._aliases[index].values())]:
             if at not in views:
@@ -187,8 +182,9 @@ class _Masters:
                 if (running or written) and self.integers is not None:
                     views[at] = self.integers.of(views[at], self.chain, at)
                 if written:
-                    dtypes = self._dtypes[at]
-                    views[at] = {n: nn.Parameter(as_written(p, dtypes[n])) for n, p in views[at].items()}
+                    for name, parameter in views[at].items():
+                        memory, disk = self._dtypes[at][name]
+                        views[at][name] = nn.Parameter(parameter.detach().to(memory).to(disk).float())
         return {**views[index], **{name: views[at][first] for name, (at, first) in self._aliases[index].items()}}
 
     def borrowed(self, index: int) -> dict[str, str]:
@@ -232,20 +228,16 @@ def check_sweepable(chain: Chain) -> None:
 
 @torch.no_grad()
 def sweep(task: SweepTask) -> list[SweepPass]:
-    """Fits the kept weights, biases and norms of all blocks to the dense model's predictions; zeros stay zero.
+    """Fits the kept weights, biases and norms of all blocks to the dense model's predictions; zeros stay zero. Returns
+    the divergence before the first pass and after each.
 
     The result is the state with the least divergence on held-out windows, which may be the one at the start. States are
     judged with weights rounded as they will be written. A harmful pass is undone, and later passes take smaller steps.
-    The loss is ``KL(dense ‖ pruned)``, averaged over tokens.
-
-    Returns:
-        The divergence before the first pass and after each.
+    The loss is ``KL(dense ‖ pruned)``, averaged over tokens. :func:`check_sweepable` comes before.
 
     Raises:
         NumericalError: the divergence is not finite at the start.
-        ModelError: a weight is used in a block and outside the blocks.
     """
-    check_sweepable(task.feed.chain)
     assert task.dense is None or not task.fresh, "the dense model's states belong to one set"
     history = task.saved.last.history if task.saved is not None and task.saved.last is not None else []
     masters = _Masters(task)
@@ -293,12 +285,9 @@ def _passes(task: SweepTask, run: _Run, history: list[SweepPass]) -> list[SweepP
 
 
 def _start(task: SweepTask, run: _Run, train: list[_Step], judges: list[_Step]) -> SweepPass:
-    """The state before the first pass, with the learning rate for the sweep.
-
-    The rate by rule is proportional to the square of the divergence. Where that is small, it may be far too small for
-    a model whose gradients have little noise. So a few steps are tried at rates that rise, each from the start, as long
-    as they lower the held-out divergence further.
-    """
+    """The state before the first pass, with the learning rate for the sweep: proportional to the square of the
+    divergence. Where that is small, it may be far too small for a model whose gradients have little noise. So a few
+    steps are tried at rates that rise, each from the start, as long as they lower the held-out divergence further."""
     with task.feed.chain.outer():
         start = run.judge(judges)
         if not math.isfinite(start):
@@ -376,10 +365,9 @@ class _Run:
         self, chain: Chain, windows: Tensor, stream: Stream, dense: Sequence[Tensor], masters: _Masters
     ) -> None:
         self.chain, self.windows, self.stream, self.dense, self.masters = chain, windows, stream, dense, masters
-        self.starts = [0]
-        for batch in dense:
-            self.starts.append(self.starts[-1] + len(batch))
-        self._in_fp32 = Float32Calls()
+        self.starts = [0, *itertools.accumulate(map(len, dense))]
+        # A call that several batches or blocks share is converted once.
+        self._in_fp32: Callable[[Call], Call] = functools.cache(methodcaller("to", torch.float32))
 
     def steps(self) -> list[_Step]:
         """The steps of a pass over the windows of all processes, in order."""
@@ -427,11 +415,11 @@ class _Run:
                 assert gradient is not None
                 for name in used:
                     parameters[name].grad = used[name].grad  # straight through the rounding
-            for first, name in masters.borrowed(index).items():
-                _add_gradient(waiting, first, parameters[name].grad)
             trained = {name: parameters[name] for name in masters.shapes[index]}
+            for first, name in [*masters.borrowed(index).items(), *((n, n) for n in trained.keys() & waiting.keys())]:
+                if (part := parameters[name].grad) is not None:
+                    waiting[first] = waiting[first] + part if first in waiting else part
             for name in trained.keys() & waiting.keys():
-                _add_gradient(waiting, name, trained[name].grad)
                 trained[name].grad = waiting.pop(name)
             if piece is not None and masters.integers is not None:
                 masters.integers.pull_back(trained, used, chain, index)
@@ -456,9 +444,3 @@ class _Run:
         loss = divergence_from(self.chain, self.dense[piece.batch][piece.rows], ids)
         total, slope = through_head(self.chain, hidden, ids, loss, gradient=gradient)
         return total, slope / ids.numel() if gradient else slope
-
-
-def _add_gradient(sums: dict[str, Tensor], name: str, gradient: Tensor | None) -> None:
-    """Adds a gradient to the sum of this name, if there is one."""
-    if gradient is not None:
-        sums[name] = sums[name] + gradient if name in sums else gradient
