@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +23,6 @@ FLAGS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 PATIENCE = 120_000  # milliseconds, on a busy machine
-SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
-
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium")
 
 
@@ -49,19 +46,16 @@ def pages(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "scheme"),
-    [
-        ("run", "phone", "light"),
-        ("comparison", "desktop", "dark"),
-    ],
+    ("name", "scheme", "size"), [("run", "light", (390, 844)), ("comparison", "dark", (1280, 900))]
 )
-def test_a_page(name: str, size: str, scheme: str, browser: Any, pages: dict[str, Path]) -> None:
-    width, height = SIZES[size]
+def test_a_page_draws_and_is_accessible(
+    name: str, scheme: str, size: tuple[int, int], browser: Any, pages: dict[str, Path]
+) -> None:
+    width, height = size
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     context.set_default_timeout(PATIENCE)
     page = context.new_page()
-    said: list[str] = []
-    asked: list[str] = []
+    said, asked = list[str](), list[str]()
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
@@ -71,8 +65,6 @@ def test_a_page(name: str, size: str, scheme: str, browser: Any, pages: dict[str
     assert charts.count() > 4
     assert page.locator("[data-figure] .main-svg").count() >= charts.count()
     assert page.evaluate("document.documentElement.scrollWidth") == width  # only tables scroll sideways
-    if folder := os.environ.get("SPARSELLM_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}-{size}-{scheme}.png", full_page=True)
     serious = [
         (each["id"], [node["html"][:120] for node in each["nodes"]])
         for each in axe.Axe().run(page).response["violations"]

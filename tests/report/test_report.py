@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import re
 import struct
@@ -48,23 +47,10 @@ def test_nothing_is_loaded_from_anywhere(opt: Page, half: Page) -> None:
         assert not re.search(r"@import|url\(", page.one("style").text)
         policy = page.one("meta", **{"http-equiv": "Content-Security-Policy"}).attributes["content"]
         assert policy.startswith("default-src 'none'; script-src 'sha256-")
-        script = page.all("script")[-1].attributes, "".join(page.all("script")[-1].parts)
-        assert script[0] == {}
-        allowed = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
-        assert f"'sha256-{allowed}'" in policy
+        script = page.all("script")[-1]
+        allowed = base64.b64encode(hashlib.sha256("".join(script.parts).encode()).digest()).decode()
+        assert (script.attributes, f"'sha256-{allowed}'" in policy) == ({}, True)
         assert "unsafe-inline" not in policy.split("style-src")[0]
-
-
-def test_headings_landmarks_and_language(opt: Page) -> None:
-    assert opt.one("html").attributes["lang"] == "en"
-    assert len(opt.all("main")) == len(opt.all("header")) == len(opt.all("footer")) == len(opt.all("h1")) == 1
-    levels = [int(element.tag[1]) for element in opt.elements if re.fullmatch("h[1-6]", element.tag)]
-    assert levels[0] == 1
-    assert all(later - earlier <= 1 for earlier, later in itertools.pairwise(levels))
-    ids = [element.attributes["id"] for element in opt.elements if "id" in element.attributes]
-    assert len(ids) == len(set(ids))
-    links = [link.attributes["href"].removeprefix("#") for link in opt.all("a")]
-    assert set(links) <= set(ids)
 
 
 def test_every_chart_has_a_text_and_a_table(opt: Page) -> None:
@@ -75,6 +61,7 @@ def test_every_chart_has_a_text_and_a_table(opt: Page) -> None:
         assert ids[chart.attributes["aria-labelledby"]].text
         assert len(ids[chart.attributes["aria-describedby"]].text) > 20
     assert len(opt.all("details")) == len(charts)
+    assert {link.attributes["href"].removeprefix("#") for link in opt.all("a")} <= ids.keys()
 
 
 def test_it_shows_the_numbers_of_the_run(opt: Page, runs: Path) -> None:
@@ -138,13 +125,6 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
     assert not half.all("pre", **{"aria-label": "Commands that pack and measure"})
 
 
-def test_an_evaluation_without_the_dense_model(copied: Path) -> None:
-    (copied / "results.json").write_text(json.dumps(results(31.4, dense=None, benchmarks=[])))
-    page = page_of(write_report(copied))
-    assert "not measured 31.4 (28.26–34.54)" in page.one("table", **{"class": "headline"}).text
-    assert "--against" in page.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
-
-
 def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:
     assert [quote.text for quote in half.all("blockquote")] == ["two </script><script>alert(1)</script>", "three"]
     assert len(half.all("script")) == 3
@@ -168,8 +148,10 @@ OPTIONAL = (
 
 def test_a_record_of_an_older_release_is_read(copied: Path) -> None:
     rewrite(copied / "pruning.json", **dict.fromkeys(OPTIONAL))
-    (copied / "results.json").unlink()
+    (copied / "results.json").write_text(json.dumps(results(31.4, dense=None, benchmarks=[])))
     page = page_of(write_report(copied))
+    assert "not measured 31.4 (28.26–34.54)" in page.one("table", **{"class": "headline"}).text
+    assert "--against" in page.one("pre", **{"aria-label": "Commands that measure what is missing"}).text
     assert page.one("h1").text == "a model, pruned to 50%"
     assert page.figures().keys() == {"sparsity-map", "error-map", "allocation"}
 
@@ -188,18 +170,14 @@ def test_time_and_memory_are_said_next_to_their_predictions(copied: Path) -> Non
     assert f"{said}4.00 GB were predicted." in page.one("p", id="text-time").text
 
 
-def test_errors_that_are_no_numbers_are_left_out(copied: Path) -> None:
+def test_what_a_checkpoint_lacks_is_left_out(copied: Path) -> None:
     linears = json.loads((copied / "pruning.json").read_text())["linears"]
     linears[0]["error"], linears[1]["error"] = float("nan"), float("inf")
     rewrite(copied / "pruning.json", linears=linears)
+    (copied / "model-00002-of-00004.safetensors").unlink()
     page = page_of(write_report(copied))
     assert page.figures()["error-map"]["data"][0]["z"][0][0] is None
     assert page.rows("Error of each linear")[1][1] == "–"
-
-
-def test_a_checkpoint_without_weights_says_why_there_is_no_picture(copied: Path) -> None:
-    (copied / "model-00002-of-00004.safetensors").unlink()
-    page = page_of(write_report(copied))
     assert "No picture of a mask" in page.one("main").text
     assert page.all("img") == []
 
@@ -234,7 +212,7 @@ def test_files_that_are_wrong(name: str, content: str | None, said: str, copied:
     assert sorted(copied.iterdir()) == before
 
 
-@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "x" * 300, "link", None])
+@pytest.mark.parametrize("place", ["a file", "a folder", "nowhere", "", "link", None])
 def test_places_that_are_refused(place: str | None, copied: Path, tmp_path: Path, run: Any) -> None:
     (tmp_path / "a file").write_text("mine")
     (tmp_path / "a folder").mkdir()
@@ -246,19 +224,24 @@ def test_places_that_are_refused(place: str | None, copied: Path, tmp_path: Path
     assert (tmp_path / "a file").read_text() == (copied / "report.html").read_text() == "mine"
 
 
+def pruned(runs: Path, out: Path) -> tuple[PruneResult, str]:
+    """A run and what it says."""
+    notes: list[str] = []
+    recipe = Recipe(**{**SMALL, "method": "magnitude"})
+    result = prune(runs / "dense-llama", recipe, out=out, progress=lambda event: notes.append(event.detail))
+    return result, "\n".join(notes)
+
+
 def test_without_the_extra_the_checkpoint_is_complete(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document._library.cache_clear()
     monkeypatch.setitem(sys.modules, "plotly", None)
-    notes: list[str] = []
-    result = prune(
-        runs / "dense-llama", Recipe(**SMALL), out=tmp_path / "p", progress=lambda event: notes.append(event.detail)
-    )
+    result, said = pruned(runs, tmp_path / "p")
     assert result.report is None
     assert not (tmp_path / "p" / "report.html").exists()
-    said = "report.html was not written: a report needs the package plotly: pip install 'sparsellm[report]'; afterwards"
-    assert any(note.startswith(f"{said} `sparsellm report {tmp_path / 'p'}`") for note in notes)
+    missing = "a report needs the package plotly: pip install 'sparsellm[report]'; afterwards"
+    assert f"report.html was not written: {missing} `sparsellm report {tmp_path / 'p'}`" in said
     with pytest.raises(MissingExtraError, match=r"pip install 'sparsellm\[report\]'"):
         write_report(tmp_path / "p")
     assert "<table>" in result._repr_html_()
@@ -267,27 +250,18 @@ def test_without_the_extra_the_checkpoint_is_complete(
 def test_a_report_that_fails_does_not_cost_the_checkpoint(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError("a mistake")
-
-    monkeypatch.setattr(document, "render_run", fail)
-    notes: list[str] = []
-    prune(runs / "dense-llama", Recipe(**SMALL), out=tmp_path / "p", progress=lambda event: notes.append(event.detail))
-    assert (tmp_path / "p" / "config.json").is_file()
-    assert any("report.html was not written: ZeroDivisionError: a mistake; afterwards" in note for note in notes)
+    monkeypatch.setattr(document, "render_run", lambda *_: 1 / 0)
+    assert "report.html was not written: ZeroDivisionError: division by zero; afterwards" in pruned(runs, tmp_path)[1]
+    assert (tmp_path / "config.json").is_file()
 
 
-def test_the_result_in_a_notebook(tmp_path: Path) -> None:
-    model = tiny_llama()
+def test_the_result_in_a_notebook() -> None:
     ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))
-    result: PruneResult = prune(model, Recipe(method="wanda", sparsity=0.5, options={}), calibration=ids)
+    result = prune(tiny_llama(), Recipe(method="wanda", sparsity=0.5), calibration=ids)
     page = Page(result._repr_html_())
     assert page.all("script") == page.all("style") == []
-    assert page.rows("wanda 50%: 50.0% zeros in the blocks")[-1][:3] == [
-        "all pruned linears",
-        f"{result.weights:,}",
-        "50.0%",
-    ]
+    last = page.rows("wanda 50%: 50.0% zeros in the blocks")[-1]
+    assert last[:3] == ["all pruned linears", f"{result.weights:,}", "50.0%"]
 
 
 def test_experts_are_one_cell_of_a_block(copied: Path) -> None:
