@@ -49,13 +49,13 @@ def test_a_path_calibrates_on_its_file(llama: Path, tmp_path: Path) -> None:
     """Statistics of the file, not of pydoc: the weights are those of the same text given by its name."""
     (tmp_path / "my.txt").write_text(TEXT)
     recipe = {**FAST, "method": "wanda"}
-    by_path = sparsellm.prune(llama, recipe, calibration=tmp_path / "my.txt")
-    by_name = sparsellm.prune(llama, recipe, calibration=str(tmp_path / "my.txt"))
-    assert by_path.recipe.calibration == str(tmp_path / "my.txt")
-    assert by_path.model is not None
-    assert by_name.model is not None
-    other = by_name.model.state_dict()
-    assert all(torch.equal(value, other[name]) for name, value in by_path.model.state_dict().items())
+    pruned = []
+    for calibration in (tmp_path / "my.txt", str(tmp_path / "my.txt")):
+        result = sparsellm.prune(llama, recipe, calibration=calibration)
+        assert result.recipe.calibration == str(tmp_path / "my.txt")
+        assert result.model is not None
+        pruned.append(result.model.state_dict())
+    assert all(torch.equal(value, pruned[1][name]) for name, value in pruned[0].items())
 
 
 IDS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -113,13 +113,10 @@ def test_rows_with_text_are_documents(llama: Path, tmp_path: Path) -> None:
         ("a\0.txt", "text file 'a\\x00.txt'"),
         (Path("pydoc"), "does not exist"),
         (["a text", "another"], "not windows of ids"),
-        ([], "is []"),
         ([1, 2, 3], "must be integers of shape (windows"),
         ([[1, 2], [3]], "not windows of ids"),
-        ([[1.0, 2.0]], "must be integers"),
         ([[1, 10**30]], "not windows of ids"),
         ([[-1, 2]], "the vocabulary has"),
-        ([[1], [2]], "2 or more"),
         (torch.ones(3), "2 or more"),
         (torch.ones(2, 4, dtype=torch.bool), "must be integers"),
         (torch.ones(2, 4, dtype=torch.int64, device="meta"), "ordinary tensor"),
@@ -152,7 +149,6 @@ def test_ids_decide_the_window(llama: Path) -> None:
 REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (sparsellm.prune, {"model": None}, "model is None: give a checkpoint directory"),
     (sparsellm.prune, {"model": torch.nn.Linear(2, 2)}, "or a transformers model"),
-    (sparsellm.prune, {"model": "x" * 5000}, "5000 bytes"),
     (sparsellm.prune, {"model": "a\0b"}, "null byte"),
     (sparsellm.prune, {"model": "~no-such-user/x"}, "no such user"),
     (sparsellm.prune, {"recipe": 5}, "recipe is 5"),
@@ -160,19 +156,17 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (sparsellm.prune, {"recipe": {1: 2}}, "give a mapping of fields"),
     (sparsellm.prune, {"recipe": "none.yaml"}, "cannot read none.yaml"),
     (sparsellm.prune, {"out": 5}, "out is 5: give a path"),
-    (sparsellm.prune, {"out": "x" * 250}, "250 bytes"),
     (sparsellm.prune, {"overwrite": "yes"}, "overwrite is 'yes': it should be a valid boolean"),
     (sparsellm.prune, {"progress": "x"}, "progress is 'x': it should be callable"),
     (sparsellm.prune, {"teacher": 3}, "teacher is 3"),
     (sparsellm.evaluate, {"seq_len": 1}, "seq_len is 1: it should be greater than or equal to 2"),
-    (sparsellm.evaluate, {"seq_len": True}, "seq_len is True: it should be a valid integer"),
     (sparsellm.evaluate, {"max_tokens": 0}, "max_tokens is 0"),
-    (sparsellm.evaluate, {"max_tokens": 10**5000}, "max_tokens is an integer of 16610 bits"),
     (sparsellm.evaluate, {"device": ""}, "device is ''"),
     (sparsellm.evaluate, {"device": "opencl"}, "here: cpu"),
     (sparsellm.evaluate, {"dtype": torch.int8}, "dtype is 'int8': it should be 'auto', 'float32'"),
     (sparsellm.evaluate, {"against": 4}, "against is 4"),
     (sparsellm.evaluate, {"tasks": ["a", 3]}, "tasks[1] is 3"),
+    (sparsellm.evaluate, {"tasks": ["a"], "tasks_dir": "/nowhere"}, "tasks_dir is '/nowhere'"),
     (sparsellm.inspect, {"model": tiny_llama()}, "give a checkpoint directory"),
     (sparsellm.pack, {"out": ""}, "out is ''"),
     (sparsellm.pack, {"values": 8}, "values is 8"),
@@ -193,13 +187,6 @@ def test_an_argument_is_refused_before_the_work(
     }
     refused(lambda: call(**{**given.get(call, {}), **changes}), RecipeError, said)
     assert not list(tmp_path.iterdir())
-
-
-def test_missing_and_unknown_arguments_are_type_errors() -> None:
-    with pytest.raises(TypeError, match="model"):
-        sparsellm.prune()  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="colour"):
-        sparsellm.prune("demo", colour=1)  # type: ignore[call-arg]
 
 
 def test_types_of_torch_and_numpy_are_taken_by_name(llama: Path) -> None:
@@ -223,14 +210,8 @@ def test_a_message_is_one_printable_line() -> None:
     for _ in range(10_000):
         deep = [deep]
     assert shown(deep) == "a list"
-    assert shown([10**5000]) == "a list"
     assert shown(10**5000) == "an integer of 16610 bits"
-    assert len(shown("x" * 10**6)) <= 160
-
-
-def test_a_long_value_is_cut_in_the_middle_and_its_end_stays() -> None:
     text = shown("/data/" + "x" * 5000 + "/corpus.txt")
     assert len(text) == 160
     assert text.startswith("'/data/xx")
     assert text.endswith("/corpus.txt'")
-    assert shown("/data/corpus.txt") == "'/data/corpus.txt'"

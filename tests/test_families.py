@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +38,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(name: str) -> PreTrainedModel:
-    return family(name)
-
-
-@pytest.fixture(scope="module")
-def source(name: str, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(model, None, tmp_path_factory.mktemp(name) / "dense")
+def source(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(family(name), None, tmp_path_factory.mktemp(name) / "dense")
 
 
 @pytest.fixture(scope="module")
@@ -148,21 +146,16 @@ def test_a_vision_tower_is_copied_and_said_so(build: Any, tmp_path: Path) -> Non
     assert all("vision" not in linear.name for linear in result.linears)
 
 
-def test_a_packed_model_is_saved_again_under_the_same_names(tmp_path: Path) -> None:
+def test_a_tower_stays_packed_under_its_names_and_is_not_loaded(tmp_path: Path) -> None:
     source = save_tiny(gemma3(), None, tmp_path / "dense")
     sparsellm.prune(source, RECIPE.updated(method="magnitude"), out=tmp_path / "p", calibration=IDS)
     sparsellm.pack(tmp_path / "p", out=tmp_path / "packed")
     sparsellm.load(tmp_path / "packed").save_pretrained(tmp_path / "again")
     sparsellm.unpack(tmp_path / "again", out=tmp_path / "unpacked")
     assert same(tensors(tmp_path / "unpacked"), tensors(tmp_path / "p"))
-
-
-def test_a_tower_is_not_loaded(tmp_path: Path) -> None:
-    source = save_tiny(gemma3(), None, tmp_path / "dense")
     chain = open_chain(source, device=torch.device("cpu"))
     with chain.outer():
-        tower = chain.model.get_submodule(chain.towers[0])
-        assert all(parameter.is_meta for parameter in tower.parameters())
+        assert all(parameter.is_meta for parameter in chain.model.get_submodule(chain.towers[0]).parameters())
 
 
 def test_a_text_model_of_a_multimodal_directory_is_read_back(tmp_path: Path) -> None:
@@ -184,3 +177,23 @@ def test_an_unknown_conversion_is_refused_before_the_work(tmp_path: Path, monkey
     assert "pass the model to prune()" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.glob("p*"))
+
+
+@pytest.mark.slow
+def test_the_script_tries_types_of_every_kind_and_writes_a_page(tmp_path: Path) -> None:
+    """One that is right, one with linears that no token reaches, one with convolutions, and two that are refused."""
+    wanted = {
+        "gpt_neox": "right",
+        "marian": "right",
+        "mamba2": "right, some dense",
+        "cpmant": "in part",
+        "xlm": "refused",
+    }
+    page, script = tmp_path / "families.md", Path(__file__).parents[1] / "benchmarks" / "families.py"
+    command = [sys.executable, str(script), "--out", str(page), "--types", *wanted]
+    paths = os.pathsep.join([str(Path(sparsellm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    assert {row[0].removeprefix("| "): row[1] for row in rows} == wanted
+    assert "5 types built with transformers" in page.read_text(encoding="utf-8")

@@ -16,13 +16,12 @@ from sparsellm.hub.card import base_of, is_unedited, rebuild_card
 from tests.allocation.helpers import windows
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
-PERPLEXITY = {"value": 14.37, "low": 13.9, "high": 14.9, "of_a_later_release": 1}
 EVALUATION: dict[str, Any] = {
     "protocol": {
         "text": "wikitext2", "digest": "ab", "window": 512, "windows": 8, "tokens": 4088, "bos": "yes",
         "dtype": "float32",
     },
-    "perplexity": PERPLEXITY,
+    "perplexity": {"value": 14.37, "low": 13.9, "high": 14.9, "of_a_later_release": 1},
     "against": {
         "model": "/home/me/dense", "perplexity": {"value": 12.5, "low": 12.1, "high": 12.9},
         "kl": 0.123, "kl_low": 0.1, "kl_high": 0.15, "agreement": 0.81, "recovery": 0.9,
@@ -100,33 +99,27 @@ def test_after_an_evaluation_the_card_has_the_results_with_their_protocol(pruned
     assert run("card", pruned)[0] == 0  # its own card is replaced again and again
 
 
-def test_what_was_never_evaluated_has_no_new_card(pruned: Path, run: Any) -> None:
-    code, _, stderr = run("card", pruned.parent)
-    assert (code, stderr.strip().count("\n")) == (2, 0)
-    assert "has no pruning.json; give a checkpoint that `sparsellm prune` has written" in stderr
+def test_what_was_never_pruned_or_evaluated_has_no_new_card(pruned: Path, run: Any) -> None:
     before = (pruned / "README.md").read_bytes()
-    for prepare in (lambda: None, lambda: results(pruned)):
-        prepare()
-        code, stdout, stderr = run("card", pruned)
-        assert (code, stdout) == (2, "")
-        assert "was never evaluated; run `sparsellm eval`" in stderr
-        assert stderr.strip().count("\n") == 0
+    said = {pruned.parent: "has no pruning.json; give a checkpoint that", pruned: "was never evaluated; run `sparsellm"}
+    for directory, part in said.items():
+        code, stdout, stderr = run("card", directory)
+        assert (code, stdout, stderr.strip().count("\n")) == (2, "", 0)
+        assert part in stderr
     assert (pruned / "README.md").read_bytes() == before
 
 
 def test_an_edited_card_is_kept_unless_forced(pruned: Path, run: Any) -> None:
     results(pruned, EVALUATION)
     card = pruned / "README.md"
-    for edited in (card.read_text().replace("Not evaluated yet", "Excellent"), "# mine\n", ""):
-        card.write_text(edited)
-        code, _, stderr = run("card", pruned)
-        assert code == 2
-        assert "--force replaces it" in stderr
-        assert card.read_text() == edited
+    edited = card.read_text().replace("Not evaluated yet", "Excellent")
+    card.write_text(edited)
+    code, _, stderr = run("card", pruned)
+    assert code == 2
+    assert "--force replaces it" in stderr
+    assert card.read_text() == edited
     assert run("card", pruned, "--force")[0] == 0
     assert "14.37" in card.read_text()
-    card.unlink()
-    assert run("card", pruned)[0] == 0
 
 
 def test_texts_of_others_are_no_markup(pruned: Path) -> None:
@@ -166,9 +159,7 @@ def test_the_base_model_is_a_name_of_the_hub_or_unknown(
     assert base_of("owner/name", tmp_path) == {}  # a directory of that name
 
 
-@pytest.mark.parametrize(
-    "card", [b"\xff\xfe", b"---\nlicense: [\n---\n", b"---\n- a\n---\n", b"---\nlicense: !!x y\n---\n"]
-)
+@pytest.mark.parametrize("card", [b"\xff\xfe", b"---\nlicense: [\n---\n", b"---\n- a\n---\n"])
 def test_a_card_of_the_dense_model_that_cannot_be_read_states_no_license(card: bytes, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(card)
     assert base_of("x", tmp_path) == {}
