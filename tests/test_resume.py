@@ -17,7 +17,7 @@ from pydantic import create_model
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain
-from sparsellm.errors import NumericalError, StorageError
+from sparsellm.errors import DataError, NumericalError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.progress import Progress
 from sparsellm.run import journal
@@ -303,6 +303,13 @@ def test_another_run_is_refused(
     assert all(part in str(refused.value) for part in [*said, "--restart"]), str(refused.value)
     assert tree(partial_of(unfinished)) == before
     assert sparsellm.prune(source, recipe, out=unfinished, restart=True).resumed == 0
+
+
+def test_a_restart_with_bad_input_removes_nothing(source: Path, unfinished: Path) -> None:
+    before = tree(partial_of(unfinished))
+    with pytest.raises(DataError, match="tokens"):
+        sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, calibration=[{"text": "Too short."}], restart=True)
+    assert tree(partial_of(unfinished)) == before
 
 
 def test_memory_place_and_shards_make_no_other_run(unfinished: Path, tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ from sparsellm.hub.push import Pushed, push_checkpoint
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Evaluation, Protocol
+from sparsellm.run import prune as story
 from sparsellm.run.counts import MatrixZeros, inspect_block
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.run.opening import default_seq_len, open_model
 from sparsellm.run.plan import Request
 from sparsellm.run.result import PruneResult
-from sparsellm.run.stages import prune_in_stages
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.reader import as_storage_error
 from sparsepack.loading import load
@@ -76,7 +76,7 @@ def prune(  # noqa: PLR0913 - the Python door
     settled = settle_calibration(Recipe.of(recipe), given)
     text = None if isinstance(given, str) else given  # the recipe contains a source
     request = Request(model, settled, out, text, tokenizer, overwrite, restart, trust_remote_code, teacher)
-    return prune_in_stages(request, progress)
+    return story.prune(request, progress)
 
 
 @checked

@@ -28,7 +28,7 @@ from sparsellm.records import PRUNING, Record, Settings, read_pruning, read_reco
 from sparsellm.report.comparison import write_comparison
 from sparsellm.report.document import write_report
 from sparsellm.run.plan import Request
-from sparsellm.run.stages import prune_in_stages
+from sparsellm.run.prune import prune
 from sparsellm.storage.files import explained, replace_atomically, write_all
 from sparsellm.storage.results import append_result
 from sparsepack.codes import resolve_value_type
@@ -245,7 +245,7 @@ def _measure(
         pruned = read_pruning(place)
         _check_same(place, pruned.recipe, recipe.model_dump(mode="json", exclude={"memory", "samples", "seq_len"}))
     else:
-        pruned = prune_in_stages(request, progress).record
+        pruned = prune(request, progress).record
     packed = pack(
         place, out=f"{place}{PACKED}", values=protocol.values, overwrite=True, restart=True, progress=progress
     )

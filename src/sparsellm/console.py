@@ -169,17 +169,11 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
     for name in names:
         within = [part for part in longest if parts and part.startswith(f"{name}/")]
         for each in (name, *within):
-            step, share = f"{'  ' * ('/' in each)}{_named(each)}", seconds[each] / (total or 1)
+            step, share = f"{'  ' * ('/' in each)}{_PHASES.get(each, each)}", seconds[each] / (total or 1)
             shown.add_row(step, duration(seconds[each]), f"{share:.0%}", style="dim" if "/" in each else None)
     shown.add_section()
     shown.add_row("all", duration(total), "", style="bold")
     return shown
-
-
-def _named(phase: str) -> str:
-    """A phase for readers; that of a run of two stages ends in its number, as in ``sweep, stage 1``."""
-    name, comma, stage = phase.partition(", ")
-    return f"{_PHASES.get(name, name)}{comma}{stage}"
 
 
 # ---------------------------------------------------------------------- progress
@@ -220,7 +214,7 @@ def _can_redraw(console: Console) -> bool:
 
 def _step(event: Event) -> str:
     """The phase and the step in work."""
-    name = _named(event.phase)
+    name = _PHASES.get(event.phase, event.phase)
     return one_line(f"{name}: {event.detail}" if event.detail else name)
 
 
@@ -271,7 +265,7 @@ class _Display:
     def _finish(self, phase: str) -> None:
         took = self._forecast.seconds.get(phase, 0.0)
         if phase and (self._verbose or took >= LONG_PHASE):
-            say(f"{_named(phase)}: {duration(took)}", error=True)
+            say(f"{_PHASES.get(phase, phase)}: {duration(took)}", error=True)
             self._said = self._forecast.elapsed
 
     def _done(self) -> str:

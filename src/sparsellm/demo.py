@@ -17,7 +17,7 @@ from sparsellm.recipe import Recipe
 from sparsellm.records import Against, Benchmark, Continuation, Evaluation, Settings
 from sparsellm.report.document import write_report
 from sparsellm.run.plan import Request
-from sparsellm.run.stages import prune_in_stages
+from sparsellm.run.prune import prune
 from sparsellm.sources.cache import cache_dir
 from sparsellm.sources.resolve import checkpoint_directory
 from sparsellm.storage.directory import check_destination
@@ -101,7 +101,7 @@ def run_demo(
     progress(plan_of_phases(COSTS))
     with clock.phase("prune"):
         request = Request(dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME)
-        result = prune_in_stages(request, progress)
+        result = prune(request, progress)
     with phase("pack"):
         pack(pruned, out=packed, overwrite=overwrite, restart=restart, progress=progress)
     with phase("evaluate"):

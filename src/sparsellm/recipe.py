@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 1 << 31  # in all calibration windows together, whose ids alone take 16 GiB
 MOST_SEED = (1 << 63) - 1
-SWEEP = ("effort", "passes", "sets", "stages", "sweep_rate")  # fields for methods that a sweep may follow
+SWEEP = ("effort", "passes", "sets", "sweep_rate")  # fields for methods that a sweep may follow
 
 SOURCES, DEVICES = ("pydoc", "self", "wikitext2", "ptb", "c4", "hub:"), ("cpu", "cuda", "mps", "auto")  # for a shell
 WHAT, CALIBRATION, RESOURCES = "What to prune", "Calibration", "Resources"  # panels of --help
@@ -131,9 +131,6 @@ class Recipe(BaseModel):
     sets: Annotated[Integer | None, Field(ge=1, le=8)] = None
     """Sets of calibration windows that the blocks take in turn; null: 1 without a sweep, 2 with one pass, 4 with three
     or more."""
-    stages: Annotated[Integer | None, Field(ge=1, le=2)] = None
-    """2: first prune so that 1.5 times as many weights stay, sweep, then prune to the sparsity; null: 2 from 80 % on
-    with three passes or more."""
     sweep_rate: Annotated[float | None, Field(gt=0)] = None
     """Learning rate of the sweep; null: by the divergence at its start."""
     calibration: Annotated[Source, Option(CALIBRATION, "SOURCE", values=SOURCES)] = "pydoc"

@@ -218,15 +218,6 @@ class Base(Record):
     license_link: str | None = None
 
 
-class EarlierStage(Record):
-    """A stage before the last, at a lower sparsity."""
-
-    sparsity_pruned: float
-    sweeps: list[SweepPass] = []
-    seconds: dict[str, Seconds] = {}
-    peak_rss_bytes: Count = 0
-
-
 class RunRecord(Record):
     """What is known of a run; with its recipe, the contents of ``pruning.json``.
 
@@ -240,7 +231,6 @@ class RunRecord(Record):
         peak_rss_bytes: the peak memory of one process, in this run or an earlier start of it.
         calibration_bos: whether every calibration window begins with BOS: ``yes``, ``no``, or ``given`` for token ids.
         allocation: for per-layer sparsities that are not uniform: ``name``, and the allocation's own report.
-        stages: the stages before the last.
         identity: everything that the bits of the result depend on.
     """
 
@@ -266,7 +256,6 @@ class RunRecord(Record):
     warnings: list[str] = []
     allocation: Settings = {}
     sweeps: list[SweepPass] = []
-    stages: list[EarlierStage] = []
     identity: Settings = {}
 
     @computed_field  # type: ignore[prop-decorator]

@@ -68,16 +68,6 @@ def prune_case(name: str) -> dict[str, Any]:
     }
 
 
-TWO_STAGES: dict[str, Any] = {
-    "sparsity": 0.8, "samples": 6, "seq_len": 24, "batch_tokens": 48, "passes": 2, "stages": 2
-}  # fmt: skip
-
-
-def prune_in_two_stages(folder: Path) -> None:
-    """Prunes ``folder/dense`` from the disk into a directory named by the number of processes."""
-    sparsellm.prune(folder / "dense", Recipe(**TWO_STAGES), out=folder / f"p{parallel.size()}")
-
-
 def leave(folder: Path, name: str, found: Any) -> None:
     torch.save(found, folder / f"{name}-{parallel.rank()}-of-{parallel.size()}.pt")
 

@@ -230,9 +230,6 @@ def _sweep_chart(pruning: Pruning) -> Chart | None:
         kept = "no pass was better, so the weights before it were kept"
     text = "KL(dense ‖ pruned) in nats a token on held-out windows: "
     text += f"{number(passes[0].held_out)} before the first pass; {kept}."
-    for stage in pruning.stages:
-        left = number(min((each.held_out for each in stage.sweeps), default=None))
-        text += f" A first stage, at sparsity {stage.sparsity_pruned:.0%}, was left at {left}."
     series: dict[str, Values] = {
         "held-out windows": [each.held_out for each in passes],
         "windows of the pass": [each.train for each in passes],

@@ -41,7 +41,6 @@ class Identity:
     computing: str  # dtype and kind of device
     plugins: dict[str, str]  # digests of the plugins that the run uses
     start: str = ""  # digest of the weights that are pruned, if they are not the dense model's
-    stage: int = 0  # 1 for the first stage of a run of two
 
 
 @dataclass(frozen=True)

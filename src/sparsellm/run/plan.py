@@ -20,7 +20,7 @@ from sparsellm.chain.streams import check_forward, windows_of
 from sparsellm.patterns import count_zeros
 from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, plan_of_phases
 from sparsellm.recipe import Recipe
-from sparsellm.records import EarlierStage, Memory
+from sparsellm.records import Memory
 from sparsellm.run.choice import Choice, patterns_of
 from sparsellm.run.fingerprint import (
     model_fingerprint,
@@ -53,9 +53,6 @@ class Request:
     Attributes:
         name: the model's name in reports, in place of the one that it was given by.
         shared: results that several requests of one process share, see :meth:`once`.
-        both: the recipe of both stages, if this run is one of two.
-        before: the report of the first stage, if this run is the second.
-        is_complete: whether ``out`` has the result, and a plan is made to compare its identity only.
     """
 
     model: Model
@@ -69,19 +66,11 @@ class Request:
     teacher: str | os.PathLike[str] | None = None
     name: str = ""
     shared: dict[Hashable, object] = field(default_factory=dict)
-    both: Recipe | None = None
-    before: EarlierStage | None = None
-    is_complete: bool = False
 
     @property
     def dense(self) -> Model:
         """The dense model: the teacher if there is one, else the model itself."""
         return self.model if self.teacher is None else self.teacher
-
-    @property
-    def passes_before(self) -> int:
-        """Passes of the sweep of the first stage, whose windows the second does not take again."""
-        return len(self.before.sweeps) - 1 if self.before is not None else 0
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of ``make``, computed once for the same key in all requests that share."""
@@ -134,7 +123,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         SparseLLMError: model, text, recipe or destination are wrong in a way that shows before the work.
     """
     recipe, ids = request.recipe, request.calibration
-    choice, both = Choice.of(recipe), request.both or recipe
+    choice = Choice.of(recipe)
     request.destination()
     with clock.phase("open"):
         progress(Progress("open", 0, 1))
@@ -148,14 +137,14 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
             trust=request.trust_remote_code,
         )
         chain = model.chain
-        choice = choice.on(patterns_of(chain, recipe).values(), both.values)
+        choice = choice.on(patterns_of(chain, recipe).values(), recipe.values)
         copies = 2 if choice.passes else 1  # a sweep writes the blocks again, and the walk's are kept until the end
-        disk_bytes = 0 if request.is_complete else copies * checkpoint_bytes(chain)
+        disk_bytes = copies * checkpoint_bytes(chain)
         if choice.passes:
             check_sweepable(chain)
         out = request.destination(model.sources, disk_bytes)
     with clock.phase("calibration"):
-        windows = _windows(request, choice, model, Choice.of(both).passes, progress)
+        windows = _windows(request, choice, model, progress)
         check_forward(chain, windows.first, token_states=choice.token_states)
         machine.trim()
     recipe = recipe.updated(samples=len(windows.first), seq_len=windows.first.shape[1])
@@ -168,15 +157,13 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     if request.teacher is not None and not choice.passes:
         warnings.append("no sweep follows, so the teacher changes no weight; it is what the report compares with")
     journal = Journal(out, len(chain), restart=request.restart, overwrite=False)
-    demand = _demand(choice, windows, journal, unrounded=both.values != "keep" and choice.passes > 0)
+    demand = _demand(choice, windows, journal, unrounded=recipe.values != "keep" and choice.passes > 0)
     memory = parallel.together(partial(plan_memory, chain, demand, recipe.memory, sharers=parallel.on_this_machine()))
     progress(Progress(NOTE, 1, 1, described(memory)))
     with clock.phase("check"):
         progress(Progress("check", 0, 1))
-        dense, started = model_fingerprint(chain, progress), ""
-        if model.start is not None:
-            swept = f" after {request.passes_before} passes" if request.before is not None else ""
-            started = start_fingerprint(model.start, progress) + swept
+        dense = model_fingerprint(chain, progress)
+        started = start_fingerprint(model.start, progress) if model.start is not None else ""
         warnings += [*chain.unused(), *_already_pruned(model)]
     products = ", products in bf16" if chain.products is not None else ""
     identity = Identity(
@@ -186,17 +173,16 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
         computing=f"{chain.dtype} on {chain.device.type}{products}",
         plugins=plugins.loaded(),
         start=started,
-        stage=int(request.both is not None and request.before is None),
     )
     disk_bytes += int(parallel.total(memory.hidden_on_disk_bytes))
     return Plan(request, recipe, choice, out, model, windows, memory, disk_bytes, identity, tuple(warnings))
 
 
-def _windows(request: Request, choice: Choice, model: Opened, passes: int, progress: ProgressCallback) -> Windows:
-    """The calibration windows, also for ``passes`` passes of all stages; before that, the prediction of the phases."""
+def _windows(request: Request, choice: Choice, model: Opened, progress: ProgressCallback) -> Windows:
+    """The calibration windows; before that, the prediction of the phases."""
     recipe, chain = request.recipe, model.chain
-    if not choice.passes or chain.reader is None:
-        passes = 0  # the sweep takes new windows where the dense model can run, and one in memory is not dense any more
+    # The sweep takes new windows where the dense model can run, and one in memory is not dense any more.
+    passes = choice.passes if chain.reader is not None else 0
     seq_len = recipe.seq_len or default_seq_len(chain)
     drawn = choice.sets * recipe.samples + passes * windows_of_pass(recipe.samples)
     written = drawn * seq_len if recipe.calibration == "self" else 0

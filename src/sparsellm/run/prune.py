@@ -41,27 +41,17 @@ class Pruned:
 
 
 def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
-    """Prunes the model of a request and, if it names a directory, writes it there.
+    """Prunes the model of a request, from the block that an earlier process reached, and writes it to ``out``.
 
     Raises:
         SparseLLMError: a subclass of it that names the cause.
     """
     progress, clock = progress if parallel.is_main() else ignore, PhaseClock()
-    return execute(make_plan(request, clock, progress), clock, progress)
-
-
-def execute(plan: Plan, clock: PhaseClock, progress: ProgressCallback) -> PruneResult:
-    """Executes a plan, from the block that an earlier process reached.
-
-    Raises:
-        SparseLLMError: a subclass of it that names the cause.
-    """
-    chain, request = plan.chain, plan.request
+    plan = make_plan(request, clock, progress)
+    chain = plan.chain
     with Journal(plan.out, len(chain), restart=request.restart, overwrite=request.overwrite) as journal:
         journal.open(plan.identity, plan.disk_bytes)
         finished = journal.finished(progress)
-        if request.before is not None:
-            clock.add(request.before.seconds)
         for record in finished:
             clock.add(record.seconds)
         first, swept = plan.windows.own[0], plan.windows.swept
@@ -168,7 +158,6 @@ def _sweep(
                 saved=saved,
                 fresh=others,
                 integers=integers_of(plan, linears),
-                swept=plan.request.passes_before,
             )
         )
     if dense is not None:
@@ -185,20 +174,16 @@ def _result(
     predicted: dict[str, float],
     clock: PhaseClock,
 ) -> PruneResult:
-    """The result of a run, with the warnings that follow from it. A second stage reports both."""
-    chain, before, allocation = plan.chain, plan.request.before, targets.allocation
+    """The result of a run, with the warnings that follow from it."""
+    chain, recipe, allocation = plan.chain, plan.recipe, targets.allocation
     with clock.phase("count"):
-        dense = parallel.from_main(partial(left_dense, chain, plan.recipe, pruned.linears, journal.written))
+        dense = parallel.from_main(partial(left_dense, chain, recipe, pruned.linears, journal.written))
     warnings = [
         *plan.warnings,
         *other_conditions(list(finished)),
-        *few_tokens(pruned.linears, plan.recipe.min_tokens_per_expert),
+        *few_tokens(pruned.linears, recipe.min_tokens_per_expert),
     ]
-    warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, plan.recipe.sparsity)
-    recipe, peak = plan.recipe, max(machine.peak_rss(), pruned.peak)
-    if before is not None:
-        recipe = (plan.request.both or recipe).updated(samples=recipe.samples, seq_len=recipe.seq_len)
-        peak = max(peak, before.peak_rss_bytes)
+    warnings += unreached(pruned.linears) + shortfall(pruned.linears, dense, recipe.sparsity)
     return PruneResult(
         path=plan.out,
         model=plan.model.in_memory,
@@ -209,7 +194,7 @@ def _result(
         bits_per_weight=bits_per_weight(recipe, pruned.linears),
         linears=pruned.linears,
         seconds=clock.seconds,
-        peak_rss_bytes=max(parallel.gather(peak)),
+        peak_rss_bytes=max(parallel.gather(max(machine.peak_rss(), pruned.peak))),
         calibration_tokens=plan.windows.first.numel(),
         calibration_bos=plan.windows.bos,
         predicted_seconds=predicted,
@@ -221,7 +206,6 @@ def _result(
         processes=parallel.size(),
         dense=dense,
         base=_base(plan),
-        stages=[before] if before is not None else [],
         identity=asdict(plan.identity),
     )
 

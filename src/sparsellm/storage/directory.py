@@ -35,12 +35,6 @@ def partial_of(out: str | os.PathLike[str]) -> Path:
     return place.with_name(f"{place.name}{PARTIAL}")
 
 
-def stage_of(out: str | os.PathLike[str]) -> Path:
-    """The checkpoint from which the last stage of a run into ``out`` begins."""
-    place = Path(os.path.realpath(out))
-    return place.with_name(f"{place.name}.stage")
-
-
 def left_in(partial: Path) -> dict[str, object] | None:
     """The identity of the unfinished run in a working directory, empty if its record is damaged; None without a run."""
     path = partial / STATE / RUN

@@ -80,7 +80,6 @@ class SweepTask:
         fresh: this process's windows for later passes, one tensor a pass; after the last, the sets come again in turn.
             ``dense`` must then be None. A sweep soon fits the windows it has seen.
         integers: the linears whose values are rounded. The blocks and passes hold their unrounded, trained values.
-        swept: passes of an earlier stage over the first sets of windows; the next pass takes the set after theirs.
     """
 
     feed: Feed
@@ -93,7 +92,6 @@ class SweepTask:
     saved: SavedSweep | None = None
     fresh: Sequence[Tensor] = ()
     integers: Integers | None = None
-    swept: int = 0
 
     def pruned(self, index: int) -> CheckpointReader | None:
         return self.blocks[index] if self.blocks is not None else None
@@ -261,7 +259,7 @@ def _passes(task: SweepTask, run: _Run, history: list[SweepPass]) -> list[SweepP
         done, passes = number - first, task.passes - first + 1  # passes of this process
         with contextlib.ExitStack() as stack:
             trained, steps = run, train
-            turn = (task.swept + number - 1) % (1 + len(task.fresh))  # 0: the first set, without what is held out
+            turn = (number - 1) % (1 + len(task.fresh))  # 0: the first set, without what is held out
             if turn:
                 trained = stack.enter_context(_on(task, masters, task.fresh[turn - 1], done, passes))
                 steps = trained.steps()
