@@ -6,7 +6,9 @@ import importlib
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -31,42 +33,39 @@ def pruned(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> str:
+def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("\n".join(f"Line {line} of a text that is neither long nor about anything." for line in range(80)))
-    return str(path)
+    return path
 
 
-def printed(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a script prints."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    threads = torch.get_num_threads()
-    try:
-        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-    finally:
-        torch.set_num_threads(threads)
-    return capsys.readouterr().out
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a script prints when it runs with some words."""
+
+    def run(script: str, *words: object) -> str:
+        monkeypatch.syspath_prepend(str(SCRIPTS))
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        threads = torch.get_num_threads()
+        try:
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        finally:
+            torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run
 
 
-def rows_of(output: str) -> list[list[str]]:
-    """The rows under the heading of a printed table."""
+def rows_of(output: str, key: int = 0) -> dict[str, list[str]]:
+    """The rows under the heading of a printed table: the name in one column -> the cells after it."""
     lines = [line for line in output.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+    return {row[key]: row[key + 1 :] for row in rows}
 
 
-def table(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    """The rows under the heading that a script prints, by their first cell."""
-    return {row[0]: row[1:] for row in rows_of(printed(script, monkeypatch, capsys, *arguments))}
-
-
-def test_tuning_keeps_zeros_and_says_so(
-    pruned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tuning_keeps_zeros_and_says_so(pruned: Path, text: Path, tmp_path: Path, printed: Any) -> None:
     common = ("--train-window", "16", "--window", "16", "--windows", "4", "--steps", "4", "--rate", "0.01")
-    rows = table(
-        "tuning.py", monkeypatch, capsys, str(pruned), "--text", text, "--train", text, *common, "--out", str(tmp_path)
-    )
+    rows = rows_of(printed("tuning.py", pruned, "--text", text, "--train", text, *common, "--out", tmp_path))
     assert rows.keys() == {"pruned", "full", "lora"}
     for way in ("full", "lora"):
         _, _, perplexity, zeros, same = rows[way]
@@ -76,14 +75,13 @@ def test_tuning_keeps_zeros_and_says_so(
         assert AutoModelForCausalLM.from_pretrained(tmp_path / way) is not None
 
 
-def test_the_forms_of_a_model_are_counted_and_scored(
-    pruned: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_forms_of_a_model_are_counted_and_scored(pruned: Path, text: Path, tmp_path: Path, printed: Any) -> None:
     common = ("--window", "16", "--windows", "4", "--new-tokens", "2", "--prompt-tokens", "3", "--repeats", "1")
-    rows = table(
-        "instead.py", monkeypatch, capsys, "--text", text, "--model", str(pruned), "--pruned", f"0.6={pruned}",
-        *common, "--values", "keep", "int8", "--skip", "torchao", "--out", str(tmp_path / "out"),
+    output = printed(
+        "instead.py", "--text", text, "--model", pruned, "--pruned", f"0.6={pruned}", *common,
+        "--values", "keep", "int8", "--skip", "torchao", "--out", tmp_path / "out",
     )  # fmt: skip
+    rows = rows_of(output)
     assert rows.keys() == {"dense fp32", "dense bf16", "packed 60%, keep", "packed 60%, int8"}
     dense = AutoModelForCausalLM.from_pretrained(pruned)
     megabytes = resident_bytes(dense, linears_only=True) / 1e6
@@ -93,16 +91,14 @@ def test_the_forms_of_a_model_are_counted_and_scored(
     assert float(rows["packed 60%, keep"][4]) == pytest.approx(float(rows["dense fp32"][4]), rel=1e-3)
 
 
-def test_the_frontier_counts_scores_and_draws_every_form(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_frontier_counts_scores_and_draws_every_form(text: Path, tmp_path: Path, printed: Any) -> None:
     dense = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    rows = table(
-        "frontier.py", monkeypatch, capsys, "--text", text, "--model", str(dense), "--calibration", text,
-        "--samples", "8", "--window", "16", "--max-tokens", "64", "--effort", "0",
-        "--cells", str(tmp_path / "cells.json"), "--picture", str(tmp_path / "frontier.svg"),
+    output = printed(
+        "frontier.py", "--text", text, "--model", dense, "--calibration", text, "--samples", 8, "--window", 16,
+        "--max-tokens", 64, "--effort", 0, "--cells", tmp_path / "cells.json", "--picture", tmp_path / "frontier.svg",
         "--forms", "sparsellm 50% int8", "sparsellm 50% int4", "sparsellm 0% int8",
     )  # fmt: skip
+    rows = rows_of(output)
     assert rows.keys() == {"sparsellm 0% int8", "sparsellm 50% int8", "sparsellm 50% int4"}
     bits, divergences = ({name: float(row[column]) for name, row in rows.items()} for column in (1, 2))
     assert bits["sparsellm 50% int4"] < bits["sparsellm 50% int8"]
@@ -113,7 +109,7 @@ def test_the_frontier_counts_scores_and_draws_every_form(
 
 
 def test_perplexity_against_time_is_listed_and_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, printed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cell(perplexity: float, seconds: float) -> dict[str, float]:
         return {"perplexity": perplexity, "seconds": 9, "cpu_seconds": seconds, "peak_rss_bytes": 2e9}
@@ -132,11 +128,11 @@ def test_perplexity_against_time_is_listed_and_drawn(
     monkeypatch.setenv("BENCHMARK_CODE", "code")
     common = (
         "--model", "there", "--text", "heldout.txt", "--calibration", "train.txt", "--samples", "8", "--window", "16",
-        "--max-tokens", "64", "--targets", "0.7", "--cells", str(file),
+        "--max-tokens", "64", "--targets", "0.7", "--cells", file,
     )  # fmt: skip
     picture = tmp_path / "pareto.svg"
-    output = printed("pareto.py", monkeypatch, capsys, *common, "--only-known", "--picture", str(picture))
-    rows = {row[1]: row[2:] for row in rows_of(output)}
+    output = printed("pareto.py", *common, "--only-known", "--picture", picture)
+    rows = rows_of(output, key=1)
     assert rows.keys() == {
         "magnitude", "sparsegpt", "sparsellm, effort 0", "sparsellm-paper", "llmcompressor: sparsegpt",
         "llmcompressor: wanda",
@@ -149,7 +145,7 @@ def test_perplexity_against_time_is_listed_and_drawn(
     assert {"70% zeros", "magnitude 4,000 ↑", "sparsegpt 40.0", "sparsegpt 50.0", "effort 0 20.0"} <= drawn
     assert not any("as published" in str(node) for node in drawn)
     same = ("--methods", "sparsegpt", "sparsellm", "--effort", "0")  # there is no such model to make a cell from
-    assert [row[3] for row in rows_of(printed("quality.py", monkeypatch, capsys, *common, *same))] == ["1.000", "0.500"]
+    assert [row[1] for row in rows_of(printed("quality.py", *common, *same), key=1).values()] == ["1.000", "0.500"]
     assert json.loads(file.read_text()) == known
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,28 +16,17 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Chain, Feed, open_chain
 from sparsellm.chain.capture import InputGroups, watch
-from sparsellm.errors import ModelError
+from sparsellm.errors import ModelError, StorageError
 from tests.models import VOCABULARY, families, save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 
 CPU = torch.device("cpu")
 
 
-def gemma2() -> PreTrainedModel:
-    """Blocks with different masks, and logits that are capped."""
-    return families.family("Gemma2")
-
-
-FAMILIES = [tiny_llama, tiny_opt, tiny_gpt2, gemma2]
-Family = Callable[..., PreTrainedModel]
+FAMILIES = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2, "gemma2": partial(families.family, "Gemma2")}
 
 
 def ids(samples: int = 3, seq: int = 20) -> torch.Tensor:
     return torch.randint(VOCABULARY, (samples, seq), generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.__name__)
-def family(request: pytest.FixtureRequest) -> Family:
-    return request.param
 
 
 def hooked(model: PreTrainedModel, modules: list[nn.Module]) -> list[Any]:
@@ -50,20 +40,28 @@ def hooked(model: PreTrainedModel, modules: list[nn.Module]) -> list[Any]:
     return [output[0] if isinstance(output, tuple) else output for output in seen]
 
 
+def run_by_blocks(chain: Chain) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The hidden states after each block, and the logits."""
+    stream, hidden = Feed(chain, ids(), 60).stream(), []
+    for index in range(len(chain)):
+        with chain.block(index):
+            stream.advance(index)
+        hidden.append(torch.cat(list(stream.hidden)))
+    with chain.outer():
+        return hidden, chain.finish(hidden[-1], ids())
+
+
 @pytest.mark.parametrize("lazily", [False, True])
-def test_the_chain_run_block_by_block_equals_the_whole_model(family: Family, lazily: bool, tmp_path: Path) -> None:
-    model = family()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_chain_run_block_by_block_equals_the_whole_model(name: str, lazily: bool, tmp_path: Path) -> None:
+    model = FAMILIES[name]()
     chain = open_chain(save_tiny(model, None, tmp_path) if lazily else model, device=CPU)
     expected = hooked(model, list(Chain(model, None, device=CPU, dtype=None).blocks))
     with torch.no_grad():
         logits = model(ids(), use_cache=False).logits
-    stream = Feed(chain, ids(), 60).stream()
-    for index in range(len(chain)):
-        with chain.block(index):
-            stream.advance(index)
-        assert torch.equal(torch.cat(list(stream.hidden)), expected[index])
-    with chain.outer():
-        assert torch.equal(chain.finish(torch.cat(list(stream.hidden)), ids()), logits)
+    hidden, found = run_by_blocks(chain)
+    assert all(map(torch.equal, hidden, expected))
+    assert torch.equal(found, logits)
 
 
 def test_linears_are_grouped_by_input_in_the_order_they_run() -> None:
@@ -108,13 +106,7 @@ def test_a_checkpoint_of_the_bare_base_model_is_read(tmp_path: Path) -> None:
     model = tiny_gpt2()
     model.transformer.save_pretrained(tmp_path)  # the hub's gpt2 looks like this: no 'transformer.' in the names
     model.config.save_pretrained(tmp_path)
-    chain = open_chain(tmp_path, device=CPU)
-    stream = Feed(chain, ids(), 60).stream()
-    for index in range(len(chain)):
-        with chain.block(index):
-            stream.advance(index)
-    with chain.outer():
-        logits = chain.finish(torch.cat(list(stream.hidden)), ids())
+    logits = run_by_blocks(open_chain(tmp_path, device=CPU))[1]
     assert torch.equal(logits, model(ids(), use_cache=False).logits)
 
 
@@ -135,8 +127,6 @@ def test_equal_masks_of_equal_batches_are_kept_once() -> None:
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    from sparsellm.errors import StorageError
-
     save_tiny(tiny_llama(), None, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
@@ -168,7 +158,6 @@ def rearranged(arrange: Callable[[nn.ModuleList], list[Any]]) -> PreTrainedModel
     ("arrange", "told"),
     [
         (lambda layers: [*layers, *layers], r"calls model\.layers\.0 more than once"),
-        (lambda layers: [layers[0], *layers], r"calls model\.layers\.0 more than once"),
         (lambda layers: [layers[1], layers[0], layers[2]], r"calls model\.layers\.1 before model\.layers\.0"),
         (lambda layers: [layers[0], layers[1]], r"does not call model\.layers\.2"),
         (

@@ -69,13 +69,11 @@ def test_a_comparison_says_what_is_kept(llama: Path, tmp_path: Path, run: Any) -
     assert "1 of 3 blocks are done" in go_on(line, run)
 
 
-@pytest.mark.parametrize("words", [["eval", "{llama}", "--text", "pydoc"], ["inspect", "{llama}"]], ids=lambda w: w[0])
-def test_a_command_that_keeps_nothing_says_so(words: list[str], llama: Path, tmp_path: Path) -> None:
-    command = [word.format(llama=llama) for word in words]
+def test_a_command_that_keeps_nothing_says_so(llama: Path, tmp_path: Path) -> None:
+    command = ["eval", str(llama), "--text", "pydoc"]
     code, line = stopped(tmp_path, signal.SIGINT, *command)
     again = shlex.join(["sparsellm", *command])
-    assert code == 130
-    assert line == f"interrupted (SIGINT); this command keeps nothing: start it again with  {again}"
+    assert (code, line) == (130, f"interrupted (SIGINT); this command keeps nothing: start it again with  {again}")
 
 
 def test_a_swallowed_signal_stops_the_run_at_its_next_step(llama: Path, tmp_path: Path) -> None:
@@ -131,25 +129,23 @@ def held(reached: list[str], signum: int, error: Exception | None = None) -> Non
     reached.append("after")
 
 
-@pytest.mark.parametrize("signum", CODES, ids=lambda signum: signum.name)
 @pytest.mark.parametrize("error", [None, OSError("the disk is gone")], ids=["no error", "an error"])
-def test_held_postpones_to_its_end(signum: signal.Signals, error: Exception | None) -> None:
+def test_held_postpones_to_its_end(error: Exception | None) -> None:
     reached: list[str] = []
     with pytest.raises(interrupts.Interrupted) as stopped, interrupts.installed():
-        held(reached, signum, error)
+        held(reached, signal.SIGTERM, error)
     assert reached == ["inner", "outer"]
-    assert interrupts.received() == signum
+    assert interrupts.received() == signal.SIGTERM
     assert stopped.value.__context__ is error
     assert not isinstance(stopped.value, Exception)  # no handler of errors swallows it
 
 
 def test_held_postpones_what_python_itself_would_do() -> None:
     reached: list[str] = []
-    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         held(reached, signal.SIGINT)
     assert reached == ["inner", "outer"]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_forked_child_ends_by_its_own_signal() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import sparsellm
 from sparsellm import PruneResult, Recipe, plugins
-from sparsellm.errors import NumericalError, RecipeError, StorageError
+from sparsellm.errors import RecipeError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.solvers import SOLVERS
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
@@ -117,13 +117,10 @@ def test_what_is_defined_in_a_file_has_a_module(tmp_path: Path) -> None:
 
 BROKEN: dict[str, tuple[str, list[str]]] = {
     "a name twice": (SOLVER.format(name="wanda"), ["solver 'wanda' is registered twice", "another name"]),
-    "the name of a method": (SOLVER.format(name="sparsellm"), ["'sparsellm' is registered twice"]),
     "a syntax error": ("x = 1\ndef (", ["SyntaxError", "line 2"]),
-    "an error": ("import json\njson.loads('')", ["JSONDecodeError", "line 2"]),
     "an exit": ("raise SystemExit(0)", ["SystemExit"]),
     "a module that is missing": ("import not_there", ["ModuleNotFoundError", "not_there", "line 1"]),
     "no end": ("def f(): f()\nf()", ["RecursionError", "line 1"]),
-    "half of it": (SOLVER.format(name="mine") + "\n1 / 0", ["ZeroDivisionError", "line 9"]),
 }
 
 
@@ -137,9 +134,7 @@ def test_a_broken_plugin_is_one_line(what: str, tmp_path: Path) -> None:
     assert plugins.loaded() == {}
 
 
-@pytest.mark.parametrize(
-    "name", ["no.py", "{tmp}", "{tmp}/.py", "not_there", "sparsellm.not_there", "..x", "", " ", "a\0b"]
-)
+@pytest.mark.parametrize("name", ["no.py", "{tmp}", "{tmp}/.py", "not_there", "sparsellm.not_there", "..x", "", "a\0b"])
 def test_a_plugin_that_is_not_there_is_one_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"\.py") as caught:  # what to give instead
         plugins.load_plugin(name.format(tmp=tmp_path))
@@ -159,9 +154,8 @@ def test_a_run_does_not_go_on_with_a_plugin_that_was_changed(
         return sparsellm.prune(llama, recipe, out=tmp_path / "p")
 
     whole = SOLVER.format(name="mine")
-    failing = whole.replace("    return SOLVERS", "    if pattern: raise NumericalError('on fire')\n    return SOLVERS")
-    with pytest.raises(NumericalError, match="on fire"):
-        prune(f"from sparsellm.errors import NumericalError\n{failing}")
+    with pytest.raises(ZeroDivisionError):
+        prune(whole.replace("    return SOLVERS", "    1 / 0\n    return SOLVERS"))
     with pytest.raises(StorageError, match=r"plugins\.s\.py is '\w{64}' there and '\w{64}' here"):
         prune(whole)
     plugins.load_plugin(source)
