@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -36,7 +37,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIG
 RECIPE: dict[str, Any] = {"method": "sparsegpt", "sparsity": 0.6, "samples": 4, "seq_len": 24, "batch_tokens": 48}
 FLOAT: dict[str, Any] = {**RECIPE, "dtype": "float32"}
 SWEEPING: dict[str, Any] = {**FLOAT, "method": "sparsellm", "effort": 0, "passes": 3, "sweep_rate": 0.0007}
-HALF_ON_DISK = 2 * 24 * 32 * 4  # bytes of one of the two batches of hidden states
+# Bytes of one of the two batches of hidden states. Runs in this process hold both: a small budget changes no bit.
+HALF_ON_DISK = 2 * 24 * 32 * 4
 Files = tuple[dict[str, Any], Counter[str]]
 
 
@@ -86,7 +88,7 @@ def finish(source: Path, out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     return contents(out)
 
 
-@pytest.mark.parametrize("kind", ["read", "solve", "write", "sync", "rename", "remove"])
+@pytest.mark.parametrize("kind", ["read", "solve", "write"])
 def test_killed_once(kind: str, source: Path, uncut: Files, tmp_path: Path) -> None:
     (number,) = some(1, uncut[1][kind], seed=len(kind))
     assert run(source, tmp_path / "p", FLOAT, (kind, number)).code == KILLED
@@ -99,16 +101,12 @@ def test_killed_again_and_again(source: Path, uncut: Files, tmp_path: Path) -> N
     assert finish(source, tmp_path / "p", FLOAT) == uncut[0]
 
 
-@pytest.mark.parametrize(
-    ("kind", "back"),
-    [("remove", 0), ("rename", 0), ("rename", 3), ("write", None), ("rename", None), ("sync", None)],
-)
-def test_killed_in_the_sweep(kind: str, back: int | None, source: Path, swept: Files, tmp_path: Path) -> None:
-    """At its end (the result gets its name, files are removed), and at a random step of the second half."""
-    steps = swept[1][kind]
-    number = steps - (back if back is not None else some(1, steps // 2, seed=len(kind))[0])
-    assert run(source, tmp_path / "p", SWEEPING, (kind, number)).code == KILLED
-    assert finish(source, tmp_path / "p", SWEEPING) == swept[0], number
+@pytest.mark.parametrize(("kind", "back"), [("remove", 0), ("rename", 0), ("rename", 3), ("write", 40), ("sync", 9)])
+def test_killed_in_the_sweep(kind: str, back: int, source: Path, swept: Files, tmp_path: Path) -> None:
+    """Also at its end, where the result gets its name and files are removed."""
+    at = (kind, swept[1][kind] - back)
+    assert run(source, tmp_path / "p", SWEEPING, at).code == KILLED
+    assert finish(source, tmp_path / "p", SWEEPING) == swept[0]
 
 
 def test_a_model_that_writes_its_text_writes_the_same_again(source: Path, tmp_path: Path) -> None:
@@ -128,29 +126,25 @@ def test_a_saved_pass_is_not_swept_again_unless_damaged(
 
     def counted(self: Any, piece: Any, process: int, rate: float, number: int) -> float:
         steps.append(number)
-        if number == die_at:
-            raise NumericalError("the processor caught fire")
         return step(self, piece, process, rate, number)
 
     monkeypatch.setattr(whole_model._Run, "step", counted)
-    die_at = 0
-    sparsellm.prune(source, Recipe(**SWEEPING), out=tmp_path / "uncut")
-    count = len(steps) // 3
-    die_at = 2 * count + 1  # in the third pass
-    with pytest.raises(NumericalError):
-        sparsellm.prune(source, Recipe(**SWEEPING), out=out)
+    with monkeypatch.context() as patched:
+        fail_after_passes(2, patched)
+        with pytest.raises(NumericalError):
+            sparsellm.prune(source, Recipe(**SWEEPING), out=out)
+    count = len(steps) // 3  # of a pass
     if damaged:
         file = next((partial_of(out) / STATE / "sweep").glob("moments-002-*"))
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     steps.clear()
-    die_at = 0
     seen: list[Progress] = []
     sparsellm.prune(source, Recipe(**SWEEPING), out=out, progress=seen.append)
     assert steps == list(range(1 if damaged else 2 * count + 1, 3 * count + 1))
     shown = [event.done / event.total for event in seen if event.phase == "sweep"]
     assert shown == sorted(shown)
     assert shown[-1] == 1
-    assert contents(out) == contents(tmp_path / "uncut")
+    assert contents(out) == swept[0]
 
 
 def test_without_room_for_its_state_a_sweep_begins_anew(
@@ -183,8 +177,21 @@ def fail_in_block(index: int, patched: pytest.MonkeyPatch, after: int = 0) -> No
     patched.setattr(Chain, "block", failing)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_goes_on_with_the_same_bits(
+def fail_after_passes(saved: int, patched: pytest.MonkeyPatch) -> None:
+    """An error when the pass after ``saved`` ones is judged."""
+    judge, left = whole_model._Run.judge, [saved + 1]
+
+    def failing(self: Any, judges: Any) -> float:
+        left[0] -= 1
+        if left[0] < 0:
+            raise NumericalError("the processor caught fire")
+        return judge(self, judges)
+
+    patched.setattr(whole_model._Run, "judge", failing)
+
+
+@pytest.mark.parametrize("method", ["sparsellm", "sparsellm-paper"])
+def test_methods_of_whole_blocks_go_on_with_the_same_bits(
     method: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe(**{**FLOAT, "method": method, "allocation": "uniform"})
@@ -201,22 +208,17 @@ def test_every_method_goes_on_with_the_same_bits(
     assert contents(tmp_path / "p") == contents(tmp_path / "uncut")
 
 
-@pytest.mark.parametrize("blocks", [1, 2], ids=["one block", "all blocks"])
-def test_a_model_in_memory_goes_on(blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_the_end(_: CheckpointWriter) -> Path:
-        raise NumericalError("the very end")
-
+def test_a_model_in_memory_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it stopped in a block, and again at the very end."""
     ids, recipe = torch.arange(96).view(4, 24), Recipe(method="sparsegpt", sparsity=0.6)
     expected, model = tiny_opt(), tiny_opt()
     sparsellm.prune(expected, recipe, calibration=ids, out=tmp_path / "uncut")
-    with monkeypatch.context() as patched:
-        if blocks == 1:
-            fail_in_block(1, patched)
-        else:
-            patched.setattr(CheckpointWriter, "finish", at_the_end)
-        with pytest.raises(NumericalError):
-            sparsellm.prune(tiny_opt(), recipe, calibration=ids, out=tmp_path / "p")
-    assert sparsellm.prune(model, recipe, calibration=ids, out=tmp_path / "p").resumed == blocks
+    for stop in (lambda patched: fail_in_block(1, patched), lambda p: p.setattr(CheckpointWriter, "finish", None)):
+        with monkeypatch.context() as patched:
+            stop(patched)
+            with pytest.raises((NumericalError, TypeError)):
+                sparsellm.prune(tiny_opt(), recipe, calibration=ids, out=tmp_path / "p")
+    assert sparsellm.prune(model, recipe, calibration=ids, out=tmp_path / "p").resumed == 2
     assert contents(tmp_path / "p") == contents(tmp_path / "uncut")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
@@ -231,13 +233,20 @@ def test_a_full_disk_for_the_files_of_a_model_in_memory(tmp_path: Path, monkeypa
         sparsellm.prune(model, Recipe(method="magnitude"), calibration=torch.arange(96).view(4, 24), out=tmp_path / "p")
 
 
-@pytest.fixture
-def unfinished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of a run that ended in its last block; two blocks are done."""
-    with monkeypatch.context() as patched:
+@pytest.fixture(scope="module")
+def stopped(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of a run that ended in its last block; two blocks are done."""
+    out = tmp_path_factory.mktemp("stopped") / "p"
+    with pytest.MonkeyPatch.context() as patched:
         fail_in_block(2, patched)
         with pytest.raises(NumericalError):
-            sparsellm.prune(source, Recipe(**FLOAT), out=tmp_path / "p")
+            sparsellm.prune(source, Recipe(**FLOAT), out=out)
+    return partial_of(out)
+
+
+@pytest.fixture
+def unfinished(stopped: Path, tmp_path: Path) -> Path:
+    shutil.copytree(stopped, partial_of(tmp_path / "p"))
     return tmp_path / "p"
 
 
@@ -273,36 +282,36 @@ def test_time_and_memory_of_both_processes_count(source: Path, unfinished: Path)
     assert f"blocks up to 2 were pruned with torch 1.0, threads 64, those after them with {here}" in result.warnings[0]
 
 
-DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "sparsity": ({"sparsity": 0.5}, ["recipe.sparsity is 0.6 there and 0.5 here"]),
-    "seed": ({"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration_tokens is"]),
-    "weights": ({}, ["model is"]),
-    "config": ({}, ["model is"]),
-    "defaults": ({}, ["recipe.options.damping"]),  # another release may have another default
-}
+DIFFERENT: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("recipe", {"sparsity": 0.5}, ["recipe.sparsity is 0.6 there and 0.5 here"]),
+    ("recipe", {"seed": 3}, ["recipe.seed is 0 there and 3 here", "calibration_tokens is"]),
+    ("weights", {}, ["model is"]),
+    ("config", {}, ["model is"]),
+    ("defaults", {}, ["recipe.options.damping"]),  # another release may have another default
+]
 
 
-@pytest.mark.parametrize("what", DIFFERENT)
 def test_another_run_is_refused(
-    what: str, source: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes, said = DIFFERENT[what]
-    if what in ("weights", "config"):
+    for name, scale, epsilon in (("weights", 1.01, 1), ("config", 1.0, 2)):
         model = tiny_llama().to(torch.bfloat16)
-        model.model.layers[2].mlp.up_proj.weight.data *= 1.01 if what == "weights" else 1
-        model.config.rms_norm_eps *= 1 if what == "weights" else 2
-        source = save_tiny(model, tiny_tokenizer(), tmp_path / "other")
-    if what == "defaults":
-        entry = METHODS["sparsegpt"]
-        fields = {name: (each.annotation, each.default) for name, each in entry.options.model_fields.items()}
-        changed = create_model("sparsegpt", **{**fields, "damping": (float, 2 * fields["damping"][1])})
-        monkeypatch.setitem(METHODS, "sparsegpt", replace(entry, options=changed))
-    before, recipe = tree(partial_of(unfinished)), Recipe(**{**FLOAT, **changes})
-    with pytest.raises(StorageError) as refused:
-        sparsellm.prune(source, recipe, out=unfinished)
-    assert all(part in str(refused.value) for part in [*said, "--restart"]), str(refused.value)
-    assert tree(partial_of(unfinished)) == before
-    assert sparsellm.prune(source, recipe, out=unfinished, restart=True).resumed == 0
+        model.model.layers[2].mlp.up_proj.weight.data *= scale
+        model.config.rms_norm_eps *= epsilon
+        save_tiny(model, tiny_tokenizer(), tmp_path / name)
+    entry = METHODS["sparsegpt"]
+    fields = {name: (each.annotation, each.default) for name, each in entry.options.model_fields.items()}
+    changed = create_model("sparsegpt", **{**fields, "damping": (float, 2 * fields["damping"][1])})
+    before = tree(partial_of(unfinished))
+    for what, changes, said in DIFFERENT:
+        if what == "defaults":
+            monkeypatch.setitem(METHODS, "sparsegpt", replace(entry, options=changed))
+        place = tmp_path / what if what in ("weights", "config") else source
+        with pytest.raises(StorageError) as refused:
+            sparsellm.prune(place, Recipe(**{**FLOAT, **changes}), out=unfinished)
+        assert all(part in str(refused.value) for part in [*said, "--restart"]), str(refused.value)
+        assert tree(partial_of(unfinished)) == before
+    assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished, restart=True).resumed == 0
 
 
 def test_a_restart_with_bad_input_removes_nothing(source: Path, unfinished: Path) -> None:
@@ -334,12 +343,12 @@ def test_overwriting_resumes_and_keeps_the_old_one(source: Path, uncut: Files, t
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
-@pytest.mark.parametrize("at", [1, 5, 15])
-def test_a_full_disk_loses_nothing(at: int, source: Path, uncut: Files, unfinished: Path) -> None:
-    before = tree(partial_of(unfinished) / BLOCKS)
-    with full_disk(at), pytest.raises(StorageError, match="is full; make room and run the same command again"):
-        sparsellm.prune(source, Recipe(**FLOAT), out=unfinished)
-    assert before.items() <= tree(partial_of(unfinished) / BLOCKS).items()
-    assert not list(partial_of(unfinished).rglob("*.tmp"))  # the space of unfinished files is free again
+def test_a_full_disk_loses_nothing(source: Path, uncut: Files, unfinished: Path) -> None:
+    for at in (1, 5, 15):
+        before = tree(partial_of(unfinished) / BLOCKS)
+        with full_disk(at), pytest.raises(StorageError, match="is full; make room and run the same command again"):
+            sparsellm.prune(source, Recipe(**FLOAT), out=unfinished)
+        assert before.items() <= tree(partial_of(unfinished) / BLOCKS).items()
+        assert not list(partial_of(unfinished).rglob("*.tmp"))  # the space of unfinished files is free again
     assert sparsellm.prune(source, Recipe(**FLOAT), out=unfinished).resumed >= 2
     assert contents(unfinished) == uncut[0]

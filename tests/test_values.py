@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -17,9 +18,8 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Feed, open_chain
 from sparsellm.errors import NumericalError, StorageError
-from sparsellm.methods import METHODS
+from sparsellm.patterns import parse_pattern
 from sparsellm.solvers import rounding
-from sparsellm.storage.directory import partial_of
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import whole_model
 from sparsellm.sweep.integers import Integers
@@ -29,20 +29,14 @@ from sparsepack.codes import exponents_of_text
 from sparsepack.grid import Groups, on_grid
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import mixtral
-from tests.sweep.helpers import CPU, dense_end, divergence, halved, ids_of, linear_weights, sharing_llama
-from tests.test_resume import RECIPE, contents, fail_in_block
+from tests.shares import violations
+from tests.storage.small import tensors_of
+from tests.sweep.helpers import CPU, dense_end, divergence, halved, ids_of, linear_weights, same_bits, sharing_llama
+from tests.test_resume import RECIPE, contents, fail_after_passes, fail_in_block
 
 LOCAL: dict[str, Any] = {"method": "sparsegpt"}
 GLOBAL: dict[str, Any] = {"method": "sparsellm", "effort": 0}
 SWEPT: dict[str, Any] = {"method": "sparsellm", "passes": 2, "sweep_rate": 0.003}
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
-def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def is_on_grid(result: sparsellm.PruneResult, name: str, weight: Tensor) -> bool:
@@ -60,22 +54,36 @@ def uneven(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    family: Callable[..., PreTrainedModel] = request.param
-    dtype = torch.float32 if family is tiny_opt else torch.bfloat16
-    return save_tiny(uneven(family()).to(dtype), tiny_tokenizer(), tmp_path / "dense")
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sparsellm.PruneResult]:
+    """A model of int4 in fp32 whose columns have exponents."""
+    source = save_tiny(uneven(tiny_llama()), tiny_tokenizer(), tmp_path_factory.mktemp("dense"))
+    out = tmp_path_factory.mktemp("int4") / "pruned"
+    return out, sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": "int4"}), out=out)
 
 
 @pytest.mark.parametrize(
-    ("fields", "values"), [(LOCAL, "int8"), (LOCAL, "int3"), (GLOBAL, "int4"), (SWEPT, "int4"), (SWEPT, "int8")]
+    ("family", "fields", "values"),
+    [
+        (tiny_gpt2, LOCAL, "int8"),
+        (tiny_opt, LOCAL, "int3"),
+        (tiny_llama, GLOBAL, "int4"),
+        (tiny_llama, SWEPT, "int4"),
+        (tiny_opt, SWEPT, "int4"),
+        (tiny_gpt2, SWEPT, "int8"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], source: Path, tmp_path: Path) -> None:
+def test_packing_the_result_loses_nothing(
+    family: Callable[..., PreTrainedModel], fields: dict[str, Any], values: str, tmp_path: Path
+) -> None:
+    dtype = torch.float32 if family is tiny_opt else torch.bfloat16
+    source = save_tiny(uneven(family()).to(dtype), tiny_tokenizer(), tmp_path / "dense")
     out = tmp_path / "pruned"
     result = sparsellm.prune(source, Recipe(**{**RECIPE, **fields, "values": values}), out=out)
     assert not sparsellm.pack(out, out=tmp_path / "packed", values=values).rounded
     sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
-    assert same(tensors(out), tensors(tmp_path / "again"))
+    assert same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
     assert any(each.exponents for each in result.linears)
     assert result.sparsity_pruned >= 0.6 - 1e-3
     report = json.loads((out / "pruning.json").read_text())
@@ -85,47 +93,61 @@ def test_packing_the_result_loses_nothing(values: str, fields: dict[str, Any], s
         assert min(each.held_out for each in result.sweeps[1:]) < result.sweeps[0].held_out
 
 
-def test_pack_says_what_it_rounds_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Without its pruning.json the exponents of a run are unknown, so its values are on no known grid."""
-    source = save_tiny(uneven(tiny_llama()).to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
-    result = sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": "int4"}), out=tmp_path / "pruned")
-    (tmp_path / "pruned" / "pruning.json").unlink()
-    packed = sparsellm.pack(tmp_path / "pruned", out=tmp_path / "packed", values="int4")
+def test_without_its_exponents_pack_says_what_it_rounds(
+    pruned: tuple[Path, sparsellm.PruneResult], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They stand in pruning.json; a value of an unknown grid is rounded to nearest."""
+    out, result = shutil.copytree(pruned[0], tmp_path / "pruned"), pruned[1]
+    (out / "pruning.json").unlink()
+    packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4")
     assert set(packed.rounded) == {each.name for each in result.linears if each.exponents}
     assert packed.to_dict()["rounded"] == packed.rounded
     print_packed(packed)
     assert f"note: {len(packed.rounded)} of {len(packed.linears)} linears were rounded" in capfd.readouterr().err
-    assert not sparsellm.pack(tmp_path / "pruned", out=tmp_path / "kept").rounded
+    sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
+    assert not same_bits(tensors_of(out), tensors_of(tmp_path / "again"))
+    assert not sparsellm.pack(out, out=tmp_path / "kept").rounded
 
 
-def test_bits_a_weight_are_those_of_the_packed_file(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama(hidden_size=64, intermediate_size=256), tiny_tokenizer(), tmp_path / "dense")
-    for values, pattern, near in (
-        ("int4", None, 0.02),
-        ("int3", None, 0.02),
-        ("int8", None, 0.02),
-        ("int4", "2:4", 0),
-        ("int8", "4:8", 0),
-        ("int3", "1:8", 0),
-    ):  # rows of other patterns keep different numbers of values, of which each counts an even one
-        name = f"{values}-{pattern}".replace(":", "-")
-        fields = {**RECIPE, "values": values, "pattern": pattern, "sparsity": 0.6 if pattern is None else None}
-        result = sparsellm.prune(
-            source, {key: value for key, value in fields.items() if value is not None}, out=tmp_path / name
-        )
-        packed = sparsellm.pack(tmp_path / name, out=tmp_path / f"packed-{name}", values=values).to_dict()
-        assert result.bits_per_weight == pytest.approx(packed["bits_per_weight"], abs=near, rel=1e-9), name
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"exponents": "12x"}, "exponents is '12x'"),
+        ({"exponents": "88"}, "2 exponents of"),
+        ({"name": "no such"}, "no such linear"),
+    ],
+)
+def test_exponents_that_do_not_fit_are_refused(
+    change: dict[str, str], said: str, pruned: tuple[Path, sparsellm.PruneResult], tmp_path: Path
+) -> None:
+    out = shutil.copytree(pruned[0], tmp_path / "pruned")
+    content = json.loads((out / "pruning.json").read_text())
+    next(linear for linear in content["linears"] if linear["exponents"]).update(change)
+    (out / "pruning.json").write_text(json.dumps(content))
+    with pytest.raises(StorageError, match=said):
+        sparsellm.pack(out, out=tmp_path / "packed", values="int4")
+    assert not (tmp_path / "packed").exists()
 
 
-def test_n_of_m_stays(tmp_path: Path) -> None:
-    recipe = Recipe(**{**RECIPE, "sparsity": 0.5, "pattern": "2:4", "values": "int4"})
-    model = tiny_opt()
-    sparsellm.prune(model, recipe, calibration=ids_of(4))
-    for name, weight in linear_weights(model).items():
-        assert bool(((weight != 0).view(-1, 4).sum(1) == 2).all()), name
+@pytest.mark.parametrize(
+    ("values", "goal", "near"),
+    [("int3", {}, 0.02), ("int4", {"pattern": "2:4"}, 0), ("int8", {"pattern": "4:8"}, 0)],
+    ids=["int3", "int4 2:4", "int8 4:8"],
+)  # rows that keep different numbers of values each count an even one
+def test_bits_a_weight_are_those_of_the_packed_file(
+    values: str, goal: dict[str, Any], near: float, tmp_path: Path
+) -> None:
+    source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
+    recipe = Recipe(**{**RECIPE, "sparsity": 0.5, **goal, "values": values})
+    result = sparsellm.prune(source, recipe, out=tmp_path / "pruned")
+    packed = sparsellm.pack(tmp_path / "pruned", out=tmp_path / "packed", values=values).to_dict()
+    assert result.bits_per_weight == pytest.approx(packed["bits_per_weight"], abs=near, rel=1e-9)
+    for linear in result.linears if recipe.pattern else ():
+        weight = tensors_of(tmp_path / "pruned")[f"{linear.name}.weight"]
+        assert violations(parse_pattern(recipe.pattern), weight) == 0
 
 
-@pytest.mark.parametrize("fields", [LOCAL, GLOBAL, SWEPT], ids=["local", "global", "swept"])
+@pytest.mark.parametrize("fields", [LOCAL, SWEPT], ids=["local", "swept"])
 def test_sparsity_0_is_quantisation(fields: dict[str, Any]) -> None:
     recipe = Recipe(**{**RECIPE, **fields, "sparsity": 0.0, "values": "int4"})
     dense, model, nearest = tiny_llama(), tiny_llama(), tiny_llama()
@@ -186,7 +208,9 @@ def test_the_judge_and_the_steps_see_rounded_values(monkeypatch: pytest.MonkeyPa
     assert swept.sweeps[0].held_out == pytest.approx(expected, rel=1e-3)
     assert losses[0] == pytest.approx(expected, rel=1e-3)
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "swept")
-    assert same(linear_weights(walked), linear_weights(written))  # no step was large enough to change a whole number
+    assert same_bits(
+        linear_weights(walked), linear_weights(written)
+    )  # no step was large enough to change a whole number
 
 
 def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,41 +252,16 @@ def test_straight_through(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(weight, linear_weights(plain)[name]), name
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_resumes_with_the_same_bits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in a block and in its second pass; blocks and passes hold unrounded values."""
     source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
-    swept = SWEPT if method == "sparsellm" else {}
-    fields = {**RECIPE, **swept, "method": method, "dtype": "float32", "allocation": "uniform"}
-    recipe = Recipe(**fields, values="int4")
+    recipe = Recipe(**{**RECIPE, **SWEPT, "values": "int4", "dtype": "float32", "allocation": "uniform"})
     sparsellm.prune(source, recipe, out=tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        fail_in_block(1, patched, after=2 if method == "sparsellm" else 0)
-        with pytest.raises(NumericalError):
-            sparsellm.prune(source, recipe, out=tmp_path / "p")
-    assert partial_of(tmp_path / "p").exists()
-    torch.manual_seed(12345)
-    assert sparsellm.prune(source, recipe, out=tmp_path / "p").resumed == 1
-    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
-
-
-def test_a_sweep_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stops in its second pass; blocks and passes hold unrounded values."""
-    source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(**{**RECIPE, **SWEPT, "values": "int4", "dtype": "float32"})
-    sparsellm.prune(source, recipe, out=tmp_path / "whole")
-    judge, judged = _Run.judge, 0
-
-    def failing(self: Any, judges: Any) -> float:
-        nonlocal judged
-        judged += 1
-        if judged > 2:
-            raise NumericalError("the processor caught fire")
-        return judge(self, judges)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(_Run, "judge", failing)
-        with pytest.raises(NumericalError):
-            sparsellm.prune(source, recipe, out=tmp_path / "p")
+    for stop, place in ((partial(fail_in_block, after=2), 1), (fail_after_passes, 1)):
+        with monkeypatch.context() as patched:
+            stop(place, patched)
+            with pytest.raises(NumericalError):
+                sparsellm.prune(source, recipe, out=tmp_path / "p")
     assert sparsellm.prune(source, recipe, out=tmp_path / "p").resumed == 3
     assert contents(tmp_path / "p") == contents(tmp_path / "whole")
 
@@ -274,16 +273,6 @@ def test_weights_that_blocks_share_are_rounded_once() -> None:
     recorded = {id(model.get_submodule(each.name).weight): each.name for each in result.linears}
     for name, weight in linear_weights(model).items():
         assert is_on_grid(result, recorded[id(weight)], weight), name
-
-
-def test_other_values_are_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny(tiny_opt(), tiny_tokenizer(), tmp_path / "dense")
-    with monkeypatch.context() as patched:
-        fail_in_block(1, patched)
-        with pytest.raises(NumericalError):
-            sparsellm.prune(source, Recipe(**RECIPE), out=tmp_path / "p")
-    with pytest.raises(sparsellm.SparseLLMError, match="values"):
-        sparsellm.prune(source, Recipe(**RECIPE, values="int4"), out=tmp_path / "p")
 
 
 def test_experts_are_rounded_too() -> None:
@@ -301,38 +290,13 @@ def test_experts_are_rounded_too() -> None:
                     assert is_on_grid(result, linear.name, weight), linear.name
 
 
-def test_exponents_are_needed_to_pack_without_loss(source: Path, tmp_path: Path) -> None:
-    """They stand in pruning.json; without it the values are rounded to nearest."""
-    out = tmp_path / "pruned"
-    sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": "int4"}), out=out)
-    content = json.loads((out / "pruning.json").read_text())
-    changed: list[tuple[Callable[[Any], object], str]] = [
-        (lambda linear: linear.update(exponents="12x"), "exponents is '12x'"),
-        (lambda linear: linear.update(exponents="88"), "2 exponents of"),
-        (lambda linear: linear.update(name="no such"), "no such linear"),
-    ]
-    at = next(index for index, linear in enumerate(content["linears"]) if linear["exponents"])
-    for change, said in changed:
-        other = json.loads(json.dumps(content))
-        change(other["linears"][at])
-        (out / "pruning.json").write_text(json.dumps(other))
-        with pytest.raises(StorageError, match=said):
-            sparsellm.pack(out, out=tmp_path / "packed", values="int4")
-        assert not (tmp_path / "packed").exists()
-    (out / "pruning.json").unlink()
-    sparsellm.pack(out, out=tmp_path / "packed", values="int4")
-    sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
-    assert not same(tensors(out), tensors(tmp_path / "again"))
-
-
-@pytest.mark.parametrize("values", ["int4", "int3"])
-def test_a_packed_model_with_exponents_computes_as_pruned(values: str, tmp_path: Path) -> None:
+def test_a_packed_model_with_exponents_computes_as_pruned(
+    pruned: tuple[Path, sparsellm.PruneResult], tmp_path: Path
+) -> None:
     """In fp32 and unpacked for many tokens, so that both multiply by the same numbers."""
-    source = save_tiny(uneven(tiny_llama()), tiny_tokenizer(), tmp_path / "dense")
-    out, ids = tmp_path / "pruned", ids_of(2)
-    sparsellm.prune(source, Recipe(**{**RECIPE, **LOCAL, "values": values}), out=out)
-    packed = sparsellm.pack(out, out=tmp_path / "packed", values=values).path
-    assert values == "int3" or any(name.endswith("weight_exponents") for name in tensors(packed))
+    out, ids = pruned[0], ids_of(2)
+    packed = sparsellm.pack(out, out=tmp_path / "packed", values="int4").path
+    assert any(name.endswith("weight_exponents") for name in tensors_of(packed))
     with torch.no_grad():
         dense = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         found = sparsellm.load(packed, dtype="float32")

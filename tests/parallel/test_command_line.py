@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 import sparsellm
 from sparsellm import Recipe
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.storage.small import tensors_of
+from tests.sweep.helpers import same_bits
 
 # Dozens of interpreters that import torch: minutes. test_parallel.py always runs.
 pytestmark = pytest.mark.slow
@@ -39,10 +40,6 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """A run of many blocks, each of which takes a while."""
     source = save_tiny(tiny_llama(num_hidden_layers=40), tiny_tokenizer(), tmp_path_factory.mktemp("deep"))
     return ("prune", str(source), "--samples=4", "--seq-len=32", "--method=admm", "--set=options.iterations=50")
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    return {name: value for file in directory.rglob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def by_torchrun(size: int, *arguments: str) -> subprocess.Popen[str]:
@@ -109,7 +106,7 @@ def test_torchrun_writes_what_one_process_writes(checkpoint: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "pruned"]
     assert [linear["zeros"] for linear in report["linears"]] == [each.zeros for each in expected_report.linears]
     assert len(report["sweeps"]) == len(expected_report.sweeps) == 3
-    found, expected = tensors(out), tensors(alone)
+    found, expected = tensors_of(out), tensors_of(alone)
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert torch.equal(value == 0, expected[name] == 0), name
@@ -143,9 +140,8 @@ def test_a_run_goes_on_with_the_same_bits(short_run: Any, cut_short: Path, tmp_p
         _, stderr = ended(run)
         assert run.returncode == 0, stderr
         assert stderr.count("resuming an unfinished run") == (folder == out)
-    found, expected = tensors(out), tensors(whole)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    found, expected = tensors_of(out), tensors_of(whole)
+    assert same_bits(found, expected)
 
 
 def test_one_process_goes_on_with_the_run_of_two_and_says_so(short_run: Any, cut_short: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.chain.capture import merged
@@ -16,6 +15,7 @@ from sparsellm.errors import RecipeError
 from tests.parallel import workers
 from tests.parallel.processes import run_in
 from tests.solvers.problems import gram_of, loss
+from tests.sweep.helpers import same_bits
 
 
 @pytest.fixture(scope="module", params=[3])
@@ -35,10 +35,6 @@ def alone() -> dict[str, Any]:
         return {name: workers.prune_case(name) for name in workers.CASES}
     finally:
         torch.set_num_threads(before)
-
-
-def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("name", workers.CASES)

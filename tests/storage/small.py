@@ -61,3 +61,13 @@ def tree(directory: Path) -> dict[str, bytes | str | None]:
         else None
         for path in directory.rglob("*")
     }
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, or of an unfinished one."""
+    return {name: value for file in directory.rglob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def shards_of(directory: Path) -> dict[str, bytes]:
+    """The bytes of every file of weights."""
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}

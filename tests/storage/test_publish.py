@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,7 @@ from sparsellm.storage.directory import PUBLISHING, REPLACED, STATE, WorkingDire
 from tests.killing import Died, dying
 from tests.storage.small import source, value_of, write
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL"),
-    pytest.mark.usefixtures("exchanges"),
-]
+pytestmark = pytest.mark.usefixtures("exchanges")
 
 
 @pytest.fixture(autouse=True)
