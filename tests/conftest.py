@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from sparsellm import cli, console, plugins
 from sparsellm.allocation import ALLOCATIONS
 from sparsellm.methods import METHODS
 from sparsellm.solvers import SOLVERS
+from tests.models import tiny_gpt2, tiny_llama, tiny_opt
 
 THREADS = torch.get_num_threads()
 
@@ -49,6 +51,11 @@ def threads_for_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
+def family(request: pytest.FixtureRequest) -> Callable[..., PreTrainedModel]:
+    return request.param
 
 
 @pytest.fixture

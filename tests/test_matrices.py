@@ -20,10 +20,10 @@ from sparsellm.chain.structure import find_blocks
 from sparsellm.errors import ModelError
 from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_opt
 from tests.models.families import LLAMA, family, gemma4_text
+from tests.sweep.helpers import ids_of
 
 CPU = torch.device("cpu")
-IDS = torch.randint(VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(5))
-MIXTURES = ["Mixtral", "GptOss", "Dbrx", "Gemma4"]
+IDS = ids_of(4, 16, seed=5)
 
 
 class Stacks(nn.Module):
@@ -58,14 +58,6 @@ UNKNOWN: dict[str, tuple[Callable[[], PreTrainedModel], str, str]] = {  # the la
     "stacks": (with_stacks, "model.layers.0.mlp.up", "43.5%"),
     "jetmoe": (lambda: built("jetmoe", **JETMOE), "model.layers.0.mlp.input_linear.weight", "56.7%"),
 }
-
-
-@pytest.fixture(params=MIXTURES)
-def mixture(request: pytest.FixtureRequest) -> PreTrainedModel:
-    if request.param != "Gemma4":
-        return family(request.param)
-    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 40, "enable_moe_block": True}
-    return gemma4_text(**experts)
 
 
 @pytest.fixture(params=UNKNOWN)
@@ -106,7 +98,8 @@ def test_the_way_out_that_the_refusal_names_is_one(unknown: tuple[PreTrainedMode
         refuse_silent_dense(chain, allowed[1:])
 
 
-def test_with_exclude_every_matrix_is_still_counted(mixture: PreTrainedModel) -> None:
+def test_with_exclude_every_matrix_is_still_counted() -> None:
+    mixture = gemma4_text(num_experts=4, top_k_experts=2, moe_intermediate_size=40, enable_moe_block=True)
     recipe = Recipe(method="magnitude", sparsity=0.5, exclude=["*.experts.*"])
     result = sparsellm.prune(mixture, recipe, calibration=IDS)
     zeros, weights = by_hand(mixture, find_blocks(mixture)[1])
@@ -301,20 +294,8 @@ GEMMA3N = {
     "layer_types": ["full_attention"] * 2,
     "activation_sparsity_pattern": [0.0, 0.0],
 }
-CPMANT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "dim_head": 8,
-    "dim_ff": 80,
-    "num_hidden_layers": 2,
-    "prompt_types": 4,
-    "prompt_length": 4,
-    "segment_types": 4,
-}
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "cpmant"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -323,19 +304,17 @@ CPMANT = {
         {"method": "sparsegpt", "allocation": "threshold"},
     ],
 )
-def test_other_hidden_states_are_refused_before_the_work(
-    model_type: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """Gemma 3n carries several states for each token, CPM-Ant more tokens than the window has."""
-    model = built(model_type, **{"gemma3n_text": GEMMA3N, "cpmant": CPMANT}[model_type])
+def test_other_hidden_states_are_refused_before_the_work(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Gemma 3n carries several states for each token."""
     with pytest.raises(ModelError, match=r"take hidden states of shape \(.*method sparsegpt"):
-        sparsellm.prune(model, Recipe(sparsity=0.5, **settings), calibration=IDS, out=tmp_path / "out")
+        sparsellm.prune(
+            built("gemma3n_text", **GEMMA3N), Recipe(sparsity=0.5, **settings), calibration=IDS, out=tmp_path / "out"
+        )
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "cpmant"])
-def test_methods_that_look_at_linears_alone_prune_such_models(model_type: str) -> None:
-    model = built(model_type, **{"gemma3n_text": GEMMA3N, "cpmant": CPMANT}[model_type])
+def test_methods_that_look_at_linears_alone_prune_such_models() -> None:
+    model = built("gemma3n_text", **GEMMA3N)
     result = sparsellm.prune(model, Recipe(method="sparsegpt", sparsity=0.5), calibration=IDS)
     assert result.sparsity_pruned >= 0.5
 

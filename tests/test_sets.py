@@ -78,15 +78,3 @@ def test_given_ids_and_short_texts_are_one_set(inputs: list[Tensor], tmp_path: P
 )
 def test_more_sweeps_take_more_sets(settings: dict[str, Any], sets: int) -> None:
     assert Choice.of(Recipe(**settings)).sets == sets
-
-
-@pytest.mark.parametrize("room", [1.5, 3.0])
-def test_a_model_in_memory_sweeps_one_set(room: float, tmp_path: Path) -> None:
-    """Its dense predictions are of one set, whether the text has room for others or not."""
-    sentence = "Some text about nothing, again. "
-    length = len(tiny_tokenizer()(sentence)["input_ids"])
-    (tmp_path / "text.txt").write_text(sentence * round(room * SAMPLES * SEQ_LEN / length + 1))
-    recipe = {**FIELDS, "calibration": str(tmp_path / "text.txt"), "passes": 3, "sweep_rate": 0.001}
-    result = sparsellm.prune(tiny_llama(), recipe, tokenizer=tiny_tokenizer())
-    assert len(result.sweeps) == 4
-    assert result.sparsity == pytest.approx(0.5, abs=1e-3)

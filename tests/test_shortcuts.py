@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Stream
 from sparsellm.methods import sublayers
 from sparsellm.run import plan as planning
-from tests.models import VOCABULARY, tiny_llama
+from tests.models import tiny_llama
 from tests.models.families import STAY_DENSE, family
+from tests.sweep.helpers import ids_of, same_bits
 
-IDS = torch.randint(VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(4))
+IDS = ids_of(5, seed=4)
 # The classes of the modules that the last pass over a block leaves out. OPT has no module around its feed-forward
 # linears; BLOOM adds the residual inside its modules; the last linear of Phi's is alone in its group.
 LEFT_OUT = {
@@ -31,9 +33,10 @@ LEFT_OUT = {
 }
 
 
-def recipe(**fields: Any) -> Recipe:
-    values: dict[str, Any] = {"method": "sparsellm", "sparsity": 0.5, "effort": 0, "batch_tokens": 48}
-    return Recipe(**{**values, **fields})
+def pruned(model: PreTrainedModel, **options: Any) -> dict[str, Tensor]:
+    recipe = Recipe(sparsity=0.5, effort=0, batch_tokens=48, options=options, allow_dense=STAY_DENSE)
+    sparsellm.prune(model, recipe, calibration=IDS)
+    return model.state_dict()
 
 
 @pytest.fixture
@@ -68,16 +71,10 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 def test_no_bit_changes(
     name: str, options: dict[str, Any], left_out: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pruned() -> dict[str, Tensor]:
-        model = family(name)
-        sparsellm.prune(model, recipe(effort=0, options=options, allow_dense=STAY_DENSE), calibration=IDS)
-        return model.state_dict()
-
-    quick = pruned()
+    quick = pruned(family(name), **options)
     assert left_out == (LEFT_OUT[name] if not options.get("iterations") else {"OPTAttention"})
     plainly(monkeypatch)
-    plain = pruned()
-    assert all(torch.equal(value, plain[key]) for key, value in quick.items())
+    assert same_bits(quick, pruned(family(name), **options))
 
 
 class Scaled(nn.Module):
@@ -113,18 +110,16 @@ class Returning(Scaled):
 def test_a_module_that_does_more_than_its_writer_runs(
     wrapper: type[Scaled], last: Any, module: str, left_out: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pruned() -> dict[str, Tensor]:
+    def wrapped() -> PreTrainedModel:
         model = tiny_llama(num_hidden_layers=2)
         for layer in model.model.layers:
             layer.self_attn = wrapper(layer.self_attn, last)
-        sparsellm.prune(model, recipe(), calibration=IDS)
-        return model.state_dict()
+        return model
 
-    quick = pruned()
+    quick = pruned(wrapped())
     assert module in left_out
     plainly(monkeypatch)
-    plain = pruned()
-    assert all(torch.equal(value, plain[key]) for key, value in quick.items())
+    assert same_bits(quick, pruned(wrapped()))
 
 
 @pytest.mark.parametrize(("kept", "modules"), [(5 * 24 * 32 * 4, {"LlamaAttention"}), (0, set())])
@@ -132,17 +127,10 @@ def test_what_finds_no_room_is_run_again(
     kept: int, modules: set[str], left_out: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the feed-forward unit, 80 instead of 32 numbers of each token are kept."""
-
-    def pruned() -> dict[str, Tensor]:
-        model = tiny_llama(num_hidden_layers=2)
-        sparsellm.prune(model, recipe(), calibration=IDS)
-        return model.state_dict()
-
-    whole = pruned()
+    whole = pruned(tiny_llama(num_hidden_layers=2))
     assert left_out == {"LlamaAttention", "LlamaMLP"}
     left_out.clear()
     plan = planning.plan_memory
     monkeypatch.setattr(planning, "plan_memory", lambda *a, **k: plan(*a, **k).model_copy(update={"kept_bytes": kept}))
-    tight = pruned()
+    assert same_bits(whole, pruned(tiny_llama(num_hidden_layers=2)))
     assert left_out == modules
-    assert all(torch.equal(value, tight[key]) for key, value in whole.items())

@@ -34,7 +34,7 @@ def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
 
 
 @pytest.mark.parametrize("family", [tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
-@pytest.mark.parametrize("settings", [{}, {"effort": 3}, EVERYTHING], ids=["default", "effort 3", "everything"])
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["default", "everything"])
 def test_nothing_changes_where_nothing_is_pruned(family: Callable[..., Any], settings: dict[str, Any]) -> None:
     model = family()
     recipe = Recipe(method="sparsellm", sparsity=0.0, **settings, batch_tokens=BATCH)
@@ -138,8 +138,7 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
 @pytest.mark.parametrize(
     "left_in", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]], ids="+".join
 )
-@pytest.mark.parametrize("solver", ["admm", "sparsegpt"])
-def test_one_group_without_variables_is_the_local_solver(left_in: list[str], solver: str) -> None:
+def test_one_group_without_variables_is_the_local_solver(left_in: list[str]) -> None:
     """With one group in each block both have the same statistics, so every bit is the same."""
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     settings: dict[str, Any] = {
@@ -149,13 +148,13 @@ def test_one_group_without_variables_is_the_local_solver(left_in: list[str], sol
         "batch_tokens": BATCH,
     }
     one = tiny_llama()
-    sparsellm.prune(one, Recipe(method=solver, **settings), calibration=IDS)
+    sparsellm.prune(one, Recipe(method="admm", **settings), calibration=IDS)
     for options in ({"refit": False}, {}):  # a writer alone is fitted to nothing
         other = tiny_llama()
         recipe = Recipe(
             method="sparsellm",
             effort=0,
-            options={"solver": solver, "norm_weighting": 0, "output_metric": 0, **options},
+            options={"solver": "admm", "norm_weighting": 0, "output_metric": 0, **options},
             **settings,
         )
         sparsellm.prune(other, recipe, calibration=IDS)

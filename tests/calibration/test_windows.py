@@ -187,9 +187,8 @@ def test_per_document_windows_lie_inside_one_long_document_each(monkeypatch: pyt
         calibration_windows(text, tokenizer, 1, 5000, seed=0)
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_opt, tiny_gpt2])
-def test_a_model_writes_the_same_text_for_the_same_seed(build: Callable[[], PreTrainedModel]) -> None:
-    model = build().train()
+def test_a_model_writes_the_same_text_for_the_same_seed() -> None:
+    model = tiny_gpt2().train()
     one, again, other = (written(19, 30, seed, model=model) for seed in (0, 0, 1))
     assert one.shape == (19, 30)
     assert torch.equal(one, again)
