@@ -16,6 +16,7 @@ from sparsellm import Recipe
 from sparsellm.errors import RecipeError
 from sparsellm.methods import METHODS
 from sparsellm.methods import sparsellm as module
+from sparsellm.methods.sparsellm import _Fitting
 from sparsellm.methods.task import BlockTask
 from sparsellm.run import prune as story
 from sparsellm.run.choice import Choice
@@ -70,23 +71,14 @@ def test_the_dense_stream_is_that_of_the_dense_model(
 # ---------------------------------------------------------------- targets
 
 
-def seen_in(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output ``(windows, seq, features)`` of modules of a plain model, on all windows at once."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
-            given = args[0] if args else kwargs["hidden_states"]
-            seen[name] = (given.detach(), (out[0] if isinstance(out, tuple) else out).detach())
-
-        return hook
-
-    handles = [model.get_submodule(n).register_forward_hook(hook_for(n), with_kwargs=True) for n in names]
+def output_of(model: PreTrainedModel, name: str) -> Tensor:
+    """What a module of a plain model returns for all windows at once: ``(windows, seq, features)``."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
         model(IDS, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return {name: tuple(part.view(*IDS.shape, -1) for part in pair) for name, pair in seen.items()}  # type: ignore[misc]
+    handle.remove()
+    return seen[0].view(*IDS.shape, -1)
 
 
 FAMILIES = {
@@ -104,7 +96,7 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
     model = family()
     targets: list[list[Tensor]] = []
     states: list[PreTrainedModel] = []
-    moments = module._moments
+    moments = _Fitting._moments
 
     class Watched(CrossAccumulator):
         def __init__(self, *args: Any) -> None:
@@ -121,14 +113,14 @@ def test_targets_of_writers_against_hooks_on_plain_models(name: str, monkeypatch
         return moments(*args, fitted=fitted)
 
     monkeypatch.setattr(module, "CrossAccumulator", Watched)
-    monkeypatch.setattr(module, "_moments", see)
+    monkeypatch.setattr(_Fitting, "_moments", see)
     recipe = Recipe(method="sparsellm", sparsity=0.6, effort=0, batch_tokens=BATCH)
     sparsellm.prune(model, recipe, calibration=IDS)
     at = 2  # sublayers of block 0 come first
     for number, writer in enumerate(writers):
-        own = seen_in(states[at + number], [writer])[writer][1]
+        output = output_of(states[at + number], writer)
         bias = model.get_submodule(writer).bias
-        wanted = own if bias is None else own - bias.detach()
+        wanted = output if bias is None else output - bias.detach()
         torch.testing.assert_close(torch.cat(targets[at + number]), wanted, rtol=1e-3, atol=1e-4)
 
 
