@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -143,29 +141,3 @@ def histogram(at: int, weights: int) -> Tensor:
     counts = torch.zeros(BINS, dtype=torch.int64)
     counts[at] = weights
     return counts
-
-
-@given(
-    st.lists(
-        st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=3), min_size=1, max_size=4
-    ),
-    st.floats(0, 0.999),
-    st.floats(0, 1),
-    st.integers(0, 2**32),
-)
-@settings(max_examples=30, deadline=None)
-def test_the_total_is_exact_whatever_the_histograms(
-    shapes: list[list[tuple[int, int]]], sparsity: float, span: float, seed: int
-) -> None:
-    survey = bare_survey(shapes, sparsity)
-    generator = torch.Generator().manual_seed(seed)
-    counts = {}
-    for linear in survey.linears:
-        centre = int(torch.randint(BINS - 200, (1,), generator=generator))
-        bins = torch.randint(centre, centre + 200, (linear.weights,), generator=generator)
-        if torch.rand(1, generator=generator) < 0.8:
-            counts[linear.name] = torch.bincount(bins, minlength=BINS)
-    found = from_histograms(survey, counts, span=span).zeros
-    assert sum(found.values()) == round(sparsity * sum(linear.weights for linear in survey.linears))
-    for linear in survey.linears:
-        assert abs(found[linear.name] - sparsity * linear.weights) <= span * linear.weights + 1

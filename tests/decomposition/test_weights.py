@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from sparsellm.decomposition.objective import Linear
-from sparsellm.decomposition.updates import Moments, MomentsAccumulator, descend_weight, pseudo_inverse_weight
+from sparsellm.decomposition.updates import Moments, MomentsAccumulator, pseudo_inverse_weight
 from sparsellm.statistics import least_squares
 
 
@@ -80,14 +80,3 @@ def test_a_pseudo_inverse_leaves_the_bias_alone() -> None:
     assert torch.equal(result.bias, linear.bias)
     expected = torch.linalg.pinv(x.double(), rtol=1e-6) @ (t - linear.bias).double()
     torch.testing.assert_close(result.weight.double(), expected.T, rtol=1e-4, atol=1e-5)
-
-
-def test_steps_on_a_weight_are_those_of_autograd() -> None:
-    x, t, _ = _data(50, 7, 4)
-    start = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
-    moments = _moments(Linear(start), x, t, None, chunk=20)
-    weight = start.double().requires_grad_()
-    for _ in range(10):
-        (gradient,) = torch.autograd.grad((x.double() @ weight.T - t.double()).square().mean(), weight)
-        weight = (weight - 0.01 * gradient).detach().requires_grad_()
-    torch.testing.assert_close(descend_weight(moments, start).weight.double(), weight.detach(), rtol=1e-4, atol=1e-5)

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsepack.codes import FLOAT_TYPES, GAPPED, PLAIN, VALUE_TYPES, Levels, best_group, widened
@@ -69,16 +67,6 @@ def test_codes_are_what_the_format_says(pattern: tuple[int, int], columns: int) 
     if pattern != (1, 4):  # whose two bits have no code to spare
         with pytest.raises(FormatError, match=r"code|padding bit"):
             validate(dataclasses.replace(packed, mask=mask), "w")
-
-
-def test_the_documented_codes_of_2_4() -> None:
-    """01 02 03 12 13 23 are 0 … 5, three bits each, least significant first."""
-    groups = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    weight = torch.zeros(1, 24)
-    for index, places in enumerate(groups):
-        weight[0, [4 * index + place for place in places]] = 1
-    stream = sum(code << 3 * code for code in range(6))  # 18 bits
-    assert packed_of(weight, layout="nm").mask.tolist() == [[stream & 255, stream >> 8 & 255, stream >> 16]]
 
 
 def test_groups_with_more_zeros_than_needed_store_the_first() -> None:
@@ -307,20 +295,3 @@ def test_damage_is_named_before_anything_is_computed(
     damaged = dataclasses.replace(packed, **{field: change(getattr(packed, field))})
     with pytest.raises(FormatError, match=f"(?s)up_proj.*{said}"):
         validate(damaged, "up_proj")
-
-
-def test_a_pattern_that_has_no_codes_is_refused() -> None:
-    packed = dataclasses.replace(packed_of(torch.eye(8), layout="nm"), pattern=(3, 4))
-    with pytest.raises(FormatError, match="3:4 is none of 1:4, 2:4, 4:8"):
-        validate(packed, "w")
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 150), st.floats(0, 1), st.sampled_from(VALUE_TYPES), st.integers(0, 99))
-def test_packing_round_trips(rows: int, columns: int, sparsity: float, values: str, seed: int) -> None:
-    weight = sparse_weight(rows, columns, sparsity, FLOAT_TYPES.get(values, torch.float32), seed)
-    packed = packed_of(weight, values)
-    if values in FLOAT_TYPES:
-        assert torch.equal(unpack(packed), weight)
-    again = packed_of(unpack(packed, torch.float32), values if values in FLOAT_TYPES else "fp32")
-    assert torch.equal(unpack(again, torch.float32), unpack(packed, torch.float32))

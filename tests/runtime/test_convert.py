@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import sparsellm
 from sparsellm import convert, tables
-from sparsellm.errors import RecipeError, StorageError
+from sparsellm.errors import RecipeError
 from sparsepack.checkpoint import read_config
 from sparsepack.errors import FormatError
 from sparsepack.module import PackedLinear
@@ -174,19 +174,6 @@ def test_reports_of_the_pruning_are_copied_byte_for_byte(llama: Path, tmp_path: 
     again = sparsellm.unpack(packed, out=tmp_path / "again").path
     for directory in (packed, again):
         assert (directory / "pruning.json").read_bytes() == (source / "pruning.json").read_bytes()
-
-
-def test_the_model_is_known_by_any_name(llama: Path, packed: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(llama)
-    for out in (tmp_path / "link", llama.parent, llama / "a", llama.parent / "x" / ".." / llama.name):
-        with pytest.raises(StorageError):
-            sparsellm.pack(llama, out=out, overwrite=True, restart=True)
-    with pytest.raises(StorageError):
-        sparsellm.unpack(packed, out=packed, overwrite=True)
-    with pytest.raises(StorageError, match="--overwrite"):
-        sparsellm.unpack(packed, out=llama)
-    assert tensors(llama)
-    assert tensors(packed)
 
 
 def test_experts_that_stay_dense_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,14 +179,9 @@ def test_values_that_the_dense_dtype_cannot_hold_are_refused(tmp_path: Path) -> 
     ("field", "change"),
     [
         ("_mask", lambda tensor: tensor ^ 1),
-        ("_offsets", lambda tensor: tensor * 1000),
-        ("_values", lambda tensor: tensor[:-1]),
-        ("_mask", None),
-        ("_offsets", None),
         ("_values", None),
         ("", None),
         ("", lambda tensor: torch.zeros(80, 32)),
-        ("", lambda tensor: tensor.int()),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_without_checksums(field: str, change: Any, copy: Path) -> None:
@@ -212,10 +207,7 @@ def test_truncated_files_are_refused(keep: float, copy: Path) -> None:
     refused(copy)
 
 
-FUZZED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@FUZZED
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_bytes_in_a_file_never_end_in_another_error(data: st.DataObject, packed: Path, copy: Path) -> None:
     restore(copy, packed)
@@ -233,50 +225,6 @@ def test_random_bytes_in_a_file_never_end_in_another_error(data: st.DataObject, 
     except SparseLLMError:
         return
     assert all(value.shape == reader.shape(name) for name, value in read.items())
-
-
-FIELDS = {
-    "shape": st.lists(st.sampled_from([0, 1, 16, 32, 64, 79, 80, 81, True, 32.0]), max_size=3),
-    "layout": st.sampled_from(["bitmask", "nm", "BITMASK", ""]),
-    "value_type": st.sampled_from(["bf16", "fp16", "fp32", "int8", "int4", "keep", "float32"]),
-    "dtype": st.sampled_from(["float32", "float16", "bfloat16", "float64", "int8", "int64", "bool", "half", "uint4"]),
-    "pattern": st.sampled_from([[1, 4], [2, 4], [4, 8], [3, 4], [4, 2], [2, 4, 4], "24"]),
-    "transposed": st.booleans(),
-}
-NONSENSE = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
-
-
-@FUZZED
-@given(data=st.data())
-def test_no_change_of_an_entry_writes_wrong_numbers(
-    data: st.DataObject, packed: Path, copy: Path, llama: Path, tmp_path: Path
-) -> None:
-    """Whatever one field of ``config.json`` is changed to, with a ``packed.json`` that does not cover it."""
-    restore(copy, packed)
-    name = data.draw(st.sampled_from(sorted(PackedReader(copy).entries)))
-    field = data.draw(st.sampled_from(sorted(FIELDS)))
-    value = data.draw(FIELDS[field] | NONSENSE)
-    change_config(forget_config_digest(copy), lambda config: config["linears"][name].update({field: value}))
-    try:
-        out = sparsellm.unpack(copy, out=tmp_path / "u", overwrite=True).path
-    except SparseLLMError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-        assert not list(tmp_path.glob("*.partial"))
-        return
-    key = f"{name}.weight"
-    assert torch.equal(tensors(out)[key], tensors(llama)[key])
-
-
-@pytest.mark.parametrize("how", ["a missing weight", "values that are not finite in the last block"])
-def test_pack_of_a_damaged_directory_leaves_nothing(how: str, llama: Path, tmp_path: Path) -> None:
-    directory = Path(shutil.copytree(llama, tmp_path / "dense"))
-    name, change = {"a missing weight": (f"{UP}.weight", None)}.get(
-        how, ("model.layers.2.mlp.up_proj.weight", lambda tensor: tensor / 0)
-    )
-    change_tensor(directory, name, change)
-    with pytest.raises(SparseLLMError, match="up_proj"):
-        sparsellm.pack(directory, out=tmp_path / "out", values="int8")
-    assert list(tmp_path.iterdir()) == [directory]
 
 
 def test_a_failed_unpack_keeps_what_stood_in_out(copy: Path, llama: Path, tmp_path: Path) -> None:

@@ -16,9 +16,7 @@ from sparsepack import native
 from sparsepack.codes import text_of_exponents
 from sparsepack.decode import Decoder, decodes
 from sparsepack.layout import unpack
-from sparsepack.module import PackedLinear, multiply
 from tests.packed.by_hand import exponents_of, packed_of, sparse_weight
-from tests.runtime.reference import layer_of
 
 
 @pytest.mark.parametrize("kernel", native.instruction_sets())
@@ -36,23 +34,6 @@ def test_kernels_multiply_activations_first(kernel: str, values: str, rows: int,
         dense = torch.empty(rows, columns, dtype=dtype)
         native.unpack_rows(packed, 0, rows, dense, kernel=kernel)
         assert torch.equal(dense, unpack(packed).to(dtype))
-
-
-@pytest.mark.parametrize("values", ["int8", "int4"])
-def test_a_layer_is_that_of_its_dense_weight(values: str) -> None:
-    packed = packed_of(sparse_weight(24, 96, 0.5), values, "auto", exponents_of(96))
-    module, dense = layer_of(packed), unpack(packed)
-    module.rounded = False
-    for tokens in (3, 40):  # a small batch, and tiles
-        x = torch.randn(tokens, 96, requires_grad=True)
-        assert torch.allclose(multiply(packed, x.detach()), x.detach() @ dense.T, rtol=1e-4, atol=1e-3)
-        y = module(x)
-        assert torch.allclose(y, x @ dense.T, rtol=1e-4, atol=1e-3)
-        y.sum().backward()
-        assert torch.allclose(x.grad, dense.sum(0).expand_as(x), rtol=1e-4, atol=1e-3)  # type: ignore[arg-type]
-    again = PackedLinear(96, 24, bias=False)
-    again.load_state_dict(module.state_dict())
-    assert torch.equal(again.packed.tensors["exponents"], packed.tensors["exponents"])
 
 
 @pytest.mark.skipif(native.available() is None, reason="no compiled kernels")

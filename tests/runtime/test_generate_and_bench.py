@@ -41,14 +41,6 @@ def test_greedy_text_is_that_of_transformers_and_streams_whole(llama: Path, pack
         assert result.to_dict()["tokens_per_second"] == result.tokens_per_second
 
 
-def test_sampling_repeats_with_its_seed(packed: Path) -> None:
-    model, tokenizer = sparsellm.load(packed), tiny_tokenizer()
-    texts = [
-        generate(model, tokenizer, PROMPT, max_new_tokens=20, temperature=2.0, seed=seed).text for seed in (1, 1, 2)
-    ]
-    assert texts[0] == texts[1] != texts[2]
-
-
 BAD_ARGUMENTS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: sparsellm.load(path, device=None), "device"),  # type: ignore[arg-type]
     (lambda path: sparsellm.load(path, device="cuda:9"), "'cuda:9' cannot be used here"),

@@ -14,13 +14,13 @@ from sparsepack.codes import VALUE_TYPES
 from sparsepack.errors import FormatError, PackError
 from sparsepack.layout import PackedWeight, unpack
 from sparsepack.module import PackedLinear, multiply
-from tests.packed.by_hand import packed_of, sparse_weight
+from tests.packed.by_hand import exponents_of, packed_of, sparse_weight
 from tests.runtime.reference import layer_of
 
 
-def layer(values: str = "keep", *, bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
-    weight = sparse_weight(48, 130, 0.6).to(dtype)
-    return layer_of(packed_of(weight, values), torch.randn(48).to(dtype) if bias else None, dtype)
+def layer(values: str = "keep", *, exponents: bool = False) -> PackedLinear:
+    packed = packed_of(sparse_weight(48, 130, 0.6), values, exponents=exponents_of(130) if exponents else None)
+    return layer_of(packed, torch.randn(48), torch.float32)
 
 
 @pytest.fixture
@@ -28,11 +28,14 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_module, "_kernels", lambda device: None)
 
 
-@pytest.mark.parametrize("values", VALUE_TYPES)
+WITH_EXPONENTS = [*((values, False) for values in VALUE_TYPES), ("int8", True), ("int4", True)]
+
+
+@pytest.mark.parametrize(("values", "exponents"), WITH_EXPONENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_product_is_that_of_the_dense_weight(values: str, dtype: torch.dtype) -> None:
+def test_product_is_that_of_the_dense_weight(values: str, exponents: bool, dtype: torch.dtype) -> None:
     """In fp64; fp32 sums and one rounding to the output's type are what may differ."""
-    packed = packed_of(sparse_weight(48, 130, 0.6), values)
+    packed = layer(values, exponents=exponents).packed
     dense = unpack(packed).double().t()
     # bf16 keeps 8 bits: the unpacked weight of a larger batch and the result are rounded to it
     bound = 2e-6 if dtype == torch.float32 else 2.0**-7
@@ -97,9 +100,9 @@ def test_dtype_changes_leave_the_values_alone() -> None:
     assert module.to("meta").weight_mask.is_meta  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("values", VALUE_TYPES)
-def test_state_goes_into_a_layer_that_holds_another_weight(values: str) -> None:
-    module, other = layer(values), PackedLinear(130, 48)
+@pytest.mark.parametrize(("values", "exponents"), WITH_EXPONENTS)
+def test_state_goes_into_a_layer_that_holds_another_weight(values: str, exponents: bool) -> None:
+    module, other = layer(values, exponents=exponents), PackedLinear(130, 48)
     other.set_packed(packed_of(sparse_weight(48, 130, 0.9, seed=5)))
     result = other.load_state_dict(module.state_dict())
     assert not result.missing_keys
@@ -131,8 +134,9 @@ def test_a_layer_without_a_weight_says_so() -> None:
         PackedLinear(8, 8).set_packed(layer().packed)
 
 
-def test_gradient_of_the_input_is_that_of_the_dense_layer() -> None:
-    module = layer("bf16")
+@pytest.mark.parametrize(("values", "exponents"), [("bf16", False), ("int8", True), ("int4", True)])
+def test_gradient_of_the_input_is_that_of_the_dense_layer(values: str, exponents: bool) -> None:
+    module = layer(values, exponents=exponents)
     module.requires_grad_(False)
     dense = copy.deepcopy(module).to_dense()
     x = torch.randn(2, 3, 130, requires_grad=True)

@@ -1,4 +1,4 @@
-"""An int8 head of models whose embedding multiplies its rows, as those of the Gemma kind do."""
+"""Embedding and head in int8, also where the embedding multiplies its rows, as those of the Gemma kind do."""
 
 from __future__ import annotations
 
@@ -13,33 +13,45 @@ from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm.errors import RecipeError
-from sparsepack.module import PackedEmbedding, row_scale, to_dense
+from sparsepack.module import PackedEmbedding, PackedLinear, row_scale, to_dense
+from tests.models import tiny_llama
 from tests.models.families import family, gemma3_text
 
-BUILT: dict[str, Callable[[], PreTrainedModel]] = {"gemma2": partial(family, "Gemma2"), "gemma3": gemma3_text}
+BUILT: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": partial(tiny_llama, tie_word_embeddings=False),
+    "tied": partial(tiny_llama, tie_word_embeddings=True),
+    "gemma2": partial(family, "Gemma2"),
+    "gemma3": lambda: gemma3_text().bfloat16(),
+}
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("gemma2", torch.float32), ("gemma3", torch.bfloat16)])
-def test_a_scaled_embedding_is_packed_as_it_computes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = BUILT[name]().to(dtype)
+@pytest.mark.parametrize("name", BUILT)
+def test_an_int8_embedding_and_head_compute_as_the_dense_ones(name: str, tmp_path: Path) -> None:
+    model = BUILT[name]()
     model.save_pretrained(tmp_path / "model")
     packed = sparsellm.pack(tmp_path / "model", out=tmp_path / "packed", head="int8").path
     loaded = sparsellm.load(packed, activations="fp32")
-    embedding = loaded.get_input_embeddings()
+    embedding, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
     assert isinstance(embedding, PackedEmbedding)
+    assert isinstance(head, PackedLinear)
+    assert (head.weight_values is embedding.weight_values) == (name != "llama")
     dense = sparsellm.load(sparsellm.unpack(packed, out=tmp_path / "unpacked").path)
+    plain, stored = dense.get_input_embeddings(), model.get_input_embeddings().weight
+    step = stored.float().abs().amax(dim=1, keepdim=True) / 127
+    bound = 0.5001 * step + (stored.abs() / 128 if stored.dtype == torch.bfloat16 else 0)  # rounded to bf16 once more
+    assert bool(((plain.weight - stored).abs() <= bound).all())
     ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     if name == "gemma3":  # transformers 4 multiplies Gemma 2's outside the embedding
-        plain = dense.get_input_embeddings()
         assert plain(ids).abs().max() > 1.5 * plain.weight[ids].abs().max()
     loaded.save_pretrained(tmp_path / "saved")
     again = sparsellm.load(tmp_path / "saved", activations="fp32")
     with torch.no_grad():
-        wanted, logits = dense.get_input_embeddings()(ids), dense(ids).logits
+        expected, logits = plain(ids), dense(ids).logits
         for other in (loaded, again, to_dense(loaded)):
-            assert torch.equal(other.get_input_embeddings()(ids), wanted)
-            assert torch.allclose(other(ids).logits, logits, atol=1e-4 if dtype == torch.float32 else 0.05)
+            assert torch.equal(other.get_input_embeddings()(ids), expected)
+            assert torch.allclose(other(ids).logits, logits, atol=0.05 if name == "gemma3" else 1e-4)
     restored = loaded.get_input_embeddings()  # to_dense works in place
+    assert (loaded.get_output_embeddings().weight is restored.weight) == (name != "llama")
     assert type(restored) is type(model.get_input_embeddings())
     assert restored.num_embeddings == len(restored.weight) == model.config.vocab_size
 

@@ -81,22 +81,6 @@ def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torc
         assert int((unrounded != result.weight).sum()) > 0.5 * int((~zeros).sum())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("values", "levels"), [("int4", PLAIN["int4"]), ("int3", GAPPED["int3"])])
-def test_every_value_is_a_whole_number_of_its_scale(values: str, levels: Levels, dtype: torch.dtype) -> None:
-    """By 64 columns of a row, of which half are kept, without the code that made the groups."""
-    result = rounded(pruned(6, 200, Share(0.5)), gram_of(200), values, dtype)
-    exponents = torch.zeros(200) if result.exponents is None else result.exponents
-    for row in result.weight / 2.0**exponents:
-        for columns in row.split(64):
-            group = columns[columns != 0]
-            scale = group[group.abs().argmax()] / levels.lowest
-            numbers = (group / scale).round()
-            assert set(numbers.int().tolist()) <= set(levels.numbers) - {0}
-            assert torch.allclose(numbers * scale, group, rtol=2**-8 if dtype != torch.float32 else 0.0)
-            assert float(scale.bfloat16()) == float(scale)
-
-
 @pytest.mark.parametrize("levels", [*GAPPED.values(), *PLAIN.values()], ids=lambda levels: str(len(levels.numbers)))
 def test_the_nearest_number_is_that_of_a_search(levels: Levels) -> None:
     units = torch.cat(
@@ -240,25 +224,6 @@ def test_a_weight_on_its_grid_does_not_change(monkeypatch: pytest.MonkeyPatch) -
     for values in INTEGERS:
         result = rounded(weight, gram, values, torch.bfloat16)
         assert torch.equal(rounded(result.weight, gram, values, torch.bfloat16).weight, result.weight)
-
-
-@pytest.mark.parametrize("values", ["int4", "int3"])
-def test_no_single_value_can_be_improved(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "POWERS", ())
-    weight, gram = pruned(12, 120, Share(0.5)), gram_of(120)
-    result = rounded(weight, gram, values, torch.float32).weight
-    lowest, groups = loss(result, weight, gram), Groups.of(result, values)
-    numbers = [number for number in groups.levels.numbers if number]
-    scales = scales_of_anchors(result, groups)
-    for row, column in (result != 0).nonzero().tolist():
-        scale = float(scales[row, column])
-        number = round(float(result[row, column]) / scale)
-        place = numbers.index(number)
-        for other in {numbers[max(0, place - 1)], numbers[min(len(numbers) - 1, place + 1)]}:
-            if numbers[0] not in (number, other):  # the scale would be another
-                changed = result.clone()
-                changed[row, column] = other * scale
-                assert loss(changed, weight, gram) > lowest * (1 - rounding.ENOUGH)
 
 
 @pytest.mark.parametrize("values", INTEGERS)
