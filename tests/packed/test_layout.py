@@ -178,22 +178,6 @@ def test_int8_error_is_within_half_a_step() -> None:
     assert not unpack(packed)[weight == 0].any()
 
 
-@pytest.mark.parametrize("values", VALUE_TYPES)
-@pytest.mark.parametrize("layout", ["bitmask", "nm"])
-def test_bytes_are_those_of_the_arithmetic(values: str, layout: str) -> None:
-    rows, columns = 32, 640
-    weight = two_of_four(torch.randn(rows, columns)) if layout == "nm" else sparse_weight(rows, columns, 0.6)
-    counts = [int(count) for count in (weight != 0).sum(dim=1)]
-    index = rows * (columns // 8 if layout == "bitmask" else columns // 4 * 3 // 8) + 8 * (rows + 1)
-    if values == "int4":
-        group = 64 if layout == "nm" or sum(counts) / weight.numel() > 0.36 else 128
-        expected = index + sum(math.ceil(count / 2) + 2 * columns // group for count in counts)
-    else:
-        width = {"bf16": 2, "fp16": 2, "fp32": 4, "int8": 1}[values]
-        expected = index + width * sum(counts) + (4 * rows if values == "int8" else 0)
-    assert packed_of(weight, values, layout).nbytes == expected
-
-
 def test_the_smallest_form_is_chosen() -> None:
     dense = torch.randn(64, 256).bfloat16()
     half = two_of_four(dense)

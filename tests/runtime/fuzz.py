@@ -11,6 +11,7 @@ same tensors. A sanitizer ends the process at the first wrong access.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -77,26 +78,23 @@ def checkpoints() -> list[tuple[bytes, str]]:
     from sparsepack.layout import pack
 
     made = []
-    for out, columns in SHAPES:
-        for layout in ("bitmask", "nm", "dense"):
-            for values in WRITTEN_TYPES:
-                weight = torch.randn(out, columns // 8 * 8 if layout == "nm" else columns)
-                if layout == "nm":
-                    weight = weight * torch.tensor([0, 1, 1, 0]).repeat(weight.shape[1] // 4)
-                elif layout == "bitmask":
-                    if values in GAPPED:  # on the grid with a gap, so that it has levels
-                        numbers = torch.tensor(GAPPED[values].numbers)
-                        weight = numbers[torch.randint(len(numbers), weight.shape)] * 0.5
-                    weight[torch.rand(weight.shape) < 0.5] = 0
-                    weight[:, ::32] = -64.0
-                exponents = torch.randint(-8, 8, weight.shape[1:]).to(torch.int8)
-                packed = pack(weight * 2.0**exponents, values, layout, exponents=exponents)
-                assert packed is not None
-                assert (packed.levels is not None) == (layout == "bitmask" and values in GAPPED)
-                entry = PackedEntry.of(packed, torch.float32)
-                tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.stored.items()}
-                content = save({**tensors, "w.weight": torch.zeros(1)})
-                made.append((content, json.dumps({"quantization_config": quantization_config({"w": entry})})))
+    for (out, columns), layout, values in itertools.product(SHAPES, ("bitmask", "nm", "dense"), WRITTEN_TYPES):
+        weight = torch.randn(out, columns // 8 * 8 if layout == "nm" else columns)
+        if layout == "nm":
+            weight = weight * torch.tensor([0, 1, 1, 0]).repeat(weight.shape[1] // 4)
+        elif layout == "bitmask":
+            if values in GAPPED:  # on the grid with a gap, so that it has levels
+                numbers = torch.tensor(GAPPED[values].numbers)
+                weight = numbers[torch.randint(len(numbers), weight.shape)] * 0.5
+            weight[torch.rand(weight.shape) < 0.5] = 0
+            weight[:, ::32] = -64.0
+        exponents = torch.randint(-8, 8, weight.shape[1:]).to(torch.int8)
+        packed = pack(weight * 2.0**exponents, values, layout, exponents=exponents)
+        assert packed is not None
+        assert (packed.levels is not None) == (layout == "bitmask" and values in GAPPED)
+        tensors = {f"w.weight_{name}": tensor.contiguous() for name, tensor in packed.stored.items()}
+        config = quantization_config({"w": PackedEntry.of(packed, torch.float32)})
+        made.append((save({**tensors, "w.weight": torch.zeros(1)}), json.dumps({"quantization_config": config})))
     return made
 
 

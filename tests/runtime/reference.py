@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsepack.layout import PackedWeight, unpack
 from sparsepack.module import PackedLinear
@@ -23,58 +24,39 @@ def random_weight(
     ``dense``. ``group`` columns share a scale of int4, whose numbers are random with an even seed, else plain.
     """
     random = torch.Generator().manual_seed(seed)
-    special_rows = special_rows and sparsity >= 0
     kept = torch.rand(out, columns, generator=random) >= sparsity
-    if special_rows:
+    if special_rows and sparsity >= 0:
         kept[0] = False
         kept[min(1, out - 1)] = True
         kept[-1] = out == 2
-    mask = bytearray()
-    offsets, values, scales = [0], [], []
-    uneven = value_type == "int4" and seed % 2 == 0
-    levels = torch.randint(-128, 128, (16,), generator=random).to(torch.int8) if uneven else None
-    whole = torch.arange(-8, 8) if levels is None else levels
-    dense = torch.zeros(out, columns, dtype=torch.float64)
-    for row in range(out):
-        bits = [0] * (8 * ((columns + 63) // 64))
-        places = kept[row].nonzero().flatten().tolist()
-        for place in places:
-            bits[place // 8] |= 1 << place % 8
-        mask += bytes(bits)
-        if value_type in FLOATS:
-            numbers = torch.randn(len(places), generator=random).to(FLOATS[value_type])
-            values.append(numbers)
-            dense[row, places] = numbers.double()
-            offsets.append(offsets[-1] + len(places))
-        elif value_type == "int8":
-            codes = torch.randint(-127, 128, (len(places),), generator=random)
-            scale = torch.rand(1, generator=random) + 0.01
-            values.append(codes.to(torch.int8))
-            scales.append(scale)
-            dense[row, places] = codes.double() * scale.double()
-            offsets.append(offsets[-1] + len(places))
-        else:
-            codes = torch.randint(0, 16, (len(places),), generator=random)
-            some = (torch.rand((columns + group - 1) // group, generator=random) + 0.01).bfloat16()
-            scales.append(some.unsqueeze(0))
-            dense[row, places] = whole[codes].double() * some.double()[torch.tensor(places, dtype=torch.long) // group]
-            stored = codes.tolist() + [0] * (len(places) % 2)
-            pairs = [low | high << 4 for low, high in zip(stored[::2], stored[1::2], strict=True)]
-            values.append(torch.tensor(pairs, dtype=torch.uint8))
-            offsets.append(offsets[-1] + len(stored))
-    return (
-        PackedWeight(
-            (out, columns),
-            "bitmask" if sparsity >= 0 else "dense",
-            torch.frombuffer(mask, dtype=torch.uint8).view(out, -1)[: None if sparsity >= 0 else 1].clone(),
-            torch.cat(values),
-            torch.tensor(offsets),
-            torch.cat(scales) if scales else None,
-            value_type,
-            levels=levels,
-        ),
-        dense,
-    )
+    scales = levels = None
+    stored = kept.sum(dim=1)  # values of each row
+    if value_type in FLOATS:
+        numbers = torch.randn(out, columns, generator=random).to(FLOATS[value_type])
+        values, dense = numbers[kept], numbers.double()
+    elif value_type == "int8":
+        codes = torch.randint(-127, 128, (out, columns), generator=random).to(torch.int8)
+        scales = torch.rand(out, generator=random) + 0.01
+        values, dense = codes[kept], codes * scales.double()[:, None]
+    else:
+        codes = torch.randint(0, 16, (out, columns), generator=random)
+        scales = (torch.rand(out, -(-columns // group), generator=random) + 0.01).bfloat16()
+        if seed % 2 == 0:
+            levels = torch.randint(-128, 128, (16,), generator=random).to(torch.int8)
+        numbers = (torch.arange(-8, 8) if levels is None else levels)[codes]
+        dense = numbers * scales.double().repeat_interleave(group, dim=1)[:, :columns]
+        rows = [
+            functional.pad(row[places], (0, int(places.sum()) % 2)) for row, places in zip(codes, kept, strict=True)
+        ]
+        pairs = torch.cat(rows).view(-1, 2)
+        values = (pairs[:, 0] | pairs[:, 1] << 4).to(torch.uint8)
+        stored += stored % 2
+    bits = functional.pad(kept, (0, -columns % 64)).view(out, -1, 8)
+    mask = (bits * 2 ** torch.arange(8)).sum(dim=2).to(torch.uint8)
+    layout, mask = ("bitmask", mask) if sparsity >= 0 else ("dense", mask[:1].clone())
+    offsets = functional.pad(stored.cumsum(dim=0), (1, 0))
+    packed = PackedWeight((out, columns), layout, mask, values, offsets, scales, value_type, levels=levels)
+    return packed, dense * kept
 
 
 def activations(tokens: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -98,7 +80,7 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Groups of four columns that lie 64, 128 or 192 columns apart within 256 share a scale.
     """
-    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 256)).view(len(x), -1, 4, 16, 4)
+    padded = functional.pad(x.float(), (0, -x.shape[1] % 256)).view(len(x), -1, 4, 16, 4)
     largest = padded.abs().amax(dim=(2, 4), keepdim=True)
     whole = torch.where(largest > 0, padded * torch.tensor(127.0).div(largest), 0).round().long()
     scales = (largest / 127).expand(-1, -1, 4, -1, 1)
@@ -112,7 +94,7 @@ def integer_product(packed: PackedWeight, x: Tensor) -> Tensor:
     plain = unpack(dataclasses.replace(packed, scales=torch.ones_like(packed.scales)))
     width = packed.group or packed.shape[1]
     scales = packed.scales.view(len(plain), -1).double().repeat_interleave(width, dim=1)[:, : packed.shape[1]]
-    codes = torch.nn.functional.pad(plain.long(), (0, -packed.shape[1] % 4)).unflatten(1, (-1, 4))
+    codes = functional.pad(plain.long(), (0, -packed.shape[1] % 4)).unflatten(1, (-1, 4))
     whole, of_x = rounded(x)
     products = torch.einsum("tgk,ogk->tog", whole, codes)  # int64
     return (products.double() * of_x.double().unsqueeze(1) * scales[:, ::4]).sum(dim=2)

@@ -22,6 +22,7 @@ from sparsepack import PackError
 from sparsepack.checkpoint import manifest, read_config
 from tests.models import save_tiny, tiny_gpt2, tiny_llama
 from tests.models.pruned import prune_tiny
+from tests.runtime.test_convert import tensors
 
 UP = "model.layers.0.mlp.up_proj"
 Change = Callable[[dict[str, Any]], Any]
@@ -61,10 +62,6 @@ def change_tensor(directory: Path, name: str, change: Callable[[torch.Tensor], t
     if change is not None:
         held[name] = change(tensor)
     save_file(held, file, {"format": "pt"})  # type: ignore[no-untyped-call]
-
-
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def refused(directory: Path, *said: str) -> None:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from sparsepack import native
 from sparsepack.errors import KernelError
-from sparsepack.layout import pack
+from sparsepack.layout import pack, unpack
 from sparsepack.module import threads_set
+from tests.packed.by_hand import exponents_of, packed_of, sparse_weight
 from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, integer_product, random_weight
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="no compiled kernels")
@@ -129,6 +130,25 @@ def test_activations_not_finite_or_very_small_are_rounded(kernel: str, value_typ
     x[2, :64] = 0
     x[2, 64:66] = 0
     assert torch.equal(y[2:], native.multiply(packed, x[2:], rounded=True, kernel=kernel))
+
+
+@every_kernel
+@INTEGERS
+@pytest.mark.parametrize(("rows", "columns", "sparsity"), [(5, 40, 0.5), (9, 130, 0.0), (16, 320, 0.8)])
+def test_exponents_multiply_activations_first(
+    kernel: str, value_type: str, rows: int, columns: int, sparsity: float
+) -> None:
+    packed = packed_of(sparse_weight(rows, columns, sparsity), value_type, "auto", exponents_of(columns))
+    plain = dataclasses.replace(packed, exponents=None)
+    x = torch.randn(3, columns)
+    for dtype, roundings in ((torch.float32, (False, True)), (torch.bfloat16, (True,))):
+        scaled = x.to(dtype).float() * 2.0 ** exponents_of(columns)
+        for rounded in roundings:
+            product = native.multiply(packed, x.to(dtype), rounded=rounded, kernel=kernel)
+            assert torch.equal(product, native.multiply(plain, scaled, rounded=rounded, kernel=kernel).to(dtype))
+        dense = torch.empty(rows, columns, dtype=dtype)
+        native.unpack_rows(packed, 0, rows, dense, kernel=kernel)
+        assert torch.equal(dense, unpack(packed).to(dtype))
 
 
 @every_kernel

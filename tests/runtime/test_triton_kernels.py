@@ -68,14 +68,8 @@ def test_it_compiles_for_a_card_as_it_was_meant(kind: int, values: str, scales: 
     names = _multiply.arg_names
     types = {"mask_pointer": "*u8", "values_pointer": values, "offsets_pointer": "*i64", "scales_pointer": scales}
     types["levels_pointer"] = "*i8"
-    types |= {
-        "x_pointer": "*bf16",
-        "y_pointer": "*bf16",
-        "KIND": "constexpr",
-        "TOKENS": "constexpr",
-        "BYTES": "constexpr",
-    }
     constants = {"KIND": kind, "TOKENS": 1, "BYTES": LAUNCH["BYTES"]}
+    types |= {"x_pointer": "*bf16", "y_pointer": "*bf16", **dict.fromkeys(constants, "constexpr")}
     aligned = [name for name in names if name.endswith("pointer") or name in ("out", "columns", "row_bytes")]
     source = ASTSource(
         fn=_multiply,

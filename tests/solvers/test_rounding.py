@@ -198,26 +198,6 @@ def test_factors_of_groups_are_those_of_least_squares(columns: int, size: int, m
         assert bool((result[row][~live] == 1).all())
 
 
-@pytest.mark.parametrize("values", ["int4", "int3"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_each_part_lowers_the_error(values: str, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, gram = pruned(64, 128, Share(sparsity)), gram_of(128)
-
-    def error() -> float:
-        return loss(rounded(weight, gram, values, torch.float32).weight, weight, gram)
-
-    errors = [error()]
-    for rounds in (2, 1):
-        monkeypatch.setattr(rounding, "ROUNDS", rounds)
-        errors.append(error())
-    assert errors[0] < errors[1] < errors[2]
-    monkeypatch.setattr(rounding, "ROUNDS", 3)
-    monkeypatch.setattr(rounding._Descent, "_fit_scales", lambda self: None)
-    without_scales = error()
-    monkeypatch.setattr(rounding, "_one_after_another", lambda grid, target, gram: (grid.nearest, ()))
-    assert errors[0] < 0.98 * without_scales < 0.96 * error()
-
-
 def test_a_weight_on_its_grid_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "POWERS", ())
     weight, gram = pruned(24, 96, Share(0.5)), gram_of(96)

@@ -6,65 +6,45 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsellm.chain import open_chain, streams
 from sparsellm.chain.streams import Feed
 from sparsellm.chain.structure import find_blocks
-from tests.models import VOCABULARY, _seeded, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
+from tests.models.families import LLAMA, _model, opt_350m
 
 Family = Callable[..., Any]
 CPU = torch.device("cpu")
 
 
-def tiny_qwen2(seed: int = 0) -> PreTrainedModel:
-    """Biases on q, k, v alone, two blocks."""
-    config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-    )  # fmt: skip
-    model: PreTrainedModel = _seeded(Qwen2ForCausalLM, config, seed)
-    return model
+def tiny_qwen2() -> PreTrainedModel:
+    """Biases on q, k, v alone, a tied head, two blocks."""
+    return _model("Qwen2Config", "Qwen2ForCausalLM", {**LLAMA, "tie_word_embeddings": True})
 
 
-def tiny_mistral(seed: int = 0) -> PreTrainedModel:
+def tiny_mistral() -> PreTrainedModel:
     """A sliding window shorter than the text: its blocks are called with a mask that has a row for each window."""
-    config = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, sliding_window=8,
-    )  # fmt: skip
-    model: PreTrainedModel = _seeded(MistralForCausalLM, config, seed)
-    return model
+    return _model("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": 8})
 
 
-def tiny_post_norm_opt(seed: int = 0) -> PreTrainedModel:
-    """As OPT-350m: norms after the sums, the embedding projected."""
-    return tiny_opt(seed, do_layer_norm_before=False, word_embed_proj_dim=40)
-
-
-def eager_llama(seed: int = 0) -> PreTrainedModel:
+def eager_llama() -> PreTrainedModel:
     """Attention that is always given a mask."""
-    return tiny_llama(seed, num_hidden_layers=2, attn_implementation="eager")
+    return tiny_llama(num_hidden_layers=2, attn_implementation="eager")
 
 
-def tiny_zamba(seed: int = 0) -> PreTrainedModel:
+def tiny_zamba() -> PreTrainedModel:
     """Blocks 1 and 3 of four run through one shared transformer."""
-    config = transformers.ZambaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
-        attention_hidden_size=64, attention_head_dim=16, num_key_value_heads=4, n_mamba_heads=2,
-        mamba_d_state=4, mamba_dt_rank=4,
-        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], max_position_embeddings=128,
-    )  # fmt: skip
-    model: PreTrainedModel = _seeded(transformers.ZambaForCausalLM, config, seed)
-    return model
+    mamba = {"n_mamba_heads": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "attention_hidden_size": 64}
+    layers = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_key_value_heads": 4}
+    return _model("ZambaConfig", "ZambaForCausalLM", {**LLAMA, **mamba, **layers, "attention_head_dim": 16})
 
 
-def sharing_llama(seed: int = 0) -> PreTrainedModel:
+def sharing_llama() -> PreTrainedModel:
     """As Zamba: blocks share linears and a norm, one of them in two places of one block."""
-    model = tiny_llama(seed)
+    model = tiny_llama()
     first, second, third = model.model.layers
     third.self_attn.q_proj.weight = first.self_attn.q_proj.weight
     third.mlp.up_proj.weight = second.mlp.up_proj.weight = first.mlp.up_proj.weight
@@ -73,7 +53,7 @@ def sharing_llama(seed: int = 0) -> PreTrainedModel:
     return model
 
 
-FAMILIES = [tiny_llama, tiny_gpt2, tiny_qwen2, tiny_post_norm_opt, tiny_mistral, eager_llama, sharing_llama]
+FAMILIES = [tiny_llama, tiny_gpt2, tiny_qwen2, opt_350m, tiny_mistral, eager_llama, sharing_llama]
 
 
 def ids_of(count: int, seq: int = 24, seed: int = 0) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -22,7 +21,7 @@ from sparsellm.storage.reader import CheckpointReader
 from sparsellm.storage.scratch import Scratch
 from sparsellm.sweep import head
 from sparsellm.sweep import whole_model as module
-from sparsellm.sweep.training import adam_step
+from sparsellm.sweep.training import adam_step, held_out_of
 from sparsellm.sweep.whole_model import SweepTask, sweep
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.sweep.helpers import (
@@ -205,8 +204,6 @@ def test_bfloat16_is_rounded_at_the_end_and_judged_as_rounded(tmp_path: Path) ->
 
 def test_blocks_that_share_weights_are_swept_as_one(tmp_path: Path) -> None:
     """Zamba: a transformer that every other block runs through."""
-    if not hasattr(transformers, "ZambaConfig"):
-        pytest.skip("this transformers has no Zamba")
     small = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
     ids, recipe = ids_of(4), Recipe(sparsity=0.5, samples=4, seq_len=24, sweep_rate=0.001, exclude=small)
     source = save_tiny(tiny_zamba(), None, tmp_path / "dense")
@@ -355,3 +352,34 @@ def test_what_harm_is() -> None:
     divergences = [1.0, 1.005, 0.5, 0.6, float("nan"), 0.504, 0.4]
     history = [SweepPass(passes=number, held_out=value) for number, value in enumerate(divergences)]
     assert module.harmful_passes(history) == [3, 4]
+
+
+def test_pieces_are_whole_windows_that_cover_each_batch_once() -> None:
+    chain = open_chain(tiny_opt(), device=CPU)
+    stream = Feed(chain, ids_of(100, seq=32), 3200).stream(pieces=2048)
+    assert [(piece.batch, piece.rows) for piece in stream.pieces] == [(0, slice(0, 64)), (0, slice(64, 128))]
+    stream = Feed(chain, ids_of(5), 48).stream(pieces=2048)
+    assert [(piece.batch, piece.rows) for piece in stream.pieces] == [(i, slice(0, 85)) for i in range(3)]
+    assert all(len(piece.calls) == len(chain) for piece in stream.pieces)
+
+
+@pytest.mark.parametrize(
+    ("count", "held"),
+    [(3, []), (4, [2]), (8, [4]), (16, [4, 12]), (200, [12, 37, 62, 87, 112, 137, 162, 187])],
+)
+def test_what_is_held_out(count: int, held: list[int]) -> None:
+    train, judges = held_out_of(list(range(count)))
+    assert train == [i for i in range(count) if i not in held]
+    assert judges == (held or list(range(count)))
+
+
+@pytest.mark.parametrize(("rate", "step"), [(1e-4, 5e-4), (7e-4, 1e-3)])
+def test_factors_take_longer_steps(rate: float, step: float) -> None:
+    """Adam's first step is the rate against the gradient's sign, here relative to a root mean square of 1."""
+    parameters = {name: nn.Parameter(torch.ones(4)) for name in ("w", "w.factors")}
+    for parameter in parameters.values():
+        parameter.grad = torch.tensor([3.0, -0.1, 1e-3, 2.0])
+    adam_step(parameters, torch.zeros(2, 8), rate, 1, factors={"w.factors"})
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    assert torch.allclose(1 - parameters["w"].detach(), rate * signs, rtol=1e-3)
+    assert torch.allclose(1 - parameters["w.factors"].detach(), step * signs, rtol=1e-3)
