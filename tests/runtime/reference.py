@@ -39,10 +39,10 @@ def random_weight(
         scales = torch.rand(out, generator=random) + 0.01
         values, dense = codes[kept], codes * scales.double()[:, None]
     else:
-        codes = torch.randint(0, 16, (out, columns), generator=random)
-        scales = (torch.rand(out, -(-columns // group), generator=random) + 0.01).bfloat16()
         if seed % 2 == 0:
             levels = torch.randint(-128, 128, (16,), generator=random).to(torch.int8)
+        codes = torch.randint(0, 16, (out, columns), generator=random)
+        scales = (torch.rand(out, -(-columns // group), generator=random) + 0.01).bfloat16()
         numbers = (torch.arange(-8, 8) if levels is None else levels)[codes]
         dense = numbers * scales.double().repeat_interleave(group, dim=1)[:, :columns]
         rows = [

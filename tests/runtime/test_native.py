@@ -95,7 +95,7 @@ def test_whole_numbers_are_multiplied_exactly(kernel: str, value_type: str) -> N
     for out, columns, sparsity, group in INTEGER_SHAPES:
         packed, _ = random_weight(out, columns, value_type, sparsity, seed=columns, group=group)
         assert packed.scales is not None
-        packed = dataclasses.replace(packed, scales=torch.exp2(packed.scales.float().mul(4).round()).to(packed.scales))
+        packed = dataclasses.replace(packed, scales=torch.exp2(packed.scales.float().mul(2).round()).to(packed.scales))
         x = torch.randint(-127, 128, (16, columns), generator=torch.Generator().manual_seed(out)).float()
         x[:, ::4] = 127
         x *= torch.exp2(torch.arange(columns) // 4 % 4)
