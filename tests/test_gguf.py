@@ -142,7 +142,7 @@ def test_a_second_call_converts_nothing_even_from_another_place(tmp_path: Path) 
 
 def test_what_is_not_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
-    for content, said in ((b"PK\x03\x04 else", "it starts with b'PK"), (b"GGUF\x03", "cut short after 5 bytes")):
+    for content, said in ((b"PK\x03\x04 else", "it starts with b'PK"), (b"GGUF\x03", "cut short")):
         path.write_bytes(content)
         with pytest.raises(ModelError, match=said):
             gguf_checkpoint(path)

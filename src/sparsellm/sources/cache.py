@@ -26,13 +26,8 @@ def cache_dir() -> Path:
 
 
 def cached(final: Path, make: Callable[[Path], Path], is_valid: Callable[[Path], bool] = Path.exists) -> Path:
-    """``final``, which ``make`` makes in a temporary directory if it is not there yet, or not valid.
-
-    One process at a time makes it; the others wait. Directories that killed processes left next to it are removed.
-
-    Raises:
-        ModelError: the cache cannot be written.
-    """
+    """``final``, which ``make`` makes in a temporary directory if it is not there yet, or not valid. One process at a
+    time makes it; the others wait. Directories that killed processes left next to it are removed."""
     key, folder = final.name[:16], final.parent
     try:
         if is_valid(final):

