@@ -74,8 +74,9 @@ class FeedForwardUnit:
     activation: Activation
     gate: LinearView | None = None
 
-    def linears(self) -> list[LinearView]:
-        return [self.up, *([self.gate] if self.gate is not None else []), self.down]
+    def linears(self) -> dict[str, LinearView]:
+        """By role, in the order in which they run."""
+        return {"up": self.up, **({"gate": self.gate} if self.gate is not None else {}), "down": self.down}
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,8 @@ class _Seen:
 
 
 def find_feed_forward(linears: list[LinearView], run: Callable[[], object]) -> list[FeedForwardUnit]:
-    """The feed-forward units among the linears of a block, recognised while ``run`` runs it once, on few tokens.
-
-    A linear is ``down`` of a unit if its input equals φ(output of an earlier linear), or φ(output of an earlier linear)
-    times the output of another, for a known φ.
-    """
+    """The feed-forward units among the linears of a block, recognised while ``run`` runs it once, on few tokens: a
+    linear is ``down`` if its input equals φ(output of an earlier linear), or that times the output of another."""
     seen: list[_Seen] = []
     with watch(linears, lambda linear, x, y: seen.append(_Seen(linear, _rows(x), _rows(y)))):
         run()
@@ -101,10 +99,8 @@ def find_feed_forward(linears: list[LinearView], run: Callable[[], object]) -> l
 
 
 def _unit_of(down: _Seen, before: list[_Seen]) -> FeedForwardUnit | None:
-    """The unit that reproduces the input of ``down`` best; None if none is within :data:`TOLERANCE`.
-
-    Several may be: the GELUs differ by no more than the rounding of half precision.
-    """
+    """The unit that reproduces the input of ``down`` best; None if none is within :data:`TOLERANCE`. Several may be:
+    the GELUs differ by no more than the rounding of half precision."""
     earlier = [call for call in before if call.output.shape == down.input.shape]
     candidates: list[tuple[float, FeedForwardUnit]] = []
     for activation in KNOWN:

@@ -59,7 +59,7 @@ def alternate(
     Args:
         solvers: for each linear, by name.
     """
-    linears, scratch = by_role(unit), task.stream.scratch
+    linears, scratch = unit.linears(), task.stream.scratch
     inside = {role: solvers[linear.name] for role, linear in linears.items()}
     patterns = {role: task.patterns[linear.name] for role, linear in linears.items()}
     pruned, history = prune_feed_forward(current(unit), train, held_out, inside, patterns, settings, scratch)
@@ -72,13 +72,7 @@ def alternate(
             linears[role].assign_bias(linear.bias)
 
 
-def by_role(unit: FeedForwardUnit) -> dict[str, LinearView]:
-    """The linears of the unit, in the order in which they run."""
-    gate = {"gate": unit.gate} if unit.gate is not None else {}
-    return {"up": unit.up, **gate, "down": unit.down}
-
-
 def current(unit: FeedForwardUnit) -> FeedForward:
     """The current weights of the unit, as plain tensors."""
-    linears = {role: Linear(linear.weight(), linear.bias) for role, linear in by_role(unit).items()}
+    linears = {role: Linear(linear.weight(), linear.bias) for role, linear in unit.linears().items()}
     return FeedForward(linears["up"], linears["down"], unit.activation, linears.get("gate"))

@@ -103,7 +103,7 @@ def sparsellm(
     if iterations or (iterations is None and refit and sparsest >= PAYS):
         units = find_feed_forward(task.linears, lambda: task.stream.run_window(task.index))
     for sublayer in sublayers:
-        unit = next((unit for unit in units if {linear.name for linear in unit.linears()} == sublayer.names), None)
+        unit = next((u for u in units if {x.name for x in u.linears().values()} == sublayer.names), None)
         rounds = _rounds(task, unit, solver, iterations) if unit is not None else 0
         if unit is not None and rounds:
             prune_unit(task, unit, weights, solvers, Settings(rounds, damping=refit_damping))
@@ -130,7 +130,7 @@ def _rounds(task: BlockTask, unit: FeedForwardUnit, solver: str, asked: int | No
         return 0
     if asked is not None:
         return asked
-    patterns = [task.patterns[linear.name] for linear in unit.linears()]
+    patterns = [task.patterns[linear.name] for linear in unit.linears().values()]
     sparsity = sum(pattern.sparsity for pattern in patterns) / len(patterns)
     fixed = all(isinstance(pattern, NM) for pattern in patterns)
     if sparsity < PAYS or (solver, fixed) not in (("sparsegpt", False), ("admm", True)):

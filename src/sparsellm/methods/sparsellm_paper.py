@@ -61,7 +61,7 @@ def sparsellm_paper(
 
     linears = without_experts(task.linears)
     units = find_feed_forward(linears, lambda: task.stream.run_window(task.index))
-    inside = {linear.name: solver for unit in units for linear in unit.linears()}
+    inside = {linear.name: solver for unit in units for linear in unit.linears().values()}
     with ExitStack() as held:
         inputs = {unit.up.name: held.enter_context(task.stream.store()) for unit in units}
 
