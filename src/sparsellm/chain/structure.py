@@ -19,10 +19,8 @@ _SENSES = re.compile("vision|audio")  # in the name of a config inside one that 
 
 @dataclass(frozen=True)
 class LinearView:
-    """One linear as ``Y = X Wᵀ + b`` with ``W (out, in)``, however its module stores it.
-
-    Assigned values are rounded to the storage dtype at once, so that the model in memory equals the model on disk.
-    """
+    """One linear as ``Y = X Wᵀ + b`` with ``W (out, in)``, however its module stores it. Assigned values are rounded to
+    the storage dtype at once, so that the model in memory equals the model on disk."""
 
     name: str  # the module's in the model
     module: nn.Module  # an nn.Linear, or the Conv1D of GPT-2, which stores Wᵀ
@@ -66,7 +64,6 @@ class LinearView:
 
     @torch.no_grad()
     def assign_bias(self, bias: Tensor) -> None:
-        """Overwrites the bias with ``bias (out,)``."""
         target = self.module.bias
         assert isinstance(target, Tensor)
         target.copy_(bias.to(self.storage_dtype).to(target.dtype))
@@ -89,43 +86,15 @@ def weight_of(module: nn.Module) -> nn.Parameter:
 
 
 def iterate_linears(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order.
-
-    Routers that subclass a linear and return more than its outputs, as Llama 4's, are left out.
-    """
+    """Every ``nn.Linear`` or ``Conv1D`` below ``module``, with its name in the whole model, in definition order."""
     for name, child in module.named_modules():
-        if isinstance(child, (nn.Linear, Conv1D)) and _returns_outputs(child):
+        if isinstance(child, (nn.Linear, Conv1D)):
             yield (f"{prefix}.{name}" if name else prefix), child
-
-
-_RETURNS_OUTPUTS: dict[type[nn.Module], bool] = {}
-
-
-def _returns_outputs(module: nn.Linear | Conv1D) -> bool:
-    """Whether a linear returns one tensor. A class with its own forward is tried once, on the meta device."""
-    kind = type(module)
-    if kind.forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    if kind not in _RETURNS_OUTPUTS:
-        weight = weight_of(module)
-        on_meta = {name: parameter.to("meta") for name, parameter in module.named_parameters()}
-        x = torch.empty(2, weight.shape[0 if isinstance(module, Conv1D) else 1], device="meta", dtype=weight.dtype)
-        try:
-            with torch.no_grad():
-                returned = torch.func.functional_call(module, on_meta, (x,))
-        except Exception:  # needs another shape, or fails on meta tensors: neither shows that it is not a linear
-            returned = x
-        _RETURNS_OUTPUTS[kind] = isinstance(returned, Tensor)
-    return _RETURNS_OUTPUTS[kind]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks, with its name in the model: the ``ModuleList`` outside towers with most weights in
-    linears, the outer one of two that hold equally many.
-
-    Raises:
-        ModelError: no ``ModuleList`` holds linears.
-    """
+    linears, the outer one of two that hold equally many. A ModelError says that no ``ModuleList`` holds linears."""
     towers = tuple(f"{tower}." for tower in tower_names(model)) if isinstance(model, PreTrainedModel) else ()
     sizes = {
         name: sum(weight_of(linear).numel() for _, linear in iterate_linears(module, name))
