@@ -27,11 +27,8 @@ def hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
 def watch(
     linears: list[LinearView], see: Callable[[LinearView, Tensor, Tensor], None]
 ) -> contextlib.AbstractContextManager[None]:
-    """Calls ``see(linear, input, output)`` whenever one of the linears runs, until the context ends.
-
-    Raises:
-        ModelError: from the forward, if a linear is not called with one tensor first, or returns something else.
-    """
+    """Calls ``see(linear, input, output)`` whenever one of the linears runs, until the context ends. The forward raises
+    a ModelError if a linear is not called with one tensor first, or returns something else."""
 
     def hook(
         linear: LinearView, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
@@ -116,8 +113,7 @@ class RunOrder:
 
 class InputGroups:
     """Groups linears whose input is the very same tensor, in the order in which they run, so that they share one Gram
-    matrix: in a Llama ``[q, k, v], [o], [gate, up], [down]``. The first batch (until :meth:`freeze`) decides.
-    """
+    matrix: in a Llama ``[q, k, v], [o], [gate, up], [down]``. The first batch (until :meth:`freeze`) decides."""
 
     def __init__(self) -> None:
         self.groups: list[list[LinearView]] = []

@@ -130,11 +130,8 @@ class _Layout:
 
 def separate_experts(model: Any) -> tuple[Any, dict[str, Part]]:
     """A twin of a model with experts as separate linears, and for each of their weights and biases its part of a
-    parameter of the model; the model itself and no parts if it has no stacked experts.
-
-    Raises:
-        ModelError: a module around a mixture has a forward of its own, as the hooks of accelerate set it.
-    """
+    parameter of the model; the model itself and no parts if it has no stacked experts. A ModelError says that a module
+    around a mixture has a forward of its own, as the hooks of accelerate set it."""
     twins: dict[int, nn.Module] = {}
     twin = _twin(model, twins)
     parts: dict[str, Part] = {}
@@ -171,7 +168,7 @@ def gates_of(module: nn.Module, prefix: str) -> set[str]:
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
-    """The twin of a module; the module itself if there is no mixture in it."""
+    """The twin of a module; the module itself if it contains no mixture."""
     if id(module) in twins:
         return twins[id(module)]
     layout = _layout_of(module)
@@ -194,7 +191,6 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
 
 def _separate(module: nn.Module, twin: nn.Module, layout: _Layout) -> None:
     """Replaces the stacked parameters of a mixture's twin by experts, and its forward by one that runs them."""
-
     stacked: dict[str, Part] = {}
     for number, parts in enumerate(layout.parts):
         values = {name: part.of(module.get_parameter(part.source).detach()) for name, part in parts.items()}
@@ -216,11 +212,8 @@ def _separate(module: nn.Module, twin: nn.Module, layout: _Layout) -> None:
 
 
 def _forward(self: Any, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Runs each expert of the twin of a mixture on the tokens routed to it, and adds up its weighted outputs.
-
-    ``inputs (..., width)``; experts and weights of each token ``(tokens, k)``, where numbers beyond the last expert are
-    ignored.
-    """
+    """Runs each expert of the twin of a mixture on the tokens of ``inputs (..., width)`` routed to it, and adds up its
+    weighted outputs; experts and weights ``(tokens, k)``, where numbers beyond the last expert are ignored."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     return _outputs(self, Routed(flat, chosen, weights, torch.arange(len(flat), device=flat.device))).view_as(inputs)
 
@@ -285,13 +278,9 @@ def _decorated(module: Any) -> _Layout:
 def _three_dimensional(
     shape: tuple[int, ...], transposed: bool, gated: bool, interleaved: bool = False, biased: bool = False
 ) -> list[dict[str, Part]]:
-    """The parts of ``gate_up_proj (experts, 2 · inner, width)``, or ``up_proj``, and ``down_proj (experts, width,
-    inner)``, or of their transposes, and of their biases ``(experts, outputs)``.
-
-    Args:
-        shape: that of the first stack.
-        interleaved: whether the outputs of gate and up come in turn, not one after the other.
-    """
+    """The parts of ``gate_up_proj (experts, 2 · inner, width)``, or ``up_proj``, of this shape, and of ``down_proj
+    (experts, width, inner)``, or of their transposes, and of their biases ``(experts, outputs)``. Interleaved, the
+    outputs of gate and up come in turn, not one after the other."""
     first, half = "gate_up_proj" if gated else "up_proj", shape[2 if transposed else 1] // 2
     outputs: dict[str, Index] = {UP: ()}
     if gated:

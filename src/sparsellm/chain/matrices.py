@@ -113,11 +113,7 @@ def refuse_silent_dense(chain: Chain, accepted: Sequence[str], only: Sequence[st
     """Refuses a model of which a large part would stay dense although the recipe does not accept that.
 
     In each block, the matrices that no linear owns, without gates and those that ``accepted`` names or ``only`` does
-    not, may be at most :data:`DENSE_LIMIT` of the weights.
-
-    Raises:
-        ModelError: they are more. The message lists names, shapes and shares, and an ``allow_dense`` that accepts them.
-    """
+    not, may be at most :data:`DENSE_LIMIT` of the weights. The ModelError has an ``allow_dense`` that accepts them."""
     refused: list[BlockMatrix] = []
     in_block: list[int] = []
     for index in range(len(chain)):

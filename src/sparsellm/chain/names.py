@@ -116,8 +116,7 @@ def _part_before(
     """The part of a tensor of the checkpoint that becomes this part of a stack of experts; None if that is not known.
 
     Operations of transformers: the tensors of all experts are stacked; gate and up are put one after the other; two
-    dimensions are exchanged; the outputs of gate and up, which come in turn, are put apart.
-    """
+    dimensions are exchanged; the outputs of gate and up, which come in turn, are put apart."""
     steps = [(type(each).__name__, getattr(each, "dim", None)) for each in conversion.operations]
     last = conversion.operations[-1]
     expert, *inner = part.index
@@ -165,14 +164,8 @@ def refuse_converted(converted: Mapping[str, list[str]], model: PreTrainedModel,
 def unused_tensors(
     model: PreTrainedModel, reader: CheckpointReader, list_name: str, depth: int, names: Names
 ) -> list[str]:
-    """The tensors of a checkpoint that the model does not use, without those that its class tells to ignore.
-
-    Args:
-        list_name, depth: the list of blocks in the model, and its length.
-
-    Raises:
-        ModelError: some belong to layers that the model does not have.
-    """
+    """The tensors of a checkpoint that the model does not use, without those that its class tells to ignore. A
+    ModelError says that some belong to blocks beyond the ``depth`` blocks of the list."""
     ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
     taken = {*names.key_of.values(), *(key for each in names.conversions.values() for key in each.keys)}
     unused = [

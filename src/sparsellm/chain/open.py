@@ -29,15 +29,12 @@ DIFFER = "config and weights are of different models: download the checkpoint ag
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a decoder-only language model.
-
-    Raises:
-        ModelError: it or the generation config cannot be read, or it is of another kind of model, or of quantised
-            weights.
-    """
+    """The config of a decoder-only language model. A ModelError says that it or the generation config cannot be read,
+    or that it describes another kind of model, or quantised weights."""
     path = directory / "config.json"
     read_object(path, ModelError)
-    _check_readable(directory / "generation_config.json")
+    if (generation := directory / "generation_config.json").exists():  # transformers silently takes its defaults
+        read_object(generation, ModelError)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
@@ -60,18 +57,9 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     return config
 
 
-def _check_readable(path: Path) -> None:
-    """Refuses some files that transformers cannot read, in place of which it silently takes its defaults."""
-    if path.exists():
-        read_object(path, ModelError)
-
-
 def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
-    """Refuses sizes in the config with which transformers would take hours to build a model, or fail.
-
-    Raises:
-        ModelError: width, vocabulary, or the number of heads, layers or experts is below 1 or far beyond the weights.
-    """
+    """Refuses sizes in the config with which transformers would take hours to build a model, or fail: width,
+    vocabulary, and numbers of heads, layers or experts below 1 or far beyond the weights."""
     text = config.get_text_config()
     numbers = [int(number) for name in reader for number in _IN_THEIR_LISTS.findall(name)]
     longest = 1 + max(numbers, default=-1)
@@ -88,12 +76,9 @@ def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint directory.
-
-    Raises:
-        ModelError: there is none, or transformers cannot read it or use it.
-    """
-    _check_readable(directory / "tokenizer_config.json")
+    """The tokenizer of a checkpoint directory. A ModelError says that there is none, or that it cannot be used."""
+    if (settings := directory / "tokenizer_config.json").exists():  # transformers silently takes its defaults
+        read_object(settings, ModelError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         tokenizer.decode(tokenizer("a text")["input_ids"])  # some settings are only looked at when they are used
@@ -109,13 +94,8 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
 
 
 def check_vocabulary(ids: Tensor, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
-    """The token ids ``(windows, seq)`` unchanged, after a check that the embedding has a row for each.
-
-    ``tokenizer`` produced them (None: the user passed them); it may have more tokens than the text uses.
-
-    Raises:
-        DataError: an id is negative, or not below the model's ``vocab_size``.
-    """
+    """The token ids ``(windows, seq)`` unchanged, if the embedding has a row for each; else a DataError. ``tokenizer``
+    produced them (None: the user passed them); it may have more tokens than the text uses."""
     vocabulary = config.get_text_config().vocab_size
     least, most = int(ids.min()), int(ids.max())
     if least >= 0 and most < vocabulary:

@@ -21,10 +21,8 @@ LEAST = 1 << 16  # elements of a weight: rounding the factors of smaller product
 
 
 class Bf16Products(TorchFunctionMode):
-    """As a context, runs linears with fp32 weights in bf16, forward and backward, and nothing else.
-
-    The rounded copy of a weight is kept as long as the weight lives and is not changed.
-    """
+    """As a context, runs linears with fp32 weights in bf16, forward and backward, and nothing else. The rounded copy of
+    a weight is kept as long as the weight lives and is not changed."""
 
     def __init__(self) -> None:
         super().__init__()

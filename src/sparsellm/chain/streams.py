@@ -56,8 +56,7 @@ class Feed:
         return replace(self, batch_tokens=min(self.batch_tokens, PIECE_TOKENS))
 
     def stream(self, weights: CheckpointReader | None = None, *, pieces: int = 0) -> Stream:
-        """The inputs of block 0, for which embedding and block 0 are loaded, with ``weights`` as in
-        :meth:`Chain.block`, and released again."""
+        """The inputs of block 0, for which embedding and block 0 (with ``weights``) are loaded and released again."""
         with self.chain.outer(head=False), self.chain.block(0, weights):
             return Stream(self, pieces)
 
@@ -178,8 +177,7 @@ class Stream:
 def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
     """Runs the model's own forward up to block 0 on a few tokens of the windows, so that it fails early.
 
-    Linears in a module that returns nothing but whole numbers, such as an indexer that chooses the tokens of sparse
-    attention, are added to the chain's gates, in every block.
+    Linears in a module that returns whole numbers, such as an indexer of sparse attention, become gates in every block.
 
     Raises:
         ModelError: the forward fails, or is not a plain chain of the blocks. Or, with ``token_states``, hidden states
@@ -200,8 +198,7 @@ def check_forward(chain: Chain, windows: Tensor, *, token_states: bool) -> None:
 
 
 class _Unique:
-    """Keeps one copy of equal calls: batches of one shape have the same masks and rotary angles, and a mask of 2048 ×
-    2048 for each of 256 windows would take more memory than the model."""
+    """Keeps one copy of equal calls: masks of 2048 × 2048 for 256 windows would take more memory than the model."""
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[object, ...], list[Tensor]] = {}

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sparsellm.chain.experts import gates_of, separate_experts
-from sparsellm.chain.names import (
-    checkpoint_names,
-    expert_parts,
-    published_names,
-    refuse_converted,
-    unused_tensors,
-)
+from sparsellm.chain.names import checkpoint_names, expert_parts, published_names, refuse_converted, unused_tensors
 from sparsellm.chain.products import bf16_is_native
 from sparsellm.chain.structure import find_blocks, iterate_linears, tower_names
 from sparsellm.errors import ModelError, NumericalError
@@ -126,8 +120,6 @@ class ModelWeights:
                     "bfloat16, float16, float32 and float64: convert the model to one of these first"
                 )
 
-    # ------------------------------------------------------------------ names and ties
-
     def __len__(self) -> int:
         return len(self.blocks)
 
@@ -180,14 +172,10 @@ class ModelWeights:
         inside = [name for name in self._run_outer if name.startswith(base)]
         return inside if inside and not head else self._run_outer
 
-    # ------------------------------------------------------------------ loading and release
-
     @contextlib.contextmanager
     def block(self, index: int, pruned: CheckpointReader | None = None) -> Iterator[nn.Module]:
-        """Loads the weights of block ``index`` onto the device, in the computing dtype, until the context ends.
-
-        Those in ``pruned``, a shard or a checkpoint, come first; they replace those of a model in memory for good.
-        """
+        """Loads the weights of block ``index`` onto the device, in the computing dtype, until the context ends. Those
+        in ``pruned``, a shard or a checkpoint, come first; they replace those of a model in memory for good."""
         try:
             self._load(self._names_of(index), pruned)
             yield self.blocks[index]
@@ -208,7 +196,7 @@ class ModelWeights:
         return sum(self._value(name).numel() for name in {self._names(name)[0] for name in self._outer_names(head)})
 
     def forget_shared(self) -> None:
-        """Forgets the weights that blocks share, for a walk over other weights."""
+        """Drops the weights that blocks share, for a walk over other weights."""
         self._shared.clear()
 
     @contextlib.contextmanager
@@ -261,8 +249,6 @@ class ModelWeights:
                     self._shared[first] = value.detach().to(self.stored_dtype(first), copy=True)
                 module._parameters[leaf] = nn.Parameter(value.to("meta"), requires_grad=False)
 
-    # ------------------------------------------------------------------ values
-
     def parameter(self, name: str, pruned: CheckpointReader | None = None) -> Tensor:
         """The values of one parameter: from ``pruned`` if it is there, else as loaded, else from the checkpoint."""
         key, reader = self.key_of[name], pruned
@@ -285,11 +271,8 @@ class ModelWeights:
 
     @torch.no_grad()
     def settle_block(self, index: int) -> None:
-        """Rounds every weight of the loaded block to its storage dtype, so that memory and disk have the same block.
-
-        Raises:
-            NumericalError: a weight is NaN, or too large for that dtype; nothing of the block has been written.
-        """
+        """Rounds every weight of the loaded block to its storage dtype, so that memory and disk have the same block. A
+        NumericalError says that a weight is NaN or too large for it; nothing of the block has been written."""
         for name in self._names_of(index):
             value, stored = self._value(name), self.stored_dtype(name)
             if value.is_floating_point():
@@ -303,8 +286,7 @@ class ModelWeights:
                 cure = f"store the model in {wider} and prune that" if wider else "raise the method's damping"
                 raise NumericalError(
                     f"weight {name} would get {bad} infinite or NaN values once pruned and rounded to {dtype}, whose "
-                    f"largest number is {largest:.5g}; {cure}, or exclude it. The block was not written; blocks before "
-                    "it are kept"
+                    f"largest number is {largest:.5g}; {cure}, or exclude it. Blocks before this one are kept"
                 )
 
     def block_tensors(self, index: int) -> dict[str, TensorSource]:

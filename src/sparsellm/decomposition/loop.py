@@ -51,8 +51,7 @@ class Settings:
 
     Attributes:
         iterations: the number after the local solution, which is iteration 0.
-        safeguard: keep the iterate with the least true error, on held-out tokens if there are any. False keeps the
-            last, and raises an error for an iterate that is not finite.
+        safeguard: keep the iterate with the least true error. False keeps the last, which must be finite.
         patience: iterations without a lower error before the loop stops, with the safeguard.
         coefficients: α, β, γ; None: :func:`~sparsellm.decomposition.objective.default_coefficients`.
         damping: ridge of the least squares towards the current weight (the dense one for ``down``), relative to the
@@ -98,18 +97,15 @@ def prune_feed_forward(
     settings: Settings,
     scratch: Scratch,
 ) -> tuple[Pruned, list[Step]]:
-    """Prunes up, gate (if any) and down of one unit so that its output stays near the targets.
+    """Prunes up, gate (if any) and down of one unit so that its output stays near the targets; returns the chosen
+    iterate, and the records of all iterations.
 
     Args:
         dense: the unit before pruning; iteration 0 prunes its weights.
         train: tokens that weights are fitted to.
         held_out: tokens that choose the iterate, which is then fitted to them too. If empty, ``train`` chooses.
         solvers, patterns: by role (``up``, ``gate``, ``down``).
-        settings: those of the loop.
         scratch: storage for the variables of all tokens.
-
-    Returns:
-        The chosen iterate, and the records of all iterations.
 
     Raises:
         NumericalError: an iterate is not finite; with the safeguard, the local solution is not.
@@ -131,7 +127,11 @@ def prune_feed_forward(
                     raise NumericalError("look for infinite values in inputs and weights")
             except NumericalError as failure:
                 if best is None or not settings.safeguard:
-                    raise _diverged(history, failure) from failure
+                    before = ", ".join(f"{step.train_error:.3g}" for step in history) or "none"
+                    raise NumericalError(
+                        f"the alternation diverged in iteration {len(history)} (relative errors before it: {before}): "
+                        f"{failure}"
+                    ) from failure
                 history.append(_step(iteration, math.inf, held_out))
                 break
             history.append(_step(iteration, error, held_out, value))
@@ -151,13 +151,6 @@ def prune_feed_forward(
 def _step(iteration: int, error: float, held_out: Chunks, value: float | None = None) -> Step:
     on_held_out, on_train = (error, None) if held_out else (None, error)
     return Step(iteration=iteration, held_out_error=on_held_out, train_error=on_train, objective=value)
-
-
-def _diverged(history: list[Step], failure: NumericalError) -> NumericalError:
-    before = ", ".join(f"{step.train_error:.3g}" for step in history) or "none"
-    return NumericalError(
-        f"the alternation diverged in iteration {len(history)} (relative errors before it: {before}): {failure}"
-    )
 
 
 @dataclass

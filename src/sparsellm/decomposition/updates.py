@@ -19,10 +19,8 @@ from sparsellm.statistics import CrossAccumulator, Fit, Gram, GramAccumulator
 
 
 def activation_gain(weight: Tensor, coefficients: Coefficients) -> Tensor:
-    """``W₂ (γ/β I + W₂ᵀW₂)⁻¹ = (γ/β I + W₂W₂ᵀ)⁻¹ W₂`` of W₂ (d_out, f), for the update of A on every chunk.
-
-    It factorises the smaller of the two Gram matrices, in fp64 if the device has it.
-    """
+    """``W₂ (γ/β I + W₂ᵀW₂)⁻¹ = (γ/β I + W₂W₂ᵀ)⁻¹ W₂`` of W₂ (d_out, f), for the update of A on every chunk, from the
+    factorisation of the smaller of the two Gram matrices, in fp64 if the device has it."""
     wide = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
     narrow = wide if len(wide) < wide.shape[1] else wide.T
     square = narrow @ narrow.T
@@ -34,14 +32,8 @@ def activation_gain(weight: Tensor, coefficients: Coefficients) -> Tensor:
 def update_activation(phi: Tensor, target: Tensor, down: Linear, gain: Tensor) -> Tensor:
     """A = (γΦ + β(Y − b₂)W₂)(γI + βW₂ᵀW₂)⁻¹ (paper, eq. 6), written Φ + (Y − b₂ − ΦW₂ᵀ) · gain; (tokens, f).
 
-    The second form adds a correction from the residual to Φ, so it loses no digits if Φ is already right.
-
-    Args:
-        phi: (tokens, f), φ(Z) or φ(S)∘U.
-        target: (tokens, d_out), Y.
-        down: W₂ and b₂.
-        gain: from :func:`activation_gain`.
-    """
+    Φ (tokens, f) is φ(Z) or φ(S)∘U, Y the target, and the gain that of :func:`activation_gain`. The second form adds a
+    correction from the residual to Φ, so it loses no digits if Φ is already right."""
     return torch.addmm(phi, target - down(phi), gain)
 
 
@@ -81,9 +73,7 @@ def move_variables(
     unit: FeedForward, products: Variables, variables: Variables, a: Tensor, coefficients: Coefficients
 ) -> Variables:
     """The variables after one update: Z at its minimiser, or U at its minimiser and then gradient steps on S.
-
-    ``products`` are the outputs m of the unit's first half, one for each variable; a (tokens, f) is A.
-    """
+    ``products`` are the outputs m of the unit's first half, one for each variable; a (tokens, f) is A."""
     if variables.gate is None or products.gate is None:
         return Variables(update_preactivation(products.up, a, coefficients))
     u = update_linear_gate_branch(products.up, a, unit.activation(variables.gate), coefficients)
@@ -93,21 +83,13 @@ def move_variables(
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted second moments of a linear's inputs (in) and targets (out), averaged over tokens.
+    """Weighted second moments of a linear's inputs (in) and targets (out), averaged over tokens."""
 
-    Attributes:
-        gram: (in, in).
-        cross: (out, in).
-        bias: the fixed bias, which is subtracted from the targets; None if there is none or it is fitted.
-        means: means of inputs (in,) and targets (out,) if the bias is fitted; all moments are then centred.
-        exact: sums ``XᵀX`` and ``TᵀX`` in fp64, for a pseudo-inverse.
-    """
-
-    gram: Gram
-    cross: Tensor
-    bias: Tensor | None = None
-    means: tuple[Tensor, Tensor] | None = None
-    exact: tuple[Tensor, Tensor] | None = None
+    gram: Gram  # (in, in)
+    cross: Tensor  # (out, in)
+    bias: Tensor | None = None  # the fixed one, which is subtracted from the targets
+    means: tuple[Tensor, Tensor] | None = None  # inputs' and targets', if the bias is fitted; moments are then centred
+    exact: tuple[Tensor, Tensor] | None = None  # sums XᵀX and TᵀX in fp64, for a pseudo-inverse
 
     def linear(self, weight: Tensor) -> Linear:
         """The linear with this weight, and with the optimal bias ``mean(T) − W mean(X)`` or the fixed one."""
@@ -121,7 +103,6 @@ class MomentsAccumulator:
     and targets. A linear without a bias stays without one.
 
     Args:
-        linear: the linear.
         gram: the Gram matrix of the same inputs, if it is known already.
         fit_bias: fit the bias, if there is one, together with the weight; False holds it fixed.
         exact: also sum in fp64, without weights of tokens.
@@ -162,11 +143,7 @@ class MomentsAccumulator:
             self._exact[1].addmm_(target.double().T, wide)
 
     def finish(self) -> Moments:
-        """The moments of all tokens so far.
-
-        Raises:
-            NumericalError: there was no token, or a sum is not finite.
-        """
+        """The moments of all tokens so far. A NumericalError says that there are none, or that a sum is not finite."""
         cross = self._crosses.finish()
         gram = self._gram if isinstance(self._gram, Gram) else self._gram.finish()
         if self._shift is None:
@@ -182,9 +159,7 @@ class MomentsAccumulator:
 
 def pseudo_inverse_weight(moments: Moments) -> Fit:
     """``(T − b)ᵀ · pinv(X)ᵀ`` (out, in), as in the published code: without damping, through the Gram matrix in fp64.
-
-    ``pinv(XᵀX) Xᵀ = pinv(X)``; singular values of the Gram matrix below 1e-12 of the largest are noise of fp32 inputs.
-    """
+    ``pinv(XᵀX) Xᵀ = pinv(X)``; its singular values below 1e-12 of the largest are noise of fp32 inputs."""
     assert moments.exact is not None, "accumulate with exact=True"
     square, cross = moments.exact
     inverse = torch.linalg.pinv(square, rtol=1e-12, hermitian=True)
@@ -192,10 +167,8 @@ def pseudo_inverse_weight(moments: Moments) -> Fit:
 
 
 def descend_weight(moments: Moments, weight: Tensor) -> Fit:
-    """The weight after the published code's ten gradient steps of 0.01, ``W ← W − 0.01 · 2 (W G − C) / outputs``.
-
-    They are steps on the mean of (t − W x − b)² over tokens and outputs.
-    """
+    """The weight after the published code's ten gradient steps of 0.01 on the mean of (t − W x − b)² over tokens and
+    outputs: ``W ← W − 0.01 · 2 (W G − C) / outputs``."""
     for _ in range(10):
         weight = weight - 0.01 * 2 * (weight @ moments.gram.matrix - moments.cross) / len(weight)
     return Fit(weight)

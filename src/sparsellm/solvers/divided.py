@@ -13,15 +13,7 @@ from torch import Tensor
 
 from sparsellm import parallel
 from sparsellm.chain.products import Bf16Products, bf16_products
-from sparsellm.patterns import (
-    Pattern,
-    Scope,
-    Unstructured,
-    highest_of_rows,
-    places_in_rows,
-    require_finite,
-    share,
-)
+from sparsellm.patterns import Pattern, Scope, Unstructured, highest_of_rows, places_in_rows, require_finite, share
 from sparsellm.registry import Entry
 from sparsellm.solvers.solver import Solution, Solver, solution
 from sparsellm.statistics import Gram
@@ -33,10 +25,10 @@ SIGN = -(1 << 31)
 
 
 def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Tensor | None = None) -> Solver:
-    """The solver with its work divided over the processes of this run.
+    """The solver with its work divided over the processes, which all pass the same arguments and get all rows.
 
-    All processes call it with the same arguments, and get the solution of all rows. A solver that is not registered as
-    distributed, or has fewer rows than processes, solves all rows in each. A pattern without zeros keeps every bit.
+    A solver that is not registered as distributed, or has fewer rows than processes, solves all rows in each. A pattern
+    without zeros keeps every bit.
 
     Args:
         entry: the solver.
@@ -100,11 +92,8 @@ class DividedUnstructured(Unstructured):
 
 
 def highest_of_all(scores: Tensor, zeros: int) -> Tensor:
-    """This process's part ``(outer, inner)`` of :func:`~sparsellm.patterns.highest` for the scores of all processes.
-
-    ``scores (outer, inner)`` are fp32 or coarser. Indices run over outer, then the processes, then inner; ``zeros``
-    counts those of all processes.
-    """
+    """This process's part ``(outer, inner)`` of :func:`~sparsellm.patterns.highest` for the scores of all processes,
+    fp32 or coarser. Indices run over outer, then the processes, then inner; ``zeros`` are those of all processes."""
     if zeros <= 0:
         return torch.ones_like(scores, dtype=torch.bool)
     keys = _ordered(scores)

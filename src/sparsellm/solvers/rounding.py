@@ -58,17 +58,11 @@ class Rounded(NamedTuple):
 
 
 def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, fixed_mask: bool = False) -> Rounded:
-    """The weight with its values on the grid of a packed integer type; zeros stay zero.
+    """A pruned weight ``(out, in)`` with its values on the grid of ``int8``, ``int4`` or ``int3`` for a checkpoint in
+    this dtype; zeros stay zero. All processes call it with the same arguments and get the same result.
 
-    All processes call it with the same arguments and get the same result; each rounds some rows.
-
-    Args:
-        weight: ``(out, in)`` fp32, pruned.
-        gram: Gram matrix of its inputs.
-        value_type: ``int8``, ``int4`` or ``int3``.
-        dtype: that of the checkpoint.
-        fixed_mask: keep every value that is not 0. Otherwise one that is nearer to 0 than to its grid becomes 0, and
-            the others make up for it. In a weight so full that it is packed dense values may become 0 in any case.
+    With ``fixed_mask`` every value that is not 0 is kept. Otherwise one that is nearer to 0 than to its grid becomes 0,
+    and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case.
 
     Raises:
         NumericalError: the Gram matrix cannot be factorised with any damping.
@@ -271,10 +265,8 @@ def best_factors(weight: Tensor, slope: Tensor, matrix: Tensor, groups: Groups) 
     """Least-squares scale factor of each group of a weight ``(out, in)``: ``(out, groups)``.
 
     With the groups of a row as vectors ``v_a``, the factors ``1 + t`` solve ``A t = −s`` with ``A_ab = v_aᵀ G v_b`` and
-    ``s_a`` the slope along ``v_a``. A small ridge keeps them near 1 where the rows hardly tell groups apart.
-
-    ``slope`` is half the gradient of the error, ``(Ŵ − W) G``, ``(out, in)``; ``matrix`` is G.
-    """
+    ``s_a`` the ``slope`` along ``v_a``: half the gradient of the error, ``(Ŵ − W) G``, for G the ``matrix``. A small
+    ridge keeps them near 1 where the rows hardly tell groups apart."""
     count = len(groups.collect(weight[:1]))  # groups of a row
     factors = weight.new_ones(len(weight), count)
     rows = max(1, SYSTEMS // max(count**2, weight.shape[1]))

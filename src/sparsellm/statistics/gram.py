@@ -42,8 +42,7 @@ class Gram:
 
     Inverses are remembered by damping, so that linears that share an input (q, k, v) share one. Damping is relative:
     ``λ`` is that fraction of the mean diagonal of the live inputs. A dead input (zero in every token) is decoupled: its
-    diagonal counts as one, so it does not affect other inputs, and a weight on it costs nothing.
-    """
+    diagonal counts as one, so it does not affect other inputs, and a weight on it costs nothing."""
 
     matrix: Tensor
     tokens: int
@@ -114,12 +113,10 @@ class Gram:
         return self.remember(("inverse", damping), invert)
 
     def inverse_cholesky(self, damping: float) -> Factor:
-        """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``, as the optimal brain surgeon needs it.
+        """Upper triangular ``U`` with ``UᵀU = (G + λI)⁻¹``; damping as in :meth:`cholesky`.
 
         With the order of inputs reversed, ``G + λI = R Rᵀ`` for an upper triangular ``R``, so ``U = R⁻¹``: one
-        factorisation and a triangular inverse, which is more accurate than factorising an explicit inverse. Damping as
-        in :meth:`cholesky`.
-        """
+        factorisation and a triangular inverse, which is more accurate than factorising an explicit inverse."""
 
         def factorise() -> Factor:
             factor = self.cholesky(damping, reverse=True)
@@ -141,11 +138,8 @@ class Gram:
     def cholesky(self, damping: float, *, reverse: bool = False) -> Factor:
         """Lower triangular ``L`` with ``L Lᵀ = G + λI``, not cached; ``reverse`` reverses the order of inputs first.
 
-        If the factorisation fails, damping is raised tenfold, at most eight times, and a note says so.
-
-        Raises:
-            NumericalError: it failed at every damping tried.
-        """
+        If the factorisation fails, damping is raised tenfold, at most eight times, and a note says so. A NumericalError
+        says that it failed at every damping."""
         asked, name = damping, f"the Gram matrix of {self.features} inputs over {self.tokens} tokens"
         for _ in range(DAMPING_TRIES):
             diagonal = (self.diagonal + damping * self.mean_diagonal).masked_fill_(self.dead, 1.0)
@@ -172,9 +166,8 @@ class GramAccumulator:
     """Sums ``XᵀX`` over chunks of tokens: products in fp32, their sum in fp64.
 
     The sum is therefore exact to fp32, and equal to the bit for any order of chunks and any number of processes. Only
-    panels of rows, from the diagonal on, are computed and kept: little more than half the products, and the memory of
-    one fp32 matrix ``(features, features)``.
-    """
+    panels of rows, from the diagonal on, are computed and kept: the memory of one fp32 matrix ``(features,
+    features)``."""
 
     def __init__(self, features: int, device: torch.device = CPU) -> None:
         self.features, self.device, self.tokens = features, device, 0
@@ -197,11 +190,7 @@ class GramAccumulator:
         self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Gram:
-        """The mean over the tokens so far; the accumulator can take more.
-
-        Raises:
-            NumericalError: no token was seen, or a sum is NaN or infinite.
-        """
+        """The mean over the tokens so far. A NumericalError says that there are none, or that a sum is not finite."""
         matrix = torch.empty(self.features, self.features, device=self.device)
         for panel in self.panels:
             start = self.features - panel.shape[1]
@@ -231,14 +220,9 @@ class CrossAccumulator:
         self.tokens = int(parallel.total(self.tokens))
 
     def finish(self) -> Tensor:
-        """``C = TᵀX / N`` (out, features), fp32.
-
-        Raises:
-            NumericalError: no token was seen, or a sum is NaN or infinite.
-        """
-        name = f"cross moment of shape {tuple(self.total.shape)}"
+        """``C = TᵀX / N`` (out, features), fp32; errors as in :meth:`GramAccumulator.finish`."""
         matrix = (self.total / self.tokens).float()
-        require_finite(matrix, name)
+        require_finite(matrix, f"cross moment of shape {tuple(matrix.shape)}")
         return matrix
 
 
@@ -253,11 +237,7 @@ def least_squares(gram: Gram, cross: Tensor, damping: float, prior: Tensor) -> F
     """``argmin_W ‖T − X Wᵀ‖² / N + λ‖W − W₀‖²``, that is ``W = W₀ + (C − W₀ G)(G + λI)⁻¹``, for ``C = TᵀX / N``.
 
     In directions that the tokens hardly excite, ``W`` shrinks towards the prior ``W₀ (out, features)``. Weights on dead
-    inputs equal the prior. ``damping`` is λ relative to the mean diagonal of G.
-
-    Raises:
-        NumericalError: no damping made ``G + λI`` positive definite.
-    """
+    inputs equal the prior. Damping and errors are those of :meth:`Gram.cholesky`."""
     factor = gram.cholesky(damping)
     residual = cross - prior @ gram.matrix  # (out, features)
     change = torch.cholesky_solve(residual.T, factor.matrix).T.masked_fill(gram.dead, 0.0)
@@ -265,10 +245,8 @@ def least_squares(gram: Gram, cross: Tensor, damping: float, prior: Tensor) -> F
 
 
 def invert_lower_(matrix: Tensor) -> None:
-    """Replaces a lower triangular matrix by its inverse, by halves, so that nearly all the work is matrix products.
-
-    ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``. Entries above the diagonal must be zero.
-    """
+    """Replaces a lower triangular matrix by its inverse, by halves, so that nearly all the work is matrix products:
+    ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``. Entries above the diagonal must be zero."""
     size = len(matrix)
     if size <= TRIANGLE:
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)

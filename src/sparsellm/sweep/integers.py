@@ -27,7 +27,7 @@ class Integers:
 
     values: Literal["int8", "int4", "int3"]
     linears: Mapping[str, str]  # the exponents of the columns of each linear by its name, as records have them
-    groups: dict[str, Groups] = field(default_factory=dict)  # of each weight, by its name; filled by factors()
+    groups: dict[str, Groups] = field(default_factory=dict)  # by name of the weight; filled by factors()
 
     def factors(self, chain: Chain, index: int) -> dict[str, Tensor]:
         """Ones ``(out, groups)`` for the weights of these linears in the loaded block ``index``, which owns them, by

@@ -29,8 +29,8 @@ class SweepRecord:
     history: list[SweepPass]  # every pass so far, including the state before the first
     best: int  # the number of the best pass so far; 0 for the state before the first
     files: dict[str, str]  # SHA-256 of the files, by name
-    seconds: float  # of the sweep so far, in all processes that ran it, as the next
-    peak_rss: int
+    seconds: float  # that the sweep took so far, in all processes that ran it
+    peak_rss: int  # the highest in any of them
 
 
 class SavedSweep:

@@ -177,7 +177,7 @@ class _Masters:
         for at in [index, *dict.fromkeys(at for at, _ in self._aliases[index].values())]:
             if at not in views:
                 views[at] = self.views(flat if at == index else self.parameters(at), at)
-                if (running or written) and self.integers is not None:
+                if running and self.integers is not None:
                     views[at] = self.integers.of(views[at], self.chain, at)
                 if written:
                     for name, parameter in views[at].items():
