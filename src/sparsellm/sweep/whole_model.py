@@ -252,10 +252,8 @@ def _passes(task: SweepTask, run: _Run, history: list[SweepPass]) -> list[SweepP
     chain, masters = task.feed.chain, run.masters
     train, judges = held_out_of(run.steps())
     history = list(history) or [_start(task, run, train, judges)]
-    rate, first = history[0].rate, len(history)
-    assert rate is not None, "the state before the first pass has the rate"
+    first = len(history)
     for number in range(first, task.passes + 1):
-        harmful = harmful_passes(history)
         done, passes = number - first, task.passes - first + 1  # passes of this process
         with contextlib.ExitStack() as stack:
             trained, steps = run, train
@@ -264,13 +262,7 @@ def _passes(task: SweepTask, run: _Run, history: list[SweepPass]) -> list[SweepP
                 trained = stack.enter_context(_on(task, masters, task.fresh[turn - 1], done, passes))
                 steps = trained.steps()
             stack.enter_context(chain.outer())
-
-            def report(share: float, number: int = number, done: int = done, passes: int = passes) -> None:
-                text = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
-                task.feed.progress(Progress("sweep", done + share, passes, text))
-
-            undone = harmful[-1] if harmful else 0  # the last pass after which Adam's moments began anew
-            mean = _pass(task, trained, steps, number, undone, rate * CUT ** len(harmful), report)
+            mean = _pass(task, trained, steps, history, first)
             history.append(SweepPass(passes=number, held_out=run.judge(judges), train=mean))
         if history[-1].held_out < min(record.held_out for record in history[:-1]):
             masters.keep(number)
@@ -306,23 +298,19 @@ def _start(task: SweepTask, run: _Run, train: list[_Step], judges: list[_Step]) 
         return SweepPass(passes=0, held_out=start, rate=chosen)
 
 
-def _pass(
-    task: SweepTask,
-    run: _Run,
-    steps: list[_Step],
-    number: int,
-    undone: int,
-    rate: float,
-    report: Callable[[float], None],
-) -> float:
-    """Runs pass ``number`` over the steps of all processes; returns the mean divergence per token before its steps."""
-    order, count, total = shuffled(len(steps), task.seed + (number - 1) * 1_000_003), len(steps), 0.0
-    for place in range(count):
-        report(place / count)
-        step = steps[order[place]]
+def _pass(task: SweepTask, run: _Run, steps: list[_Step], history: list[SweepPass], first: int) -> float:
+    """Runs the next pass over the steps of all processes, of which ``first`` was the first in this process; returns the
+    mean divergence per token before its steps."""
+    number, count, total, harmful = history[-1].passes + 1, len(steps), 0.0, harmful_passes(history)
+    rate, undone = history[0].rate, harmful[-1] if harmful else 0  # the pass after which Adam's moments began anew
+    assert rate is not None, "the state before the first pass has the rate"
+    text = f"pass {number}/{task.passes} · KL {history[-1].held_out:.3f}"
+    for place, chosen in enumerate(shuffled(count, task.seed + (number - 1) * 1_000_003)):
+        task.feed.progress(Progress("sweep", number - first + place / count, task.passes - first + 1, text))
+        step = steps[chosen]
         factor = schedule((number - 1) * count + place, task.passes * count)
         since = (number - 1 - undone) * count + place + 1  # steps since Adam's moments began
-        total += run.step(run.piece(step), step.process, rate * factor, since)
+        total += run.step(run.piece(step), step.process, rate * CUT ** len(harmful) * factor, since)
     return total / sum(step.tokens for step in steps)
 
 
