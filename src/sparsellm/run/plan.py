@@ -22,11 +22,7 @@ from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, pla
 from sparsellm.recipe import Recipe
 from sparsellm.records import Memory
 from sparsellm.run.choice import Choice, patterns_of
-from sparsellm.run.fingerprint import (
-    model_fingerprint,
-    start_fingerprint,
-    tokens_fingerprint,
-)
+from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, tokens_fingerprint
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Identity, Journal
 from sparsellm.run.opening import (
     Model,
@@ -66,11 +62,6 @@ class Request:
     teacher: str | os.PathLike[str] | None = None
     name: str = ""
     shared: dict[Hashable, object] = field(default_factory=dict)
-
-    @property
-    def dense(self) -> Model:
-        """The dense model: the teacher if there is one, else the model itself."""
-        return self.model if self.teacher is None else self.teacher
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of ``make``, computed once for the same key in all requests that share."""

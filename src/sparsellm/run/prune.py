@@ -212,7 +212,7 @@ def _result(
 
 def _base(plan: Plan) -> Base:
     """The name, digest and bytes of the dense model, and its hub id and license where they are known."""
-    model = plan.request.dense
+    model = plan.request.teacher or plan.request.model
     name = getattr(model, "name_or_path", "") if isinstance(model, PreTrainedModel) else str(model)
     known = base_of(model, plan.model.directory)
     size = checkpoint_bytes(plan.chain)
