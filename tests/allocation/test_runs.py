@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import open_chain
 from sparsellm.errors import RecipeError
-from sparsellm.progress import Progress
 from sparsellm.run.choice import Choice
 from sparsellm.run.predictions import gradient_bytes
 from tests.allocation.helpers import windows
@@ -111,28 +109,3 @@ def test_nothing_to_prune_asks_nothing_of_the_model() -> None:
     result = sparsellm.prune(model, Recipe(method="wanda", sparsity=0.0, allocation="threshold"), calibration=windows())
     assert result.zeros == 0
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
-
-
-def test_a_run_that_goes_on_does_not_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
-    recipe = Recipe(method="wanda", sparsity=0.6, allocation="threshold")
-    whole = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "whole")
-
-    class CutShortError(Exception):
-        pass
-
-    def progress(event: Progress) -> None:
-        if event.phase == "prune" and event.done >= 1:
-            raise CutShortError
-
-    with pytest.raises(CutShortError):
-        sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "cut", progress=progress)
-    with monkeypatch.context() as patched:
-        patched.setattr("sparsellm.allocation.survey.Survey.__init__", None)  # nobody may look at the model again
-        resumed = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / "cut")
-    assert resumed.resumed == 1
-    assert resumed.allocation == whole.allocation
-    assert resumed.allocation["tokens"] == windows().numel()
-    for shard in (tmp_path / "whole").glob("*.safetensors"):
-        one, two = load_file(shard), load_file(tmp_path / "cut" / shard.name)
-        assert all(torch.equal(value, two[name]) for name, value in one.items())

@@ -222,13 +222,3 @@ def test_random_bytes_in_a_file_never_end_in_another_error(data: st.DataObject, 
     except SparseLLMError:
         return
     assert all(value.shape == reader.shape(name) for name, value in read.items())
-
-
-def test_a_failed_unpack_keeps_what_stood_in_out(copy: Path, llama: Path, tmp_path: Path) -> None:
-    """The damage is in the last block, so that shards have been written when it is met."""
-    old = Path(shutil.copytree(llama, tmp_path / "out"))
-    change_tensor(copy, "model.layers.2.mlp.up_proj.weight_mask", lambda tensor: tensor ^ 1)
-    with pytest.raises(StorageError, match=r"model.layers.2.mlp.up_proj"):
-        sparsellm.unpack(copy, out=old, overwrite=True)
-    assert sorted(tmp_path.iterdir()) == [old, copy]
-    assert all((old / file.name).read_bytes() == file.read_bytes() for file in llama.iterdir())

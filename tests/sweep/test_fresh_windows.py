@@ -16,7 +16,7 @@ from sparsellm.run import opening as reading
 from sparsellm.run import prune as story
 from sparsellm.sweep import whole_model
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-from tests.sweep.helpers import dense_end, ids_of, tiny_zamba
+from tests.sweep.helpers import Family, dense_end, ids_of, tiny_zamba
 
 SAMPLES, SEQ_LEN = 4, 16
 RECIPE = {
@@ -53,18 +53,27 @@ def text(path: Path, lines: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("calibration", ["text.txt", "self"])
-@pytest.mark.parametrize("passes", [4, None])
+@pytest.mark.parametrize(
+    ("family", "calibration", "passes"),
+    [
+        (tiny_llama, "text.txt", None),
+        (tiny_llama, "self", 4),  # the text of a model itself has no end
+        (tiny_zamba, "text.txt", 2),  # blocks share pruned weights, which the dense model runs without
+    ],
+    ids=["text", "self", "shared"],
+)
 def test_each_pass_takes_new_windows_while_the_text_lasts(
-    calibration: str, passes: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, calibration: str, passes: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text of a model itself has no end."""
-    source = save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path / "dense")
+    source = save_tiny(family(), tiny_tokenizer(), tmp_path / "dense")
     text(tmp_path / "text.txt", 400)
     monkeypatch.chdir(tmp_path)
     seen, statistics, walk = runs_of(monkeypatch), [], story.walk
     monkeypatch.setattr(story, "walk", lambda plan, *rest: statistics.append(plan.windows.first) or walk(plan, *rest))
-    sparsellm.prune(source, {**RECIPE, "calibration": calibration, "effort": 2, "passes": passes}, out=tmp_path / "out")
+    recipe = {**RECIPE, "calibration": calibration, "effort": 2, "passes": passes}
+    if family is tiny_zamba:
+        recipe["exclude"] = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
+    sparsellm.prune(source, recipe, out=tmp_path / "out")
     dense = AutoModelForCausalLM.from_pretrained(source)
     rows = [tuple(row) for windows, _ in seen for row in windows.tolist()]
     assert [len(windows) for windows, _ in seen] == [SAMPLES // 2] * (passes or 3)
@@ -124,17 +133,3 @@ def test_windows_of_a_sweep_are_cut_to_its_steps() -> None:
     assert set(led[:, 0].tolist()) == {9}
     assert windows[0, 0] == 0, "the windows of the statistics changed"
     assert torch.equal(reading._cut(windows[:, :1000], 9), windows[:, :1000])
-
-
-def test_the_dense_model_of_a_later_set_has_dense_shared_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks that share weights keep the pruned ones; the dense model runs without them (Zamba)."""
-    source = save_tiny(tiny_zamba(), tiny_tokenizer(), tmp_path / "dense")
-    seen = runs_of(monkeypatch)
-    small = ["*.x_proj_weight", "*.dt_proj_weight", "*.A_log", "*.conv1d"]
-    recipe = {**RECIPE, "calibration": str(text(tmp_path / "text.txt", 400)), "exclude": small}
-    sparsellm.prune(source, {**recipe, "passes": 2, "sweep_rate": 0.001}, out=tmp_path / "out")
-    dense = AutoModelForCausalLM.from_pretrained(source)
-    for windows, hidden in seen:
-        torch.testing.assert_close(hidden, torch.cat(list(dense_end(dense, windows, 32))), rtol=1e-4, atol=1e-5)
