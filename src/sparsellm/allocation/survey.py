@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from sparsellm.chain import Feed, LinearView
+from sparsellm.chain import Chain, Feed, LinearView
 from sparsellm.chain.capture import watch
 from sparsellm.errors import RecipeError
 from sparsellm.progress import Progress
@@ -29,33 +29,26 @@ class LinearSize:
         return self.shape[0] * self.shape[1]
 
 
+@dataclass(frozen=True, eq=False)
 class Survey:
-    """Sizes and statistics of the dense model, which is read block by block, and not changed by a bit.
+    """Sizes and statistics of the dense model, which is read block by block, and not changed by a bit."""
 
-    Attributes:
-        feed: the dense model and the calibration windows.
-        linears: the linears to prune, in the order of the chain.
-        sparsity, zeros: fraction and number of zeros over all of them.
-    """
+    feed: Feed  # the dense model and the calibration windows
+    linears: Sequence[LinearSize]  # those to prune, in the order of the chain
+    sparsity: float  # fraction of zeros over all of them
+    zeros: int  # their number
+    loss_gradients: LossGradients | None = None
 
-    def __init__(
-        self,
-        feed: Feed,
-        linears: Sequence[LinearSize],
-        sparsity: float,
-        zeros: int,
-        gradients: LossGradients | None = None,
-    ) -> None:
-        self.feed, self.chain = feed, feed.chain
-        self.linears, self.sparsity, self.zeros = tuple(linears), sparsity, zeros
-        self._gradients = gradients
+    @property
+    def chain(self) -> Chain:
+        return self.feed.chain
 
     @property
     def gradients(self) -> LossGradients:
         """The gradients of the dense model's loss, with saliencies, for an allocation with ``gradient_tokens``."""
-        if self._gradients is None:
+        if self.loss_gradients is None:
             raise RecipeError("the allocation uses survey.gradients without gradient_tokens; add needs=... to it")
-        return self._gradients
+        return self.loss_gradients
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -31,7 +31,7 @@ from sparsellm.storage.reader import open_checkpoint
 Forward = Callable[..., object]
 
 
-@dataclass(frozen=True, eq=False)  # a key of a cache by its identity
+@dataclass(frozen=True, eq=False)  # so that a cache takes a call by its identity
 class Call:
     """The arguments of a block besides the hidden states, as captured from the model's own forward."""
 

@@ -33,10 +33,6 @@ class Part:
     index: Index = ()
     transposed: bool = False
 
-    @property
-    def is_whole(self) -> bool:
-        return not self.index and not self.transposed
-
     def of(self, tensor: Tensor) -> Tensor:
         """The view of the part."""
         selected = tensor[self.index] if self.index else tensor

@@ -33,7 +33,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     or that it describes another kind of model, or quantised weights."""
     path = directory / "config.json"
     read_object(path, ModelError)
-    if (generation := directory / "generation_config.json").exists():  # transformers silently takes its defaults
+    if (generation := directory / "generation_config.json").exists():  # else transformers takes its own defaults
         read_object(generation, ModelError)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -77,7 +77,7 @@ def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory. A ModelError says that there is none, or that it cannot be used."""
-    if (settings := directory / "tokenizer_config.json").exists():  # transformers silently takes its defaults
+    if (settings := directory / "tokenizer_config.json").exists():
         read_object(settings, ModelError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)

@@ -37,10 +37,6 @@ class KnownOutput:
     unread: list[LinearView]
     values: list[Tensor] = field(default_factory=list)
 
-    def append(self, given: Tensor) -> None:
-        """Adds the input of the writer for the next batch."""
-        self.values.append(given.detach().clone())
-
     @torch.no_grad()
     def finish(self) -> None:
         """Runs the writer, which is pruned now."""

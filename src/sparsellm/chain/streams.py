@@ -123,10 +123,8 @@ class Stream:
         self.forget()
 
     def keep(self, known: KnownOutput) -> KnownOutput | None:
-        """``known`` if the scratch can spare the memory for it, which is reserved.
-
-        On an accelerator it is always None: moving the tensors takes as long as the module.
-        """
+        """``known`` if the scratch can spare the memory for it, which is reserved; None on an accelerator, where moving
+        the tensors takes as long as the module."""
         fits = self.chain.device.type == "cpu" and self.scratch.spare.take(self._bytes_of(known))
         return known if fits else None
 

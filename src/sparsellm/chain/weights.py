@@ -41,6 +41,7 @@ class ModelWeights:
     ) -> None:
         stacked = model.eval().state_dict(keep_vars=True)
         self.model, experts = separate_experts(model)
+        self.config: PretrainedConfig = model.config
         list_name, blocks = find_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self.block_names = [f"{list_name}.{index}" for index in range(len(blocks))]
@@ -59,7 +60,7 @@ class ModelWeights:
             names = checkpoint_names(self.model, reader, stacked)
             self._shapes = {key: reader.shape(key) for key in reader}
         parts = expert_parts(experts, names, stacked, self._shapes)
-        self.parts = {name: part for name, part in parts.items() if not part.is_whole}
+        self.parts = {name: part for name, part in parts.items() if part.index or part.transposed}
         direct = {**names.key_of, **{name: part.source for name, part in parts.items()}}
         keys = {name: [direct[n] for n in (name, *self._same.get(name, ())) if n in direct] for name in values}
         self.key_of = {name: known[0] for name, known in keys.items() if known}
@@ -122,12 +123,6 @@ class ModelWeights:
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-    @property
-    def config(self) -> PretrainedConfig:
-        config = self.model.config
-        assert isinstance(config, PretrainedConfig)
-        return config
 
     def unused(self) -> list[str]:
         """Warnings that name tensors which the model does not use, or not for text."""

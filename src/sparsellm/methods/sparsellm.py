@@ -200,7 +200,7 @@ class _Fitting:
             if linear is head:
                 weights = self.weights[position] if self.weights is not None else None
                 if known is not None:
-                    known.append(x)
+                    known.values.append(x.detach().clone())
                 gram.update(x, weights)
                 if cross is not None:
                     cross.update(target[position] if bias is None else target[position] - bias, x, weights)

@@ -56,7 +56,7 @@ class SavedSweep:
         self, history: list[SweepPass], best: int, state: Mapping[str, Callable[[int], Tensor]], *, last: bool
     ) -> None:
         """Writes the ``parameters`` and ``moments`` of each block after the newest pass of ``history``, then removes
-        those of earlier passes but the ``best``. After the ``last`` pass, only the best parameters are kept. A
+        those of earlier passes except the ``best``. After the ``last`` pass, only the best parameters are kept. A
         StorageError says that the disk is full."""
         number, seconds = history[-1].passes, time.perf_counter() - self._began
         kinds = ({("parameters", best)} if best else set()) | (set() if last else {(kind, number) for kind in state})

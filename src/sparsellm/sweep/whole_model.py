@@ -79,7 +79,7 @@ class SweepTask:
         saved: storage of the passes, from which an interrupted sweep continues; None to save none.
         fresh: this process's windows for later passes, one tensor a pass; after the last, the sets come again in turn.
             ``dense`` must then be None. A sweep soon fits the windows it has seen.
-        integers: the linears whose values are rounded. The blocks and passes hold their unrounded, trained values.
+        integers: the linears whose values are rounded; blocks and passes hold the trained values before that.
     """
 
     feed: Feed
