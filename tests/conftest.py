@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from sparsellm import cli, console, plugins
 from sparsellm.allocation import ALLOCATIONS
 from sparsellm.methods import METHODS
 from sparsellm.solvers import SOLVERS
-from tests.models import tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 
 THREADS = torch.get_num_threads()
 
@@ -56,6 +57,12 @@ def threads_for_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(params=[tiny_llama, tiny_opt, tiny_gpt2], ids=lambda family: family.__name__)
 def family(request: pytest.FixtureRequest) -> Callable[..., PreTrainedModel]:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that no test changes."""
+    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture

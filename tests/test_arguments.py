@@ -14,16 +14,10 @@ from transformers import PreTrainedModel
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import DataError, RecipeError, SparseLLMError, shown
-from tests.models import VOCABULARY, save_tiny, tiny_llama, tiny_tokenizer
+from tests.models import VOCABULARY, tiny_llama
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
 FAST = {"method": "magnitude", "sparsity": 0.5, "samples": 2, "seq_len": 16}
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_llama(num_hidden_layers=1)
-    return save_tiny(model, tiny_tokenizer(), tmp_path_factory.mktemp("llama") / "dense")
 
 
 @pytest.fixture

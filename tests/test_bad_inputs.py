@@ -302,20 +302,12 @@ def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     transformers.utils.logging.enable_progress_bar()
 
 
-def checked(case: str, examples: int, *, repeatable: bool) -> None:
-    health = list(HealthCheck)
+@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_input_is_one_line_and_leaves_nothing(case: str, many: bool) -> None:
+    """A thousand of them in all, if many."""
+    examples, health = (20 if case == "command lines" else 5) * (12 if many else 1), list(HealthCheck)
     chosen = settings(
-        max_examples=examples, deadline=None, database=None, derandomize=repeatable, suppress_health_check=health
+        max_examples=examples, deadline=None, database=None, derandomize=not many, suppress_health_check=health
     )
     chosen(given(CASES[case]())(check))()
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_bad_input_is_one_line_and_leaves_nothing(case: str) -> None:
-    checked(case, 20 if case == "command lines" else 5, repeatable=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_a_thousand_bad_inputs_are_one_line_each(case: str) -> None:
-    checked(case, 240 if case == "command lines" else 60, repeatable=False)

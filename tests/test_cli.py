@@ -16,12 +16,6 @@ from sparsellm import demo
 from sparsellm.storage.directory import WorkingDirectory
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
-
-
 SMALL = ("--samples", 4, "--seq-len", 32)
 
 

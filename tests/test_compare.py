@@ -13,40 +13,32 @@ from sparsellm import compare
 from sparsellm.compare import GridResult, Measured, Protocol, cells_of, recommend
 from sparsellm.evaluation import streamed
 from sparsellm.run import walk as running
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 SETTINGS = {"samples": 4, "seq_len": 32, "effort": 0}
 PROTOCOL = Protocol("pydoc", 32, 256)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("grid") / "dense"
-    save_tiny(tiny_llama(), tiny_tokenizer(), folder)
-    return folder
-
-
-def grid(model: Path, out: Path, **changes: object) -> GridResult:
+def grid(llama: Path, out: Path, **changes: object) -> GridResult:
     cells = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
     cells += cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], patterns=["2:4"])
     settings = {"cells": cells, "protocol": PROTOCOL, **changes}
-    return compare.compare(model, out=out, **settings)  # type: ignore[arg-type]
+    return compare.compare(llama, out=out, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> GridResult:
-    return grid(model, tmp_path_factory.mktemp("grid") / "out")
+def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> GridResult:
+    return grid(llama, tmp_path_factory.mktemp("grid") / "out")
 
 
-def test_every_cell_is_what_a_run_by_itself_gives(model: Path, finished: GridResult, tmp_path: Path) -> None:
+def test_every_cell_is_what_a_run_by_itself_gives(llama: Path, finished: GridResult, tmp_path: Path) -> None:
     assert [cell.name for cell in finished.cells] == ["magnitude-0.5", "sparsellm-0.5", "magnitude-2-4"]
     targets = [{"sparsity": 0.5}, {"sparsity": 0.5, "effort": 0}, {"pattern": "2:4"}]
     for cell, target in zip(finished.cells, targets, strict=True):
         recipe = {"samples": 4, "seq_len": 32, "method": cell.name.partition("-")[0], **target}
-        sparsellm.prune(model, recipe, out=tmp_path / cell.name)
+        sparsellm.prune(llama, recipe, out=tmp_path / cell.name)
         for shard in (tmp_path / cell.name).glob("*.safetensors"):
             assert shard.read_bytes() == (finished.out / cell.name / shard.name).read_bytes(), cell.name
-        alone = sparsellm.evaluate(tmp_path / cell.name, "pydoc", seq_len=32, max_tokens=256, against=model)
+        alone = sparsellm.evaluate(tmp_path / cell.name, "pydoc", seq_len=32, max_tokens=256, against=llama)
         assert alone.against is not None
         assert (cell.perplexity, cell.kl) == (alone.value, alone.against.kl)
         assert cell.recovery == pytest.approx(cell.dense_perplexity / cell.perplexity)
@@ -57,9 +49,9 @@ def test_every_cell_is_what_a_run_by_itself_gives(model: Path, finished: GridRes
             assert results["evaluations"][0]["perplexity"]["value"] == cell.perplexity
 
 
-def test_quality_and_size_are_those_of_the_packed_checkpoint(model: Path, tmp_path: Path) -> None:
+def test_quality_and_size_are_those_of_the_packed_checkpoint(llama: Path, tmp_path: Path) -> None:
     cells = cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], sparsities=[0.5, 0.6])
-    result = grid(model, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256, values="int4"))
+    result = grid(llama, tmp_path / "out", cells=cells, protocol=Protocol("pydoc", 32, 256, values="int4"))
     cell = result.cells[0]
     packed, pruned = (
         sparsellm.evaluate(result.out / name, "pydoc", seq_len=32, max_tokens=256).value
@@ -72,7 +64,7 @@ def test_quality_and_size_are_those_of_the_packed_checkpoint(model: Path, tmp_pa
 
 
 def test_gradients_windows_and_the_dense_model_are_computed_once(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
     for module, name in ((running, "loss_gradients"), (streamed, "_outputs")):
@@ -83,13 +75,13 @@ def test_gradients_windows_and_the_dense_model_are_computed_once(
             return real(*args, **kwargs)  # type: ignore[operator]
 
         monkeypatch.setattr(module, name, counted)
-    grid(model, tmp_path / "out", cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.7]))
+    grid(llama, tmp_path / "out", cells=cells_of(SETTINGS, methods=["sparsellm"], sparsities=[0.5, 0.7]))
     assert made.count("loss_gradients") == 1
     assert made.count("_outputs") == 2 + 1
 
 
 def test_a_stopped_grid_goes_on_and_takes_further_cells(
-    model: Path, finished: GridResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, finished: GridResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = compare.pack, []
 
@@ -102,9 +94,9 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
     monkeypatch.setattr(compare, "pack", stop)
     first = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
     with pytest.raises(KeyboardInterrupt):
-        grid(model, tmp_path / "out", cells=first)
+        grid(llama, tmp_path / "out", cells=first)
     began = (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns
-    result = grid(model, tmp_path / "out")
+    result = grid(llama, tmp_path / "out")
     assert (tmp_path / "out" / "sparsellm-0.5" / "pruning.json").stat().st_mtime_ns == began, "it was pruned twice"
     assert [(c.name, c.perplexity, c.kl) for c in result.cells] == [
         (c.name, c.perplexity, c.kl) for c in finished.cells
@@ -112,13 +104,13 @@ def test_a_stopped_grid_goes_on_and_takes_further_cells(
     assert len(calls) == 2 + 2
 
 
-def test_other_settings_of_a_finished_cell_are_refused(model: Path, finished: GridResult) -> None:
+def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: GridResult) -> None:
     before = sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*"))
     cells = cells_of({**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5])
     with pytest.raises(sparsellm.SparseLLMError, match=r"another protocol\.max_tokens"):
-        grid(model, finished.out, protocol=Protocol("pydoc", 32, 512))
+        grid(llama, finished.out, protocol=Protocol("pydoc", 32, 512))
     with pytest.raises(sparsellm.SparseLLMError, match=r"another recipe\.seed"):
-        grid(model, finished.out, cells=cells)
+        grid(llama, finished.out, cells=cells)
     assert sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*")) == before
 
 
@@ -158,18 +150,18 @@ def test_the_recommendation_satisfies_the_constraints(
     ],
 )
 def test_what_is_wrong_is_one_line_before_the_work(
-    words: str, message: str, model: Path, tmp_path: Path, run: Any
+    words: str, message: str, llama: Path, tmp_path: Path, run: Any
 ) -> None:
-    code, _, said = run("compare", model, "--out", tmp_path / "out", *words.split())
+    code, _, said = run("compare", llama, "--out", tmp_path / "out", *words.split())
     assert code == 2
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_one_table_and_a_recommendation(model: Path, tmp_path: Path, run: Any) -> None:
+def test_the_command_prints_one_table_and_a_recommendation(llama: Path, tmp_path: Path, run: Any) -> None:
     words = "--method magnitude,wanda --sparsity 0.5 --seq-len 32 --max-tokens 256 --set samples=4 --set seq_len=32"
-    code, said, stderr = run("compare", model, "--out", tmp_path, *words.split(), "--recover", "0.01", columns=80)
+    code, said, stderr = run("compare", llama, "--out", tmp_path, *words.split(), "--recover", "0.01", columns=80)
     assert code == 0, stderr
     assert all(part in said for part in ("dense", "magnitude-0.5", "wanda-0.5", "recommended: "))
     assert all(len(line) <= 80 for line in said.splitlines() if "│" in line)

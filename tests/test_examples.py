@@ -11,17 +11,11 @@ from typing import Any
 import pytest
 
 from sparsellm import Recipe
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 pytestmark = pytest.mark.usefixtures("forgotten_plugins")
 SMALL = ("--samples", 4, "--seq-len", 32)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

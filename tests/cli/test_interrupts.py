@@ -15,15 +15,9 @@ import pytest
 import sparsellm
 from sparsellm import interrupts
 from tests import killing
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 ODD_NAME = "it's [b]out[/b] :x:"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
 
 
 def pruning(llama: Path, folder: Path, name: str = "p") -> list[Any]:

@@ -15,7 +15,6 @@ from sparsellm import PruneResult, Recipe, plugins
 from sparsellm.errors import RecipeError, StorageError
 from sparsellm.methods import METHODS
 from sparsellm.solvers import SOLVERS
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("forgotten_plugins")
 
@@ -36,11 +35,6 @@ def first_less(survey):
     '''Block 1 gives less.'''
     return from_sparsities(survey, {x.name: 0.3 if x.block == 0 else 0.7 for x in survey.linears})
 """
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("llama"))
 
 
 def write(path: Path, source: str) -> Path:

@@ -18,12 +18,6 @@ from sparsellm.errors import ModelError
 from sparsellm.interrupts import Interrupted
 from sparsellm.methods import METHODS
 from sparsellm.progress import NOTE, Progress, plan_of_phases
-from tests.models import save_tiny, tiny_llama, tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), tiny_tokenizer(), tmp_path_factory.mktemp("x") / "llama")
 
 
 class Terminal(io.StringIO):
@@ -148,8 +142,8 @@ def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], mo
     assert lines[-1] == "prune blocks: 0.0 s"
 
 
-def test_quiet_and_verbose_contradict_each_other(model: Path, tmp_path: Path, run: Any) -> None:
-    code, stdout, stderr = run("pack", model, "--out", tmp_path / "o", "--quiet", "--verbose")
+def test_quiet_and_verbose_contradict_each_other(llama: Path, tmp_path: Path, run: Any) -> None:
+    code, stdout, stderr = run("pack", llama, "--out", tmp_path / "o", "--quiet", "--verbose")
     assert (code, stdout) == (2, "")
     assert stderr == "error: --quiet and --verbose contradict each other; give one of them\n"
     assert not (tmp_path / "o").exists()
@@ -160,9 +154,9 @@ def test_the_shell_completes_the_registered_names_without_importing_them() -> No
     assert set(options.registered("allocation")) == set(ALLOCATIONS)
 
 
-def test_a_program_shows_the_progress_of_a_run_with_one_line(model: Path, terminal: Terminal) -> None:
+def test_a_program_shows_the_progress_of_a_run_with_one_line(llama: Path, terminal: Terminal) -> None:
     with sparsellm.show_progress() as progress:
-        sparsellm.prune(model, sparsellm.Recipe(method="magnitude", samples=2, seq_len=16), progress=progress)
+        sparsellm.prune(llama, sparsellm.Recipe(method="magnitude", samples=2, seq_len=16), progress=progress)
     assert "100 %" in terminal.screen()[-1]
 
 
