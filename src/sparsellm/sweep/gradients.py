@@ -84,10 +84,7 @@ def loss_gradients(feed: Feed, names: Collection[str], *, saliency: bool = False
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
-    if name in sums:
-        sums[name] += part
-    else:
-        sums[name] = part
+    sums[name] = sums[name].add_(part) if name in sums else part
 
 
 def histogram(linear: LinearView, fisher: Tensor) -> Tensor:
