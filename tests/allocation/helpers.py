@@ -86,8 +86,8 @@ class Record:
         for handle in handles:
             handle.remove()
         self.loss = functional.cross_entropy(result.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        found = torch.autograd.grad(self.loss, [*outputs.values()])
-        self.gradient = {name: value.flatten(0, -2) for name, value in zip(outputs, found, strict=True)}
+        gradients = torch.autograd.grad(self.loss, [*outputs.values()])
+        self.gradient = {name: value.flatten(0, -2) for name, value in zip(outputs, gradients, strict=True)}
 
     def fisher(self, name: str) -> Tensor:
         """``E[g_i² x_j²]`` token by token, fp64 ``(out, in)``."""

@@ -28,26 +28,26 @@ def test_the_total_is_the_nearest_and_the_choice_the_best(
 ) -> None:
     weights = [8 * count for count in groups]
     shares = [min(max(sparsity + data.draw(st.floats(-0.15, 0.15)), 0.02), 0.98) for _ in weights]
-    wanted = [share * count for share, count in zip(shares, weights, strict=True)]
-    total = round(sum(wanted))
-    found = round_to_groups(wanted, weights, 8, total)
+    goals = [share * count for share, count in zip(shares, weights, strict=True)]
+    total = round(sum(goals))
+    result = round_to_groups(goals, weights, 8, total)
     assert all(
-        zeros * 8 % count == 0 and 1 <= zeros * 8 // count <= 7 for zeros, count in zip(found, weights, strict=True)
+        zeros * 8 % count == 0 and 1 <= zeros * 8 // count <= 7 for zeros, count in zip(result, weights, strict=True)
     )
 
     def worth(zeros: Any) -> tuple[float, float]:
-        costs = ((a - b) ** 2 / count for a, b, count in zip(zeros, wanted, weights, strict=True))
+        costs = ((a - b) ** 2 / count for a, b, count in zip(zeros, goals, weights, strict=True))
         return abs(sum(zeros) - total), sum(costs)
 
     choices = []
-    for want, count in zip(wanted, weights, strict=True):
+    for want, count in zip(goals, weights, strict=True):
         near = min(max(round(8 * want / count), 1), 7)
-        choices.append([each * count // 8 for each in (near - 1, near, near + 1) if 1 <= each <= 7])
+        choices.append([zeros * count // 8 for zeros in (near - 1, near, near + 1) if 1 <= zeros <= 7])
     off, cost = min(map(worth, itertools.product(*choices)))
     if off < max(groups):  # less than a step of the largest linear
-        assert worth(found) == (pytest.approx(off), pytest.approx(cost))
+        assert worth(result) == (pytest.approx(off), pytest.approx(cost))
     else:
-        assert worth(found)[0] <= off
+        assert worth(result)[0] <= off
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=lambda make: make.__name__)
@@ -66,7 +66,9 @@ def test_every_linear_has_a_pattern_and_all_have_the_sparsity(make: Any, sparsit
         assert pattern.sparsity == linear.asked
         weight = model.get_submodule(linear.name).weight
         assert violations(pattern, weight.T if make is tiny_gpt2 else weight) == 0
-    assert [each["pattern"] for each in result.to_dict()["linears"]] == [each.pattern for each in result.linears]
+    assert [linear["pattern"] for linear in result.to_dict()["linears"]] == [
+        linear.pattern for linear in result.linears
+    ]
 
 
 def test_a_total_that_sizes_forbid_is_the_nearest_one() -> None:

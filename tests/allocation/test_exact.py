@@ -25,8 +25,8 @@ def test_the_total_is_exact_and_every_pattern_counts_its_zeros(
     shapes: list[list[tuple[int, int]]], sparsity: float, data: st.DataObject
 ) -> None:
     survey = bare_survey(shapes, sparsity)
-    wanted = {linear.name: data.draw(st.floats(-3, 3)) for linear in survey.linears}
-    allocation = from_sparsities(survey, wanted)
+    goals = {linear.name: data.draw(st.floats(-3, 3)) for linear in survey.linears}
+    allocation = from_sparsities(survey, goals)
     assert sum(allocation.zeros.values()) == round(sparsity * sum(a * b for block in shapes for a, b in block))
     for linear in survey.linears:
         zeros = allocation.zeros[linear.name]
@@ -40,10 +40,10 @@ def test_limits_hold_and_what_was_wanted_is_met_within_one(
 ) -> None:
     total = round(sparsity * sum(weights))
     limits = bounds(weights, sparsity, span)
-    wanted = shift_to_total(weights, [data.draw(st.floats(-1, 2)) for _ in weights], total, limits)
-    found = round_exactly(wanted, total, limits)
-    assert sum(found) == total
-    for zeros, real, low, high, count in zip(found, wanted, *limits, weights, strict=True):
+    goals = shift_to_total(weights, [data.draw(st.floats(-1, 2)) for _ in weights], total, limits)
+    result = round_exactly(goals, total, limits)
+    assert sum(result) == total
+    for zeros, real, low, high, count in zip(result, goals, *limits, weights, strict=True):
         assert low <= zeros <= high
         assert abs(zeros - real) <= 1 + 1e-9 * count
         assert zeros / count >= sparsity - span - 1 / count
@@ -53,10 +53,10 @@ def test_limits_hold_and_what_was_wanted_is_met_within_one(
 def test_groups_reach_the_total_from_outside_the_limits() -> None:
     """One step from the nearest multiples is not enough: these are 1 of 4 for 1 %, and 3 of 4 for 99 %."""
     weights = [48] * 10
-    wanted = [0.48] * 7 + [47.52] * 3
-    zeros = round_to_groups(wanted, weights, 4, round(sum(wanted)) - round(sum(wanted)) % 12)
-    assert sum(zeros) == round(sum(wanted)) - round(sum(wanted)) % 12
-    assert all(12 <= each <= 36 and each % 12 == 0 for each in zeros)
+    goals = [0.48] * 7 + [47.52] * 3
+    zeros = round_to_groups(goals, weights, 4, round(sum(goals)) - round(sum(goals)) % 12)
+    assert sum(zeros) == round(sum(goals)) - round(sum(goals)) % 12
+    assert all(12 <= count <= 36 and count % 12 == 0 for count in zeros)
 
 
 def test_a_shift_moves_all_alike_where_no_limit_is_met() -> None:

@@ -72,11 +72,11 @@ def test_every_gradient_is_that_of_the_whole_model(
 
 def test_gradients_of_a_share_of_the_positions_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "LEAST_SCORED", 1)
-    chain, seen, whole = open_chain(tiny_llama(), device=CPU), Everything(), Everything()
+    chain, seen, complete = open_chain(tiny_llama(), device=CPU), Everything(), Everything()
     loss = backward_sweep(Feed(chain, windows(), 45), seen.see, share=0.4)
-    assert abs(loss - backward_sweep(Feed(chain, windows(), 45), whole.see)) < 1  # an estimate of the same
+    assert abs(loss - backward_sweep(Feed(chain, windows(), 45), complete.see)) < 1  # an estimate of the same
     last, drawn = "model.layers.2.mlp.down_proj", []  # its gradient is that of the residual stream
-    for some, all_of_it in zip(seen.gradient[last], whole.gradient[last], strict=True):
+    for some, all_of_it in zip(seen.gradient[last], complete.gradient[last], strict=True):
         scored = some.view(-1, 20, 32).abs().sum(dim=(0, 2)) > 0
         assert int(scored.sum()) == 8  # from 19
         rows = scored.repeat(len(some) // 20)
@@ -86,8 +86,8 @@ def test_gradients_of_a_share_of_the_positions_are_scaled(monkeypatch: pytest.Mo
 
 
 def test_short_windows_are_scored_whole() -> None:
-    whole = gradients._positions(gradients.LEAST_SCORED, 0.01, seed=0)
-    assert whole.tolist() == list(range(gradients.LEAST_SCORED))
+    complete = gradients._positions(gradients.LEAST_SCORED, 0.01, seed=0)
+    assert complete.tolist() == list(range(gradients.LEAST_SCORED))
     some = gradients._positions(1000, 0.25, seed=0)
     assert some.tolist() == sorted(set(some.tolist()))
     assert (len(some), int(some.max()) < 1000) == (250, True)
@@ -118,13 +118,13 @@ def test_squares_of_named_linears_are_means_over_tokens(family: Family, dtype: t
     model = family().to(dtype)
     chain = open_chain(model, device=CPU)
     names = [linear.name for linear in sizes_of(chain)][1::3]
-    found = squares(chain, 40, names)
+    result = squares(chain, 40, names)
     record = Record(model.float(), windows(), names)  # the same weights
-    assert found.keys() == set(names)
+    assert result.keys() == set(names)
     for name in names:
-        assert found[name].dtype == torch.float32
+        assert result[name].dtype == torch.float32
         expected = record.gradient[name].square().mean(0)
-        assert float((found[name] - expected).norm() / expected.norm()) < error
+        assert float((result[name] - expected).norm() / expected.norm()) < error
 
 
 def test_an_input_that_is_changed_in_place_afterwards_is_refused() -> None:
@@ -164,9 +164,9 @@ def test_gradients_that_are_not_finite_are_named() -> None:
 def test_experts_that_no_token_was_routed_to_are_left_out() -> None:
     chain = open_chain(mixtral(), device=CPU)
     names = [linear.name for linear in sizes_of(chain)]
-    found = loss_gradients(Feed(chain, windows(1, 3), 2048), names, saliency=True)
-    assert found.output_squares.keys() == found.saliency.keys()
-    assert 0 < len(found.saliency) < len(names)
+    result = loss_gradients(Feed(chain, windows(1, 3), 2048), names, saliency=True)
+    assert result.output_squares.keys() == result.saliency.keys()
+    assert 0 < len(result.saliency) < len(names)
 
 
 def changing(inplace: bool) -> PreTrainedModel:

@@ -22,24 +22,24 @@ Family = Callable[..., PreTrainedModel]
 def metrics_of(model: PreTrainedModel, survey: Survey) -> dict[int, Tensor]:
     """All Wanda metrics of each block in one vector, with the norm over the tokens as the papers have it."""
     record = Record(model, survey.feed.windows, [linear.name for linear in survey.linears])
-    found: dict[int, list[Tensor]] = {}
+    result: dict[int, list[Tensor]] = {}
     for linear in survey.linears:
         norm = record.inputs[linear.name].double().norm(dim=0)
         metric = weight_of(model.get_submodule(linear.name)).abs() * norm
-        found.setdefault(linear.block, []).append(metric.flatten())
-    return {block: torch.cat(parts) for block, parts in found.items()}
+        result.setdefault(linear.block, []).append(metric.flatten())
+    return {block: torch.cat(parts) for block, parts in result.items()}
 
 
 def block_sparsities(survey: Survey, zeros: dict[str, int]) -> list[float]:
-    """Of each block; inside, all linears give the same share."""
-    found = []
+    """The sparsity of each block; inside, all linears give the same share."""
+    result = []
     for block in survey.blocks:
         inside = [linear for linear in survey.linears if linear.block == block]
         share = sum(zeros[linear.name] for linear in inside) / sum(linear.weights for linear in inside)
         for linear in inside:
             assert zeros[linear.name] / linear.weights == pytest.approx(share, abs=1.1 / linear.weights + 1e-4)
-        found.append(share)
-    return found
+        result.append(share)
+    return result
 
 
 def test_uniform_is_the_same_count_that_the_recipe_gives() -> None:
@@ -49,17 +49,17 @@ def test_uniform_is_the_same_count_that_the_recipe_gives() -> None:
 
 def test_atp_is_an_arithmetic_progression() -> None:
     survey = bare_survey([[(100, 50), (10, 100)]] * 5, 0.7)
-    found = block_sparsities(survey, ALLOCATIONS["atp"].function(survey, b=0.04).zeros)
-    assert found == pytest.approx([0.62, 0.66, 0.70, 0.74, 0.78], abs=2e-4)
+    result = block_sparsities(survey, ALLOCATIONS["atp"].function(survey, b=0.04).zeros)
+    assert result == pytest.approx([0.62, 0.66, 0.70, 0.74, 0.78], abs=2e-4)
     falling = block_sparsities(survey, ALLOCATIONS["atp"].function(survey, b=-0.04).zeros)
-    assert falling == pytest.approx(found[::-1], abs=2e-4)
+    assert falling == pytest.approx(result[::-1], abs=2e-4)
 
 
 def test_atp_that_leaves_the_range_is_clipped_and_made_up_for() -> None:
     survey = bare_survey([[(100, 100)]] * 3, 0.9)
-    found = block_sparsities(survey, ALLOCATIONS["atp"].function(survey, b=0.2).zeros)
-    assert found == pytest.approx([0.9 - 0.145, 0.9 + 0.055, 0.99], abs=2e-4)  # .7 + t, .9 + t, .99 add up to 2.7
-    assert sum(found) == pytest.approx(2.7)
+    result = block_sparsities(survey, ALLOCATIONS["atp"].function(survey, b=0.2).zeros)
+    assert result == pytest.approx([0.9 - 0.145, 0.9 + 0.055, 0.99], abs=2e-4)  # .7 + t, .9 + t, .99 add up to 2.7
+    assert sum(result) == pytest.approx(2.7)
 
 
 def test_owl_counts_outliers(family: Family) -> None:
@@ -69,8 +69,8 @@ def test_owl_counts_outliers(family: Family) -> None:
     shares = [float((m > 3 * m.mean()).double().mean()) for m in metrics_of(model, survey).values()]
     assert allocation.report["outlier_share"] == pytest.approx(shares, abs=2.5e-4)  # one weight at the limit
     scaled = [0.2 * (share - min(shares)) / (max(shares) - min(shares)) for share in shares]
-    wanted = [0.6 - d + sum(scaled) / len(scaled) for d in scaled]
-    assert block_sparsities(survey, allocation.zeros) == pytest.approx(wanted, abs=0.01)
+    expected = [0.6 - d + sum(scaled) / len(scaled) for d in scaled]
+    assert block_sparsities(survey, allocation.zeros) == pytest.approx(expected, abs=0.01)
 
 
 def test_dlp_compares_medians(family: Family) -> None:
@@ -81,8 +81,8 @@ def test_dlp_compares_medians(family: Family) -> None:
     importance = [1 - value / sum(medians) for value in medians]
     assert allocation.report["importance"] == pytest.approx(importance, rel=1e-4)
     scaled = [0.2 * (i - min(importance)) / (max(importance) - min(importance)) for i in importance]
-    wanted = [0.6 - d + sum(scaled) / len(scaled) for d in scaled]
-    assert block_sparsities(survey, allocation.zeros) == pytest.approx(wanted, abs=1e-3)
+    expected = [0.6 - d + sum(scaled) / len(scaled) for d in scaled]
+    assert block_sparsities(survey, allocation.zeros) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["atp", "owl", "dlp"])

@@ -62,12 +62,12 @@ def test_a_method_has_an_allocation_of_its_own() -> None:
         assert Recipe.from_yaml(result.recipe.to_yaml()) == result.recipe
         return result.allocation.get("name"), [linear.zeros for linear in result.linears]
 
-    own = shares(Recipe(sparsity=0.6, effort=0))
-    assert own == shares(Recipe(sparsity=0.6, effort=0, allocation="threshold"))
-    assert own[0] == "threshold"
+    default = shares(Recipe(sparsity=0.6, effort=0))
+    assert default == shares(Recipe(sparsity=0.6, effort=0, allocation="threshold"))
+    assert default[0] == "threshold"
     alike = shares(Recipe(sparsity=0.6, effort=0, allocation="uniform"))
     assert alike[0] is None
-    assert own[1] != alike[1]
+    assert default[1] != alike[1]
     assert shares(Recipe(method="sparsegpt", sparsity=0.6)) == alike
     assert shares(Recipe(pattern="2:4", effort=0)) == shares(Recipe(pattern="2:4", effort=0, allocation="uniform"))
     assert shares(Recipe(sparsity=0.0))[0] is None

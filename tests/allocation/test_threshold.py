@@ -47,21 +47,21 @@ def near(values: Tensor, threshold: float) -> int:
 def test_it_gives_what_a_sort_of_all_saliencies_gives(family: Family) -> None:
     model = family()
     survey = survey_of(model, gradients=True, sparsity=0.6)
-    found = ALLOCATIONS["threshold"].function(survey, span=1.0).zeros
+    result = ALLOCATIONS["threshold"].function(survey, span=1.0).zeros
     exact = saliencies(model, survey)
     given, threshold = give_in_order(exact, survey.zeros)
-    assert sum(found.values()) == survey.zeros
+    assert sum(result.values()) == survey.zeros
     for name, values in exact.items():
-        assert abs(found[name] - given[name]) <= near(values, threshold) + 1, name
-    shares = [found[linear.name] / linear.weights for linear in survey.linears]
+        assert abs(result[name] - given[name]) <= near(values, threshold) + 1, name
+    shares = [result[linear.name] / linear.weights for linear in survey.linears]
     assert max(shares) - min(shares) > 0.2  # there was something to find
 
 
 def test_span_limits_every_linear() -> None:
     survey = survey_of(tiny_llama(), gradients=True, sparsity=0.6)
-    found = ALLOCATIONS["threshold"].function(survey, span=0.05).zeros
-    assert sum(found.values()) == survey.zeros
-    shares = [found[linear.name] / linear.weights for linear in survey.linears]
+    result = ALLOCATIONS["threshold"].function(survey, span=0.05).zeros
+    assert sum(result.values()) == survey.zeros
+    shares = [result[linear.name] / linear.weights for linear in survey.linears]
     assert min(shares) >= 0.55 - 0.002
     assert max(shares) <= 0.65 + 0.002
     assert min(shares) < 0.551  # the limit is met
@@ -78,8 +78,8 @@ def test_histograms_count_every_weight_free_ones_first() -> None:
         assert int(counts[linear.name].sum()) == linear.weights
     down = counts["model.layers.1.mlp.down_proj"]
     assert int(down[0]) == 16 * 80
-    found = from_histograms(survey, counts, span=1.0).zeros
-    assert found["model.layers.1.mlp.down_proj"] >= 16 * 80
+    result = from_histograms(survey, counts, span=1.0).zeros
+    assert result["model.layers.1.mlp.down_proj"] >= 16 * 80
 
 
 def test_rounded_factors_move_a_saliency_by_about_a_bin() -> None:
@@ -96,10 +96,10 @@ def test_rounded_factors_move_a_saliency_by_about_a_bin() -> None:
 
 def test_the_same_sweep_finds_what_errors_of_outputs_cost() -> None:
     survey = survey_of(tiny_llama(), gradients=True, sparsity=0.6)
-    found = survey.gradients.output_squares
+    result = survey.gradients.output_squares
     alone = loss_gradients(survey.feed, survey.names).output_squares
-    assert found.keys() == alone.keys() == survey.names
-    assert all(torch.equal(found[name], alone[name]) for name in alone)
+    assert result.keys() == alone.keys() == survey.names
+    assert all(torch.equal(result[name], alone[name]) for name in alone)
 
 
 def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
@@ -116,19 +116,19 @@ def test_windows_beyond_the_number_asked_for_are_not_read() -> None:
 def test_a_linear_that_no_token_reached_keeps_the_target() -> None:
     survey = bare_survey([[(20, 50), (20, 50)], [(20, 50)]], 0.7)
     counts = {"blocks.0.0": histogram(at=100, weights=1000), "blocks.1.0": histogram(at=200, weights=1000)}
-    found = from_histograms(survey, counts, span=0.2).zeros
-    assert found == {"blocks.0.0": 900, "blocks.0.1": 700, "blocks.1.0": 500}
+    result = from_histograms(survey, counts, span=0.2).zeros
+    assert result == {"blocks.0.0": 900, "blocks.0.1": 700, "blocks.1.0": 500}
 
 
 def test_a_weight_in_two_places_keeps_the_target_and_is_reported() -> None:
     model = tiny_llama()
     model.model.layers[2].mlp.up_proj = model.model.layers[1].mlp.up_proj
     survey = survey_of(model, gradients=True, sparsity=0.6)
-    found = ALLOCATIONS["threshold"].function(survey)
+    result = ALLOCATIONS["threshold"].function(survey)
     name = "model.layers.1.mlp.up_proj"
-    assert found.report == {"tokens": 6 * 20, "kept_target": [name]}
-    assert abs(found.zeros[name] - 0.6 * 80 * 32) <= 1
-    assert abs(found.zeros["model.layers.0.mlp.up_proj"] - 0.6 * 80 * 32) > 20
+    assert result.report == {"tokens": 6 * 20, "kept_target": [name]}
+    assert abs(result.zeros[name] - 0.6 * 80 * 32) <= 1
+    assert abs(result.zeros["model.layers.0.mlp.up_proj"] - 0.6 * 80 * 32) > 20
 
 
 def test_one_bin_that_holds_everything_is_shared() -> None:

@@ -38,11 +38,11 @@ def test_zero_iterations_are_local_pruning_bit_for_bit() -> None:
     pruned, _ = prune(unit, chunks[:2], [], by_input_norm, HALF, local)
 
     inputs = GramAccumulator(8)
-    for chunk in (each() for each in chunks[:2]):
+    for chunk in (load() for load in chunks[:2]):
         inputs.update(chunk.inputs, chunk.token_weights)
     half = replace(unit, up=Linear(by_input_norm(unit.up.weight, inputs.finish(), HALF).weight))
     hidden, cross = GramAccumulator(20), CrossAccumulator(8, 20)
-    for chunk in (each() for each in chunks[:2]):
+    for chunk in (load() for load in chunks[:2]):
         hidden.update(half.activations(chunk.inputs), chunk.token_weights)
         cross.update(chunk.targets, half.activations(chunk.inputs), chunk.token_weights)
     goal = least_squares(hidden.finish(), cross.finish(), local.damping, prior=unit.down.weight).weight
@@ -74,7 +74,7 @@ def test_alternating_lowers_the_error_and_keeps_the_pattern(bias: bool) -> None:
 
 def test_the_objective_falls_where_nothing_is_pruned() -> None:
     unit, other = random_unit(6, 10), random_unit(6, 10, seed=5)
-    x, held = (each().inputs for each in random_chunks(unit, [300, 100]))
+    x, held = (load().inputs for load in random_chunks(unit, [300, 100]))
     train, held_out = stored([x], [other(x)]), stored([held], [other(held)])
     settings = Settings(iterations=6, patience=9, damping=1e-6)
     _, history = prune(unit, train, held_out, by_input_norm, Share(0.0), settings)
@@ -118,7 +118,7 @@ def test_tokens_and_variables_may_lie_in_files(tmp_path: Path) -> None:
     memory, _ = prune(unit, chunks[:2], chunks[2:], by_input_norm, HALF)
     scratch = Scratch(0, tmp_path)  # no room in memory
     inputs, targets = scratch.store(), scratch.store()
-    for chunk in (each() for each in chunks[:2]):
+    for chunk in (load() for load in chunks[:2]):
         inputs.append(chunk.inputs)
         targets.append(chunk.targets)
     files, _ = prune(unit, stored(inputs, targets), chunks[2:], by_input_norm, HALF, scratch=scratch)
@@ -154,7 +154,7 @@ def test_what_is_not_finite_at_first_is_an_error() -> None:
 def test_split_spreads_whole_chunks() -> None:
     chunks = read([Chunk(torch.full((2, 1), float(i)), torch.zeros(2, 1)) for i in range(16)])
     train, held = split(chunks)
-    assert [float(each().inputs[0, 0]) for each in held] == [4.0, 12.0]
+    assert [float(load().inputs[0, 0]) for load in held] == [4.0, 12.0]
     assert len(train) == 14
     train, held = split(read([Chunk(torch.arange(16.0)[:, None], torch.zeros(16, 1), torch.ones(16))]))
     assert (len(train[0]().inputs), len(held[0]().inputs)) == (14, 2)

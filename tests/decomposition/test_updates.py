@@ -162,7 +162,7 @@ def test_centring_keeps_the_digits_of_a_massive_mean() -> None:
     torch.testing.assert_close(moments.gram.matrix.double(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_a_target_that_the_reference_makes_gives_the_reference_back() -> None:
+def test_a_target_made_by_the_reference_gives_it_back() -> None:
     x, _, _ = _data(50, 8, 3)
     x[:, 0] *= 1000
     reference = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))

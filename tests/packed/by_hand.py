@@ -86,9 +86,9 @@ def version_2(dense: dict[str, Tensor], packed: list[str]) -> tuple[dict[str, Te
             linears[name] |= {"layout": "dense", "value_type": "int8"}
             rows, columns = weight.shape
             scales = weight.abs().amax(dim=1) / 127
-            whole = (weight / scales[:, None]).round().to(torch.int8)
+            codes = (weight / scales[:, None]).round().to(torch.int8)
             full, _, _ = bitmask_by_hand(torch.ones(1, columns))
-            parts = {"mask": torch.tensor(full, dtype=torch.uint8), "values": whole.view(-1), "scales": scales}
+            parts = {"mask": torch.tensor(full, dtype=torch.uint8), "values": codes.view(-1), "scales": scales}
             offsets = [row * columns for row in range(rows + 1)]
         parts["offsets"] = torch.tensor(offsets)
         tensors |= {f"{name}.weight_{field}": tensor for field, tensor in parts.items()}

@@ -99,11 +99,11 @@ def test_int4_is_no_worse_than_a_scale_that_saturates_nothing() -> None:
 def test_a_weight_on_its_grid_is_packed_exactly(values: str, levels: Levels, dtype: torch.dtype) -> None:
     numbers = torch.tensor([number for number in levels.numbers if number])
     random = torch.Generator().manual_seed(0)
-    whole = numbers[torch.randint(len(numbers), (8, 192), generator=random)]
-    whole[torch.rand(whole.shape, generator=random) < 0.5] = 0
-    whole[:, ::64] = levels.lowest  # in each group
+    integers = numbers[torch.randint(len(numbers), (8, 192), generator=random)]
+    integers[torch.rand(integers.shape, generator=random) < 0.5] = 0
+    integers[:, ::64] = levels.lowest  # in each group
     scales = (torch.rand(8, 3, generator=random) + 0.1).bfloat16().float().repeat_interleave(64, dim=1)
-    weight = (whole * scales).to(dtype)
+    weight = (integers * scales).to(dtype)
     packed = packed_of(weight, values, "bitmask")
     assert (packed.group, packed.levels is None) == (64, levels.even)
     assert torch.equal(unpack(packed, dtype), weight)
@@ -185,7 +185,7 @@ def test_the_smallest_form_is_chosen() -> None:
     emptied[:, 64:] = 0  # still 2:4, but nm would store zeros as values
     layouts = [pack(dense), pack(sparse_weight(64, 256, 0.5, torch.bfloat16)), pack(half), pack(emptied)]
     layouts.append(pack(torch.randn(64, 256), "int4"))  # dense fp32 is larger
-    assert [each and each.layout for each in layouts] == [None, "bitmask", "nm", "bitmask", "dense"]
+    assert [packed and packed.layout for packed in layouts] == [None, "bitmask", "nm", "bitmask", "dense"]
 
 
 @pytest.mark.parametrize("values", VALUE_TYPES)

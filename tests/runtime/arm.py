@@ -73,7 +73,7 @@ def system(directory: Path) -> None:
 def wheels(python: str, directory: Path) -> None:
     """What the tests import, in the versions of this environment, for a version of Python."""
     named = [TORCH, *(f"{name}=={version(name)}" for name in sorted(needs(NEEDED)) if name != "torch")]
-    platforms = [word for each in PLATFORMS for word in ("--platform", each)]
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     target = ["--target", directory, "--python-version", python, *platforms]
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", *target]
     subprocess.run([*install, *named], check=True)
@@ -81,7 +81,7 @@ def wheels(python: str, directory: Path) -> None:
 
 def needs(packages: Iterable[str]) -> set[str]:
     """Packages of this environment and all that they require, without CUDA and without ``sparsellm`` itself."""
-    found: set[str] = set()
+    names: set[str] = set()
     waiting = [Requirement(package) for package in packages]
     while waiting:
         asked = waiting.pop()
@@ -89,10 +89,10 @@ def needs(packages: Iterable[str]) -> set[str]:
             marker, name = requirement.marker, canonicalize_name(requirement.name)
             if marker and not any(marker.evaluate({"extra": extra}) for extra in asked.extras or {""}):
                 continue
-            if name not in found and not name.startswith(("nvidia-", "cuda-", "triton")):
-                found.add(name)
+            if name not in names and not name.startswith(("nvidia-", "cuda-", "triton")):
+                names.add(name)
                 waiting.append(requirement)
-    return found - {"sparsellm"}
+    return names - {"sparsellm"}
 
 
 def output(*command: str | Path, **environment: str) -> str:
@@ -111,11 +111,11 @@ def main() -> None:
     extension = built(folder, COMPILER, "-O3", "-fvisibility=hidden")
     emulated = ["qemu-aarch64", "-L", root, python]
     home = {"PYTHONHOME": str(root / "usr"), "PYTHONPATH": f"{site}:{ROOT / 'src'}:{ROOT}"}
-    for cpu, wanted in CPUS.items():
-        found = output(*emulated, "-c", USE + ASK, extension, QEMU_CPU=cpu, **home).split()
-        if found != wanted:
-            sys.exit(f"on {cpu} the extension runs {found}, not {wanted}")
-        sys.stdout.write(f"{cpu}: {' '.join(found)}\n")
+    for cpu, expected in CPUS.items():
+        names = output(*emulated, "-c", USE + ASK, extension, QEMU_CPU=cpu, **home).split()
+        if names != expected:
+            sys.exit(f"on {cpu} the extension runs {names}, not {expected}")
+        sys.stdout.write(f"{cpu}: {' '.join(names)}\n")
         sys.stdout.flush()
     chosen = tests or [*(f"tests/runtime/{name}" for name in TESTS), "-k", NOT_HERE]
     run = [*emulated, "-c", USE + RUN, extension, "-p", "no:cacheprovider", *chosen]

@@ -130,8 +130,8 @@ def check(packed: object) -> None:
         y = native.multiply(weight, x, kernel=kernel).double()
         assert bool(((y - exact).abs() <= slack)[usual].all()), kernel
         if weight.scales is not None:
-            found = native.multiply(weight, x, rounded=True, kernel=kernel)
-            assert torch.equal(found.nan_to_num(7.0), rounded.nan_to_num(7.0)), kernel
+            result = native.multiply(weight, x, rounded=True, kernel=kernel)
+            assert torch.equal(result.nan_to_num(7.0), rounded.nan_to_num(7.0)), kernel
 
 
 def main() -> None:

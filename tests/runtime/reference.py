@@ -82,10 +82,10 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     padded = functional.pad(x.float(), (0, -x.shape[1] % 256)).view(len(x), -1, 4, 16, 4)
     largest = padded.abs().amax(dim=(2, 4), keepdim=True)
-    whole = torch.where(largest > 0, padded * torch.tensor(127.0).div(largest), 0).round().long()
+    integers = torch.where(largest > 0, padded * torch.tensor(127.0).div(largest), 0).round().long()
     scales = (largest / 127).expand(-1, -1, 4, -1, 1)
     groups = -(-x.shape[1] // 4)
-    return whole.reshape(len(x), -1, 4)[:, :groups], scales.reshape(len(x), -1)[:, :groups]
+    return integers.reshape(len(x), -1, 4)[:, :groups], scales.reshape(len(x), -1)[:, :groups]
 
 
 def integer_product(packed: PackedWeight, x: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def integer_product(packed: PackedWeight, x: Tensor) -> Tensor:
     width = packed.group or packed.shape[1]
     scales = packed.scales.view(len(plain), -1).double().repeat_interleave(width, dim=1)[:, : packed.shape[1]]
     codes = functional.pad(plain.long(), (0, -packed.shape[1] % 4)).unflatten(1, (-1, 4))
-    whole, of_x = rounded(x)
-    products = torch.einsum("tgk,ogk->tog", whole, codes)  # int64
+    integers, of_x = rounded(x)
+    products = torch.einsum("tgk,ogk->tog", integers, codes)  # int64
     return (products.double() * of_x.double().unsqueeze(1) * scales[:, ::4]).sum(dim=2)
 
 

@@ -16,7 +16,7 @@ from tests.runtime.extension import FLAGS, SOURCES
 @pytest.mark.parametrize("compiler", [COMPILER, f"{COMPILER}-12"])  # headers before 13 need another target
 def test_the_extension_compiles_for_arm_with_the_dot_product(compiler: str, tmp_path: Path) -> None:
     if shutil.which(compiler) is None:
-        pytest.skip(f"there is no {compiler}; Debian has it in a package g++...-aarch64-linux-gnu")
+        pytest.skip(f"{compiler} is not installed; Debian has it in a package g++...-aarch64-linux-gnu")
     command = [compiler, *FLAGS, f"-I{sysconfig.get_path('include')}"]
     neon = SOURCES / "integer_neon_dotprod.cpp"
     subprocess.run([*command, "-fsyntax-only", *sorted(SOURCES.glob("*.cpp"))], check=True)

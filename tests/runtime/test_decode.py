@@ -101,8 +101,8 @@ def test_sampled_text_is_that_of_transformers(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(generation, "decodes", lambda model, fast=fast: fast)
         for temperature, seed in ((0.0, 0), (1.5, 0), (1.5, 1)):
             asked = {"max_new_tokens": 12, "temperature": temperature, "seed": seed}
-            found = generation.generate(model, tokenizer, "The while", **asked)
-            texts.append((found.text, found.new_tokens))
+            results = generation.generate(model, tokenizer, "The while", **asked)
+            texts.append((results.text, results.new_tokens))
     assert texts[:3] == texts[3:]
     assert texts[1] != texts[2]
 
@@ -135,14 +135,14 @@ def test_an_embedding_is_dense_int8_without_exponents() -> None:
 def test_activations_are_chosen_by_argument_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = packed_model(tmp_path, values="int8")
     ids = torch.randint(300, (1, 5))
-    found = {}
+    results = {}
     for argument, variable in (("fp32", "int8"), (None, "fp32"), ("int8", "fp32"), (None, "")):
         monkeypatch.setenv("SPARSELLM_ACTIVATIONS", variable)
         with torch.no_grad():
-            found[argument, variable] = sparsellm.load(directory, activations=argument)(ids).logits
-    exact, rounded = found["fp32", "int8"], found["int8", "fp32"]
-    assert torch.equal(exact, found[None, "fp32"])
-    assert torch.equal(rounded, found[None, ""])
+            results[argument, variable] = sparsellm.load(directory, activations=argument)(ids).logits
+    exact, rounded = results["fp32", "int8"], results["int8", "fp32"]
+    assert torch.equal(exact, results[None, "fp32"])
+    assert torch.equal(rounded, results[None, ""])
     assert not torch.equal(exact, rounded)
     assert torch.allclose(exact, rounded, atol=0.2)
     with pytest.raises(SettingError, match="activations: 'int9' is unknown; choose one of int8, fp32"):

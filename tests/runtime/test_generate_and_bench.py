@@ -96,7 +96,7 @@ def test_models_take_turns_and_do_the_same_work(monkeypatch: pytest.MonkeyPatch)
             with_kwargs=True,
         )
     before = torch.get_num_threads()
-    found = measure(models, Rounds(batches=[1, 3], threads=[1, 2], prompt_tokens=7, new_tokens=2, repeats=2))
+    speeds = measure(models, Rounds(batches=[1, 3], threads=[1, 2], prompt_tokens=7, new_tokens=2, repeats=2))
     assert torch.get_num_threads() == before
     expected = []
     for threads in (1, 2):
@@ -105,19 +105,19 @@ def test_models_take_turns_and_do_the_same_work(monkeypatch: pytest.MonkeyPatch)
                 for name in ("a", "b"):
                     expected += [(name, (batch, 7), threads), (name, (batch, 1), threads), (name, (batch, 1), threads)]
     assert calls == expected
-    assert len(found) == 2 * 2 * 2 * 2
-    assert all(0 < speed.slowest <= speed.median <= speed.fastest < math.inf for speed in found)
+    assert len(speeds) == 2 * 2 * 2 * 2
+    assert all(0 < speed.slowest <= speed.median <= speed.fastest < math.inf for speed in speeds)
 
 
 def test_speeds_are_tokens_by_the_given_clock() -> None:
     """Three readings a run: before the prompt, after it, and after the decoding."""
     readings = (10.0 * reading * reading for reading in range(100))  # 0, 10, 40 of the warm-up; 90, 160, 250 of the run
-    found = measure(
+    speeds = measure(
         {"a": tiny_llama()},
         Rounds(batches=[2], prompt_tokens=7, new_tokens=3, repeats=1),
         clock=lambda: next(readings),
     )
-    assert {speed.phase: speed.median for speed in found} == {"prefill": 2 * 7 / 70, "decode": 2 * 3 / 90}
+    assert {speed.phase: speed.median for speed in speeds} == {"prefill": 2 * 7 / 70, "decode": 2 * 3 / 90}
 
 
 @pytest.mark.parametrize(

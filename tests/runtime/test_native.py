@@ -64,9 +64,9 @@ def test_rows_are_converted_as_torch_does(kernel: str, value_type: str, dtype: t
     packed = dataclasses.replace(packed, values=dense[kept])
     rows = torch.empty(64, 1024, dtype=dtype)
     native.unpack_rows(packed, 0, 64, rows, kernel=kernel)
-    wanted = torch.where(kept, dense, 0).to(dtype)
-    assert torch.equal(rows.isnan(), wanted.isnan())
-    assert torch.equal(rows.nan_to_num(7.0), wanted.nan_to_num(7.0))
+    expected = torch.where(kept, dense, 0).to(dtype)
+    assert torch.equal(rows.isnan(), expected.isnan())
+    assert torch.equal(rows.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @every_kernel

@@ -68,7 +68,7 @@ def test_a_first_mask_that_is_better_is_found_and_kept(monkeypatch: pytest.Monke
     assert kept_the_first
 
 
-def test_rounded_products_change_the_mask_little_and_the_error_less():
+def test_rounded_products_change_mask_and_error_little():
     weight, gram = weight_of(64, 256), gram_of(256, 4000)
     products = Bf16Products()
     exact, rounded, plain = (

@@ -169,7 +169,7 @@ def test_magnitude_keeps_the_largest_sum_of_any_mask(pattern: Pattern):
 
 
 @pytest.mark.parametrize("pattern", [Share(0.5), Share(0.25), NM(1, 4)], ids=str)
-def test_wanda_loses_the_least_of_any_mask_where_inputs_are_independent(pattern: Pattern):
+def test_wanda_loses_least_where_inputs_are_independent(pattern: Pattern):
     """Its criterion ``|w|² E x²`` is the loss itself then; each output gives the same number of weights."""
     weight, gram = weight_of(3, 4), gram_of(4)
     cost = weight.double().square() * gram.matrix.diagonal().double()

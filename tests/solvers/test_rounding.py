@@ -225,7 +225,7 @@ def test_inputs_that_no_token_reaches_are_rounded_to_nearest(values: str, sparsi
     assert bool(((result.weight - weight).abs() <= least + 1e-6)[:, dead][free[:, dead]].all())
 
 
-def test_values_nearer_to_zero_leave_a_bitmask_and_stay_with_a_fixed_mask() -> None:
+def test_values_nearer_to_zero_leave_only_a_mask_that_may_change() -> None:
     weight, gram = pruned(16, 128, Share(0.5)), gram_of(128)
     weight[:, 7] = 1e-5
     for values in ("int4", "int3"):

@@ -103,7 +103,7 @@ def test_factors_are_of_the_damped_matrix():
     assert lower.notes == inverse.notes == upper.notes == ()
 
 
-def test_factors_are_made_once_and_forgotten_when_memory_is_short(monkeypatch: pytest.MonkeyPatch):
+def test_factors_are_made_once_while_memory_lasts(monkeypatch: pytest.MonkeyPatch):
     result = gram_of(normal(100, 10))
     assert result.inverse(0.1) is result.inverse(0.1)
     assert result.inverse(0.1) is not result.inverse(0.2)

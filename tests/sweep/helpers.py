@@ -72,7 +72,7 @@ def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def block_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     name, _ = find_blocks(model)
-    return {each: value for each, value in model.named_parameters() if each.startswith(f"{name}.")}
+    return {inner: value for inner, value in model.named_parameters() if inner.startswith(f"{name}.")}
 
 
 @torch.no_grad()

@@ -70,23 +70,23 @@ def test_gradients_are_those_of_the_whole_model(
     """Also with the head in chunks of three positions, and with two windows of a batch of four in a step."""
     monkeypatch.setattr(head, "HEAD_TOKENS", head_tokens)
     monkeypatch.setattr(module, "STEP_TOKENS", 48)
-    found: list[dict[str, Tensor]] = []
+    result: list[dict[str, Tensor]] = []
 
     def recorded(parameters: dict[str, nn.Parameter], *_: Any, **__: Any) -> None:
-        found.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+        result.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
 
     monkeypatch.setattr(module, "adam_step", recorded)
     dense, model, ids = family(), halved(family()), ids_of(4)
     history = in_memory(model, dense, ids, 1, 0.01)
-    blocks = len(found) // 2
+    blocks = len(result) // 2
     # Nothing moved, so what the two steps saw, in whatever order, are the halves of the one mean.
-    steps = [{k: v for part in found[:blocks] for k, v in part.items()}]
-    steps.append({k: v for part in found[blocks:] for k, v in part.items()})
+    steps = [{k: v for part in result[:blocks] for k, v in part.items()}]
+    steps.append({k: v for part in result[blocks:] for k, v in part.items()})
     loss = divergence(dense, model, ids)
     loss.backward()
-    wanted = {name: p.grad for name, p in block_parameters(model).items() if p.grad is not None}
-    assert steps[0].keys() == wanted.keys() == steps[1].keys()
-    for name, gradient in wanted.items():
+    expected = {name: p.grad for name, p in block_parameters(model).items() if p.grad is not None}
+    assert steps[0].keys() == expected.keys() == steps[1].keys()
+    for name, gradient in expected.items():
         mean = (steps[0][name] + steps[1][name]) / 2
         torch.testing.assert_close(mean, gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()) + 1e-9, msg=name)
     assert history[0].held_out == pytest.approx(loss.item(), rel=1e-4)
@@ -118,11 +118,11 @@ def test_steps_are_those_of_adam_on_the_whole_model(family: Family) -> None:
     history = in_memory(model, dense, ids, 3, rate)
     assert [record.train for record in history[1:]] == pytest.approx(losses, rel=1e-4)
     assert min(record.held_out for record in history) == history[-1].held_out  # so the last state is what is kept
-    for name, found in block_parameters(model).items():
+    for name, result in block_parameters(model).items():
         moved = certain[name]
-        moves, wanted = (found - before[name])[moved], (parameters[name] - before[name])[moved]
-        assert float((moves - wanted).norm()) <= 0.01 * float(wanted.norm()), name
-    assert sum(int(each.sum()) for each in certain.values()) > 10_000
+        moves, expected = (result - before[name])[moved], (parameters[name] - before[name])[moved]
+        assert float((moves - expected).norm()) <= 0.01 * float(expected.norm()), name
+    assert sum(int(mask.sum()) for mask in certain.values()) > 10_000
 
 
 @pytest.mark.parametrize("two_of_four", [False, True])
@@ -211,7 +211,7 @@ def test_blocks_that_share_weights_are_swept_as_one(tmp_path: Path) -> None:
     result = sparsellm.prune(model, recipe, calibration=ids, out=tmp_path / "p")
     assert result.sweeps[1].held_out < result.sweeps[0].held_out
     sparsellm.prune(source, recipe, calibration=ids, out=tmp_path / "q")
-    first, second = (CheckpointReader(tmp_path / each) for each in "pq")
+    first, second = (CheckpointReader(tmp_path / out) for out in "pq")
     assert set(first) == set(second) == set(CheckpointReader(source))
     assert all(torch.equal(first.get(name), second.get(name)) for name in first)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
