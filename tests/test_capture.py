@@ -1,4 +1,4 @@
-"""What a run leaves out because nobody reads it, and linears that see only some of the tokens."""
+"""What a run leaves out because nobody reads it, and how linears are watched."""
 
 from __future__ import annotations
 
@@ -95,44 +95,3 @@ def test_leaving_out_what_nobody_reads_changes_no_bit(
         models.append(model.state_dict())
     assert skipped
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
-
-
-class Experts(nn.Module):
-    """A mixture of experts as plain linears: each token goes to one; the last expert is nobody's choice."""
-
-    def __init__(self, width: int, count: int) -> None:
-        super().__init__()
-        self.router = nn.Linear(width, count)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)) for _ in range(count)
-        )
-        self.router.bias.data[-1] = -1e6
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        flat = hidden.flatten(0, -2)
-        choice = self.router(flat).argmax(-1)
-        out = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            chosen = choice == number
-            if chosen.any():
-                out[chosen] = expert(flat[chosen])
-        return out.view_as(hidden)
-
-
-@pytest.mark.parametrize("method", ["sparsegpt", "sparsellm"])
-def test_experts_are_pruned_on_the_tokens_routed_to_them(method: str) -> None:
-    model = tiny_llama()
-    torch.manual_seed(0)
-    for layer in model.model.layers:
-        layer.mlp = Experts(32, 4)
-    dense = [layer.mlp.experts[3][0].weight.detach().clone() for layer in model.model.layers]
-    recipe = Recipe(method=method, sparsity=0.5, allocation="uniform", exclude=["*.router"], batch_tokens=64)
-    result = sparsellm.prune(model, recipe, calibration=windows())
-    for linear in result.linears:
-        unreached = ".experts.3." in linear.name
-        assert linear.zeros == linear.shape[0] * linear.shape[1] // 2
-        assert any("no calibration token" in note for note in linear.notes) == unreached
-    assert any("reached 6 of" in warning and ".experts.3.0" in warning for warning in result.warnings)
-    for layer, before in zip(model.model.layers, dense, strict=True):  # the largest weights are kept
-        weight = layer.mlp.experts[3][0].weight
-        assert torch.equal(weight != 0, before.abs() >= before.abs().flatten().sort().values[before.numel() // 2])

@@ -6,7 +6,6 @@ import io
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pyte
 import pytest
@@ -140,13 +139,6 @@ def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], mo
         r"\d %, .* left · prune blocks: block 1/2 :x: · error 0\.0123 · sparsity 50\.0% · memory ", lines[5]
     )
     assert lines[-1] == "prune blocks: 0.0 s"
-
-
-def test_quiet_and_verbose_contradict_each_other(llama: Path, tmp_path: Path, run: Any) -> None:
-    code, stdout, stderr = run("pack", llama, "--out", tmp_path / "o", "--quiet", "--verbose")
-    assert (code, stdout) == (2, "")
-    assert stderr == "error: --quiet and --verbose contradict each other; give one of them\n"
-    assert not (tmp_path / "o").exists()
 
 
 def test_the_shell_completes_the_registered_names_without_importing_them() -> None:

@@ -86,7 +86,5 @@ def test_other_refusals(runs: Path, tmp_path: Path, run: Any) -> None:
         write_comparison([runs / "half", runs / "half"], tmp_path / "c.html")
     with pytest.raises(StorageError, match=r"has no pruning\.json"):
         write_comparison([runs / "half", runs / "dense-opt"], tmp_path / "c.html")
-    code, _, stderr = run("report", runs / "half", runs / "nm")
-    assert (code, len(stderr.splitlines())) == (2, 1)
-    assert "give --out compare.html" in stderr
+    assert "give --out compare.html" in run("report", runs / "half", runs / "nm")[2]
     assert not (tmp_path / "c.html").exists()

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsellm import Recipe, pack, prune
-from sparsellm.errors import MissingExtraError, StorageError
+from sparsellm.errors import MissingExtraError
 from sparsellm.report import document
 from sparsellm.report.checkpoint import read_checkpoint
 from sparsellm.report.document import write_report
@@ -195,7 +195,7 @@ def test_it_is_rebuilt_in_place_and_counts_as_ours(runs: Path, tmp_path: Path) -
     ("name", "content", "said"),
     [
         ("pruning.json", None, "has no pruning.json; give a directory that `sparsellm prune` wrote"),
-        ("pruning.json", '{"sparsity_asked": 0.5, "linears": []}', "linears is \\[\\]"),
+        ("pruning.json", '{"sparsity_asked": 0.5, "linears": []}', "linears is []"),
         ("results.json", '{"format": 2}', "format is 2"),
     ],
 )
@@ -205,10 +205,8 @@ def test_files_that_are_wrong(name: str, content: str | None, said: str, copied:
     if content is not None:
         (copied / name).write_text(content)
     before = sorted(copied.iterdir())
-    with pytest.raises(StorageError, match=said):
-        write_report(copied)
     code, stdout, stderr = run("report", copied)
-    assert (code, stdout, len(stderr.splitlines())) == (2, "", 1)
+    assert (code, stdout, len(stderr.splitlines()), said in stderr) == (2, "", 1, True)
     assert sorted(copied.iterdir()) == before
 
 
