@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -113,46 +112,21 @@ def test_torchrun_writes_what_one_process_writes(checkpoint: Path, tmp_path: Pat
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5)
 
 
-@pytest.fixture(scope="module")
-def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    source = save_tiny(tiny_llama(num_hidden_layers=8), tiny_tokenizer(), tmp_path_factory.mktemp("short"))
-    return ("prune", str(source), "--samples=4", "--seq-len=32", "--method=admm", "--set=options.iterations=20")
-
-
-@pytest.fixture(scope="module")
-def cut_short(short_run: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes leave that are ended after a block or more."""
-    out = tmp_path_factory.mktemp("cut") / "pruned"
-    killed = by_torchrun(2, *short_run, f"--out={out}")
-    partial = out.with_name("pruned.partial")
+def test_a_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(num_hidden_layers=8), tiny_tokenizer(), tmp_path / "dense")
+    command = ("prune", str(source), "--samples=4", "--seq-len=32", "--method=admm", "--set=options.iterations=20")
+    out, whole, partial = (tmp_path / name for name in ("pruned", "whole", "pruned.partial"))
+    killed = by_torchrun(2, *command, f"--out={out}")
     wait_for_blocks(partial, killed, shards=3)
     killed.terminate()  # torchrun ends both
     ended(killed)
     assert 3 <= len(list(partial.rglob("*.safetensors"))) < 9
-    return partial
-
-
-def test_a_run_goes_on_with_the_same_bits(short_run: Any, cut_short: Path, tmp_path: Path) -> None:
-    shutil.copytree(cut_short, tmp_path / "pruned.partial")
-    out, whole = tmp_path / "pruned", tmp_path / "whole"
     for folder in (out, whole):
-        run = by_torchrun(2, *short_run, f"--out={folder}")
+        run = by_torchrun(2, *command, f"--out={folder}")
         _, stderr = ended(run)
         assert run.returncode == 0, stderr
         assert stderr.count("resuming an unfinished run") == (folder == out)
-    found, expected = tensors_of(out), tensors_of(whole)
-    assert same_bits(found, expected)
-
-
-def test_one_process_goes_on_with_the_run_of_two_and_says_so(short_run: Any, cut_short: Path, tmp_path: Path) -> None:
-    shutil.copytree(cut_short, tmp_path / "pruned.partial")
-    alone = subprocess.Popen(
-        [sys.executable, "-m", "sparsellm", *short_run, f"--out={tmp_path / 'pruned'}"],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    _, stderr = ended(alone)
-    assert alone.returncode == 0, stderr
-    assert "were pruned with processes 2, those after them with processes 1" in " ".join(stderr.split())
+    assert same_bits(tensors_of(out), tensors_of(whole))
 
 
 def test_those_who_are_left_end_by_themselves_and_one_says_why(long_run: Any, tmp_path: Path) -> None:
