@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparsellm import Recipe, machine
-from sparsellm.chain import Chain, Feed, open_chain
+from sparsellm.chain import Chain, open_chain
 from sparsellm.errors import MemoryBudgetError, RecipeError
 from sparsellm.inputs import parse_bytes
 from sparsellm.methods import METHODS
@@ -79,10 +79,8 @@ def test_outputs_are_kept_in_what_the_hidden_states_leave(chain: Chain) -> None:
     assert free.kept_bytes == (80 + 32) * one  # the feed-forward unit and attention
     assert plan(1 << 50, writers=1).kept_bytes == 80 * one
     assert plan(1 << 50, writers=0).kept_bytes == 0
-    assert (
-        free.predicted_peak_rss_bytes
-        == free.start_bytes + free.working_bytes + free.hidden_in_memory_bytes + free.kept_bytes
-    )
+    held = free.hidden_in_memory_bytes + free.kept_bytes
+    assert free.predicted_peak_rss_bytes == free.start_bytes + free.working_bytes + held
     assert free.steps_bytes["statistics"] == free.predicted_peak_rss_bytes
     least = free.start_bytes + free.working_bytes  # this process has run other tests before
     tight = plan(least + (32 + 40) * one)
@@ -106,9 +104,7 @@ def test_gradients_take_room_for_every_block_and_the_head_its_logits(chain: Chai
     for given, copies in (({"gradient_tokens": 512}, 3), ({"swept": True}, 4)):
         plan = plan_memory(large, Demand(4, 128, 4096, Workspace(), **given), 1 << 50)  # type: ignore[arg-type]
         assert plan.worst == ("gradients" if copies == 3 else "sweeps")
-        assert (
-            plan.working_bytes - predictions.LIBRARIES == copies * logits
-        )  # the model, given as an object, is there already
+        assert plan.working_bytes - predictions.LIBRARIES == copies * logits  # the model in memory is there already
 
 
 def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +113,7 @@ def test_the_default_is_a_share_of_what_is_free(chain: Chain, monkeypatch: pytes
     assert plan.budget_bytes == pytest.approx(plan.start_bytes + 8 * (1 << 30))
 
 
-def test_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_control_group_rooms", lambda: [123])
     assert machine.free_memory() == 123
 
@@ -148,16 +144,6 @@ def test_the_solver_inside_a_method_counts(solver: str, effort: int) -> None:
     assert whole.remembered == inside.remembered
     demand = Demand(1, 1, 1, whole, swept=effort > 0)
     assert (demand.whole_workspace.blocks > 0) == (effort > 0)  # a sweep's moments
-
-
-def test_more_windows_need_no_more_calls(chain: Chain) -> None:
-    def calls(samples: int) -> int:
-        ids = torch.randint(VOCABULARY, (samples, 16), generator=torch.Generator().manual_seed(0))
-        stream = Feed(chain, ids, 16).stream()
-        assert len(stream) == samples
-        return len({id(call) for index in range(len(chain)) for call in stream.calls(index)})
-
-    assert calls(9) == calls(2) <= len(chain)
 
 
 def test_the_head_is_not_read_to_run_the_blocks(chain: Chain) -> None:
