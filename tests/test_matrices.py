@@ -65,7 +65,7 @@ def test_stacks_of_an_unknown_kind_are_refused_before_the_work(tmp_path: Path) -
         sparsellm.prune(model, Recipe(method="magnitude", sparsity=0.5), calibration=IDS, out=tmp_path / "out")
     line = str(caught.value)
     assert "model.layers.0.mlp.up (" in line
-    assert "with 43.5%" in line  # of its block
+    assert "with 43.5%" in line  # as a share of its block
     assert "allow_dense=[" in line
     assert "\n" not in line
     assert same_bits(model.state_dict(), before)

@@ -127,7 +127,7 @@ def test_a_saved_pass_is_not_swept_again_unless_damaged(
         fail_after_passes(2, patched)
         with pytest.raises(NumericalError):
             sparsellm.prune(source, Recipe(**SWEEPING), out=out)
-    count = len(steps) // 3  # of a pass
+    count = len(steps) // 3  # in each pass
     if damaged:
         file = next((partial_of(out) / STATE / "sweep").glob("moments-002-*"))
         file.write_bytes(file.read_bytes()[:-1] + b"?")

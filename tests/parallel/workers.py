@@ -31,7 +31,7 @@ def two_blocks() -> Any:
 
 
 # name → family and recipe: every solver, N:M, an allocation by gradients, and the method with a median,
-# refits, and Adam on the whole model beside the dense stream
+# refits, and Adam on the whole model next to the dense stream
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "magnitude": (two_blocks, {"method": "magnitude"}),
     "wanda": (two_blocks, {"method": "wanda", "sparsity": 0.55}),
