@@ -20,7 +20,7 @@ PROTOCOL = Protocol("pydoc", 32, 256)
 
 def grid(llama: Path, out: Path, **changes: object) -> GridResult:
     cells = cells_of(SETTINGS, methods=["magnitude", "sparsellm"], sparsities=[0.5])
-    cells += cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], patterns=["2:4"])
+    cells |= cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], patterns=["2:4"])
     settings = {"cells": cells, "protocol": PROTOCOL, **changes}
     return compare.compare(llama, out=out, **settings)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,40 +37,24 @@ GRID, PAGE = "compare.json", "compare.html"  # the finished cells, in the direct
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of a grid: the name of its directory, and its recipe."""
-
-    name: str
-    recipe: Recipe
-
-
 class Measured(Record):
-    """The measurements of one cell, whose name is that of its directory.
+    """The measurements of one cell; those of quality are on the text of the grid, as in
+    :class:`~sparsellm.records.Against`."""
 
-    Attributes:
-        sparsity: zeros in the pruned linears, as a fraction.
-        perplexity, kl, agreement, recovery: on the text of the grid, as in :class:`~sparsellm.records.Against`.
-        packed_bytes, dense_bytes: weight files of the packed and of the dense checkpoint.
-        tokens_per_second, dense_tokens_per_second: while decoding; None if no speed is measured.
-        seconds, peak_rss: time of pruning, and the most bytes of the process so far.
-        settings: everything that the measurements depend on.
-    """
-
-    name: str
-    sparsity: float
+    name: str  # of its directory
+    sparsity: float  # of the pruned linears
     perplexity: float
     dense_perplexity: float
     kl: float
     agreement: float
     recovery: float
-    packed_bytes: int
+    packed_bytes: int  # weight files of the packed checkpoint
     dense_bytes: int
-    tokens_per_second: float | None
+    tokens_per_second: float | None  # while decoding; None if no speed is measured
     dense_tokens_per_second: float | None
-    seconds: float
-    peak_rss: int
-    settings: Settings
+    seconds: float  # of pruning
+    peak_rss: int  # most bytes of the process so far
+    settings: Settings  # everything that the measurements depend on
 
 
 class Grid(Record):
@@ -81,12 +65,11 @@ class Grid(Record):
 
 
 class GridResult(Record):
-    """The result of :func:`compare`: the directory of the grid, its page (None without the chart library), the name of
-    the cell that fits the constraints best (None if there were none, or none fits), and the cells of the call."""
+    """The result of :func:`compare`, with the cells of the call."""
 
     out: Path
-    page: Path | None
-    recommended: str | None
+    page: Path | None  # None without the chart library
+    recommended: str | None  # the cell that fits the constraints best; None if there were none, or none fits
     cells: list[Measured]
 
 
@@ -106,7 +89,7 @@ def compare(
     model: str | os.PathLike[str],
     *,
     out: str | os.PathLike[str],
-    cells: Sequence[Cell],
+    cells: Mapping[str, Recipe],
     protocol: Protocol,
     recover: float | None = None,
     max_bytes: int | None = None,
@@ -118,7 +101,7 @@ def compare(
     Args:
         model, trust_remote_code, progress: as in :func:`sparsellm.prune`, the model by name.
         out: the directory of the grid; each cell has its checkpoint in it. An earlier grid is continued.
-        cells: as :func:`cells_of` makes them.
+        cells: the recipe of each cell by the name of its directory, as :func:`cells_of` makes them.
         protocol: how they are measured.
         recover, max_bytes: the least recovery, and the most bytes of packed weight files, of a recommended cell.
 
@@ -128,29 +111,31 @@ def compare(
     """
     folder = Path(out).expanduser()
     known = _known(folder)
-    settings = {cell.name: _settings(model, cell, protocol) for cell in cells}
-    for cell in cells:
-        if cell.name in known:
-            _check_same(folder / cell.name, known[cell.name].settings, settings[cell.name])
+    settings: dict[str, Settings] = {}
+    for name, recipe in cells.items():
+        kept = recipe.model_dump(mode="json", exclude={"memory"})
+        settings[name] = {"model": str(model), "recipe": kept, "protocol": asdict(protocol)}
+        if name in known:
+            _check_same(folder / name, known[name].settings, settings[name])
     resolve_value_type(protocol.values, torch.float32)
-    first = cells[0].recipe
+    first = next(iter(cells.values()))
     dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust_remote_code)
     dense.windows(protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)  # refused before the work
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     shared = dict[Hashable, object]()
-    for number, cell in enumerate(cells):
-        if cell.name in known:
+    for number, (name, recipe) in enumerate(cells.items(), 1):
+        if name in known:
             continue
 
-        def tell(event: Progress, title: str = f"{number + 1}/{len(cells)} {cell.name}") -> None:
+        def tell(event: Progress, title: str = f"{number}/{len(cells)} {name}") -> None:
             progress(replace(event, detail=f"{title}: {event.detail}"))
 
-        request = Request(model, cell.recipe, folder / cell.name, trust_remote_code=trust_remote_code, shared=shared)
-        known[cell.name] = _measure(request, protocol, dense, settings[cell.name], tell)
+        request = Request(model, recipe, folder / name, trust_remote_code=trust_remote_code, shared=shared)
+        known[name] = _measure(request, protocol, dense, settings[name], tell)
         text = Grid(cells=list(known.values())).model_dump_json(indent=2) + "\n"
         replace_atomically(folder / GRID, partial(write_all, data=text.encode()))
-    finished = [known[cell.name] for cell in cells]
+    finished = [known[name] for name in cells]
     page = None
     if len(finished) > 1:
         with contextlib.suppress(MissingExtraError):
@@ -165,9 +150,9 @@ def cells_of(
     methods: Sequence[str],
     sparsities: Sequence[float] = (),
     patterns: Sequence[str] = (),
-) -> list[Cell]:
-    """The cells of a grid: every method at every sparsity, then at every pattern. The other settings are those of
-    ``base``, whose options hold for the methods that have them, and those of a sweep for the methods with one.
+) -> dict[str, Recipe]:
+    """The recipes of a grid by name: every method at every sparsity, then at every pattern. The other settings are
+    those of ``base``, whose options hold for the methods that have them, and those of a sweep for the methods with one.
 
     Raises:
         RecipeError: nothing is asked for, something is named twice, a method or target is wrong, or no method has an
@@ -183,7 +168,7 @@ def cells_of(
     swept = [field for field in SWEEP if getattr(recipe, field) is not None]
     if swept and all(entry.effort is None for entry in entries):
         raise RecipeError(f"{swept[0]} is known to none of the methods {', '.join(methods)}; leave it out")
-    cells = []
+    cells: dict[str, Recipe] = {}
     targets: list[Settings] = [{"sparsity": sparsity} for sparsity in sparsities]
     targets += [{"pattern": pattern} for pattern in patterns]
     for target in targets:
@@ -192,10 +177,9 @@ def cells_of(
             without = dict.fromkeys(swept) if entry.effort is None else {}
             one = recipe.updated(method=entry.name, options=options, **without, **target)
             name = f"{entry.name}-{one.pattern.replace(':', '-') if one.pattern else format(one.sparsity, 'g')}"
-            cells.append(Cell(name, one))
-    twice = sorted({cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1})
-    if twice:
-        raise RecipeError(f"{twice[0]} is asked for twice; name each method, sparsity and pattern once")
+            if name in cells:
+                raise RecipeError(f"{name} is asked for twice; name each method, sparsity and pattern once")
+            cells[name] = one
     return cells
 
 
@@ -213,17 +197,8 @@ def recommend(cells: Sequence[Measured], recover: float | None, max_bytes: int |
     return min(fitting, key=lambda cell: (cell.packed_bytes, -cell.recovery), default=None)
 
 
-def _settings(model: str | os.PathLike[str], cell: Cell, protocol: Protocol) -> Settings:
-    recipe = cell.recipe.model_dump(mode="json", exclude={"memory"})
-    return {"model": str(model), "recipe": recipe, "protocol": asdict(protocol)}
-
-
 def _check_same(place: Path, known: Settings, asked: Settings, before: str = "") -> None:
-    """Refuses a cell that was made with other settings than those that are asked for.
-
-    Raises:
-        RecipeError: a setting differs; the message names the first one.
-    """
+    """Raises RecipeError, with the first setting that differs, if a cell was made with other settings."""
     for key, value in asked.items():
         was = known.get(key)
         if was == value:
@@ -263,7 +238,12 @@ def _measure(
     same = [packed.path, place] if protocol.values == "keep" else [packed.path]  # other values are other models
     for directory in same:
         append_result(directory, evaluation)
-    speeds = _speeds(place, packed.path, progress) if protocol.speed else None
+    speeds = None
+    if protocol.speed:
+        measured = compared_speed(packed.path, place, progress=progress)
+        for directory in (place, packed.path):
+            append_result(directory, measured)
+        speeds = measured.decoding
     with contextlib.suppress(MissingExtraError):  # the run has said so
         write_report(place)
     against = evaluation.against
@@ -278,28 +258,16 @@ def _measure(
         recovery=against.recovery,
         packed_bytes=packed.checkpoint_bytes,
         dense_bytes=pruned.base.bytes or 0,
-        tokens_per_second=speeds[1] if speeds else None,
-        dense_tokens_per_second=speeds[0] if speeds else None,
+        tokens_per_second=speeds[1].median if speeds else None,
+        dense_tokens_per_second=speeds[0].median if speeds else None,
         seconds=sum(pruned.whole_seconds.values()),
         peak_rss=pruned.peak_rss_bytes,
         settings=settings,
     )
 
 
-def _speeds(place: Path, packed: Path, progress: ProgressCallback) -> tuple[float, ...]:
-    """Tokens a second of the dense and the packed checkpoint, decoding in turns; kept in the results of both."""
-    measured = compared_speed(packed, place, progress=progress)
-    for directory in (place, packed):
-        append_result(directory, measured)
-    return tuple(speed.median for speed in measured.decoding or ())
-
-
 def _known(folder: Path) -> dict[str, Measured]:
-    """The finished cells of a grid.
-
-    Raises:
-        StorageError: the directory holds something else, or its file cannot be read.
-    """
+    """The finished cells of a grid; raises StorageError if the directory holds something else."""
     path = folder / GRID
     if path.is_file():
         return {cell.name: cell for cell in read_record(Grid, path, "give another --out").cells}
