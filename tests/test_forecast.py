@@ -21,7 +21,6 @@ from sparsellm.progress import NOTE, PLAN, Forecast, Progress, plan_of_phases
 from sparsellm.run import predictions
 from sparsellm.run import prune as running
 from sparsellm.run.choice import Choice
-from sparsellm.run.result import command_line
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
 
@@ -142,12 +141,6 @@ def test_rounding_values_is_predicted_next_to_solving() -> None:
     rounded = kept.on([Unstructured(1, 2)], "int4")
     most, least = (predictions.predicted_seconds(chain, choice, 64, 64)["prune"] for choice in (rounded, kept))
     assert most > least
-
-
-@pytest.mark.parametrize("program", ["/usr/bin/sparsellm", "/site-packages/sparsellm/__main__.py"])
-def test_the_recorded_command_is_one_to_type(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", [program, "prune", "my model"])
-    assert command_line() == "sparsellm prune 'my model'"
 
 
 @pytest.mark.parametrize("kept", [True, False])

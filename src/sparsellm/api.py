@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsellm import arguments
-from sparsellm.arguments import Checkpoint, Model, Name, checked
+from sparsellm.arguments import Checkpoint, Model, checked
 from sparsellm.calibration.sources import DOCUMENTS, IDS, as_text, settle_calibration
 from sparsellm.calibration.texts import Text
 from sparsellm.calibration.windows import check_seq_len, evaluation_windows, leading_token, windows_of_ids
@@ -20,8 +20,8 @@ from sparsellm.errors import DataError, RecipeError
 from sparsellm.evaluation.speed import stamp
 from sparsellm.evaluation.streamed import Kept, measured
 from sparsellm.evaluation.tasks import find_tasks, run_tasks
-from sparsellm.hub.card import rebuild_card
-from sparsellm.hub.push import Pushed, push_checkpoint
+from sparsellm.hub.card import card
+from sparsellm.hub.push import push
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import Bos, Recipe
 from sparsellm.records import Evaluation, Protocol
@@ -229,36 +229,6 @@ class Opened:
                 return load(self._directory, device=device, dtype=dtype, trust_remote_code=self._trust)
         assert isinstance(self.chain.model, PreTrainedModel)
         return self.chain.model
-
-
-@checked
-def card(directory: Checkpoint, *, force: bool = False) -> Path:
-    """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
-
-    Args:
-        directory: a checkpoint that :func:`prune` wrote and :func:`evaluate` measured.
-        force: replace a card that was edited.
-
-    Raises:
-        StorageError: the checkpoint was never evaluated, a file is damaged, or the card was edited; nothing is written.
-    """
-    return rebuild_card(Path(directory).expanduser(), force=force)
-
-
-@checked
-def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: Name | None = None) -> Pushed:
-    """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds.
-
-    Args:
-        directory: the checkpoint. Files that are not part of it stay where they are.
-        repo: ``owner/name``; created if the hub has none.
-        private: create a private repository; an existing public one is refused.
-        revision: the branch, created if there is none; None for the main one.
-
-    Raises:
-        StorageError: the directory is not a checkpoint, or the hub cannot be reached or refuses.
-    """
-    return push_checkpoint(Path(directory).expanduser(), repo, private=private, revision=revision)
 
 
 @checked

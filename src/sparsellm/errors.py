@@ -38,10 +38,6 @@ class NumericalError(SparseLLMError):
     """A statistic or a weight is not finite, or a factorisation failed at every damping tried."""
 
 
-class KernelError(SparseLLMError):
-    """A requested kernel cannot run on this machine, or does not support its arguments."""
-
-
 class MissingExtraError(SparseLLMError):
     """An optional package is not installed; the message names the extra to install."""
 

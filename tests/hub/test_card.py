@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 import sparsellm
 from sparsellm import Recipe
-from sparsellm.hub.card import base_of, is_unedited, rebuild_card
+from sparsellm.hub.card import base_of, card, is_unedited
 from tests.allocation.helpers import windows
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -70,7 +70,7 @@ def test_the_python_of_a_card_loads_the_checkpoint(pruned: Path, monkeypatch: py
     sparsellm.pack("half", out="small")
     (pruned.parent / "small" / "results.json").write_bytes(b"")
     results(pruned.parent / "small", EVALUATION)
-    rebuild_card(pruned.parent / "small")
+    card(pruned.parent / "small")
     for name in ("half", "small"):
         text = (pruned.parent / name / "README.md").read_text()
         code = text.partition("```python\n")[2].partition("```")[0]
@@ -130,7 +130,7 @@ def test_texts_of_others_are_no_markup(pruned: Path) -> None:
     report["recipe"]["method"] = report["recipe"]["calibration"] = evil
     report["base"] = {"model": "a/b](javascript:c)", "license": evil}
     (pruned / "pruning.json").write_text(json.dumps(report))
-    lines = rebuild_card(pruned).read_text().splitlines()
+    lines = card(pruned).read_text().splitlines()
     assert not any(line.startswith("# heading") for line in lines)
     assert not any("javascript:c" in line for line in lines)
     tables = [line for line in lines if line.startswith("|") and "onerror" in line]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparsellm.arguments import Checkpoint, checked
 from sparsellm.errors import StorageError
 from sparsellm.inputs import dump_yaml, read_object
 from sparsellm.patterns import parse_chosen
@@ -47,14 +48,18 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
     return known | {key: value for key, value in license.items() if 0 < len(value.strip()) <= _MOST_CHARACTERS}
 
 
-def rebuild_card(directory: Path, *, force: bool = False) -> Path:
-    """Writes the card of a checkpoint anew, with the results of its evaluations, and returns its path. ``force``
-    replaces a card that somebody else wrote or edited.
+@checked
+def card(directory: Checkpoint, *, force: bool = False) -> Path:
+    """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
+
+    Args:
+        directory: a checkpoint that ``prune`` wrote and ``evaluate`` measured.
+        force: replace a card that somebody else wrote or edited.
 
     Raises:
-        StorageError: the directory has no ``pruning.json`` or was never evaluated, a file is damaged, or the card was
-            edited. Nothing is overwritten then.
+        StorageError: the checkpoint was never evaluated, a file is damaged, or the card was edited; nothing is written.
     """
+    directory = Path(directory).expanduser()
     path = directory / CARD
     if not (directory / PRUNING).is_file():
         raise StorageError(f"{directory} has no {PRUNING}; give a checkpoint that `sparsellm prune` has written")
@@ -62,11 +67,10 @@ def rebuild_card(directory: Path, *, force: bool = False) -> Path:
     if not evaluations:
         raise StorageError(f"{directory} was never evaluated; run `sparsellm eval` on it first, then `card` again")
     run = read_pruning(directory)
-    config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
     if not force and path.exists() and not is_unedited(path):
         raise StorageError(f"{path} was not written by sparsellm, or was edited since; --force replaces it")
-    text = card_text(run, evaluations, packed=is_packed(config))
-    write_bytes(path, text.encode())
+    config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
+    write_bytes(path, card_text(run, evaluations, packed=is_packed(config)).encode())
     return path
 
 

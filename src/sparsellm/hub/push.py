@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsellm.arguments import Checkpoint, Name, checked
 from sparsellm.errors import StorageError, one_line
 from sparsellm.hub.card import HUB_ID
 from sparsellm.storage.contents import checkpoint_files, has_weights
@@ -22,26 +23,20 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded.
+    """What was uploaded."""
 
-    Attributes:
-        url: the address of the commit, or of the repository if nothing had changed.
-        files: the files of the checkpoint.
-        left_out: names in the directory that are not part of the checkpoint and stayed here.
-        bytes: size of all files together.
-    """
-
-    url: str
+    url: str  # of the commit, or of the repository if nothing had changed
     files: list[str]
-    left_out: list[str]
+    left_out: list[str]  # names in the directory that are not part of the checkpoint
     bytes: int
 
 
-def push_checkpoint(directory: Path, repo: str, *, private: bool = False, revision: str | None = None) -> Pushed:
-    """Uploads the files of a checkpoint, in one commit. The token is the one that the hub's client finds.
+@checked
+def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: Name | None = None) -> Pushed:
+    """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds.
 
     Args:
-        directory: the checkpoint.
+        directory: the checkpoint. Files that are not part of it stay where they are.
         repo: ``owner/name``; created if the hub has none.
         private: create a private repository; an existing public one is refused.
         revision: the branch, created if there is none; None for the main one.
@@ -51,6 +46,7 @@ def push_checkpoint(directory: Path, repo: str, *, private: bool = False, revisi
     """
     from huggingface_hub import HfApi, get_token
 
+    directory = Path(directory).expanduser()
     if not HUB_ID.fullmatch(repo):
         raise StorageError(f"repository {repo!r:.120} is not a name of the hub; give owner/name")
     if not directory.is_dir() or not has_weights(directory):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -17,6 +15,7 @@ from pydantic import ConfigDict, Field, JsonValue
 from transformers import PreTrainedModel
 
 from sparsellm import __version__
+from sparsellm.interrupts import command_line
 from sparsellm.machine import processor_name
 from sparsellm.patterns import parse_pattern
 from sparsellm.recipe import Recipe
@@ -47,13 +46,6 @@ def environment() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-
-
-def command_line() -> str:
-    """The current command line, quoted for a shell."""
-    program = Path(sys.argv[0])
-    module = program.parts[-2:] == ("sparsellm", "__main__.py")  # python -m sparsellm
-    return shlex.join(["sparsellm" if module else program.name, *sys.argv[1:]])
 
 
 def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | None:
