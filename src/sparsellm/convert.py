@@ -39,26 +39,17 @@ PACK, UNPACK = "pack", "unpack"  # kinds of runs
 
 @dataclass
 class PackResult:
-    """The result of packing or unpacking into ``path``.
-
-    Attributes:
-        linears: the packed form of each linear of the blocks; None for one that stays dense because that is smaller.
-        dense_bytes, packed_bytes, weights: size of these weights in the two checkpoints, and their number.
-        checkpoint_bytes: size of all weight files of the new checkpoint.
-        head: the packed form of embedding and output head; empty if they were copied.
-        expert_weights: number of weights of experts, which stay dense and are not counted above.
-        rounded: the linears whose values were not on their integer grid, and were rounded to nearest.
-    """
+    """The result of packing or unpacking into ``path``."""
 
     path: Path
-    linears: dict[str, PackedEntry | None] = field(default_factory=dict)
-    dense_bytes: int = 0
+    linears: dict[str, PackedEntry | None] = field(default_factory=dict)  # None for one that is smaller dense
+    dense_bytes: int = 0  # of the weights of these linears
     packed_bytes: int = 0
     weights: int = 0
-    checkpoint_bytes: int = 0
-    head: dict[str, PackedEntry] = field(default_factory=dict)
-    expert_weights: int = 0
-    rounded: list[str] = field(default_factory=list)
+    checkpoint_bytes: int = 0  # all weight files of the new checkpoint
+    head: dict[str, PackedEntry] = field(default_factory=dict)  # embedding and output head; empty if they were copied
+    expert_weights: int = 0  # weights of experts, which stay dense and are not counted above
+    rounded: list[str] = field(default_factory=list)  # linears whose values were not on their integer grid
 
     def to_dict(self) -> dict[str, object]:
         """All attributes as plain JSON values, as ``--json`` prints them."""
@@ -106,9 +97,8 @@ def pack(
     chain, result = open_chain(source, device=torch.device("cpu")), PackResult(place)
     exponents = _exponents(chain, source, values)
     assert chain.reader is not None
-    # With any value type, no linear takes more space than its dense weight.
-    need, kind = chain.reader.bytes, {"kind": PACK}
-    work = WorkingDirectory(place, kind, overwrite=overwrite, restart=restart, need_bytes=need)
+    need = chain.reader.bytes  # with any value type, no linear takes more space than its dense weight
+    work = WorkingDirectory(place, {"kind": PACK}, overwrite=overwrite, restart=restart, need_bytes=need)
     with _written(work, len(chain) + 1, source, result) as writer:
         writer.write_shard(len(chain), chain.outer_tensors() | (_packed_head(chain, result) if head == "int8" else {}))
         for index in range(len(chain)):
@@ -136,8 +126,7 @@ def unpack(
     weights = sum(math.prod(entry.shape) for entry in reader.entries.values())
     size = sum(reader.bytes_of(f"{name}.weight") for name in reader.entries)
     result = PackResult(place, dict.fromkeys(reader.entries), size, size, weights)
-    kind = {"kind": UNPACK}
-    work = WorkingDirectory(place, kind, overwrite=overwrite, restart=restart, need_bytes=reader.bytes)
+    work = WorkingDirectory(place, {"kind": UNPACK}, overwrite=overwrite, restart=restart, need_bytes=reader.bytes)
     with _written(work, len(shards), source, result) as writer:
         for index, names in enumerate(shards.values()):
             progress(Progress("unpack", index, len(shards)))
@@ -269,8 +258,7 @@ def _packed_block(
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
         result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
-        entry = None if packed is None else PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
-        result.linears[name] = entry
+        result.linears[name] = packed and PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
         if packed is not None and values in INTEGERS and not torch.equal(unpack_weight(packed, weight.dtype), weight):
             result.rounded.append(name)
         tensors |= {key: stored} if packed is None else _stored(key, packed, stored.dtype)

@@ -44,11 +44,7 @@ R = TypeVar("R", bound=Record)
 
 
 def read_record(kind: type[R], path: Path, advice: str = PUT_BACK) -> R:
-    """A JSON file as a record.
-
-    Raises:
-        StorageError: the file cannot be read, or a field is missing or wrong; the message ends with ``advice``.
-    """
+    """A JSON file as a record; raises StorageError, with ``advice``, if it cannot be read or a field is wrong."""
     try:
         return kind.model_validate(read_object(path))
     except ValidationError as error:
@@ -89,24 +85,17 @@ class Matrix(Record):
 
 
 class LinearResult(Matrix):
-    """The result of one linear.
-
-    Attributes:
-        asked: the requested fraction of zeros.
-        error: ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the method fitted to.
-        notes: messages to the user, such as a damping that had to be raised.
-        tokens: the number of calibration tokens that were routed to it, if it belongs to an expert; else None.
-        pattern: its N:M, such as ``2:4``; None for zeros anywhere.
-        exponents: a hexadecimal digit (the exponent plus 8) for each column of integer values; empty if all are 0.
-    """
+    """The result of one linear. Its error is ‖X Wᵀ − X W_denseᵀ‖² / ‖X W_denseᵀ‖² on the calibration inputs that the
+    method fitted to; its exponents are a hexadecimal digit (the exponent plus 8) for each column of integer values,
+    empty if all are 0."""
 
     shape: Annotated[tuple[Size, Size], Field(strict=False)]
-    asked: float = math.nan
+    asked: float = math.nan  # fraction of zeros
     error: float = math.nan
-    notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    notes: Annotated[tuple[str, ...], Field(strict=False)] = ()  # for the user, such as a damping that was raised
     history: Annotated[tuple[Step, ...], Field(strict=False)] = ()
-    tokens: Count | None = None
-    pattern: str | None = None
+    tokens: Count | None = None  # calibration tokens that were routed to it, if it belongs to an expert
+    pattern: str | None = None  # such as ``2:4``; None for zeros anywhere
     exponents: Annotated[str, Field(pattern="^[0-9a-f]*$")] = ""
 
     @property
@@ -163,46 +152,29 @@ class Totals(Record):
 
 
 class SweepPass(Record):
-    """The mean divergence KL(dense ‖ pruned) per predicted token, in nats, after a number of passes.
-
-    Attributes:
-        held_out: the divergence on held-out windows.
-        train: on the windows of the last pass, before its steps; None before the first.
-        rate: the learning rate of the sweep, with the state before the first pass; else None.
-    """
+    """The mean divergence KL(dense ‖ pruned) per predicted token, in nats, after a number of passes."""
 
     model_config = ConfigDict(frozen=True)
 
     passes: int
-    held_out: float
-    train: float | None = None
-    rate: float | None = None
+    held_out: float  # on held-out windows
+    train: float | None = None  # on the windows of the last pass, before its steps; None before the first
+    rate: float | None = None  # of the sweep, with the state before the first pass
 
 
 class Memory(Record):
-    """The resident memory that is predicted for one process, in bytes.
-
-    Attributes:
-        start_bytes: held before the run, including Python and libraries.
-        working_bytes: added at the peak: a block, statistics, the solver's workspace, activations.
-        worst: the step of the run at the peak.
-        hidden_in_memory_bytes: hidden states, and the sweep's copies of the weights, that stay in memory.
-        hidden_on_disk_bytes: the most of these in files at any time, in the walk or in the backward sweep.
-        kept_bytes: outputs of pruned sublayers that save passes; none of them goes to disk.
-        predicted_peak_device_bytes: needed in the memory of an accelerator; 0 on the CPU.
-        steps_bytes: resident memory at the peak of each step of the run, on the CPU.
-    """
+    """The resident memory that is predicted for one process, in bytes."""
 
     budget_bytes: Count = 0
     predicted_peak_rss_bytes: Count = 0
-    start_bytes: Count = 0
-    working_bytes: Count = 0
-    worst: str = ""
-    hidden_in_memory_bytes: Count = 0
-    hidden_on_disk_bytes: Count = 0
-    kept_bytes: Count = 0
-    predicted_peak_device_bytes: Count = 0
-    steps_bytes: dict[str, Count] = {}
+    start_bytes: Count = 0  # held before the run, including Python and libraries
+    working_bytes: Count = 0  # added at the peak: a block, statistics, the solver's workspace, activations
+    worst: str = ""  # the step of the run at the peak
+    hidden_in_memory_bytes: Count = 0  # hidden states, and the sweep's copies of the weights
+    hidden_on_disk_bytes: Count = 0  # the most of these in files at any time
+    kept_bytes: Count = 0  # outputs of pruned sublayers that save passes; none of them goes to disk
+    predicted_peak_device_bytes: Count = 0  # in the memory of an accelerator; 0 on the CPU
+    steps_bytes: dict[str, Count] = {}  # at the peak of each step of the run, on the CPU
 
 
 class Base(Record):
@@ -321,7 +293,7 @@ class Pruning(RunRecord):
 
 
 def read_pruning(directory: Path) -> Pruning:
-    """``pruning.json`` of a checkpoint; raises a StorageError as :func:`read_record` does."""
+    """``pruning.json`` of a checkpoint; errors as in :func:`read_record`."""
     return read_record(Pruning, directory / PRUNING)
 
 
@@ -329,10 +301,7 @@ def read_pruning(directory: Path) -> Pruning:
 
 
 class Interval(Measurement):
-    """A value and its 95 % confidence interval; the ends are None if there was one window only.
-
-    It says how much the value would change with other windows of the same kind of text, and nothing about other texts.
-    """
+    """A value and its 95 % confidence interval over windows of the same kind of text; no ends for a single window."""
 
     value: float
     low: float | None = None
@@ -345,21 +314,14 @@ class Interval(Measurement):
 
 
 class Protocol(Measurement):
-    """The conditions of a perplexity; values of different protocols do not compare.
+    """The conditions of a perplexity; values of different protocols do not compare."""
 
-    Attributes:
-        text: the name of the source.
-        digest: the digest of the token ids.
-        window, windows, tokens: tokens in a window, number of windows, and of tokens scored.
-        bos: ``yes`` or ``no`` (whether every window begins with BOS), or ``given`` for token ids that the user passed.
-    """
-
-    text: str
-    digest: str
-    window: Count
+    text: str  # name of the source
+    digest: str  # of the token ids
+    window: Count  # tokens
     windows: Count
-    tokens: Count
-    bos: str
+    tokens: Count  # scored
+    bos: str  # whether every window begins with BOS: yes, no, or given for token ids
     dtype: str
 
     def __str__(self) -> str:
@@ -372,22 +334,15 @@ class Protocol(Measurement):
 
 
 class Against(Measurement):
-    """A comparison with a dense model on the same windows.
+    """A comparison with a dense model on the same windows."""
 
-    Attributes:
-        model, perplexity: name and perplexity of the dense model.
-        kl, kl_low, kl_high: ``KL(dense ‖ model)`` in nats, the mean over the scored tokens, and its interval.
-        agreement: the fraction of the scored tokens for which both models have the same first choice.
-        recovery: the dense perplexity divided by the model's, ``exp(dense loss - loss)``: 1 if nothing was lost.
-    """
-
-    model: str
-    perplexity: Interval
-    kl: float
+    model: str  # the dense one
+    perplexity: Interval  # of the dense model
+    kl: float  # KL(dense ‖ model) in nats, the mean over the scored tokens
     kl_low: float | None = None
     kl_high: float | None = None
-    agreement: float
-    recovery: float
+    agreement: float  # fraction of the scored tokens for which both models have the same first choice
+    recovery: float  # dense perplexity / the model's
 
     @property
     def divergence(self) -> Interval:
@@ -414,10 +369,7 @@ class Stamp(Measurement):
     date: str
 
 
-Tasks = dict[str, dict[str, Metric]]
-"""By task and name, the metrics of lm-eval."""
-
-
+Tasks = dict[str, dict[str, Metric]]  # by task and name of the metric
 QUANTITIES = ("perplexity", "KL(dense ‖ pruned), nats a token", "same likeliest token", "recovery")
 
 

@@ -19,28 +19,16 @@ Options: TypeAlias = dict[str, Any]  # the options of a function by name: JSON v
 
 @dataclass(frozen=True)
 class Workspace:
-    """The most memory that a registered function holds at a time, next to the block it works on, and its main work.
+    """The most memory that a registered function holds at a time, next to the block it works on, and its main work."""
 
-    Attributes:
-        weights: fp32 copies of the weight that is pruned.
-        grams: matrices as large as the Gram matrix of its inputs, including that matrix.
-        remembered: factorisations that it caches for other linears with the same inputs; they are bounded, see
-            :meth:`sparsellm.statistics.Gram.remember`.
-        blocks: fp32 copies of the block, such as gradients and moments of an optimiser.
-        streams: copies of the hidden states of all calibration tokens, such as targets.
-        products: number of products of the weight with a matrix as large as the Gram matrix, to predict the time.
-        narrow: whether factors of its products may be rounded to bf16 where the running blocks multiply in it.
-        writers: output projections of a block whose inputs, for all tokens, are kept as far as memory goes.
-    """
-
-    weights: float = 8.0
-    grams: float = 4.0
-    remembered: int = 0
-    blocks: float = 0.0
-    streams: int = 0
-    products: float = 1.0
-    narrow: bool = False
-    writers: int = 0
+    weights: float = 8.0  # fp32 copies of the weight that is pruned
+    grams: float = 4.0  # matrices as large as the Gram matrix of its inputs, including that matrix
+    remembered: int = 0  # factorisations kept for linears with the same inputs, see statistics.Gram.remember
+    blocks: float = 0.0  # fp32 copies of the block, such as gradients and moments of an optimiser
+    streams: int = 0  # copies of the hidden states of all calibration tokens, such as targets
+    products: float = 1.0  # products of the weight with a matrix as large as the Gram matrix, to predict the time
+    narrow: bool = False  # whether factors of its products may be rounded to bf16 where the blocks multiply in it
+    writers: int = 0  # writers whose inputs, for all tokens, are kept as far as memory goes
 
     def then(self, other: Workspace) -> Workspace:
         """The larger memory, and the work of both, for two functions that run one after the other."""
@@ -50,50 +38,35 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Needs:
-    """The needs of a method or an allocation with given options.
+    """The needs of a method or an allocation with given options."""
 
-    Attributes:
-        output_costs: whether it needs the cost of an error of each output to the dense model's loss, from a backward
-            sweep. Not needed for N:M, where outputs do not compete.
-        surveyed_tokens: calibration tokens that an allocation reads, in complete windows; None for all.
-        gradient_tokens: the number of these, from the first, for which it needs gradients; four windows or more.
-        token_states: whether it needs hidden states ``(windows, seq, width)``, to select windows or tokens by position.
-        one_process: name of an option in use that works in one process only; "" for none.
-        workspace: memory and work of functions that the options choose, such as a solver.
-    """
-
-    output_costs: bool = False
-    surveyed_tokens: int | None = None
-    gradient_tokens: int = 0
-    token_states: bool = False
-    one_process: str = ""
-    workspace: Workspace = Workspace(weights=0, grams=0)
+    output_costs: bool = False  # costs of outputs, from a backward sweep; not for N:M, where outputs do not compete
+    surveyed_tokens: int | None = None  # calibration tokens that an allocation reads, in complete windows; None: all
+    gradient_tokens: int = 0  # the first of these, for which it needs gradients; four windows or more
+    token_states: bool = False  # hidden states (windows, seq, width), to select windows or tokens by position
+    one_process: str = ""  # an option in use that works in one process only
+    workspace: Workspace = Workspace(weights=0, grams=0)  # of functions that the options choose, such as a solver
 
 
 @dataclass(frozen=True)
 class Entry(Generic[F]):
     """A registered function.
 
-    Attributes:
-        options: a model of its keyword-only parameters.
-        needs: returns its needs for all options, as :meth:`check` returns them; raises RecipeError if they contradict
-            each other.
-        distributed: whether it works in several processes. A solver does if rows may be solved apart, because it
-            compares them through its pattern only; a method if every process may run it on its share of the windows.
-        allocation: a method's default allocation, unless a pattern fixes the sparsity.
-        effort: a method's default effort of the sweep that follows; None if none may follow.
+    ``needs`` is called with all options, as :meth:`check` returns them, and raises RecipeError if they contradict each
+    other. A solver is ``distributed``, fit for several processes, if rows may be solved apart because it compares them
+    through its pattern only; a method if every process may run it on its share of the windows.
     """
 
     name: str
     function: F
     paper: str
-    options: type[BaseModel]
+    options: type[BaseModel]  # a model of its keyword-only parameters
     summary: str
     workspace: Workspace = Workspace()
     needs: Callable[[Options], Needs] = lambda options: Needs()
     distributed: bool = False
-    allocation: str = "uniform"
-    effort: int | None = None
+    allocation: str = "uniform"  # a method's default, unless a pattern fixes the sparsity
+    effort: int | None = None  # a method's default effort of the sweep that follows; None if none may follow
 
     def check(self, values: Options) -> Options:
         """All options with their values, coerced to the declared types, as JSON values in the order of the signature.
