@@ -156,12 +156,8 @@ def table(names: tuple[str, ...], numbers: tuple[str, ...], title: str | None = 
 
 
 def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
-    """A table of the seconds of each phase and its share of the time, longest first.
-
-    Args:
-        seconds: by phase; a name such as ``prune/solve`` is a part of ``prune``.
-        parts: show parts as well.
-    """
+    """A table of the seconds of each phase and its share of the time, longest first; with ``parts`` also of parts such
+    as ``prune/solve``."""
     longest = sorted(seconds, key=lambda name: -seconds[name])
     names = [name for name in longest if "/" not in name]
     total = sum(seconds[name] for name in names)
@@ -181,16 +177,10 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
 
 @contextlib.contextmanager
 def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[ProgressCallback]:
-    """A display of progress, as a callback for ``progress=``: a bar on a terminal or in a notebook, lines elsewhere.
+    """A display of progress, as a callback for ``progress=``: a bar on a terminal or in a notebook, lines elsewhere;
+    nothing if ``quiet``, a line for every step and every phase if ``verbose``.
 
     Each event is also a safe point, where the run stops if a library swallowed the exception of a signal.
-
-    Args:
-        quiet: show nothing.
-        verbose: show a line for every step and every phase, instead of the bar.
-
-    Raises:
-        RecipeError: it is to be quiet and verbose at once.
     """
     if quiet and verbose:
         raise RecipeError("--quiet and --verbose contradict each other; give one of them")

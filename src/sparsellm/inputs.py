@@ -25,9 +25,8 @@ _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCI
 def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = StorageError) -> Any:
     """The value of a JSON text; bytes are UTF-8, with or without a byte order mark.
 
-    Raises:
-        SparseLLMError: as ``error``, with ``where`` first, if the text is not JSON, is too long or too deep, or has an
-            integer that Python refuses to read or half of a surrogate pair.
+    ``error`` is raised, with ``where`` first, if the text is not JSON, is too long or too deep, or has an integer that
+    Python refuses to read or half of a surrogate pair.
     """
     with _refused_as(error, where):
         value = json.loads(_text(data, MOST_JSON))
@@ -36,11 +35,7 @@ def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = Stor
 
 
 def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        SparseLLMError: as ``error``, if the file cannot be read, is not an object, or :func:`parse_json` raises it.
-    """
+    """The object in a JSON file; ``error`` is raised if it cannot be read or is something else."""
     value = parse_json(_read(path, MOST_JSON, error), str(path), error)
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
@@ -51,10 +46,7 @@ def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = Reci
     """The value of a YAML text: null, booleans, numbers, strings, lists and mappings.
 
     Numbers are those of YAML 1.2: ``1e-3`` is a number; ``2:4`` and ``2024-01-01`` are strings, while YAML 1.1 reads a
-    number of base 60 and a date. Tags, aliases and repeated keys are refused. Bytes are UTF-8, with or without a BOM.
-
-    Raises:
-        SparseLLMError: as ``error``, with ``where`` first, if the text is not YAML, or beyond a limit.
+    number of base 60 and a date. Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``.
     """
     with _refused_as(error, where):
         text = _text(data, MOST_YAML)
@@ -84,11 +76,7 @@ def dump_yaml(values: Mapping[str, object]) -> str:
 
 
 def parse_bytes(text: str | int) -> int:
-    """The bytes in ``4GiB``, ``500 MB`` or a plain number of bytes; case does not matter.
-
-    Raises:
-        RecipeError: not a positive number, or not a known unit.
-    """
+    """The bytes in ``4GiB``, ``500 MB`` or a plain number of bytes; case does not matter. Else a RecipeError."""
     match = _SIZE.fullmatch(text if isinstance(text, str) else shown(text))
     units = {name.lower(): size for name, size in SIZES.items()}
     size = int(float(match[1]) * units.get((match[2] or "b").lower(), 0)) if match is not None else 0

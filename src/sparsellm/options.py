@@ -39,11 +39,8 @@ def option(
 ) -> Parameter:
     """An option; its parameter is called like the first name.
 
-    Args:
-        usage: names, then the placeholder of the value, such as ``--quiet -q`` or ``--out DIR``.
-        help, panel: its text and its group in ``--help``, where ``shown`` replaces the default.
-        kind: the type as which it is parsed; None for that of its placeholder in :data:`KINDS`.
-        values: completed by a shell.
+    ``usage`` has its names, then the placeholder of the value, such as ``--quiet -q`` or ``--out DIR``; ``shown``
+    replaces the default in ``--help``; ``kind`` is that of the placeholder if None; a shell completes ``values``.
     """
     *names, last = usage.split()
     names, metavar = ([*names, last], "") if last.startswith("-") else (names, last)

@@ -32,8 +32,8 @@ CHUNK_ELEMENTS = 1 << 24  # elements converted to fp64 at a time: 128 MiB
 
 T = TypeVar("T")
 
-_alone = False  # see main_alone()
-_failures: Store | None = None  # counts the processes that have failed; see claims_failure()
+_alone = False  # while main_alone() runs
+_failures: Store | None = None  # counts the processes that have failed
 
 
 def size() -> int:
@@ -64,10 +64,8 @@ def launched() -> int:
 
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Joins the processes that torchrun started, if any. Raises ProcessError if they cannot be reached.
-
-    After an error the group is not closed: closing needs all processes, and others may have ended.
-    """
+    """Joins the processes that torchrun started, if any; raises ProcessError if they cannot be reached. After an error
+    the group is not closed, since closing needs all processes, and others may have ended."""
     global _failures
     if launched() == 1 or size() > 1:
         yield
@@ -109,11 +107,8 @@ def await_other_failures() -> None:
 
 
 def own_device(name: str) -> str:
-    """The device of this process: for ``cuda``, or ``auto`` with GPUs, the GPU with the process's local number.
-
-    Raises:
-        RecipeError: one GPU is named for several processes, or there are fewer GPUs than processes.
-    """
+    """The device of this process: for ``cuda``, or ``auto`` with GPUs, the GPU with the process's local number. One GPU
+    for several processes, or fewer GPUs than processes, is a RecipeError."""
     asked = name.partition(":")[0]
     if size() == 1 or not (asked == "cuda" or (name == "auto" and torch.cuda.is_available())):
         return name
@@ -215,8 +210,6 @@ def gather(value: T) -> list[T]:
 
 def gather_list(tensor: Tensor) -> list[Tensor]:
     """The tensors of all processes, in order, on the device of this one's; shapes may differ, dtypes may not."""
-    if size() == 1:
-        return [tensor]
     shapes = gather(tuple(tensor.shape))
     return [
         broadcast_(tensor.contiguous() if source == rank() else tensor.new_empty(shape), source)

@@ -40,25 +40,14 @@ class Pattern(ABC):
     def mask(self, scores: Tensor, scope: Scope = "matrix") -> Tensor:
         """The kept weights ``(out, in)``: True at the highest ``scores`` that the pattern allows.
 
-        Args:
-            scores: importance of each weight, any real dtype.
-            scope: ``matrix`` compares all weights, ``row`` those of one output; the total is the same, spread evenly
-                over the rows. N:M compares within groups.
-
-        Raises:
-            NumericalError: a score is NaN or infinite.
-            RecipeError: the pattern does not fit the shape.
+        ``matrix`` compares all weights, ``row`` those of one output, with the same total, spread evenly over the rows;
+        N:M compares within groups. A NumericalError if a score is not finite.
         """
 
     @abstractmethod
     def mask_columns(self, scores: Tensor, start: int, inputs: int) -> Tensor:
-        """The kept weights of consecutive inputs that are decided before later ones, with their even share of zeros.
-
-        Args:
-            scores: ``(columns, out)``, transposed, as is the result.
-            start: the first of these inputs.
-            inputs: the number of inputs of the weight.
-        """
+        """The kept weights of consecutive inputs, from ``start`` of ``inputs``, decided before later ones, with their
+        even share of zeros; ``scores`` and the result are ``(columns, out)``."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +124,7 @@ class NM(Pattern):
 
 
 def parse_pattern(text: str) -> NM:
-    """The N:M pattern of a text such as ``"2:4"``.
-
-    Raises:
-        RecipeError: the text is not two whole numbers with a colon, or not ``0 < n < m``.
-    """
+    """The N:M pattern of a text such as ``"2:4"``; another text is a RecipeError."""
     match = re.fullmatch(r"\s*(\d{1,6})\s*:\s*(\d{1,6})\s*", text, re.ASCII)
     if match is None:
         raise RecipeError(

@@ -19,10 +19,8 @@ _loaded: dict[str, tuple[str, str]] = {}  # name and digest, by the path of the 
 
 
 def load_plugin(name_or_path: str | os.PathLike[str]) -> None:
-    """Runs a plugin's code, whose decorators register its functions; a plugin that is loaded already is not run again.
-
-    Args:
-        name_or_path: a Python file (``my_solver.py``, ``dir/my_solver.py``), or a module by its dotted name.
+    """Runs the code of a plugin, a Python file or a module by its dotted name, whose decorators register its functions;
+    a plugin that is loaded already is not run again.
 
     Raises:
         RecipeError: there is no such file or module, it cannot be imported, a name that it registers is taken, or its

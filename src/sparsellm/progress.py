@@ -17,24 +17,15 @@ TRUSTED = 0.1  # the part of a phase after which its own speed alone says how lo
 
 @dataclass(frozen=True)
 class Progress:
-    """One event: ``done`` of ``total`` steps of ``phase``.
+    """One event: ``done`` of ``total`` steps of ``phase``."""
 
-    Attributes:
-        phase: such as ``prune``; or :data:`NOTE`, or :data:`PLAN`.
-        done, total: steps, also in fractions.
-        detail: a text on the step in work.
-        error: relative squared error of the output of the linear that was pruned last; None elsewhere.
-        sparsity: fraction of zeros in all linears pruned so far; None elsewhere.
-        costs: predicted seconds by phase, in a :data:`PLAN`. They replace earlier predictions of the same phases.
-    """
-
-    phase: str
+    phase: str  # such as ``prune``; or NOTE, or PLAN
     done: float
     total: float
-    detail: str = ""
-    error: float | None = None
-    sparsity: float | None = None
-    costs: Mapping[str, float] = field(default_factory=dict)
+    detail: str = ""  # the step in work
+    error: float | None = None  # relative squared error of the output of the linear that was pruned last
+    sparsity: float | None = None  # fraction of zeros in all linears pruned so far
+    costs: Mapping[str, float] = field(default_factory=dict)  # in a PLAN, predicted seconds of phases
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -53,17 +44,12 @@ class Forecast:
 
     A :data:`PLAN` predicts the seconds of phases. They are corrected by one factor, measured over the finished phases
     and the done part of the current one. Without a plan, share and time left are those of the current phase.
-
-    Attributes:
-        phase: the current phase, or "".
-        seconds: seconds of each finished phase; the times of a phase that begins again add up.
-        share: the share done of the whole, from 0 to 1. With a plan, it never falls.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.phase = ""
-        self.seconds: dict[str, float] = {}
-        self.share = 0.0
+        self.phase = ""  # the current one
+        self.seconds: dict[str, float] = {}  # of each finished phase; the times of one that begins again add up
+        self.share = 0.0  # done of the whole, from 0 to 1; with a plan, it never falls
         self._clock = clock
         self._costs: dict[str, float] = {}
         self._begun = self._phase_begun = self._judged = clock()

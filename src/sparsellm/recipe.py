@@ -45,7 +45,7 @@ SEQ_LEN = "2048, or the limit of the model"  # these three: what None means
 class Option:
     """How the option of a field looks on the command line."""
 
-    panel: str  # group of options in ``--help``
+    panel: str  # group in ``--help``
     metavar: str  # placeholder for the value
     flag: str = ""  # its name; "" for the field's name with dashes
     null: str = ""  # meaning of None, shown as the default
@@ -249,11 +249,7 @@ class Recipe(BaseModel):
         return Recipe(**values)
 
     def with_settings(self, settings: list[str]) -> Recipe:
-        """Applies ``key=value`` settings in order, with values in YAML; ``options.damping=0.1`` sets one entry.
-
-        Raises:
-            RecipeError: a setting has no ``=`` or no key, or a key or value does not fit.
-        """
+        """Applies ``key=value`` settings in order, with values in YAML; ``options.damping=0.1`` sets one entry."""
         changes: dict[str, Any] = {}
         for setting in settings:
             key, equals, text = setting.partition("=")
@@ -281,11 +277,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:
-        """A recipe from YAML text, if ``source`` is a string, or from a file, if it is a path.
-
-        Raises:
-            RecipeError: no such file, not a mapping, or a field does not fit.
-        """
+        """A recipe from YAML text, if ``source`` is a string, or from a file, if it is a path."""
         values = parse_yaml(source, "the recipe") if isinstance(source, str) else read_yaml(Path(source))
         if not isinstance(values, Mapping):
             raise RecipeError("the recipe is not a mapping of fields; write lines like 'sparsity: 0.7'")
@@ -293,11 +285,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, given: Any) -> Recipe:
-        """A recipe from a recipe, a mapping of its fields, the path of a YAML file, or None for the defaults.
-
-        Raises:
-            RecipeError: it is none of these, the file cannot be read, or a field does not fit.
-        """
+        """A recipe from a recipe, a mapping of its fields, the path of a YAML file, or None for the defaults."""
         if given is None or isinstance(given, Recipe):
             return given or cls()
         if isinstance(given, Mapping) and all(isinstance(key, str) for key in given):

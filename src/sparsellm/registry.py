@@ -70,11 +70,7 @@ class Entry(Generic[F]):
 
     def check(self, values: Options) -> Options:
         """All options with their values, coerced to the declared types, as JSON values in the order of the signature.
-
-        Raises:
-            RecipeError: an option is unknown (the message has the nearest known name), missing, of the wrong type or
-                out of range.
-        """
+        One that is unknown, missing, of the wrong type or out of range is a RecipeError."""
         try:
             return self.options.model_validate(values).model_dump()
         except ValidationError as error:
@@ -106,10 +102,7 @@ class Registry(dict[str, Entry[F]]):
         """A decorator that registers a function; ``declared`` are further attributes of its :class:`Entry`.
 
         Options are the keyword-only parameters, ``Annotated[type, Field(ge=0), "description"]``. pydantic checks values
-        against the type, and users see the description.
-
-        Raises:
-            TypeError: the default of an option is not a JSON value.
+        against the type, and users see the description. A default that is not a JSON value is a TypeError.
         """
 
         def add(function: F) -> F:

@@ -112,7 +112,7 @@ def test_a_branch_and_a_private_repository(server: Hub, checkpoint: Path, run: A
 def test_nothing_private_goes_to_a_public_repository(server: Hub, checkpoint: Path) -> None:
     server.private["me/open"] = False
     with pytest.raises(StorageError, match="repository me/open exists and is public"):
-        push_checkpoint(checkpoint, "me/open", private=True)
+        push(checkpoint, "me/open", private=True)
     assert server.files == {("me/open", "main"): {}}
 
 
@@ -143,4 +143,4 @@ def test_a_name_that_is_no_repository(checkpoint: Path, repo: str) -> None:
 
 def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"has no config\.json with weights"):
-        push_checkpoint(tmp_path, "me/mine")
+        push(tmp_path, "me/mine")
