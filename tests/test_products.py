@@ -13,6 +13,7 @@ import sparsellm
 from sparsellm.chain import products
 from sparsellm.chain.products import LEAST, Bf16Products, bf16_is_native
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.storage.small import shards_of
 
 UNIT = 2.0**-8  # the largest relative error of a rounding to bf16
 
@@ -88,10 +89,10 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return save_tiny(tiny_llama(num_hidden_layers=2), tiny_tokenizer(), tmp_path / "dense")
 
 
-def run(model: Path, out: Path, kind: str) -> bytes:
+def run(model: Path, out: Path, kind: str) -> dict[str, bytes]:
     recipe = {"sparsity": 0.5, "samples": 2, "seq_len": 16, "products": kind, "effort": 0}
     sparsellm.prune(model, {**recipe, "calibration": "pydoc"}, out=out)
-    return b"".join(file.read_bytes() for file in sorted(out.glob("*.safetensors")))
+    return shards_of(out)
 
 
 def test_auto_takes_bf16_where_the_processor_has_it(source: Path, tmp_path: Path) -> None:

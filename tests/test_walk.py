@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -111,15 +110,6 @@ def test_sparsity_is_exact_in_every_linear_and_only_there(method: str, pattern: 
         else:
             assert torch.equal(weight, dense[name])
         assert not bool((torch.signbit(weight) & (weight == 0)).any())  # no -0.0
-
-
-def test_bfloat16_stays_bfloat16_and_the_walk_sees_what_is_written(tmp_path: Path) -> None:
-    source = save_tiny(tiny_llama().to(torch.bfloat16), tiny_tokenizer(), tmp_path / "dense")
-    sparsellm.prune(
-        source, Recipe(method="sparsegpt", sparsity=0.5, dtype="float32"), calibration=IDS, out=tmp_path / "p"
-    )
-    with safe_open(tmp_path / "p" / "model-00001-of-00004.safetensors", framework="pt") as file:
-        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
 
 
 def test_what_stands_next_to_the_weights(tmp_path: Path) -> None:
