@@ -45,10 +45,10 @@ class Example:
 
 
 # Values that are wrong almost everywhere.
-NUMBERS = ["0", "-1", "1.5", "1e9", "nan", "inf", "-inf", "1e400", "true", "9" * 5000, str(2**63), str(2**64), "0x10"]
-STRANGE = ["", " ", ".", "..", "/", "a/b", "x" * 300, "x" * 5000, "~no-such-user/x", "a\nb", "a[/b]", "run[v2]"]
-STRANGE += ["\x1b[31m", "é", "\u2028", "\udcff", "{a: b}", "[", "*a", "!!int x", "%s", "self:x", "pydoc:", "pydoc:foo"]
-STRANGE += ["hub:", "file:", "missing.txt", "dir.txt", "model", "model/config.json", "2:4", "4:2", "1:1", "0:0"]
+NUMBERS = ["0", "-1", "1.5", "1e9", "nan", "-inf", "1e400", "true", "9" * 5000, str(2**63), str(2**64), "0x10"]
+STRANGE = ["", " ", ".", "..", "/", "a/b", "x" * 5000, "~no-such-user/x", "a\nb", "a[/b]", "run[v2]", "\x1b[31m"]
+STRANGE += ["\u2028", "\udcff", "{a: b}", "[", "*a", "!!int x", "%s", "self:x", "pydoc:foo", "hub:", "missing.txt"]
+STRANGE += ["dir.txt", "model", "model/config.json", "2:4", "4:2", "0:0"]
 
 garbage = st.one_of(
     st.sampled_from([*STRANGE, *NUMBERS, "9" * 400 + ":4"]),

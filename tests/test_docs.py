@@ -91,7 +91,6 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: p
     Path("my_solver.py").write_text(solver)
     Path("my.yaml").write_text("".join(blocks(page, "yaml")))
     result, names = steps(page), dict[str, object]()
-    assert len(result) >= 2
     for language, line in result:
         if language == "python":
             if page.name == "guide.md" and ".register(" not in line:  # blocks go on from each other, and from commands

@@ -133,14 +133,8 @@ def test_what_an_earlier_start_has_done_is_not_predicted_again(tmp_path: Path) -
     local = predictions.predicted_seconds(chain, Choice.of(Recipe(method="wanda")), 4096, 64)
     assert (local["gradients"], local["sweep"]) == (0, 0)
     assert local["prune"] < whole["prune"]
-
-
-def test_rounding_values_is_predicted_next_to_solving() -> None:
-    chain = open_chain(tiny_llama(), device=torch.device("cpu"))
-    kept = Choice.of(Recipe(sparsity=0.5))
-    rounded = kept.on([Unstructured(1, 2)], "int4")
-    most, least = (predictions.predicted_seconds(chain, choice, 64, 64)["prune"] for choice in (rounded, kept))
-    assert most > least
+    rounded = predictions.predicted_seconds(chain, choice.on([Unstructured(1, 2)], "int4"), 4096, 64)
+    assert rounded["prune"] > whole["prune"]  # rounding to a grid takes time, too
 
 
 @pytest.mark.parametrize("kept", [True, False])

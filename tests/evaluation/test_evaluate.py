@@ -15,7 +15,7 @@ import torch
 
 import sparsellm
 from sparsellm import Recipe, api
-from sparsellm.errors import DataError, ModelError, NumericalError, RecipeError
+from sparsellm.errors import ModelError, NumericalError, RecipeError
 from sparsellm.evaluation import streamed
 from sparsellm.run.fingerprint import tokens_fingerprint
 from sparsellm.storage.results import read_results
@@ -72,11 +72,9 @@ def test_a_tokenizer_without_bos_is_refused_before_the_work(tmp_path: Path, text
     assert not out.exists()
 
 
-def test_token_ids_are_calibrated_on_as_they_are(llama: Path, text: Path, tmp_path: Path) -> None:
-    ids = by_hand(text, bos=True)
-    with pytest.raises(DataError, match="token ids are used as they are"):
-        sparsellm.prune(llama, Recipe(bos="no"), calibration=ids, out=tmp_path / "out")
-    assert sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=ids).calibration_bos == "given"
+def test_token_ids_are_calibrated_on_as_they_are(text: Path) -> None:
+    result = sparsellm.prune(tiny_llama(), Recipe(method="magnitude"), calibration=by_hand(text, bos=True))
+    assert result.calibration_bos == "given"
 
 
 def test_divergence_from_a_dense_model_is_that_of_both_whole_models(llama: Path, text: Path, tmp_path: Path) -> None:
