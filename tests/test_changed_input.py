@@ -58,7 +58,7 @@ def change_a_middle_row(source: Path) -> None:
     save_file(tensors, source / WEIGHTS, {"format": "pt"})
 
 
-def test_a_middle_row_that_changed_between_two_starts_is_another_model(source: Path, tmp_path: Path) -> None:
+def test_a_row_changed_between_two_starts_is_another_model(source: Path, tmp_path: Path) -> None:
     def stop(event: Progress) -> None:
         if event.phase == "prune" and event.done == 1:
             raise KeyboardInterrupt
@@ -125,7 +125,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_while_the_run_reads_is_one_line_and_finished_blocks_are_kept(
+def test_a_change_in_a_run_is_one_line_and_done_blocks_are_kept(
     change: Callable[[Path], None], source: Path, tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:

@@ -76,7 +76,7 @@ def test_the_demo_model_downloads_converts_and_predicts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_prunes_measures_and_saves_a_model_that_plain_transformers_loads(tmp_path: Path) -> None:
+def test_the_demo_prunes_measures_and_saves_a_plain_model(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparsellm", "demo", "--out", str(tmp_path), "--json"]
     report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     assert report["sparsity_reached"] == pytest.approx(0.5, abs=1e-4)

@@ -60,7 +60,7 @@ def test_the_time_left_counts_down_between_events_to_zero() -> None:
     assert forecast.left == 0.0
 
 
-def test_without_a_plan_it_is_the_phase_alone_and_a_plan_starts_anew() -> None:
+def test_without_a_plan_the_phase_counts_and_a_plan_starts_anew() -> None:
     clock = Clock()
     forecast = Forecast(clock)
     forecast.see(Progress("open", 0, 1))
@@ -82,7 +82,7 @@ plans = st.dictionaries(st.sampled_from(["check", "prune", "sweep"]), st.floats(
 
 @settings(max_examples=200, deadline=None)
 @given(plans, st.lists(st.one_of(steps, plans)))
-def test_the_share_never_falls_and_the_time_left_is_never_negative(
+def test_the_share_never_falls_and_no_time_left_is_negative(
     first: dict[str, float], events: list[tuple[str, float, float, float] | dict[str, float]]
 ) -> None:
     clock = Clock()

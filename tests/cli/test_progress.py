@@ -66,9 +66,7 @@ def show_a_run() -> None:
             show(event)
 
 
-def test_long_phases_get_a_line_and_the_bar_of_the_whole_run_is_full(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_phases_get_a_line_and_the_bar_becomes_full(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LONG_PHASE", 0.0)
     show_a_run()
     note, *_, first, second, third, bar = terminal.screen()
@@ -141,7 +139,7 @@ def test_a_pipe_gets_lines_at_a_calm_rate(capsys: pytest.CaptureFixture[str], mo
     assert lines[-1] == "prune blocks: 0.0 s"
 
 
-def test_the_shell_completes_the_registered_names_without_importing_them() -> None:
+def test_the_shell_completes_registered_names() -> None:
     assert set(options.registered("methods", "solvers")) == set(METHODS)
     assert set(options.registered("allocation")) == set(ALLOCATIONS)
 

@@ -77,7 +77,7 @@ def test_token_ids_are_calibrated_on_as_they_are(text: Path) -> None:
     assert result.calibration_bos == "given"
 
 
-def test_divergence_from_a_dense_model_is_that_of_both_whole_models(llama: Path, text: Path, tmp_path: Path) -> None:
+def test_divergence_is_that_of_both_whole_models(llama: Path, text: Path, tmp_path: Path) -> None:
     other = save_tiny(tiny_llama(seed=1, num_hidden_layers=2), tiny_tokenizer(add_bos=True), tmp_path / "other")
     windows = by_hand(text, bos=True)
     with torch.no_grad():
@@ -202,9 +202,7 @@ def test_the_demo_model_is_not_a_directory_of_that_name(
     assert (code, stderr) == (2, "error: fetching demo\n")
 
 
-def test_a_checkpoint_with_results_is_replaced_and_its_results_are_not_inherited(
-    pruned: Path, text: Path, tmp_path: Path, run: Any
-) -> None:
+def test_results_go_with_the_checkpoint_that_is_replaced(pruned: Path, text: Path, tmp_path: Path, run: Any) -> None:
     assert run("eval", pruned, "--text", text, "--seq-len", 16)[0] == 0
     sparsellm.pack(pruned, out=tmp_path / "packed")
     assert not (tmp_path / "packed" / "results.json").exists()

@@ -48,7 +48,7 @@ def pruned(tmp_path: Path) -> Path:
     return tmp_path / "half"
 
 
-def test_prune_writes_a_card_that_the_hub_s_own_reader_understands(pruned: Path) -> None:
+def test_prune_writes_a_card_that_the_reader_of_the_hub_reads(pruned: Path) -> None:
     card = ModelCard.load(pruned / "README.md")
     assert card.data.base_model == "some/model"
     assert card.data.library_name == "transformers"
@@ -81,7 +81,7 @@ def test_the_python_of_a_card_loads_the_checkpoint(pruned: Path, monkeypatch: py
     assert "weights are packed" in text
 
 
-def test_after_an_evaluation_the_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> None:
+def test_a_card_has_the_results_with_their_protocol(pruned: Path, run: Any) -> None:
     results(pruned, EVALUATION, {**EVALUATION, "protocol": {**EVALUATION["protocol"], "window": 64}})
     code, stdout, stderr = run("card", pruned)
     assert (code, "README.md" in stdout) == (0, True), stderr
@@ -159,6 +159,6 @@ def test_the_base_model_is_a_name_of_the_hub_or_unknown(
 
 
 @pytest.mark.parametrize("card", [b"\xff\xfe", b"---\nlicense: [\n---\n", b"---\n- a\n---\n"])
-def test_a_card_of_the_dense_model_that_cannot_be_read_states_no_license(card: bytes, tmp_path: Path) -> None:
+def test_an_unreadable_card_of_the_dense_model_states_no_license(card: bytes, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(card)
     assert base_of("x", tmp_path) == {}
