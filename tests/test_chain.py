@@ -173,7 +173,7 @@ def test_what_is_no_plain_chain_is_refused_before_the_work(arrange: Any, told: s
     assert not any(tmp_path.iterdir())
 
 
-class Leaving(NamedTuple):
+class Returned(NamedTuple):
     hidden: torch.Tensor
     extra: None
 
@@ -183,8 +183,8 @@ class Named(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, *args: Any, **kwargs: Any) -> Leaving:
-        return Leaving(self.block(*args, **kwargs), None)
+    def forward(self, *args: Any, **kwargs: Any) -> Returned:
+        return Returned(self.block(*args, **kwargs), None)
 
 
 def test_a_block_that_returns_a_named_tuple_is_replaced_by_one() -> None:
