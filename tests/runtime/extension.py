@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import sysconfig
@@ -32,3 +33,9 @@ def use(path: Path) -> ModuleType:
     spec.loader.exec_module(module)
     sys.modules[NAME] = module
     return module
+
+
+def child(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program that another interpreter has run."""
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)

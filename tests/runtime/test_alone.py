@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import sparsepack
 from sparsepack.module import PackedLinear
 from tests.packed.by_hand import version_2
+from tests.runtime.extension import child
 
 ALONE = """
 import sys
@@ -36,7 +35,7 @@ assert sparsepack.compare(sys.argv[1], prompt_tokens=3, new_tokens=1, repeats=1)
 
 
 def test_it_runs_without_sparsellm_and_not_without_sparsepack(packed: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", ALONE, str(packed)], capture_output=True, text=True)
+    done = child(ALONE, str(packed))
     assert done.returncode == 0, done.stderr
 
 

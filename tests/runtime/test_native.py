@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +15,7 @@ from sparsepack.errors import KernelError
 from sparsepack.layout import pack, unpack
 from sparsepack.module import threads_set
 from tests.packed.by_hand import exponents_of, packed_of, sparse_weight
+from tests.runtime.extension import child
 from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, integer_product, random_weight
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="no compiled kernels")
@@ -231,7 +230,7 @@ for openmp in (True, False):
 
 
 def test_forked_children_and_python_threads_multiply() -> None:
-    done = subprocess.run([sys.executable, "-c", OTHER_PROCESS], capture_output=True, text=True, timeout=300)
+    done = child(OTHER_PROCESS)
     assert done.returncode == 0, done.stderr
 
 

@@ -9,7 +9,6 @@ import ctypes
 import dataclasses
 import itertools
 import mmap
-import subprocess
 import sys
 
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from sparsepack import native
 from sparsepack.layout import PackedWeight
+from tests.runtime.extension import child
 from tests.runtime.reference import VALUE_TYPES, activations, bound, random_weight
 
 pytestmark = [
@@ -83,13 +83,9 @@ def run(kernel: str, at_end: bool) -> None:
             assert torch.equal(rows, dense.float().to(dtype))
 
 
-def _child(program: str) -> subprocess.CompletedProcess[str]:
-    program = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n" + program
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-
-
 def test_no_byte_outside_the_buffers() -> None:
-    done = _child(
+    done = child(
+        "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
         "from sparsepack import native\n"
         "from tests.runtime.test_native_bounds import run\n"
         "for kernel in native.instruction_sets():\n"

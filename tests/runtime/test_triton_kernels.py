@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 
 from sparsepack.errors import KernelError
+from tests.runtime.extension import child
 from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, random_weight
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -46,13 +44,7 @@ def run() -> None:
 
 
 def test_products_are_within_the_error_bound_of_fp32_sums() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests.runtime.test_triton_kernels import run; run()"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        timeout=300,
-    )
+    done = child("from tests.runtime.test_triton_kernels import run; run()", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
 
 
