@@ -30,7 +30,7 @@ def ids(samples: int = 3, seq: int = 20) -> torch.Tensor:
 
 
 def hooked(model: PreTrainedModel, modules: list[nn.Module]) -> list[Any]:
-    """What leaves each module in one forward of the whole model: an independent view of the same values."""
+    """What each module returns in one forward of the whole model: an independent view of the same values."""
     seen: list[Any] = []
     handles = [module.register_forward_hook(lambda m, args, output: seen.append(output)) for module in modules]
     with torch.no_grad():
