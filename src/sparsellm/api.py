@@ -158,13 +158,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
 
 
 class Opened:
-    """A model to evaluate, or to evaluate several others against: its outputs on the windows are kept.
-
-    Attributes:
-        name: for messages and results.
-        chain: its blocks.
-        tokenizer: None if none is needed, or a model given as an object has none.
-    """
+    """A model to evaluate, or to evaluate several others against: its outputs on the windows are kept."""
 
     def __init__(
         self,

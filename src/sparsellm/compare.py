@@ -41,8 +41,8 @@ class Measured(Record):
     """The measurements of one cell; those of quality are on the text of the grid, as in
     :class:`~sparsellm.records.Against`."""
 
-    name: str  # of its directory
-    sparsity: float  # of the pruned linears
+    name: str  # that of its directory
+    sparsity: float  # in the pruned linears
     perplexity: float
     dense_perplexity: float
     kl: float
@@ -52,7 +52,7 @@ class Measured(Record):
     dense_bytes: int
     tokens_per_second: float | None  # while decoding; None if no speed is measured
     dense_tokens_per_second: float | None
-    seconds: float  # of pruning
+    seconds: float  # the time of pruning
     peak_rss: int  # most bytes of the process so far
     settings: Settings  # everything that the measurements depend on
 

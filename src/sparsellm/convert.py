@@ -43,7 +43,7 @@ class PackResult:
 
     path: Path
     linears: dict[str, PackedEntry | None] = field(default_factory=dict)  # None for one that is smaller dense
-    dense_bytes: int = 0  # of the weights of these linears
+    dense_bytes: int = 0  # the size of the weights of these linears
     packed_bytes: int = 0
     weights: int = 0
     checkpoint_bytes: int = 0  # all weight files of the new checkpoint
@@ -258,7 +258,8 @@ def _packed_block(
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
         result.packed_bytes += stored.nbytes if packed is None else packed.nbytes
-        result.linears[name] = packed and PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
+        entry = None if packed is None else PackedEntry.of(packed, stored.dtype, transposed=linear.transposed)
+        result.linears[name] = entry
         if packed is not None and values in INTEGERS and not torch.equal(unpack_weight(packed, weight.dtype), weight):
             result.rounded.append(name)
         tensors |= {key: stored} if packed is None else _stored(key, packed, stored.dtype)

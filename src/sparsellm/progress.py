@@ -48,7 +48,7 @@ class Forecast:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.phase = ""  # the current one
-        self.seconds: dict[str, float] = {}  # of each finished phase; the times of one that begins again add up
+        self.seconds: dict[str, float] = {}  # seconds of each finished phase; the times of one that begins again add up
         self.share = 0.0  # done of the whole, from 0 to 1; with a plan, it never falls
         self._clock = clock
         self._costs: dict[str, float] = {}

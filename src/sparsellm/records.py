@@ -159,7 +159,7 @@ class SweepPass(Record):
     passes: int
     held_out: float  # on held-out windows
     train: float | None = None  # on the windows of the last pass, before its steps; None before the first
-    rate: float | None = None  # of the sweep, with the state before the first pass
+    rate: float | None = None  # learning rate of the sweep, with the state before the first pass
 
 
 class Memory(Record):
@@ -317,7 +317,7 @@ class Protocol(Measurement):
     """The conditions of a perplexity; values of different protocols do not compare."""
 
     text: str  # name of the source
-    digest: str  # of the token ids
+    digest: str  # that of the token ids
     window: Count  # tokens
     windows: Count
     tokens: Count  # scored
@@ -337,7 +337,7 @@ class Against(Measurement):
     """A comparison with a dense model on the same windows."""
 
     model: str  # the dense one
-    perplexity: Interval  # of the dense model
+    perplexity: Interval  # the dense model's
     kl: float  # KL(dense ‖ model) in nats, the mean over the scored tokens
     kl_low: float | None = None
     kl_high: float | None = None

@@ -45,7 +45,7 @@ class Needs:
     gradient_tokens: int = 0  # the first of these, for which it needs gradients; four windows or more
     token_states: bool = False  # hidden states (windows, seq, width), to select windows or tokens by position
     one_process: str = ""  # an option in use that works in one process only
-    workspace: Workspace = Workspace(weights=0, grams=0)  # of functions that the options choose, such as a solver
+    workspace: Workspace = Workspace(weights=0, grams=0)  # for functions that the options choose, such as a solver
 
 
 @dataclass(frozen=True)

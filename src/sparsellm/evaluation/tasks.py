@@ -17,11 +17,8 @@ if TYPE_CHECKING:
 
 
 def find_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
-    """lm-eval's TaskManager, which knows every task, group or tag that is named; ``folder`` has further tasks.
-
-    Raises:
-        RecipeError: lm-eval is not installed, the folder does not exist, or a task is unknown.
-    """
+    """lm-eval's TaskManager, which knows every task, group or tag that is named; ``folder`` has further tasks. Without
+    lm-eval, the folder or a task, a RecipeError."""
     if folder is not None and not folder.is_dir():
         raise RecipeError(
             f"tasks_dir is {shown(str(folder))}, which is not a directory; name one with YAML files of tasks"
@@ -48,11 +45,7 @@ def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], manager: Any, *, bos: bool
 ) -> Tasks:
     """Value and standard error of every metric of some tasks, whose manager :func:`find_tasks` returned; groups and
-    their members are listed alike. With ``bos``, lm-eval puts BOS before a text.
-
-    Raises:
-        DataError: a task fails, for example because its data set cannot be read.
-    """
+    their members are listed alike. With ``bos``, lm-eval puts BOS before a text. A task that fails is a DataError."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

@@ -28,11 +28,7 @@ _ALWAYS = ("method", "sparsity", "calibration", "samples", "seq_len")  # setting
 
 def base_of(model: object, directory: Path | None) -> dict[str, str]:
     """The hub id of a dense model as ``model``, and the license that its card states; empty where nothing is known.
-
-    Args:
-        model: as the user named it, or a transformers model.
-        directory: its checkpoint; None for a model that was given as an object.
-    """
+    ``directory`` is its checkpoint; None for a model that was given as an object."""
     from huggingface_hub import metadata_load
 
     name = getattr(model, "name_or_path", "") if directory is None else str(model)

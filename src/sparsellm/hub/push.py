@@ -25,7 +25,7 @@ _ADVICE = {
 class Pushed:
     """What was uploaded."""
 
-    url: str  # of the commit, or of the repository if nothing had changed
+    url: str  # that of the commit, or of the repository if nothing had changed
     files: list[str]
     left_out: list[str]  # names in the directory that are not part of the checkpoint
     bytes: int

@@ -22,14 +22,13 @@ _TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a pruned checkpoint: its directory, the name of it in commands, the record of the run, what was
-    measured since, and the bytes of the weight files."""
+    """What is known of a pruned checkpoint."""
 
     directory: Path
-    name: str
+    name: str  # in commands
     pruning: Pruning
     results: Results
-    file_bytes: int
+    file_bytes: int  # size of the weight files
 
     @property
     def model(self) -> str:
@@ -59,11 +58,8 @@ class Checkpoint:
 
 
 def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """What a pruned checkpoint says of itself; ``name`` replaces the directory in commands.
-
-    Raises:
-        StorageError: it is not a directory, was not written by ``prune``, or a file in it cannot be read.
-    """
+    """What a pruned checkpoint says of itself; ``name`` replaces the directory in commands. What ``prune`` has not
+    written, or cannot be read, is a StorageError."""
     place = Path(directory).expanduser()
     if not os.path.isfile(place / PRUNING):  # also for a name that is too long
         advice = "give a directory that `sparsellm prune` wrote, or its packed form"

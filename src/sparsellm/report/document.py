@@ -53,11 +53,7 @@ def write_report(
 
 
 def write_page(page: bytes, out: str | os.PathLike[str]) -> Path:
-    """Writes a page, and returns its path, links resolved; nothing but a report of ours is replaced.
-
-    Raises:
-        StorageError: ``out`` is a directory, another file, or in no directory.
-    """
+    """Writes a page, and returns its path, links resolved; nothing but a report of ours is replaced (StorageError)."""
     text = os.fspath(out)
     place = Path(os.path.realpath(os.path.expanduser(text)))
     if os.path.isdir(place):

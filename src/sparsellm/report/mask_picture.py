@@ -20,19 +20,13 @@ _COLOURS = bytes((0xE8, 0xF1, 0xF4, 0, 0xA4, 0x57, 0x0B, 0))  # blue, green, red
 
 @dataclass(frozen=True)
 class MaskPicture:
-    """The mask of the first rows and columns of a linear, or the reason why there is none.
+    """The mask of the first rows and columns of a linear, or the reason why there is none."""
 
-    Attributes:
-        linear: the name of the linear.
-        kept: weights in the picture that are not zero.
-        source: the picture as a ``data:`` address; kept weights are dark, zeros light. None if there is none.
-    """
-
-    linear: str
+    linear: str  # its name
     rows: int = 0
     columns: int = 0
-    kept: int = 0
-    source: str | None = None
+    kept: int = 0  # weights in the picture that are not zero
+    source: str | None = None  # the picture as a ``data:`` address; kept weights are dark, zeros light
     reason: str = ""
 
 
