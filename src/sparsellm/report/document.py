@@ -23,7 +23,6 @@ from sparsellm.records import Pruning, Totals, by_kind, error_of
 from sparsellm.report import charts
 from sparsellm.report.charts import Chart, Table
 from sparsellm.report.checkpoint import Checkpoint, commands_of, headline, packed_commands, read_checkpoint
-from sparsellm.report.mask_picture import mask_picture
 from sparsellm.storage.files import write_bytes
 
 REPORT = "report.html"
@@ -82,7 +81,7 @@ def render_run(record: Checkpoint) -> bytes:
     rows, course = headline(record), charts.course(pruning)
     linears, allocation = charts.maps(pruning), charts.allocation_chart(pruning)
     sections = [("headline", "Dense against pruned"), ("linears", "Every linear"), ("depth", "Allocation")]
-    sections += [("mask", "A mask"), ("course", "The course of the run"), ("made", "How it was made")]
+    sections += [("course", "The course of the run"), ("made", "How it was made")]
     if record.results.continuations:
         sections.insert(1, ("continuations", "Continuations"))
     machine = [*pruning.environment.items(), ("processes", str(pruning.processes))]
@@ -99,7 +98,6 @@ def render_run(record: Checkpoint) -> bytes:
         linears=linears,
         allocation=allocation,
         course=course,
-        mask=mask_picture(record),
         recipe=yaml.safe_dump(pruning.recipe, sort_keys=False, allow_unicode=True, width=100),
         versions=Table(("package", "version"), sorted(pruning.versions.items())),
         environment=Table(("of the machine", "value"), machine),
