@@ -17,7 +17,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Stream, open_chain
 from sparsellm.patterns import Unstructured
-from sparsellm.progress import NOTE, PLAN, Forecast, Progress, plan_of_phases
+from sparsellm.progress import NOTE, PLAN, Forecast, Progress
 from sparsellm.run import predictions
 from sparsellm.run import prune as running
 from sparsellm.run.choice import Choice
@@ -36,7 +36,7 @@ class Clock:
 def test_a_finished_phase_corrects_the_prediction_of_the_others() -> None:
     clock = Clock()
     forecast = Forecast(clock)
-    forecast.see(plan_of_phases({"check": 10.0, "prune": 40.0, "sweep": 50.0}))
+    forecast.see(Progress(PLAN, costs={"check": 10.0, "prune": 40.0, "sweep": 50.0}))
     assert (forecast.share, forecast.left) == (0.0, 100.0)
     forecast.see(Progress("check", 0, 1))
     clock.now += 20  # twice as long as predicted
@@ -53,7 +53,7 @@ def test_a_finished_phase_corrects_the_prediction_of_the_others() -> None:
 def test_the_time_left_counts_down_between_events_to_zero() -> None:
     clock = Clock()
     forecast = Forecast(clock)
-    forecast.see(plan_of_phases({"prune": 10.0}))
+    forecast.see(Progress(PLAN, costs={"prune": 10.0}))
     clock.now += 4
     assert forecast.left == 6.0
     clock.now += 40
@@ -70,7 +70,7 @@ def test_without_a_plan_the_phase_counts_and_a_plan_starts_anew() -> None:
     forecast.see(Progress("evaluate", 1, 4))
     assert (forecast.share, forecast.left) == (0.25, 30.0)
     forecast.see(Progress("evaluate", 3, 4))
-    forecast.see(plan_of_phases({"prune": 990.0}))
+    forecast.see(Progress(PLAN, costs={"prune": 990.0}))
     assert forecast.share < 0.1
 
 
@@ -87,11 +87,11 @@ def test_the_share_never_falls_and_no_time_left_is_negative(
 ) -> None:
     clock = Clock()
     forecast = Forecast(clock)
-    forecast.see(plan_of_phases({"open": 1.0, **first}))
+    forecast.see(Progress(PLAN, costs={"open": 1.0, **first}))
     shares = [forecast.share]
     for event in events:
         if isinstance(event, dict):
-            forecast.see(plan_of_phases(event))
+            forecast.see(Progress(PLAN, costs=event))
         else:
             phase, done, total, seconds = event
             clock.now += seconds

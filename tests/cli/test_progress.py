@@ -16,7 +16,7 @@ from sparsellm.allocation import ALLOCATIONS
 from sparsellm.errors import ModelError
 from sparsellm.interrupts import Interrupted
 from sparsellm.methods import METHODS
-from sparsellm.progress import NOTE, Progress, plan_of_phases
+from sparsellm.progress import NOTE, PLAN, Progress
 
 
 class Terminal(io.StringIO):
@@ -53,7 +53,7 @@ def events() -> list[Progress]:
     return [
         Progress("open", 0, 1, "opening [b]the[/b] model"),
         Progress(NOTE, 1, 1, "predicted [peak] memory " + "of a run " * 12),
-        plan_of_phases({"check": 0.1, "prune": 0.5, "sweep": 0.5}),
+        Progress(PLAN, costs={"check": 0.1, "prune": 0.5, "sweep": 0.5}),
         Progress("check", 0, 1),
         Progress("prune", 0, 2, "block 1/2 :x:", 0.01234, 0.5),
         Progress("prune", 1, 2, "block 2/2 :x: " + "very long " * 20, 0.02, 0.498765),

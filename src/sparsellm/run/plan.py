@@ -18,7 +18,7 @@ from sparsellm.chain import Chain
 from sparsellm.chain.matrices import outside_blocks, unmatched_patterns
 from sparsellm.chain.streams import check_forward, windows_of
 from sparsellm.patterns import count_zeros
-from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, plan_of_phases
+from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback
 from sparsellm.recipe import Recipe
 from sparsellm.records import Memory
 from sparsellm.run.choice import Choice, patterns_of
@@ -178,7 +178,7 @@ def _windows(request: Request, choice: Choice, model: Opened, progress: Progress
     drawn = choice.sets * recipe.samples + passes * windows_of_pass(recipe.samples)
     written = drawn * seq_len if recipe.calibration == "self" else 0
     tokens = recipe.samples * seq_len // parallel.size()
-    progress(plan_of_phases(predicted_seconds(chain, choice, tokens, seq_len, written=written)))
+    progress(Progress(PLAN, costs=predicted_seconds(chain, choice, tokens, seq_len, written=written)))
     progress(Progress("calibration", 0, 1))
     if isinstance(request.calibration, Tensor):
         return parallel.from_main(partial(given_windows, request.calibration, chain, recipe))

@@ -14,7 +14,7 @@ from sparsellm.chain import Feed, Stream
 from sparsellm.errors import SparseLLMError, one_line
 from sparsellm.hub.card import CARD, base_of, card_text
 from sparsellm.patterns import count_zeros
-from sparsellm.progress import NOTE, PhaseClock, Progress, ProgressCallback, ignore, plan_of_phases
+from sparsellm.progress import NOTE, PLAN, PhaseClock, Progress, ProgressCallback, ignore
 from sparsellm.records import Base, LinearResult, SweepPass
 from sparsellm.report.document import REPORT, write_report
 from sparsellm.run.counts import few_tokens, left_dense, shortfall, unreached
@@ -64,7 +64,7 @@ def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
             kept=plan.memory.kept_bytes > 0,
             swept=sum(swept[number % len(swept)].numel() for number in range(plan.choice.passes)),
         )
-        progress(plan_of_phases(predicted))
+        progress(Progress(PLAN, costs=predicted))
         folder = partial_of(plan.out) if plan.out is not None else None
         scratch = Scratch(plan.memory.hidden_in_memory_bytes, folder, spare=plan.memory.kept_bytes)
         feed = Feed(chain, plan.windows.first, plan.recipe.batch_tokens, scratch, progress)
