@@ -6,7 +6,6 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -24,43 +23,27 @@ from sparsellm.report.checkpoint import (
 )
 from sparsellm.report.document import page, write_page
 
-
-@dataclass(frozen=True)
-class Run:
-    """A run, or the dense model, on one line of the page; None for what was not measured."""
-
-    name: str
-    method: str
-    sparsity: float
-    perplexity: float | None
-    kl: float | None
-    agreement: float | None
-    megabytes: float | None
-    speed: float | None
-    seconds: str
+_Values = dict[str, float]  # what was measured of a run, by column
+_MEASURES: dict[str, Callable[[float], str]] = {
+    "zeros": percent,
+    "perplexity": number,
+    "KL": short_number,
+    "same token": percent,
+    "weight files": lambda megabytes: f"{megabytes:,.1f} MB",
+    "tokens/s": number,
+}
 
 
 def write_comparison(directories: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
-    """Writes one page that compares several pruned checkpoints of one model, and returns its path.
-
-    Args:
-        directories: two or more.
-        out: the file; a report of ours is replaced.
+    """Writes one page that compares two or more pruned checkpoints of one model, and returns its path.
 
     Raises:
         StorageError: a directory was not written by ``prune``, is named twice or is of another base model, or ``out``
-            is refused.
+            is refused, as by :func:`write_page`.
         MissingExtraError: the chart library is not installed.
     """
     records = [read_checkpoint(directory) for directory in directories]
-    _check_same_model(records)
-    return write_page(render_comparison(records), out)
-
-
-def _check_same_model(records: Sequence[Checkpoint]) -> None:
-    """Refuses runs of different base models, and one that is named twice."""
-    first = records[0]
-    seen: set[str] = set()
+    first, seen = records[0], set[str]()
     for record in records:
         place = os.path.realpath(record.directory)
         if place in seen:
@@ -71,13 +54,25 @@ def _check_same_model(records: Sequence[Checkpoint]) -> None:
                 f"{first.name} was pruned from {shown(first.pruning.base.name)} and {record.name} from "
                 f"{shown(record.pruning.base.name)}, another base model; compare runs of one model"
             )
+    return write_page(render_comparison(records), out)
 
 
 def render_comparison(records: Sequence[Checkpoint]) -> bytes:
     """The comparison as HTML."""
     protocol, names = _common_protocol(records), _names(records)
-    runs = _runs(records, names, protocol)
-    quality, depth = _quality(runs), _depth(records, names)
+    values = _values(records, names, protocol)
+    methods = [" ".join(str(each.pruning.recipe.get(key) or "") for key in ("method", "pattern")) for each in records]
+    seconds = [f"{sum(each.pruning.whole_seconds.values()):,.0f} s" for each in records]
+    summary = [
+        (
+            name,
+            method.strip(),
+            *(text(each[key]) if key in each else NOT_MEASURED for key, text in _MEASURES.items()),
+            took,
+        )
+        for (name, each), method, took in zip(values, ["", *methods], ["", *seconds], strict=True)
+    ]
+    quality, depth = _quality(values), _depth(records, names)
     commands = commands_of(row for record in records for row in headline(record))
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
     unpacked = [record for record in records if record.decode_speeds() is None]
@@ -90,7 +85,7 @@ def render_comparison(records: Sequence[Checkpoint]) -> bytes:
         records=records,
         names=names,
         protocol=str(protocol) if protocol is not None else "",
-        summary=_summary(runs),
+        summary=Table(("run", "method", *_MEASURES, "prune"), summary),
         commands=[*commands, again] if commands else [],
         packed_commands=[command for record in unpacked for command in packed_commands(record)[:-1]],
         quality=quality,
@@ -111,67 +106,41 @@ def _names(records: Sequence[Checkpoint]) -> list[str]:
     return [last if lasts.count(last) == 1 else record.name for last, record in zip(lasts, records, strict=True)]
 
 
-def _runs(records: Sequence[Checkpoint], names: Sequence[str], protocol: Protocol | None) -> list[Run]:
-    """The dense model, as far as the runs know it, and the runs."""
-    runs, speeds = [], []
-    dense: float | None = None
+def _values(
+    records: Sequence[Checkpoint], names: Sequence[str], protocol: Protocol | None
+) -> list[tuple[str, _Values]]:
+    """Names and measurements: first of the dense model, as far as the runs know them, then of each run."""
+    values, speeds = list[tuple[str, _Values]](), list[float]()
+    dense: _Values = {"zeros": 0.0, "KL": 0.0, "same token": 1.0}
     for name, record in zip(names, records, strict=True):
-        pruning, pair = record.pruning, record.decode_speeds()
-        evaluation = record.latest().get(protocol.key) if protocol is not None else None
-        against = evaluation.against if evaluation is not None else None
-        dense = against.perplexity.value if dense is None and against is not None else dense
-        speeds += [pair[0].median] if pair is not None else []
-        runs.append(
-            Run(
-                name,
-                " ".join(str(pruning.recipe.get(key) or "") for key in ("method", "pattern")).strip(),
-                pruning.sparsity_pruned,
-                evaluation.value if evaluation is not None else None,
-                against.kl if against is not None else None,
-                against.agreement if against is not None else None,
-                record.file_bytes / 1e6,
-                pair[1].median if pair is not None else None,
-                f"{sum(pruning.whole_seconds.values()):,.0f} s",
-            )
-        )
-    size = next((size / 1e6 for record in records if (size := record.pruning.base.bytes)), None)
-    return [Run("dense", "", 0.0, dense, 0.0, 1.0, size, fmean(speeds) if speeds else None, ""), *runs]
+        one: _Values = {"zeros": record.pruning.sparsity_pruned, "weight files": record.file_bytes / 1e6}
+        if record.pruning.base.bytes:
+            dense.setdefault("weight files", record.pruning.base.bytes / 1e6)
+        if protocol is not None and (evaluation := record.latest().get(protocol.key)) is not None:
+            one["perplexity"] = evaluation.value
+            if (against := evaluation.against) is not None:
+                one |= {"KL": against.kl, "same token": against.agreement}
+                dense.setdefault("perplexity", against.perplexity.value)
+        if (pair := record.decode_speeds()) is not None:
+            speeds.append(pair[0].median)
+            one["tokens/s"] = pair[1].median
+        values.append((name, one))
+    if speeds:
+        dense["tokens/s"] = fmean(speeds)
+    return [("dense", dense), *values]
 
 
-def _summary(runs: Sequence[Run]) -> Table:
-    def known(value: float | None, shown_as: Callable[[float | None], str] = number) -> str:
-        return shown_as(value) if value is not None else NOT_MEASURED
-
-    rows = [
-        (
-            run.name,
-            run.method,
-            percent(run.sparsity),
-            known(run.perplexity),
-            known(run.kl, short_number),
-            known(run.agreement, percent),
-            f"{run.megabytes:,.1f} MB" if run.megabytes is not None else NOT_MEASURED,
-            known(run.speed),
-            run.seconds,
-        )
-        for run in runs
-    ]
-    columns = ("run", "method", "zeros", "perplexity", "KL", "same token", "weight files", "tokens/s", "prune")
-    return Table(columns, rows)
-
-
-def _quality(runs: Sequence[Run]) -> list[Chart]:
+def _quality(values: Sequence[tuple[str, _Values]]) -> list[Chart]:
     """Perplexity against size, speed and sparsity, each where a run has both values."""
-    views: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
-        ("size", "weight files, MB", lambda run: run.megabytes),
-        ("speed", "tokens a second, decoding", lambda run: run.speed),
-        ("sparsity", "zeros in the pruned linears", lambda run: run.sparsity),
-    )
     drawn = []
-    for name, title, of in views:
-        points = [(run.name, x, run.perplexity) for run in runs if (x := of(run)) is not None and run.perplexity]
+    for name, title, measure in (
+        ("size", "weight files, MB", "weight files"),
+        ("speed", "tokens a second, decoding", "tokens/s"),
+        ("sparsity", "zeros in the pruned linears", "zeros"),
+    ):
+        points = [(run, of[measure], of["perplexity"]) for run, of in values if {measure, "perplexity"} <= of.keys()]
         if any(label != "dense" for label, _, _ in points):
-            drawn.append(_scatter(name, title, points, runs[0].perplexity))
+            drawn.append(_scatter(name, title, points, values[0][1].get("perplexity")))
     return drawn
 
 
