@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sparsepack.errors import UserError
 from sparsepack.errors import refusal as refusal
@@ -51,6 +51,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+
+
+def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """The first ``most`` names, and the number of the others, as text."""
+    more = f"{between.rstrip(', ')} and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def one_line(error: BaseException) -> str:

@@ -39,11 +39,8 @@ def processor_name() -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a recipe or a command names.
-
-    Raises:
-        RecipeError: the machine has no such device, or it cannot hold a tensor.
-    """
+    """The device that a recipe or a command names. Raises RecipeError if the machine has no such device, or it cannot
+    hold a tensor."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = available_devices()

@@ -94,11 +94,8 @@ def read_hub(argument: str, split: Split) -> Text:
 
 def hub_column(source: str, *arguments: Any, column: str = "text", **settings: Any) -> Sequence[str]:
     """One column of a data set, for the ``source`` that the user typed; the other arguments are those of
-    ``datasets.load_dataset``. No code from the Hub is run.
-
-    Raises:
-        DataError: ``datasets`` is not installed, the data set cannot be loaded, or it has no such column.
-    """
+    ``datasets.load_dataset``. No code from the Hub is run. Raises DataError if ``datasets`` is not installed, the data
+    set cannot be loaded, or it has no such column."""
     instead = "or give a file of your own (.txt, .jsonl, .parquet), or 'pydoc', which needs no download"
     try:
         import datasets

@@ -37,12 +37,9 @@ _HINT = (
 
 
 def check_source(source: str, split: Split) -> tuple[str, str]:
-    """The name and the argument of a source. Nothing is read, so that a mistake is reported before any work.
-
-    Raises:
-        DataError: it is neither the name of a source nor a path of a known kind; the file does not exist; the source
-            takes no argument; or it is ``self``, for evaluation.
-    """
+    """The name and the argument of a source. Nothing is read, so that a mistake is reported before any work. Raises
+    DataError if it is neither the name of a source nor a path of a known kind; the file does not exist; the source
+    takes no argument; or it is ``self``, for evaluation."""
     name, colon, argument = source.partition(":")
     if not source.strip():
         raise DataError(f"the text source is empty; name a file ({_SUFFIXES}), or 'pydoc'")
@@ -65,11 +62,7 @@ def check_source(source: str, split: Split) -> tuple[str, str]:
 
 
 def read_source(source: str, split: Split) -> Text:
-    """The text that a source string names.
-
-    Raises:
-        DataError: see :func:`check_source`; or the text cannot be read.
-    """
+    """The text that a source string names. Raises DataError as :func:`check_source`, or if the text cannot be read."""
     name, argument = check_source(source, split)
     return _PLAIN[name](split) if name in _PLAIN else _WITH_ARGUMENT[name](argument, split)
 
@@ -112,11 +105,7 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
 
 
 def settle_calibration(recipe: Recipe, calibration: str | Tensor | Text | None) -> Recipe:
-    """The recipe with ``calibration`` set to the name of the text that is used; checks that a source exists.
-
-    Raises:
-        DataError: see :func:`check_source`.
-    """
+    """The recipe with ``calibration`` set to the name of the text that is used; sources pass :func:`check_source`."""
     if calibration is None:
         check_source(recipe.calibration, "calibration")
         return recipe

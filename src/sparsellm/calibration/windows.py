@@ -24,10 +24,8 @@ def leading_token(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> int 
     """The beginning-of-text token (BOS) with which every window begins, or None for windows cut anywhere.
 
     ``auto`` takes BOS where the tokenizer puts it before a text by itself. ``no`` is the protocol of the papers: a text
-    begins by the tokenizer's defaults, and windows begin anywhere.
-
-    Raises:
-        DataError: ``bos`` is ``yes``, and the tokenizer has no such token.
+    begins by the tokenizer's defaults, and windows begin anywhere. Raises DataError if ``bos`` is ``yes``, and the
+    tokenizer has no such token.
     """
     token = tokenizer.bos_token_id
     if bos == "yes":
@@ -89,11 +87,8 @@ def windows_of_ids(
     max_tokens: int | None = None,
     bos: Bos = "auto",
 ) -> Tensor:
-    """The windows ``(windows, tokens)`` of token ids that a user passed, up to ``max_tokens`` tokens.
-
-    Raises:
-        DataError: the windows are longer than the model's positions, or not ``seq_len`` long, or ``bos`` is set.
-    """
+    """The windows ``(windows, tokens)`` of token ids that a user passed, up to ``max_tokens`` tokens. Raises DataError
+    if the windows are longer than the model's positions, or not ``seq_len`` long, or ``bos`` is set."""
     width = ids.shape[1]
     if bos != "auto":
         raise DataError(f"bos is {bos!r}, and token ids are used as they are; leave bos out, and begin windows with it")

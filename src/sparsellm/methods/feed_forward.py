@@ -27,9 +27,7 @@ def prune_unit(
     settings: Settings,
 ) -> None:
     """Prunes one unit of a block; the targets are its current outputs, with weights of tokens ``(batch, seq)`` or None.
-
-    The result is the iterate with the least error on held-out tokens, with its weights then fitted to all tokens.
-    """
+    The result is the iterate with the least error on held-out tokens, with its weights then fitted to all tokens."""
     task.report("variables")
     with task.clock.phase("prune/variables"), task.stream.store() as inputs, task.stream.store() as outputs:
 
@@ -54,11 +52,7 @@ def alternate(
     solvers: Mapping[str, Solver],
     settings: Settings,
 ) -> None:
-    """Runs the loop and accepts its result for each linear, with its history in the result of ``down``.
-
-    Args:
-        solvers: for each linear, by name.
-    """
+    """Runs the loop with a solver for each linear, by name, and accepts its results; ``down`` gets the history."""
     linears, scratch = unit.linears(), task.stream.scratch
     inside = {role: solvers[linear.name] for role, linear in linears.items()}
     patterns = {role: task.patterns[linear.name] for role, linear in linears.items()}

@@ -44,13 +44,11 @@ def without_experts(linears: list[LinearView]) -> list[LinearView]:
 def prune_experts(
     task: BlockTask, solve: Solve, token_weights: list[Tensor] | None = None, refit: float | None = None
 ) -> None:
-    """Prunes the experts of the block's mixtures.
+    """Prunes the experts of the block's mixtures, with ``token_weights`` ``(batch, seq)`` for each batch, or None.
 
-    Args:
-        token_weights: ``(batch, seq)`` for each batch; None for equal ones.
-        refit: None to take all statistics of an expert before any of its linears is pruned. Otherwise the last linear
-            is pruned after the others, on their outputs, and first refitted to the output that the expert had, with
-            this damping.
+    Without ``refit`` all statistics of an expert are taken before any of its linears is pruned. Otherwise the last one
+    is pruned after the others, on their outputs, and first refitted to the output that the expert had, with this
+    damping.
     """
     views = {id(linear.module): linear for linear in task.linears if isinstance(linear.module, ExpertLinear)}
     for mixture in task.stream.chain.mixtures(task.index) if views else []:
@@ -102,16 +100,11 @@ def _prune(
 
 @dataclass(frozen=True, eq=False)
 class _Moments:
-    """Weighted means over ``tokens`` tokens of all processes.
+    """Weighted means over ``tokens`` tokens of all processes."""
 
-    Attributes:
-        matrix: ``Σ w x xᵀ / Σ w``.
-        cross: ``Σ w t xᵀ / Σ w (out, features)`` for targets t; None without targets.
-    """
-
-    matrix: Tensor
+    matrix: Tensor  # Σ w x xᵀ / Σ w
     tokens: int
-    cross: Tensor | None = None
+    cross: Tensor | None = None  # Σ w t xᵀ / Σ w, (out, features), for targets t; None without targets
 
     @property
     def features(self) -> int:
@@ -161,19 +154,12 @@ def _moments(
 
 @dataclass(frozen=True)
 class MixtureTokens:
-    """The tokens of this process that reached a mixture, batch by batch.
+    """The tokens of this process that reached a mixture, batch by batch."""
 
-    Attributes:
-        store: their inputs ``(tokens, width)``.
-        experts: the experts of each, ``(tokens, k)``.
-        factors: the squares of the router's weights, times the weight of the token, ``(tokens, k)``.
-        weights: weights of the tokens, ``(tokens,)``.
-    """
-
-    store: TensorStore
-    experts: list[Tensor]
-    factors: list[Tensor]
-    weights: list[Tensor]
+    store: TensorStore  # their inputs (tokens, width)
+    experts: list[Tensor]  # of each token, (tokens, k)
+    factors: list[Tensor]  # the squares of the router's weights, times the weight of the token, (tokens, k)
+    weights: list[Tensor]  # of the tokens, (tokens,)
 
     def count(self, number: int) -> int:
         """The number of tokens that are routed to an expert, in all processes."""

@@ -18,16 +18,13 @@ from sparsellm.methods.task import BlockTask
 class Sublayer:
     """Groups of linears that share an input, in the order in which they run.
 
-    Attributes:
-        groups: at least one, none empty.
-        writer: the output projection, which adds to the residual stream: the last linear, alone on its input, with as
-            many outputs as the stream is wide. None if it is not pruned, or is the only linear of the sublayer.
-        shortcut: the module around the writer, which later passes leave out; None if there is none.
+    The writer is the output projection, which adds to the residual stream: the last linear, alone on its input, with as
+    many outputs as the stream is wide. It is None if it is not pruned, or is the only linear of the sublayer.
     """
 
-    groups: list[list[LinearView]]
+    groups: list[list[LinearView]]  # at least one, none empty
     writer: LinearView | None
-    shortcut: KnownOutput | None = None
+    shortcut: KnownOutput | None = None  # the module around the writer, which later passes leave out
 
     @property
     def names(self) -> set[str]:

@@ -32,37 +32,24 @@ UNREACHED = "pruned by magnitude: no calibration token reached it"  # note in th
 class BlockTask:
     """One block, loaded, with the hidden states that enter it. A method prunes its linears in place.
 
-    Attributes:
-        index: the number of the block, from 0.
-        linears: the linears to prune.
-        patterns: by name, the pattern of each.
-        stream: the hidden states of the pruned model that enter the block.
-        report: called with a short text at each step of the method.
-        clock: counts the seconds of ``statistics`` and ``solve``, which are parts of the phase ``prune``.
-        results: one for each linear done.
-        notes: by name, messages to the user next to those of the solver.
-        routed: by name, the number of tokens that were routed to the linears of experts.
-        output_costs: ``E[g_i²]`` of every output of each linear, ``(out,)``: the cost of an error there to the loss, to
-            second order. For methods that need them.
-        values: the type of the kept values: ``keep``, ``int8``, ``int4`` or ``int3``.
-        unrounded: by name, the weights from which training goes on, in the storage dtype; they round to the assigned
-            ones. Filled if values are rounded and ``trained`` is set.
-        trained: whether a sweep follows.
+    Keys of the mappings are names of linears. ``output_costs`` are ``E[g_i²]`` of every output of each linear,
+    ``(out,)``: the cost of an error there to the loss, to second order. ``unrounded`` are the weights, in the storage
+    dtype, from which training goes on if values are rounded and ``trained`` is set; they round to the assigned ones.
     """
 
-    index: int
-    linears: list[LinearView]
+    index: int  # from 0
+    linears: list[LinearView]  # to be pruned
     patterns: dict[str, Pattern]
-    stream: Stream
-    report: Callable[[str], None]
-    clock: PhaseClock
-    results: list[LinearResult] = field(default_factory=list)
-    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    routed: dict[str, int] = field(default_factory=dict)
-    output_costs: Mapping[str, Tensor] = field(default_factory=dict)
-    values: str = "keep"
+    stream: Stream  # the hidden states of the pruned model that enter the block
+    report: Callable[[str], None]  # called with a short text at each step of the method
+    clock: PhaseClock  # counts the seconds of statistics and solve, which are parts of the phase prune
+    results: list[LinearResult] = field(default_factory=list)  # one for each linear done
+    notes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # to the user, next to those of the solver
+    routed: dict[str, int] = field(default_factory=dict)  # tokens that were routed to the linears of experts
+    output_costs: Mapping[str, Tensor] = field(default_factory=dict)  # empty for methods that do not need them
+    values: str = "keep"  # the type of the kept values: keep, int8, int4 or int3
     unrounded: dict[str, Tensor] = field(default_factory=dict)
-    trained: bool = False
+    trained: bool = False  # whether a sweep follows
 
     @property
     def idle(self) -> bool:
@@ -74,13 +61,9 @@ class BlockTask:
     ) -> list[tuple[list[LinearView], Gram]]:
         """Groups of linears that share an input, each with the Gram matrix of that input, from one pass of the block.
 
-        The tokens are those of all processes. A linear that no calibration token reaches is left out; see
-        :meth:`finish`.
-
-        Args:
-            linears: no experts, see :mod:`sparsellm.methods.routed`.
-            token_weights: ``(batch, seq)`` for each batch. Not used for linears that do not get every token, since
-                theirs cannot be identified.
+        The tokens are those of all processes. A linear that no calibration token reaches is left out, see
+        :meth:`finish`; experts are in :mod:`sparsellm.methods.routed`. ``token_weights`` are ``(batch, seq)`` for each
+        batch; linears that do not get every token do without, since theirs cannot be identified.
         """
         device, everything = self.stream.chain.device, self.stream.chain.linears(self.index)
         accumulators: dict[str, GramAccumulator] = {}
@@ -123,16 +106,9 @@ class BlockTask:
         notes: tuple[str, ...] = (),
         history: tuple[Step, ...] = (),
     ) -> None:
-        """Assigns a solution to a linear, with its values rounded if the recipe asks for integers, and adds its result.
-
-        Args:
-            linear: the linear.
-            dense: the weight that the solution approximates.
-            solution: its pruned weight.
-            gram: the Gram matrix of its inputs, for the rounding; None to take it in a run of the block.
-            notes: messages to the user before those of the solution.
-            history: the iterations of a method that iterates.
-        """
+        """Assigns the solution for a ``dense`` weight to a linear, with its values rounded if the recipe asks for
+        integers, and adds its result, with ``notes`` before those of the solution. The rounding takes ``gram``, of the
+        linear's inputs, or None to run the block for it."""
         pattern, weight, error = self.patterns[linear.name], solution.weight, solution.error
         notes, exponents = (*notes, *solution.notes), ""
         if self.values in INTEGERS:

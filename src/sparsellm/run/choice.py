@@ -26,32 +26,22 @@ PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and take
 
 @dataclass(frozen=True)
 class Choice:
-    """The method, the allocation and the sweep of a run; options include defaults.
-
-    Attributes:
-        passes: passes of the sweep over the whole model; 0 for no sweep.
-        sets: sets of calibration windows that the blocks take in turn.
-        allocates: whether the allocation is called: it is not uniform, and something is pruned.
-    """
+    """The method, the allocation and the sweep of a run; options include defaults."""
 
     method: Entry[Method]
     options: dict[str, JsonValue]
     needs: Needs
-    passes: int
-    sets: int
+    passes: int  # of the sweep over the whole model; 0 for no sweep
+    sets: int  # of calibration windows, which the blocks take in turn
     allocator: Entry[Allocator]
     allocation_options: dict[str, JsonValue]
     allocation_needs: Needs
-    allocates: bool
+    allocates: bool  # whether the allocation is called: it is not uniform, and something is pruned
 
     @classmethod
     def of(cls, recipe: Recipe) -> Choice:
-        """The choice of a recipe.
-
-        Raises:
-            RecipeError: a name or an option is unknown, an option does not fit, or the method has no sweep and the
-                recipe sets one.
-        """
+        """The choice of a recipe. Raises RecipeError if a name or an option is unknown, an option does not fit, or the
+        method has no sweep and the recipe sets one."""
         method = METHODS[recipe.method]
         options = method.check(recipe.options)
         given = next((name for name in SWEEP if getattr(recipe, name)), None)
@@ -103,11 +93,8 @@ class Choice:
         }
 
     def check_processes(self, samples: int) -> None:
-        """Refuses a run that cannot be divided among the processes that were started.
-
-        Raises:
-            RecipeError: the method or an option runs in one process only, or there are fewer windows than processes.
-        """
+        """Refuses a run that cannot be divided among the processes that were started. Raises RecipeError if the method
+        or an option runs in one process only, or there are fewer windows than processes."""
         size, name, option = parallel.size(), self.method.name, self.needs.one_process
         if size == 1:
             return

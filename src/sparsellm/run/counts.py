@@ -11,6 +11,7 @@ from pydantic import Field, computed_field
 
 from sparsellm.chain import Chain
 from sparsellm.chain.matrices import DENSE_LIMIT, BlockMatrix, all_matrices, block_matrices, is_excluded, kind_of
+from sparsellm.errors import some
 from sparsellm.methods.task import UNREACHED
 from sparsellm.patterns import count_zeros, most_kept, strictest
 from sparsellm.recipe import Recipe
@@ -23,16 +24,11 @@ _SHOWN = 6  # kinds of matrices that a warning names
 
 
 class MatrixZeros(Matrix):
-    """Zeros of one matrix in block ``block`` of a checkpoint.
-
-    Attributes:
-        kept: see :func:`~sparsellm.patterns.most_kept`; not counted in matrices that are not linears.
-        linear: whether it is the weight of a linear; other matrices are not pruned.
-    """
+    """Zeros of one matrix in block ``block`` of a checkpoint."""
 
     block: int
-    kept: tuple[int, int] = Field((4, 8), exclude=True)
-    linear: bool = Field(True, exclude=True)
+    kept: tuple[int, int] = Field((4, 8), exclude=True)  # see patterns.most_kept; counted in linears only
+    linear: bool = Field(True, exclude=True)  # whether it is the weight of one; other matrices are not pruned
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -113,7 +109,7 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
         return []
     return [
         f"no calibration token reached {len(names)} of {len(linears)} linears, which were pruned by magnitude: "
-        f"{_first_of(names)}; if these are experts, more calibration samples may reach them"
+        f"{some(names, _SHOWN)}; if these are experts, more calibration samples may reach them"
     ]
 
 
@@ -123,7 +119,7 @@ def few_tokens(linears: Sequence[LinearResult], least: int) -> list[str]:
     few = sorted((count, name) for name, count in tokens.items() if count < least)
     if not few:
         return []
-    said = _first_of([f"{name} ({count})" for count, name in few])
+    said = some([f"{name} ({count})" for count, name in few], _SHOWN)
     return [
         f"fewer than {least} calibration tokens were routed to {len(few)} of {len(tokens)} experts, which were pruned "
         f"mostly by the statistics of all tokens: {said}; more calibration samples may reach them"
@@ -154,10 +150,5 @@ def shortfall(linears: Sequence[LinearResult], dense: Sequence[DenseMatrix], ask
     ]
     return [
         f"sparsity {whole.sparsity:.2%} was reached over all matrices of the blocks, {asked:.2%} was requested; "
-        f"left dense: {_first_of(causes, '; ')}"
+        f"left dense: {some(causes, _SHOWN, '; ')}"
     ]
-
-
-def _first_of(names: Sequence[str], between: str = ", ") -> str:
-    more = f"{between.rstrip(', ')} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return between.join(names[:_SHOWN]) + more

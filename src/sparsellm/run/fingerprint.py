@@ -24,11 +24,8 @@ def model_fingerprint(chain: Chain, progress: ProgressCallback = ignore) -> str:
     """A digest of the config, and of the name, dtype, shape and values of every weight of the unchanged model. It does
     not depend on paths, dates, or how the weights are divided into files.
 
-    The whole model is read once, and every value checked; later reads are compared with what was read.
-
-    Raises:
-        NumericalError: a weight is NaN or infinite; the message names it.
-        StorageError: the checkpoint cannot be read.
+    The whole model is read once, and every value checked; later reads are compared with what was read. Raises
+    NumericalError with the name of a weight that is NaN or infinite, and StorageError if the checkpoint cannot be read.
     """
     config = {key: value for key, value in chain.config.to_dict().items() if key not in _NOT_THE_MODEL}
     weights = _in_memory(chain.model, progress) if chain.reader is None else _on_disk(chain.reader, progress)

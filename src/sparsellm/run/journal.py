@@ -77,11 +77,8 @@ class Journal(contextlib.ExitStack):
         return self.out is not None and not self._restart and (self._state / f"{name}.json").is_file()
 
     def open(self, identity: Identity, need_bytes: int) -> None:
-        """Begins a run that takes ``need_bytes`` of disk, or continues an unfinished one with the same identity.
-
-        Raises:
-            StorageError: the directory cannot be written, or holds an unfinished run with another identity.
-        """
+        """Begins a run that takes ``need_bytes`` of disk, or continues an unfinished one with the same identity. Raises
+        StorageError if the directory cannot be written, or holds an unfinished run with another identity."""
 
         def begin(out: Path) -> None:
             opened = partial(WorkingDirectory, out, asdict(identity), need_bytes=need_bytes)

@@ -58,11 +58,8 @@ def open_models(
     trust: bool,
 ) -> Opened:
     """Opens the model and its teacher, as in :func:`sparsellm.prune`: with a tokenizer for a ``text``, in memory if
-    ``whole``, and with modelling code of the checkpoint if ``trust``.
-
-    Raises:
-        SparseLLMError: a model cannot be opened, or the teacher is another model.
-    """
+    ``whole``, and with modelling code of the checkpoint if ``trust``. Raises SparseLLMError if a model cannot be
+    opened, or the teacher is another model."""
     dense = model if teacher is None else teacher
     if teacher is not None and (whole or isinstance(model, PreTrainedModel)):
         raise RecipeError("teacher needs models on disk: give model and teacher by name, and out=DIR")
@@ -89,11 +86,7 @@ def open_model(
     model: Model, directory: Path | None, recipe: Recipe, trust: bool, *, whole: bool
 ) -> tuple[Chain, PreTrainedModel | None]:
     """A chain over a model, or over its checkpoint in ``directory``, which is loaded if ``whole``; and the model itself
-    if it is in memory.
-
-    Raises:
-        RecipeError: the recipe sets device or dtype for a model that is in memory already.
-    """
+    if it is in memory. Raises RecipeError if the recipe sets device or dtype for a model that is in memory already."""
     device = resolve_device(parallel.own_device(recipe.device))
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     loaded = None
@@ -124,13 +117,9 @@ def load_whole(directory: Path, dtype: torch.dtype, device: torch.device, trust:
 def _open_start(
     teacher: Chain, directory: Path, tokenizer: PreTrainedTokenizerBase | None, trust: bool
 ) -> CheckpointReader:
-    """The weights of the model to prune.
-
-    Raises:
-        ModelError: config, tokenizer, the name or shape of a weight, or a weight outside the blocks, which a run does
-            not change, is not the teacher's.
-        StorageError: the model cannot be read.
-    """
+    """The weights of the model to prune. Raises ModelError if config, tokenizer, the name or shape of a weight, or a
+    weight outside the blocks, which a run does not change, is not the teacher's; StorageError if the model cannot be
+    read."""
     dense, start = teacher.reader, open_checkpoint(directory)
     assert dense is not None
     why = config_difference(load_config(directory, trust_remote_code=trust), teacher.config)
@@ -187,11 +176,8 @@ class Windows:
 
 
 def given_windows(ids: Tensor, chain: Chain, recipe: Recipe) -> Windows:
-    """The token ids ``(samples, seq)`` that the user passed, as one set.
-
-    Raises:
-        DataError: they do not fit the model.
-    """
+    """The token ids ``(samples, seq)`` that the user passed, as one set. Raises DataError if they do not fit the
+    model."""
     windows = check_vocabulary(windows_of_ids(ids, chain.config, bos=recipe.bos), chain.config)
     return Windows(windows[None], windows[:0], "given", recipe.batch_tokens)
 
@@ -200,11 +186,8 @@ def read_windows(
     text: Text | str, recipe: Recipe, model: Opened, sets: int, passes: int, progress: ProgressCallback
 ) -> Windows:
     """Windows of a text, or of the one that the dense model writes if the recipe says so: ``sets`` sets for the
-    statistics and further ones for ``passes`` passes, as far as the text has room.
-
-    Raises:
-        DataError: the model has no tokenizer, or the text is too short for one set.
-    """
+    statistics and further ones for ``passes`` passes, as far as the text has room. Raises DataError if the model has no
+    tokenizer, or the text is too short for one set."""
     chain, tokenizer, directory = model.chain, model.tokenizer, model.directory
     if tokenizer is None:
         raise DataError("a model given as an object needs tokenizer=..., or token ids as calibration")

@@ -44,12 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of :func:`sparsellm.prune`, documented there, and:
-
-    Attributes:
-        name: the model's name in reports, in place of the one that it was given by.
-        shared: results that several requests of one process share, see :meth:`once`.
-    """
+    """The arguments of :func:`sparsellm.prune`, documented there."""
 
     model: Model
     recipe: Recipe
@@ -60,8 +55,8 @@ class Request:
     restart: bool = False
     trust_remote_code: bool = False
     teacher: str | os.PathLike[str] | None = None
-    name: str = ""
-    shared: dict[Hashable, object] = field(default_factory=dict)
+    name: str = ""  # in reports, in place of the one that the model was given by
+    shared: dict[Hashable, object] = field(default_factory=dict)  # by several requests of one process, see once()
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of ``make``, computed once for the same key in all requests that share."""
@@ -71,10 +66,7 @@ class Request:
 
     def destination(self, sources: Iterable[Path] = (), need_bytes: int = 0) -> Path | None:
         """The directory of the result, resolved and checked by the first process; None if the result stays in memory.
-
-        Raises:
-            StorageError: no checkpoint can be written there.
-        """
+        Raises StorageError if no checkpoint can be written there."""
         if self.out is None:
             return None
         check = partial(check_destination, self.out, overwrite=self.overwrite)
@@ -108,11 +100,8 @@ class Plan:
 
 
 def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -> Plan:
-    """Opens the model, reads the calibration text, predicts the memory and checks every weight.
-
-    Raises:
-        SparseLLMError: model, text, recipe or destination are wrong in a way that shows before the work.
-    """
+    """Opens the model, reads the calibration text, predicts the memory and checks every weight. Raises SparseLLMError
+    if model, text, recipe or destination are wrong in a way that shows before the work."""
     recipe, ids = request.recipe, request.calibration
     choice = Choice.of(recipe)
     request.destination()

@@ -65,10 +65,7 @@ def plan_memory(chain: Chain, demand: Demand, budget: str | int | None, *, share
     """Predicts the peak and divides the budget: first the working memory, then hidden states; the rest goes to disk.
 
     Without a budget the process takes a share of the free memory, on top of what it holds; ``sharers`` processes share
-    the machine.
-
-    Raises:
-        MemoryBudgetError: the run needs more than the budget.
+    the machine. Raises MemoryBudgetError if the run needs more than the budget.
     """
     start = machine.resident()
     most = int(start + DEFAULT_SHARE * machine.free_memory() / sharers) if budget is None else parse_bytes(budget)
@@ -169,7 +166,6 @@ def checkpoint_bytes(chain: Chain) -> int:
 
 
 def block_elements(chain: Chain, index: int) -> int:
-    """The number of elements of a block."""
     return sum(math.prod(source.shape) for source in chain.block_tensors(index).values())
 
 
@@ -284,23 +280,15 @@ WRITING = 10  # passes that a token costs which the model writes itself
 def predicted_seconds(
     chain: Chain,
     choice: Choice,
-    tokens: int,
+    tokens: int,  # in the calibration windows of this process, which have ``seq_len`` tokens
     seq_len: int,
     *,
-    finished: int = 0,
-    written: int = 0,
-    kept: bool = True,
-    swept: int | None = None,
+    finished: int = 0,  # blocks that an earlier process has pruned; it has chosen the sparsities, too
+    written: int = 0,  # tokens that the model writes itself
+    kept: bool = True,  # whether there is memory for the outputs of pruned sublayers
+    swept: int | None = None,  # tokens of all passes of the sweep; None for those of new windows
 ) -> dict[str, float]:
-    """Seconds of each phase after the model is opened, by the names of the phases in events.
-
-    Args:
-        tokens: tokens of the calibration windows of this process, in windows of ``seq_len``.
-        finished: blocks that an earlier process has pruned; it has chosen the sparsities, too.
-        written: tokens that the model writes itself.
-        kept: whether there is memory for the outputs of pruned sublayers.
-        swept: tokens of all passes of the sweep; None for those of new windows.
-    """
+    """Seconds of each phase after the model is opened, by the names of the phases in events."""
     sizes = [(linear.in_features, linear.out_features) for linear in chain.linears(0)]
     config, speed = chain.config.get_text_config(), _speed(chain.device)
     blocks, stored = len(chain), checkpoint_bytes(chain)

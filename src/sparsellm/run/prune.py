@@ -41,11 +41,8 @@ class Pruned:
 
 
 def prune(request: Request, progress: ProgressCallback = ignore) -> PruneResult:
-    """Prunes the model of a request, from the block that an earlier process reached, and writes it to ``out``.
-
-    Raises:
-        SparseLLMError: a subclass of it that names the cause.
-    """
+    """Prunes the model of a request, from the block that an earlier process reached, and writes it to ``out``. Raises a
+    subclass of SparseLLMError that names the cause."""
     progress, clock = progress if parallel.is_main() else ignore, PhaseClock()
     plan = make_plan(request, clock, progress)
     chain = plan.chain

@@ -1,8 +1,5 @@
-"""The survey of the dense model, and the walk over the chain: read a block, prune it, run it.
-
-The survey takes gradients of the dense model's loss for whoever asks, and allocates all zeros. The walk depends on no
-method and no model family.
-"""
+"""The survey of the dense model, which allocates the zeros, and the walk over the chain: read, prune and run a block.
+The walk depends on no method and no model family."""
 
 from __future__ import annotations
 
@@ -94,12 +91,8 @@ def walk(
     progress: ProgressCallback,
 ) -> Iterator[BlockRecord]:
     """Prunes block after block from ``begin`` on, each on the outputs of the pruned blocks before it; yields the record
-    of each while it is loaded with the weights to be written.
-
-    Args:
-        streams: the inputs of block ``begin``, one for each set of calibration windows; blocks take them in turn.
-        finished: the results of the linears before that block.
-    """
+    of each while it is loaded with the weights to be written. ``streams`` are the inputs of that block, one for each
+    set of calibration windows, which blocks take in turn; ``finished`` are the results of the linears before it."""
     chain, done, blocks = plan.chain, list(finished), len(plan.chain)
 
     def tell(index: int, here: Sequence[LinearResult], step: str, part: float | None = None) -> None:
@@ -113,7 +106,7 @@ def walk(
         progress(Progress("prune", index - begin + part, blocks - begin, said, error, sparsity))
 
     for index in range(begin, blocks):
-        torch.manual_seed(block_seed(plan.recipe.seed, index))
+        torch.manual_seed((plan.recipe.seed * 1_000_003 + index) % (1 << 63))  # whatever ran before
         results: list[LinearResult] = []
         report = partial(tell, index, results)
         with contextlib.ExitStack() as held:
@@ -156,10 +149,9 @@ def walk(
 
 def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
-    values = plan.recipe.values
-    if values == "keep" or not plan.choice.passes:
+    if not plan.trains_integers:
         return None
-    return Integers(values, {each.name: each.exponents for each in linears})
+    return Integers(plan.recipe.values, {each.name: each.exponents for each in linears})
 
 
 def replay(
@@ -176,8 +168,3 @@ def replay(
             integers.settle(chain, index)
         for stream in streams:
             stream.advance(index)
-
-
-def block_seed(seed: int, index: int) -> int:
-    """The seed of a block, independent of everything that ran before it."""
-    return (seed * 1_000_003 + index) % (1 << 63)

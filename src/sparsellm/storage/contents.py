@@ -28,10 +28,7 @@ def is_companion(name: str) -> bool:
 
 def foreign_entries(directory: Path) -> list[str]:
     """Names in a directory that neither sparsellm nor ``save_pretrained`` wrote: other files, folders, and all links.
-
-    Raises:
-        OSError: the directory cannot be read.
-    """
+    Raises OSError if the directory cannot be read."""
     names = []
     for entry in os.scandir(directory):
         if entry.is_file(follow_symlinks=False):
@@ -44,11 +41,8 @@ def foreign_entries(directory: Path) -> list[str]:
 
 
 def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
-    """The files that belong to a checkpoint, relative to its directory, and the names of everything else there.
-
-    Raises:
-        OSError: the directory cannot be read.
-    """
+    """The files that belong to a checkpoint, relative to its directory, and the names of everything else there. Raises
+    OSError if the directory cannot be read."""
     other = foreign_entries(directory)
     paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
     return sorted(path.as_posix() for path in paths if path.parts[0] not in other), other
@@ -57,11 +51,6 @@ def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
 def has_weights(directory: Path) -> bool:
     """Whether a directory has a config and weights, like a checkpoint."""
     return (directory / "config.json").is_file() and any(_WEIGHTS.fullmatch(name) for name in os.listdir(directory))
-
-
-def some(names: list[str]) -> str:
-    """The first five of a list of names, and the number of the others, as text."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _only_templates(folder: str) -> bool:

@@ -19,8 +19,8 @@ import psutil
 from pydantic_core import to_jsonable_python
 
 from sparsellm import interrupts
-from sparsellm.errors import StorageError, shown
-from sparsellm.storage.contents import foreign_entries, has_weights, some
+from sparsellm.errors import StorageError, shown, some
+from sparsellm.storage.contents import foreign_entries, has_weights
 from sparsellm.storage.files import TEMPORARY, empty, explained, keep_record, kept_record, locked, sync, sync_tree
 
 PARTIAL = ".partial"  # how the name of a working directory ends
@@ -94,11 +94,9 @@ class WorkingDirectory(contextlib.ExitStack):
         """Gives the complete checkpoint in ``folder`` its final name, and removes the working directory.
 
         An older checkpoint is exchanged with it in one step where the system can (Linux), else renamed into the working
-        directory first.
-
-        Raises:
-            StorageError: files were added to ``out`` in the meantime, or the system cannot rename. Both checkpoints are
-                as before; where the older one could not be moved back, the next start completes the renaming.
+        directory first. Raises StorageError if files were added to ``out`` in the meantime, or the system cannot
+        rename; both checkpoints are then as before, and where the older one could not be moved back, the next start
+        completes the renaming.
         """
         check_replaceable(self.out, overwrite=self._overwrite)
         record, replaced = self.state / PUBLISHING, self.path / REPLACED
@@ -276,11 +274,8 @@ def _same(first: Path, second: Path) -> bool:
 
 
 def _settle(partial: Path, out: Path) -> None:
-    """Completes or undoes a renaming, and completes a removal, after a process was killed there.
-
-    Raises:
-        StorageError: a process is active in the directory, or the newer checkpoint cannot be determined.
-    """
+    """Completes or undoes a renaming, and completes a removal, after a process was killed there. Raises StorageError if
+    a process is active in the directory, or the newer checkpoint cannot be determined."""
     state, record = partial / STATE, partial / STATE / PUBLISHING
     if state.is_dir():
         with locked(state), explained(partial):

@@ -33,10 +33,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last is a limit on the 
 
 def replace_atomically(path: Path, write: Callable[[BinaryIO], T]) -> T:
     """Writes ``path`` with ``write`` and returns the latter's result. The file is complete and synced, or unchanged.
-
-    Raises:
-        StorageError: the disk is full, or the directory cannot be written.
-    """
+    Raises StorageError if the disk is full, or the directory cannot be written."""
     temporary = path.with_name(f".{secrets.token_hex(12)}{TEMPORARY}")  # nobody can put a link there first
     with explained(path.parent):
         try:
@@ -102,11 +99,7 @@ def kept_record(path: Path, kind: type[T]) -> T | None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's contents, in hexadecimal.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """SHA-256 of a file's contents, in hexadecimal. Raises OSError if the file cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -134,11 +127,8 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Locks a directory against other processes until the context ends; with ``wait``, waits for another's lock.
-
-    Raises:
-        StorageError: another process holds the lock, and ``wait`` is False.
-    """
+    """Locks a directory against other processes until the context ends; with ``wait``, waits for another's lock. Raises
+    StorageError if another process holds the lock, and ``wait`` is False."""
     if fcntl is None:
         yield
         return

@@ -107,12 +107,9 @@ class CheckpointReader:
         return sum(self.bytes_of(name) for name in self)
 
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor that owns its memory, in ``dtype`` if that is given and the tensor has floating point.
-
-        Raises:
-            StorageError: its file is gone or truncated, or is not the one that was opened. If :meth:`digests` are
-                known, the values are compared instead, at the first read and whenever the file seems changed.
-        """
+        """One tensor that owns its memory, in ``dtype`` if that is given and the tensor has floating point. Raises
+        StorageError if its file is gone or truncated, or is not the one that was opened; if :meth:`digests` are known,
+        the values are compared instead, at the first read and whenever the file seems changed."""
         stored, digest = self._stored[name], self._digests.get(name)
         data = torch.empty(stored.bytes, dtype=torch.uint8)
         with _opened(stored, unchanged=digest is None) as file:
@@ -130,12 +127,8 @@ class CheckpointReader:
 
     def digests(self, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
         """SHA-256 of every tensor as stored, by name. All values are checked, and later reads are compared with these
-        digests. ``progress`` is called with (bytes read, bytes in all).
-
-        Raises:
-            NumericalError: a weight is NaN or infinite; the message names it.
-            StorageError: a file cannot be read, or has changed.
-        """
+        digests. ``progress`` is called with (bytes read, bytes in all). Raises NumericalError with the name
+        of a weight that is NaN or infinite, and StorageError if a file cannot be read, or has changed."""
         if not self._digests:
             digests: dict[str, str] = {}
             done, total = 0, sum(stored.bytes for stored in self._stored.values())
@@ -170,11 +163,8 @@ class CheckpointReader:
 
 
 class PackedReader(CheckpointReader):
-    """The tensors of a packed checkpoint, dense: each weight is unpacked when it is read.
-
-    Raises:
-        StorageError: as :class:`~sparsepack.checkpoint.PackedTensors`.
-    """
+    """The tensors of a packed checkpoint, dense: each weight is unpacked when it is read. Raises StorageError for what
+    :class:`~sparsepack.checkpoint.PackedTensors` refuses."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -205,11 +195,7 @@ class PackedReader(CheckpointReader):
 
 
 def open_checkpoint(directory: Path) -> CheckpointReader:
-    """A reader of a checkpoint, packed or not.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
+    """A reader of a checkpoint, packed or not. Raises StorageError if it cannot be read."""
     return PackedReader(directory) if is_packed(read_object(directory / "config.json")) else CheckpointReader(directory)
 
 

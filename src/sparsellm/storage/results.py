@@ -17,11 +17,8 @@ _ADVICE = "move the file elsewhere, or give --no-save"
 
 
 def keeps_results(directory: Path) -> bool:
-    """Whether results are kept in a directory, because sparsellm wrote it.
-
-    Raises:
-        StorageError: they would be, but the directory cannot be written, or its results.json cannot be read.
-    """
+    """Whether results are kept in a directory, because sparsellm wrote it. Raises StorageError if they would be, but
+    the directory cannot be written, or its results.json cannot be read."""
     if not any((directory / name).is_file() for name in (PRUNING, "packed.json")):
         return False
     read_results(directory)
@@ -31,11 +28,8 @@ def keeps_results(directory: Path) -> bool:
 
 
 def read_results(directory: Path) -> Results:
-    """The results of a checkpoint; empty lists if nothing was measured yet.
-
-    Raises:
-        StorageError: results.json cannot be read, or is not of this format.
-    """
+    """The results of a checkpoint; empty lists if nothing was measured yet. Raises StorageError if results.json cannot
+    be read, or is not of this format."""
     path = directory / RESULTS
     if os.path.lexists(path) and not path.is_file():
         raise StorageError(f"{path} is not an ordinary file; {_ADVICE}")
@@ -45,10 +39,8 @@ def read_results(directory: Path) -> Results:
 def append_result(directory: Path, record: Evaluation | Benchmark | Continuation) -> Path:
     """Appends one record to results.json, which is replaced atomically, and returns the path of that file.
 
-    The directory is locked from reading to writing, so that no record is lost if two processes append at once.
-
-    Raises:
-        StorageError: the file cannot be read or written.
+    The directory is locked from reading to writing, so that no record is lost if two processes append at once. Raises
+    StorageError if the file cannot be read or written.
     """
     with locked(Path(os.path.realpath(directory)), wait=True):
         results = read_results(directory)

@@ -81,11 +81,7 @@ class TensorStore(Sequence[Tensor]):
         self._end = 0  # end of the file
 
     def append(self, value: Tensor) -> None:
-        """Adds a tensor at the end.
-
-        Raises:
-            StorageError: the disk is full.
-        """
+        """Adds a tensor at the end. Raises StorageError if the disk is full."""
         self._items.append(self._keep(value, None))
 
     def __setitem__(self, index: int, value: Tensor) -> None:

@@ -68,11 +68,8 @@ class CheckpointWriter:
                 empty(self.folder)
 
     def write_shard(self, index: int, tensors: Mapping[str, TensorSource]) -> str:
-        """Writes a shard, waits until it is on the disk, and returns the file's SHA-256.
-
-        Raises:
-            StorageError: the disk is full or the directory cannot be written.
-        """
+        """Writes a shard, waits until it is on the disk, and returns the file's SHA-256. Raises StorageError if the
+        disk is full or the directory cannot be written."""
         return replace_atomically(self.shards[index], partial(write_shard, tensors=tensors))
 
     def write_json(self, name: str, content: object) -> None:
@@ -106,11 +103,8 @@ class CheckpointWriter:
         self._write_config(self.folder / "config.json")
 
     def finish(self) -> Path:
-        """Writes the index, and gives the checkpoint its final name.
-
-        Raises:
-            StorageError: the disk is full, or files were added to the final directory in the meantime.
-        """
+        """Writes the index, and gives the checkpoint its final name. Raises StorageError if the disk is full, or files
+        were added to the final directory in the meantime."""
         reader = CheckpointReader(self.folder, self.shards)
         weight_map = {key: reader.file_of(key).name for key in sorted(reader)}
         index = {"metadata": {"total_size": reader.bytes}, "weight_map": weight_map}
