@@ -101,8 +101,7 @@ def evaluate(  # noqa: PLR0913 - the Python door
     For perplexity and divergence, models are read block by block and need not fit into memory; tasks load the model.
 
     Args:
-        model, tokenizer, trust_remote_code, progress: as in :func:`prune`.
-        text: as ``calibration`` in :func:`prune`.
+        model, text, tokenizer, trust_remote_code, progress: as in :func:`prune`, the text as ``calibration``.
         seq_len: tokens in a window, 2 or more; None for 2048, or the limit of the model if that is less.
         max_tokens: the most tokens of the text to use.
         bos, device, dtype: as in :class:`Recipe`; a BOS is not scored.
@@ -139,10 +138,9 @@ def evaluate(  # noqa: PLR0913 - the Python door
     if tasks and opened.tokenizer is not None:
         progress(Progress("evaluate", 0, 1, "tasks"))
         results = run_tasks(opened.in_memory(), opened.tokenizer, tasks, manager, bos=leads)
-    source = words if isinstance(words, str) else IDS if by_ids else DOCUMENTS
     return Evaluation(
         protocol=Protocol(
-            text=source,
+            text=words if isinstance(words, str) else IDS if by_ids else DOCUMENTS,
             digest=tokens_fingerprint(windows),
             window=windows.shape[1],
             windows=len(windows),
@@ -227,11 +225,8 @@ class Opened:
 
 @checked
 def inspect(model: Checkpoint, *, trust_remote_code: bool = False) -> list[MatrixZeros]:
-    """The zeros of every matrix in the blocks of a checkpoint, linear or not; it is read one block at a time.
-
-    Raises:
-        SparseLLMError: there is no such checkpoint, or it cannot be read.
-    """
+    """The zeros of every matrix in the blocks of a checkpoint, linear or not; it is read one block at a time. One that
+    does not exist or cannot be read is a SparseLLMError."""
     directory = checkpoint_directory(str(model))
     chain = open_chain(directory, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=trust_remote_code)
     zeros: list[MatrixZeros] = []

@@ -8,6 +8,7 @@ computed once.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,8 +39,7 @@ PACKED = "-packed"  # ends the name of the directory with a cell's packed checkp
 
 
 class Measured(Record):
-    """The measurements of one cell; those of quality are on the text of the grid, as in
-    :class:`~sparsellm.records.Against`."""
+    """The measurements of one cell, as in :class:`~sparsellm.records.Against`."""
 
     name: str  # that of its directory
     sparsity: float  # in the pruned linears
@@ -75,14 +75,13 @@ class GridResult(Record):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the cells are measured: arguments of :func:`sparsellm.evaluate`, the type of the packed values, and whether
-    the speed of decoding is measured."""
+    """How the cells are measured: arguments of :func:`sparsellm.evaluate` and of :func:`sparsellm.pack`."""
 
     text: str
     seq_len: int | None = None
     max_tokens: int | None = None
     values: Values = "keep"
-    speed: bool = False
+    speed: bool = False  # whether that of decoding is measured
 
 
 def compare(
@@ -106,8 +105,7 @@ def compare(
         recover, max_bytes: the least recovery, and the most bytes of packed weight files, of a recommended cell.
 
     Raises:
-        SparseLLMError: a recipe, the model or the text is wrong, or ``out`` has a cell of that name with other
-            settings.
+        SparseLLMError: a recipe, the model or the text is wrong, or a cell in ``out`` has other settings.
     """
     folder = Path(out).expanduser()
     known = _known(folder)
@@ -153,11 +151,7 @@ def cells_of(
 ) -> dict[str, Recipe]:
     """The recipes of a grid by name: every method at every sparsity, then at every pattern. The other settings are
     those of ``base``, whose options hold for the methods that have them, and those of a sweep for the methods with one.
-
-    Raises:
-        RecipeError: nothing is asked for, something is named twice, a method or target is wrong, or no method has an
-            option of the base.
-    """
+    A RecipeError if nothing is asked for, something is named twice or wrong, or no method has an option of the base."""
     recipe = Recipe.of(base)
     if not methods or not (sparsities or patterns):
         raise RecipeError("a comparison needs one method or more, and one sparsity or pattern or more")
@@ -187,11 +181,8 @@ def recommend(cells: Sequence[Measured], recover: float | None, max_bytes: int |
     """The cell that fits the constraints: with ``recover`` the smallest one, else the one that recovers most."""
     if recover is None and max_bytes is None:
         return None
-    fitting = [
-        cell
-        for cell in cells
-        if cell.recovery >= (recover or 0.0) and (max_bytes is None or cell.packed_bytes <= max_bytes)
-    ]
+    least, most = recover or 0.0, math.inf if max_bytes is None else max_bytes
+    fitting = [cell for cell in cells if cell.recovery >= least and cell.packed_bytes <= most]
     if recover is None:
         return max(fitting, key=lambda cell: cell.recovery, default=None)
     return min(fitting, key=lambda cell: (cell.packed_bytes, -cell.recovery), default=None)
@@ -235,8 +226,7 @@ def _measure(
         trust_remote_code=request.trust_remote_code,
         progress=progress,
     )
-    same = [packed.path, place] if protocol.values == "keep" else [packed.path]  # other values are other models
-    for directory in same:
+    for directory in [packed.path, place] if protocol.values == "keep" else [packed.path]:  # else another model
         append_result(directory, evaluation)
     speeds = None
     if protocol.speed:
@@ -253,9 +243,7 @@ def _measure(
         sparsity=pruned.sparsity_pruned,
         perplexity=evaluation.value,
         dense_perplexity=against.perplexity.value,
-        kl=against.kl,
-        agreement=against.agreement,
-        recovery=against.recovery,
+        **against.model_dump(include={"kl", "agreement", "recovery"}),
         packed_bytes=packed.checkpoint_bytes,
         dense_bytes=pruned.base.bytes or 0,
         tokens_per_second=speeds[1].median if speeds else None,

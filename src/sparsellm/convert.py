@@ -81,12 +81,10 @@ def pack(
 
     Args:
         model: a directory (or ``demo``, a ``.gguf`` file, a hub id) of a dense checkpoint with zeros.
-        out: the directory of the packed checkpoint.
+        out, overwrite, progress: as in :func:`sparsellm.prune`.
         values: type of the kept values; ``keep`` for the type in which each weight is stored.
         head: ``int8`` stores embedding and output head as rows of int8; ``keep`` copies them.
-        overwrite: replace the checkpoint in ``out``.
         restart: remove the files that an unfinished run of another kind left for ``out``. Packing is never resumed.
-        progress: called with the progress of the run.
 
     Raises:
         RecipeError: a setting is unknown, the checkpoint is packed already, or its embedding has no int8 form.
@@ -170,17 +168,16 @@ def _written(work: WorkingDirectory, shards: int, source: Path, result: PackResu
 def _checked_reader(source: Path) -> PackedReader:
     """A reader of a packed checkpoint whose weights fit the model of its ``config.json``, also square ones."""
     chain = open_chain(source, device=torch.device("cpu"))
-    reader = chain.reader
-    assert isinstance(reader, PackedReader)
+    assert isinstance(chain.reader, PackedReader)
     for linear in (linear for index in range(len(chain)) for linear in chain.linears(index)):
         name = chain.key_of[linear.weight_name].removesuffix(".weight")
-        entry = reader.entries.get(name)
+        entry = chain.reader.entries.get(name)
         if entry is not None and entry.transposed != linear.transposed:
             raise StorageError(
                 f"config.json: quantization_config describes {name!r} with transposed = {entry.transposed}, which "
                 f"the model's {type(linear.module).__name__} is not; {PACK_AGAIN}"
             )
-    return reader
+    return chain.reader
 
 
 def _sources(tensors: dict[str, Tensor]) -> dict[str, TensorSource]:
@@ -222,13 +219,13 @@ def _packed_head(chain: Chain, result: PackResult) -> dict[str, TensorSource]:
 def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
     """The exponents of columns, by linear, with which the run that wrote a checkpoint rounded values of this type; a
     StorageError if they do not fit the model."""
-    path = directory / PRUNING
-    pruning = read_pruning(directory) if values in INTEGERS and path.is_file() else None
+    path, exponents = directory / PRUNING, dict[str, Tensor]()
+    if values not in INTEGERS or not path.is_file() or (pruning := read_pruning(directory)).values != values:
+        return exponents
     columns = {linear.name: linear.in_features for index in range(len(chain)) for linear in chain.linears(index)}
-    exponents: dict[str, Tensor] = {}
-    for linear in pruning.linears if pruning is not None and pruning.values == values else ():
-        numbers, expected = exponents_of_text(linear.exponents), columns.get(linear.name, "no such linear")
-        if numbers is not None:
+    for linear in pruning.linears:
+        if (numbers := exponents_of_text(linear.exponents)) is not None:
+            expected = columns.get(linear.name, "no such linear")
             if expected != len(numbers):
                 mismatch = f"{len(numbers)} exponents of {shown(linear.name)}, where the model has {expected}"
                 raise StorageError(f"{path}: {mismatch}; {PUT_BACK}")
@@ -249,8 +246,7 @@ def _packed_block(
         key = chain.key_of[linear.weight_name]
         stored = tensors.pop(key)
         weight = stored.t().contiguous() if linear.transposed else stored
-        name = key.removesuffix(".weight")
-        packed = None
+        name, packed = key.removesuffix(".weight"), None
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):

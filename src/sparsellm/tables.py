@@ -27,17 +27,16 @@ if TYPE_CHECKING:
 
 def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
     """Prints zeros and error of each kind of linear, the time of each phase, and the path of the result."""
-    allocation = result.allocated_by
     out().print(_kinds(result))
     for linear in result.linears:
         for note in linear.notes:
             say(f"note: {linear.name}: {note}", error=True)
     out().print(phases(result.seconds, parts=verbose))
-    recipe, shares = result.recipe, f" by {allocation}" if allocation is not None else ""
+    recipe, shares = result.recipe, f" by {result.allocated_by}" if result.allocated_by is not None else ""
     target = recipe.pattern if recipe.pattern is not None and recipe.chosen_of is None else f"{recipe.sparsity:.0%}"
     chosen = f"{recipe.pattern} " if recipe.chosen_of is not None else ""
-    text = f"calibrated on {recipe.calibration} {recipe.samples}×{recipe.seq_len}"
-    say(f"{recipe.method} {chosen}{target}{shares} · {text}")
+    windows = f"{recipe.samples}×{recipe.seq_len}"
+    say(f"{recipe.method} {chosen}{target}{shares} · calibrated on {recipe.calibration} {windows}")
     if result.bits_per_weight is not None:
         packed = f"sparsellm pack {shlex.quote(str(result.path))} --out DIR --values {recipe.values}"
         say(f"{recipe.values} values, {result.bits_per_weight:.2f} bits a weight after `{packed}`")
@@ -146,12 +145,11 @@ def _megabytes(size: int | None) -> str:
 def print_packed(result: PackResult) -> None:
     """Prints the bytes before and after packing."""
     report = result.to_dict()
-    dense = sum(entry is None for entry in result.linears.values())
     say(
         f"linears of the blocks: {result.dense_bytes / 1e6:.1f} MB dense, {result.packed_bytes / 1e6:.1f} MB packed "
         f"({report['bits_per_weight']:.2f} bits a weight, {report['of_bf16']:.3f} of dense bf16)"
     )
-    if dense:
+    if dense := sum(entry is None for entry in result.linears.values()):
         say(f"{dense} of {len(result.linears)} linears are smaller dense and were not packed")
     if result.expert_weights:
         kept = count(result.expert_weights)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsellm.records import LinearResult, Pruning, Step, Totals, by_kind, error_of
+from sparsellm.records import LinearResult, Pruning, Step, SweepPass, Totals, by_kind, error_of
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; each line also has a dash and a symbol of its own.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
@@ -29,18 +29,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart, as ``data`` and ``layout`` of Plotly, and its alternatives: a sentence or two, and a table.
+    """One chart, as ``data`` and ``layout`` of Plotly, and its alternatives: a sentence or two, and a table."""
 
-    The name is unique in its page, in letters and hyphens; the height is in pixels.
-    """
-
-    name: str
+    name: str  # unique in its page, in letters and hyphens
     title: str
     text: str
     table: Table
     traces: list[Plotly]
     layout: Plotly
-    height: int = 380
+    height: int = 380  # pixels
 
     @property
     def figure(self) -> Plotly:
@@ -92,7 +89,7 @@ def reference_line(y: float) -> Plotly:
 
 
 def _whole_axis(title: str, numbers: Sequence[int], **more: Any) -> Plotly:
-    """An axis of whole numbers with at most a dozen ticks."""
+    """Whole numbers with at most a dozen ticks."""
     return axis(title, tick0=0, dtick=max(1, math.ceil((max(numbers) - min(numbers) + 1) / 12)), **more)
 
 
@@ -135,11 +132,17 @@ def _heat_map(
     heading: tuple[str, str, str],
     pruning: Pruning,
     of: Callable[[Iterable[LinearResult]], float],
-    shown: Callable[[float | None], str],
-    z: Callable[[float | None], float | None],
     bar: Plotly,
+    *,
+    log: bool = False,
 ) -> Chart:
-    """Values by kind of linear and block, whose colours are those of ``z``; the text has a place for their range."""
+    """Values by kind of linear and block; with ``log``, colours by their logarithms, else the values are fractions. The
+    text has a place for their range."""
+
+    def z(value: float | None) -> float | None:
+        return value if not log else math.log10(value) if value is not None and value > 0 else None
+
+    shown = short_number if log else percent
     name, title, text = heading
     blocks = pruning.blocks
     values = {kind: by_block(part, blocks, of) for kind, part in by_kind(pruning.linears).items()}
@@ -174,21 +177,9 @@ def maps(pruning: Pruning) -> list[Chart]:
     )
     return [
         _heat_map(
-            ("sparsity", "Sparsity of each linear", sparsity),
-            pruning,
-            sparsity_of,
-            percent,
-            lambda value: value,
-            axis("zeros", tickformat=".0%"),
+            ("sparsity", "Sparsity of each linear", sparsity), pruning, sparsity_of, axis("zeros", tickformat=".0%")
         ),
-        _heat_map(
-            ("error", "Error of each linear", error),
-            pruning,
-            error_of,
-            short_number,
-            lambda value: math.log10(value) if value is not None and value > 0 else None,
-            axis("log₁₀ error"),
-        ),
+        _heat_map(("error", "Error of each linear", error), pruning, error_of, axis("log₁₀ error"), log=True),
     ]
 
 
@@ -215,15 +206,13 @@ def allocation_chart(pruning: Pruning) -> Chart:
 
 def course(pruning: Pruning) -> list[Chart]:
     """The charts of the sweep, the decomposition and the time, each where its values are known."""
-    charts = [_sweep_chart(pruning), *_decomposition_charts(pruning), _time_chart(pruning)]
-    return [chart for chart in charts if chart is not None]
+    sweep = [_sweep_chart(pruning.sweeps)] if pruning.sweeps else []
+    time = [_time_chart(pruning)] if any(value > 0 for value in pruning.whole_seconds.values()) else []
+    return [*sweep, *_decomposition_charts(pruning), *time]
 
 
-def _sweep_chart(pruning: Pruning) -> Chart | None:
-    """The divergence from the dense model after each pass of the sweep; None without a sweep."""
-    passes = pruning.sweeps
-    if not passes:
-        return None
+def _sweep_chart(passes: Sequence[SweepPass]) -> Chart:
+    """The divergence from the dense model after each pass of the sweep."""
     best = min(passes, key=lambda each: (not math.isfinite(each.held_out), each.held_out))
     kept = f"{number(best.held_out)} after pass {best.passes}, whose weights were kept"
     if best is passes[0]:
@@ -261,12 +250,10 @@ def _decomposition_charts(pruning: Pruning) -> list[Chart]:
     return charts
 
 
-def _time_chart(pruning: Pruning) -> Chart | None:
-    """Seconds of each phase, with the peak memory in its text; None if they are not known."""
+def _time_chart(pruning: Pruning) -> Chart:
+    """Seconds of each phase, with the peak memory in its text."""
     took = {name: value for name, value in pruning.whole_seconds.items() if value >= 0}
     total, predicted = sum(took.values()), sum(pruning.predicted_seconds.values())
-    if not total:
-        return None
     order = sorted(took, key=lambda name: -took[name])
     rows = []
     for name in order:
