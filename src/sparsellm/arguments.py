@@ -1,7 +1,4 @@
-"""Types of arguments of the public functions, and their check before any work.
-
-Each type exists once, as an annotated alias; pydantic checks and converts it.
-"""
+"""Types of arguments of the public functions, which pydantic checks and converts before any work."""
 
 from __future__ import annotations
 

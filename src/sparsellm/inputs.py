@@ -23,11 +23,8 @@ _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCI
 
 
 def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = StorageError) -> Any:
-    """The value of a JSON text; bytes are UTF-8, with or without a byte order mark.
-
-    ``error`` is raised, with ``where`` first, if the text is not JSON, is too long or too deep, or has an integer that
-    Python refuses to read or half of a surrogate pair.
-    """
+    """The value of a JSON text; bytes are UTF-8, with or without a byte order mark. ``error`` is raised, with ``where``
+    first, if it is not JSON, too long, too deep, or has half of a surrogate pair or an integer that Python refuses."""
     with _refused_as(error, where):
         value = json.loads(_text(data, MOST_JSON))
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written again
@@ -43,11 +40,8 @@ def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[
 
 
 def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
-    """The value of a YAML text: null, booleans, numbers, strings, lists and mappings.
-
-    Numbers are those of YAML 1.2: ``1e-3`` is a number; ``2:4`` and ``2024-01-01`` are strings, while YAML 1.1 reads a
-    number of base 60 and a date. Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``.
-    """
+    """The value of a YAML text with the numbers of YAML 1.2: ``1e-3`` is one; ``2:4`` and ``2024-01-01`` are strings.
+    Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``."""
     with _refused_as(error, where):
         text = _text(data, MOST_YAML)
         depth = 0

@@ -48,10 +48,8 @@ def check() -> None:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Installs the handlers; a signal that is ignored (``nohup``, a background job) stays ignored.
-
-    Does nothing outside the main thread, where Python cannot install handlers.
-    """
+    """Installs the handlers; a signal that is ignored (``nohup``, a background job) stays ignored. Does nothing outside
+    the main thread, where Python cannot install handlers."""
     global _received, _kept, _owner
     _received, _kept, _owner = None, "", os.getpid()
     with _handled_by(_stop):
@@ -61,10 +59,8 @@ def installed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Postpones signals to the end of the context, for steps that belong together, such as renaming two directories.
-
-    Works with any handlers, the default ones included: each is called after the context. A second signal waits too.
-    """
+    """Postpones signals to the end of the context, for steps that belong together, such as renaming two directories;
+    then the handlers, ours or any others, are called."""
     arrived: list[int] = []
     try:
         with _handled_by(lambda signum, _: arrived.append(signum)):
@@ -81,8 +77,8 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    before = {signum: theirs for signum, theirs in before.items() if theirs not in (signal.SIG_IGN, None)}
+    handlers = ((signum, signal.getsignal(signum)) for signum in SIGNALS)
+    before = {signum: theirs for signum, theirs in handlers if theirs not in (signal.SIG_IGN, None)}
     try:
         for signum in before:
             signal.signal(signum, handler)

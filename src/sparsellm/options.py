@@ -16,40 +16,37 @@ import typer
 
 from sparsellm.recipe import DEVICES, MAPPINGS, RESOURCES, WHAT, Recipe, help_of, option_of
 
-MODEL, TEXT, MEASURE, VALUES, OUTPUT = "Model", "Text", "Measurement", "Values", "Output"
+TEXT, MEASURE, VALUES = "Text", "Measurement", "Values"  # panels of --help
 # Types by placeholder; values with other placeholders are text.
 KINDS = {"": bool, "N": int, "0-3": int, "SHARE": float, "T": float, "DIR": Path, "FILE": Path}
 
 
 def argument(metavar: str, help: str, kind: Any = str) -> Parameter:
     """A positional argument; its parameter is called like the placeholder."""
-    annotation: Any = Annotated[kind, typer.Argument(metavar=metavar, help=help, rich_help_panel=MODEL)]
+    annotation: Any = Annotated[kind, typer.Argument(metavar=metavar, help=help, rich_help_panel="Model")]
     return Parameter(metavar.strip(".").lower(), Parameter.KEYWORD_ONLY, annotation=annotation)
 
 
 def option(
     usage: str,
     help: str,
-    panel: str = OUTPUT,
+    panel: str = "Output",
     *,
     default: Any = None,
     shown: object = "",
     kind: Any = None,
     values: Sequence[str] | Callable[[], list[str]] = (),
 ) -> Parameter:
-    """An option; its parameter is called like the first name.
-
-    ``usage`` has its names, then the placeholder of the value, such as ``--quiet -q`` or ``--out DIR``; ``shown``
-    replaces the default in ``--help``; ``kind`` is that of the placeholder if None; a shell completes ``values``.
-    """
+    """An option; its parameter is called like the first name in ``usage``, the names and the placeholder of the
+    value, such as ``--quiet -q`` or ``--out DIR``; ``shown`` replaces the default in ``--help``; ``kind`` is that of
+    the placeholder if None; a shell completes ``values``."""
     *names, last = usage.split()
     names, metavar = ([*names, last], "") if last.startswith("-") else (names, last)
-    # rich must not take the bracket for markup
-    text = f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help
     made: Any = typer.Option(
         *names,
         metavar=metavar,  # "" for a flag; without any, typer shows a type that is not given
-        help=text,
+        # rich must not take the bracket for markup
+        help=f"{help} [dim]\\[default: {shown}][/dim]" if shown != "" else help,
         show_default=shown == "",
         autocompletion=(lambda: list(values() if callable(values) else values)) if values else None,
         rich_help_panel=panel,
@@ -145,10 +142,9 @@ RUNNING = [
 SAVE = option(
     "--save/--no-save", "Append the result to results.json in a directory that sparsellm wrote.", default=True
 )
-QUIET = flag("--quiet -q", "Print no progress, only the result, warnings and errors.")
 VERBOSE = flag("--verbose -v", "Print every step, and the time of every phase.")
 JSON = flag("--json", "Print one JSON object on stdout, and nothing else there.")
-REPORTING = [QUIET, VERBOSE, JSON]
+REPORTING = [flag("--quiet -q", "Print no progress, only the result, warnings and errors."), VERBOSE, JSON]
 RESTARTING = [
     flag("--overwrite", "Replace the checkpoint in DIR."),
     flag("--restart", "Start from the beginning; remove what an unfinished run left for DIR."),

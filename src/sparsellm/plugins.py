@@ -22,9 +22,8 @@ def load_plugin(name_or_path: str | os.PathLike[str]) -> None:
     """Runs the code of a plugin, a Python file or a module by its dotted name, whose decorators register its functions;
     a plugin that is loaded already is not run again.
 
-    Raises:
-        RecipeError: there is no such file or module, it cannot be imported, a name that it registers is taken, or its
-            file has changed since it was loaded. What it registered before it failed stays registered.
+    A RecipeError if it cannot be imported, a name that it registers is taken, or its file has changed since it was
+    loaded. What it registered before it failed stays registered.
     """
     given = os.fspath(name_or_path)
     if given.endswith(".py") or os.sep in given:

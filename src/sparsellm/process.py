@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import typer
@@ -45,7 +45,11 @@ def run(command: Callable[[], Any]) -> None:
 
 def _exit_code(command: Callable[[], Any]) -> int:
     try:
-        with interrupts.installed(), _joined():
+        with interrupts.installed(), ExitStack() as processes:
+            if count() > 1:
+                from sparsellm import parallel
+
+                processes.enter_context(parallel.session())
             command()
         return 0
     except (interrupts.Interrupted, KeyboardInterrupt, typer.Abort):
@@ -91,14 +95,6 @@ def _say_why(first: str, *more: str) -> None:
         first = f"process {parallel.rank()} of {parallel.launched()}: {first}"
     for line in (first, *more):
         console.say(line, error=True)
-
-
-def _joined() -> AbstractContextManager[None]:
-    if count() == 1:
-        return nullcontext()
-    from sparsellm import parallel
-
-    return parallel.session()
 
 
 def _leave_the_others(code: int) -> None:

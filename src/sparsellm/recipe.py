@@ -66,10 +66,6 @@ def _size(value: str | int | None) -> str | int | None:
     return value
 
 
-def _path_as_text(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
 def _yes_or_no(value: Any) -> Any:
     """YAML reads ``yes`` and ``no`` as booleans."""
     return ("yes" if value else "no") if isinstance(value, bool) else value
@@ -80,17 +76,16 @@ Bos = Annotated[Literal["auto", "yes", "no"], BeforeValidator(_yes_or_no)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Globs = Annotated[list[str], Field(strict=False)]
 NAME = Field(min_length=1, max_length=200)
-Source = Annotated[str, BeforeValidator(_path_as_text), Field(min_length=1, max_length=5000)]
+Source = Annotated[
+    str,
+    BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
+    Field(min_length=1, max_length=5000),
+]
 
 
 class Recipe(BaseModel):
-    """All settings of one pruning run. Unknown keys are refused.
-
-    Types are strict: neither a bool nor a string of digits is accepted as a number.
-
-    Raises:
-        RecipeError: a key is unknown (the message has the nearest known one), or a value has the wrong type or range.
-    """
+    """All settings of one pruning run. An unknown key (the message has the nearest known one), and a value of the wrong
+    type or range, is a RecipeError. Neither a bool nor a string of digits is accepted as a number."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -209,10 +204,8 @@ class Recipe(BaseModel):
         return self
 
     def allocation_by(self, preferred: str) -> str:
-        """The allocation that the recipe names; else ``preferred``, or ``uniform`` with a pattern or sparsity 0.
-
-        A pattern with a choice of N needs an allocation: ``threshold`` where ``preferred`` is ``uniform``.
-        """
+        """The allocation that the recipe names; else ``preferred``, or ``uniform`` with a pattern or sparsity 0; but a
+        pattern with a choice of N, which needs one, takes ``threshold`` for ``uniform``."""
         if self.allocation is not None:
             return self.allocation
         if self.chosen_of is not None:

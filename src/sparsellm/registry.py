@@ -50,11 +50,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class Entry(Generic[F]):
-    """A registered function.
+    """A registered function; ``needs`` takes all options, and raises RecipeError if they contradict each other.
 
-    ``needs`` is called with all options, as :meth:`check` returns them, and raises RecipeError if they contradict each
-    other. A solver is ``distributed``, fit for several processes, if rows may be solved apart because it compares them
-    through its pattern only; a method if every process may run it on its share of the windows.
+    A solver is ``distributed``, fit for several processes, if rows may be solved apart because it compares them through
+    its pattern only; a method if every process may run it on its share of the windows.
     """
 
     name: str
@@ -83,10 +82,11 @@ class Entry(Generic[F]):
 
     def to_dict(self) -> Options:
         """Summary, paper and options as plain JSON values."""
-        options = {
-            name: {"type": _type_name(info.annotation), "default": info.get_default(), "description": info.description}
-            for name, info in self.options.model_fields.items()
-        }
+        options: dict[str, Options] = {}
+        for name, info in self.options.model_fields.items():
+            kind = info.annotation
+            type_name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            options[name] = {"type": type_name, "default": info.get_default(), "description": info.description}
         return {"summary": self.summary, "paper": self.paper, "options": options}
 
 
@@ -135,8 +135,3 @@ class Registry(dict[str, Entry[F]]):
 
 
 _OPTIONS = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())  # JSON has no NaN or infinity
-
-
-def _type_name(kind: Any) -> str:
-    """A type as users read it, such as ``int`` or ``float | None``."""
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
