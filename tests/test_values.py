@@ -18,6 +18,7 @@ import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Feed, open_chain
 from sparsellm.errors import NumericalError, StorageError
+from sparsellm.methods import task as block
 from sparsellm.patterns import parse_pattern
 from sparsellm.solvers import rounding
 from sparsellm.storage.scratch import Scratch
@@ -160,6 +161,17 @@ def test_sparsity_0_is_quantisation(fields: dict[str, Any]) -> None:
         for weight in linear_weights(nearest).values():
             weight.copy_(on_grid(weight, "int4", torch.float32))
         assert divergence(dense, model, ids_of(8)) < 0.7 * divergence(dense, nearest, ids_of(8))
+
+
+def test_a_linear_that_rounding_costs_much_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "COARSE", 0.01)
+    fields = {**RECIPE, **LOCAL, "values": "int3", "sparsity": 0.0}
+    result = sparsellm.prune(tiny_llama(), fields, tokenizer=tiny_tokenizer())
+    said = [f"rounding to int3 raised its error from 0.000 to {each.error:.3f}" for each in result.linears]
+    assert [each.notes for each in result.linears] == [
+        (words,) if each.error > 0.01 else () for words, each in zip(said, result.linears, strict=True)
+    ]
+    assert len({bool(each.notes) for each in result.linears}) == 2
 
 
 def test_later_linears_see_the_rounded_values(monkeypatch: pytest.MonkeyPatch) -> None:

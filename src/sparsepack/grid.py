@@ -22,6 +22,7 @@ from sparsepack.codes import PLAIN, Levels, anchors, levels_of, powers_of, whole
 from sparsepack.layout import form_of
 
 INTEGERS = ("int8", "int4", "int3")
+LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
 AT_ONCE = 1 << 17  # weights that are rounded together: what that needs stays in the cache
 
 
@@ -56,14 +57,16 @@ def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor 
     """The scales with which ``extreme (groups, 1)`` become anchors, in fp32 as they are read from a packed file.
 
     An anchor is ``extreme`` times the power of two of its column, ``unit (groups, 1)`` or 1, rounded to ``dtype`` for
-    int8 and to bf16 otherwise.
+    int8 and to bf16 otherwise. One that ``dtype`` cannot hold becomes the largest that it can, and values are clipped.
     """
     one = torch.ones_like(extreme) if unit is None else unit
+    largest = LARGEST_FP16 if dtype == torch.float16 else torch.finfo(torch.bfloat16).max
     if levels == PLAIN["int8"]:
-        return (extreme.abs() * one).to(dtype).float() / one / 127
+        return (extreme.abs() * one).clamp(max=largest).to(dtype).float() / one / 127
     # Rounded again: fp16 has a narrower range.
     end = -levels.lowest * one
-    return (extreme / levels.lowest).bfloat16().float().mul_(end).to(dtype).float() / end
+    anchors = (extreme / levels.lowest).bfloat16().float().mul_(end).clamp_(-largest, largest)
+    return anchors.to(dtype).float() / end
 
 
 def as_stored(whole: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

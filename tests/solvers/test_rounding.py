@@ -53,6 +53,26 @@ def nearest(weight: Tensor, values: str, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("values", INTEGERS)
+@pytest.mark.parametrize("sparsity", [0.5, 0.0])
+def test_weights_near_the_end_of_fp16_are_rounded_like_small_ones(values: str, sparsity: float) -> None:
+    """Those beyond it, as a solver may fit them, are clipped."""
+    small, gram = pruned(24, 96, Share(sparsity)), gram_of(96)
+    small /= small.abs().max()
+    reference = loss(rounded(small, gram, values, torch.float32).weight, small, gram)
+    for largest in (40000.0, 65504.0, 400000.0):
+        grid = rounded(small * largest, gram, values, torch.float16)
+        packed = pack(grid.weight.half(), values, exponents=grid.exponents)
+        assert packed is not None
+        assert torch.equal(unpack(packed, torch.float16).float(), grid.weight)
+        assert bool(torch.isfinite(grid.weight.half()).all())
+        if largest <= 65504.0:
+            assert loss(grid.weight / largest, small, gram) <= 1.3 * reference
+        else:
+            beyond = small.abs() * largest > 65504.0
+            assert float(grid.weight[beyond].abs().mean()) > 40000.0
+
+
+@pytest.mark.parametrize("values", INTEGERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_is_stored_without_loss_and_better_than_nearest(values: str, dtype: torch.dtype, pattern: Pattern) -> None:

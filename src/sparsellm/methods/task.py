@@ -25,6 +25,7 @@ from sparsepack.grid import INTEGERS
 # glibc maps separate pages for tensors above 32 MiB, which cannot use the holes of smaller ones in the heap (0.1 GB in
 # a block of a 7B), so the heap is trimmed after them; after every solve, that took a third of the solver's time.
 OWN_PAGES = 32 << 20
+COARSE = 0.1  # share of a linear's output energy; twice what int3 costs. Rounding that costs more is a note
 UNREACHED = "pruned by magnitude: no calibration token reached it"  # note in the result of such a linear
 
 
@@ -114,6 +115,8 @@ class BlockTask:
         if self.values in INTEGERS:
             grid, error = self._rounded(linear, dense, weight, gram)
             weight, notes, exponents = grid.weight, (*notes, *grid.notes), text_of_exponents(grid.exponents)
+            if error > solution.error + COARSE:
+                notes = (*notes, f"rounding to {self.values} raised its error from {solution.error:.3f} to {error:.3f}")
         linear.assign(weight)
         self.results.append(
             LinearResult(

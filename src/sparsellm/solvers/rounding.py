@@ -29,7 +29,7 @@ from sparsellm.registry import Workspace
 from sparsellm.statistics import Gram
 from sparsellm.statistics.gram import Factor
 from sparsepack.codes import EXPONENTS, anchors, powers_of, whole_numbers
-from sparsepack.grid import Groups, as_stored, on_grid_of, scales_of
+from sparsepack.grid import LARGEST_FP16, Groups, as_stored, on_grid_of, scales_of
 
 # It takes the time of 50 products in linears with 576 inputs, and of 11 with 5632.
 ROUNDING = Workspace(weights=16, grams=3, remembered=1, products=25)
@@ -105,6 +105,10 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> T
     for power in (0.0, *POWERS):
         exponents = (-power * magnitudes).round_().clamp_(EXPONENTS.start, EXPONENTS.stop - 1)
         powers = powers_of(exponents.to(torch.int8))
+        if power and dtype == torch.float16:  # the end of a group's grid, in its column with the largest power
+            ends = groups.collect((weight / powers).abs()).amax(1) * groups.collect(powers.expand_as(weight)).amax(1)
+            if float(ends.max()) > LARGEST_FP16:
+                break
         error = gram.energy(_Grid(judges, gram, powers, groups, dtype).nearest, minus=judges)
         if error < least:
             best, least = powers, error
@@ -122,7 +126,8 @@ class _Grid:
         extreme = grouped.gather(1, places)  # (groups, 1)
         self.units = groups.collect(powers.expand_as(weight)).gather(1, places)  # (groups, 1): powers of the anchors
         least = torch.full_like(extreme, math.inf)
-        self.first = torch.zeros_like(extreme)  # (groups, 1): scales to begin with, without the powers of columns
+        # (groups, 1): scales to begin with, without the powers of columns
+        self.first = scales_of(extreme, groups.levels, dtype, self.units)
         for fraction in FRACTIONS:
             tried = scales_of(extreme * fraction, groups.levels, dtype, self.units)
             error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)

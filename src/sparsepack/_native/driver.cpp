@@ -192,7 +192,7 @@ const uint8_t* readable(const Packed& weight, int64_t row, uint8_t* copy, int co
   const int64_t from = bytes_of(weight.type, weight.offsets[row]);
   const int64_t to = bytes_of(weight.type, weight.offsets[row + count]);
   if (to + kSlack <= end) return weight.values + from;
-  std::memcpy(copy, weight.values + from, static_cast<size_t>(to - from));
+  if (to > from) std::memcpy(copy, weight.values + from, static_cast<size_t>(to - from));  // an empty one may be null
   return copy;
 }
 
