@@ -72,10 +72,8 @@ def free_memory() -> int:
 
 
 def trim() -> None:
-    """Returns the free part of the C heap to the system, where glibc is the C library.
-
-    Tokenising a text leaves a hundred times its size in holes that no tensor fits into.
-    """
+    """Returns the free part of the C heap to the system, where glibc is the C library: tokenising a text leaves a
+    hundred times its size in holes that no tensor fits into."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

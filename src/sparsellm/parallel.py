@@ -57,19 +57,11 @@ def on_this_machine() -> int:
     return names.count(names[rank()])
 
 
-def launched() -> int:
-    """The number of processes that torchrun started, joined or not; 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else 1
-
-
 @contextlib.contextmanager
 def session() -> Iterator[None]:
-    """Joins the processes that torchrun started, if any; raises ProcessError if they cannot be reached. After an error
-    the group is not closed, since closing needs all processes, and others may have ended."""
+    """Joins the processes that torchrun started; raises ProcessError if they cannot be reached. After an error the
+    group is not closed, since closing needs all processes, and others may have ended."""
     global _failures
-    if launched() == 1 or size() > 1:
-        yield
-        return
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -102,7 +94,7 @@ def await_other_failures() -> None:
         return
     deadline = time.monotonic() + LAST_WORDS
     with contextlib.suppress(RuntimeError):
-        while int(_failures.add("count", 0)) < launched() and time.monotonic() < deadline:
+        while int(_failures.add("count", 0)) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 

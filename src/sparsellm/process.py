@@ -92,7 +92,7 @@ def _say_why(first: str, *more: str) -> None:
         # A process with the count that was killed has reported nothing; one that a signal stopped has.
         if not parallel.claims_failure(alone=interrupts.received() is None):
             return
-        first = f"process {parallel.rank()} of {parallel.launched()}: {first}"
+        first = f"process {parallel.rank()} of {count()}: {first}"
     for line in (first, *more):
         console.say(line, error=True)
 

@@ -27,9 +27,9 @@ def self_generated_windows(
     samples: int,
     seq_len: int,
     seed: int,
-    bos: int | None,
+    bos: int | None,  # the token with which every window begins, see windows.leading_token
     fresh: int,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], None],  # gets the tokens that are written, and those of all windows
 ) -> Tensor:
     """Samples windows of text from a model as in LLM-QAT (2305.17888, section 2.1).
 
@@ -38,17 +38,9 @@ def self_generated_windows(
     sampled. After an end-of-text token a new text starts in the same way, so no window holds padding. The random
     numbers are drawn on the CPU from ``seed``: on one machine the same arguments return the same windows.
 
-    Args:
-        bos: the token with which every window begins, see :func:`sparsellm.calibration.windows.leading_token`; or None.
-        fresh: further windows, written after the others, which do not depend on them.
-        progress: called with the tokens that are written, and with those of all windows.
-
-    Returns:
-        ``(samples + fresh, seq_len)`` int64 token ids, on the CPU.
-
-    Raises:
-        DataError: the windows do not fit into the memory.
-        NumericalError: the model's logits are not finite.
+    Returns ``(samples + fresh, seq_len)`` int64 token ids, on the CPU; fresh ones are written after the others, which
+    do not depend on them. Raises DataError if the windows do not fit into the memory, and NumericalError if the
+    model's logits are not finite.
     """
     check_memory(samples + fresh, seq_len)
     was_training = model.training

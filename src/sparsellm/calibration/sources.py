@@ -71,13 +71,9 @@ def as_text(value: Any, name: str, split: Split) -> str | Tensor | Text:
     """The text argument ``name`` as the name of a source, as token ids ``(windows, tokens)`` in int64 on the CPU, or as
     the documents of a data set.
 
-    Args:
-        value: a source, a path, a tensor or array of ids, a sequence of id sequences of one length, or a data set: a
-            sequence of mappings with ``text`` or ``input_ids``, such as ``datasets.Dataset``.
-
-    Raises:
-        DataError: the value is none of these, the source or file does not exist, or the ids are not integers in rows
-            of one length of 2 or more.
+    The value is a source, a path, a tensor or array of ids, a sequence of id sequences of one length, or a data set: a
+    sequence of mappings with ``text`` or ``input_ids``, such as ``datasets.Dataset``. Raises DataError if it is none of
+    these, the source or file does not exist, or the ids are not integers in rows of one length of 2 or more.
     """
     if isinstance(value, Text):
         return value

@@ -51,17 +51,10 @@ def calibration_windows(
     overlap. Here they do not overlap if the text is long enough: disjoint windows carry more information at the same
     cost, because a repeated token only adds weight in a Gram matrix. A shorter text is drawn from as in the papers.
 
-    Args:
-        bos: whether every window begins with BOS, which is one of the ``seq_len`` tokens, see :func:`leading_token`.
-        fresh: further windows, as far as the text has any that overlap with no other (windows of a source of documents
-            may).
-
-    Returns:
-        ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU.
-
-    Raises:
-        DataError: the source cannot be read, the text is too short for one window, the text or the memory is too
-            small for all windows, or the tokenizer has no BOS to begin with.
+    Returns ``(samples + up to fresh, seq_len)`` int64 token ids, on the CPU; ``seq_len`` includes BOS, if a window
+    begins with it (:func:`leading_token`). Fresh windows overlap with no other, as far as the text has any, except that
+    windows of a source of documents may. Raises DataError if the source cannot be read, the text is too short for one
+    window, the text or the memory is too small for all windows, or the tokenizer has no BOS to begin with.
     """
     check_memory(samples, seq_len)
     lead = leading_token(tokenizer, bos)
@@ -111,16 +104,9 @@ def evaluation_windows(
 ) -> Tensor:
     """The text cut into consecutive windows; the remainder at the end is dropped, as in the papers.
 
-    Args:
-        seq_len: tokens in a window, 2 or more, with BOS as in :func:`calibration_windows`.
-        max_tokens: use only the first windows that fit in this many tokens.
-
-    Returns:
-        ``(windows, seq_len)`` int64 token ids, on the CPU.
-
-    Raises:
-        DataError: the source cannot be read, text or ``max_tokens`` is shorter than one window, or the tokenizer has no
-            BOS to begin with.
+    Returns ``(windows, seq_len)`` int64 token ids, on the CPU, with BOS as in :func:`calibration_windows`; only the
+    first windows that fit in ``max_tokens``, if that is given. Raises DataError if the source cannot be read, text or
+    ``max_tokens`` is shorter than one window, or the tokenizer has no BOS to begin with.
     """
     if max_tokens is not None and max_tokens < seq_len:
         raise DataError(f"max_tokens is {max_tokens}, less than one window of {seq_len}; raise it or lower seq_len")

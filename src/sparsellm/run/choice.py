@@ -111,10 +111,8 @@ class Choice:
 def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = None) -> dict[str, Pattern]:
     """The pattern of every linear that will be pruned, by name: with the zeros of an allocation, or that of the recipe.
 
-    Raises:
-        RecipeError: the pattern does not fit a weight, no linear is left to prune, or ``sparsity_of`` does not go with
-            the sparsity.
-        ModelError: a large part of a block is not in linears, and the recipe does not accept that it stays dense.
+    Raises RecipeError if the pattern does not fit a weight, no linear is left to prune, or ``sparsity_of`` does not go
+    with the sparsity; ModelError if a large part of a block is not in linears, which the recipe does not accept.
     """
     patterns: dict[str, Pattern] = {}
     sizes = sizes_of(chain, recipe)

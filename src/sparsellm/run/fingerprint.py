@@ -29,21 +29,21 @@ def model_fingerprint(chain: Chain, progress: ProgressCallback = ignore) -> str:
     """
     config = {key: value for key, value in chain.config.to_dict().items() if key not in _NOT_THE_MODEL}
     weights = _in_memory(chain.model, progress) if chain.reader is None else _on_disk(chain.reader, progress)
-    return _short(json.dumps(config, sort_keys=True, default=str) + weights)
+    return _short(json.dumps(config, sort_keys=True, default=str).encode() + weights.encode())
 
 
 def start_fingerprint(start: CheckpointReader, progress: ProgressCallback) -> str:
     """Same as :func:`model_fingerprint`, for the weights of a checkpoint alone."""
-    return _short(_on_disk(start, progress))
+    return _short(_on_disk(start, progress).encode())
 
 
 def tokens_fingerprint(windows: Tensor) -> str:
     """A digest of token ids ``(windows, seq)``."""
-    return hashlib.sha256(str(tuple(windows.shape)).encode() + memory_of(windows.long().cpu())).hexdigest()[:_LENGTH]
+    return _short(str(tuple(windows.shape)).encode() + memory_of(windows.long().cpu()))
 
 
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:_LENGTH]
 
 
 def _on_disk(reader: CheckpointReader, progress: ProgressCallback) -> str:

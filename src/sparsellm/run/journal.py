@@ -145,11 +145,6 @@ class Journal(contextlib.ExitStack):
         digest = self._walked.write_shard(index, tensors)
         self._keep(self._shards[index].name, replace(record, sha256=digest))
 
-    def write_swept(self, index: int, tensors: Mapping[str, TensorSource]) -> None:
-        """Writes a block after the sweep."""
-        if self.writer is not None:
-            self.writer.write_shard(index, tensors)
-
     @property
     def written(self) -> list[Path]:
         """The shards of the result's blocks, in the first process; empty in others and for a model in memory."""

@@ -138,7 +138,8 @@ def _sweep(
     def write(index: int) -> None:
         for linear in chain.linears(index):
             zeros[linear.name] = count_zeros(linear.parameter)
-        journal.write_swept(index, chain.block_tensors(index))
+        if journal.writer is not None:
+            journal.writer.write_shard(index, chain.block_tensors(index))
 
     shards = [journal.block(index) for index in range(len(chain))]
     first, *others = plan.windows.swept
@@ -232,7 +233,7 @@ def _save(plan: Plan, result: PruneResult, writer: CheckpointWriter | None, prog
             for part in (plan.chain.config, generation, plan.request.tokenizer):
                 if part is not None:
                     part.save_pretrained(writer.folder)
-        writer.clean_config()
+        writer.write_config(writer.folder / "config.json")
     writer.write_text("recipe.yaml", result.recipe.to_yaml())
     writer.write_json("pruning.json", result.to_dict())
     writer.write_text(CARD, card_text(result.record))

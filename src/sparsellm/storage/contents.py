@@ -34,7 +34,10 @@ def foreign_entries(directory: Path) -> list[str]:
         if entry.is_file(follow_symlinks=False):
             ours = _OURS.fullmatch(entry.name) is not None
         else:
-            ours = entry.name == _TEMPLATES and entry.is_dir(follow_symlinks=False) and _only_templates(entry.path)
+            ours = entry.name == _TEMPLATES and entry.is_dir(follow_symlinks=False)
+            ours = ours and all(
+                x.name.endswith(".jinja") and x.is_file(follow_symlinks=False) for x in os.scandir(entry)
+            )
         if not ours:
             names.append(entry.name)
     return sorted(names)
@@ -51,7 +54,3 @@ def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
 def has_weights(directory: Path) -> bool:
     """Whether a directory has a config and weights, like a checkpoint."""
     return (directory / "config.json").is_file() and any(_WEIGHTS.fullmatch(name) for name in os.listdir(directory))
-
-
-def _only_templates(folder: str) -> bool:
-    return all(entry.name.endswith(".jinja") and entry.is_file(follow_symlinks=False) for entry in os.scandir(folder))

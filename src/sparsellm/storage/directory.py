@@ -55,27 +55,17 @@ def differences(there: Mapping[str, object], here: Mapping[str, object], prefix:
 
 class WorkingDirectory(contextlib.ExitStack):
     """``<out>.partial``, locked until it is closed: created, or taken over from an earlier process of the same run.
-
-    Args:
-        out: the directory of the result.
-        identity: everything that the result depends on, as JSON values.
-        overwrite: replace the checkpoint in ``out``; it is kept until the new one is complete.
-        restart: remove the files of an unfinished run of any identity.
-        need_bytes: disk space for the whole result, the part that an unfinished run has written included.
-
-    Raises:
-        StorageError: as in :func:`check_destination`; or the working directory holds another run or foreign files, or
-            is being written by another process.
-    """
+    Raises StorageError as :func:`check_destination`, or if it holds another run or foreign files, or is being written
+    by another process."""
 
     def __init__(
         self,
-        out: str | os.PathLike[str],
-        identity: Mapping[str, object],
+        out: str | os.PathLike[str],  # the directory of the result
+        identity: Mapping[str, object],  # everything that the result depends on, as JSON values
         *,
-        overwrite: bool = False,
-        restart: bool = False,
-        need_bytes: int = 0,
+        overwrite: bool = False,  # replace the checkpoint in ``out``; it is kept until the new one is complete
+        restart: bool = False,  # remove the files of an unfinished run of any identity
+        need_bytes: int = 0,  # disk space for the whole result, including the part that is written already
     ) -> None:
         super().__init__()
         self.out = check_destination(out, overwrite=overwrite, need_bytes=need_bytes)
@@ -169,15 +159,9 @@ def check_destination(
     """The directory that ``out`` leads to, absolute and without links, after all checks.
 
     Nothing is changed, except that a renaming that was cut short by a kill is completed or undone. Call it before the
-    work, and again when sources and size are known.
-
-    Args:
-        out, overwrite, need_bytes: as in :class:`WorkingDirectory`.
-        sources: directories that are read; ``out`` must be apart from them.
-
-    Raises:
-        StorageError: ``out`` cannot be a checkpoint, overlaps with a source or with another run, is a mount point, is
-            not empty or holds foreign files, cannot be written, or its disk has too little space.
+    work, and again when sources, the directories that are read, and size are known. Raises StorageError if ``out``
+    cannot be a checkpoint, overlaps with a source or with another run, is a mount point, is not empty or holds foreign
+    files, cannot be written, or its disk has too little space.
     """
     try:
         place = Path(os.path.realpath(out) if os.fspath(out) else "/")

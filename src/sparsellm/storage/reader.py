@@ -52,14 +52,9 @@ class CheckpointReader:
     """The tensors of a directory of safetensors files, by name.
 
     Only ``*.safetensors`` is read: pickled weights (``*.bin``) can run code when they are opened. Files are read, never
-    mapped: a mapped file that is truncated ends the process with SIGBUS.
-
-    Args:
-        directory: the directory of the checkpoint.
-        files: the only files to read; None for all that belong to the checkpoint.
-
-    Raises:
-        StorageError: the directory has no safetensors weights, an index names a missing file, or a header is broken.
+    mapped: a mapped file that is truncated ends the process with SIGBUS. Without ``files``, all that belong to the
+    checkpoint are read. Raises StorageError if there are no safetensors weights, an index names a missing file, or a
+    header is broken.
     """
 
     def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
@@ -278,8 +273,16 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files of a checkpoint, and the file name of each tensor in the index, if there is one."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
-        shard_of = _read_index(index)
-        return [directory / name for name in sorted(set(shard_of.values()))], shard_of
+        shard_of = read_object(index).get("weight_map")
+        if not isinstance(shard_of, dict) or not shard_of or {type(name) for name in shard_of.values()} != {str}:
+            raise StorageError(f"{index} has no weight_map from tensors to names of files; download it again")
+        names = sorted(set(shard_of.values()))
+        for name in names:
+            if Path(name).name != name or not os.path.isfile(directory / name):  # also False if it is too long
+                raise StorageError(
+                    f"{index} names the shard {name!r:.100}, which is not in {directory}; download it again"
+                )
+        return [directory / name for name in names], shard_of
     if files := [single] if single.is_file() else sorted(directory.glob("*.safetensors")):
         return files, {}
     if any(directory.glob("*.bin")):
@@ -288,16 +291,3 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
             "convert them with model.save_pretrained(..., safe_serialization=True)"
         )
     raise StorageError(f"{directory} has no *.safetensors weights; give a directory saved by save_pretrained")
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    """The name of the shard that holds each tensor."""
-    shard_of = read_object(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(name, str) for name in shard_of.values()):
-        raise StorageError(f"{index} has no weight_map from tensors to names of files; download it again")
-    for name in sorted(set(shard_of.values())):
-        if Path(name).name != name or not os.path.isfile(index.parent / name):  # also False if it is too long
-            raise StorageError(
-                f"{index} names the shard {name!r:.100}, which is not in {index.parent}; download it again"
-            )
-    return shard_of

@@ -37,11 +37,8 @@ class Scratch(Room):
 
     Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
     mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
-
-    Args:
-        memory: bytes that all stores together hold in memory; None for no limit.
-        directory: the directory for files; None for the system's temporary directory.
-        spare: bytes of memory besides these, for tensors that only save time; None for no limit.
+    ``spare`` bytes of memory besides are for tensors that only save time. None is no limit, or the system's temporary
+    directory.
     """
 
     def __init__(self, memory: int | None = None, directory: Path | None = None, spare: int | None = None) -> None:

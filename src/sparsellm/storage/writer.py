@@ -50,14 +50,9 @@ class TensorSource:
 
 
 class CheckpointWriter:
-    """A checkpoint in the making: the files in one folder of a working directory.
-
-    Args:
-        work: the working directory.
-        shards: the number of shards.
-        folder: ``BLOCKS``, or ``SWEPT`` for the checkpoint that replaces that one after a sweep.
-        resumes: keep the shards that an earlier process has written.
-    """
+    """A checkpoint of some shards in the making: the files in one folder of a working directory, ``BLOCKS``, or
+    ``SWEPT`` for the checkpoint that replaces that one after a sweep. If it ``resumes``, the shards that an earlier
+    process has written stay."""
 
     def __init__(self, work: WorkingDirectory, shards: int, folder: str = BLOCKS, *, resumes: bool = False) -> None:
         self.work, self.folder = work, work.path / folder
@@ -85,22 +80,15 @@ class CheckpointWriter:
         A link that leads out of the model's directory is not copied. In a snapshot of the hub, links lead to the blobs
         of the same repository, which belong to the model. Python files are not copied: loading must run no code.
 
-        Returns:
-            The names of the links that were not copied.
-
-        Raises:
-            StorageError: one cannot be read or written, or the config is not a JSON object.
+        Returns the names of the links that were not copied. Raises StorageError if a file cannot be read or written, or
+        the config is not a JSON object.
         """
         files = sorted(file for file in source.iterdir() if is_companion(file.name) or file.name in more)
         files = [file for file in files if file.is_file()]
         for file in filter(partial(belongs_to, source), files):
             replace_atomically(self.folder / file.name, partial(_copy, file))
-        self._write_config(source / "config.json")
+        self.write_config(source / "config.json")
         return [file.name for file in files if not belongs_to(source, file)]
-
-    def clean_config(self) -> None:
-        """Removes :data:`FOREIGN_CONFIG_KEYS` from the written config."""
-        self._write_config(self.folder / "config.json")
 
     def finish(self) -> Path:
         """Writes the index, and gives the checkpoint its final name. Raises StorageError if the disk is full, or files
@@ -112,7 +100,8 @@ class CheckpointWriter:
         self.work.publish(self.folder)
         return self.work.out
 
-    def _write_config(self, path: Path) -> None:
+    def write_config(self, path: Path) -> None:
+        """Writes the config of a file without :data:`FOREIGN_CONFIG_KEYS`."""
         config = read_object(path)
         self.write_json("config.json", {key: value for key, value in config.items() if key not in FOREIGN_CONFIG_KEYS})
 
