@@ -201,10 +201,10 @@ class RunRecord(Record):
     seed: int = 0
     bits_per_weight: float | None = None  # as ``pack`` will write the pruned linears; None if values were kept
     linears: list[LinearResult]
-    dense: list[DenseMatrix] = []  # of the blocks
+    dense: list[DenseMatrix] = []  # matrices of the blocks
     seconds: dict[str, Seconds] = {}  # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``
     predicted_seconds: dict[str, Seconds] = {}  # when the run began
-    peak_rss_bytes: Count = 0  # of one process, in this run or an earlier start of it
+    peak_rss_bytes: Count = 0  # the peak of one process, in this run or an earlier start of it
     memory: Memory | None = None
     calibration_tokens: Count = 0
     calibration_bos: str = "given"  # whether every window begins with BOS: yes, no, or given for token ids

@@ -157,9 +157,9 @@ class MixtureTokens:
     """The tokens of this process that reached a mixture, batch by batch."""
 
     store: TensorStore  # their inputs (tokens, width)
-    experts: list[Tensor]  # of each token, (tokens, k)
+    experts: list[Tensor]  # the experts of each token, (tokens, k)
     factors: list[Tensor]  # the squares of the router's weights, times the weight of the token, (tokens, k)
-    weights: list[Tensor]  # of the tokens, (tokens,)
+    weights: list[Tensor]  # weights of the tokens, (tokens,)
 
     def count(self, number: int) -> int:
         """The number of tokens that are routed to an expert, in all processes."""

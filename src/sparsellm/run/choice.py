@@ -31,8 +31,8 @@ class Choice:
     method: Entry[Method]
     options: dict[str, JsonValue]
     needs: Needs
-    passes: int  # of the sweep over the whole model; 0 for no sweep
-    sets: int  # of calibration windows, which the blocks take in turn
+    passes: int  # passes of the sweep over the whole model; 0 for no sweep
+    sets: int  # sets of calibration windows, which the blocks take in turn
     allocator: Entry[Allocator]
     allocation_options: dict[str, JsonValue]
     allocation_needs: Needs

@@ -149,9 +149,10 @@ def walk(
 
 def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
-    if not plan.trains_integers:
+    values = plan.recipe.values
+    if values == "keep" or not plan.choice.passes:
         return None
-    return Integers(plan.recipe.values, {each.name: each.exponents for each in linears})
+    return Integers(values, {each.name: each.exponents for each in linears})
 
 
 def replay(
