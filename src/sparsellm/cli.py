@@ -29,11 +29,8 @@ app = typer.Typer(
 
 
 def _command(*parameters: Parameter, examples: Sequence[str], name: str | None = None) -> Callable[..., Any]:
-    """Registers a command with these options.
-
-    Plugins are loaded first. An option that is not given is not passed on, so the function's own default holds.
-    ``progress``, ``json``, ``quiet`` and ``verbose`` are passed to functions that take them.
-    """
+    """Registers a command with these options. One that is not given is not passed on, so the function's default holds;
+    ``progress``, ``json``, ``quiet`` and ``verbose`` are passed to functions that take them."""
 
     def register(function: Callable[..., Printed]) -> Callable[..., None]:
         taken = signature(function).parameters

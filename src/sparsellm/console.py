@@ -104,8 +104,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def say(line: str, *, error: bool = False) -> None:
-    """Prints one line, without wrapping it, on stdout or stderr; errors of stderr, such as a closed terminal, are
-    ignored."""
+    """Prints one line, without wrapping it, on stdout, or on stderr, whose own errors are ignored."""
     with contextlib.suppress(*((OSError,) if error else ())):
         (log() if error else out()).print(one_line(line), soft_wrap=True)
 
@@ -141,11 +140,11 @@ def duration(seconds: float) -> str:
 
 def speed(median: float, slowest: float, fastest: float) -> str:
     """A median with its range, such as ``41.2 (40.0–41.9)``."""
-    short = [
-        f"{each:.1f}" if each < 99.95 else f"{each:.0f}" if each < 9999.5 else count(each)
-        for each in (median, slowest, fastest)
-    ]
-    return f"{short[0]} ({short[1]}–{short[2]})"
+
+    def short(rate: float) -> str:
+        return f"{rate:.1f}" if rate < 99.95 else f"{rate:.0f}" if rate < 9999.5 else count(rate)
+
+    return f"{short(median)} ({short(slowest)}–{short(fastest)})"
 
 
 def table(names: tuple[str, ...], numbers: tuple[str, ...], title: str | None = None) -> Table:
@@ -156,8 +155,7 @@ def table(names: tuple[str, ...], numbers: tuple[str, ...], title: str | None = 
 
 
 def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
-    """A table of the seconds of each phase and its share of the time, longest first; with ``parts`` also of parts such
-    as ``prune/solve``."""
+    """The seconds of each phase and its share of the time, longest first; with ``parts`` also ``prune/solve`` etc."""
     longest = sorted(seconds, key=lambda name: -seconds[name])
     names = [name for name in longest if "/" not in name]
     total = sum(seconds[name] for name in names)
@@ -178,10 +176,8 @@ def phases(seconds: Mapping[str, float], *, parts: bool = False) -> Table:
 @contextlib.contextmanager
 def progress(*, quiet: bool = False, verbose: bool = False) -> Iterator[ProgressCallback]:
     """A display of progress, as a callback for ``progress=``: a bar on a terminal or in a notebook, lines elsewhere;
-    nothing if ``quiet``, a line for every step and every phase if ``verbose``.
-
-    Each event is also a safe point, where the run stops if a library swallowed the exception of a signal.
-    """
+    nothing if ``quiet``, a line for every step and every phase if ``verbose``. At each event, the run stops if a
+    library swallowed the exception of a signal."""
     if quiet and verbose:
         raise RecipeError("--quiet and --verbose contradict each other; give one of them")
     display = None if quiet else _Display(live=not verbose and _can_redraw(log()), verbose=verbose)

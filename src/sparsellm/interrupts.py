@@ -1,10 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP for the command line: the first stops the run, a second ends it at once, none in a rename.
 
-A handler runs in the main thread between two instructions of Python. The first signal raises :class:`Interrupted`; if a
-library swallows it, :func:`check` raises it again at the next step of progress. Within one call of a C library neither
-signal is seen; SIGQUIT (Ctrl-\\) and SIGKILL end even that, and are as safe: files are complete at any moment.
-
-Only the command line installs these handlers. A Python program that calls :func:`sparsellm.prune` keeps its own.
+The first signal raises :class:`Interrupted`; if a library swallows it, :func:`check` raises it again at the next step
+of progress. Within one call of a C library neither signal is seen; SIGQUIT (Ctrl-\\) and SIGKILL end even that, as
+safely: files are complete at any moment. A Python program that calls :func:`sparsellm.prune` keeps its own handlers.
 """
 
 from __future__ import annotations

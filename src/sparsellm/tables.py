@@ -47,33 +47,30 @@ def print_pruned(result: PruneResult, *, verbose: bool = False) -> None:
         say(f"report: {result.report}")
 
 
-def _row(shown: Table, name: str, matrices: Iterable[Matrix], *more: str, style: str | None = None) -> None:
-    """A row with the weights, the zeros and the sparsity of some matrices."""
-    total = Totals.of(matrices)
-    shown.add_row(name, count(total.weights), count(total.zeros), f"{total.sparsity:.2%}", *more, style=style)
-
-
 def _kinds(result: PruneResult) -> Table:
     spread = result.allocated_by is not None or bool(result.recipe.sparsity_of)
     columns = ("weights", "zeros", "sparsity", *(("of one linear",) if spread else ()), "mean error")
     shown = table(("kind of linear",), columns, title="Pruned")
+
+    def row(name: str, matrices: Iterable[Matrix], *more: str, style: str | None = None) -> None:
+        total = Totals.of(matrices)
+        shown.add_row(name, count(total.weights), count(total.zeros), f"{total.sparsity:.2%}", *more, style=style)
+
     for kind, part in by_kind(result.linears).items():
         shares = [linear.sparsity for linear in part]
         ends = (f"{min(shares):.0%} – {max(shares):.0%}",) if spread else ()
-        _row(shown, kind, part, *ends, f"{error_of(part):.4f}")
+        row(kind, part, *ends, f"{error_of(part):.4f}")
     shown.add_section()
     if result.dense:
-        _row(shown, "pruned linears", result.linears)
-        _row(shown, "left dense", result.dense)
-    _row(shown, "all", [*result.linears, *result.dense], style="bold")
+        row("pruned linears", result.linears)
+        row("left dense", result.dense)
+    row("all", [*result.linears, *result.dense], style="bold")
     return shown
 
 
 def print_zeros(matrices: list[MatrixZeros], blocks: dict[int, list[MatrixZeros]], pattern: str | None) -> None:
-    """Prints the zeros of every matrix, every block, and all; the pattern of other matrices is "no linear".
-
-    The experts of a block share one row for each kind of matrix, because a mixture may have thousands.
-    """
+    """Prints the zeros of every matrix, every block, and all. The experts of a block share one row for each kind of
+    matrix, because a mixture may have thousands."""
     from sparsellm.patterns import strictest
 
     shown = table(("matrix",), ("shape", "zeros", "sparsity", "N:M"))

@@ -47,14 +47,8 @@ def measured(
     chain: Chain, windows: Tensor, dense: Kept | None, progress: ProgressCallback
 ) -> tuple[Interval, Against | None]:
     """The perplexity of a model on token ids ``(windows, seq)``, and its comparison with a dense one of the same
-    tokenizer.
-
-    One block's weights of one model are in memory at a time; then embedding, norm and head of both, and the logits of
-    256 positions.
-
-    Raises:
-        NumericalError: the loss of a window is not finite.
-    """
+    tokenizer. One block of one model is in memory at a time; then embedding, norm and head of both, and the logits of
+    256 positions. A loss that is not finite is a NumericalError."""
     chains = [chain] if dense is None else [chain, dense.chain]
     element = torch.empty(0, dtype=chain.dtype).element_size()
     width = sum(each.config.get_text_config().hidden_size for each in chains)
@@ -100,8 +94,7 @@ def measured(
 
 
 def _mean_of(windows: Tensor) -> Interval:
-    """The mean of the windows' values ``(windows,)``, plus and minus 1.96 standard errors: their standard deviation
-    divided by the square root of their number."""
+    """The mean of the windows' values ``(windows,)``, plus and minus 1.96 standard errors."""
     mean = float(windows.mean())
     if len(windows) < 2:
         return Interval(value=mean)
@@ -147,14 +140,11 @@ def _window(chains: list[Chain], states: list[Tensor], ids: Tensor) -> list[floa
             values.append((logs[0].argmax(-1) == logs[1].argmax(-1)).float())
         # on the CPU, because some devices have no fp64
         sums += torch.stack([value.cpu().double().sum() for value in values])
-    means: list[float] = (sums / scored).tolist()
-    return means
+    return (sums / scored).tolist()  # type: ignore[no-any-return]
 
 
 def _logits(chain: Chain, hidden: Tensor, ids: Tensor, span: slice) -> Tensor:
     """The log-probabilities at some positions of one window, ``(span, vocabulary)`` fp32."""
-    if hidden.shape[:2] == ids.shape:
-        logits = chain.finish(hidden[:, span], ids[:, span])[0]
-    else:
-        logits = chain.finish(hidden, ids)[0, span]
+    by_token = hidden.shape[:2] == ids.shape
+    logits = chain.finish(hidden[:, span], ids[:, span])[0] if by_token else chain.finish(hidden, ids)[0, span]
     return logits.float().log_softmax(-1)

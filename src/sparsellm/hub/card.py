@@ -48,12 +48,8 @@ def base_of(model: object, directory: Path | None) -> dict[str, str]:
 def card(directory: Checkpoint, *, force: bool = False) -> Path:
     """Writes the model card (``README.md``) of a checkpoint again, with its evaluations, and returns its path.
 
-    Args:
-        directory: a checkpoint that ``prune`` wrote and ``evaluate`` measured.
-        force: replace a card that somebody else wrote or edited.
-
-    Raises:
-        StorageError: the checkpoint was never evaluated, a file is damaged, or the card was edited; nothing is written.
+    ``prune`` must have written the checkpoint, and ``evaluate`` measured it; ``force`` replaces a card that somebody
+    else wrote or edited. Else it is a StorageError, as is a damaged file, and nothing is written.
     """
     directory = Path(directory).expanduser()
     path = directory / CARD
@@ -80,11 +76,8 @@ def is_unedited(path: Path) -> bool:
 
 
 def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: bool = False) -> str:
-    """The text of a card, with a mark by which :func:`is_unedited` knows it.
-
-    It does not name the directory, which may be moved or uploaded. Texts that come from files and users stand in code
-    spans and blocks, so they are never markup.
-    """
+    """The text of a card, with a mark by which :func:`is_unedited` knows it. It does not name the directory, which may
+    be moved. Texts that come from files and users stand in code spans and blocks, so they are never markup."""
     from huggingface_hub import ModelCard, ModelCardData  # takes a tenth of a second
 
     base = run.base.model if HUB_ID.fullmatch(run.base.model or "") else None
@@ -98,7 +91,8 @@ def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: b
         **run.base.model_dump(include=set(_LICENSE), exclude_none=True),
     )
     defaults = Recipe().model_dump()
-    settings = {key: value for key, value in run.recipe.items() if key in _ALWAYS or value != defaults.get(key)}
+    settings = dump_yaml({key: each for key, each in run.recipe.items() if key in _ALWAYS or each != defaults.get(key)})
+    fence = "`" * max(3, _longest_run(settings) + 1)
     card = ModelCard.from_template(
         data,
         template_str=importlib.resources.files("sparsellm.hub").joinpath("card.md.jinja").read_text(encoding="utf-8"),
@@ -106,7 +100,7 @@ def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: b
         base=base,
         results=[(each.protocol, _rows(each)) for each in evaluations],
         packed=packed,
-        settings=_fenced(dump_yaml(settings)),
+        settings=f"{fence}yaml\n{settings.rstrip()}\n{fence}",
         versions=", ".join(_code(f"{tool} {version}") for tool, version in run.versions.items()),
         code=_code,
     )
@@ -116,11 +110,10 @@ def card_text(run: Pruning, evaluations: Sequence[Evaluation] = (), *, packed: b
 
 def _rows(one: Evaluation) -> list[tuple[str, str, str]]:
     """The rows of the table of one evaluation: quantity, dense, pruned."""
-    tasks = ((task, name, metric) for task, metrics in (one.tasks or {}).items() for name, metric in metrics.items())
-    return [
-        *((name, dense or "", value) for name, dense, value in one.rows()),
-        *((f"{_code(task)}, {_code(name)}", "", metric.shown()) for task, name, metric in tasks),
-    ]
+    rows = [(name, dense or "", value) for name, dense, value in one.rows()]
+    for task, metrics in (one.tasks or {}).items():
+        rows += [(f"{_code(task)}, {_code(name)}", "", metric.shown()) for name, metric in metrics.items()]
+    return rows
 
 
 def _code(value: object) -> str:
@@ -128,12 +121,6 @@ def _code(value: object) -> str:
     text = "".join(c if c.isprintable() else "�" for c in str(value)).replace("|", "¦")
     fence = "`" * (_longest_run(text) + 1)
     return f"{fence} {text} {fence}" if len(fence) > 1 or not text.strip() else f"{fence}{text}{fence}"
-
-
-def _fenced(text: str) -> str:
-    """A block of YAML."""
-    fence = "`" * max(3, _longest_run(text) + 1)
-    return f"{fence}yaml\n{text.rstrip()}\n{fence}"
 
 
 def _longest_run(text: str) -> int:

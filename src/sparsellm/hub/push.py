@@ -33,10 +33,10 @@ class Pushed:
 
 @checked
 def push(directory: Checkpoint, repo: Name, *, private: bool = False, revision: Name | None = None) -> Pushed:
-    """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds.
+    """Uploads a checkpoint to the Hugging Face hub in one commit, with the token that the hub's client finds. Files
+    that are not part of the checkpoint are left out.
 
     Args:
-        directory: the checkpoint. Files that are not part of it stay where they are.
         repo: ``owner/name``; created if the hub has none.
         private: create a private repository; an existing public one is refused.
         revision: the branch, created if there is none; None for the main one.
