@@ -85,6 +85,7 @@ CONFIGS: dict[str, tuple[Break, str]] = {
     "unknown activation": (config(hidden_act="nonesuch"), "nonesuch"),
     "unknown rope": (config(rope_parameters={"rope_type": "nonesuch", "rope_theta": 1e4}), "config.json"),
     "text config of another family": (config(text_config={"hidden_size": 32}), "text_config"),
+    "an adapter": (content("adapter_config.json", b"{}"), "merge the adapter first"),
     "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
 }
 

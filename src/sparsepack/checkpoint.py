@@ -210,6 +210,13 @@ def open_packed(files: list[Path]) -> PackedTensors:
     return PackedTensors(files[0].parent, files, mapped, lambda name: mapped[name].clone())
 
 
+def adapter_in(directory: Path) -> str | None:
+    """Why a directory with an adapter of peft is refused: transformers would apply it, and readers of weights not."""
+    if not (directory / "adapter_config.json").exists():
+        return None
+    return f"{directory} has an adapter_config.json; merge the adapter first: merge_and_unload(), then save_pretrained"
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of ``config.json`` of a checkpoint; a FormatError if it cannot be read."""
     return read_object(directory / "config.json")

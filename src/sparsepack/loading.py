@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsepack.arguments import checked
-from sparsepack.checkpoint import read_config, read_object
+from sparsepack.checkpoint import adapter_in, read_config, read_object
 from sparsepack.errors import FormatError, PackError, SettingError, shown
 from sparsepack.module import PackedLinear, activations_of, gather
 
+INDEX = "model.safetensors.index.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -75,9 +76,17 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
     if not there:
         what = shown(os.fspath(directory))
         raise FormatError(f"{what} is not a directory; give one that `sparsellm pack` or save_pretrained wrote")
+    if adapter := adapter_in(path):
+        raise FormatError(adapter)
     read_config(path)
     if (path / "generation_config.json").exists():
         read_object(path / "generation_config.json")  # transformers takes defaults for a damaged one
+    if (path / INDEX).exists():
+        shards = read_object(path / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
+            raise FormatError(
+                f"{path / INDEX} does not map tensors to files of its directory; copy the checkpoint again"
+            )
     return path
 
 

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import sparsellm
+import sparsepack
 from sparsellm.errors import SparseLLMError, StorageError
 from sparsellm.storage.reader import CheckpointReader, PackedReader
 from sparsepack import PackError
 from sparsepack.checkpoint import manifest, read_config
+from sparsepack.errors import FormatError
 from tests.models import save_tiny, tiny_gpt2, tiny_llama
 from tests.models.pruned import prune_tiny
 from tests.runtime.test_convert import tensors
@@ -137,6 +139,22 @@ def test_a_config_that_does_not_fit_is_refused(change: Change, said: str, copy: 
     (copy / "packed.json").write_text(listed)
     with pytest.raises(SparseLLMError):
         PackedReader(copy)
+
+
+def test_shards_elsewhere_and_adapters_are_not_loaded(llama: Path, tmp_path: Path) -> None:
+    """transformers follows an index out of the directory, and applies an adapter that `prune` and `eval` do not see."""
+    copy = Path(shutil.copytree(llama, tmp_path / "copy"))
+    weights = (copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    names = load_file(weights)
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")})
+    )
+    with pytest.raises(FormatError, match="name files of its directory"):
+        sparsepack.load(copy)
+    (copy / "model.safetensors.index.json").unlink()
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(FormatError, match="merge the adapter first"):
+        sparsepack.load(copy)
 
 
 def test_other_keys_of_the_config_have_no_checksum(packed: Path, llama: Path, copy: Path, tmp_path: Path) -> None:

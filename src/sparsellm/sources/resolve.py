@@ -7,6 +7,7 @@ from pathlib import Path
 from sparsellm.errors import ModelError, one_line
 from sparsellm.sources.demo_model import demo_gguf
 from sparsellm.sources.gguf import gguf_checkpoint
+from sparsepack.checkpoint import adapter_in
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _HUB_FILES += ["LICENSE*", "NOTICE*", "README.md"]
@@ -30,18 +31,26 @@ def checkpoint_directory(model: str, argument: str = "model") -> Path:
             raise ModelError(f"{argument} {model}: there is no such file; give the path of a .gguf file")
         return gguf_checkpoint(path)
     if path.is_dir():
+        if adapter := adapter_in(path):
+            raise ModelError(f"{argument} {adapter}")
         if not (path / "config.json").is_file():
             raise ModelError(f"{argument} {model} has no config.json; give a directory saved by save_pretrained")
         return path
     if path.exists():
         raise ModelError(f"{argument} {model} is a file; {_GIVE}")
+    return _from_hub(model, argument)
+
+
+def _from_hub(model: str, argument: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        place = snapshot_download(model, allow_patterns=_HUB_FILES)
     except HFValidationError:
         reason = "it is not a directory here, and not a valid hub id (owner/name)"
     except Exception as error:  # the hub client raises requests, httpx and its own errors
         reason = f"it is not a directory here, and it cannot be downloaded from the hub ({one_line(error)})"
+    else:
+        return checkpoint_directory(place, argument)
     raise ModelError(f"{argument} {model!r} not found: {reason}; {_GIVE}")
