@@ -74,6 +74,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # one from each part that 
     "unknown method": (["prune", "{llama}", "--method", "wonda"], ["wonda", "'wanda'"]),
     "unknown field": (["prune", "{llama}", "--set", "sparsty=1"], ["sparsty", "'sparsity'"]),
     "effort without a sweep": (["prune", "{llama}", "--method", "wanda", "--effort", "1"], ["wanda", "effort"]),
+    "no weight left": (
+        ["prune", "{llama}", "--method", "wanda", "--sparsity", "0.9999999999"],
+        ["0.9999999999", "every"],
+    ),
     "out is the model": (["prune", "{llama}", "--out", "{llama}", "--overwrite"], ["overlaps with the model"]),
     "out cannot be written": (["prune", "{llama}", "--out", "/proc/pruned"], ["/proc"]),
     "quiet and verbose": (

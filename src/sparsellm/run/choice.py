@@ -126,6 +126,8 @@ def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = No
         named = [f"{field} {value}" for field in ("only", "exclude") if (value := getattr(recipe, field))]
         who = " with ".join(named) or "the model"
         raise RecipeError(f"{who} leaves nothing to prune; `sparsellm inspect` lists the names of linears")
+    if all(pattern.sparsity == 1 for pattern in patterns.values()):
+        raise RecipeError(f"sparsity {recipe.sparsity} would make every weight 0; choose a lower one")
     if recipe.sparsity:  # at 0, no pruning was requested
         refuse_silent_dense(chain, [*recipe.exclude, *recipe.allow_dense], recipe.only)
     return patterns
