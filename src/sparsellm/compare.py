@@ -1,8 +1,7 @@
 """A grid of runs over one model: each is pruned, packed and measured against the dense model, then compared.
 
-Every cell of the grid is a separate checkpoint, so a grid that was stopped goes on with the cell it was in, and later
-calls add cells to it. The calibration windows, the gradients of the dense model and its outputs on the text are
-computed once.
+Every cell is a separate checkpoint, so a grid that was stopped goes on with the cell it was in, and later calls add
+cells to it. Calibration windows, gradients of the dense model and its outputs on the text are computed once.
 """
 
 from __future__ import annotations
@@ -107,8 +106,11 @@ def compare(
     Raises:
         SparseLLMError: a recipe, the model or the text is wrong, or a cell in ``out`` has other settings.
     """
-    folder = Path(out).expanduser()
-    known = _known(folder)
+    folder, known = Path(out).expanduser(), dict[str, Measured]()
+    if (folder / GRID).is_file():
+        known = {cell.name: cell for cell in read_record(Grid, folder / GRID, "give another --out").cells}
+    elif (folder.exists() and not folder.is_dir()) or (folder / "config.json").exists():
+        raise StorageError(f"{folder} is not a directory of a comparison; give another --out")
     settings: dict[str, Settings] = {}
     for name, recipe in cells.items():
         kept = recipe.model_dump(mode="json", exclude={"memory"})
@@ -252,13 +254,3 @@ def _measure(
         peak_rss=pruned.peak_rss_bytes,
         settings=settings,
     )
-
-
-def _known(folder: Path) -> dict[str, Measured]:
-    """The finished cells of a grid; raises StorageError if the directory holds something else."""
-    path = folder / GRID
-    if path.is_file():
-        return {cell.name: cell for cell in read_record(Grid, path, "give another --out").cells}
-    if (folder.exists() and not folder.is_dir()) or (folder / "config.json").exists():
-        raise StorageError(f"{folder} is not a directory of a comparison; give another --out")
-    return {}
