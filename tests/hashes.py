@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparsellm
 from sparsellm import Recipe, parallel
 from sparsellm.errors import SparseLLMError
-from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import tiny_gpt2, tiny_llama, tiny_opt, windows
 from tests.parallel.processes import run_in
 
 FAMILIES: dict[str, Any] = {"llama": tiny_llama, "opt": tiny_opt, "gpt2": tiny_gpt2}
@@ -58,11 +57,6 @@ def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
     return {f"{family}/{name}": (make, fields) for family, make in FAMILIES.items() for name, fields in recipes.items()}
 
 
-def windows() -> Tensor:
-    """Calibration token ids ``(7, 40)``."""
-    return torch.randint(VOCABULARY, (7, 40), generator=torch.Generator().manual_seed(3))
-
-
 def digest(model: PreTrainedModel) -> str:
     """SHA-256 of all weights with their names, in order."""
     result = hashlib.sha256()
@@ -80,7 +74,7 @@ def hashes(only: list[str]) -> dict[str, str]:
             continue
         model = make()
         try:
-            sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows())
+            sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows(7))
             result[name] = digest(model)
         except SparseLLMError as refusal:
             result[name] = f"refused: {type(refusal).__name__}"

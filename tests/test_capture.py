@@ -15,15 +15,11 @@ from sparsellm import Recipe
 from sparsellm.chain.capture import RunOrder, skipping, watch
 from sparsellm.chain.structure import LinearView
 from sparsellm.errors import ModelError
-from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_opt
+from tests.models import tiny_gpt2, tiny_llama, tiny_opt, windows
 
 
 def view(name: str, inputs: int, outputs: int) -> LinearView:
     return LinearView(name, nn.Linear(inputs, outputs), torch.float32)
-
-
-def windows() -> Tensor:
-    return torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(4))
 
 
 def test_a_skipped_linear_gives_zeros_and_is_then_restored() -> None:
@@ -48,7 +44,7 @@ def test_linears_called_by_keyword_are_pruned_like_others() -> None:
     model = tiny_llama()
     for layer in model.model.layers:
         layer.mlp = ByKeyword()
-    result = sparsellm.prune(model, Recipe(sparsity=0.5, batch_tokens=64), calibration=windows())
+    result = sparsellm.prune(model, Recipe(sparsity=0.5, batch_tokens=64), calibration=windows(8, 32))
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
     assert result.warnings == []
 
@@ -91,7 +87,7 @@ def test_leaving_out_what_nobody_reads_changes_no_bit(
     for leave_out in (noted, lambda *args, **wanted: []):
         monkeypatch.setattr(RunOrder, "unread", leave_out)
         model = family()
-        sparsellm.prune(model, Recipe(method=method, sparsity=0.5, batch_tokens=64), calibration=windows())
+        sparsellm.prune(model, Recipe(method=method, sparsity=0.5, batch_tokens=64), calibration=windows(8, 32))
         models.append(model.state_dict())
     assert skipped
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,10 +22,11 @@ from sparsepack.generation import generate
 from sparsepack.layout import pack
 from sparsepack.loading import load
 from sparsepack.module import kernel_name
-from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.models import VOCABULARY, save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer, windows
 from tests.models.pruned import prune_tiny
 from tests.parallel.test_command_line import by_torchrun, ended
 from tests.runtime.reference import FLOATS, VALUE_TYPES, activations, bound, layer_of, random_weight
+from tests.storage.small import tensors_of
 
 DEVICE = os.environ.get("SPARSELLM_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -34,14 +34,6 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
-
-def windows() -> Tensor:
-    return torch.randint(VOCABULARY, (8, 40), generator=torch.Generator().manual_seed(3))
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -86,7 +78,7 @@ def test_a_checkpoint_is_streamed_through_the_device(dtype: str, tmp_path: Path)
         recipe = Recipe(device=device, dtype=dtype, method="admm", options={"iterations": 8}, sparsity=0.5)
         result = sparsellm.prune(source, recipe, calibration=windows(), out=tmp_path / name)
         assert result.zeros == round(0.5 * result.weights)
-    found, wanted = tensors(tmp_path / "device"), tensors(tmp_path / "cpu")
+    found, wanted = tensors_of(tmp_path / "device"), tensors_of(tmp_path / "cpu")
     if dtype == "float32":
         close(found, wanted)
     else:  # a product in bf16 is another one on every machine
@@ -169,7 +161,7 @@ def test_two_processes_join_by_nccl(tmp_path: Path) -> None:
         process = by_torchrun(size, *settings, f"--out={tmp_path / str(size)}")
         _, said = ended(process)
         assert process.returncode == 0, said
-    close(tensors(tmp_path / "2"), tensors(tmp_path / "1"))
+    close(tensors_of(tmp_path / "2"), tensors_of(tmp_path / "1"))
 
 
 @on_a_card

@@ -27,6 +27,13 @@ from transformers import (
 )
 
 VOCABULARY = 300
+
+
+def windows(count: int = 8, length: int = 40, seed: int = 3) -> torch.Tensor:
+    """Token ids ``(count, length)``."""
+    return torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
 POSITIONS = 128
 BOS, EOS = "<s>", "</s>"  # ids 0 and 1 of the tiny tokenizer
 

@@ -43,7 +43,7 @@ def test_several_processes_prune_as_one_does(name: str, found: Any, alone: dict[
     expected = alone[name]
     assert expected["processes"] == 1
     assert first["processes"] == 1 + len(rest)
-    assert first["tokens"] == expected["tokens"] == workers.windows().numel()
+    assert first["tokens"] == expected["tokens"] == workers.windows(workers.WINDOWS).numel()
     for weight_name, weight in first["weights"].items():
         wanted = expected["weights"][weight_name]
         assert torch.equal(weight == 0, wanted == 0), weight_name

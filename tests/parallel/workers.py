@@ -19,7 +19,7 @@ from sparsellm.solvers.divided import divide, highest_of_all
 from sparsellm.solvers.solver import Solution, solution
 from sparsellm.statistics import CrossAccumulator, GramAccumulator
 from sparsepack.grid import INTEGERS
-from tests.models import VOCABULARY, tiny_gpt2, tiny_llama
+from tests.models import tiny_gpt2, tiny_llama, windows
 from tests.shares import Share
 from tests.solvers.problems import gram_of, weight_of
 
@@ -46,17 +46,13 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def windows() -> Tensor:
-    return torch.randint(VOCABULARY, (WINDOWS, 40), generator=torch.Generator().manual_seed(3))
-
-
 def prune_case(name: str) -> dict[str, Any]:
     """The pruned model's weights, and the report."""
     family, fields = CASES[name]
     model = family()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparsellm.solvers.sparsegpt.PANEL", 16)  # several panels in so small a model
-        result = sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows())
+        result = sparsellm.prune(model, Recipe(batch_tokens=80, **fields), calibration=windows(WINDOWS))
     linears = [(linear.name, linear.zeros, linear.error) for linear in result.linears]
     return {
         "weights": dict(model.state_dict()),
@@ -83,17 +79,19 @@ def prune_everything(folder: Path) -> None:
 def _refusals() -> None:
     with pytest.raises(RecipeError, match="only the second"):  # whoever it is that fails, all know
         parallel.together(lambda: _refuse("only the second") if parallel.rank() == 1 else None)
-    few = windows()[: parallel.size() - 1]
+    few = windows(WINDOWS)[: parallel.size() - 1]
     with pytest.raises(RecipeError, match=f"{len(few)} calibration windows .* {parallel.size()} processes"):
         sparsellm.prune(tiny_llama(), Recipe(method="wanda"), calibration=few)
     with pytest.raises(RecipeError, match="sparsellm-paper runs in one process"):
-        sparsellm.prune(tiny_llama(), Recipe(method="sparsellm-paper"), calibration=windows())
+        sparsellm.prune(tiny_llama(), Recipe(method="sparsellm-paper"), calibration=windows(WINDOWS))
     with pytest.raises(RecipeError, match=r"iterations .* one process"):
-        sparsellm.prune(tiny_llama(), Recipe(method="sparsellm", options={"iterations": 1}), calibration=windows())
+        sparsellm.prune(
+            tiny_llama(), Recipe(method="sparsellm", options={"iterations": 1}), calibration=windows(WINDOWS)
+        )
     broken = tiny_llama()
     broken.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"lm_head\.weight"):  # found by the main process alone, told by all
-        sparsellm.prune(broken, Recipe(method="wanda"), calibration=windows())
+        sparsellm.prune(broken, Recipe(method="wanda"), calibration=windows(WINDOWS))
 
 
 def _a_solver_that_knows_nothing_of_processes(folder: Path) -> None:
@@ -106,7 +104,7 @@ def _a_solver_that_knows_nothing_of_processes(folder: Path) -> None:
 
     assert METHODS["keep-large-columns"].distributed
     model = tiny_llama()
-    sparsellm.prune(model, Recipe(method="keep-large-columns"), calibration=windows())
+    sparsellm.prune(model, Recipe(method="keep-large-columns"), calibration=windows(WINDOWS))
     leave(folder, "unknown", dict(model.state_dict()))
 
 
@@ -198,7 +196,7 @@ def rounding_of_some_rows(folder: Path) -> None:
         )
         leave(folder, "rounded", (rounded_weights(), seen))
     model = tiny_llama()
-    sparsellm.prune(model, Recipe(method="sparsegpt", values="int4"), calibration=windows())
+    sparsellm.prune(model, Recipe(method="sparsegpt", values="int4"), calibration=windows(WINDOWS))
     leave(folder, "rounded model", dict(model.state_dict()))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -23,6 +22,7 @@ from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt
 from tests.models.families import family
 from tests.models.pruned import prune_tiny
 from tests.packed.by_hand import two_of_four
+from tests.storage.small import tensors_of
 
 FAMILIES = [tiny_llama, tiny_opt, tiny_gpt2]
 IDS = torch.arange(2, 42).view(2, 20)
@@ -43,10 +43,6 @@ def dense(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory)  # type: ignore[no-any-return]
 
 
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
 def test_packed_loaded_and_unpacked_bit_for_bit(pruned: Path, tmp_path: Path) -> None:
     result = sparsellm.pack(pruned, out=tmp_path / "packed")
     assert result.packed_bytes < 0.5 * result.dense_bytes
@@ -58,7 +54,7 @@ def test_packed_loaded_and_unpacked_bit_for_bit(pruned: Path, tmp_path: Path) ->
         assert len(inside) == sum(entry is not None for entry in result.linears.values()) > 0
         assert not [parameter for parameter in model.parameters() if parameter.is_meta]
     again = sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again").path
-    before, after = tensors(pruned), tensors(again)
+    before, after = tensors_of(pruned), tensors_of(again)
     assert {name: value.dtype for name, value in before.items()} == {n: v.dtype for n, v in after.items()}
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert "quantization_config" not in read_config(again)
@@ -71,8 +67,8 @@ def test_other_value_types(values: str, llama: Path, tmp_path: Path) -> None:
     assert {entry.value_type for entry in result.linears.values() if entry} == {values}
     unpacked = sparsellm.unpack(tmp_path / "packed", out=tmp_path / "dense").path
     assert torch.allclose(logits(sparsellm.load(tmp_path / "packed")), logits(dense(unpacked)), atol=1e-4)
-    back = tensors(unpacked)
-    for name, value in tensors(llama).items():
+    back = tensors_of(unpacked)
+    for name, value in tensors_of(llama).items():
         assert back[name].dtype == value.dtype
         assert torch.equal(back[name] == 0, value == 0) or values == "int4", name
         bound = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 0.0, "int8": 1 / 127, "int4": 0.3}[values]
@@ -112,13 +108,13 @@ def test_n_m_is_stored_in_its_shorter_code(tmp_path: Path) -> None:
     result = sparsellm.pack(source, out=tmp_path / "packed")
     assert {(entry.layout, entry.pattern) for entry in result.linears.values() if entry} == {("nm", (2, 4))}
     # 80 columns: 20 codes of 3 bits are 8 bytes
-    assert tensors(tmp_path / "packed")["model.layers.0.mlp.down_proj.weight_mask"].shape == (32, 8)
+    assert tensors_of(tmp_path / "packed")["model.layers.0.mlp.down_proj.weight_mask"].shape == (32, 8)
     loaded = sparsellm.load(tmp_path / "packed")
     assert torch.allclose(logits(loaded), logits(model), atol=1e-4)
     loaded.save_pretrained(tmp_path / "saved")  # in memory the codes are bits, and so they are saved
     assert torch.equal(logits(sparsellm.load(tmp_path / "saved")), logits(loaded))
-    for name, value in tensors(sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again").path).items():
-        assert torch.equal(value, tensors(source)[name])
+    for name, value in tensors_of(sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again").path).items():
+        assert torch.equal(value, tensors_of(source)[name])
 
 
 def test_weights_that_are_smaller_dense_stay_dense(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sparsepack.checkpoint import manifest, read_config
 from sparsepack.errors import FormatError
 from tests.models import save_tiny, tiny_gpt2, tiny_llama
 from tests.models.pruned import prune_tiny
-from tests.runtime.test_convert import tensors
+from tests.storage.small import tensors_of
 
 UP = "model.layers.0.mlp.up_proj"
 Change = Callable[[dict[str, Any]], Any]
@@ -149,7 +149,7 @@ def test_shards_elsewhere_and_adapters_are_not_loaded(llama: Path, tmp_path: Pat
     (copy / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": dict.fromkeys(names, "../elsewhere.safetensors")})
     )
-    with pytest.raises(FormatError, match="name files of its directory"):
+    with pytest.raises(FormatError, match="files of its directory"):
         sparsepack.load(copy)
     (copy / "model.safetensors.index.json").unlink()
     (copy / "adapter_config.json").write_text("{}")
@@ -166,8 +166,8 @@ def test_other_keys_of_the_config_have_no_checksum(packed: Path, llama: Path, co
     change_config(copy, lambda found: found.update(comment="new"))
     refused(copy, "config.json", "SHA-256")
     out = sparsellm.unpack(forget_config_digest(copy), out=tmp_path / "dense").path
-    for name, value in tensors(llama).items():
-        assert torch.equal(value, tensors(out)[name]), name
+    for name, value in tensors_of(llama).items():
+        assert torch.equal(value, tensors_of(out)[name]), name
 
 
 def test_a_square_weight_described_as_transposed_is_refused(tmp_path: Path) -> None:
