@@ -167,7 +167,7 @@ def test_a_signal_to_all_ends_each_and_one_says_what_is_kept(signum: int, long_r
     printed = "".join(ended(run)[1] for run in runs)
     assert [run.returncode for run in runs] == [128 + signum] * 3
     assert printed.count("interrupted (") == 1, printed
-    assert f"of 40 blocks are kept in {out}.partial" in printed
+    assert f"finished blocks are kept next to {out}" in printed
     assert "error: " not in printed
     assert "Traceback" not in printed
     check_what_is_left(out)
@@ -181,6 +181,6 @@ def test_a_signal_to_torchrun_is_told_once_with_its_command(long_run: Any, tmp_p
     _, stderr = ended(run)
     assert run.returncode != 0
     (line,) = [line for line in stderr.splitlines() if "interrupted (" in line]
-    assert "blocks are kept in" in line
+    assert f"finished blocks are kept next to {out}; " in line
     assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m sparsellm prune " in line
     check_what_is_left(out)
