@@ -55,7 +55,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def peak_rss() -> int:
-    """The peak memory of this process so far, in bytes."""
+    """The peak memory of this process so far, in bytes; getrusage would also count what its parent held at the fork."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
