@@ -83,7 +83,7 @@ def trim() -> None:
 
 
 def _control_group_rooms() -> list[int]:
-    """Bytes that a container may still allocate, by cgroup versions 2 and 1; empty if there is no limit."""
+    """The bytes that each memory limit of the container (cgroup version 2 or 1) still leaves; empty without a limit."""
     rooms = []
     for limit, usage in (
         ("memory.max", "memory.current"),

@@ -211,7 +211,7 @@ def open_packed(files: list[Path]) -> PackedTensors:
 
 
 def adapter_in(directory: Path) -> str | None:
-    """Why a directory with an adapter of peft is refused: transformers would apply it, and readers of weights not."""
+    """The reason to refuse a directory with a PEFT adapter, which only some readers would apply; None without one."""
     if not (directory / "adapter_config.json").exists():
         return None
     return f"{directory} has an adapter_config.json; merge the adapter first: merge_and_unload(), then save_pretrained"

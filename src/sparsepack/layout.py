@@ -120,7 +120,7 @@ class PackedWeight:
 def pack(
     weight: Tensor, value_type: str = "keep", layout: str = "auto", exponents: Tensor | None = None
 ) -> PackedWeight | None:
-    """The packed form of a weight, on the CPU; None if ``layout`` is ``auto`` and the dense weight is no larger.
+    """Packs a weight on the CPU; returns None if ``layout`` is ``auto`` and the packed form would save no bytes.
 
     For floating types, :func:`unpack` returns every value exactly, except that ``-0.0`` becomes ``0.0``. int8 has a
     scale a row; int4 and int3 have one for each group of columns, the best of seven by squared error.

@@ -67,7 +67,8 @@ def load(
 
 
 def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
-    """The path of a checkpoint; a FormatError if there is none, or its JSON cannot be read."""
+    """The path of a checkpoint. A FormatError says that there is none, its JSON cannot be read, its index names files
+    of other directories, or it has an adapter."""
     try:
         path = Path(directory).expanduser()
         there = bool(os.fspath(directory)) and path.is_dir()

@@ -103,7 +103,7 @@ class RunOrder:
         self, linears: list[LinearView], *, inputs: list[LinearView], outputs: list[LinearView]
     ) -> list[LinearView]:
         """Those of ``linears`` that first ran after the inputs of ``inputs`` and the outputs of ``outputs`` existed, so
-        that none of these depends on them. Empty if one of the linears with a value did not run."""
+        that none of these depends on them. Empty if one of ``inputs`` or ``outputs`` did not run."""
         last = {name: number for number, name in enumerate(self._calls)}
         if any(linear.name not in last for linear in (*inputs, *outputs)):
             return []

@@ -25,7 +25,7 @@ from sparsepack.grid import INTEGERS
 # glibc maps separate pages for tensors above 32 MiB, which cannot use the holes of smaller ones in the heap (0.1 GB in
 # a block of a 7B), so the heap is trimmed after them; after every solve, that took a third of the solver's time.
 OWN_PAGES = 32 << 20
-COARSE = 0.1  # share of a linear's output energy; twice what int3 costs. Rounding that costs more is a note
+COARSE = 0.1  # a linear whose error grows by more than this in rounding is named; a round number, not measured
 UNREACHED = "pruned by magnitude: no calibration token reached it"  # note in the result of such a linear
 
 

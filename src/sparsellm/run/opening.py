@@ -36,7 +36,7 @@ DEFAULT_SEQ_LEN = 2048  # the window of the pruning papers
 
 
 @dataclass(frozen=True)
-class Opened:
+class Models:
     """The models of a run."""
 
     chain: Chain  # the dense model
@@ -56,7 +56,7 @@ def open_models(
     text: bool,
     whole: bool,
     trust: bool,
-) -> Opened:
+) -> Models:
     """Opens the model and its teacher, as in :func:`sparsellm.prune`: with a tokenizer for a ``text``, in memory if
     ``whole``, and with modelling code of the checkpoint if ``trust``. Raises SparseLLMError if a model cannot be
     opened, or the teacher is another model."""
@@ -79,7 +79,7 @@ def open_models(
     name = getattr(model, "name_or_path", "")  # the directory that a model in memory was loaded from
     if not sources and name and Path(name).is_dir():
         sources = [Path(name)]
-    return Opened(chain, start, directory, in_memory, tokenizer, tuple(sources))
+    return Models(chain, start, directory, in_memory, tokenizer, tuple(sources))
 
 
 def open_model(
@@ -183,7 +183,7 @@ def given_windows(ids: Tensor, chain: Chain, recipe: Recipe) -> Windows:
 
 
 def read_windows(
-    text: Text | str, recipe: Recipe, model: Opened, sets: int, passes: int, progress: ProgressCallback
+    text: Text | str, recipe: Recipe, model: Models, sets: int, passes: int, progress: ProgressCallback
 ) -> Windows:
     """Windows of a text, or of the one that the dense model writes if the recipe says so: ``sets`` sets for the
     statistics and further ones for ``passes`` passes, as far as the text has room. Raises DataError if the model has no

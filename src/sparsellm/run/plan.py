@@ -26,7 +26,7 @@ from sparsellm.run.fingerprint import model_fingerprint, start_fingerprint, toke
 from sparsellm.run.journal import ALLOCATION, OUTPUT_COSTS, Identity, Journal
 from sparsellm.run.opening import (
     Model,
-    Opened,
+    Models,
     Windows,
     default_seq_len,
     given_windows,
@@ -81,7 +81,7 @@ class Plan:
     recipe: Recipe  # with the actual number and length of the calibration windows
     choice: Choice
     out: Path | None  # absolute and without links; None for a model that is pruned in memory only
-    model: Opened
+    model: Models
     windows: Windows
     memory: Memory  # predicted for this process
     disk_bytes: int  # for the checkpoint, the blocks of the walk and hidden states
@@ -158,7 +158,7 @@ def make_plan(request: Request, clock: PhaseClock, progress: ProgressCallback) -
     return Plan(request, recipe, choice, out, model, windows, memory, disk_bytes, identity, tuple(warnings))
 
 
-def _windows(request: Request, choice: Choice, model: Opened, progress: ProgressCallback) -> Windows:
+def _windows(request: Request, choice: Choice, model: Models, progress: ProgressCallback) -> Windows:
     """The calibration windows; before that, the prediction of the phases."""
     recipe, chain = request.recipe, model.chain
     # The sweep takes new windows where the dense model can run, and one in memory is not dense any more.
@@ -204,7 +204,7 @@ def _demand(choice: Choice, windows: Windows, journal: Journal, *, unrounded: bo
     )
 
 
-def _already_pruned(model: Opened) -> list[str]:
+def _already_pruned(model: Models) -> list[str]:
     """A warning if a fifth of the weights of the first block are zero, since dense weights have hardly any zeros."""
     if model.start is not None:
         return []

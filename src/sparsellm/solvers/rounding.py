@@ -105,7 +105,7 @@ def _powers(weight: Tensor, gram: Gram, groups: Groups, dtype: torch.dtype) -> T
     for power in (0.0, *POWERS):
         exponents = (-power * magnitudes).round_().clamp_(EXPONENTS.start, EXPONENTS.stop - 1)
         powers = powers_of(exponents.to(torch.int8))
-        if power and dtype == torch.float16:  # the end of a group's grid, in its column with the largest power
+        if power and dtype == torch.float16:  # every number of the grid must be one of fp16, in any column
             ends = groups.collect((weight / powers).abs()).amax(1) * groups.collect(powers.expand_as(weight)).amax(1)
             if float(ends.max()) > LARGEST_FP16:
                 break

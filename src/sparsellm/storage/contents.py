@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from sparsellm.storage.files import TORN
+
 _WEIGHTS = re.compile(r"model([-.][\w-]+)?\.safetensors|pytorch_model([-.][\w-]+)?\.bin")
 # What the tokenizers of transformers read, and what else belongs to a model.
 _COMPANIONS = re.compile(
@@ -14,9 +16,8 @@ _COMPANIONS = re.compile(
     r"bpe\.codes|[\w-]+\.tiktoken|chat_template[\w-]*\.(jinja|json)|"
     r"(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)[\w.-]*"
 )
-_TORN = re.compile(r"\.[0-9a-f]{24}\.tmp")  # what a killed process was writing
 _OURS = re.compile(
-    rf"({_WEIGHTS.pattern})(\.index\.json)?|{_COMPANIONS.pattern}|{_TORN.pattern}|"
+    rf"({_WEIGHTS.pattern})(\.index\.json)?|{_COMPANIONS.pattern}|{TORN.pattern}|"
     r"(config|pruning|packed|results)\.json|recipe\.yaml|report\.html|README\.md"
 )
 _TEMPLATES = "additional_chat_templates"  # the only folder that save_pretrained makes
@@ -47,7 +48,7 @@ def foreign_entries(directory: Path) -> list[str]:
 def checkpoint_files(directory: Path) -> tuple[list[str], list[str]]:
     """The files that belong to a checkpoint, relative to its directory, and the names of everything else there. Raises
     OSError if the directory cannot be read."""
-    other = [*foreign_entries(directory), *(path.name for path in directory.iterdir() if _TORN.fullmatch(path.name))]
+    other = [*foreign_entries(directory), *(path.name for path in directory.iterdir() if TORN.fullmatch(path.name))]
     paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
     return sorted(path.as_posix() for path in paths if path.parts[0] not in other), other
 

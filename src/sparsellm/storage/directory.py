@@ -83,22 +83,22 @@ class WorkingDirectory(contextlib.ExitStack):
     def publish(self, folder: Path) -> None:
         """Gives the complete checkpoint in ``folder`` its final name, and removes the working directory.
 
-        An older checkpoint is exchanged with it in one step where the system can (Linux), else renamed into the working
-        directory first. Raises StorageError if files were added to ``out`` in the meantime, or the system cannot
-        rename; both checkpoints are then as before, and where the older one could not be moved back, the next start
-        completes the renaming.
+        An older checkpoint is exchanged with it in one step (Linux), else first renamed into the working directory.
+        Raises StorageError if files were added to ``out`` in the meantime, or a renaming fails: both checkpoints are
+        then as before, or the next start completes the renaming.
         """
         check_replaceable(self.out, overwrite=self._overwrite)
         record, replaced = self.state / PUBLISHING, self.path / REPLACED
         with interrupts.held(), explained(self.out):
             sync_tree(folder)
             keep_record(record, {"folder": folder.name, "inode": folder.stat().st_ino})
+            older = self.out.is_dir()
             try:
-                if self.out.is_dir():
+                if older:
                     with contextlib.suppress(OSError):
                         shutil.copymode(self.out, folder)  # keeps access that was granted to others
-                if not (self.out.is_dir() and exchange(folder, self.out)):
-                    if self.out.is_dir():
+                if not older or not exchange(folder, self.out):
+                    if older:
                         os.replace(self.out, replaced)
                     os.replace(folder, self.out)
             except OSError:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ except ImportError:  # Windows has no fcntl; two runs into one directory are not
 T = TypeVar("T")
 
 TEMPORARY = ".tmp"  # suffix of a file that is being written
+TORN = re.compile(rf"\.[0-9a-f]{{24}}\{TEMPORARY}")  # the whole name, as replace_atomically makes it
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last is a limit on the size of one file
 

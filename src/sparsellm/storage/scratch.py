@@ -37,8 +37,8 @@ class Scratch(Room):
 
     Files have no name, so the system frees them when the process ends, even if killed. They are read and written, not
     mapped: a full disk is then an error instead of a signal, and cached pages do not count as this process's memory.
-    ``spare`` bytes of memory besides are for tensors that only save time. None is no limit, or the system's temporary
-    directory.
+    ``spare`` is a second budget, in bytes, for tensors that only save time. A budget of None has no limit; a
+    ``directory`` of None is the system's temporary one.
     """
 
     def __init__(self, memory: int | None = None, directory: Path | None = None, spare: int | None = None) -> None:
