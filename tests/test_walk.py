@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.errors import DataError, NumericalError, RecipeError
+from sparsellm.methods.task import METHODS, BlockTask
 from sparsellm.patterns import NM
-from sparsellm.solvers import SOLVERS
+from sparsellm.solvers import SOLVERS, Solution
 from sparsellm.statistics import Gram
 from tests.models import save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.shares import Share, violations, zeros_of
@@ -141,6 +142,52 @@ def test_nan_weights_are_named_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match=r"layers\.2\.self_attn\.v_proj\.weight"):
         sparsellm.prune(source, Recipe(method="magnitude"), calibration=IDS, out=tmp_path / "pruned")
     assert not (tmp_path / "pruned").exists()
+
+
+def scaled(part: str, factor: float) -> Any:
+    """A Llama with some of its weights multiplied."""
+    model = tiny_llama()
+    for name, parameter in model.named_parameters():
+        parameter.data.mul_(factor if part in name else 1.0)
+    return model
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm", "sparsellm"])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_tiny_and_huge_weights_get_the_sparsity_asked(method: str, pattern: str | None) -> None:
+    kind: dict[str, Any] = {"pattern": pattern} if pattern else {"sparsity": 0.7, "allocation": "uniform"}
+    if method == "sparsellm":  # whose gradients of the loss are refused beyond fp32
+        kind |= {"effort": 0, "options": {"output_metric": 0.0}}
+    recipe = Recipe(method=method, **kind)
+    for factor in (1e-30, 1e25):
+        result = sparsellm.prune(scaled("q_proj", factor), recipe, calibration=IDS)
+        assert all(linear.sparsity == pytest.approx(linear.asked, abs=2e-3) for linear in result.linears)
+        assert all(linear.error > 1e-3 for linear in result.linears)
+    for part, reader, factor in (("v_proj", "0.self_attn.o_proj", 1e-30), ("up_proj", "0.mlp.down_proj", 1e25)):
+        with pytest.raises(NumericalError, match=rf"^model\.layers\.{reader}: [^\n]+$"):
+            sparsellm.prune(scaled(part, factor), recipe, calibration=IDS)
+
+
+def test_a_linear_whose_inputs_are_zero_is_pruned_by_size() -> None:
+    result = sparsellm.prune(scaled("0.self_attn.v_proj", 0.0), Recipe(method="sparsegpt"), calibration=IDS)
+    assert "magnitude: model.layers.0.self_attn.o_proj;" in result.warnings[-1]
+    (linear,) = (linear for linear in result.linears if linear.name == "model.layers.0.self_attn.o_proj")
+    assert linear.sparsity == pytest.approx(0.7, abs=2e-3)
+
+
+def test_kept_weights_too_small_for_the_dtype_are_refused() -> None:
+    @METHODS.register("vanishing", paper="none")
+    def vanishing(task: BlockTask) -> None:
+        for linear in task.linears:
+            weight, gram = linear.weight(), Gram(torch.eye(linear.in_features), 1)
+            mask = task.patterns[linear.name].mask(weight.abs())
+            task.accept(linear, weight, Solution(weight * mask * 1e-9, mask, 1.0), gram)
+
+    try:
+        with pytest.raises(NumericalError, match=r"q_proj: 307 of its 1024 weights would be kept .* float16"):
+            sparsellm.prune(tiny_llama().half(), Recipe(method="vanishing"), calibration=IDS)
+    finally:
+        del METHODS["vanishing"]
 
 
 def test_an_already_pruned_model_is_said_and_pruned_further() -> None:

@@ -11,6 +11,7 @@ import torch
 from sparsellm.errors import NumericalError, RecipeError
 from sparsellm.patterns import NM, Pattern
 from sparsellm.solvers import SOLVERS, Solution
+from sparsellm.solvers.divided import divide
 from sparsellm.statistics import Gram
 from tests.shares import Share, violations, zeros_of
 from tests.solvers.problems import gram_of, relative, true_best, weight_of
@@ -94,6 +95,18 @@ def test_dead_inputs(name: str, pattern: Pattern):
     if name != "magnitude":  # which does not look at the inputs
         assert result.weight[:, [2, 3, 20]].count_nonzero() == 0 or isinstance(pattern, NM)
         assert not result.mask[:, [2, 3, 20]].any() or isinstance(pattern, NM)
+
+
+@pytest.mark.parametrize("exponent", [-120, -70, 60, 120])
+@pytest.mark.parametrize("pattern", [Share(0.7), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_size_of_a_weight_changes_no_bit(name: str, pattern: Pattern, exponent: int):
+    weight, gram = weight_of(16, 24), gram_of(24)
+    plain = divide(SOLVERS[name])(weight, gram, pattern)
+    other = divide(SOLVERS[name])(weight * 2.0**exponent, gram, pattern)
+    assert torch.equal(other.weight, plain.weight * 2.0**exponent)
+    assert torch.equal(other.mask, plain.mask)
+    assert other.error == plain.error > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

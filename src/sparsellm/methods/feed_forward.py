@@ -11,7 +11,7 @@ from sparsellm.chain.capture import watch
 from sparsellm.chain.units import FeedForwardUnit
 from sparsellm.decomposition.loop import Settings, prune_feed_forward
 from sparsellm.decomposition.objective import Chunks, FeedForward, Linear, split, stored
-from sparsellm.methods.task import BlockTask
+from sparsellm.methods.task import BlockTask, naming
 from sparsellm.solvers import Solution, Solver
 
 # Memory of a unit for all tokens, in units of the hidden states: inputs, targets, and Z (or U and S), four times as
@@ -56,9 +56,12 @@ def alternate(
     linears, scratch = unit.linears(), task.stream.scratch
     inside = {role: solvers[linear.name] for role, linear in linears.items()}
     patterns = {role: task.patterns[linear.name] for role, linear in linears.items()}
-    pruned, history = prune_feed_forward(current(unit), train, held_out, inside, patterns, settings, scratch)
+    with naming(unit.down.name):
+        pruned, history = prune_feed_forward(current(unit), train, held_out, inside, patterns, settings, scratch)
     for role, linear in pruned.unit.linears().items():
         mask = pruned.masks[role]
+        if patterns[role].sparsity < 1 and not bool(linear.weight.any()):
+            continue  # its inputs were 0 in every token
         solution = Solution(linear.weight.where(mask, 0.0), mask, pruned.error, pruned.notes)
         steps = tuple(history) if role == "down" else ()
         task.accept(linears[role], linears[role].weight(), solution, None, history=steps)

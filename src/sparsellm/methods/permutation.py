@@ -24,9 +24,11 @@ from transformers import PretrainedConfig
 from sparsellm import parallel
 from sparsellm.chain import LinearView
 from sparsellm.chain.capture import InputGroups, watch
+from sparsellm.errors import NumericalError
 from sparsellm.methods.routed import without_experts
 from sparsellm.methods.task import BlockTask
 from sparsellm.patterns import NM
+from sparsellm.solvers.divided import safe_factor
 
 ROUNDS = 3  # each takes every member out of its group once; later rounds change nothing
 GROUPS = 256  # that exchange members with each other: the time of a round rises with their number
@@ -55,7 +57,10 @@ class Channels:
     def best_order(self, mean_squares: Tensor) -> Tensor:
         """The order ``(heads, width)`` that :func:`spread` chooses by the mean squares ``(in,)`` of the inputs, on the
         CPU, so that any process can take it."""
-        scores = self.reader.weight().abs_().mul_(mean_squares.sqrt())
+        if not bool(torch.isfinite(mean_squares).all()):
+            raise NumericalError(f"{self.reader.name}: the squares of its inputs are too large for fp32")
+        weight = self.reader.weight().abs_()
+        scores = weight.mul_(safe_factor(weight)).mul_(mean_squares.sqrt())
         heads = [torch.cat([scores[:, copy] for copy in head]) for head in self.inputs.transpose(0, 1)]
         return torch.stack([spread(head, self.pattern) for head in heads]).cpu()
 

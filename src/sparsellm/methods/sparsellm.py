@@ -30,7 +30,7 @@ from sparsellm.methods.feed_forward import UNIT_STREAMS, prune_unit
 from sparsellm.methods.permutation import permute_block
 from sparsellm.methods.routed import prune_experts, without_experts
 from sparsellm.methods.sublayers import Sublayer, find_sublayers
-from sparsellm.methods.task import METHODS, BlockTask
+from sparsellm.methods.task import METHODS, BlockTask, naming
 from sparsellm.methods.weighting import token_weights, weighted_solvers
 from sparsellm.patterns import NM
 from sparsellm.registry import Needs, Options, Workspace
@@ -168,7 +168,7 @@ class _Fitting:
                 gram, cross = self._moments(group[0], target, known, recorded, fitted=group[0] is writer)
                 fit = None
                 if cross is not None and self.damping is not None:
-                    with task.clock.phase("prune/solve"):
+                    with task.clock.phase("prune/solve"), naming(group[0].name):
                         fit = least_squares(gram, cross, self.damping, prior=group[0].weight())
                     del cross
                 for linear in group:
@@ -215,4 +215,5 @@ class _Fitting:
         gram.reduce()
         if cross is not None:
             cross.reduce()
-        return gram.finish(), cross.finish() if cross is not None else None
+        with naming(head.name):
+            return gram.finish(), cross.finish() if cross is not None else None

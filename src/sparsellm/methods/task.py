@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,11 +14,13 @@ from sparsellm import machine
 from sparsellm.chain import LinearView, Stream
 from sparsellm.chain.capture import InputGroups, RunOrder, skipping, watch
 from sparsellm.chain.experts import ExpertLinear
+from sparsellm.errors import NumericalError
 from sparsellm.patterns import NM, Pattern, count_zeros
 from sparsellm.progress import PhaseClock
 from sparsellm.records import LinearResult, Step
 from sparsellm.registry import Registry
 from sparsellm.solvers import Solution, Solver
+from sparsellm.solvers.divided import safe_factor
 from sparsellm.solvers.rounding import Rounded, rounded
 from sparsellm.statistics import Fit, Gram, GramAccumulator
 from sparsepack.codes import text_of_exponents
@@ -25,8 +29,9 @@ from sparsepack.grid import INTEGERS
 # glibc maps separate pages for tensors above 32 MiB, which cannot use the holes of smaller ones in the heap (0.1 GB in
 # a block of a 7B), so the heap is trimmed after them; after every solve, that took a third of the solver's time.
 OWN_PAGES = 32 << 20
+LOST = 0.01  # the most kept weights, as a fraction of all, that may be too small for the dtype of the checkpoint
 COARSE = 0.1  # a linear whose error grows by more than this in rounding is named; a round number, not measured
-UNREACHED = "pruned by magnitude: no calibration token reached it"  # note in the result of such a linear
+UNREACHED = "pruned by magnitude: no calibration token reached it, or all its inputs were 0"  # note in such a result
 
 
 @dataclass
@@ -88,12 +93,19 @@ class BlockTask:
             groups = grouping.agreed(linears)
             for head, *_ in groups:
                 accumulators.setdefault(head.name, GramAccumulator(head.in_features, device)).reduce()
-        return [(group, accumulators.pop(group[0].name).finish()) for group in groups]
+        grams = []
+        for group in groups:
+            with naming(group[0].name):
+                grams.append((group, accumulators.pop(group[0].name).finish()))
+        return grams
 
     def solve(self, linear: LinearView, solver: Solver, gram: Gram, fit: Fit | None = None) -> None:
-        """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result."""
+        """Prunes the weight of a linear, or its refitted weight if there is one, and assigns the result. One whose
+        inputs were all 0 is left to :meth:`finish`."""
+        if bool(gram.dead.all()):
+            return
         weight, notes = (linear.weight(), ()) if fit is None else (fit.weight, fit.notes)
-        with self.clock.phase("prune/solve"):
+        with self.clock.phase("prune/solve"), naming(linear.name):
             solution = solver(weight, gram, self.patterns[linear.name])
         self.accept(linear, weight, solution, gram, notes=notes)
 
@@ -113,16 +125,24 @@ class BlockTask:
         pattern, weight, error = self.patterns[linear.name], solution.weight, solution.error
         notes, exponents = (*notes, *solution.notes), ""
         if self.values in INTEGERS:
+            if (factor := safe_factor(weight)) != 1:
+                raise NumericalError(
+                    f"{linear.name}: its weights are near 2^{-math.log2(factor):.0f}, too far from 1 to be rounded; "
+                    "give values keep, or leave it out (exclude)"
+                )
             grid, error = self._rounded(linear, dense, weight, gram)
             weight, notes, exponents = grid.weight, (*notes, *grid.notes), text_of_exponents(grid.exponents)
             if error > solution.error + COARSE:
                 notes = (*notes, f"rounding to {self.values} raised its error from {solution.error:.3f} to {error:.3f}")
         linear.assign(weight)
+        zeros = count_zeros(linear.parameter)
+        if gram is not None and self.values not in INTEGERS:
+            _check_kept(linear, zeros, dense, solution.mask, gram)
         self.results.append(
             LinearResult(
                 name=linear.name,
                 shape=(linear.out_features, linear.in_features),
-                zeros=count_zeros(linear.parameter),
+                zeros=zeros,
                 asked=pattern.sparsity,
                 error=error,
                 notes=(*notes, *self.notes.get(linear.name, ())),
@@ -158,6 +178,29 @@ class BlockTask:
                     weight = weight * pattern.mask(weight.abs())
                 solution = Solution(weight, weight != 0, 0.0, (UNREACHED,) if pattern.sparsity else ())
                 self.accept(linear, weight, solution, _equal_inputs(linear) if self.values in INTEGERS else None)
+
+
+def _check_kept(linear: LinearView, zeros: int, dense: Tensor, mask: Tensor, gram: Gram) -> None:
+    """Refuses more zeros than the mask has, if they are kept weights that the checkpoint cannot hold. Those that were 0
+    before, and those of inputs that were 0 in every token, may be 0."""
+    if zeros <= count_zeros(mask) + LOST * mask.numel():
+        return
+    lost = int((mask & (dense != 0) & ~gram.dead & (linear.weight() == 0)).sum())
+    if lost > LOST * mask.numel():
+        dtype = str(linear.storage_dtype).removeprefix("torch.")
+        raise NumericalError(
+            f"{linear.name}: {lost} of its {mask.numel()} weights would be kept and are too small for {dtype}; store "
+            "the model in float32, or leave it out (exclude)"
+        )
+
+
+@contextlib.contextmanager
+def naming(linear: str) -> Iterator[None]:
+    """Puts the name of a linear before the message of a NumericalError."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{linear}: {error}") from error
 
 
 def _equal_inputs(linear: LinearView) -> Gram:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparsellm import parallel
+from sparsellm.errors import NumericalError
 from sparsellm.methods.task import BlockTask
 from sparsellm.solvers import SOLVERS, Solver
 from sparsellm.solvers.divided import divide
@@ -21,6 +23,11 @@ def token_weights(hidden: Sequence[Tensor], medians: float) -> list[Tensor]:
     """
     norms = [batch.float().norm(dim=-1) for batch in hidden]
     limit = medians * torch.cat(parallel.gather_list(torch.cat([norm.flatten() for norm in norms]))).median()
+    if not 0 < limit < math.inf:
+        raise NumericalError(
+            f"the median norm of the hidden states that enter a block is {float(limit) / medians:.3g} in fp32: look "
+            "for damaged weights before it, or give options.norm_weighting 0"
+        )
     return [(limit / norm.clamp(min=1e-30)).square().clamp(max=1.0) for norm in norms]
 
 

@@ -108,7 +108,8 @@ def unreached(linears: Sequence[LinearResult]) -> list[str]:
     if not names:
         return []
     return [
-        f"no calibration token reached {len(names)} of {len(linears)} linears, which were pruned by magnitude: "
+        f"no calibration token reached {len(names)} of {len(linears)} linears, or their inputs were all 0; these were "
+        "pruned by magnitude: "
         f"{some(names, _SHOWN)}; if these are experts, more calibration samples may reach them"
     ]
 

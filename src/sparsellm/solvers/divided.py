@@ -6,7 +6,8 @@ as if it had all rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,13 +23,15 @@ from sparsellm.statistics import Gram
 # are quick to sum over processes.
 DIGITS = ((21, 1 << 11), (10, 1 << 11), (0, 1 << 10))
 SIGN = -(1 << 31)
+SAFE = 32  # weights up to 2^32 and down to 2^-32 have squares and errors that fp32 holds
 
 
 def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Tensor | None = None) -> Solver:
     """The solver with its work divided over the processes, which all pass the same arguments and get all rows.
 
     A solver that is not registered as distributed, or has fewer rows than processes, solves all rows in each. A pattern
-    without zeros keeps every bit.
+    without zeros keeps every bit. A weight whose largest value is beyond 2^±32 is solved times a power of two, since
+    its squares would leave the range of fp32.
 
     Args:
         entry: the solver.
@@ -48,6 +51,9 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
     def solve(weight: Tensor, gram: Gram, pattern: Pattern, **options: object) -> Solution:
         if not pattern.sparsity:
             return Solution(weight, torch.ones_like(weight, dtype=torch.bool), 0.0)
+        if (factor := safe_factor(weight)) != 1:
+            scaled = solve(weight * factor, gram, pattern, **options)
+            return replace(scaled, weight=scaled.weight / factor)
         if parallel.size() == 1:
             return run(slice(None), weight, gram, pattern, **options)
         if not entry.distributed or len(weight) < parallel.size():
@@ -69,6 +75,15 @@ def divide(entry: Entry[Solver], products: Bf16Products | None = None, costs: Te
         )
 
     return solve
+
+
+def safe_factor(weight: Tensor) -> float:
+    """The power of two that brings the largest value of a weight near 1, if its squares could leave the range of fp32;
+    1 for all other weights, and for one that is 0."""
+    largest = max(map(abs, map(float, torch.aminmax(weight))))
+    if largest == 0 or not math.isfinite(largest) or abs(exponent := math.frexp(largest)[1]) <= SAFE:
+        return 1.0
+    return math.ldexp(1.0, -max(exponent, -120))
 
 
 @dataclass(frozen=True)

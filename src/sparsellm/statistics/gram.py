@@ -22,6 +22,7 @@ PANEL = 256  # rows of one panel: wide enough for a full-speed product, narrow e
 TRIANGLE = 512  # rows of a triangular matrix that is inverted at once: products are faster beyond
 CHUNK_ELEMENTS = 1 << 23  # elements converted to fp32 at a time: 32 MiB
 REMEMBERED_BYTES = 1 << 29  # limit of the factorisations that one Gram keeps; beyond it the oldest is dropped
+SQUARES = (1e-26, 1e30)  # of inputs: beyond, products with weights or their inverses underflow or overflow in fp32
 DAMPING_TRIES = 8  # each is ten times the one before, so the last is larger than any ratio of fp32 rounding
 
 CPU = torch.device("cpu")
@@ -171,6 +172,7 @@ class GramAccumulator:
 
     def __init__(self, features: int, device: torch.device = CPU) -> None:
         self.features, self.device, self.tokens = features, device, 0
+        self.silent = True  # every input was 0 in every token
         self.panels = [
             _zeros(min(PANEL, features - start), features - start, self.device) for start in range(0, features, PANEL)
         ]
@@ -178,6 +180,7 @@ class GramAccumulator:
     def update(self, x: Tensor, token_weights: Tensor | None = None) -> None:
         """Adds tokens ``x (..., features)``; one of weight w ≥ 0 adds ``w x xᵀ``, and N stays the token count."""
         for (rows,) in _chunks((x,), token_weights, self.device):
+            self.silent = self.silent and not bool(rows.any())
             for panel in self.panels:
                 right = rows[:, self.features - panel.shape[1] :]
                 panel += right[:, : len(panel)].T @ right
@@ -188,9 +191,11 @@ class GramAccumulator:
         for panel in self.panels:
             parallel.all_sum_(panel)
         self.tokens = int(parallel.total(self.tokens))
+        self.silent = not parallel.total(not self.silent)
 
     def finish(self) -> Gram:
-        """The mean over the tokens so far. A NumericalError says that there are none, or that a sum is not finite."""
+        """The mean over the tokens so far. A NumericalError says that there are none, that a sum is not finite, or that
+        fp32 cannot hold the squares of the inputs."""
         matrix = torch.empty(self.features, self.features, device=self.device)
         for panel in self.panels:
             start = self.features - panel.shape[1]
@@ -199,7 +204,14 @@ class GramAccumulator:
             square = matrix[start:stop, start:stop]
             square.copy_(square.triu() + square.triu(1).T)  # the halves of a product may differ in the last bit
             matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-        return Gram(matrix, self.tokens)
+        gram, (least, most) = Gram(matrix, self.tokens), SQUARES
+        if not self.silent and not least <= (largest := float(gram.diagonal.max())) <= most:
+            size = "small" if largest < least else "large"
+            raise NumericalError(
+                f"its inputs are too {size} for fp32: the largest mean square is {largest:.3g}, not {least:g} to "
+                f"{most:g}; the weights before it are damaged, or leave it out (exclude)"
+            )
+        return gram
 
 
 class CrossAccumulator:
