@@ -159,6 +159,16 @@ def prune(source: Path, out: Path, recipe: dict[str, Any]) -> None:
     sparsellm.prune(source, sparsellm.Recipe(**recipe), out=out)
 
 
+def line(home: Path, words: list[str], disk: int | None = None) -> None:
+    """A command for :func:`run`: a command line in the directory ``home``, where the disk is full after some writes."""
+    os.chdir(home)
+    os.environ["SPARSELLM_CACHE"] = str(home / "cache")
+    sys.stdout = sys.stderr = (home.parent / f"{home.name}.log").open("w")
+    sys.argv = ["sparsellm", *words]
+    with full_disk(disk):
+        cli.main()
+
+
 def _counted(connection: Any, call: Any, at: Any, memory: int | None) -> None:
     torch.set_num_threads(1)
     command, args, kwargs = call
@@ -171,6 +181,8 @@ def _counted(connection: Any, call: Any, at: Any, memory: int | None) -> None:
             command(*args, **kwargs)
         except SparseLLMError as refused:
             error = f"{type(refused).__name__}: {refused}"
+        except SystemExit as stopped:
+            error = f"exit code {stopped.code}" if stopped.code else ""
     connection.send((error, Counter(steps)))
 
 
