@@ -250,7 +250,8 @@ def _header(file: Path) -> dict[str, _Stored]:
     """The tensors of a safetensors file. The format's own library checks the header (sizes, overlaps, gaps, the file's
     length), but does not return the offsets of tensors."""
     try:
-        with safe_open(file, framework="pt"), file.open("rb") as opened:
+        # By numpy, which maps no more than the file: torch reserves memory for all of it.
+        with safe_open(file, framework="np"), file.open("rb") as opened:
             stamp = _stamp(opened)
             length = int.from_bytes(opened.read(8), "little")
             header: dict[str, Any] = json.loads(opened.read(length))
