@@ -43,10 +43,16 @@ struct Bf16 {
     const uint8_t* second = values + 2 * __builtin_popcountll(low);
     const __m128i halves[2] = {_mm_shuffle_epi8(load16(values), load16(kLookup.halves[0] + low)),
                                _mm_shuffle_epi8(load16(second), load16(kLookup.halves[0] + high))};
-    const __m256i pairs = _mm256_inserti128_si256(_mm256_castsi128_si256(halves[0]), halves[1], 1);
+    widen(_mm256_inserti128_si256(_mm256_castsi128_si256(halves[0]), halves[1], 1), out);
+    return second + 2 * __builtin_popcountll(high);
+  }
+  static int64_t bytes(int64_t n) { return 2 * n; }
+  static void all(const uint8_t* values, Vector* out) {
+    widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)), out);
+  }
+  static void widen(__m256i pairs, Vector* out) {
     out[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
     out[1] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-    return second + 2 * __builtin_popcountll(high);
   }
 };
 
@@ -57,6 +63,7 @@ struct Fp16 {
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm256_cvtph_ps(eight_halves(bits, values));
   }
+  static void all(const uint8_t* values, Vector* out) { out[0] = _mm256_cvtph_ps(load16(values)); }
 };
 
 inline __m256i eight_words(uint64_t bits, const uint8_t* values) {
@@ -73,6 +80,9 @@ struct Fp32 {
   static int64_t bytes(int64_t n) { return 4 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm256_castsi256_ps(eight_words(bits, values));
+  }
+  static void all(const uint8_t* values, Vector* out) {
+    out[0] = _mm256_loadu_ps(reinterpret_cast<const float*>(values));
   }
 };
 

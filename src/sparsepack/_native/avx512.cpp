@@ -24,6 +24,9 @@ struct Bf16 {
     const __m512i spread = _mm512_mask_expand_epi32(zeros(), static_cast<__mmask16>(bits), wide);
     out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(spread, 16));
   }
+  static void all(const uint8_t* values, Vector* out) {
+    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(sixteen_halves(values)), 16));
+  }
 };
 
 struct Fp16 {
@@ -33,6 +36,7 @@ struct Fp16 {
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm512_mask_expand_ps(_mm512_castsi512_ps(zeros()), static_cast<__mmask16>(bits), _mm512_cvtph_ps(sixteen_halves(values)));
   }
+  static void all(const uint8_t* values, Vector* out) { out[0] = _mm512_cvtph_ps(sixteen_halves(values)); }
 };
 
 struct Int8 {

@@ -27,6 +27,7 @@ struct Fp32 {
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = _mm512_mask_expand_ps(_mm512_castsi512_ps(zeros()), static_cast<__mmask16>(bits), _mm512_loadu_ps(values));
   }
+  static void all(const uint8_t* values, Vector* out) { out[0] = _mm512_loadu_ps(values); }
 };
 
 void spread32(const uint8_t* mask, int64_t columns, const uint8_t* values, uint8_t* out) {

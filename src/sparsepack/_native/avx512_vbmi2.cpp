@@ -18,7 +18,10 @@ struct Bf16 {
   static constexpr uint64_t kAll = 0xffffffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    const __m512i pairs = _mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
+    widen(_mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values)), out);
+  }
+  static void all(const uint8_t* values, Vector* out) { widen(_mm512_loadu_si512(values), out); }
+  static void widen(__m512i pairs, Vector* out) {
     out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     out[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
@@ -31,7 +34,10 @@ struct Fp16 {
   static constexpr uint64_t kAll = 0xffffffffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    const __m512i pairs = _mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
+    widen(_mm512_mask_expand_epi16(zeros(), static_cast<__mmask32>(bits), _mm512_loadu_si512(values)), out);
+  }
+  static void all(const uint8_t* values, Vector* out) { widen(_mm512_loadu_si512(values), out); }
+  static void widen(__m512i pairs, Vector* out) {
     const __m512i keep = _mm512_set1_epi32(static_cast<int>(0x8fffe000u));
     out[0] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 3), keep));
     out[1] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_srai_epi32(pairs, 3), keep));

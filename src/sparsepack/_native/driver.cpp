@@ -256,6 +256,7 @@ void for_rows(const Packed& weight, int tokens, ValueType kind, void* y, float f
       Rows rows;
       rows.count = static_cast<int>(std::min<int64_t>(kMaxRows, last - row));
       rows.words = weight.stride / 8;
+      rows.full = weight.mask_step == 0 ? weight.columns / 64 : 0;
       rows.mask_ahead = rows.count * weight.mask_step;
       rows.shift = shift;
       for (int r = 0; r < rows.count; ++r) {

@@ -26,6 +26,7 @@ constexpr int64_t kBlock = 4;  // mask words that share the scales of rounded ac
 struct Rows {
   int count;
   int64_t words;                      // mask words in a row
+  int64_t full;                       // words from the first on whose bits are all set, as those of a dense weight are
   const uint8_t* mask[kMaxRows];      // words * 8 bytes each
   const uint8_t* values[kMaxRows];    // kSlack readable bytes follow the last value
   int64_t mask_ahead;                 // bytes to where the mask of the next rows will be read, for prefetching

@@ -39,9 +39,12 @@ struct Bf16 {
   static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    const uint16x8_t spread = eight_halves(bits, values);
-    out[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(spread), 16));
-    out[1] = vreinterpretq_f32_u32(vshll_high_n_u16(spread, 16));
+    widen(eight_halves(bits, values), out);
+  }
+  static void all(const uint8_t* values, Vector* out) { widen(vreinterpretq_u16_u8(vld1q_u8(values)), out); }
+  static void widen(uint16x8_t halves, Vector* out) {
+    out[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(halves), 16));
+    out[1] = vreinterpretq_f32_u32(vshll_high_n_u16(halves, 16));
   }
 };
 
@@ -50,9 +53,13 @@ struct Fp16 {
   static constexpr uint64_t kAll = 0xffu;
   static int64_t bytes(int64_t n) { return 2 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
-    const float16x8_t spread = vreinterpretq_f16_u16(eight_halves(bits, values));
-    out[0] = vcvt_f32_f16(vget_low_f16(spread));
-    out[1] = vcvt_high_f32_f16(spread);
+    widen(eight_halves(bits, values), out);
+  }
+  static void all(const uint8_t* values, Vector* out) { widen(vreinterpretq_u16_u8(vld1q_u8(values)), out); }
+  static void widen(uint16x8_t bits, Vector* out) {
+    const float16x8_t halves = vreinterpretq_f16_u16(bits);
+    out[0] = vcvt_f32_f16(vget_low_f16(halves));
+    out[1] = vcvt_high_f32_f16(halves);
   }
 };
 
@@ -62,6 +69,9 @@ struct Fp32 {
   static int64_t bytes(int64_t n) { return 4 * n; }
   static void expand(uint64_t bits, const uint8_t* values, Vector* out) {
     out[0] = vreinterpretq_f32_u32(four_words(bits, values));
+  }
+  static void all(const uint8_t* values, Vector* out) {
+    out[0] = vreinterpretq_f32_u32(vreinterpretq_u32_u8(vld1q_u8(values)));
   }
 };
 

@@ -8,6 +8,8 @@
 //   kChains  accumulators of a sum, which take turns: with few rows at once, a single one would wait for itself
 // or, where the bits are better cut out of the mask word in its own way,
 //   take(word, step, values, out)  the same for step `step` of the word; returns where the values after these begin
+// and, where that is less work,
+//   all(values, out)  the same as expand where all bits are set
 
 template <class Values>
 inline __attribute__((always_inline)) auto next(uint64_t word, int step, const uint8_t* values, Vector* out, int)
@@ -23,25 +25,30 @@ inline __attribute__((always_inline)) const uint8_t* next(uint64_t word, int ste
   return values + Values::bytes(__builtin_popcountll(some));
 }
 
-template <class Values, int R, int T>
-inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x, int64_t pitch, int tokens,
-                                                float* sums) {
+// The same where all bits of the word are set.
+template <class Values>
+inline __attribute__((always_inline)) auto next_full(int, const uint8_t* values, Vector* out, int)
+    -> decltype(Values::all(values, out), values + 0) {
+  Values::all(values, out);
+  return values + Values::bytes(Values::kColumns);
+}
+
+template <class Values>
+inline __attribute__((always_inline)) const uint8_t* next_full(int step, const uint8_t* values, Vector* out, long) {
+  return next<Values>(~uint64_t{0}, step, values, out, 0);
+}
+
+// Words first to last of R rows for T tokens; with kFull, all of their bits are set.
+template <class Values, int R, int T, bool kFull>
+inline __attribute__((always_inline)) void walk_words(const Rows& rows, int64_t first, int64_t last, const float* x,
+                                                      int64_t pitch, const uint8_t** values,
+                                                      Vector (&accumulators)[R][T][Values::kChains]) {
   constexpr int kVectors = Values::kColumns / kLanes;
   constexpr int kSteps = 64 / Values::kColumns;
-  Vector accumulators[R][T][Values::kChains];
-  const uint8_t* values[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    values[r] = rows.values[r];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-#pragma GCC unroll 2
-      for (int chain = 0; chain < Values::kChains; ++chain) accumulators[r][t][chain] = zero();
-  }
-  for (int64_t word = 0; word < rows.words; ++word) {
+  for (int64_t word = first; word < last; ++word) {
     uint64_t bits[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R && !kFull; ++r) {
       __builtin_memcpy(&bits[r], rows.mask[r] + 8 * word, 8);
       if (word % 8 == 0) __builtin_prefetch(rows.mask[r] + 8 * word + rows.mask_ahead, 0, kLocality);
     }
@@ -50,8 +57,9 @@ inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x
       Vector weights[R][kVectors];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        if (step % kPrefetchSteps == 0) __builtin_prefetch(values[r] + rows.values_ahead[r], 0, kLocality);
-        values[r] = next<Values>(bits[r], step, values[r], weights[r], 0);
+        if (kFull || step % kPrefetchSteps == 0) __builtin_prefetch(values[r] + rows.values_ahead[r], 0, kLocality);
+        values[r] = kFull ? next_full<Values>(step, values[r], weights[r], 0)
+                          : next<Values>(bits[r], step, values[r], weights[r], 0);
       }
       const float* at = x + 64 * word + step * Values::kColumns;
 #pragma GCC unroll 16
@@ -68,6 +76,23 @@ inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x
       }
     }
   }
+}
+
+template <class Values, int R, int T>
+inline __attribute__((always_inline)) void walk(const Rows& rows, const float* x, int64_t pitch, int tokens,
+                                                float* sums) {
+  Vector accumulators[R][T][Values::kChains];
+  const uint8_t* values[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    values[r] = rows.values[r];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+      for (int chain = 0; chain < Values::kChains; ++chain) accumulators[r][t][chain] = zero();
+  }
+  walk_words<Values, R, T, true>(rows, 0, rows.full, x, pitch, values, accumulators);
+  walk_words<Values, R, T, false>(rows, rows.full, rows.words, x, pitch, values, accumulators);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
