@@ -50,7 +50,8 @@ class Measured(Record):
     packed_bytes: int  # weight files of the packed checkpoint
     dense_bytes: int
     tokens_per_second: float | None  # while decoding; None if no speed is measured
-    dense_tokens_per_second: float | None
+    dense_tokens_per_second: float | None  # by the same decoder
+    transformers_tokens_per_second: float | None = None  # dense, as transformers runs it
     seconds: float  # the time of pruning
     peak_rss: int  # most bytes of the process so far
     settings: Settings  # everything that the measurements depend on
@@ -248,8 +249,9 @@ def _measure(
         **against.model_dump(include={"kl", "agreement", "recovery"}),
         packed_bytes=packed.checkpoint_bytes,
         dense_bytes=pruned.base.bytes or 0,
-        tokens_per_second=speeds[1].median if speeds else None,
-        dense_tokens_per_second=speeds[0].median if speeds else None,
+        tokens_per_second=speeds.packed.median if speeds else None,
+        dense_tokens_per_second=speeds.dense.median if speeds else None,
+        transformers_tokens_per_second=speeds.transformers.median if speeds else None,
         seconds=sum(pruned.whole_seconds.values()),
         peak_rss=pruned.peak_rss_bytes,
         settings=settings,

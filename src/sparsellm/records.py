@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PlainSerializer, V
 
 from sparsellm.errors import StorageError, refusal
 from sparsellm.inputs import read_object
-from sparsepack.bench import Comparison, Speed
+from sparsepack.bench import Comparison, Pair
 
 PRUNING, RESULTS = "pruning.json", "results.json"
 PUT_BACK = "put the file back as it was"
@@ -395,10 +395,10 @@ class Benchmark(Comparison, Stamp):
     """One call of ``sparsellm bench``."""
 
     @property
-    def decoding(self) -> tuple[Speed, Speed] | None:
-        """The speeds of the dense and of the packed model while decoding the smallest batch."""
-        pairs = [pair for pair in self.pairs() if pair[0].phase == "decode"]
-        return min(pairs, key=lambda pair: pair[0].batch, default=None)
+    def decoding(self) -> Pair | None:
+        """The speeds of the packed and of the dense model while decoding the smallest batch."""
+        pairs = [pair for pair in self.pairs() if pair.packed.phase == "decode"]
+        return min(pairs, key=lambda pair: pair.packed.batch, default=None)
 
 
 class Continuation(Measurement):

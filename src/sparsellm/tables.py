@@ -115,14 +115,16 @@ def print_demo(result: DemoResult, *, verbose: bool = False) -> None:
         print_pruned(result.pruned, verbose=True)
     against, pruned, speeds = result.against, result.pruned, result.speeds
     shown = table(("SmolLM2-135M-Instruct", "dense", "pruned and packed"), ())
-    rates = [speed(each.median, each.slowest, each.fastest) for each in speeds.decoding or ()]
     shown.add_row("perplexity, held-out text", f"{against.perplexity.value:.2f}", f"{result.evaluation.value:.2f}")
     shown.add_row("KL from the dense model", "0", f"{against.kl:.3f} nats a token")
     shown.add_row("same next token as dense", "100.0%", f"{against.agreement:.1%}")
     shown.add_row("zeros in the linears", "–", f"{pruned.sparsity_pruned:.2%}")
-    shown.add_row("weights on disk", _megabytes(speeds.dense_disk_bytes), _megabytes(speeds.packed_disk_bytes))
-    shown.add_row("weights in memory", _megabytes(speeds.dense_bytes), _megabytes(speeds.packed_bytes))
-    shown.add_row("decoding, tokens/s", *rates)
+    shown.add_row("weights in memory, in bf16", _megabytes(speeds.dense_bytes), _megabytes(speeds.packed_bytes))
+    if (pair := speeds.decoding) is not None:
+        every = (pair.dense, pair.packed, pair.transformers)
+        dense, packed, eager = (speed(each.median, each.slowest, each.fastest) for each in every)
+        shown.add_row("decoding, tokens/s", dense, f"{packed}, × {pair.packed.median / pair.dense.median:.2f}")
+        shown.add_row("dense as transformers runs it", eager, f"× {pair.ratio.dense_by_transformers:.2f}")
     shown.add_row("time of pruning", "–", duration(result.seconds["prune"]))
     shown.add_row("peak memory of pruning", "–", f"{pruned.peak_rss_bytes / 1e9:.2f} GB")
     shown.add_section()
@@ -198,6 +200,8 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
         )
     out().print(shown)
     say("MB: weight files, packed · same: tokens with the same first choice · recovery: dense ppl / ppl")
+    if (eager := first.transformers_tokens_per_second) is not None:
+        say(f"tok/s: dense by the same decoder; {eager:.1f} as transformers runs it")
     if result.recommended is not None:
         say(f"recommended: {result.recommended}, packed in {result.out / result.recommended}-packed")
     elif constrained:
@@ -208,16 +212,16 @@ def print_grid(result: GridResult, *, constrained: bool) -> None:
 
 def print_speeds(report: Benchmark, saved: Path | None) -> None:
     """Prints tokens per second of a packed and a dense checkpoint: the median, and the slowest and fastest round."""
-    shown = table(("",), ("batch", "threads", "dense tok/s", "packed tok/s", "ratio"))
-    for first, second in report.pairs():
-        shown.add_row(
-            first.phase,
-            str(first.batch),
-            str(first.threads),
-            speed(first.median, first.slowest, first.fastest),
-            speed(second.median, second.slowest, second.fastest),
-            f"{second.median / first.median:.2f}",
-        )
+    shown = table(("batch × threads, dense by",), ("dense tok/s", "packed tok/s", "ratio"))
+    for pair in report.pairs():
+        packed = pair.packed
+        for how, dense in pair.against:
+            shown.add_row(
+                f"{packed.phase} {packed.batch} × {packed.threads}, {how}",
+                speed(dense.median, dense.slowest, dense.fastest),
+                speed(packed.median, packed.slowest, packed.fastest),
+                f"{packed.median / dense.median:.2f}",
+            )
     out().print(shown)
     say(
         f"weights in memory: {report.dense_bytes / 1e6:.1f} MB dense, {report.packed_bytes / 1e6:.1f} MB packed; "

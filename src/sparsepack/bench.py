@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from sparsepack.arguments import checked
-from sparsepack.decode import Decoder, cache_keyword, decodes
+from sparsepack.decode import Decoder, decodes
 from sparsepack.errors import FormatError, SettingError, refusal
+from sparsepack.generation import generation_config_set
 from sparsepack.loading import checkpoint_path, load
-from sparsepack.module import PackedLinear, kernel_name, threads_set, to_dense
+from sparsepack.module import PackedLinear, gather, kernel_name, threads_set, to_dense
 
 ProgressCallback = Callable[[str, float, float, str], object]
 """Called with a phase, the steps done, the steps in all, and a text on the current step."""
 
+_Decoder = Literal["compiled", "transformers"]
 _SAME = 0.03  # relative difference in speed below which two models count as equally fast: what repeats differ by
 
 # Keys of a config that describe files, not the function of the model.
@@ -48,6 +51,8 @@ class Speed(_Measured):
     """Tokens per second of one model in one setting, over all ``batch`` sequences and all repeats.
 
     ``phase`` is ``prefill`` (the whole prompt in one forward) or ``decode`` (a token at a time for each sequence).
+    ``decoder`` is the program that decoded: ``compiled`` is that of :mod:`sparsepack.decode`, ``transformers`` its
+    ``generate``. Records of older releases lack it: a dense model was decoded by transformers there.
     """
 
     model: str
@@ -57,18 +62,66 @@ class Speed(_Measured):
     median: float
     slowest: float
     fastest: float
+    decoder: _Decoder | None = None
+
+
+class Ratio(_Measured):
+    """How many times as fast as the dense model the packed one is in a setting, if the same decoder runs both, and if
+    transformers runs the dense one. ``same_decoder`` is None where a record of an older release lacks that speed."""
+
+    phase: str
+    batch: int
+    threads: int
+    same_decoder: float | None
+    dense_by_transformers: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One setting: the packed model's speed, the dense one's by the same decoder (None in records of older releases),
+    and the dense one's as transformers runs it."""
+
+    packed: Speed
+    same: Speed | None
+    transformers: Speed
+
+    @property
+    def dense(self) -> Speed:
+        """The dense model's speed by the same decoder where it is known, else as transformers runs it."""
+        return self.transformers if self.same is None else self.same
+
+    @property
+    def against(self) -> list[tuple[str, Speed]]:
+        """The dense model's speeds, each once, by what runs it."""
+        same = [] if self.same is None else [("the same decoder", self.same)]
+        return same if self.same is self.transformers else [*same, ("transformers", self.transformers)]
+
+    @property
+    def ratio(self) -> Ratio:
+        """The packed model's speed in relation to each of the dense one's."""
+        fast = self.packed
+        return Ratio(
+            phase=fast.phase,
+            batch=fast.batch,
+            threads=fast.threads,
+            same_decoder=None if self.same is None else fast.median / self.same.median,
+            dense_by_transformers=fast.median / self.transformers.median,
+        )
 
 
 class Comparison(_Measured):
     """A packed checkpoint against a dense one.
 
     Attributes:
-        speeds: those of ``dense`` and ``packed``, in every setting.
+        speeds: those of ``dense`` and ``packed``, in every setting. Where the compiled decoder runs the dense model, it
+            is measured by transformers' ``generate`` too.
         dense_bytes, packed_bytes: all weights in memory; ``linear``: those of the linears in the blocks; ``disk``: the
             weight files, None for a model that was unpacked in memory.
         dtype, dense_dtype: type of the packed model's activations, and of the dense model.
         kernel: the kernel for small batches; see :func:`~sparsepack.module.kernel_name`.
         verdict: one sentence a setting.
+        ratios: what the speeds are to each other, in every setting.
+        packed_name, dense_name: the names of the directories; None for a model that was unpacked in memory.
     """
 
     speeds: list[Speed]
@@ -82,9 +135,12 @@ class Comparison(_Measured):
     verdict: list[str]
     dense_disk_bytes: int | None
     packed_disk_bytes: int | None
+    ratios: list[Ratio] = []
+    packed_name: str | None = None
+    dense_name: str | None = None
 
-    def pairs(self) -> Iterator[tuple[Speed, Speed]]:
-        """The dense and the packed model's speed in each setting."""
+    def pairs(self) -> list[Pair]:
+        """The speeds of both models in each setting."""
         return pairs_of(self.speeds)
 
 
@@ -138,8 +194,9 @@ def compare(
     progress("load", 1, 2, "dense")
     models["dense"] = load(packed if dense is None else dense, device=device, dtype=dtype)
     to_dense(models["dense"])
+    gather(models["dense"], dense=decodes(models["dense"]))
     progress("load", 2, 2, "")
-    speeds = measure(models, chosen, progress=progress)
+    speeds = measure(models, chosen, twice=("dense",), progress=progress)
     return Comparison(
         speeds=speeds,
         dense_bytes=resident_bytes(models["dense"]),
@@ -152,6 +209,9 @@ def compare(
         verdict=verdict(speeds),
         dense_disk_bytes=None if dense is None else weight_file_bytes(Path(dense)),
         packed_disk_bytes=weight_file_bytes(Path(packed)),
+        ratios=[pair.ratio for pair in pairs_of(speeds)],
+        packed_name=Path(packed).expanduser().resolve().name,
+        dense_name=None if dense is None else Path(dense).expanduser().resolve().name,
     )
 
 
@@ -177,13 +237,16 @@ def measure(
     models: Mapping[str, PreTrainedModel],
     rounds: Rounds | None = None,
     *,
+    twice: Container[str] = (),
     clock: Callable[[], float] = time.perf_counter,
     progress: ProgressCallback = lambda *_: None,
 ) -> list[Speed]:
     """Speed of several models by name, which take turns; the first round of each setting is not counted.
 
-    Prompts are random tokens, since speed does not depend on the text. ``clock`` returns seconds: ``time.process_time``
-    excludes other processes, but is only right for one thread.
+    One sequence is decoded by the compiled decoder where it knows the model, by transformers' ``generate`` too if the
+    model's name is in ``twice``; several sequences by ``generate``. Prompts are random tokens, since speed does not
+    depend on the text. ``clock`` returns seconds: ``time.process_time`` excludes other processes, but is only right for
+    one thread.
 
     Raises:
         SettingError: prompt and new tokens exceed the positions of a model.
@@ -199,46 +262,64 @@ def measure(
     speeds = []
     settings = [(count, batch) for count in rounds.threads or (torch.get_num_threads(),) for batch in rounds.batches]
     for index, (count, batch) in enumerate(settings):
-        seconds: dict[tuple[str, str], list[float]] = {}
+        seconds: dict[tuple[str, str, _Decoder], list[float]] = {}
         with threads_set(count):
             for turn in range(rounds.repeats + 1):
                 share = turn / (rounds.repeats + 1)
                 progress("bench", index + share, len(settings), f"batch {batch}, {count} threads")
                 for name, model in models.items():
-                    run = one_run(model, batch, rounds.prompt_tokens, rounds.new_tokens, clock)
-                    if turn:  # the first round includes page faults, the start of threads and the choice of kernels
-                        for phase, taken in zip(tokens, run, strict=True):
-                            seconds.setdefault((phase, name), []).append(taken)
-        for (phase, name), runs in sorted(seconds.items(), key=lambda item: item[0][0], reverse=True):  # prefill first
+                    compiled = batch == 1 and decodes(model)
+                    decoders: list[_Decoder] = ["compiled"] * compiled
+                    decoders += ["transformers"] * (not compiled or name in twice)
+                    for decoder in decoders:
+                        asked = (batch, rounds.prompt_tokens, rounds.new_tokens, clock)
+                        run = one_run(model, *asked, compiled=decoder == "compiled")
+                        if turn:  # the first includes page faults, the start of threads and the choice of kernels
+                            for phase, taken in zip(tokens, run, strict=True):
+                                seconds.setdefault((phase, name, decoder), []).append(taken)
+        for (phase, name, decoder), runs in sorted(seconds.items(), key=lambda item: item[0][0], reverse=True):
             rates = [batch * tokens[phase] / taken for taken in runs]
             low, median, high = min(rates), statistics.median(rates), max(rates)
-            speeds.append(
-                Speed(model=name, phase=phase, batch=batch, threads=count, median=median, slowest=low, fastest=high)
-            )
+            rate = {"batch": batch, "threads": count, "median": median, "slowest": low, "fastest": high}
+            speeds.append(Speed.model_validate({"model": name, "phase": phase, "decoder": decoder, **rate}))
     progress("bench", len(settings), len(settings), "")
     return speeds
 
 
-def pairs_of(speeds: Sequence[Speed]) -> Iterator[tuple[Speed, Speed]]:
+def pairs_of(speeds: Sequence[Speed]) -> list[Pair]:
     """The speeds of ``dense`` and ``packed`` in each setting."""
-    dense, packed = ([speed for speed in speeds if speed.model == name] for name in ("dense", "packed"))
-    return zip(dense, packed, strict=False)
+    settings: dict[tuple[str, int, int], list[Speed]] = {}
+    for speed in speeds:
+        settings.setdefault((speed.phase, speed.batch, speed.threads), []).append(speed)
+    pairs = []
+    for each in settings.values():
+        packed = next((speed for speed in each if speed.model == "packed"), None)
+        dense = {str(speed.decoder or "transformers"): speed for speed in each if speed.model == "dense"}
+        if packed is not None and "transformers" in dense:
+            pairs.append(Pair(packed, dense.get(str(packed.decoder)), dense["transformers"]))
+    return pairs
 
 
 def verdict(speeds: Sequence[Speed]) -> list[str]:
-    """One sentence for each setting, which says whether packed is faster or slower than dense."""
+    """One sentence for each setting, which says whether packed is faster or slower than dense by the same decoder, and
+    its ratio to the dense model as transformers runs it."""
     lines = []
-    for dense, packed in pairs_of(speeds):
-        ratio = packed.median / dense.median
-        if abs(ratio - 1) < _SAME:
-            outcome = "as fast as dense"
-        elif ratio > 1:
-            outcome = f"{ratio:.2f} times as fast as dense"
-        else:
-            outcome = f"SLOWER than dense on this machine, {ratio:.2f} times its speed"
+    for pair in pairs_of(speeds):
+        packed, ratio = pair.packed, pair.ratio
         where = f"{packed.phase}, batch {packed.batch}, {packed.threads} thread{'s' * (packed.threads != 1)}"
-        lines.append(f"{where}: packed is {outcome} ({packed.median:.1f} tokens/s)")
+        line = f"{where}: packed is {_outcome(packed.median / pair.dense.median)} ({packed.median:.1f} tokens/s)"
+        if pair.same is not None and pair.same is not pair.transformers and packed.phase == "decode":
+            line += f" by the same decoder; {ratio.dense_by_transformers:.2f} × dense as transformers runs it"
+        lines.append(line)
     return lines
+
+
+def _outcome(ratio: float) -> str:
+    if abs(ratio - 1) < _SAME:
+        return "as fast as dense"
+    if ratio > 1:
+        return f"{ratio:.2f} times as fast as dense"
+    return f"SLOWER than dense on this machine, {ratio:.2f} times its speed"
 
 
 def weight_file_bytes(directory: Path) -> int:
@@ -271,15 +352,18 @@ def one_run(
     prompt_tokens: int,
     new_tokens: int,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    compiled: bool = True,
 ) -> tuple[float, float]:
     """Seconds to read a prompt of random tokens, and seconds to decode ``new_tokens`` after it.
 
-    One sequence is decoded as :func:`~sparsepack.generation.generate` does, several by the model's own forward.
+    With ``compiled``, one sequence is decoded as :func:`~sparsepack.generation.generate` does, if the compiled decoder
+    knows the model; all else by transformers' ``generate``.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt_tokens), generator=generator).to(model.device)
-    if batch == 1 and decodes(model):
+    if compiled and batch == 1 and decodes(model):
         decoder = Decoder(model, prompt_tokens + new_tokens)
         start = clock()
         logits = decoder.read(ids)
@@ -287,17 +371,28 @@ def one_run(
         for position in range(prompt_tokens, prompt_tokens + new_tokens):
             logits = decoder.step(int(logits.argmax()), position)
         return read - start, clock() - read
-    keyword = cache_keyword(model)
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    wait: Callable[[], Any] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    wait()
-    start = clock()
-    output: Any = model(input_ids=ids, use_cache=True, **last_only)
-    token = output.logits[:, -1:].argmax(-1)
-    wait()
-    read = clock()
-    for _ in range(new_tokens):
-        output = model(input_ids=token, use_cache=True, **{keyword: getattr(output, keyword)})
-        token = output.logits[:, -1:].argmax(-1)
-    wait()
-    return read - start, clock() - read
+    greedy = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=new_tokens + 1)
+    ends = _Ends(new_tokens + 1, clock)
+    with generation_config_set(model, greedy):
+        start = clock()
+        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=ends)  # type: ignore[operator]
+    return ends.first - start, ends.last - ends.first
+
+
+class _Ends(BaseStreamer):  # type: ignore[misc]
+    """Reads the clock when transformers has the first of some tokens, and the last; it copies each to the CPU, which
+    waits for a GPU."""
+
+    def __init__(self, tokens: int, clock: Callable[[], float]) -> None:
+        self._left, self._tokens, self._clock = tokens + 1, tokens, clock  # the prompt comes first
+        self.first = self.last = 0.0
+
+    def put(self, value: Tensor) -> None:
+        self._left -= 1
+        if self._left == self._tokens - 1:
+            self.first = self._clock()
+        if self._left == 0:
+            self.last = self._clock()
+
+    def end(self) -> None:
+        """Called by transformers after the last token."""

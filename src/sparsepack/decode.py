@@ -1,4 +1,5 @@
-"""One token at a time through a packed model, in one call of the extension: a static cache, and no Python in between.
+"""One token at a time through a model, packed or dense, in one call of the extension: a static cache, and no Python in
+between.
 
 Only decoders of the Llama kind (Llama, Mistral without a window, Qwen2) are known to the extension, and only with
 transformers' own modules, unchanged. Everything else is decoded by transformers. Sums, norms and attention are fp32,
@@ -32,13 +33,12 @@ def cache_keyword(model: nn.Module) -> str:
 
 
 def decodes(model: Any) -> bool:
-    """Whether the extension can decode a model: one that it knows, packed, on a CPU with kernels."""
+    """Whether the extension can decode a model: one that it knows, packed or dense, on a CPU with kernels."""
     family = type(model).__name__.removesuffix("ForCausalLM")
     if family not in FAMILIES or not type(model).__module__.startswith("transformers.models."):
         return False
     modules, config = list(model.modules()), model.config
-    packed = any(isinstance(module, PackedLinear) for module in modules)
-    if not packed or kernel_name() == "torch" or model.device.type != "cpu":
+    if kernel_name() == "torch" or not all(map(_readable, modules)):
         return False
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
@@ -53,6 +53,17 @@ def decodes(model: Any) -> bool:
     )
     # The extension computes keys and values of a token in the room of gate and up.
     return unchanged and config.intermediate_size >= config.num_key_value_heads * _head_size(config)
+
+
+def _readable(module: nn.Module) -> bool:
+    """Whether the kernels can read the weight of a module, if it has one: plain numbers on the CPU, or packed ones."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return True
+    # Quantised weights of other libraries are tensors of their own classes, with the dtype of what they stand for.
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_cpu:
+        return False
+    return isinstance(module, PackedLinear) or weight.dtype in FLOAT_TYPES.values()
 
 
 def _head_size(config: Any) -> int:

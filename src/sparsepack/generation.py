@@ -115,7 +115,7 @@ def generate(
     torch.manual_seed(seed)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen = {"max_new_tokens": max_new_tokens, "pad_token_id": padding}
-    with torch.no_grad(), _generation_config(model, settings), threads_set(threads):
+    with torch.no_grad(), generation_config_set(model, settings), threads_set(threads):
         start, count = time.perf_counter(), torch.get_num_threads()
         if decodes(model):
             output = _decode(model, inputs["input_ids"], settings, max_new_tokens, streamer)
@@ -179,7 +179,7 @@ def _settings(model: PreTrainedModel, temperature: float) -> GenerationConfig:
 
 
 @contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def generation_config_set(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Puts a config in place of the model's: one passed to ``generate`` is completed from the model's own."""
     before = model.generation_config
     model.generation_config = config

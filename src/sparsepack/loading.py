@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsepack.arguments import checked
 from sparsepack.checkpoint import adapter_in, read_config, read_object
+from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, PackError, SettingError, shown
 from sparsepack.module import PackedLinear, activations_of, gather
 
@@ -62,7 +63,7 @@ def load(
         if isinstance(module, PackedLinear):
             module.rounded = rounded
     torch.nn.Module.to(model.eval(), place)
-    gather(model)
+    gather(model, dense=decodes(model))
     return model
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import itertools
 import mmap
 import os
 import sys
@@ -63,28 +62,31 @@ def activations_of(name: str | None = None) -> str:
     return asked or ACTIVATIONS[0]
 
 
-def gather(model: nn.Module) -> None:
-    """Moves masks and values of all packed layers on the CPU into one block, in large pages where there are any.
+def gather(model: nn.Module, *, dense: bool = False) -> None:
+    """Moves masks and values of all packed layers on the CPU, with ``dense`` all other weights too, into one block, in
+    large pages where there are any.
 
     Products stream through them: with pages of 4 KB, a seventh of the time of a token goes to the pages' addresses.
     """
-    places: dict[int, list[tuple[PackedLinear, str]]] = {}
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    for module, name in itertools.product(layers, ("weight_mask", "weight_values")):
-        buffer = getattr(module, name)
-        if buffer is not None and buffer.device.type == "cpu" and buffer.numel():
-            places.setdefault(buffer.data_ptr(), []).append((module, name))
-    sizes = [-(-getattr(*users[0]).nbytes // 64) * 64 for users in places.values()]
+    places: dict[int, list[Tensor]] = {}
+    for module in model.modules():
+        names = ("weight_mask", "weight_values") if isinstance(module, PackedLinear) else ("weight",)
+        for name in names if dense or isinstance(module, PackedLinear) else ():
+            tensor = getattr(module, name, None)
+            if tensor is not None and tensor.dim() and tensor.is_cpu and tensor.is_contiguous() and tensor.numel():
+                places.setdefault(tensor.data_ptr(), []).append(tensor)
+    sizes = [-(-users[0].nbytes // 64) * 64 for users in places.values()]
     if sum(sizes) < LARGE_PAGES:
         return
     block = torch.empty(sum(sizes), dtype=torch.uint8)
     _ask_for_large_pages(block)
     for users, piece in zip(places.values(), block.split(sizes), strict=True):
-        tensor = getattr(*users[0])  # freed when it has moved: no second copy of the model is held
+        tensor = users[0].detach()
         moved = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         moved.copy_(tensor)
-        for module, name in users:
-            setattr(module, name, moved)
+        for user in users:  # the old memory is freed when all have moved: no second copy of the model is held
+            user.data = moved
+        del tensor
 
 
 def _ask_for_large_pages(block: Tensor) -> None:

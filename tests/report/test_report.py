@@ -86,7 +86,11 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
     shown = half.one("table", **{"class": "headline"}).text
     for part in ("20 (19–21) 31.4 (28.26–34.54) × 1.57", "0.31 (0.3–0.32)", "71.0%", "63.7%", "0.51 ± 0.012"):
         assert part in shown, part
-    assert "20 33 × 1.65" in shown
+    dense = "half-packed, batch 1, 2 threads"
+    assert f"decoding, dense by the same decoder{dense} 20 33 × 1.65" in shown
+    assert f"decoding, dense by transformers{dense} 10 33 × 3.30" in shown
+    assert "Weight files of halfzeros are stored" in shown
+    assert re.search(r"Weight files of half-packedpacked [\d.]+ MB 1\.5 MB × ", shown)
     assert "not measured" not in shown
     shown = opt.one("table", **{"class": "headline"}).text
     assert shown.count("not measured") == 5
@@ -96,6 +100,20 @@ def test_measurements_and_the_commands_for_those_that_are_missing(opt: Page, hal
     commands = opt.one("pre", **{"aria-label": "Commands that pack and measure"}).text
     assert f"sparsellm bench {runs / 'opt'}-packed" in commands
     assert not half.all("pre", **{"aria-label": "Commands that pack and measure"})
+
+
+def test_an_older_record_has_one_speed_of_the_dense_model(copied: Path) -> None:
+    """Releases that had one decoder for each model wrote none of the newer fields."""
+    content = json.loads((copied / "results.json").read_text())
+    (record,) = content["benchmarks"]
+    record["speeds"] = [speed for speed in record["speeds"] if speed["decoder"] == "compiled"]
+    for speed in record["speeds"]:
+        del speed["decoder"]
+    del record["packed_name"]
+    (copied / "results.json").write_text(json.dumps(content))
+    shown = page_of(write_report(copied)).one("table", **{"class": "headline"}).text
+    assert "dense by transformerspacked, batch 1, 2 threads 20 33 × 1.65" in shown
+    assert "same decoder" not in shown
 
 
 def test_text_of_users_and_models_is_text(half: Page, copied: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import sparsellm
+from sparsepack import native
 from sparsepack.bench import Rounds, Speed, compare, measure, resident_bytes, verdict
 from sparsepack.errors import FormatError, SettingError
 from sparsepack.generation import generate
@@ -120,6 +121,11 @@ def test_speeds_are_tokens_by_the_given_clock() -> None:
     assert {speed.phase: speed.median for speed in speeds} == {"prefill": 2 * 7 / 70, "decode": 2 * 3 / 90}
 
 
+def speed_of(model: str, rate: float, decoder: Any) -> Speed:
+    rates = {"median": rate, "slowest": rate, "fastest": rate}
+    return Speed(model=model, decoder=decoder, phase="decode", batch=1, threads=2, **rates)
+
+
 @pytest.mark.parametrize(
     ("packed", "said"),
     [
@@ -129,12 +135,34 @@ def test_speeds_are_tokens_by_the_given_clock() -> None:
     ],
 )
 def test_the_verdict_is_plain(packed: float, said: str) -> None:
-    setting = {"phase": "decode", "batch": 1, "threads": 2}
-    speeds = [
-        Speed(model=name, median=rate, slowest=rate, fastest=rate, **setting)  # type: ignore[arg-type]
-        for name, rate in (("dense", 10.0), ("packed", packed))
-    ]
-    assert said in verdict(speeds)[0]
+    dense = speed_of("dense", 10.0, "compiled")
+    assert said in verdict([speed_of("dense", 10.0, None), speed_of("packed", packed, None)])[0]  # an older record
+    (line,) = verdict([dense, speed_of("dense", 4.0, "transformers"), speed_of("packed", packed, "compiled")])
+    assert said in line
+    assert line.endswith(f" by the same decoder; {packed / 4:.2f} × dense as transformers runs it")
+
+
+def test_the_dense_model_runs_by_both_decoders(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiled one as the packed model does, and by transformers' generate, which calls the model's forward."""
+    calls: list[tuple[bool, int]] = []
+    forward = LlamaForCausalLM.forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((isinstance(self.lm_head, PackedLinear), kwargs["input_ids"].shape[1]))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    report = compare(packed, batches=[1, 2], prompt_tokens=4, new_tokens=2, repeats=1)
+    fast = native.available() is not None
+    one, several = [pair for pair in report.pairs() if pair.packed.phase == "decode"]
+    assert (one.same is one.transformers) is not fast
+    assert several.same is several.transformers
+    assert one.transformers.decoder == "transformers"
+    assert one.packed.decoder == one.dense.decoder == ("compiled" if fast else "transformers")
+    assert one.ratio.same_decoder == one.packed.median / one.dense.median
+    assert report.ratios == [pair.ratio for pair in report.pairs()]
+    prompts, tokens = (sum(shape == length for _, shape in calls) for length in (4, 1))
+    assert (prompts, tokens) == ((2 * 5, 2 * 3 * 2) if fast else (2 * 4, 2 * 4 * 2))
 
 
 def test_resident_bytes_are_those_of_the_tensors(llama: Path, packed: Path) -> None:
@@ -175,10 +203,8 @@ def test_compare_unpacks_the_same_model_if_no_dense_one_is_given(llama: Path, pa
         report = compare(packed, dense, **small)
         assert report.dense_linear_bytes == resident_bytes(sparsellm.load(llama), linears_only=True)
         assert report.packed_linear_bytes < report.dense_linear_bytes
-        assert [(first.phase, second.phase) for first, second in report.pairs()] == [
-            ("prefill", "prefill"),
-            ("decode", "decode"),
-        ]
+        assert [pair.packed.phase for pair in report.pairs()] == ["prefill", "decode"]
+        assert (report.packed_name, report.dense_name) == (packed.name, dense and dense.name)
         assert len(report.verdict) == 2
     with pytest.raises(SettingError, match="more than the 128"):
         compare(packed, prompt_tokens=500)

@@ -169,3 +169,11 @@ def test_weights_are_gathered_into_one_block_and_stay_the_same() -> None:
     parts = [part for module in (model[0], model[2]) for part in (module.weight_mask, module.weight_values)]
     assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
     assert shared.weight_values.data_ptr() == model[0].weight_values.data_ptr()
+    dense = nn.ModuleDict({"embedding": nn.Embedding(1024, 2048), "head": nn.Linear(2048, 1024), "norm": nn.RMSNorm(9)})
+    dense["head"].weight = dense["embedding"].weight
+    number = dense["head"].weight[5, 7].item()
+    runtime_module.gather(dense, dense=True)
+    assert dense["head"].weight is dense["embedding"].weight
+    assert dense["head"].weight[5, 7].item() == number
+    parts = [dense["head"].weight, dense["norm"].weight]
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsellm.errors import StorageError, shown
-from sparsellm.records import PRUNING, QUANTITIES, Evaluation, Metric, Pruning, Results, read_pruning
+from sparsellm.records import PRUNING, QUANTITIES, Benchmark, Evaluation, Metric, Pruning, Results, read_pruning
 from sparsellm.report.charts import number, percent
 from sparsellm.storage.results import read_results
-from sparsepack.bench import Speed
+from sparsepack.bench import Pair
 
 NOT_MEASURED = "not measured"
 _TEXTS = ("pydoc", "wikitext2", "ptb", "c4")
@@ -52,9 +52,9 @@ class Checkpoint:
             for name, metric in metrics.items()
         }
 
-    def decode_speeds(self) -> tuple[Speed, Speed] | None:
-        """The speeds of the dense and the packed model while decoding, of the latest benchmark that has them."""
-        return next((speeds for each in reversed(self.results.benchmarks) if (speeds := each.decoding)), None)
+    def decoding(self) -> tuple[Benchmark, Pair] | None:
+        """The latest benchmark with decoding, and its speeds while decoding."""
+        return next(((each, pair) for each in reversed(self.results.benchmarks) if (pair := each.decoding)), None)
 
 
 def read_checkpoint(directory: str | os.PathLike[str], name: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -90,7 +90,7 @@ def headline(record: Checkpoint) -> list[Row]:
     rows = [Row("Zeros in the pruned linears", "", None, percent(pruning.sparsity_pruned))]
     if pruning.matrices.weights > pruning.weights:
         rows.append(Row("Zeros in all matrices of the blocks", "", None, percent(pruning.sparsity_reached)))
-    return [*rows, *_quality(record), *_tasks(record), _size(record), _speed(record)]
+    return [*rows, *_quality(record), *_tasks(record), *_sizes(record), *_speeds(record)]
 
 
 def commands_of(rows: Iterable[Row]) -> list[str]:
@@ -137,21 +137,33 @@ def _tasks(record: Checkpoint) -> list[Row]:
     return rows or [Row("Tasks", command=_evaluate(record, "hellaswag,arc_easy"))]
 
 
-def _size(record: Checkpoint) -> Row:
-    dense, size = record.pruning.base.bytes, record.file_bytes
+def _sizes(record: Checkpoint) -> list[Row]:
+    """Weight files of the directory, and of its packed form if that was measured."""
     detail = "packed" if record.packed else "zeros are stored; packing leaves them out"
-    before, change = (_megabytes(dense), _ratio(size, dense)) if dense else (None, "")
-    return Row("Weight files", detail, before, _megabytes(size), change)
+    sizes = [(Path(os.path.abspath(record.name)).name, detail, record.file_bytes)]
+    if not record.packed and (measured := record.decoding()) is not None and (size := measured[0].packed_disk_bytes):
+        sizes.append((measured[0].packed_name or "the packed form", "packed", size))
+    dense = record.pruning.base.bytes
+    before = _megabytes(dense) if dense else None
+    return [
+        Row(f"Weight files of {name}", detail, before, _megabytes(size), _ratio(size, dense) if dense else "")
+        for name, detail, size in sizes
+    ]
 
 
-def _speed(record: Checkpoint) -> Row:
-    name, speeds = "Tokens a second, decoding", record.decode_speeds()
-    if speeds is None:
+def _speeds(record: Checkpoint) -> list[Row]:
+    """The speed of the packed form against dense by the same decoder, and as transformers runs it."""
+    name, measured = "Tokens a second, decoding", record.decoding()
+    if measured is None:
         command = f"sparsellm bench {shlex.quote(record.name)}" if record.packed else ""
-        return Row(name, "" if record.packed else "of the packed form", command=command)
-    before, after = speeds
-    detail, change = f"packed, batch {after.batch}, {after.threads} threads", _ratio(after.median, before.median)
-    return Row(name, detail, number(before.median), number(after.median), change)
+        return [Row(name, "" if record.packed else "of the packed form", command=command)]
+    benchmark, pair = measured
+    packed, rows = pair.packed, []
+    detail = f"{benchmark.packed_name or 'packed'}, batch {packed.batch}, {packed.threads} threads"
+    for how, dense in pair.against:
+        values = (number(dense.median), number(packed.median), _ratio(packed.median, dense.median))
+        rows.append(Row(f"{name}, dense by {how}", detail, *values))
+    return rows
 
 
 def _ratio(value: float, reference: float) -> str:

@@ -31,6 +31,8 @@ _MEASURES: dict[str, Callable[[float], str]] = {
     "same token": percent,
     "weight files": lambda megabytes: f"{megabytes:,.1f} MB",
     "tokens/s": number,
+    "× dense, same decoder": number,
+    "× dense by transformers": number,
 }
 
 
@@ -75,7 +77,7 @@ def render_comparison(records: Sequence[Checkpoint]) -> bytes:
     quality, depth = _quality(values), _depth(records, names)
     commands = commands_of(row for record in records for row in headline(record))
     again = f"sparsellm report {shlex.join(record.name for record in records)} --out compare.html"
-    unpacked = [record for record in records if record.decode_speeds() is None]
+    unpacked = [record for record in records if record.decoding() is None]
     return page(
         "comparison.html.jinja",
         f"{len(records)} pruned versions of {records[0].model}",
@@ -121,9 +123,12 @@ def _values(
             if (against := evaluation.against) is not None:
                 one |= {"KL": against.kl, "same token": against.agreement}
                 dense.setdefault("perplexity", against.perplexity.value)
-        if (pair := record.decode_speeds()) is not None:
-            speeds.append(pair[0].median)
-            one["tokens/s"] = pair[1].median
+        if (measured := record.decoding()) is not None:
+            pair = measured[1]
+            speeds.append(pair.dense.median)
+            one |= {"tokens/s": pair.packed.median, "× dense by transformers": pair.ratio.dense_by_transformers}
+            if pair.ratio.same_decoder is not None:
+                one["× dense, same decoder"] = pair.ratio.same_decoder
         values.append((name, one))
     if speeds:
         dense["tokens/s"] = fmean(speeds)

@@ -94,7 +94,7 @@ def render_run(record: Checkpoint) -> bytes:
         place=shlex.quote(record.name),
         rows=rows,
         commands=commands_of(rows),
-        packed_commands=packed_commands(record) if record.decode_speeds() is None else [],
+        packed_commands=packed_commands(record) if record.decoding() is None else [],
         linears=linears,
         allocation=allocation,
         course=course,
