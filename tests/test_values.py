@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import sparsellm
 from sparsellm import Recipe
 from sparsellm.chain import Feed, open_chain
-from sparsellm.errors import NumericalError, StorageError
+from sparsellm.errors import NumericalError, RecipeError, StorageError
 from sparsellm.methods import task as block
 from sparsellm.patterns import parse_pattern
 from sparsellm.solvers import rounding
@@ -27,7 +27,8 @@ from sparsellm.sweep.integers import Integers
 from sparsellm.sweep.whole_model import _Run
 from sparsellm.tables import print_packed
 from sparsepack.codes import exponents_of_text
-from sparsepack.grid import Groups, on_grid
+from sparsepack.grid import Groups, codes_of, on_grid
+from sparsepack.grids import GRIDS
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.models.families import mixtral
 from tests.shares import violations
@@ -92,6 +93,49 @@ def test_packing_the_result_loses_nothing(
     assert report["bits_per_weight"] == pytest.approx(result.bits_per_weight)
     if fields is SWEPT and values == "int4":  # int8 costs too little for tiny models to gain
         assert min(each.held_out for each in result.sweeps[1:]) < result.sweeps[0].held_out
+
+
+GRIDDED: dict[str, Any] = {"method": "sparsellm", "effort": 1, "sweep_rate": 0.003}
+
+
+LLAMA_OF_32, GPT2_OF_32 = partial(tiny_llama, intermediate_size=96), partial(tiny_gpt2, n_embd=64, n_inner=128)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "dtype"),
+    [
+        (LLAMA_OF_32, "q4_0", torch.bfloat16),
+        (LLAMA_OF_32, "q8_0", torch.float16),
+        (GPT2_OF_32, "w4a16-32", torch.float32),
+        (tiny_gpt2, "w8a8", torch.bfloat16),
+    ],
+    ids=["q4_0", "q8_0", "w4a16-32", "w8a8"],
+)
+def test_a_run_ends_on_the_grid_with_the_zeros(
+    family: Callable[..., PreTrainedModel], name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Every pruned linear, after solver, refit and sweep; and `pack` keeps each bit or refuses."""
+    source = save_tiny(uneven(family()).to(dtype), tiny_tokenizer(), tmp_path / "dense")
+    out = tmp_path / "pruned"
+    result = sparsellm.prune(source, Recipe(**{**RECIPE, **GRIDDED, "grid": name}), out=out)
+    weights, pruning = tensors_of(out), json.loads((out / "pruning.json").read_text())
+    grid = GRIDS[name]
+    for linear in result.linears:
+        weight = weights[f"{linear.name}.weight"]
+        weight = weight.t().contiguous() if linear.name.startswith("transformer") else weight  # GPT-2 stores (in, out)
+        codes, _ = codes_of(weight, grid, linear.name)
+        assert int((codes == 0).sum()) == linear.zeros >= round(linear.asked * linear.weights)
+    assert result.sparsity_pruned >= 0.6 - 1e-3
+    assert min(each.held_out for each in result.sweeps[1:]) < result.sweeps[0].held_out or grid.bits == 8
+    assert (pruning["grid"], pruning["values"], pruning["recipe"]["grid"]) == (name, grid.values, name)
+    assert not any(each.exponents for each in result.linears)
+    if grid.bits == 8:
+        with pytest.raises(RecipeError, match=f"on the grid {name}, .* values keep"):
+            sparsellm.pack(out, out=tmp_path / "packed", values="int8")
+        return
+    assert not sparsellm.pack(out, out=tmp_path / "packed", values="int4").rounded
+    sparsellm.unpack(tmp_path / "packed", out=tmp_path / "again")
+    assert same_bits(weights, tensors_of(tmp_path / "again"))
 
 
 def test_without_its_exponents_pack_says_what_it_rounds(

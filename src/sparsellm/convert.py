@@ -25,8 +25,9 @@ from sparsellm.storage.reader import PackedReader
 from sparsellm.storage.writer import CheckpointWriter, TensorSource
 from sparsepack import PackError
 from sparsepack.checkpoint import MANIFEST, PackedEntry, is_packed, manifest, quantization_config
-from sparsepack.codes import exponents_of_text
+from sparsepack.codes import GROUPED, exponents_of_text
 from sparsepack.grid import INTEGERS
+from sparsepack.grids import GRIDS
 from sparsepack.layout import PackedWeight
 from sparsepack.layout import pack as pack_weight
 from sparsepack.layout import unpack as unpack_weight
@@ -92,6 +93,7 @@ def pack(
         NumericalError: a weight does not fit into the value type.
     """
     source, place = _places(model, out, PACK, overwrite=overwrite)
+    group = _group(source, values)
     chain, result = open_chain(source, device=torch.device("cpu")), PackResult(place)
     exponents = _exponents(chain, source, values)
     assert chain.reader is not None
@@ -101,7 +103,7 @@ def pack(
         writer.write_shard(len(chain), chain.outer_tensors() | (_packed_head(chain, result) if head == "int8" else {}))
         for index in range(len(chain)):
             progress(Progress("pack", index, len(chain), chain.block_names[index]))
-            writer.write_shard(index, _sources(_packed_block(chain, index, values, exponents, result)))
+            writer.write_shard(index, _sources(_packed_block(chain, index, values, group, exponents, result)))
         progress(Progress("pack", len(chain), len(chain)))
     return result
 
@@ -233,8 +235,25 @@ def _exponents(chain: Chain, directory: Path, values: str) -> dict[str, Tensor]:
     return exponents
 
 
+def _group(directory: Path, values: str) -> int | None:
+    """The columns that share a scale if the run that wrote a checkpoint rounded it to the grid of another program with
+    values of this type, else None; a RecipeError if the packed format does not have that grid."""
+    if values not in INTEGERS or not (directory / PRUNING).is_file():
+        return None
+    pruning = read_pruning(directory)
+    grid = GRIDS.get(pruning.grid)
+    if grid is None or pruning.values != values:
+        return None
+    if values not in GROUPED:
+        raise RecipeError(
+            f"{directory} is on the grid {grid.name}, whose numbers begin at {grid.lowest}, and {values} of the packed "
+            f"format begins at {grid.lowest + 1}; pack it with values keep, or export it"
+        )
+    return grid.group
+
+
 def _packed_block(
-    chain: Chain, index: int, values: str, exponents: dict[str, Tensor], result: PackResult
+    chain: Chain, index: int, values: str, group: int | None, exponents: dict[str, Tensor], result: PackResult
 ) -> dict[str, Tensor]:
     """The tensors of a block to be written. Adds their sizes and entries to ``result``."""
     assert chain.reader is not None
@@ -250,7 +269,7 @@ def _packed_block(
         # The format adds its tensors to names that end so; a family that names a matrix otherwise keeps it dense.
         # A weight that several modules share stays dense too: one of them would have it packed, the others not.
         if key.endswith(".weight") and not chain.is_shared(linear.weight_name):
-            packed = _packed(key, weight, values, "auto", exponents.get(linear.name))
+            packed = _packed(key, weight, values, "auto", exponents.get(linear.name), group)
         result.weights += stored.numel()
         result.dense_bytes += stored.nbytes
         result.packed_bytes += stored.nbytes if packed is None else packed.nbytes

@@ -27,6 +27,7 @@ from pydantic import (
 
 from sparsellm.errors import RecipeError, nearest, refusal, shown
 from sparsellm.inputs import dump_yaml, parse_bytes, parse_yaml, read_yaml
+from sparsepack.grids import GRIDS
 
 if TYPE_CHECKING:
     from sparsellm.patterns import Pattern
@@ -102,6 +103,12 @@ class Recipe(BaseModel):
     values: Annotated[Literal["keep", "int8", "int4", "int3"], Option(WHAT, "TYPE")] = "keep"
     """Type of the kept values: keep for the checkpoint's own; int8, int4 or int3 to round them while pruning, so that
     `sparsellm pack --values` stores them without loss."""
+    grid: Annotated[
+        Literal["own", "q4_0", "q8_0", "w4a16", "w4a16-64", "w4a16-32", "w3a16", "w8a16", "w8a8"], Option(WHAT, "NAME")
+    ] = "own"
+    """Grid to which values are rounded: own (that of `sparsellm pack`), or one that another program runs without loss:
+    q4_0 and q8_0 (GGUF), w4a16, w4a16-64, w4a16-32, w3a16, w8a16 and w8a8 (compressed-tensors). It implies the values;
+    zeros save nothing there."""
     options: dict[str, JsonValue] = {}
     """Options of the method, by name."""
     allocation: Annotated[str | None, Option(WHAT, "NAME", null=ALLOCATION, registered=("allocation",)), NAME] = None
@@ -175,7 +182,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Recipe:
-        """Refuses contradictions; a fixed pattern sets ``sparsity``, so that the recipe shows no wrong default."""
+        """Refuses contradictions; a fixed pattern sets ``sparsity``, and a grid ``values``, so that the recipe shows no
+        wrong default."""
         m, pattern = self.chosen_of, f"pattern {self.pattern}"
         fixed = self.pattern is not None and m is None
         if fixed:
@@ -183,6 +191,11 @@ class Recipe(BaseModel):
             if "sparsity" in self.model_fields_set and abs(self.sparsity - implied) > 1e-9:
                 raise RecipeError(f"{pattern} means sparsity {implied:g}, not {self.sparsity:g}; give one")
             object.__setattr__(self, "sparsity", implied)
+        if self.grid != "own":
+            implied_values = GRIDS[self.grid].values
+            if "values" in self.model_fields_set and self.values != implied_values:
+                raise RecipeError(f"grid {self.grid} means values {implied_values}, not {self.values}; give one")
+            object.__setattr__(self, "values", implied_values)
         if self.pattern is not None and self.sparsity_of:
             raise RecipeError(f"{pattern} fixes the sparsity of every linear; leave out sparsity_of")
         if m is not None and not (m > 1 and 1 / m <= self.sparsity <= 1 - 1 / m):
@@ -202,6 +215,11 @@ class Recipe(BaseModel):
                 "leave out one"
             )
         return self
+
+    @property
+    def rounding(self) -> str:
+        """What values are rounded to: ``keep``, an integer type of the packed format, or another program's grid."""
+        return self.values if self.grid == "own" else self.grid
 
     def allocation_by(self, preferred: str) -> str:
         """The allocation that the recipe names; else ``preferred``, or ``uniform`` with a pattern or sparsity 0; but a
@@ -232,8 +250,14 @@ class Recipe(BaseModel):
         return Unstructured(zeros, weights) if m is None else NM(min(max(m - round(zeros * m / weights), 1), m - 1), m)
 
     def updated(self, /, **changes: Any) -> Recipe:
-        """A copy with some fields changed, checked again. Of sparsity and a fixed pattern, the changed one counts."""
+        """A copy with some fields changed, checked again. Of sparsity and a fixed pattern, or values and a grid, the
+        changed one counts."""
         values = {**self.model_dump(), **changes}
+        if self.grid != "own" or values["grid"] != "own":
+            if "grid" in changes and "values" not in changes:
+                values.pop("values")
+            if "values" in changes and "grid" not in changes:
+                values.pop("grid")
         if not isinstance(values["pattern"], str) or "auto" not in values["pattern"]:
             if "pattern" in changes and "sparsity" not in changes:
                 values.pop("sparsity")

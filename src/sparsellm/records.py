@@ -198,8 +198,9 @@ class RunRecord(Record):
     base: Base = Base()
     sparsity_asked: float  # the recipe's, which holds for the pruned linears
     values: str = "keep"
+    grid: str = "own"  # to which values were rounded; "own" for that of the packed format, or for none
     seed: int = 0
-    bits_per_weight: float | None = None  # as ``pack`` will write the pruned linears; None if values were kept
+    bits_per_weight: float | None = None  # as ``pack`` or the grid stores pruned linears; None if values were kept
     linears: list[LinearResult]
     dense: list[DenseMatrix] = []  # matrices of the blocks
     seconds: dict[str, Seconds] = {}  # by phase, on the wall clock; ``prune/solve`` is a part of ``prune``

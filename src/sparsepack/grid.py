@@ -9,6 +9,9 @@ compare without it. They cannot be read off a weight; the caller passes them.
 
 In a weight that is packed with a bitmask no value becomes 0: it would leave the mask. In one that is packed dense, 0 is
 a number like the others.
+
+The same functions round to the grids of other programs (:mod:`sparsepack.grids`) by their names, and :func:`codes_of`
+reads numbers and scales from such a weight.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsepack.codes import PLAIN, Levels, anchors, levels_of, powers_of, whole_numbers
+from sparsepack.errors import FormatError
+from sparsepack.grids import GRIDS, Grid
 from sparsepack.layout import form_of
 
 INTEGERS = ("int8", "int4", "int3")
 LARGEST_FP16 = 65280.0  # the largest magnitude that fp16 and bf16 both have
+LEAST_NORMAL, LEAST = 2.0**-14, 2.0**-24  # fp16: below the first, numbers are multiples of the second
 AT_ONCE = 1 << 17  # weights that are rounded together: what that needs stays in the cache
 
 
@@ -30,19 +36,26 @@ AT_ONCE = 1 << 17  # weights that are rounded together: what that needs stays in
 class Groups:
     """The groups of a weight with ``columns`` whose values share a scale; ``size`` columns, at the end of a row fewer.
 
-    ``levels`` are the numbers of the grid; ``dense``, whether the weight is packed dense, where a value may become 0.
+    ``levels`` are the numbers of the grid; ``dense``, whether the weight is packed dense, where a value may become 0;
+    ``half``, whether scales must be numbers of fp16 too, as other programs store them.
     """
 
     columns: int
     size: int
     levels: Levels
     dense: bool = False
+    half: bool = False
 
     @classmethod
     def of(cls, weight: Tensor, value_type: str) -> Groups:
-        """The groups in which ``weight`` would be packed; they depend on its zeros alone."""
+        """The groups in which ``weight`` would be packed as int8, int4 or int3, which depend on its zeros alone; or
+        those of the grid of another program, by its name."""
+        columns = weight.shape[1]
+        if (grid := GRIDS.get(value_type)) is not None:
+            numbers = Levels(tuple(range(grid.lowest, grid.highest + 1)))
+            return cls(columns, grid.group or columns, numbers, dense=True, half=True)
         layout, group = form_of(weight, value_type)
-        return cls(weight.shape[1], group or weight.shape[1], levels_of(value_type, layout), layout == "dense")
+        return cls(columns, group or columns, levels_of(value_type, layout), layout == "dense")
 
     def collect(self, dense: Tensor) -> Tensor:
         """The values ``(groups, size)`` of a matrix ``(out, in)``, with 0 beyond its columns."""
@@ -53,12 +66,18 @@ class Groups:
         return grouped.reshape(-1, self.columns + -self.columns % self.size)[:, : self.columns].contiguous()
 
 
-def scales_of(extreme: Tensor, levels: Levels, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
-    """The scales with which ``extreme (groups, 1)`` become anchors, in fp32 as they are read from a packed file.
+def scales_of(extreme: Tensor, groups: Groups, dtype: torch.dtype, unit: Tensor | None = None) -> Tensor:
+    """The scales with which ``extreme (groups, 1)`` become anchors, in fp32 as they are read from a file.
 
     An anchor is ``extreme`` times the power of two of its column, ``unit (groups, 1)`` or 1, rounded to ``dtype`` for
     int8 and to bf16 otherwise. One that ``dtype`` cannot hold becomes the largest that it can, and values are clipped.
     """
+    levels = groups.levels
+    if groups.half:
+        largest = LARGEST_FP16 / (-levels.lowest if dtype == torch.float16 else 1)
+        scales = (extreme / levels.lowest).bfloat16().float().clamp_(-largest, largest)
+        # Towards 0, so that the value of largest magnitude still becomes the lowest number.
+        return torch.where(scales.abs() < LEAST_NORMAL, (scales / LEAST).trunc_().mul_(LEAST), scales)
     one = torch.ones_like(extreme) if unit is None else unit
     largest = LARGEST_FP16 if dtype == torch.float16 else torch.finfo(torch.bfloat16).max
     if levels == PLAIN["int8"]:
@@ -98,12 +117,46 @@ def on_grid(
 def on_grid_of(groups: Groups, weight: Tensor, dtype: torch.dtype, powers: Tensor) -> Tensor:
     """:func:`on_grid` for given groups and powers of two ``(in,)`` of columns; a few rows at a time on a CPU."""
     rounded = torch.empty_like(weight)
-    few = max(1, min(len(weight), AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight))
+    few = _rows_at_once(weight)
     units_of_few = groups.collect(powers.expand(few, -1))
     for start in range(0, len(weight), few):
         grouped = groups.collect(weight[start : start + few] / powers)
-        units, places = units_of_few[: len(grouped)], anchors(grouped)
-        scales = scales_of(grouped.gather(1, places), groups.levels, dtype, units.gather(1, places))
-        whole = whole_numbers(grouped, scales, groups.levels, zero=groups.dense)
+        units = units_of_few[: len(grouped)]
+        whole, scales = _nearest(groups, grouped, dtype, units)
         rounded[start : start + few] = groups.spread(as_stored(whole, scales * units, dtype))
     return rounded
+
+
+def codes_of(weight: Tensor, grid: Grid, name: str) -> tuple[Tensor, Tensor]:
+    """The whole numbers, int8 ``(out, in)``, and scales, fp32 ``(out, groups)``, of a weight that is on a grid.
+
+    ``weight`` is ``(out, in)`` in the dtype of its checkpoint and equals the numbers times the scales, rounded to it;
+    ``name`` is that of its linear. Raises FormatError if the weight is not on the grid, or groups do not fit a row.
+    """
+    groups = Groups.of(weight, grid.name)
+    if weight.shape[1] % groups.size:
+        fault = f"its {weight.shape[1]} inputs are not a multiple of {groups.size}, the group"
+        raise FormatError(f"{name} cannot be stored as {grid.name}: {fault}; prune with another grid")
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), weight.shape[1] // groups.size, device=weight.device)
+    few = _rows_at_once(weight)
+    for start in range(0, len(weight), few):
+        rows = slice(start, start + few)
+        grouped = groups.collect(weight[rows].float())
+        whole, of_groups = _nearest(groups, grouped, weight.dtype, torch.ones_like(grouped))
+        if not torch.equal(as_stored(whole, of_groups, weight.dtype), grouped):
+            raise FormatError(f"{name} is not on the grid {grid.name}; export what `prune --grid {grid.name}` wrote")
+        codes[rows], scales[rows] = groups.spread(whole).to(torch.int8), of_groups.view(-1, scales.shape[1])
+    return codes, scales
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    return max(1, min(len(weight), AT_ONCE // weight.shape[1]) if weight.device.type == "cpu" else len(weight))
+
+
+def _nearest(groups: Groups, grouped: Tensor, dtype: torch.dtype, units: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers ``(groups, size)`` nearest to values without the powers of their columns, ``units (groups, size)``;
+    and scales ``(groups, 1)``."""
+    places = anchors(grouped)
+    scales = scales_of(grouped.gather(1, places), groups, dtype, units.gather(1, places))
+    return whole_numbers(grouped, scales, groups.levels, zero=groups.dense), scales

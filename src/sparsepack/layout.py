@@ -118,7 +118,11 @@ class PackedWeight:
 
 
 def pack(
-    weight: Tensor, value_type: str = "keep", layout: str = "auto", exponents: Tensor | None = None
+    weight: Tensor,
+    value_type: str = "keep",
+    layout: str = "auto",
+    exponents: Tensor | None = None,
+    group: int | None = None,
 ) -> PackedWeight | None:
     """Packs a weight on the CPU; returns None if ``layout`` is ``auto`` and the packed form would save no bytes.
 
@@ -131,6 +135,7 @@ def pack(
         layout: ``bitmask``, ``nm`` (1:4, 2:4 or 4:8, whichever the weight satisfies), ``dense`` (all values and no
             bits), or ``auto`` for the smallest one.
         exponents: int8 ``(in,)``, for integers.
+        group: the columns that share a scale of int4 or int3, 32, 64, … 1024; None for as many as keep about 32.
 
     Raises:
         SettingError: the value type or the layout is unknown, or the weight satisfies no N:M pattern.
@@ -150,7 +155,7 @@ def pack(
     pattern = detect(kept) if layout not in ("bitmask", "dense") else None
     if layout == "nm" and pattern is None:
         raise SettingError("the weight satisfies none of 1:4, 2:4 and 4:8; leave the layout to 'auto'")
-    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), pattern, value_type)
+    forms = _forms(_shape(weight), kept.count_nonzero(dim=1), pattern, value_type, group)
     if layout == "auto":
         layout = min(forms, key=lambda name: forms[name][0])
         if forms[layout][0] >= weight.nbytes:
@@ -204,7 +209,7 @@ def _shape(weight: Tensor) -> tuple[int, int]:
 
 
 def _forms(
-    shape: tuple[int, int], counts: Tensor, pattern: NM | None, value_type: str
+    shape: tuple[int, int], counts: Tensor, pattern: NM | None, value_type: str, group: int | None = None
 ) -> dict[str, tuple[int, int | None]]:
     """The bytes and the int4 group of a weight in every layout that it can have, from the kept values of each row."""
     out, columns = shape
@@ -218,7 +223,7 @@ def _forms(
         parts["nm"] = (kept, out * row_bytes(pattern, columns) + index_of_rows)
     forms: dict[str, tuple[int, int | None]] = {}
     for layout, (values, index) in parts.items():
-        size = best_group(int(values.sum()) / (out * columns)) if value_type in GROUPED else None
+        size = (group or best_group(int(values.sum()) / (out * columns))) if value_type in GROUPED else None
         forms[layout] = (index + bytes_of_values(values, value_type, groups_of(columns, size or 1), layout), size)
     return forms
 

@@ -24,7 +24,6 @@ from sparsellm.solvers.divided import safe_factor
 from sparsellm.solvers.rounding import Rounded, rounded
 from sparsellm.statistics import Fit, Gram, GramAccumulator
 from sparsepack.codes import text_of_exponents
-from sparsepack.grid import INTEGERS
 
 # glibc maps separate pages for tensors above 32 MiB, which cannot use the holes of smaller ones in the heap (0.1 GB in
 # a block of a 7B), so the heap is trimmed after them; after every solve, that took a third of the solver's time.
@@ -53,14 +52,14 @@ class BlockTask:
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)  # to the user, next to those of the solver
     routed: dict[str, int] = field(default_factory=dict)  # tokens that were routed to the linears of experts
     output_costs: Mapping[str, Tensor] = field(default_factory=dict)  # empty for methods that do not need them
-    values: str = "keep"  # the type of the kept values: keep, int8, int4 or int3
+    values: str = "keep"  # what they are rounded to: keep, int8, int4, int3, or the name of a grid
     unrounded: dict[str, Tensor] = field(default_factory=dict)
     trained: bool = False  # whether a sweep follows
 
     @property
     def idle(self) -> bool:
         """Whether nothing is to be done: no zeros and no rounding."""
-        return self.values not in INTEGERS and not any(self.patterns[each.name].sparsity for each in self.linears)
+        return self.values == "keep" and not any(self.patterns[each.name].sparsity for each in self.linears)
 
     def statistics(
         self, linears: list[LinearView], token_weights: list[Tensor] | None = None
@@ -124,7 +123,7 @@ class BlockTask:
         linear's inputs, or None to run the block for it."""
         pattern, weight, error = self.patterns[linear.name], solution.weight, solution.error
         notes, exponents = (*notes, *solution.notes), ""
-        if self.values in INTEGERS:
+        if self.values != "keep":
             if (factor := safe_factor(weight)) != 1:
                 raise NumericalError(
                     f"{linear.name}: its weights are near 2^{-math.log2(factor):.0f}, too far from 1 to be rounded; "
@@ -136,7 +135,7 @@ class BlockTask:
                 notes = (*notes, f"rounding to {self.values} raised its error from {solution.error:.3f} to {error:.3f}")
         linear.assign(weight)
         zeros = count_zeros(linear.parameter)
-        if gram is not None and self.values not in INTEGERS:
+        if gram is not None and self.values == "keep":
             _check_kept(linear, zeros, dense, solution.mask, gram)
         self.results.append(
             LinearResult(
@@ -177,7 +176,7 @@ class BlockTask:
                 if pattern.sparsity:
                     weight = weight * pattern.mask(weight.abs())
                 solution = Solution(weight, weight != 0, 0.0, (UNREACHED,) if pattern.sparsity else ())
-                self.accept(linear, weight, solution, _equal_inputs(linear) if self.values in INTEGERS else None)
+                self.accept(linear, weight, solution, _equal_inputs(linear) if self.values != "keep" else None)
 
 
 def _check_kept(linear: LinearView, zeros: int, dense: Tensor, mask: Tensor, gram: Gram) -> None:

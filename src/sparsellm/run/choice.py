@@ -20,6 +20,7 @@ from sparsellm.patterns import Pattern, Unstructured
 from sparsellm.recipe import SWEEP, Recipe
 from sparsellm.registry import Entry, Needs, Options, Workspace
 from sparsellm.solvers.rounding import ROUNDING
+from sparsepack.grids import GRIDS
 
 PASSES = (0, 1, 3, 8)  # by effort; docs/results.md has what each gains and takes
 
@@ -128,9 +129,27 @@ def patterns_of(chain: Chain, recipe: Recipe, allocation: Allocation | None = No
         raise RecipeError(f"{who} leaves nothing to prune; `sparsellm inspect` lists the names of linears")
     if all(pattern.sparsity == 1 for pattern in patterns.values()):
         raise RecipeError(f"sparsity {recipe.sparsity} would make every weight 0; choose a lower one")
+    _check_groups(sizes, recipe.grid)
     if recipe.sparsity:  # at 0, no pruning was requested
         refuse_silent_dense(chain, [*recipe.exclude, *recipe.allow_dense], recipe.only)
     return patterns
+
+
+def _check_groups(sizes: list[LinearSize], name: str) -> None:
+    """Refuses the grid of another program whose groups do not divide the inputs of a linear, and names one that fits.
+    Raises RecipeError."""
+    grid = GRIDS.get(name)
+    if grid is None or not grid.group:
+        return
+    odd = next((linear for linear in sizes if linear.shape[1] % grid.group), None)
+    if odd is None:
+        return
+    alike = (other for other in GRIDS.values() if (other.form, other.bits) == (grid.form, grid.bits) and other.group)
+    fits = [other.name for other in alike if not any(linear.shape[1] % other.group for linear in sizes)]
+    advice = f"take grid {fits[0]}" if fits else "leave it out (exclude), or take grid own"
+    raise RecipeError(
+        f"grid {name} has groups of {grid.group}, which do not divide the {odd.shape[1]} inputs of {odd.name}; {advice}"
+    )
 
 
 def sizes_of(chain: Chain, recipe: Recipe) -> list[LinearSize]:

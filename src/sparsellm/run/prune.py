@@ -188,6 +188,7 @@ def _result(
         recipe=recipe,
         sparsity_asked=recipe.sparsity,
         values=recipe.values,
+        grid=recipe.grid,
         seed=recipe.seed,
         bits_per_weight=bits_per_weight(recipe, pruned.linears),
         linears=pruned.linears,

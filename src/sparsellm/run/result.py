@@ -21,6 +21,7 @@ from sparsellm.patterns import parse_pattern
 from sparsellm.recipe import Recipe
 from sparsellm.records import LinearResult, Pruning, RunRecord
 from sparsellm.report.document import REPORT, summary_html
+from sparsepack.grids import GRIDS
 from sparsepack.layout import predicted_bytes
 
 
@@ -49,11 +50,13 @@ def environment() -> dict[str, str]:
 
 
 def bits_per_weight(recipe: Recipe, linears: Sequence[LinearResult]) -> float | None:
-    """Bits of a weight of the pruned linears, as ``pack`` will write them in the type to which the values were rounded;
-    None if they were kept."""
+    """Bits of a weight of the pruned linears, as ``pack`` will write them in the type to which the values were rounded,
+    or as the grid of another program stores them; None if values were kept."""
     weights = sum(linear.weights for linear in linears)
     if recipe.values == "keep" or not weights:
         return None
+    if (grid := GRIDS.get(recipe.grid)) is not None:
+        return sum(grid.bits_per_weight(linear.shape[1]) * linear.weights for linear in linears) / weights
     sizes = (
         predicted_bytes(
             linear.shape,

@@ -123,7 +123,7 @@ def walk(
                 clock,
                 results,
                 output_costs=targets.costs,
-                values=plan.recipe.values,
+                values=plan.recipe.rounding,
                 trained=plan.trains_integers,
             )
             with clock.phase("prune"):
@@ -149,7 +149,7 @@ def walk(
 
 def integers_of(plan: Plan, linears: Sequence[LinearResult]) -> Integers | None:
     """The linears whose values are rounded in a sweep; None if the values are kept or no sweep follows."""
-    values = plan.recipe.values
+    values = plan.recipe.rounding
     if values == "keep" or not plan.choice.passes:
         return None
     return Integers(values, {each.name: each.exponents for each in linears})

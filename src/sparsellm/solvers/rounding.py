@@ -58,8 +58,9 @@ class Rounded(NamedTuple):
 
 
 def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, fixed_mask: bool = False) -> Rounded:
-    """A pruned weight ``(out, in)`` with its values on the grid of ``int8``, ``int4`` or ``int3`` for a checkpoint in
-    this dtype; zeros stay zero. All processes call it with the same arguments and get the same result.
+    """A pruned weight ``(out, in)`` with its values on the grid of ``int8``, ``int4`` or ``int3``, or on one of
+    :data:`~sparsepack.grids.GRIDS` by its name, for a checkpoint in this dtype; zeros stay zero. All processes call it
+    with the same arguments and get the same result.
 
     With ``fixed_mask`` every value that is not 0 is kept. Otherwise one that is nearer to 0 than to its grid becomes 0,
     and the others make up for it. In a weight so full that it is packed dense values may become 0 in any case.
@@ -68,7 +69,8 @@ def rounded(weight: Tensor, gram: Gram, value_type: str, dtype: torch.dtype, *, 
         NumericalError: the Gram matrix cannot be factorised with any damping.
     """
     groups = Groups.of(weight, value_type)
-    powers = _powers(weight, gram, groups, dtype)
+    # Other programs have no exponents of columns.
+    powers = torch.ones_like(gram.diagonal) if groups.half else _powers(weight, gram, groups, dtype)
     if groups.dense:
         result = _fitted(weight, weight, gram, powers, groups, dtype)
         if Groups.of(result.weight, value_type).dense:
@@ -127,9 +129,9 @@ class _Grid:
         self.units = groups.collect(powers.expand_as(weight)).gather(1, places)  # (groups, 1): powers of the anchors
         least = torch.full_like(extreme, math.inf)
         # (groups, 1): scales to begin with, without the powers of columns
-        self.first = scales_of(extreme, groups.levels, dtype, self.units)
+        self.first = scales_of(extreme, groups, dtype, self.units)
         for fraction in FRACTIONS:
-            tried = scales_of(extreme * fraction, groups.levels, dtype, self.units)
+            tried = scales_of(extreme * fraction, groups, dtype, self.units)
             error = self.numbers(grouped, tried).mul_(tried).sub_(grouped)
             error = error.square_().mul_(curvature).sum(dim=1, keepdim=True)
             self.first, least = torch.where(error < least, tried, self.first), torch.minimum(error, least)
@@ -208,8 +210,7 @@ class _Descent:
         """Takes the best scales for the numbers, in the rows where they have a lower error as they are stored."""
         grid = self.grid
         factors = best_factors(self.columns.T, self.slope.T, self.matrix, grid.groups).view_as(self.scales)
-        levels = grid.groups.levels
-        scales = scales_of(self.scales * factors * levels.lowest, levels, grid.dtype, grid.units)
+        scales = scales_of(self.scales * factors * grid.groups.levels.lowest, grid.groups, grid.dtype, grid.units)
         numbers = grid.numbers(self.columns, grid.scales(self.scales).T.contiguous())
         columns = as_stored(numbers, grid.scales(scales).T, grid.dtype)
         slope = self.matrix @ (columns - self.target)

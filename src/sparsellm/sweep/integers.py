@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,9 @@ FACTORS = ".factors"  # behind the name of a weight: the factors of its groups
 
 @dataclass(frozen=True)
 class Integers:
-    """The linears of a model whose values are rounded to the grid of a packed type."""
+    """The linears of a model whose values are rounded to a grid."""
 
-    values: Literal["int8", "int4", "int3"]
+    values: str  # int8, int4 or int3, or the name of another program's grid
     linears: Mapping[str, str]  # the exponents of the columns of each linear by its name, as records have them
     groups: dict[str, Groups] = field(default_factory=dict)  # by name of the weight; filled by factors()
 
