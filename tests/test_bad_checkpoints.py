@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import sparsellm
+import sparsepack
 from sparsellm import Recipe
 from sparsellm.chain import open_chain
 from sparsellm.errors import DataError, ModelError, SparseLLMError, StorageError
+from sparsepack.errors import FormatError
 from tests.models import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -146,6 +148,14 @@ def test_a_damaged_file_is_named_in_a_line(file: str, case: str, copy: Path, tmp
     error = refused(copy, tmp_path / "p")
     assert isinstance(error, kind)
     assert said in str(error)
+
+
+@pytest.mark.parametrize("layers", [100_000, 4])
+def test_generate_builds_no_layers_without_weights(layers: int, copy: Path) -> None:
+    config(num_hidden_layers=layers)(copy)
+    said = f"says num_hidden_layers {layers}" if layers > 4 else r"weight model\.layers\.3\.input_layernorm\.weight of"
+    with pytest.raises(FormatError, match=said):
+        sparsepack.load(copy)
 
 
 def test_a_tensor_in_two_files_needs_an_index(copy: Path, tmp_path: Path) -> None:

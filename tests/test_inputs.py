@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -67,9 +68,19 @@ def test_json_that_could_hurt_later_is_refused(data: bytes, said: str) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_a_device_without_an_end_is_read_to_the_limit_only() -> None:
-    with pytest.raises(RecipeError, match="more than 256 KiB"):
-        read_yaml(Path("/dev/zero"))
+def test_a_device_or_a_pipe_is_not_read(tmp_path: Path) -> None:
+    for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path / "link"):
+        if path.name == "pipe":
+            os.mkfifo(path)
+        if path.name == "link":
+            path.symlink_to(tmp_path / "pipe")
+        for read, error in ((read_yaml, RecipeError), (read_object, StorageError)):
+            with pytest.raises(error, match="not an ordinary file"):
+                read(path)
+    reader, writer = os.pipe()  # as a shell makes it for <(command)
+    os.write(writer, b"seed: 3")
+    os.close(writer)
+    assert read_yaml(Path(f"/dev/fd/{reader}")) == {"seed": 3}
 
 
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=100), st.text("[]{}&*!:-?#|>'\"%@ \n\tab1.", max_size=60)))

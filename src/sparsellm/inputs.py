@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from sparsellm.errors import RecipeError, SparseLLMError, StorageError, shown
+from sparsepack import files
+from sparsepack.errors import UserError
 
-MOST_JSON = 256 << 20  # bytes: ten times the index of a model with a million tensors
 MOST_YAML, MOST_DEPTH = 256 << 10, 32  # bytes: a hundred times a recipe; levels of lists and mappings
 
 SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -22,28 +23,21 @@ SIZES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
 
 
-def parse_json(data: bytes | str, where: str, error: type[SparseLLMError] = StorageError) -> Any:
-    """The value of a JSON text; bytes are UTF-8, with or without a byte order mark. ``error`` is raised, with ``where``
-    first, if it is not JSON, too long, too deep, or has half of a surrogate pair or an integer that Python refuses."""
-    with _refused_as(error, where):
-        value = json.loads(_text(data, MOST_JSON))
-        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written again
-        return value
+def parse_json(data: bytes | str, where: str, error: type[UserError] = StorageError) -> Any:
+    """Same as :func:`sparsepack.files.parse_json`, with an error of this package."""
+    return files.parse_json(data, where, error)
 
 
-def read_object(path: Path, error: type[SparseLLMError] = StorageError) -> dict[str, Any]:
-    """The object in a JSON file; ``error`` is raised if it cannot be read or is something else."""
-    value = parse_json(_read(path, MOST_JSON, error), str(path), error)
-    if not isinstance(value, dict):
-        raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
+def read_object(path: Path, error: type[UserError] = StorageError) -> dict[str, Any]:
+    """Same as :func:`sparsepack.files.read_object`, with an error of this package."""
+    return files.read_object(path, error)
 
 
 def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = RecipeError) -> Any:
     """The value of a YAML text with the numbers of YAML 1.2: ``1e-3`` is one; ``2:4`` and ``2024-01-01`` are strings.
     Tags, aliases, repeated keys and what is beyond a limit are refused by ``error``."""
     with _refused_as(error, where):
-        text = _text(data, MOST_YAML)
+        text = files.text_of(data, MOST_YAML)
         depth = 0
         for event in yaml.parse(text, Loader=_Loader):  # before a value is made
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -60,7 +54,7 @@ def parse_yaml(data: bytes | str, where: str, error: type[SparseLLMError] = Reci
 
 def read_yaml(path: Path) -> Any:
     """Same as :func:`parse_yaml` for a file, which may be unreadable too."""
-    return parse_yaml(_read(path, MOST_YAML, RecipeError), str(path))
+    return parse_yaml(files.read_bytes(path, MOST_YAML, RecipeError, pipe=True), str(path))
 
 
 def dump_yaml(values: Mapping[str, object]) -> str:
@@ -81,39 +75,18 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
-def _text(data: bytes | str, most: int) -> str:
-    if len(data) > most:
-        raise ValueError(f"more than {most >> 10} KiB; give a shorter one")
-    return data.decode("utf-8-sig") if isinstance(data, bytes) else data
-
-
-def _read(path: Path, most: int, error: type[SparseLLMError]) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(most + 1)
-    except (OSError, ValueError) as bad:  # ValueError: a null byte in the path
-        raise error(f"cannot read {str(path)[:200]}: {getattr(bad, 'strerror', None) or bad}") from None
-
-
 @contextmanager
 def _refused_as(error: type[SparseLLMError], where: str) -> Iterator[None]:
-    """Turns what the parsers raise into one line with ``where`` first."""
-    try:
-        yield
-    except UnicodeDecodeError as bad:
-        raise error(f"{where} is not UTF-8 (byte {bad.start}); save it as UTF-8") from None
-    except UnicodeEncodeError:
-        raise error(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character") from None
-    except RecursionError:
-        raise error(f"{where} is nested too deeply to be read") from None
-    except json.JSONDecodeError as bad:
-        raise error(f"{where} is not valid JSON ({bad.msg}, line {bad.lineno}, column {bad.colno})") from None
-    except yaml.MarkedYAMLError as bad:
-        mark = bad.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise error(f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[:300]) from None
-    except (yaml.YAMLError, ValueError) as bad:
-        raise error(f"{where} cannot be read: {(str(bad).strip() or 'syntax').splitlines()[0][:200]}") from None
+    """Turns what the parser of YAML raises into one line with ``where`` first."""
+    with files.refused_as(error, where):
+        try:
+            yield
+        except yaml.MarkedYAMLError as bad:
+            mark = bad.problem_mark
+            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+            raise error(f"{where} is not valid YAML ({bad.problem or bad.context or 'syntax'}{place})"[:300]) from None
+        except yaml.YAMLError as bad:
+            raise ValueError(bad) from None
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"

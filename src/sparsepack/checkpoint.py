@@ -22,7 +22,9 @@ from torch import Tensor
 
 from sparsepack.codes import FLOAT_TYPES, widened
 from sparsepack.errors import FormatError, refusal
+from sparsepack.files import read_object
 from sparsepack.layout import FIELDS, PackedWeight, dense_offsets, unpack
+from sparsepack.masks import PATTERNS, mask_stride, row_bytes
 from sparsepack.validation import PACK_AGAIN, validate
 
 QUANT_METHOD = "sparsellm"
@@ -154,6 +156,7 @@ class PackedTensors:
                     f"the placeholder {name}.weight in {directory} is {placeholder.dtype} {tuple(placeholder.shape)}, "
                     f"not {entry.torch_dtype} (1,); {PACK_AGAIN}"
                 )
+            _check_sizes(name, entry, {field: described[key] for field, key in parts.items()})
             self._parts[name] = parts
         self.hidden = {key for parts in self._parts.values() for key in parts.values()}
         for key in described:
@@ -197,6 +200,25 @@ class PackedTensors:
         return dense.t().contiguous() if entry.transposed else dense
 
 
+def _check_sizes(name: str, entry: PackedEntry, parts: Mapping[str, Tensor]) -> None:
+    """Refuses a packed linear whose tensors are too small for its shape, before memory for that shape is taken;
+    :func:`~sparsepack.validation.validate` checks what they contain."""
+    (out, columns), values = entry.shape, parts["values"]
+    width = mask_stride(columns)
+    if entry.layout == "nm" and entry.pattern in PATTERNS:
+        width = row_bytes(entry.pattern, columns)
+    shapes = {"mask": (1 if entry.layout == "dense" else out, width), "offsets": (out + 1,)}
+    for field, shape in shapes.items():
+        if (part := parts.get(field)) is not None and tuple(part.shape) != shape:
+            known = f"{part.dtype} {tuple(part.shape)}"
+            raise FormatError(f"packed weight {name}: {field} is {known}, not {shape}; {PACK_AGAIN}")
+    bits = {"int4": 4, "int3": 3}.get(entry.value_type, 8 * values.element_size())
+    if entry.layout == "dense" and 8 * values.nbytes < bits * out * columns:
+        raise FormatError(
+            f"packed weight {name}: values is {tuple(values.shape)}, too few for {(out, columns)}; {PACK_AGAIN}"
+        )
+
+
 def open_packed(files: list[Path]) -> PackedTensors:
     """The packed linears in the weight files of a checkpoint, all in one directory; raises as the class does."""
     mapped: dict[str, Tensor] = {}
@@ -220,21 +242,6 @@ def adapter_in(directory: Path) -> str | None:
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of ``config.json`` of a checkpoint; a FormatError if it cannot be read."""
     return read_object(directory / "config.json")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. A FormatError if it is damaged or has more than 256 MB."""
-    try:
-        if path.stat().st_size > 1 << 28:
-            raise FormatError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, too many for JSON of a checkpoint")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not valid JSON ({error}); copy it again") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{path} holds a JSON {type(content).__name__}, not an object")
-    return content
 
 
 def manifest(directory: Path) -> dict[str, object]:

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sparsepack.arguments import checked
-from sparsepack.checkpoint import adapter_in, read_config, read_object
+from sparsepack.checkpoint import adapter_in, read_config
 from sparsepack.decode import decodes
 from sparsepack.errors import FormatError, PackError, SettingError, shown
+from sparsepack.files import read_object, unfit_size, weight_files
 from sparsepack.module import PackedLinear, activations_of, gather
 
-INDEX = "model.safetensors.index.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -50,15 +51,24 @@ def load(
     if isinstance(dtype, str) and dtype not in _DTYPES:
         raise SettingError(f"dtype is {shown(dtype)}; give {', '.join(_DTYPES)}")
     path = checkpoint_path(directory)
+    _check_sizes(path)
     chosen = {"trust_remote_code": False, **kwargs}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **chosen)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **chosen
+        )
     except PackError:
         raise
     except Exception as error:  # damage raises TypeError, KeyError, SafetensorError, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FormatError(f"transformers cannot load {path}: {reason[:300]}") from error
+    model, found = loaded
     assert isinstance(model, PreTrainedModel)
+    if missing := sorted(found["missing_keys"]):  # transformers makes random ones, and warns
+        raise FormatError(
+            f"weight {missing[0]} of the model of config.json is not in {path}, nor are {len(missing) - 1} more; the "
+            "checkpoint is incomplete, or of another model: copy it again"
+        )
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.rounded = rounded
@@ -83,13 +93,22 @@ def checkpoint_path(directory: str | os.PathLike[str]) -> Path:
     read_config(path)
     if (path / "generation_config.json").exists():
         read_object(path / "generation_config.json")  # transformers takes defaults for a damaged one
-    if (path / INDEX).exists():
-        shards = read_object(path / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
-            raise FormatError(
-                f"{path / INDEX} does not map tensors to files of its directory; copy the checkpoint again"
-            )
+    weight_files(path)
     return path
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuses a config for which transformers would build modules for hours, before it does."""
+    config, shapes = read_config(path), dict[str, tuple[int, ...]]()
+    for file in weight_files(path)[0]:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{file} is not a readable safetensors file ({error}); copy it again") from None
+    text = config.get("text_config")
+    if (unfit := unfit_size(config | (text if isinstance(text, dict) else {}), shapes)) is not None:
+        raise FormatError(f"{path / 'config.json'} {unfit}; copy the checkpoint again")
 
 
 def _device(name: str | torch.device) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from torch import Tensor
@@ -16,15 +15,11 @@ from sparsellm.errors import DataError, ModelError, one_line, shown
 from sparsellm.inputs import read_object
 from sparsellm.storage.reader import CheckpointReader
 from sparsepack.checkpoint import is_packed
+from sparsepack.files import SIZES, unfit_size
 
 # Keys of a config that describe files, not the function of the model. A model in memory has no architectures.
 _STORAGE = {"_name_or_path", "architectures", "dtype", "quantization_config", "torch_dtype"}
 _STORAGE |= {"transformers_version", "use_cache"}
-_SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
-_COUNTS = re.compile(r"^(num|n)_(\w*_)?(layers?|blocks?|experts)$")
-_IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a name such as model.layers.3.mlp.up_proj
-_QUICK = 256  # layers that are built in a moment; up to here, the names of the weights decide if they are too many
-_MANY = 4096  # the same limit for experts and other sizes
 DIFFER = "config and weights are of different models: download the checkpoint again"
 
 
@@ -61,18 +56,9 @@ def check_sizes(config: PretrainedConfig, reader: CheckpointReader) -> None:
     """Refuses sizes in the config with which transformers would take hours to build a model, or fail: width,
     vocabulary, and numbers of heads, layers or experts below 1 or far beyond the weights."""
     text = config.get_text_config()
-    numbers = [int(number) for name in reader for number in _IN_THEIR_LISTS.findall(name)]
-    longest = 1 + max(numbers, default=-1)
-    largest = max((size for name in reader for size in reader.shape(name)), default=0)
-    sizes = {name: getattr(text, name, None) for name in _SIZES}  # transformers maps the family's own names to these
-    for name, value in {**text.to_dict(), **sizes}.items():
-        if type(value) is int and (name in _SIZES or _COUNTS.match(name)):
-            most = max(_QUICK, longest) if name == "num_hidden_layers" else max(_MANY, longest, largest)
-            if value > most or (value < 1 and name in _SIZES):
-                raise ModelError(
-                    f"{reader.directory / 'config.json'} says {name} {value!s:.40}, and the weights have no list of "
-                    f"modules longer than {longest} and no more than {largest} rows or columns; {DIFFER}"
-                )
+    sizes = {name: getattr(text, name, None) for name in SIZES}  # transformers maps the family's own names to these
+    if (unfit := unfit_size({**text.to_dict(), **sizes}, {name: reader.shape(name) for name in reader})) is not None:
+        raise ModelError(f"{reader.directory / 'config.json'} {unfit}; {DIFFER}")
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from sparsellm.errors import NumericalError, StorageError
 from sparsellm.inputs import read_object
 from sparsepack.checkpoint import PackedEntry, PackedTensors, is_packed
 from sparsepack.errors import PackError
+from sparsepack.files import weight_files
 
 _PIECE = 1 << 22  # elements checked at a time: a small part of a weight, large enough that calls cost nothing
 _READERS = 4  # threads that read, hash and check tensors; hashing releases the interpreter's lock
@@ -59,7 +60,8 @@ class CheckpointReader:
 
     def __init__(self, directory: Path, files: list[Path] | None = None) -> None:
         self.directory = directory
-        self.files, file_of = (files, {}) if files is not None else _weight_files(directory)
+        with as_storage_error():
+            self.files, file_of = (files, {}) if files is not None else weight_files(directory)
         self._stored: dict[str, _Stored] = {}
         for file in self.files:
             for name, stored in _header(file).items():
@@ -268,27 +270,3 @@ def _header(file: Path) -> dict[str, _Stored]:
         dtype, shape, (begin, end) = DTYPES[fields["dtype"]], tuple(fields["shape"]), fields["data_offsets"]
         tensors[name] = _Stored(file, stamp, dtype, shape, 8 + length + begin, end - begin)
     return tensors
-
-
-def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files of a checkpoint, and the file name of each tensor in the index, if there is one."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.is_file():
-        shard_of = read_object(index).get("weight_map")
-        if not isinstance(shard_of, dict) or not shard_of or {type(name) for name in shard_of.values()} != {str}:
-            raise StorageError(f"{index} has no weight_map from tensors to names of files; download it again")
-        names = sorted(set(shard_of.values()))
-        for name in names:
-            if Path(name).name != name or not os.path.isfile(directory / name):  # also False if it is too long
-                raise StorageError(
-                    f"{index} names the shard {name!r:.100}, which is not in {directory}; download it again"
-                )
-        return [directory / name for name in names], shard_of
-    if files := [single] if single.is_file() else sorted(directory.glob("*.safetensors")):
-        return files, {}
-    if any(directory.glob("*.bin")):
-        raise StorageError(
-            f"{directory} has only pickled weights (*.bin), which can run code when opened; "
-            "convert them with model.save_pretrained(..., safe_serialization=True)"
-        )
-    raise StorageError(f"{directory} has no *.safetensors weights; give a directory saved by save_pretrained")

@@ -1,0 +1,121 @@
+"""JSON objects and weight files of a checkpoint, read within limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparsepack.errors import FormatError, UserError
+
+MOST_JSON = 256 << 20  # bytes: ten times the index of a model with a million tensors
+SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
+_COUNTS = re.compile(r"(num|n)_(\w*_)?(layers?|blocks?|experts)")
+_DEPTH = re.compile(r"(num_hidden|num|n)_layers?")
+_IN_THEIR_LISTS = re.compile(r"(?:^|\.)(\d{1,9})(?=\.)")  # the numbers in a name such as model.layers.3.mlp.up_proj
+_QUICK = 256  # layers that are built in a moment; up to here, the names of the weights decide if they are too many
+_DEEPEST = 2048  # layers, which are built in half a minute
+_MANY = 4096  # experts and other sizes that are built in a moment
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def parse_json(data: bytes | str, where: str, error: type[UserError] = FormatError) -> Any:
+    """The value of a JSON text; bytes are UTF-8, with or without a byte order mark. ``error`` is raised, with ``where``
+    first, if it is not JSON, too long, too deep, or has half of a surrogate pair or an integer that Python refuses."""
+    with refused_as(error, where):
+        value = json.loads(text_of(data, MOST_JSON))
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be written again
+        return value
+
+
+def read_object(path: Path, error: type[UserError] = FormatError) -> dict[str, Any]:
+    """The object in a JSON file; ``error`` is raised if it cannot be read or is something else."""
+    value = parse_json(read_bytes(path, MOST_JSON, error), str(path), error)
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_bytes(path: Path, most: int, error: type[UserError], *, pipe: bool = False) -> bytes:
+    """The first bytes of a file, at most one more than ``most``. ``error`` is raised if it cannot be read, or is a pipe
+    or a device, which might not end; ``pipe`` takes one that a shell has opened, such as ``/dev/fd/63``."""
+    try:
+        opened = pipe and os.path.realpath(path).startswith("/proc/")
+        if not opened and os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise error(f"{str(path)[:200]} is not an ordinary file; give one")
+        with path.open("rb") as file:
+            return file.read(most + 1)
+    except (OSError, ValueError) as bad:  # ValueError: a null byte in the path
+        raise error(f"cannot read {str(path)[:200]}: {getattr(bad, 'strerror', None) or bad}") from None
+
+
+def text_of(data: bytes | str, most: int) -> str:
+    """The text of UTF-8; a ValueError if it is longer than ``most``."""
+    if len(data) > most:
+        raise ValueError(f"more than {most >> 10} KiB; give a shorter one")
+    return data.decode("utf-8-sig") if isinstance(data, bytes) else data
+
+
+@contextmanager
+def refused_as(error: type[UserError], where: str) -> Iterator[None]:
+    """Turns the errors of a parser into one line with ``where`` first."""
+    try:
+        yield
+    except UnicodeDecodeError as bad:
+        raise error(f"{where} is not UTF-8 (byte {bad.start}); save it as UTF-8") from None
+    except UnicodeEncodeError:
+        raise error(f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character") from None
+    except RecursionError:
+        raise error(f"{where} is nested too deeply to be read") from None
+    except json.JSONDecodeError as bad:
+        raise error(f"{where} is not valid JSON ({bad.msg}, line {bad.lineno}, column {bad.colno})") from None
+    except ValueError as bad:
+        raise error(f"{where} cannot be read: {(str(bad).strip() or 'syntax').splitlines()[0][:200]}") from None
+
+
+def unfit_size(sizes: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> str | None:
+    """The first of the sizes in a config with which transformers would take hours to build a model, or fail, as a
+    clause: width, vocabulary, and numbers of heads, layers or experts below 1 or far beyond the weights, whose shapes
+    are given by name; None if there is none."""
+    longest = 1 + max((int(number) for name in shapes for number in _IN_THEIR_LISTS.findall(name)), default=-1)
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for name, value in sizes.items():
+        if type(value) is not int or not (name in SIZES or _COUNTS.fullmatch(name)):
+            continue
+        most = min(max(_QUICK, longest), _DEEPEST) if _DEPTH.fullmatch(name) else max(_MANY, longest, largest)
+        if value > most or (value < 1 and name in SIZES):
+            return (
+                f"says {name} {value!s:.40}, and the weights have no list of modules longer than {longest} and no more "
+                f"than {largest} rows or columns"
+                + (f"; at most {_DEEPEST} layers are built" if value > _DEEPEST else "")
+            )
+    return None
+
+
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files of a checkpoint, and the file name of each tensor in the index, if there is one. A FormatError
+    says that there are none, or that the index names a file that is not in the directory."""
+    index, single = directory / INDEX, directory / SINGLE
+    if os.path.lexists(index):
+        shard_of = read_object(index).get("weight_map")
+        if not isinstance(shard_of, dict) or not shard_of or {type(name) for name in shard_of.values()} != {str}:
+            raise FormatError(f"{index} has no weight_map from tensors to names of files; download it again")
+        names = sorted(set(shard_of.values()))
+        for name in names:
+            if Path(name).name != name or not os.path.isfile(directory / name):  # also False if it is too long
+                raise FormatError(
+                    f"{index} names the shard {name!r:.100}, which is not in {directory}; download it again"
+                )
+        return [directory / name for name in names], shard_of
+    if files := [single] if single.is_file() else sorted(filter(os.path.isfile, directory.glob("*.safetensors"))):
+        return files, {}
+    if any(directory.glob("*.bin")):
+        raise FormatError(
+            f"{directory} has only pickled weights (*.bin), which can run code when opened; "
+            "convert them with model.save_pretrained(..., safe_serialization=True)"
+        )
+    raise FormatError(f"{directory} has no *.safetensors weights; give a directory saved by save_pretrained")
