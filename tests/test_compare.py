@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sparsellm
-from sparsellm import compare
+from sparsellm import Recipe, api, compare
 from sparsellm.compare import GridResult, Measured, Protocol, cells_of, recommend
 from sparsellm.evaluation import streamed
+from sparsellm.interrupts import Interrupted
+from sparsellm.progress import Progress
 from sparsellm.run import walk as running
+from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.storage.small import tree
 
 SETTINGS = {"samples": 4, "seq_len": 32, "effort": 0}
 PROTOCOL = Protocol("pydoc", 32, 256)
@@ -109,7 +115,7 @@ def test_other_settings_of_a_finished_cell_are_refused(llama: Path, finished: Gr
     cells = cells_of({**SETTINGS, "seed": 1}, methods=["sparsellm"], sparsities=[0.5])
     with pytest.raises(sparsellm.SparseLLMError, match=r"another protocol\.max_tokens"):
         grid(llama, finished.out, protocol=Protocol("pydoc", 32, 512))
-    with pytest.raises(sparsellm.SparseLLMError, match=r"another recipe\.seed"):
+    with pytest.raises(sparsellm.SparseLLMError, match=r"another seed"):
         grid(llama, finished.out, cells=cells)
     assert sorted((file, file.stat().st_mtime_ns) for file in finished.out.rglob("*")) == before
 
@@ -118,7 +124,7 @@ def measured(name: str, recovery: float, size: int) -> Measured:
     numbers = {"sparsity": 0.5, "perplexity": 1.0, "dense_perplexity": 1.0, "kl": 0.0, "agreement": 1.0, "seconds": 1.0}
     return Measured(
         name=name, recovery=recovery, packed_bytes=size, dense_bytes=9, peak_rss=1,
-        tokens_per_second=None, dense_tokens_per_second=None, settings={}, **numbers,
+        tokens_per_second=None, dense_tokens_per_second=None, **numbers,
     )  # fmt: skip
 
 
@@ -157,6 +163,125 @@ def test_what_is_wrong_is_one_line_before_the_work(
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+SMALL = ["--sparsity=0.5", "--seq-len=32", "--max-tokens=256", "--set=samples=4", "--set=seq_len=32", "--method"]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("", "is the current directory"),
+        ("/", "the root"),
+        ("x" * 300, "File name too long"),
+        ("x" * 250, "File name too long"),
+        ("x/" * 3000, "File name too long"),
+        ("p.partial", "is a working directory"),
+        ("model/grid", "overlaps with the model"),
+        ("mine", "mine is not empty, and holds no comparison"),
+        ("mine/note", "note is a link or a file"),
+    ],
+)
+def test_a_directory_for_no_grid_is_refused_in_one_line(
+    out: str, message: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    (tmp_path / "model").symlink_to(llama)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    code, _, said = run("compare", "model", "--out", out, *SMALL, "magnitude")
+    assert (code, len(said.strip().splitlines())) == (2, 1)
+    assert message in said
+    assert tree(tmp_path) == before
+
+
+def made_by_somebody(llama: Path, out: Path) -> None:
+    sparsellm.prune(llama, Recipe(method="magnitude", sparsity=0.3, samples=4, seq_len=32), out=out)
+
+
+FOREIGN: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "wanda-0.5": (made_by_somebody, "wanda-0.5 was not written by this comparison"),
+    "wanda-0.5-packed": (made_by_somebody, "wanda-0.5-packed was not written by this comparison"),
+    "wanda-0.5 as a link": (
+        lambda _, path: path.with_name("wanda-0.5").symlink_to("nowhere"),
+        "wanda-0.5 was not written by this comparison",
+    ),
+    "wanda-0.5-packed.partial": (lambda _, path: path.mkdir(), "wanda-0.5-packed.partial was not written by this"),
+    "compare.html": (lambda _, path: path.write_text("mine"), "compare.html' is not a report of sparsellm"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_the_grid_did_not_write_stops_it_before_a_cell(name: str, llama: Path, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "grid"
+    assert run("compare", llama, "--out", out, *SMALL, "magnitude")[0] == 0
+    make, message = FOREIGN[name]
+    make(llama, out / name)
+    before = tree(out)
+    code, _, said = run("compare", llama, "--out", out, *SMALL, "magnitude,wanda")
+    assert (code, len(said.strip().splitlines())) == (2, 1)
+    assert message in said
+    assert tree(out) == before
+
+
+def test_a_checkpoint_in_the_place_of_a_begun_cell_is_kept(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    with monkeypatch.context() as stopped:
+        stopped.setattr(api, "evaluate", lambda *_, **__: (_ for _ in ()).throw(Interrupted))
+        assert run("compare", llama, "--out", tmp_path / "grid", *SMALL, "magnitude")[0] == 130
+    packed = tmp_path / "grid" / "magnitude-0.5-packed"
+    assert (packed / "packed.json").is_file()
+    packed.rename(tmp_path / "ours")
+    made_by_somebody(llama, packed)
+    before = tree(packed)
+    code, _, said = run("compare", llama, "--out", tmp_path / "grid", *SMALL, "magnitude")
+    assert (code, "magnitude-0.5-packed exists and is not empty" in said) == (2, True)
+    assert tree(packed) == before
+    shutil.rmtree(packed)
+    (tmp_path / "ours").rename(packed)
+    assert run("compare", llama, "--out", tmp_path / "grid", *SMALL, "magnitude")[0] == 0
+
+
+def test_a_second_comparison_at_the_same_time_is_refused(llama: Path, tmp_path: Path, run: Any) -> None:
+    seconds: list[tuple[int, str]] = []
+
+    def meanwhile(event: Progress) -> None:
+        if event.phase == "pack" and not seconds:
+            code, _, said = run("compare", llama, "--out", tmp_path / "out", *SMALL, "wanda")
+            seconds.append((code, said))
+
+    cells = cells_of({"samples": 4, "seq_len": 32}, methods=["magnitude"], sparsities=[0.5])
+    first = grid(llama, tmp_path / "out", cells=cells, progress=meanwhile)
+    assert [cell.name for cell in first.cells] == ["magnitude-0.5"]
+    ((code, said),) = seconds
+    assert (code, len(said.strip().splitlines())) == (2, 1)
+    assert f"another process is writing {tmp_path / 'out'} now" in said
+    assert not (tmp_path / "out" / "wanda-0.5").exists()
+
+
+def test_two_models_or_texts_do_not_share_a_grid(llama: Path, tmp_path: Path, run: Any) -> None:
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text(" ".join(map(str, range(400))))
+    words = ("--out", out, *SMALL, "magnitude", "--calibration", text)
+    assert run("compare", llama, *words)[0] == 0
+    (out / f".{'a' * 24}.tmp").write_text("what a killed process wrote")
+    copied = shutil.copytree(llama, tmp_path / "another-place")
+    code, _, said = run("compare", copied, *words)
+    assert code == 0, said
+    assert not list(out.glob(".*.tmp"))
+    other = save_tiny(tiny_llama(seed=1), tiny_tokenizer(), tmp_path / "other")
+    for arguments, message in (
+        ((other, *words), "was made with another model"),
+        ((llama, *words, "--set", "bos=yes"), "was made with another text"),
+        ((llama, *words, "--values", "int8"), "was made with another protocol.values"),
+    ):
+        code, _, said = run("compare", *arguments)
+        assert (code, message in said) == (2, True), said
+    text.write_text(" ".join(map(str, range(400, 800))))
+    code, _, said = run("compare", llama, *words)
+    assert (code, "magnitude-0.5 was made with another calibration_file" in said) == (2, True), said
 
 
 def test_the_command_prints_one_table_and_a_recommendation(llama: Path, tmp_path: Path, run: Any) -> None:

@@ -171,12 +171,12 @@ class Opened:
         given = model if isinstance(model, PreTrainedModel) else None
         self.name = (str(model) if given is None else str(given.name_or_path)) or type(model).__name__
         self.tokenizer = tokenizer
-        self._directory = checkpoint_directory(str(model), argument) if given is None else None
+        self.directory = checkpoint_directory(str(model), argument) if given is None else None
         self._settings, self._trust = settings, trust
-        self.chain, _ = open_model(model, self._directory, settings, trust, whole=False)
+        self.chain, _ = open_model(model, self.directory, settings, trust, whole=False)
         self.kept = Kept(self.chain, self.name)
-        if tokenizer is None and self._directory is not None and with_tokenizer:
-            self.tokenizer = load_tokenizer(self._directory, trust_remote_code=trust)
+        if tokenizer is None and self.directory is not None and with_tokenizer:
+            self.tokenizer = load_tokenizer(self.directory, trust_remote_code=trust)
 
     @checked
     def windows(
@@ -215,10 +215,10 @@ class Opened:
 
     def in_memory(self) -> PreTrainedModel:
         """The complete model in memory."""
-        if self._directory is not None:
+        if self.directory is not None:
             device, dtype = self._settings.device, self._settings.dtype
             with as_storage_error():
-                return load(self._directory, device=device, dtype=dtype, trust_remote_code=self._trust)
+                return load(self.directory, device=device, dtype=dtype, trust_remote_code=self._trust)
         assert isinstance(self.chain.model, PreTrainedModel)
         return self.chain.model
 

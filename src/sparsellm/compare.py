@@ -9,31 +9,35 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from sparsellm import api
+from sparsellm.calibration.sources import check_source
+from sparsellm.calibration.texts import text_file
 from sparsellm.convert import Values, pack
 from sparsellm.errors import MissingExtraError, RecipeError, StorageError, shown
 from sparsellm.evaluation.speed import compared_speed
+from sparsellm.inputs import without_folders
 from sparsellm.methods import METHODS
 from sparsellm.progress import Progress, ProgressCallback, ignore
 from sparsellm.recipe import SWEEP, Recipe
-from sparsellm.records import PRUNING, Record, Settings, read_pruning, read_record
+from sparsellm.records import PRUNING, Pruning, Record, Settings, read_pruning, read_record
 from sparsellm.report.comparison import write_comparison
-from sparsellm.report.document import write_report
+from sparsellm.report.document import check_page, write_report
+from sparsellm.run.fingerprint import model_fingerprint, tokens_fingerprint
 from sparsellm.run.plan import Request
 from sparsellm.run.prune import prune
-from sparsellm.storage.files import explained, replace_atomically, write_all
+from sparsellm.storage.directory import check_destination, check_place, partial_of
+from sparsellm.storage.files import TORN, explained, has_digest, locked, sha256, write_bytes
 from sparsellm.storage.results import append_result
 from sparsepack.codes import resolve_value_type
 
-GRID, PAGE = "compare.json", "compare.html"  # the finished cells, in the directory of the grid
+GRID, PAGE = "compare.json", "compare.html"  # the record of a grid, and its page, in the directory of the grid
 PACKED = "-packed"  # ends the name of the directory with a cell's packed checkpoint
 
 
@@ -54,14 +58,15 @@ class Measured(Record):
     transformers_tokens_per_second: float | None = None  # dense, as transformers runs it
     seconds: float  # the time of pruning
     peak_rss: int  # most bytes of the process so far
-    settings: Settings  # everything that the measurements depend on
 
 
 class Grid(Record):
-    """The finished cells of a grid."""
+    """The record of a grid. A directory of a cell belongs to the grid if the cell was begun; no other is replaced."""
 
-    format: Literal[1] = 1
-    cells: list[Measured]
+    format: Literal[2] = 2
+    settings: Settings  # what all cells share: digests of the dense model and the text, and the protocol
+    begun: dict[str, Settings]  # the recipe of each cell by name
+    cells: list[Measured]  # the finished ones
 
 
 class GridResult(Record):
@@ -105,44 +110,104 @@ def compare(
         recover, max_bytes: the least recovery, and the most bytes of packed weight files, of a recommended cell.
 
     Raises:
-        SparseLLMError: a recipe, the model or the text is wrong, or a cell in ``out`` has other settings.
+        SparseLLMError: a recipe, the model or the text is wrong; ``out`` is refused as that of :func:`sparsellm.prune`,
+            holds other files, a grid or a cell with other settings, or is in use by another process.
     """
-    folder, known = Path(out).expanduser(), dict[str, Measured]()
-    if (folder / GRID).is_file():
-        known = {cell.name: cell for cell in read_record(Grid, folder / GRID, "give another --out").cells}
-    elif (folder.exists() and not folder.is_dir()) or (folder / "config.json").exists():
-        raise StorageError(f"{folder} is not a directory of a comparison; give another --out")
-    settings: dict[str, Settings] = {}
-    for name, recipe in cells.items():
-        kept = recipe.model_dump(mode="json", exclude={"memory"})
-        settings[name] = {"model": str(model), "recipe": kept, "protocol": asdict(protocol)}
-        if name in known:
-            _check_same(folder / name, known[name].settings, settings[name])
+    place = check_place(out)
+    recipes = {name: _recorded(recipe) for name, recipe in cells.items()}
     resolve_value_type(protocol.values, torch.float32)
     first = next(iter(cells.values()))
     dense = api.Opened(model, Recipe(device=first.device, products="float32"), trust_remote_code)
-    dense.windows(protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)  # refused before the work
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    windows = dense.windows(protocol.text, protocol.seq_len, protocol.max_tokens, first.bos)  # refused before the work
+    settings: Settings = {
+        "model": model_fingerprint(dense.chain, progress),
+        "protocol": {**asdict(protocol), "text": without_folders(protocol.text)},
+        "text": tokens_fingerprint(windows),
+    }
     shared = dict[Hashable, object]()
-    for number, (name, recipe) in enumerate(cells.items(), 1):
-        if name in known:
-            continue
+    with _opened(check_place(place, [dense.directory] if dense.directory else []), settings, recipes) as grid:
+        known = {cell.name: cell for cell in grid.cells}
+        for number, (name, recipe) in enumerate(cells.items(), 1):
+            if name in known:
+                continue
 
-        def tell(event: Progress, title: str = f"{number}/{len(cells)} {name}") -> None:
-            progress(replace(event, detail=f"{title}: {event.detail}"))
+            def tell(event: Progress, title: str = f"{number}/{len(cells)} {name}") -> None:
+                progress(replace(event, detail=f"{title}: {event.detail}"))
 
-        request = Request(model, recipe, folder / name, trust_remote_code=trust_remote_code, shared=shared)
-        known[name] = _measure(request, protocol, dense, settings[name], tell)
-        text = Grid(cells=list(known.values())).model_dump_json(indent=2) + "\n"
-        replace_atomically(folder / GRID, partial(write_all, data=text.encode()))
-    finished = [known[name] for name in cells]
-    page = None
-    if len(finished) > 1:
-        with contextlib.suppress(MissingExtraError):
-            page = write_comparison([folder / f"{cell.name}{PACKED}" for cell in finished], folder / PAGE)
+            grid.begun[name] = recipes[name]
+            _keep(grid, place)
+            request = Request(model, recipe, place / name, trust_remote_code=trust_remote_code, shared=shared)
+            known[name] = _measure(request, protocol, dense, grid, tell)
+            grid.cells.append(known[name])
+            _keep(grid, place)
+        finished = [known[name] for name in cells]
+        page = None
+        if len(finished) > 1:
+            with contextlib.suppress(MissingExtraError):
+                page = write_comparison([place / f"{cell.name}{PACKED}" for cell in finished], place / PAGE)
     best = recommend(finished, recover, max_bytes)
-    return GridResult(out=folder, page=page, recommended=best.name if best is not None else None, cells=finished)
+    return GridResult(out=place, page=page, recommended=best.name if best is not None else None, cells=finished)
+
+
+def _recorded(recipe: Recipe) -> Settings:
+    """The recipe of a cell as its grid keeps it: with the digest of the file that it calibrates on."""
+    source, file = check_source(recipe.calibration, "calibration")
+    kept: Settings = recipe.model_dump(mode="json", exclude={"memory"})
+    kept["calibration"] = without_folders(recipe.calibration)
+    return {**kept, "calibration_file": sha256(text_file(file)) if file and source != "hub" else None}
+
+
+@contextlib.contextmanager
+def _opened(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -> Iterator[Grid]:
+    """The grid in a directory, begun if there is none, and locked against other processes. Raises StorageError or
+    RecipeError, before anything is written, if the directory or one of a cell in it belongs to something else."""
+    if not place.is_dir():
+        _checked(place, settings, recipes)
+    with explained(place):
+        place.mkdir(parents=True, exist_ok=True)
+    with locked(place, place):
+        grid = _checked(place, settings, recipes)
+        for torn in _torn(place):
+            torn.unlink()
+        _keep(grid, place)
+        yield grid
+
+
+def _checked(place: Path, settings: Settings, recipes: Mapping[str, Settings]) -> Grid:
+    """The grid in a directory, which may be new, after all checks of :func:`_opened`."""
+    grid = Grid(settings=settings, begun={}, cells=[])
+    if (place / GRID).is_file():
+        grid = read_record(Grid, place / GRID, "give another --out")
+        _check_same(place, grid.settings, settings)
+    elif place.is_dir() and len(_torn(place)) < len(list(place.iterdir())):
+        raise StorageError(f"{place} is not empty, and holds no comparison; give another --out")
+    if place.is_dir():
+        check_page(place / PAGE)
+    finished = {cell.name for cell in grid.cells}
+    for name, recipe in recipes.items():
+        begun, pruned, packed = grid.begun.get(name), place / name, place / f"{name}{PACKED}"
+        if begun is not None:
+            _check_same(pruned, begun, recipe)
+        if name in finished and not (packed / PRUNING).is_file():
+            raise StorageError(f"{packed}, a finished run, is gone; put it back, or give another --out")
+        for each in (pruned, packed) if name not in finished else ():
+            if begun is not None:
+                check_destination(each, overwrite=True)  # completes a renaming that was cut short
+                continue
+            check_place(each)
+            if other := [path for path in (each, partial_of(each)) if os.path.lexists(path)]:
+                raise StorageError(f"{other[0]} was not written by this comparison; move it, or give another --out")
+        _resumed(pruned, grid)
+    return grid
+
+
+def _torn(place: Path) -> list[Path]:
+    """The files that a killed process was writing in a directory."""
+    return [entry for entry in place.iterdir() if TORN.fullmatch(entry.name)]
+
+
+def _keep(grid: Grid, place: Path) -> None:
+    write_bytes(place / GRID, (grid.model_dump_json(indent=2) + "\n").encode())
 
 
 def cells_of(
@@ -205,19 +270,27 @@ def _check_same(place: Path, known: Settings, asked: Settings, before: str = "")
         )
 
 
+def _resumed(place: Path, grid: Grid) -> Pruning | None:
+    """The record of a cell that an earlier process pruned and may not have measured; None if it is not there."""
+    if not (place / PRUNING).is_file():
+        return None
+    pruned = read_pruning(place)
+    settled = ("samples", "seq_len", "calibration_file")  # the run may have settled two, and does not know the last
+    asked = {name: value for name, value in grid.begun[place.name].items() if name not in settled}
+    made = {**pruned.recipe, "calibration": without_folders(str(pruned.recipe.get("calibration")))}
+    _check_same(place, {**made, "model": pruned.base.digest}, {**asked, "model": grid.settings["model"]})
+    return pruned
+
+
 def _measure(
-    request: Request, protocol: Protocol, dense: api.Opened, settings: Settings, progress: ProgressCallback
+    request: Request, protocol: Protocol, dense: api.Opened, grid: Grid, progress: ProgressCallback
 ) -> Measured:
     """Prunes one cell unless its checkpoint is there, packs it, and measures the packed checkpoint."""
     place, recipe = Path(os.fspath(request.out or "")), request.recipe
-    if (place / PRUNING).is_file():  # pruned by an earlier call and not yet measured; it may have settled two settings
-        pruned = read_pruning(place)
-        _check_same(place, pruned.recipe, recipe.model_dump(mode="json", exclude={"memory", "samples", "seq_len"}))
-    else:
-        pruned = prune(request, progress).record
-    packed = pack(
-        place, out=f"{place}{PACKED}", values=protocol.values, overwrite=True, restart=True, progress=progress
-    )
+    pruned = _resumed(place, grid) or prune(request, progress).record
+    target = place.with_name(f"{place.name}{PACKED}")
+    ours = (target / PRUNING).is_file() and has_digest(target / PRUNING, sha256(place / PRUNING))
+    packed = pack(place, out=target, values=protocol.values, overwrite=ours, progress=progress)
     evaluation = api.evaluate(
         packed.path,
         protocol.text,
@@ -254,5 +327,4 @@ def _measure(
         transformers_tokens_per_second=speeds.transformers.median if speeds else None,
         seconds=sum(pruned.whole_seconds.values()),
         peak_rss=pruned.peak_rss_bytes,
-        settings=settings,
     )

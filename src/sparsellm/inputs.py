@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
@@ -17,6 +18,10 @@ from sparsepack import files
 from sparsepack.errors import UserError
 
 MOST_YAML, MOST_DEPTH = 256 << 10, 32  # bytes: a hundred times a recipe; levels of lists and mappings
+
+# What stands before a path in an option or a source, such as ``--set=calibration=file:``
+_BEFORE_PATH = re.compile(r"(?:--?[\w-]+=)?(?:[\w.]+=)?(?:(?:file|wikitext2):)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 SIZES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -61,6 +66,16 @@ def dump_yaml(values: Mapping[str, object]) -> str:
     """A line for each key, from which :func:`parse_yaml` reads the same values; they are written as JSON."""
     text = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
     return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
+
+
+def without_folders(text: str) -> str:
+    """A path, a source or an option as files that leave this machine hold it: a path by its last part. The id of a
+    model or a data set on the hub stays."""
+    before = _BEFORE_PATH.match(text)
+    assert before is not None
+    path = text[before.end() :]
+    named = path.startswith("hub:") or (_HUB_ID.fullmatch(path) and not os.path.exists(path.partition("/")[0]))
+    return text if named else before.group() + re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def parse_bytes(text: str | int) -> int:

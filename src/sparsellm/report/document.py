@@ -52,7 +52,14 @@ def write_report(
 
 
 def write_page(page: bytes, out: str | os.PathLike[str]) -> Path:
-    """Writes a page, and returns its path, links resolved; nothing but a report of ours is replaced (StorageError)."""
+    """Writes a page, and returns its path, links resolved; errors as in :func:`check_page`."""
+    place = check_page(out)
+    write_bytes(place, page)
+    return place
+
+
+def check_page(out: str | os.PathLike[str]) -> Path:
+    """The path of a page, links resolved. A StorageError if it is not a new file or a report of ours."""
     text = os.fspath(out)
     place = Path(os.path.realpath(os.path.expanduser(text)))
     if os.path.isdir(place):
@@ -61,7 +68,6 @@ def write_page(page: bytes, out: str | os.PathLike[str]) -> Path:
         raise StorageError(f"--out {shown(text)} is not a report of sparsellm and is not replaced; name another file")
     if not place.parent.is_dir():
         raise StorageError(f"--out {shown(text)}: {place.parent} is not a directory; create it, or name another file")
-    write_bytes(place, page)
     return place
 
 

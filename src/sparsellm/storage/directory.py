@@ -163,6 +163,17 @@ def check_destination(
     cannot be a checkpoint, overlaps with a source or with another run, is a mount point, is not empty or holds foreign
     files, cannot be written, or its disk has too little space.
     """
+    place = check_place(out, sources)
+    partial = partial_of(place)
+    _settle(partial, place)
+    check_replaceable(place, overwrite=overwrite)
+    check_room(place, need_bytes - written_bytes(partial))
+    return place
+
+
+def check_place(out: str | os.PathLike[str], sources: Iterable[Path] = ()) -> Path:
+    """The directory that ``out`` leads to, absolute and without links, whatever it holds. Raises StorageError if it
+    cannot be written, overlaps with a source or with another run, or is a mount point."""
     try:
         place = Path(os.path.realpath(out) if os.fspath(out) else "/")
         str(place).encode()  # fails for names that are not UTF-8, as records and reports are
@@ -170,13 +181,9 @@ def check_destination(
         place = Path("/")
     if not place.name:
         raise StorageError(f"--out {shown(os.fspath(out))} is empty, the root, or not a name; name a directory")
-    partial = partial_of(place)
     with explained(place):
-        for reason in _refusals(place, partial, [Path(os.path.realpath(source)) for source in sources]):
+        for reason in _refusals(place, partial_of(place), [Path(os.path.realpath(source)) for source in sources]):
             raise StorageError(f"--out {out} {reason}; name another directory")
-    _settle(partial, place)
-    check_replaceable(place, overwrite=overwrite)
-    check_room(place, need_bytes - written_bytes(partial))
     return place
 
 

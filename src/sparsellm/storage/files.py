@@ -128,9 +128,9 @@ def explained(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, place: Path | None = None, *, wait: bool = False) -> Iterator[None]:
     """Locks a directory against other processes until the context ends; with ``wait``, waits for another's lock. Raises
-    StorageError if another process holds the lock, and ``wait`` is False."""
+    StorageError if another process holds the lock, and ``wait`` is False; it names ``place``, by default the parent."""
     if fcntl is None:
         yield
         return
@@ -141,7 +141,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(
-                f"another process is writing {folder.parent} now; wait for it, or name another directory"
+                f"another process is writing {place or folder.parent} now; wait for it, or name another directory"
             ) from None
         except OSError:  # a file system without locks
             pass
