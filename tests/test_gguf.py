@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,10 @@ NAMES = {
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPARSELLM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "gguf"
+
+
+def u32(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}I", *numbers)
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -163,6 +168,37 @@ def test_a_cut_file_and_an_unknown_architecture_are_refused(tmp_path: Path, keep
     write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32, arch="oddity")
     with pytest.raises(ModelError, match=r"oddity.*give a Hugging Face checkpoint"):
         gguf_checkpoint(path)
+
+
+BLOCKS, TOKENS = b"llama.block_count", b"tokenizer.ggml.tokens"
+HEADERS: dict[str, tuple[bytes, bytes, str]] = {
+    "blocks beyond the tensors": (BLOCKS + u32(4, 3), BLOCKS + u32(4, 10**5), "block_count 100000, and has 30 tensors"),
+    "a block without tensors": (BLOCKS + u32(4, 3), BLOCKS + u32(4, 4), "no weight model.layers.3.input_layernorm"),
+    "no number of blocks": (BLOCKS, b"llama.block_covnt", "no weight model.layers"),
+    "no end of tokens": (TOKENS + u32(9, 8, 300), TOKENS + u32(9, 4, 2**31), "8589934592 bytes at"),
+    "an array of arrays": (TOKENS + u32(9, 8), TOKENS + u32(9, 9), "values of type 9"),
+    "unknown type": (TOKENS + u32(9), TOKENS + u32(77), "unknown type 77"),
+    "a width of a billion": (
+        b"llama.embedding_length" + u32(4, 32),
+        b"llama.embedding_length" + u32(4, 10**9),
+        "embedding_length 1000000000",
+    ),
+    "version": (b"GGUF" + u32(3), b"GGUF" + u32(1), "version 1"),
+    "tensors": (b"GGUF" + u32(3, 30), b"GGUF" + u32(3, 10**9), "1000000000 tensors"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_beyond_its_file_is_refused(case: str, tmp_path: Path, own_cache: Path) -> None:
+    before, after, said = HEADERS[case]
+    path = tmp_path / "a.gguf"
+    write_gguf(tiny_llama(), path, gguf.GGMLQuantizationType.F32)
+    whole = path.read_bytes()
+    assert whole.count(before) == 1
+    path.write_bytes(whole.replace(before, after))
+    with pytest.raises(ModelError, match=said):
+        gguf_checkpoint(path)
+    assert list(own_cache.iterdir()) == []
 
 
 def test_a_killed_conversion_leaves_nothing_for_ever(tmp_path: Path, own_cache: Path) -> None:

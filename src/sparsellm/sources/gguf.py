@@ -15,6 +15,7 @@ import torch
 
 from sparsellm.errors import ModelError, one_line
 from sparsellm.sources.cache import cache_dir, cached
+from sparsellm.sources.gguf_header import check_header
 from sparsellm.storage.files import sha256
 
 FORMAT = 1  # part of the cache key: raise it when the output of this file changes
@@ -44,6 +45,7 @@ def gguf_checkpoint(path: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> Path:
     """The directory of the checkpoint, made in ``folder``."""
+    check_header(path)
     # Imported here: transformers takes seconds, and a conversion happens once.
     import transformers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -55,13 +57,21 @@ def _convert(path: Path, folder: Path) -> Path:
         try:
             # Not AutoTokenizer, which would parse the whole file again to choose this class.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **dense)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, output_loading_info=True, **dense
+            )
         except Exception as error:  # a damaged file raises any of numpy's, gguf's or transformers' own errors
             raise ModelError(
                 f"{path} cannot be converted: {one_line(error)}; the file is damaged or cut short (fetch it again), or "
                 f"transformers {transformers.__version__} does not read its architecture (give a Hugging Face "
                 "checkpoint instead)"
             ) from error
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):  # transformers makes random ones
+            raise ModelError(
+                f"{path} cannot be converted: it has no weight {missing[0]}, nor {len(missing) - 1} more of its model; "
+                "the file is damaged, or of another model: fetch it again"
+            )
         _without_quantization(model.to(torch.float32)).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     settings = directory / "tokenizer_config.json"

@@ -1,0 +1,116 @@
+"""The header of a GGUF file, read within limits: libraries that read it loop over the counts that it states."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+from sparsellm.errors import ModelError
+
+# Bytes of the scalar types by their number; 8 is a string, 9 an array.
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
+_STRING, _ARRAY = 8, 9
+_MOST_ITEMS = 1 << 22  # strings of an array: a dozen times the tokens or merges of the largest vocabulary
+_MOST_PAIRS = 1 << 16  # keys with values
+_LEAST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes that describe a tensor: name, dimensions, type, place
+_MOST_BLOCKS = 2048  # which transformers builds in half a minute
+_MANY = 4096  # of other sizes that are built in a moment
+_SIZES = re.compile(r"[\w-]+\.(vocab_size|(embedding|feed_forward)_length|expert_count|attention\.head_count(_kv)?)")
+
+
+def check_header(path: Path) -> None:
+    """Raises ModelError if the header of a GGUF file states more than the file holds, or sizes of a model that its
+    tensors do not have, such as a ``block_count`` beyond the number of tensors."""
+    size = os.stat(path).st_size
+    try:
+        with path.open("rb") as file:
+            sizes, tensors, largest = _sizes(file, size)
+    except (ValueError, struct.error) as error:
+        raise ModelError(f"{path} cannot be converted: {error}; it is damaged or cut short: fetch it again") from None
+    for key, value in sizes.items():
+        blocks = key.endswith(".block_count")
+        most = min(tensors, _MOST_BLOCKS) if blocks else max(_MANY, largest)
+        if (blocks or _SIZES.fullmatch(key)) and not 0 <= value <= most:
+            raise ModelError(
+                f"{path} cannot be converted: it says {key} {value}, and has {tensors} tensors of at most {largest} "
+                f"rows or columns (blocks: at most {_MOST_BLOCKS}); fetch it again"
+            )
+
+
+def _sizes(file: BinaryIO, size: int) -> tuple[dict[str, int], int, int]:
+    """The integers among the values by key, the number of tensors, and their largest dimension."""
+    file.seek(4)  # after the magic
+    version, tensors, pairs = _read(file, "<IQQ")
+    if version not in (2, 3):
+        raise ValueError(f"it has version {version} of the format, and 2 and 3 are read")
+    if pairs > _MOST_PAIRS or tensors > size // _LEAST_TENSOR:
+        raise ValueError(f"it states {tensors} tensors and {pairs} values in {size} bytes")
+    sizes: dict[str, int] = {}
+    for _ in range(pairs):
+        key = _text(file, size)
+        (kind,) = _read(file, "<I")
+        raw = _value(file, kind, size)
+        if kind in _INTEGERS:
+            sizes[key] = max(int.from_bytes(raw, "little"), sizes.get(key, 0))  # of one that is repeated, the larger
+    largest = 0
+    for _ in range(tensors):
+        _text(file, size)
+        (count,) = _read(file, "<I")
+        if count > 8:
+            raise ValueError(f"a tensor has {count} dimensions")
+        largest = max(largest, *_read(file, f"<{count}Q"), 0)
+        _read(file, "<IQ")
+    return sizes, tensors, largest
+
+
+def _value(file: BinaryIO, kind: int, size: int) -> bytes:
+    """The bytes of a scalar; strings and arrays are skipped."""
+    if kind in _SCALARS:
+        return _bytes(file, _SCALARS[kind])
+    if kind == _STRING:
+        _skip_text(file, size)
+        return b""
+    if kind != _ARRAY:
+        raise ValueError(f"a value has the unknown type {kind}")
+    inside, count = _read(file, "<IQ")
+    if inside in _SCALARS:
+        _skip(file, count * _SCALARS[inside], size)
+    elif inside != _STRING or count > _MOST_ITEMS:
+        raise ValueError(f"it has an array of {count} values of type {inside}")
+    else:
+        for _ in range(count):
+            _skip_text(file, size)
+    return b""
+
+
+def _text(file: BinaryIO, size: int) -> str:
+    (length,) = _read(file, "<Q")
+    if length > min(size, 1 << 16):  # of a name
+        raise ValueError(f"it states a name of {length} bytes")
+    return _bytes(file, length).decode("utf-8", "replace")
+
+
+def _skip_text(file: BinaryIO, size: int) -> None:
+    (length,) = _read(file, "<Q")
+    _skip(file, length, size)
+
+
+def _skip(file: BinaryIO, length: int, size: int) -> None:
+    if length > size - file.tell():
+        raise ValueError(f"it states {length} bytes at {file.tell()} of {size}")
+    file.seek(length, os.SEEK_CUR)
+
+
+def _read(file: BinaryIO, form: str) -> tuple[int, ...]:
+    return struct.unpack(form, _bytes(file, struct.calcsize(form)))
+
+
+def _bytes(file: BinaryIO, length: int) -> bytes:
+    data = file.read(length)
+    if len(data) < length:
+        raise ValueError(f"it ends after {file.tell()} bytes, inside its header")
+    return data
