@@ -261,3 +261,17 @@ def test_experts_are_one_cell_of_a_block(copied: Path) -> None:
     page = page_of(write_report(copied))
     assert page.rows("Sparsity of each linear") == [["block", "w1"], ["0", "37.5%"], ["1", "37.5%"]]
     assert page.rows("Error of each linear")[1] == ["0", "0.25"]
+
+
+def test_a_page_is_not_as_large_as_kinds_times_blocks(copied: Path) -> None:
+    linears = [
+        {"name": f"model.layers.{number}.kind{number}", "shape": [2, 2], "zeros": 2, "asked": 0.5, "error": 0.1}
+        for number in range(3000)
+    ]
+    linears[0] |= {"history": [{"iteration": step, "objective": 1.0} for step in range(3000)]}
+    for linear in linears[1:]:
+        linear["history"] = [{"iteration": 0, "objective": 1.0}]
+    (copied / "pruning.json").write_text(json.dumps({"sparsity_asked": 0.5, "linears": linears}))
+    page = write_report(copied, copied.parent / "page.html").read_text()
+    assert len(page) < 20e6
+    assert "2968 other kinds" in page

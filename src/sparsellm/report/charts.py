@@ -15,6 +15,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
+_CELLS = 100_000  # of a table by block; a mixture of 128 blocks has about 2,000
+
 Plotly = dict[str, Any]  # a trace, an axis or a layout, as Plotly's JSON has it
 Values = Sequence[float | None]
 
@@ -128,6 +130,18 @@ def by_block(
     return [of(parts[block]) if block in parts else None for block in blocks]
 
 
+def _kinds(pruning: Pruning) -> dict[str, list[LinearResult]]:
+    """Linears by kind; where a table of kinds and blocks would have more than :data:`_CELLS` cells, those of all
+    further kinds together."""
+    kinds = by_kind(pruning.linears)
+    most = max(1, _CELLS // len(pruning.blocks))
+    if len(kinds) <= most:
+        return kinds
+    names = list(kinds)
+    others = [linear for name in names[most - 1 :] for linear in kinds[name]]
+    return {**{name: kinds[name] for name in names[: most - 1]}, f"{len(names) - most + 1} other kinds": others}
+
+
 def _heat_map(
     heading: tuple[str, str, str],
     pruning: Pruning,
@@ -145,7 +159,7 @@ def _heat_map(
     shown = short_number if log else percent
     name, title, text = heading
     blocks = pruning.blocks
-    values = {kind: by_block(part, blocks, of) for kind, part in by_kind(pruning.linears).items()}
+    values = {kind: by_block(part, blocks, of) for kind, part in _kinds(pruning).items()}
     known = [value for row in values.values() for value in row if value is not None and math.isfinite(value)]
     trace = {
         "type": "heatmap",
@@ -192,7 +206,7 @@ def allocation_chart(pruning: Pruning) -> Chart:
         f"Sparsity by depth. The allocation is {pruning.allocated_by or 'uniform'}; blocks range from "
         f"{percent(min(known))} to {percent(max(known))}, and {percent(pruning.sparsity_asked)} was asked for."
     )
-    series = {kind: by_block(part, blocks, sparsity_of) for kind, part in by_kind(pruning.linears).items()}
+    series = {kind: by_block(part, blocks, sparsity_of) for kind, part in _kinds(pruning).items()}
     series["all of the block"] = shares
     heading = ("allocation", "Where the zeros went", text)
     chart = lines(heading, ("block", blocks), axis("zeros", tickformat=".0%"), series, percent)
@@ -230,7 +244,8 @@ def _sweep_chart(passes: Sequence[SweepPass]) -> Chart:
 def _decomposition_charts(pruning: Pruning) -> list[Chart]:
     """Objective and error of the decomposition by iteration, a line for each block; empty where it did not run."""
     runs = {f"block {linear.block}": linear.history for linear in pruning.linears if linear.history}
-    iterations = list(range(max(map(len, runs.values()), default=0)))
+    longest = max(map(len, runs.values()), default=0)
+    iterations = list(range(min(longest, _CELLS // max(1, len(runs)))))
 
     def error(step: Step) -> float | None:
         return step.held_out_error if step.held_out_error is not None else step.train_error
